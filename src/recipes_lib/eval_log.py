@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from recipes_lib.core.json_files import Row
+from recipes_lib.data.leaks import Leak, Leaks
 
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -319,9 +320,10 @@ class EvalLog:
     """One evaluation of one target.
 
     `against` is None for a suite without an opponent. `numbers` are the suite's own; `tasks` and
-    `protocol` are lm-eval's. `banners` must be read before the numbers, heaviest first. `replays`
-    are what `recipes judge replay` says about imported files of judgments, `lacks` what they do
-    not hold, `flags` how they were judged. `file` is result.json.
+    `protocol` are lm-eval's. `leaks` is what the target's training rows hold of the questions, None
+    where it has none or nobody looked. `banners` must be read before the numbers, heaviest first.
+    `replays` are what `recipes judge replay` says about imported files of judgments, `lacks` what
+    they do not hold, `flags` how they were judged. `file` is result.json.
     """
 
     suite: str
@@ -342,6 +344,7 @@ class EvalLog:
     lm_eval_command: str | None = None
     measures: tuple[Measure, ...] = ()
     imported: tuple[ImportedFile, ...] = ()
+    leaks: Leaks | None = None
     flags: list[str] = field(default_factory=list)
     lacks: list[str] = field(default_factory=list)
     replays: list[dict[str, Any]] = field(default_factory=list)
@@ -380,6 +383,7 @@ class EvalLog:
             mine["opponent"] = _without_unknown(self.opponent)
         if self.judge is not None:
             mine["judge"] = asdict(self.judge)
+        mine["leaks"] = asdict(self.leaks) if self.leaks else None
         if self.tasks:
             mine["tasks"] = [task.to_dict() for task in self.tasks]
         mine["measures"] = [measure.to_dict() for measure in self.measures]
@@ -397,6 +401,7 @@ class EvalLog:
             "opponent": AnswerFacts.from_dict(row.get("opponent")),
             "judge": JudgeFacts(**_known(JudgeFacts, row["judge"])) if row.get("judge") else None,
             "tasks": tuple(map(TaskScore.from_dict, row.get("tasks") or ())),
+            "leaks": _leaks(row.get("leaks")),
             "imported": tuple(
                 ImportedFile(**_known(ImportedFile, one)) for one in row.get("imported") or ()
             ),
@@ -414,6 +419,14 @@ def _known(cls: Any, row: Mapping[str, Any]) -> dict[str, Any]:
         for one in fields(cls)
         if one.name in row and (row[one.name] is not None or one.default is None)
     }
+
+
+def _leaks(row: Mapping[str, Any] | None) -> Leaks | None:
+    """What result.json says about leaked questions."""
+    if row is None:
+        return None
+    found = [Leak(**_known(Leak, one)) for one in row.get("found") or ()]
+    return Leaks(**_known(Leaks, row) | {"found": found})
 
 
 def _without_unknown(answers: AnswerFacts) -> dict[str, Any]:

@@ -12,6 +12,7 @@ command continues.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import os
 import time
@@ -37,6 +38,7 @@ from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.subjects import Subject, grouped, loaded
 from recipes_lib.generation.targets import Target, distinct
 from recipes_lib.suites.judged import JudgedSuite
+from recipes_lib.suites.leaks import leaks_of_run
 from recipes_lib.suites.registry import say_results, suite_of
 from recipes_lib.suites.suite import Asker
 from recipes_lib.training.process import end_process
@@ -206,6 +208,9 @@ def evaluate_all(
 
 def write_result(recipe: EvalRecipe, log: EvalLog) -> dict[str, Any]:
     """Complete a log and write it into its run; return result.json, with its place."""
+    leaks = leaks_of_run(recipe, log)
+    banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
+    log = dataclasses.replace(log, leaks=leaks, banners=[*banners, *log.banners])
     words = {
         "recipe": recipe.to_dict(),
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -34,7 +34,8 @@ def recipe_file(tmp_path, tiny_model_dir):
 
 
 def run(path, *overrides, show=3) -> int:
-    return command.run(argparse.Namespace(recipe=str(path), overrides=list(overrides), show=show))
+    words = {"recipe": str(path), "overrides": list(overrides), "against": []}
+    return command.run(argparse.Namespace(**words, show=show))
 
 
 def test_it_prints_counts_lengths_and_the_next_command(recipe_file, capsys):

@@ -81,7 +81,8 @@ def evaluated(
     measure = Measure(
         suite, suite, metric, metric, made, file, "reference" if metric == "win_rate" else None
     )
-    told = {"judge": {"fingerprint": "j", "name": "judge", "weak": None}, "audit": PASSED, **facts}
+    told = {"judge": {"fingerprint": "j", "name": "judge", "weak": None}, "audit": PASSED}
+    told |= {"leaks": {"rows": 9, "questions": len(made)}, **facts}
     told |= {"suite": suite, "against": measure.opponent}
     return EvalLog.from_dict(told, suite, file, (measure,))
 

@@ -24,7 +24,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import run_lock
-from recipes_lib.study import conclusion, runner, steps, trainings
+from recipes_lib.study import conclusion, leaks, runner, steps, trainings
 from recipes_lib.study.evaluation import set_results_aside
 from recipes_lib.study.runner import run_study, study_lock
 from recipes_lib.study.steps import build_graph
@@ -592,7 +592,8 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     read: list[str] = []
     for owner, name in (
-        (shown, "load_questions"),
+        (shown, "local_questions"),
+        (leaks, "search_recipe"),
         (planning, "lengths_of"),
         (steps, "data_contents"),
     ):
@@ -602,7 +603,8 @@ def test_the_plan_reads_questions_and_data_as_often_for_many_arms_as_for_two(
         )
     assert main(["study", "plan", str(study.path)]) == ExitCode.DONE
     assert "about " in capsys.readouterr().out
-    assert sorted(read) == ["data_contents", "lengths_of", "load_questions", "load_questions"]
+    once = ["data_contents", "lengths_of"]
+    assert sorted(read) == [*once, *["local_questions"] * 3, "search_recipe"]  # 3 evals
 
 
 def test_two_data_files_of_one_name_are_both_part_of_what_a_study_depends_on(

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from recipes_lib.compare.design import load_study
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.recipe import recipe_from
 from recipes_lib.config.validation import check
@@ -27,6 +28,7 @@ from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.examples import place
 from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
 from recipes_lib.eval_recipe import load_eval
+from recipes_lib.study.leaks import leaks_of_study
 from recipes_lib.suites.questions import local_questions
 
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -63,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
                 found += _data_errors(document, args.full)
             if not found and document.kind.name == "eval":
                 found += _question_errors(file)
+            if not found and document.kind.name == "study":
+                study = load_study(file)
+                leaked, few = leaks_of_study(study, study.arms)
+                found += leaked
+                remarks += [one for one in few if not one.what.startswith("note:")]
             remarks += document.warnings
         except RecipeError as error:
             found += error.errors

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import DataError
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.errors import DataError, RecipeErrors
 from recipes_lib.core.terminal import next_step, printable, say, use_color
+from recipes_lib.data.leaks import NUM_KEPT
+from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
+from recipes_lib.suites.leaks import leak_error, search_recipe
 from recipes_lib.weights.base import load_tokenizer
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
@@ -31,6 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="path of a recipe")
     rows = "print N training rows as the model sees them (default: 3)"
+    against = "evals whose questions and answers must not be in the rows that train"
+    add("--against", nargs="+", default=[], metavar="EVAL", help=against)
     add("--show", type=_count, default=3, metavar="N", help=rows)
 
 
@@ -39,10 +44,14 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         DataError: the data cannot be used; when it was read, its numbers are printed before.
+        RecipeErrors: the rows hold questions or answers of an eval.
     """
     from recipes_lib.data.preparation import prepare_data
 
-    recipe = load_recipe(args.recipe, args.overrides)
+    # an override may follow the evals
+    overrides = [*args.overrides, *(word for word in args.against if "=" in word)]
+    recipe = load_recipe(args.recipe, overrides)
+    evals = [load_eval(find_eval(word)) for word in args.against if "=" not in word]
     tokenizer = load_tokenizer(recipe)
     try:
         data = prepare_data(recipe, tokenizer)
@@ -51,13 +60,30 @@ def run(args: argparse.Namespace) -> int:
             say("\n".join(_summary(audit)))
         raise
     say("\n".join(_summary(data.audit, data.splits["method"])))
+    _say_leaks(recipe, evals)
     places = {example["id"]: example["place"] for example in data.audit["examples"]}
     for index in range(min(args.show, len(data.train))):
         row = data.train[index]
         _show_example(row, tokenizer, places.get(row["example_id"]), color=use_color())
     say()
-    next_step(shlex.join(["recipes", "train", str(args.recipe), *args.overrides]))
+    next_step(shlex.join(["recipes", "train", str(args.recipe), *overrides]))
     return 0
+
+
+def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
+    """Print what the rows that train hold of each eval.
+
+    Raises:
+        RecipeErrors: it is too much.
+    """
+    errors = []
+    for name, leaks in (search_recipe(recipe, evals, fetch=True) if evals else {}).items():
+        if leaks.is_error:
+            errors.append(leak_error(name, leaks, recipe, limit=NUM_KEPT))
+        else:
+            say(str(leak_error(name, leaks, recipe)) if leaks.found else leaks.summary(name))
+    if errors:
+        raise RecipeErrors(errors)
 
 
 def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:

@@ -25,6 +25,8 @@ from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.plan import plan_recipe
 from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.hours import study_hours, study_json, study_lines
+from recipes_lib.study.leaks import refuse_leaks
+from recipes_lib.study.steps import build_graph
 from recipes_lib.suites.eval_times import eval_times, usual_evals
 
 if TYPE_CHECKING:
@@ -108,7 +110,9 @@ def _study(args: argparse.Namespace, path: Path) -> int:
                 " evaluated",
                 file=shown_path(path),
             )
-    plan = study_hours(load_study(path, args.overrides), args.gpu, args.price)
+    study = load_study(path, args.overrides)
+    refuse_leaks(study, build_graph(study).todo())
+    plan = study_hours(study, args.gpu, args.price)
     if args.json:
         return print_json(study_json(plan))
     for line in study_lines(plan):

@@ -20,6 +20,7 @@ from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.slurm.submission import LaunchFolder
 from recipes_lib.slurm.watching import goes_on
 from recipes_lib.study.arms import study_folder
+from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.runner import check_imported, run_study, study_lock
 from recipes_lib.study.status import (
     diff_rows,
@@ -98,6 +99,7 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
     check_imported(study)
     graph = build_graph(study)
     steps = graph.wanted(args.only)
+    refuse_leaks(study, graph.todo(args.only))
     if args.json:
         return print_json(study_plan_object(study, graph, steps, _estimates(study)))
     for line in study_plan_lines(study, graph, steps, _estimates(study)):
@@ -245,5 +247,6 @@ def _diff(study: Study, args: argparse.Namespace) -> int:
         )
     if without:
         say(f"without a recipe, so nothing is known of how they were made: {', '.join(without)}")
+    refuse_leaks(study, build_graph(study).wanted())
     next_step(f"recipes study plan {typed(study)}")
     return ExitCode.DONE

@@ -298,6 +298,23 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "{first} and {second} were asked different questions in {metric}: {n} are the same",
         "only the shared ones are compared; evaluate both on one question set",
     ),
+    "leaked-questions": (
+        "error",
+        "{first} was trained on what it was asked: {what}",
+        "take those rows out of the data and train again, or those questions out of the eval",
+    ),
+    "leaked-questions/few": (
+        "warning",
+        "{first} was trained on a little of what it was asked: {what}, all of them short",
+        "read the rows: two people may ask one short question, and it moves the result by no more"
+        " than its share",
+    ),
+    "leaks-not-measured": (
+        "warning",
+        "Whether training rows hold questions of {eval} was not measured",
+        "recipes data RECIPE --against EVAL where the data is, or recipes eval EVAL RUN again: it"
+        " asks nothing twice",
+    ),
     "subset": (
         "warning",
         "{eval} is a subset of its questions",

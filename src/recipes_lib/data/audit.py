@@ -56,7 +56,7 @@ class Injections:
         """Look for all of them, first by their common beginnings in all texts at once: most data
         has none.
         """
-        texts = [_texts_of(example) for example in batch]
+        texts = ["\0".join(example.texts) for example in batch]
         whole = "\0".join(texts)
         for needles, found in (
             (self._special, self.special_tokens),
@@ -66,14 +66,6 @@ class Injections:
             for example, text in zip(batch, texts, strict=True) if present else ():
                 if here := {needle: times for needle in present if (times := text.count(needle))}:
                     found[example.id] = here
-
-
-def _texts_of(example: Example) -> str:
-    """All texts of an example, joined by NUL."""
-    parts: list[str] = []
-    for value in example.fields.values():
-        parts += [value] if isinstance(value, str) else [message["content"] for message in value]
-    return "\0".join(parts)
 
 
 def audit_rows(

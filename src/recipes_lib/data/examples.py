@@ -56,6 +56,14 @@ class Example:
         return f"{self.file} row {self.row}" if self.line is None else f"{self.file}:{self.line}"
 
     @property
+    def texts(self) -> list[str]:
+        """All texts, of conversations that of each message."""
+        found: list[str] = []
+        for value in self.fields.values():
+            found += [value] if isinstance(value, str) else [turn["content"] for turn in value]
+        return found
+
+    @property
     def split_key(self) -> str:
         """What the hash split looks at: the explicit id, else the content."""
         return self.content.hex() if self.explicit_id is None else str(self.explicit_id)

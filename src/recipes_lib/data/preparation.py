@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +22,8 @@ from recipes_lib.data.audit import Injections, audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
 from recipes_lib.data.prompts import chat_template, format_hash
-from recipes_lib.data.rows import Rows, first_in_hash_order, read_data
-from recipes_lib.data.splits import SPLITS, Splits, split_rows
+from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
+from recipes_lib.data.splits import SPLITS, Splits, fingerprint_of, split_rows
 from recipes_lib.data.supervision import (
     BATCH_ROWS,
     Encoded,
@@ -103,7 +103,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
                 if isinstance(found := render_turns(example, section, tokenizer, own), BadRow):
                     bad.add(example, found)
         raise bad.error(rows.num_read)
-    rows, filtered = _filter_rows(rows, section, bad)
+    rows, filtered = filter_rows(rows, section, bad)
     rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
     check_settings(rows.num_texts(), section, recipe.train, tokenizer)
     settings = Supervision.of(section, recipe.train, tokenizer)
@@ -164,42 +164,9 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         **sets,
         audit=audit,
         splits=_split_record(rows, splits, section, audit),
-        fingerprint=_fingerprint(rows, splits),
+        fingerprint=fingerprint_of(rows, splits.rows),
         prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
     )
-
-
-def _filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
-    """Leave out rows by category and empty completion.
-
-    Returns:
-        The rows kept, and per filter how many it left out.
-
-    Raises:
-        DataError: no row has a category, or nothing is left.
-    """
-    if bad.found and not len(rows):
-        raise bad.error(rows.num_read)
-    filters, filtered = section.filters, {}
-    kept = rows.examples
-    if filters.categories is not None:
-        categories = {example.category for example in kept if example.category is not None}
-        key = "data.filters.categories"
-        if not categories:
-            what = f"{key} needs a category column"
-            raise SettingError(key, what, "name it: data.columns.category")
-        if unknown := sorted(set(filters.categories) - categories):
-            what = f"no row has the category {', '.join(unknown)}"
-            raise SettingError(key, what, f"categories: {', '.join(sorted(categories))}")
-        kept = [example for example in kept if example.category in filters.categories]
-        filtered["categories"] = len(rows) - len(kept)
-    if filters.drop_empty_completions:
-        before = len(kept)
-        kept = [example for example in kept if not example.empty]
-        filtered["drop_empty_completions"] = before - len(kept)
-    if not kept:
-        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
-    return replace(rows, examples=kept), filtered
 
 
 def _record_batch(examples: Sequence[tuple[Example, Encoded]]) -> pyarrow.RecordBatch:
@@ -235,15 +202,6 @@ def _dataset(parts: Sequence[pyarrow.RecordBatch]) -> Dataset:
         for buffer in (buffer for column in part.columns for buffer in column.buffers()):
             digest.update(buffer or b"")
     return datasets.Dataset(pyarrow.Table.from_batches(parts), fingerprint=digest.hexdigest())
-
-
-def _fingerprint(rows: Rows, splits: Splits) -> str:
-    """sha256 over split, id and content of all rows used, in order."""
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        for index in splits.rows[name]:
-            digest.update(f"{name}\t{rows[index].id}\t{rows[index].content.hex()}\n".encode())
-    return digest.hexdigest()
 
 
 def _split_record(

@@ -176,6 +176,39 @@ def _name_apart(rows: Rows) -> None:
         example.id = name if times[name] == 1 else f"{name}#{times[name]}"
 
 
+def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
+    """Leave out rows by category and empty completion.
+
+    Returns:
+        The rows kept, and per filter how many it left out.
+
+    Raises:
+        DataError: no row has a category, or nothing is left.
+    """
+    if bad.found and not len(rows):
+        raise bad.error(rows.num_read)
+    filters, filtered = section.filters, {}
+    kept = rows.examples
+    if filters.categories is not None:
+        categories = {example.category for example in kept if example.category is not None}
+        key = "data.filters.categories"
+        if not categories:
+            what = f"{key} needs a category column"
+            raise SettingError(key, what, "name it: data.columns.category")
+        if unknown := sorted(set(filters.categories) - categories):
+            what = f"no row has the category {', '.join(unknown)}"
+            raise SettingError(key, what, f"categories: {', '.join(sorted(categories))}")
+        kept = [example for example in kept if example.category in filters.categories]
+        filtered["categories"] = len(rows) - len(kept)
+    if filters.drop_empty_completions:
+        before = len(kept)
+        kept = [example for example in kept if not example.empty]
+        filtered["drop_empty_completions"] = before - len(kept)
+    if not kept:
+        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
+    return replace(rows, examples=kept), filtered
+
+
 def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:
     """Read local files as training would, without a tokenizer; data sets on the Hub are not looked
     at.

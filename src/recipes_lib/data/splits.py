@@ -7,14 +7,22 @@ else in the recipe than fractions and seed.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from recipes_lib.config.sections import SplitSection
-from recipes_lib.data.examples import Example, SettingError
-from recipes_lib.data.rows import unit_interval
+from recipes_lib.config.sections import DataSection, SplitSection
+from recipes_lib.data.examples import BadRows, Example, SettingError
+from recipes_lib.data.rows import (
+    Rows,
+    filter_rows,
+    first_in_hash_order,
+    read_data,
+    unit_interval,
+)
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 
@@ -85,6 +93,47 @@ def split_rows(examples: Sequence[Example], section: SplitSection) -> Splits:
     near = _groups([example.loose for example in examples])
     near = [group for group in near if len({examples[i].content for i in group}) > 1]
     return Splits(divided, ids(groups), ids(across), moved, ids(near))
+
+
+def training_rows(section: DataSection) -> Rows:
+    """Return the rows that a training on this section learns from; those that cannot be used are
+    left out. No tokenizer is needed, so `filters.max_tokens` leaves none out.
+
+    Raises:
+        DataError: a source is missing or damaged, or no row is left.
+    """
+    bad = BadRows()
+    rows, _ = filter_rows(read_data(section, bad), section, bad)
+    rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
+    return rows.take(split_rows(rows.examples, section.split).rows[TRAIN])
+
+
+def recorded_rows(section: DataSection, splits: Mapping[str, Any], fingerprint: str) -> Rows | None:
+    """Return the rows that a run was trained on, or None where they are not what is read now.
+
+    Args:
+        splits: the run's splits.json.
+        fingerprint: of its data, as it was recorded.
+
+    Raises:
+        DataError: the data is not there, or damaged.
+    """
+    rows = read_data(section, BadRows())
+    position = {example.id: index for index, example in enumerate(rows.examples)}
+    try:
+        parts = {name: [position[id] for id in splits[name]["ids"]] for name in SPLITS}
+    except KeyError:
+        return None
+    return rows.take(parts[TRAIN]) if fingerprint_of(rows, parts) == fingerprint else None
+
+
+def fingerprint_of(rows: Rows, parts: Mapping[str, Sequence[int]]) -> str:
+    """sha256 over split, id and content of all rows used, in order."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        for index in parts[name]:
+            digest.update(f"{name}\t{rows[index].id}\t{rows[index].content.hex()}\n".encode())
+    return digest.hexdigest()
 
 
 def _fill_empty(

@@ -29,7 +29,9 @@ from recipes_lib.slurm.profile import STAGES, EnvironmentSection, SiteProfile
 from recipes_lib.slurm.snapshot import Snapshot
 from recipes_lib.study.arms import arm_run, train_words
 from recipes_lib.study.graph import Step
+from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.steps import build_graph
+from recipes_lib.suites.leaks import refuse_leaks_of
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
 TRAIN_MODULE, CLI_MODULE = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")
@@ -334,6 +336,7 @@ def _plan_recipe(
     jobs: list[Job] = []
     warnings = _judges_nobody_starts(evals, profile)
     if "train" in stages:
+        refuse_leaks_of(recipe, evals)
         snapshot.add_files(launch.config.path)
         launcher = _launcher(python, launch, snapshot.shown(launch.config.path))
         script = (*TRAIN_MODULE, snapshot.shown(recipe.path), *words)
@@ -410,6 +413,8 @@ class _StudyPlanner:
                 done.
         """
         study = self.study
+        if "train" in stages:
+            refuse_leaks(study, self._open("train"))
         jobs = self._trainings(throttle) if "train" in stages else []
         if "eval" in stages:
             asked: dict[str, list[str]] = {}  # of each arm and seed, and of the base

@@ -29,6 +29,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.graph import FOLLOWS, Freshness, Graph, Step
+from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.steps import build_graph
 from recipes_lib.study.trainings import Trainings
 
@@ -60,7 +61,8 @@ def run_study(
 
     Raises:
         EnvironmentFault: another process runs this study, or the disk is full.
-        RecipeErrors: imported runs are not there.
+        RecipeErrors: imported runs are not there, or an arm would be trained on rows that hold
+            questions of its evals.
         RecipeError: `only` names no step, or the folder is another study's.
     """
     graph = build_graph(study)
@@ -79,6 +81,7 @@ def run_study(
             return int(ExitCode.DONE)
         say(f"study '{study.name}': {len(todo)} of {len(graph.wanted(only))} steps to do")
         _say_stale(todo, graph.survey(), say)
+        refuse_leaks(study, todo, fetch=True)
         trainings = Trainings(study, graph, jobs, say, flags)
         failed: StepErrors = trainings.failed
         stopped = None

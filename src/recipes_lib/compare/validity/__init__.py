@@ -19,6 +19,7 @@ from recipes_lib.compare.validity.confounds import (
     check_recipes,
 )
 from recipes_lib.compare.validity.judging import check_judging
+from recipes_lib.compare.validity.leaks import check_leaks
 from recipes_lib.compare.validity.noise import check_noise, check_selection
 from recipes_lib.compare.validity.protocol import check_presence, check_protocol
 
@@ -34,6 +35,7 @@ CHECKS = (
     check_artifacts,
     check_judging,
     check_protocol,
+    check_leaks,
     check_presence,
     check_selection,
     check_noise,

@@ -1,0 +1,48 @@
+"""Arms that were trained on what they were asked: what every result says about it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from recipes_lib.compare.findings import Finding, found
+from recipes_lib.compare.validity.case import Case, metrics_of, run_place
+from recipes_lib.compare.wording import sentence_list
+from recipes_lib.data.examples import NUM_LISTED
+from recipes_lib.suites.leaks import SEARCHED
+
+if TYPE_CHECKING:
+    from recipes_lib.eval_log import EvalLog
+
+
+def check_leaks(case: Case) -> Iterator[Finding]:
+    """Yield the arms whose training rows hold questions or answers of an evaluation, and those of
+    which nobody knows.
+    """
+    unknown: dict[str, list[EvalLog]] = defaultdict(list)  # by arm and reason
+    for name, arm in case.trained.items():
+        leaked: dict[str, Finding] = {}  # the runs and comparisons of an arm say the same
+        for log in (log for log in arm.logs if log.measures and log.suite in SEARCHED):
+            leaks, metrics = log.leaks, metrics_of(one for one in arm.logs if one.eval == log.eval)
+            if leaks is None or leaks.why:
+                imported = "it was trained elsewhere" if log.is_imported else ""
+                why = (leaks.why if leaks else "") or imported or "its result does not say it"
+                unknown[f"{name}: {why}"].append(log)
+            elif leaks.found:
+                leaked[log.eval] = found(
+                    "leaked-questions" if leaks.is_error else "leaked-questions/few",
+                    [*leaks.lines(NUM_LISTED), run_place(log.file)],
+                    (name,),
+                    metrics,
+                    what=leaks.summary(log.eval),
+                )
+        yield from leaked.values()
+    if unknown:
+        logs = [log for some in unknown.values() for log in some]
+        evidence = [f"{whose} ({_evals(some)})" for whose, some in unknown.items()]
+        yield found("leaks-not-measured", evidence, (), metrics_of(logs), eval=_evals(logs))
+
+
+def _evals(logs: Sequence[EvalLog]) -> str:
+    return sentence_list(list(dict.fromkeys(log.eval for log in logs)))

@@ -1,0 +1,209 @@
+"""Rows that hold questions or answers of an evaluation: a model that was trained on them is not
+tested by it.
+
+Texts are compared as words, without case, marks and white space. A text of 13 words or more is in a
+row that holds at least half of its 13-grams; a shorter one only in a row of which it is a whole
+field or message. 13-grams that several questions of one evaluation share (a template around every
+question) are no sign of any of them.
+Source of the 13-grams: Brown et al., "Language Models are Few-Shot Learners", appendix C.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from recipes_lib.data.examples import Example
+
+GRAM = 13
+SHARE = 0.5
+# An answer of fewer words ("Paris.") is no sign that its question was seen.
+FEWEST_WORDS_OF_ANSWER = 8
+# One person in a hundred asks "What is the meaning of life?" too: short texts alone are no leak as
+# long as they are of fewer questions than this.
+ACCIDENTAL = 0.01
+NUM_KEPT = 100
+NUM_CHARACTERS = 60  # characters of a text
+_WORD = re.compile(r"\w+")
+TextPart = Literal["question", "answer"]
+
+
+@dataclass(frozen=True)
+class EvalText:
+    """A question of an evaluation, or an answer to it that counts as right."""
+
+    question: str
+    part: TextPart
+    text: str
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A row that holds a text of an evaluation: `share` of its 13-grams, or a short one whole.
+    `begins` is how the text begins.
+    """
+
+    place: str
+    row: str
+    question: str
+    part: TextPart
+    share: float
+    short: bool = False
+    begins: str = ""
+
+    @property
+    def shown(self) -> str:
+        """The leak in words."""
+        how = "whole" if self.short else f"{self.share:.0%} of its {GRAM}-grams"
+        whose = "question" if self.part == "question" else "answer to question"
+        return f"{self.place}: {whose} {self.question} ({how}): {self.begins}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Leaks:
+    """What training rows hold of one evaluation: how many rows were searched for how many
+    questions, and what was found. `found` names the first of it.
+
+    `accidental`: only short texts of a few questions were found, as two people may write them.
+    `why` says why nothing was searched.
+    """
+
+    rows: int = 0
+    questions: int = 0
+    leaked_rows: int = 0
+    leaked_questions: int = 0
+    accidental: bool = False
+    found: list[Leak] = field(default_factory=list)
+    why: str = ""
+
+    @classmethod
+    def of(cls, found: Sequence[Leak], rows: int, questions: int) -> Leaks:
+        """Return what was found, counted."""
+        leaked = {one.question for one in found}
+        few = len(leaked) < ACCIDENTAL * questions
+        return cls(
+            rows=rows,
+            questions=questions,
+            leaked_rows=len({one.row for one in found}),
+            leaked_questions=len(leaked),
+            accidental=few and bool(found) and all(one.short for one in found),
+            found=list(found[:NUM_KEPT]),
+        )
+
+    @property
+    def is_error(self) -> bool:
+        """Whether an evaluation of a model that was trained on these rows says nothing."""
+        return bool(self.found) and not self.accidental
+
+    def summary(self, name: str) -> str:
+        """Return one sentence about the evaluation `name`."""
+        if self.why:
+            return f"not searched for the questions of {name}: {self.why}"
+        if not self.found:
+            return (
+                f"none of the {self.questions:,} questions of {name} is in the {self.rows:,}"
+                " training rows"
+            )
+        return (
+            f"{self.leaked_questions:,} of {self.questions:,} questions of {name} (or their"
+            f" answers) are in {self.leaked_rows:,} of {self.rows:,} training rows"
+        )
+
+    def lines(self, limit: int) -> list[str]:
+        """Return what was found, a line each, and how much more there is."""
+        lines = [one.shown for one in self.found[:limit]]
+        rest = self.leaked_rows - len({one.row for one in self.found[:limit]})
+        return [*lines, *([f"... and {rest:,} more rows"] if rest > 0 else [])]
+
+
+def find_leaks(
+    rows: Iterable[Example], evals: Mapping[str, Sequence[EvalText]]
+) -> dict[str, Leaks]:
+    """Return what rows hold of the texts of each evaluation, in the order of the rows.
+
+    Args:
+        rows: with their texts; each is looked at once.
+        evals: texts by the name of their evaluation.
+    """
+    index, num_rows = _Index(evals), 0
+    found: dict[str, list[Leak]] = {name: [] for name in evals}
+    for row in rows:
+        num_rows += 1
+        for (name, text), share in index.search(row.texts).items():
+            short, begins = share is None, " ".join(text.text.split())
+            begins = (
+                begins if len(begins) <= NUM_CHARACTERS else f"{begins[: NUM_CHARACTERS - 3]}..."
+            )
+            of_text = (text.question, text.part, share or 1.0, short, begins)
+            found[name].append(Leak(row.place, row.id, *of_text))
+    return {
+        name: Leaks.of(found[name], num_rows, len({text.question for text in texts}))
+        for name, texts in evals.items()
+    }
+
+
+_Owner = tuple[str, EvalText]  # with the name of its evaluation
+_Gram = tuple[str, ...]
+
+
+class _Index:
+    """Texts of evaluations by their words where they are short, else by their 13-grams."""
+
+    def __init__(self, evals: Mapping[str, Iterable[EvalText]]) -> None:
+        self.whole: dict[_Gram, list[_Owner]] = defaultdict(list)
+        self.owners: dict[_Gram, list[_Owner]] = defaultdict(list)
+        self.num_grams: dict[_Owner, int] = {}
+        self.words: set[str] = set()  # of all 13-grams
+        for name, texts in evals.items():
+            self._add(name, texts)
+
+    def _add(self, name: str, texts: Iterable[EvalText]) -> None:
+        grams: dict[_Owner, set[_Gram]] = {}
+        for text in texts:
+            words = _words(text.text)
+            if len(words) >= GRAM:
+                grams[name, text] = {
+                    tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)
+                }
+            elif len(words) >= (FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1):
+                self.whole[tuple(words)].append((name, text))
+        by_question: dict[str, set[_Gram]] = defaultdict(set)
+        for (_, text), mine in grams.items():
+            by_question[text.question] |= mine
+        times = Counter(gram for mine in by_question.values() for gram in mine)
+        for owner, mine in grams.items():
+            # of a question that stands there twice, nothing is its own
+            mine = {gram for gram in mine if times[gram] == 1} or mine
+            self.num_grams[owner] = len(mine)
+            for gram in mine:
+                self.owners[gram].append(owner)
+                self.words.update(gram)
+
+    def search(self, texts: Iterable[str]) -> dict[_Owner, float | None]:
+        """Return which texts the texts of a row hold: the share of their 13-grams, None for a
+        short one.
+        """
+        found: dict[_Owner, float | None] = {}
+        seen: dict[_Owner, set[_Gram]] = defaultdict(set)
+        for text in texts:
+            words = _words(text)
+            if len(words) < GRAM:
+                found |= dict.fromkeys(self.whole.get(tuple(words), ()))
+                continue
+            known = 0  # words in a row that some 13-gram has: most places need no look-up
+            for end, word in enumerate(words, 1):
+                known = known + 1 if word in self.words else 0
+                if known >= GRAM and (gram := tuple(words[end - GRAM : end])) in self.owners:
+                    for owner in self.owners[gram]:
+                        seen[owner].add(gram)
+        for owner, grams in seen.items():
+            if (share := len(grams) / self.num_grams[owner]) >= SHARE:
+                found[owner] = share
+        return found
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.casefold())
