@@ -5,10 +5,12 @@ evaluated beside it.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from recipes_lib.cli import main
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
 from recipes_lib.compare.relabelling import Relabelling
@@ -18,7 +20,12 @@ from recipes_lib.eval_log import EvalLog
 from recipes_lib.study import conclusion
 from recipes_lib.study.arms import base_record
 from recipes_lib.study.conclusion import conclude, measured_runs, of_study
+from recipes_lib.study.graph import Graph, Step
 from recipes_lib.study.steps import build_graph
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import synthetic_runs
 
 
 def measured(name: str, *evals: tuple[str, str | None]) -> ArmMeasurements:
@@ -125,13 +132,40 @@ def test_copies_of_a_study_are_measured_once_and_again_when_its_data_change(
     row = TableRow(
         metric="m", label="m", first="a", second="b", unit="share", first_value=1, second_value=0
     )
-    file = tmp_path / "relabelling.json"
+    file = tmp_path / "statistics" / "relabelling.json"
 
-    def asked(version: str, *rows: TableRow) -> Relabelling | None:
-        return conclusion._relabelled_once(file, version, rows, lambda row: row)
+    def asked(version: str, *rows: TableRow, keep: bool = True) -> Relabelling | None:
+        graph = Graph(tmp_path, [Step("statistics", "statistics", {}, version=version)])
+        return conclusion.relabelled_once(graph, rows, lambda row: row, keep=keep)
+
+    assert asked("1", row, keep=False) == own and not file.exists()
+    calls.clear()
 
     assert asked("1", row) == asked("1", row) == own and len(calls) == 1
     assert asked("2", row) == own and len(calls) == 2
     assert asked("2", row, row) == own and len(calls) == 3
     file.write_text("{torn", encoding="utf-8")
     assert asked("2", row, row) == own and len(calls) == 4
+
+
+def test_a_report_says_how_often_it_would_be_wrong_and_measures_that_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("PATH", "")  # no TeX
+    for name, skill in (("now", 0.3), ("next", 0.8)):
+        synthetic_runs.write_lm_eval(synthetic_runs.write_run(tmp_path / "runs", name), skill=skill)
+    file = tmp_path / "swap.yaml"
+    file.write_text(
+        "# yaml-language-server: $schema=study.schema.json\nquestion: Is next better?\n"
+        "arms: {now: {imported: now}, next: {imported: next}}\n"
+    )
+    assert main(["study", "report", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert "measuring how often this report would be wrong: copies of 1 comparison" in said
+    line = next(line for line in said.splitlines() if "data with arms relabelled" in line)
+    kept = json.loads((tmp_path / "runs/swap/steps/statistics/comparison.json").read_text())
+    assert kept["relabelling"]["sentence"] == line
+    assert main(["study", "report", str(file)]) == 0
+    again = capsys.readouterr().out
+    assert line in again and "measuring" not in again

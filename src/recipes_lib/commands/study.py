@@ -147,9 +147,11 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     report = study_folder(study) / "report" / "report.html"
     if report.is_file():
         # The report's answer, as it was written.
-        comparison = study_folder(study) / "steps" / "statistics" / "comparison.json"
-        for sentence in read_object(comparison).get("answer", []):
+        comparison = read_object(study_folder(study) / "steps" / "statistics" / "comparison.json")
+        for sentence in comparison.get("answer", []):
             say(sentence)
+        if own := comparison.get("relabelling"):
+            say(own["sentence"])
         say(f"report: {shown_path(report)}")
     next_step(f"recipes study {'status' if code else 'diff'} {typed(study)}")
     return code
@@ -192,6 +194,8 @@ def _report(study: Study, args: argparse.Namespace) -> int:
         conclusion = conclude(study, build_graph(study))
     for sentence in conclusion.comparison.answer:
         say(sentence)
+    if own := conclusion.comparison.relabelling:
+        say(own.sentence)
     if not conclusion.complete:
         say("not everything is measured yet: the report holds what there is")
     say(f"\nreport: {shown_path(conclusion.folder / 'report.html')}")

@@ -83,7 +83,10 @@ class Relabelling:
     def sentence(self) -> str:
         """The line of the report."""
         planted = self.planted
-        found = "no difference that these answers allow would have been found"
+        found = (
+            "no difference of the size that would be found could be planted, because the arms'"
+            " scores differ too little"
+        )
         if planted:
             size = difference_text(planted.size, planted.unit).lstrip("+")
             found = (

@@ -115,12 +115,10 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     statistics, report = graph.steps["statistics"], graph.steps["report"]
     complete = all(known[name].fresh for name in statistics.upstream)
     measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
-    folder = graph.folder / "statistics"
-    relabel = partial(_relabelled_once, folder / "relabelling.json", statistics.version)
-    comparison = compare_arms(
-        measurements, check_validity(study, measurements), study, relabel=relabel
-    )
-    record = folder / "comparison.json"
+    findings = check_validity(study, measurements)
+    relabel = partial(relabelled_once, graph)
+    comparison = compare_arms(measurements, findings, study, relabel=relabel)
+    record = graph.folder / "statistics" / "comparison.json"
     if not known[statistics.name].fresh:
         write_json(record, comparison.to_dict())
         done(statistics, comparison.to_dict(), [record], started)
@@ -136,21 +134,27 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     return Conclusion(comparison, folder, complete)
 
 
-def _relabelled_once(
-    file: Path, version: int | str, rows: Sequence[TableRow], verdict_of: VerdictOf
+def relabelled_once(
+    graph: Graph, rows: Sequence[TableRow], verdict_of: VerdictOf, *, keep: bool = True
 ) -> Relabelling | None:
-    """Return what becomes of copies of a table: as the file has it where it is of this table and
-    this code, else anew, and into the file.
+    """Return what becomes of copies of a study's table: as it is kept beside its statistics where
+    that is of this table and this code, else anew.
+
+    Args:
+        keep: whether to say that this is measured, and to keep it.
     """
-    key = f"{version} {table_hash(rows)}"
+    file = graph.folder / "statistics" / "relabelling.json"
+    key = f"{graph.steps['statistics'].version} {table_hash(rows)}"
     with suppress(DataError):
         if file.is_file() and (known := read_object(file)).get("key") == key:
             value = known.get("relabelling")
             return Relabelling.from_dict(value) if value else None
-    tested = count(sum(row.p_holm is not None for row in rows), "comparison")
-    say(f"measuring how often this report would be wrong: copies of {tested}, relabelled ...")
+    if keep:
+        tested = count(sum(row.p_holm is not None for row in rows), "comparison")
+        say(f"measuring how often this report would be wrong: copies of {tested}, relabelled ...")
     own = relabelled(rows, verdict_of)
-    write_json(file, {"key": key, "relabelling": dataclasses.asdict(own) if own else None})
+    if keep:
+        write_json(file, {"key": key, "relabelling": dataclasses.asdict(own) if own else None})
     return own
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from recipes_lib.compare.aims import is_named
 from recipes_lib.compare.claims import compare_arms
@@ -16,7 +17,7 @@ from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.row import TableRow
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.study.conclusion import measured_runs, of_study
+from recipes_lib.study.conclusion import measured_runs, of_study, relabelled_once
 from recipes_lib.study.graph import Graph
 
 
@@ -66,7 +67,9 @@ def gate(study: Study, graph: Graph) -> Gate:
     upstream = graph.steps["statistics"].upstream
     missing = [f"{name} ({known[name].state})" for name in upstream if not known[name].fresh]
     measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
-    comparison = compare_arms(measurements, check_validity(study, measurements), study)
+    findings = check_validity(study, measurements)
+    relabel = partial(relabelled_once, graph, keep=False)
+    comparison = compare_arms(measurements, findings, study, relabel=relabel)
     baseline = study.baseline
     rows = [row for row in comparison.rows if baseline in row.arms and not row.aside]
     arms = [arm.name for arm in study.arms if arm.name != baseline]
