@@ -270,8 +270,32 @@ def test_one_training_of_each_arm_has_no_effect():
     assert row.verdict == "better" and "effect" not in row.sentence
     assert row.sentence.endswith(
         " These two trainings differ, one of each arm; which of lora.r (32 against 8) and chance is"
-        " the cause, two trainings cannot tell."
+        " the cause, two trainings cannot tell (where the seed moves a training by 1.0 points / 3.0"
+        " points / 6.0 points (SD), chance alone takes two of one recipe this far apart in under 1%"
+        " / under 1% / under 1% of the cases)."
     )
+
+
+@pytest.mark.parametrize(("place", "deviation"), [(0, 0.01), (1, 0.03), (2, 0.06)])
+def test_how_often_the_seed_alone_makes_such_a_difference_is_what_a_simulation_says(
+    place, deviation
+):
+    rng = np.random.default_rng(3)
+    known, unstable = (rng.random(805) < 0.6).astype(float), rng.random(805) < 0.3
+
+    def training():
+        chance = np.clip(0.5 + rng.normal(0, deviation) / 0.3, 0, 1)
+        return np.where(unstable, rng.random(805) < chance, known)
+
+    pairs = [(training(), training()) for _ in range(3000)]
+    effects = np.array([(one - other).mean() for one, other in pairs])
+    one, other = pairs[int(np.flatnonzero(abs(abs(effects) - 0.045) < 0.004)[0])]
+    (row,) = compare_arms(
+        of(arm("r8", [rates(one)]), arm("r32", [rates(other)])), (), study("r8", "r32")
+    ).rows
+    told = re.search(r"this far apart in ([^ ]+) / ([^ ]+) / ([^ ]+) of", row.sentence)
+    often = 100 * (abs(effects) >= abs(row.difference) - 1e-9).mean()
+    assert told and abs(float(told[place + 1].rstrip("%")) - often) <= 4
 
 
 def test_every_key_that_changed_is_named_whatever_the_factor_is_called():

@@ -40,7 +40,7 @@ from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
 from recipes_lib.compare.relabelling import Relabelling, VerdictOf
-from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_object
+from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_object, scale_of
 from recipes_lib.compare.table import (
     Score,
     build_rows,
@@ -108,6 +108,9 @@ SENTENCES = {
 }
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 Relabel = Callable[[Sequence[TableRow], VerdictOf], Relabelling | None]
+# of the scale: what trainings of one recipe differ by, as a standard deviation, where none was
+# measured
+SEED_DEVIATIONS = (0.01, 0.03, 0.06)
 MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 
 
@@ -387,7 +390,28 @@ class Causes:
             )
         return (
             f" These two trainings differ, one of each arm; which of"
-            f" {sentence_list([*named, 'chance'])} is the cause, two trainings cannot tell."
+            f" {sentence_list([*named, 'chance'])} is the cause, two trainings cannot"
+            f" tell{self._by_chance(row, floor)}."
+        )
+
+    def _by_chance(self, row: TableRow, floor: Floor | None) -> str:
+        """How often the seed alone makes two trainings differ as these do: for the deviation
+        between trainings that was measured, else for some that occur.
+        """
+        scale, spread = scale_of(row.metric, row.unit), row.tested.spread if row.tested else None
+        if spread is None or row.difference is None or (floor is None and scale is None):
+            return ""
+        if floor is not None:
+            deviations, source = [floor.deviation], f", estimated from {floor}"
+        else:
+            assert scale is not None
+            deviations, source = [(scale[1] - scale[0]) * part for part in SEED_DEVIATIONS], ""
+        sizes = [_size(one, row.unit) for one in deviations]
+        chances = [spread.by_chance(row.difference, one) for one in deviations]
+        shares = [f"{100 * one:.0f}%" if one >= 0.005 else "under 1%" for one in chances]
+        return (
+            f" (where the seed moves a training by {' / '.join(sizes)} (SD{source}), chance alone"
+            f" takes two of one recipe this far apart in {' / '.join(shares)} of the cases)"
         )
 
     def reach(self, row: TableRow, because: str) -> str:

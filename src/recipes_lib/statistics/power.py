@@ -78,6 +78,16 @@ class Spread:
             )
         return high
 
+    def by_chance(self, effect: float, deviation: float) -> float:
+        """Return how often two arms without a difference of their own come out `effect` apart, or
+        further, where each training moves its arm by chance.
+
+        Args:
+            deviation: standard deviation of that move.
+        """
+        error = math.sqrt(self.questions + self.seeds + 2 * deviation**2)
+        return float(2 * special.ndtr(-abs(effect) / error)) if error else 0.0
+
     def _at(self, factor: float, alpha: float, power: float) -> float | None:
         """The smallest difference that is found with `factor` times as many questions."""
         smallest = self._tested(factor, alpha, power)
