@@ -189,7 +189,9 @@ def write_mt_bench(
     """
     rng = random.Random(f"{folder.name}mt")
     questions = [
-        Question(str(80 + number), ("first?", "second?"), CATEGORIES[number % 4])
+        Question(
+            str(80 + number), (f"first {number}?", f"second {number}?"), CATEGORIES[number % 4]
+        )
         for number in range(n)
     ]
     rows, answers = [], []

@@ -5,17 +5,26 @@ says the truth or nothing.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from recipes_lib.compare.claims import Comparison, compare_arms
-from recipes_lib.compare.measurements import read_measurements
+from recipes_lib.compare.measurements import (
+    ArmMeasurements,
+    Measurements,
+    RunMeasurements,
+    read_measurements,
+)
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import DataError
+from recipes_lib.eval_files import alpaca_samples
+from recipes_lib.eval_log import EvalLog, Measure, Sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -243,3 +252,78 @@ def test_pairs_without_a_row_are_not_left_out_in_silence(two: list[Path]) -> Non
     )
     with pytest.raises(DataError, match="its counts differ from the stored judgments"):
         compared(one=[two[0]], two=[two[1]])
+
+
+@pytest.mark.parametrize(
+    ("file", "stem"),
+    [
+        ("alpaca_eval/samples/samples.jsonl", "alpaca_eval"),
+        ("mt_bench/judgments.jsonl", "mt_bench"),
+    ],
+)
+def test_a_copy_of_which_rows_were_dropped_is_still_a_copy(
+    file: str, stem: str, tmp_path: Path
+) -> None:
+    one, other = (synthetic_runs.write_run(tmp_path, name) for name in ("one", "two"))
+    write = {"alpaca_eval": synthetic_runs.write_alpaca_eval, "mt_bench": _write_mt_bench}[stem]
+    write(one, 40)
+    shutil.copytree(one / "evals", other / "evals")
+    dropped = other / "evals" / file
+    rows = [json.loads(line) for line in dropped.read_text().splitlines()]
+    synthetic_runs.write_lines(dropped, [row for row in rows if not _of(row, ("q00007", "87"))])
+    change(other / f"evals/{stem}/result.json", lambda told: _count_again(told, dropped))
+    comparison = compared(one=[one], two=[other])
+    assert {code for code in codes(comparison) if code.startswith("identical")}
+    assert {row.verdict for row in comparison.rows} == {"cannot be tested"}
+
+
+def _write_mt_bench(folder: Path, n: int) -> None:
+    synthetic_runs.write_mt_bench(folder, n)
+
+
+def _of(row: dict[str, Any], questions: tuple[str, ...]) -> bool:
+    return row["question_id"].partition(":")[0] in questions
+
+
+def _count_again(told: dict[str, Any], rows: Path) -> None:
+    """Make a result agree with the rows that are left."""
+    left = [json.loads(line) for line in rows.read_text().splitlines()]
+    if told["suite"] == "mt_bench":
+        told["judgment_keys"] = [row["key"] for row in left]
+        values = [row["value"] for row in left if row["value"] is not None]
+        told["score"] |= {"n": len(values), "estimate": sum(values) / len(values)}
+    else:
+        pairs = [alpaca_samples([row])[0][0] for row in left]
+        for outcome in ("win", "loss", "tie", "unresolved"):
+            told["pairs"][outcome] = sum(one.outcome == outcome for one in pairs)
+
+
+def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence() -> None:
+    rng, claims = np.random.default_rng(5), {True: 0, False: 0}
+    for _ in range(150):
+        first, second = (np.repeat((rng.random(40) < 0.5).astype(float), 3) for _ in range(2))
+        for known in claims:
+            measurements = _answered(first, second, known)
+            (row,) = compare_arms(measurements, check_validity(None, measurements)).rows
+            claims[known] += row.verdict in ("better", "worse")
+            assert row.tested and row.tested.questions == (40 if known else 120)
+    assert claims[True] <= 12 < claims[False]  # 5% with two standard errors; without, 22% are false
+    findings = check_validity(None, _answered(first, second, known=True))
+    (finding,) = (one for one in findings if one.code == "repeated-questions")
+    assert "40 of 120 are different" in finding.title
+
+
+def _answered(first: Any, second: Any, known: bool) -> Measurements:
+    """Two arms that answered 40 questions three times each, under ids of their own."""
+    arms = {}
+    for name, values in (("a", first), ("b", second)):
+        file = Path("runs") / name / "evals" / "ev" / "result.json"
+        samples = tuple(
+            Sample(f"q{n}", value=float(value), input=f"What is  {n // 3}?" if known else None)
+            for n, value in enumerate(values)
+        )
+        measure = Measure("ev", "checks", "passes", "checks passed", samples, file)
+        log = EvalLog(eval="ev", suite="checks", file=file, measures=(measure,))
+        run = RunMeasurements(name, file.parents[2], {}, {}, {}, {}, (), (log,))
+        arms[name] = ArmMeasurements(name, (run,))
+    return Measurements(arms)

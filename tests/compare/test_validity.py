@@ -248,7 +248,7 @@ def test_a_value_that_is_the_default_is_no_difference(root, rank_study):
     findings = check_validity(
         changing(rank_study, "r32", "train.fp16=false", "train.weight_decay=0.0"), arms()
     )
-    assert codes(findings) == {"missing-runs"}
+    assert codes(findings) == {"confound-missing-runs"}
 
 
 def test_the_batch_cut_otherwise_is_a_note(root, rank_study):
@@ -592,12 +592,66 @@ def test_seeds_that_ended_with_the_same_weights_are_one_training(root):
 def test_a_training_that_is_not_there_is_missed(root, rank_study):
     runs = tuple(run(root, f"r{seed}") for seed in (42, 43))
     findings = [
-        one for one in check_validity(rank_study, arms(r8=runs)) if one.code == "missing-runs"
+        one
+        for one in check_validity(rank_study, arms(r8=runs))
+        if one.code == "confound-missing-runs"
     ]
     assert [one.title for one in findings] == [
         "r32 has 0 of 3 trainings",
         "r8 has 2 of 3 trainings",
     ]
+    assert {one.severity for one in findings} == {"error"}
+
+
+def test_a_training_whose_results_are_gone_is_missed_as_the_training_is(root, rank_study):
+    def seeds(name, evaluated_ones):
+        return tuple(
+            run(
+                root,
+                f"{name}-{seed}",
+                *([evaluated(root / f"{name}-{seed}")] if seed in evaluated_ones else []),
+                resolved=changed(train={"seed": seed}),
+            )
+            for seed in (42, 43, 44)
+        )
+
+    whole, chosen = seeds("r8", (42, 43, 44)), seeds("r32", (42, 44))
+    findings = check_validity(rank_study, arms(r8=whole, r32=chosen))
+    finding = found(findings, "confound-missing-runs")
+    assert finding.title == "r32 has results of 2 of 3 trainings in alpaca_eval"
+    assert finding.severity == "error" and finding.metrics == ("alpaca_eval/win_rate",)
+
+
+@pytest.mark.parametrize("state", ["finished", "failed", "imported"])
+def test_a_recorded_training_without_weights_is_named_unless_its_answers_are_there(root, state):
+    curves = ({"step": 10, "loss": 2.0}, {"step": 450, "loss": 1.0})
+    parts = {"curves": curves, "state": {"state": state}}
+    lost = arms(a=run(root, "a", **parts), b=run(root, "b", evaluated(root / "b"), **parts))
+    finding = found(check_validity(None, lost), "lost-weights")
+    assert finding.arms == ("a",) and "450 steps" in finding.evidence[1]
+    (root / "a" / "adapter").mkdir()
+    assert "lost-weights" not in codes(check_validity(None, lost))
+
+
+def test_what_evaluations_ran_with_is_compared_between_the_arms(root, rank_study):
+    new = {"libraries": {"torch": "2.13.0", "trl": None}, "git": {"commit": "a" * 40}}
+    old = {"libraries": {"torch": "2.12.0", "trl": None}, "git": {"commit": "b" * 40}}
+    for mine, theirs, seen in (
+        (new, new, set()),
+        (new, old, {"confound-versions", "code-differs"}),
+    ):
+        findings = check_validity(
+            rank_study,
+            arms(
+                r8=run(root, "r8", evaluated(root / "r8", **mine)),
+                r32=run(root, "r32", evaluated(root / "r32", **theirs)),
+            ),
+        )
+        assert codes(findings) & {"confound-versions", "code-differs"} == seen
+    finding = found(findings, "confound-versions")
+    assert finding.severity == "warning" and finding.metrics == ("alpaca_eval/win_rate",)
+    assert finding.evidence == ("torch: r8 2.13.0, r32 2.12.0",)
+    assert "between the evaluations of r8 and r32" in finding.title
 
 
 def test_one_run_for_two_arms_is_an_error(root):

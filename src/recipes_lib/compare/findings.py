@@ -105,10 +105,20 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "Library versions differ between {first} and {second}",
         "train both arms in one environment",
     ),
+    "confound-versions/evaluations": (
+        "warning",
+        "Library versions differ between the evaluations of {first} and {second}",
+        "evaluate both arms in one environment",
+    ),
     "code-differs": (
         "note",
         "Version of this code differs between {first} and {second}",
         "train both arms from one commit",
+    ),
+    "code-differs/evaluations": (
+        "note",
+        "Version of this code differs between the evaluations of {first} and {second}",
+        "evaluate both arms from one commit",
     ),
     "confound-published": (
         "warning",
@@ -315,6 +325,11 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "recipes data RECIPE --against EVAL where the data is, or recipes eval EVAL RUN again: it"
         " asks nothing twice",
     ),
+    "repeated-questions": (
+        "warning",
+        "{eval} asks questions again under other ids: {n} of {total} are different",
+        "ask each once; what stands here counts questions of one text as one",
+    ),
     "subset": (
         "warning",
         "{eval} is a subset of its questions",
@@ -376,10 +391,20 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "{first} has no files: run '{run}' was not imported",
         "recipes import FILE... --as {run}",
     ),
-    "missing-runs": (
-        "warning",
+    "confound-missing-runs": (
+        "error",
         "{first} has {there} of {wanted} trainings",
-        "recipes study run {study}",
+        "recipes study run {study}: which of its seeds are left may have been a choice",
+    ),
+    "confound-missing-runs/evaluations": (
+        "error",
+        "{first} has results of {there} of {wanted} trainings in {eval}",
+        "recipes study run {study}: which of its seeds are left may have been a choice",
+    ),
+    "lost-weights": (
+        "warning",
+        "{first} recorded a training and has no weights",
+        "find its weights, or train it again: what it would have answered is not known",
     ),
 }
 

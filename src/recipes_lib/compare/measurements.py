@@ -99,6 +99,23 @@ class Measurements:
         return "the reference answers" if opponent == REFERENCE else f"another run, {opponent}"
 
 
+def same_questions(measures: Sequence[Measure]) -> dict[str, str]:
+    """Return the questions whose texts are known, each with the first id of its text: asked again
+    under another id, a question is no new evidence.
+    """
+    texts: dict[str, dict[int, str]] = {}
+    for measure in measures:
+        for item in measure.samples:
+            # lm-eval's items have a hash of their document behind the number.
+            known = item.id.rpartition(":")[2] if measure.suite == "lm_eval" else item.input
+            if known and known.strip():
+                texts.setdefault(item.id, {})[item.turn] = " ".join(known.split()).casefold()
+    first: dict[tuple[tuple[int, str], ...], str] = {}
+    return {
+        name: first.setdefault(tuple(sorted(mine.items())), name) for name, mine in texts.items()
+    }
+
+
 def read_measurements(
     runs: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None
 ) -> Measurements:

@@ -16,7 +16,7 @@ from typing import ClassVar, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes_lib.compare.measurements import Measurements
+from recipes_lib.compare.measurements import Measurements, same_questions
 from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text
 from recipes_lib.eval_log import Measure
 from recipes_lib.statistics.unresolved import Tested, compare
@@ -252,7 +252,7 @@ def values_of(
     items_of: Sequence[Measure],
     questions: Container[str] | None = None,
 ) -> tuple[ItemValues, Items]:
-    """Return the values of measures, and the keys of the items.
+    """Return the values of measures, and the keys of the items: questions of one text have one id.
 
     Args:
         items_of: the measures whose items are asked for.
@@ -267,7 +267,8 @@ def values_of(
         for item in measure.samples:
             if item.value is not None and item.key in place:
                 values[row, place[item.key]] = item.value
-    return values, list(place)
+    group = same_questions(items_of)
+    return values, [(group.get(key[0], key[0]), key[1]) for key in place]
 
 
 def too_few(tested: Tested) -> str:

@@ -7,9 +7,9 @@ all items.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
@@ -113,26 +113,34 @@ def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         if twin is None or log.suite == "lm_eval" or not _alike(log, twin):
             continue
         for code, texts in (("identical-answers", _answers), ("identical-judgments", _judgments)):
-            if (mine := texts(log)) and mine == texts(twin):
+            if _same_where_both_are(texts(log), texts(twin)):
                 places = [run_place(log.file.parent), run_place(twin.file.parent)]
                 arms = (one.name, other.name)
                 yield found(code, places, arms, metrics_of((log, twin)), eval=log.eval)
                 break
 
 
+def _same_where_both_are(one: Mapping[Any, object], other: Mapping[Any, object]) -> bool:
+    """Whether two files agree in every row that both have: a copy of which rows were dropped is a
+    copy still, and what is compared are the rows that are left.
+    """
+    both = one.keys() & other.keys()
+    return bool(both) and all(one[key] == other[key] for key in both)
+
+
 def _alike(one: EvalLog, other: EvalLog) -> bool:
-    """Whether two results could rest on the same answers or judgments: all lengths are equal, or
-    all verdicts where no length is known.
+    """Whether two results could rest on the same answers or judgments: where both have an item all
+    lengths are equal, or all verdicts where no length is known.
     """
     for measure in one.measures:
         twin = next((twin for twin in other.measures if twin.metric == measure.metric), None)
-        if twin is not None and len(twin.samples) == len(measure.samples) > 0:
-            theirs = {item.key: item for item in twin.samples}
-            both = [(item, theirs.get(item.key)) for item in measure.samples]
-            if any(item.lengths[:1] != (it.lengths[:1] if it else None) for item, it in both):
+        theirs = {item.key: item for item in twin.samples} if twin else {}
+        both = [(item, theirs[item.key]) for item in measure.samples if item.key in theirs]
+        if both:
+            if any(item.lengths[:1] != its.lengths[:1] for item, its in both):
                 return False
             return any(item.lengths for item, _ in both) or all(
-                it is not None and item.verdicts == it.verdicts for item, it in both
+                item.verdicts == its.verdicts for item, its in both
             )
     return False
 
@@ -143,16 +151,18 @@ def _answers(log: EvalLog) -> dict[tuple[str, int], str]:
     return {one.key: one.answer for one in samples if one.answer is not None and not one.shortened}
 
 
-def _judgments(log: EvalLog) -> list[tuple[str, str, int, tuple[str | None, ...]]]:
-    """What the judge wrote; nothing of a judge that gives probabilities, and of rules."""
+def _judgments(log: EvalLog) -> dict[tuple[str, str, int], tuple[str | None, ...]]:
+    """What the judge wrote, by metric, question and turn; nothing of a judge that gives
+    probabilities, and of rules.
+    """
     if log.judge is not None and log.judge.mode == "logits":
-        return []
-    return sorted(
-        (measure.metric, one.id, one.turn, one.raws)
+        return {}
+    return {
+        (measure.metric, *one.key): one.raws
         for measure in log.measures
         for one in measure.samples
         if any(one.raws) and not one.by_rule
-    )
+    }
 
 
 def _fingerprints(arm: ArmMeasurements) -> set[str]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding, found
+from recipes_lib.compare.measurements import same_questions
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.validity.case import (
     Case,
@@ -26,7 +27,7 @@ from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Arm, Study
-    from recipes_lib.eval_log import EvalLog
+    from recipes_lib.eval_log import EvalLog, Measure
 
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
@@ -59,7 +60,13 @@ def check_protocol(case: Case) -> Iterator[Finding]:
         evals[log.eval, "another arm" if arm else log.against][name].append(log)
     # What two arms differ in by the same evidence in several evaluations is one finding.
     alike: dict[Finding, list[tuple[str, Finding]]] = defaultdict(list)
-    checks: tuple[_PairCheck, ...] = (_settings_differ, _texts_differ, _precision_differs)
+    checks: tuple[_PairCheck, ...] = (
+        _settings_differ,
+        _texts_differ,
+        _precision_differs,
+        _versions_differ,
+        _code_differs,
+    )
     for by_arm in evals.values():
         for arms in pairs(by_arm):
             # Each seed of one arm with each of the other.
@@ -70,6 +77,7 @@ def check_protocol(case: Case) -> Iterator[Finding]:
                     alike[replace(finding, metrics=())].append((every[0][0].eval, finding))
             yield from _questions_differ(arms, *every[0])
         yield from _subsets({name: logs[0] for name, logs in by_arm.items()})
+        yield from _repeated([log for logs in by_arm.values() for log in logs])
     for finding, members in alike.items():
         metrics = dict.fromkeys(metric for _, member in members for metric in member.metrics)
         title = f"{finding.title} ({' and '.join(dict.fromkeys(name for name, _ in members))})"
@@ -167,6 +175,29 @@ def _precision_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> 
     return found("precision-of-answers", evidence, arms, metrics) if keys else None
 
 
+def _versions_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
+    """Libraries that both results recorded, in other versions."""
+    del case
+    keys = [
+        name
+        for name, version in one.libraries.items()
+        if name in other.libraries and version != other.libraries[name]
+    ]
+    evidence = settings_differ(keys, arms, one.libraries, other.libraries)
+    metrics = metrics_of((one, other))
+    return found("confound-versions/evaluations", evidence, arms, metrics) if keys else None
+
+
+def _code_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
+    """Commits that both results recorded."""
+    del case
+    commits = [str(log.git.get("commit") or "")[:12] for log in (one, other)]
+    evidence = [f"{arm}: commit {commit}" for arm, commit in zip(arms, commits, strict=True)]
+    differ = all(commits) and commits[0] != commits[1]
+    metrics = metrics_of((one, other))
+    return found("code-differs/evaluations", evidence, arms, metrics) if differ else None
+
+
 def _questions_differ(arms: Arms, one: EvalLog, other: EvalLog) -> Iterator[Finding]:
     """Questions that only one of the two was asked."""
     theirs = {measure.key: measure for measure in other.measures}
@@ -185,6 +216,23 @@ def _questions_differ(arms: Arms, one: EvalLog, other: EvalLog) -> Iterator[Find
             yield found("questions-differ", evidence, arms, (measure.name,), **words)
 
 
+def _repeated(logs: Sequence[EvalLog]) -> Iterator[Finding]:
+    """Questions that one evaluation asks more than once; by metric, because tasks share ids."""
+    measures: dict[str, list[Measure]] = defaultdict(list)
+    for measure in (one for log in logs for one in log.measures):
+        measures[measure.name].append(measure)
+    again: dict[tuple[str, ...], tuple[int, list[str]]] = {}
+    for name, mine in measures.items():
+        first = same_questions(mine)
+        lines = tuple(f"{one} is {other} again" for one, other in first.items() if one != other)
+        if lines:
+            again.setdefault(lines, (len(first), []))[1].append(name)
+    for lines, (total, metrics) in again.items():
+        more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+        words = {"eval": logs[0].eval, "n": total - len(lines), "total": total}
+        yield found("repeated-questions", [*lines[:5], *more], (), metrics, **words)
+
+
 def _subsets(logs: Mapping[str, EvalLog]) -> Iterator[Finding]:
     """Results on some of the questions."""
     stamps: dict[str, list[str]] = defaultdict(list)
@@ -198,8 +246,9 @@ def _subsets(logs: Mapping[str, EvalLog]) -> Iterator[Finding]:
 
 
 def check_presence(case: Case) -> Iterator[Finding]:
-    """Yield evaluations that other arms have, or that were begun and not finished; imported arms
-    with what their files do not hold; arms of published numbers alone, and arms without anything.
+    """Yield evaluations that other arms have, or that were begun and not finished; trainings whose
+    weights are lost; imported arms with what their files do not hold; arms of published numbers
+    alone, and arms without anything.
     """
     every = {log.eval for _, log in case.logs}
     opposing = {(log.eval, log.against) for _, log in case.logs}
@@ -218,6 +267,13 @@ def check_presence(case: Case) -> Iterator[Finding]:
             missing = sorted(every - {log.eval for log in run.evals} - set(run.unfinished))
             if missing and run.evals:
                 yield found("missing-evaluation", place, (name,), evals=", ".join(missing))
+            steps = [line["step"] for line in run.curves if isinstance(line.get("step"), int)]
+            weights = any((run.folder / name).is_dir() for name in ("adapter", "model"))
+            # Weights that were evaluated may be gone: their answers are there.
+            answered = run.evals or run.unfinished or run.state.get("state") == "running"
+            if steps and not weights and not answered:
+                told = f"{max(steps)} steps in metrics.jsonl; no adapter/, model/ or evaluation"
+                yield found("lost-weights", [*place, told], (name,))
             if run.imported:
                 files = [str(source["file"]) for source in imported_files(run.state)]
                 lacks = [f"not carried over: {lack}" for lack in run.state.get("lacks") or ()]
@@ -235,11 +291,22 @@ def _absent(case: Case, study: Study, arm: Arm) -> Iterator[Finding]:
     elif arm.imported and not runs:
         evidence = f"{place}: arms.{arm.name}.imported: {arm.imported}"
         yield found("not-imported", [evidence], (arm.name,), run=arm.imported)
-    elif arm.trained and len(runs) < len(arm.seeds):
-        there = ", ".join(run.name for run in runs) or "none"
-        seeds = f"seeds {', '.join(map(str, arm.seeds))}; there: {there}"
-        n, wanted = len(runs), len(arm.seeds)
-        yield found("missing-runs", [seeds], (arm.name,), there=n, wanted=wanted, study=place)
+    if not arm.trained:
+        return
+    seeds, wanted = f"seeds {', '.join(map(str, arm.seeds))}", len(arm.seeds)
+    if (n := len(runs)) < wanted:
+        evidence = f"{seeds}; there: {', '.join(run.name for run in runs) or 'none'}"
+        words = {"there": n, "wanted": wanted, "study": place}
+        yield found("confound-missing-runs", [evidence], (arm.name,), (), **words)
+    for name in dict.fromkeys(log.eval for run in runs for log in run.evals):
+        logs = {run.name: [log for log in run.evals if log.eval == name] for run in runs}
+        have = [run for run, mine in logs.items() if mine]
+        if len(have) < n:
+            metrics = metrics_of(log for mine in logs.values() for log in mine)
+            evidence = f"{seeds}; evaluated: {', '.join(have)}"
+            words = {"eval": name, "there": len(have), "wanted": wanted, "study": place}
+            kind = "confound-missing-runs/evaluations"
+            yield found(kind, [evidence], (arm.name,), metrics, **words)
 
 
 def _published(study: Study, arm: str) -> list[str]:
