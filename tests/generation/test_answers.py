@@ -42,7 +42,8 @@ def test_a_second_run_asks_only_what_is_missing(tmp_path):
     rows = Writer(path, second, Decoding(), FakeFormat(), "m").answer(prompts("c", "a", "b"))
     rows = list(rows.values())
     assert [request.messages[-1]["content"] for request in second.asked] == ["c"]
-    assert [row["answer"] for row in rows] == ["answer to c", "answer to a", "answer to b"]
+    assert [row.text for row in rows] == ["answer to c", "answer to a", "answer to b"]
+    assert {(row.finish_reason, row.num_tokens) for row in rows} == {("stop", 3)}
     assert len(path.read_text().splitlines()) == 3
 
 
@@ -106,9 +107,9 @@ def test_a_server_that_is_down_is_given_up_after_a_bounded_number_of_failures(tm
 
 
 def test_empty_cut_and_identical_answers_are_counted():
-    rows = [{"answer": "same", "finish_reason": "stop"}] * 3 + [
-        {"answer": "", "finish_reason": "stop"},
-        {"answer": "x", "finish_reason": "length"},
+    rows = [Completion(key="k", text="same")] * 3 + [
+        Completion(key="k", text=""),
+        Completion(key="k", text="x", finish_reason="length"),
     ]
     faults = answer_faults(rows, 0.5)
     assert (faults.n, faults.empty, faults.cut) == (5, 1, 1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import pytest
 
+from recipes_lib.engine import Completion
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.mt_bench import (
     _pairs,
@@ -26,7 +27,7 @@ def answers(name, **texts):
     rows = {}
     for key, text in texts.items():
         question, turn = key.lstrip("q").split("_")
-        rows[question, int(turn)] = {"answer": text}
+        rows[question, int(turn)] = Completion(key=key, text=text)
     return AnswerSet(name, None, rows)
 
 

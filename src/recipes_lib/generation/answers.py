@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.data.conversations import Message
-from recipes_lib.engine import Decoding, Engine, Request
+from recipes_lib.engine import Completion, Decoding, Engine, Request
 from recipes_lib.eval_log import AnswerFaults, Identical
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Format
@@ -39,6 +38,7 @@ class AnswerStore(JudgmentStore):
 
 # what is asked, by question and turn: a conversation that ends with the user's turn
 Conversations = Mapping[tuple[str, int], tuple[Message, ...]]
+Completions = dict[tuple[str, int], Completion]  # by question and turn
 
 
 class Writer:
@@ -70,8 +70,8 @@ class Writer:
                     "move the file away, or restore the prompt format",
                 )
 
-    def answer(self, asked: Conversations) -> dict[tuple[str, int], dict[str, Any]]:
-        """Return the stored row of each conversation; those that are missing are asked and
+    def answer(self, asked: Conversations) -> Completions:
+        """Return the stored answer to each conversation; those that are missing are asked and
         appended.
 
         Raises:
@@ -85,7 +85,17 @@ class Writer:
         }
         if missing:
             self._ask(missing)
-        return {turn: self.store.get(request.key) or {} for turn, request in requests.items()}
+        rows = {turn: self.store.get(request.key) for turn, request in requests.items()}
+        return {
+            turn: Completion(
+                key=row["key"],
+                text=row["answer"],
+                finish_reason=row["finish_reason"],
+                num_tokens=row["tokens"],
+            )
+            for turn, row in rows.items()
+            if row
+        }
 
     def _request(self, question: str, turn: int, messages: tuple[Message, ...]) -> Request:
         text, ids = self.prompts.render(messages)
@@ -139,22 +149,22 @@ class Writer:
 
 
 def answer_faults(
-    rows: Iterable[dict[str, Any]], max_identical_fraction: float = 0.1
+    answers: Iterable[Completion], max_identical_fraction: float = 0.1
 ) -> AnswerFaults:
     """Return what is wrong with answers taken together: empty, cut, identical ones; two alike are
     not flagged, however few the questions are.
     """
-    rows = list(rows)
-    texts = Counter(row["answer"].strip() for row in rows)
+    answers = list(answers)
+    texts = Counter(one.text.strip() for one in answers)
     text, most = texts.most_common(1)[0] if texts else ("", 0)
     identical = Identical()
     if most > 1:
-        share = most / len(rows)
+        share = most / len(answers)
         flagged = share > max_identical_fraction and most > 2
         identical = Identical(count=most, share=share, text=text[:200], flagged=flagged)
     return AnswerFaults(
-        n=len(rows),
+        n=len(answers),
         empty=texts[""],
-        cut=sum(row["finish_reason"] != "stop" for row in rows),
+        cut=sum(one.finish_reason != "stop" for one in answers),
         identical=identical,
     )

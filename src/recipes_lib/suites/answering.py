@@ -17,10 +17,10 @@ from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
-from recipes_lib.engine import Decoding, Engine
+from recipes_lib.engine import Completion, Decoding, Engine
 from recipes_lib.eval_log import REFERENCE, AnswerFacts, Speed
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.generation.answers import Writer, answer_faults
+from recipes_lib.generation.answers import Completions, Writer, answer_faults
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, record_base
@@ -30,7 +30,7 @@ from recipes_lib.suites.questions import Question, read_answer_file
 
 @dataclass
 class AnswerSet:
-    """One target's answers: {(question id, turn): row of generations.jsonl}.
+    """One target's answers, by question and turn.
 
     `run` is None for the outputs that come with the questions. `models` are the names of the
     weights behind the answers.
@@ -38,7 +38,7 @@ class AnswerSet:
 
     name: str
     run: RunDirectory | None
-    rows: dict[tuple[str, int], dict[str, Any]]
+    rows: Completions
     fingerprint: str = ""
     prompt_format: str = ""
     prompt_format_hash: str = ""
@@ -49,12 +49,12 @@ class AnswerSet:
 
     def text(self, question_id: str, turn: int = 1) -> str:
         """Return one answer."""
-        return str(self.rows[question_id, turn]["answer"])
+        return self.rows[question_id, turn].text
 
     @property
     def digest(self) -> str:
         """Hash of all answers: equal for the same answers under two names."""
-        return hash_of(sorted((key[0], key[1], row["answer"]) for key, row in self.rows.items()))
+        return hash_of(sorted((*key, one.text) for key, one in self.rows.items()))
 
     def folder(self, eval_name: str) -> Path:
         """Return runs/<run>/evals/<eval>."""
@@ -72,7 +72,7 @@ class AnswerSet:
             prompt_format_hash=self.prompt_format_hash,
             answers=answer_faults(self.rows.values(), max_identical_fraction),
             generated_now=speed if self.tokens else None,
-            tokens=sum(row["tokens"] for row in self.rows.values()),
+            tokens=sum(one.num_tokens for one in self.rows.values()),
             **self.details,
         )
 
@@ -115,7 +115,7 @@ def answer_questions(
     if subject.target.is_base:
         record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
     folder = subject.run.path / "evals" / recipe.name
-    rows: dict[tuple[str, int], dict[str, Any]] = {}
+    rows: Completions = {}
     with waiting_lock(folder):
         writer = Writer(
             folder / "generations.jsonl",
@@ -170,15 +170,13 @@ def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
     )
 
 
-def _conversation(
-    question: Question, turn: int, rows: dict[tuple[str, int], dict[str, Any]]
-) -> tuple[Message, ...]:
+def _conversation(question: Question, turn: int, rows: Completions) -> tuple[Message, ...]:
     """The turns so far with the model's own answers, ending with the user's turn."""
     messages: list[Message] = []
     for number in range(1, turn):
         messages += [
             {"role": "user", "content": question.turns[number - 1]},
-            {"role": "assistant", "content": rows[question.id, number]["answer"]},
+            {"role": "assistant", "content": rows[question.id, number].text},
         ]
     return (*messages, {"role": "user", "content": question.turns[turn - 1]})
 
@@ -196,7 +194,7 @@ def reference_answers(questions: Sequence[Question]) -> AnswerSet:
             "set data.references, or name an opponent: --against RUN",
         )
     rows = {
-        (question.id, 1): _row(question.reference[0])
+        (question.id, 1): Completion(key="", text=question.reference[0])
         for question in questions
         if question.reference
     }
@@ -218,7 +216,7 @@ def answers_in_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
             source={"file": path.name, "sha256": digest, "generator": found.generator},
         )
     asked = {question.id for question in questions}
-    rows = {key: _row(text) for key, text in found.items() if key[0] in asked}
+    rows = {key: Completion(key="", text=text) for key, text in found.items() if key[0] in asked}
     return AnswerSet(
         run.name,
         run,
@@ -227,7 +225,3 @@ def answers_in_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
         models=(found.generator,),
         details={"imported_from": path.name},
     )
-
-
-def _row(text: str) -> dict[str, Any]:
-    return {"answer": text, "finish_reason": "stop", "tokens": 0}

@@ -93,8 +93,8 @@ class Checks(Asker):
         """Return one answer's sample: 0 if a check fails for certain, unresolved if the answer was
         cut where more text could decide, else 1.
         """
-        row = answers.rows[question.id, 1]
-        text, cut = str(row["answer"]), row["finish_reason"] != "stop"
+        answer = answers.rows[question.id, 1]
+        text, cut = answer.text, answer.finish_reason != "stop"
         results = [(check.name, check.passes(text, cut)) for check in question.checks]
         failed = [name for name, passed in results if passed is False]
         is_open = not failed and any(passed is None for _, passed in results)
