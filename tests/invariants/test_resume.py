@@ -26,7 +26,15 @@ EPOCHS = [
     "train.max_steps=-1",
     "train.num_train_epochs=2",
 ]
-MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine, not of the training
+# of the machine, not of the training
+MEASURED = (
+    "tokens_per_second",
+    "peak_memory_gib",
+    "step_seconds",
+    "step_tokens",
+    "others_cpu",
+    "other_gpu_processes",
+)
 
 WAYS = {
     "float32": [],

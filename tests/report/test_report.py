@@ -481,6 +481,33 @@ def test_what_a_resumed_run_cost_is_not_told_as_the_whole(make_content, tmp_path
     assert told["r32", "training"].tokens == 400_000 and ("r32", "answers, alpaca_eval") in told
 
 
+def test_each_arm_has_its_device_hours_and_its_peak_memory_beside_the_plan(make_content, tmp_path):
+    make_content()
+    for name, changes in (
+        ("r8", {"resumed": [{"from": "checkpoint-20"}]}),
+        ("r32", {"summary": {"seconds": 3600.0, "world_size": 2, "planned_peak_memory_gib": 12.5}}),
+    ):
+        path = tmp_path / "runs" / name / "run.json"
+        state = json.loads(path.read_text())
+        summary = state["summary"] | changes.pop("summary", {})
+        path.write_text(json.dumps(state | changes | {"summary": summary}))
+    measurements = read_measurements({name: [tmp_path / "runs" / name] for name in ("r8", "r32")})
+    content = gather("study", measurements, compare_arms(measurements))
+    one, other = content.arm_costs
+    assert (one.arm, one.partial, other.arm, other.partial) == ("r8", True, "r32", False)
+    assert (other.runs, other.training) == (1, 2.0) and other.device_hours >= 2.0
+    hours = [
+        number for number in number_rows(content) if (number.group or "").startswith("all runs")
+    ]
+    assert [(number.arm, number.group) for number in hours] == [
+        ("r8", "all runs, at least"),
+        ("r32", "all runs"),
+    ]
+    for form in (report_html, report_markdown, report_latex):
+        text = form(content, ())
+        assert "(planned 12.50)" in text and "at least " in text
+
+
 def test_a_long_text_that_stands_in_many_samples_is_one_cut_text() -> None:
     """The same question is asked of every arm."""
     found = SampleSet()

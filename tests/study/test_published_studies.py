@@ -201,7 +201,15 @@ def test_hardware_and_checkpointing_that_no_recipe_can_say_are_confounds(runs):
     )
     _, findings, comparison = examined("published-ddp-vs-fsdp", runs)
     assert "activation checkpointing" in of_code(findings, "confound-published").title
-    assert "strategy is confounded with precision" in comparison.answer[1]
+    assert "strategy is confounded with precision" in comparison.answer[-1]
+
+
+def test_one_total_time_of_each_strategy_is_no_test_of_their_speed(runs):
+    _, _, comparison = examined("published-ddp-vs-fsdp", runs)
+    (row,) = comparison.rows
+    assert row.metric == "training_speed" and row.verdict == "cannot be tested"
+    assert "(8,777 s) and original-ddp-qlora-r32 (2,877 s) is known" in row.sentence
+    assert row.sentence in comparison.answer
 
 
 def test_what_was_published_of_an_arm_that_is_trained_here_is_no_confound(runs):

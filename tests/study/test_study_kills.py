@@ -32,7 +32,16 @@ SEED = 20
 LIMIT_S = 600
 # What a report shows of when and how fast: an attempt's own times, and the answers that it gave
 # itself.
-TIMES = {"seconds", "tokens_per_second", "peak_memory_gib", "generated_now"}
+TIMES = {
+    "seconds",
+    "tokens_per_second",
+    "peak_memory_gib",
+    "generated_now",
+    "step_seconds",
+    "step_tokens",
+    "others_cpu",
+    "other_gpu_processes",
+}
 
 
 def start(study: Path, root: Path) -> subprocess.Popen[str]:

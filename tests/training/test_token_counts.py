@@ -12,5 +12,6 @@ def test_counts_start_again_after_they_were_taken() -> None:
     assert counts.take_accuracy() is None
     counts.add(10, torch.tensor(4), torch.tensor(1))
     counts.add(torch.tensor(6), torch.tensor(4), torch.tensor(3))
-    assert (counts.take_tokens(), counts.take_tokens()) == (16, 0)
+    counts.add(5, 0, 0, step=1)
+    assert (counts.take_tokens(), counts.take_tokens()) == ([16, 5], [])
     assert (counts.take_accuracy(), counts.take_accuracy()) == (0.5, None)

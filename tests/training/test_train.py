@@ -76,6 +76,11 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
         "peak_memory_gib",
     } <= lines[0].keys()
     assert lines[-2]["loss"] < lines[0]["loss"]
+    logged = [line for line in lines if "loss" in line]
+    timed = [line["step_seconds"][0] is not None for line in logged]
+    # not the first, and none after a save (every second step)
+    assert timed == [False, True, False, True, False, True, False, True]
+    assert sum(line["step_tokens"][0] for line in logged) == logged[-1]["tokens"]
     figures = {path.name for path in (run / "figures").iterdir()}
     assert figures == {
         f"{stem}.{kind}"

@@ -51,7 +51,11 @@ def run(args: argparse.Namespace) -> int:
     )
     for error in damaged:
         warn(f"an evaluation is damaged and left out: {error}")
-    if not any(log.measures for arm in measurements.arms.values() for log in arm.logs):
+    aims = Aims(margins=dict(map(_margin, args.margin)))
+    comparison = compare_arms(
+        measurements, check_validity(None, measurements), aims=aims, relabel=relabelled
+    )
+    if not comparison.scores and (damaged or not comparison.rows):
         if damaged:
             raise damaged[0]
         raise RecipeError(
@@ -59,10 +63,6 @@ def run(args: argparse.Namespace) -> int:
             " with a result",
             f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
         )
-    aims = Aims(margins=dict(map(_margin, args.margin)))
-    comparison = compare_arms(
-        measurements, check_validity(None, measurements), aims=aims, relabel=relabelled
-    )
     for word in aims.margins:
         if not any(is_named(word, row.metric) for row in comparison.rows):
             known = ", ".join(dict.fromkeys(row.metric for row in comparison.rows))

@@ -66,10 +66,10 @@ def _row(one: RunDirectory) -> dict[str, Any]:
 
 
 def _last_values(one: RunDirectory) -> dict[str, Any]:
-    """The newest value of each metric."""
+    """The newest value of each metric; times of single steps are none."""
     newest: dict[str, Any] = {}
     for _, row in islice(rows_from_the_end(one.metrics), NEWEST):
-        newest = row | newest
+        newest = {key: value for key, value in row.items() if not isinstance(value, list)} | newest
     return newest
 
 

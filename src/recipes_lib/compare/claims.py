@@ -62,7 +62,6 @@ from recipes_lib.compare.validity.noise import noise_floors
 from recipes_lib.compare.wording import (
     NONE,
     count,
-    difference_text,
     p_text,
     question_text,
     sentence_list,
@@ -192,7 +191,9 @@ def compare_arms(
         if study
         else f"How do {sentence_list(list(measurements.arms))} compare?"
     )
-    answer = answer_paragraph(judged, base) if judged else nothing_compared(measurements, known)
+    answer = answer_paragraph(judged, base)
+    if not any(row.of_results for row in judged):
+        answer += nothing_compared(measurements, known, judged)
     return Comparison(question, answer, tuple(judged), tuple(scores), known, tests, relabelling=own)
 
 
@@ -236,10 +237,12 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         first=row.first,
         second=row.second,
         where=row.where,
+        row=row,
         numbers=numbers_text(row) if row.tested else "",
+        evidence=evidence_text(row) if row.tested else "",
         margin=row.margin_text,
         of=causes.reach(row, because),
-        verdict=row.verdict,
+        verdict=row.verdict_words,
         more="more" if row.verdict == "better" else "less",
         higher="higher" if (row.difference or 0) > 0 else "lower",
         because=because,
@@ -284,22 +287,26 @@ def _within(row: TableRow, verdict: TestVerdict) -> Within:
 
 
 def numbers_text(row: TableRow) -> str:
-    """Return the numbers of a tested row: effect, interval, p and n, and the unresolved items where
+    """Return the numbers of a tested row: effect, interval, and what `evidence_text` holds."""
+    limits = "" if row.limits == NONE else f" {row.limits}"
+    return f"{row.words} {row.effect}{limits}, {evidence_text(row)}"
+
+
+def evidence_text(row: TableRow) -> str:
+    """Return what stands behind the effect of a tested row: p and n, and the unresolved items where
     there are any.
     """
     tested = row.tested
     assert tested is not None
-    items = count(tested.questions, "question")
+    items = count(tested.questions, row.item)
     if tested.questions != tested.n:
         items = f"{tested.n:,} items of {tested.questions:,} questions"
-    limits = "" if row.limits == NONE else f" {row.limits}"
     p = row.p_holm
     if row.within and row.verdict == "no difference shown":
         sides = {"not worse": [row.p_not_worse], "not better": [row.p_not_better]}
         both = [row.p_not_worse, row.p_not_better]
         p = max(one for one in sides.get(row.within, both) if one is not None)
     parts = [
-        f"{row.words} {row.effect}{limits}",
         f"{p_text(p)} (Holm)",
         f"n = {items}",
     ]
@@ -316,10 +323,10 @@ def _power_text(row: TableRow) -> str:
     if row.mde is not None:
         size = "No difference, however large,"
         if row.mde <= row.largest:
-            size = f"A true difference of {_size(row.mde, row.unit)}"
+            size = f"A true difference of {row.size(row.mde)}"
         power = f" {size} would have been found with 80% probability."
     if row.needed and row.tested and row.needed > row.tested.questions:
-        needed = f" The observed one would need about {count(row.needed, 'question')}."
+        needed = f" The observed one would need about {count(row.needed, row.item)}."
     open_margin = "" if row.margin is None else f" Within {row.margin_text} nothing is shown."
     return power + needed + open_margin
 
@@ -349,7 +356,7 @@ class Causes:
             known &= {arm.name for arm in study.arms if arm.trained}
         if not known >= set(row.arms):
             return None
-        return changed(study, values[row.first], values[row.second])
+        return changed(study, values[row.first], values[row.second], row.of_results)
 
     def one_recipe(self, row: TableRow) -> bool:
         """Whether both arms are trainings of one recipe (an A/A pair), as the study says or,
@@ -385,7 +392,7 @@ class Causes:
         if abs(row.difference or 0.0) > limit:
             return (
                 f"{only}: two trainings of one recipe differ by no more than"
-                f" {_size(limit, row.unit)} (estimated from {floor}, at 5% over all tests of this"
+                f" {row.size(limit)} (estimated from {floor}, at 5% over all tests of this"
                 " table)."
             )
         return (
@@ -406,7 +413,7 @@ class Causes:
         else:
             assert scale is not None
             deviations, source = [(scale[1] - scale[0]) * part for part in SEED_DEVIATIONS], ""
-        sizes = [_size(one, row.unit) for one in deviations]
+        sizes = [row.size(one) for one in deviations]
         chances = [spread.by_chance(row.difference, one) for one in deviations]
         shares = [f"{100 * one:.0f}%" if one >= 0.005 else "under 1%" for one in chances]
         return (
@@ -492,22 +499,28 @@ def remaining_sentences(
     ]
 
 
-def nothing_compared(measurements: Measurements, findings: Sequence[Finding]) -> tuple[str, ...]:
+def nothing_compared(
+    measurements: Measurements, findings: Sequence[Finding], rows: Sequence[TableRow] = ()
+) -> tuple[str, ...]:
     """Return the answer where no two arms have a metric in common: for each pair the errors that
     stand against its losses and times.
+
+    Args:
+        rows: comparisons of what the trainings took.
     """
     names = [name for name, arm in measurements.arms.items() if arm.runs]
     if not names:
         return ("Nothing is measured yet.",)
-    sentences = ["Nothing can be compared: no two arms have a metric in common."]
+    what = "Losses" if any(row.tested for row in rows) else "Losses and times"
+    nothing = "No answers" if rows else "Nothing"
+    sentences = [f"{nothing} can be compared: no two arms have a metric in common."]
     for position, second in enumerate(names):
         for first in names[:position]:
             errors = [one for one in findings if {first, second} <= set(one.arms)]
             errors = [one for one in errors if one.severity == "error"]
             if errors:
                 sentences.append(
-                    f"Losses and times of {first} and {second} are no comparison either:"
-                    f" {_reasons(errors)}."
+                    f"{what} of {first} and {second} are no comparison either: {_reasons(errors)}."
                 )
     return tuple(sentences)
 
@@ -521,6 +534,8 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
         (
             "better on",
             "worse on",
+            "faster on",
+            "slower on",
             "equivalent on",
             "not worse on",
             "not better on",
@@ -532,7 +547,7 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
         0,
     )
     for row in rows:
-        words: str = row.verdict
+        words = row.verdict_words
         if words == "no difference shown":
             words = row.within or words
         if not row.claimed:
@@ -562,8 +577,3 @@ def _lower(title: str) -> str:
     """
     word = title.split(" ", 1)[0]
     return title[:1].lower() + title[1:] if word[:1].isupper() and word[1:].islower() else title
-
-
-def _size(value: float, unit: str) -> str:
-    """A difference without a sign."""
-    return difference_text(value, unit).lstrip("+")

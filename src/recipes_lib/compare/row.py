@@ -142,6 +142,19 @@ class TableRow:
     # How the effect is said. A kind of rows whose effect is another one overrides these.
 
     sentences: ClassVar[Mapping[str, str]] = {}  # in place of those in `claims.SENTENCES`
+    item: ClassVar[str] = "question"  # what is counted as n
+    better_words: ClassVar[tuple[str, str]] = ("better", "worse")
+    of_results: ClassVar[bool] = True  # not of what the training took, which more keys change
+
+    @property
+    def verdict_words(self) -> str:
+        """The verdict as it is shown."""
+        better, worse = self.better_words
+        return {"better": better, "worse": worse}.get(self.verdict, self.verdict)
+
+    def size(self, effect: float) -> str:
+        """Return the size of a difference as text, without a sign."""
+        return difference_text(effect, self.unit).lstrip("+")
 
     @property
     def against(self) -> str:
@@ -181,14 +194,13 @@ class TableRow:
     @property
     def margin_text(self) -> str:
         """Its margin as text."""
-        return difference_text(self.margin, self.unit).lstrip("+")
+        return "" if self.margin is None else self.size(self.margin)
 
     @property
     def shown_verdict(self) -> str:
         """The verdict, and what the margin adds to it."""
-        return f"{self.verdict}; {self.within} within {self.margin_text}" * bool(self.within) or (
-            self.verdict
-        )
+        within = f"; {self.within} within {self.margin_text}" if self.within else ""
+        return f"{self.verdict_words}{within}"
 
     @property
     def words(self) -> str:

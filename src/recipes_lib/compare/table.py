@@ -28,6 +28,7 @@ from recipes_lib.compare.row import (
     values_of,
 )
 from recipes_lib.compare.side_by_side import side_by_side_rows
+from recipes_lib.compare.training_speed import training_speed_rows
 from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.statistics.family import Adjusted, Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
@@ -37,6 +38,7 @@ from recipes_lib.statistics.seeds import crossed_interval, question_means
 ROW_KINDS: tuple[Callable[[Measurements, str, str], Iterator[TableRow]], ...] = (
     head_to_head_rows,
     side_by_side_rows,
+    training_speed_rows,
 )
 
 

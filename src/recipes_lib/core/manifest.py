@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.project import project_root
@@ -74,6 +75,15 @@ def describe_devices() -> list[str]:
     return [f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
 
 
+def processor_name() -> str:
+    """Return the processor's model, or its architecture where the system does not name it."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return next(names, platform.machine())
+    return platform.processor() or platform.machine()
+
+
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Return what environment.json holds. Variables are taken from an allow-list, and secrets among
     them masked.
@@ -86,6 +96,7 @@ def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
         "libraries": library_versions(),
         "git": git_state(),
         "devices": describe_devices(),
+        "processor": processor_name(),
         "variables": masked({name: variables[name] for name in names}),
     }
 

@@ -18,7 +18,7 @@ from recipes_lib.eval_log import Check, EvalLog, JudgeFacts, Scorecard, no_refer
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.numbers import Number
 from recipes_lib.report.provenance import commands, provenance
-from recipes_lib.report.runs import RunCost, Training, costs, trainings
+from recipes_lib.report.runs import ArmCost, RunCost, Training, arm_costs, costs, trainings
 from recipes_lib.report.samples import SampleSet, collect_samples
 
 if TYPE_CHECKING:
@@ -79,6 +79,11 @@ class Content:
     def sentences(self) -> list[tuple[str, list[str]]]:
         """The sentences of all rows that the answer does not hold, by their reasons."""
         return remaining_sentences(self.comparison.rows, self.comparison.answer)
+
+    @property
+    def arm_costs(self) -> list[ArmCost]:
+        """Device hours of each arm."""
+        return arm_costs(self.costs)
 
     @property
     def size(self) -> str:

@@ -156,7 +156,7 @@ def _like(one: object, **own: Any) -> Number:
 
 
 def _of_runs(content: Content) -> Iterator[Number]:
-    """Trainings and costs; one run each, so n is 1 and there is no interval."""
+    """Trainings and costs; one run each, so n is 1 and there is no interval, and each arm's sum."""
     training = (
         "steps",
         "train_loss",
@@ -165,6 +165,7 @@ def _of_runs(content: Content) -> Iterator[Number]:
         "perplexity",
         "tokens_per_second",
         "peak_memory_gib",
+        "planned_peak_memory_gib",
     )
     cost = ("seconds", "device_hours", "tokens", "tokens_per_second")
     for kind, names, rows in (
@@ -183,6 +184,16 @@ def _of_runs(content: Content) -> Iterator[Number]:
                         n=1,
                         file=one.file,
                     )
+    for arm in content.arm_costs:
+        yield Number(
+            kind="cost",
+            metric="device_hours",
+            arm=arm.arm,
+            group="all runs, at least" if arm.partial else "all runs",
+            value=arm.device_hours,
+            n=arm.runs,
+            file=arm.file,
+        )
 
 
 def numbers_csv(content: Content) -> str:

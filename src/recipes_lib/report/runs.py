@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
@@ -27,6 +27,7 @@ class Training:
     perplexity: float | None
     tokens_per_second: float | None
     peak_memory_gib: float | None
+    planned_peak_memory_gib: float | None
     launch: str
     devices: str
     file: str
@@ -45,6 +46,45 @@ class RunCost:
     tokens: int | None
     tokens_per_second: float | None
     file: str
+
+
+@dataclass(frozen=True)
+class ArmCost:
+    """Device hours of all runs of one arm. `partial`: of a resumed training only the last attempt
+    is known, or of answers only those that were given last.
+    """
+
+    arm: str
+    runs: int
+    training: float
+    answers: float
+    partial: bool
+    file: str
+
+    @property
+    def device_hours(self) -> float:
+        """All of them."""
+        return self.training + self.answers
+
+
+def arm_costs(costs: Sequence[RunCost]) -> list[ArmCost]:
+    """Return what each arm took, over its runs."""
+    found = []
+    for arm in dict.fromkeys(one.arm for one in costs):
+        mine = [one for one in costs if one.arm == arm]
+        training = [one for one in mine if one.what.startswith("training")]
+        answers = [one for one in mine if one not in training]
+        found.append(
+            ArmCost(
+                arm,
+                len({one.run for one in mine}),
+                sum(one.device_hours for one in training),
+                sum(one.device_hours for one in answers),
+                any(", " in one.what.removeprefix("answers, ") for one in mine),
+                " ".join(dict.fromkeys(one.file for one in mine)),
+            )
+        )
+    return found
 
 
 def trainings(measurements: Measurements) -> list[Training]:
@@ -79,6 +119,7 @@ def _training(arm: str, run: RunMeasurements) -> Training:
         peak_memory_gib=summary.get("peak_memory_gib")
         or max(logged("peak_memory_gib"), default=0)
         or None,
+        planned_peak_memory_gib=summary.get("planned_peak_memory_gib"),
         launch=str(run.state.get("launch") or "not recorded"),
         devices=_devices(run),
         file=f"{run.name}/run.json",

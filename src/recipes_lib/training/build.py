@@ -96,6 +96,7 @@ def build_trainer(
     attention = str(getattr(model.config, "_attn_implementation", ""))
     prepare_for_training(model)
     lora = build_lora_config(recipe)
+    step_tokens: list[int] = []
     trainer = RecipeTrainer(
         model=model,
         args=args,
@@ -103,13 +104,14 @@ def build_trainer(
         eval_dataset=_validation_rows(data.validation, args),
         processing_class=tokenizer,
         peft_config=lora and settle_targets(lora, model),
-        callbacks=[MetricsCallback(run.metrics, quiet=args.process_index != 0)],
+        callbacks=[MetricsCallback(run.metrics, args.process_index != 0, step_tokens)],
         stop=stop,
         keep_checkpoints=recipe.train.get("save_total_limit"),
         flattens=padding_costs_nothing_to_drop(recipe, args, model, attention),
         max_tokens=recipe.run.max_tokens_per_micro_batch,
         row_ids=list(data.train["example_id"]),
         marker_facts=marker_facts,
+        step_tokens=step_tokens,
     )
     if trainer.is_fsdp_enabled:
         kwargs = trainer.accelerator.gradient_state.plugin_kwargs

@@ -17,8 +17,10 @@ from transformers import TrainerCallback, TrainerState
 
 from recipes_lib.core.json_files import Row, read_rows, rows_from_the_end
 from recipes_lib.core.terminal import say
+from recipes_lib.training.load import LoadMeter, other_gpu_processes
 
 SAY_EVERY_S = 10.0
+LOOK_EVERY_S = 600.0  # for other processes on the GPUs: asking takes a tenth of a second
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
 
 
@@ -68,11 +70,26 @@ def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends to metrics.jsonl on rank 0 and, unless `quiet`, shows progress."""
+    """Appends to metrics.jsonl on rank 0 and, unless `quiet`, shows progress.
 
-    def __init__(self, path: Path, quiet: bool = False) -> None:
+    Each line of a training loss holds the seconds of every step since the last one, from the end of
+    the step before to its own end, data and logging included: null for the first step of a process
+    and for one after a validation or a save, which would have a part of them.
+
+    Args:
+        step_tokens: tokens of all ranks by step, which the trainer adds to and a log takes.
+    """
+
+    def __init__(
+        self, path: Path, quiet: bool = False, step_tokens: list[int] | None = None
+    ) -> None:
         self.path = path
         self.quiet = quiet
+        self.step_tokens = [] if step_tokens is None else step_tokens
+        self._step_seconds: list[float | None] = []
+        self._step_ended: float | None = None
+        self._load = LoadMeter()
+        self._looked = -math.inf
         self.bar: Any = None
         self._last = (time.monotonic(), 0)
         self._started = (time.monotonic(), 0)
@@ -82,6 +99,7 @@ class MetricsCallback(TrainerCallback):
         """Start the clock, and the bar on a terminal."""
         self._started = (time.monotonic(), state.global_step)
         self._last = (time.monotonic(), _tokens_at(self.path, state.global_step))
+        self._load, self._step_ended = LoadMeter(), None
         if state.is_world_process_zero and not self.quiet and sys.stderr.isatty():
             from tqdm.auto import tqdm
 
@@ -90,9 +108,20 @@ class MetricsCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
+        """Take the time of the step, and move the bar."""
+        now = time.monotonic()
+        began, self._step_ended = self._step_ended, now
+        self._step_seconds.append(None if began is None else round(now - began, 6))
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Let the next step have no time."""
+        self._step_ended = None
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Let the next step have no time."""
+        self._step_ended = None
 
     def on_log(
         self,
@@ -116,12 +145,29 @@ class MetricsCallback(TrainerCallback):
             seconds = max(now - self._last[0], 1e-9)
             line["tokens_per_second"] = round((tokens - self._last[1]) / seconds, 1)
             self._last = (now, tokens)
+            line |= self._times(now, last=state.global_step >= state.max_steps)
         else:
             self._last = (now, self._last[1])
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
         self._show(line, state)
+
+    def _times(self, now: float, last: bool) -> Row:
+        """What the steps since the last log took, and how much others used of the machine."""
+        seconds, self._step_seconds = self._step_seconds, []
+        times: Row = {"step_seconds": seconds}
+        if len(self.step_tokens) == len(seconds):
+            times["step_tokens"] = list(self.step_tokens)
+        self.step_tokens.clear()
+        if (others := self._load.others()) is not None:
+            times["others_cpu"] = round(others, 4)
+        if last or now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            if (processes := other_gpu_processes()) is not None:
+                times["other_gpu_processes"] = processes
+                self._step_ended = None
+        return times
 
     def on_prediction_step(
         self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **_: Any
@@ -220,7 +266,7 @@ def draw_figures(metrics: Path, folder: Path, title: str) -> None:
         if line.get("eval_loss", PERPLEXITY_LIMIT) < PERPLEXITY_LIMIT:
             line["perplexity"] = math.exp(line["eval_loss"])
         for key, value in line.items():
-            if value is not None and math.isfinite(value):
+            if isinstance(value, int | float) and math.isfinite(value):
                 points.setdefault(key, []).append((line["step"], value))
     folder.mkdir(parents=True, exist_ok=True)
     for stem, (unit, keys) in FIGURES.items():

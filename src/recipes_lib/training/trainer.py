@@ -71,6 +71,7 @@ class RecipeTrainer(SFTTrainer):
         max_tokens: cap on the tokens of one forward pass (`split_batch`); None for none.
         marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of
             the run).
+        step_tokens: where the tokens of all ranks are put, step by step.
         **kwargs: as for `trl.SFTTrainer`.
     """
 
@@ -86,6 +87,7 @@ class RecipeTrainer(SFTTrainer):
         row_ids: list[str],
         max_tokens: int | None,
         marker_facts: dict[str, Any],
+        step_tokens: list[int],
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
@@ -105,6 +107,7 @@ class RecipeTrainer(SFTTrainer):
         self.row_ids = row_ids
         self.max_tokens = max_tokens
         self.marker_facts = marker_facts
+        self.step_tokens = step_tokens
         if flattens:
             self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
         self.data_collator = RowTrackingCollator(self.data_collator)
@@ -274,16 +277,21 @@ class RecipeTrainer(SFTTrainer):
             outputs = model(**inputs, fused_lm_head=True)
             loss = -outputs.log_probs.sum() * scale
             supervised, correct = outputs.label_mask.sum(), outputs.is_top1.sum()
-        if not self.without_rows:
+        mode = "train" if self.model.training else "eval"
+        counts, step = self._counts[mode], self.state.global_step if mode == "train" else 0
+        if self.without_rows:
+            counts.add(0, 0, 0, step)
+        else:
             padded = "attention_mask" in inputs
             tokens = inputs["attention_mask"].sum() if padded else inputs["position_ids"].numel()
-            counts = self._counts["train" if self.model.training else "eval"]
-            counts.add(tokens, supervised, correct)
+            counts.add(tokens, supervised, correct, step)
         return loss
 
     def _count_tokens(self) -> None:
         """Bring the number of tokens seen by all ranks up to date; every rank has to call."""
-        self._total_train_tokens += self._counts["train"].take_tokens()
+        by_step = self._counts["train"].take_tokens()
+        self.step_tokens += by_step
+        self._total_train_tokens += sum(by_step)
 
     # ---- Validation loss per token ----
 
@@ -517,8 +525,9 @@ class RecipeTrainer(SFTTrainer):
         self._globalstep_last_logged = unlogged.since
         self._tr_loss += unlogged.loss_by_rank[self.args.process_index]
         self._metrics["train"].update(unlogged.means)
-        if self.args.process_index == 0:  # they are sums over all ranks
-            self._counts["train"].add(0, *unlogged.scored)
+        # They are sums over all ranks, of which each needs the same steps.
+        supervised, correct = unlogged.scored if self.args.process_index == 0 else (0, 0)
+        self._counts["train"].add(0, supervised, correct, self.state.global_step)
 
     # ---- Checkpoints ----
 
@@ -629,7 +638,8 @@ class TokenCounts:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._tokens = torch.zeros(1, dtype=torch.long, device=device)
+        self._device = device
+        self._tokens: dict[int, torch.Tensor] = {}  # by step
         self._scored = torch.zeros(2, dtype=torch.long, device=device)
 
     def add(
@@ -637,16 +647,23 @@ class TokenCounts:
         tokens: torch.Tensor | int,
         supervised: torch.Tensor | int,
         correct: torch.Tensor | int,
+        step: int = 0,
     ) -> None:
-        """Count one micro-batch of this rank."""
-        self._tokens += tokens
+        """Count one micro-batch of this rank, also where it has no rows: every rank needs the same
+        steps.
+        """
+        if step not in self._tokens:
+            self._tokens[step] = torch.zeros(1, dtype=torch.long, device=self._device)
+        self._tokens[step] += tokens
         self._scored[0] += supervised
         self._scored[1] += correct
 
-    def take_tokens(self) -> int:
-        """Return the tokens of all ranks since the last call; every rank has to call."""
-        [tokens] = _sum_of_ranks(self._tokens)
-        self._tokens.zero_()
+    def take_tokens(self) -> list[int]:
+        """Return the tokens of all ranks in each step since the last call; every rank has to
+        call.
+        """
+        tokens = _sum_of_ranks(torch.cat(list(self._tokens.values()))) if self._tokens else []
+        self._tokens.clear()
         return tokens
 
     def scored(self) -> list[int]:

@@ -146,9 +146,11 @@ def _examples_per_step(values: Values) -> int | None:
     return math.prod(factors) if all(isinstance(factor, int) for factor in factors) else None
 
 
-def changed(study: Study | None, first: Values, second: Values) -> dict[str, str | None]:
+def changed(
+    study: Study | None, first: Values, second: Values, of_results: bool = True
+) -> dict[str, str | None]:
     """Return what can have made a difference between two arms: every key that changes results and
-    differs, with its factor.
+    differs, with its factor; of what a training takes also those that change its time alone.
 
     It is computed from values alone. The seed is left out, because it is chance and no cause. Empty
     means that both arms are trainings of one recipe; a key without a factor is a confound.
@@ -157,7 +159,8 @@ def changed(study: Study | None, first: Values, second: Values) -> dict[str, str
     return {
         key: declared_by(study, key, one, other)
         for key in differing(one, other)
-        if key != SEED and changes_result(key, one, other)
+        if key != SEED
+        and (changes_result(key, one, other) or not (of_results or _changes_no_time(key)))
     }
 
 
@@ -209,6 +212,15 @@ def changes_result(key: str, first: Values, second: Values) -> bool:
     if section == "train" and name in _CHECKPOINT_CHOICE:
         return bool(first.get(_BEST) or second.get(_BEST))
     return key not in _CUT and not (section == "train" and FREE_KEYS.match(name))
+
+
+def _changes_no_time(key: str) -> bool:
+    """Whether a key that changes no result leaves the time of a step alone too: it decides what is
+    written, and when.
+    """
+    section, _, name = key.partition(".")
+    free = FREE_KEYS.match(name) and not name.startswith("dataloader")
+    return section == "train" and bool(free or name in _CHECKPOINT_CHOICE)
 
 
 def metrics_of(logs: Iterable[EvalLog]) -> tuple[str, ...]:
