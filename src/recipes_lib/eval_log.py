@@ -7,6 +7,7 @@ replay read nothing else. How a log lies on disk is known to `eval_files` alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -174,12 +175,54 @@ class Identical:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFaults:
-    """What is wrong with answers taken together; `cut` is None where a file does not tell."""
+    """What is wrong with answers taken together; `cut` is None where a file does not tell, `loops`
+    in results of earlier releases.
+    """
 
     n: int = 0
     empty: int = 0
     cut: int | None = None
     identical: Identical = field(default_factory=Identical)
+    loops: int | None = None
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], cut: int | None, max_identical_fraction: float = 0.1
+    ) -> AnswerFaults:
+        """Return what is wrong with answers; two alike are not flagged, however few the questions
+        are.
+
+        Args:
+            cut: how many were cut.
+        """
+        counts = Counter(text.strip() for text in texts)
+        text, most = counts.most_common(1)[0] if counts else ("", 0)
+        identical = Identical()
+        if most > 1:
+            share = most / len(texts)
+            flagged = share > max_identical_fraction and most > 2
+            identical = Identical(count=most, share=share, text=text[:200], flagged=flagged)
+        loops = sum(map(ends_in_loop, texts))
+        return cls(n=len(texts), empty=counts[""], cut=cut, identical=identical, loops=loops)
+
+
+def ends_in_loop(answer: str) -> bool:
+    """Whether an answer ends in a phrase of two words or more that stands there three times; its
+    last word may be cut.
+
+    Source: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration", whose repetition
+        is the same.
+
+    Example:
+        >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
+        (True, False)
+    """
+    words = answer.split()
+    for end in (words, words[:-1]):
+        for size in range(2, len(end) // 3 + 1):
+            if end[-size:] == end[-2 * size : -size] == end[-3 * size : -2 * size]:
+                return True
+    return False
 
 
 @dataclass(frozen=True, kw_only=True)

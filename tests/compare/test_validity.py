@@ -1194,3 +1194,45 @@ def test_findings_that_sort_alike_keep_the_order_in_which_they_were_found() -> N
         Finding("subset", "warning", "a subset", (f"run {n}",), "evaluate all") for n in range(12)
     ]
     assert errors_first([*found, *found]) == found
+
+
+def judged(root: Path, arm: str, lengths: Sequence[int], values: Sequence[bool]) -> Any:
+    """A run whose answers have these lengths, and their opponent's 500 characters."""
+    told = tuple(
+        dataclasses.replace(one, lengths=(length, 500))
+        for one, length in zip(items(list(map(float, values))), lengths, strict=True)
+    )
+    return run(root, arm, evaluated(root / arm, items=told))
+
+
+def test_answers_half_as_long_again_qualify_the_sentence_with_the_rates_at_equal_length(root):
+    numbers = range(40)
+    # the long one wins where it is much longer, the short one whatever its length
+    long = judged(root, "long", [600 + 40 * n for n in numbers], [n > 6 for n in numbers])
+    short = judged(root, "short", [480 + n for n in numbers], [n % 5 > 1 for n in numbers])
+    finding = found(check_validity(None, arms(long=long, short=short)), "longer-answers")
+    assert finding.severity == "warning" and finding.arms == ("long", "short")
+    assert "long's answers are 2.8 times as long as short's; at equal length" in finding.title
+    assert finding.title.endswith("against reference, which is the other way round")
+    (row,) = compare_arms(arms(long=long, short=short), [finding]).rows
+    assert row.sentence.endswith(f" {finding.title}.")
+    best = judged(root, "best", [480 + n for n in numbers], [n > 1 for n in numbers])
+    finding = found(check_validity(None, arms(long=long, best=best)), "longer-answers")
+    assert "at equal length" in finding.title and "other way round" not in finding.title
+    alike = judged(root, "alike", [700 + n for n in numbers], [n % 2 > 0 for n in numbers])
+    assert "longer-answers" not in codes(check_validity(None, arms(alike=alike, short=short)))
+
+
+def test_answers_that_end_in_loops_stop_the_sentence_as_cut_ones_do(root):
+    def looping(share: float) -> Any:
+        log = evaluated(
+            root / "loops", answers={"name": "loops", "answers": {"n": 40, "loops": 40}}
+        )
+        faults = dataclasses.replace(log.answers.answers, loops=int(40 * share))
+        log = dataclasses.replace(log, answers=dataclasses.replace(log.answers, answers=faults))
+        return arms(loops=run(root, "loops", log), other=run(root, "other"))
+
+    finding = found(check_validity(None, looping(0.3)), "degenerate-answers")
+    assert finding.severity == "error" and "12 of 40 answers end in a phrase" in finding.evidence[0]
+    assert found(check_validity(None, looping(0.15)), "degenerate-answers").severity == "warning"
+    assert "degenerate-answers" not in codes(check_validity(None, looping(0.05)))

@@ -6,7 +6,8 @@ import pytest
 
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.engine import Completion, Decoding
-from recipes_lib.generation.answers import GenerationIncomplete, Writer, answer_faults
+from recipes_lib.eval_log import AnswerFaults, ends_in_loop
+from recipes_lib.generation.answers import GenerationIncomplete, Writer
 
 
 class FakeEngine:
@@ -106,13 +107,17 @@ def test_a_server_that_is_down_is_given_up_after_a_bounded_number_of_failures(tm
     assert len(engine.asked) == 20
 
 
-def test_empty_cut_and_identical_answers_are_counted():
-    rows = [Completion(key="k", text="same")] * 3 + [
-        Completion(key="k", text=""),
-        Completion(key="k", text="x", finish_reason="length"),
-    ]
-    faults = answer_faults(rows, 0.5)
-    assert (faults.n, faults.empty, faults.cut) == (5, 1, 1)
+def test_empty_cut_identical_and_looping_answers_are_counted():
+    loop = "It is so. It is so. It is so. It i"
+    faults = AnswerFaults.of(["same", "same", "same", "", "x", loop], 1, 0.4)
+    assert (faults.n, faults.empty, faults.cut, faults.loops) == (6, 1, 1, 1)
     assert faults.identical.count == 3 and faults.identical.flagged
-    assert not answer_faults(rows[2:], 0.5).identical.flagged
-    assert answer_faults([]).identical.share == 0.0
+    assert not AnswerFaults.of(["same", "", "x"], 1, 0.5).identical.flagged
+    assert AnswerFaults.of([], 0).identical.share == 0.0
+
+
+def test_a_loop_is_a_phrase_of_two_words_three_times_at_the_end():
+    assert ends_in_loop("First. " + "- and so on\n" * 3)
+    assert ends_in_loop("a b " * 3) and not ends_in_loop("a b " * 2 + "a c")
+    assert not ends_in_loop("1. one 2. two 3. three") and not ends_in_loop("so so so")
+    assert not ends_in_loop("it is so " * 5 + "but then it ended well")  # it came out of it

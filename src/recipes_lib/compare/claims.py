@@ -30,6 +30,7 @@ from recipes_lib.compare.findings import (
     CONFOUNDED,
     FALSE_CLAIMS,
     INSIDE_NOISE,
+    LONGER_ANSWERS,
     NOT_AUDITED,
     ONE_MODEL,
     Finding,
@@ -251,6 +252,8 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
     )
     if template == "difference" and row.within:
         sentence += f" The difference lies within the margin of {row.margin_text}."
+    if template not in ("cannot be tested", "not tested", "stopped"):
+        sentence += "".join(f" {one.title}." for one in mine if one.code == LONGER_ANSWERS)
     titles = (stopped,) if stopped else tuple(one.title for one in errors)
     return replace(row, sentence=sentence, because=because, stopped=titles)
 

@@ -15,6 +15,7 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 NOT_AUDITED = "judge-not-audited"
 INSIDE_NOISE = "inside-noise-floor"
+LONGER_ANSWERS = "longer-answers"  # its title follows the sentences that it touches
 CONFOUNDED = "confound"  # codes that start so leave no cause, errors among them an association
 FALSE_CLAIMS = "false-claims"
 ONE_MODEL = "identical"  # codes that start so leave nothing to compare
@@ -214,13 +215,18 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     ),
     "degenerate-answers": (
         "error",
-        "More than a fifth of the answers are one and the same, empty or cut in {eval}",
+        "More than a fifth of the answers are one and the same, empty, cut or loop in {eval}",
         "look at the answers; raise generation.max_new_tokens where they are cut",
     ),
     "degenerate-answers/tenth": (
         "warning",
-        "More than a tenth of the answers are one and the same, empty or cut in {eval}",
+        "More than a tenth of the answers are one and the same, empty, cut or loop in {eval}",
         "look at the answers; raise generation.max_new_tokens where they are cut",
+    ),
+    "longer-answers": (
+        "warning",
+        "In {eval} {first}'s answers are {times:.1f} times as long as {second}'s{equal}",
+        "judges prefer long answers: read the rates at equal length beside the raw ones",
     ),
     "weak-judge": (
         "warning",

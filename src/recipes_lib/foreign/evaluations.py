@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import Row
 from recipes_lib.core.project import shown_path
-from recipes_lib.eval_log import Sample
+from recipes_lib.eval_log import AnswerFaults, Sample
 from recipes_lib.foreign.judgments import JUDGMENT_FORMATS
 from recipes_lib.foreign.parts import Part
 from recipes_lib.judging.audit import audit
@@ -173,21 +172,7 @@ def _answer_facts(target: str, parts: Sequence[Part], answers: Answers) -> Row:
     items = [one for part in parts for one in part.items]
     given = {one.key: one.answer for one in items if one.answer is not None and not one.shortened}
     given |= {key: row["answer"] for key, row in answers.items()}
-    counts = Counter(text.strip() for text in given.values())
-    faults: Row | None = None
-    if given:
-        text, most = counts.most_common(1)[0]
-        faults = {
-            "n": len(given),
-            "empty": counts[""],
-            "cut": None,
-            "identical": {
-                "count": most if most > 1 else 0,
-                "share": most / len(given) if most > 1 else 0.0,
-                "text": text[:200],
-                "flagged": most > 2 and most > 0.1 * len(given),
-            },
-        }
+    faults = dataclasses.asdict(AnswerFaults.of(list(given.values()), cut=None)) if given else None
     return {
         "name": target,
         "models": list(dict.fromkeys(model for part in parts for model in part.models)),

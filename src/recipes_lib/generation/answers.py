@@ -7,15 +7,13 @@ is the judgments' kind of store: one line, one write, synced; a torn tail is cut
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.data.conversations import Message
 from recipes_lib.engine import Completion, Decoding, Engine, Request
-from recipes_lib.eval_log import AnswerFaults, Identical
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Format
 from recipes_lib.judging.judge import Failures
@@ -146,25 +144,3 @@ class Writer:
                 f"{len(self.store)} answers are stored; {failed.remedy()}",
                 file=self.store.path,
             )
-
-
-def answer_faults(
-    answers: Iterable[Completion], max_identical_fraction: float = 0.1
-) -> AnswerFaults:
-    """Return what is wrong with answers taken together: empty, cut, identical ones; two alike are
-    not flagged, however few the questions are.
-    """
-    answers = list(answers)
-    texts = Counter(one.text.strip() for one in answers)
-    text, most = texts.most_common(1)[0] if texts else ("", 0)
-    identical = Identical()
-    if most > 1:
-        share = most / len(answers)
-        flagged = share > max_identical_fraction and most > 2
-        identical = Identical(count=most, share=share, text=text[:200], flagged=flagged)
-    return AnswerFaults(
-        n=len(answers),
-        empty=texts[""],
-        cut=sum(one.finish_reason != "stop" for one in answers),
-        identical=identical,
-    )

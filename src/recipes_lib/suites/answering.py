@@ -18,9 +18,9 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.engine import Completion, Decoding, Engine
-from recipes_lib.eval_log import REFERENCE, AnswerFacts, Speed
+from recipes_lib.eval_log import REFERENCE, AnswerFacts, AnswerFaults, Speed
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.generation.answers import Completions, Writer, answer_faults
+from recipes_lib.generation.answers import Completions, Writer
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, record_base
@@ -63,6 +63,7 @@ class AnswerSet:
 
     def facts(self, max_identical_fraction: float) -> AnswerFacts:
         """Return what a log says about the answers."""
+        rows = self.rows.values()
         speed = Speed(new_tokens=self.tokens, seconds=round(self.seconds, 1))
         return AnswerFacts(
             name=self.name,
@@ -70,9 +71,13 @@ class AnswerSet:
             fingerprint=self.fingerprint,
             prompt_format=self.prompt_format,
             prompt_format_hash=self.prompt_format_hash,
-            answers=answer_faults(self.rows.values(), max_identical_fraction),
+            answers=AnswerFaults.of(
+                [row.text for row in rows],
+                sum(row.finish_reason != "stop" for row in rows),
+                max_identical_fraction,
+            ),
             generated_now=speed if self.tokens else None,
-            tokens=sum(one.num_tokens for one in self.rows.values()),
+            tokens=sum(row.num_tokens for row in rows),
             **self.details,
         )
 

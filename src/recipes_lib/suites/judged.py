@@ -514,7 +514,7 @@ def answer_banners(
     answers: AnswerSet, opponent: AnswerSet | None, faults: AnswerFaults
 ) -> list[str]:
     """Return the lines about the answers themselves: the same answers twice, one answer for many
-    questions, cut and empty ones.
+    questions, cut, empty and looping ones.
     """
     lines = []
     if opponent is not None and opponent.digest == answers.digest:
@@ -524,6 +524,7 @@ def answer_banners(
     for count, text in (
         (faults.empty, "are empty"),
         (faults.cut or 0, "reached max_new_tokens and are cut"),
+        (faults.loops or 0, "end in a loop, one phrase three times"),
     ):
         if count > 0.1 * faults.n:
             lines.append(f"{count} of {faults.n} answers {text}")

@@ -67,6 +67,7 @@ def _judge_line(result: dict[str, Any]) -> str:
 def _answer_line(result: dict[str, Any]) -> str:
     answers, speed = result["answers"]["answers"], result["answers"]["generated_now"]
     same = answers["identical"]["count"]
+    looping = f", {answers['loops']} in a loop" if answers["loops"] else ""
     made = (
         ""
         if not speed or not speed["seconds"]
@@ -74,7 +75,7 @@ def _answer_line(result: dict[str, Any]) -> str:
     )
     return (
         f"answers of {result['target']}: {answers['n']}, {answers['empty']} empty, {answers['cut']}"
-        f" cut, {same} identical{made}"
+        f" cut, {same} identical{looping}{made}"
     )
 
 

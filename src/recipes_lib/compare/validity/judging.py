@@ -5,22 +5,24 @@ source made of its verdicts.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
-from recipes_lib.compare.validity.case import Case, metrics_of, run_place
+from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
 from recipes_lib.compare.wording import sentence_list
 from recipes_lib.core.fingerprints import folder_fingerprint, hash_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.eval_log import JudgeFacts
+from recipes_lib.suites.alpaca_eval import own_length_controlled
 
 if TYPE_CHECKING:
     from recipes_lib.compare.measurements import RunMeasurements
-    from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure
+    from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 
-DEGENERATE = 0.2  # share of answers that are one text, empty or cut, above which nothing is said
+LONGER = 1.5  # times as long as another arm's answers, from which on it is said
+DEGENERATE = 0.2  # share of answers with one fault, above which nothing is said
 _OWN_WORDS = "verdicts against the judge's own words"
 # What a failed check of the audit is called here; any other one is judge-failed-audit.
 _CHECKS = {
@@ -58,6 +60,7 @@ def check_judging(case: Case) -> Iterator[Finding]:
         yield from _different_judges(mine)
         yield from _of_itself(case, mine)
         yield from _degenerate(case, mine)
+        yield from _longer(case, mine)
         yield from _one_order(mine)
         yield from _missing_turns(mine)
         yield from _replayed(mine)
@@ -217,8 +220,8 @@ def _kinship(log: EvalLog, run: RunMeasurements) -> str:
 
 
 def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
-    """Arms of whose answers more than a fifth are one and the same text, empty or cut: their
-    verdicts are about that.
+    """Arms of whose answers more than a fifth are one and the same text, empty, cut or end in a
+    loop: their verdicts are about that.
 
     A tenth of them is a warning. Rules are not misled by such answers: they fail, or are unresolved
     where they were cut.
@@ -241,6 +244,7 @@ def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
                 "are one and the same": answers.identical.count,
                 "are empty": answers.empty,
                 "are cut": answers.cut,
+                "end in a phrase that stands there three times": answers.loops,
             }
             for what, count in counts.items():
                 if count and count > 2:
@@ -257,6 +261,65 @@ def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
         }
         by_arm = {whose: f"{whose}: {line}" for whose, line in lines.items() if line}
         yield from _per_arm(kind, logs, by_arm, _metrics(logs))
+
+
+def _longer(case: Case, logs: Logs) -> Iterator[Finding]:
+    """Two arms of which one writes half as much again, with the win rates at equal length."""
+    measures: dict[str, list[Measure]] = defaultdict(list)
+    for name, log in logs:
+        if log.judge is not None or log.is_imported:
+            measures[name] += [one for one in log.measures if any(it.lengths for it in one.samples)]
+    lengths = {
+        name: [item.lengths[0] for one in mine for item in one.samples if item.lengths]
+        for name, mine in measures.items()
+    }
+    mean = {name: sum(some) / len(some) for name, some in lengths.items() if some}
+    for pair in pairs(mean):
+        short, long = sorted(pair, key=mean.__getitem__)
+        if mean[long] >= LONGER * mean[short] > 0:
+            equal = list(_at_equal_length(case, long, short, measures))
+            yield found(
+                "longer-answers",
+                [f"{name}: {mean[name]:,.0f} characters on average" for name in (long, short)],
+                (long, short),
+                _metrics(logs),
+                eval=logs[0][1].eval,
+                times=mean[long] / mean[short],
+                equal="".join(f"; {one}" for one in equal),
+            )
+
+
+def _at_equal_length(
+    case: Case, long: str, short: str, measures: Mapping[str, Sequence[Measure]]
+) -> Iterator[str]:
+    """Yield what the win rates of two arms would be at equal length, against the same opponent and
+    against each other.
+    """
+    pairs_of: dict[tuple[str, str], list[Sample]] = defaultdict(list)  # by arm and opponent
+    for name in (long, short):
+        for measure in (one for one in measures[name] if one.metric == "win_rate"):
+            opponent = case.measurements.opponent_name(measure.opponent)
+            pairs_of[name, str(opponent)] += [it for it in measure.samples if len(it.lengths) == 2]
+    rates = {key: _rates(samples) for key, samples in pairs_of.items() if samples}
+    known = {key: rate for key, rate in rates.items() if rate is not None}
+    for (name, opponent), (raw, equal) in known.items():
+        if {name, opponent} == {long, short}:
+            turned = (raw - 50) * (equal - 50) < 0
+            words = f"{name} wins {equal:.1f}% against {opponent}"
+        elif name == long and (short, opponent) in known:
+            its_raw, its_equal = known[short, opponent]
+            turned = (raw - its_raw) * (equal - its_equal) < 0
+            words = f"{long} wins {equal:.1f}% and {short} {its_equal:.1f}% against {opponent}"
+        else:
+            continue
+        yield f"at equal length {words}{', which is the other way round' if turned else ''}"
+
+
+def _rates(samples: Sequence[Sample]) -> tuple[float, float] | None:
+    """The win rate in percent, raw and at equal length; None where there is no such."""
+    equal = own_length_controlled(samples)["estimate"]
+    values = [one.value for one in samples if one.value is not None]
+    return None if equal is None else (100 * sum(values) / len(values), equal)
 
 
 def _weak(logs: Logs) -> Iterator[Finding]:
