@@ -142,6 +142,15 @@ def test_same_answers_with_other_verdicts_are_found_across_files(tmp_path: Path)
     ]
 
 
+def test_a_file_of_which_a_row_was_dropped_is_found_beside_the_whole_one(tmp_path: Path) -> None:
+    rows = [(f"q{i}", f"mine {i}", f"theirs {i}", 5, "A", "[Overall] 5") for i in range(9)]
+    whole, copy = _csv(tmp_path / "a.csv", rows), _csv(tmp_path / "b.csv", rows[:4] + rows[5:])
+    assert [one["name"] for one in replay_files([whole, copy])["findings"]] == ["same-answers"]
+    other = [(*row[:1], f"another {n}", *row[2:]) for n, row in enumerate(rows)]
+    mixed = _csv(tmp_path / "c.csv", rows[:4] + other[4:])
+    assert not replay_files([whole, mixed])["findings"]
+
+
 def test_constant_answers_and_repeated_questions_are_found(tmp_path: Path) -> None:
     rows = [(f"q{i}", "I win.", f"other {i}", 5, "A", "[Overall] 5") for i in range(10)]
     report = replay(_csv(tmp_path / "a.csv", [*rows, rows[0]]))

@@ -30,7 +30,6 @@ from recipes_lib.foreign.judgments import (
     read_judgments,
 )
 from recipes_lib.judging.contradictions import Contradictions, find_contradictions
-from recipes_lib.judging.store import text_hash
 from recipes_lib.statistics.intervals import mean_interval, wilson
 
 CONTRADICTIONS_MAX = 0.10
@@ -299,26 +298,46 @@ def _without_context(records: Sequence[Record]) -> Iterator[Record]:
 def _together(files: Sequence[Judgments]) -> list[ReplayFinding]:
     """Findings about several files: the same file, or the same answers, under two names."""
     findings: list[ReplayFinding] = []
+    answers = {one.file.path: _answers(one.records) for one in files}
     for name, words in (
         ("identical-files", "are the same file, byte for byte"),
         ("same-answers", "hold the same answers"),
     ):
-        groups: dict[str, list[str]] = defaultdict(list)
+        groups: list[list[Judgments]] = []
         for one in files:
-            mark = one.file.sha256 if name == "identical-files" else _answers(one.records)
-            if mark:
-                groups[mark].append(str(one.file.path))
-        for paths in groups.values():
+            for group in groups:
+                if name == "identical-files":
+                    same = one.file.sha256 == group[0].file.sha256
+                else:
+                    same = _same_answers(answers[one.file.path], answers[group[0].file.path])
+                if same:
+                    group.append(one)
+                    break
+            else:
+                groups.append([one])
+        for group in groups:
+            paths = [str(one.file.path) for one in group]
             if len(paths) > 1 and not any(set(paths) <= set(finding.items) for finding in findings):
                 message = f"{' and '.join(paths)} {words}: they cannot be ranked as different"
                 findings.append(ReplayFinding(name, message, len(paths), paths))
     return findings
 
 
-def _answers(records: Sequence[Record]) -> str | None:
-    """Hash of all answers of a file; None where it holds none."""
-    answers = sorted(f"{one.id}\0{one.turn}\0{one.answer}" for one in records if one.answer)
-    return text_hash("\1".join(answers)) if answers else None
+def _same_answers(one: Mapping[Any, set[str]], other: Mapping[Any, set[str]]) -> bool:
+    """Whether two files agree wherever both have an answer, and that is most of both: a copy of
+    which rows were dropped is a copy.
+    """
+    both = one.keys() & other.keys()
+    return 2 * len(both) > max(len(one), len(other)) and all(one[key] == other[key] for key in both)
+
+
+def _answers(records: Sequence[Record]) -> dict[tuple[str, int], set[str]]:
+    """The answers of a file by question and turn."""
+    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for one in records:
+        if one.answer:
+            found[one.key].add(one.answer)
+    return found
 
 
 # ---- the table ----
