@@ -48,6 +48,31 @@ def test_a_table_of_many_rows_rarely_holds_a_claim_where_no_arm_is_better(seeds,
     assert result.false_better + result.false_worse <= 0.1
 
 
+SCORES = {scores.name: scores for scores in statistics_simulation.SCORES}
+
+
+@pytest.mark.parametrize(
+    ("name", "arms", "metrics", "n"),
+    [
+        ("right or wrong", 5, 1, 200),
+        ("grades, most are 5", 3, 3, 40),
+        ("right or wrong, 3% open", 2, 10, 80),
+        ("right or wrong, 2 seeds", 4, 2, 20),
+        ("grades, 2 seeds", 2, 1, 10),
+    ],
+)
+def test_a_whole_study_of_arms_that_are_alike_rarely_holds_a_claim(name, arms, metrics, n):
+    result = statistics_simulation.simulate_study(SCORES[name], arms, metrics, n, 250)
+    # 5% and 95% with three standard errors of 250 studies.
+    assert result.false_better + result.false_worse <= 0.09
+    assert result.coverage >= 0.91
+
+
+def test_a_difference_of_the_stated_size_is_found_in_a_whole_study():
+    result = statistics_simulation.simulate_study(SCORES["right or wrong"], 2, 10, 80, 250)
+    assert 0.72 <= result.power_at_mde <= 0.92
+
+
 @pytest.mark.parametrize("missing", [0.0, 0.02, 0.05])
 def test_the_stated_difference_is_found_four_times_in_five_whatever_is_unresolved(missing):
     kind = dataclasses.replace(KINDS["outcomes, head to head"], missing=missing, reach=0.35)

@@ -28,7 +28,7 @@ from recipes_lib.statistics.power import Spread
 EXACT_SIGN_FLIPS = 14  # up to 2**14 sign patterns are enumerated
 # Clusters above which the permutation distribution is normal to all digits that matter.
 NORMAL_SIGN_FLIPS = 2_000
-MAX_LATTICE = 20_000  # sum of the whole numbers up to which the distribution is computed exactly
+MAX_LATTICE = 20_000
 _CHUNK = 2_000_000
 Array: TypeAlias = NDArray[np.float64]
 
@@ -86,8 +86,14 @@ def sign_flip_p(
     return number_or_none(sign_flip_ps(sums[None], resamples=resamples, seed=seed)[0])
 
 
-def sign_flip_ps(sums: Array, *, resamples: int = 10_000, seed: int = 0) -> Array:
-    """Return the p of `sign_flip_p` for the sums of clusters of many studies, one study a row."""
+def sign_flip_ps(
+    sums: Array, *, resamples: int = 10_000, seed: int = 0, lattice: int = MAX_LATTICE
+) -> Array:
+    """Return the p of `sign_flip_p` for the sums of clusters of many studies, one study a row.
+
+    Args:
+        lattice: sum of the whole numbers up to which the distribution is computed exactly.
+    """
     ps = np.full(len(sums), np.nan)
     there = np.abs(sums) > 1e-12
     counts = there.sum(axis=1)
@@ -95,7 +101,7 @@ def sign_flip_ps(sums: Array, *, resamples: int = 10_000, seed: int = 0) -> Arra
     for count in np.unique(counts[counts > 0]):
         mine = np.flatnonzero(counts == count)
         rows = sums[mine][there[mine]].reshape(len(mine), count)
-        steps, exact = _lattices(rows)
+        steps, exact = _lattices(rows, lattice)
         for place in np.flatnonzero(exact):
             ps[mine[place]] = _exact_sign_flip_p(steps[place], known)
         if not exact.all():
@@ -133,7 +139,7 @@ def _sampled_sign_flip_ps(sums: Array, resamples: int, seed: int) -> Array:
     return (hits + 1) / (resamples + 1)
 
 
-def _lattices(sums: Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+def _lattices(sums: Array, most: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The sums as whole multiples of a common step, and for which rows there is a step that makes
     them small enough.
     """
@@ -142,7 +148,7 @@ def _lattices(sums: Array) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         steps = np.rint(scaled).astype(np.int64)
         if np.abs(scaled - steps).max() < 1e-9:
             steps //= np.gcd.reduce(np.abs(steps), axis=1)[:, None]
-            return steps, np.abs(steps).sum(axis=1) <= MAX_LATTICE
+            return steps, np.abs(steps).sum(axis=1) <= most
     return steps, np.zeros(len(sums), dtype=bool)
 
 
@@ -161,16 +167,18 @@ def _exact_sign_flip_p(steps: NDArray[np.int64], known: dict[bytes, Array]) -> f
     key = often.tobytes()
     if key not in known:
         chances = np.ones(1)
-        for size, count in zip(sizes, counts, strict=True):
-            one = np.zeros(2 * int(size) * int(count) + 1)
-            one[:: 2 * int(size)] = _fair_coins(int(count))
+        for size, count in zip(map(int, sizes), map(int, counts), strict=True):
+            before, coins = chances, _fair_coins(count)
+            chances = np.zeros(len(before) + size * count)
             # Positive terms only: the small chances at the ends keep their digits.
-            chances = np.convolve(chances, one)
+            for first in range(min(size, len(before))):
+                part = np.convolve(before[first::size], coins)
+                chances[first::size][: len(part)] = part
         known[key] = chances
     total = int((sizes * counts).sum())
     observed = abs(int(steps.sum()))
-    # index i stands for the sum i - total
-    upper = float(known[key][total + observed :].sum())
+    # index i stands for i in positive steps, which is a sum of 2 i - total
+    upper = float(known[key][(total + observed) // 2 :].sum())
     return min(1.0, 2 * upper) if observed else 1.0
 
 

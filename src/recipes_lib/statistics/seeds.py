@@ -23,6 +23,9 @@ from recipes_lib.statistics.paired import Array, PairedResult, number_or_none, s
 from recipes_lib.statistics.power import Spread, alpha_of
 
 METHOD = "seeds and questions, t"
+# Beyond it the sign flips are sampled, or normal: sums over seeds have so many sizes that each of a
+# study's copies would take seconds.
+MAX_LATTICE_OVER_SEEDS = 5_000
 
 
 def question_means(values: Array, clusters: ArrayLike | None) -> Array:
@@ -101,7 +104,7 @@ def crossed_ps(tables: Array) -> Array:
     if min(tables.shape[1:]) < 2:
         return np.full(len(tables), np.nan)
     by_seed, excess = _variances(tables)
-    flips = sign_flip_ps(tables.sum(axis=1))
+    flips = sign_flip_ps(tables.sum(axis=1), lattice=MAX_LATTICE_OVER_SEEDS)
     distance = np.abs(tables.mean(axis=(1, 2)))
     crossed = alpha_of(lambda alpha: _half(alpha, tables.shape, by_seed, excess), distance)
     p = np.maximum(crossed, np.nan_to_num(flips))
