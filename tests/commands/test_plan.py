@@ -91,9 +91,10 @@ def test_every_shipped_study_has_sums(path: Path, plan: Plan) -> None:
     SCHEMA.validate(made)
     arms, total = made["arms"], made["total"]
     assert arms or made["not_trained_here"]
-    assert total["runs"] == sum(arm["seeds"] for arm in arms.values())
+    runs = {name: arm["seeds"] + arm.get("tuning", 0) for name, arm in arms.items()}
+    assert total["runs"] == sum(runs.values())
     assert total["train_s"] == pytest.approx(
-        sum(arm["seeds"] * arm["time"]["train_total_s"] for arm in arms.values()), abs=1
+        sum(runs[name] * arm["time"]["train_total_s"] for name, arm in arms.items()), abs=1
     )
     seeds = max((arm["seeds"] for arm in arms.values()), default=0)
     assert total["comparisons"] == seeds * (
@@ -348,6 +349,17 @@ def test_a_plan_imports_no_torch() -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_plan_of_a_study_counts_the_trainings_that_tune_its_arms(plan: Plan) -> None:
+    said = plan("lora-rank-tuned", "--gpu", "h100")[1]
+    assert "in all 12 trainings (6 of them to tune)" in said
+    made = json.loads(plan("lora-rank-tuned", "--json", "--gpu", "h100")[1])
+    SCHEMA.validate(made)
+    assert made["total"]["runs"] == 12 and made["arms"]["r8"]["tuning"] == 3
+    once = json.loads(plan("lora-rank", "--json", "--gpu", "h100")[1])
+    assert "tuning" not in once["arms"]["r8"]
+    assert made["total"]["train_s"] == pytest.approx(2 * once["total"]["train_s"], rel=1e-3)
 
 
 def test_a_study_with_an_arm_whose_model_nobody_can_see_is_planned_without_it(

@@ -216,6 +216,54 @@ BAD = [
             "metrics: study--alpaca_eval/win_rate, study--mt_bench/win_rate",
         ],
     ),
+    ("seeds: [42]", "tune: {train.learning_rte: [1, 2]}", 8, ["did you mean train.learning_rate"]),
+    ("seeds: [42]", "tune: {train.learning_rate: [1]}", 8, ["two different values or more"]),
+    (
+        "seeds: [42]",
+        "tune: {train.learning_rate: 1}",
+        8,
+        ["tune.train.learning_rate must be a list"],
+    ),
+    ("seeds: [42]", "tune: {train.learning_rate: [-1, 1]}", 8, ["arm 'r8'", "train.learning_rate"]),
+    ("seeds: [42]", "tune: {train.seed: [1, 2]}", 8, ["tune: train.seed cannot be tuned"]),
+    ("seeds: [42]", "tune: {data.prompt_format: [chat, raw]}", 8, ["cannot be tuned", "train"]),
+    (
+        "seeds: [42]",
+        "tune: {train.max_length: [9, 99]}",
+        8,
+        ["changes what the validation loss is"],
+    ),
+    ("seeds: [42]", "tune: {lora.r: [4, 8]}", 8, ["is what the factor 'rank' varies"]),
+    (
+        "seeds: [42]",
+        "tune: {train.learning_rate: [1, 2], train.max_steps: [1, 2]}",
+        8,
+        ["tune names 2 keys; tune one"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {imported: theirs, tune: {train.learning_rate: [1, 2]}}",
+        6,
+        ["arm 'r4' is not trained here: nothing to tune"],
+    ),
+    (
+        "  r4: r4.yaml",
+        "  r4: {recipe: r4.yaml, seeds: [1042], tune: {train.learning_rate: [1, 2]}}",
+        6,
+        ["seed 1042 is that of its tuning"],
+    ),
+    (
+        "seeds: [42]",
+        "overrides: [train.learning_rate=1]\ntune: {train.learning_rate: [1, 2]}",
+        9,
+        ["train.learning_rate is tuned, and set by an override"],
+    ),
+    (
+        "seeds: [42]",
+        "overrides: [train.eval_strategy='no']\ntune: {train.learning_rate: [1, 2]}",
+        9,
+        ["no validation loss to choose by", "set data.split.validation"],
+    ),
 ]
 
 

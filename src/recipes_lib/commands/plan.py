@@ -27,6 +27,7 @@ from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.hours import study_hours, study_json, study_lines
 from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.steps import build_graph
+from recipes_lib.study.tuning import with_choices
 from recipes_lib.suites.eval_times import eval_times, usual_evals
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _study(args: argparse.Namespace, path: Path) -> int:
                 " evaluated",
                 file=shown_path(path),
             )
-    study = load_study(path, args.overrides)
+    study = with_choices(load_study(path, args.overrides))
     refuse_leaks(study, build_graph(study).todo())
     plan = study_hours(study, args.gpu, args.price)
     if args.json:

@@ -30,8 +30,10 @@ from recipes_lib.study.status import (
     study_plan_lines,
     study_plan_object,
     summary_line,
+    tuning_lines,
 )
 from recipes_lib.study.steps import build_graph
+from recipes_lib.study.tuning import with_choices
 
 _ACTIONS = {
     "plan": "what would be done, why, and what it costs; nothing is touched",
@@ -74,7 +76,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the study, print its warnings, and do the action."""
-    study = load_study(args.study, args.overrides)
+    study = with_choices(load_study(args.study, args.overrides))
     for warning in study.warnings:
         print_error(warning)
     if args.action == "run" and args.dry_run:
@@ -117,12 +119,17 @@ def _estimates(study: Study) -> dict[str, str]:
     from recipes_lib.study.hours import study_hours
 
     with suppress(RecipesError):
-        return {
-            arm.name: (
-                f"about {spread(arm.plan.duration.total, arm.plan.settings.device)} on"
-                f" {arm.plan.card.title}{' (assumed)' * arm.plan.card.stands_in}"
-            )
+        plans = {
+            name: plan
             for arm in study_hours(study).arms
+            for name, plan in {arm.name: arm.plan, **arm.tuning}.items()
+        }
+        return {
+            name: (
+                f"about {spread(plan.duration.total, plan.settings.device)} on"
+                f" {plan.card.title}{' (assumed)' * plan.card.stands_in}"
+            )
+            for name, plan in plans.items()
         }
     return {}
 
@@ -243,6 +250,8 @@ def _diff(study: Study, args: argparse.Namespace) -> int:
         say("no difference: every resolved value is the same in all arms")
     else:
         say("there are no two arms with a recipe")
+    for line in tuning_lines(study):
+        say(line)
     confounds = [key for key, _, factor in rows if not factor]
     if confounds:
         say(

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.aims import Aims
+from recipes_lib.compare.design import TUNED
 from recipes_lib.compare.findings import (
     CONFOUNDED,
     FALSE_CLAIMS,
@@ -57,6 +58,7 @@ from recipes_lib.compare.validity.case import (
     changed,
     effective,
     setting_text,
+    tuned_alike,
     with_derived_values,
 )
 from recipes_lib.compare.validity.noise import noise_floors
@@ -365,7 +367,8 @@ class Causes:
         """Whether both arms are trainings of one recipe (an A/A pair), as the study says or,
         without one, as both runs recorded it.
         """
-        return self._keys(row) == {}
+        keys = self._keys(row)
+        return keys is not None and all(factor == TUNED for factor in keys.values())
 
     def sentence(self, row: TableRow, findings: Sequence[Finding]) -> str:
         """Return the template that fits, or nothing between arms of which a study did not train
@@ -385,9 +388,12 @@ class Causes:
             return f" No cause is named: {_reasons(confounds) or none}."
         if inside:
             return f" No cause is named: {_reasons(inside)}."
-        named = self._with_values(row, list(keys))
-        differ, their = ("differs", "its") if len(keys) == 1 else ("differ", "their joint")
-        only = f" Only {sentence_list(named)} {differ} between them, so this is {their} effect"
+        own = [key for key, factor in keys.items() if factor != TUNED]
+        named, tuned = self._with_values(row, own), self._tuned(row)
+        differ, their = ("differs", "its") if len(own) == 1 else ("differ", "their joint")
+        only = (
+            f" Only {sentence_list(named)} {differ} between them{tuned}, so this is {their} effect"
+        )
         if row.tested and row.tested.seeds > 1:
             return f"{only} over {row.tested.seeds} training seeds."
         floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
@@ -399,7 +405,7 @@ class Causes:
                 " table)."
             )
         return (
-            f" These two trainings differ, one of each arm; which of"
+            f" These two trainings differ, one of each arm{tuned}; which of"
             f" {sentence_list([*named, 'chance'])} is the cause, two trainings cannot"
             f" tell{self._by_chance(row, floor)}."
         )
@@ -433,6 +439,15 @@ class Causes:
         if one_each and self._keys(row) is not None:
             told = " This is of these two trainings, one of each arm."
         return told + (f" It says nothing of one key: {because}." if because else "")
+
+    def _tuned(self, row: TableRow) -> str:
+        """That each arm stands at its own best value of a grid, and at which."""
+        one, other = (self.case.values[name] for name in row.arms)
+        return "".join(
+            f", each at its best {key} of {', '.join(map(setting_text, grid))}"
+            f" ({setting_text(one.get(key))} against {setting_text(other.get(key))})"
+            for key, grid in tuned_alike(one, other).items()
+        )
 
     def _with_values(self, row: TableRow, keys: Sequence[str]) -> list[str]:
         """Every key that differs, with both values where they are few enough to read."""

@@ -30,6 +30,7 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import KindRules, describe, load, shown
 from recipes_lib.config.vocabulary import dotted_names, subschema
 from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.eval_recipe import EvalRecipe, load_eval
@@ -46,6 +47,7 @@ _OF_ACCELERATE = ("launch.distributed_type", "launch.mixed_precision")
 _MADE_BY_LAUNCH = (*_OF_ACCELERATE, "launch.world_size")
 _LAUNCH = ("accelerate", "gpus", "nodes")
 # What a study gives to every training itself.
+_BATCH = "run.global_batch_size"
 _GIVEN = {
     "train.seed": (
         "the seeds of a study stand under its own key: seeds: [1, 2], on the command line"
@@ -53,6 +55,43 @@ _GIVEN = {
     ),
     "run.name": "a run of a study is named after the study, its arm and its seed",
 }
+# Keys that decide which tokens a validation loss is a mean over, and in which arithmetic.
+LOSS_TOKENS = (
+    "model.name_or_path",
+    "data.source",
+    "data.subset",
+    "data.revision",
+    "data.source_split",
+    "data.prompt_format",
+    "data.chat_template",
+    "data.system_prompt",
+    "data.chat_loss",
+    "data.split.method",
+    "data.split.validation",
+    "data.split.test",
+    "data.split.seed",
+    "data.max_examples",
+    "data.special_tokens",
+    "train.max_length",
+    "train.completion_only_loss",
+    "train.assistant_only_loss",
+    "train.packing",
+    "train.eval_packing",
+    "train.truncation_mode",
+)
+LOSS_PRECISION = (
+    "model.dtype",
+    "train.bf16",
+    "train.fp16",
+    "train.bf16_full_eval",
+    "train.fp16_full_eval",
+    "launch.mixed_precision",
+)
+# A tuning is trained with a seed of its own: a training that won by its validation loss is
+# flattered, and the same one with an arm's seed would be that training again.
+_TUNING_SEED = 1000  # more than the recipe's
+TUNED = "(tuned)"  # stands where a factor would: each arm has its own best value of one grid
+TUNE = "tune."  # begins the name of a grid among the resolved values
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
 
 
@@ -76,6 +115,11 @@ class LaunchKeys:
     )
     overrides: list[str] = key(
         "`section.key=value` words, as after `recipes train RECIPE`.", factory=list
+    )
+    tune: dict[str, list[bool | int | float | str]] | None = key(
+        "One key and the values to try: each arm is trained with every value, and the one with the"
+        " lowest validation loss is the arm, trained anew with its seeds. An arm's own grid takes"
+        " the place of the study's; {} tunes nothing."
     )
 
 
@@ -155,11 +199,47 @@ def study_schema() -> Mapping[str, Any]:
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """The grid of an arm: one key, the values tried, and for each an arm of its own that is
+    trained once.
+
+    `chosen` is None until all are trained; then `losses` holds the validation loss of each, None
+    where the training diverged.
+    """
+
+    key: str
+    values: tuple[bool | int | float | str, ...]
+    candidates: tuple[Arm, ...] = field(repr=False)
+    chosen: bool | int | float | str | None = None
+    losses: tuple[float | None, ...] = ()
+
+    @property
+    def grid(self) -> str:
+        """The values tried, in words."""
+        return ", ".join(map(str, self.values))
+
+    @property
+    def inputs(self) -> dict[str, list[bool | int | float | str]]:
+        """What a choice depends on beside its trainings."""
+        return {self.key: list(self.values)}
+
+    @property
+    def edge(self) -> str | None:
+        """Which end of the values the chosen one is, or None: inside, or no numbers."""
+        numbers = [one for one in self.values if isinstance(one, int | float)]
+        if self.chosen is None or len(numbers) < len(self.values):
+            return None
+        ends = {min(numbers): "smallest", max(numbers): "largest"}
+        return ends.get(self.chosen)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class Arm:
     """One variant.
 
     `recipe` has the overrides applied; it is None for an imported or published arm that names none.
-    `accelerate`, `gpus` (processes on each machine) and `nodes` are the launch as it will be.
+    `accelerate`, `gpus` (processes on each machine) and `nodes` are the launch as it will be. Of a
+    tuned arm `recipe` and `overrides` have the chosen value, once there is one.
     """
 
     name: str
@@ -170,6 +250,17 @@ class Arm:
     cell: Mapping[str, str] = field(default_factory=dict)
     imported: str | None = None
     published_only: bool = False
+    tuning: Tuning | None = None
+
+    def tuned(self, chosen: object, losses: Sequence[float | None]) -> Arm:
+        """Return the arm with the value of its grid that was chosen."""
+        assert self.tuning is not None
+        place = self.tuning.values.index(chosen)
+        best, value = self.tuning.candidates[place], self.tuning.values[place]
+        tuning = dataclasses.replace(self.tuning, chosen=value, losses=tuple(losses))
+        return dataclasses.replace(
+            self, recipe=best.recipe, overrides=best.overrides, tuning=tuning
+        )
 
     @property
     def accelerate(self) -> str:
@@ -204,14 +295,16 @@ class Arm:
     def resolved(self) -> Mapping[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
 
-        The run's name and notes are left out; `train.seed` is a list where the arm has several.
-        Empty without a recipe.
+        The run's name and notes are left out; `train.seed` is a list where the arm has several, and
+        `tune.KEY` is the grid of a tuned key. Empty without a recipe.
         """
         if self.recipe is None:
             return {}
         values = flatten(self.recipe.to_dict())
         for name in ("run.name", "run.notes", "run.tags"):
             values.pop(name, None)
+        if self.tuning:
+            values[f"{TUNE}{self.tuning.key}"] = list(self.tuning.values)
         return {
             **values,
             "train.seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
@@ -246,12 +339,16 @@ class Study:
     baseline: str = BASE_ARM
 
     def arm(self, name: str) -> Arm:
-        """Return the arm of that name.
+        """Return the arm of that name, or what is trained for one value of an arm's grid.
 
         Raises:
             RecipeError: there is none; the arms are listed.
         """
         arms = {arm.name: arm for arm in self.arms}
+        for arm in self.arms if name not in arms else ():
+            for candidate in arm.tuning.candidates if arm.tuning else ():
+                if candidate.name == name:
+                    return candidate
         if name not in arms:
             raise RecipeError(
                 f"study '{self.name}' has no arm '{name}'",
@@ -385,6 +482,8 @@ class StudyRules(KindRules):
         yield from _wrong_names(document, study, arms)
         for name, arm in arms.items():
             yield from _wrong_arm(document, study, name, arm)
+            yield from _wrong_grid(document, study, ("arms", name, "tune"), arm.tune)
+        yield from _wrong_grid(document, study, ("tune",), study.tune)
         yield from _wrong_factors(document, study, arms)
         if study.published:
             path = document.folder(("published",)) / study.published
@@ -401,6 +500,8 @@ class StudyRules(KindRules):
         if errors or not full:
             return errors
         recipes = [arm.recipe for arm in study.arms if arm.recipe]
+        tunings = [arm.tuning for arm in study.arms if arm.tuning]
+        recipes += [one.recipe for tuning in tunings for one in tuning.candidates if one.recipe]
         return _once(error for recipe in recipes for error in check_upstream(recipe, notes=[]))
 
 
@@ -483,6 +584,41 @@ def _wrong_arm(
     if idle:
         what = f"arm '{name}': {idle[0]} has no meaning without a recipe"
         yield document.error((*path, idle[0]), what)
+    if arm.tune and not trained:
+        yield document.error((*path, "tune"), f"arm '{name}' is not trained here: nothing to tune")
+
+
+def _wrong_grid(
+    document: Document, study: StudySection, path: KeyPath, grid: Mapping[str, list[Any]] | None
+) -> Iterator[RecipeError]:
+    """A grid: one key that the validation losses of its values can be compared on, two values or
+    more.
+    """
+    where = ".".join(map(str, path))
+    if grid and len(grid) > 1:
+        hint = "several grids at once are arms of the study: factors, with an arm for each cell"
+        yield document.error(path, f"{where} names {len(grid)} keys; tune one", hint)
+    for tuned, values in (grid or {}).items():
+        place = (*path, tuned)
+        if tuned in _GIVEN or not (tuned.startswith(("train.", "lora.")) or tuned == _BATCH):
+            what = f"{where}: {tuned} cannot be tuned"
+            yield document.error(place, what, f"keys of train and lora can, and {_BATCH}")
+        elif tuned in (*LOSS_TOKENS, *LOSS_PRECISION):
+            hint = "compare arms with other values by an eval"
+            what = f"{where}: {tuned} changes what the validation loss is a mean over"
+            yield document.error(place, what, hint)
+        elif not _exists(tuned):
+            near = [f"did you mean {name}?" for name in dotted_names(tuned)[:1]]
+            yield document.error(place, f"{where}: there is no key '{tuned}'", *near)
+        elif len(values) < 2 or len(set(values)) < len(values):
+            hint = f"for example {tuned}: [1.0e-4, 2.0e-4, 4.0e-4]"
+            yield document.error(
+                place, f"{where}: {tuned} needs two different values or more", hint
+            )
+        for factor, prefixes in study.factors.items():
+            if any(tuned == prefix or tuned.startswith(f"{prefix}.") for prefix in prefixes):
+                what = f"{where}: {tuned} is what the factor '{factor}' varies"
+                yield document.error(place, what, "vary it between arms, or tune it in each arm")
 
 
 def _wrong_factors(
@@ -603,7 +739,7 @@ class _Reader:
         # What the study says for all arms; of one that was trained elsewhere it changes nothing, or
         # its differences could be hidden.
         study = self.own if trained else LaunchKeys()
-        for one in (*_LAUNCH, "seeds"):
+        for one in (*_LAUNCH, "seeds", "tune"):
             own, word = getattr(section, one), getattr(study, one)
             if own and word and own != word and self.document.origin((one,)).file == COMMAND_LINE:
                 # It would change the other arms and not this one, which has a value of its own.
@@ -635,7 +771,54 @@ class _Reader:
             imported=section.imported,
             published_only=section.published_only,
         )
-        return arm if arm.seeds else dataclasses.replace(arm, seeds=(arm.own_seed,))
+        arm = arm if arm.seeds else dataclasses.replace(arm, seeds=(arm.own_seed,))
+        grid = study.tune if section.tune is None else section.tune
+        return dataclasses.replace(arm, tuning=self._tuning(arm, section, grid)) if grid else arm
+
+    def _tuning(
+        self, arm: Arm, section: ArmSection, grid: Mapping[str, list[Any]]
+    ) -> Tuning | None:
+        """Return the grid of an arm, each value an arm of its own; None where something is
+        wrong.
+        """
+        assert arm.recipe is not None
+        ((key, values),) = grid.items()
+        place: KeyPath = ("tune",) if section.tune is None else ("arms", arm.name, "tune")
+        problem, hints = "", ("the tuning gives it its values",)
+        seed = arm.own_seed + _TUNING_SEED
+        if key in map(_key_of, arm.overrides):
+            problem = f"{key} is tuned, and set by an override"
+        elif seed in arm.seeds:
+            problem, hints = f"seed {seed} is that of its tuning", ("choose another seed",)
+        elif arm.recipe.train.get("eval_strategy", "no") == "no":
+            problem = "its tuning has no validation loss to choose by"
+            hints = ("set data.split.validation and train.eval_strategy in its recipe",)
+        if problem:
+            self.errors.append(self.document.error(place, f"arm '{arm.name}': {problem}", *hints))
+            return None
+        candidates = []
+        for value in values:
+            words = (*arm.overrides, f"{key}={value_text(value)}")
+            try:
+                recipe = load_recipe(arm.recipe.path, words)
+                accumulation_steps(recipe, arm.world_size)
+            except RecipeError as error:
+                self.errors += [
+                    self.document.error(place, f"arm '{arm.name}': {one.what}", *one.hints)
+                    for one in error.errors
+                ]
+                continue
+            label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
+            name = f"{arm.name}--tune-{label}"
+            one = dataclasses.replace(
+                arm, name=name, recipe=recipe, overrides=words, seeds=(seed,), tuning=None
+            )
+            candidates.append(one)
+        names = [one.name for one in candidates]
+        if len(set(names)) < len(names):
+            what = f"two values of {key} would have one name as folders"
+            self.errors.append(self.document.error(place, what))
+        return Tuning(key, tuple(values), tuple(candidates))
 
     def _launch(
         self, name: str, section: ArmSection, study: LaunchKeys, recipe: Recipe | None

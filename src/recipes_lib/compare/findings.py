@@ -32,6 +32,11 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "{first} and {second} also differ in {keys}, which no factor declares",
         "give both arms the same values, or declare them under factors and add the missing cells",
     ),
+    "confound-tuning": (
+        "error",
+        "{first} and {second} were not tuned over the same values",
+        "one grid for both: tune under the study's own keys, not under an arm's",
+    ),
     "differences": (
         "note",
         "{first} and {second} differ in {keys}: no factor is declared, so no difference has a named"
@@ -368,6 +373,16 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "note",
         "{first} kept the best of {n} checkpoints by its validation loss",
         "its lowest validation loss is flattered too: compare on data that chose nothing",
+    ),
+    "tuned-at-edge": (
+        "warning",
+        "{first} is best at the {edge} {key} that was tried, so its best may lie beyond",
+        "add a value beyond it to the grid of every arm: only what is new is trained",
+    ),
+    "tuned-on-validation": (
+        "warning",
+        "The validation rows chose the {key} of {first}: a loss on them is too good",
+        "compare on rows that chose nothing: data.questions: test",
     ),
     "noise-floor-missing": (
         "warning",

@@ -18,7 +18,16 @@ from recipes_lib.eval_log import Check, EvalLog, JudgeFacts, Scorecard, no_refer
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.numbers import Number
 from recipes_lib.report.provenance import commands, provenance
-from recipes_lib.report.runs import ArmCost, RunCost, Training, arm_costs, costs, trainings
+from recipes_lib.report.runs import (
+    ArmCost,
+    RunCost,
+    Training,
+    Tuned,
+    arm_costs,
+    costs,
+    trainings,
+    tunings,
+)
 from recipes_lib.report.samples import SampleSet, collect_samples
 
 if TYPE_CHECKING:
@@ -68,6 +77,13 @@ class Content:
     imported: tuple[str, ...]
     published: Published | None
     curves: Curves = field(repr=False, default_factory=dict)
+    tunings: tuple[Tuned, ...] = ()
+
+    @property
+    def tuned(self) -> dict[str, list[Tuned]]:
+        """The values that were tried for each tuned arm."""
+        arms = dict.fromkeys(one.arm for one in self.tunings)
+        return {arm: [one for one in self.tunings if one.arm == arm] for arm in arms}
 
     @property
     def pairs(self) -> list[tuple[tuple[str, str], list[TableRow]]]:
@@ -126,6 +142,7 @@ def gather(
         imported=tuple(arm for arm, one in measurements.arms.items() if one.imported),
         published=published,
         curves=_curves(measurements),
+        tunings=tuple(tunings(study)) if study else (),
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from recipes_lib.report.breakdowns import Breakdown
     from recipes_lib.report.content import Content
     from recipes_lib.report.numbers import Number
+    from recipes_lib.report.runs import Tuned
 
 COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
 _MARKERS = "os^Dv<>P"
@@ -57,6 +58,15 @@ def draw_comparison(content: Content, formats: Sequence[str] = _FORMATS) -> list
 
 def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
     places = _places(content)
+    for number, key in enumerate(dict.fromkeys(one.key for one in content.tunings), 1):
+        tried = [one for one in content.tunings if one.key == key]
+        caption = (
+            "Validation loss of one training per value, one line per arm; the chosen value is"
+            " ringed, a training that diverged is a cross at the top."
+        )
+        yield Figure(
+            f"tuning_{number}", f"Tuning of {key}", caption, _tuning(key, tried, places, formats)
+        )
     for key, series in content.curves.items():
         name, unit = CURVES[key]
         yield Figure(
@@ -85,6 +95,7 @@ def _places(content: Content) -> dict[str, int]:
     names = [
         *(score.arm for score in content.comparison.scores),
         *(arm for series in content.curves.values() for arm in series),
+        *content.tuned,
     ]
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
@@ -111,6 +122,42 @@ def _saved(figure: Any, formats: Sequence[str]) -> dict[str, bytes]:
         )
         files[kind] = stream.getvalue()
     return files
+
+
+def _tuning(
+    key: str, tried: Sequence[Tuned], places: dict[str, int], formats: Sequence[str]
+) -> dict[str, bytes]:
+    """The validation loss by the tuned value; words stand side by side, in the grid's order."""
+    figure, axes = _new(3.2)
+    values = list(dict.fromkeys(one.value for one in tried))
+    numbers = [one for one in values if isinstance(one, int | float)]
+    is_scale = len(numbers) == len(values)
+    values = sorted(numbers) if is_scale else values
+    at = {value: float(value) if is_scale else values.index(value) for value in values}
+    if is_scale and min(numbers) > 0 and max(numbers) / min(numbers) >= 4:
+        axes.set_xscale("log")
+    for arm in dict.fromkeys(one.arm for one in tried):
+        mine = sorted((one for one in tried if one.arm == arm), key=lambda one: at[one.value])
+        known = [one for one in mine if one.loss is not None]
+        style = {"color": COLORS[places[arm] % len(COLORS)], "linestyle": "none"}
+        axes.plot(
+            [at[one.value] for one in known],
+            [one.loss for one in known],
+            **style | {"linestyle": "-"},
+            marker=_MARKERS[places[arm] % len(_MARKERS)],
+            markersize=4,
+            label=short_label(arm),
+        )
+        best = [(at[one.value], one.loss) for one in known if one.chosen]
+        axes.plot(*zip(*best, strict=True), **style, marker="o", markersize=11, fillstyle="none")
+        lost = [at[one.value] for one in mine if one.loss is None]
+        top = axes.get_xaxis_transform()
+        axes.plot(lost, [1] * len(lost), **style, marker="x", transform=top, clip_on=False)
+    axes.set_xticks(list(at.values()), [short_label(str(value), 20) for value in values])
+    axes.minorticks_off()
+    axes.set(xlabel=key, ylabel=CURVES["eval_loss"][1])
+    _legend(figure, len(dict.fromkeys(one.arm for one in tried)))
+    return _saved(figure, formats)
 
 
 def _curves(

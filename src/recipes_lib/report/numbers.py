@@ -156,7 +156,20 @@ def _like(one: object, **own: Any) -> Number:
 
 
 def _of_runs(content: Content) -> Iterator[Number]:
-    """Trainings and costs; one run each, so n is 1 and there is no interval, and each arm's sum."""
+    """Tunings, trainings and costs; one run each, so n is 1 and there is no interval, and the sum
+    of each arm.
+    """
+    for tried in content.tunings:
+        yield Number(
+            kind="tuning",
+            metric="validation_loss",
+            arm=tried.arm,
+            group=f"{tried.key}={tried.value}",
+            value=tried.loss,
+            n=1,
+            verdict="chosen" if tried.chosen else "diverged" if tried.loss is None else None,
+            file=tried.file,
+        )
     training = (
         "steps",
         "train_loss",

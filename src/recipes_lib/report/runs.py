@@ -5,9 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
 from recipes_lib.eval_files import stored_tokens
+
+if TYPE_CHECKING:
+    from recipes_lib.compare.design import Study
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,41 @@ def arm_costs(costs: Sequence[RunCost]) -> list[ArmCost]:
             )
         )
     return found
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """One value of an arm's grid, and the validation loss of its training; None where it
+    diverged.
+    """
+
+    arm: str
+    key: str
+    value: bool | int | float | str
+    loss: float | None
+    chosen: bool
+    seed: int
+    file: str
+
+
+def tunings(study: Study) -> list[Tuned]:
+    """Return every value that was tried for an arm, where one was chosen."""
+    return [
+        Tuned(
+            arm=arm.name,
+            key=tuning.key,
+            value=value,
+            loss=loss,
+            chosen=value == tuning.chosen,
+            seed=candidate.seeds[0],
+            file=f"{study.name}/steps/choose.{arm.name}/done.json",
+        )
+        for arm in study.arms
+        if (tuning := arm.tuning)
+        for value, loss, candidate in zip(
+            tuning.values, tuning.losses, tuning.candidates, strict=False
+        )
+    ]
 
 
 def trainings(measurements: Measurements) -> list[Training]:

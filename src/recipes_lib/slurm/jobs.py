@@ -163,6 +163,12 @@ def plan_target(
         own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
         words = [f"{key}={value}" for key, value in own.items() if value is not None]
         study = load_study(path, [*overrides, *words])
+        if any(arm.tuning for arm in study.arms):
+            raise RecipeError(
+                f"study '{study.name}' tunes its arms: what they train is known only after that",
+                f"run it in one job: recipes study run {shown_path(path)} --jobs N",
+                file=shown_path(path),
+            )
         limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
         return _StudyPlanner(study, profile, flags).plan(stages, limit)
     if args.prepare and args.stages is None and profile is None:

@@ -46,6 +46,11 @@ def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
     return f"{study.name}--{arm.name}" + ("" if seed == arm.own_seed else f"--seed{seed}")
 
 
+def choice_name(arm: Arm) -> str:
+    """Return the step that chooses the value of an arm."""
+    return f"choose.{arm.name}"
+
+
 def run_names(study: Study) -> dict[str, list[str]]:
     """Return arm -> names of its runs under `runs_root()`, the base model's under `base`.
 

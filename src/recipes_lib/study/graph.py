@@ -26,6 +26,8 @@ _FORMAT_VERSION = 1
 # inputs of this name are hashes; None means that the content cannot be known here, and is not
 # compared
 CONTENT = "content."
+# kinds of steps that are a training
+TRAININGS = ("tune", "train")
 FOLLOWS = ("is stale", "is not done")  # how a reason ends that is another step's
 _State = Literal["fresh", "stale", "missing"]
 # What a result depends on: dotted key -> plain value.

@@ -4,8 +4,8 @@ hours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import EnvironmentFault
@@ -21,11 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ArmPlan:
-    """One arm that the study trains: its plan, with one evaluation of each kind, and its seeds."""
+    """One arm that the study trains: its plan, with one evaluation of each kind, its seeds, and the
+    plans of the trainings that tune it, by their names.
+    """
 
     name: str
     plan: Plan
     seeds: int
+    tuning: Mapping[str, Plan] = field(default_factory=dict)
+
+    @property
+    def trainings(self) -> int:
+        """How many trainings it takes."""
+        return self.seeds + len(self.tuning)
+
+    @property
+    def training(self) -> float:
+        """Seconds of all of them."""
+        tuning = sum(plan.duration.total for plan in self.tuning.values())
+        return self.seeds * self.plan.duration.total + tuning
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,7 @@ class StudyHours:
     @property
     def training(self) -> float:
         """Seconds of all trainings."""
-        return sum(arm.seeds * arm.plan.duration.total for arm in self.arms)
+        return sum(arm.training for arm in self.arms)
 
     @property
     def evaluation(self) -> float:
@@ -64,6 +78,7 @@ class StudyHours:
     def card_hours(self) -> float:
         """Card hours of everything."""
         of_arms = sum(arm.seeds * arm.plan.card_hours for arm in self.arms)
+        of_arms += sum(plan.card_hours for arm in self.arms for plan in arm.tuning.values())
         return of_arms + (sum(self.bases.values()) + self.comparing) / 3600
 
 
@@ -90,9 +105,14 @@ def study_hours(study: Study, gpu: str | None = None, price: float | None = None
             continue
         if plan.lengths.counted:
             counted[data] = plan.lengths
+        tuning = {
+            one.name: plan_launched(one.recipe, one.launch, card, counted.get(data))
+            for one in (arm.tuning.candidates if arm.tuning else ())
+            if one.recipe is not None
+        }
         evals = eval_times(study.evals, plan.settings.shape, card)
         plan = replace(plan, evals=evals, price=price)
-        arms.append(ArmPlan(arm.name, plan, max(1, len(arm.seeds))))
+        arms.append(ArmPlan(arm.name, plan, max(1, len(arm.seeds)), tuning))
         if study.include_base and evals:
             bases[arm.recipe.model.name_or_path] = plan.evaluation
     pairs = len(arms) * (len(arms) - 1) // 2 + (len(arms) if study.include_base else 0)
@@ -110,13 +130,17 @@ def study_json(plan: StudyHours) -> dict[str, Any]:
     """Return the plan as JSON: each arm as a recipe's plan, and the sums."""
     return {
         "arms": {
-            arm.name: {"seeds": arm.seeds, **plan_json(arm.plan, methods=False)}
+            arm.name: {
+                "seeds": arm.seeds,
+                **({"tuning": len(arm.tuning)} if arm.tuning else {}),
+                **plan_json(arm.plan, methods=False),
+            }
             for arm in plan.arms
         },
         "not_trained_here": plan.elsewhere,
         "not_planned": plan.unplanned,
         "total": {
-            "runs": sum(arm.seeds for arm in plan.arms),
+            "runs": sum(arm.trainings for arm in plan.arms),
             "comparisons": plan.comparisons,
             "train_s": round(plan.training, 1),
             "evaluation_s": round(plan.evaluation, 1),
@@ -154,9 +178,11 @@ def study_lines(plan: StudyHours) -> Iterator[str]:
     if plan.elsewhere:
         yield f"not trained here: {', '.join(plan.elsewhere)}"
     device = "cpu" if any(arm.plan.settings.device == "cpu" for arm in plan.arms) else "cuda"
+    tuned = sum(len(arm.tuning) for arm in plan.arms)
+    tuning = f" ({tuned} of them to tune)" if tuned else ""
     without = "" if plan.evaluation else " without evaluations"
     yield (
-        f"in all {sum(arm.seeds for arm in plan.arms)} trainings:"
+        f"in all {sum(arm.trainings for arm in plan.arms)} trainings{tuning}:"
         f" {spread(plan.training + plan.evaluation, device)} one after the other,"
         f" {plan.card_hours:.2f} card hours{without}{cost(plan.card_hours, plan.price)}"
     )

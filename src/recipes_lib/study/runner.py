@@ -32,6 +32,7 @@ from recipes_lib.study.graph import FOLLOWS, Freshness, Graph, Step
 from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.steps import build_graph
 from recipes_lib.study.trainings import Trainings
+from recipes_lib.study.tuning import choose, with_choices
 
 Say = Callable[[str], None]
 # Step -> why it failed, and the exit code.
@@ -65,6 +66,7 @@ def run_study(
             questions of its evals.
         RecipeError: `only` names no step, or the folder is another study's.
     """
+    study = with_choices(study)
     graph = build_graph(study)
     with ExitStack() as locks:
         if not only:  # else jobs of a cluster may do other steps at the same time
@@ -82,13 +84,16 @@ def run_study(
         say(f"study '{study.name}': {len(todo)} of {len(graph.wanted(only))} steps to do")
         _say_stale(todo, graph.survey(), say)
         refuse_leaks(study, todo, fetch=True)
-        trainings = Trainings(study, graph, jobs, say, flags)
-        failed: StepErrors = trainings.failed
+        failed: StepErrors = {}
         stopped = None
         try:
             with _terminated():
-                trainings.run([step for step in todo if step.kind == "train"])
-                stopped = trainings.stopped
+                stopped = _train("tune", study, only, jobs, say, flags, failed)
+                if stopped is None:
+                    graph = build_graph(study)
+                    failed |= choose(study, graph, _ready("choose", graph, only), say)
+                    study = with_choices(study)
+                    stopped = _train("train", study, only, jobs, say, flags, failed)
                 if stopped is None and (not failed or _anything_trained(study)):
                     failed |= _evaluate(study, only, say, debug, "--trust-remote-code" in flags)
                     failed |= _conclude(study, only, say)
@@ -114,6 +119,32 @@ def run_study(
         say(f"  {name} (exit code {code}): {why.splitlines()[0]}")
     only_missing = all(code == ExitCode.EVALUATION_INCOMPLETE for _, code in failed.values())
     return int(ExitCode.EVALUATION_INCOMPLETE if only_missing else ExitCode.FAILED)
+
+
+def _ready(kind: str, graph: Graph, only: Sequence[str]) -> list[Step]:
+    """The steps of a kind that are to do and can be done now."""
+    known = graph.survey()
+    todo = [step for step in graph.todo(only) if step.kind == kind]
+    return [step for step in todo if all(known[name].fresh for name in step.upstream)]
+
+
+def _train(
+    kind: str,
+    study: Study,
+    only: Sequence[str],
+    jobs: int,
+    say: Say,
+    flags: Sequence[str],
+    failed: StepErrors,
+) -> int | None:
+    """Do the trainings of a kind, add their failures, and return the exit code where somebody asked
+    to stop.
+    """
+    graph = build_graph(study)
+    trainings = Trainings(study, graph, jobs, say, flags)
+    trainings.run(_ready(kind, graph, only))
+    failed |= trainings.failed
+    return trainings.stopped
 
 
 def _say_stale(todo: Sequence[Step], state: Mapping[str, Freshness], say: Say) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from recipes_lib.compare.design import Study
+from recipes_lib.compare.design import TUNE, TUNED, Study
 from recipes_lib.compare.wording import question_text
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipesError
@@ -21,7 +21,7 @@ from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import launch_words, study_folder, train_words
-from recipes_lib.study.graph import DoneRecord, Freshness, Graph, Step
+from recipes_lib.study.graph import TRAININGS, DoneRecord, Freshness, Graph, Step
 from recipes_lib.suites.questions import local_questions
 
 STATES = ("fresh", "running", "stale", "missing", "waiting", "failed")
@@ -48,14 +48,14 @@ def step_rows(study: Study, graph: Graph) -> list[StepRow]:
     known = graph.survey()
     training = {
         step.run
-        for step in graph.of_kind("train")
+        for step in graph.of_kind(*TRAININGS)
         if not known[step.name].fresh and is_held(RunDirectory(step.run).path)
     }
     evaluating = not training and is_held(study_folder(study))
     rows = []
     for step in graph:
         record = graph.record(step.name)
-        if step.kind == "train" and step.run in training:
+        if step.kind in TRAININGS and step.run in training:
             state, detail = "running", _reached(step.run)
             detail += describe_holder(RunDirectory(step.run).path / "lock.json")
         else:
@@ -81,7 +81,7 @@ def _state(
     if waits:
         more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
         return "waiting", f"after {waits[0]}{more}"
-    if step.kind != "train":
+    if step.kind not in TRAININGS:
         return "running" if evaluating else "missing", ""
     run = RunDirectory(step.run)
     if run.exists() and run.metrics.is_file():
@@ -113,7 +113,7 @@ def standstill(study: Study, graph: Graph) -> str | None:
         if stuck.intersection(step.upstream):
             stuck.add(step.name)
     busy = [study_folder(study), *(graph.folder / step.name for step in failed)]
-    busy += [RunDirectory(step.run).path for step in failed if step.kind == "train"]
+    busy += [RunDirectory(step.run).path for step in failed if step.kind in TRAININGS]
     if not failed or len(stuck) < len(todo) or any(map(is_held, busy)):
         return None
     names = ", ".join(step.name for step in failed[:3])
@@ -157,7 +157,19 @@ def diff_rows(study: Study) -> Iterator[tuple[str, list[str], str]]:
     arms = [arm.name for arm in study.arms if arm.recipe is not None]
     for key, values in study.differing().items():
         shown = ["-" if values[name] is None else value_text(values[name]) for name in arms]
-        yield key, shown, study.factor_of(key) or ""
+        grids = [study.arm(name).resolved().get(f"{TUNE}{key}") for name in arms]
+        alike = grids[0] is not None and all(grid == grids[0] for grid in grids)
+        yield key, shown, study.factor_of(key) or (TUNED if alike else "")
+
+
+def tuning_lines(study: Study) -> Iterator[str]:
+    """Yield for each tuned arm its grid, and the value that was chosen."""
+    for arm in study.arms:
+        if tuning := arm.tuning:
+            seed = tuning.candidates[0].seeds[0]
+            chosen = "not yet chosen" if tuning.chosen is None else f"chosen: {tuning.chosen}"
+            trainings = f"{len(tuning.values)} trainings with seed {seed}"
+            yield f"{arm.name}: {tuning.key} is tuned over {tuning.grid}, {trainings}; {chosen}"
 
 
 # ---- The plan ----
@@ -195,6 +207,7 @@ def study_plan_lines(
     arms = f"{len(study.arms)} arms{' and their base' if study.include_base else ''}"
     yield question_text(study.question)
     yield f"{arms}; {len(study.evals)} evals; seeds {', '.join(map(str, study.seeds))}"
+    yield from tuning_lines(study)
     yield ""
     if not todo:
         yield f"nothing to do: all {len(steps)} steps are fresh"
@@ -210,8 +223,10 @@ def study_plan_lines(
     yield from aligned(table)
     yield ""
     yield f"{len(todo)} of {len(steps)} steps to do"
-    for step in (row.step for row, _ in todo if row.step.kind == "train"):
+    for step in (row.step for row, _ in todo if row.step.kind in TRAININGS):
         arm = study.arm(step.arm)
+        if arm.tuning and arm.tuning.chosen is None:  # its command is known once it is chosen
+            continue
         words = [*train_words(study, arm, step.seed or 0), *launch_words(arm)]
         yield f"$ recipes train {' '.join(words)}"
 
@@ -230,7 +245,7 @@ def _with_costs(
         step, cost = row.step, "seconds"
         if step not in steps:
             continue
-        if step.kind == "train":
+        if step.kind in TRAININGS:
             estimate = estimates.get(step.arm)
             cost = _training_cost(study, step) + (f": {estimate}" if estimate else "")
         elif step.eval in evals:

@@ -1,8 +1,8 @@
 """What a study consists of: its steps with their inputs, as a graph. Reads files, needs no torch.
 
-    train -> check -> answers -> judgments -> statistics -> report
-                   \\-> lm_eval ----------------^
-           answers of two arms -> comparison ---^
+    tune -> choose -> train -> check -> answers -> judgments -> statistics -> report
+                                    \\-> lm_eval ----------------^
+                            answers of two arms -> comparison ---^
 
 An input is what can change the result: the recipe without its comments, logging and saving keys,
 the data's content, prompts and rubrics, question files. Nothing about speed, addresses or where the
@@ -26,9 +26,10 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
 from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, REQUIREMENT
-from recipes_lib.study.arms import arm_run, base_arm, base_run, study_folder
+from recipes_lib.study.arms import arm_run, base_arm, base_run, choice_name, study_folder
 from recipes_lib.study.graph import (
     CONTENT,
+    FOLLOWS,
     ONLY_SPEED,
     Graph,
     Inputs,
@@ -42,7 +43,7 @@ from recipes_lib.weights.base import base_fingerprint, fingerprint
 
 # Raised by whoever changes what the code of a step computes. Statistics and report take seconds:
 # their source itself is the version.
-_VERSIONED = ("train", "check", "answers", "judgments", "comparison", *UNJUDGED)
+_VERSIONED = ("train", "choose", "check", "answers", "judgments", "comparison", *UNJUDGED)
 VERSIONS = dict.fromkeys(_VERSIONED, 1)
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
 # known by their content, whatever they are called
@@ -78,7 +79,8 @@ class _Subject:
         name = ".".join(filter(None, (kind, eval, word)))
         against = (other.run or other.word) if other else ""
         about = (self.arm, self.seed, self.run, eval, against)
-        return Step(name, kind, inputs, upstream, VERSIONS[kind], *about)
+        version = VERSIONS["train" if kind == "tune" else kind]
+        return Step(name, kind, inputs, upstream, version, *about)
 
 
 def _steps(study: Study) -> Iterator[Step]:
@@ -93,10 +95,19 @@ def _steps(study: Study) -> Iterator[Step]:
         key = (str(recipe.data), str(recipe.model))
         if key not in contents:
             contents[key] = {**data_contents(recipe), **_base_content(recipe)}
+        before: tuple[str, ...] = ()
+        if arm.tuning:
+            tunings = list(_tunings(study, arm, contents[key]))
+            yield from tunings
+            names = tuple(step.name for step in tunings)
+            grid = _Subject(arm.name, arm.name, None, "")
+            choice = grid.step("choose", arm.tuning.inputs, names)
+            yield choice
+            before = (choice.name,)
         for seed in arm.seeds:
             word = arm.name if seed == arm.own_seed else f"{arm.name}.seed{seed}"
             subject = _Subject(word, arm.name, seed, arm_run(study, arm, seed))
-            train = subject.step("train", training_inputs(arm, seed, contents[key]))
+            train = subject.step("train", training_inputs(arm, seed, contents[key]), before)
             check = subject.step("check", {}, (train.name,))
             yield train
             yield check
@@ -119,6 +130,16 @@ def _steps(study: Study) -> Iterator[Step]:
     yield Step("statistics", "statistics", report_inputs(study), upstream, version)
     version = source_version(*readers, "report")
     yield Step("report", "report", {}, ("statistics",), version)
+
+
+def _tunings(study: Study, arm: Arm, contents: Mapping[str, str | None]) -> Iterator[Step]:
+    """Yield the training of each value of an arm's grid."""
+    assert arm.tuning is not None
+    for value, candidate in zip(arm.tuning.values, arm.tuning.candidates, strict=True):
+        (seed,) = candidate.seeds
+        run = arm_run(study, candidate, seed)
+        subject = _Subject(f"{arm.name}.{value}", candidate.name, seed, run)
+        yield subject.step("tune", training_inputs(candidate, seed, contents))
 
 
 def _evaluations(
@@ -183,6 +204,8 @@ def training_inputs(arm: Arm, seed: int, contents: Mapping[str, str | None]) -> 
         for key, value in values.items()
         if not key.startswith(("launch.", "data_fingerprint"))
     }
+    if arm.tuning and arm.tuning.chosen is None:
+        values[arm.tuning.key] = f"unknown: {choice_name(arm)} {FOLLOWS[1]}"
     return {
         **values,
         **{key: resolved[key] for key in launch},
@@ -305,6 +328,9 @@ def report_inputs(study: Study) -> Inputs:
             "imported": arm.imported,
             "published_only": arm.published_only,
         }
+        if tuning := arm.tuning:
+            tried = [tuning.key, tuning.values, tuning.losses]
+            values[f"{CONTENT}tuning of {arm.name}"] = digest_of(tried)
         if not arm.trained and arm.recipe is not None:
             values[f"arms.{arm.name}.recipe"] = digest_of(arm.resolved())
         if arm.imported:

@@ -29,6 +29,7 @@ from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
 from recipes_lib.study.arms import arm_recipe, launch_words, move_aside, study_folder, train_words
 from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
+from recipes_lib.study.tuning import validation_loss
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.base import weight_hashes
 from recipes_lib.weights.check import read_check
@@ -233,6 +234,10 @@ class Trainings:
             self._finish(step, run, time.monotonic() - training.started)
         elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED) or self.stopped is not None:
             self.stopped = self.stopped or code
+        elif code == ExitCode.NUMERICS and step.kind == "tune":
+            self.say(f"{step.run}: diverged; this value cannot be chosen")
+            seconds = round(time.monotonic() - training.started, 1)
+            self.graph.finish(step, digest_of(None), [], seconds=seconds, loss=None)
         else:
             recorded = run.read_state().get("error") if run.exists() else None
             where = f"its output is in {training.log}" if training.log else "its message is above"
@@ -242,16 +247,24 @@ class Trainings:
 
     def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
         """Record a finished training: its result is the hash of its weights and of the prompt
-        format it was trained in.
+        format it was trained in; in a tuning its validation loss.
         """
         state, folder = run.read_state(), _weights(run)
         assert folder is not None
-        took = seconds or float((state.get("summary") or {}).get("seconds") or 0)
-        check, prompts = read_check(folder), state.get("guard", {}).get("prompt_format_hash")
-        result = digest_of([check.sha256 if check else weight_hashes(folder), prompts])
-        curves = [run.metrics] if run.metrics.is_file() else []
-        files = [*sorted(folder.glob("*.safetensors")), *curves]
-        self.graph.finish(step, result, files, seconds=round(took, 1))
+        summary = state.get("summary") or {}
+        took = round(seconds or float(summary.get("seconds") or 0), 1)
+        if step.kind == "tune":  # its weights are never read again
+            loss = validation_loss(run, summary)
+            if loss is None:
+                self._fail(step, "no validation loss was logged", int(ExitCode.FAILED))
+                return
+            self.graph.finish(step, digest_of(loss), [], seconds=took, loss=loss)
+        else:
+            check, prompts = read_check(folder), state.get("guard", {}).get("prompt_format_hash")
+            result = digest_of([check.sha256 if check else weight_hashes(folder), prompts])
+            curves = [run.metrics] if run.metrics.is_file() else []
+            files = [*sorted(folder.glob("*.safetensors")), *curves]
+            self.graph.finish(step, result, files, seconds=took)
         self.say(f"{step.run}: trained" + ("" if seconds else " before"))
 
     def _fail(self, step: Step, error: str, code: int) -> None:

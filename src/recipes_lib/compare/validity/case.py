@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.compare.design import TUNE, TUNED
 from recipes_lib.config.vocabulary import subschema
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
@@ -92,8 +93,11 @@ class Case:
         return {name: both[name] for name in [*self.measurements.arms, *declared] if name in both}
 
     def declares(self, *keys: str) -> bool:
-        """Whether a factor may change one of these keys."""
-        return self.study is not None and any(map(self.study.factor_of, keys))
+        """Whether a factor may change one of these keys, or an arm is tuned by one."""
+        if self.study is None:
+            return False
+        tuned = {arm.tuning.key for arm in self.study.arms if arm.tuning}
+        return bool(tuned & {*keys}) or any(map(self.study.factor_of, keys))
 
 
 def _recorded(arm: ArmMeasurements) -> Values | None:
@@ -165,21 +169,29 @@ def changed(
 
 
 def declared_by(study: Study | None, key: str, first: Values, second: Values) -> str | None:
-    """Return the factor that declares a difference; of examples per step, one of those that declare
-    every key behind it.
+    """Return the factor that declares a difference, TUNED where each arm has its best value of one
+    grid; of examples per step, one of those that declare every key behind it.
     """
     if study is None:
         return None
     if key != EXAMPLES_PER_STEP:
-        return study.factor_of(key)
+        return study.factor_of(key) or (TUNED if key in tuned_alike(first, second) else None)
     whole = first.get(_GLOBAL_BATCH) is not None and second.get(_GLOBAL_BATCH) is not None
     sources = [
         name
         for name in (_OF_BATCH[:1] if whole else _OF_BATCH)
         if whole or effective(name, first) != effective(name, second)
     ]
-    factors = [study.factor_of(name) for name in sources]
+    factors = [declared_by(study, name, first, second) for name in sources]
     return None if None in factors else factors[0]
+
+
+def tuned_alike(first: Values, second: Values) -> dict[str, list[Any]]:
+    """Return the grid of each key that was tuned in both arms over the same values."""
+    grids = {name: grid for name, grid in first.items() if name.startswith(TUNE)}
+    return {
+        name.removeprefix(TUNE): grid for name, grid in grids.items() if second.get(name) == grid
+    }
 
 
 def differing(first: Values, second: Values) -> list[str]:

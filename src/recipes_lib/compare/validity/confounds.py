@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.compare.design import LOSS_PRECISION, LOSS_TOKENS, TUNE
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.validity.case import (
@@ -48,6 +49,10 @@ def check_recipes(case: Case) -> Iterator[Finding]:
         one, other = with_derived_values(*(case.values[name] for name in arms))
         every = differing(one, other)
         keys = [key for key in every if declared_by(case.study, key, one, other) is None]
+        tuned = [key for key in keys if f"{TUNE}{key.removeprefix(TUNE)}" in keys]
+        if tuned:
+            yield found("confound-tuning", settings_differ(tuned, arms, one, other), arms)
+        keys = [key for key in keys if key not in tuned]
         heavy = [key for key in keys if changes_result(key, one, other)]
         idle = [key for key in keys if key not in heavy]
         evidence = settings_differ(heavy, arms, one, other)
@@ -264,38 +269,6 @@ def check_factors(case: Case) -> Iterator[Finding]:
 
 # ---- Validation losses ----
 
-_TOKENS = (  # they decide which tokens the mean is over
-    "model.name_or_path",
-    "data.source",
-    "data.subset",
-    "data.revision",
-    "data.source_split",
-    "data.prompt_format",
-    "data.chat_template",
-    "data.system_prompt",
-    "data.chat_loss",
-    "data.split.method",
-    "data.split.validation",
-    "data.split.test",
-    "data.split.seed",
-    "data.max_examples",
-    "data.special_tokens",
-    "train.max_length",
-    "train.completion_only_loss",
-    "train.assistant_only_loss",
-    "train.packing",
-    "train.eval_packing",
-    "train.truncation_mode",
-)
-_PRECISION = (  # they decide in which arithmetic it is computed
-    "model.dtype",
-    "train.bf16",
-    "train.fp16",
-    "train.bf16_full_eval",
-    "train.fp16_full_eval",
-    "launch.mixed_precision",
-)
-
 
 def check_losses(case: Case) -> Iterator[Finding]:
     """Yield, per two arms that both have a validation loss, why the two are not the same
@@ -310,7 +283,7 @@ def check_losses(case: Case) -> Iterator[Finding]:
         one, other = (case.values.get(name, {}) for name in arms)
         tokens, precision = (
             settings_differ(_not_alike(keys, one, other), arms, one, other)
-            for keys in (_TOKENS, _PRECISION)
+            for keys in (LOSS_TOKENS, LOSS_PRECISION)
         )
         tokens += _rows_differ(*(measured[name] for name in arms))
         bits = [_bits(values) for values in (one, other)]

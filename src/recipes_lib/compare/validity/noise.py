@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipes_lib.compare.findings import INSIDE_NOISE, Finding, found
-from recipes_lib.compare.validity.case import SEED, Case, changed, differing, pairs
+from recipes_lib.compare.validity.case import SEED, Case, changed, differing, metrics_of, pairs
 from recipes_lib.compare.wording import count
 from recipes_lib.core.project import shown_path
 
@@ -136,7 +136,9 @@ def _mean(values: list[float]) -> float:
 
 
 def check_selection(case: Case) -> Iterator[Finding]:
-    """Yield the best-of-many arms, and arms whose checkpoint was chosen by its validation loss."""
+    """Yield the best-of-many arms, arms whose checkpoint or tuned value was chosen by its
+    validation loss, and those whose best value is at an end of what was tried.
+    """
     trained = [name for name in case.trained if name != "base"]
     if len(trained) >= MANY and (case.study is None or len(case.study.factors) < 2):
         evidence = (
@@ -153,3 +155,22 @@ def check_selection(case: Case) -> Iterator[Finding]:
             told = f"train.load_best_model_at_end, {n} evaluations in metrics.jsonl"
             if n > 1:
                 yield found("best-checkpoint", [told], (name,), ("validation_loss",), n=n)
+    study_arms = case.study.arms if case.study else ()
+    chosen = [arm for arm in study_arms if arm.tuning and arm.name in case.arms]
+    for arm in chosen:
+        tuning = arm.tuning
+        assert tuning is not None
+        told = f"{tuning.key}: {tuning.chosen} of {tuning.grid}"
+        if tuning.edge:
+            yield found("tuned-at-edge", [told], (arm.name,), edge=tuning.edge, key=tuning.key)
+        yield found(
+            "tuned-on-validation", [told], (arm.name,), _on_validation(case), key=tuning.key
+        )
+
+
+def _on_validation(case: Case) -> list[str]:
+    """The metrics over the validation rows."""
+    assert case.study is not None
+    evals = {one.name for one in case.study.evals if one.data.questions == "validation"}
+    logs = [log for _, log in case.logs if log.eval in evals]
+    return ["validation_loss", *metrics_of(logs)]

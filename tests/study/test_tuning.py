@@ -1,0 +1,288 @@
+"""Tuning: each arm tries its grid, the lowest validation loss decides once, and the arm's seeds are
+trained anew. Trainings are stand-ins here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from tests.compare.test_claims import BAD, GOOD, arm, of, rates
+from tests.study.test_runner import TRAIN
+
+from recipes_lib.cli import main
+from recipes_lib.compare.claims import Comparison, compare_arms
+from recipes_lib.compare.design import Study, load_study
+from recipes_lib.compare.findings import Finding
+from recipes_lib.compare.validity import check_validity
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.report.content import gather
+from recipes_lib.report.documents import write_report
+from recipes_lib.study import runner, trainings
+from recipes_lib.study.runner import run_study
+from recipes_lib.study.steps import build_graph
+from recipes_lib.study.tuning import choose, validation_loss, with_choices
+
+RATES = {"0.001": 2.5, "0.01": 2.0, "0.1": 2.2}
+# What the stand-in's trainings of a rate come to; one of no loss diverges.
+LOSSES = """
+import json, os, sys
+rate = next((word for word in sys.argv if word.startswith("train.learning_rate=")), "").partition("=")[2]
+loss = json.loads(os.environ["LOSSES"]).get(rate, 3.0)
+if loss is None:
+    from recipes_lib.core.run_directory import RunDirectory
+    name = next(word for word in sys.argv if word.startswith("run.name=")).partition("=")[2]
+    RunDirectory(name).write_state("failed", exit_code=3, error="loss is nan at step 2")
+    sys.exit(3)
+"""  # noqa: E501
+
+
+@pytest.fixture
+def tuned(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a study whose two arms try three learning rates."""
+    program = LOSSES + TRAIN.replace(
+        '{"seconds": 12.5}', '{"seconds": 12.5, "last_validation_loss": loss}'
+    )
+    monkeypatch.setenv("LOSSES", json.dumps(RATES))
+    monkeypatch.setattr(
+        trainings, "train_command", lambda words: [sys.executable, "-c", program, *words]
+    )
+    monkeypatch.setattr(runner, "_evaluate", lambda *args: {})
+    monkeypatch.setattr(runner, "_conclude", lambda *args: {})
+    file = study_folder / "tiny.yaml"
+    text = file.read_text(encoding="utf-8")
+    file.write_text(f"{text}tune: {{train.learning_rate: [0.001, 0.01, 0.1]}}\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def alone(tuned: Path) -> Path:
+    """The same study with one of its arms."""
+    text = tuned.read_text(encoding="utf-8")
+    tuned.write_text(text.replace("  r8: r8.yaml\n", ""), encoding="utf-8")
+    return tuned
+
+
+STEPS = ("tune", "choose", "train")
+
+
+def run(file: Path, code: int = ExitCode.DONE) -> list[str]:
+    """Do the trainings, and return what was said."""
+    said: list[str] = []
+    assert run_study(load_study(file), said.append, only=STEPS) == code
+    return said
+
+
+def trained(said: list[str]) -> list[str]:
+    """The runs that were trained, in order, each with its learning rate."""
+    words = [line.split() for line in said if "$ recipes train" in line]
+    keys = ("run.name=", "train.learning_rate=")
+    return [
+        " ".join(word.partition("=")[2] for key in keys for word in line if word.startswith(key))
+        for line in words
+    ]
+
+
+def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_value_that_is_recorded(
+    tuned: Path,
+) -> None:
+    wanted = [
+        f"tiny--{arm}--tune-{rate}--seed1042 {rate}" for arm in ("r4", "r8") for rate in RATES
+    ]
+    said = run(tuned)
+    assert trained(said) == [*wanted, "tiny--r4 0.01", "tiny--r8 0.01"]
+    losses = "validation loss of 0.001: 2.5000, 0.01: 2.0000, 0.1: 2.2000"
+    assert f"choose.r8: train.learning_rate 0.01 ({losses})" in said
+    study = with_choices(load_study(tuned))
+    assert {arm.recipe.train["learning_rate"] for arm in study.arms if arm.recipe} == {0.01}
+    tries = [step.run for step in build_graph(study).of_kind("tune")]
+    others = {step.run for step in build_graph(study) if step.kind != "tune"}
+    assert len(tries) == 6 and not others & {*tries}
+    for name in tries:  # what was chosen is not chosen again from other files
+        shutil.rmtree(RunDirectory(name).path)
+    assert run(tuned) == []
+
+
+def test_a_wider_grid_tries_what_is_new_and_chooses_again_in_one_line(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(alone)
+    text = alone.read_text(encoding="utf-8")
+    alone.write_text(text.replace("0.1]", "0.1, 1.0]"), encoding="utf-8")
+    said = run(alone)  # 1.0 is worse: the arm stays as it is
+    assert trained(said) == ["tiny--r4--tune-1.0--seed1042 1.0"]
+    assert [line for line in said if "again" in line] == [
+        "choose.r4 is done again: train.learning_rate [0.001, 0.01, 0.1] -> [0.001, 0.01, 0.1, 1.0]"
+    ]
+    monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))
+    alone.write_text(text.replace("0.1]", "0.1, 2.0]"), encoding="utf-8")
+    said = run(alone)
+    assert trained(said) == ["tiny--r4--tune-2.0--seed1042 2.0", "tiny--r4 2.0"]
+    assert any("train.learning_rate 0.01 -> 2.0): moved to" in line for line in said)
+
+
+def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
+    said = run(alone)
+    assert trained(said)[-1] == "tiny--r4 0.001"
+    assert "tiny--r4--tune-0.1--seed1042: diverged; this value cannot be chosen" in said
+    assert any("0.1: diverged)" in line for line in said) and run(alone) == []
+
+
+def test_an_arm_whose_every_value_diverged_is_not_trained(
+    alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOSSES", json.dumps(dict.fromkeys(RATES)))
+    said = run(alone, ExitCode.FAILED)
+    assert len(trained(said)) == 3
+    why = "its training diverged at every train.learning_rate of 0.001, 0.01, 0.1"
+    assert f"  choose.r4 (exit code 3): arm 'r4': {why}" in said
+
+
+def test_a_try_that_failed_or_was_stopped_holds_its_arm_back_until_it_is_done(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "r4--tune-0.1--seed1042")
+    said = run(tuned, ExitCode.FAILED)
+    assert trained(said)[-1] == "tiny--r8 0.01" and "tiny--r4 0.01" not in trained(said)
+    monkeypatch.setenv("CODE", "75")
+    run(tuned, ExitCode.PREEMPTED)
+    monkeypatch.delenv("FAIL")
+    assert trained(run(tuned)) == ["tiny--r4--tune-0.1--seed1042 0.1", "tiny--r4 0.01"]
+
+
+def test_the_loss_that_counts_is_that_of_the_weights_that_were_kept(tmp_path: Path) -> None:
+    kept = RunDirectory("kept", tmp_path)
+    kept.path.mkdir()
+    lines = ({"step": step, "eval_loss": loss} for step, loss in ((1, 2.5), (2, 1.5), (3, 2.0)))
+    kept.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    assert validation_loss(kept, {"last_validation_loss": 2.0}) == 2.0
+    assert validation_loss(kept, {"last_validation_loss": 2.0, "best_step": 2}) == 1.5
+    assert validation_loss(kept, {"last_validation_loss": None}) is None
+
+
+def test_plan_status_and_diff_show_the_tuning(
+    tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "train.learning_rate is tuned over 0.001, 0.01, 0.1, 3 trainings with seed 1042"
+    assert main(["study", "run", "--dry-run", str(tuned)]) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert f"r4: {line}; not yet chosen" in said and said.count("$ recipes train") == 6
+    main(["study", "status", str(tuned)])
+    said = capsys.readouterr().out
+    assert "tune.r8.0.1" in said and "choose.r8" in said and "after choose.r8" in said
+    graph = build_graph(load_study(tuned))
+    for step in graph.of_kind("tune"):
+        loss = 1.0 if step.name in ("tune.r4.0.001", "tune.r8.0.01") else 2.0
+        graph.finish(step, str(loss), [], loss=loss)
+    choose(load_study(tuned), graph, graph.of_kind("choose"), lambda line: None)
+    main(["study", "diff", str(tuned)])
+    said = capsys.readouterr().out
+    assert "train.learning_rate  0.001  0.01  (tuned)" in said and "none declared" not in said
+    text = tuned.read_text(encoding="utf-8")
+    own = text.replace("r4: r4.yaml", "r4: {recipe: r4.yaml, tune: {train.learning_rate: [1, 2]}}")
+    tuned.write_text(own, encoding="utf-8")
+    main(["study", "diff", str(tuned)])
+    assert "tune.train.learning_rate  [1, 2]  [0.001, 0.01, 0.1]  none declared" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_tuned_study_is_not_launched_as_arrays(
+    tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", str(tuned), "--profile", "example", "--dry-run"]) == ExitCode.USAGE
+    said = capsys.readouterr().err
+    assert "study 'tiny' tunes its arms" in said and f"recipes study run {tuned}" in said
+
+
+# ---- What may be said ----
+
+
+def compared(study: Study) -> tuple[Comparison, list[Finding]]:
+    """Arm r8 is better than r4 over two seeds."""
+    values = {"r4": BAD, "r8": GOOD}
+    measured = of(
+        *(
+            dataclasses.replace(
+                one := arm(name, [[rates(mine)], [rates([*mine[1:], mine[0]])]]),
+                runs=one.runs,
+            )
+            for name, mine in values.items()
+        )
+    )
+    findings = check_validity(study, measured)
+    return compare_arms(measured, findings, study), findings
+
+
+def at(study: Study, **chosen: float) -> Study:
+    """The study with these values chosen."""
+    arms = [
+        one.tuned(chosen[one.name], (2.5, 2.0, None)) if one.name in chosen else one
+        for one in study.arms
+    ]
+    return dataclasses.replace(study, arms=tuple(arms))
+
+
+def test_arms_tuned_alike_are_compared_each_at_its_best(tuned: Path) -> None:
+    comparison, findings = compared(at(load_study(tuned), r4=0.01, r8=0.001))
+    (row,) = comparison.rows
+    assert row.sentence.endswith(
+        " Only lora.r (8 against 4) and lora.lora_alpha (16 against 8) differ between them, each at"
+        " its best train.learning_rate of 0.001, 0.01, 0.1 (0.001 against 0.01), so this is their"
+        " joint effect over 2 training seeds."
+    )
+    edges = [(one.arms, one.title) for one in findings if one.code == "tuned-at-edge"]
+    assert edges == [
+        (
+            ("r8",),
+            "r8 is best at the smallest train.learning_rate that was tried, so its best may lie"
+            " beyond",
+        )
+    ]
+    assert {one.arms for one in findings if one.code == "tuned-on-validation"} == {("r4",), ("r8",)}
+
+
+@pytest.mark.parametrize("grid", ["{train.learning_rate: [0.01, 0.1]}", "{}"])
+def test_arms_tuned_unequally_have_no_named_cause(tuned: Path, grid: str) -> None:
+    text = tuned.read_text(encoding="utf-8")
+    own = f"r4: {{recipe: r4.yaml, tune: {grid}}}"
+    tuned.write_text(text.replace("r4: r4.yaml", own), encoding="utf-8")
+    comparison, findings = compared(at(load_study(tuned), r8=0.001))
+    (found,) = [one for one in findings if one.code.startswith("confound")]
+    assert (found.code, found.severity) == ("confound-tuning", "error")
+    assert "tune.train.learning_rate: r4 " in found.evidence[-1] or found.evidence[0]
+    assert "an association, not an effect: r4 and r8 were not tuned over" in (
+        comparison.rows[0].sentence
+    )
+
+
+def test_the_report_shows_every_value_that_was_tried(tuned: Path, tmp_path: Path) -> None:
+    study = at(load_study(tuned), r4=0.01, r8=0.01)
+    comparison, _ = compared(study)
+    measured = of(arm("r4", [rates(BAD)]), arm("r8", [rates(GOOD)]))
+    write_report(tmp_path / "report", gather("tiny", measured, comparison, study))
+    folder = tmp_path / "report"
+    assert (folder / "figures" / "tuning_1.svg").is_file()
+    for name in ("report.html", "report.md"):
+        text = (folder / name).read_text(encoding="utf-8")
+        assert "0.001: 2.5000, 0.01: 2.0000, 0.1: diverged" in text and "3, seed 1042" in text
+    assert "3, seed 1042" in (folder / "report.tex").read_text(encoding="utf-8")
+    numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))["numbers"]
+    tried = [
+        (one["group"], one.get("value"), one.get("verdict"))
+        for one in numbers
+        if one["kind"] == "tuning" and one["arm"] == "r8"
+    ]
+    assert tried == [
+        ("train.learning_rate=0.001", 2.5, None),
+        ("train.learning_rate=0.01", 2.0, "chosen"),
+        ("train.learning_rate=0.1", None, "diverged"),
+    ]
