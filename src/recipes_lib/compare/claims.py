@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.aims import Aims
+from recipes_lib.compare.answers import AnswerCounts, count_answers
 from recipes_lib.compare.design import TUNED
 from recipes_lib.compare.findings import (
     CONFOUNDED,
@@ -118,8 +119,8 @@ MOST_VALUES = 4  # of more keys that differ a sentence gives the names alone
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is known and what may be said: the answer in sentences, the table, the scores, and the
-    findings that stand against it.
+    """What is known and what may be said: the answer in sentences, the table, the scores, the
+    findings that stand against it, and what is wrong with the arms' answers.
     """
 
     question: str
@@ -130,6 +131,7 @@ class Comparison:
     tests: int
     alpha: float = ALPHA
     relabelling: Relabelling | None = None
+    answers: tuple[AnswerCounts, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
@@ -144,6 +146,7 @@ class Comparison:
             "findings": [json_object(dataclasses.asdict(finding)) for finding in self.findings],
             "rows": [row.to_dict() for row in self.rows],
             "scores": [json_object(dataclasses.asdict(score)) for score in self.scores],
+            "answers": [json_object(dataclasses.asdict(one)) for one in self.answers],
         }
 
 
@@ -197,7 +200,16 @@ def compare_arms(
     answer = answer_paragraph(judged, base)
     if not any(row.of_results for row in judged):
         answer += nothing_compared(measurements, known, judged)
-    return Comparison(question, answer, tuple(judged), tuple(scores), known, tests, relabelling=own)
+    return Comparison(
+        question,
+        answer,
+        tuple(judged),
+        tuple(scores),
+        known,
+        tests,
+        relabelling=own,
+        answers=tuple(count_answers(measurements)),
+    )
 
 
 def _one_model(row: TableRow, findings: Sequence[Finding]) -> str:

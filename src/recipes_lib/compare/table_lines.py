@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from recipes_lib.compare.answers import ANSWERS_HEAD, AnswerCounts
 from recipes_lib.compare.claims import Comparison
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.row import TableRow
@@ -24,6 +25,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     lines = list(comparison.answer) if rows else score_lines(comparison.scores)
     for pair in dict.fromkeys(row.arms for row in rows):
         lines += ["", *pair_lines([row for row in rows if row.arms == pair])]
+    lines += answer_lines(comparison.answers)
     if comparison.relabelling:
         lines += ["", comparison.relabelling.sentence]
     return [*lines, *finding_lines(comparison.findings)]
@@ -60,6 +62,13 @@ def score_lines(scores: Sequence[Score]) -> list[str]:
         value = f"{metric_text(one.value, one.unit)} {limits}"
         table.append((one.arm, one.label + opponent, value, f"{one.n:,}", str(one.unresolved)))
     return aligned(table)
+
+
+def answer_lines(answers: Sequence[AnswerCounts]) -> list[str]:
+    """Return what is wrong with the arms' answers, evaluation by evaluation."""
+    table = [("answers of", "run", *ANSWERS_HEAD)]
+    table += [(one.eval, one.arm, *one.cells) for one in answers]
+    return ["", *aligned(table)] if answers else []
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare import wording
+from recipes_lib.compare.answers import ANSWERS_HEAD
 from recipes_lib.core.atomic_files import write_bytes, write_text
 from recipes_lib.core.terminal import printable, say
 from recipes_lib.report.figures import draw_comparison
@@ -177,7 +178,8 @@ def _templates(form: str) -> Environment:
 
 def _rendered(form: str, content: Content, **values: Any) -> str:
     template = _templates(form).get_template(f"report.{form}.jinja")
-    return template.render(content=content, comparison=content.comparison, **values)
+    own = {"comparison": content.comparison, "answers_head": ANSWERS_HEAD}
+    return template.render(content=content, **own, **values)
 
 
 def report_markdown(content: Content, figures: Sequence[Figure]) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.compare.answers import ANSWER_FAULTS
 from recipes_lib.compare.row import json_value
 from recipes_lib.statistics.intervals import wilson
 
@@ -97,6 +98,20 @@ def _of_comparison(content: Content) -> Iterator[Number]:
             interval=score.method,
             file=" ".join(score.files),
         )
+    for one in content.comparison.answers:
+        shares = [(fault, "share", one.share(fault)) for fault in ANSWER_FAULTS]
+        for metric, unit, value in (*shares, ("characters", "number", one.characters)):
+            if value is not None:
+                yield Number(
+                    kind="answers",
+                    metric=metric,
+                    arm=one.arm,
+                    group=one.eval,
+                    unit=unit,
+                    value=value,
+                    n=one.n,
+                    file=one.file,
+                )
     for row in content.comparison.rows:
         tested = row.tested
         limits = ("low", "high", "lowest", "highest")
