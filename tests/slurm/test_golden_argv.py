@@ -51,7 +51,8 @@ def test_the_jobs_of_every_recipe_and_study_are_the_recorded_ones(
         code, said = cli.main(words), capsys.readouterr()
         lines += [f"## {path.relative_to(PROJECT)}", *plain(said.out, tmp_path)]
         if code:  # a cluster without GPUs is no place for a recipe that needs them
-            assert (code, profile) == (2, "local-sandbox"), said.err
+            tunes = path.stem == "lora-rank-tuned" and "tunes its arms" in said.err
+            assert code == 2 and (tunes or profile == "local-sandbox"), said.err
             lines.append(said.err.splitlines()[0])
     assert not (tmp_path / "runs").exists()  # a dry run touches nothing
     file = GOLDEN / f"{profile}.txt"
