@@ -22,7 +22,7 @@ from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.published import Published, PublishedNumber
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.project import project_root
-from recipes_lib.report.content import gather
+from recipes_lib.report.content import Content, gather
 from recipes_lib.report.documents import (
     markdown,
     report_html,
@@ -219,6 +219,38 @@ def test_an_arm_has_one_colour_in_every_figure(make_content):
     assert [color in against_r8 for color in ours] == [False, False, True]
     for title in ("Training loss per token", "AlpacaEval win rate against reference, by category"):
         assert all(color in drawn[title] for color in ours)
+
+
+def effects_of(content: Content) -> list[bytes]:
+    drawn = draw_comparison(content, ("svg",))
+    return [figure.files["svg"] for figure in drawn if figure.name == "effects"]
+
+
+def with_rows(content: Content, **changes: object) -> Content:
+    rows = [replace(row, **changes) for row in content.comparison.rows]
+    return replace(content, comparison=replace(content.comparison, rows=rows))
+
+
+def test_the_first_picture_is_of_the_effects_whose_claims_stand(make_content):
+    content = make_content()
+    page = report_html(content, draw_comparison(content, ("svg",)))
+    assert page.index('alt="Effects"') < page.index("<nav>")
+    assert "![Effects](figures/effects.svg)" in report_markdown(
+        content, draw_comparison(content, ("svg",))
+    )
+    (drawn,) = effects_of(content)
+    flipped = {"better": "no difference shown", "no difference shown": "better"}
+    first = content.comparison.rows[0]
+    assert first.verdict in flipped and first.claimed
+    shown, hidden, margin = (
+        effects_of(with_rows(content, **change))
+        for change in (
+            {"verdict": flipped[first.verdict]},
+            {"stopped": ("an error",)},
+            {"margin": 0.05},
+        )
+    )
+    assert shown != [drawn] and margin != [drawn] and hidden == []
 
 
 def test_latex_and_markdown_say_how_many_items_are_open_and_which_arms_a_finding_concerns(

@@ -199,7 +199,7 @@ def report_html(content: Content, figures: Sequence[Figure]) -> str:
     style, script = (
         (TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
     )
-    by_place: dict[str, list[dict[str, str]]] = {"by": [], "noise": [], "": []}
+    by_place: dict[str, list[dict[str, str]]] = {"effects": [], "by": [], "noise": [], "": []}
     for figure in figures:
         data = base64.b64encode(figure.files["svg"]).decode()
         start = figure.name.partition("_")[0]
@@ -213,6 +213,7 @@ def report_html(content: Content, figures: Sequence[Figure]) -> str:
         style=Markup(style),
         script=Markup(script),
         samples=Markup(samples_json(content.samples)),
+        effects=next(iter(by_place["effects"]), None),
         curves=by_place[""],
         groups=by_place["by"],
         floor_figure=next(iter(by_place["noise"]), None),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recipes_lib.report.content import CURVES
 
 if TYPE_CHECKING:
+    from recipes_lib.compare.row import TableRow
     from recipes_lib.report.breakdowns import Breakdown
     from recipes_lib.report.content import Content
     from recipes_lib.report.numbers import Number
@@ -31,6 +32,9 @@ _STYLE = {
     "text.usetex": False,
     "text.parse_math": False,
 }
+_EFFECT_UNITS = {"share": "percentage points", "grade": "grades"}
+_TESTED = ("better", "worse", "no difference shown")
+MOST_EFFECTS = 40
 GROUPED = {"category": "category", "length": "length of the answer beside the opponent's"}
 # PNG for LaTeX: embedding fonts in fourteen PDFs takes longer than everything else.
 _FORMATS = ("svg", "png")
@@ -58,6 +62,12 @@ def draw_comparison(content: Content, formats: Sequence[str] = _FORMATS) -> list
 
 def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
     places = _places(content)
+    if rows := _pictured(content):
+        caption = (
+            "Each comparison whose test stands, first arm minus second, with its 95% interval:"
+            " filled where a difference is shown, a band where there is a margin."
+        )
+        yield Figure("effects", "Effects", caption, _effects(rows, places, formats))
     for number, key in enumerate(dict.fromkeys(one.key for one in content.tunings), 1):
         tried = [one for one in content.tunings if one.key == key]
         caption = (
@@ -100,13 +110,20 @@ def _places(content: Content) -> dict[str, int]:
     return {name: number for number, name in enumerate(dict.fromkeys(names))}
 
 
-def _new(height: float) -> tuple[Any, Any]:
-    """A figure without pyplot: no global state, no window system."""
+def _new(height: float, panels: Sequence[float] = ()) -> tuple[Any, Any]:
+    """A figure without pyplot: no global state, no window system.
+
+    Args:
+        panels: heights of several axes below each other, in proportion.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(6.4, height), layout="constrained")
     FigureCanvasAgg(figure)
+    if panels:
+        axes = figure.subplots(len(panels), squeeze=False, height_ratios=list(panels))
+        return figure, list(axes[:, 0])
     return figure, figure.subplots()
 
 
@@ -122,6 +139,83 @@ def _saved(figure: Any, formats: Sequence[str]) -> dict[str, bytes]:
         )
         files[kind] = stream.getvalue()
     return files
+
+
+def _pictured(content: Content) -> list[TableRow]:
+    """Return the rows that stand for the answer: those whose claim nothing stops; of many, the
+    primary ones and those of the first pair.
+    """
+    rows = [
+        row
+        for row in content.comparison.rows
+        if row.claimed and row.verdict in _TESTED and row.tested is not None
+        if row.tested.low is not None and row.tested.high is not None
+    ]
+    if len(rows) > MOST_EFFECTS and rows:
+        rows = [row for row in rows if row.primary or row.arms == content.pairs[0][0]]
+    return rows[:MOST_EFFECTS]
+
+
+def _effects(
+    rows: Sequence[TableRow], places: dict[str, int], formats: Sequence[str]
+) -> dict[str, bytes]:
+    """A forest plot: a panel per unit, a line per metric with one point for each pair of arms, in
+    the colour of the first.
+    """
+    panels: dict[str, list[TableRow]] = {}
+    for row in rows:
+        panels.setdefault(_EFFECT_UNITS.get(row.unit, row.label), []).append(row)
+    pairs = list(dict.fromkeys(row.arms for row in rows))
+    styles: list[dict[str, Any]] = [
+        {
+            "fmt": _MARKERS[number % len(_MARKERS)],
+            "color": COLORS[places.get(first, number) % len(COLORS)],
+            "markersize": 4.5,
+            "linewidth": 1.1,
+        }
+        for number, (first, _) in enumerate(pairs)
+    ]
+    metrics = {unit: list(dict.fromkeys(row.where for row in panels[unit])) for unit in panels}
+    heights = [len(lines) * max(0.3, 0.17 * len(pairs)) for lines in metrics.values()]
+    figure, every = _new(sum(heights) + 0.5 * len(panels) + 0.4, heights)
+    for axes, (unit, mine) in zip(every, panels.items(), strict=True):
+        axes.axvline(_place(mine[0], 0.0), color="#888888", linewidth=0.8, linestyle="--")
+        for row in mine:
+            pair, line = pairs.index(row.arms), metrics[unit].index(row.where)
+            y = line + (pair - (len(pairs) - 1) / 2) * 0.7 / len(pairs)
+            _effect(axes, row, y, 0.3 / len(pairs), styles[pair])
+        axes.set_yticks(
+            range(len(metrics[unit])), [short_label(line, 38) for line in metrics[unit]]
+        )
+        axes.set_ylim(len(metrics[unit]) - 0.5, -0.5)
+        sides = {"right" if row.higher_is_better else "left" for row in mine}
+        side = sides.pop() if len(sides) == 1 else None
+        better = f" ({side}: the first arm is better)" if side else ""
+        axes.set_xlabel(f"{short_label(unit)}{better}", fontsize=8.5)
+    for arms, style in zip(pairs, styles, strict=True):
+        every[0].errorbar([], [], xerr=[], label=short_label(" against ".join(arms)), **style)
+    _legend(figure, len(pairs))
+    return _saved(figure, formats)
+
+
+def _effect(axes: Any, row: TableRow, y: float, half: float, style: dict[str, Any]) -> None:
+    """One comparison: its effect, its interval and its margin, `half` above and below."""
+    assert row.tested is not None
+    effect, low, high = (
+        _place(row, one) for one in (row.tested.effect, row.tested.low, row.tested.high)
+    )
+    if row.margin:
+        ends = [_place(row, sign * row.margin) for sign in (-1, 1)]
+        axes.fill_betweenx([y - half, y + half], *ends, color="#888888", alpha=0.25, linewidth=0)
+    bars = [[max(0.0, effect - low)], [max(0.0, high - effect)]]
+    hollow = {"markerfacecolor": "white"} if row.verdict == "no difference shown" else {}
+    axes.errorbar([effect], [y], xerr=bars, **style, **hollow)
+
+
+def _place(row: TableRow, effect: float | None) -> float:
+    """Where an effect of a row stands; a win rate by its difference from a half."""
+    shown = effect if row.head_to_head else row.shown(effect)
+    return (100 if row.unit == "share" else 1) * (shown or 0.0)
 
 
 def _tuning(
