@@ -2,12 +2,11 @@
 
 A study asks one primary question; everything else it measures is secondary. The primary comparisons
 start with 80% of the error rate (4%), the secondary ones with 20% (1%), each shared within its
-family as Holm does. A family of which everything is rejected passes its part to the other: so the
-secondary comparisons are held to the whole 5% behind a primary question that is answered, and a
-difference as plain as base against tuned is not lost behind one that is not. Testing the primary
-question alone at 5% and the rest strictly behind it would keep the same error rate, find the
-primary difference a little more often (a 3% smaller one with many questions), and claim nothing at
-all where it is not found.
+family as Holm does. A family of which everything is rejected passes its part to the other: behind a
+primary question that is answered the secondary comparisons are held to the whole 5%, and a plain
+difference elsewhere is not lost behind a question that is not. Testing the primary question alone
+at 5% and the rest strictly behind it would keep the same error rate, find a primary difference that
+is 3% smaller (with many questions), and claim nothing at all where it is not found.
 
 A comparison may have further hypotheses: that its difference lies beyond a margin, on either side.
 At most one of "beyond it below", "zero" and "beyond it above" is true, so they share the level of
@@ -109,3 +108,17 @@ def adjust(comparisons: Sequence[Hypotheses], alpha: float = 0.05) -> list[Adjus
 def _share(family: bool, waiting: Mapping[bool, Sequence[object]]) -> float:
     """The part of the error rate that a family has: all of it once the other is done."""
     return SHARES[family] if waiting[not family] else 1.0
+
+
+def first_level(primary: int, secondary: int, alpha: float = 0.05) -> float:
+    """Return the level that the smallest p of the primary family is held to.
+
+    Args:
+        primary: comparisons of the primary question.
+        secondary: all others.
+
+    Example:
+        >>> round(first_level(1, 60), 3), round(first_level(1, 0), 3)
+        (0.04, 0.05)
+    """
+    return alpha * (SHARES[True] if secondary else 1.0) / max(1, primary)

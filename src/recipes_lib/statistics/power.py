@@ -2,19 +2,22 @@
 an effect.
 
 Normal approximation of a paired, two-sided test of a mean difference; n counts questions
-(clusters), not judgments.
+(clusters), not judgments. Needs no numpy: a plan says what a study can find, and starts fast.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from statistics import NormalDist
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy import special
+from recipes_lib.statistics.distributions import (
+    chi_square_quantile,
+    normal_below,
+    two_sided_quantile,
+)
+
+_DRAWS = 64  # equally likely values of a chi-square
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,6 @@ class Spread:
     flips: float = 0.0
     against: float = 0.0
     resolved: float = 1.0
-
-    def half(self, alpha: Any) -> Any:
-        """Return half the width of a two-sided interval at level 1 - alpha, as the t intervals
-        behind it have it.
-        """
-        over_questions, over_seeds = (
-            _quantile(freedom, alpha) ** 2 for freedom in (self.freedom, self.seed_freedom)
-        )
-        whole = over_questions * self.questions + over_seeds * self.seeds
-        return np.sqrt(np.maximum(whole, over_questions * self.flips))
 
     def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
         """Return the smallest difference found with probability `power` at level `alpha`; None
@@ -86,7 +79,7 @@ class Spread:
             deviation: standard deviation of that move.
         """
         error = math.sqrt(self.questions + self.seeds + 2 * deviation**2)
-        return float(2 * special.ndtr(-abs(effect) / error)) if error else 0.0
+        return 2 * normal_below(-abs(effect) / error) if error else 0.0
 
     def _at(self, factor: float, alpha: float, power: float) -> float | None:
         """The smallest difference that is found with `factor` times as many questions."""
@@ -104,9 +97,8 @@ class Spread:
             return None
         if self.seeds:
             return self._over_seeds(variance, self.flips / factor, alpha, power)
-        smallest = float(_quantile(self.freedom, alpha) + special.ndtri(power)) * math.sqrt(
-            variance
-        )
+        found = two_sided_quantile(self.freedom, alpha) + NormalDist().inv_cdf(power)
+        smallest = found * math.sqrt(variance)
         if not self.step:
             return smallest
         # An exact test needs a whole item more than the normal curve says, and enough items that
@@ -114,7 +106,7 @@ class Spread:
         fewest = math.ceil(math.log2(2 / alpha))
         return max(
             smallest + self.step / factor,
-            float(special.gammaincinv(fewest, power)) * self.step / factor,
+            chi_square_quantile(2 * fewest, 1 - power) / 2 * self.step / factor,
         )
 
     def _over_seeds(self, variance: float, flips: float, alpha: float, power: float) -> float:
@@ -127,43 +119,20 @@ class Spread:
         """
         freedom = self.seed_freedom
         shown = math.sqrt(2 / freedom) * math.exp(
-            special.gammaln((freedom + 1) / 2) - special.gammaln(freedom / 2)
+            math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
         )
         seeds = self.seeds / shown**2
-        drawn = special.chdtri(freedom, (np.arange(64) + 0.5) / 64) / freedom
-        halves = np.sqrt(
-            _quantile(self.freedom, alpha) ** 2 * variance
-            + _quantile(freedom, alpha) ** 2 * seeds * drawn
-        )
-        halves = np.maximum(halves, _quantile(self.freedom, alpha) * math.sqrt(flips))
+        over_questions = two_sided_quantile(self.freedom, alpha) ** 2
+        over_seeds = two_sided_quantile(freedom, alpha) ** 2
+        halves = []
+        for draw in range(_DRAWS):
+            drawn = chi_square_quantile(int(freedom), (draw + 0.5) / _DRAWS) / int(freedom)
+            whole = over_questions * variance + over_seeds * seeds * drawn
+            halves.append(math.sqrt(max(whole, over_questions * flips)))
         error = math.sqrt(variance + seeds)
-        low, high = 0.0, float(halves.max()) + 8 * error
+        low, high = 0.0, max(halves) + 8 * error
         for _ in range(40):
             middle = (low + high) / 2
-            low, high = (
-                (low, middle)
-                if special.ndtr((middle - halves) / error).mean() >= power
-                else (middle, high)
-            )
+            found = sum(normal_below((middle - half) / error) for half in halves) / _DRAWS
+            low, high = (low, middle) if found >= power else (middle, high)
         return high
-
-
-def _quantile(freedom: float, alpha: Any) -> Any:
-    """The two-sided quantile of Student's t, or of the normal curve: one for each alpha."""
-    below = 1 - alpha / 2
-    return special.ndtri(below) if math.isinf(freedom) else special.stdtrit(freedom, below)
-
-
-def alpha_of(
-    half: Callable[[NDArray[np.float64]], Any], distance: ArrayLike
-) -> NDArray[np.float64]:
-    """Return the alpha at which the half width of an interval equals `distance`, for each one."""
-    away = np.asarray(distance, dtype=float)
-    smallest = 1e-12
-    low, high = np.full(away.shape, math.log(smallest)), np.zeros(away.shape)
-    for _ in range(60):
-        middle = (low + high) / 2
-        wide = half(np.exp(middle)) > away
-        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
-    least = half(np.full(away.shape, smallest)) <= away
-    return np.where(away <= 0, 1.0, np.where(least, smallest, np.exp(high)))

@@ -13,6 +13,8 @@ of whole questions averaged over seeds, and the interval spans both.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,7 +22,7 @@ from scipy import special
 
 from recipes_lib.statistics.intervals import LEVEL, Interval, mean_interval
 from recipes_lib.statistics.paired import Array, PairedResult, number_or_none, sign_flip_ps
-from recipes_lib.statistics.power import Spread, alpha_of
+from recipes_lib.statistics.power import Spread
 
 METHOD = "seeds and questions, t"
 # Beyond it the sign flips are sampled, or normal: sums over seeds have so many sizes that each of a
@@ -136,6 +138,19 @@ def _half(alpha: ArrayLike, shape: tuple[int, ...], by_seed: ArrayLike, excess: 
     """Half the width of Howe's interval."""
     first, second = (special.stdtrit(size - 1, 1 - np.asarray(alpha) / 2) for size in shape[-2:])
     return np.sqrt(first**2 * by_seed + second**2 * excess)
+
+
+def alpha_of(half: Callable[[Array], Any], distance: ArrayLike) -> Array:
+    """Return the alpha at which the half width of an interval equals `distance`, for each one."""
+    away = np.asarray(distance, dtype=float)
+    smallest = 1e-12
+    low, high = np.full(away.shape, math.log(smallest)), np.zeros(away.shape)
+    for _ in range(60):
+        middle = (low + high) / 2
+        wide = half(np.exp(middle)) > away
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+    least = half(np.full(away.shape, smallest)) <= away
+    return np.where(away <= 0, 1.0, np.where(least, smallest, np.exp(high)))
 
 
 def seeds_test(

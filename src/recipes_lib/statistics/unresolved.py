@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special
 
 from recipes_lib.statistics.paired import (
     Array,
@@ -24,8 +25,8 @@ from recipes_lib.statistics.paired import (
     paired_ps,
     paired_test,
 )
-from recipes_lib.statistics.power import Spread, alpha_of
-from recipes_lib.statistics.seeds import crossed_ps, question_means, seeds_test
+from recipes_lib.statistics.power import Spread
+from recipes_lib.statistics.seeds import alpha_of, crossed_ps, question_means, seeds_test
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,25 @@ class Tested:
         spread = self.spread or (  # seeds that agree to the last item are few seeds still
             Spread(1.0) if self.seeds < 2 else Spread(0.0, seeds=1.0, seed_freedom=self.seeds - 1)
         )
-        wanted = abs(self.effect - bound) / reach * spread.half(0.05)
-        return float(alpha_of(spread.half, wanted))
+        wanted = abs(self.effect - bound) / reach * _half(spread, 0.05)
+        return float(alpha_of(lambda alpha: _half(spread, alpha), wanted))
 
     def to_dict(self) -> dict[str, object]:
         """Return the fields as a JSON-ready dictionary."""
         return asdict(self)
+
+
+def _half(spread: Spread, alpha: ArrayLike) -> Any:
+    """Half the width of a two-sided interval at level 1 - alpha, as the t intervals behind a spread
+    have it.
+    """
+    below = 1 - np.asarray(alpha) / 2
+    over_questions, over_seeds = (
+        (special.ndtri(below) if math.isinf(freedom) else special.stdtrit(freedom, below)) ** 2
+        for freedom in (spread.freedom, spread.seed_freedom)
+    )
+    whole = over_questions * spread.questions + over_seeds * spread.seeds
+    return np.sqrt(np.maximum(whole, over_questions * spread.flips))
 
 
 def compare(

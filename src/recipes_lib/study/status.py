@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import launch_words, study_folder, train_words
+from recipes_lib.study.foresight import foresee
 from recipes_lib.study.graph import TRAININGS, DoneRecord, Freshness, Graph, Step
 from recipes_lib.suites.questions import local_questions
 
@@ -179,8 +180,10 @@ def study_plan_object(
     study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the plan for --json; `estimates` says per arm what one training takes."""
-    rows = _with_costs(study, graph, steps, estimates)
+    turns = {recipe.name: _count_turns(recipe) for recipe in study.evals}
+    rows = _with_costs(study, graph, steps, estimates, turns)
     todo = [row for row, _ in rows if row.state != "fresh"]
+    power = foresee(study, turns)
     return {
         "study": study.name,
         "question": study.question,
@@ -188,6 +191,7 @@ def study_plan_object(
             {**row.to_dict(), "arm": row.step.arm, "run": row.step.run, "cost": cost}
             for row, cost in rows
         ],
+        "power": asdict(power) if power else None,
         "todo": [row.step.name for row in todo],
         "seconds_measured": sum(row.seconds or 0.0 for row in todo),
     }
@@ -202,12 +206,15 @@ def study_plan_lines(
     Args:
         estimates: per arm, what one training takes.
     """
-    rows = _with_costs(study, graph, steps, estimates)
+    turns = {recipe.name: _count_turns(recipe) for recipe in study.evals}
+    rows = _with_costs(study, graph, steps, estimates, turns)
     todo = [(row, cost) for row, cost in rows if row.state != "fresh"]
     arms = f"{len(study.arms)} arms{' and their base' if study.include_base else ''}"
     yield question_text(study.question)
     yield f"{arms}; {len(study.evals)} evals; seeds {', '.join(map(str, study.seeds))}"
     yield from tuning_lines(study)
+    if power := foresee(study, turns):
+        yield from power.lines()
     yield ""
     if not todo:
         yield f"nothing to do: all {len(steps)} steps are fresh"
@@ -236,10 +243,14 @@ def _cut(text: str, width: int) -> str:
 
 
 def _with_costs(
-    study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
+    study: Study,
+    graph: Graph,
+    steps: Sequence[Step],
+    estimates: Mapping[str, str],
+    turns: Mapping[str, int | None],
 ) -> list[tuple[StepRow, str]]:
     """Return the rows of steps, and what each step takes, counted from its inputs."""
-    evals = {recipe.name: (recipe, _count_turns(recipe)) for recipe in study.evals}
+    evals = {recipe.name: (recipe, turns[recipe.name]) for recipe in study.evals}
     found = []
     for row in step_rows(study, graph):
         step, cost = row.step, "seconds"
