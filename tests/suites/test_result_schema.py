@@ -11,9 +11,7 @@ from jsonschema import Draft202012Validator
 from tests.suites.test_replay_numbers import rows
 
 from recipes_lib.config.vocabulary import load_schema
-from recipes_lib.engine import Completion
-from recipes_lib.eval_log import AnswerFacts, EvalLog, JudgeFacts, TaskScore
-from recipes_lib.generation.answers import answer_faults
+from recipes_lib.eval_log import AnswerFacts, AnswerFaults, EvalLog, JudgeFacts, TaskScore
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.statistics.intervals import mean_interval, wilson
@@ -58,7 +56,7 @@ def result(suite: str) -> Any:
     numbers, card = NUMBERS[suite], audit(STORED)
     judged: dict[str, Any] = {}
     if suite in ("alpaca_eval", "mt_bench"):
-        answers = answer_faults([Completion(key="k", text="a")])
+        answers = AnswerFaults.of(["a"], cut=0)
         judged = {"n": 4, "judge": JudgeFacts(), "audit": card}
         judged["answers"] = AnswerFacts(answers=answers)
         numbers = numbers | replay_numbers({"pairs": None} | numbers, card)
