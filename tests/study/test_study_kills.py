@@ -21,10 +21,12 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import Measurements, read_measurements
+from recipes_lib.compare.relabelling import relabelled
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
 from recipes_lib.study.conclusion import measured_runs, of_study
+from recipes_lib.study.graph import digest_of
 from recipes_lib.study.steps import build_graph
 
 KILLS = 10
@@ -32,16 +34,9 @@ SEED = 20
 LIMIT_S = 600
 # What a report shows of when and how fast: an attempt's own times, and the answers that it gave
 # itself.
-TIMES = {
-    "seconds",
-    "tokens_per_second",
-    "peak_memory_gib",
-    "generated_now",
-    "step_seconds",
-    "step_tokens",
-    "others_cpu",
-    "other_gpu_processes",
-}
+TIMES = {"seconds", "tokens_per_second", "peak_memory_gib", "generated_now"}
+# What speed is tested from: a resumed training has other steps with a time.
+SPEED = {"step_seconds", "step_tokens", "others_cpu", "other_gpu_processes"}
 
 
 def start(study: Path, root: Path) -> subprocess.Popen[str]:
@@ -95,7 +90,10 @@ def timeless(measurements: Measurements) -> Measurements:
         for result in one.evals:
             answers = dataclasses.replace(result.answers, generated_now=None)
             evals.append(dataclasses.replace(result, answers=answers))
-        curves = tuple(without_times(line) for line in one.curves)
+        curves = tuple(
+            without_times({key: item for key, item in line.items() if key not in SPEED})
+            for line in one.curves
+        )
         state = {
             **without_times(one.state),
             "resumed": [],
@@ -110,8 +108,8 @@ def timeless(measurements: Measurements) -> Measurements:
 
 
 def report_bytes(study: Path, root: Path, place: Path) -> dict[str, bytes]:
-    """Every file of the report of what a runs folder holds, times aside; the one that lies there is
-    compared with its own files first.
+    """The comparison and every file of the report of what a runs folder holds, times aside; those
+    that lie there are compared with their own files first.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_RUNS_ROOT", str(root))
@@ -119,20 +117,27 @@ def report_bytes(study: Path, root: Path, place: Path) -> dict[str, bytes]:
         graph = build_graph(loaded)
         assert all(state.fresh for state in graph.survey().values())
         measurements = of_study(read_measurements(measured_runs(loaded, graph)), loaded, graph)
+        told = {}
         for name, measured in (("as-it-is", measurements), ("timeless", timeless(measurements))):
-            comparison = compare_arms(measured, check_validity(loaded, measured), loaded)
+            findings = check_validity(loaded, measured)
+            comparison = compare_arms(measured, findings, loaded, relabel=relabelled)
             write_report(place / name, gather(loaded.name, measured, comparison, loaded))
+            told[name] = comparison.to_dict()
+        recorded = graph.read("statistics", "done.json")
+    assert recorded is not None and recorded["output"] == digest_of(told["as-it-is"])
     assert tree(place / "as-it-is") == tree(root / "tiny" / "report")
-    return tree(place / "timeless")
+    made = json.dumps(told["timeless"], default=str).encode()
+    return {**tree(place / "timeless"), "comparison": made}
 
 
 def findings_of(study: Path, root: Path, place: Path) -> dict[str, Any]:
-    """What a study found: the report to the byte, times aside, every step's result, and every
-    stored answer and judgment.
+    """What a study found: the comparison and the report to the byte, times aside, every other
+    step's result, and every stored answer and judgment.
     """
     steps = {
         file.parent.name: json.loads(file.read_text(encoding="utf-8"))["output"]
         for file in sorted(root.glob("tiny/steps/*/done.json"))
+        if file.parent.name != "statistics"
     }
     stores = {}
     for file in sorted(
@@ -167,7 +172,7 @@ def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(
     root = tmp_path / "runs"
     seconds = run_to_the_end(study, root)
     expected = findings_of(study, root, tmp_path / "report")
-    assert len(expected["steps"]) == 24
+    assert len(expected["steps"]) == 23
     moments, killed, ended = random.Random(SEED), 0, 0
     while killed < KILLS:
         root.rename(tmp_path / f"runs-{ended}")
