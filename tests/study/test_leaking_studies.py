@@ -51,6 +51,20 @@ def test_no_verb_of_a_study_accepts_rows_that_hold_its_questions(
     assert not list((tmp_path / "runs").glob("tiny--*"))
 
 
+def test_tuning_alone_is_refused_as_training_is(
+    leaking: Path, recipes: Recipes, tmp_path: Path
+) -> None:
+    for name in ("r4", "r8"):
+        file = leaking.with_name(f"{name}.yaml")
+        text = file.read_text().replace("split: {method: none}", "split: {validation: 0.1}")
+        file.write_text(text.replace("eval_strategy: 'no'", "eval_strategy: steps"))
+    leaking.write_text(leaking.read_text() + "tune: {train.learning_rate: [0.001, 0.01]}\n")
+    code, out, err = recipes("study", "run", leaking, "--only", "tune")
+    assert code == 2, (out, err)
+    assert "rows of r4 and r8: " in err and "questions of study--alpaca_eval" in err
+    assert not list((tmp_path / "runs").glob("tiny--*"))
+
+
 def test_a_study_is_searched_without_torch(leaking: Path) -> None:
     code = (
         "import sys; from recipes_lib.cli import main; code = main(sys.argv[1:]);"

@@ -187,11 +187,15 @@ def compare_arms(
     case = Case(study, measurements)
     causes = Causes(case, noise_floors(case), ALPHA / max(1, tests), tuple(base))
     flagged = [with_flags(row, measurements) for row in tested]
-    judged = [judge_row(row, known, causes) for row in flagged]
-    own = relabel(judged, lambda row: judge_row(row, known, causes)) if relabel else None
+
+    def verdict_of(row: TableRow) -> TableRow:
+        return judge_row(row, known, causes)
+
+    judged = list(map(verdict_of, flagged))
+    own = relabel(judged, verdict_of) if relabel else None
     if own and own.too_often:
         known = tuple(errors_first([*known, found(FALSE_CLAIMS, [own.sentence])]))
-        judged = [judge_row(row, known, causes) for row in flagged]
+        judged = list(map(verdict_of, flagged))
     question = (
         question_text(study.question)
         if study

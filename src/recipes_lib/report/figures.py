@@ -151,7 +151,7 @@ def _pictured(content: Content) -> list[TableRow]:
         if row.claimed and row.verdict in _TESTED and row.tested is not None
         if row.tested.low is not None and row.tested.high is not None
     ]
-    if len(rows) > MOST_EFFECTS and rows:
+    if len(rows) > MOST_EFFECTS:
         rows = [row for row in rows if row.primary or row.arms == content.pairs[0][0]]
     return rows[:MOST_EFFECTS]
 

@@ -12,7 +12,7 @@ from recipes_lib.compare.wording import sentence_list
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors, print_error
 from recipes_lib.data.leaks import Leaks
-from recipes_lib.study.graph import Step
+from recipes_lib.study.graph import TRAININGS, Step
 from recipes_lib.suites.leaks import leak_error, search_recipe
 
 
@@ -27,8 +27,13 @@ def refuse_leaks(study: Study, steps: Sequence[Step], fetch: bool = False) -> No
     Raises:
         RecipeErrors: one error for each eval and each data, with the rows.
     """
-    names = dict.fromkeys(step.arm for step in steps if step.kind == "train")
-    errors, remarks = leaks_of_study(study, [study.arm(name) for name in names], fetch)
+    names = {step.arm for step in steps if step.kind in TRAININGS}
+
+    def is_trained(arm: Arm) -> bool:
+        tried = arm.tuning.candidates if arm.tuning else ()
+        return any(one.name in names for one in (arm, *tried))
+
+    errors, remarks = leaks_of_study(study, list(filter(is_trained, study.arms)), fetch)
     for remark in remarks:
         print_error(remark)
     if errors:
