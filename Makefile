@@ -43,7 +43,7 @@ test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not slurm and not browser and not latex and not gpu" -n $(WORKERS) --dist loadfile
 
 test-slow: setup  ## the tests that take minutes or start several processes
-	@$(BIN)/python -m pytest -m "slow or slurm or browser or latex" -n $(SLOW_WORKERS) --dist loadfile || { code=$$?; \
+	@$(BIN)/python -m pytest -m "slow or slurm or browser or latex" -n $(SLOW_WORKERS) --dist loadfile --no-loadscope-reorder || { code=$$?; \
 	    [ $$code -eq 5 ] && echo "test-slow: there is no slow test" || exit $$code; }
 
 check: setup  ## style, types, every YAML, schema up to date

@@ -21,6 +21,21 @@ TINY_TEXT = (
 )
 
 
+@pytest.hookimpl(trylast=True)  # after `-m` has chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start with the files whose tests have the longest time limits.
+
+    A file stays with one worker (`--dist loadfile --no-loadscope-reorder`): a long one that comes
+    last would keep one worker busy and the others waiting.
+    """
+    limits: dict[Path, list[float]] = {}
+    for item in items:
+        marker = item.get_closest_marker("timeout")
+        limit = marker.args[0] if marker else float(config.getini("timeout"))
+        limits.setdefault(item.path, []).append(limit)
+    items.sort(key=lambda item: (-max(limits[item.path]), -len(limits[item.path])))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the real data sets; tests that need it skip where it is absent."""
