@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.cli import main
 from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import DamagedFile
@@ -50,6 +51,18 @@ def test_relative_data_paths_are_meant_from_the_file_that_wrote_them(write):
     assert recipe.to_dict()["data"]["chat_template"] == "t.jinja"
     other = load_recipe("r.yaml", ["data.source=other.jsonl"])
     assert other.data.source == str(here / "other.jsonl")
+
+
+def test_a_template_of_trl_is_a_name_and_not_a_path_and_a_wrong_one_is_named(write, capsys):
+    text = "model: {{name_or_path: a/b}}\ndata: {{source: rows.jsonl, prompt_format: chat, {}}}\n"
+    write(text.format("chat_template: trl:gemma3"))
+    assert load_recipe("r.yaml").data.chat_template == "trl:gemma3"
+    write(text.format("chat_template: trl:gema3"))
+    assert main(["check", "r.yaml"]) == 2
+    assert "r.yaml:2: data.chat_template: TRL ships no template 'trl:gema3'" in (
+        said := capsys.readouterr().err
+    )
+    assert "did you mean trl:gemma3?" in said
 
 
 def test_data_beside_the_recipe_comes_before_data_of_the_working_directory(write):

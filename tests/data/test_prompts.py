@@ -91,6 +91,15 @@ def test_a_template_may_be_inline_or_a_file_beside_the_recipe(tiny_tokenizer, tm
         chat_template(section("chat", chat_template="other.jinja"), tiny_tokenizer)
 
 
+def test_a_template_of_trl_is_read_from_the_installed_trl_by_its_name(tiny_tokenizer):
+    trl = pytest.importorskip("trl.chat_template_utils")
+    named = chat_template(section("chat", chat_template="trl:llama3"), tiny_tokenizer)
+    assert named == trl.llama3_chat_template
+    with pytest.raises(SettingError, match="TRL ships no template 'trl:lama3'") as caught:
+        chat_template(section("chat", chat_template="trl:lama3"), tiny_tokenizer)
+    assert caught.value.hints == ("did you mean trl:llama3?",)
+
+
 def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_tokenizer):
     sections = [
         section(),

@@ -13,7 +13,8 @@ from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, run_name
 from recipes_lib.config.model_files import no_model_at
-from recipes_lib.config.sections import LaunchSection
+from recipes_lib.config.sections import TRL, LaunchSection, trl_templates
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import PlacedError
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.models.known import named_shape
@@ -80,6 +81,15 @@ def _always(
         what = f"model.attn_implementation {kernel} cannot compute in float32"
         hint = "set model.dtype: bfloat16, or attn_implementation: sdpa"
         yield "model.attn_implementation", what, hint
+    template = data.get("chat_template")
+    if (
+        isinstance(template, str)
+        and template.startswith(TRL)
+        and template not in (shipped := trl_templates())
+    ):
+        what = f"data.chat_template: TRL ships no template {template!r}"
+        names = f"there are {', '.join(shipped)}"
+        yield "data.chat_template", what, *(did_you_mean(template, shipped) or [names])
     split = data.get("split")
     held = [split.get("validation", 0.1), split.get("test", 0.0)] if isinstance(split, dict) else []
     if held and all(isinstance(part, int | float) for part in held) and sum(held) >= 1:

@@ -17,6 +17,7 @@ from recipes_lib.config.loader import Document, Origin, run_name
 from recipes_lib.config.sections import (
     HUB_ID,
     TRAIN_DEFAULTS,
+    TRL,
     DataSection,
     FiltersSection,
     LaunchSection,
@@ -239,7 +240,8 @@ def _absolute_paths(document: Document, written: Mapping[str, Any]) -> dict[str,
             [source(one) for one in given] if isinstance(given, list) else source(given)
         )
     template = written.get("chat_template")
-    if isinstance(template, str) and template and not is_inline(template):
+    in_a_file = isinstance(template, str) and not template.startswith(TRL)
+    if template and in_a_file and not is_inline(template):
         places = (beside["chat_template"], beside["source"])
         paths["chat_template"] = _absolute(template, places)
     return paths

@@ -8,12 +8,14 @@ Each class is a section, each field a key, each `help` the key's documentation: 
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+TRL = "trl:"  # before the name of a chat template that TRL ships
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
 
@@ -31,6 +33,16 @@ def data_format(path: Path) -> str | None:
 def is_inline(template: str) -> bool:
     """Whether `data.chat_template` is the template itself, not the path of one."""
     return "{%" in template or "{{" in template or "\n" in template
+
+
+def trl_templates() -> dict[str, Path]:
+    """Return the files of the chat templates that the installed TRL ships, as `trl:NAME` says them;
+    TRL itself is not imported.
+    """
+    found = importlib.util.find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else None
+    files = sorted(folder.glob("*.jinja")) if folder else ()
+    return {f"{TRL}{file.stem}": file for file in files if not file.stem.endswith("_training")}
 
 
 def key(
@@ -165,7 +177,8 @@ class DataSection:
         "dolly",
     )
     chat_template: str | None = key(
-        "For `chat`: path of a .jinja file or the template itself. Absent: the tokenizer's own."
+        "For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships"
+        " (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own."
     )
     system_prompt: str | None = key(
         "For `chat`: a system message put before conversations that have none."

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.sections import DataSection, is_inline
+from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
 from recipes_lib.data.examples import Example, SettingError
@@ -164,8 +165,8 @@ def render_chat(
 
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:
-    """The template of the `chat` format: the given one (inline or a file), else the tokenizer's
-    own.
+    """The template of the `chat` format: the given one (inline, a file, or one of TRL's), else the
+    tokenizer's own.
 
     Raises:
         SettingError: there is no template, or its file does not exist.
@@ -179,13 +180,19 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
             raise SettingError(
                 "data.prompt_format",
                 "prompt_format chat needs a chat template, and the tokenizer has none",
-                "set data.chat_template to a .jinja file, or choose prompt_format dolly, alpaca"
-                " or raw",
+                "set data.chat_template to a .jinja file or to one that TRL ships (trl:llama3), or"
+                " choose prompt_format dolly, alpaca or raw",
             )
         return str(own)
     if is_inline(given):
         return given
     path = Path(given).expanduser()
+    if given.startswith(TRL):
+        shipped = trl_templates()
+        if given not in shipped:
+            near = did_you_mean(given, shipped) or [f"there are {', '.join(shipped)}"]
+            raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *near)
+        path = shipped[given]
     if not path.is_file():
         hint = "give a .jinja file, or the template itself"
         raise SettingError("data.chat_template", f"no such file: {shown_path(path)}", hint)
