@@ -29,6 +29,7 @@ from recipes_lib.report.runs import (
     tunings,
 )
 from recipes_lib.report.samples import SampleSet, collect_samples
+from recipes_lib.report.surfaces import Surface, surfaces
 
 if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison
@@ -78,6 +79,7 @@ class Content:
     published: Published | None
     curves: Curves = field(repr=False, default_factory=dict)
     tunings: tuple[Tuned, ...] = ()
+    surfaces: tuple[Surface, ...] = ()
 
     @property
     def tuned(self) -> dict[str, list[Tuned]]:
@@ -127,10 +129,11 @@ def gather(
     """
     published = load_published(study.published) if study and study.published else None
     audits = tuple(_audits(measurements))
+    trained = tuple(trainings(measurements))
     return Content(
         name=name,
         comparison=comparison,
-        trainings=tuple(trainings(measurements)),
+        trainings=trained,
         costs=tuple(costs(measurements)),
         breakdowns=tuple(breakdowns(measurements)),
         audits=audits,
@@ -143,6 +146,7 @@ def gather(
         published=published,
         curves=_curves(measurements),
         tunings=tuple(tunings(study)) if study else (),
+        surfaces=tuple(surfaces(study, comparison, trained)),
     )
 
 

@@ -199,7 +199,8 @@ def report_html(content: Content, figures: Sequence[Figure]) -> str:
     style, script = (
         (TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
     )
-    by_place: dict[str, list[dict[str, str]]] = {"effects": [], "by": [], "noise": [], "": []}
+    places = ("effects", "grid", "by", "noise", "")
+    by_place: dict[str, list[dict[str, str]]] = {place: [] for place in places}
     for figure in figures:
         data = base64.b64encode(figure.files["svg"]).decode()
         start = figure.name.partition("_")[0]
@@ -214,6 +215,7 @@ def report_html(content: Content, figures: Sequence[Figure]) -> str:
         script=Markup(script),
         samples=Markup(samples_json(content.samples)),
         effects=next(iter(by_place["effects"]), None),
+        grids=by_place["grid"],
         curves=by_place[""],
         groups=by_place["by"],
         floor_figure=next(iter(by_place["noise"]), None),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from recipes_lib.report.content import Content
     from recipes_lib.report.numbers import Number
     from recipes_lib.report.runs import Tuned
+    from recipes_lib.report.surfaces import Cell, Surface
 
 COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
 _MARKERS = "os^Dv<>P"
@@ -77,6 +78,9 @@ def _figures(content: Content, formats: Sequence[str]) -> Iterator[Figure]:
         yield Figure(
             f"tuning_{number}", f"Tuning of {key}", caption, _tuning(key, tried, places, formats)
         )
+    for number, surface in enumerate(content.surfaces, 1):
+        title = f"{surface.label[0].upper()}{surface.label[1:]}, by {surface.key}"
+        yield Figure(f"grid_{number}", title, surface.caption, _surface(surface, formats))
     for key, series in content.curves.items():
         name, unit = CURVES[key]
         yield Figure(
@@ -224,12 +228,7 @@ def _tuning(
     """The validation loss by the tuned value; words stand side by side, in the grid's order."""
     figure, axes = _new(3.2)
     values = list(dict.fromkeys(one.value for one in tried))
-    numbers = [one for one in values if isinstance(one, int | float)]
-    is_scale = len(numbers) == len(values)
-    values = sorted(numbers) if is_scale else values
-    at = {value: float(value) if is_scale else values.index(value) for value in values}
-    if is_scale and min(numbers) > 0 and max(numbers) / min(numbers) >= 4:
-        axes.set_xscale("log")
+    at = _value_axis(axes, key, values)
     for arm in dict.fromkeys(one.arm for one in tried):
         mine = sorted((one for one in tried if one.arm == arm), key=lambda one: at[one.value])
         known = [one for one in mine if one.loss is not None]
@@ -247,11 +246,61 @@ def _tuning(
         lost = [at[one.value] for one in mine if one.loss is None]
         top = axes.get_xaxis_transform()
         axes.plot(lost, [1] * len(lost), **style, marker="x", transform=top, clip_on=False)
-    axes.set_xticks(list(at.values()), [short_label(str(value), 20) for value in values])
-    axes.minorticks_off()
-    axes.set(xlabel=key, ylabel=CURVES["eval_loss"][1])
+    axes.set_ylabel(CURVES["eval_loss"][1])
     _legend(figure, len(dict.fromkeys(one.arm for one in tried)))
     return _saved(figure, formats)
+
+
+def _value_axis(
+    axes: Any, key: str, values: Sequence[bool | int | float | str]
+) -> dict[bool | int | float | str, float]:
+    """Make the axis of a key's values, and return the place of each: numbers on a scale, words
+    side by side.
+    """
+    numbers = [one for one in values if isinstance(one, int | float)]
+    is_scale = len(numbers) == len(values)
+    at = {value: float(value) if is_scale else values.index(value) for value in values}
+    if is_scale and min(numbers) > 0 and max(numbers) / min(numbers) >= 4:
+        axes.set_xscale("log")
+    axes.set_xticks(list(at.values()), [short_label(str(value), 20) for value in values])
+    axes.minorticks_off()
+    axes.set_xlabel(key)
+    return at
+
+
+def _surface(surface: Surface, formats: Sequence[str]) -> dict[str, bytes]:
+    """One metric by the first key of a grid, a line per value of the second."""
+    figure, axes = _new(3.2)
+    share = 100 if surface.unit == "share" else 1
+    _value_axis(axes, surface.key, sorted({cell.place for cell in surface.cells}))
+    for number, second in enumerate(surface.lines):
+        mine = sorted(
+            (cell for cell in surface.cells if cell.second == second), key=lambda cell: cell.place
+        )
+        style = {"color": COLORS[number % len(COLORS)]}
+        axes.errorbar(
+            [cell.place for cell in mine],
+            [share * cell.value for cell in mine],
+            yerr=[[share * gap for gap in gaps] for gaps in zip(*map(_gaps, mine), strict=True)],
+            **style,
+            fmt=f"-{_MARKERS[number % len(_MARKERS)]}",
+            markersize=4,
+            elinewidth=0.9,
+            label=None if second is None else f"{surface.second} {second:g}",
+        )
+        best = [(cell.place, share * cell.value) for cell in mine if cell.best]
+        for place in best:
+            axes.plot(*place, **style, marker="o", markersize=11, fillstyle="none")
+    axes.set_ylabel(short_label(f"{surface.label}{', %' * (share == 100)}", 48))
+    if surface.second:
+        _legend(figure, len(surface.lines))
+    return _saved(figure, formats)
+
+
+def _gaps(cell: Cell) -> tuple[float, float]:
+    """How far the interval reaches below and above a value; nothing where there is none."""
+    low, high = (cell.value if end is None else end for end in (cell.low, cell.high))
+    return max(0.0, cell.value - low), max(0.0, high - cell.value)
 
 
 def _curves(

@@ -20,6 +20,7 @@ from recipes_lib.statistics.intervals import wilson
 if TYPE_CHECKING:
     from recipes_lib.compare.relabelling import Relabelling
     from recipes_lib.report.content import Content
+    from recipes_lib.report.surfaces import Surface
 
 _FORMAT_VERSION = 1
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")
@@ -67,6 +68,8 @@ def number_rows(content: Content) -> Iterator[Number]:
         yield from _of_relabelling(content.comparison.relabelling)
     for breakdown in content.breakdowns:
         yield from breakdown.cells
+    for surface in content.surfaces:
+        yield from _of_surface(surface)
     yield from _of_runs(content)
     for audit in content.audits:
         yield from audit.measured
@@ -161,6 +164,25 @@ def _of_relabelling(own: Relabelling) -> Iterator[Number]:
             n=copies,
             interval=interval.method,
             file="",
+        )
+
+
+def _of_surface(surface: Surface) -> Iterator[Number]:
+    """One metric of every arm of a grid, with the arm's values of the grid's keys."""
+    for cell in surface.cells:
+        second = "" if surface.second is None else f", {surface.second}={cell.second:g}"
+        yield Number(
+            kind="grid",
+            metric=surface.metric,
+            arm=cell.arm,
+            group=f"{surface.key}={cell.place:g}{second}",
+            unit=surface.unit,
+            value=cell.value,
+            low=cell.low,
+            high=cell.high,
+            n=cell.n,
+            verdict="best" if cell.best else None,
+            file=cell.file,
         )
 
 

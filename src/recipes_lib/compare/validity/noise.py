@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from recipes_lib.compare.findings import INSIDE_NOISE, Finding, found
 from recipes_lib.compare.validity.case import SEED, Case, changed, differing, metrics_of, pairs
+from recipes_lib.compare.validity.grid import grid_of
 from recipes_lib.compare.wording import count
 from recipes_lib.core.project import shown_path
 
@@ -140,7 +141,8 @@ def check_selection(case: Case) -> Iterator[Finding]:
     validation loss, and those whose best value is at an end of what was tried.
     """
     trained = [name for name in case.trained if name != "base"]
-    if len(trained) >= MANY and (case.study is None or len(case.study.factors) < 2):
+    factorial = case.study is not None and len(case.study.factors) > 1
+    if len(trained) >= MANY and (not factorial or grid_of(case.study)):
         evidence = (
             f"arms: {', '.join(trained)}",
             "Holm's correction keeps the tests honest, not the size of the lead",
