@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def test_the_plan_names_size_level_difference_assumption_and_what_finds_half(
     assert main(["study", "plan", str(study_folder / "tiny.yaml"), "--json"]) == 0
     power = json.loads(capsys.readouterr().out)["power"]
     assert power["metric"] == f"{EVAL}/win_rate" and power["comparisons"] == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["lora-rank", "lora-rank-tuned", "learning-rate", "distributed-strategy", "quickstart"]
+)
+def test_the_comment_of_a_shipped_study_states_what_its_plan_finds(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = load_study(name)
+    assert main(["study", "plan", name]) == 0
+    found = re.findall(r"finds ([\d.]+ points) ", capsys.readouterr().out)
+    head = study.path.read_text(encoding="utf-8").partition("\nquestion:")[0].replace("\n#", "")
+    assert len(found) == 2 and all(one in head for one in found), found
+    assert float(found[0].split()[0]) <= (40 if name == "quickstart" else 13)
+    assert "\nprimary: " in study.path.read_text(encoding="utf-8")
 
 
 def test_half_of_it_is_found_with_what_the_plan_says(study_folder: Path) -> None:
