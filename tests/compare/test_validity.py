@@ -427,6 +427,25 @@ def test_one_name_of_a_base_may_stand_for_two_models(root, rank_study):
     assert "confound-base" not in codes(check_validity(rank_study, made))
 
 
+@pytest.mark.parametrize("evaluated_base", ["1" * 64, "2" * 64, None])
+def test_an_adapter_of_another_revision_than_the_evaluated_base_is_found(
+    root, rank_study, evaluated_base
+):
+    state = {"kind": "base", "base_fingerprint": evaluated_base}
+    made = arms(r8=run(root, "a"), base=run(root, "base--m--1", resolved={}, state=state))
+    (root / "a" / "adapter").mkdir(parents=True)
+    (root / "a" / "adapter" / "weights_check.json").write_text(
+        json.dumps({"base_fingerprint": "1" * 64})
+    )
+    if evaluated_base != "2" * 64:  # the same, or of an earlier release
+        assert "confound-base" not in codes(check_validity(rank_study, made))
+        return
+    finding = found(check_validity(rank_study, made), "confound-base")
+    assert (finding.severity, finding.arms) == ("error", ("r8", "base"))
+    assert finding.evidence == ("weights: base 222222222222, r8 was trained on 111111111111",)
+    assert found(check_validity(None, made), "confound-base").severity == "warning"
+
+
 def test_the_number_of_free_threads_is_no_hardware(root):
     devices = [
         {**ENVIRONMENT, "devices": [f"CPU, 2 cores, {threads} threads"]} for threads in (1, 2)

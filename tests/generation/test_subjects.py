@@ -11,6 +11,7 @@ from recipes_lib.engine import Decoding, Request
 from recipes_lib.generation.subjects import grouped, loaded
 from recipes_lib.generation.targets import Asking, base_target, find_targets, record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
+from recipes_lib.weights.base import base_fingerprint
 
 
 def test_two_runs_and_their_base_share_one_loaded_model_and_answer_differently(
@@ -104,6 +105,8 @@ def test_the_same_base_in_another_format_gets_another_folder(make_run, tiny_mode
         record_base(as_run.run, as_run.target.recipe, as_run.fingerprint, as_run.prompts)
         (again,) = find_targets([as_run.name])
         assert again.is_base and again.recipe.data.prompt_format == "dolly"
+        recorded = as_run.run.read_state()["base_fingerprint"]
+        assert recorded == base_fingerprint(run.recipe), "as the adapters of this base record it"
     with loaded([again]) as (subject,):
         assert subject.name == as_run.name, "the directory's name leads to the same directory"
 

@@ -79,6 +79,12 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "train both arms from the same files: pin model.revision, or keep the model's folder as it"
         " is",
     ),
+    "confound-base/evaluated": (
+        "error",
+        "{first} was trained on other weights than those evaluated as {second}",
+        "evaluate the revision that was trained on (model.revision), or train on the one that was"
+        " evaluated",
+    ),
     "confound-split": (
         "error",
         "Splits differ between {first} and {second}",

@@ -18,6 +18,7 @@ from recipes_lib.config.sections import DataSection, LaunchSection, ModelSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.weights.base import base_fingerprint
 from recipes_lib.weights.finished_run import BASE, TrainedRun, finished_run
 
 
@@ -249,6 +250,7 @@ def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: An
         kind="base",
         stand_in=stand_in,
         fingerprint=fingerprint,
+        base_fingerprint=base_fingerprint(recipe),
         prompt_format_hash=prompts.hash,
     )
 

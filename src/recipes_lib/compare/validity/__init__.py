@@ -13,6 +13,7 @@ from recipes_lib.compare.validity.artifacts import check_artifacts
 from recipes_lib.compare.validity.case import Case
 from recipes_lib.compare.validity.confounds import (
     check_circumstances,
+    check_evaluated_base,
     check_factors,
     check_losses,
     check_published,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 CHECKS = (
     check_recipes,
     check_circumstances,
+    check_evaluated_base,
     check_published,
     check_factors,
     check_artifacts,

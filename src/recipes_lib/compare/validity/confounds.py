@@ -88,8 +88,11 @@ def _guard(name: str) -> _Recorded:
 
 def _base(run: RunMeasurements) -> Mapping[str, Any]:
     """What identifies the weights that the run began with, as its own weights recorded it: a name
-    may stand for other files later.
+    may stand for other files later. Of a base, those that were evaluated.
     """
+    if run.is_base:
+        known = run.state.get("base_fingerprint")
+        return {"weights": str(known)[:12]} if known else {}
     for name in ("adapter", "model"):
         # What a damaged record does not tell is not compared; `recipes verify` names the damage.
         with suppress(DamagedFile):
@@ -192,6 +195,18 @@ def check_circumstances(case: Case) -> Iterator[Finding]:
                 # Without a study nothing is said about causes, so a confound stops nothing.
                 stops = case.study is None and finding.severity == "error"
                 yield replace(finding, severity="warning") if stops else finding
+
+
+def check_evaluated_base(case: Case) -> Iterator[Finding]:
+    """Yield, per base and trained arm, whether the arm was trained on other weights than the base
+    was evaluated with.
+    """
+    for base, arm in itertools.product(case.arms.keys() - case.trained.keys(), case.trained):
+        now, then = (_values_seen(case.arms[name], _base).get("weights") for name in (base, arm))
+        if now and then and now != then:
+            evidence = [f"weights: {base} {now}, {arm} was trained on {then}"]
+            finding = found("confound-base/evaluated", evidence, (arm, base))
+            yield finding if case.study else replace(finding, severity="warning")
 
 
 def _values_seen(arm: ArmMeasurements, read: _Recorded) -> dict[str, str]:
