@@ -175,6 +175,8 @@ def check_attention() -> Iterator[DoctorLine]:
     from packaging.requirements import Requirement
     from transformers.dependency_versions_table import deps
 
+    from recipes_lib.training.varlen import why_not_here
+
     found = ["flash-attn"] if importlib.util.find_spec("flash_attn") else []
     wanted, installed = Requirement(deps["kernels"]), _version("kernels")
     if installed and wanted.specifier.contains(installed, prereleases=True):
@@ -185,7 +187,10 @@ def check_attention() -> Iterator[DoctorLine]:
     if found or not torch.cuda.is_available():
         yield _ok(", ".join(["sdpa", *found]))
     elif not installed:
-        yield _note("sdpa; no flash attention", KERNELS)
+        if why := why_not_here(torch.bfloat16):
+            yield _note(f"sdpa; varlen {why}", KERNELS)
+        else:
+            yield _ok("sdpa, varlen")
 
 
 def check_optional() -> Iterator[DoctorLine]:

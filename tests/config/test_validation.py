@@ -181,6 +181,25 @@ def test_flash_attention_needs_half_precision_weights(write):
     )
 
 
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ("padding_free: false", "varlen is for rows without padding"),
+        (
+            "packing: true, packing_strategy: wrapped",
+            "varlen: wrapped rows do not say where an example ends",
+        ),
+    ],
+)
+def test_varlen_attention_needs_rows_that_say_where_an_example_ends(write, train, words):
+    text = (
+        "data: {source: b}\nmodel:\n  name_or_path: a\n  attn_implementation: varlen\n"
+        f"train: {{{train}}}\n"
+    )
+    [error] = errors_of(write(text))
+    assert error.startswith("r.yaml:4: model.attn_implementation ") and words in error
+
+
 def test_quantized_weights_need_an_adapter(write):
     text = "model: {name_or_path: a}\ndata: {source: b}\nquantization: {load_in_4bit: true}\n"
     assert "cannot be trained without an adapter" in "\n".join(errors_of(write(text)))

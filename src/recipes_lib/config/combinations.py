@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes_lib.config.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.config.batch import WITHOUT_WARMUP, solve_batch
-from recipes_lib.config.constraints import NOT_IN_MODEL_KWARGS
+from recipes_lib.config.constraints import NOT_IN_MODEL_KWARGS, VARLEN
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, run_name
@@ -167,6 +167,14 @@ def _of_a_recipe(
             " refuses"
         )
         yield "model.dtype", what, f"set model.dtype: {half}"
+    if model.get("attn_implementation") == VARLEN:
+        key = "model.attn_implementation"
+        if train.get("packing") and train.get("packing_strategy") == "wrapped":
+            what = f"{key} {VARLEN}: wrapped rows do not say where an example ends"
+            yield key, what, "set attn_implementation: sdpa, or train.packing_strategy: bfd"
+        elif train.get("padding_free") is False:
+            what = f"{key} {VARLEN} is for rows without padding, and train.padding_free is false"
+            yield key, what, "remove train.padding_free, or set attn_implementation: sdpa"
     strategy, split = train.get("eval_strategy", "no"), data.get("split")
     split = split if isinstance(split, dict) else {}
     nothing_held_out = split.get("method") == "none" or split.get("validation") == 0

@@ -27,7 +27,9 @@ _CHECKPOINTING = {
         "offload": {"type": "boolean"},
     },
 }
-_KERNELS = "sdpa eager flash_attention_2 flash_attention_3 flash_attention_4 flex_attention"
+VARLEN = "varlen"
+_FLASH = "flash_attention_2 flash_attention_3 flash_attention_4"
+_KERNELS = f"sdpa eager {VARLEN} {_FLASH} flex_attention"
 _ATTENTION = {
     "anyOf": [
         {"enum": _KERNELS.split()},

@@ -17,13 +17,20 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.accelerate_config import AccelerateConfig
 from recipes_lib.config.combinations import rank_too_large
+from recipes_lib.config.constraints import VARLEN
 from recipes_lib.config.model_files import no_tokenizer
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config, refused
 from recipes_lib.core.errors import RecipeError, one_line
-from recipes_lib.models.architectures import converted, needs_of, settle_targets, why_rows_apart
+from recipes_lib.models.architectures import (
+    converted,
+    needs_of,
+    settle_targets,
+    why_not_varlen,
+    why_rows_apart,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,14 +137,29 @@ def _check_attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     from transformers import AutoModelForCausalLM
 
     asked = recipe.model.attn_implementation
-    if asked in ("sdpa", "eager", "flex_attention"):
+    if asked in ("sdpa", "eager", "flex_attention", VARLEN):
+        loaded = "sdpa" if asked == VARLEN else asked
         try:
             with torch.device("meta"):
-                AutoModelForCausalLM.from_config(
-                    copy.deepcopy(model.config), attn_implementation=asked
+                tried = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(model.config), attn_implementation=loaded
                 )
         except (ValueError, ImportError) as error:
             yield attention_refused(recipe, error)
+        else:
+            if asked == VARLEN and (why := why_not_varlen(tried)):
+                yield varlen_refused(recipe, why)
+
+
+def varlen_refused(recipe: Recipe, why: str) -> RecipeError:
+    """Return the refusal of torch's variable-length attention.
+
+    Args:
+        why: the end of a sentence that begins with the kernel's name.
+    """
+    key = "model.attn_implementation"
+    hint = "leave the key out: the fastest that the model has is taken"
+    return recipe.error(key, f"{key}: {VARLEN} {why}", hint)
 
 
 def attention_refused(recipe: Recipe, error: Exception) -> RecipeError:

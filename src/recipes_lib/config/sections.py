@@ -87,9 +87,9 @@ class ModelSection:
         "Precision of the base weights in memory.", "auto"
     )
     attn_implementation: str | None = key(
-        "Attention kernel: sdpa, eager, flash_attention_2, flash_attention_3, or a"
-        " kernels-community/ name. Absent: the fastest one that is installed. When set, it is used"
-        " or refused, never replaced."
+        "Attention kernel: sdpa, eager, varlen (torch's own for several examples in a row),"
+        " flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest"
+        " one that is installed. When set, it is used or refused, never replaced."
     )
     trust_remote_code: bool = key(
         "Run Python code that ships with the model. Also needs --trust-remote-code on the command"

@@ -96,6 +96,9 @@ _NONE = Architecture(source="")
 # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
 # once
 ROUTER = "gate.weight"
+# layers that know where one example of a row ends; chunks of attention do not
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+_LARGEST_HEAD = 256  # channels, in torch's flash kernels
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
@@ -129,6 +132,35 @@ def why_rows_apart(model: Any) -> str | None:
             "takes no positions, and does not see where one example of a row ends and the next"
             " begins"
         )
+    return None
+
+
+def why_not_varlen(model: Any) -> str | None:
+    """Return what of a model torch's variable-length attention does not compute, as the end of a
+    sentence that begins with the kernel's name; None where it computes all of it.
+
+    Args:
+        model: loaded with sdpa.
+    """
+    config, name = model.config.get_text_config(), type(model).__name__
+    if getattr(model.config, "_attn_implementation", "") != "sdpa":
+        return f"takes the place of sdpa, which {name} does not have"
+    if why := why_rows_apart(model):
+        return f"is of no use to {name}, which {why}"
+    if others := sorted({*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS):
+        return f"does not compute {', '.join(others)}, which {name} has"
+    if not getattr(model, "_supports_flash_attn", False):
+        return f"is not for {name}: its class takes no flash attention"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"has no cap on scores, which {name} has"
+    if getattr(config, "attention_dropout", 0.0):
+        return f"has no dropout, which {name} has (attention_dropout)"
+    heads = getattr(config, "num_attention_heads", 1)
+    head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if getattr(config, "v_head_dim", None) not in (None, head):
+        return f"has keys and values of one size, {name} has two"
+    if head > _LARGEST_HEAD or head % 8:
+        return f"has heads of up to {_LARGEST_HEAD} channels, a multiple of 8; {name} has {head}"
     return None
 
 

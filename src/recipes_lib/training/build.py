@@ -26,6 +26,8 @@ from recipes_lib.config.batch import (
     planned_steps,
     sync_each_batch,
 )
+from recipes_lib.config.constraints import VARLEN
+from recipes_lib.config.model_names import varlen_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.run_directory import RunDirectory
@@ -34,8 +36,10 @@ from recipes_lib.models.architectures import (
     describe_targets,
     prepare_for_training,
     settle_targets,
+    why_not_varlen,
     why_rows_apart,
 )
+from recipes_lib.training import varlen
 from recipes_lib.training.batches import ROW, with_fillers
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.metrics import MetricsCallback
@@ -89,10 +93,7 @@ def build_trainer(
             " which torch refuses"
         )
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
-    whole_text_rows = args.packing and args.packing_strategy == "wrapped"
-    on_cpu, free = args.device.type == "cpu", recipe.train.get("padding_free") is not False
-    if on_cpu and free and not whole_text_rows:
-        cpu_attention.use_document_attention(model)
+    choose_attention(recipe, args, model, half)
     attention = str(getattr(model.config, "_attn_implementation", ""))
     prepare_for_training(model)
     lora = build_lora_config(recipe)
@@ -128,18 +129,49 @@ def build_trainer(
     return trainer
 
 
+def choose_attention(
+    recipe: Recipe, args: SFTConfig, model: PreTrainedModel, half: torch.dtype | None
+) -> None:
+    """Switch a model from sdpa to an attention that takes several examples in one row without a
+    mask, where the recipe leaves the choice and the rows come so; what a recipe names is used or
+    refused.
+
+    Args:
+        half: the precision of the training's products, None for float32.
+
+    Raises:
+        RecipeError: `varlen` was asked for, and cannot be had.
+    """
+    named, on_cpu = recipe.model.attn_implementation, args.device.type == "cpu"
+    if named == VARLEN and (
+        why := why_not_varlen(model) or (None if on_cpu else varlen.why_not_here(half))
+    ):
+        raise varlen_refused(recipe, why)
+    wrapped = args.packing and args.packing_strategy == "wrapped"
+    if wrapped or recipe.train.get("padding_free") is False:
+        return
+    if on_cpu:
+        cpu_attention.use_document_attention(model)
+        return
+    joined = args.packing or args.padding_free or args.per_device_train_batch_size > 1
+    possible = joined and not varlen.why_not_here(half) and not why_not_varlen(model)
+    if named == VARLEN or (named is None and possible):
+        varlen.use_varlen(model)
+
+
 def padding_costs_nothing_to_drop(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str
 ) -> bool:
     """Whether to flatten each micro-batch into one row, because the attention keeps its examples
     apart at no cost; the loss stays the same.
 
-    That is flash attention on a GPU and `cpu.attention` on a CPU, in a model that has no other
-    layers over tokens. A recipe that says `padding_free` itself, or packs, is left alone.
+    That is flash or variable-length attention on a GPU and `cpu.attention` on a CPU, in a model
+    that has no other layers over tokens. A recipe that says `padding_free` itself, or packs, is
+    left alone.
     """
     decided = "padding_free" in recipe.train or args.packing
-    apart = "flash" in attention or attention == cpu_attention.NAME
-    several = args.per_device_train_batch_size > 1
+    apart = "flash" in attention or attention in (cpu_attention.NAME, VARLEN)
+    several = args.per_device_train_batch_size > 1 or attention == VARLEN
     return not decided and apart and several and not why_rows_apart(model)
 
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.check import check_upstream
+from recipes_lib.config.constraints import VARLEN
 from recipes_lib.config.model_files import broken_shard, local_folder, no_tokenizer
 from recipes_lib.config.model_names import attention_refused
 from recipes_lib.config.sections import ModelSection
@@ -310,6 +311,8 @@ def load_model(
     section = recipe.model
     on_main_rank(lambda: announce_weights(recipe))
     attention = section.attn_implementation or default_attention(section.dtype)
+    if attention == VARLEN:  # a training switches to it; answers are sdpa's
+        attention = "sdpa"
     code = {
         "revision": section.revision or "main",
         "trust_remote_code": section.trust_remote_code,

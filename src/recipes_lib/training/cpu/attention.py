@@ -18,12 +18,9 @@ from transformers.modeling_utils import AttentionInterface
 
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.models.architectures import ATTENTION_LAYERS
 
 NAME = "sdpa_by_document"
-KNOWN_LAYERS = {
-    "full_attention",
-    "sliding_attention",
-}  # others (state space, convolution) would mix the examples of a row
 
 
 def refuse_flex_attention(recipe: Recipe, active: Active) -> None:
@@ -76,7 +73,7 @@ def use_document_attention(model: Any) -> bool:
     config = model.config.get_text_config()
     if (
         getattr(model.config, "_attn_implementation", "") != "sdpa"
-        or not set(getattr(config, "layer_types", None) or ()) <= KNOWN_LAYERS
+        or not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_LAYERS
     ):
         return False
     AttentionInterface.register(NAME, sdpa_by_document)

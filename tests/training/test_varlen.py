@@ -1,0 +1,211 @@
+"""torch's variable-length attention is handed what keeps the examples of a row apart, and is chosen
+only for models and machines that it computes.
+
+The kernel itself runs on GPUs alone. Here a few lines of float32 stand for it that read the same
+arguments; that the installed torch takes these is asked of torch, with tensors that have no data.
+"""
+
+from __future__ import annotations
+
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.families import build_family
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.upstream import build_sft_config
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.models.architectures import why_not_varlen
+from recipes_lib.training import varlen
+from recipes_lib.training.build import choose_attention, padding_costs_nothing_to_drop
+
+GENERATOR = torch.Generator().manual_seed(3)
+ROWS = [
+    torch.randint(3, 500, (length,), generator=GENERATOR).tolist() for length in (41, 1, 70, 33)
+]
+COMPUTED = ["llama", "qwen3", "gemma3_text", "olmo3", "smollm3", "ministral3", "phi3", "qwen3_moe"]
+
+
+def masked_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest: int,
+    longest_key: int,
+    *,
+    scale: float | None,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """What torch documents of `varlen_attn`, with a mask over all pairs of tokens."""
+    assert torch.equal(bounds, key_bounds) and bounds.dtype == torch.int32
+    assert longest == longest_key == int(bounds.diff().max())
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    left, right = window_size
+    example = torch.repeat_interleave(torch.arange(len(bounds) - 1), bounds.diff().long())
+    distance = torch.arange(len(query))[:, None] - torch.arange(len(query))[None]
+    seen = (example[:, None] == example[None]) & (-distance <= right)
+    if left >= 0:
+        seen &= distance <= left
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = torch.einsum("qhc,khc->hqk", query, key) * scale
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khc->qhc", weights, value)
+
+
+@pytest.mark.parametrize("family", COMPUTED)
+def test_each_example_of_a_row_has_the_logits_that_it_has_alone(
+    family: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = build_family(family, tmp_path / family, tiny_model_dir)
+    model, alone = (
+        AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="sdpa"
+        ).eval()
+        for _ in range(2)
+    )
+    assert why_not_varlen(model) is None
+    monkeypatch.setattr(varlen, "varlen_attn", masked_attention)
+    varlen.use_varlen(model)
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)(
+        [{"input_ids": row} for row in ROWS]
+    )
+    logits = model(**batch, use_cache=False).logits[0]
+    expected = torch.cat([alone(torch.tensor([row]), use_cache=False).logits[0] for row in ROWS])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("gpt_oss", "takes the place of sdpa, which GptOssForCausalLM does not have"),
+        ("mamba2", "takes the place of sdpa"),
+        ("qwen3_5_text", "layers that carry a state from one example of a row into the next"),
+        ("lfm2", "layers that carry a state"),
+        ("llama4_text", "does not compute chunked_attention"),
+        ("deepseek_v3", "has keys and values of one size, DeepseekV3ForCausalLM has two"),
+    ],
+)
+def test_models_that_the_kernel_does_not_compute_are_told_so(
+    family: str, reason: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = build_family(family, tmp_path / family, tiny_model_dir)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
+    except ValueError:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    assert reason in (why_not_varlen(model) or "")
+
+
+def test_what_a_config_says_of_attention_is_looked_at(tiny_model_dir: Path) -> None:
+    def why(**settings: Any) -> str | None:
+        model = AutoModelForCausalLM.from_pretrained(
+            tiny_model_dir, attn_implementation="sdpa", **settings
+        )
+        return why_not_varlen(model)
+
+    assert why() is None
+    assert "no dropout" in (why(attention_dropout=0.1) or "")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="sdpa")
+    model.config.attn_logit_softcapping = 50.0
+    assert "no cap on scores" in (why_not_varlen(model) or "")
+    del model.config.attn_logit_softcapping
+    model.config.head_dim = 320
+    assert "up to 256 channels" in (why_not_varlen(model) or "")
+
+
+def test_the_installed_torch_takes_the_arguments_and_goes_back_through_them() -> None:
+    with FakeTensorMode():
+        query = torch.empty(1, 8, 90, 64, dtype=torch.float32, requires_grad=True)
+        key, value = (
+            torch.empty(1, 2, 90, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)
+        )
+        bounds = torch.empty(4, dtype=torch.int32)
+        out, _ = varlen.varlen_attention(
+            torch.nn.Module(),
+            query,
+            key,
+            value,
+            None,
+            scaling=0.125,
+            sliding_window=32,
+            cu_seq_lens_q=bounds,
+            cu_seq_lens_k=bounds,
+            max_length_q=41,
+            max_length_k=41,
+        )
+        assert out.shape == (1, 90, 8, 64) and out.dtype == torch.bfloat16
+        out.float().sum().backward()
+        assert query.grad.shape == query.shape and query.grad.dtype == torch.float32
+
+
+def test_a_window_without_bounds_is_an_error_and_not_attention_over_everything() -> None:
+    rows = [torch.zeros(1, 2, 9, 8) for _ in range(3)]
+    with pytest.raises(ValueError, match="needs the bounds of the examples"):
+        varlen.varlen_attention(torch.nn.Module(), *rows, None, scaling=1.0, sliding_window=4)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "why_not_here", lambda half: None)
+
+
+def chosen(recipe_file: Path, folder: Path, *overrides: str) -> tuple[str, bool]:
+    """Return the attention that a training on a GPU would take, and whether padding goes."""
+    recipe = load_recipe(recipe_file, list(overrides))
+    built = build_sft_config(recipe, "unused", world_size=1)
+    args = types.SimpleNamespace(
+        device=torch.device("cuda"),
+        packing=built.packing,
+        packing_strategy=built.packing_strategy,
+        padding_free=built.padding_free,
+        per_device_train_batch_size=built.per_device_train_batch_size,
+    )
+    loaded = recipe.model.attn_implementation
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="sdpa" if loaded == "varlen" else loaded
+    )
+    choose_attention(recipe, args, model, torch.bfloat16)  # type: ignore[arg-type]
+    name = model.config._attn_implementation
+    return name, padding_costs_nothing_to_drop(recipe, args, model, name)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], ("varlen", True)),
+        (["model.attn_implementation=varlen"], ("varlen", True)),
+        (["model.attn_implementation=sdpa"], ("sdpa", False)),
+        (["model.attn_implementation=eager"], ("eager", False)),
+        (["train.padding_free=false"], ("sdpa", False)),
+        (["train.per_device_train_batch_size=1"], ("sdpa", False)),
+        (
+            ["train.per_device_train_batch_size=1", "model.attn_implementation=varlen"],
+            ("varlen", True),
+        ),
+        (["train.packing=true"], ("varlen", False)),  # packed rows have no padding to drop
+        (["train.packing=true", "train.packing_strategy=wrapped"], ("sdpa", False)),
+    ],
+)
+def test_a_gpu_takes_it_by_itself_where_rows_hold_several_examples(
+    overrides: list[str], expected: tuple[str, bool], tiny_recipe: Path, tiny_model_dir: Path
+) -> None:
+    assert chosen(tiny_recipe, tiny_model_dir, *overrides) == expected
+
+
+def test_what_was_asked_for_and_cannot_be_had_is_refused_and_not_replaced(
+    tiny_recipe: Path, tiny_model_dir: Path
+) -> None:
+    with pytest.raises(RecipeError, match="varlen needs a GPU of the Ampere generation or newer"):
+        chosen(tiny_recipe, tiny_model_dir, "model.attn_implementation=varlen")
+    assert chosen(tiny_recipe, tiny_model_dir) == ("sdpa", False)  # not asked for
