@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from recipes_lib.data.examples import Example
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
 
@@ -31,6 +33,27 @@ def test_a_long_question_is_found_whatever_its_case_marks_white_space_and_surrou
     (leak,) = leaks.found
     assert (leak.place, leak.question, leak.share) == ("rows.jsonl:2", "1", 1.0)
     assert leaks.is_error and (leaks.leaked_rows, leaks.leaked_questions, leaks.rows) == (1, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "请用简单的语言解释光合作用的过程，并举一个日常生活中的例子。",
+        "日本の四季について説明し、それぞれの季節の行事を一つずつ挙げてください。",
+        "ช่วยอธิบายว่าทำไมท้องฟ้าจึงเป็นสีฟ้าในเวลากลางวัน",
+    ],
+)
+def test_a_question_without_spaces_is_found_inside_a_longer_text(question: str) -> None:
+    (leak,) = found(asked(question), f"ABC {question} 123", question[: len(question) // 3]).found
+    assert (leak.place, leak.share, leak.short) == ("rows.jsonl:1", 1.0, False)
+    beginning = question[: len(question) * 3 // 4]
+    assert 0.5 <= found(asked(question), f"{beginning}42").found[0].share < 1
+    assert not found(asked(question), question[::-1], question[: len(question) // 2]).found
+
+
+def test_a_short_question_without_spaces_is_found_as_a_whole_text_alone() -> None:
+    assert found(asked("中国的首都是哪里？"), "中国的首都，是哪里").found[0].short
+    assert not found(asked("中国的首都是哪里？"), "他问我中国的首都是哪里。").found
 
 
 def test_half_of_a_questions_thirteen_grams_are_a_leak_and_fewer_are_none() -> None:

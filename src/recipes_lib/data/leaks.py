@@ -1,10 +1,11 @@
 """Rows that hold questions or answers of an evaluation: a model that was trained on them is not
 tested by it.
 
-Texts are compared as words, without case, marks and white space. A text of 13 words or more is in a
-row that holds at least half of its 13-grams; a shorter one only in a row of which it is a whole
-field or message. 13-grams that several questions of one evaluation share (a template around every
-question) are no sign of any of them.
+Texts are compared as words, without case, marks and white space, and as characters where a script
+has no spaces between words (Chinese, Japanese, Thai). A text of 13 words or more is in a row that
+holds at least half of its 13-grams; a shorter one only in a row of which it is a whole field or
+message. 13-grams that several questions of one evaluation share (a template around every question)
+are no sign of any of them.
 Source of the 13-grams: Brown et al., "Language Models are Few-Shot Learners", appendix C.
 """
 
@@ -27,7 +28,14 @@ FEWEST_WORDS_OF_ANSWER = 8
 ACCIDENTAL = 0.01
 NUM_KEPT = 100
 NUM_CHARACTERS = 60  # characters of a text
-_WORD = re.compile(r"\w+")
+# Chinese, Japanese, Thai, Lao, Burmese and Khmer put no spaces between words: each character counts
+# as one.
+_UNSPACED = (
+    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e50-\u0e59\u0e81-\u0edf\u1000-\u1049\u1050-\u109f\u1780-\u17d3"
+    "\u17e0-\u17e9\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
+    "\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
+)
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 TextPart = Literal["question", "answer"]
 
 
@@ -163,7 +171,7 @@ class _Index:
     def _add(self, name: str, texts: Iterable[EvalText]) -> None:
         grams: dict[_Owner, set[_Gram]] = {}
         for text in texts:
-            words = _words(text.text)
+            words = words_of(text.text)
             if len(words) >= GRAM:
                 grams[name, text] = {
                     tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)
@@ -189,7 +197,7 @@ class _Index:
         found: dict[_Owner, float | None] = {}
         seen: dict[_Owner, set[_Gram]] = defaultdict(set)
         for text in texts:
-            words = _words(text)
+            words = words_of(text)
             if len(words) < GRAM:
                 found |= dict.fromkeys(self.whole.get(tuple(words), ()))
                 continue
@@ -205,5 +213,12 @@ class _Index:
         return found
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """Return a text's words without case, marks and white space; characters where a script has no
+    spaces between words.
+
+    Example:
+        >>> words_of("Say Hi, GPT4!"), words_of("GPT4是什么？")
+        (['say', 'hi', 'gpt4'], ['gpt4', '是', '什', '么'])
+    """
     return _WORD.findall(text.casefold())
