@@ -115,7 +115,7 @@ def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 CALL = [
     TURNS[0],
-    {"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]},
+    {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": "{city"}]},
     {"role": "tool", "content": "3"},
     TURNS[1],
 ]
@@ -123,7 +123,7 @@ CALL = [
 
 @pytest.mark.parametrize(
     "bad",
-    [{"messages": CALL}, {"messages": TURNS, "tools": [{"name": "f"}]}, {"messages": TURNS[:1]}],
+    [{"messages": CALL}, {"messages": TURNS, "tools": {"name": "f"}}, {"messages": TURNS[:1]}],
 )
 def test_new_check_and_data_agree_about_rows_that_cannot_be_used(
     bad, recipe_file, tmp_path, monkeypatch, capsys

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import json
+
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.data.conversations import conversation_of
-from recipes_lib.data.examples import BadRows, SettingError
+from recipes_lib.data.conversations import conversation_of, template_values
+from recipes_lib.data.examples import BadRows, SettingError, message_texts
 from recipes_lib.data.rows import read_data
 
 
@@ -219,31 +223,18 @@ TASK = {"instruction": "a", "response": "b"}
         ({**TASK, "history": [["earlier", "turn"]]}, "dolly", "history"),
         ({**TASK, "system": "Be brief."}, "alpaca", "system"),
         ({"text": "a", "tools": [{"name": "f"}]}, "raw", "tools"),
-        ({"messages": TURNS, "tools": '[{"name": "f"}]'}, "chat", "tools"),
+        ({**TASK, "chat_template_kwargs": {"a": 1}}, "dolly", "chat_template_kwargs"),
+        ({"messages": TURNS, "documents": [{"title": "t"}]}, "chat", "documents"),
+        ({"messages": [TURNS[0], {**TURNS[1], "name": "Ann"}]}, "chat", "messages.name"),
         (
-            {"messages": TURNS, "chat_template_kwargs": {"enable_thinking": False}},
-            "chat",
-            "chat_template_kwargs",
-        ),
-        (
-            {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [{"name": "f"}]}]},
+            {"messages": [{**TURNS[0], "tool_calls": [{}, 1]}, TURNS[1]]},
             "chat",
             "messages.tool_calls",
         ),
         (
-            {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"name": "f"}]}]},
+            {"prompt": TURNS[:1], "completion": [{**TURNS[1], "audio": "x"}]},
             "chat",
-            "messages.tool_calls",
-        ),
-        (
-            {"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm."}]},
-            "chat",
-            "messages.reasoning_content",
-        ),
-        (
-            {"prompt": TURNS[:1], "completion": [{**TURNS[1], "thinking": "Hm."}]},
-            "chat",
-            "messages.thinking",
+            "messages.audio",
         ),
     ],
 )
@@ -320,11 +311,11 @@ def test_all_bad_rows_are_named_at_once_and_counted_by_what_is_wrong(named):
     rows = [
         good,
         {"messages": TURNS[:1]},
-        {"messages": TURNS, "tools": [{"name": "f"}]},
+        {"messages": TURNS, "history": [["a", "b"]]},
         {"messages": None},
     ]
     rows += [
-        {"messages": [{"role": "tool", "content": "x"}]},
+        {"messages": [{"role": "wizard", "content": "x"}]},
         {"messages": TURNS[:1]},
         {**good, "messages": TURNS[:1]},
     ]
@@ -335,7 +326,7 @@ def test_all_bad_rows_are_named_at_once_and_counted_by_what_is_wrong(named):
         caught.value.line == 2 and "rows.jsonl:2: no assistant turn" in said and "2 more: " in said
     )
     for words in (
-        "rows.jsonl:3: tools: not supported",
+        "rows.jsonl:3: history: not supported",
         "rows.jsonl:4: column 'messages'",
         "rows.jsonl:5: column",
         "(6 of 7): data.on_bad_row: skip",
@@ -352,3 +343,84 @@ def test_ids_of_another_type_than_the_first_are_each_named_and_skipped(write_jso
         and [example.line for example, _ in bad.found] == [2, 4]
         and rows.num_read == 4
     )
+
+
+WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+
+
+def test_tools_and_template_arguments_have_columns_of_their_own(read):
+    wrapped = [{"type": "function", "function": WEATHER}]
+    rows = [
+        {"messages": TURNS, "tools": tools, "chat_template_kwargs": kwargs}
+        for tools, kwargs in (
+            ([WEATHER], {"enable_thinking": False, "python_tools": None}),
+            (json.dumps(wrapped), '{"enable_thinking": false}'),
+        )
+    ]
+    rows.append({"messages": TURNS, "tools": "[]", "chat_template_kwargs": {"a": None}})
+    first, second, bare = read(rows, "chat")
+    given = {"enable_thinking": True, "reasoning_effort": "low"}
+    assert (
+        template_values(first, given)
+        == template_values(second, given)
+        == {
+            "enable_thinking": False,
+            "reasoning_effort": "low",
+            "tools": wrapped,
+        }
+    )
+    assert template_values(bare, given) == given
+    [mapped] = read([{"messages": TURNS, "mine": [WEATHER]}], "chat", columns={"tools": "mine"})
+    assert template_values(mapped, {}) == {"tools": wrapped}
+    assert second.id == f"{first.id}#2" and bare.id != first.id
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"tools": WEATHER}, "column 'tools': expected a list of tools, found dict"),
+        ({"tools": "weather"}, "column 'tools': not JSON (Expecting value): 'weather'"),
+        ({"tools": ["weather"]}, "column 'tools', tool 0: no function with a name in it"),
+        ({"functions": WEATHER}, "column 'functions': expected a list of tools, found dict"),
+        ({"chat_template_kwargs": [1]}, "column 'chat_template_kwargs': expected an object, found"),
+        ({"chat_template_kwargs": {"tools": "f"}}, "tools is no template argument"),
+        ({"conversations": TURNS}, "columns 'messages' and 'conversations' both hold a conversati"),
+    ],
+)
+def test_bad_tools_template_arguments_and_two_conversations_in_one_row_are_described(
+    read, row, words
+):
+    with pytest.raises(DataError) as caught:
+        read([{"messages": TURNS}, {"messages": TURNS, **row}], "chat")
+    assert caught.value.line == 2 and words in caught.value.what and caught.value.hints
+
+
+def test_one_of_two_conversations_is_read_where_the_recipe_says_which(read):
+    both = {"messages": TURNS, "conversations": TURNS[:1]}
+    for keys in ({"columns": {"messages": "messages"}}, {"drop_columns": ["conversations"]}):
+        assert read([both], "chat", **keys)[0].fields["messages"] == TURNS
+
+
+def test_what_arrow_fills_in_with_null_is_not_there(tmp_path):
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "f", "arguments": {"a": 1}}],
+    }
+    other = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"name": "g", "arguments": {"b": 2}}],
+    }
+    rows = [
+        {"messages": [TURNS[0], one], "chat_template_kwargs": kwargs}
+        for one, kwargs in ((call, {"x": 1}), (other, {"y": 2}), (TURNS[1], None))
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = list(named_rows(tmp_path / "rows.parquet", "chat").with_texts())
+    assert [message_texts(example.fields["messages"][1])[1:] for example in found] == [
+        ['{"name": "f", "arguments": {"a": 1}}'],
+        ['{"name": "g", "arguments": {"b": 2}}'],
+        [],
+    ]
+    assert [template_values(example, {}) for example in found] == [{"x": 1}, {"y": 2}, {}]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from recipes_lib.data.conversations import check_roles, conversation_of, read_messages
@@ -33,7 +35,6 @@ def test_sharegpt_spelling_is_ours_in_other_words():
         (["hi"], "expected {role, content}, found str"),
         ([{"role": "wizard", "content": "a"}], "unknown role 'wizard'"),
         ([{"role": "user", "content": None}], "(user): expected text, found None"),
-        ([{"role": "tool", "content": "a"}], "tool calls are not supported"),
         ([{"role": "user", "content": "\udc00"}], "lone surrogate"),
     ],
 )
@@ -120,3 +121,122 @@ def test_a_conversation_that_ends_with_the_user_says_what_to_do():
         "message 2 is the user's" in caught.value.what
         and "cut the conversation" in caught.value.hint
     )
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Bonn"}}}
+RESULT = {"role": "tool", "content": "sunny"}
+ASKED = {"role": "user", "content": "And in Bonn?"}
+ANSWERED = {"role": "assistant", "content": "Sunny."}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {**CALL, "id": "call_1"},
+        {"name": "weather", "arguments": {"city": "Bonn"}},
+        {"name": "weather", "arguments": '{"city": "Bonn"}'},
+        {"type": "function", "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}},
+    ],
+)
+def test_tool_calls_of_every_spelling_become_one(call):
+    spelt = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "tool_calls": json.dumps([call])},
+        {"role": "assistant", "function_call": call},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "function_call", "value": json.dumps([call])},
+    ]
+    identity = {"id": "call_1"} if "id" in call else {}
+    for message in spelt:
+        assert read_messages([message], "messages") == [
+            {"role": "assistant", "content": "", "tool_calls": [{**identity, **CALL}]}
+        ]
+
+
+def test_a_sharegpt_conversation_with_calls_is_the_openai_one():
+    value = json.dumps({"name": "weather", "arguments": {"city": "Bonn"}})
+    sharegpt = [
+        {"from": "human", "value": "And in Bonn?"},
+        {"from": "gpt", "value": "Let me see."},
+        {"from": "function_call", "value": value},
+        {"from": "observation", "value": "sunny"},
+        {"from": "function_call", "value": value},
+        {"from": "tool", "value": {"sky": "blue"}},
+        {"from": "gpt", "value": "Sunny."},
+    ]
+    messages = read_messages(sharegpt, "conversations")
+    assert messages == [
+        ASKED,
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [CALL]},
+        RESULT,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": '{"sky": "blue"}'},
+        ANSWERED,
+    ]
+    check_roles(messages)
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_thoughts_of_every_spelling_become_one(key):
+    [message] = read_messages([{**ANSWERED, key: "Hm."}], "messages")
+    assert message == {**ANSWERED, "reasoning_content": "Hm."}
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        ({"tool_calls": [{"name": "f", "arguments": "{city"}]}, "of tool call 'f': not JSON ("),
+        ({"tool_calls": [{"name": "f", "arguments": "[1]"}]}, "expected an object, found list"),
+        ({"tool_calls": [{"arguments": {"a": 1}}]}, "a tool call needs a name"),
+        ({"tool_calls": "weather"}, "the tool call: not JSON"),
+        ({"thinking": "a", "reasoning": "b"}, "both thinking and reasoning, and they differ"),
+        ({"reasoning_content": ["a"]}, "reasoning_content: expected text, found list"),
+        ({"reasoning_content": "\udc00"}, "(assistant): lone surrogate"),
+        ({"tool_calls": [{"name": "f"}], "function_call": {"name": "f"}}, "both tool_calls and"),
+    ],
+)
+def test_a_bad_call_or_thought_is_described(message, words):
+    with pytest.raises(BadRow) as caught:
+        read_messages([ASKED, {**ANSWERED, **message}], "messages")
+    assert "column 'messages', message 1" in caught.value.what and words in caught.value.what
+
+
+def called(*ids):
+    calls = [{**CALL, **({"id": id} if id else {})} for id in ids]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([ASKED, called(None), ASKED, ANSWERED], "tool call without result: message 1 calls"),
+        (
+            [ASKED, called("a", "b"), {**RESULT, "tool_call_id": "a"}, ANSWERED],
+            "tool call without result: message 1 calls weather",
+        ),
+        (
+            [ASKED, called("a"), *({**RESULT, "tool_call_id": id} for id in "ab"), ANSWERED],
+            "message 3 (tool): tool_call_id 'b' is of no call before it",
+        ),
+        ([ASKED, called(None), RESULT], "message 2 is the tool's, and nothing answers it"),
+        ([ASKED, called(None), RESULT, ASKED, ANSWERED], "message 3 is user, expected assistant"),
+        ([ASKED, RESULT, ANSWERED], "message 1 is tool, expected assistant"),
+        (
+            [ASKED, {**ANSWERED, "content": " "}, ASKED, ANSWERED],
+            "message 1 (assistant) is empty",
+        ),
+        ([ASKED, {**ANSWERED, "weight": 0}], "nothing to train on: every assistant turn has"),
+    ],
+)
+def test_a_conversation_that_teaches_nothing_or_the_wrong_thing_is_described(messages, words):
+    with pytest.raises(BadRow) as caught:
+        check_roles(messages)
+    assert words in caught.value.what
+
+
+def test_results_may_be_several_or_one_for_several_calls_and_a_call_may_be_the_last_thing_said():
+    check_roles([ASKED, called("a", "b"), RESULT, ANSWERED])
+    check_roles([ASKED, called("a"), RESULT, RESULT, called("b")])
+    check_roles([ASKED, ANSWERED, RESULT, ANSWERED])  # a call that is written in the text
+    silent = {"role": "assistant", "content": "", "weight": 0}
+    check_roles([ASKED, silent, ASKED, ANSWERED])

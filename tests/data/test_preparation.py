@@ -309,7 +309,7 @@ def test_bad_rows_are_left_out_when_asked_and_counted_with_the_reason(prepare, w
         [
             *rows,
             {"messages": turns[:1]},
-            {"messages": turns, "tools": [{"name": "f"}]},
+            {"messages": turns, "history": [["Nought?", "None."]]},
             {"messages": turns[:1]},
         ]
     )

@@ -1,10 +1,23 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.data.examples import SettingError
-from recipes_lib.data.prompts import chat_template, format_hash, generation_prompt, task_prompt
+from recipes_lib.data.conversations import read_messages, read_tools
+from recipes_lib.data.examples import Example, SettingError
+from recipes_lib.data.prompts import (
+    chat_template,
+    format_hash,
+    generation_prompt,
+    render_chat,
+    task_prompt,
+)
+from recipes_lib.data.supervision import render_turns
 
 
 def section(prompt_format: str = "dolly", **keys) -> DataSection:
@@ -114,3 +127,48 @@ def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_token
     ]
     assert len(set(hashes)) == len(hashes)
     assert format_hash(section(max_examples=3), tiny_tokenizer) == hashes[0]
+
+
+THINKING = (
+    "{{ '' if enable_thinking | default(true) else '[fast]' }}"
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{{ eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(tiny_tokenizer):
+    without = section("chat", chat_template=THINKING)
+    fast = dataclasses.replace(without, chat_template_kwargs={"enable_thinking": False})
+    prompts = [generation_prompt(one, tiny_tokenizer, instruction="a") for one in (without, fast)]
+    assert prompts[1] == "[fast]" + prompts[0]
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    own = {"messages": turns, "chat_template_kwargs": '{"enable_thinking": true}'}
+    texts = [
+        render_turns(Example("f", 1, 1, fields), fast, tiny_tokenizer, THINKING)[0]
+        for fields in ({"messages": turns}, own)
+    ]
+    assert texts[0].startswith(prompts[1]) and texts[1].startswith(prompts[0])
+    assert format_hash(fast, tiny_tokenizer) != format_hash(without, tiny_tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss", "glm4moe", "deepseekv3", "gemma4"])
+def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenizer, name):
+    folder = Path(find_spec("trl").origin).parent / "chat_templates"
+    template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+    call = {"id": "call_0001", "name": "sky", "arguments": '{"place": "Bonn"}'}
+    messages = read_messages(
+        [
+            {"role": "user", "content": "Well?"},
+            {"role": "assistant", "thinking": "Look up.", "tool_calls": [call]},
+            {"role": "tool", "content": "blue", "tool_call_id": "call_0001"},
+        ],
+        "messages",
+    )
+    nothing = {"type": "object", "properties": {}}
+    sky = {"name": "sky", "description": "Its colour.", "parameters": nothing}
+    tools = json.loads(read_tools([sky], "tools"))
+    text, _ = render_chat(messages, tiny_tokenizer, template, {"tools": tools}, prompt=True)
+    said = ["sky", "place", "Bonn", "blue"]
+    said += [] if name == "deepseekv3" else ["Its colour."]  # it knows no tools, only calls
+    said += ["Look up."] if name in ("qwen3", "gptoss", "glm4moe", "gemma4") else []
+    assert [word for word in said if word not in text] == []

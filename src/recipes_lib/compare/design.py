@@ -64,6 +64,7 @@ LOSS_TOKENS = (
     "data.source_split",
     "data.prompt_format",
     "data.chat_template",
+    "data.chat_template_kwargs",
     "data.system_prompt",
     "data.chat_loss",
     "data.split.method",

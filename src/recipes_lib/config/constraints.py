@@ -41,7 +41,10 @@ _ATTENTION = {
         {"type": "null"},
     ]
 }
-_COLUMN_NAMES = "id instruction context response category prompt completion text messages system"
+_COLUMN_NAMES = (
+    "id instruction context response category prompt completion text messages system tools"
+    " chat_template_kwargs"
+)
 _COLUMNS = {
     "type": "object",
     "additionalProperties": False,

@@ -150,13 +150,13 @@ class DataSection:
     revision: str | None = key("Branch, tag or commit of a Hub data set.")
     columns: dict[str, str] = key(
         "Our name -> the file's name, for id, instruction, context, response, category, prompt,"
-        " completion, text, messages, system.",
+        " completion, text, messages, system, tools, chat_template_kwargs.",
         factory=dict,
     )
     drop_columns: list[str] = key(
-        "Columns to leave out although they change what a row says (tools, history,"
-        " chat_template_kwargs, ...), and keys of messages, written messages.KEY. Without this,"
-        " rows where they hold something are refused.",
+        "Columns to leave out although they change what a row says (tools, history, documents,"
+        " ...), and keys of messages, written messages.KEY. Without this, rows where one that is"
+        " not supported holds something are refused.",
         factory=list,
     )
     encoding: str = key(
@@ -179,6 +179,11 @@ class DataSection:
     chat_template: str | None = key(
         "For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships"
         " (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own."
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        "For `chat`: arguments of the template, as {enable_thinking: false}, for every rendering:"
+        " in training, and when the run is asked. A row's own (a column of this name) win.",
+        factory=dict,
     )
     system_prompt: str | None = key(
         "For `chat`: a system message put before conversations that have none."
@@ -203,6 +208,10 @@ class DataSection:
         0.05,
         minimum=0,
     )
+
+
+# The keys of `data` that say how a model is asked.
+ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_prompt")
 
 
 @dataclass(frozen=True, kw_only=True)

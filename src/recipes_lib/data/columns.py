@@ -24,7 +24,10 @@ from recipes_lib.data.conversations import (
     conversation_of,
     is_blank,
     read_messages,
+    read_template_kwargs,
+    read_tools,
     unread_keys,
+    without_nulls,
 )
 from recipes_lib.data.examples import (
     BadRow,
@@ -44,14 +47,17 @@ IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content in
 
 OUR_NAMES = (
     *("id", "instruction", "context", "response", "category"),
-    *("prompt", "completion", "text", "messages", "system"),
+    *("prompt", "completion", "text", "messages", "system", "tools", "chat_template_kwargs"),
 )
 ALIASES = {
     "context": "input",
     "response": "output",
     "messages": "conversations",
     "system": "system_prompt",
+    "tools": "functions",
 }
+# Fields that are not text in a file, and how they become JSON text.
+_STRUCTURED = {"tools": read_tools, "chat_template_kwargs": read_template_kwargs}
 # Columns that other programs put into what the model reads or learns. Where they say something,
 # leaving them out makes other rows.
 MEANINGFUL = {
@@ -75,6 +81,7 @@ class Reading:
         names: our field -> column of the file.
         optional: fields that may be missing in a row.
         category, identity: columns, or None.
+        other_conversations: columns that hold conversations in another spelling than the one read.
         meaningful: columns that may not be ignored where they say something.
         unused: all other columns.
         dropped: columns and `messages.KEY`s that the recipe leaves out.
@@ -85,6 +92,7 @@ class Reading:
     optional: tuple[str, ...]
     category: str | None
     identity: str | None
+    other_conversations: tuple[str, ...]
     meaningful: tuple[str, ...]
     unused: tuple[str, ...]
     dropped: tuple[str, ...]
@@ -129,6 +137,9 @@ class Reading:
         shape, names = _choose_shape(prompt_format, columns, found)
         category, identity = _column("category", columns, found), _column("id", columns, found)
         rest = [name for name in found if name not in (*names.values(), category, identity)]
+        spellings = ("messages", ALIASES["messages"])
+        others = [name for name in rest if name in spellings and "messages" not in columns]
+        rest = [name for name in rest if name not in others or "messages" not in names]
         meaningful = tuple(name for name in rest if name in MEANINGFUL and columns.get(name) != "")
         return cls(
             prompt_format,
@@ -136,6 +147,7 @@ class Reading:
             shape.optional,
             category,
             identity,
+            tuple(others) if "messages" in names else (),
             meaningful,
             unused=tuple(name for name in rest if name not in meaningful),
             dropped=tuple(dropped),
@@ -148,14 +160,19 @@ class Reading:
             try:
                 if isinstance(row, BadRow):
                     raise row
-                self._fill(example, row)
+                self._fill(example, row, table.columnar)
             except BadRow as reason:
                 bad.add(example, reason)
             else:
                 yield example
 
-    def _fill(self, example: Example, row: Mapping[str, Any]) -> None:
+    def _fill(self, example: Example, row: Mapping[str, Any], columnar: bool) -> None:
         """Put the row's values into the example."""
+        twice = [name for name in self.other_conversations if not is_blank(row.get(name))]
+        if twice and not is_blank(row.get(self.names["messages"])):
+            chosen = self.names["messages"]
+            what = f"columns '{chosen}' and '{twice[0]}' both hold a conversation"
+            raise BadRow(what, f"say which one is read: data.columns: {{messages: {chosen}}}")
         unread = [name for name in self.meaningful if not is_blank(row.get(name))]
         chat, fields = self.prompt_format == "chat", example.fields
         for name in ("messages", "prompt", "completion") if chat else ():
@@ -168,10 +185,16 @@ class Reading:
             raise BadRow(what, drop=unread)
         for name, column in self.names.items():
             value = row.get(column)
+            if columnar and isinstance(value, dict | list):
+                value = without_nulls(value)
             if name == "messages" or (
                 chat and name in ("prompt", "completion") and isinstance(value, list)
             ):
-                fields[name] = read_messages(value, column)
+                fields[name] = read_messages(value, column, self.dropped)
+                continue
+            if name in _STRUCTURED:
+                if not is_blank(value):
+                    fields[name] = _STRUCTURED[name](value, column)
                 continue
             if value is None and name in self.optional:
                 value = ""

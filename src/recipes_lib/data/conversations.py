@@ -1,23 +1,55 @@
-"""Conversations: reading messages of several spellings, checking their roles, and finding what the
-assistant said.
+"""Conversations: reading messages of several spellings into the one that chat templates read, and
+checking who speaks when.
 
-Used by the `chat` prompt format. A conversation is a list of `{role, content}` with roles system,
-user and assistant; an assistant turn that must not be learned also has `weight: 0`.
+Used by the `chat` prompt format. A conversation is a list of `{role, content}` with the roles
+system, user, assistant and tool. An assistant turn may also have `reasoning_content` (its
+thoughts), `tool_calls` (`{type: function, function: {name, arguments}}`, the arguments an object)
+and `weight: 0` (it must not be learned); a tool's turn `tool_call_id` and `name`. Tools and
+template arguments have columns of their own and are kept as JSON, so that a row is made of texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
-from recipes_lib.data.examples import BadRow, Example, lone_surrogate, type_name
+from recipes_lib.data.examples import (
+    BadRow,
+    Example,
+    lone_surrogate,
+    message_texts,
+    type_name,
+)
 
 Message = dict[str, Any]
 
-# ShareGPT's names for the roles, as its `from` key has them.
-ROLES = {"human": "user", **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")}
-KNOWN_ROLES = ("system", "user", "assistant")
+# Other names of the roles: ShareGPT's, as its `from` key has them, and OpenAI's.
+ROLES = {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function"), "tool"),
+    "developer": "system",
+}
+CALL = "function_call"  # ShareGPT's turn that is nothing but calls; OpenAI's old key for one
+KNOWN_ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = frozenset(("role", "from", "content", "value", "weight"))
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+KEYS_OF_ROLE = {"assistant": (*THOUGHTS, "tool_calls", CALL), "tool": ("tool_call_id", "name")}
+# Who may speak after whom, the likeliest first.
+_NEXT = {
+    "system": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+# What the template gets from us, so that no template argument may have the name.
+RESERVED = {
+    *("messages", "conversations", "tools", "documents", "chat_template"),
+    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+}
+RESERVED_HINT = "messages and tools have columns of their own; the others are set by the program"
 # What a list or an object that says nothing becomes as JSON in a text column.
 BLANK_TEXTS = ("", "[]", "{}", "null")
 
@@ -37,50 +69,88 @@ def is_blank(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip() in BLANK_TEXTS)
 
 
+def without_nulls(value: Any) -> Any:
+    """The value without the keys that Arrow fills in with null, because another row has them.
+
+    Example:
+        >>> without_nulls([{"name": "f", "arguments": {"city": "Bonn", "unit": None}}])
+        [{'name': 'f', 'arguments': {'city': 'Bonn'}}]
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def unread_keys(value: Any, dropped: Collection[str] = ()) -> Iterator[str]:
     """The keys of messages that would be ignored although they say something, as `messages.KEY`."""
     for message in value if isinstance(value, list) else ():
         if isinstance(message, dict) and not message.keys() <= MESSAGE_KEYS:
+            known = MESSAGE_KEYS.union(KEYS_OF_ROLE.get(_role(message), ()))
             for key, content in message.items():
                 name = f"messages.{key}"
-                if key not in MESSAGE_KEYS and name not in dropped and not is_blank(content):
+                if key not in known and name not in dropped and not is_blank(content):
                     yield name
 
 
-def read_messages(value: Any, column: str) -> list[Message]:
+def _role(message: Mapping[str, Any]) -> Any:
+    """The role in our spelling; what is no role stays what it is."""
+    role = message.get("role") or message.get("from")
+    return ROLES.get(role, "assistant" if role == CALL else role) if isinstance(role, str) else None
+
+
+def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> list[Message]:
     """Messages with `role`/`content` or `from`/`value` keys, in our spelling.
+
+    Args:
+        dropped: `messages.KEY` of the keys to leave out.
 
     Raises:
         BadRow: what is wrong with the first bad one.
     """
     if not isinstance(value, list):
         raise BadRow(f"column '{column}': expected a list of messages, found {type_name(value)}")
-    return [
-        _read_message(message, f"column '{column}', message {index}")
-        for index, message in enumerate(value)
-    ]
+    found: list[Message] = []
+    for index, message in enumerate(value):
+        place = f"column '{column}', message {index}"
+        if not isinstance(message, dict):
+            raise BadRow(f"{place}: expected {{role, content}}, found {type_name(message)}")
+        if dropped:
+            message = {key: one for key, one in message.items() if f"messages.{key}" not in dropped}
+        read = _read_message(message, place)
+        only_calls = CALL in (message.get("role"), message.get("from"))
+        before = found[-1] if found and only_calls else {}
+        if before.get("role") == "assistant" and before.get("weight") == read.get("weight"):
+            # ShareGPT writes what the assistant says and what it calls then as two turns
+            calls = before.get("tool_calls", []) + read["tool_calls"]
+            found[-1] = {**before, "tool_calls": calls}
+        else:
+            found.append(read)
+    return found
 
 
-def _read_message(message: Any, place: str) -> Message:
-    if not isinstance(message, dict):
-        raise BadRow(f"{place}: expected {{role, content}}, found {type_name(message)}")
-    role = message.get("role") or message.get("from")
-    role = ROLES.get(role, role) if isinstance(role, str) else role
-    if role in ("tool", "function", "function_call", "observation"):
-        raise BadRow(f"{place}: role {role!r}: tool calls are not supported")
+def _read_message(message: Mapping[str, Any], place: str) -> Message:
+    given, role = message.get("role") or message.get("from"), _role(message)
     if role not in KNOWN_ROLES:
-        raise BadRow(f"{place}: unknown role {role!r}; roles are {', '.join(KNOWN_ROLES)}")
+        raise BadRow(f"{place}: unknown role {given!r}; roles are {', '.join(KNOWN_ROLES)}")
     content = message["content"] if message.get("content") is not None else message.get("value")
     for key, other in (("from", "role"), ("value", "content")):
         both = message.get(key), message.get(other)
         if None not in both and both[0] != both[1]:
             raise BadRow(f"{place}: both {other} and {key}, and they differ")
+    more = _read_answer(message, place) if role == "assistant" else {}
+    if given == CALL:
+        more["tool_calls"] = _read_calls(content, place)
+        content = ""
+    if role == "tool":
+        more = {key: message[key] for key in KEYS_OF_ROLE["tool"] if message.get(key)}
+        if isinstance(content, dict | list) and not _is_text_parts(content):
+            content = json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
         content = _joined(content, place)
+    if content is None and more and role == "assistant":
+        content = ""  # only calls or thoughts
     if not isinstance(content, str):
         raise BadRow(f"{place} ({role}): expected text, found {type_name(content)}")
-    if what := lone_surrogate(content):
-        raise BadRow(f"{place} ({role}): {what}")
     weight = message.get("weight")
     if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
         raise BadRow(
@@ -88,7 +158,135 @@ def _read_message(message: Any, place: str) -> Message:
             " (no loss) or 1"
         )
     unlearned = {"weight": 0} if weight == 0 and role == "assistant" else {}
-    return {"role": role, "content": content, **unlearned}
+    read = {"role": role, "content": content, **more, **unlearned}
+    for text in message_texts(read):
+        if what := lone_surrogate(text):
+            raise BadRow(f"{place} ({role}): {what}")
+    return read
+
+
+def _read_answer(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """What an assistant's turn has beside its content: thoughts and tool calls."""
+    more: dict[str, Any] = {}
+    thoughts = {key: message[key] for key in THOUGHTS if not is_blank(message.get(key))}
+    for key, thought in thoughts.items():
+        if not isinstance(thought, str):
+            raise BadRow(f"{place}: {key}: expected text, found {type_name(thought)}")
+        if more.setdefault("reasoning_content", thought) != thought:
+            raise BadRow(f"{place}: both {' and '.join(thoughts)}, and they differ")
+    calls = [message[key] for key in ("tool_calls", CALL) if not is_blank(message.get(key))]
+    if len(calls) > 1:
+        raise BadRow(f"{place}: both tool_calls and {CALL}", f"drop one: messages.{CALL}")
+    return more | ({"tool_calls": _read_calls(calls[0], place)} if calls else {})
+
+
+def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls of any spelling (OpenAI's, the bare `{name, arguments}`, JSON text of either)."""
+    if isinstance(value, str):
+        value = _read_json(value, f"{place}: the tool call")
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function") if isinstance(call, dict) else None
+        function = function if isinstance(function, dict) else call
+        name = function.get("name") if isinstance(function, dict) else None
+        if not isinstance(name, str) or not name.strip():
+            raise BadRow(f"{place}: a tool call needs a name, as in {{name, arguments}}")
+        arguments = function.get("arguments", function.get("parameters"))
+        what = f"{place}: the arguments of tool call '{name}'"
+        if isinstance(arguments, str) and arguments.strip():
+            arguments = _read_json(arguments, what)
+        arguments = arguments or {}
+        if not isinstance(arguments, dict):
+            raise BadRow(f"{what}: expected an object, found {type_name(arguments)}")
+        identity = {"id": call["id"]} if call.get("id") else {}
+        form = {"name": name, "arguments": arguments}
+        calls.append({**identity, "type": "function", "function": form})
+    return calls
+
+
+def _read_json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deep")
+        raise BadRow(f"{what}: not JSON ({reason}): {text[:40]!r}", "write it as JSON") from None
+
+
+def read_tools(value: Any, column: str) -> str:
+    """The tools of a row as JSON text of OpenAI's spelling; a bare function is put into it.
+
+    Raises:
+        BadRow: they are no list of JSON schemas.
+    """
+    if isinstance(value, str):
+        value = _read_json(value, f"column '{column}'")
+    if not isinstance(value, list):
+        raise BadRow(
+            f"column '{column}': expected a list of tools, found {type_name(value)}",
+            "write [{type: function, function: {name, description, parameters}}], or its JSON text",
+        )
+    tools = []
+    for index, tool in enumerate(value):
+        inner = tool.get("function") if isinstance(tool, dict) else None
+        function = inner if isinstance(inner, dict) else tool
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRow(f"column '{column}', tool {index}: no function with a name in it")
+        tools.append(tool if function is inner else {"type": "function", "function": tool})
+    return _json_text(tools, column)
+
+
+def read_template_kwargs(value: Any, column: str) -> str:
+    """The template arguments of a row as JSON text; what is null is not given.
+
+    Raises:
+        BadRow: they are no object, or one has the name of something else that a template gets.
+    """
+    if isinstance(value, str):
+        value = _read_json(value, f"column '{column}'")
+    if not isinstance(value, dict):
+        raise BadRow(
+            f"column '{column}': expected an object, found {type_name(value)}",
+            "write template arguments as in {enable_thinking: false}, or as its JSON text",
+        )
+    if names := sorted(RESERVED & value.keys()):
+        raise BadRow(f"column '{column}': {names[0]} is no template argument", RESERVED_HINT)
+    return _json_text({key: one for key, one in value.items() if one is not None}, column)
+
+
+def _json_text(value: Any, column: str) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if what := lone_surrogate(text):
+        raise BadRow(f"column '{column}': {what}, which has no UTF-8 form")
+    return text
+
+
+def template_values(example: Example, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template gets beside the messages: arguments, and the row's tools.
+
+    Args:
+        given: `data.chat_template_kwargs`; the row's own win.
+    """
+    fields = example.fields
+    values = {**given, **json.loads(fields.get("chat_template_kwargs") or "{}")}
+    return values | ({"tools": json.loads(fields["tools"])} if fields.get("tools") else {})
+
+
+def with_arguments_as_text(message: Message) -> Message:
+    """The message with the arguments of its calls as JSON text, as OpenAI writes them."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+def _is_text_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" for part in content
+    )
 
 
 def _joined(parts: list[Any], place: str) -> str:
@@ -139,11 +337,12 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Check the order of roles: an optional system message, then user and assistant in turn, ending
-    with assistant.
+    """Check who speaks when: an optional system message, then user and assistant in turn, the
+    results of tools after the assistant that called them, the assistant last. A call may be the
+    last thing said.
 
     Raises:
-        BadRow: it is another order.
+        BadRow: it is another order, a call has no result, or a turn that is to be learned is empty.
     """
     roles = [message["role"] for message in messages]
     first = 1 if roles[:1] == ["system"] else 0
@@ -151,14 +350,51 @@ def check_roles(messages: Sequence[Message]) -> None:
         raise BadRow("only a system message" if roles else "no messages")
     if "assistant" not in roles:
         raise BadRow("no assistant turn")
-    for index, role in enumerate(roles[first:]):
-        expected = ("user", "assistant")[index % 2]
-        if role != expected:
-            what = f"roles out of order: message {index + first} is {role}, expected {expected}"
+    for index, role in enumerate(roles[first:], first):
+        expected = _NEXT[roles[index - 1] if index > first else "system"]
+        if role not in expected:
+            what = f"roles out of order: message {index} is {role}, expected {expected[0]}"
             raise BadRow(what)
     if roles[-1] != "assistant":
         what = (
-            f"the last message is not the assistant's: message {len(roles) - 1} is the user's,"
-            " and nothing answers it"
+            f"the last message is not the assistant's: message {len(roles) - 1} is the"
+            f" {roles[-1]}'s, and nothing answers it"
         )
         raise BadRow(what, "cut the conversation after its last assistant turn")
+    for index, message in enumerate(messages[:-1]):
+        if message.get("tool_calls"):
+            _check_results(index, messages)
+    answers = [index for index, role in enumerate(roles) if role == "assistant"]
+    learned = [index for index in answers if messages[index].get("weight") != 0]
+    if not learned:
+        what = "nothing to train on: every assistant turn has weight 0"
+        raise BadRow(what, "give one weight 1, or leave the row out")
+    silent = [i for i in learned if not any(map(str.strip, message_texts(messages[i])))]
+    if silent and len(silent) < len(answers):  # rows without any answer are counted by the audit
+        raise BadRow(
+            f"message {silent[0]} (assistant) is empty: no text, no thought, no tool call",
+            "cut it out of the conversation, or give it weight: 0",
+        )
+
+
+def _check_results(index: int, messages: Sequence[Message]) -> None:
+    """Check that the calls of a message have results; one message may hold those of several.
+
+    Raises:
+        BadRow: a call has none, or a result is of no call.
+    """
+    results = list(takewhile(lambda one: one["role"] == "tool", messages[index + 1 :]))
+    calls = messages[index]["tool_calls"]
+    by_id = {call.get("id"): call["function"]["name"] for call in calls}
+    answered = [result.get("tool_call_id") for result in results]
+    named = None not in by_id and None not in answered
+    missing = [name for id, name in by_id.items() if id not in answered] if named else []
+    if missing or not results:
+        names = ", ".join(missing or [call["function"]["name"] for call in calls])
+        raise BadRow(
+            f"tool call without result: message {index} calls {names}",
+            "put a message of role tool with the result after it, or end the conversation there",
+        )
+    for place, id in enumerate(answered, index + 1):
+        if named and id not in by_id:
+            raise BadRow(f"message {place} (tool): tool_call_id {id!r} is of no call before it")

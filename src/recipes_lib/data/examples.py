@@ -7,6 +7,7 @@ recipe by `place`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ class Example:
         file: path or Hub id, as the user would type it.
         line: line in a text file, counted from 1; None where the format has no lines.
         row: position in the file, counted from 1.
-        fields: our names -> text (or a list of messages under `messages`).
+        fields: our names -> text (or a list of messages under `messages`); tools and template
+            arguments are JSON text.
         explicit_id: what the id column holds, None without one.
         table: number of the file among those read.
         id: unique name in splits.json and supervision.json.
@@ -57,16 +59,29 @@ class Example:
 
     @property
     def texts(self) -> list[str]:
-        """All texts, of conversations that of each message."""
+        """All texts, of conversations all that each message says."""
         found: list[str] = []
         for value in self.fields.values():
-            found += [value] if isinstance(value, str) else [turn["content"] for turn in value]
+            if isinstance(value, str):
+                found.append(value)
+            else:
+                found += [text for message in value for text in message_texts(message)]
         return found
 
     @property
     def split_key(self) -> str:
         """What the hash split looks at: the explicit id, else the content."""
         return self.content.hex() if self.explicit_id is None else str(self.explicit_id)
+
+
+def message_texts(message: Mapping[str, Any]) -> list[str]:
+    """All that a message says: its thoughts, its content, and its tool calls as JSON."""
+    calls = message.get("tool_calls", ())
+    return [
+        *([message["reasoning_content"]] if "reasoning_content" in message else []),
+        message["content"],
+        *(json.dumps(call["function"], ensure_ascii=False) for call in calls),
+    ]
 
 
 class SettingError(DataError):

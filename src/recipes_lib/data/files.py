@@ -49,12 +49,19 @@ class Table:
         file: the path as the user would type it, or a Hub id.
         read: starts to read the rows.
         columns: all column names, where the format tells them.
+        columnar: whether Arrow holds the rows, which fills in null for keys that only other rows
+            have.
     """
 
     def __init__(
-        self, file: str, read: Callable[[], Numbered], columns: list[str] | None = None
+        self,
+        file: str,
+        read: Callable[[], Numbered],
+        columns: list[str] | None = None,
+        columnar: bool = False,
     ) -> None:
         self.file = file
+        self.columnar = columnar
         self._read = read
         self._columns = columns
 
@@ -125,7 +132,7 @@ def read_file(
                 rows = ((None, row) for batch in batches for row in batch.to_pylist())
                 yield from islice(rows, max_rows)
 
-        return Table(file, read, names)
+        return Table(file, read, names, columnar=True)
 
     reader: Any = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_jsonl)
     if reader is _read_csv:

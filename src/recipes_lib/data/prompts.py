@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,12 @@ from typing import Any
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
+from recipes_lib.data.conversations import (
+    Message,
+    user_turn,
+    with_arguments_as_text,
+    with_system_prompt,
+)
 from recipes_lib.data.examples import Example, SettingError
 
 # Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
@@ -50,9 +55,10 @@ class FieldShape:
 TASK = FieldShape(("instruction", "response"), ("context",))
 PAIR = FieldShape(("prompt", "completion"))
 TEXT = FieldShape(("text",))
-CHAT = FieldShape(("messages",), ("system",))
-CHAT_PAIR = FieldShape(("prompt", "completion"), ("system",))
-CHAT_TASK = FieldShape(("instruction", "response"), ("context", "system"))
+_BESIDE = ("system", "tools", "chat_template_kwargs")
+CHAT = FieldShape(("messages",), _BESIDE)
+CHAT_PAIR = FieldShape(("prompt", "completion"), _BESIDE)
+CHAT_TASK = FieldShape(("instruction", "response"), ("context", *_BESIDE))
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,8 @@ def generation_prompt(
         raise ValueError("a conversation to be continued must end with a user turn")
     if prompt_format == "chat":
         messages = with_system_prompt(messages, section.system_prompt)
-        template = chat_template(section, tokenizer)
-        return render_chat(messages, tokenizer, template, prompt=True)[0]
+        template, values = chat_template(section, tokenizer), section.chat_template_kwargs
+        return render_chat(messages, tokenizer, template, values, prompt=True)[0]
     parts: list[str] = []
     for message in messages:
         text = message["content"]
@@ -143,25 +149,41 @@ def generation_prompt(
 
 
 def render_chat(
-    messages: Sequence[Message], tokenizer: Any, template: str, *, prompt: bool = False
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template: str,
+    values: Mapping[str, Any] | None = None,
+    *,
+    prompt: bool = False,
 ) -> tuple[str, list[Span]]:
     """A conversation as text, for training and generation alike, and the spans of characters that
     `{% generation %}` marks, where the template has that.
 
     Args:
+        values: what the template gets beside the messages (`conversations.template_values`).
         prompt: end where the assistant must start to write.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marked = bool(GENERATION.search(template))
-    texts, spans = render_jinja_template(
-        [list(messages)],
-        chat_template=template,
-        add_generation_prompt=prompt,
-        return_assistant_tokens_mask=marked,
-        **tokenizer.special_tokens_map,
-    )
-    return texts[0], spans[0] if marked else []
+
+    def rendered(chat: Sequence[Message]) -> tuple[str, list[Span]]:
+        texts, spans = render_jinja_template(
+            [list(chat)],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            return_assistant_tokens_mask=marked,
+            **{**tokenizer.special_tokens_map, **(values or {})},
+        )
+        return texts[0], spans[0] if marked else []
+
+    try:
+        return rendered(messages)
+    except TypeError:
+        # DeepSeek's templates join the arguments of a call to text; all others read an object
+        if not any("tool_calls" in message for message in messages):
+            raise
+        return rendered([with_arguments_as_text(message) for message in messages])
 
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:
@@ -205,8 +227,8 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
 
 
 def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:
-    """What identifies the prompt format: its headings or template, the system prompt, and the
-    tokens at both ends.
+    """What identifies the prompt format: its headings or template, the template's arguments, the
+    system prompt, and the tokens at both ends.
 
     Two runs with the same hash turn the same example into the same prompt text.
 
@@ -219,5 +241,6 @@ def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = No
     form: Any = PROMPT_FORMATS[section.prompt_format].headings or ""
     if section.prompt_format == "chat":
         form = [chat_template(section, tokenizer), section.system_prompt]
+        form += [section.chat_template_kwargs] if section.chat_template_kwargs else []
     identity = [section.prompt_format, form, tokenizer.bos_token, eos_token or tokenizer.eos_token]
     return hashlib.sha256(json.dumps(identity, ensure_ascii=False).encode()).hexdigest()

@@ -19,7 +19,7 @@ from typing import Any
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.columns import IDS_HINT, Reading
-from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError
+from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, message_texts
 from recipes_lib.data.files import Table
 from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables, unread_files
 
@@ -265,8 +265,8 @@ def _is_empty(fields: dict[str, Any]) -> bool:
         if isinstance(fields.get(name), str):
             return not fields[name].strip()
     messages = fields.get("messages") or fields.get("completion") or []
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    return not any(map(str.strip, answers))
+    answers = (message_texts(message) for message in messages if message["role"] == "assistant")
+    return not any(text.strip() for texts in answers for text in texts)
 
 
 def _loose_text(fields: dict[str, Any]) -> str:
@@ -274,7 +274,7 @@ def _loose_text(fields: dict[str, Any]) -> str:
     parts = []
     for name, value in fields.items():
         if not isinstance(value, str):
-            value = "\n".join(f"{m['role']}: {m['content']}" for m in value)
+            value = "\n".join(f"{m['role']}: {' '.join(message_texts(m))}" for m in value)
         parts.append(f"{name} {value}")
     return " ".join("\n".join(parts).casefold().split())
 
@@ -288,7 +288,7 @@ def _normalised_fields(fields: dict[str, Any]) -> list[Any]:
         value = fields[name]
         if isinstance(value, list):
             turns = [
-                [m["role"], _normalised(m["content"]), *([0] if "weight" in m else [])]
+                [m["role"], *map(_normalised, message_texts(m)), *([0] if "weight" in m else [])]
                 for m in value
             ]
             parts.append([name, turns])

@@ -21,6 +21,7 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, first_line
 from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.core.project import shown_path
+from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
 from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
 from recipes_lib.data.files import (
     COLUMNAR_ROWS,
@@ -60,6 +61,12 @@ class Source:
 # What an entry of a mixture may say, and of which type; what it leaves out comes from `data`.
 _TEXTS = ("source", "subset", "source_split", "revision", "encoding", "delimiter")
 _TYPES: dict[str, type] = {**dict.fromkeys(_TEXTS, str), "columns": dict, "max_examples": int}
+_OF_CHAT: tuple[tuple[str, Any], ...] = (
+    ("chat_template", None),
+    ("chat_template_kwargs", {}),
+    ("system_prompt", None),
+    ("chat_loss", "all"),
+)
 
 
 def listed_sources(section: DataSection) -> list[Source]:
@@ -72,7 +79,10 @@ def listed_sources(section: DataSection) -> list[Source]:
     if not section.source:
         empty = "the mixture is empty: list at least one source"
         raise SettingError("data.source", empty if section.source == [] else "is empty")
-    for key, absent in (("chat_template", None), ("system_prompt", None), ("chat_loss", "all")):
+    for name in sorted(RESERVED & section.chat_template_kwargs.keys()):
+        key = "data.chat_template_kwargs"
+        raise SettingError(key, f"{key}: {name} is no template argument", RESERVED_HINT)
+    for key, absent in _OF_CHAT:
         if getattr(section, key) != absent and section.prompt_format != "chat":
             what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
@@ -268,7 +278,7 @@ def _load_from_hub(source: Source) -> Table:
         for batch in dataset.with_format("arrow").iter(COLUMNAR_ROWS):
             yield from ((None, row) for row in batch.to_pylist())
 
-    return Table(name, rows, dataset.column_names)
+    return Table(name, rows, dataset.column_names, columnar=True)
 
 
 def offline_by_environment() -> bool:

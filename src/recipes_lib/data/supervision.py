@@ -22,7 +22,7 @@ import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import first_line
-from recipes_lib.data.conversations import Message, conversation_of
+from recipes_lib.data.conversations import Message, conversation_of, template_values
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import GENERATION, Span, prompt_and_completion, render_chat
 
@@ -293,15 +293,16 @@ def render_turns(
         SettingError: the template is not Jinja.
     """
     messages = [
-        {"role": message["role"], "content": message["content"]}
+        {key: value for key, value in message.items() if key != "weight"}
         for message in conversation_of(example, section.system_prompt)
     ]
+    values = template_values(example, section.chat_template_kwargs)
     try:
-        whole, spans = render_chat(messages, tokenizer, template)
+        whole, spans = render_chat(messages, tokenizer, template, values)
         answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
         for index in () if GENERATION.search(template) else answers:
-            start, _ = render_chat(messages[:index], tokenizer, template, prompt=True)
-            end, _ = render_chat(messages[: index + 1], tokenizer, template)
+            start, _ = render_chat(messages[:index], tokenizer, template, values, prompt=True)
+            end, _ = render_chat(messages[: index + 1], tokenizer, template, values)
             if not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
                 return BadRow(
                     "the chat template renders the first messages differently when message"

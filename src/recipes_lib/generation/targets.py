@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import DataSection, LaunchSection, ModelSection, RunSection
+from recipes_lib.config.sections import (
+    ASKED,
+    DataSection,
+    LaunchSection,
+    ModelSection,
+    RunSection,
+)
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
@@ -48,7 +54,7 @@ class Target:
         if self.trained:
             return self.trained.run.path
         section = self.recipe.data
-        asked = section.prompt_format, section.chat_template, section.system_prompt
+        asked = [getattr(section, key) for key in ASKED]
         return (
             self.recipe.model.name_or_path,
             str(self.recipe.model),
@@ -237,10 +243,7 @@ def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: An
         "model": dataclasses.asdict(recipe.model),
         "data": {
             "source": "",
-            **{
-                key: getattr(recipe.data, key)
-                for key in ("prompt_format", "chat_template", "system_prompt")
-            },
+            **{key: getattr(recipe.data, key) for key in ASKED},
         },
         "quantization": recipe.quantization,
     }

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from recipes_lib.compare.design import BASE_ARM, Arm, Study
 from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import ASKED
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
@@ -247,9 +248,8 @@ def base_inputs(recipe: Recipe) -> Inputs:
     """Return what the base's answers depend on: its weights, precision and the prompt format it is
     asked in.
     """
-    keys = ("prompt_format", "chat_template", "system_prompt")
     written = recipe.to_dict()["data"]
-    data = {key: written[key] for key in keys}
+    data = {key: written[key] for key in ASKED}
     model = {"model": asdict(recipe.model), "quantization": recipe.quantization, "data": data}
     return {**flatten(model), **_base_content(recipe)}
 

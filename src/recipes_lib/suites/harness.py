@@ -253,6 +253,8 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
 
 
 def _pairs(values: Mapping[str, Any]) -> str:
+    if any(isinstance(value, dict) for value in values.values()):
+        return json.dumps(values)  # lm_eval reads either form
     return ",".join(f"{key}={value}" for key, value in values.items())
 
 
@@ -268,6 +270,8 @@ def _named_arguments(target: Target) -> dict[str, Any]:
         arguments["pretrained"] = str(target.trained.weights)
     elif target.trained:
         arguments |= {"peft": str(target.trained.weights), "tokenizer": str(target.trained.weights)}
+    if kwargs := target.recipe.data.chat_template_kwargs:
+        arguments["chat_template_args"] = dict(kwargs)
     quantization = target.recipe.quantization or {}
     return arguments | {
         key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))
@@ -287,6 +291,7 @@ def _live_model(recipe: EvalRecipe, subject: Subject, together: Any) -> Any:
                 pretrained=subject.model,
                 tokenizer=subject.prompts.tokenizer,
                 batch_size=_batch_size(recipe),
+                chat_template_args=dict(subject.target.recipe.data.chat_template_kwargs),
             )
     if together is not None:
         model.accelerator, model._rank, model._world_size = (

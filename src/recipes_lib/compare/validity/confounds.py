@@ -165,7 +165,7 @@ CIRCUMSTANCES: dict[str, tuple[_Recorded, tuple[str, ...]]] = {
     "confound-split": (_splits, _DATA),
     "confound-prompt-format": (
         _guard("prompt_format_hash"),
-        ("data", "data.prompt_format", "data.chat_template"),
+        ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs"),
     ),
     "confound-world-size": (
         _launch,
@@ -313,9 +313,11 @@ def check_losses(case: Case) -> Iterator[Finding]:
 
 
 def _not_alike(keys: tuple[str, ...], one: Values, other: Values) -> list[str]:
+    both = dict.fromkeys((*one, *other)) if one and other else {}
+    inner = [name for name in both if name.startswith(tuple(f"{key}." for key in keys))]
     return [
         key
-        for key in (keys if one and other else ())
+        for key in ((*keys, *inner) if both else ())
         if (effective(key, one) or None) != (effective(key, other) or None)
     ]
 
