@@ -57,9 +57,9 @@ def masked_attention(
         seen &= distance <= left
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = torch.einsum("qhc,khc->hqk", query, key) * scale
+    scores = torch.einsum("qhc,khc->hqk", query.float(), key.float()) * scale
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-    return torch.einsum("hqk,khc->qhc", weights, value)
+    return torch.einsum("hqk,khc->qhc", weights, value.float()).to(query.dtype)
 
 
 @pytest.mark.parametrize("family", COMPUTED)
@@ -154,9 +154,42 @@ def test_a_window_without_bounds_is_an_error_and_not_attention_over_everything()
         varlen.varlen_attention(torch.nn.Module(), *rows, None, scaling=1.0, sliding_window=4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_kernel_that_fails_or_computes_something_else_is_found_before_the_training(
+    family: str, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        build_family(family, tmp_path / family, tiny_model_dir), attn_implementation="sdpa"
+    )
+
+    def tried(kernel: Any) -> str | None:
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        return varlen.why_it_fails(model, torch.bfloat16, torch.device("cpu"))
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no kernel image is available\nfor execution")
+
+    def forgets_windows(*args: Any, **kwargs: Any) -> Any:
+        return masked_attention(*args, **kwargs | {"window_size": (-1, 0)})
+
+    def sees_other_examples(q: Any, k: Any, v: Any, bounds: Any, *args: Any, **kwargs: Any) -> Any:
+        one = bounds[[0, -1]]
+        return masked_attention(q, k, v, one, one, len(q), len(q), **kwargs)
+
+    def has_twice_the_gradient(*args: Any, **kwargs: Any) -> Any:
+        out = masked_attention(*args, **kwargs)
+        return 2 * out - out.detach()
+
+    assert tried(masked_attention) is None
+    assert tried(fails) == "fails on this machine: no kernel image is available"
+    for wrong in (forgets_windows, sees_other_examples, has_twice_the_gradient):
+        assert "computes something else than sdpa" in (tried(wrong) or ""), wrong
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "why_not_here", lambda half: None)
+    monkeypatch.setattr(varlen, "why_it_fails", lambda model, half, device: None)
 
 
 def chosen(recipe_file: Path, folder: Path, *overrides: str) -> tuple[str, bool]:

@@ -30,6 +30,7 @@ from recipes_lib.config.constraints import VARLEN
 from recipes_lib.config.model_names import varlen_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import build_lora_config
+from recipes_lib.core.ranks import say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.preparation import PreparedData
 from recipes_lib.models.architectures import (
@@ -143,9 +144,12 @@ def choose_attention(
         RecipeError: `varlen` was asked for, and cannot be had.
     """
     named, on_cpu = recipe.model.attn_implementation, args.device.type == "cpu"
-    if named == VARLEN and (
-        why := why_not_varlen(model) or (None if on_cpu else varlen.why_not_here(half))
-    ):
+    why = why_not_varlen(model) or (None if on_cpu else varlen.why_not_here(half))
+    if why is None and half is not None and not on_cpu and named in (None, VARLEN):
+        why = varlen.why_it_fails(model, half, args.device)
+        if why and named is None:
+            say_once(f"warning: {VARLEN} attention {why}; sdpa trains, with padding")
+    if why and named == VARLEN:
         raise varlen_refused(recipe, why)
     wrapped = args.packing and args.packing_strategy == "wrapped"
     if wrapped or recipe.train.get("padding_free") is False:
@@ -154,8 +158,7 @@ def choose_attention(
         cpu_attention.use_document_attention(model)
         return
     joined = args.packing or args.padding_free or args.per_device_train_batch_size > 1
-    possible = joined and not varlen.why_not_here(half) and not why_not_varlen(model)
-    if named == VARLEN or (named is None and possible):
+    if named == VARLEN or (named is None and joined and not why):
         varlen.use_varlen(model)
 
 

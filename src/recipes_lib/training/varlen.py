@@ -8,6 +8,7 @@ uses the kernel: answers, which come with a cache and with padding, are sdpa's.
 from __future__ import annotations
 
 import inspect
+import itertools
 from typing import Any
 
 import torch
@@ -15,12 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import AttentionInterface
 
 from recipes_lib.config.constraints import VARLEN
+from recipes_lib.core.errors import first_line
 
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before torch 2.10
     varlen_attn = None
 _NEEDED = {"scale", "window_size", "enable_gqa"}  # torch 2.10 lacked some
+_TRIED = [5, 1, 12]  # lengths of the examples of a trial
+_TOLERANCE = 0.05  # of the largest value: several times what half precision rounds
 
 
 def varlen_attention(
@@ -85,6 +89,65 @@ def why_not_here(half: torch.dtype | None) -> str | None:
     if not torch.backends.cuda.is_flash_attention_available():
         return f"needs a torch that was built with flash attention, {torch.__version__} was not"
     return None
+
+
+def why_it_fails(model: Any, half: torch.dtype, device: torch.device) -> str | None:
+    """Try the kernel on three small examples in one row, forward and backward, against sdpa example
+    by example; return what is wrong as the end of a sentence that begins with the kernel's name.
+
+    A kernel that nobody has run on this GPU with heads of this size must not be found out by a
+    training that fails, or that learns something else.
+    """
+    config = model.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    groups = heads // int(getattr(config, "num_key_value_heads", None) or heads)
+    channels = getattr(config, "head_dim", None) or config.hidden_size // heads
+    generator = torch.Generator().manual_seed(0)
+    rows = query, key, value = [
+        torch.randn(1, number, sum(_TRIED), channels, generator=generator, dtype=torch.float32)
+        .to(device, half)
+        .requires_grad_()
+        for number in (heads, heads // groups, heads // groups)
+    ]
+    bounds = torch.tensor([0, *itertools.accumulate(_TRIED)], dtype=torch.int32, device=device)
+    scale = channels**-0.5
+    module = torch.nn.Module()
+    module.num_key_value_groups = groups
+    for window in (None, 3):
+        parts = zip(*(row.split(_TRIED, 2) for row in rows), strict=True)
+        masks = [_window(length, window, device) for length in _TRIED]
+        alone = [
+            sdpa_attention_forward(module, *part, mask, scaling=scale)[0]
+            for part, mask in zip(parts, masks, strict=True)
+        ]
+        try:
+            joined, _ = varlen_attention(
+                module,
+                query,
+                key,
+                value,
+                None,
+                scaling=scale,
+                sliding_window=window,
+                cu_seq_lens_q=bounds,
+                max_length_q=max(_TRIED),
+            )
+            found = (joined, *torch.autograd.grad(joined.float().square().sum(), rows))
+        except (RuntimeError, NotImplementedError, TypeError) as error:
+            return f"fails on this machine: {first_line(error)}"
+        expected = torch.cat(alone, 1)
+        wanted = (expected, *torch.autograd.grad(expected.float().square().sum(), rows))
+        for mine, theirs in zip(found, wanted, strict=True):
+            apart = float(((mine - theirs).abs().max() / theirs.abs().max()).detach())
+            if not apart < _TOLERANCE:
+                return f"computes something else than sdpa on this machine (apart by {apart:.2g})"
+    return None
+
+
+def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return which tokens of an example see which, (1, 1, length, length)."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return (seen if window is None else seen.triu(1 - window))[None, None]
 
 
 def use_varlen(model: Any) -> None:
