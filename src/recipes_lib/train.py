@@ -41,7 +41,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     )
     from recipes_lib.core.manifest import library_versions
     from recipes_lib.core.ranks import keep_alive, meet, on_main_rank, say_once
-    from recipes_lib.data.audit import warnings_of
+    from recipes_lib.data.audit import describe_template, warnings_of
     from recipes_lib.data.preparation import prepare_data
     from recipes_lib.data.prompts import chat_template
     from recipes_lib.planning.gate import plan_of_active
@@ -88,10 +88,10 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         data = prepare_data(recipe, tokenizer)
         if recipe.data.prompt_format == "chat":
-            # so that the tokenizer beside the weights carries the template they were trained with
+            # so that the tokenizer beside the weights carries the template that renders prompts
             tokenizer.chat_template = chat_template(recipe.data, tokenizer)
         audited = (f"warning: {warning}" for warning in warnings_of(data.audit))
-        for line in (*map(str, recipe.warnings), *audited):
+        for line in (*describe_template(data.audit), *map(str, recipe.warnings), *audited):
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a
@@ -100,6 +100,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
         )
         guard["prompt_format_hash"] = data.prompt_format_hash
+        if data.twin is not None:
+            guard["training_template_hash"] = data.twin.hash
         # to stand beside what is measured
         planned = on_main_rank(lambda: plan_of_active(recipe, active, data))
         resumption = on_main_rank(

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from conversation_samples import MARKED
 
 from recipes_lib.core.errors import DataError, ExitCode
-from recipes_lib.data.audit import warnings_of
+from recipes_lib.data.audit import describe_template, warnings_of
 from recipes_lib.data.examples import SettingError
 from recipes_lib.data.preparation import prepare_data
+from recipes_lib.data.prompts import Twin
 
 
 @pytest.fixture
@@ -416,3 +418,41 @@ def test_the_tokens_are_named_by_a_hash_of_ours_and_not_pickled_whole(
     first, again = (prepare(write_jsonl(rows)).train._fingerprint for _ in range(2))
     rows[7]["response"] += " Yes."
     assert first == again != prepare(write_jsonl(rows)).train._fingerprint
+
+
+def test_the_audit_says_what_the_rows_were_rendered_with(
+    prepare, write_jsonl, tasks, tiny_tokenizer, monkeypatch
+):
+    rows = write_jsonl(tasks(20))
+    before = prepare(rows, prompt_format="chat")
+    assert before.twin is None and describe_template(before.audit) == []
+    twin = Twin(Path("tiny_training.jinja"), MARKED)
+    own = tiny_tokenizer.chat_template
+    monkeypatch.setattr("recipes_lib.data.prompts._twins", lambda: {own: twin})
+    data = prepare(rows, prompt_format="chat")
+    assert data.train.to_list() == before.train.to_list()  # SmolLM-like: the markers say the same
+    assert data.prompt_format_hash == before.prompt_format_hash
+    assert data.audit["training_template"] == {"file": "tiny_training.jinja", "sha256": twin.hash}
+    [line] = describe_template(data.audit)
+    assert "trained through TRL's tiny_training.jinja" in line
+    given = prepare(rows, prompt_format="chat", chat_template=own)
+    assert given.twin is None and given.audit["training_template"] is None
+    other = Twin(twin.file, MARKED.replace("{{ bos_token }}", ""))
+    monkeypatch.setattr("recipes_lib.data.prompts._twins", lambda: {own: other})
+    with pytest.raises(DataError, match="renders another text than the plain template"):
+        prepare(rows, prompt_format="chat")
+
+
+def test_answers_that_do_not_go_on_from_the_prompt_are_counted(prepare, write_jsonl, tasks):
+    thinks = MARKED.replace(
+        "{% if add_generation_prompt %}<|assistant|>\n",
+        "{% if add_generation_prompt %}<|assistant|>\n<think>",
+    )
+    rows = tasks(20)
+    rows[4]["response"] = "<think>Hmm.</think>Four."
+    audit = prepare(write_jsonl(rows), prompt_format="chat", chat_template=thinks).audit
+    assert audit["unlike_prompt"]["count"] == 19
+    [note] = [line for line in warnings_of(audit) if "does not go on from" in line]
+    assert "19 rows" in note and "rows.jsonl:1" in note
+    whole = prepare(write_jsonl(rows), prompt_format="chat", chat_template=MARKED).audit
+    assert whole["unlike_prompt"]["count"] == 0

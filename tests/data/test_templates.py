@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,17 +12,19 @@ from conversation_samples import MARKED, TURNS
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError
-from recipes_lib.data.supervision import Supervision, encode
+from recipes_lib.data.prompts import Twin, chat_template, twin_of
+from recipes_lib.data.supervision import Supervision, encode, turn_beginning
 
 
 def conversation(messages=TURNS, line=1) -> Example:
     return Example("rows.jsonl", line, line, {"messages": messages})
 
 
-def encode_chat(examples, tokenizer, *, template=None, train=None, **keys):
+def encode_chat(examples, tokenizer, *, template=None, train=None, twin=None, **keys):
     section = DataSection(source="x", prompt_format="chat", **keys)
     settings = Supervision.of(section, {"max_length": 4096} | (train or {}), tokenizer)
-    encoded = list(encode(examples, settings, tokenizer, template or tokenizer.chat_template))
+    template = template or tokenizer.chat_template
+    encoded = list(encode(examples, settings, tokenizer, template, twin))
     bad = BadRows()
     for example, item in zip(examples, encoded, strict=True):
         if isinstance(item, BadRow):
@@ -71,15 +74,17 @@ def test_the_whole_conversation_carries_loss_when_asked(tiny_tokenizer):
     assert (item.labels == item.ids).all()
 
 
+REWRITING = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] if loop.last"
+    " or message['role'] == 'user' else '(cut)' }}{{ eos_token }}\n{% endfor %}{% if"
+    " add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
 def test_a_template_that_rewrites_earlier_turns_names_the_row(tiny_tokenizer):
-    rewriting = (
-        "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] if loop.last"
-        " or message['role'] == 'user' else '(cut)' }}{{ eos_token }}\n{% endfor %}{% if"
-        " add_generation_prompt %}<|assistant|>\n{% endif %}"
-    )
     with pytest.raises(DataError, match="renders the first messages differently") as caught:
         encode_chat(
-            [conversation(TURNS[:2]), conversation(line=2)], tiny_tokenizer, template=rewriting
+            [conversation(TURNS[:2]), conversation(line=2)], tiny_tokenizer, template=REWRITING
         )
     assert caught.value.line == 2 and "{% generation %}" in caught.value.hints[0]
 
@@ -173,8 +178,10 @@ def test_trl_s_marked_templates_are_accepted_with_every_turn_and_its_end(file, t
     marked = [index for index, mask in enumerate(whole["assistant_masks"]) if mask]
     learned = [index for start, end in item.spans for index in range(start, end)]
     assert set(learned) <= set(marked)
+    begin = turn_beginning(tokenizer, template)  # some mark what a prompt ends with, too
     for index in set(marked) - set(learned):  # white space behind the end of a turn
-        assert not tokenizer.decode([item.ids[index]]).strip()
+        rest = tokenizer.decode([item.ids[index]]).strip()
+        assert not rest or (rest in begin and any(start > index for start, _ in item.spans))
 
 
 def test_there_are_marked_templates_to_try():
@@ -208,3 +215,100 @@ def test_a_template_that_leaves_out_what_a_message_says_is_noticed(dropped, tiny
     [changed] = encode_chat([conversation(messages)], tiny_tokenizer, template=template)
     [whole] = encode_chat([conversation(messages)], tiny_tokenizer)
     assert changed.changed and not whole.changed
+
+
+def test_a_template_that_rewrites_earlier_turns_can_teach_the_last_one(tiny_tokenizer):
+    [item] = encode_chat([conversation()], tiny_tokenizer, template=REWRITING, chat_loss="last")
+    assert supervised_text(item, tiny_tokenizer) == ["Second.</s>"]
+
+
+PLAIN_TEMPLATES = sorted(
+    file for file in TRAINING_TEMPLATES[0].parent.glob("*.jinja") if file not in TRAINING_TEMPLATES
+)
+
+
+def own_template(text, tokenizer):
+    """The tokenizer with a template of its own."""
+    tokenizer = with_special_tokens_of(text, tokenizer)
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+@pytest.mark.parametrize("file", PLAIN_TEMPLATES, ids=lambda file: file.stem)
+def test_the_twin_is_the_one_that_trl_would_take(file, tiny_tokenizer):
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    template = file.read_text(encoding="utf-8")
+    tokenizer, section = (
+        own_template(template, tiny_tokenizer),
+        DataSection(source="x", prompt_format="chat"),
+    )
+    twin = twin_of(section, tokenizer)
+    if has_generation_markers(template):
+        assert twin is None
+        return
+    try:
+        expected = get_training_chat_template(tokenizer)
+    except ValueError:  # TRL has none
+        expected = None
+    assert (twin and twin.text) == expected
+    brought = dataclasses.replace(section, chat_template=template)
+    assert twin_of(brought, tokenizer) is None and chat_template(section, tokenizer) == template
+    named = dataclasses.replace(section, chat_template=f"trl:{file.stem}")
+    assert twin_of(named, tiny_tokenizer) == twin
+
+
+# As SmolLM3's own template does it: the newline behind the end token stands in the markers.
+NEWLINE_IN_MARKERS = (
+    "{% for message in messages %}{{ '<|' + message.role + '|>\n' }}{% if message.role =="
+    " 'assistant' %}{% generation %}{{ message.content + '</s>\n' }}{% endgeneration %}{% else"
+    " %}{{ message.content + '</s>\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{"
+    " '<|assistant|>\n' }}{% endif %}"
+)
+
+
+def test_the_newline_in_the_markers_behind_the_end_token_carries_no_loss(tiny_tokenizer):
+    [item] = encode_chat([conversation()], tiny_tokenizer, template=NEWLINE_IN_MARKERS)
+    assert supervised_text(item, tiny_tokenizer) == ["First\n  answer.</s>", "Second.</s>"]
+    assert item.ends and not item.unlike_prompt
+
+
+MARKED_PLAIN = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [
+        (lambda text: text.replace("<|{{", "<|the {{"), ["<|user|>", "<|the user|>"]),
+        (lambda text: text.replace("{% generation %}", "{% generation %}Well: "), ["Well: First"]),
+        (lambda text: text.replace("{{ bos_token }}", ""), ["'<s><|user|>", "'<|user|>"]),
+    ],
+)
+def test_a_twin_that_renders_another_text_is_an_error_with_both_texts(
+    change, shown, tiny_tokenizer
+):
+    twin = Twin(Path("some_training.jinja"), change(MARKED))
+    rows = [conversation(line=4)]
+    with pytest.raises(SettingError) as caught:
+        encode_chat(rows, tiny_tokenizer, template=MARKED_PLAIN, twin=twin)
+    assert caught.value.key == "data.chat_template" and "rows.jsonl:4: TRL's" in caught.value.what
+    for text in shown:
+        assert text in "\n".join(caught.value.hints)
+    assert "set data.chat_template" in caught.value.hints[-1]
+    same = Twin(Path("some_training.jinja"), MARKED)
+    [item] = encode_chat(rows, tiny_tokenizer, template=MARKED_PLAIN, twin=same)
+    assert supervised_text(item, tiny_tokenizer) == ["First\n  answer.</s>", "Second.</s>"]
+
+
+def test_a_twin_may_keep_the_thought_that_the_plain_template_leaves_out(tiny_tokenizer):
+    folder = TRAINING_TEMPLATES[0].parent
+    template = (folder / "deepseek_r1_distill.jinja").read_text(encoding="utf-8")
+    tokenizer = own_template(template, tiny_tokenizer)
+    twin = twin_of(DataSection(source="x", prompt_format="chat"), tokenizer)
+    answer = {"role": "assistant", "content": "<think>\nHmm.\n</think>\n\nFirst."}
+    [item] = encode_chat([conversation([TURNS[0], answer])], tokenizer, twin=twin)
+    [said] = supervised_text(item, tokenizer)
+    assert said == "Hmm.\n</think>\n\nFirst.<｜end▁of▁sentence｜>"  # the prompt began the thought
+    assert not item.unlike_prompt and not item.changed
+    [item] = encode_chat([conversation(TURNS[:2])], tokenizer, twin=twin)
+    assert item.unlike_prompt  # without a thought, the answer does not go on from the prompt

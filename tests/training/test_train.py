@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import signal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 
@@ -666,3 +668,43 @@ def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
         )
         == 0
     )
+
+
+@pytest.mark.slow
+def test_a_twin_trains_and_the_plain_template_is_saved(
+    tiny_recipe: Path,
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import AutoTokenizer
+
+    from recipes_lib.data import prompts
+
+    model = tiny_recipe.parent / "phi"
+    shutil.copytree(tiny_model_dir, model)
+    folder = Path(str(find_spec("trl").origin)).parent / "chat_templates"  # type: ignore[union-attr]
+    plain = (folder / "phi3.jinja").read_text(encoding="utf-8")
+    (model / "chat_template.jinja").write_text(plain, encoding="utf-8")
+    words = [str(tiny_recipe), "data.prompt_format=chat", f"model.name_or_path={model}"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=2)
+        assert main(words) == ExitCode.PREEMPTED
+    said = capsys.readouterr().out
+    assert said.count("chat template: trained through TRL's phi3_training.jinja") == 1
+    twin = prompts._twins()[plain]
+    assert run_json(tiny_recipe)["guard"]["training_template_hash"] == twin.hash
+
+    other = prompts.Twin(twin.file, twin.text + "{# newer #}")
+    with monkeypatch.context() as patch:
+        patch.setattr(prompts, "_twins", lambda: {plain: other})
+        assert main(words) == ExitCode.USAGE
+        assert "training_template_hash" in capsys.readouterr().err
+    assert main(words) == 0
+    saved = tiny_recipe.parent / "runs" / "tiny" / "adapter"
+    assert (saved / "chat_template.jinja").read_text(encoding="utf-8") == plain
+    section = DataSection(source="", prompt_format="chat")
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert prompts.twin_of(section, tokenizer) == twin  # what a held-out loss is measured with
+    asked = prompts.generation_prompt(section, tokenizer, instruction="Why?")
+    assert asked == "<|user|>\nWhy?<|end|>\n<|assistant|>\n"

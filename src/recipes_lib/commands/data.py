@@ -88,7 +88,7 @@ def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
 
 def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
     """Return the audit as lines for the terminal."""
-    from recipes_lib.data.audit import warnings_of
+    from recipes_lib.data.audit import describe_template, warnings_of
 
     rows = audit["rows"]
     filtered = "".join(f", {count} filtered by {name}" for name, count in rows["filtered"].items())
@@ -103,6 +103,7 @@ def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
             f"{audit['duplicates']['exact_rows']} exact duplicates"
         ),
         f"prompt format {audit['prompt_format']}, loss on the {audit['loss_on']}",
+        *describe_template(audit),
         "",
         f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
     ]

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from recipes_lib.data.examples import BadRows, Example, SettingError, listed
-from recipes_lib.data.prompts import PROMPT_FORMATS
+from recipes_lib.data.prompts import PROMPT_FORMATS, Twin
 from recipes_lib.data.rows import Rows
 from recipes_lib.data.splits import SPLITS, TRAIN, VALIDATION, Splits
 from recipes_lib.data.supervision import Supervision, decoded_spans
@@ -79,6 +79,7 @@ def audit_rows(
     skipped: BadRows,
     injections: Injections,
     encoded: Any,
+    twin: Twin | None,
 ) -> dict[str, Any]:
     """Count and name; the result is plain JSON.
 
@@ -108,6 +109,7 @@ def audit_rows(
     as_text = section.prompt_format != "chat" and section.special_tokens == "text"
     return {
         "prompt_format": section.prompt_format,
+        "training_template": twin and {"file": twin.file.name, "sha256": twin.hash},
         "loss_on": "whole text" if settings.whole else "completion",
         "max_length": settings.max_length,
         "truncation_mode": "keep_end" if settings.keep_end else "keep_start",
@@ -137,6 +139,7 @@ def audit_rows(
         "truncated": named(cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
         "no_supervised_tokens": named(bare),
         "changed_by_template": named(tokens["changed"] == 1),
+        "unlike_prompt": named(tokens["unlike_prompt"] == 1),
         "empty_completions": {"count": empty["count"], "ids": empty["ids"]},
         "special_token_injections": {
             "treated_as": "text" if as_text else "special tokens",
@@ -254,10 +257,22 @@ def _refusal(
     return ()
 
 
+def describe_template(audit: Mapping[str, Any]) -> list[str]:
+    """One line where the conversations were rendered with another template than is saved."""
+    twin = audit["training_template"]
+    if twin is None:
+        return []
+    return [
+        f"chat template: trained through TRL's {twin['file']} ({twin['sha256'][:12]}); the"
+        " plain one is saved, and answers"
+    ]
+
+
 def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     """What the user should know before training, one line each; empty when all is well."""
     cut, bare, bad = audit["truncated"], audit["no_supervised_tokens"], audit["bad_rows"]
     empty, changed = audit["empty_completions"]["count"], audit["changed_by_template"]
+    unlike = audit["unlike_prompt"]
     injected, markers = audit["special_token_injections"], audit["template_markers"]
     duplicates, merged = audit["duplicates"], audit["boundary_merges"]
     moved, across = len(duplicates["moved_to_train"]), len(duplicates["across_splits"])
@@ -303,6 +318,11 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
             changed["count"],
             f"{changed['count']} rows have a message of which the chat template leaves out or"
             f" changes something: {listed(changed['places'], 3)}",
+        ),
+        (
+            unlike["count"],
+            f"{unlike['count']} rows have an answer that does not go on from what the chat template"
+            f" ends a prompt with (a thought begun?): {listed(unlike['places'], 3)}",
         ),
         (
             injected["num_rows"],

@@ -21,7 +21,7 @@ from recipes_lib.core.ranks import say_once
 from recipes_lib.data.audit import Injections, audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
-from recipes_lib.data.prompts import chat_template, format_hash
+from recipes_lib.data.prompts import Twin, chat_template, format_hash, twin_of
 from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
 from recipes_lib.data.splits import SPLITS, Splits, fingerprint_of, split_rows
 from recipes_lib.data.supervision import (
@@ -43,7 +43,7 @@ NUM_ROWS_WORTH_A_LINE = 20_000
 # Numbers that are kept of each tokenised example; see `Encoded`.
 _KEPT = (
     *("length", "supervised", "tokens_before", "prompt_tokens"),
-    *("ends", "boundary_merge", "changed", "end_token"),
+    *("ends", "boundary_merge", "changed", "unlike_prompt", "end_token"),
 )
 TOKEN_NUMBERS = np.dtype([(name, np.int32) for name in _KEPT])
 
@@ -62,6 +62,7 @@ class PreparedData:
             tokens are dropped.
         fingerprint: sha256 over split, id and content of all rows used, in order.
         prompt_format_hash: `prompts.format_hash`.
+        twin: what the conversations were rendered with in place of the tokenizer's chat template.
     """
 
     train: Dataset
@@ -71,6 +72,7 @@ class PreparedData:
     splits: dict[str, Any]
     fingerprint: str
     prompt_format_hash: str
+    twin: Twin | None = None
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
@@ -98,9 +100,10 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     num_usable = len(rows)
     if bad.found and section.on_bad_row == "error":
         if section.prompt_format == "chat":  # name those too that the template alone refuses
-            own = chat_template(section, tokenizer)
+            own, twin = chat_template(section, tokenizer), twin_of(section, tokenizer)
             for example in rows.with_texts():
-                if isinstance(found := render_turns(example, section, tokenizer, own), BadRow):
+                found = render_turns(example, section, tokenizer, own, twin)
+                if isinstance(found, BadRow):
                     bad.add(example, found)
         raise bad.error(rows.num_read)
     rows, filtered = filter_rows(rows, section, bad)
@@ -109,6 +112,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     settings = Supervision.of(section, recipe.train, tokenizer)
     chat = section.prompt_format == "chat"
     template = chat_template(section, tokenizer) if chat else None
+    twin = twin_of(section, tokenizer)
     _progress(f"{len(rows):,} of {num_usable:,} rows, tokenising", len(rows))
 
     parts, numbers, usable = [], [np.empty(0, TOKEN_NUMBERS)], []
@@ -117,7 +121,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     start = 0
     while batch := list(islice(texts, BATCH_ROWS)):
         good: list[tuple[Example, Encoded]] = []
-        items = encode(batch, settings, tokenizer, template)
+        items = encode(batch, settings, tokenizer, template, twin)
         for index, (example, item) in enumerate(zip(batch, items, strict=True), start):
             if isinstance(item, BadRow):
                 bad.add(example, item)
@@ -151,6 +155,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         skipped=bad,
         injections=injections,
         encoded=encoded,
+        twin=twin,
     )
     evaluates = recipe.train.get("eval_strategy", "no") != "no"
     check_audit(audit, section.max_unsupervised_fraction, evaluates=evaluates)
@@ -166,6 +171,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         splits=_split_record(rows, splits, section, audit),
         fingerprint=fingerprint_of(rows, splits.rows),
         prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
+        twin=twin,
     )
 
 

@@ -8,6 +8,7 @@ use the same functions, and `format_hash` tells whether two runs use the same fo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -224,6 +225,48 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         what = f"{shown_path(path)} cannot be read: {why}"
         raise SettingError("data.chat_template", what, "save it as UTF-8") from None
+
+
+@dataclass(frozen=True)
+class Twin:
+    """TRL's version of a chat template for training: it marks what the assistant wrote, and renders
+    a turn in the same way whatever follows it.
+    """
+
+    file: Path
+    text: str
+
+    @property
+    def hash(self) -> str:
+        """The sha256 of its text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def twin_of(section: DataSection, tokenizer: Any) -> Twin | None:
+    """The twin that conversations are trained through: where the tokenizer's own template, or the
+    one that `trl:NAME` names, does not mark what the assistant wrote, TRL's twin of it. A template
+    that the recipe brings is trained as it is.
+    """
+    given = section.chat_template
+    if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
+        return None
+    template = chat_template(section, tokenizer)
+    return None if GENERATION.search(template) else _twins().get(template)
+
+
+@functools.cache
+def _twins() -> dict[str, Twin]:
+    """TRL's twins by the text of the template that each belongs to.
+
+    Source: `trl.chat_template_utils.get_training_chat_template`, which takes seconds to import.
+    """
+    found = {}
+    for plain in trl_templates().values():
+        file = plain.with_stem(f"{plain.stem}_training")
+        if file.is_file():
+            twin = Twin(file, file.read_text(encoding="utf-8"))
+            found[plain.read_text(encoding="utf-8")] = twin
+    return found
 
 
 def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:

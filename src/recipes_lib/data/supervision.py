@@ -6,12 +6,14 @@ the completion (TRL masks the same way). Padding, batching and packing are TRL's
 
 In conversations, a chat template with `{% generation %}` markers says itself what the assistant
 wrote. For any other, the conversation is rendered up to each assistant turn and compared with the
-whole: where a rendering is a prefix of the next one, the text between is the turn.
+whole: where a rendering is a prefix of the next one, the text between is the turn. Either way the
+loss begins where a prompt ends and the model must start to write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -22,9 +24,16 @@ import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import first_line
+from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, conversation_of, template_values
 from recipes_lib.data.examples import BadRow, Example, SettingError
-from recipes_lib.data.prompts import GENERATION, Span, prompt_and_completion, render_chat
+from recipes_lib.data.prompts import (
+    GENERATION,
+    Span,
+    Twin,
+    prompt_and_completion,
+    render_chat,
+)
 
 BATCH_ROWS = 1000
 IGNORED = -100  # labels with this value carry no loss
@@ -42,6 +51,8 @@ class Encoded:
         boundary_merge: whether one token holds the end of the prompt and the start of the
             completion.
         changed: whether the chat template left out or changed the text of a message.
+        unlike_prompt: whether a turn with loss does not go on from the text that the template ends
+            a prompt with.
         tokens_before: number of tokens before truncation.
         prompt_tokens: number of tokens outside the completion (or the assistant's turns) before
             truncation.
@@ -53,6 +64,7 @@ class Encoded:
     ends: bool
     boundary_merge: bool = False
     changed: bool = False
+    unlike_prompt: bool = False
     tokens_before: int = 0
     prompt_tokens: int = 0
     end_token: int = -1
@@ -144,7 +156,11 @@ def check_settings(
 
 
 def encode(
-    examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str | None = None
+    examples: Sequence[Example],
+    settings: Supervision,
+    tokenizer: Any,
+    template: str | None = None,
+    twin: Twin | None = None,
 ) -> Iterator[Encoded | BadRow]:
     """Tokenise the examples in order and truncate them.
 
@@ -155,11 +171,12 @@ def encode(
         examples: as many as may be tokenised together; long data is given in batches of
             `BATCH_ROWS`.
         template: of the `chat` format.
+        twin: what conversations are rendered with in its place.
     """
     encoded: Iterator[Encoded | BadRow] = (
         _encode_plain(examples, settings, tokenizer)
         if template is None
-        else _encode_chat(examples, settings, tokenizer, template)
+        else _encode_chat(examples, settings, tokenizer, template, twin)
     )
     for item in encoded:
         if isinstance(item, BadRow):
@@ -265,32 +282,66 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _encode_chat(
-    examples: Sequence[Example], settings: Supervision, tokenizer: Any, template: str
+    examples: Sequence[Example],
+    settings: Supervision,
+    tokenizer: Any,
+    template: str,
+    twin: Twin | None,
 ) -> Iterator[Encoded | BadRow]:
     special = special_ids(tokenizer)
-    found = [render_turns(example, settings.section, tokenizer, template) for example in examples]
+    section = settings.section
+    found = [render_turns(example, section, tokenizer, template, twin) for example in examples]
     texts = [item[0] for item in found if not isinstance(item, BadRow)]
     with plain_backend(tokenizer, split_special=False):
         encodings = iter(tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False))
+    marked = twin is not None or GENERATION.search(template)
+    begins: dict[str, str] = {}  # by the template's arguments, which seldom differ
     for example, item in zip(examples, found, strict=True):
         if isinstance(item, BadRow):
             yield item
             continue
-        messages = conversation_of(example, settings.section.system_prompt)
+        messages = conversation_of(example, section.system_prompt)
+        begin = ""
+        if marked:
+            values = template_values(example, section.chat_template_kwargs)
+            key = json.dumps(values, sort_keys=True)
+            if key not in begins:
+                begins[key] = turn_beginning(tokenizer, template, values)
+            begin = begins[key]
         try:
-            yield _supervise_turns(next(encodings), *item, messages, settings, special)
+            yield _supervise_turns(next(encodings), *item, messages, settings, special, begin)
         except BadRow as reason:
             yield reason
 
 
+def turn_beginning(tokenizer: Any, template: str, values: Mapping[str, Any] | None = None) -> str:
+    """What a template puts behind the user's message that ends a prompt, for the model to go on
+    from; empty where that cannot be told.
+    """
+    asked = [{"role": "user", "content": "?"}]
+    try:
+        without, _ = render_chat(asked, tokenizer, template, values)
+        prompt, _ = render_chat(asked, tokenizer, template, values, prompt=True)
+    except Exception:  # the rows themselves show what the template refuses
+        return ""
+    return prompt[len(without) :] if prompt.startswith(without) else ""
+
+
 def render_turns(
-    example: Example, section: DataSection, tokenizer: Any, template: str
+    example: Example,
+    section: DataSection,
+    tokenizer: Any,
+    template: str,
+    twin: Twin | None = None,
 ) -> tuple[str, list[Span]] | BadRow:
     """A conversation as text with the character spans of the assistant's turns, or why it cannot be
     rendered.
 
+    Args:
+        twin: rendered with in place of the template.
+
     Raises:
-        SettingError: the template is not Jinja.
+        SettingError: the template is not Jinja, or the twin renders another text.
     """
     messages = [
         {key: value for key, value in message.items() if key != "weight"}
@@ -298,9 +349,14 @@ def render_turns(
     ]
     values = template_values(example, section.chat_template_kwargs)
     try:
-        whole, spans = render_chat(messages, tokenizer, template, values)
+        whole, spans = render_chat(messages, tokenizer, twin.text if twin else template, values)
         answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
-        for index in () if GENERATION.search(template) else answers:
+        if twin is not None:
+            exchange = messages[: answers[0] + 1]
+            _check_twin(exchange, values, example.place, tokenizer, template, twin)
+        if twin is not None or GENERATION.search(template):
+            return whole, spans
+        for index in answers[-1:] if section.chat_loss == "last" else answers:
             start, _ = render_chat(messages[:index], tokenizer, template, values, prompt=True)
             end, _ = render_chat(messages[: index + 1], tokenizer, template, values)
             if not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
@@ -308,15 +364,54 @@ def render_turns(
                     "the chat template renders the first messages differently when message"
                     f" {index} follows: no loss mask possible",
                     "mark the assistant's text in the template with {% generation %} ... {%"
-                    " endgeneration %}",
+                    " endgeneration %}, or learn the last turn alone: data.chat_loss: last",
                 )
             spans.append((len(start), len(end)))
+    except SettingError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
         raise SettingError("data.chat_template", what) from None
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
         return BadRow(f"the chat template refuses the conversation: {first_line(error)}")
     return whole, spans
+
+
+def _check_twin(
+    exchange: Sequence[Message],
+    values: Mapping[str, Any],
+    place: str,
+    tokenizer: Any,
+    template: str,
+    twin: Twin,
+) -> None:
+    """Check that a twin renders the first exchange of a row as the template does that answers.
+
+    Behind the same prompt it may keep what the template leaves out of an answer, such as a thought,
+    and end it with a token.
+
+    Raises:
+        SettingError: it renders something else.
+    """
+    own, _ = render_chat(exchange, tokenizer, template, values)
+    its, _ = render_chat(exchange, tokenizer, twin.text, values)
+    is_token = tokenizer.backend_tokenizer.token_to_id
+    if its == own or (its.startswith(own) and is_token(its[len(own) :]) is not None):
+        return
+    answer = exchange[-1]["content"].strip()
+    prompt, _ = render_chat(exchange[:-1], tokenizer, template, values, prompt=True)
+    if its.startswith(prompt) and answer not in own and answer in its:
+        return
+    same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(own, its, strict=False)))
+    part = slice(max(0, same - 30), same + 50)
+    raise SettingError(
+        "data.chat_template",
+        f"{place}: TRL's training template renders another text than the plain template",
+        f"plain:    {own[part]!r}",
+        f"training: {its[part]!r}",
+        "set data.chat_template to the one to train, save and answer with:"
+        f" {shown_path(twin.file)}, or a file with the plain one",
+    )
 
 
 def _supervise_turns(
@@ -326,27 +421,40 @@ def _supervise_turns(
     messages: Sequence[Message],
     settings: Supervision,
     special: frozenset[int],
+    begin: str,
 ) -> Encoded:
     """Put loss on the assistant's turns; a turn of weight 0 has none.
+
+    Args:
+        begin: what `turn_beginning` returned; empty where the turns begin behind it already.
 
     Raises:
         BadRow: the template does not show what the assistant says, or which turn is which.
     """
     ids = encoding.ids
     found: list[list[Span]] = []  # some templates mark the text and the end token of a turn apart
+    begun: list[bool] = []
     behind = 0
-    for turn in turns:
-        if span := _token_span(encoding, text, turn, special):
+    for turn in _joined(turns):
+        start, known = _behind(begin, text, turn)
+        if span := _token_span(encoding, text, (start, turn[1]), special):
             if found and not text[behind : turn[0]].strip():
                 found[-1].append(span)
             else:
                 found.append([span])
+                begun.append(known)
             behind = turn[1]
-    answers = [message for message in messages if message["role"] == "assistant"]
-    weights = [message.get("weight", 1) for message in answers]
+    answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
+    if settings.whole and any(messages[index].get("weight") == 0 for index in answers):
+        raise BadRow(
+            "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
+        )
+    if settings.section.chat_loss == "last":
+        found, begun, answers = found[-1:], begun[-1:], answers[-1:]
+    weights = [messages[index].get("weight", 1) for index in answers]
     if (
         found
-        and any(answer["content"].strip() for answer in answers)
+        and any(messages[index]["content"].strip() for index in answers)
         and not any(
             ids[index] not in special and _chars_of(encoding, text, index).strip()
             for spans in found
@@ -363,21 +471,40 @@ def _supervise_turns(
             "weight 0: the chat template does not render every assistant turn, so the turns"
             " cannot be told apart"
         )
-    if settings.whole and 0 in weights:
-        raise BadRow(
-            "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
-        )
-    if settings.section.chat_loss == "last":
-        found, weights = found[-1:], weights[-1:]
     ends = bool(found) and ids[found[-1][-1][1] - 1] in special
+    learned = list(zip(answers, found, begun, strict=True)) if len(answers) == len(found) else []
     if 0 in weights:
-        found = [spans for spans, weight in zip(found, weights, strict=True) if weight]
+        found = [spans for index, spans, _ in learned if messages[index].get("weight", 1)]
     return Encoded(
         np.array(ids, dtype=np.int32),
         tuple(span for spans in found for span in spans),
         ends,
         changed=not all(message["content"].strip() in text for message in messages),
+        unlike_prompt=any(
+            not known and index and messages[index - 1]["role"] != "tool"
+            for index, _, known in learned
+            if messages[index].get("weight", 1)
+        ),
     )
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Spans without those borders that have nothing between them."""
+    joined: list[Span] = []
+    for start, end in spans:
+        if joined and joined[-1][1] == start:
+            start = joined.pop()[0]
+        joined.append((start, end))
+    return joined
+
+
+def _behind(begin: str, text: str, turn: Span) -> tuple[int, bool]:
+    """Where a turn starts behind what a prompt ends with, marked or not, and whether it does."""
+    start, end = turn
+    at = text.find(begin, max(0, start - len(begin)), end)
+    if at < 0 or at > start:
+        return start, False
+    return max(start, at + len(begin)), True
 
 
 def _token_span(encoding: Any, text: str, turn: Span, special: frozenset[int]) -> Span | None:

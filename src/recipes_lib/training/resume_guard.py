@@ -47,7 +47,9 @@ def recipe_differences(recipe: Recipe, before: dict[str, Any]) -> dict[str, tupl
     """Return what the recipe itself would change of a run's guarded values, before any data is
     read.
     """
-    elsewhere = re.compile(r"^(launch\.|version\.|data_fingerprint$|prompt_format_hash$)")
+    elsewhere = re.compile(
+        r"^(launch\.|version\.|data_fingerprint$|prompt_format_hash$|training_template_hash$)"
+    )
     return differences(
         {key: value for key, value in before.items() if not elsewhere.match(key)},
         _recipe_values(recipe),

@@ -78,10 +78,10 @@ def _names(keys: list[str]) -> str:
 # ---- What runs recorded ----
 
 
-def _guard(name: str) -> _Recorded:
+def _guard(*names: str) -> _Recorded:
     def read(run: RunMeasurements) -> Mapping[str, Any]:
-        value = (run.state.get("guard") or {}).get(name)
-        return {} if value is None else {name: value}
+        guard = run.state.get("guard") or {}
+        return {name: guard[name] for name in names if guard.get(name) is not None}
 
     return read
 
@@ -164,7 +164,7 @@ CIRCUMSTANCES: dict[str, tuple[_Recorded, tuple[str, ...]]] = {
     "confound-base": (_base, ("model", "model.name_or_path", "model.revision")),
     "confound-split": (_splits, _DATA),
     "confound-prompt-format": (
-        _guard("prompt_format_hash"),
+        _guard("prompt_format_hash", "training_template_hash"),
         ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs"),
     ),
     "confound-world-size": (
