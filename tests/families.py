@@ -144,13 +144,14 @@ def build_family(
     same bytes.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(
-        family, vocab_size=520, **{**DENSE, **FAMILIES.get(family, {}), **changes}
+        family, **{"vocab_size": 520, **DENSE, **FAMILIES.get(family, {}), **changes}
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    kind = AutoModelForImageTextToText if "vision_config" in changes else AutoModelForCausalLM
+    model = kind.from_config(config)
     model.save_pretrained(folder)
     for file in tokenizer_from.iterdir():
         if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
+from recipes_lib.compare.published import load_published
 from recipes_lib.config.accelerate_config import load_accelerate_config
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.recipe import Recipe, load_recipe
@@ -21,7 +22,13 @@ from recipes_lib.core.project import project_root
 
 ROOT = project_root()
 CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-FOLDERS = ("llama2-7b-dolly", "smollm2-135m-dolly", "quickstart")
+OWN = ("llama2-7b-dolly", "smollm2-135m-dolly", "quickstart")  # studied here, at one scaling
+BORROWED = tuple(
+    folder.name
+    for folder in sorted((ROOT / "recipes").iterdir())
+    if (folder / "_base.yaml").is_file() and folder.name not in OWN
+)  # for a model that people have, in a setting whose numbers somebody published
+FOLDERS = (*OWN, *BORROWED)
 YAMLS = sorted(path for folder in FOLDERS for path in (ROOT / "recipes" / folder).glob("*.yaml"))
 RECIPES = [path for path in YAMLS if not path.name.startswith("_")]
 SEVEN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -130,7 +137,7 @@ def test_the_default_launch_can_make_the_batch(path):
     assert accumulation_steps(one, one.launch.gpus or config.num_processes) >= 1
 
 
-@pytest.mark.parametrize("path", named(RECIPES))
+@pytest.mark.parametrize("path", named([p for p in RECIPES if p.parent.name in OWN]))
 def test_a_recipe_with_an_adapter_scales_it_by_2_and_adapts_all_linear_layers(path):
     lora = load_recipe(ROOT / path).lora
     if lora is not None:
@@ -145,6 +152,46 @@ def test_each_folder_has_a_readme_that_names_every_variant_and_has_a_results_tab
     for path in RECIPES:
         if path.parent.name == folder:
             assert f"`{path.stem}`" in text
+
+
+@pytest.mark.parametrize("folder", BORROWED)
+def test_a_borrowed_recipe_is_short_and_says_licence_rate_and_what_was_published(folder):
+    base = (ROOT / "recipes" / folder / "_base.yaml").read_text(encoding="utf-8")
+    assert re.search(r"# .*(licence|Apache-2\.0).*gated", base), "licence, and whether it is gated"
+    assert re.search(r"#.*\n.*learning_rate|learning_rate.*#", base), "where the rate is from"
+    for path in RECIPES:
+        if path.parent.name == folder:
+            assert len(path.read_text(encoding="utf-8").splitlines()) <= 10, path.name
+    readme = (ROOT / "recipes" / folder / "README.md").read_text(encoding="utf-8")
+    assert "| number | value | n | source |" in readme and "gated" in readme
+
+
+def test_the_readmes_have_the_numbers_of_the_published_files():
+    for file, folders in (
+        ("tinker-tulu3", {"1b": "llama3.2-1b-tulu3", "8b": "llama3.1-8b-tulu3"}),
+        ("peft-metamathqa", {"": "llama3.2-3b-metamath"}),
+    ):
+        numbers = load_published(ROOT / f"recipes/studies/published/{file}.yaml").numbers
+        for start, folder in folders.items():
+            text = (ROOT / "recipes" / folder / "README.md").read_text(encoding="utf-8")
+            known = {f"{one.value:.{places}f}" for one in numbers for places in (3, 4)}
+            shown = set(re.findall(r"0\.\d{3,4}", text.partition("Published elsewhere")[2]))
+            assert shown and shown <= known, (start, folder, shown - known)
+
+
+def test_what_peft_s_table_allows_to_say_is_what_its_own_n_gives():
+    published = load_published(ROOT / "recipes/studies/published/peft-metamathqa.yaml")
+    shares = {one.arm: one.value for one in published.numbers if one.metric == "accuracy"}
+    p_values = {}
+    for left, right in itertools.combinations(shares.values(), 2):
+        spread = math.sqrt(sum(share * (1 - share) / 1319 for share in (left, right)))
+        p_values[left, right] = math.erfc(abs(left - right) / spread / math.sqrt(2))
+    below = sorted(p for p in p_values.values() if p < 0.05)
+    assert [round(p, 3) for p in below] == [0.024, 0.032, 0.042] and len(p_values) == 15
+    assert min(below) * len(p_values) > 0.05, "Holm's first step keeps the smallest"
+    for name in ("recipes/llama3.2-3b-metamath/README.md", str(published.path)):
+        text = " ".join((ROOT / name).read_text(encoding="utf-8").replace("#", "").split())
+        assert ".042, .032, .024" in text and "Holm" in text and "15" in text
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -1,5 +1,6 @@
-"""Every recipe in the repository trains two steps on a tiny Llama with its own hyperparameters,
-launched as its CPU twin.
+"""Every recipe in the repository trains two steps on a tiny model of its own architecture, with its
+model's chat template, on rows of its data's shape, with its own hyperparameters, launched as its
+CPU twin.
 """
 
 from __future__ import annotations
@@ -7,15 +8,19 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.families import DENSE, FAMILIES, LINEAR_ATTENTION, build_family
 
 from recipes_lib.config.accelerate_config import load_accelerate_config
-from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.sections import trl_templates
 
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(
@@ -25,6 +30,39 @@ RECIPES = sorted(
 )
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 TIME_LIMIT_S = 200
+# Those that are trained with every commit; the others are slow, to keep that short.
+QUICK = {"llama2-7b-dolly", "smollm2-135m-dolly", "quickstart"}
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# Model of the recipe: its architecture, the template its tokenizer has (TRL's copy of it; SmolLM3's
+# and Olmo 3's are not among them, and are ChatML in their simplest form), and what ends a turn.
+# Llama-2, SmolLM2 and whatever brings data.chat_template take the tiny tokenizer's own.
+MODELS = {
+    "meta-llama/Llama-3.2-1B": ("llama", None, None),
+    "meta-llama/Llama-3.2-3B": ("llama", None, None),
+    "meta-llama/Llama-3.1-8B": ("llama", None, None),
+    "Qwen/Qwen3-8B": ("qwen3", "trl:qwen3", "<|im_end|>"),
+    "Qwen/Qwen3.5-4B": ("qwen3_5", "trl:qwen3_5_nothink", "<|im_end|>"),
+    "HuggingFaceTB/SmolLM3-3B": ("smollm3", CHATML, "<|im_end|>"),
+    "google/gemma-3-4b-pt": ("gemma3", None, None),
+    "openai/gpt-oss-20b": ("gpt_oss", "trl:gptoss", "<|return|>"),
+    "mistralai/Mistral-7B-v0.1": ("mistral", None, None),
+    "allenai/Olmo-3-7B-Instruct": ("olmo3", CHATML, "<|im_end|>"),
+}
+SMALL = {"hidden_size": 32, "intermediate_size": 32}
+VISION = {
+    "gemma3": {
+        **SMALL,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "qwen3_5": {**SMALL, "depth": 1, "num_heads": 2, "out_hidden_size": 64},
+}
 
 
 def twin(name: str) -> str:
@@ -33,20 +71,138 @@ def twin(name: str) -> str:
     return {"NO": "cpu", "MULTI_GPU": "ddp_cpu", "FSDP": "fsdp_cpu"}[kind]
 
 
-def shrunk(path: Path, model: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def model_for(
+    tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Recipe], Path]:
+    """A function that builds the tiny model of a recipe, once for all recipes of that model."""
+    built: dict[str, Path] = {}
+
+    def build(recipe: Recipe) -> Path:
+        name = recipe.model.name_or_path
+        if name not in MODELS:
+            return tiny_model_dir
+        if name not in built:
+            built[name] = tiny(recipe, tiny_model_dir, tmp_path_factory.mktemp("model"))
+        return built[name]
+
+    return build
+
+
+def tiny(recipe: Recipe, tiny_model_dir: Path, folder: Path) -> Path:
+    """Write a tiny model of the recipe's architecture, whose tokenizer has the model's template and
+    the special tokens in it.
+    """
+    from transformers import AutoTokenizer
+
+    family, template, end = MODELS[recipe.model.name_or_path]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    text = template or recipe.data.chat_template or ""
+    text = trl_templates()[text].read_text() if text in trl_templates() else text
+    # the end of turns that a recipe sets itself, for a base whose own token ends a document
+    ends = [end, recipe.train.get("eos_token"), *re.findall(r"<\|?[a-z_]+\|?>", text)]
+    tokens = sorted({token for token in ends if token} - set(tokenizer.all_special_tokens))
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    if template:
+        tokenizer.chat_template = text
+        tokenizer.eos_token = end
+    else:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "tokenizer")
+    sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    if family in VISION:  # a checkpoint with parts for images, as it lies on the Hub
+        inner = {**DENSE, **FAMILIES.get(f"{family}_text", LINEAR_ATTENTION), **sizes}
+        sizes = {"text_config": inner, "vision_config": VISION[family]}
+    return build_family(family, folder / "model", folder / "tokenizer", **sizes)
+
+
+def rows_of(recipe: Recipe, folder: Path) -> str:
+    """Write rows of the shape that the recipe's data set has."""
+    tasks = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()[:60]]
+    source = recipe.data.source
+    name = source if isinstance(source, str) else source[0]["source"]
+    path = folder / "rows.jsonl"
+    shape = SHAPES.get(name)
+    if shape is None:
+        return str(ROWS)
+    path.write_text(
+        "".join(json.dumps(shape(number, task)) + "\n" for number, task in enumerate(tasks))
+    )
+    return str(path)
+
+
+def conversation(task: dict[str, str], **thought: str) -> list[dict[str, str]]:
+    answer = {"role": "assistant", "content": task["response"], **thought}
+    return [{"role": "user", "content": task["instruction"]}, answer]
+
+
+def multi_turn(task: dict[str, str]) -> list[dict[str, str]]:
+    again = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": "I am done."}]
+    return [*conversation(task), *again]
+
+
+def thinking(number: int, task: dict[str, str]) -> dict[str, Any]:
+    told = "reasoning language: German\n\nAnswer shortly."
+    own = {"developer": told, "user": task["instruction"], "final": task["response"]}
+    # every message has the field, null where there is none, as in the columns of parquet
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": told},
+        *conversation(task, thinking="Das ist leicht."),
+    ]
+    return {
+        "reasoning_language": "German",
+        **own,
+        "analysis": "Das ist leicht.",
+        "messages": [{"thinking": None, **message} for message in messages],
+    }
+
+
+SHAPES: dict[str, Callable[[int, dict[str, str]], dict[str, Any]]] = {
+    "allenai/tulu-3-sft-mixture": lambda number, task: {
+        "id": f"row_{number}",
+        "messages": multi_turn(task) if number % 3 else conversation(task),
+        "source": "ai2-adapt-dev/oasst1_converted",
+    },
+    "HuggingFaceH4/ultrachat_200k": lambda number, task: {
+        "prompt": task["instruction"],
+        "prompt_id": f"{number:064x}",
+        "messages": multi_turn(task),
+    },
+    "HuggingFaceTB/smoltalk2": lambda number, task: {
+        "messages": multi_turn(task),
+        "chat_template_kwargs": {
+            "custom_instructions": "",
+            "enable_thinking": False,
+            "python_tools": None,
+            "xml_tools": None,
+        },
+        "source": "smoltalk",
+    },
+    "HuggingFaceH4/Multilingual-Thinking": thinking,
+    "meta-math/MetaMathQA": lambda number, task: {
+        "type": "MATH_AnsAug",
+        "query": task["instruction"],
+        "original_question": task["instruction"],
+        "response": f"{task['response']}\nThe answer is: {number}",
+    },
+}
+
+
+def shrunk(recipe: Recipe, model: Path, folder: Path) -> list[str]:
     """Overrides that shrink batch, length and steps, and take what only a GPU can do out of the
     way.
     """
-    recipe = load_recipe(path)
     overrides = [
         f"model.name_or_path={model}",
-        f"data.source={ROWS}",
+        f"data.source={rows_of(recipe, folder)}",
         "data.max_examples=60",
         "run.name=shrunk",
     ]
+    if recipe.data.split.test < 0.01:  # of 60 rows, too
+        overrides += ["data.split.validation=0.1"]
     overrides += [
         "train.max_steps=2",
-        "train.max_length=224",
+        f"train.max_length={448 if 'HuggingFaceH4/Multi' in str(recipe.data.source) else 224}",
         "train.per_device_train_batch_size=2",
         "train.logging_steps=1",
     ]
@@ -62,16 +218,27 @@ def shrunk(path: Path, model: Path) -> list[str]:
             "train.bf16=true",
             "model.dtype=bfloat16",
         ]  # fp16 does nothing on a CPU, so it is refused there
+    if recipe.lora and (experts := recipe.lora.get("target_parameters")):
+        names = ", ".join(f"1.{name.partition('.')[2]}" for name in experts[:2])
+        overrides += [f"lora.target_parameters=[{names}]"]  # two layers here
     return overrides
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def case(path: Path) -> Any:
+    marks = () if path.parent.name in QUICK else (pytest.mark.slow,)
+    return pytest.param(path, marks=marks, id=f"{path.parent.name}/{path.stem}")
+
+
+@pytest.mark.parametrize("path", [case(path) for path in RECIPES])
 def test_the_recipe_trains_two_steps(
-    path: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path,
+    model_for: Callable[[Recipe], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     recipe, config = load_recipe(path), twin(load_recipe(path).launch.accelerate)
-    overrides = shrunk(path, tiny_model_dir)
+    overrides = shrunk(recipe, model_for(recipe), tmp_path)
     if config == "cpu":
         from recipes_lib.train import main
 
@@ -81,7 +248,7 @@ def test_the_recipe_trains_two_steps(
     run = tmp_path / "runs" / "shrunk"
     state = json.loads((run / "run.json").read_text())
     check_launch(state["launch"], config)
-    check_weights(run, state, recipe.lora, full=recipe.lora is None)
+    check_weights(run, state, recipe.lora)
     losses = [
         json.loads(line).get("loss") for line in (run / "metrics.jsonl").read_text().splitlines()
     ]
@@ -122,20 +289,24 @@ def check_launch(line: str, config: str) -> None:
     assert line.startswith(expected[config])
 
 
-def check_weights(
-    run: Path, state: dict[str, Any], lora: dict[str, Any] | None, full: bool
-) -> None:
+def check_weights(run: Path, state: dict[str, Any], lora: dict[str, Any] | None) -> None:
     from safetensors import safe_open
 
     assert state["state"] == "finished" and state["weights_check"]["reload"]["agrees"]
-    if full:
+    if lora is None:
         assert (run / "model" / "model.safetensors").is_file()
         return
-    assert lora is not None
     with safe_open(run / "adapter" / "adapter_model.safetensors", framework="pt") as tensors:
         names = list(tensors.keys())
-    assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in names} == set(
-        lora["target_modules"]
-    )
-    assert len(names) == 2 * 2 * len(lora["target_modules"])  # A and B in each of two layers
+    adapted = {name.split(".lora_")[0].rsplit(".", 1)[1] for name in names}
+    targets = lora["target_modules"]
+    if isinstance(targets, str):  # all-linear, or the pattern of one part
+        assert "down_proj" in adapted and "lm_head" not in adapted
+        assert not [name for name in names if "vision" in name or "visual" in name]
+    elif "target_parameters" in lora:
+        assert set(targets) < adapted | set(targets) and "experts" in " ".join(names)
+    else:
+        assert adapted == set(targets)
+        parts = 3 if lora.get("use_dora") else 2  # A and B, and DoRA's magnitude
+        assert len(names) == parts * 2 * len(targets)  # in each of two layers
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == lora["r"]

@@ -353,6 +353,11 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
                     "suite.options", f"suite.options: {error}", "see lm_eval.simple_evaluate"
                 ) from None
             raise
+        except ImportError as error:  # a task's own code needs more than lm-eval brings
+            extra = "; its extras bring it: pip install 'lm_eval[ifeval,math]'"
+            raise EnvironmentFault(
+                f"{', '.join(suite.tasks or ())}: {first_line(error)}", f"install it{extra}"
+            ) from None
         except (ConnectionError, FileNotFoundError) as error:
             reason = first_line(error)
             hint = (

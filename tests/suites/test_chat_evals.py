@@ -1,0 +1,156 @@
+"""The evals for chat models run offline on small local copies of their data, with the adapter's
+chat template, and ask what their headers say.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.eval_recipe import load_eval
+from recipes_lib.evaluate import evaluate_all
+
+PROJECT = Path(__file__).resolve().parents[2]
+SHORT = ["suite.limit=2", "suite.batch_size=2", "suite.gen_kwargs={max_gen_toks: 4}"]
+
+
+@pytest.fixture(autouse=True)
+def no_other_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What datasets kept of sets of these names, from the Hub or another folder, is not found."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+def hub_copy(folder: Path, name: str, config: str, rows: dict[str, list[dict]]) -> None:
+    """Write a data set as it lies on the Hub: a file per split, and a README that names them."""
+    here = folder / name
+    here.mkdir(parents=True)
+    files = ""
+    for split, of_split in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in of_split)
+        (here / f"{split}.jsonl").write_text(text)
+        files += f"      - {{split: {split}, path: {split}.jsonl}}\n"
+    head = f"configs:\n  - config_name: {config}\n    data_files:\n{files}"
+    (here / "README.md").write_text(f"---\n{head}---\n")
+
+
+def asked(name: str, folder: Path, *words: str) -> tuple[dict, list[dict]]:
+    """Evaluate the run `one`; return the result and lm-eval's samples of its first task."""
+    recipe = load_eval(PROJECT / f"evals/{name}.yaml", [*SHORT, f"data.folder={folder}", *words])
+    (result,) = evaluate_all([recipe], ["one"])
+    files = sorted(Path("runs/one/evals").glob(f"{recipe.name}*/samples/*.jsonl"))
+    return result, [json.loads(line) for line in files[0].read_text().splitlines()]
+
+
+@pytest.fixture
+def gsm8k(tmp_path: Path, make_run, monkeypatch: pytest.MonkeyPatch) -> Path:
+    make_run("one", 1)
+    monkeypatch.chdir(tmp_path)
+    row = {"question": "Two and 2,000?", "answer": "2 + 2000 = 2002\n#### 2,002"}
+    hub_copy(tmp_path / "hub", "openai/gsm8k", "main", {"train": [row] * 3, "test": [row] * 3})
+    return tmp_path / "hub"
+
+
+@pytest.mark.slow
+def test_gsm8k_as_a_chat_shows_eight_examples_as_turns_of_the_template(gsm8k):
+    result, samples = asked("gsm8k_chat", gsm8k)
+    assert {row["num_fewshot"] for row in result["tasks"]} == {8}
+    prompt = samples[0]["arguments"][0][0]
+    assert prompt.count("<|user|>") == 9 and prompt.count("<|assistant|>") == 9
+    assert prompt.count("The final answer is") > 8 and "Two and 2,000?" in prompt
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("So 2002.\nThe answer is: 2002", "2002"),
+        ("The answer is 3. No: the final answer is wrong. The final answer is $2,002.", "2,002"),
+        ("2002 #### 2002.50", "2002.5"),
+        ("2002", "[invalid]"),
+    ],
+)
+def test_the_metamath_form_reads_the_answer_as_pefts_comparison_does(said, found):
+    from lm_eval.api.instance import Instance
+    from lm_eval.filters import build_filter_ensemble
+
+    task = yaml.safe_load((PROJECT / "evals/metamath/gsm8k_metamath.yaml").read_text())
+    (chain,) = task["filter_list"]
+    parts = [(part.pop("function"), part) for part in chain["filter"]]
+    instance = Instance("generate_until", {}, ("", {}), 0)
+    instance.resps = [said]
+    build_filter_ensemble(chain["name"], parts).apply([instance])
+    assert instance.filtered_resps[chain["name"]] == found
+
+
+def test_the_metamath_eval_asks_in_the_words_that_its_recipes_train(gsm8k):
+    _, samples = asked("gsm8k_metamath", gsm8k)
+    prompt = samples[0]["arguments"][0][0]
+    assert prompt == "Question: Two and 2,000? Think step by step.\nAnswer:"
+    assert samples[0]["target"] == "2,002"
+
+
+@pytest.mark.slow
+def test_mmlu_pro_runs_on_a_local_copy_with_all_subjects(tmp_path, make_run, monkeypatch):
+    make_run("one", 1)
+    monkeypatch.chdir(tmp_path)
+    names = "biology business chemistry economics engineering health history law math other"
+    subjects = [*names.split(), "philosophy", "physics", "psychology", "computer science"]
+    rows = [
+        {
+            "question": f"Pick {subject}",
+            "options": ["one", "two"],
+            "answer": "A",
+            "answer_index": 0,
+            "cot_content": "A: Let's think step by step. The answer is (A).",
+            "category": subject,
+        }
+        for subject in subjects
+    ]
+    hub_copy(tmp_path / "hub", "TIGER-Lab/MMLU-Pro", "default", {"validation": rows, "test": rows})
+    result, samples = asked("mmlu_pro", tmp_path / "hub", "suite.num_fewshot=1")
+    whole = next(row for row in result["tasks"] if row["task"] == "mmlu_pro")
+    assert len(whole["parts"]) == 14 and len(result["tasks"]) == 15
+    assert "<|user|>" in samples[0]["arguments"][0][0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package", "data", "row"),
+    [
+        (
+            "ifeval",
+            "langdetect",
+            "google/IFEval",
+            {
+                "key": 1,
+                "prompt": "Write no comma.",
+                "instruction_id_list": ["punctuation:no_comma"],
+                "kwargs": [{}],
+            },
+        ),
+        (
+            "math",
+            "math_verify",
+            "HuggingFaceH4/MATH-500",
+            {"problem": "1+1?", "solution": "$\\boxed{2}$", "answer": "2", "level": 1},
+        ),
+    ],
+)
+def test_an_eval_whose_package_is_not_here_says_which_and_how_to_get_it(
+    name, package, data, row, tmp_path, make_run, monkeypatch
+):
+    make_run("one", 1)
+    monkeypatch.chdir(tmp_path)
+    split = "train" if name == "ifeval" else "test"
+    hub_copy(tmp_path / "hub", data, "default", {split: [row] * 3})
+    if importlib.util.find_spec(package):
+        result, _ = asked(name, tmp_path / "hub")
+        assert {row["n"] for row in result["tasks"]} == {2}
+        return
+    with pytest.raises(EnvironmentFault, match=r"(ifeval|minerva_math500): ") as caught:
+        asked(name, tmp_path / "hub")
+    assert "pip install 'lm_eval[ifeval,math]'" in caught.value.hints[0]
