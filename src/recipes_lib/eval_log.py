@@ -33,7 +33,8 @@ class Sample:
     `verdicts` are what was said in order AB and BA (a grade alone in grading), or the status of the
     missing verdict; `raws` are the texts behind them. `lengths` are characters: the answer, then
     its opponent's. Texts are None where the files do not hold them; `shortened` says that they hold
-    only the beginning of the answer.
+    only the beginning of the answer. `same_as` is the id of the first sample with the same text,
+    where no `input` tells it.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Sample:
     opponent: str | None = field(default=None, repr=False)
     raws: tuple[str | None, ...] = field(default=(), repr=False)
     shortened: bool = False
+    same_as: str = ""
 
     @property
     def key(self) -> tuple[str, int]:
@@ -83,6 +85,7 @@ class Sample:
             "lengths": list(self.lengths),
             **{name: text for name, text in texts.items() if text is not None},
             **{name: True for name in ("by_rule", "shortened") if getattr(self, name)},
+            **({"same_as": self.same_as} if self.same_as else {}),
         }
 
     @classmethod
@@ -106,6 +109,7 @@ class Sample:
             opponent=row.get("opponent_answer"),
             raws=tuple(row.get("raws") or ()),
             shortened=bool(row.get("shortened")),
+            same_as=str(row.get("same_as") or ""),
         )
 
 

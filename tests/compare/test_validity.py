@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -556,6 +556,63 @@ def test_identical_answers_under_two_names_are_an_error(root):
         and finding.arms == ("a", "b")
         and finding.metrics == ("alpaca_eval/win_rate",)
     )
+
+
+SAID = tuple(
+    f"{name} was born in the year {1900 + n} and has written {n} books about the {thing} so far."
+    for n, (name, thing) in enumerate(
+        zip(
+            ["Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal", "Ivy", "Jo"],
+            ["sea", "moon", "rain", "wind", "sun", "snow", "fog", "dew", "ice", "hail"],
+            strict=True,
+        )
+    )
+)
+EDITS: dict[str, Callable[[int, str], str]] = {
+    "white space": lambda n, text: text.replace(" ", "  ", 2) + "\n",
+    "a word": lambda n, text: text.replace("books", "essays"),
+    "case and marks": lambda n, text: text.upper().replace(".", "!"),
+    "a fifth of the rows anew": lambda n, text: text if n > 1 else f"I do not know the {n} of it.",
+    "two of five rows anew": lambda n, text: text if n > 3 else f"I do not know the {n} of it.",
+    "answers of its own": lambda n, text: f"{n} {n} of a kind is all that I can say of it: {-n}",
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("first", [0, 2])  # with rows dropped, too
+def test_a_copy_with_rows_edited_is_recognised(root, edit, first):
+    made = {}
+    for name in ("a", "b"):
+        texts = [EDITS[edit](n, text) if name == "b" else text for n, text in enumerate(SAID)]
+        samples = tuple(
+            dataclasses.replace(one, answer=text, lengths=(len(text), 90))
+            for one, text in zip(items((1.0, 0.0) * 5), texts, strict=True)
+        )
+        samples = samples[first if name == "b" else 0 :]
+        made[name] = run(root, name, evaluated(root / name, items=samples))
+    findings = check_validity(None, arms(**made))
+    if edit in ("answers of its own", "two of five rows anew"):
+        assert "identical-answers" not in codes(findings)
+        return
+    finding = found(findings, "identical-answers")
+    assert finding.severity == "error" and finding.metrics == ("alpaca_eval/win_rate",)
+    exact = edit == "a fifth of the rows anew" and first
+    assert ("may be an edited copy" in finding.title) == (not exact)
+
+
+def test_answers_of_one_template_are_no_copies(root):
+    made = {}
+    for name in ("a", "b"):
+        texts = [
+            f"The answer to the question that you have asked is this one: {name}{n}."
+            for n in range(10)
+        ]
+        samples = tuple(
+            dataclasses.replace(one, answer=text, lengths=(len(text), 90))
+            for one, text in zip(items((1.0, 0.0) * 5), texts, strict=True)
+        )
+        made[name] = run(root, name, evaluated(root / name, items=samples))
+    assert "identical-answers" not in codes(check_validity(None, arms(**made)))
 
 
 def test_answers_of_earlier_weights_in_the_store_do_not_count(root):

@@ -117,13 +117,12 @@ def test_block_text_keeps_its_blank_lines_and_its_hash_signs(migrated):
     )
 
 
-def test_mixture_becomes_a_list_of_sources_and_a_share_is_named_as_lost(migrated):
+def test_mixture_becomes_a_list_of_sources_with_their_weights(migrated):
     values, text, printed = migrated("handbook")
     assert values["data"]["source"] == [
         {"source": "example-org/conversations", "subset": "default", "source_split": "train_sft"},
-        {"source": "example-org/mathematics", "source_split": "train"},
+        {"source": "example-org/mathematics", "source_split": "train", "weight": 0.5},
     ]
-    assert "NOT CARRIED OVER (example-org/mathematics (train): 0.5 of its rows" in printed
     assert "NOT CARRIED OVER (test_split_size 1000 rows" in printed
     assert "#         - id: example-org/mathematics" in text
 

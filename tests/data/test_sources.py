@@ -203,3 +203,18 @@ def test_what_acts_in_chat_alone_is_not_ignored_in_another_format(key):
     ) as caught:
         listed_sources(DataSection(source="a.csv", **{key: "last"}))
     assert caught.value.key == f"data.{key}"
+
+
+def test_a_weight_takes_a_share_of_the_rows_that_max_examples_leaves():
+    taken = [
+        Source(source="a", columns={}, weight=weight, max_examples=limit).num_taken(101)
+        for weight, limit in ((1, None), (0.5, None), (0.5, 20), (3, 20), (2.5, None))
+    ]
+    assert taken == [101, 50, 10, 20, 101]
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("inf"), float("nan"), True, "0.5", None])
+def test_a_weight_that_is_no_number_above_nought_is_refused(weight):
+    with pytest.raises(SettingError, match="weight: expected a number above 0, found") as caught:
+        listed_sources(DataSection(source=["a.jsonl", {"source": "b.jsonl", "weight": weight}]))
+    assert caught.value.what.startswith("data.source[1].weight: ") and caught.value.hints

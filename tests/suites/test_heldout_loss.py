@@ -13,6 +13,7 @@ import pytest
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_files import read_evals
 from recipes_lib.eval_recipe import load_eval
+from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.heldout_loss import HeldoutLoss, row_losses
 from recipes_lib.train import main as train
 
@@ -104,6 +105,31 @@ def test_rows_of_a_file_are_read_as_the_recipe_reads_its_own(
     assert code == 0 and "one    3 " in out, err
     code, out, err = recipes("eval", eval_file, tiny_model_dir)  # a model without a run
     assert code == 0 and "7 " in out, err
+
+
+def test_rows_that_repeat_are_one_observation_and_the_report_says_so(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()[:8]
+    (tmp_path / "mine.jsonl").write_text("\n".join([*rows, *rows[:2] * 12]) + "\n")
+    eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
+    assert train([str(tiny_recipe), "run.name=one", "train.max_steps=1"]) == 0
+    code, out, err = recipes("eval", eval_file, "one", "base")
+    assert code == 0 and "24 rows repeat the text of another: every text is one" in out, err
+    (log,), _ = read_evals(tmp_path / "runs/one")
+    samples = log.measures[0].samples
+    assert (log.numbers["rows"]["n"], log.numbers["rows"]["repeated"]) == (32, 24)
+    assert {one.same_as for one in samples} == {"", samples[0].id, samples[1].id}
+    once = mean_interval([one.value for one in samples])
+    told = log.numbers["loss"]
+    assert told["high"] - told["low"] > 1.5 * (once.high - once.low)
+    code, out, err = recipes("compare", "one", "base", "--json")
+    assert code == 0, err
+    made = json.loads(out)
+    (row,) = [row for row in made["rows"] if row["metric"].endswith("/loss")]
+    assert (row["tested"]["n"], row["tested"]["questions"]) == (32, 8)
+    (finding,) = [one for one in made["findings"] if one["code"] == "repeated-questions"]
+    assert "8 of 32 are different" in finding["title"]
 
 
 def test_what_has_no_such_rows_is_refused_before_or_as_it_is_asked(

@@ -102,6 +102,7 @@ def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
             f"{audit['special_token_injections']['num_rows']} with special tokens in the text, "
             f"{audit['duplicates']['exact_rows']} exact duplicates"
         ),
+        *_mixture(audit),
         f"prompt format {audit['prompt_format']}, loss on the {audit['loss_on']}",
         *describe_template(audit),
         "",
@@ -113,6 +114,28 @@ def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
         lines.append(f"{title:<18}{numbers['total']:>12,}{columns}")
     notes = warnings_of(audit)
     return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
+
+
+def _mixture(audit: Mapping[str, Any]) -> list[str]:
+    """Return a table of what each source gives; nothing for a single source."""
+    sources = audit["sources"]
+    if len(sources) < 2:
+        return []
+    total = sum(source["supervised"] for source in sources)
+    width = max(18, *(len(source["source"]) + 2 for source in sources))
+    lines = [
+        "",
+        f"{'source':<{width}}{'rows':>10}{'weight':>8}{'used':>10}{'train':>10}{'validation':>12}"
+        f"{'test':>8}{'tokens with loss':>20}",
+    ]
+    for source in sources:
+        share = f"{source['supervised']:,} ({source['supervised'] / (total or 1):.1%})"
+        lines.append(
+            f"{source['source']:<{width}}{source['rows']:>10,}{source['weight']:>8g}"
+            f"{source['used']:>10,}{source['train']:>10,}{source['validation']:>12,}"
+            f"{source['test']:>8,}{share:>20}"
+        )
+    return [*lines, ""]
 
 
 def _show_example(

@@ -165,6 +165,18 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "{first} and {second} have the same judgments in {eval}",
         _ANEW,
     ),
+    "identical-answers/edited": (
+        "error",
+        "{first} and {second} gave nearly the same answers in {eval}: one set may be an edited copy"
+        " of the other",
+        _ANEW,
+    ),
+    "identical-judgments/edited": (
+        "error",
+        "{first} and {second} have nearly the same judgments in {eval}: one set may be an edited"
+        " copy of the other",
+        _ANEW,
+    ),
     "identical-models": ("error", "{first} and {second} are the same model", _ANEW),
     "identical-seeds": (
         "error",

@@ -104,16 +104,19 @@ def same_questions(measures: Sequence[Measure]) -> dict[str, str]:
     under another id, a question is no new evidence.
     """
     texts: dict[str, dict[int, str]] = {}
+    same: dict[str, str] = {}
     for measure in measures:
         for item in measure.samples:
             # lm-eval's items have a hash of their document behind the number.
             known = item.id.rpartition(":")[2] if measure.suite == "lm_eval" else item.input
-            if known and known.strip():
+            if item.same_as:
+                same[item.id] = item.same_as
+            elif known and known.strip():
                 texts.setdefault(item.id, {})[item.turn] = " ".join(known.split()).casefold()
     first: dict[tuple[tuple[int, str], ...], str] = {}
     return {
         name: first.setdefault(tuple(sorted(mine.items())), name) for name, mine in texts.items()
-    }
+    } | same
 
 
 def read_measurements(

@@ -59,6 +59,7 @@ _MIXTURE_PART = {
         **{key: {"type": ["string", "null"]} for key in ("subset", "revision", "delimiter")},
         "columns": _COLUMNS,
         "max_examples": {"type": ["integer", "null"], "minimum": 1},
+        "weight": {"type": "number", "exclusiveMinimum": 0},
     },
 }
 

@@ -327,7 +327,7 @@ def _mixture(migration: Migration, entry: Entry) -> None:
     text, note = "\n".join(entry.text), ""
     if re.search(r"^\s+-?\s*(columns|seed):", text, re.MULTILINE):
         note = "columns are found by name, and train.seed sets the order"
-    if len(sources) == 1:
+    if len(sources) == 1 and "weight" not in sources[0]:
         migration.move(entry, "data.source", sources[0]["source"], note)
         for key in ("subset", "source_split"):
             if key in sources[0]:
@@ -474,13 +474,13 @@ def mixture_sources(value: Any) -> tuple[list[dict[str, Any]], list[str]]:
             "source": name,
             "subset": item.get("config", item.get("name")),
             "source_split": item.get("split"),
+            "weight": item.get("weight") if item.get("weight") != 1 else None,
         }
         sources.append({key: text for key, text in entry.items() if text is not None})
-        share = item.get("weight", item.get("fraction"))
-        if share is not None and share != 1:
+        if (share := item.get("fraction")) is not None:
             # the parts of one data set differ by their split
             part = f"{name} ({item['split']})" if item.get("split") else name
-            what = f"{part}: {share} of its rows; give a number of rows instead (max_examples)"
+            what = f"{part}: {share} of the mixture; say how much of its own rows (weight)"
             lost.append(what)
         if files is not None:
             kept = [key for key in ("data_dir", "data_files") if item.get(key) is not None]

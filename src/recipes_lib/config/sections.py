@@ -140,8 +140,9 @@ class DataSection:
         metadata={
             "help": (
                 "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list"
-                " of {source, subset, source_split, columns, encoding, delimiter, max_examples} for"
-                " a mixture."
+                " of {source, subset, source_split, columns, encoding, delimiter, max_examples,"
+                " weight} for a mixture; weight is how often an epoch has the source's training"
+                " rows: 0.5 half of them, 2 each twice."
             )
         }
     )

@@ -11,10 +11,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from recipes_lib.core.project import shown_path
 from recipes_lib.data.examples import BadRows, Example, SettingError, listed
 from recipes_lib.data.prompts import PROMPT_FORMATS, Twin
 from recipes_lib.data.rows import Rows
@@ -92,7 +94,7 @@ def audit_rows(
 
     def named(mask: np.ndarray) -> dict[str, Any]:
         """The rows that a mask names, split by split."""
-        chosen = [rows[i] for name in SPLITS for i in splits.rows[name] if mask[i]]
+        chosen = [rows[i] for name in SPLITS for i in dict.fromkeys(splits.rows[name]) if mask[i]]
         return {
             "count": len(chosen),
             "fraction": len(chosen) / len(rows) if len(rows) else 0.0,
@@ -122,6 +124,7 @@ def audit_rows(
             **{name: len(splits.rows[name]) for name in SPLITS},
             "trained": int((~bare[splits.rows[TRAIN]]).sum()),
         },
+        "sources": _sources(rows, tokens, splits),
         "bad_rows": skipped.record(),
         "unused_columns": rows.unused_columns(),
         "unread_files": rows.unread,
@@ -168,9 +171,29 @@ def audit_rows(
                 "place": rows[i].place,
                 "spans": decoded_spans(tokenizer, encoded[i]["input_ids"], encoded[i]["labels"]),
             }
-            for i in splits.rows[TRAIN][:NUM_SHOWN]
+            for i in list(dict.fromkeys(splits.rows[TRAIN]))[:NUM_SHOWN]
         ],
     }
+
+
+def _sources(rows: Rows, tokens: np.ndarray, splits: Splits) -> list[dict[str, Any]]:
+    """What each source of the mixture has and gives; rows that train count as often as they do."""
+    places = np.array([rows.source_of(index) for index in range(len(rows))], dtype=int)
+    counts = []
+    for number, (source, num_rows) in enumerate(rows.sources):
+        own = {name: [i for i in splits.rows[name] if places[i] == number] for name in SPLITS}
+        counts.append(
+            {
+                "source": shown_path(Path(source.source)),
+                "weight": source.weight,
+                "max_examples": source.max_examples,
+                "rows": num_rows,
+                "used": int((places == number).sum()),
+                **{name: len(indices) for name, indices in own.items()},
+                "supervised": int(tokens["supervised"][own[TRAIN]].sum()),
+            }
+        )
+    return counts
 
 
 def _injection(found: Found, rows: Rows) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
 from recipes_lib.data.prompts import Twin, chat_template, format_hash, twin_of
 from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
-from recipes_lib.data.splits import SPLITS, Splits, fingerprint_of, split_rows
+from recipes_lib.data.splits import SPLITS, TRAIN, Splits, fingerprint_of, split_rows
 from recipes_lib.data.supervision import (
     BATCH_ROWS,
     Encoded,
@@ -145,6 +145,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
             raise SettingError("data.filters.max_tokens", what)
         rows, tokens, encoded = rows.take(kept), tokens[kept], encoded.select(kept)
     splits = split_rows(rows.examples, section.split)
+    splits.rows[TRAIN] = rows.repeated(splits.rows[TRAIN], section.split.seed)
     audit = audit_rows(
         rows,
         tokens,

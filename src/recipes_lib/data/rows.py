@@ -21,7 +21,13 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.data.columns import IDS_HINT, Reading
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, message_texts
 from recipes_lib.data.files import Table
-from recipes_lib.data.sources import is_on_hub, listed_sources, load_tables, unread_files
+from recipes_lib.data.sources import (
+    Source,
+    is_on_hub,
+    listed_sources,
+    load_tables,
+    unread_files,
+)
 
 NUM_CHECKED = 20_000
 _NO_TEXTS: dict[str, Any] = {}  # one for all rows: an empty dict takes 64 bytes
@@ -34,12 +40,14 @@ class Rows:
     Args:
         examples: without their texts; their ids are unique.
         tables: each file, how it is read, and the position of its source in the mixture.
+        sources: each source of the mixture, and how many usable rows it has.
         num_read: rows in the files, those that cannot be used included.
         unread: files of the sources' folders that are not read, per folder.
     """
 
     examples: list[Example] = field(default_factory=list)
     tables: list[tuple[Table, Reading, int]] = field(default_factory=list)
+    sources: list[tuple[Source, int]] = field(default_factory=list)
     num_read: int = 0
     unread: dict[str, list[str]] = field(default_factory=dict)
 
@@ -52,6 +60,24 @@ class Rows:
     def take(self, indices: Sequence[int]) -> Rows:
         """Some of the rows, in the order given."""
         return replace(self, examples=[self.examples[index] for index in indices])
+
+    def source_of(self, index: int) -> int:
+        """Position of a row's source in the mixture."""
+        return self.tables[self[index].table][2]
+
+    def repeated(self, indices: Sequence[int], seed: int) -> list[int]:
+        """Training rows as often as the weights of their sources say: all of them that many whole
+        times, and as many more as are left, the first in hash order.
+        """
+        times: dict[int, int] = {}
+        for number, (source, _) in enumerate(self.sources):
+            whole, part = divmod(source.weight, 1)
+            if source.weight > 1:
+                own = [index for index in indices if self.source_of(index) == number]
+                examples = [self[index] for index in own]
+                more = {*first_in_hash_order(examples, round(part * len(own)), seed)}
+                times |= {index: int(whole) + (at in more) for at, index in enumerate(own)}
+        return [index for index in indices for _ in range(times.get(index, 1))]
 
     def num_texts(self) -> int:
         """Rows that are one text each."""
@@ -126,7 +152,14 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
         examples = named_uniquely(examples, bad)
         if unread := unread_files(source):
             rows.unread[shown_path(Path(source.source))] = unread
-        chosen = first_in_hash_order(examples, source.max_examples, section.split.seed)
+        taken = source.num_taken(len(examples))
+        if examples and not taken and max_rows is None:
+            what = (
+                f"data.source[{number}].weight: {source.weight} of {len(examples)} rows is no row"
+            )
+            raise SettingError("data.source", what, "raise it, or remove the source")
+        rows.sources.append((source, len(examples)))
+        chosen = first_in_hash_order(examples, taken, section.split.seed)
         rows.examples += [examples[index] for index in chosen]
     if len(sources) > 1:
         _name_apart(rows)

@@ -7,6 +7,7 @@ offline: a data set that is not in the cache is one clear error.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -46,7 +47,12 @@ CONNECT_TIMEOUT_S = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source of a mixture; a single `data.source` is a mixture of one."""
+    """One source of a mixture; a single `data.source` is a mixture of one.
+
+    Args:
+        weight: how often an epoch has its training rows; below 1, the share of its rows that is
+            read at all.
+    """
 
     source: str
     subset: str | None = None
@@ -56,11 +62,27 @@ class Source:
     encoding: str = "utf-8"
     delimiter: str | None = None
     max_examples: int | None = None
+    weight: float = 1
+
+    def num_taken(self, num_rows: int) -> int:
+        """How many of its rows are used.
+
+        Example:
+            >>> Source(source="a", columns={}, weight=0.5, max_examples=30).num_taken(100)
+            15
+        """
+        return round(min(num_rows, self.max_examples or num_rows) * min(self.weight, 1))
 
 
 # What an entry of a mixture may say, and of which type; what it leaves out comes from `data`.
 _TEXTS = ("source", "subset", "source_split", "revision", "encoding", "delimiter")
-_TYPES: dict[str, type] = {**dict.fromkeys(_TEXTS, str), "columns": dict, "max_examples": int}
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(_TEXTS, str),
+    "columns": dict,
+    "max_examples": int,
+    "weight": float,
+}
+_OF_ENTRY = ("source", "max_examples", "weight")  # have no place in `data` itself
 _OF_CHAT: tuple[tuple[str, Any], ...] = (
     ("chat_template", None),
     ("chat_template_kwargs", {}),
@@ -86,7 +108,7 @@ def listed_sources(section: DataSection) -> list[Source]:
         if getattr(section, key) != absent and section.prompt_format != "chat":
             what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
-    shared = [name for name in _TYPES if name not in ("source", "max_examples")]
+    shared = [name for name in _TYPES if name not in _OF_ENTRY]
     whole = Source(source="", **{name: getattr(section, name) for name in shared})
     entries = [section.source] if isinstance(section.source, str) else section.source
     sources = [_mixture_entry(entry, index, whole) for index, entry in enumerate(entries)]
@@ -115,10 +137,15 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
             hints = did_you_mean(str(name), _TYPES) or [f"keys: {', '.join(_TYPES)}"]
             raise SettingError("data.source", f"unknown key '{name}' in {key}", *hints)
         wanted = _TYPES[name]
-        right = isinstance(value, wanted) and not isinstance(value, bool)
-        if not right or (wanted is int and value < 1):
-            what = f"{key}.{name}: expected {wanted.__name__}, found {value!r}"
-            raise SettingError("data.source", what)
+        if name == "weight":
+            right = isinstance(value, int | float) and 0 < value < math.inf
+        else:
+            right = isinstance(value, wanted) and not (isinstance(value, int) and value < 1)
+        if not right or isinstance(value, bool):
+            expected = "a number above 0" if name == "weight" else wanted.__name__
+            what = f"{key}.{name}: expected {expected}, found {value!r}"
+            hints = ["0.5 takes half of its rows, 2 has each training row twice"]
+            raise SettingError("data.source", what, *(hints if name == "weight" else []))
     if "source" not in entry:
         raise SettingError("data.source", f"{key} names no `source`")
     return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})

@@ -124,7 +124,8 @@ def recorded_rows(section: DataSection, splits: Mapping[str, Any], fingerprint: 
         parts = {name: [position[id] for id in splits[name]["ids"]] for name in SPLITS}
     except KeyError:
         return None
-    return rows.take(parts[TRAIN]) if fingerprint_of(rows, parts) == fingerprint else None
+    same = fingerprint_of(rows, parts) == fingerprint
+    return rows.take(list(dict.fromkeys(parts[TRAIN]))) if same else None
 
 
 def fingerprint_of(rows: Rows, parts: Mapping[str, Sequence[int]]) -> str:

@@ -116,9 +116,19 @@ def lengths_of(recipe: Recipe, vocabulary: int) -> Lengths:
 
 
 def _split(
-    recipe: Recipe, tokens: Sequence[int], rows: int, source: str, *, counted: bool
+    recipe: Recipe,
+    tokens: Sequence[int],
+    rows: int,
+    source: str,
+    *,
+    counted: bool,
+    times: float = 1,
 ) -> Lengths:
-    """Apply the recipe's filters and split fractions to a number of rows."""
+    """Apply the recipe's filters and split fractions to a number of rows.
+
+    Args:
+        times: how often an epoch has a training row, on average.
+    """
     limit, split = recipe.data.filters.max_tokens, recipe.data.split
     if limit is not None:
         kept = [length for length in tokens if length <= limit] or [min(tokens)]
@@ -130,7 +140,7 @@ def _split(
         train = round(rows * (1 - split.validation - split.test))
     if split.method == "published":
         train = rows - math.ceil(rows * (split.validation + split.test) - 1e-9)
-    return Lengths(tuple(tokens), max(train, 1), validation, source, counted)
+    return Lengths(tuple(tokens), max(round(train * times), 1), validation, source, counted)
 
 
 def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
@@ -152,18 +162,19 @@ def _counted(recipe: Recipe, vocabulary: int) -> Lengths | None:
     total, about = len(rows), ""
     if large:  # as many are filtered and skipped as among the first
         in_files = sum(
-            min(sum(map(count_rows, one)), source.max_examples or math.inf)
+            source.num_taken(sum(map(count_rows, one)))
             for source, one in zip(sources, files, strict=True)
         )
-        total, about = round(in_files * len(rows) / rows.num_read), "about "
+        read = sum(source.num_taken(num) for source, num in rows.sources) + len(bad.found)
+        total, about = round(in_files * len(rows) / read), "about "
     source_text = f"{how} in {len(some):,} of {about}{total:,} rows"
     if large or section.filters.max_tokens is not None:
-        return _split(recipe, tokens, total, source_text, counted=True)
+        times = len(rows.repeated(range(len(rows)), section.split.seed)) / len(rows)
+        return _split(recipe, tokens, total, source_text, counted=True, times=times)
     rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
     sides = split_rows(rows.examples, section.split).rows
-    return Lengths(
-        tuple(tokens), len(sides["train"]), len(sides["validation"]), source_text, counted=True
-    )
+    train = len(rows.repeated(sides["train"], section.split.seed))
+    return Lengths(tuple(tokens), train, len(sides["validation"]), source_text, counted=True)
 
 
 def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int | None:

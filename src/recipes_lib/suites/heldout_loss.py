@@ -8,6 +8,9 @@ Samples are rows. A row's value is its negative log-likelihood over the mean num
 tokens of a row, so that the mean over rows is the loss per token, whatever the rows' lengths, and
 the difference of two models on the same rows is tested as every other metric is.
 
+A row whose tokens stand there before is no new evidence: it keeps its value, and shares the
+observation of the first one in intervals and tests.
+
 Losses per token of two tokenizers cannot be compared: their models have bits per byte of the same
 text instead (the loss in bits over the bytes of UTF-8 that a row's supervised tokens stand for,
 without special tokens and the space around them).
@@ -105,6 +108,13 @@ class HeldoutLoss(Asker):
         texts = _supervised_texts(subject.prompts.tokenizer, rows["labels"])
         sizes = [len(text.encode(errors="replace")) for text in texts]
         same = hash_of([list(ids) for ids in rows["input_ids"]])
+        first: dict[str, str] = {}  # of rows that repeat
+        same_as = [
+            first.setdefault(hash_of([list(ids), list(labels)]), str(name))
+            for name, ids, labels in zip(
+                rows["example_id"], rows["input_ids"], rows["labels"], strict=True
+            )
+        ]
         file = log_file(subject.run.path, recipe.name, None)
         where = f"on {self._split or 'held-out'} rows"
 
@@ -117,8 +127,11 @@ class HeldoutLoss(Asker):
                     value=loss * len(sums) / total,
                     outcome="graded",
                     verdicts=(f"{count} {per}",),
+                    same_as="" if earlier == str(name) else earlier,
                 )
-                for name, loss, count in zip(rows["example_id"], sums, per_row, strict=True)
+                for name, loss, count, earlier in zip(
+                    rows["example_id"], sums, per_row, same_as, strict=True
+                )
             )
             return Measure(
                 eval=recipe.name,
@@ -138,6 +151,8 @@ class HeldoutLoss(Asker):
             text = f"text-{hash_of(texts)[:8]}"
             measures.append(measure("bits_per_byte", f"bits per byte {where}", text, sizes))
         values = [one.value for one in measures[0].samples if one.value is not None]
+        repeated = len(same_as) - len(first)
+        clusters = same_as if repeated else None
         loss = sum(sums) / sum(tokens)
         bits = sum(sums) / sum(sizes) / math.log(2) if sum(sizes) else None
         return [
@@ -156,10 +171,15 @@ class HeldoutLoss(Asker):
                     quantized=target.recipe.quantization is not None,
                 ),
                 numbers={
-                    "loss": {**mean_interval(values).to_dict(), "estimate": loss},
+                    "loss": {**mean_interval(values, clusters).to_dict(), "estimate": loss},
                     "perplexity": math.exp(min(loss, 700.0)),
                     "bits_per_byte": bits,
-                    "rows": {"n": len(values), "tokens": sum(tokens), "hash": same},
+                    "rows": {
+                        "n": len(values),
+                        "tokens": sum(tokens),
+                        "hash": same,
+                        "repeated": repeated,
+                    },
                 },
                 measures=tuple(measures),
                 file=file,
@@ -204,6 +224,10 @@ class HeldoutLoss(Asker):
             for result in results
         ]
         lines = grid(head, rows)
+        if repeated := max(result["rows"].get("repeated", 0) for result in results):
+            what = "every text is one observation in the intervals and tests"
+            rows_repeat = "1 row repeats" if repeated == 1 else f"{repeated:,} rows repeat"
+            lines += ["", f"{rows_repeat} the text of another: {what}"]
         if len({result["rows"]["hash"] for result in results}) > 1:
             what = "their losses per token are not comparable, bits per byte of the same text are"
             lines += ["", f"these models read other rows or other tokens: {what}"]

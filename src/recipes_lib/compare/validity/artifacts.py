@@ -1,25 +1,32 @@
 """The same thing under two names: imported files, adapters, answers and judgments of two arms, and
 answers of another arm's weights.
 
-Files are read only where cheap facts agree: equal sizes of adapters, equal verdicts and lengths of
-all items.
+Files are read only where cheap facts agree: equal sizes of adapters, equal verdicts or close
+lengths of most items.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
 from recipes_lib.core.fingerprints import folder_fingerprint
+from recipes_lib.data.leaks import words_of
 from recipes_lib.eval_files import stored_weights
 from recipes_lib.foreign.run import imported_files, same_rows
 
 if TYPE_CHECKING:
     from recipes_lib.compare.measurements import ArmMeasurements
     from recipes_lib.eval_log import EvalLog
+
+# A copy whose rows were edited: most of the texts that are long enough to tell are nearly the same.
+EDITED_COPY = 0.8
+FEWEST_EDITED = 5
+FEWEST_WORDS = 8
 
 
 def check_artifacts(case: Case) -> Iterator[Finding]:
@@ -106,59 +113,92 @@ def _same_seeds(arm: ArmMeasurements) -> Iterator[Finding]:
 
 
 def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """Answers or judgments of one evaluation that are the same texts."""
+    """Answers or judgments of one evaluation that are the same texts, or the same but for a word or
+    white space here and there.
+
+    What is compared are the rows that both have: a copy of which rows were dropped is a copy still.
+    """
     theirs = {(log.eval, log.against): log for log in other.logs}
     for log in one.logs:
         twin = theirs.get((log.eval, log.against))
         if twin is None or log.suite == "lm_eval" or not _alike(log, twin):
             continue
+        arms, metrics = (one.name, other.name), metrics_of((log, twin))
+        places = [run_place(log.file.parent), run_place(twin.file.parent)]
         for code, texts in (("identical-answers", _answers), ("identical-judgments", _judgments)):
-            if _same_where_both_are(texts(log), texts(twin)):
-                places = [run_place(log.file.parent), run_place(twin.file.parent)]
-                arms = (one.name, other.name)
-                yield found(code, places, arms, metrics_of((log, twin)), eval=log.eval)
+            mine, its = texts(log), texts(twin)
+            both = [(mine[key], its[key]) for key in mine if key in its]
+            if both and all(text == same for text, same in both):
+                yield found(code, places, arms, metrics, eval=log.eval)
+                break
+            edited, telling = _edited(both)
+            if telling >= FEWEST_EDITED and edited >= EDITED_COPY * telling:
+                told = (
+                    f"{edited:,} of {telling:,} differ by at most a word or a tenth of their words"
+                )
+                yield found(f"{code}/edited", [*places, told], arms, metrics, eval=log.eval)
                 break
 
 
-def _same_where_both_are(one: Mapping[Any, object], other: Mapping[Any, object]) -> bool:
-    """Whether two files agree in every row that both have: a copy of which rows were dropped is a
-    copy still, and what is compared are the rows that are left.
+def _edited(both: Sequence[tuple[str, str]]) -> tuple[int, int]:
+    """How many pairs of texts are nearly the same, and how many can tell: those of a few words
+    cannot, nor those that are nearly the same as the text before (a template around every answer).
     """
-    both = one.keys() & other.keys()
-    return bool(both) and all(one[key] == other[key] for key in both)
+    edited = telling = 0
+    before: list[str] = []
+    for one, other in both:
+        words = words_of(one)
+        if len(words) >= FEWEST_WORDS and not _nearly_same(words, before):
+            telling += 1
+            edited += _nearly_same(words, words_of(other))
+        before = words
+    return edited, telling
+
+
+def _nearly_same(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether two texts differ by at most one word or a tenth of their words."""
+    longer = max(len(one), len(other))
+    return longer - (Counter(one) & Counter(other)).total() <= max(1, longer // 10)
 
 
 def _alike(one: EvalLog, other: EvalLog) -> bool:
-    """Whether two results could rest on the same answers or judgments: where both have an item all
-    lengths are equal, or all verdicts where no length is known.
+    """Whether two results could rest on the same answers or judgments, an edit here and there: of
+    most items that both have the lengths are close, or the verdicts equal where no length is known.
     """
     for measure in one.measures:
         twin = next((twin for twin in other.measures if twin.metric == measure.metric), None)
         theirs = {item.key: item for item in twin.samples} if twin else {}
         both = [(item, theirs[item.key]) for item in measure.samples if item.key in theirs]
         if both:
-            if any(item.lengths[:1] != its.lengths[:1] for item, its in both):
-                return False
-            return any(item.lengths for item, _ in both) or all(
-                item.verdicts == its.verdicts for item, its in both
+            known = any(item.lengths for item, _ in both)
+            close = sum(
+                _close(item.lengths, its.lengths) if known else item.verdicts == its.verdicts
+                for item, its in both
             )
+            return close >= EDITED_COPY * len(both)
     return False
 
 
-def _answers(log: EvalLog) -> dict[tuple[str, int], str]:
+def _close(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether the lengths of two answers differ by a quarter at most."""
+    (mine, *_), (its, *_) = one or (0,), other or (0,)
+    return 4 * abs(mine - its) <= max(mine, its)
+
+
+def _answers(log: EvalLog) -> Mapping[Any, str]:
     """The answers by question and turn, as far as they are known whole."""
     samples = (one for measure in log.measures for one in measure.samples)
     return {one.key: one.answer for one in samples if one.answer is not None and not one.shortened}
 
 
-def _judgments(log: EvalLog) -> dict[tuple[str, str, int], tuple[str | None, ...]]:
+def _judgments(log: EvalLog) -> Mapping[Any, str]:
     """What the judge wrote, by metric, question and turn; nothing of a judge that gives
     probabilities, and of rules.
     """
     if log.judge is not None and log.judge.mode == "logits":
         return {}
     return {
-        (measure.metric, *one.key): one.raws
+        (measure.metric, *one.key): "\n".join(raw or "" for raw in one.raws)
         for measure in log.measures
         for one in measure.samples
         if any(one.raws) and not one.by_rule

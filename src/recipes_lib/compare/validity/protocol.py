@@ -226,7 +226,8 @@ def _repeated(logs: Sequence[EvalLog]) -> Iterator[Finding]:
         first = same_questions(mine)
         lines = tuple(f"{one} is {other} again" for one, other in first.items() if one != other)
         if lines:
-            again.setdefault(lines, (len(first), []))[1].append(name)
+            asked = {item.id for one in mine for item in one.samples}
+            again.setdefault(lines, (len(asked), []))[1].append(name)
     for lines, (total, metrics) in again.items():
         more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
         words = {"eval": logs[0].eval, "n": total - len(lines), "total": total}
