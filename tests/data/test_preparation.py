@@ -192,6 +192,7 @@ def test_chat_without_an_end_token_is_refused(prepare, write_jsonl, tasks):
     ) as caught:
         prepare(write_jsonl(tasks(20)), prompt_format="chat", chat_template=template)
     assert caught.value.key == "data.chat_template"
+    assert "rows.jsonl:1, " in caught.value.what and "(17 more)" in caught.value.what
 
 
 def test_a_turn_end_that_is_not_the_tokenizer_s_eos_is_warned_about(prepare, write_jsonl, tasks):

@@ -5,6 +5,7 @@ plain template lets the model write behind the prompt that it is asked with, tur
 from __future__ import annotations
 
 import copy
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from conversation_samples import TURNS
 
 from recipes_lib.config.sections import DataSection
+from recipes_lib.data.conversations import with_arguments_as_text
 from recipes_lib.data.examples import BadRow, Example
 from recipes_lib.data.prompts import twin_of
 from recipes_lib.data.supervision import Supervision, encode
@@ -26,42 +28,95 @@ PLAIN = sorted(
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def thinking(message, thought):
-    return {**message, "reasoning_content": thought, "thinking": thought}
-
-
-CASES = {
-    "single": TURNS[:2],
-    "system": [SYSTEM, *TURNS[:2]],
-    "multi-turn": [*TURNS, *TURNS],
-    "thought": [TURNS[0], thinking(TURNS[1], "Hmm one.")],
-    "thoughts": [
-        *(TURNS[0], thinking(TURNS[1], "Hmm one.")),
-        *(TURNS[2], thinking(TURNS[3], "Hmm two.")),
-    ],
+ADD = {
+    "name": "add",
+    "description": "The sum.",
+    "parameters": {
+        "type": "object",
+        "properties": {name: {"type": "integer", "description": "one"} for name in "ab"},
+        "required": ["a", "b"],
+    },
 }
-# What does not simply carry loss as it would be written; case -> what happens.
+CALL = {"type": "function", "id": "call00001", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLS = [
+    {"role": "user", "content": "Sum?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "name": "add", "tool_call_id": "call00001", "content": "seven"},
+    {"role": "assistant", "content": "It is 7."},
+]
+
+
+def thinking(message, thought):
+    return {**message, "reasoning_content": thought}
+
+
+THOUGHT = [TURNS[0], thinking(TURNS[1], "Hmm one.")]
+CASES = {
+    "single": {"messages": TURNS[:2]},
+    "system": {"messages": [SYSTEM, *TURNS[:2]]},
+    "multi-turn": {"messages": [*TURNS, *TURNS]},
+    "thought": {"messages": THOUGHT},
+    "thoughts": {"messages": [*THOUGHT, TURNS[2], thinking(TURNS[3], "Hmm two.")]},
+    "asked to think": {"messages": THOUGHT, "kwargs": {"enable_thinking": True}},
+    "asked not to": {"messages": TURNS, "kwargs": {"enable_thinking": False}},
+    "tools": {"messages": CALLS, "tools": [{"type": "function", "function": ADD}]},
+    "tools, long": {
+        "messages": [SYSTEM, *CALLS, *TURNS],
+        "tools": [{"type": "function", "function": ADD}],
+    },
+}
+# What does not simply carry loss as it would be written: template -> case -> what happens.
 #   refused     the row cannot be used
+#   changed     counted: the template leaves out a thought or a call
+#   unlike      counted: the answer does not go on from the prompt, which begins a thought (or none)
 #   earlier     a turn that another follows is rendered without its thought, or with another end
-#   unlike      the answer does not go on from the prompt, which begins a thought (or ends it)
 #   end added   TRL's twin ends turns that the plain template leaves open
-ENDS_EARLIER_TURNS_OTHERWISE = {"multi-turn": "earlier", "thoughts": "earlier"}
-DROPS_EARLIER_THOUGHTS = {"thoughts": "earlier"}
+#   other text  of the last turn, behind the results of tools
+ENDS = ("<|user|>", "<|observation|>")
+NO_THOUGHTS = dict.fromkeys(("thought", "thoughts", "asked to think"), "changed")
+CALLS_REFUSED = dict.fromkeys(("tools", "tools, long"), "refused")
+CALLS_CHANGED = dict.fromkeys(("tools", "tools, long"), "changed")
+LAST_THOUGHT_ONLY = {"thoughts": "changed, earlier"}
+ENDS_OTHERWISE = dict.fromkeys(("multi-turn", "asked not to"), "earlier")
 THINKS_FIRST = {
-    **dict.fromkeys(("single", "system", "multi-turn"), "unlike"),
-    "thoughts": "earlier, unlike",
+    **dict.fromkeys(("single", "system", "multi-turn", "tools", "tools, long"), "unlike"),
+    "thoughts": "changed, earlier, unlike",
+}
+PROMPT_THINKS = {
+    **dict.fromkeys(CASES, "unlike"),
+    **dict.fromkeys(NO_THOUGHTS, "changed, unlike"),  # they stand in the content
+    "tools": "other text, unlike",  # the tag behind the results is learned, too
+    "tools, long": "earlier, unlike",
+}
+PHI = {
+    **NO_THOUGHTS,
+    **ENDS_OTHERWISE,
+    **dict.fromkeys(("thoughts", "tools", "tools, long"), "changed, earlier"),
 }
 EXPECTED = {
-    "deepseek_r1_distill": dict.fromkeys(CASES, "unlike"),  # its thoughts stand in the content
-    "deepseekv3": dict.fromkeys(CASES, "unlike"),
-    "diffusion_gemma": DROPS_EARLIER_THOUGHTS,
-    "gemma": {"system": "refused"},
+    **dict.fromkeys(("cohere", "cohere2", "gemma3"), NO_THOUGHTS | CALLS_REFUSED),
+    "deepseek_r1_distill": {
+        **PROMPT_THINKS,
+        "tools": "changed, other text, unlike",
+        "tools, long": "changed, earlier, unlike",
+    },
+    "deepseekv3": PROMPT_THINKS,
+    "diffusion_gemma": {
+        **LAST_THOUGHT_ONLY,
+        "tools": "earlier, other text",
+        "tools, long": "earlier",
+    },
+    "gemma": {**NO_THOUGHTS, **CALLS_REFUSED, "system": "refused"},
+    **dict.fromkeys(("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4"), NO_THOUGHTS),
     "gemma4_v5": {"thoughts": "refused"},
-    "glm4moe": {**dict.fromkeys(CASES, "end added"), "thoughts": "earlier, end added"},
-    "gptoss": ENDS_EARLIER_TURNS_OTHERWISE,
-    **dict.fromkeys(("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"), DROPS_EARLIER_THOUGHTS),
+    "glm4moe": {**dict.fromkeys(CASES, "end added"), "thoughts": "changed, earlier, end added"},
+    "gptoss": {**LAST_THOUGHT_ONLY, **ENDS_OTHERWISE, "tools, long": "earlier"},
+    **dict.fromkeys(("lfm2", "llama3", "qwen2_5_vl"), NO_THOUGHTS | CALLS_CHANGED),
+    **dict.fromkeys(("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"), LAST_THOUGHT_ONLY),
+    **dict.fromkeys(("lfm2_v2", "llama3_1", "llama3_2"), NO_THOUGHTS),
     **dict.fromkeys((name for name in PLAIN if name.startswith("nemotron_3")), THINKS_FIRST),
-    **dict.fromkeys(("phi3", "phi3_5"), ENDS_EARLIER_TURNS_OTHERWISE),
+    **dict.fromkeys(("phi3", "phi3_5"), PHI),
+    **dict.fromkeys(("qwen2_5", "qwen3_instruct_2507", "qwen3_vl"), NO_THOUGHTS),
     "qwen3_5_nothink": {"thought": "unlike", "thoughts": "unlike"},
 }
 
@@ -76,22 +131,36 @@ def tokenizer_with(name: str, tokenizer):
     return tokenizer
 
 
-def written(messages, index, tokenizer) -> str:
+def written(case, index, tokenizer) -> str:
     """What the model must write of a turn, as the plain template has it at the end; empty where
     that does not go on from the prompt.
     """
-    prompt = tokenizer.apply_chat_template(
-        messages[:index], tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+
+    def text(messages, prompt):
+        values = {"tools": case.get("tools"), **case.get("kwargs", {})}
+        try:
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, **values
+            )
+        except TypeError:  # DeepSeek's reads arguments as text
+            messages = list(map(with_arguments_as_text, messages))
+            return tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt, **values
+            )
+
+    prompt, whole = text(case["messages"][:index], True), text(case["messages"][: index + 1], False)
     return whole[len(prompt) :].rstrip() if whole.startswith(prompt) else ""
 
 
-def happens(messages, tokenizer) -> str:
+def happens(case, tokenizer) -> str:
     """In the words of `EXPECTED`; empty where each turn carries loss as it would be written."""
-    section = DataSection(source="x", prompt_format="chat")
+    messages = case["messages"]
+    section = DataSection(
+        source="x", prompt_format="chat", chat_template_kwargs=case.get("kwargs", {})
+    )
     settings = Supervision.of(section, {"max_length": 4096}, tokenizer)
-    row, twin = Example("rows.jsonl", 1, 1, {"messages": messages}), twin_of(section, tokenizer)
+    tools = {"tools": json.dumps(case["tools"])} if "tools" in case else {}
+    row, twin = Example("f", 1, 1, {"messages": messages, **tools}), twin_of(section, tokenizer)
     [item] = encode([row], settings, tokenizer, tokenizer.chat_template, twin)
     if isinstance(item, BadRow):
         return "refused"
@@ -101,16 +170,17 @@ def happens(messages, tokenizer) -> str:
         for span in item.spans
     ]
     answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
-    for text, index in zip(learned, answers, strict=True):
-        assert messages[index]["content"] in text and not text[-1].isspace()
-        assert not any(one["content"] in text for one in messages if one["role"] != "assistant")
     words = {"unlike"} if item.unlike_prompt else set()
+    words |= {"changed"} if item.changed else set()
     for text, index in zip(learned, answers, strict=True):
-        wanted = written(messages, index, tokenizer)
+        assert messages[index]["content"] in text or item.changed
+        assert not text[-1].isspace()
+        assert not any(one["content"] in text for one in messages if one["role"] != "assistant")
+        wanted = written(case, index, tokenizer)
         if not wanted:
             assert item.unlike_prompt
         elif text != wanted:
-            added = "end added" if text == f"{wanted}<|user|>" else "other text"
+            added = "end added" if text in (f"{wanted}{tag}" for tag in ENDS) else "other text"
             words.add(added if added == "end added" or index == answers[-1] else "earlier")
     return ", ".join(sorted(words))
 
@@ -118,5 +188,5 @@ def happens(messages, tokenizer) -> str:
 @pytest.mark.parametrize("name", PLAIN)
 def test_every_turn_carries_loss_as_the_plain_template_has_it_written(name, tiny_tokenizer):
     tokenizer = tokenizer_with(name, tiny_tokenizer)
-    found = {case: happens(messages, tokenizer) for case, messages in CASES.items()}
+    found = {name: happens(case, tokenizer) for name, case in CASES.items()}
     assert {case: words for case, words in found.items() if words} == EXPECTED.get(name, {})

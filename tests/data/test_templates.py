@@ -101,7 +101,7 @@ def test_a_template_that_refuses_a_row_names_it(tiny_tokenizer, template):
         DataError, match="the chat template refuses the conversation: no system messages here"
     ) as caught:
         encode_chat([conversation(line=7)], tiny_tokenizer, template=template)
-    assert caught.value.line == 7
+    assert caught.value.line == 7 and "choose another template" in caught.value.hints[0]
 
 
 def test_a_template_without_an_end_token_is_noticed(tiny_tokenizer):

@@ -161,6 +161,7 @@ def audit_rows(
             "untruncated_rows": int((~cut).sum()),
             "of_which_supervised": int((~cut & (tokens["ends"] == 1)).sum()),
         },
+        "without_end_token": named(~cut & (tokens["ends"] == 0)),
         "end_tokens": {
             str(tokenizer.convert_ids_to_tokens(token)): num
             for token, num in zip(ending.tolist(), num_ending.tolist(), strict=True)
@@ -267,7 +268,7 @@ def _refusal(
         return (
             "data.chat_template",
             f"{missing}/{used} rows do not end with a supervised end token: the model would not"
-            " learn to stop",
+            f" learn to stop: {listed(audit['without_end_token']['places'], 3)}",
             "the template must end an assistant turn with a special token, inside {% generation %}"
             " if it has that",
         )
@@ -345,7 +346,9 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         (
             unlike["count"],
             f"{unlike['count']} rows have an answer that does not go on from what the chat template"
-            f" ends a prompt with (a thought begun?): {listed(unlike['places'], 3)}",
+            f" ends a prompt with (a thought begun?): {listed(unlike['places'], 3)}; an argument of"
+            " the template may change its prompts (data.chat_template_kwargs: {enable_thinking:"
+            " ...})",
         ),
         (
             injected["num_rows"],

@@ -373,7 +373,10 @@ def render_turns(
         what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
         raise SettingError("data.chat_template", what) from None
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
-        return BadRow(f"the chat template refuses the conversation: {first_line(error)}")
+        return BadRow(
+            f"the chat template refuses the conversation: {first_line(error)}",
+            "change the rows, or choose another template (data.chat_template)",
+        )
     return whole, spans
 
 
@@ -471,6 +474,8 @@ def _supervise_turns(
             "weight 0: the chat template does not render every assistant turn, so the turns"
             " cannot be told apart"
         )
+    # a tool's name may stand among the tools, too
+    said = "".join(text[slice(*turn)] for turn in turns)
     ends = bool(found) and ids[found[-1][-1][1] - 1] in special
     learned = list(zip(answers, found, begun, strict=True)) if len(answers) == len(found) else []
     if 0 in weights:
@@ -479,7 +484,16 @@ def _supervise_turns(
         np.array(ids, dtype=np.int32),
         tuple(span for spans in found for span in spans),
         ends,
-        changed=not all(message["content"].strip() in text for message in messages),
+        changed=any(
+            words.strip() not in text
+            for message in messages
+            for words in (message["content"], message.get("reasoning_content", ""))
+        )
+        or any(
+            call["function"]["name"] not in said
+            for index in answers
+            for call in messages[index].get("tool_calls", ())
+        ),
         unlike_prompt=any(
             not known and index and messages[index - 1]["role"] != "tool"
             for index, _, known in learned
