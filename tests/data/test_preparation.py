@@ -429,7 +429,7 @@ def test_the_audit_says_what_the_rows_were_rendered_with(
     assert before.twin is None and describe_template(before.audit) == []
     twin = Twin(Path("tiny_training.jinja"), MARKED)
     own = tiny_tokenizer.chat_template
-    monkeypatch.setattr("recipes_lib.data.prompts._twins", lambda: {own: twin})
+    monkeypatch.setattr("recipes_lib.data.prompts.trl_twins", lambda: {own: twin})
     data = prepare(rows, prompt_format="chat")
     assert data.train.to_list() == before.train.to_list()  # SmolLM-like: the markers say the same
     assert data.prompt_format_hash == before.prompt_format_hash
@@ -439,7 +439,7 @@ def test_the_audit_says_what_the_rows_were_rendered_with(
     given = prepare(rows, prompt_format="chat", chat_template=own)
     assert given.twin is None and given.audit["training_template"] is None
     other = Twin(twin.file, MARKED.replace("{{ bos_token }}", ""))
-    monkeypatch.setattr("recipes_lib.data.prompts._twins", lambda: {own: other})
+    monkeypatch.setattr("recipes_lib.data.prompts.trl_twins", lambda: {own: other})
     with pytest.raises(DataError, match="renders another text than the plain template"):
         prepare(rows, prompt_format="chat")
 

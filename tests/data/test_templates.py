@@ -312,3 +312,11 @@ def test_a_twin_may_keep_the_thought_that_the_plain_template_leaves_out(tiny_tok
     assert not item.unlike_prompt and not item.changed
     [item] = encode_chat([conversation(TURNS[:2])], tokenizer, twin=twin)
     assert item.unlike_prompt  # without a thought, the answer does not go on from the prompt
+
+
+def test_a_brought_template_that_trl_has_a_twin_of_is_told_its_name(tiny_tokenizer):
+    template = (TRAINING_TEMPLATES[0].parent / "qwen3.jinja").read_text(encoding="utf-8")
+    tokenizer = with_special_tokens_of(template, tiny_tokenizer)
+    with pytest.raises(DataError, match="renders the first messages differently") as caught:
+        encode_chat([conversation()], tokenizer, template=template)
+    assert "data.chat_template: trl:qwen3" in caught.value.hints[0]

@@ -692,12 +692,12 @@ def test_a_twin_trains_and_the_plain_template_is_saved(
         assert main(words) == ExitCode.PREEMPTED
     said = capsys.readouterr().out
     assert said.count("chat template: trained through TRL's phi3_training.jinja") == 1
-    twin = prompts._twins()[plain]
+    twin = prompts.trl_twins()[plain]
     assert run_json(tiny_recipe)["guard"]["training_template_hash"] == twin.hash
 
     other = prompts.Twin(twin.file, twin.text + "{# newer #}")
     with monkeypatch.context() as patch:
-        patch.setattr(prompts, "_twins", lambda: {plain: other})
+        patch.setattr(prompts, "trl_twins", lambda: {plain: other})
         assert main(words) == ExitCode.USAGE
         assert "training_template_hash" in capsys.readouterr().err
     assert main(words) == 0

@@ -237,6 +237,11 @@ class Twin:
     text: str
 
     @property
+    def setting(self) -> str:
+        """The setting that trains through it, whatever the tokenizer's own template is."""
+        return f"data.chat_template: {TRL}{self.file.stem.removesuffix('_training')}"
+
+    @property
     def hash(self) -> str:
         """The sha256 of its text."""
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -251,11 +256,11 @@ def twin_of(section: DataSection, tokenizer: Any) -> Twin | None:
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
         return None
     template = chat_template(section, tokenizer)
-    return None if GENERATION.search(template) else _twins().get(template)
+    return None if GENERATION.search(template) else trl_twins().get(template)
 
 
 @functools.cache
-def _twins() -> dict[str, Twin]:
+def trl_twins() -> dict[str, Twin]:
     """TRL's twins by the text of the template that each belongs to.
 
     Source: `trl.chat_template_utils.get_training_chat_template`, which takes seconds to import.

@@ -33,6 +33,7 @@ from recipes_lib.data.prompts import (
     Twin,
     prompt_and_completion,
     render_chat,
+    trl_twins,
 )
 
 BATCH_ROWS = 1000
@@ -360,10 +361,13 @@ def render_turns(
             start, _ = render_chat(messages[:index], tokenizer, template, values, prompt=True)
             end, _ = render_chat(messages[: index + 1], tokenizer, template, values)
             if not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
+                known = trl_twins().get(template)
                 return BadRow(
                     "the chat template renders the first messages differently when message"
                     f" {index} follows: no loss mask possible",
-                    "mark the assistant's text in the template with {% generation %} ... {%"
+                    f"this is TRL's template, which has a twin for training: {known.setting}"
+                    if known
+                    else "mark the assistant's text in the template with {% generation %} ... {%"
                     " endgeneration %}, or learn the last turn alone: data.chat_loss: last",
                 )
             spans.append((len(start), len(end)))
