@@ -8,6 +8,8 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
+from recipes_lib.compare.published import load_published
+from recipes_lib.config.learning_rates import sweep
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.project import project_root
 
@@ -157,6 +159,95 @@ def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path
     assert "no such file" in said(
         capsys, "new", "y", "--from", QUICKSTART, "--data", "no.jsonl", code=4
     )
+
+
+def test_new_for_a_model_fits_template_rate_batch_and_launch_to_model_rows_and_card(
+    capsys, tmp_path
+):
+    (tmp_path / "recipes").mkdir()
+    rows = [{"question": f"What is {n}?", "answer": "word " * 700} for n in range(50)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--data", "mine.jsonl", "--gpu")
+    out = said(capsys, "new", "a", "--model", "meta-llama/Llama-3.1-8B", *words, "h100")
+    assert "On 1 x H100 80GB SXM it needs" in out and out.endswith("check recipes/a.yaml\n")
+    assert said(capsys, "check", "recipes/a.yaml").startswith("1 file ok")
+    a = load_recipe("a")
+    assert (a.data.prompt_format, a.data.chat_template) == ("chat", "trl:llama3")
+    assert a.data.columns == {"instruction": "question", "response": "answer"}
+    assert (a.train["learning_rate"], a.train["eos_token"]) == (3e-4, "<|eot_id|>")
+    assert (a.lora["r"], a.lora["target_modules"], a.run.global_batch_size) == (
+        64,
+        "all-linear",
+        16,
+    )
+    assert 700 < a.train["max_length"] <= 1024 and a.train["completion_only_loss"] is True
+    text = (tmp_path / "recipes/a.yaml").read_text()
+    assert "# the best of 4 for this model on tulu3 at rank 64 (tinker-cookbook's sweep)" in text
+    said(capsys, "new", "b", "--model", "meta-llama/Llama-3.1-8B-Instruct", *words, "4090")
+    b = load_recipe("b")
+    assert (b.data.chat_template is None and b.quantization) or b.train["activation_checkpointing"]
+    plan = json.loads(said(capsys, "plan", "b", "--gpu", "4090", "--json"))
+    assert plan["memory"]["fits"] is True
+    out = said(capsys, "new", "c", "--model", "Qwen/Qwen3-32B", *words, "4090")
+    assert load_recipe("c").launch.gpus in (2, 4, 8) and "DOES NOT FIT" not in out
+    assert said(capsys, "check", "recipes").startswith("3 files ok")
+
+
+def test_new_for_a_model_that_nobody_knows_says_so_and_takes_the_rate_that_was_never_far_off(
+    capsys, tmp_path
+):
+    (tmp_path / "mine.jsonl").write_text('{"text": "A whole text."}\n')
+    words = ("--model", "you/yours", "--data", "mine.jsonl", "--output", "x.yaml")
+    out = said(capsys, "new", "x", *words)
+    assert "not planned, so LoRA on one card: 'you/yours' is not on this machine" in out
+    recipe = load_recipe("x.yaml")
+    assert (recipe.data.prompt_format, recipe.train["completion_only_loss"]) == ("raw", None)
+    assert recipe.train["learning_rate"] == 3e-4
+    assert "18 of 20 models on tulu3" in (tmp_path / "x.yaml").read_text()
+
+
+def test_new_needs_one_thing_to_start_from(capsys, tmp_path):
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    for words, error in {
+        (): "nothing to start from",
+        ("--from", QUICKSTART, "--model", "a/b"): "--from and --model exclude each other",
+        ("--model", "a/b"): "--model needs your rows",
+        ("--from", QUICKSTART, "--gpu", "h100"): "--gpu goes with --model",
+    }.items():
+        assert error in said(capsys, "new", "x", *words, code=2)
+
+
+def test_the_rates_of_new_recipes_are_those_of_the_published_sweep():
+    numbers = load_published(project_root() / "recipes/studies/published/tinker-tulu3.yaml").numbers
+    published = {one.arm: one.value for one in numbers if one.metric == "test_nll"}
+    for start, model in (("1b", "meta-llama/Llama-3.2-1B"), ("8b", "meta-llama/Llama-3.1-8B")):
+        rank, cells = sweep()[model]
+        for rate, nll in cells.items():
+            arm = f"{start}-r{rank}-lr{rate:.0e}".replace("e-0", "e-")
+            assert abs(published[arm] - nll) <= 0.0003  # as two trainings of a cell differ
+
+
+@pytest.mark.slow
+def test_a_new_recipe_for_a_folder_s_model_trains_on_this_machine(
+    capsys, tmp_path, tiny_model_dir, monkeypatch
+):
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{n}?"},
+                {"role": "assistant", "content": "Yes"},
+            ]
+        }
+        for n in range(60)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = ("--model", str(tiny_model_dir), "--data", "mine.jsonl", "--gpu", "cpu")
+    said(capsys, "new", "t", *model, "--output", "t.yaml")
+    assert load_recipe("t.yaml").launch.accelerate == "cpu"
+    from recipes_lib.train import main as train
+
+    assert train(["t.yaml", "train.max_steps=2"]) == 0
 
 
 def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):

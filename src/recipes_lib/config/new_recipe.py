@@ -1,4 +1,5 @@
-"""The text of a new recipe: it extends an existing one and writes out the values people change.
+"""The text of a new recipe: it extends an existing one and writes out the values people change, or
+stands for itself, for any model.
 
 How often is validated and saved is written as a share of the training where the rows are somebody's
 own: the steps of the recipe it starts from were chosen for other rows.
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.learning_rates import LORA_ALPHA, RANK, lora_rate
 from recipes_lib.config.loader import MAX_LEVELS, load_document
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
@@ -33,6 +35,21 @@ _REMARKS = {
     "train.completion_only_loss": "these rows are one text each: the loss is on all of it",
     "run.global_batch_size": "examples per optimizer step over all processes",
 }
+_OF_A_MODEL = {
+    "data.chat_template": "the base model has none: the one of its family",
+    "lora.r": "what the learning rate was measured with, as lora_alpha",
+    "lora.target_modules": "every linear layer; routers and heads are left out",
+    "train.eos_token": "what ends a turn in that template",
+    "train.activation_checkpointing": "true fits smaller cards, and computes the same",
+    "train.completion_only_loss": "prompts are read, not learned",
+}
+_NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+_SHARDED = {"bnb_4bit_quant_storage": "bfloat16"}  # FSDP shards one floating type
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,104 @@ def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) ->
         f"#   {launch}",
         *([f"extends: {extends}"] if extended else []),
     ]
+    return "\n".join([*head, join_lines(lines), ""])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What of a recipe for a model follows from the model, the rows and the card.
+
+    Args:
+        chat_template: for a base model without one: `trl:NAME`, and `eos_token` the end of its
+            turns.
+        quantized: whether the base is loaded in 4 bits.
+        checkpointing: whether activations are computed twice.
+        gpus: processes, each with a card of its own; several share the model (FSDP).
+        plan: what was planned for which card, in words; empty where it could not be.
+    """
+
+    chat_template: str | None = None
+    eos_token: str | None = None
+    batch: int = 16
+    epochs: int = 3
+    length: int = MAX_LENGTH
+    quantized: bool = False
+    checkpointing: bool = False
+    per_device: int = 4
+    accelerate: str = "single_gpu"
+    gpus: int = 1
+    plan: str = ""
+
+
+def batch_and_epochs(num_rows: int) -> tuple[int, int]:
+    """Return examples per step and passes over the data: about 100 steps or more, however few rows.
+
+    Example:
+        >>> batch_and_epochs(400), batch_and_epochs(15_000), batch_and_epochs(900_000)
+        ((16, 3), (32, 2), (128, 1))
+    """
+    if num_rows < 2_000:
+        return 16, 3
+    if num_rows < 20_000:
+        return 32, 2
+    return (64 if num_rows < 100_000 else 128), 1
+
+
+def recipe_for_model(name: str, target: Path, model: str, rows: OwnRows, setup: Setup) -> str:
+    """Return the text of a recipe that trains an adapter for `model` on somebody's rows."""
+    chat = "chat" in rows.prompt_formats
+    section: dict[str, Any] = {
+        "source": _own_source(target, rows),
+        "prompt_format": "chat" if chat else rows.prompt_formats[0],
+    }
+    if rows.columns:
+        section["columns"] = rows.columns
+    if rows.delimiter:
+        section["delimiter"] = rows.delimiter
+    if chat and setup.chat_template:
+        section["chat_template"] = setup.chat_template
+    rate = lora_rate(model)
+    train = {
+        "num_train_epochs": setup.epochs,
+        "per_device_train_batch_size": setup.per_device,
+        "learning_rate": rate.value,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.03,
+        "optim": "adamw_torch_fused",
+        "max_length": setup.length,
+        "completion_only_loss": None if rows.whole_text else True,
+        "bf16": True,
+        "activation_checkpointing": setup.checkpointing,
+        "eval_strategy": "steps",
+        "eval_steps": EVAL_SHARE,
+        "save_steps": SAVE_SHARE,
+        "logging_steps": 5,
+    }
+    if chat and setup.eos_token:
+        train["eos_token"] = setup.eos_token
+    launch: dict[str, Any] = {"accelerate": setup.accelerate}
+    values = {
+        "model": {"name_or_path": model, "dtype": "bfloat16"},
+        "data": {**section, "split": {"validation": 0.05, "test": 0.05}},
+        **(
+            {"quantization": _NF4 | (_SHARDED if setup.gpus > 1 else {})} if setup.quantized else {}
+        ),
+        "lora": {"r": RANK, "lora_alpha": LORA_ALPHA, "target_modules": "all-linear"},
+        "train": train,
+        "run": {"name": name, "global_batch_size": setup.batch, "tags": []},
+        "launch": launch | ({"gpus": setup.gpus} if setup.gpus > 1 else {}),
+    }
+    remarks = _REMARKS | _OF_A_MODEL | {"train.learning_rate": rate.because}
+    if rows.whole_text:
+        remarks.pop("train.completion_only_loss", None)
+    schema = project_root() / "schema" / "recipe.schema.json"
+    schema = Path(os.path.relpath(schema, target.resolve().parent))
+    head = [
+        f"# yaml-language-server: $schema={schema.as_posix()}",
+        f"# {name}: an adapter for {model}{f'. {setup.plan}' if setup.plan else ''}",
+        f"#   recipes train {shown_path(target)}",
+    ]
+    lines = yaml_lines(values, lambda path: remarks.get(".".join(map(str, path)), ""))
     return "\n".join([*head, join_lines(lines), ""])
 
 
@@ -154,12 +269,16 @@ def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
     return {key: value for key, value in values.items() if wanted.get(key, True)}
 
 
+def _own_source(target: Path, rows: OwnRows) -> str:
+    return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()
+
+
 def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
     """Return `data.source` as the new file must write it: local paths relative to its own
     folder.
     """
     if rows is not None:
-        return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()
+        return _own_source(target, rows)
     source = origin.data.source
     if isinstance(source, str) and Path(source).exists() and "source" in origin.as_written:
         return Path(os.path.relpath(Path(source).resolve(), target.resolve().parent)).as_posix()
