@@ -12,6 +12,7 @@ from recipes_lib.data.conversations import read_messages, read_tools
 from recipes_lib.data.examples import Example, SettingError
 from recipes_lib.data.prompts import (
     chat_template,
+    check_template_kwargs,
     format_hash,
     generation_prompt,
     render_chat,
@@ -172,3 +173,18 @@ def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenize
     said += [] if name == "deepseekv3" else ["Its colour."]  # it knows no tools, only calls
     said += ["Look up."] if name in ("qwen3", "gptoss", "glm4moe", "gemma4") else []
     assert [word for word in said if word not in text] == []
+
+
+def test_an_argument_that_the_template_does_not_read_names_the_nearest_that_it_does():
+    with pytest.raises(SettingError, match="does not read 'enable_thinkng'") as caught:
+        check_template_kwargs(section("chat", chat_template_kwargs={"enable_thinkng": 1}), THINKING)
+    assert [*caught.value.hints] == ["did you mean enable_thinking?"]
+    check_template_kwargs(section("chat", chat_template_kwargs={"enable_thinking": 1}), THINKING)
+
+
+def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    row = {"messages": [turns[0], {**turns[1], "tool_calls": [call]}]}
+    bad = render_turns(Example("f", 1, 1, row), section("chat"), tiny_tokenizer, THINKING)
+    assert bad.drop == ("messages.tool_calls",) and "not rendered by the chat template" in bad.what

@@ -67,7 +67,7 @@ CASES = {
 }
 # What does not simply carry loss as it would be written: template -> case -> what happens.
 #   refused     the row cannot be used
-#   changed     counted: the template leaves out a thought or a call
+#   changed     counted: the template leaves out a thought
 #   unlike      counted: the answer does not go on from the prompt, which begins a thought (or none)
 #   earlier     a turn that another follows is rendered without its thought, or with another end
 #   end added   TRL's twin ends turns that the plain template leaves open
@@ -75,7 +75,6 @@ CASES = {
 ENDS = ("<|user|>", "<|observation|>")
 NO_THOUGHTS = dict.fromkeys(("thought", "thoughts", "asked to think"), "changed")
 CALLS_REFUSED = dict.fromkeys(("tools", "tools, long"), "refused")
-CALLS_CHANGED = dict.fromkeys(("tools", "tools, long"), "changed")
 LAST_THOUGHT_ONLY = {"thoughts": "changed, earlier"}
 ENDS_OTHERWISE = dict.fromkeys(("multi-turn", "asked not to"), "earlier")
 THINKS_FIRST = {
@@ -91,15 +90,12 @@ PROMPT_THINKS = {
 PHI = {
     **NO_THOUGHTS,
     **ENDS_OTHERWISE,
-    **dict.fromkeys(("thoughts", "tools", "tools, long"), "changed, earlier"),
+    **CALLS_REFUSED,
+    "thoughts": "changed, earlier",
 }
 EXPECTED = {
     **dict.fromkeys(("cohere", "cohere2", "gemma3"), NO_THOUGHTS | CALLS_REFUSED),
-    "deepseek_r1_distill": {
-        **PROMPT_THINKS,
-        "tools": "changed, other text, unlike",
-        "tools, long": "changed, earlier, unlike",
-    },
+    "deepseek_r1_distill": PROMPT_THINKS | CALLS_REFUSED,
     "deepseekv3": PROMPT_THINKS,
     "diffusion_gemma": {
         **LAST_THOUGHT_ONLY,
@@ -111,7 +107,7 @@ EXPECTED = {
     "gemma4_v5": {"thoughts": "refused"},
     "glm4moe": {**dict.fromkeys(CASES, "end added"), "thoughts": "changed, earlier, end added"},
     "gptoss": {**LAST_THOUGHT_ONLY, **ENDS_OTHERWISE, "tools, long": "earlier"},
-    **dict.fromkeys(("lfm2", "llama3", "qwen2_5_vl"), NO_THOUGHTS | CALLS_CHANGED),
+    **dict.fromkeys(("lfm2", "llama3", "qwen2_5_vl"), NO_THOUGHTS | CALLS_REFUSED),
     **dict.fromkeys(("lfm2_2_5", "lfm2_2_5_v2", "lfm2_2_5_vl"), LAST_THOUGHT_ONLY),
     **dict.fromkeys(("lfm2_v2", "llama3_1", "llama3_2"), NO_THOUGHTS),
     **dict.fromkeys((name for name in PLAIN if name.startswith("nemotron_3")), THINKS_FIRST),

@@ -21,7 +21,13 @@ from recipes_lib.core.ranks import say_once
 from recipes_lib.data.audit import Injections, audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
-from recipes_lib.data.prompts import Twin, chat_template, format_hash, twin_of
+from recipes_lib.data.prompts import (
+    Twin,
+    chat_template,
+    check_template_kwargs,
+    format_hash,
+    twin_of,
+)
 from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
 from recipes_lib.data.splits import SPLITS, TRAIN, Splits, fingerprint_of, split_rows
 from recipes_lib.data.supervision import (
@@ -113,6 +119,8 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     chat = section.prompt_format == "chat"
     template = chat_template(section, tokenizer) if chat else None
     twin = twin_of(section, tokenizer)
+    if template is not None:
+        check_template_kwargs(section, twin.text if twin else template)
     _progress(f"{len(rows):,} of {num_usable:,} rows, tokenising", len(rows))
 
     parts, numbers, usable = [], [np.empty(0, TOKEN_NUMBERS)], []

@@ -227,6 +227,20 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
         raise SettingError("data.chat_template", what, "save it as UTF-8") from None
 
 
+def check_template_kwargs(section: DataSection, template: str) -> None:
+    """Refuse arguments of the recipe that its template does not name: they would change nothing.
+
+    Raises:
+        SettingError: the first such argument.
+    """
+    words = set(re.findall(r"[A-Za-z_]\w*", template))
+    for name in section.chat_template_kwargs:
+        if name not in words:
+            what = f"data.chat_template_kwargs: the chat template does not read '{name}'"
+            hints = did_you_mean(name, sorted(words)) or ["remove it, or choose another template"]
+            raise SettingError("data.chat_template_kwargs", what, *hints)
+
+
 @dataclass(frozen=True)
 class Twin:
     """TRL's version of a chat template for training: it marks what the assistant wrote, and renders

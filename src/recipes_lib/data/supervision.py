@@ -25,7 +25,11 @@ import numpy as np
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import first_line
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import Message, conversation_of, template_values
+from recipes_lib.data.conversations import (
+    Message,
+    conversation_of,
+    template_values,
+)
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import (
     GENERATION,
@@ -350,7 +354,15 @@ def render_turns(
     ]
     values = template_values(example, section.chat_template_kwargs)
     try:
-        whole, spans = render_chat(messages, tokenizer, twin.text if twin else template, values)
+        rendering = twin.text if twin else template
+        whole, spans = render_chat(messages, tokenizer, rendering, values)
+        if _ignores_calls(messages, tokenizer, rendering, values, whole):
+            return BadRow(
+                "tool calls: not rendered by the chat template, so the row would teach to say"
+                " nothing in their place",
+                "choose a template that knows tools",
+                drop=["messages.tool_calls"],
+            )
         answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
         if twin is not None:
             exchange = messages[: answers[0] + 1]
@@ -382,6 +394,26 @@ def render_turns(
             "change the rows, or choose another template (data.chat_template)",
         )
     return whole, spans
+
+
+def _ignores_calls(
+    messages: Sequence[Message],
+    tokenizer: Any,
+    template: str,
+    values: Mapping[str, Any],
+    whole: str,
+) -> bool:
+    """Whether a conversation has tool calls, and the template renders it as if it had none."""
+    if not any("tool_calls" in message for message in messages):
+        return False
+    chat = [
+        {key: value for key, value in message.items() if key != "tool_calls"}
+        for message in messages
+    ]
+    try:
+        return render_chat(chat, tokenizer, template, values)[0] == whole
+    except Exception:  # a template that insists on them has read them
+        return False
 
 
 def _check_twin(
