@@ -323,3 +323,53 @@ def test_a_published_study_is_reported_end_to_end(runs, name, words):
     assert cli.main(["study", "report", name]) == 0
     page = (runs / name / "report/report.md").read_text(encoding="utf-8")
     assert "## Findings" in page and all(word in page.replace("\\", "") for word in words)
+
+
+def test_the_report_names_all_ten_flaws_of_the_original_study(runs):
+    _, ranks, rank_table = examined("published-lora-rank", runs)
+    _, strategies, _ = examined("published-ddp-vs-fsdp", runs)
+    twice = check_validity(
+        None,
+        read_measurements({"r8": [runs / "original-r8"], "r32": [runs / "original-mt-bench-r32"]}),
+    )
+
+    def told(findings: list[Finding], code: str, arm: str = "") -> str:
+        """What the findings of a code say, those about an arm alone where one is named."""
+        mine = [one for one in findings if one.code == code and (not arm or one.arms == (arm,))]
+        assert mine, (code, arm)
+        return "\n".join(line for one in mine for line in (one.title, *one.evidence))
+
+    # 1. rank 8 and rank 32 have one MT-Bench file, where it is imported and where it is published
+    assert "imported from the same file" in told(twice, "identical-imported-file")
+    published = told(ranks, "published-only", "r32")
+    assert "the judgments behind it are rank 8's file, byte for byte" in published
+    # 2. verdicts against the judge's text
+    assert "450 of 723 decidable" in told(ranks, "contradictory-verdicts")
+    # 3. texts without a verdict as ties
+    assert "27 judgments without a verdict" in told(ranks, "unparsed-as-tie")
+    # 4. rank 8 above rank 32
+    wins = [
+        row
+        for row in rank_table.rows
+        if set(row.arms) == {"r8", "r32"} and row.metric == "alpaca_eval/win_rate"
+    ]
+    assert [row.verdict for row in wins] == ["cannot be tested"]
+    assert wins[0].sentence in rank_table.answer
+    # 5. six confounds: split, learning rate, order of rows, and when a checkpoint could be chosen
+    # and saved; and the hardware
+    keys = ("data.split.test", "train.learning_rate", "train.train_sampling_strategy")
+    both = told(ranks, "confound") + told(ranks, "confound-published")
+    assert all(f"{key}: r8 " in both for key in (*keys, "train.eval_steps", "train.save_steps"))
+    assert "hardware: r8 an A100-40" in both
+    # 6. strategy with precision
+    assert "strategy is confounded with precision" in told(strategies, "confound-factors")
+    # 7. the sharded run lost its model
+    assert "recorded a training and has no weights" in told(strategies, "lost-weights", "fsdp-bf16")
+    # 8. second turns without the first, and a turn that is missing
+    assert "79 second turns were judged without" in told(ranks, "turn-without-context")
+    assert "question 86 turn 2" in told(ranks, "missing-turn", "r8")
+    # 9. GSM8K without examples
+    assert "asked 0-shot, the task's own is 5-shot" in published
+    # 10. the base again
+    again = told(ranks, "published-only", "base-r32-job")
+    assert "522 of its 800 verdicts are those of base" in again

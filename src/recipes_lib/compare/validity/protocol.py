@@ -268,12 +268,17 @@ def check_presence(case: Case) -> Iterator[Finding]:
             missing = sorted(every - {log.eval for log in run.evals} - set(run.unfinished))
             if missing and run.evals:
                 yield found("missing-evaluation", place, (name,), evals=", ".join(missing))
-            steps = [line["step"] for line in run.curves if isinstance(line.get("step"), int)]
+            # Logs of other programs may count epochs alone.
+            done = [
+                f"{max(reached)} {unit}s"
+                for unit in ("step", "epoch")
+                if (reached := [line[unit] for line in run.curves if line.get(unit) is not None])
+            ]
             weights = any((run.folder / name).is_dir() for name in ("adapter", "model"))
             # Weights that were evaluated may be gone: their answers are there.
             answered = run.evals or run.unfinished or run.state.get("state") == "running"
-            if steps and not weights and not answered:
-                told = f"{max(steps)} steps in metrics.jsonl; no adapter/, model/ or evaluation"
+            if done and not weights and not answered:
+                told = f"{done[0]} in metrics.jsonl; no adapter/, model/ or evaluation"
                 yield found("lost-weights", [*place, told], (name,))
             if run.imported:
                 files = [str(source["file"]) for source in imported_files(run.state)]
