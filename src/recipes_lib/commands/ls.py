@@ -1,27 +1,124 @@
-"""recipes ls: the recipes of this project and of the working directory."""
+"""recipes ls: the recipes of this project and of the working directory, by model."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, load_document
-from recipes_lib.config.recipe import recipe_from
+from recipes_lib.config.recipe import Recipe, recipe_from
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.core.terminal import aligned, next_step, say
-from recipes_lib.models.known import known_shapes
-from recipes_lib.planning.cards import DEFAULT, card_named, cpu_card
-from recipes_lib.planning.plan import plan_launched
-from recipes_lib.planning.text import clock
+from recipes_lib.core.terminal import aligned, next_step, say, say_json
+from recipes_lib.models.known import named_shape
+from recipes_lib.planning.cards import CARDS, DEFAULT, card_named, cpu_card
+from recipes_lib.planning.lengths import Lengths, lengths_of
+from recipes_lib.planning.plan import Plan, plan_launched
 
 _START = "start-here"
 LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
-_HEAD = ("recipe", "method", "model", "launch", "memory", "time", "tags")
+# Keys of the YAML files of other kinds under recipes/, which are not read further.
+_OTHERS = re.compile(r"^(question|arms|tables):", re.M)
+# Of more rows than this every tenth length is planned with, and the longest: nearly the same.
+_MANY_ROWS, _EVERY = 2_000, 10
+# What a card is sold as, GB, and what a process can see of it, GiB.
+_SIZES = sorted(
+    {
+        int(size[1]): min(card.memory_gib for card in CARDS if card.name.endswith(size[0]))
+        for card in CARDS
+        if "mig" not in card.name and (size := re.search(r"-(\d+)gb$", card.name))
+    }.items()
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listed:
+    """One recipe of the list.
+
+    Args:
+        name: what `recipes show` and `recipes new --from` take.
+        parameters: of the model; None where nothing is known of it.
+        trained: parameters that are trained; None where it could not be planned.
+        needed_gib: planned for one process.
+        card_gb: size of the smallest card that suffices for each of `processes`; None on a CPU, and
+            where none does or it could not be planned.
+        results: whose numbers the folder's README has: ours, published.
+        unreadable: the command that says why it cannot be read.
+    """
+
+    name: str
+    model: str = "?"
+    parameters: int | None = None
+    active_parameters: int | None = None
+    license: str | None = None
+    gated: bool | None = None
+    method: str = "-"
+    trained: int | None = None
+    accelerate: str = "-"
+    processes: int = 1
+    on_cpu: bool = False
+    needed_gib: float | None = None
+    card_gb: int | None = None
+    results: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    rows_from_hub: bool = False
+    unreadable: str | None = None
+
+    @property
+    def starts_here(self) -> bool:
+        """Whether it is the one to start with."""
+        return _START in self.tags
+
+    def says(self, words: Sequence[str]) -> bool:
+        """Return whether name, model, method, licence, results or tags hold every word."""
+        text = (self.name, self.model, self.method, str(self.license), *self.results, *self.tags)
+        return all(word.lower() in " ".join(text).lower() for word in words)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The columns of the table."""
+        trained = "-" if self.trained is None else _count(self.trained)
+        notes = ["start here"] * self.starts_here + ["rows from the Hub"] * self.rows_from_hub
+        return (
+            f"  {self.name}",
+            self.method,
+            self._suffices,
+            trained,
+            ", ".join(self.results) or "-",
+            self.unreadable or ", ".join(notes),
+        )
+
+    @property
+    def _suffices(self) -> str:
+        if self.on_cpu:
+            return "CPU" if self.needed_gib is None else f"CPU, {self.needed_gib:.1f} GiB"
+        if self.needed_gib is None:
+            return "-"
+        size = f"{self.card_gb} GB" if self.card_gb else f"more than {_SIZES[-1][0]} GB"
+        return f"{self.processes} x {size}"
+
+    @property
+    def heading(self) -> str:
+        """The line above all recipes of its model."""
+        known = [] if self.parameters is None else [f"{_count(self.parameters)} parameters"]
+        if self.parameters and self.active_parameters not in (None, self.parameters):
+            known[0] += f", {_count(self.active_parameters or 0)} per token"
+        known += [self.license] if self.license else []
+        known += ["gated"] if self.gated else []
+        return f"{self.model}{': ' if known else ''}{', '.join(known)}"
+
+
+_HEAD = ("  recipe", "method", "GPUs that suffice", "trained", "results", "")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -30,32 +127,50 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "words",
         metavar="WORD",
         nargs="*",
-        help="only recipes whose name, model or tags hold every word",
+        help="only recipes whose name, model, method, licence, results or tags hold every word",
     )
+    parser.add_argument("--json", action="store_true", help="the list as JSON on stdout")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per recipe; files that cannot be read are listed with the command that says
-    why.
+    """Print one line per recipe under its model; files that cannot be read are listed with the
+    command that says why.
     """
-    rows = [row for file in recipe_files() if (row := _row(file))]
-    words = [word.lower() for word in args.words]
-    rows = [row for row in rows if all(word in " ".join(row).lower() for word in words)]
-    if not rows:
+    found = [one for file in recipe_files() if (one := _listed(file)) and one.says(args.words)]
+    groups: dict[str, list[Listed]] = {}
+    for one in sorted(found, key=lambda one: (not one.starts_here, one.name)):
+        groups.setdefault(one.model, []).append(one)
+    ordered = [one for group in groups.values() for one in group]
+    if args.json:
+        return say_json([asdict(one) for one in ordered])
+    if not ordered:
         where = f" in {project_root() / 'recipes'} or ./recipes"
-        say(f"no recipes{' match ' + ' '.join(args.words) if words else where}")
-        next_step("recipes ls" if words else "recipes new my-first --from RECIPE")
+        say(f"no recipes{' match ' + ' '.join(args.words) if args.words else where}")
+        next_step("recipes ls" if args.words else "recipes new my-first --from RECIPE")
         return ExitCode.DONE
-    rows.sort(key=lambda row: not row[-1].startswith("start here"))
-    for line in aligned([_HEAD, *rows]):
-        say(line)
-    if any(row[4] != "-" for row in rows):
+    lines = _fitted([_HEAD, *(one.cells for one in ordered)])
+    say(lines[0])
+    for group in groups.values():
+        say(group[0].heading)
+        for one in group:
+            say(lines[1 + ordered.index(one)])
+    if any(one.needed_gib for one in ordered):
         say(
-            f"memory of one process and time are planned, for {card_named(DEFAULT).title} or this"
-            " machine's CPU; for other cards: recipes plan RECIPE --gpu CARD"
+            "GPUs by the plan of each recipe's own launch; for a card of yours: recipes plan RECIPE"
+            " --gpu CARD"
         )
-    next_step(f"recipes new my-first --from {rows[0][0]}")
+    next_step(f"recipes new my-first --from {ordered[0].name}")
     return ExitCode.DONE
+
+
+def _fitted(rows: list[tuple[str, ...]]) -> list[str]:
+    """Return aligned lines; on a narrow terminal without the last columns that do not fit."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    for columns in range(len(rows[0]), 0, -1):
+        lines = aligned([row[:columns] for row in rows])
+        if width is None or max(map(len, lines)) <= width:
+            break
+    return lines
 
 
 def recipe_files() -> list[Path]:
@@ -75,30 +190,50 @@ def recipe_files() -> list[Path]:
     ]
 
 
-def _row(file: Path) -> tuple[str, ...] | None:
-    """Return the line of a recipe; a YAML of another kind has none."""
+def _listed(file: Path) -> Listed | None:
+    """Return the entry of a recipe; a YAML of another kind has none."""
+    with suppress(OSError, UnicodeDecodeError):  # said by what follows
+        if _OTHERS.search(file.read_text(encoding="utf-8")):
+            return None
     try:
         document = load_document(file)
     except RecipesError:
-        return (_name(file), *"-----", f"cannot be read: recipes check {shown_path(file)}")
+        return Listed(
+            name=_name(file), unreadable=f"cannot be read: recipes check {shown_path(file)}"
+        )
     if document.kind.name != "recipe":
         return None
     sections: dict[str, Any] = {
         key: value if isinstance(value, dict) else {} for key, value in document.values.items()
     }
-    launch, tags = sections.get("launch", {}), sections.get("run", {}).get("tags") or []
-    marks = ["start here"] * (_START in tags) + [str(tag) for tag in tags if tag != _START]
+    model = str(sections.get("model", {}).get("name_or_path", "?"))
+    shape, facts = named_shape(model), object_or_none(file.parent / "model.json") or {}
     sources = _sources(document)
-    marks += ["rows from the Hub"] * (None in sources)
-    gpus = f" x{launch['gpus']}" if launch.get("gpus") else ""
-    return (
-        _name(file),
-        method(document.values),
-        str(sections.get("model", {}).get("name_or_path", "?")),
-        f"{launch.get('accelerate', 'single_gpu')}{gpus}",
-        *_planned(document, sources),
-        ", ".join(marks),
+    listed = Listed(
+        name=_name(file),
+        model=model,
+        parameters=shape.parameters if shape else None,
+        active_parameters=shape.active_parameters if shape else None,
+        license=facts.get("license"),
+        gated=facts.get("gated"),
+        method=method(document.values),
+        accelerate=str(sections.get("launch", {}).get("accelerate", "single_gpu")),
+        results=_results(file),
+        tags=tuple(map(str, sections.get("run", {}).get("tags") or ())),
+        rows_from_hub=None in sources,
     )
+    return replace(listed, **_planned(document, sources)) if shape else listed
+
+
+def _results(file: Path) -> tuple[str, ...]:
+    """Return whose numbers the README beside a recipe has for it."""
+    try:
+        text = (file.parent / "README.md").read_text(encoding="utf-8").partition("## Results")[2]
+    except (OSError, UnicodeDecodeError):
+        return ()
+    ours = re.search(rf"^(\| )?`{re.escape(file.stem)}`(?![ |]*not measured)", text, re.M)
+    elsewhere = "Published elsewhere" in text and "none was found" not in text
+    return ("ours",) * bool(ours) + ("published",) * (elsewhere or "\n| original" in text)
 
 
 def _sources(document: Document) -> list[Path | None]:
@@ -116,28 +251,61 @@ def _sources(document: Document) -> list[Path | None]:
     ]
 
 
-def _planned(document: Document, sources: Sequence[Path | None]) -> tuple[str, str]:
-    """Return memory per process and time of a recipe's own launch, where they are had at once:
-    without a network, large files or a GPU query; else only `recipes plan` can say.
+def _planned(document: Document, sources: Sequence[Path | None]) -> dict[str, Any]:
+    """Return what a plan of the recipe's own launch says, where it is had at once: without a
+    network, large files or a GPU query; else only `recipes plan` can say.
 
     The document was not checked, which would take most of the time of the list: what cannot be
     planned has no numbers.
     """
-    small = all(path is None or _is_small(path) for path in sources)
     try:
         recipe = recipe_from(document)
-        if not small or recipe.model.name_or_path not in known_shapes():
-            return ("-", "-")
         launch = plan_launch(recipe.launch)
+        on_cpu = {"on_cpu": launch.config.use_cpu, "processes": launch.world_size}
+        if not all(path is None or _is_small(path) for path in sources):
+            return on_cpu
         card = cpu_card() if launch.config.use_cpu else card_named(DEFAULT)
-        plan = plan_launched(recipe, launch, card)
-        return f"{plan.memory.needed:.1f} GiB", clock(plan.duration.total)
+        plan = plan_launched(recipe, launch, card, _thinned(recipe))
+        return {
+            **on_cpu,
+            "needed_gib": round(plan.memory.needed, 1),
+            "trained": plan.settings.trained_parameters,
+            "card_gb": None if launch.config.use_cpu else _card_for(plan),
+        }
     except (RecipesError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
-        return ("-", "-")
+        return {}
+
+
+def _thinned(recipe: Recipe) -> Lengths:
+    """Return some of the lengths of a recipe's rows, the longest among them: what a forward pass
+    needs is decided there.
+    """
+    shape = named_shape(recipe.model.name_or_path)
+    lengths = lengths_of(recipe, shape.vocabulary if shape else 0)
+    if len(lengths.tokens) <= _MANY_ROWS:
+        return lengths
+    some = sorted(lengths.tokens)
+    return replace(lengths, tokens=(*some[::_EVERY], *some[-1:]))
+
+
+def _card_for(plan: Plan) -> int | None:
+    return next((size for size, gib in _SIZES if plan.memory.needed <= gib), None)
 
 
 def _is_small(path: Path) -> bool:
     return path.is_file() and path.stat().st_size <= LARGEST_DATA
+
+
+def _count(number: int) -> str:
+    """Return a number of parameters as people say it.
+
+    Example:
+        >>> _count(8_030_261_248), _count(134_515_008), _count(460_800)
+        ('8.0B', '135M', '0.5M')
+    """
+    if number >= 995_000_000:
+        return f"{number / 1e9:.1f}B"
+    return f"{number / 1e6:.0f}M" if number >= 9_950_000 else f"{number / 1e6:.1f}M"
 
 
 def method(values: dict[str, Any]) -> str:
@@ -150,7 +318,8 @@ def method(values: dict[str, Any]) -> str:
     lora = values.get("lora")
     if not lora:
         return "full"
-    return f"{'Q' if values.get('quantization') else ''}LoRA r={lora.get('r', 8)}"
+    kind = "DoRA" if lora.get("use_dora") else "LoRA"
+    return f"{'Q' if values.get('quantization') else ''}{kind} r={lora.get('r', 8)}"
 
 
 def _name(file: Path) -> str:
