@@ -51,6 +51,18 @@ def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) ->
     assert launcher.adapter("ddp_cpu") == launcher.adapter("fsdp_cpu")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) -> None:
+    name = f"compiled-{config}"
+    lever = "train.torch_compile_backend=aot_eager"
+    said = launcher.train(f"run.name={name}", lever, config=config)
+    assert re.search(r"^compiled: \d+ graphs of 1 kinds of blocks", said, re.M)
+    for key in ("loss", "eval_loss", "grad_norm", "tokens"):
+        plain, compiled = launcher.series(config, key), launcher.series(name, key)
+        assert plain == pytest.approx(compiled, rel=SUM_ORDER)
+
+
 def test_the_start_up_line_says_what_is_really_active(compared) -> None:
     assert "DDP, world size 2" in compared["ddp_cpu"]
     assert "FSDP, world size 2" in compared["fsdp_cpu"]

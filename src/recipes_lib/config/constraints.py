@@ -28,6 +28,7 @@ _CHECKPOINTING = {
     },
 }
 VARLEN = "varlen"
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 _FLASH = "flash_attention_2 flash_attention_3 flash_attention_4"
 _KERNELS = f"sdpa eager {VARLEN} {_FLASH} flex_attention"
 _ATTENTION = {

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.constraints import COMPILE_KEYS
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError, one_line
 
@@ -39,7 +40,8 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     """
     from trl import SFTConfig
 
-    values = dict(recipe.train)
+    # the Trainer would compile the model as a whole; `training.compiled` does it block by block
+    values = {key: recipe.train[key] for key in recipe.train if key not in COMPILE_KEYS}
     values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator()
     if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
         raise recipe.error(

@@ -26,7 +26,7 @@ from recipes_lib.config.batch import (
     planned_steps,
     sync_each_batch,
 )
-from recipes_lib.config.constraints import VARLEN
+from recipes_lib.config.constraints import COMPILE_KEYS, VARLEN
 from recipes_lib.config.model_names import varlen_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import build_lora_config
@@ -42,6 +42,7 @@ from recipes_lib.models.architectures import (
 )
 from recipes_lib.training import varlen
 from recipes_lib.training.batches import ROW, with_fillers
+from recipes_lib.training.compiled import compile_blocks
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
@@ -125,6 +126,8 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+    if any(recipe.train.get(key) for key in COMPILE_KEYS):
+        trainer.add_callback(compile_blocks(trainer.model, recipe.train, run.path / "compiled"))
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer

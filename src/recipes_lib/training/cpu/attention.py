@@ -34,6 +34,7 @@ def refuse_flex_attention(recipe: Recipe, active: Active) -> None:
         )
 
 
+@torch.compiler.disable  # reads the lengths of the examples
 def sdpa_by_document(
     module: torch.nn.Module,
     query: torch.Tensor,  # (1, heads, tokens, channels)
