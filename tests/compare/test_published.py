@@ -215,3 +215,51 @@ def test_two_numbers_beside_one_metric_are_refused(tmp_path):
 def test_a_recipe_is_no_file_of_published_numbers():
     with pytest.raises(Exception, match="is a study, not published numbers"):
         load_published(project_root() / "recipes/studies/quickstart.yaml")
+
+
+def test_a_published_loss_stands_beside_a_held_out_loss_whatever_its_tokens_are():
+    sweep = load_published(FILE.with_name("tinker-tulu3.yaml"))
+    number = sweep.beside("1b-r64-lr1e-3", "heldout_loss/tokens-1a2b3c4d/loss")
+    assert number is not None and (number.shown, number.n) == ("0.7802", 1024)
+    assert sweep.beside("1b-r64-lr1e-3", "heldout_loss/tokens-1a2b3c4d/bits_per_byte") is None
+    assert sweep.beside("1b-r64-lr1e-3", "other/tokens-1a2b3c4d/loss") is None
+
+
+def test_the_borrowed_numbers_are_those_of_the_published_tables(shared_data):
+    folder = shared_data / "published"
+    if not folder.is_dir():
+        pytest.skip("the published tables are not here")
+    with (folder / "tinker_sft_sweep.csv").open(encoding="utf-8") as file:
+        cells = {
+            f"{row['model']} {row['lora_rank']} {float(row['learning_rate']):g}": row
+            for row in reversed(list(csv.DictReader(file)))  # the first of two trainings
+        }
+    sweep = load_published(FILE.with_name("tinker-tulu3.yaml"))
+    models = {"1b": "meta-llama/Llama-3.2-1B", "8b": "meta-llama/Llama-3.1-8B"}
+    columns = {"test_nll": "test_nll", "train_nll": "train_nll", "minutes": "wall_minutes"}
+    assert len(sweep.numbers) == 2 * 16 * 3
+    for one in sweep.numbers:
+        size, rank, rate = one.arm.split("-", 2)
+        row = cells[f"{models[size]} {rank[1:]} {float(rate[2:]):g}"]
+        assert one.value == float(row[columns[one.metric]]), one.arm
+    names = {
+        "lora-r32": "rank32",
+        "lora-r64": "rank64",
+        "rslora-r64": "rank64-rslora",
+        "lora-r10-mlp": "rank10-target-mlp",
+        "dora-r32": "rank32-dora",
+        "full": "lr_0.00001",
+    }
+    with (folder / "peft_metamathqa.csv").open(encoding="utf-8") as file:
+        rows = {row["experiment"]: row for row in csv.DictReader(file)}
+    told = {
+        "accuracy": ("gsm8k_test_accuracy", 4),
+        "seconds": ("train_seconds", 0),
+        "peak_memory": ("peak_memory_gib", 1),
+        "trainable": ("trainable_parameters", 0),
+        "train_loss": ("train_loss", 4),
+    }
+    for one in load_published(FILE.with_name("peft-metamathqa.yaml")).numbers:
+        method = "full-finetuning" if one.arm == "full" else "lora"
+        row, (column, places) = rows[f"{method}/llama-3.2-3B-{names[one.arm]}"], told[one.metric]
+        assert abs(one.value - float(row[column])) <= 0.5001 * 10**-places, (one.arm, one.metric)
