@@ -8,6 +8,7 @@ import pytest
 
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.columns import look_at
+from recipes_lib.data.files import guessed_encoding
 
 
 @pytest.mark.parametrize(
@@ -120,3 +121,23 @@ def test_the_sign_between_the_columns_is_found(name, sign, tmp_path):
         )
     )
     assert look_at(tmp_path / name).delimiter is None
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "found"),
+    [
+        ("latin-1", "Où est le café ?", "latin-1"),
+        ("cp1252", "“Où”", "cp1252"),
+        ("utf-8", "Où", None),
+        ("utf-8-sig", "Ou", None),
+        ("utf-16", "Où", None),  # it begins with a mark of its own, and the error says so
+    ],
+)
+def test_an_encoding_that_is_not_utf_8_is_guessed(tmp_path, encoding, text, found):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"question,answer\n{text},b\n", encoding=encoding)
+    assert guessed_encoding(path) == found
+    if encoding != "utf-16":
+        assert look_at(path).encoding == found
+    path.write_bytes(b"question,answer\n" + "Où".encode() + b"\xe9,b\n")
+    assert guessed_encoding(path) is None  # damaged UTF-8 is not read as something else

@@ -29,6 +29,7 @@ from recipes_lib.planning.text import clock
 _CHANGED = (
     "name_or_path:",
     "source:",
+    "encoding:",
     "chat_template:",
     "r:",
     "learning_rate:",

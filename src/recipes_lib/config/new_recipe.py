@@ -22,6 +22,7 @@ from recipes_lib.core.project import project_root, shown_path
 EVAL_SHARE, SAVE_SHARE = 0.2, 0.05
 _REMARKS = {
     "model.name_or_path": "the base model: a Hub id or a local folder",
+    "data.encoding": "a guess: the file is not UTF-8. Look at its letters with recipes data",
     "data.source": "your rows: a file or folder (relative to this file) or a Hub id",
     "lora.r": "rank of the adapter; keep lora_alpha / r when you change it",
     "train.learning_rate": "a LoRA usually wants 1e-4 to 3e-4, full fine-tuning a tenth of that",
@@ -62,6 +63,7 @@ class OwnRows:
         columns: our name -> the file's, where they differ.
         whole_text: whether a row is one text, so that no completion can carry the loss alone.
         delimiter: between the columns of a text file, where its ending does not tell.
+        encoding: of a text file that is not UTF-8, guessed.
         max_length: tokens that hold nearly every row, where they were counted.
     """
 
@@ -70,6 +72,7 @@ class OwnRows:
     columns: dict[str, str] = field(default_factory=dict)
     whole_text: bool = False
     delimiter: str | None = None
+    encoding: str | None = None
     max_length: int | None = None
 
 
@@ -154,6 +157,8 @@ def recipe_for_model(name: str, target: Path, model: str, rows: OwnRows, setup: 
         section["columns"] = rows.columns
     if rows.delimiter:
         section["delimiter"] = rows.delimiter
+    if rows.encoding:
+        section["encoding"] = rows.encoding
     if chat and setup.chat_template:
         section["chat_template"] = setup.chat_template
     rate = lora_rate(model)
@@ -214,6 +219,8 @@ def _values(
             section["columns"] = rows.columns
         if rows.delimiter:
             section["delimiter"] = rows.delimiter
+        if rows.encoding:
+            section["encoding"] = rows.encoding
     values["data"] = section
     if origin.lora is not None:
         values["lora"] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from recipes_lib.data.examples import (
     shown_real_path,
     type_name,
 )
-from recipes_lib.data.files import Table, guessed_delimiter, read_file
+from recipes_lib.data.files import Table, guessed_delimiter, guessed_encoding, read_file
 from recipes_lib.data.prompts import CHAT, PAIR, PROMPT_FORMATS, TASK, TEXT, FieldShape
 from recipes_lib.data.sources import data_files
 
@@ -236,16 +237,17 @@ def look_at(data: Path) -> OwnRows:
     if data.is_file() and data_format(data) is None:
         read_file(data)  # says which endings are known
     file = data_files(data, "train")[0] if data.is_dir() else data
-    delimiter = guessed_delimiter(file)
-    rows = read_file(file, max_rows=1, delimiter=delimiter).rows
+    delimiter, encoding = guessed_delimiter(file), guessed_encoding(file)
+    rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter).rows
+    own_rows = partial(OwnRows, data, delimiter=delimiter, encoding=encoding)
     names = list(rows[0]) if rows else []
     if not names:
         raise DataError("has no row with named columns", file=shown_real_path(file))
     for shape, prompt_formats in ((CHAT, ("chat",)), (PAIR, ("raw", "chat")), (TEXT, ("raw",))):
         if {*shape.required} <= {*names} and "response" not in names:
-            return OwnRows(data, prompt_formats, whole_text=shape is TEXT, delimiter=delimiter)
+            return own_rows(prompt_formats, whole_text=shape is TEXT)
     if "conversations" in names:
-        return OwnRows(data, ("chat",), {"messages": "conversations"}, delimiter=delimiter)
+        return own_rows(("chat",), {"messages": "conversations"})
     columns = {
         ours: next((name for name in synonyms if name in names), "")
         for ours, synonyms in _SYNONYMS.items()
@@ -258,7 +260,7 @@ def look_at(data: Path) -> OwnRows:
         columns["context"] = ""
     else:
         columns = {ours: name for ours, name in columns.items() if name and name != ours}
-    return OwnRows(data, ("dolly", "alpaca", "chat"), columns, delimiter=delimiter)
+    return own_rows(("dolly", "alpaca", "chat"), columns)
 
 
 def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> None:

@@ -23,7 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recipes_lib.config.sections import DATA_FORMATS, data_format
+from recipes_lib.config.sections import DATA_FORMATS, TEXT_FORMATS, data_format
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import Row, refuse_pipe
 from recipes_lib.data.conversations import is_blank
@@ -191,6 +191,26 @@ def guessed_delimiter(path: Path) -> str | None:
     return (
         _other_delimiter(next(csv.reader([header], delimiter=_own_delimiter(kind)), [""])) or None
     )
+
+
+def guessed_encoding(path: Path) -> str | None:
+    """The encoding of a text file that is not UTF-8: latin-1, or cp1252 where the file has bytes
+    that are no letters there. None for UTF-8, other formats, and UTF-8 with damaged bytes in it.
+    """
+    if data_format(path) not in TEXT_FORMATS:
+        return None
+    decoder, foreign, controls = codecs.getincrementaldecoder("utf-8")("replace"), False, False
+    try:
+        with _open(path) as stream:
+            while block := stream.read(BLOCK_BYTES):
+                text = decoder.decode(block)
+                if "\0" in text or re.search(r"[^\x00-\x7f\ufffd]", text):
+                    return None
+                foreign = foreign or "\ufffd" in text
+                controls = controls or bool(re.search(rb"[\x80-\x9f]", block))
+    except (EOFError, OSError, zlib.error):  # reading the rows says what is wrong
+        return None
+    return ("cp1252" if controls else "latin-1") if foreign else None
 
 
 def _own_delimiter(kind: str) -> str:

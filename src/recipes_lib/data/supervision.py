@@ -360,7 +360,7 @@ def render_turns(
             return BadRow(
                 "tool calls: not rendered by the chat template, so the row would teach to say"
                 " nothing in their place",
-                "choose a template that knows tools",
+                "set data.chat_template to one that knows tools, as trl:qwen2_5 does",
                 drop=["messages.tool_calls"],
             )
         answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]

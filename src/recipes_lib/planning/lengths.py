@@ -24,7 +24,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.data.conversations import conversation_of
-from recipes_lib.data.examples import BadRows, place
+from recipes_lib.data.examples import BadRows, message_texts, place
 from recipes_lib.data.files import count_rows
 from recipes_lib.data.prompts import prompt_and_completion
 from recipes_lib.data.rows import first_in_hash_order, read_data
@@ -38,6 +38,8 @@ COUNTED = 2000
 LARGEST_FILE = 20_000_000  # bytes; of larger data, the first rows are read and the others counted
 DOLLY_DATASET = "databricks/databricks-dolly-15k"
 TEMPLATE_TOKENS = 31  # what a chat template puts around one exchange
+TURN_TOKENS = 5  # around each further message
+TOOLS_TOKENS = 120  # what it says about the use of tools, where a row has some
 
 # Entries of a vocabulary -> mean tokens of a row: the tokenizers of Mistral-7B-v0.1 (Llama-2's is
 # of the same kind and size), SmolLM2 and Mistral-Nemo. The original study's logs have 205 tokens a
@@ -195,15 +197,19 @@ def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str
     """Return the length of each row as the loss will see it, and how it was counted: by the model's
     tokenizer.json where it is here, else by characters.
     """
-    chat = recipe.data.prompt_format == "chat"
-    texts = [
-        "\n".join(str(message["content"]) for message in conversation_of(example, None))
-        if chat
-        else "".join(
-            part or "" for part in prompt_and_completion(example, recipe.data.prompt_format)
-        )
-        for example in rows.with_texts()
-    ]
+    texts, around = [], []
+    for example in rows.with_texts():
+        if recipe.data.prompt_format == "chat":
+            messages, tools = conversation_of(example, None), example.fields.get("tools")
+            texts.append("\n".join(text for one in messages for text in message_texts(one)))
+            around.append(TEMPLATE_TOKENS + TURN_TOKENS * max(len(messages) - 2, 0))
+            if tools:
+                texts[-1] += str(tools)
+                around[-1] += TOOLS_TOKENS
+        else:
+            parts = prompt_and_completion(example, recipe.data.prompt_format)
+            texts.append("".join(part or "" for part in parts))
+            around.append(1)
     folder = local_folder(recipe)
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
@@ -215,7 +221,7 @@ def _tokens(recipe: Recipe, vocabulary: int, rows: Rows) -> tuple[list[int], str
         size = characters_per_token(vocabulary)
         tokens = [max(1, round(len(text) / size)) for text in texts]
         how = "tokens estimated from characters"
-    return [length + (TEMPLATE_TOKENS if chat else 1) for length in tokens], how
+    return [length + more for length, more in zip(tokens, around, strict=True)], how
 
 
 def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
