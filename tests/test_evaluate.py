@@ -26,6 +26,7 @@ from tests.generation.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.eval_files import read_evals
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.evaluate import evaluate_all, split_words
 
@@ -97,6 +98,42 @@ def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_a
         folder / "judgments.jsonl"
     ).read_bytes() == stored[1]
     assert again[0]["pairs"] == results[0]["pairs"]
+
+
+def test_several_answers_per_question_are_judged_each_and_kept_each(
+    quick,
+    make_run,  # noqa: F811
+    schema,
+):  # noqa: F811, RUF100
+    one = make_run("one", 1)
+    words = ("generation.temperature=1", "metrics.absolute=true")
+    recipe = quick("alpaca_eval", *words)
+    (single,) = evaluate_all([recipe], ["one"])
+    folder = one / "evals" / recipe.name
+    answers, judgments = folder / "generations.jsonl", folder / "judgments.jsonl"
+    before = answers.read_text(), judgments.read_text()
+    recipe = quick("alpaca_eval", *words, "generation.samples=3")
+    (result,) = evaluate_all([recipe], ["one"])
+    schema.validate(result)
+    assert (single["pairs"]["n"], result["pairs"]["n"], result["n"]) == (4, 12, 4)
+    assert result["alpaca_eval"] == single["alpaca_eval"]  # of the first answers
+    assert result["mean_score"]["questions"] == 4
+    # what was there is kept, and the further answers are asked and judged once
+    stored = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert answers.read_text().startswith(before[0]) and len(stored) == 12
+    assert len({row["seed"] for row in stored}) == 12
+    judged = [json.loads(line) for line in judgments.read_text().splitlines()]
+    assert judgments.read_text().startswith(before[1])
+    assert len([row for row in judged if not row["meta"].get("probe")]) == 3 * 12
+    after = answers.read_text(), judgments.read_text()
+    evaluate_all([recipe], ["one"])
+    assert (answers.read_text(), judgments.read_text()) == after
+    (log,), _ = read_evals(one)
+    rate = next(measure for measure in log.measures if measure.metric == "win_rate")
+    assert {item.key for item in rate.samples} == {
+        (item.id, 1, draw) for item in rate.samples for draw in (1, 2, 3)
+    }
+    assert len({item.answer for item in rate.samples}) > 4
 
 
 def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs_format(

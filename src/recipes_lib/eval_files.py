@@ -270,6 +270,7 @@ def alpaca_samples(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Sample], li
         verdicts = {verdict["order"]: verdict for verdict in row["verdicts"]}
         answer, opponent = row["answer"], row["opponent_answer"]
         known = {"category": row["category"], "input": row.get("instruction"), "answer": answer}
+        known["draw"] = row.get("draw") or 1
         lengths = (len(answer), len(opponent))
         pairs.append(
             pair_sample(row["question_id"], verdicts, lengths=lengths, opponent=opponent, **known)

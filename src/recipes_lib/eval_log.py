@@ -28,7 +28,8 @@ REFERENCE = "reference"
 class Sample:
     """One answer with what the judge, or the task's metric, made of it.
 
-    Samples of one `id` (its turns) are not independent. `value` is 1, 0.5 or 0 for a pair, a grade,
+    Samples of one `id` (its turns, and its draws: several answers to one question) are not
+    independent. `value` is 1, 0.5 or 0 for a pair, a grade,
     or a task's score; None where there is no verdict, and `outcome` is "unresolved" then.
     `verdicts` are what was said in order AB and BA (a grade alone in grading), or the status of the
     missing verdict; `raws` are the texts behind them. `lengths` are characters: the answer, then
@@ -51,11 +52,17 @@ class Sample:
     raws: tuple[str | None, ...] = field(default=(), repr=False)
     shortened: bool = False
     same_as: str = ""
+    draw: int = field(default=1, metadata={"minimum": 1})
 
     @property
-    def key(self) -> tuple[str, int]:
-        """What pairs this sample with the same one of another target."""
+    def place(self) -> tuple[str, int]:
+        """Its question and turn."""
         return self.id, self.turn
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What pairs this sample with the same one of another target."""
+        return *self.place, self.draw
 
     @property
     def resolved(self) -> bool:
@@ -86,6 +93,7 @@ class Sample:
             **{name: text for name, text in texts.items() if text is not None},
             **{name: True for name in ("by_rule", "shortened") if getattr(self, name)},
             **({"same_as": self.same_as} if self.same_as else {}),
+            **({"draw": self.draw} if self.draw > 1 else {}),
         }
 
     @classmethod
@@ -110,6 +118,7 @@ class Sample:
             raws=tuple(row.get("raws") or ()),
             shortened=bool(row.get("shortened")),
             same_as=str(row.get("same_as") or ""),
+            draw=int(row.get("draw") or 1),
         )
 
 
@@ -191,16 +200,27 @@ class AnswerFaults:
 
     @classmethod
     def of(
-        cls, texts: Sequence[str], cut: int | None, max_identical_fraction: float = 0.1
+        cls,
+        texts: Sequence[str],
+        cut: int | None,
+        max_identical_fraction: float = 0.1,
+        questions: Sequence[str] | None = None,
     ) -> AnswerFaults:
         """Return what is wrong with answers; two alike are not flagged, however few the questions
         are.
 
         Args:
             cut: how many were cut.
+            questions: what each answers; None where each answers another one. Answers that are
+                alike to one question alone are not one answer for many.
         """
-        counts = Counter(text.strip() for text in texts)
-        text, most = counts.most_common(1)[0] if counts else ("", 0)
+        given = [text.strip() for text in texts]
+        asked: dict[str, set[object]] = {}
+        for text, question in zip(given, questions or range(len(given)), strict=True):
+            asked.setdefault(text, set()).add(question)
+        counts = Counter(given)
+        often = Counter({text: counts[text] for text, mine in asked.items() if len(mine) > 1})
+        text, most = often.most_common(1)[0] if often else ("", 0)
         identical = Identical()
         if most > 1:
             share = most / len(texts)

@@ -117,6 +117,12 @@ class GenerationSection:
         "Above 1, tokens that occurred already become less likely.", 1.0, minimum=0
     )
     seed: int = key("Seed of sampled answers.", 0, minimum=0)
+    samples: int = key(
+        "alpaca_eval, checks: answers per question, each with a seed of its own and judged or"
+        " checked by itself; needs a temperature above 0. A question stays one unit of every test.",
+        1,
+        minimum=1,
+    )
     prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = key(
         "auto: a trained run's own format; for a model without a run chat if its tokenizer has a"
         " template, else dolly. Another format than a run was trained with is refused.",
@@ -210,6 +216,15 @@ _ONLY_LM_EVAL = (
     "gen_kwargs",
     "options",
 )
+_REMOVE = "remove it; alpaca_eval and checks take several answers per question"
+_NO_SAMPLES = {  # why a suite takes one answer per question, and what to do
+    "mt_bench": ("mt_bench grades one conversation per question", _REMOVE),
+    "heldout_loss": ("heldout_loss writes no answers", _REMOVE),
+    "lm_eval": (
+        "lm_eval's tasks say themselves how often they ask",
+        "set `repeats` in a task file of your own (data.include_path)",
+    ),
+}
 
 
 class EvalRules(KindRules):
@@ -285,6 +300,13 @@ class EvalRules(KindRules):
             except RecipeError as error:
                 yield from error.errors
         generation = values.get("generation", {})
+        if (samples := generation.get("samples", 1)) > 1:
+            why, hint = _NO_SAMPLES.get(suite["name"], ("", ""))
+            if not why and not generation.get("temperature"):
+                why = f"at temperature 0 the {samples} answers to a question are one and the same"
+                hint = "set generation.temperature above 0, for example 0.7"
+            if why:
+                yield document.error(("generation", "samples"), f"generation.samples: {why}", hint)
         for section in ("generation", "judge"):
             if (url := values.get(section, {}).get("base_url")) and not is_address(url):
                 what = (

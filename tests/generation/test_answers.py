@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from recipes_lib.core.errors import RecipeError
@@ -32,7 +34,7 @@ class FakeFormat:
 
 
 def prompts(*words):
-    return {(word, 1): ({"role": "user", "content": word},) for word in words}
+    return {(word, 1, 1): ({"role": "user", "content": word},) for word in words}
 
 
 def test_a_second_run_asks_only_what_is_missing(tmp_path):
@@ -69,6 +71,26 @@ def test_a_seed_changes_nothing_for_greedy_answers(tmp_path):
     engine = FakeEngine()
     Writer(tmp_path / "g.jsonl", engine, Decoding(seed=2), FakeFormat(), "m").answer(prompts("a"))
     assert engine.asked == []
+
+
+def test_answers_to_one_question_have_seeds_of_their_own_and_more_of_them_ask_only_the_new(
+    tmp_path,
+):
+    def drawn(number):
+        return {
+            ("a", 1, draw): ({"role": "user", "content": "a"},) for draw in range(1, number + 1)
+        }
+
+    engines = [FakeEngine(), FakeEngine(), FakeEngine()]
+    for engine, path, number in zip(engines, "mmn", (2, 4, 4), strict=True):
+        path, decoding = tmp_path / path, Decoding(temperature=0.7)
+        Writer(path, engine, decoding, FakeFormat(), "m").answer(drawn(number))
+    seeds = [[request.seed for request in engine.asked] for engine in engines]
+    assert [len(some) for some in seeds] == [2, 2, 4]
+    assert seeds[0] + seeds[1] == seeds[2] and len(set(seeds[2])) == 4
+    stored = [json.loads(line) for line in (tmp_path / "m").read_text().splitlines()]
+    assert [row["seed"] for row in stored] == seeds[2]
+    assert [row.get("draw", 1) for row in stored] == [1, 2, 3, 4]
 
 
 def test_the_same_weights_in_another_format_are_refused(tmp_path):

@@ -111,6 +111,44 @@ def test_an_earlier_result_tells_the_spread(study_folder: Path) -> None:
     assert more is not None and "assumed: " in more.spread
 
 
+def test_the_gain_of_several_answers_per_question_is_the_one_of_simulated_studies(
+    study_folder: Path,
+) -> None:
+    file = study_folder / "alpaca_eval.yaml"
+    file.write_text(file.read_text().replace("{max_new", "{temperature: 1, samples: 4, max_new"))
+    one = foreseen(study_folder, 805)
+    (line,) = (line for line in one.lines() if "answers per question" in line)
+    assert line.startswith("  that is with 4 answers per question, which cost 4 times the answers")
+    assert line.endswith("assumed: half of a question's variance is new in each answer")
+    assert one.one_answer is not None and 0.75 < one.found / one.one_answer < 0.95
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(300):
+        own = np.tile(rng.random(805), 4)
+        again = rng.random(len(own)) > 0.5**0.5  # two answers share half of their variance
+        drawn = np.where(again, rng.random(len(own)), own) - (0.35 + one.found)
+        values = np.where(drawn < 0, 1.0, np.where(drawn < 0.3, 0.5, 0.0))[None]
+        tested = compare(values, np.full_like(values, 0.5), np.tile(np.arange(805), 4))
+        hits += tested.p is not None and tested.p <= one.level
+    assert 0.73 <= hits / 300 <= 0.88
+
+
+def test_earlier_results_tell_how_much_of_a_question_is_new_in_each_answer(
+    study_folder: Path,
+) -> None:
+    file = study_folder / "alpaca_eval.yaml"
+    file.write_text(file.read_text().replace("{max_new", "{temperature: 1, samples: 4, max_new"))
+    study = load_study(study_folder / "tiny.yaml")
+    spread = {"questions": 0.0004, "freedom": None, "draws": 2, "drawn": 0.0001}
+    tested = {"spread": spread, "questions": 40, "seeds": 1}
+    row = {"primary": True, "metric": study.aims.primary, "tested": tested}
+    write_json(folder_of(study) / "steps" / "statistics" / "comparison.json", {"rows": [row]})
+    found = foresee(study, {})
+    assert found is not None and found.found and found.one_answer
+    # 0.0003 of the question's own, 0.0002 new in one answer
+    assert found.found / found.one_answer == pytest.approx((0.00035 / 0.0005) ** 0.5)
+    assert found.drawn == "40% of a question's variance was new in each answer here"
+
+
 def test_what_is_not_known_is_said(study_folder: Path) -> None:
     study = load_study(study_folder / "tiny.yaml")
     evals = [

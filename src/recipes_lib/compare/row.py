@@ -63,6 +63,10 @@ class PairedItems:
         moves zero into the interval or out of it.
         """
         tested = compare(self.first, self.second, self.questions, scale=self.scale)
+        if tested.spread and (drawn := self._drawn()):
+            draws, variance = drawn
+            spread = replace(tested.spread, draws=draws, drawn=variance)
+            tested = replace(tested, spread=spread)
         if tested.interval_method == "zero variance":
             return replace(tested, low=None, high=None)
         low, high = (
@@ -70,6 +74,26 @@ class PairedItems:
             for limit in (tested.low, tested.high)
         )
         return replace(tested, low=low, high=high)
+
+    def _drawn(self) -> tuple[int, float] | None:
+        """Answers per question, and what of the effect's variance is new in each of them; None
+        where each question has one.
+        """
+        codes = np.unique(np.array(self.items), axis=0, return_inverse=True)[1].reshape(-1)
+        count = int(codes.max()) + 1 if len(codes) else 0
+        if len(codes) < 2 * count:  # a few questions that are asked again are no draws
+            return None
+        variance, table = 0.0, self.first - self.second
+        for values in table:
+            known = ~np.isnan(values)
+            sizes, sums, squares = (
+                np.bincount(codes[known], weights=values[known] ** power, minlength=count)
+                for power in (0, 1, 2)
+            )
+            several = sizes > 1
+            n, total, square = sizes[several], sums[several], squares[several]
+            variance += float((n / (n - 1) * (square - total**2 / n)).sum())
+        return round(len(codes) / count), variance / table.size**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,13 +274,34 @@ def filling_of(metric: str, unit: str, values: ItemValues) -> tuple[float, float
 def measures_of(
     measurements: Measurements, arm: str
 ) -> dict[tuple[tuple[str, str, str], str | None], list[Measure]]:
-    """Return an arm's measures by metric and opponent, one per run that has it."""
+    """Return an arm's measures by metric and opponent, one per run that has it; of runs with
+    different numbers of answers per question the answers that all have.
+    """
     found: dict[tuple[tuple[str, str, str], str | None], list[Measure]] = {}
     for run in measurements.arms[arm].runs:
         for measure in run.measures():
             key = (measure.key, measurements.opponent_name(measure.opponent))
             found.setdefault(key, []).append(measure)
-    return found
+    return {key: with_draws(mine, fewest_draws(mine)) for key, mine in found.items()}
+
+
+def fewest_draws(measures: Sequence[Measure]) -> int:
+    """Return how many answers per question all of these measures have."""
+    return min(
+        (max(item.draw for item in one.samples) for one in measures if one.samples), default=1
+    )
+
+
+def with_draws(measures: Sequence[Measure], draws: int) -> list[Measure]:
+    """Return the measures with so many answers per question: an answer that another arm was never
+    asked for is no missing verdict of that arm.
+    """
+    return [
+        replace(one, samples=tuple(item for item in one.samples if item.draw <= draws))
+        if any(item.draw > draws for item in one.samples)
+        else one
+        for one in measures
+    ]
 
 
 def values_of(
@@ -270,7 +315,7 @@ def values_of(
         items_of: the measures whose items are asked for.
         questions: the only ones that are asked for; None for all.
     """
-    place: dict[tuple[str, int], int] = {}
+    place: dict[tuple[str, int, int], int] = {}
     for item in (item for measure in items_of for item in measure.samples):
         if questions is None or item.id in questions:
             place.setdefault(item.key, len(place))

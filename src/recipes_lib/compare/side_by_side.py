@@ -12,6 +12,7 @@ from recipes_lib.compare.row import (
     ItemValues,
     PairedItems,
     TableRow,
+    fewest_draws,
     files_of,
     filling_of,
     measures_of,
@@ -19,6 +20,7 @@ from recipes_lib.compare.row import (
     scale_of,
     too_few,
     values_of,
+    with_draws,
 )
 from recipes_lib.compare.wording import count
 from recipes_lib.eval_log import Measure
@@ -59,6 +61,11 @@ def _row(
         fewer = min(len(mine), len(other))
         flags.append(f"{count(fewer, 'seed')} of {len(mine)} and {len(other)}")
         mine, other = mine[:fewer], other[:fewer]
+    draws = fewest_draws(mine), fewest_draws(other)
+    if draws[0] != draws[1]:
+        kept = count(min(draws), "answer")
+        flags.append(f"{kept} per question of {draws[0]} and {draws[1]}")
+        mine, other = (with_draws(arm, min(draws)) for arm in (mine, other))
     one, measures = mine[0], (*mine, *other)
     unit = one.unit if {measure.unit for measure in measures} == {one.unit} else "number"
     asked = [{item.key for measure in arm for item in measure.samples} for arm in (mine, other)]

@@ -129,7 +129,7 @@ def _answers(parts: Sequence[Part]) -> Answers:
             _compare(part, mine, source, known)
         known = mine | known
         source = source or part
-    judged = {one.key for part in parts for one in part.items}
+    judged = {one.place for part in parts for one in part.items}
     if source and judged and not judged & known.keys():
         raise source.file.error(
             "not one of its answers is to a question that was judged",
@@ -159,7 +159,7 @@ def _compare(part: Part, mine: Answers, other: Part, known: Answers) -> None:
 
 def _with_answer(one: Sample, answers: Mapping[tuple[str, int], Row]) -> Sample:
     """The sample with the whole answer where another file holds it."""
-    row = answers.get(one.key)
+    row = answers.get(one.place)
     if row is None or one.answer == row["answer"]:
         return one
     lengths = (len(row["answer"]), *one.lengths[1:])
@@ -170,7 +170,8 @@ def _answer_facts(target: str, parts: Sequence[Part], answers: Answers) -> Row:
     """What result.json says about the answers; without weights, their fingerprint is of texts."""
     texts = sorted([*key, row["answer"]] for key, row in answers.items())
     items = [one for part in parts for one in part.items]
-    given = {one.key: one.answer for one in items if one.answer is not None and not one.shortened}
+    whole = [one for one in items if one.answer is not None and not one.shortened]
+    given = {one.place: str(one.answer) for one in whole}
     given |= {key: row["answer"] for key, row in answers.items()}
     faults = dataclasses.asdict(AnswerFaults.of(list(given.values()), cut=None)) if given else None
     return {

@@ -119,7 +119,7 @@ def judged_part(file: Foreign, model: str | None, against: str | None) -> Part:
     """
     judgments, form = read_judgments(file), str(file.format)
     name, opponent, records = _chosen(judgments, model, against)
-    records = _unique(file, [record.key for record in records], records)
+    records = _unique(file, [record.place for record in records], records)
     named: Any = "prometheus-7b-v2.0"  # the original study had one judge
     if not form.startswith("original"):
         first = file.rows[0][1]

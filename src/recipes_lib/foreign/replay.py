@@ -336,7 +336,7 @@ def _answers(records: Sequence[Record]) -> dict[tuple[str, int], set[str]]:
     found: dict[tuple[str, int], set[str]] = defaultdict(set)
     for one in records:
         if one.answer:
-            found[one.key].add(one.answer)
+            found[one.place].add(one.answer)
     return found
 
 

@@ -1,8 +1,9 @@
 """Answers of one model to questions, kept in generations.jsonl: only what is missing is asked, and
 nothing is written twice.
 
-An answer's key covers question, turn, prompt, decoding, seed, weights and prompt format. The file
-is the judgments' kind of store: one line, one write, synced; a torn tail is cut.
+An answer's key covers question, turn, draw, prompt, decoding, seed, weights and prompt format: a
+larger number of draws later asks only for the new ones. The file is the judgments' kind of store:
+one line, one write, synced; a torn tail is cut.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class AnswerStore(JudgmentStore):
     what = "answer"
 
 
-# what is asked, by question and turn: a conversation that ends with the user's turn
-Conversations = Mapping[tuple[str, int], tuple[Message, ...]]
-Completions = dict[tuple[str, int], Completion]  # by question and turn
+AnswerKey = tuple[str, int, int]  # question, turn, and which of several answers: its draw
+Conversations = Mapping[AnswerKey, tuple[Message, ...]]  # each ends with the user's turn
+Completions = dict[AnswerKey, Completion]
 
 
 class Writer:
@@ -75,45 +76,49 @@ class Writer:
         Raises:
             GenerationIncomplete: requests failed; what was answered is stored.
         """
-        requests = {turn: self._request(*turn, messages) for turn, messages in asked.items()}
+        requests = {place: self._request(*place, messages) for place, messages in asked.items()}
         missing = {
-            request.key: (turn, request)
-            for turn, request in requests.items()
+            request.key: (place, request)
+            for place, request in requests.items()
             if request.key not in self.store
         }
         if missing:
             self._ask(missing)
-        rows = {turn: self.store.get(request.key) for turn, request in requests.items()}
+        rows = {place: self.store.get(request.key) for place, request in requests.items()}
         return {
-            turn: Completion(
+            place: Completion(
                 key=row["key"],
                 text=row["answer"],
                 finish_reason=row["finish_reason"],
                 num_tokens=row["tokens"],
             )
-            for turn, row in rows.items()
+            for place, row in rows.items()
             if row
         }
 
-    def _request(self, question: str, turn: int, messages: tuple[Message, ...]) -> Request:
+    def _request(
+        self, question: str, turn: int, draw: int, messages: tuple[Message, ...]
+    ) -> Request:
         text, ids = self.prompts.render(messages)
+        further = (draw,) if draw > 1 else ()  # the first is that of a recipe without draws
         key = hash_of(
             question,
             turn,
+            *further,
             text if text is not None else messages,
             self.decoding.to_dict(),
             self.engine.fingerprint,
             self.prompts.hash,
         )
-        seed = int(hash_of(self.decoding.seed, question, turn)[:15], 16)
+        seed = int(hash_of(self.decoding.seed, question, turn, *further)[:15], 16)
         return Request(key=key, prompt=text, ids=ids, messages=messages, seed=seed)
 
-    def _ask(self, missing: dict[str, tuple[tuple[str, int], Request]]) -> None:
+    def _ask(self, missing: dict[str, tuple[AnswerKey, Request]]) -> None:
         progress = Progress(f"answers {self.name}", len(missing))
         failed, answered = Failures(), 0
         requests = [request for _, request in missing.values()]
         for completion in self.engine.complete(requests, self.decoding):
-            (question, turn), request = missing[completion.key]
+            (question, turn, draw), request = missing[completion.key]
             if completion.error is not None:
                 failed.add(completion.error, completion.refused)
                 if failed.in_a_row >= MAX_CONSECUTIVE_FAILURES:
@@ -126,6 +131,7 @@ class Writer:
                     "key": completion.key,
                     "question_id": question,
                     "turn": turn,
+                    **({"draw": draw} if draw > 1 else {}),
                     "answer": completion.text,
                     "finish_reason": completion.finish_reason,
                     "tokens": completion.num_tokens,

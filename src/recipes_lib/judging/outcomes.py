@@ -19,7 +19,7 @@ from recipes_lib.statistics.intervals import (
     Interval,
     RateBounds,
     mean_interval,
-    rate_bounds,
+    share_interval,
     wilson,
 )
 
@@ -151,7 +151,7 @@ def summarise(
 
     Args:
         samples: one per pair of answers.
-        cluster_of: the cluster of a sample, where several belong to one question (turns, seeds).
+        cluster_of: the cluster of a sample, where several belong to one question (turns, draws).
     """
     counts = Counter(one.outcome for one in samples)
     said = (said for one in samples for said in one.verdicts)
@@ -163,11 +163,17 @@ def summarise(
     place = {"A": 1.0, "B": 0.0}
     first = [sum(place.get(said, 0.5) for said in one.verdicts) / 2 for one in judged]
 
-    def score(some: Sequence[Sample], missing: float) -> Interval:
-        clusters = None if cluster_of is None else [cluster_of(one) for one in some]
-        values = [missing if one.value is None else one.value for one in some]
-        return mean_interval(values, clusters).within(0, 1)
+    def clusters_of(some: Sequence[Sample]) -> list[Any] | None:
+        return None if cluster_of is None else [cluster_of(one) for one in some]
 
+    def share(some: Sequence[Sample], *outcomes: str) -> Interval:
+        return share_interval([one.outcome in outcomes for one in some], clusters_of(some))
+
+    def score(some: Sequence[Sample], missing: float) -> Interval:
+        values = [missing if one.value is None else one.value for one in some]
+        return mean_interval(values, clusters_of(some)).within(0, 1)
+
+    lost, won = share(samples, "win"), share(samples, "win", "unresolved")
     return PairSummary(
         n=len(samples),
         win=counts["win"],
@@ -176,9 +182,11 @@ def summarise(
         unresolved=counts["unresolved"],
         by_rule=sum(one.by_rule for one in samples),
         statuses=dict(statuses),
-        win_rate=wilson(counts["win"], len(resolved)),
+        win_rate=share(resolved, "win"),
         score=score(resolved, 0.5),
-        win_bounds=rate_bounds(counts["win"], len(samples), counts["unresolved"]),
+        win_bounds=RateBounds(
+            lost.estimate, won.estimate, lost.low, won.high, len(samples), counts["unresolved"]
+        ),
         swap_consistency=wilson(consistent, len(judged)),
         first_position=mean_interval(first).within(0, 1),
         score_bounds={"all_lost": score(samples, 0.0), "all_won": score(samples, 1.0)},

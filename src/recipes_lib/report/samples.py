@@ -109,10 +109,12 @@ def _add(
     folder = "/".join(log.file.parent.parts[-3:])
     found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
     turns = log.is_imported or log.suite == "mt_bench"
+    draws = any(one.draw > 1 for one in samples)
     for one in samples[::step]:
         if found.is_full():
             return
         place = f"{one.id}, turn {one.turn}" if turns else one.id
+        place += f", answer {one.draw}" if draws else ""
         orders = ORDERS if one.opponent is not None else ("grade",)
         verdicts = tuple(
             (order, word, None if raw is None else found.text(raw))

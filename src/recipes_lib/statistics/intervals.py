@@ -92,12 +92,42 @@ def wilson(successes: int, n: int) -> Interval:
         raise ValueError(f"{successes} successes of {n} is not a share")
     if n == 0:
         return Interval(None, None, None, 0, "wilson")
-    share = successes / n
+    return Interval(successes / n, *_wilson_limits(successes / n, n), n, "wilson")
+
+
+def _wilson_limits(share: float, n: float) -> tuple[float, float]:
+    """The Wilson limits of a share of n independent items."""
     center = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    low = 0.0 if successes == 0 else max(0.0, center - half)
-    high = 1.0 if successes == n else min(1.0, center + half)
-    return Interval(share, low, high, n, "wilson")
+    low = 0.0 if share == 0 else max(0.0, center - half)
+    high = 1.0 if share == 1 else min(1.0, center + half)
+    return low, high
+
+
+def share_interval(hits: Sequence[bool], clusters: Sequence[Hashable] | None = None) -> Interval:
+    """Return the share of hits with its Wilson interval; where clusters have several items, that of
+    as many independent items as have the clustered standard error, and of no more than there are.
+
+    Source: Dean and Pagano (2015), Journal of Survey Statistics and Methodology 3.
+
+    Example:
+        >>> twice = share_interval([True, True, False, False], ["a", "a", "b", "b"])
+        >>> twice.low < share_interval([True, True, False, False]).low
+        True
+    """
+    n, total = len(hits), sum(hits)
+    count = n if clusters is None else len(set(clusters))
+    if count == n:
+        return wilson(total, n)
+    share, error = total / n, standard_error(np.asarray(hits, dtype=float), _codes(clusters))
+    independent = min(n, share * (1 - share) / error**2) if error else count
+    return Interval(share, *_wilson_limits(share, independent), n, "wilson, clustered")
+
+
+def _codes(clusters: Sequence[Hashable] | None) -> list[int]:
+    """A number for each cluster."""
+    places: dict[Hashable, int] = {}
+    return [places.setdefault(one, len(places)) for one in clusters or ()]
 
 
 def rate_bounds(successes: int, n: int, unresolved: int) -> RateBounds:

@@ -8,7 +8,7 @@ Normal approximation of a paired, two-sided test of a mean difference; n counts 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 from recipes_lib.statistics.distributions import (
@@ -36,6 +36,8 @@ class Spread:
             there is one seed.
         against: what open items, all counted against the difference, take from it.
         resolved: share of the items that have a value; the rest does not move with the difference.
+        draws: answers to each question.
+        drawn: what of the variance is new in each answer; 0 where that is not known.
     """
 
     questions: float
@@ -46,6 +48,23 @@ class Spread:
     flips: float = 0.0
     against: float = 0.0
     resolved: float = 1.0
+    draws: int = 1
+    drawn: float = 0.0
+
+    @property
+    def drawn_share(self) -> float:
+        """What share of a question's variance is new in each answer, where each has one."""
+        whole = self.with_draws(1)
+        return whole.drawn / (whole.flips if self.seeds else whole.questions)
+
+    def with_draws(self, draws: int) -> Spread:
+        """Return the spread with another number of answers to each question."""
+        drawn = self.drawn * self.draws / draws
+        change = drawn - self.drawn
+        if self.seeds:  # the answers of each training are its own
+            seeds, flips = self.seeds + change, self.flips + change
+            return replace(self, seeds=seeds, flips=flips, draws=draws, drawn=drawn)
+        return replace(self, questions=self.questions + change, draws=draws, drawn=drawn)
 
     def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
         """Return the smallest difference found with probability `power` at level `alpha`; None

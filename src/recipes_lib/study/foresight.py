@@ -22,6 +22,7 @@ from recipes_lib.statistics.power import Spread
 from recipes_lib.study.arms import study_folder
 
 MOST_SEEDS = 20
+_ASSUMED_SHARE = "assumed: half of a question's variance is new in each answer"
 UNKNOWN = "what it can find is not known:"
 
 
@@ -65,6 +66,10 @@ class Foresight:
         behind_base: the same once the comparisons with the base are found; None without a base.
         half_seeds: seeds per arm that find half of it; None where more than 20 are needed.
         half_questions: questions that do; None where no number does.
+        samples: answers per question.
+        one_answer: the difference that one answer per question would find; None where one is asked
+            for.
+        drawn: how much of a question's variance is new in each answer, in words.
     """
 
     metric: str
@@ -78,6 +83,9 @@ class Foresight:
     behind_base: float | None = None
     half_seeds: int | None = None
     half_questions: int | None = None
+    samples: int = 1
+    one_answer: float | None = None
+    drawn: str = ""
 
     def lines(self) -> list[str]:
         """Return it as text."""
@@ -89,6 +97,12 @@ class Foresight:
         if self.found is None:
             return [*lines, f"  {self.spread}"]
         lines.append(f"  finds {self._text(self.found)} in 80% of studies: {self.spread}")
+        if self.one_answer is not None:
+            lines.append(
+                f"  that is with {self.samples} answers per question, which cost {self.samples}"
+                f" times the answers and judgments; one would find {self._text(self.one_answer)}:"
+                f" {self.drawn}"
+            )
         if self.behind_base is not None:
             less = self._text(self.behind_base)
             lines.append(f"  finds {less} between arms that are all found to differ from the base")
@@ -108,7 +122,7 @@ def foresee(study: Study, turns: Mapping[str, int | None]) -> Foresight | None:
     """Return what a study can find; None without a primary metric among its evals.
 
     Args:
-        turns: answers that each eval asks for; None where that is not known here.
+        turns: how many turns the questions of each eval have; None where that is not known here.
     """
     primary = study.aims.primary
     recipe = next((one for one in study.evals if primary and full_name(one, primary)), None)
@@ -131,15 +145,23 @@ def foresee(study: Study, turns: Mapping[str, int | None]) -> Foresight | None:
         return dataclasses.replace(told, spread=f"{UNKNOWN} its spread, which a first run tells")
     if questions is None:
         return dataclasses.replace(told, spread=f"{UNKNOWN} how many questions there are")
+    samples, drawn = recipe.generation.samples, _ASSUMED_SHARE
     if known is not None and (known[2] == seeds or kind is None):
         spread = known[0]
         text = "spread as this study measured it"
+        if spread.draws > 1:
+            drawn = f"{spread.drawn_share:.0%} of a question's variance was new in each answer here"
+        elif samples > 1:
+            own = spread.flips if spread.seeds else spread.questions
+            spread = dataclasses.replace(spread, drawn=own / 2)
     else:
         assert kind is not None
         spread, text = _assumed(kind, questions, seeds), f"assumed: {kind.said}"
         if seeds > 1:
             apart = difference_text(kind.seeds, kind.unit).lstrip("+")
             text += f", trainings of one recipe that differ by {apart} (SD)"
+    one_answer = spread.with_draws(1).mde(level) if samples > 1 else None
+    spread = spread.with_draws(samples)
     found = spread.mde(level)
     if found is None or (kind is not None and found > kind.largest):
         none = "finds no difference in 80% of studies, however large"
@@ -152,6 +174,9 @@ def foresee(study: Study, turns: Mapping[str, int | None]) -> Foresight | None:
         behind_base=spread.mde(behind) if 0 < between < comparisons else None,
         half_questions=math.ceil(factor * questions) if factor else None,
         half_seeds=_half_seeds(spread, seeds, found, level),
+        samples=samples,
+        one_answer=one_answer,
+        drawn=drawn if samples > 1 else "",
     )
 
 
@@ -168,14 +193,14 @@ def _half_seeds(spread: Spread, seeds: int, found: float, level: float) -> int |
 
 def _assumed(kind: MetricSpread, questions: int, seeds: int) -> Spread:
     """The spread of a comparison: of a question's variance half is the question's own and half
-    new in each training.
+    new in each training, and in each answer.
     """
-    if seeds == 1:
-        return Spread(kind.variance / questions, questions - 1)
     own = new = kind.variance / 2
+    if seeds == 1:
+        return Spread(kind.variance / questions, questions - 1, drawn=new / questions)
     excess, rest = own / questions, new / questions / seeds
     by_seed = 2 * kind.seeds**2 / seeds + rest
-    return Spread(excess, questions - 1, by_seed, seeds - 1, flips=excess + rest)
+    return Spread(excess, questions - 1, by_seed, seeds - 1, flips=excess + rest, drawn=rest)
 
 
 def _questions(recipe: EvalRecipe, primary: str, turns: int | None) -> int | None:
@@ -203,7 +228,7 @@ def _earlier(study: Study, primary: str) -> tuple[Spread, int, int] | None:
         tested = row.get("tested") or {}
         if row.get("primary") and is_named(primary, row["metric"]) and tested.get("spread"):
             # What is not finite is no number in JSON.
-            values = {
+            values: dict[str, Any] = {
                 name: math.inf if value is None else value
                 for name, value in tested["spread"].items()
             }

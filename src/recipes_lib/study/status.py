@@ -271,7 +271,7 @@ def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
     """Return what a step of an eval takes.
 
     Args:
-        turns: how many answers the eval asks for; None where that is not known here.
+        turns: how many turns its questions have; None where that is not known here.
     """
     if kind == "lm_eval":
         limit = f", {recipe.suite.limit} items each" if recipe.suite.limit else ""
@@ -281,6 +281,7 @@ def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
     if turns is None:
         unknown = "answers, as many as there are questions (not on this machine yet)"
         return unknown if kind == "answers" else "judgments"
+    turns *= recipe.generation.samples
     if kind in ("answers", "checks"):
         return f"{turns:,} answers of at most {recipe.generation.max_new_tokens:,} tokens"
     if kind == "judgments" and recipe.suite.name == "mt_bench":
@@ -292,7 +293,7 @@ def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
 
 
 def _count_turns(recipe: EvalRecipe) -> int | None:
-    """Return how many answers an eval asks for, or None where its questions are not on this
+    """Return how many turns an eval's questions have, or None where they are not on this
     machine.
     """
     with suppress(RecipesError):  # files that cannot be used are the evaluation's error

@@ -2,7 +2,8 @@
 tie with bounds and intervals.
 
 The mean score comes from absolute grading, where it is asked for. The alpaca_eval library's own
-numbers stand beside ours: its metric on each order, and on the mean of both. The verdicts become
+numbers stand beside ours: its metric on each order, and on the mean of both; they know one answer
+per question, so where there are several they are of the first. The verdicts become
 annotations as its annotator would write them (a test holds the two beside each other); the
 annotator itself has nothing to ask, and takes minutes for tens of thousands of questions. Nothing
 is downloaded, except `df_gamed.csv` where its length-controlled rate is asked for.
@@ -105,12 +106,13 @@ class AlpacaEval(JudgedSuite):
         """Return what is to be compared."""
         return [
             Item(
-                one.id,
+                _drawn(one.id, draw),
                 one.turns[0],
-                answers.text(one.id),
-                opponent.text(one.id),
+                answers.text(one.id, draw=draw),
+                opponent.text(one.id, draw=draw),
                 meta={"category": one.category},
             )
+            for draw in range(1, answers.draws + 1)
             for one in self.chosen.questions
         ]
 
@@ -144,16 +146,19 @@ class AlpacaEval(JudgedSuite):
         lines = samples(self.chosen.questions, answers, opponent, rows)
         write_lines(sample_file(file.parent, "samples.jsonl", opponent), lines)
         pairs, grades = alpaca_samples(lines)
-        library = _library(recipe, pairs, answers, opponent, judge)
+        first = [one for one in pairs if one.draw == 1]
+        library = _library(recipe, first, answers, opponent, judge)
         scores = [one.value for one in grades if one.value is not None]
+        several = answers.draws > 1
+        graded = [one.id for one in grades if one.value is not None] if several else None
         numbers = {
-            "pairs": summarise(pairs).to_dict(),
+            "pairs": summarise(pairs, (lambda one: one.id) if several else None).to_dict(),
             "alpaca_eval": library | {"n": library["n_total"]},
             "length_controlled": (
                 own_length_controlled(pairs) if metrics.length_controlled != "none" else None
             ),
             "mean_score": (
-                {**within_scale(mean_interval(scores)), "questions": len(pairs)}
+                {**within_scale(mean_interval(scores, graded)), "questions": len(first)}
                 if metrics.absolute
                 else None
             ),
@@ -220,38 +225,46 @@ def single_items(questions: Sequence[Question], answers: AnswerSet) -> list[Item
     """
     return [
         Item(
-            question.id,
+            _drawn(question.id, draw),
             question.turns[0],
-            answers.text(question.id),
+            answers.text(question.id, draw=draw),
             None,
             question.reference[0] if question.reference else None,
         )
+        for draw in range(1, answers.draws + 1)
         for question in questions
     ]
+
+
+def _drawn(question: str, draw: int) -> str:
+    """The id under which an answer is judged: each of several is a pair of its own to the judge."""
+    return question if draw == 1 else f"{question}#{draw}"
 
 
 def samples(
     questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]
 ) -> list[dict[str, Any]]:
-    """Return one line per question with both answers and both verdicts, for reading."""
+    """Return one line per question and draw with both answers and both verdicts, for reading."""
     by_question: dict[str, list[Row]] = {}
     for row in rows:
         by_question.setdefault(row["question_id"], []).append(row)
     return [
         {
             "question_id": question.id,
+            **({"draw": draw} if draw > 1 else {}),
             "category": question.category,
             "instruction": question.turns[0],
-            "answer": answers.text(question.id),
-            "opponent_answer": opponent.text(question.id),
+            "answer": answers.text(question.id, draw=draw),
+            "opponent_answer": opponent.text(question.id, draw=draw),
             "verdicts": [
                 {
                     name: row.get(name)
                     for name in ("kind", "order", "status", "value", "source", "mass", "raw")
                 }
-                for row in by_question.get(question.id, [])
+                for row in by_question.get(_drawn(question.id, draw), [])
             ],
         }
+        for draw in range(1, answers.draws + 1)
         for question in questions
     ]
 

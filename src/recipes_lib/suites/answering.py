@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from recipes_lib.suites.questions import Question, read_answer_file
 
 @dataclass
 class AnswerSet:
-    """One target's answers, by question and turn.
+    """One target's answers, by question, turn and draw.
 
     `run` is None for the outputs that come with the questions. `models` are the names of the
     weights behind the answers.
@@ -47,9 +48,14 @@ class AnswerSet:
     tokens: int = 0
     details: dict[str, Any] = field(default_factory=dict)
 
-    def text(self, question_id: str, turn: int = 1) -> str:
-        """Return one answer."""
-        return self.rows[question_id, turn].text
+    def text(self, question_id: str, turn: int = 1, draw: int = 1) -> str:
+        """Return one answer; of a target that answered once, the one there is."""
+        return self.rows[question_id, turn, min(draw, self.draws)].text
+
+    @cached_property
+    def draws(self) -> int:
+        """How many answers there are to each question."""
+        return max((draw for _, _, draw in self.rows), default=1)
 
     @property
     def digest(self) -> str:
@@ -75,6 +81,7 @@ class AnswerSet:
                 [row.text for row in rows],
                 sum(row.finish_reason != "stop" for row in rows),
                 max_identical_fraction,
+                [question for question, _, _ in self.rows],
             ),
             generated_now=speed if self.tokens else None,
             tokens=sum(row.num_tokens for row in rows),
@@ -131,7 +138,13 @@ def answer_questions(
         )
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
             asked = [question for question in questions if len(question.turns) >= turn]
-            rows |= writer.answer({(one.id, turn): _conversation(one, turn, rows) for one in asked})
+            rows |= writer.answer(
+                {
+                    (one.id, turn, draw): _conversation(one, turn, draw, rows)
+                    for draw in range(1, section.samples + 1)
+                    for one in asked
+                }
+            )
     model = subject.target.recipe.model
     return AnswerSet(
         name=subject.name,
@@ -175,13 +188,15 @@ def _engine(recipe: EvalRecipe, subject: Subject) -> Engine:
     )
 
 
-def _conversation(question: Question, turn: int, rows: Completions) -> tuple[Message, ...]:
+def _conversation(
+    question: Question, turn: int, draw: int, rows: Completions
+) -> tuple[Message, ...]:
     """The turns so far with the model's own answers, ending with the user's turn."""
     messages: list[Message] = []
     for number in range(1, turn):
         messages += [
             {"role": "user", "content": question.turns[number - 1]},
-            {"role": "assistant", "content": rows[question.id, number].text},
+            {"role": "assistant", "content": rows[question.id, number, draw].text},
         ]
     return (*messages, {"role": "user", "content": question.turns[turn - 1]})
 
@@ -199,7 +214,7 @@ def reference_answers(questions: Sequence[Question]) -> AnswerSet:
             "set data.references, or name an opponent: --against RUN",
         )
     rows = {
-        (question.id, 1): Completion(key="", text=question.reference[0])
+        (question.id, 1, 1): Completion(key="", text=question.reference[0])
         for question in questions
         if question.reference
     }
@@ -221,7 +236,9 @@ def answers_in_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
             source={"file": path.name, "sha256": digest, "generator": found.generator},
         )
     asked = {question.id for question in questions}
-    rows = {key: Completion(key="", text=text) for key, text in found.items() if key[0] in asked}
+    rows = {
+        (*key, 1): Completion(key="", text=text) for key, text in found.items() if key[0] in asked
+    }
     return AnswerSet(
         run.name,
         run,

@@ -24,7 +24,7 @@ from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import find_targets
-from recipes_lib.statistics.intervals import Interval, wilson
+from recipes_lib.statistics.intervals import Interval, share_interval
 from recipes_lib.suites.answering import AnswerSet, answer_questions, asking_of
 from recipes_lib.suites.judged import answer_banners
 from recipes_lib.suites.questions import Question, load_questions
@@ -63,10 +63,14 @@ class Checks(Asker):
         file = log_file(run.path, recipe.name, None)
         facts = answers.facts(recipe.metrics.max_identical_fraction)
         assert facts.answers is not None
-        samples = [self._sample(one, answers) for one in self.chosen.questions]
-        by_category: dict[str, list[float | None]] = {}
+        samples = [
+            self._sample(one, answers, draw)
+            for draw in range(1, answers.draws + 1)
+            for one in self.chosen.questions
+        ]
+        by_category: dict[str, list[Sample]] = {}
         for sample in samples:
-            by_category.setdefault(sample.category, []).append(sample.value)
+            by_category.setdefault(sample.category, []).append(sample)
         measure = Measure(
             recipe.name, recipe.suite.name, "pass_rate", "answers that pass", tuple(samples), file
         )
@@ -82,18 +86,18 @@ class Checks(Asker):
             ],
             answers=facts,
             numbers={
-                "pass_rate": _rate([one.value for one in samples]),
-                "by_category": {name: _rate(values) for name, values in by_category.items()},
+                "pass_rate": _rate(samples),
+                "by_category": {name: _rate(mine) for name, mine in by_category.items()},
             },
             measures=(measure,),
             file=file,
         )
 
-    def _sample(self, question: Question, answers: AnswerSet) -> Sample:
+    def _sample(self, question: Question, answers: AnswerSet, draw: int) -> Sample:
         """Return one answer's sample: 0 if a check fails for certain, unresolved if the answer was
         cut where more text could decide, else 1.
         """
-        answer = answers.rows[question.id, 1]
+        answer = answers.rows[question.id, 1, draw]
         text, cut = answer.text, answer.finish_reason != "stop"
         results = [(check.name, check.passes(text, cut)) for check in question.checks]
         failed = [name for name, passed in results if passed is False]
@@ -109,6 +113,7 @@ class Checks(Asker):
             lengths=(len(text),),
             input=question.turns[0],
             answer=text,
+            draw=draw,
         )
 
     @staticmethod
@@ -130,12 +135,16 @@ class Checks(Asker):
         return grid(head, rows)
 
 
-def _rate(values: Sequence[float | None]) -> dict[str, Any]:
+def _rate(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the share of answers that pass, with Wilson limits: the lower one as if all that are
     unresolved failed, the upper one as if all passed.
     """
-    passed, unresolved = values.count(1.0), values.count(None)
-    resolved = wilson(passed, len(values) - unresolved)
-    low, high = wilson(passed, len(values)).low, wilson(passed + unresolved, len(values)).high
-    limits = dataclasses.replace(resolved, low=low, high=high, n=len(values))
-    return limits.to_dict() | {"unresolved": unresolved}
+    resolved = [one for one in samples if one.resolved]
+
+    def share(some: Sequence[Sample], *passing: float | None) -> Interval:
+        hits = [one.value in passing for one in some]
+        return share_interval(hits, [one.id for one in some])
+
+    low, high = share(samples, 1.0).low, share(samples, 1.0, None).high
+    limits = dataclasses.replace(share(resolved, 1.0), low=low, high=high, n=len(samples))
+    return limits.to_dict() | {"unresolved": len(samples) - len(resolved)}

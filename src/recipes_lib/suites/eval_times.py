@@ -53,7 +53,7 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     if known is None:
         return EvalTime(recipe.name, 0.0, 0.0, ("the answers to questions that are not here",))
     questions = min(known, recipe.data.max_questions or 10**9)
-    answers = questions * (2 if suite == "mt_bench" else 1)
+    answers = questions * (2 if suite == "mt_bench" else recipe.generation.samples)
     written = answers * recipe.generation.max_new_tokens * ANSWER_SHARE
     answering = _START_S + written / (GENERATED_TOKENS_PER_SECOND * pace)
     verdicts = answers

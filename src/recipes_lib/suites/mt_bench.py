@@ -127,7 +127,7 @@ class MTBench(JudgedSuite):
             for turn, text in enumerate(question.turns, 1)
         }
         mine, theirs = (
-            {key: answer.text for key, answer in one.rows.items()} if one else {}
+            {key[:2]: answer.text for key, answer in one.rows.items()} if one else {}
             for one in (answers, opponent)
         )
         told = {**numbers, "against": opponent.name if opponent else None}

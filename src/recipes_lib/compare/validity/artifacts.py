@@ -186,13 +186,13 @@ def _close(one: Sequence[int], other: Sequence[int]) -> bool:
 
 
 def _answers(log: EvalLog) -> Mapping[Any, str]:
-    """The answers by question and turn, as far as they are known whole."""
+    """The answers by question, turn and draw, as far as they are known whole."""
     samples = (one for measure in log.measures for one in measure.samples)
     return {one.key: one.answer for one in samples if one.answer is not None and not one.shortened}
 
 
 def _judgments(log: EvalLog) -> Mapping[Any, str]:
-    """What the judge wrote, by metric, question and turn; nothing of a judge that gives
+    """What the judge wrote, by metric, question, turn and draw; nothing of a judge that gives
     probabilities, and of rules.
     """
     if log.judge is not None and log.judge.mode == "logits":

@@ -376,7 +376,7 @@ def _missing_turns(logs: Logs) -> Iterator[Finding]:
     for _, _, measure in measures:
         turns[measure.name] |= {item.turn for item in measure.samples}
     for name, log, measure in measures:
-        every, mine = turns[measure.name], {item.key for item in measure.samples}
+        every, mine = turns[measure.name], {item.place for item in measure.samples}
         answered = {question for question, _ in mine}
         missing = sorted({(question, turn) for question in answered for turn in every} - mine)
         if missing:
