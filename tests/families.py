@@ -56,19 +56,59 @@ LINEAR_ATTENTION: dict[str, Any] = {
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
 }
+WINDOWS: dict[str, Any] = {
+    "sliding_window": 32,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+GEMMA3: dict[str, Any] = {**WINDOWS, "query_pre_attn_scalar": 16}
+GEMMA4: dict[str, Any] = {
+    **WINDOWS,
+    "global_head_dim": 32,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 520,
+}
+LLAMA4: dict[str, Any] = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 1,
+    "moe_layers": [0, 1],
+    "attention_chunk_size": 256,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
 
+# their ids, which the tokenizer's texts never have
+_IMAGE_TOKENS = {
+    "qwen3_5": ("image_token_id", "video_token_id"),
+    "gemma3": ("boi_token_index", "eoi_token_index", "image_token_index"),
+    "gemma4": (
+        "boi_token_id",
+        "eoi_token_id",
+        "image_token_id",
+        "audio_token_id",
+        "video_token_id",
+    ),
+    "llama4": ("boi_token_index", "eoi_token_index", "image_token_index"),
+    "mistral3": ("image_token_index",),
+}
 # model_type: what its config says beyond DENSE
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"tie_word_embeddings": True},
-    "gemma3_text": {
-        "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "query_pre_attn_scalar": 16,
-    },
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "gemma3_text": GEMMA3,
+    "gemma4_text": GEMMA4,
     "smollm3": {"no_rope_layers": [1, 0]},
-    "olmo3": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    "ministral3": {},
+    "olmo3": WINDOWS,
     "phi3": {"original_max_position_embeddings": 512},
     "granite": {
         "logits_scaling": 2.0,
@@ -77,31 +117,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.25,
     },
     "glm4": {},
-    "cohere2": {
-        "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-        "logit_scale": 0.5,
-    },
+    "cohere2": {**WINDOWS, "logit_scale": 0.5},
     "lfm2": {
         "layer_types": ["conv", "full_attention"],
         "block_multiple_of": 32,
         "block_auto_adjust_ff_dim": False,
     },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
-    "gpt_oss": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 32,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
-    "llama4_text": {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 96,
-        "interleave_moe_layer_step": 1,
-        "moe_layers": [0, 1],
-        "attention_chunk_size": 256,
-    },
+    "gpt_oss": {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": LLAMA4,
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention"],
         "mamba_num_heads": 4,
@@ -131,10 +155,63 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": {
+        **EXPERTS,
+        **LINEAR_ATTENTION,
+        "shared_expert_intermediate_size": 32,
+    },
     "qwen3_next": {**EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
     "glm4_moe": ROUTED,
     "deepseek_v3": DEEPSEEK,
+    # as their checkpoints are on the Hub: a language model that reads images
+    "qwen3_5": {
+        "text_config": LINEAR_ATTENTION,
+        "vision_config": {
+            "depth": 1,
+            "num_heads": 2,
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "out_hidden_size": 64,
+            "num_position_embeddings": 16,
+        },
+    },
+    "gemma3": {"text_config": GEMMA3, "vision_config": VISION, "mm_tokens_per_image": 4},
+    "gemma4": {
+        "text_config": {**GEMMA4, "pad_token_id": 0},
+        "vision_config": {
+            **VISION,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "position_embedding_size": 64,
+        },
+    },
+    "llama4": {
+        "text_config": LLAMA4,
+        "vision_config": {
+            **VISION,
+            "intermediate_size": 128,
+            "vision_output_dim": 32,
+            "projector_input_dim": 32,
+            "projector_output_dim": 32,
+        },
+    },
+    "mistral3": {
+        "text_config": {"model_type": "ministral3"},
+        "vision_config": {**VISION, "model_type": "pixtral", "head_dim": 16},
+    },
 }
+
+
+def family_config(family: str, **changes: Any) -> Any:
+    """Return a family's config; changes go to its language model."""
+    from transformers import AutoConfig
+
+    values, sizes = FAMILIES.get(family, {}), {"vocab_size": 520, **DENSE}
+    if "text_config" not in values:
+        return AutoConfig.for_model(family, **{**sizes, **values, **changes})
+    tokens = {name: 513 + place for place, name in enumerate(_IMAGE_TOKENS[family])}
+    text = {**sizes, **values["text_config"], **changes}
+    return AutoConfig.for_model(family, **{**values, **tokens, "text_config": text})
 
 
 def build_family(
@@ -144,14 +221,12 @@ def build_family(
     same bytes.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.for_model(
-        family, **{"vocab_size": 520, **DENSE, **FAMILIES.get(family, {}), **changes}
-    )
+    reads_images = "vision_config" in FAMILIES.get(family, {})
+    loader = AutoModelForImageTextToText if reads_images else AutoModelForCausalLM
     torch.manual_seed(seed)
-    kind = AutoModelForImageTextToText if "vision_config" in changes else AutoModelForCausalLM
-    model = kind.from_config(config)
+    model = loader.from_config(family_config(family, **changes))
     model.save_pretrained(folder)
     for file in tokenizer_from.iterdir():
         if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":

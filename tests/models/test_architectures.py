@@ -11,27 +11,32 @@ from typing import Any
 
 import pytest
 import torch
-from tests.families import DENSE, FAMILIES
+from tests.families import FAMILIES, family_config
 
 from recipes_lib.models.architectures import (
+    adds_router_loss,
+    auto_class,
     carries_state,
+    describe_experts,
     describe_targets,
+    layer_configs,
     not_quantized,
+    prepare_for_training,
     ready_to_answer,
     settle_targets,
     training_settings,
+    why_not_varlen,
     with_settings,
 )
 
 
 @lru_cache
 def without_weights(family: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    config = family_config(family)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.for_model(family, vocab_size=520, **{**DENSE, **FAMILIES.get(family, {})})
-        )
+        return getattr(transformers, auto_class(config.model_type)).from_config(config)
 
 
 def adapted(family: str, **lora: Any) -> Any:
@@ -140,6 +145,9 @@ def test_what_is_trained_as_a_whole_or_was_not_asked_for_gets_no_reason() -> Non
 def test_layers_that_carry_a_state_are_known_by_their_convolution() -> None:
     states = {family for family in FAMILIES if carries_state(without_weights(family))}
     assert states == {
+        "qwen3_5_text",
+        "qwen3_5",
+        "qwen3_5_moe_text",
         "lfm2",
         "nemotron_h",
         "falcon_h1",
@@ -271,13 +279,133 @@ def test_each_architecture_has_no_complaint_about_a_plain_recipe(
 
     for family in (*FAMILIES, "gpt_neox"):  # its config says is_decoder: false, and it is causal
         folder = Path(shutil.copytree(tiny_model_dir, tmp_path / family))
-        without_weights(family).config.save_pretrained(folder)
+        family_config(family).save_pretrained(folder)
         recipe = load_recipe(
             tiny_recipe, ["lora.target_modules=all-linear", f"model.name_or_path={folder}"]
         )
         assert [
             str(error) for error in check_names(recipe, folder, AccelerateConfig(Path()))
         ] == [], family
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if "vision_config" in FAMILIES[name]])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.[qv]_proj"])
+def test_text_trains_the_language_model_alone_of_a_model_that_reads_images(
+    family: str, targets: Any
+) -> None:
+    """Its tower of images has layers of the same names, and no gradient from text: two processes
+    would wait for it.
+    """
+    import copy
+
+    model = adapted(family, target_modules=targets, exclude_modules=["k_proj"])
+    names = {name for name, _ in model.named_parameters() if "lora_A" in name}
+    assert names and not [one for one in names if "k_proj" in one]
+    assert not [one for one in names if "vision" in one or "audio" in one or "projector" in one]
+    whole = copy.deepcopy(without_weights(family))
+    prepare_for_training(whole)
+    frozen = {name for name, one in whole.named_parameters() if not one.requires_grad}
+    beside = {
+        name
+        for name, _ in whole.named_parameters()
+        if "language_model" not in name and "lm_head" not in name
+    }
+    # transformers has classes for the text of Qwen3.5 and Llama 4 that leave the images out
+    assert frozen == (beside if "vision_config" in whole.config.to_dict() else set())
+
+
+def test_a_model_that_reads_images_says_what_stays_as_it_is_and_quantizes_only_the_rest() -> None:
+    said = "none on what reads images (vision_tower, multi_modal_projector)"
+    assert said in describe_targets(adapted("gemma3"))
+    plain = r".*\.vision_tower", r".*\.multi_modal_projector"
+    assert not_quantized(without_weights("gemma3").config) == ["lm_head", *plain]
+    assert not carries_state(without_weights("gemma4")), "its audio tower has a convolution"
+    assert auto_class("mistral3") == "AutoModelForImageTextToText"
+
+
+def test_layers_with_heads_of_several_sizes_are_answered_in_batches_too() -> None:
+    """The config of Gemma 4 refuses to name one size."""
+    from recipes_lib.generation.transformers_engine import tokens_for
+
+    model = without_weights("gemma4")
+    assert {layer.head_dim for layer in layer_configs(model.config.get_text_config())} == {16, 32}
+    assert tokens_for(model) > 0
+    assert "of no use" not in str(why_not_varlen(model))
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"target_modules": []}, {"target_modules": None}],
+    ids=["no modules", "modules not named"],
+)
+def test_experts_alone_are_adapted_where_parameters_are_named_and_no_modules(
+    lora: dict[str, Any], tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    from recipes_lib.config.accelerate_config import AccelerateConfig
+    from recipes_lib.config.model_names import check_names
+    from recipes_lib.config.recipe import load_recipe
+
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "llama4_text"))
+    family_config("llama4_text").save_pretrained(folder)
+    parameters = "lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"
+    words = [f"lora.{key}={'null' if value is None else value}" for key, value in lora.items()]
+    recipe = load_recipe(tiny_recipe, [parameters, *words, f"model.name_or_path={folder}"])
+    assert list(check_names(recipe, folder, AccelerateConfig(Path()))) == []
+    said = describe_targets(adapted("llama4_text", **recipe.lora))
+    assert said.startswith("adapters on experts.down_proj, experts.gate_up_proj; none on q_proj")
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "said"),
+    [
+        ("llama", {}, None),
+        (
+            "qwen3_moe",
+            {},
+            "experts: 4 in a layer, adapted; routers frozen; auxiliary loss none",
+        ),
+        (
+            "gpt_oss",
+            {},
+            "experts: 4 in a layer, frozen (lora.target_parameters: [experts.down_proj,"
+            " experts.gate_up_proj] adapts them); routers frozen; auxiliary loss none",
+        ),
+        (
+            "granitemoe",
+            {"target_modules": [], "target_parameters": ["experts.down_proj"]},
+            "experts: 4 in a layer, adapted; routers frozen; auxiliary loss none",
+        ),
+        (
+            "qwen3_moe",
+            {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]},
+            "experts: 4 in a layer, frozen (lora.target_parameters: [experts.down_proj,"
+            " experts.gate_up_proj] adapts them); routers trained; auxiliary loss x 0.001",
+        ),
+        (
+            "mixtral",
+            None,
+            "experts: 4 in a layer, trained; routers trained; auxiliary loss x 0.001",
+        ),
+    ],
+)
+def test_start_up_says_what_becomes_of_experts_and_routers(
+    family: str, lora: dict[str, Any] | None, said: str | None
+) -> None:
+    model = without_weights(family) if lora is None else adapted(family, **lora)
+    adds = adds_router_loss(model, None, training_settings(model))
+    assert describe_experts(model, 0.001 if adds else 0.0) == said
+
+
+def test_the_routers_loss_is_added_where_it_is_asked_for_or_trains_a_router() -> None:
+    """TRL adds it wherever the config has a coefficient: 0.9 for gpt-oss, whose routers LoRA
+    freezes.
+    """
+    frozen = adapted("gpt_oss")
+    base = training_settings(frozen)
+    assert base["router_aux_loss_coef"] and not adds_router_loss(frozen, None, base)
+    assert adds_router_loss(frozen, 0.01, base)
+    assert adds_router_loss(frozen, None, {**base, "output_router_logits": True})
+    assert adds_router_loss(without_weights("gpt_oss"), None, base)
 
 
 def test_layers_whose_weight_is_read_by_a_kernel_stay_out_of_quantization() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.families import DENSE, FAMILIES, LINEAR_ATTENTION, build_family
+from tests.families import build_family
 
 from recipes_lib.config.accelerate_config import load_accelerate_config
 from recipes_lib.config.recipe import Recipe, load_recipe
@@ -51,17 +51,6 @@ MODELS = {
     "openai/gpt-oss-20b": ("gpt_oss", "trl:gptoss", "<|return|>"),
     "mistralai/Mistral-7B-v0.1": ("mistral", None, None),
     "allenai/Olmo-3-7B-Instruct": ("olmo3", CHATML, "<|im_end|>"),
-}
-SMALL = {"hidden_size": 32, "intermediate_size": 32}
-VISION = {
-    "gemma3": {
-        **SMALL,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    },
-    "qwen3_5": {**SMALL, "depth": 1, "num_heads": 2, "out_hidden_size": 64},
 }
 
 
@@ -110,9 +99,6 @@ def tiny(recipe: Recipe, tiny_model_dir: Path, folder: Path) -> Path:
         tokenizer.chat_template = None
     tokenizer.save_pretrained(folder / "tokenizer")
     sizes = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    if family in VISION:  # a checkpoint with parts for images, as it lies on the Hub
-        inner = {**DENSE, **FAMILIES.get(f"{family}_text", LINEAR_ATTENTION), **sizes}
-        sizes = {"text_config": inner, "vision_config": VISION[family]}
     return build_family(family, folder / "model", folder / "tokenizer", **sizes)
 
 

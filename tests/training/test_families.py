@@ -15,6 +15,7 @@ import yaml
 from tests.families import FAMILIES, build_family
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
+from recipes_lib.models.architectures import auto_class, images_of
 from recipes_lib.train import main
 
 Verb = Callable[..., tuple[int, str, str]]
@@ -64,9 +65,9 @@ def write_recipe(
 
 
 @pytest.fixture
-def own_tasks(tmp_path: Path) -> Path:
-    """An eval recipe with one task that compares choices and one that generates, for prompts of
-    several lengths.
+def own_tasks(tmp_path: Path) -> list[Path]:
+    """Eval recipes of the suites that need no judge: lm_eval with one task that compares choices
+    and one that generates, for prompts of several lengths; checks; heldout_loss.
     """
     rows = [
         {
@@ -103,12 +104,18 @@ def own_tasks(tmp_path: Path) -> Path:
         words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]},
     ):
         (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
-    path = tmp_path / "own.yaml"
-    path.write_text(
-        "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
-        " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n"
-    )
-    return path
+    question = {"prompt": "Name a metal.", "check": "contains", "expected": "gold"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    texts = {
+        "own": "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
+        " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n",
+        "checks": "suite: {name: checks}\ndata: {questions: questions.jsonl}\ngeneration:"
+        " {max_new_tokens: 6}\n",
+        "loss": "suite: {name: heldout_loss}\ndata: {questions: validation}\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    return [tmp_path / f"{name}.yaml" for name in texts]
 
 
 def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,7 +142,7 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
     family: str,
     method: str,
     write_recipe: Write,
-    own_tasks: Path,
+    own_tasks: list[Path],
     recipes: Verb,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -172,7 +179,7 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
             == 0
         )
     assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
-    assert recipes("eval", own_tasks, "run")[0] == 0
+    assert recipes("eval", *own_tasks, "run")[0] == 0
     assert recipes("export", "run", "--to", given[0])[0] == 0
     assert_plain(given[-1], tmp_path / family)
 
@@ -181,25 +188,33 @@ def assert_plain(given: Path, base: Path) -> None:
     """What is given away answers two prompts at once in transformers alone, and its config says
     what the base's says.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from safetensors.torch import load_file
 
-    tokenizer = AutoTokenizer.from_pretrained(given, padding_side="left", pad_token="</s>")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        given, padding_side="left", pad_token="</s>"
+    )
     prompts = tokenizer(
         ["What is gold?", "Name three metals, and say what each is used for."],
         return_tensors="pt",
         padding=True,
     )
     prompts.pop("token_type_ids", None)
-    answers = AutoModelForCausalLM.from_pretrained(given).generate(
-        **prompts, max_new_tokens=3, do_sample=False
-    )
-    assert len(answers) == 2
     saved, original = (json.loads((folder / "config.json").read_text()) for folder in (given, base))
-    assert {key for key in original if saved.get(key) != original[key]} <= {
-        "dtype",
-        "tie_word_embeddings",
-        "pad_token_id",
-    }
+    model = getattr(transformers, auto_class(saved["model_type"])).from_pretrained(given)
+    assert len(model.generate(**prompts, max_new_tokens=3, do_sample=False)) == 2
+    if saved["model_type"] != original["model_type"]:  # the text's class of a model for images
+        assert saved["model_type"] == original["text_config"]["model_type"]
+        return
+    before, now = (load_file(folder / "model.safetensors") for folder in (base, given))
+    for name in before:
+        if {*images_of(model.config)} & {*name.split(".")}:
+            assert now[name].equal(before[name].to(now[name].dtype)), name
+    for part in ("text_config", "vision_config"):
+        saved |= {f"{part}.{key}": value for key, value in saved.pop(part, {}).items()}
+        original |= {f"{part}.{key}": value for key, value in original.pop(part, {}).items()}
+    changed = {key.rpartition(".")[2] for key in original if saved.get(key) != original[key]}
+    assert changed <= {"dtype", "tie_word_embeddings", "pad_token_id"}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +289,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_trained(
-    module: str, write_recipe: Write, own_tasks: Path, recipes: Verb, tmp_path: Path
+    module: str, write_recipe: Write, own_tasks: list[Path], recipes: Verb, tmp_path: Path
 ) -> None:
     """lm-eval ties the weights of what it is given; the merged model, which has nothing to tie,
     must get the same numbers.
@@ -292,7 +307,7 @@ def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_traine
     merged = tmp_path / "given"
     assert recipes("export", "run", "--merged", "--to", merged)[0] == 0
     assert_plain(merged, tmp_path / "qwen3")
-    assert recipes("eval", own_tasks, "run", merged, tmp_path / "qwen3")[0] == 0
+    assert recipes("eval", own_tasks[0], "run", merged, tmp_path / "qwen3")[0] == 0
     of_adapter, of_merged, of_base = (
         likelihoods(tmp_path / "runs", name) for name in ("run", "base--given-*", "base--qwen3-*")
     )

@@ -75,7 +75,7 @@ def _always(
             "quantization.load_in_4bit and load_in_8bit are both true; weights have one precision"
         )
         yield "quantization.load_in_8bit", what, "remove one of them"
-    yield from _target_modules(lora.get("target_modules"))
+    yield from _target_modules(lora.get("target_modules"), lora.get("target_parameters"))
     kernel = model.get("attn_implementation")
     if isinstance(kernel, str) and "flash" in kernel and model.get("dtype") == "float32":
         what = f"model.attn_implementation {kernel} cannot compute in float32"
@@ -118,11 +118,11 @@ def _always(
         yield name, what, hint
 
 
-def _target_modules(targets: Any) -> Iterator[tuple[str, ...]]:
+def _target_modules(targets: Any, parameters: Any) -> Iterator[tuple[str, ...]]:
     key = "lora.target_modules"
     if isinstance(targets, str) and targets != "all-linear" and _PLAIN_NAME.match(targets):
         yield key, f"{key} must be a list of names, got {targets!r}", f"write [{targets}]"
-    if targets in ([], ""):
+    if targets == "" or (targets == [] and not parameters):
         hint = "write all-linear or a list such as [q_proj, v_proj]"
         yield key, f"{key} is empty: no layer would be trained", hint
     if "lm_head" in (targets if isinstance(targets, list) else [targets]):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from recipes_lib.core.errors import RecipeError, one_line
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import cache_root
+from recipes_lib.models.architectures import ARCHITECTURES
 
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
@@ -137,7 +138,10 @@ def check_model_files(
         return
     found = config.get("architectures")
     architectures = [str(name) for name in found] if isinstance(found, list) else []
-    if architectures and not any(name.endswith(_CAUSAL) for name in architectures):
+    kind = ARCHITECTURES.get(str(config.get("model_type")))
+    if not any(name.endswith(_CAUSAL) for name in architectures or _CAUSAL) and not (
+        kind and kind.images
+    ):
         what = (
             f"{', '.join(architectures)} is not a causal language model (...ForCausalLM), which is"
             " all that can be trained here"

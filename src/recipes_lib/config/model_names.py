@@ -25,7 +25,9 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config, refused
 from recipes_lib.core.errors import RecipeError, one_line
 from recipes_lib.models.architectures import (
+    auto_class,
     converted,
+    language_modules,
     needs_of,
     settle_targets,
     why_not_varlen,
@@ -80,12 +82,11 @@ def check_names(
 def architecture(folder: Path) -> PreTrainedModel:
     """Return the model of a folder without weights. Code that ships with a model is not run."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        )
+        return getattr(transformers, auto_class(config.model_type)).from_config(config)
 
 
 @lru_cache(maxsize=4)
@@ -120,7 +121,7 @@ def _check_causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     longest = recipe.train.get("max_length", MAX_LENGTH)
     has_table = any(
         isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
-        for name, module in model.named_modules()
+        for name, module in language_modules(model)
     )
     if has_table and positions and (longest is None or longest > positions):
         what = f"train.max_length {longest:,}" if longest is not None else "train.max_length: null"
@@ -134,16 +135,16 @@ def _check_attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     is left to the machine that has it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     asked = recipe.model.attn_implementation
     if asked in ("sdpa", "eager", "flex_attention", VARLEN):
         loaded = "sdpa" if asked == VARLEN else asked
         try:
             with torch.device("meta"):
-                tried = AutoModelForCausalLM.from_config(
-                    copy.deepcopy(model.config), attn_implementation=loaded
-                )
+                config = copy.deepcopy(model.config)
+                loader = getattr(transformers, auto_class(config.model_type))
+                tried = loader.from_config(config, attn_implementation=loaded)
         except (ValueError, ImportError) as error:
             yield attention_refused(recipe, error)
         else:
@@ -222,7 +223,7 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     import torch
 
     lora = recipe.lora or {}
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = {name: module for name, module in language_modules(model) if name}
     yield from _unadaptable(recipe, model, modules)
     layers_of = {
         name: module for name, module in modules.items() if isinstance(module, torch.nn.Linear)
@@ -242,7 +243,7 @@ def _check_lora(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     widths = [max(module.in_features, module.out_features) for module in layers_of.values()]
     if widths and lora.get("r", 8) > max(widths):
         yield recipe.error("lora.r", *rank_too_large(lora["r"], max(widths)))
-    layers = getattr(model.config, "num_hidden_layers", None)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     wanted = lora.get("layers_to_transform")
     for layer in [wanted] if isinstance(wanted, int) else wanted or []:
         if layers is not None and not 0 <= layer < layers:
@@ -259,7 +260,8 @@ def _unadaptable(recipe: Recipe, model: Any, modules: dict[str, Any]) -> Iterato
     for name in needs.left_out:
         existing = [module for module in modules if module.rpartition(".")[2] == name]
         missed = len(_unmatched(given, dict.fromkeys(existing)))
-        if given == "all-linear" or not existing or missed == num_given:
+        experts_alone = given is None and (recipe.lora or {}).get("target_parameters")
+        if given == "all-linear" or experts_alone or not existing or missed == num_given:
             continue
         what = f"lora.target_modules: '{name}' of this model takes no adapter: {needs.because}"
         hint = "leave it out, or say all-linear, which does"

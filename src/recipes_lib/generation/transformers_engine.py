@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.engine import Completion, Decoding, Request
+from recipes_lib.models.architectures import layer_configs
 from recipes_lib.planning.cards import available_gib
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class TransformersEngine:
         self.fingerprint = fingerprint
         self._using = using
         self.stop_ids = stop_ids(model, tokenizer)
-        self.context = int(getattr(model.config, "max_position_embeddings", None) or 1 << 30)
+        config = model.config.get_text_config()
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
     def complete(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
         """Yield completions batch by batch, longest prompts first."""
@@ -235,17 +237,23 @@ def tokens_for(model: Any) -> int:
     """
     config = model.config.get_text_config()
     try:
-        heads = int(config.num_attention_heads)
-        hidden = int(config.hidden_size)
-        head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
-        kv_width = int(getattr(config, "num_key_value_heads", None) or heads) * head_dim
-        intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-        per_token = token_bytes(
-            int(config.num_hidden_layers), kv_width, hidden, intermediate, model.dtype.itemsize
+        per_token = max(
+            _token_bytes_of(layer, int(config.num_hidden_layers), model.dtype.itemsize)
+            for layer in layer_configs(config)
         )
     except (AttributeError, TypeError):  # another kind of model
         return USUAL_TOKENS
     return tokens_per_batch(free_bytes(model.device), per_token, on_gpu=model.device.type == "cuda")
+
+
+def _token_bytes_of(config: Any, layers: int, element_bytes: int) -> int:
+    """Return `token_bytes` of a model whose layers are all as this config has them."""
+    heads = int(config.num_attention_heads)
+    hidden = int(config.hidden_size)
+    head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
+    kv_width = int(getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    return token_bytes(layers, kv_width, hidden, intermediate, element_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -30,6 +31,9 @@ class Architecture:
             names no attribute.
         num_experts: what the config calls the number of experts, where TRL's auxiliary loss does
             not find it.
+        images: the parts of a checkpoint that reads images beside its language model, which is
+            trained alone: text has no gradient for them.
+        auto_class: the class of transformers that loads the model for text.
         source: where this was read.
     """
 
@@ -37,6 +41,8 @@ class Architecture:
     because: str = ""
     backbone: str | None = None
     num_experts: str | None = None
+    images: tuple[str, ...] = ()
+    auto_class: str = "AutoModelForCausalLM"
     source: str
 
 
@@ -57,6 +63,10 @@ _MAMBA_2 = Architecture(
         " mamba_split_conv1d_scan_combined(outproj_weight=out_proj.weight); peft 0.21"
         " _check_lora_target_modules_mamba forbids it for some of these"
     ),
+)
+_QWEN_3_5 = Architecture(
+    images=("visual",),
+    source="transformers 5.24 modeling_qwen3_5.py; Qwen3_5ForCausalLM does not load it at all",
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "mamba": _MAMBA_1,
@@ -91,6 +101,28 @@ ARCHITECTURES: dict[str, Architecture] = {
             " Llama4ForCausalLM; trl as for granitemoe"
         ),
     ),
+    "gemma3": Architecture(
+        images=("vision_tower", "multi_modal_projector"),
+        source="transformers 5.24 modeling_gemma3.py Gemma3Model",
+    ),
+    "gemma4": Architecture(
+        images=("vision_tower", "embed_vision", "audio_tower", "embed_audio"),
+        source="transformers 5.24 modeling_gemma4.py Gemma4Model",
+    ),
+    "llama4": Architecture(
+        images=("vision_model", "multi_modal_projector"),
+        source="transformers 5.24 modeling_llama4.py; Llama4ForCausalLM does not load them at all",
+    ),
+    "mistral3": Architecture(
+        images=("vision_tower", "multi_modal_projector"),
+        auto_class="AutoModelForImageTextToText",
+        source=(
+            "transformers 5.24 modeling_mistral3.py Mistral3Model; modeling_auto.py has no causal"
+            " language model for it"
+        ),
+    ),
+    "qwen3_5": _QWEN_3_5,
+    "qwen3_5_moe": _QWEN_3_5,
 }
 _NONE = Architecture(source="")
 # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
@@ -99,7 +131,26 @@ ROUTER = "gate.weight"
 # layers that know where one example of a row ends; chunks of attention do not
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _LARGEST_HEAD = 256  # channels, in torch's flash kernels
+_ROUTERS = {"gate", "router"}
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
+
+
+def images_of(config: Any) -> tuple[str, ...]:
+    """Return the names of the parts of a model that read images or sound, and are not trained."""
+    return ARCHITECTURES.get(config.model_type, _NONE).images
+
+
+def language_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield name and module, those that read images left out."""
+    images = {*images_of(model.config)}
+    for name, module in model.named_modules():
+        if not images & {*name.split(".")}:
+            yield name, module
+
+
+def auto_class(model_type: str) -> str:
+    """Return the name of the class of transformers that loads a model for text."""
+    return ARCHITECTURES.get(model_type, _NONE).auto_class
 
 
 def needs_of(model: Any) -> Architecture:
@@ -108,15 +159,17 @@ def needs_of(model: Any) -> Architecture:
 
 
 def not_quantized(config: Any) -> list[str]:
-    """Return the last names of layers that quantization must leave alone, because what reads their
-    weight expects numbers; the head too, which bitsandbytes leaves alone only where it is given no
-    names.
+    """Return the layers that quantization must leave alone, because what reads their weight expects
+    numbers, or because no training makes up for it: those that read images. The head too, which
+    bitsandbytes leaves alone only where it is given no names.
 
     Args:
         config: the model's, before it is loaded.
     """
     needs = ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
-    return ["lm_head", *needs.left_out] if needs.because == _READS_WEIGHT else []
+    plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
+    plain += [rf".*\.{part}" for part in images_of(config)]
+    return ["lm_head", *plain] if plain else []
 
 
 def why_rows_apart(model: Any) -> str | None:
@@ -155,13 +208,24 @@ def why_not_varlen(model: Any) -> str | None:
         return f"has no cap on scores, which {name} has"
     if getattr(config, "attention_dropout", 0.0):
         return f"has no dropout, which {name} has (attention_dropout)"
-    heads = getattr(config, "num_attention_heads", 1)
-    head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    if getattr(config, "v_head_dim", None) not in (None, head):
-        return f"has keys and values of one size, {name} has two"
-    if head > _LARGEST_HEAD or head % 8:
-        return f"has heads of up to {_LARGEST_HEAD} channels, a multiple of 8; {name} has {head}"
+    for layer in layer_configs(config):
+        heads = getattr(layer, "num_attention_heads", 1)
+        head = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        if getattr(layer, "v_head_dim", None) not in (None, head):
+            return f"has keys and values of one size, {name} has two"
+        if head > _LARGEST_HEAD or head % 8:
+            return (
+                f"has heads of up to {_LARGEST_HEAD} channels, a multiple of 8; {name} has {head}"
+            )
     return None
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """Return the config that holds for each layer where they differ (Gemma 4 has heads of two
+    sizes, and refuses to name one), else the config.
+    """
+    differ = getattr(config, "is_heterogeneous", False)
+    return list(config.per_layer_config) if differ else [config]
 
 
 def has_plain_head(model: Any) -> bool:
@@ -192,7 +256,7 @@ def carries_state(model: Any) -> bool:
     """
     import torch
 
-    return any(isinstance(module, torch.nn.Conv1d) for module in model.modules())
+    return any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model))
 
 
 def converted(config: LoraConfig, model: Any) -> LoraConfig:
@@ -210,23 +274,28 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config whose `all-linear` leaves out routers and what cannot be adapted; other
-    targets stay as they are.
+    """Return a LoRA config that leaves out what reads images, and whose `all-linear` leaves out
+    routers and what cannot be adapted; other targets stay as they are.
 
     Args:
         config: PEFT's, as the recipe has it.
         model: the base, with weights or without.
     """
-    if config.target_modules != "all-linear":
-        return config
-    settled = converted(config, model)
-    if left_out := needs_of(model).left_out:
-        excluded = settled.exclude_modules
-        if isinstance(excluded, str):  # a regular expression over whole names
-            settled.exclude_modules = rf"(?:{excluded})|(?:.*\.)?(?:{'|'.join(left_out)})"
-        else:
-            settled.exclude_modules = sorted({*(excluded or ()), *left_out})
-    settled.target_parameters = sorted(set(settled.target_parameters or ()) - {ROUTER}) or None
+    settled, images = copy.deepcopy(config), images_of(model.config)
+    left_out: tuple[str, ...] = ()
+    if config.target_modules == "all-linear":
+        settled, left_out = converted(config, model), needs_of(model).left_out
+        kept = set(settled.target_parameters or ()) - {ROUTER}
+        kept |= set(config.target_parameters or ())
+        settled.target_parameters = sorted(kept) or None
+    excluded = settled.exclude_modules
+    if images or (left_out and isinstance(excluded, str)):  # a regular expression over whole names
+        theirs = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
+        ours = "|".join([*theirs, *left_out, *(rf"{part}\..*" for part in images)])
+        whole = rf"(?:{excluded})|" if isinstance(excluded, str) else ""
+        settled.exclude_modules = rf"{whole}(?:.*\.)?(?:{ours})"
+    elif left_out:
+        settled.exclude_modules = sorted({*(excluded or ()), *left_out})
     return settled
 
 
@@ -234,6 +303,8 @@ def describe_targets(model: Any) -> str:
     """Return which layers of a PEFT model have adapters, and which matrices have none and why."""
     adapted, plain = _matrices(model)
     text = f"adapters on {', '.join(adapted)}"
+    if images := images_of(model.config):
+        text += f", none on what reads images ({', '.join(images)})"
     if not plain:
         return text
     needs = needs_of(model)
@@ -259,7 +330,7 @@ def _matrices(model: Any) -> tuple[list[str], list[str]]:
     adapted: dict[str, None] = {}
     plain: dict[str, None] = {}
     head = model.get_base_model().get_output_embeddings()
-    for name, module in model.get_base_model().named_modules():
+    for name, module in language_modules(model.get_base_model()):
         parts = name.split(".")
         if (
             isinstance(module, torch.nn.Embedding | torch.nn.Conv1d)
@@ -296,8 +367,14 @@ def _wrapped_parameters(model: Any, name: str) -> set[str]:
 
 
 def prepare_for_training(model: Any) -> None:
-    """Give TRL what it looks for in a model: the model without its head, the number of experts."""
+    """Give TRL what it looks for in a model: the model without its head, the number of experts.
+    Freeze what reads images: processes would wait for gradients that text does not give.
+    """
     needs, config = needs_of(model), model.config.get_text_config()
+    for part in images_of(model.config):
+        for name, module in model.named_modules():
+            if name.rpartition(".")[2] == part:
+                module.requires_grad_(False)
     if needs.backbone is not None:
         model.base_model_prefix = needs.backbone
     if needs.num_experts is not None:
@@ -314,6 +391,55 @@ def lacks_experts(model: Any) -> bool:
     if getattr(config, "is_moe", True) is False:  # Doge: a number of experts all the same
         return True
     return needs.num_experts is not None and not getattr(config, needs.num_experts)
+
+
+def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
+    """Whether the loss that spreads tokens over experts belongs to a training: where the recipe or
+    the model's config asks for it, or the routers are trained. A frozen router cannot be balanced.
+
+    TRL 1.16 adds it wherever the config has a coefficient, which gpt-oss (0.9) and Qwen3 (0.001)
+    have beside `output_router_logits: false`.
+
+    Args:
+        model: with adapters, if it has any.
+        asked: `train.router_aux_loss_coef`.
+        base: `training_settings` of the model as it was loaded.
+    """
+    if lacks_experts(model):
+        return False
+    return asked is not None or base.get("output_router_logits") or _trains_routers(model)
+
+
+def _trains_routers(model: Any) -> bool:
+    return any(
+        parameter.requires_grad and _ROUTERS & {*name.split(".")}
+        for name, parameter in model.named_parameters()
+    )
+
+
+def describe_experts(model: Any, coefficient: float) -> str | None:
+    """Return what becomes of a model's experts and their routers; None where it has none.
+
+    Args:
+        model: with adapters, if it has any.
+        coefficient: of the auxiliary loss, 0 for none.
+    """
+    named = [(name.split("."), one) for name, one in model.named_parameters()]
+    experts = [(name, one) for name, one in named if "experts" in name]
+    names = sorted({f"experts.{name[-1]}" for name, one in experts if one.ndim == 3})
+    if not names:
+        return None
+    text = f"experts: {next(one.shape[0] for _, one in experts if one.ndim == 3)} in a layer, "
+    if any(part.startswith("lora_") for name, _ in experts for part in name):
+        text += "adapted"
+    elif any(one.requires_grad for _, one in experts):
+        text += "trained"
+    else:
+        text += f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"
+    if getattr(model.config, "quantization_config", None):
+        text += ", not quantized (bitsandbytes quantizes layers, these are parameters)"
+    text += f"; routers {'trained' if _trains_routers(model) else 'frozen'}; auxiliary loss "
+    return text + (f"x {coefficient:g}" if coefficient else "none")
 
 
 def ready_to_answer(model: Any) -> Any:

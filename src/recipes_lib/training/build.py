@@ -34,6 +34,7 @@ from recipes_lib.core.ranks import say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.preparation import PreparedData
 from recipes_lib.models.architectures import (
+    describe_experts,
     describe_targets,
     prepare_for_training,
     settle_targets,
@@ -254,6 +255,9 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     lines += [f"schedule: {schedule}", f"trains: {describe_trainable(model, raised=raised)}"]
     if isinstance(model, PeftModel):
         lines.append(describe_targets(model))
+    weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
+    if experts := describe_experts(model, weight):
+        lines.append(experts)
     several = args.gradient_accumulation_steps > 1 or trainer.max_tokens is not None
     if trainer.is_fsdp_enabled and several:
         kept = sum(one.numel() for one in model.parameters() if one.requires_grad) * 4 / 2**20

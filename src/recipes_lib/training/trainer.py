@@ -38,7 +38,7 @@ from recipes_lib.core.errors import EnvironmentFault, NumericsError
 from recipes_lib.core.faults import check_space, explain_fault
 from recipes_lib.core.ranks import agree_on_largest, meet, of_every_rank, on_main_rank
 from recipes_lib.core.run_lock import end_if_taken_over
-from recipes_lib.models.architectures import lacks_experts, training_settings, with_settings
+from recipes_lib.models.architectures import adds_router_loss, training_settings, with_settings
 from recipes_lib.training import checkpoints
 from recipes_lib.training.batches import (
     ROW,
@@ -93,8 +93,7 @@ class RecipeTrainer(SFTTrainer):
         model = kwargs["model"]
         self.base_settings = training_settings(model)
         super().__init__(*args, **kwargs)
-        if lacks_experts(model):
-            # its config has a coefficient all the same, and there is no auxiliary loss to weigh
+        if not adds_router_loss(self.model, self.args.router_aux_loss_coef, self.base_settings):
             self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
             model.config.get_text_config().update(
                 {"router_aux_loss_coef": 0.0, "output_router_logits": False}
@@ -113,6 +112,7 @@ class RecipeTrainer(SFTTrainer):
         self.data_collator = RowTrackingCollator(self.data_collator)
         self.recent_rows = deque[torch.Tensor](maxlen=self.args.gradient_accumulation_steps)
         self.without_rows = False
+        self.num_pieces = 1
         self.evaluation_due = False
         self._unlogged_before: Unlogged | None = None
         self._saved_precisions: dict[str, int] | None = None
@@ -236,7 +236,6 @@ class RecipeTrainer(SFTTrainer):
             self.args.loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None
-            and not self.aux_loss_enabled
             and self.accelerator.parallelism_config is None
         )
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
@@ -265,6 +264,10 @@ class RecipeTrainer(SFTTrainer):
         if not self.scored_here or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
+        mode = "train" if self.model.training else "eval"
+        if self.aux_loss_enabled:
+            # of training alone: a validation loss is that of its tokens
+            inputs["output_router_logits"] = mode == "train" and not self.without_rows
         labels = inputs["labels"]
         count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         scale = 1 / torch.as_tensor(count, device=labels.device).clamp(min=1)
@@ -277,7 +280,8 @@ class RecipeTrainer(SFTTrainer):
             outputs = model(**inputs, fused_lm_head=True)
             loss = -outputs.log_probs.sum() * scale
             supervised, correct = outputs.label_mask.sum(), outputs.is_top1.sum()
-        mode = "train" if self.model.training else "eval"
+            if self.aux_loss_enabled and mode == "train":
+                loss = loss + self._router_loss(outputs.aux_loss, num_items_in_batch)
         counts, step = self._counts[mode], self.state.global_step if mode == "train" else 0
         if self.without_rows:
             counts.add(0, 0, 0, step)
@@ -286,6 +290,20 @@ class RecipeTrainer(SFTTrainer):
             tokens = inputs["attention_mask"].sum() if padded else inputs["position_ids"].numel()
             counts.add(tokens, supervised, correct, step)
         return loss
+
+    def _router_loss(self, loss: torch.Tensor | None, num_items_in_batch: Any) -> torch.Tensor:
+        """Return the auxiliary loss of one forward pass as it adds to the step's, whose mean over
+        passes it is, and note it; every rank has to call.
+        """
+        absent = torch.full((), math.nan, device=self.args.device)
+        of_ranks = self.accelerator.gather((absent if loss is None else loss.detach()).reshape(1))
+        self._metrics["train"]["aux_loss"].append(float(of_ranks.nanmean()))
+        if loss is None:
+            return torch.zeros((), device=self.args.device)
+        passes = self.num_pieces
+        if num_items_in_batch is not None:
+            passes *= self.current_gradient_accumulation_steps
+        return self.router_aux_loss_coef * loss / passes
 
     def _count_tokens(self) -> None:
         """Bring the number of tokens seen by all ranks up to date; every rank has to call."""
@@ -429,6 +447,7 @@ class RecipeTrainer(SFTTrainer):
         no_rows = rows is not None and not rows.numel()
         pieces = [filler(inputs)] if no_rows else split_batch(inputs, max_tokens)
         pieces += [filler(inputs)] * (agree_on_largest(len(pieces)) - len(pieces))
+        self.num_pieces = len(pieces)
         losses = []
         for number, piece in enumerate(pieces, 1):
             last = number == len(pieces) and self.accelerator.sync_gradients

@@ -38,7 +38,7 @@ from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import download_wheel
-from recipes_lib.models.architectures import not_quantized
+from recipes_lib.models.architectures import auto_class, not_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -306,7 +306,7 @@ def load_model(
         RecipeError: the tokenizer has more entries than the embeddings.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     section = recipe.model
     on_main_rank(lambda: announce_weights(recipe))
@@ -324,11 +324,10 @@ def load_model(
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
     path = model_path(section)
-    load = AutoModelForCausalLM.from_pretrained
     try:
-        if quantization_config is not None and (
-            plain := not_quantized(AutoConfig.from_pretrained(path, **code))
-        ):
+        config = transformers.AutoConfig.from_pretrained(path, **code)
+        load = getattr(transformers, auto_class(config.model_type)).from_pretrained
+        if quantization_config is not None and (plain := not_quantized(config)):
             named = quantization_config.llm_int8_skip_modules or ()
             quantization_config.llm_int8_skip_modules = sorted({*named, *plain})
         try:

@@ -10,6 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from recipes_lib.config.model_files import local_folder
+from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.json_files import object_or_none
+from recipes_lib.models.architectures import auto_class
+
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
@@ -50,6 +55,7 @@ def card_text(
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary.items())
     written = recipe.to_dict()["data"]["source"]
     source = written if isinstance(written, str) else "a mixture, see the recipe"
+    loading = _loading_adapter(recipe) if adapter else LOADING_MODEL
     return (
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {recipe.name}\n\n"
         f"{method} of `{base}`{revision} on `{source}`, prompt format"
@@ -57,7 +63,7 @@ def card_text(
         f"{_merging(merged, bits) if merged else ''}"
         f"| | |\n|---|---|\n{rows}\n\n"
         "Losses are on this run's own validation rows and say nothing about other data.\n\n"
-        f"## Loading\n\n{_loading_adapter(recipe) if adapter else LOADING_MODEL}\n\n"
+        f"## Loading\n\n{loading.replace('AutoModelForCausalLM', _auto_class(recipe))}\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml(recipe)}```\n"
     )
 
@@ -148,6 +154,16 @@ def _loading_adapter(recipe: Recipe) -> str:
         imports += "\nfrom recipes_lib.weights.base import materialise"
     code = LOADING_ADAPTER.format(more_imports=imports, prepare=prepare, arguments=source)
     return code + (f"\n\n{' '.join(notes)}" if notes else "")
+
+
+def _auto_class(recipe: Recipe) -> str:
+    """Return the name of the class that loads the base, by its files on this machine."""
+    try:
+        folder = local_folder(recipe)
+    except RecipesError:  # it was moved away since
+        folder = None
+    config = object_or_none(folder / "config.json") if folder else None
+    return auto_class(str((config or {}).get("model_type")))
 
 
 def _shown(value: Any) -> str:
