@@ -89,7 +89,13 @@ def tiny(recipe: Recipe, tiny_model_dir: Path, folder: Path) -> Path:
     text = template or recipe.data.chat_template or ""
     text = trl_templates()[text].read_text() if text in trl_templates() else text
     # the end of turns that a recipe sets itself, for a base whose own token ends a document
-    ends = [end, recipe.train.get("eos_token"), *re.findall(r"<\|?[a-z_]+\|?>", text)]
+    # and the token that the tokenizer class of Qwen adds by itself
+    ends = [
+        end,
+        "<|endoftext|>",
+        recipe.train.get("eos_token"),
+        *re.findall(r"<\|?[a-z_]+\|?>", text),
+    ]
     tokens = sorted({token for token in ends if token} - set(tokenizer.all_special_tokens))
     tokenizer.add_special_tokens({"additional_special_tokens": tokens})
     if template:
