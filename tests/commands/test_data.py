@@ -193,3 +193,39 @@ def test_a_large_file_is_planned_with_its_own_rows(recipe_file, monkeypatch, cap
     assert main(["plan", str(recipe_file)]) == 0
     said = capsys.readouterr().out
     assert "in 10 of about 30 rows" in said and "not on this machine" not in said
+
+
+CALLING = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_turns_calls_and_thoughts_are_counted_and_marked(recipe_file, capsys, monkeypatch):
+    call = {"name": "sky", "arguments": {"city": "Bonn", "days": 3}}
+    calling = {"role": "assistant", "content": "", "thinking": "I look.", "tool_calls": [call]}
+    rows = [
+        {"messages": [TURNS[0], calling, {"role": "tool", "content": "blue"}, TURNS[1]]},
+        {"messages": TURNS * 2},
+        {"messages": [TURNS[0], {"role": "assistant", "content": "<think>Hm.</think>Yes."}]},
+    ]
+    (recipe_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = recipe_file.with_name("mine.jinja")
+    template.write_text(CALLING)
+    chat = ["data.prompt_format=chat", "data.split.method=none", f"data.chat_template={template}"]
+    run(recipe_file, *chat)
+    out = capsys.readouterr().out
+    assert (
+        "conversations: 9 turns, at most 4 in a row; 1 tool calls in 1 rows; 2 thoughts in 2 rows"
+        in out
+    )
+    assert '[[(((I look.))){"name": "<<sky", "arguments": {"city": "Bonn", "days": 3>>}}]]' in out
+    assert "[[<think>((Hm.))</think>Yes.]]<EOS </s>>" in out
+    monkeypatch.setattr(command, "use_color", lambda: True)
+    run(recipe_file, *chat, show=1)
+    thought, call = (command.MARKS[kind][2] for kind in ("thought", "call"))
+    out = capsys.readouterr().out
+    assert f"{thought}I look.{command.GREEN}" in out and f"{call}sky" in out and "((" not in out

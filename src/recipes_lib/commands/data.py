@@ -8,19 +8,26 @@ written to supervision.json.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeErrors
 from recipes_lib.core.terminal import next_step, printable, say, use_color
+from recipes_lib.data.conversations import Message, conversation_of, thoughts_of
+from recipes_lib.data.examples import Example
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.leaks import leak_error, search_recipe
 from recipes_lib.weights.base import load_tokenizer
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
+# What opens and closes a thought or a tool call in a pipe, and its colour on a terminal.
+MARKS = {"thought": ("((", "))", "\x1b[36m"), "call": ("<<", ">>", "\x1b[33m")}
+Mark = tuple[str, re.Pattern[str]]
 TOKEN_ROWS = (
     ("prompt", "prompt_tokens"),
     ("completion", "completion_tokens"),
@@ -61,10 +68,12 @@ def run(args: argparse.Namespace) -> int:
         raise
     say("\n".join(_summary(data.audit, data.splits["method"])))
     _say_leaks(recipe, evals)
-    places = {example["id"]: example["place"] for example in data.audit["examples"]}
-    for index in range(min(args.show, len(data.train))):
-        row = data.train[index]
-        _show_example(row, tokenizer, places.get(row["example_id"]), color=use_color())
+    shown = data.train.select(range(min(args.show, len(data.train))))
+    wanted = set(shown["example_id"])
+    at = [index for index, example in enumerate(data.rows.examples) if example.id in wanted]
+    examples = {example.id: example for example in data.rows.take(at).with_texts()}
+    for row in shown:
+        _show_example(row, tokenizer, examples[row["example_id"]], color=use_color())
     say()
     next_step(shlex.join(["recipes", "train", str(args.recipe), *overrides]))
     return 0
@@ -88,7 +97,7 @@ def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
 
 def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
     """Return the audit as lines for the terminal."""
-    from recipes_lib.data.audit import describe_template, warnings_of
+    from recipes_lib.data.audit import describe_conversations, describe_template, warnings_of
 
     rows = audit["rows"]
     filtered = "".join(f", {count} filtered by {name}" for name, count in rows["filtered"].items())
@@ -104,6 +113,7 @@ def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
         ),
         *_mixture(audit),
         f"prompt format {audit['prompt_format']}, loss on the {audit['loss_on']}",
+        *describe_conversations(audit),
         *describe_template(audit),
         "",
         f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
@@ -138,33 +148,68 @@ def _mixture(audit: Mapping[str, Any]) -> list[str]:
     return [*lines, ""]
 
 
-def _show_example(
-    row: Mapping[str, Any], tokenizer: Any, place: str | None, *, color: bool
-) -> None:
-    """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token
-    marked.
+def _show_example(row: Mapping[str, Any], tokenizer: Any, example: Example, *, color: bool) -> None:
+    """Print one training row: prompt grey, text with loss green (or in [[...]]), thoughts and tool
+    calls in it in colours of their own (or in ((...)) and <<...>>), the end token marked.
     """
     from recipes_lib.data.supervision import IGNORED, decoded_spans
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
-    source = f" ({place})" if place else ""
-    head = f"-- {row['example_id']}{source}: {len(row['input_ids'])} tokens"
+    head = f"-- {row['example_id']} ({example.place}): {len(row['input_ids'])} tokens"
     say(f"\n{head}, {num_supervised} with loss")
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     if not spans[-1]["text"].strip():
         spans.pop()  # a newline that the template puts after the last turn
-    print("".join(_painted(span, color) for span in spans), flush=True)
+    chat = any(isinstance(value, list) for value in example.fields.values())
+    marks = _marks(conversation_of(example, None)) if chat else []
+    print("".join(_painted(span, marks, color) for span in spans), flush=True)
 
 
-def _painted(span: Mapping[str, Any], color: bool) -> str:
+def _painted(span: Mapping[str, Any], marks: list[Mark], color: bool) -> str:
+    """Return a span for the terminal; the marks found in it are taken off the list."""
     end = span.get("end_token", "")
-    text = printable(span["text"].removesuffix(end))
+    text = span["text"].removesuffix(end)
     end = printable(end)
     if not span["supervised"]:
-        return f"{GREY}{text}{RESET}" if color else text
+        return f"{GREY}{printable(text)}{RESET}" if color else printable(text)
+    parts, behind = [], 0
+    for mark in list(marks):
+        kind, pattern = mark
+        if found := pattern.search(text, behind):
+            opened, closed, paint = MARKS[kind]
+            words = printable(found[0])
+            marked = f"{paint}{words}{GREEN}" if color else f"{opened}{words}{closed}"
+            parts += [printable(text[behind : found.start()]), marked]
+            behind = found.end()
+            marks.remove(mark)
+    shown = "".join([*parts, printable(text[behind:])])
     if color:
-        return f"{GREEN}{text}{REVERSE}{end}{RESET}"
-    return f"[[{text}]]" + (f"<EOS {end}>" if end else "")
+        return f"{GREEN}{shown}{REVERSE}{end}{RESET}"
+    return f"[[{shown}]]" + (f"<EOS {end}>" if end else "")
+
+
+def _marks(messages: Sequence[Message]) -> list[Mark]:
+    """Return how the assistant's thoughts and tool calls look in the text, in order: a call goes
+    from its name to its last argument, whatever the template puts between.
+    """
+    marks: list[Mark] = []
+    for message in messages:
+        if message["role"] == "assistant":
+            marks += [("thought", re.compile(re.escape(one))) for one in thoughts_of(message)]
+            for call in message.get("tool_calls", ()):
+                name, arguments = call["function"]["name"], call["function"]["arguments"]
+                words = "".join(f".*?{re.escape(leaf)}" for leaf in _leaves(arguments))
+                pattern = f"{re.escape(name)}(?:{words})?"
+                marks.append(("call", re.compile(pattern, re.DOTALL)))
+    return marks
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(inner)
+    else:
+        yield json.dumps(value, ensure_ascii=False).strip('"')
 
 
 def _count(text: str) -> int:

@@ -132,6 +132,7 @@ def audit_rows(
         "supervised_tokens": _distribution(tokens["supervised"]),
         "prompt_tokens": _distribution(tokens["prompt_tokens"]),
         "completion_tokens": _distribution(tokens["tokens_before"] - tokens["prompt_tokens"]),
+        "conversations": _conversations(tokens) if section.prompt_format == "chat" else None,
         "tokens_per_split": {
             name: {
                 "tokens": int(tokens["length"][splits.rows[name]].sum()),
@@ -174,6 +175,17 @@ def audit_rows(
             }
             for i in list(dict.fromkeys(splits.rows[TRAIN]))[:NUM_SHOWN]
         ],
+    }
+
+
+def _conversations(tokens: np.ndarray) -> dict[str, Any]:
+    """Turns of user and assistant, and what is called and thought in them."""
+    return {
+        "turns": _distribution(tokens["turns"]),
+        **{
+            name: {"count": int(tokens[name].sum()), "rows": int((tokens[name] > 0).sum())}
+            for name in ("tool_calls", "thoughts")
+        },
     }
 
 
@@ -279,6 +291,22 @@ def _refusal(
             "add rows, raise data.split.validation, or set train.eval_strategy: 'no'",
         )
     return ()
+
+
+def describe_conversations(audit: Mapping[str, Any]) -> list[str]:
+    """One line where rows are more than a question and its answer."""
+    found = audit["conversations"]
+    if found is None or (
+        found["turns"]["max"] <= 2
+        and not any(found[name]["count"] for name in ("tool_calls", "thoughts"))
+    ):
+        return []
+    parts = [f"{found['turns']['total']:,} turns, at most {found['turns']['max']} in a row"]
+    parts += [
+        f"{found[name]['count']:,} {words} in {found[name]['rows']:,} rows"
+        for name, words in (("tool_calls", "tool calls"), ("thoughts", "thoughts"))
+    ]
+    return [f"conversations: {'; '.join(parts)}"]
 
 
 def describe_template(audit: Mapping[str, Any]) -> list[str]:

@@ -11,6 +11,7 @@ template arguments have columns of their own and are kept as JSON, so that a row
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
 from typing import Any
@@ -52,6 +53,28 @@ RESERVED = {
 RESERVED_HINT = "messages and tools have columns of their own; the others are set by the program"
 # What a list or an object that says nothing becomes as JSON in a text column.
 BLANK_TEXTS = ("", "[]", "{}", "null")
+
+
+_THOUGHT = re.compile(r"<think>\s*(\S.*?)\s*</think>", re.DOTALL)
+
+
+def thoughts_of(message: Message) -> list[str]:
+    """The thoughts of a message, in a key of their own or in the text.
+
+    Example:
+        >>> thoughts_of({"role": "assistant", "content": "<think>Hm.</think>Yes. <think></think>"})
+        ['Hm.']
+    """
+    own = message.get("reasoning_content", "").strip()
+    return [*([own] if own else []), *_THOUGHT.findall(message["content"])]
+
+
+def turn_counts(messages: Sequence[Message]) -> tuple[int, int, int]:
+    """How many turns user and assistant take, and how many tool calls and thoughts are in them."""
+    spoken = [message for message in messages if message["role"] in ("user", "assistant")]
+    calls = sum(len(message.get("tool_calls", ())) for message in spoken)
+    thoughts = (thoughts_of(one) for one in spoken if one["role"] == "assistant")
+    return len(spoken), calls, sum(map(len, thoughts))
 
 
 def is_blank(value: Any) -> bool:

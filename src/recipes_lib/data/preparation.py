@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.core.ranks import say_once
 from recipes_lib.data.audit import Injections, audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
+from recipes_lib.data.conversations import conversation_of, turn_counts
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
 from recipes_lib.data.prompts import (
     Twin,
@@ -46,12 +47,13 @@ if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
 NUM_ROWS_WORTH_A_LINE = 20_000
-# Numbers that are kept of each tokenised example; see `Encoded`.
+# Numbers that are kept of each tokenised example; see `Encoded`, and `turn_counts` for the rest.
 _KEPT = (
     *("length", "supervised", "tokens_before", "prompt_tokens"),
     *("ends", "boundary_merge", "changed", "unlike_prompt", "end_token"),
 )
-TOKEN_NUMBERS = np.dtype([(name, np.int32) for name in _KEPT])
+_COUNTED = ("turns", "tool_calls", "thoughts")
+TOKEN_NUMBERS = np.dtype([(name, np.int32) for name in (*_KEPT, *_COUNTED)])
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class PreparedData:
         fingerprint: sha256 over split, id and content of all rows used, in order.
         prompt_format_hash: `prompts.format_hash`.
         twin: what the conversations were rendered with in place of the tokenizer's chat template.
+        rows: all rows used, in file order.
     """
 
     train: Dataset
@@ -79,6 +82,7 @@ class PreparedData:
     fingerprint: str
     prompt_format_hash: str
     twin: Twin | None = None
+    rows: Rows = field(default_factory=Rows)
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
@@ -139,7 +143,13 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         start += len(batch)
         injections.search([example for example, _ in good])
         parts.append(_record_batch(good))
-        of_each = [tuple(getattr(item, name) for name in TOKEN_NUMBERS.names) for _, item in good]
+        of_each = [
+            (
+                *(getattr(item, name) for name in _KEPT),
+                *(turn_counts(conversation_of(example, None)) if chat else (0, 0, 0)),
+            )
+            for example, item in good
+        ]
         numbers.append(np.array(of_each, TOKEN_NUMBERS))
     if bad.found and (section.on_bad_row == "error" or not usable):
         raise bad.error(rows.num_read)
@@ -181,6 +191,7 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
         fingerprint=fingerprint_of(rows, splits.rows),
         prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
         twin=twin,
+        rows=rows,
     )
 
 
