@@ -214,7 +214,9 @@ def test_new_for_a_model_fits_template_rate_batch_and_launch_to_model_rows_and_c
     plan = json.loads(said(capsys, "plan", "b", "--gpu", "4090", "--json"))
     assert plan["memory"]["fits"] is True
     out = said(capsys, "new", "c", "--model", "Qwen/Qwen3-32B", *words, "4090")
-    assert load_recipe("c").launch.gpus in (2, 4, 8) and "DOES NOT FIT" not in out
+    c = load_recipe("c")
+    assert c.launch.gpus in (2, 4, 8) and "DOES NOT FIT" not in out
+    assert (c.data.chat_template, c.train["eos_token"]) == (None, "<|im_end|>")
     assert said(capsys, "check", "recipes").startswith("3 files ok")
 
 

@@ -204,6 +204,8 @@ def shrunk(recipe: Recipe, model: Path, folder: Path) -> list[str]:
         if recipe.run.global_batch_size
         else ["train.gradient_accumulation_steps=1"]
     )
+    if (recipe.launch.gpus or 1) > 2:
+        overrides += ["launch.gpus=2"]  # the two ranks of this machine
     if recipe.train.get("fp16"):
         overrides += [
             "train.fp16=false",
@@ -269,7 +271,7 @@ def launch_on_two_ranks(path: Path, config: str, overrides: list[str]) -> None:
         text=True,
         timeout=TIME_LIMIT_S,
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:1000] + done.stderr[-2000:]
 
 
 def check_launch(line: str, config: str) -> None:

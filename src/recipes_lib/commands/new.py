@@ -56,9 +56,12 @@ _WAYS: tuple[dict[str, Any], ...] = (
 )
 SHORTEST = 512  # max_length: costs nothing where all rows are shorter
 _TUNED = re.compile(r"instruct|chat|\bit\b|-it$|thinking|reasoning|sft|dpo", re.I)
-_TEMPLATES = {
+# Family of a base model: the template that its tokenizer lacks, and what ends a turn. Qwen's bases
+# have the template, and a token of their own that ends a document.
+_TEMPLATES: dict[str, tuple[str | None, str]] = {
     "llama3": ("trl:llama3", "<|eot_id|>"),
     "gemma3": ("trl:gemma3", "<end_of_turn>"),
+    **dict.fromkeys(("qwen2", "qwen3", "qwen3_5", "qwen3_moe"), (None, "<|im_end|>")),
 }
 
 
