@@ -457,3 +457,13 @@ def test_answers_that_do_not_go_on_from_the_prompt_are_counted(prepare, write_js
     assert "19 rows" in note and "rows.jsonl:1" in note
     whole = prepare(write_jsonl(rows), prompt_format="chat", chat_template=MARKED).audit
     assert whole["unlike_prompt"]["count"] == 0
+
+
+def test_rows_whose_last_turn_must_not_be_learned_are_no_question_of_length(prepare, write_jsonl):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    silent = [*turns, turns[0], {**turns[1], "weight": 0}]
+    with pytest.raises(
+        SettingError, match=r"1/1 rows have nothing to train on: .*weight 0"
+    ) as caught:
+        prepare(write_jsonl([{"messages": silent}]), prompt_format="chat", chat_loss="last")
+    assert caught.value.key == "data.chat_loss" and "rows.jsonl:1" in caught.value.what

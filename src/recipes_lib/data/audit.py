@@ -261,6 +261,13 @@ def _refusal(
         return "data.source", what, "check data.columns"
     num = bare["count"]
     if num > max_unsupervised_fraction * used or num == used or not audit["rows"]["trained"]:
+        if audit["prompt_format"] == "chat" and not audit["truncated"]["count"]:
+            return (
+                "data.chat_loss",
+                f"{num}/{used} rows have nothing to train on: the turn with loss has weight 0;"
+                f" {listed(bare['places'], 5)}",
+                "set data.chat_loss: all, or leave these rows out",
+            )
         bare_rows = f"{num}/{used} rows have no supervised token at max_length={limit}"
         what = f"{bare_rows}; p95 prompt is {p95}"
         longer = f"raise train.max_length above {p95}"
@@ -364,7 +371,8 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
         (
             empty,
             f"{empty} rows have an empty completion and teach only the end token"
-            " (data.filters.drop_empty_completions)",
+            " (data.filters.drop_empty_completions):"
+            f" {listed(audit['empty_completions']['ids'], 5)}",
         ),
         (
             changed["count"],

@@ -154,7 +154,10 @@ def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> lis
 def _read_message(message: Mapping[str, Any], place: str) -> Message:
     given, role = message.get("role") or message.get("from"), _role(message)
     if role not in KNOWN_ROLES:
-        raise BadRow(f"{place}: unknown role {given!r}; roles are {', '.join(KNOWN_ROLES)}")
+        raise BadRow(
+            f"{place}: unknown role {given!r}; roles are {', '.join(KNOWN_ROLES)}",
+            "rename it; ShareGPT's human, gpt, function_call and observation are known too",
+        )
     content = message["content"] if message.get("content") is not None else message.get("value")
     for key, other in (("from", "role"), ("value", "content")):
         both = message.get(key), message.get(other)
