@@ -243,10 +243,8 @@ def check_here(document: Document) -> Iterator[RecipeError]:
         yield document.error(path, *wrong)
     rank: Any = sections["lora"].get("r")
     shape = named_shape(name) if isinstance(name, str) and type(rank) is int else None
-    if shape:
-        widest = max(shape.hidden, shape.intermediate, shape.query_width, shape.vocabulary)
-        if rank > widest:
-            yield document.error(("lora", "r"), *rank_too_large(rank, widest))
+    if shape and rank > shape.widest:
+        yield document.error(("lora", "r"), *rank_too_large(rank, shape.widest))
     total: Any = run.get("global_batch_size")
     per_device = train.get("per_device_train_batch_size", 8)
     numbers = (total, per_device, launch.get("gpus") or 1, launch.get("nodes", 1))

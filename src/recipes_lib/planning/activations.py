@@ -14,15 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recipes_lib.models.blocks import Block
 from recipes_lib.planning.settings import Settings
+from recipes_lib.planning.targets import Adapted
 
-_ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj")
-_INPUTS = {
-    **dict.fromkeys(_ATTENTION_INPUTS, "attention"),
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "mlp"),
-    "o_proj": "output",
-    "down_proj": "inner",
-}
 # tiles of TRL's fused LM head, and of `training.cpu.loss`
 CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128
 
@@ -69,26 +64,32 @@ def activations_of(settings: Settings) -> Activations:
     shape, s, w = settings.shape, settings.compute_bytes, settings.weight_bytes
     adapter = settings.adapter
     # of each RMSNorm its input and the root mean square of each token
-    norms = 4 + shape.hidden * (4 if adapter else 4 + w)
-    mlp = 3 * s * shape.intermediate * shape.active_experts
-    block = 2 * norms + _attention(settings) + mlp + _linear_inputs(settings)
-    eager, row = settings.attention == "eager", 0
-    if settings.masked or eager:
-        row = shape.heads * s if eager else s
+    per_norm = 4 if adapter else 4 + w
+    eager, masked = settings.attention == "eager", settings.masked
+    per_token, per_row, block, block_row = 0.0, 0.0, 0.0, 0.0
+    for layer, targets, count in settings.layers:
+        kept = sum(many * (4 + width * per_norm) for many, width in layer.norms)
+        kept += _attention(settings, layer) + s * layer.inner
+        kept += _linear_inputs(settings, layer, targets)
+        row = 0.0
+        if layer.heads and (masked or eager):
+            row = layer.heads * s if eager else s
+        per_token, per_row = per_token + count * kept, per_row + count * row
+        block, block_row = max(block, kept), max(block_row, row)
     first = 0.0
     if adapter and not settings.checkpointing:
         # nothing before the first block is trained: its norm and masks are not kept
-        noisy = sum(name in adapter.targets for name in _ATTENTION_INPUTS)
+        noisy = sum(matrix.reads == "attention" for matrix, _ in adapter.targets[0])
         noise = noisy * _noise_bytes(settings) if adapter.dropout else 0
         first = shape.hidden * (4 + noise)
     # on a CPU the gradient of the head is made beside the loss
-    head = norms + (shape.hidden * w if settings.device == "gpu" else 0)
+    head = 4 + shape.hidden * (per_norm + (w if settings.device == "gpu" else 0))
     return Activations(
-        per_token=shape.layers * block - first + head,
-        per_token_and_row=shape.layers * row,
+        per_token=per_token - first + head,
+        per_token_and_row=per_row,
         checkpointed=shape.layers * shape.hidden * w + head,
         block=block,
-        block_row=row,
+        block_row=block_row,
         constant=_autocast_copies(settings),
     )
 
@@ -98,56 +99,66 @@ def reference_per_token(settings: Settings) -> float:
     its plain formula without the part that grows with the row, adapters in the base's precision,
     dropout's mask as a number. For comparing models and settings on any machine.
     """
-    shape, w, adapter = settings.shape, settings.weight_bytes, settings.adapter
-    q, inner = shape.query_width, shape.intermediate * shape.active_experts
-    block = 2 * 4 * shape.hidden + 3 * 4 * q + 3 * w * inner
-    if adapter is None:
-        return shape.layers * (block + w * (4 * shape.hidden + q + inner))
-    widths = [shape.linears()[name][0] for name in adapter.targets]
-    if adapter.dropout:
-        inputs = 2 * w * sum(widths)
-    else:
-        groups = {_INPUTS[name]: shape.linears()[name][0] for name in adapter.targets}
-        inputs = w * sum(groups.values())
-    return shape.layers * (block + inputs + w * adapter.rank * len(widths))
+    w, adapter = settings.weight_bytes, settings.adapter
+    total = 0.0
+    for layer, targets, count in settings.layers:
+        norms = sum(many * width for many, width in layer.norms)
+        kept = (4 if adapter else 4 + w) * norms + 3 * 4 * layer.query + w * layer.inner
+        if adapter is None:
+            widths = {one.reads: one.inputs * one.active for one in layer.matrices}
+            inputs = w * sum(widths.values())
+        elif adapter.dropout:
+            inputs = 2 * w * sum(matrix.inputs * matrix.active for matrix, _ in targets)
+        else:
+            groups = {matrix.reads: matrix.inputs * matrix.active for matrix, _ in targets}
+            inputs = w * sum(groups.values())
+        ranks = sum(rank * matrix.active for matrix, rank in targets)
+        total += count * (kept + inputs + w * ranks)
+    return total
 
 
-def _attention(settings: Settings) -> float:
+def _attention(settings: Settings, layer: Block) -> float:
     """Queries, keys, values and output of one block; keys and values are repeated for every query
     head where there is a mask.
     """
-    shape, s = settings.shape, settings.compute_bytes
-    keys = shape.query_width if settings.masked or settings.attention == "eager" else shape.kv_width
-    sums = 0 if settings.attention == "eager" else 4 * shape.heads
-    return s * (2 * shape.query_width + 2 * keys) + sums
+    if not layer.heads:
+        return 0.0
+    eager = settings.attention == "eager"
+    repeated = settings.masked or eager
+    keys = layer.query + layer.output if repeated else layer.key + layer.value
+    sums = 0 if eager else 4 * layer.heads
+    return settings.compute_bytes * (layer.query + layer.output + keys) + sums
 
 
-def _linear_inputs(settings: Settings) -> float:
+def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
     """Inputs of the linear layers that something is trained in, and the rank-wide outputs of LoRA's
     first matrix.
     """
-    shape, s, adapter = settings.shape, settings.compute_bytes, settings.adapter
-    experts = dict.fromkeys(("gate_proj", "up_proj", "down_proj"), shape.active_experts)
-    widths = {name: experts.get(name, 1) * inputs for name, (inputs, _) in shape.linears().items()}
+    s, adapter = settings.compute_bytes, settings.adapter
     casts = settings.half is not None and settings.weight_bytes != 2
     # example by example, and put together again; else attention's output is kept already
     copied = settings.attention == "documents"
     if adapter is None:
         # each layer casts its own copy; what attention and MLP made is in the autocast type already
-        kept = {name: width for name, width in widths.items() if copied or name != "o_proj"}
-        shared = {_INPUTS[name]: width for name, width in kept.items()}
-        return s * sum((kept if casts else shared).values())
-    share = adapter.layers / shape.layers
-    targets = {name: widths[name] for name in adapter.targets}
-    ranks = s * adapter.rank * sum(experts.get(name, 1) for name in adapter.targets)
+        kept = [one for one in layer.matrices if copied or one.reads != "output"]
+        shared = {one.reads: one.inputs * one.active for one in kept}
+        return (
+            s * sum(one.inputs * one.active for one in kept) if casts else s * sum(shared.values())
+        )
+    ranks = s * sum(rank * one.active for one, rank in targets)
+    widths = sum(one.inputs * one.active for one, _ in targets)
     if adapter.dropout:
-        return share * (ranks + sum(targets.values()) * (s + _noise_bytes(settings)))
+        return ranks + widths * (s + _noise_bytes(settings))
     other_half = settings.weight_bytes == 2 and settings.half not in (None, settings.dtype)
     if settings.trained_bytes == s and not casts and not other_half:
-        kept = {name: width for name, width in targets.items() if copied or name != "o_proj"}
-        targets = {_INPUTS[name]: width for name, width in kept.items()}
+        shared = {
+            one.reads: one.inputs * one.active
+            for one, _ in targets
+            if copied or one.reads != "output"
+        }
+        widths = sum(shared.values())
     # else cast to the adapter's type and back: a copy for each layer
-    return share * (ranks + s * sum(targets.values()))
+    return ranks + s * widths
 
 
 def _noise_bytes(settings: Settings) -> int:
@@ -192,5 +203,5 @@ def backward_bytes(settings: Settings, tokens: int) -> float:
     tensors and of the residual stream.
     """
     shape = settings.shape
-    inner = 3 * settings.compute_bytes * shape.intermediate * shape.active_experts
+    inner = settings.compute_bytes * max(block.inner for block, _ in shape.kinds)
     return tokens * (inner + (4 + 2 * settings.weight_bytes) * shape.hidden)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from recipes_lib.planning.plan import Plan
-from recipes_lib.planning.settings import Adapter, Settings
+from recipes_lib.planning.settings import Settings, adapter_of
 
 WORTH_S, WORTH_SHARE = 5.0, 0.03
 VALIDATION_SHARE = 0.25  # of the training: above it, less often or on fewer rows is proposed
@@ -234,10 +234,9 @@ def _as_method(plan: Plan, method: str) -> Plan:
     """Return the plan with another method; the adapter stays the recipe's, or has rank 16 on every
     linear layer.
     """
-    settings, shape = plan.settings, plan.settings.shape
-    adapter = settings.adapter or Adapter(
-        rank=DEFAULT_RANK, dropout=0.0, targets=tuple(shape.linears()), layers=shape.layers
-    )
+    settings = plan.settings
+    usual = {"r": DEFAULT_RANK, "target_modules": "all-linear"}
+    adapter = settings.adapter or adapter_of(usual, settings.shape)
     if method == "full":
         return plan.with_settings(adapter=None, bits=None)
     if method == "QLoRA":

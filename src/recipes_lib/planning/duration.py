@@ -122,11 +122,20 @@ def training_duration(
 
 def _attention(settings: Settings, context: float) -> float:
     """Operations per token of scores and weighted values: half of the square with a causal kernel,
-    all of it under a mask.
+    all of it under a mask, which windows need with sdpa; and of states, four for each product.
     """
-    square = 4 if settings.masked else 2
     passes = 3.5 + (1 if settings.checkpointing else 0)
-    return square * passes * settings.shape.query_width * settings.shape.layers * context
+    total = 0.0
+    for block, count in settings.shape.kinds:
+        within, square = context, 4 if settings.masked else 2
+        if block.window is not None and block.window < context:
+            if settings.attention == "flash":
+                within = min(context, 2 * block.window)
+            else:
+                square = 4
+        width = (block.query + block.output) / 2
+        total += count * (square * width * within + 4 * block.state)
+    return passes * total
 
 
 def _dequantising(settings: Settings, card: Card) -> float:

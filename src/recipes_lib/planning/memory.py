@@ -130,8 +130,7 @@ def weight_gib(settings: Settings) -> float:
         # scales
         scale = 1 + 4 / NESTED_BLOCK if settings.double_quantized else 4
         per_weight = 0.5 + scale / BLOCK_4BIT
-    # bitsandbytes takes linear layers alone
-    quantized = shape.linear_parameters - shape.expert_parameters
+    quantized = shape.linear_parameters  # bitsandbytes takes linear layers alone
     rest = shape.parameters - quantized
     return (quantized * per_weight + rest * settings.weight_bytes) / GIB
 
@@ -156,8 +155,8 @@ def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
 
 
 def _gathered(settings: Settings) -> float:
-    """Bytes of whole layers under FSDP2: embeddings and head all the time; two blocks (this and the
-    next), or all without resharding.
+    """Bytes of whole layers under FSDP2: embeddings and head all the time; two of the largest
+    blocks (this and the next), or all without resharding.
 
     Full fine-tuning adds their gradients before they are shared out: those of embeddings and head
     until the backward pass ends.
@@ -165,12 +164,13 @@ def _gathered(settings: Settings) -> float:
     if not settings.sharded:
         return 0.0
     shape = settings.shape
-    others = (shape.parameters - shape.linear_parameters) * settings.weight_bytes
+    others = (shape.parameters - shape.block_parameters) * settings.weight_bytes
     blocks = weight_gib(settings) * GIB - others
+    largest = max(block.parameters for block, _ in shape.kinds)
     gathered: float = shape.embedding_parameters * settings.weight_bytes
-    gathered += 2 * blocks / shape.layers if settings.reshard else blocks
+    gathered += 2 * blocks * largest / shape.block_parameters if settings.reshard else blocks
     if settings.adapter is None:
-        gathered += 4 * (settings.trained_parameters / shape.layers + shape.embedding_parameters)
+        gathered += 4 * (largest + shape.embedding_parameters)
     return gathered
 
 
@@ -178,4 +178,9 @@ def _dequantised(settings: Settings) -> float:
     """The largest 4-bit matrix, written out for its product."""
     if not settings.bits:
         return 0.0
-    return 2.0 * max(a * b for a, b in settings.shape.linears().values())
+    return 2.0 * max(
+        matrix.inputs * matrix.outputs
+        for block, _ in settings.shape.kinds
+        for matrix in block.matrices
+        if matrix.linear
+    )

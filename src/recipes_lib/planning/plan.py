@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError, first_line
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.models.known import known_shapes
+from recipes_lib.models.known import known_facts
 from recipes_lib.models.shapes import ModelShape, shape_of_config
 from recipes_lib.planning.batches import Batches, batches_of, validation_tokens, validations
 from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here, cpu_card
@@ -102,10 +102,10 @@ class Plan:
     @property
     def certain(self) -> bool | None:
         """Whether it fits, or None where something is not counted: a sum that leaves something out
-        cannot say that it fits, nor, for a family that it was not made for, that it does not.
+        cannot say that it fits.
         """
         if not self.fits:
-            return False if self.settings.shape.known else None
+            return False
         return None if self.uncounted else True
 
     @property
@@ -235,18 +235,15 @@ def _launch(
 
 
 def model_shape(recipe: Recipe) -> ModelShape:
-    """Return the shape of a recipe's model: of its files here, the table of known models, or its
-    config.json on the Hub.
+    """Return the shape of a recipe's model, by its config.json: that of a folder, of the facts
+    that stand beside the recipes, of the Hub's cache, or of the Hub.
 
     Raises:
         RecipeError: the name is a path and there is no model, or an architecture that the planner
             does not know.
-        EnvironmentFault: a Hub name that is neither here nor in the table, and the Hub does not
-            answer.
+        EnvironmentFault: a Hub name of which nothing is known here, and the Hub does not answer.
     """
-    name, known = recipe.model.name_or_path, known_shapes()
-    if name in known and not Path(name).is_dir():
-        return known[name]
+    name, known = recipe.model.name_or_path, known_facts()
     hint = (
         f"online, or after: hf download {name} config.json; known without it: {len(known)} names"
         " such as meta-llama/Llama-3.1-8B"
@@ -254,8 +251,11 @@ def model_shape(recipe: Recipe) -> ModelShape:
     what = (
         f"'{name}' is not on this machine, not among the known models, and the Hub does not answer"
     )
-    folder, config = local_folder(recipe), None
-    if folder is not None:
+    folder: Path | None = None
+    config: Mapping[str, Any] | None = None
+    if name in known and not Path(name).is_dir():
+        config = known[name].config
+    elif (folder := local_folder(recipe)) is not None:
         config = object_or_none(folder / "config.json")
         if config is None:
             raise recipe.error(

@@ -7,23 +7,25 @@ bf16 keeps trained weights in float32 unless the base is 4-bit.
 
 from __future__ import annotations
 
-import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from recipes_lib.config.batch import written_sync
 from recipes_lib.config.launch import Launch
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
+from recipes_lib.models.blocks import Block
 from recipes_lib.models.shapes import ModelShape
+from recipes_lib.planning.targets import Adapted, adapted_matrices
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-_IN_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"}
+_FORMER_NAMES = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _COUNTED_MODULES = ("lm_head", "embed_tokens")
 _UNCOUNTED_LORA = {
     "use_dora": "DoRA's copies of weights",
-    "rank_pattern": "ranks of single layers (lora.rank_pattern)",
-    "target_parameters": "adapters on parameters (lora.target_parameters)",
     "trainable_token_indices": "trained tokens (lora.trainable_token_indices)",
     "layer_replication": "repeated layers (lora.layer_replication)",
     "arrow_config": "routing between adapters (lora.arrow_config)",
@@ -32,21 +34,29 @@ _UNCOUNTED_LORA = {
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter: rank, dropout, the linear layers of a block it sits on, and parameters
-    trained in full beside it.
+    """A LoRA adapter: rank, dropout, the matrices of each layer it sits on (last those in no layer)
+    with their ranks, and parameters trained beside it.
+
+    Args:
+        extra_parameters: of modules that are trained in full.
+        vectors: trained numbers per output of an adapted matrix: DoRA's lengths, LoRA's bias.
     """
 
     rank: int
     dropout: float
-    targets: tuple[str, ...]
-    layers: int
+    targets: tuple[Adapted, ...]
     extra_parameters: int = 0
+    vectors: int = 0
 
-    def parameters(self, shape: ModelShape) -> int:
-        """Return how many parameters are trained."""
-        linears = shape.linears()
-        per_block = sum(self.rank * sum(linears[name]) for name in self.targets)
-        return self.layers * per_block + self.extra_parameters
+    @cached_property
+    def parameters(self) -> int:
+        """How many parameters are trained."""
+        return self.extra_parameters + sum(
+            rank * max(matrix.experts, 1) * (matrix.inputs + matrix.outputs)
+            + self.vectors * matrix.outputs
+            for layer in self.targets
+            for matrix, rank in layer
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +125,15 @@ class Settings:
     @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
-        shape, adapter = self.shape, self.adapter
-        return shape.parameters if adapter is None else adapter.parameters(shape)
+        return self.shape.parameters if self.adapter is None else self.adapter.parameters
+
+    @cached_property
+    def layers(self) -> tuple[tuple[Block, Adapted, int], ...]:
+        """The different layers with what is adapted of them, and how many there are of each."""
+        blocks = self.shape.blocks
+        adapted = self.adapter.targets if self.adapter else ((),) * len(blocks)
+        found = Counter(zip(blocks, adapted[: len(blocks)], strict=True))
+        return tuple((block, targets, count) for (block, targets), count in found.items())
 
     @property
     def shares_each_batch(self) -> bool:
@@ -199,48 +216,37 @@ def _attention(recipe: Recipe, on_cpu: bool) -> str:
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
-    """Return the adapter with its target names found in a block.
+    """Return the adapter of a recipe.
 
     Raises:
-        RecipeError: no target is a linear layer of this model.
+        RecipeError: no target is a matrix of this model.
     """
     lora = recipe.lora
     if lora is None:
         return None
-    targets = targets_in(lora.get("target_modules"), shape)
-    if not targets and shape.uncounted:  # the layers have other names there
-        targets = tuple(shape.linears())
-    if not targets:
+    adapter = adapter_of(lora, shape)
+    if not any(adapter.targets):
+        linear = dict.fromkeys(
+            matrix.last_name
+            for block, _ in shape.kinds
+            for matrix in block.matrices
+            if matrix.linear
+        )
         what = f"lora.target_modules names no linear layer of {shape.name}"
-        hint = f"its blocks have {', '.join(shape.linears())}"
-        raise recipe.error("lora.target_modules", what, hint)
-    layers = lora.get("layers_to_transform")
-    count = shape.layers if layers is None else 1 if isinstance(layers, int) else len(layers)
+        raise recipe.error("lora.target_modules", what, f"its blocks have {', '.join(linear)}")
+    return adapter
+
+
+def adapter_of(lora: Mapping[str, Any], shape: ModelShape) -> Adapter:
+    """Return what a `lora` section puts on a model."""
     saved = [name for name in lora.get("modules_to_save") or () if name in _COUNTED_MODULES]
     return Adapter(
         rank=int(lora.get("r", 8)),
         dropout=float(lora.get("lora_dropout", 0.0)),
-        targets=targets,
-        layers=min(count, shape.layers),
+        targets=adapted_matrices(lora, shape),
         extra_parameters=len(saved) * shape.vocabulary * shape.hidden,
+        vectors=bool(lora.get("use_dora")) + bool(lora.get("lora_bias")),
     )
-
-
-def targets_in(written: Any, shape: ModelShape) -> tuple[str, ...]:
-    """Return the linear layers of a block that `lora.target_modules` means, as PEFT matches it;
-    absent, PEFT's default: query and value.
-    """
-    names = list(shape.linears())
-    if written is None:
-        return tuple(name for name in names if name in ("q_proj", "v_proj", "qkv_proj"))
-    if written == "all-linear":
-        return tuple(names)
-    if isinstance(written, str):
-        blocks = {name: "self_attn" if name in _IN_ATTENTION else "mlp" for name in names}
-        paths = {name: f"model.layers.0.{block}.{name}" for name, block in blocks.items()}
-        return tuple(name for name, path in paths.items() if re.fullmatch(written, path))
-    given = {str(one).rpartition(".")[2] for one in written}
-    return tuple(name for name in names if name in given)
 
 
 def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
@@ -250,18 +256,22 @@ def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
     shape, adapter, lora = settings.shape, settings.adapter, recipe.lora or {}
     found = list(shape.uncounted)
     if adapter is not None:
-        on_experts = {"gate_proj", "up_proj", "down_proj"} & {*adapter.targets}
-        if shape.experts > 1 and on_experts:
+        adapted = {matrix for layer in adapter.targets for matrix, _ in layer}
+        if any(matrix.experts for matrix in adapted):
             found.append("adapters on experts")
         found += [words for key, words in _UNCOUNTED_LORA.items() if lora.get(key)]
+        if lora.get("bias", "none") != "none":
+            found.append("trained biases (lora.bias)")
         saved = [str(name) for name in lora.get("modules_to_save") or []]
         if others := [name for name in saved if name not in _COUNTED_MODULES]:
             found.append(f"{', '.join(others)} (lora.modules_to_save)")
         targets = lora.get("target_modules")
-        if isinstance(targets, list) and shape.known:
-            named = [str(name) for name in targets]
-            linears = shape.linears()
-            if others := [name for name in named if name.rpartition(".")[2] not in linears]:
+        if isinstance(targets, list):
+            known = {matrix.last_name for block, _ in shape.kinds for matrix in block.matrices}
+            known |= {*_FORMER_NAMES} if shape.experts else set()
+            if others := [
+                name for name in map(str, targets) if name.rpartition(".")[2] not in known
+            ]:
                 found.append(f"adapters on {', '.join(others)}")
     if recipe.train.get("torch_compile"):
         found.append("what torch.compile keeps")
