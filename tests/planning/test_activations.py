@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import pytest
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.model_files import local_folder
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.models.known import known_shapes
+from recipes_lib.models.known import named_shape
 from recipes_lib.planning.activations import activations_of, reference_per_token
 from recipes_lib.planning.plan import model_shape
-from recipes_lib.planning.settings import Adapter, Settings, settings_of
+from recipes_lib.planning.settings import Settings, adapter_of, settings_of
 
 MIB = 2**20
 ROWS = Path(__file__).resolve().parents[2] / "recipes/quickstart/data/instructions.jsonl"
@@ -153,19 +152,16 @@ def meta_bytes_per_token(dropout: float, *, checkpointing: bool = False, tokens:
 
 
 def llama(**changes: Any) -> Settings:
-    shape = known_shapes()["meta-llama/Llama-2-7b-hf"]
-    adapter = Adapter(
-        rank=32,
-        dropout=changes.pop("dropout", 0.05),
-        targets=tuple(shape.linears()),
-        layers=shape.layers,
-    )
+    shape = named_shape("meta-llama/Llama-2-7b-hf")
+    assert shape is not None
+    lora = {"r": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
+    lora |= {key: changes.pop(key) for key in {*lora} & {*changes}}
     values: dict[str, Any] = {
         "shape": shape,
         "dtype": "bfloat16",
         "bits": None,
         "half": "bfloat16",
-        "adapter": adapter,
+        "adapter": adapter_of(lora, shape),
         "optimizer": "adamw_torch_fused",
         "attention": "sdpa",
         "checkpointing": False,
@@ -191,7 +187,7 @@ PUBLISHED = {0.05: 8.87, 0.0: 5.95}
 def test_the_activations_of_llama_2_7b_are_those_of_the_meta_device(
     dropout: float, published: float
 ) -> None:
-    planned = reference_per_token(llama(dropout=dropout))
+    planned = reference_per_token(llama(lora_dropout=dropout))
     assert planned / MIB == pytest.approx(published, rel=0.01)
     assert planned == pytest.approx(meta_bytes_per_token(dropout), rel=0.01)
 
@@ -207,7 +203,7 @@ def test_with_checkpointing_llama_2_7b_keeps_a_quarter_of_a_mib_per_token() -> N
 
 def test_on_a_gpu_the_masks_of_dropout_take_a_byte_and_not_a_number() -> None:
     gpu, cpu = activations_of(llama()).per_token, activations_of(llama(device="cpu")).per_token
-    widths = sum(inputs for inputs, _ in llama().shape.linears().values())
+    widths = sum(matrix.inputs for matrix in llama().shape.blocks[0].matrices)
     assert cpu - gpu == pytest.approx(
         3 * 32 * widths, rel=0.02
     )  # float32 adapters: four bytes against one
@@ -226,15 +222,10 @@ def test_a_flattened_row_under_sdpa_pays_for_its_mask_with_the_square() -> None:
 
 def test_more_of_everything_keeps_more() -> None:
     base = activations_of(llama()).per_token
-    assert activations_of(llama(dropout=0.0)).per_token < base
+    assert activations_of(llama(lora_dropout=0.0)).per_token < base
     assert (
-        activations_of(llama(bits=4, dropout=0.0)).per_token
-        < activations_of(llama(dropout=0.0)).per_token
+        activations_of(llama(bits=4, lora_dropout=0.0)).per_token
+        < activations_of(llama(lora_dropout=0.0)).per_token
     )  # bf16 adapters share inputs
-    assert activations_of(llama(adapter=replace(llama().adapter, rank=256))).per_token > base
-    assert (
-        activations_of(
-            llama(adapter=replace(llama().adapter, targets=("q_proj", "v_proj")))
-        ).per_token
-        < base
-    )
+    assert activations_of(llama(r=256)).per_token > base
+    assert activations_of(llama(target_modules=["q_proj", "v_proj"])).per_token < base

@@ -22,7 +22,8 @@ class Matrix:
     Args:
         name: of its module in the block; of the parameter where it is in no linear layer.
         reads: what its input is: `attention` and `mlp` are the normed residual stream, `output`
-            what attention made, `inner` what the MLP made, `state` anything else.
+            what attention made, `inner` what the MLP made, `routed` and `routed inner` those of
+            experts, `state` anything else.
         linear: whether it is a linear layer's: what is quantized, and what `all-linear` means.
         experts: how many matrices the parameter holds; 0 for a matrix of its own.
         active: how many of them a token goes through.
@@ -64,6 +65,8 @@ class Block:
         window: tokens that attention looks back; None for all.
         state: products per token that linear attention or state space needs for its state.
         inner: widths of what the MLP keeps between its matrices, per token.
+        routing: bytes of what the choice of experts keeps, per token.
+        carries: whether it passes a state from token to token, and so from example to example.
         uncounted: what the block keeps for the backward pass that is not counted, in words.
     """
 
@@ -78,6 +81,8 @@ class Block:
     window: int | None = None
     state: int = 0
     inner: int = 0
+    routing: int = 0
+    carries: bool = False
     uncounted: tuple[str, ...] = ()
 
     @property
@@ -140,6 +145,8 @@ class _Parts:
     attention: dict[str, Any] = field(default_factory=dict)
     state: int = 0
     inner: int = 0
+    routing: int = 0
+    carries: bool = False
     uncounted: list[str] = field(default_factory=list)
 
     def matrix(
@@ -166,6 +173,8 @@ class _Parts:
             norms=tuple(self.norms),
             state=self.state,
             inner=self.inner,
+            routing=self.routing,
+            carries=self.carries,
             uncounted=tuple(self.uncounted),
             **self.attention,
         )
@@ -339,6 +348,8 @@ def _block(config: Numbers, layer: int, kind: str) -> Block:
         return parts.block()
     for _ in range(4 if family in _FOUR_NORMS else 1 if family in _ONE_NORM else 2):
         parts.norm(hidden)
+    if family in _ONE_NORM:  # a difference from the mean is taken twice
+        parts.norm(hidden, weights=0)
     if family == "gemma4_text":
         _gemma4_block(config, parts, hidden, layer, kind)
         return parts.block()
@@ -413,8 +424,11 @@ def _mlp(config: Numbers, parts: _Parts, hidden: int, width: int, path: str) -> 
     if config.family in _NO_GATE:
         parts.matrix(f"{path}.up_proj", hidden, width, "mlp", bias=bias)
         parts.matrix(f"{path}.down_proj", width, hidden, "inner", bias=bias)
-        parts.inner += 2 * width
-        parts.small += 2 if config.family == "apertus" else 0  # the activation learns, too
+        if config.family == "apertus":
+            parts.small += 2  # the activation learns, too
+            parts.inner += 4 * width
+        else:  # of a squared ReLU its output alone
+            parts.inner += width
         return
     names = ("w1", "w3", "w2") if config.family.startswith("lfm2") else _GATED
     parts.matrix(f"{path}.{names[0]}", hidden, width, "mlp", bias=bias)
@@ -443,9 +457,11 @@ def _experts(config: Numbers, parts: _Parts, hidden: int) -> None:
         parts.matrix(f"{where.path}.fc1_latent_proj", hidden, latent, "mlp")
         parts.matrix(f"{where.path}.fc2_latent_proj", latent, hidden, "state")
     inputs, path = latent or hidden, f"{where.path}.experts"
-    parts.matrix(f"{path}.{name}", inputs, gate * width, "mlp", bias=where.bias, **many)
-    parts.matrix(f"{path}.down_proj", width, inputs, "inner", bias=where.bias, **many)
-    parts.uncounted.append("what experts keep of the tokens routed to them")
+    parts.matrix(f"{path}.{name}", inputs, gate * width, "routed", bias=where.bias, **many)
+    parts.matrix(f"{path}.down_proj", width, inputs, "routed inner", bias=where.bias, **many)
+    if family == "llama4_text":
+        parts.uncounted.append("what all its experts make of every token")
+    _routed(parts, many["active"], count, inputs, width * (6 if family == "gpt_oss" else gate + 1))
     if not where.shared:
         return
     if family == "nemotron_h":
@@ -460,6 +476,14 @@ def _experts(config: Numbers, parts: _Parts, hidden: int) -> None:
         _mlp(config, parts, hidden, shared, f"{where.path}.{where.shared}")
     if family.startswith("qwen"):
         parts.matrix(f"{where.path}.shared_expert_gate", hidden, 1, "mlp")
+
+
+def _routed(parts: _Parts, active: int, count: int, hidden: int, inner: int) -> None:
+    """Count what transformers' `grouped_mm` keeps: each expert's inner tensors, and what it made,
+    to be weighted; the probabilities of all experts in float32, and four lists of whole numbers.
+    """
+    parts.inner += active * (inner + hidden + 1)
+    parts.routing += 4 * count + 4 * 8 * active
 
 
 def _attention(config: Numbers, parts: _Parts, hidden: int, kind: str, path: str) -> None:
@@ -494,7 +518,9 @@ def _attention(config: Numbers, parts: _Parts, hidden: int, kind: str, path: str
         window = config.number("attention_chunk_size", default=8192)
     elif kind == "sliding_attention":
         window = config.optional("sliding_window") or None
-    parts.attend(heads, query, key, key, query, window)
+    # without copies for the heads, values are a part of what one matrix made for all three
+    value = query + 2 * key if family == "phi3" else key
+    parts.attend(heads, query, key if family != "phi3" else 0, value, query, window)
 
 
 def _latent(config: Numbers, parts: _Parts, hidden: int) -> None:
@@ -515,6 +541,7 @@ def _latent(config: Numbers, parts: _Parts, hidden: int) -> None:
     parts.matrix(f"{path}.kv_b_proj", narrow, heads * plain + value, "state")
     parts.matrix(f"{path}.o_proj", value, hidden, "output", bias=bias)
     parts.attend(heads, query, query, value, value)
+    parts.uncounted.append("what the kernel of latent attention keeps")
 
 
 def _delta(config: Numbers, parts: _Parts, hidden: int) -> None:
@@ -534,6 +561,7 @@ def _delta(config: Numbers, parts: _Parts, hidden: int) -> None:
     parts.small += (2 * key + value) * config.number("linear_conv_kernel_dim", default=4)
     parts.small += 2 * heads + size
     parts.state = heads * key_size * size
+    parts.carries = True
     parts.uncounted.append("what linear attention keeps")
 
 
@@ -543,6 +571,7 @@ def _convolution(config: Numbers, parts: _Parts, hidden: int) -> None:
     parts.matrix("conv.in_proj", hidden, 3 * hidden, "attention", bias=bias)
     parts.matrix("conv.out_proj", hidden, hidden, "output", bias=bias)
     parts.small += hidden * config.number("conv_L_cache", default=3) + bias * hidden
+    parts.carries = True
     parts.uncounted.append("what convolutions keep")
 
 
@@ -569,6 +598,7 @@ def _mamba2(config: Numbers, parts: _Parts, hidden: int, path: str) -> None:
     if config.family != "falcon_h1" or config.flag("mamba_rms_norm"):
         parts.small += width
     parts.state = width * state
+    parts.carries = True
     parts.uncounted.append("what Mamba layers keep")
 
 
@@ -585,6 +615,7 @@ def _mamba(config: Numbers, parts: _Parts, hidden: int, path: str) -> None:
     kernel = config.number("conv_kernel", default=4)
     parts.small += width * (kernel + config.flag("use_conv_bias", True)) + width * state + width
     parts.state = width * state
+    parts.carries = True
     parts.uncounted.append("what Mamba layers keep")
 
 
@@ -650,11 +681,12 @@ def _gemma4_block(config: Numbers, parts: _Parts, hidden: int, layer: int, kind:
         many["active"] = config.number("top_k_experts")
         parts.matrix("router.proj", hidden, count, "mlp")
         parts.small += hidden + count
-        parts.matrix("experts.gate_up_proj", hidden, 2 * width, "mlp", **many)
-        parts.matrix("experts.down_proj", width, hidden, "inner", **many)
-        for _ in range(3):
+        parts.matrix("experts.gate_up_proj", hidden, 2 * width, "routed", **many)
+        parts.matrix("experts.down_proj", width, hidden, "routed inner", **many)
+        _routed(parts, many["active"], count, hidden, 3 * width)
+        for _ in range(4):
             parts.norm(hidden)
-        parts.uncounted.append("what experts keep of the tokens routed to them")
+        parts.small -= hidden  # the router's norm has no weights
 
 
 def outside_blocks(config: Numbers) -> tuple[int, tuple[Matrix, ...]]:

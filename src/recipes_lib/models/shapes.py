@@ -28,6 +28,7 @@ from recipes_lib.models.blocks import (
 
 # `AutoModelForCausalLM` of transformers 5.24 makes the language model alone of these
 _TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "llama4")
+_NO_SDPA = ("gemma2", "gpt_oss")
 _OTHER_PARTS = ("vision_config", "audio_config", "speech_config", "image_config")
 
 
@@ -44,6 +45,7 @@ class ModelShape:
         positions: the longest sequence the model was made for.
         dtype: precision of the weights on disk; None where not known.
         other_parts: whether parts for images or sound are loaded, too.
+        attention_dropout: whether attention drops some of its scores.
     """
 
     name: str
@@ -58,6 +60,7 @@ class ModelShape:
     positions: int = 4096
     dtype: str | None = None
     other_parts: bool = False
+    attention_dropout: bool = False
 
     @property
     def layers(self) -> int:
@@ -70,9 +73,20 @@ class ModelShape:
         return tuple(Counter(self.blocks).items())
 
     @property
+    def carries_state(self) -> bool:
+        """Whether a layer passes a state from one example of a row into the next."""
+        return any(block.carries for block, _ in self.kinds)
+
+    @property
+    def lacks_sdpa(self) -> bool:
+        """Whether its class has no sdpa: then attention is written out."""
+        return self.family in _NO_SDPA
+
+    @property
     def uncounted(self) -> tuple[str, ...]:
         """What the arithmetic of memory leaves out, in words."""
         found = dict.fromkeys(words for block, _ in self.kinds for words in block.uncounted)
+        found |= dict.fromkeys(["dropout in attention"] * self.attention_dropout)
         return (*found, *["the parts for images or sound"] * self.other_parts)
 
     @property
@@ -162,6 +176,7 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
             tied=tied(numbers),
             positions=numbers.number("max_position_embeddings", "n_positions", default=2**40),
             dtype=str(whole.get("dtype") or whole.get("torch_dtype") or "") or None,
+            attention_dropout=bool(config.get("attention_dropout") or config.get("attn_pdrop")),
             other_parts=not alone and any(whole.get(part) for part in _OTHER_PARTS),
         )
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:

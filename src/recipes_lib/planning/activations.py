@@ -18,6 +18,9 @@ from recipes_lib.models.blocks import Block
 from recipes_lib.planning.settings import Settings
 from recipes_lib.planning.targets import Adapted
 
+# norms that multiply by their weights in float32, and blocks without a norm before attention
+_FLOAT_NORMS = ("gemma", "olmo", "cohere")
+_NORMED_BEHIND = {"olmo2", "olmo3", "exaone4"}
 # tiles of TRL's fused LM head, and of `training.cpu.loss`
 CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128
 
@@ -33,7 +36,9 @@ class Activations:
         checkpointed: per token when only the inputs of the blocks are kept.
         block: per token of one block, what recomputation brings back for a moment.
         block_row: `per_token_and_row` of one block.
-        constant: copies of weights that autocast made for the backward pass.
+        constant: copies of weights for the backward pass: those that autocast made, and experts
+            with their adapter added.
+        block_constant: such experts of one block.
     """
 
     per_token: float
@@ -42,6 +47,7 @@ class Activations:
     block: float
     block_row: float
     constant: float
+    block_constant: float = 0.0
 
     def saved(self, tokens: int, row: int, checkpointing: bool) -> float:
         """Return the bytes kept of a micro-batch.
@@ -56,41 +62,45 @@ class Activations:
 
     def recomputed(self, tokens: int, row: int) -> float:
         """Return the bytes of the one block that is recomputed at a time."""
-        return tokens * (self.block + self.block_row * row)
+        return tokens * (self.block + self.block_row * row) + self.block_constant
 
 
 def activations_of(settings: Settings) -> Activations:
     """Return what the forward pass of these settings keeps."""
     shape, s, w = settings.shape, settings.compute_bytes, settings.weight_bytes
     adapter = settings.adapter
-    # of each RMSNorm its input and the root mean square of each token
-    per_norm = 4 if adapter else 4 + w
-    eager, masked = settings.attention == "eager", settings.masked
-    per_token, per_row, block, block_row = 0.0, 0.0, 0.0, 0.0
+    # of each RMSNorm its input and the root mean square of each token; and what its weights are
+    # multiplied by, where they are trained
+    per_norm = 4 if adapter else 8 if shape.family.startswith(_FLOAT_NORMS) else 4 + w
+    total, largest = [0.0, 0.0], [0.0, 0.0]
     for layer, targets, count in settings.layers:
-        kept = sum(many * (4 + width * per_norm) for many, width in layer.norms)
-        kept += _attention(settings, layer) + s * layer.inner
+        norms = sum(many * (4 + width * per_norm) for many, width in layer.norms)
+        kept = norms + _attention(settings, layer) + s * layer.inner + layer.routing
         kept += _linear_inputs(settings, layer, targets)
-        row = 0.0
-        if layer.heads and (masked or eager):
-            row = layer.heads * s if eager else s
-        per_token, per_row = per_token + count * kept, per_row + count * row
-        block, block_row = max(block, kept), max(block_row, row)
+        for index, number in enumerate((kept, _row_bytes(settings, layer))):
+            total[index] += count * number
+            largest[index] = max(largest[index], number)
     first = 0.0
     if adapter and not settings.checkpointing:
         # nothing before the first block is trained: its norm and masks are not kept
         noisy = sum(matrix.reads == "attention" for matrix, _ in adapter.targets[0])
         noise = noisy * _noise_bytes(settings) if adapter.dropout else 0
-        first = shape.hidden * (4 + noise)
+        first = shape.hidden * (noise if shape.family in _NORMED_BEHIND else 4 + noise)
+    # PEFT adds an adapter of experts to their whole parameter, and the sum is kept
+    sums = [
+        w * sum(matrix.parameters for matrix, _ in layer if matrix.experts)
+        for layer in (adapter.targets if adapter else ())
+    ]
     # on a CPU the gradient of the head is made beside the loss
     head = 4 + shape.hidden * (per_norm + (w if settings.device == "gpu" else 0))
     return Activations(
-        per_token=per_token - first + head,
-        per_token_and_row=per_row,
+        per_token=total[0] - first + head,
+        per_token_and_row=total[1],
         checkpointed=shape.layers * shape.hidden * w + head,
-        block=block,
-        block_row=block_row,
-        constant=_autocast_copies(settings),
+        block=largest[0],
+        block_row=largest[1],
+        constant=_autocast_copies(settings) + sum(sums),
+        block_constant=max(sums, default=0.0),
     )
 
 
@@ -124,10 +134,25 @@ def _attention(settings: Settings, layer: Block) -> float:
     if not layer.heads:
         return 0.0
     eager = settings.attention == "eager"
-    repeated = settings.masked or eager
+    repeated = settings.masks(layer)
     keys = layer.query + layer.output if repeated else layer.key + layer.value
     sums = 0 if eager else 4 * layer.heads
     return settings.compute_bytes * (layer.query + layer.output + keys) + sums
+
+
+def _row_bytes(settings: Settings, layer: Block) -> float:
+    """Bytes for each token of a row, per token: sdpa's mask, one copy per block; the scores of all
+    heads where attention is written out.
+    """
+    s, family = settings.compute_bytes, settings.shape.family
+    if not layer.heads or not settings.masks(layer):
+        return 0.0
+    if settings.attention != "eager":
+        return s
+    if family == "gpt_oss":  # softmax in the precision of the scores
+        return layer.heads * s
+    scores = s if s == 4 else s + 4
+    return layer.heads * (scores + s if family == "gemma2" else scores)
 
 
 def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
@@ -145,7 +170,7 @@ def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
         return (
             s * sum(one.inputs * one.active for one in kept) if casts else s * sum(shared.values())
         )
-    ranks = s * sum(rank * one.active for one, rank in targets)
+    ranks = s * sum(rank for one, rank in targets if not one.experts)
     widths = sum(one.inputs * one.active for one, _ in targets)
     if adapter.dropout:
         return ranks + widths * (s + _noise_bytes(settings))
@@ -200,8 +225,19 @@ def head_bytes(settings: Settings, tokens: int) -> float:
 
 def backward_bytes(settings: Settings, tokens: int) -> float:
     """Return the gradients that are alive at once inside one block: those of the MLP's inner
-    tensors and of the residual stream.
+    tensors, of the residual stream, and of whole experts where adapters are on them (once in the
+    weights' precision and once in the adapter's).
     """
-    shape = settings.shape
+    shape, adapter = settings.shape, settings.adapter
     inner = settings.compute_bytes * max(block.inner for block, _ in shape.kinds)
-    return tokens * (inner + (4 + 2 * settings.weight_bytes) * shape.hidden)
+    experts = max(
+        (
+            matrix.parameters
+            for layer in (adapter.targets if adapter else ())
+            for matrix, _ in layer
+            if matrix.experts
+        ),
+        default=0,
+    )
+    whole = experts * (settings.weight_bytes + settings.trained_bytes)
+    return tokens * (inner + (4 + 2 * settings.weight_bytes) * shape.hidden) + whole

@@ -150,6 +150,16 @@ class Settings:
         """
         return self.attention in ("sdpa", "eager") and (self.flattened or self.per_device > 1)
 
+    def masks(self, layer: Block) -> bool:
+        """Whether a layer's attention gets a mask, or is written out. A window that rows are longer
+        than needs one, and is not told apart example by example.
+        """
+        if self.attention == "flash":
+            return False
+        short = self.max_length is not None and self.max_length <= (layer.window or 0)
+        windowed = layer.window is not None and (self.attention == "documents" or not short)
+        return self.masked or self.attention == "eager" or windowed
+
     @property
     def flattened(self) -> bool:
         """Whether a micro-batch is one row of examples end to end."""
@@ -168,10 +178,11 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     written = recipe.model.dtype  # auto is the checkpoint's own; bf16 where the plan cannot see it
     dtype = next((name for name in (written, shape.dtype) if name in BYTES), "bfloat16")
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
-    attention = _attention(recipe, on_cpu)
+    attention = _attention(recipe, shape, on_cpu)
     per_device = int(train.get("per_device_train_batch_size", 8))
     packing = bool(train.get("packing", False))
-    flat_by_itself = attention in ("flash", "documents") and not packing and per_device > 1
+    several = per_device > 1 and not packing and not shape.carries_state
+    flat_by_itself = attention in ("flash", "documents") and several
     validates = train.get("eval_strategy", "no") != "no"
     return Settings(
         shape=shape,
@@ -202,16 +213,17 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     )
 
 
-def _attention(recipe: Recipe, on_cpu: bool) -> str:
+def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool) -> str:
     """Return the kernel, as `training.build` chooses it; a flash attention that may be installed on
     a GPU is not counted on.
     """
-    name = recipe.model.attn_implementation or "sdpa"
+    name = recipe.model.attn_implementation or ("eager" if shape.lacks_sdpa else "sdpa")
     if "flash" in name or name == "eager":
         return "flash" if "flash" in name else "eager"
     train = recipe.train
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     apart = on_cpu and train.get("padding_free") is not False and not wrapped
+    apart = apart and not shape.carries_state and shape.family != "llama4_text"  # chunks
     return "documents" if apart else "sdpa"
 
 
@@ -256,9 +268,6 @@ def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
     shape, adapter, lora = settings.shape, settings.adapter, recipe.lora or {}
     found = list(shape.uncounted)
     if adapter is not None:
-        adapted = {matrix for layer in adapter.targets for matrix, _ in layer}
-        if any(matrix.experts for matrix in adapted):
-            found.append("adapters on experts")
         found += [words for key, words in _UNCOUNTED_LORA.items() if lora.get(key)]
         if lora.get("bias", "none") != "none":
             found.append("trained biases (lora.bias)")
