@@ -45,9 +45,10 @@ def plan(capsys: pytest.CaptureFixture[str]) -> Plan:
     return run
 
 
-def test_the_schema_is_a_schema_and_its_plan_has_the_four_parts() -> None:
+def test_the_schema_is_a_schema_and_its_plan_has_the_five_parts() -> None:
     Draft202012Validator.check_schema(SCHEMA.schema)
-    assert list(SCHEMA.schema["oneOf"][0]["properties"]) == ["memory", "time", "steps", "advice"]
+    parts = ["model", "memory", "time", "steps", "advice"]
+    assert list(SCHEMA.schema["oneOf"][0]["properties"]) == parts
 
 
 def test_the_json_keeps_the_letters_of_names(tmp_path: Path, plan: Plan) -> None:
@@ -66,13 +67,12 @@ def test_every_shipped_recipe_has_a_sensible_plan(path: Path, plan: Plan) -> Non
     made = json.loads(out)
     SCHEMA.validate(made)
     memory, time, steps = made["memory"], made["time"], made["steps"]
-    on_cpu = "7b" not in str(path)
+    on_cpu = path.parent.name in ("quickstart", "smollm2-135m-dolly")
     assert (memory["card"] == "cpu") == on_cpu
     assert memory["weights_gib"] < memory["peak_gib"] < memory["needed_gib"]
     assert memory["needed_gib"] < (8 if on_cpu else 80)
-    assert (
-        memory["fits"] or on_cpu
-    )  # a machine may have less memory free at this moment than the smallest recipe needs
+    # a machine may have less memory free at this moment than the smallest recipe needs
+    assert memory["fits"] or on_cpu or memory["uncounted"]
     assert memory["max_tokens_with_checkpointing"] >= memory["max_tokens_per_micro_batch"]
     assert 30 < time["train_total_s"] < (7200 if on_cpu else 4 * 3600)
     assert time["walltime_s"] >= 1.5 * time["train_total_s"] and time["walltime_s"] % 900 == 0
@@ -97,9 +97,10 @@ def test_every_shipped_study_has_sums(path: Path, plan: Plan) -> None:
         sum(runs[name] * arm["time"]["train_total_s"] for name, arm in arms.items()), abs=1
     )
     seeds = max((arm["seeds"] for arm in arms.values()), default=0)
-    assert total["comparisons"] == seeds * (
+    judged = "alpaca_eval" in path.read_text(encoding="utf-8")
+    assert total["comparisons"] == judged * seeds * (
         len(arms) * (len(arms) - 1) // 2 + len(arms)
-    )  # each shipped study includes its base
+    )  # each shipped study that compares answers includes its base
     assert total["cost"] == pytest.approx(2 * total["gpu_hours"], abs=0.01)
     code, out, _ = plan(path)
     assert (

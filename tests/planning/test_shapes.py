@@ -11,6 +11,7 @@ from families import DEEPSEEK, DENSE, EXPERTS, FAMILIES, LINEAR_ATTENTION
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.project import project_root
 from recipes_lib.models.known import known_facts, named_shape
 from recipes_lib.models.shapes import shape_of_config
 from recipes_lib.planning.advice import advise
@@ -59,10 +60,13 @@ def test_a_known_model_has_its_published_number_of_parameters(name: str, paramet
 
 # Families that the tiny models of the other tests do not have, and forms of those they have.
 MORE: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        ("mistral", "ministral3", "gemma", "gemma2", "olmo2", "exaone4", "seed_oss"), {}
-    ),
-    **dict.fromkeys(("apertus", "hunyuan_v1_dense", "arcee", "cohere", "glm"), {}),
+    **{
+        family: {}
+        for family in (
+            *("mistral", "ministral3", "gemma", "gemma2", "olmo2", "exaone4", "seed_oss"),
+            *("apertus", "hunyuan_v1_dense", "arcee", "cohere", "glm"),
+        )
+    },
     **dict.fromkeys(("deepseek_v2", "glm4_moe_lite"), DEEPSEEK),
     "qwen3_5_text": LINEAR_ATTENTION,
     "qwen3_5_moe_text": {
@@ -92,14 +96,11 @@ MORE: dict[str, dict[str, Any]] = {
 }
 LORAS: tuple[dict[str, Any], ...] = (
     {"target_modules": "all-linear"},
-    {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1], "use_dora": True},
-    {"target_modules": r".*\.self_attn\..*_proj"},
+    {"target_modules": r".*\.self_attn\..*_proj", "use_dora": True},
     {
         "target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+        "layers_to_transform": [1],
         "rank_pattern": {"q_proj": 3},
-    },
-    {
-        "target_modules": ["q_proj"],
         "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
     },
 )
@@ -158,21 +159,31 @@ def test_a_family_is_counted_as_transformers_builds_it_and_adapted_as_peft_adapt
         assert adapter_of({"r": 4, **lora}, shape).parameters == (trained or 0), lora
 
 
-@pytest.mark.parametrize(
-    "name", sorted({facts.names[0] for facts in known_facts().values()}, key=str.lower)
-)
+OF_RECIPES = [
+    json.loads(file.read_text("utf-8"))["names"][0]
+    for file in sorted((project_root() / "recipes").glob("*/model.json"))
+]
+
+
+@pytest.mark.parametrize("name", [*OF_RECIPES, "Qwen/Qwen3.5-4B", "Qwen/Qwen3-30B-A3B"])
 def test_the_facts_of_a_model_give_the_parameters_of_the_real_class(name: str) -> None:
-    """At full size, without weights; and those that `all-linear` trains."""
+    """At full size, without weights."""
     from transformers import AutoConfig
 
-    facts = known_facts()[name]
-    config = AutoConfig.for_model(**facts.config)
-    shape = named_shape(name)
-    assert shape is not None and facts.source and {*facts.names} <= {*known_facts()}
-    model = without_weights(config)
-    assert shape.parameters == count(model)
-    lora = {"target_modules": "all-linear"}
-    assert adapter_of({"r": 4, **lora}, shape).parameters == trained_by_peft(model, lora)
+    config, shape = AutoConfig.for_model(**known_facts()[name].config), named_shape(name)
+    assert shape is not None and shape.parameters == count(without_weights(config))
+
+
+def test_every_fact_has_a_source_and_a_family_that_is_counted() -> None:
+    for name, facts in known_facts().items():
+        assert facts.source and named_shape(name), name
+
+
+def test_what_reads_images_is_loaded_and_not_trained() -> None:
+    shape = named_shape("google/gemma-3-4b-pt")
+    assert shape is not None and shape.parameters == 4_300_079_472
+    assert shape.parameters - shape.frozen == shape.active_parameters == 3_880_263_168
+    assert shape.uncounted == ()
 
 
 def test_a_token_meets_the_experts_it_is_sent_to() -> None:
@@ -285,11 +296,11 @@ def test_a_setting_whose_memory_is_not_counted_takes_the_word_fits_away(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mamba"}, "no usable 'num_hidden_layers'"),
+        ({"model_type": "mamba"}, "no usable 'hidden_size'"),
         ({**LLAMA, "hidden_size": 10**400}, "no usable 'hidden_size'"),
         ({**LLAMA, "num_hidden_layers": float("inf")}, "no usable numbers"),
         ({**LLAMA, "num_hidden_layers": {"a": 1}}, "no usable numbers"),
-        ({"model_type": "llama", "hidden_size": 8}, "no usable 'num_attention_heads'"),
+        ({"model_type": "llama", "hidden_size": 8}, "no usable 'vocab_size'"),
         ({**LLAMA, "num_attention_heads": 0}, "no usable 'num_attention_heads'"),
         ({**LLAMA, "vocab_size": 0}, "no usable 'vocab_size'"),
         ({**LLAMA, "vocab_size": "many"}, "no usable numbers"),

@@ -79,7 +79,8 @@ def named_shape(name: str) -> ModelShape | None:
     try:
         facts = known_facts().get(name)
         local = object_or_none(Path(name) / "config.json") if Path(name).is_dir() else None
-        config = local or (facts and facts.config)
-        return shape_of_config(config, name) if config else None
+        if facts is not None and local is None:
+            return shape_of_config(facts.config, name, facts.source)
+        return shape_of_config(local, name) if local else None
     except RecipeError:
         return None

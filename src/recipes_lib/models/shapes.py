@@ -2,8 +2,8 @@
 follow. Read from a config.json, no torch.
 
 Counted is what is loaded for training on text: of a model that also reads images or sound, the
-language model alone where transformers has a class for it, else everything, of which the other
-parts are said and not counted.
+language model alone where transformers has a class for it; else everything, of which the other
+parts are not trained. Those of Gemma 3 are counted; any others are said and not counted.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _NO_SDPA = ("gemma2", "gpt_oss")
 _OTHER_PARTS = ("vision_config", "audio_config", "speech_config", "image_config")
 
 
+class UnknownFamily(RecipeError):
+    """Nothing is known of how a model is built."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A decoder-only language model in numbers.
@@ -41,10 +45,12 @@ class ModelShape:
         blocks: the layers, the first one first.
         outside: parameters in no layer and no matrix; embeddings and head are counted apart.
         matrices: those in no layer, with their whole names.
+        source: where the numbers were read.
         path: of the list of layers, as PEFT sees it.
         positions: the longest sequence the model was made for.
         dtype: precision of the weights on disk; None where not known.
-        other_parts: whether parts for images or sound are loaded, too.
+        frozen: parameters of parts for images, which are loaded and not trained.
+        other_parts: whether such parts are loaded that are not counted.
         attention_dropout: whether attention drops some of its scores.
     """
 
@@ -55,10 +61,12 @@ class ModelShape:
     blocks: tuple[Block, ...]
     outside: int
     matrices: tuple[Matrix, ...] = ()
+    source: str = "config.json"
     path: str = "model.layers"
     tied: bool = False
     positions: int = 4096
     dtype: str | None = None
+    frozen: int = 0
     other_parts: bool = False
     attention_dropout: bool = False
 
@@ -130,7 +138,8 @@ class ModelShape:
     def parameters(self) -> int:
         """All parameters."""
         matrices = sum(matrix.parameters for matrix in self.matrices)
-        return self.block_parameters + self.embedding_parameters + self.outside + matrices
+        others = self.embedding_parameters + self.outside + matrices + self.frozen
+        return self.block_parameters + others
 
     @cached_property
     def active_parameters(self) -> int:
@@ -138,15 +147,17 @@ class ModelShape:
         counts as work (2% of a 7B model).
         """
         used = sum(count * block.used for block, count in self.kinds)
-        return self.parameters - self.block_parameters + used
+        return self.parameters - self.frozen - self.block_parameters + used
 
 
-def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
+def shape_of_config(
+    config: Mapping[str, Any], name: str, source: str = "config.json"
+) -> ModelShape:
     """Return the shape that a config.json describes.
 
     Raises:
-        RecipeError: the planner does not know how the family is built, or the file lacks a number,
-            or has one that cannot be.
+        UnknownFamily: the planner does not know how the family is built.
+        RecipeError: the file lacks a number, or has one that cannot be.
     """
     whole, inner = config, config.get("text_config")
     if isinstance(inner, dict) and inner:  # older files leave some of it out
@@ -156,7 +167,7 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     numbers = Numbers(config)
     family = numbers.family
     if family not in FAMILIES:
-        raise RecipeError(
+        raise UnknownFamily(
             f"no plan: how a model of type '{family}' ({name}) is built is not known here, and"
             " nothing of it is counted",
             f"known: {', '.join(sorted(FAMILIES))}",
@@ -164,8 +175,11 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     alone = whole.get("model_type") in _TEXT_ALONE
     try:
         outside, matrices = outside_blocks(numbers)
+        parts = not alone and any(whole.get(part) for part in _OTHER_PARTS)
+        siglip = whole.get("model_type") == "gemma3"
         return ModelShape(
             name=name,
+            source=source,
             family=family,
             hidden=numbers.number("hidden_size", "n_embd"),
             vocabulary=numbers.number("vocab_size"),
@@ -177,7 +191,8 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
             positions=numbers.number("max_position_embeddings", "n_positions", default=2**40),
             dtype=str(whole.get("dtype") or whole.get("torch_dtype") or "") or None,
             attention_dropout=bool(config.get("attention_dropout") or config.get("attn_pdrop")),
-            other_parts=not alone and any(whole.get(part) for part in _OTHER_PARTS),
+            frozen=_siglip(whole["vision_config"], numbers) if parts and siglip else 0,
+            other_parts=parts and not siglip,
         )
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
         raise RecipeError(
@@ -185,3 +200,18 @@ def shape_of_config(config: Mapping[str, Any], name: str) -> ModelShape:
             f" {error if isinstance(error, KeyError) else 'numbers'}",
             "the planner needs widths, layers, heads and vocabulary",
         ) from None
+
+
+def _siglip(config: Mapping[str, Any], text: Numbers) -> int:
+    """Return the parameters of Gemma 3's vision tower and of what makes its output the width of
+    the language model.
+    """
+    numbers = Numbers(config)
+    hidden, inner = numbers.number("hidden_size"), numbers.number("intermediate_size")
+    patch = numbers.number("patch_size")
+    attention, norms = 4 * hidden * (hidden + 1), 4 * hidden
+    layer = attention + norms + 2 * hidden * inner + inner + hidden
+    patches = (numbers.number("image_size") // patch) ** 2
+    embeddings = hidden * (3 * patch**2 + 1 + patches)
+    around = 2 * hidden + hidden * text.number("hidden_size") + hidden
+    return numbers.number("num_hidden_layers") * layer + embeddings + around

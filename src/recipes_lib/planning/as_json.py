@@ -23,12 +23,25 @@ def plan_json(plan: Plan, *, methods: bool = True) -> dict[str, Any]:
     rows = [_method(row) for row in method_rows(plan)] if methods else []
     return _rounded(
         {
+            "model": _model(plan),
             "memory": {**_memory(plan), "methods": rows},
             "time": _time(plan),
             "steps": _steps(plan),
             "advice": [asdict(item) for item in advise(plan)],
         }
     )
+
+
+def _model(plan: Plan) -> dict[str, Any]:
+    shape = plan.settings.shape
+    return {
+        "name": shape.name,
+        "family": shape.family,
+        "parameters": shape.parameters,
+        "active_parameters": shape.active_parameters,
+        "trained_parameters": plan.settings.trained_parameters,
+        "numbers": shape.source,
+    }
 
 
 def _memory(plan: Plan) -> dict[str, Any]:

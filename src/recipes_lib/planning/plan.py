@@ -17,7 +17,7 @@ from recipes_lib.core.errors import RecipeError, first_line
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.models.known import known_facts
-from recipes_lib.models.shapes import ModelShape, shape_of_config
+from recipes_lib.models.shapes import ModelShape, UnknownFamily, shape_of_config
 from recipes_lib.planning.batches import Batches, batches_of, validation_tokens, validations
 from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here, cpu_card
 from recipes_lib.planning.duration import Duration, EvalTime, training_duration, walltime
@@ -241,7 +241,8 @@ def model_shape(recipe: Recipe) -> ModelShape:
     Raises:
         RecipeError: the name is a path and there is no model, or an architecture that the planner
             does not know.
-        EnvironmentFault: a Hub name of which nothing is known here, and the Hub does not answer.
+        EnvironmentFault: a Hub name of which nothing is known here, and the Hub does not answer;
+            or a family of which nothing is known.
     """
     name, known = recipe.model.name_or_path, known_facts()
     hint = (
@@ -253,8 +254,9 @@ def model_shape(recipe: Recipe) -> ModelShape:
     )
     folder: Path | None = None
     config: Mapping[str, Any] | None = None
+    source = "config.json"
     if name in known and not Path(name).is_dir():
-        config = known[name].config
+        config, source = known[name].config, known[name].source
     elif (folder := local_folder(recipe)) is not None:
         config = object_or_none(folder / "config.json")
         if config is None:
@@ -273,7 +275,9 @@ def model_shape(recipe: Recipe) -> ModelShape:
             what, hint = f"the Hub gives no config.json of '{name}': {first_line(error)}", ""
     if config is not None:
         try:
-            return shape_of_config(config, name)
+            return shape_of_config(config, name, source)
+        except UnknownFamily as error:
+            raise recipe.fault(_MODEL_KEY, error.what, *error.hints) from None
         except RecipeError as error:
             raise recipe.error(_MODEL_KEY, error.what, *error.hints) from None
     hints = [*did_you_mean(name, known), *([hint] if hint else [])]

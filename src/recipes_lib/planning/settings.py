@@ -125,7 +125,8 @@ class Settings:
     @property
     def trained_parameters(self) -> int:
         """How many parameters are trained."""
-        return self.shape.parameters if self.adapter is None else self.adapter.parameters
+        shape, adapter = self.shape, self.adapter
+        return shape.parameters - shape.frozen if adapter is None else adapter.parameters
 
     @cached_property
     def layers(self) -> tuple[tuple[Block, Adapted, int], ...]:

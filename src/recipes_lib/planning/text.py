@@ -32,7 +32,7 @@ def plan_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     yield f"{plan.recipe.name} on {title} ({speed})"
     if card.stands_in:
         yield stand_in(card)
-    for part in (_steps, _memory, _time, _methods):
+    for part in (_model, _memory, _time, _methods):
         yield ""
         yield from part(plan)
     yield ""
@@ -95,6 +95,14 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
         *at_work,
         ("outside the allocator", outside, memory.outside),
     ]
+
+
+def _model(plan: Plan) -> Iterator[str]:
+    shape = plan.settings.shape
+    active = f", {shape.active_parameters:,} of them for each token" if shape.experts else ""
+    frozen = f", {shape.frozen:,} of them for images, not trained" if shape.frozen else ""
+    yield f"model   {shape.parameters:,} parameters{active}{frozen} (numbers: {shape.source})"
+    yield from _steps(plan)
 
 
 def _steps(plan: Plan) -> Iterator[str]:
