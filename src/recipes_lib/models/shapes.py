@@ -160,9 +160,12 @@ def shape_of_config(
         RecipeError: the file lacks a number, or has one that cannot be.
     """
     whole, inner = config, config.get("text_config")
+    alone = whole.get("model_type") in _TEXT_ALONE
     if isinstance(inner, dict) and inner:  # older files leave some of it out
         family = str(inner.get("model_type") or f"{whole.get('model_type')}_text")
-        is_tied = inner.get("tie_word_embeddings", whole.get("tie_word_embeddings"))
+        # of a model that is loaded whole its own key, which is true where it is absent
+        is_tied = whole.get("tie_word_embeddings", None if alone else True)
+        is_tied = inner.get("tie_word_embeddings", is_tied) if alone else is_tied
         config = {**inner, "model_type": family, "tie_word_embeddings": is_tied}
     numbers = Numbers(config)
     family = numbers.family
@@ -172,11 +175,10 @@ def shape_of_config(
             " nothing of it is counted",
             f"known: {', '.join(sorted(FAMILIES))}",
         )
-    alone = whole.get("model_type") in _TEXT_ALONE
     try:
         outside, matrices = outside_blocks(numbers)
         parts = not alone and any(whole.get(part) for part in _OTHER_PARTS)
-        siglip = whole.get("model_type") == "gemma3"
+        siglip = parts and (whole.get("vision_config") or {}).get("vision_use_head") is False
         return ModelShape(
             name=name,
             source=source,
@@ -191,7 +193,7 @@ def shape_of_config(
             positions=numbers.number("max_position_embeddings", "n_positions", default=2**40),
             dtype=str(whole.get("dtype") or whole.get("torch_dtype") or "") or None,
             attention_dropout=bool(config.get("attention_dropout") or config.get("attn_pdrop")),
-            frozen=_siglip(whole["vision_config"], numbers) if parts and siglip else 0,
+            frozen=_siglip(whole["vision_config"], numbers) if siglip else 0,
             other_parts=parts and not siglip,
         )
     except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError, IndexError) as error:
