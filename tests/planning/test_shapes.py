@@ -164,7 +164,7 @@ OF_RECIPES = [
 ]
 
 
-@pytest.mark.parametrize("name", [*OF_RECIPES, "Qwen/Qwen3.5-4B", "Qwen/Qwen3-30B-A3B"])
+@pytest.mark.parametrize("name", [*OF_RECIPES, "Qwen/Qwen3-30B-A3B"])
 def test_the_facts_of_a_model_give_the_parameters_of_the_real_class(name: str) -> None:
     """At full size, without weights."""
     from transformers import AutoConfig
