@@ -146,6 +146,27 @@ def stored_weights(log: EvalLog) -> tuple[Path, frozenset[str]]:
     return file, _models_in(file, stat.st_size, stat.st_mtime_ns)
 
 
+def stored_answers(log: EvalLog) -> dict[tuple[str, int, int], tuple[str, bool | None]]:
+    """Return the answers behind a log with whether each was cut, by question, turn and draw: those
+    of its weights and decoding that are stored beside it, else those of its samples, of which it is
+    not known.
+    """
+    found: dict[tuple[str, int, int], tuple[str, bool | None]] = {}
+    decoding = log.answers.decoding
+    for row in read_lines(log.file.with_name("generations.jsonl"), skip_damaged=True):
+        if row.get("model") == log.answers.fingerprint and (
+            decoding is None or row.get("decoding") in (None, decoding)
+        ):
+            key = str(row["question_id"]), int(row["turn"]), int(row.get("draw") or 1)
+            found[key] = str(row["answer"]), row.get("finish_reason") not in (None, "stop")
+    samples = (one for measure in log.measures[:1] for one in measure.samples)
+    return found or {
+        one.key: (one.answer, None)
+        for one in samples
+        if one.answer is not None and not one.shortened
+    }
+
+
 @lru_cache(maxsize=256)
 def _models_in(file: Path, size: int, changed: int) -> frozenset[str]:
     """The weights that answers in a file are of, each file scanned once: in JSON no text holds an

@@ -5,10 +5,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.compare.test_validity import arms, evaluated, items, root, run  # noqa: F401
+from tests.compare.test_validity import (  # noqa: F401
+    arms,
+    evaluated,
+    items,
+    root,
+    run,
+    written,
+)
 
 from recipes_lib.compare.claims import compare_arms
-from recipes_lib.compare.measurements import Measurements
+from recipes_lib.compare.measurements import Measurements, RunMeasurements
 from recipes_lib.compare.table_lines import comparison_lines
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import report_html, report_latex, report_markdown
@@ -61,3 +68,58 @@ def test_every_form_of_a_report_has_the_table_of_answers(root: Path) -> None:  #
         "characters": 5.5,
     }
     assert "loops" not in {one["metric"] for one in numbers if one["arm"] == "b"}
+
+
+def answered(root: Path, name: str, texts: list[str], cut: int) -> RunMeasurements:  # noqa: F811
+    """A run that gave these answers, the first ones cut."""
+    told = {"name": name, "fingerprint": name, "answers": {"n": len(texts), "empty": 0, "cut": cut}}
+    rows = [
+        {
+            "key": f"{name}{n}",
+            "question_id": str(n),
+            "turn": 1,
+            "answer": text,
+            "finish_reason": "length" if n < cut else "stop",
+            "model": name,
+        }
+        for n, text in enumerate(texts)
+    ]
+    written(root / name, "generations.jsonl", rows)
+    values = [1.0, 0.0] * (len(texts) // 2)
+    return run(root, name, evaluated(root / name, answers=told, audit=None, items=items(values)))
+
+
+def test_shares_of_faults_are_compared_in_pairs_and_take_nothing_from_the_tests(
+    root: Path,  # noqa: F811
+) -> None:
+    texts = [f"answer {n} of its own" for n in range(40)]
+    loop = "I think so. I think so. I think so."
+    measurements = arms(
+        a=answered(root, "a", texts, 0),
+        b=answered(root, "b", [*[f"{n}: {loop}" for n in range(9)], *texts[9:]], 12),
+    )
+    comparison = compare_arms(measurements)
+    cut, loops = comparison.answer_differences
+    assert (cut.first, cut.second, cut.fault, cut.questions) == ("b", "a", "cut", 40)
+    assert cut.difference == 12 / 40 and 0.1 < cut.low < 0.3 < cut.high < 0.5
+    assert (loops.fault, loops.difference) == ("loops", 9 / 40) and loops.low > 0.05
+    assert comparison.tests == len(comparison.rows) == 1
+    assert "b against a  cut        +30.0 points [" in "\n".join(comparison_lines(comparison))
+    content = gather("x", measurements, comparison)
+    assert f"| b against a | cut | {cut.text} | 40 |" in report_markdown(content, [])
+    assert "described, not tested, because" in report_html(content, [])
+    assert cut.text.split()[0] in report_latex(content, [])
+    numbers = json.loads(numbers_json(content))["numbers"]
+    (told,) = [
+        one
+        for one in numbers
+        if one["kind"] == "answers" and one.get("other_arm") and one["metric"] == "cut"
+    ]
+    assert told["value"] == 0.3 and (told["low"], told["high"]) == (cut.low, cut.high)
+
+
+def test_what_only_one_arms_files_tell_is_not_compared(root: Path) -> None:  # noqa: F811
+    texts = [f"answer {n} of its own" for n in range(40)]
+    b = answered(root, "b", texts, 12)
+    (root / "b" / "evals/alpaca_eval/generations.jsonl").unlink()
+    assert not compare_arms(arms(a=answered(root, "a", texts, 3), b=b)).answer_differences

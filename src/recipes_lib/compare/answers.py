@@ -1,14 +1,30 @@
 """What is wrong with the answers of every arm: cut, looping, empty, one text for many questions;
-and how long they are. Counted, side by side; `validity` says where it is too much.
+and how long they are. Counted, side by side and paired; `validity` says where it is too much.
+
+The differences are described and not tested: a test of each would leave less for the primary
+question, and shares that matter stop the sentences they touch in any case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from recipes_lib.compare.measurements import Measurements
-from recipes_lib.compare.wording import NONE, metric_text, plain_number
+from recipes_lib.compare.row import PairedItems
+from recipes_lib.compare.wording import (
+    NONE,
+    difference_text,
+    interval_text,
+    metric_text,
+    plain_number,
+)
+from recipes_lib.eval_files import stored_answers
+from recipes_lib.eval_log import EvalLog, ends_in_loop
 
 ANSWER_FAULTS = {"cut": "cut", "loops": "in a loop", "empty": "empty", "same": "one and the same"}
 ANSWERS_HEAD = ("answers", *ANSWER_FAULTS.values(), "characters, mean")
@@ -47,6 +63,37 @@ class AnswerCounts:
         return f"{self.n:,}", *shares, plain_number(self.characters, 0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnswerDifference:
+    """What two arms' shares of one of `ANSWER_FAULTS` differ by, first minus second, paired by
+    question. `low` and `high` are None where no interval can be given.
+    """
+
+    first: str
+    second: str
+    eval: str
+    fault: str
+    difference: float
+    low: float | None
+    high: float | None
+    questions: int
+
+    @property
+    def text(self) -> str:
+        """The difference with its interval."""
+        return f"{difference_text(self.difference, 'share')} {self.limits}".removesuffix(f" {NONE}")
+
+    @property
+    def limits(self) -> str:
+        """Its interval as text."""
+        return interval_text(self.low, self.high, "share")
+
+    @property
+    def what(self) -> str:
+        """What is wrong with the answers, in words."""
+        return ANSWER_FAULTS[self.fault]
+
+
 def count_answers(measurements: Measurements) -> list[AnswerCounts]:
     """Return the counts of every arm and evaluation, evaluation by evaluation."""
     found = [counts for name in measurements.arms for counts in _of_arm(measurements, name)]
@@ -82,3 +129,83 @@ def _of_arm(measurements: Measurements, arm: str) -> Iterator[AnswerCounts]:
             characters=sum(lengths.values()) / len(lengths) if lengths else None,
             file=known[0][0].place,
         )
+
+
+_Faults = Mapping[tuple[str, int, int], Mapping[str, bool | None]]  # by item
+
+
+def compare_answers(
+    measurements: Measurements, pairs: Sequence[tuple[str, str]]
+) -> list[AnswerDifference]:
+    """Return the differences of two arms' shares of faulty answers, where either has one."""
+    known: dict[tuple[str, str], list[_Faults]] = {}
+    for name, arm in measurements.arms.items():
+        for run in arm.runs:
+            for log in {log.eval: log for log in reversed(run.evals)}.values():
+                if log.answers.answers and (faults := _faults(log)):
+                    known.setdefault((name, log.eval), []).append(faults)
+    evals = dict.fromkeys(name for _, name in known)
+    return [
+        found
+        for pair in pairs
+        for name in evals
+        if (pair[0], name) in known and (pair[1], name) in known
+        for fault in ANSWER_FAULTS
+        if (found := _difference(pair, name, fault, *(known[arm, name] for arm in pair)))
+    ]
+
+
+def _faults(log: EvalLog) -> _Faults:
+    """What is wrong with each answer behind a log."""
+    answers = stored_answers(log)
+    texts = Counter(text.strip() for text, _ in answers.values())
+    most, times = texts.most_common(1)[0] if texts else ("", 0)
+    return {
+        key: {
+            "cut": cut,
+            "loops": ends_in_loop(text),
+            "empty": not text.strip(),
+            "same": times > 1 and text.strip() == most,
+        }
+        for key, (text, cut) in answers.items()
+    }
+
+
+def _difference(
+    pair: tuple[str, str], name: str, fault: str, mine: Sequence[_Faults], other: Sequence[_Faults]
+) -> AnswerDifference | None:
+    """One difference, over the items that all runs of both arms answered; None where a file does
+    not tell the fault, or nobody has it.
+    """
+    if len(mine) != len(other) and 1 not in (len(mine), len(other)):
+        mine, other = (each[: min(len(mine), len(other))] for each in (mine, other))
+    items = [key for key in mine[0] if all(key in run for run in (*mine, *other))]
+    shares = [[[run[key][fault] for key in items] for run in each] for each in (mine, other)]
+    if any(one is None for each in shares for run in each for one in run):
+        return None
+    first, second = (np.array(each, dtype=float) for each in shares)
+    if not items or not (first.any() or second.any()):
+        return None
+    if len(first) < len(second):  # the one row stands second, beside every seed
+        turned = _difference(pair[::-1], name, fault, other, mine)
+        assert turned is not None
+        low, high = (None if end is None else -end for end in (turned.high, turned.low))
+        return dataclasses.replace(
+            turned,
+            first=pair[0],
+            second=pair[1],
+            difference=-turned.difference,
+            low=low,
+            high=high,
+        )
+    tested = PairedItems(first, second, [key[:2] for key in items], (0.0, 1.0), 1.0).tested()
+    return AnswerDifference(
+        first=pair[0],
+        second=pair[1],
+        eval=name,
+        fault=fault,
+        difference=tested.effect or 0.0,
+        low=tested.low,
+        high=tested.high,
+        questions=tested.questions,
+    )

@@ -26,7 +26,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.aims import Aims
-from recipes_lib.compare.answers import AnswerCounts, count_answers
+from recipes_lib.compare.answers import (
+    AnswerCounts,
+    AnswerDifference,
+    compare_answers,
+    count_answers,
+)
 from recipes_lib.compare.design import TUNED
 from recipes_lib.compare.findings import (
     CONFOUNDED,
@@ -132,11 +137,13 @@ class Comparison:
     alpha: float = ALPHA
     relabelling: Relabelling | None = None
     answers: tuple[AnswerCounts, ...] = ()
+    answer_differences: tuple[AnswerDifference, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
         own = self.relabelling
         more = {"relabelling": {**dataclasses.asdict(own), "sentence": own.sentence}} if own else {}
+        differences = [json_object(dataclasses.asdict(one)) for one in self.answer_differences]
         return {
             **more,
             "question": self.question,
@@ -147,6 +154,7 @@ class Comparison:
             "rows": [row.to_dict() for row in self.rows],
             "scores": [json_object(dataclasses.asdict(score)) for score in self.scores],
             "answers": [json_object(dataclasses.asdict(one)) for one in self.answers],
+            **({"answer_differences": differences} if differences else {}),
         }
 
 
@@ -213,6 +221,9 @@ def compare_arms(
         tests,
         relabelling=own,
         answers=tuple(count_answers(measurements)),
+        answer_differences=tuple(
+            compare_answers(measurements, list(dict.fromkeys(row.arms for row in judged)))
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from recipes_lib.compare.answers import ANSWERS_HEAD, AnswerCounts
+from recipes_lib.compare.answers import ANSWERS_HEAD, AnswerCounts, AnswerDifference
 from recipes_lib.compare.claims import Comparison
 from recipes_lib.compare.findings import Finding
 from recipes_lib.compare.row import TableRow
@@ -26,6 +26,7 @@ def comparison_lines(comparison: Comparison) -> list[str]:
     for pair in dict.fromkeys(row.arms for row in rows):
         lines += ["", *pair_lines([row for row in rows if row.arms == pair])]
     lines += answer_lines(comparison.answers)
+    lines += answer_difference_lines(comparison.answer_differences)
     if comparison.relabelling:
         lines += ["", comparison.relabelling.sentence]
     return [*lines, *finding_lines(comparison.findings)]
@@ -69,6 +70,16 @@ def answer_lines(answers: Sequence[AnswerCounts]) -> list[str]:
     table = [("answers of", "run", *ANSWERS_HEAD)]
     table += [(one.eval, one.arm, *one.cells) for one in answers]
     return ["", *aligned(table)] if answers else []
+
+
+def answer_difference_lines(differences: Sequence[AnswerDifference]) -> list[str]:
+    """Return what the arms' shares of faulty answers differ by."""
+    table = [("answers of", "runs", "are", "difference [95%]", "questions")]
+    table += [
+        (one.eval, f"{one.first} against {one.second}", one.what, one.text, f"{one.questions:,}")
+        for one in differences
+    ]
+    return ["", *aligned(table), "described, not tested"] if differences else []
 
 
 def finding_lines(findings: Sequence[Finding]) -> list[str]:

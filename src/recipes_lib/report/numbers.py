@@ -115,6 +115,24 @@ def _of_comparison(content: Content) -> Iterator[Number]:
                     n=one.n,
                     file=one.file,
                 )
+    for other in content.comparison.answer_differences:
+        yield Number(
+            kind="answers",
+            metric=other.fault,
+            arm=other.first,
+            other_arm=other.second,
+            group=other.eval,
+            unit="share",
+            value=other.difference,
+            low=other.low,
+            high=other.high,
+            n=other.questions,
+            file=" ".join(
+                one.file
+                for one in content.comparison.answers
+                if one.eval == other.eval and one.arm in (other.first, other.second)
+            ),
+        )
     for row in content.comparison.rows:
         tested = row.tested
         limits = ("low", "high", "lowest", "highest")
