@@ -79,7 +79,7 @@ def test_the_metamath_form_reads_the_answer_as_pefts_comparison_does(said, found
     from lm_eval.api.instance import Instance
     from lm_eval.filters import build_filter_ensemble
 
-    task = yaml.safe_load((PROJECT / "evals/metamath/gsm8k_metamath.yaml").read_text())
+    task = yaml.safe_load((PROJECT / "evals/lm_eval/gsm8k_metamath.yaml").read_text())
     (chain,) = task["filter_list"]
     parts = [(part.pop("function"), part) for part in chain["filter"]]
     instance = Instance("generate_until", {}, ("", {}), 0)

@@ -19,11 +19,16 @@ EVALS = sorted(
     if "judges" not in path.parts and path.parent.name != "lm_eval"
 )
 
+SUITES = {  # of those that are not named after theirs
+    "house_style": "checks",
+    **dict.fromkeys(("gsm8k_chat", "gsm8k_metamath", "ifeval", "math", "mmlu_pro"), "lm_eval"),
+}
+
 
 @pytest.mark.parametrize("path", EVALS, ids=lambda path: str(path.relative_to(PROJECT)))
 def test_every_shipped_eval_recipe_loads(path):
     recipe = load_eval(path)
-    assert recipe.suite.name == {"house_style": "checks"}.get(path.stem, path.stem)
+    assert recipe.suite.name == SUITES.get(path.stem, path.stem)
     if recipe.judge:
         assert recipe.judge.template("relative") and recipe.judge.rubric(reference=True)
 
