@@ -9,7 +9,9 @@ import io
 import json
 import sys
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from recipes_lib.cli import main
 from recipes_lib.commands import data as command
@@ -229,3 +231,62 @@ def test_turns_calls_and_thoughts_are_counted_and_marked(recipe_file, capsys, mo
     thought, call = (command.MARKS[kind][2] for kind in ("thought", "call"))
     out = capsys.readouterr().out
     assert f"{thought}I look.{command.GREEN}" in out and f"{call}sky" in out and "((" not in out
+
+
+def shapes(folder):
+    """Own rows as people have them, 30 of each; the third as CSV with a BOM and as latin-1."""
+    called = {"role": "assistant", "content": None, "tool_calls": None}
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    sharegpt, openai, pairs, alpaca = [], [], [], []
+    for i in range(30):
+        said = [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i}."}]
+        system = [{"from": "system", "value": "Be brief."}] * (i % 2)
+        sharegpt.append({"conversations": system + said})
+        openai.append(
+            {
+                "messages": [
+                    {"role": "user", "content": f"{i}?"},
+                    {**called, "tool_calls": [call]},
+                    {"role": "tool", "tool_call_id": "c1", "content": "1"},
+                    {"role": "assistant", "content": f"{i}."},
+                ],
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            }
+        )
+        pairs.append(f"Où est {i} ?;Là, à {i}.\n")
+        alpaca.append({"instruction": f"Add {i}.", "input": "", "output": f"{i}"})
+    (folder / "sharegpt.json").write_text(json.dumps(sharegpt))
+    (folder / "openai.jsonl").write_text("".join(json.dumps(row) + "\n" for row in openai))
+    text = "question;answer\n" + "".join(pairs)
+    (folder / "bom.csv").write_text(text, encoding="utf-8-sig")
+    (folder / "latin.csv").write_text(text, encoding="latin-1")
+    (folder / "alpaca.json").write_text(json.dumps(alpaca))
+    parquet.write_table(pyarrow.Table.from_pylist(openai), folder / "nested.parquet")
+
+
+def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(
+    recipe_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    shapes(tmp_path)
+    recipe_file.with_name("mine.jinja").write_text(CALLING)
+    recipe_file.write_text(
+        recipe_file.read_text().replace(
+            "rows.jsonl", "rows.jsonl\n  prompt_format: chat\n  chat_template: mine.jinja"
+        )
+    )
+    seen = {
+        "sharegpt.json": "[[0.]]<EOS </s>>",
+        "openai.jsonl": '[[{"name": "<<f", "arguments": {"a": 1>>}}]]<EOS </s>>',
+        "bom.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
+        "latin.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
+        "alpaca.json": "Add 0.</s><|assistant|>[[0]]",
+        "nested.parquet": '[[{"name": "<<f", "arguments": {"a": 1>>}}]]<EOS </s>>',
+    }
+    for file, text in seen.items():
+        new = ["new", "own", "--from", str(recipe_file), "--data", file]
+        assert main([*new, "--output", f"{file}.yaml"]) == 0
+        assert main(["check", f"{file}.yaml"]) == 0
+        assert main(["data", f"{file}.yaml", "data.split.method=none", "--show", "30"]) == 0
+        out = capsys.readouterr().out
+        assert "30 rows read, 30 used" in out and text in out, file
