@@ -58,6 +58,16 @@ def test_ls_groups_by_model_and_says_method_parameters_cards_and_whose_results(c
     assert found["llama3.2-3b-metamath/dora-r32"]["method"] == "DoRA r=32"
 
 
+def test_ls_says_licence_and_gate_and_counts_what_peft_published_as_trained(capsys):
+    found = listed(capsys, "metamath")
+    assert {(one["license"], one["gated"]) for one in found.values()} == {("llama3.2", True)}
+    file = project_root() / "recipes/studies/published/peft-metamathqa.yaml"
+    trainable = {
+        one.arm: one.value for one in load_published(file).numbers if one.metric == "trainable"
+    }
+    assert {name.partition("/")[2]: one["trained"] for name, one in found.items()} == trainable
+
+
 @pytest.mark.parametrize("name", ["llama2-7b-dolly/qlora-r8", "llama3.2-3b-metamath/full"])
 def test_the_card_that_suffices_is_the_smallest_that_the_plan_says_fits(name, capsys):
     size = listed(capsys, name)[name]["card_gb"]

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.recipe import Recipe, recipe_from
 from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, say, say_json
-from recipes_lib.models.known import named_shape
+from recipes_lib.models.known import ModelFacts, known_facts, named_shape
+from recipes_lib.models.shapes import ModelShape
 from recipes_lib.planning.cards import CARDS, DEFAULT, card_named, cpu_card
 from recipes_lib.planning.lengths import Lengths, lengths_of
 from recipes_lib.planning.plan import Plan, plan_launched
@@ -207,15 +208,15 @@ def _listed(file: Path) -> Listed | None:
         key: value if isinstance(value, dict) else {} for key, value in document.values.items()
     }
     model = str(sections.get("model", {}).get("name_or_path", "?"))
-    shape, facts = named_shape(model), object_or_none(file.parent / "model.json") or {}
+    shape, facts = _model(model)
     sources = _sources(document)
     listed = Listed(
         name=_name(file),
         model=model,
         parameters=shape.parameters if shape else None,
         active_parameters=shape.active_parameters if shape else None,
-        license=facts.get("license"),
-        gated=facts.get("gated"),
+        license=facts.license if facts else None,
+        gated=facts.gated if facts else None,
         method=method(document.values),
         accelerate=str(sections.get("launch", {}).get("accelerate", "single_gpu")),
         results=_results(file),
@@ -223,6 +224,15 @@ def _listed(file: Path) -> Listed | None:
         rows_from_hub=None in sources,
     )
     return replace(listed, **_planned(document, sources)) if shape else listed
+
+
+@lru_cache(maxsize=256)
+def _model(name: str) -> tuple[ModelShape | None, ModelFacts | None]:
+    """Return shape and facts of a model, as far as they are known here."""
+    try:
+        return named_shape(name), known_facts().get(name)
+    except RecipesError:  # a file of facts that cannot be read: `recipes plan` says which
+        return None, None
 
 
 def _results(file: Path) -> tuple[str, ...]:
@@ -280,7 +290,7 @@ def _thinned(recipe: Recipe) -> Lengths:
     """Return some of the lengths of a recipe's rows, the longest among them: what a forward pass
     needs is decided there.
     """
-    shape = named_shape(recipe.model.name_or_path)
+    shape, _ = _model(recipe.model.name_or_path)
     lengths = lengths_of(recipe, shape.vocabulary if shape else 0)
     if len(lengths.tokens) <= _MANY_ROWS:
         return lengths
