@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from families import build_family
 
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.model_files import local_folder
@@ -66,6 +67,42 @@ def predicted(recipe: str, overrides: tuple[str, ...]) -> Callable[[int, int], f
 def test_a_tiny_llama_keeps_what_is_predicted_within_a_tenth(
     tiny_recipe: Path, kept_by_autograd: Callable[..., list[Any]], words: tuple[str, ...]
 ) -> None:
+    bytes_of = predicted(str(tiny_recipe), words)
+    for kept in kept_by_autograd(str(tiny_recipe), *words):
+        assert bytes_of(kept.tokens, kept.row) == pytest.approx(kept.bytes, rel=0.1), kept
+
+
+# windows, one norm and four, latent copies, experts (with adapters and without), written-out
+# attention; full fine-tuning and padded rows
+OTHER_FAMILIES = [
+    pytest.param(family, words, id=f"{family}, {name}", marks=[pytest.mark.slow] * slow)
+    for family, name, words, slow in (
+        ("gemma3_text", "LoRA", (*BF16, ALL), False),
+        ("qwen3_moe", "adapted experts", (*BF16, "lora.target_modules=all-linear"), False),
+        ("gpt_oss", "padded", (*BF16, "lora.target_modules=all-linear"), False),
+        ("gemma3_text", "full", (*BF16, "lora=null"), True),
+        ("qwen3_moe", "full", (*BF16, "lora=null"), True),
+        ("mixtral", "attention", (*BF16, "lora.target_modules=[q_proj,v_proj]"), True),
+        ("glm4_moe", "LoRA", (*BF16, "lora.target_modules=all-linear"), True),
+        ("cohere2", "padded", (*BF16, ALL, "train.padding_free=false"), True),
+        ("olmo3", "LoRA", (*BF16, ALL), True),
+        ("gemma2", "LoRA", (*BF16, ALL), True),
+        ("phi3", "LoRA", (*BF16, "lora.target_modules=all-linear"), True),
+    )
+]
+
+
+@pytest.mark.parametrize(("family", "words"), OTHER_FAMILIES)
+def test_other_families_keep_what_is_predicted_within_a_tenth(
+    family: str,
+    words: tuple[str, ...],
+    tiny_recipe: Path,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    kept_by_autograd: Callable[..., list[Any]],
+) -> None:
+    model = build_family(family, tmp_path / "model", tiny_model_dir)
+    words = (f"model.name_or_path={model}", *words)
     bytes_of = predicted(str(tiny_recipe), words)
     for kept in kept_by_autograd(str(tiny_recipe), *words):
         assert bytes_of(kept.tokens, kept.row) == pytest.approx(kept.bytes, rel=0.1), kept
