@@ -87,6 +87,13 @@ def test_an_already_quantized_model_is_refused(method, problems, model):
     assert f"already quantized ({method})" in problems()
 
 
+def test_the_weights_of_gpt_oss_are_dequantized_and_not_quantized_again(problems, model):
+    edit_config(model, quantization_config={"quant_method": "mxfp4"})
+    assert not problems()
+    again = "quantization={load_in_4bit: true}", "lora.r=8", "model.dtype=bfloat16"
+    assert "already quantized (mxfp4)" in problems(*again)
+
+
 def test_gguf_weights_are_refused(problems, model, write):
     (model / "model.safetensors").rename(model / "m.gguf")
     assert "GGUF" in problems()

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import PROJECT
 from tests.families import FAMILIES, family_config
 
 from recipes_lib.models.architectures import (
+    ARCHITECTURES,
     adds_router_loss,
     auto_class,
     carries_state,
     describe_experts,
     describe_targets,
+    images_of,
     layer_configs,
     not_quantized,
     prepare_for_training,
@@ -26,6 +29,7 @@ from recipes_lib.models.architectures import (
     settle_targets,
     training_settings,
     why_not_varlen,
+    why_rows_apart,
     with_settings,
 )
 
@@ -140,6 +144,32 @@ def test_what_is_trained_as_a_whole_or_was_not_asked_for_gets_no_reason() -> Non
         target_parameters=["feed_forward.experts.gate_up_proj"],
     )
     assert "none on" in describe_targets(experts) and "PEFT takes" not in describe_targets(experts)
+
+
+def row_of(family: str) -> str:
+    """The row of docs/models.md that the code gives for a family, without the models' names."""
+    model = without_weights(family)
+    adapters, _, left = describe_targets(adapted(family)).partition("; none on ")
+    images = images_of(model.config)
+    left = ", ".join([left.partition(" (")[0], *images] if left else images)
+    alone = "; experts " + ("adapted" if "experts" in adapters else "not")
+    experts = describe_experts(model, 0.0) is not None
+    together = "no: " + why if (why := why_rows_apart(model)) else "yes"
+    rest = f"{left or '-'}{alone if experts else ''}"
+    return f"| {family} | yes | yes | yes | {rest} | {together.partition(' from ')[0]} |"
+
+
+def test_the_table_of_models_says_what_the_code_does() -> None:
+    """The slow tests train each of them by LoRA, QLoRA and as a whole (test_families.py)."""
+    text = (PROJECT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ") and line.count("|") == 8]
+    told = {line.split(" | ")[1]: line.partition(" | ")[2] for line in rows[1:]}
+    assert {family: f"| {row}" for family, row in told.items()} == {
+        family: row_of(family) for family in FAMILIES
+    }
+    for needs in ARCHITECTURES.values():
+        for name in needs.left_out:
+            assert f"`{name}`" in text and needs.because in text
 
 
 def test_layers_that_carry_a_state_are_known_by_their_convolution() -> None:

@@ -50,6 +50,9 @@ def write_recipe(
     <tmp_path>/runs.
     """
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    # half of the time, and the same for every architecture
+    monkeypatch.setattr("recipes_lib.training.finish.draw_figures", lambda *words: None)
+    monkeypatch.setattr("recipes_lib.weights.check.gc.collect", lambda: 0)
 
     def write(family: str, *changes: dict[str, Any]) -> Path:
         values = yaml.safe_load(
@@ -264,6 +267,73 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
         for step in (2, 4)
     }
     assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "lora"),
+    [
+        ("qwen3_moe", {"target_modules": []}),
+        ("gpt_oss", {"target_modules": ["q_proj"]}),
+        ("granitemoe", {"target_modules": ["q_proj"], "target_parameters": ["router.weight"]}),
+    ],
+)
+def test_experts_and_routers_that_are_asked_for_go_the_whole_way(
+    family: str, lora: dict[str, Any], write_recipe: Write, recipes: Verb, tmp_path: Path
+) -> None:
+    experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    recipe = write_recipe(family, {"lora": {**ALL_LINEAR, **experts, **lora}})
+    assert recipes("check", "--full", recipe)[0] == 0
+    assert main([str(recipe), "run.name=run"]) == 0
+    for words in (["verify", "run"], ["merge", "run"], ["verify", "run"]):
+        assert recipes(*words)[0] == 0
+    assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
+    assert recipes("export", "run", "--merged", "--to", tmp_path / "given")[0] == 0
+    assert_plain(tmp_path / "given", tmp_path / family)
+
+
+@pytest.mark.slow
+def test_the_routers_loss_is_trained_and_is_in_no_validation_loss(
+    write_recipe: Write, tmp_path: Path
+) -> None:
+    recipe = write_recipe("mixtral", METHODS["lora"], {"train": {"learning_rate": 1.0e-9}})
+    found = {}
+    for weight in (0.0, 10.0):
+        words = [f"train.router_aux_loss_coef={weight}", f"run.name=run{weight:g}"]
+        assert main([str(recipe), *words]) == 0
+        lines = (tmp_path / f"runs/run{weight:g}/metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        found[weight] = {key: value for row in reversed(rows) for key, value in row.items()}
+    plain, weighed = found.values()
+    assert "aux_loss" not in plain and weighed["aux_loss"] > 1
+    added = weighed["loss"] - plain["loss"]
+    assert added == pytest.approx(10 * weighed["aux_loss"], rel=0.02)
+    assert weighed["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_gpt_oss_trains_from_the_packed_experts_of_the_hub(
+    write_recipe: Write, recipes: Verb, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    half = {"model": {"dtype": "bfloat16"}, "train": {"bf16": True}}
+    recipe, file = write_recipe("gpt_oss", METHODS["lora"], half), tmp_path / "gpt_oss/config.json"
+    weights = file.with_name("model.safetensors")
+    tensors = load_file(weights)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, height = tensors.pop(name).shape
+        shape = (experts, height, width // 32)
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.full(shape, 121, dtype=torch.uint8)
+    save_file(tensors, weights, metadata={"format": "pt"})
+    packed = {"quantization_config": {"quant_method": "mxfp4"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | packed))
+    assert recipes("check", "--full", recipe)[0] == 0
+    assert main([str(recipe), "run.name=run"]) == 0
+    assert recipes("verify", "run")[0] == recipes("merge", "run")[0] == 0
+    assert "quantization_config" not in (tmp_path / "runs/run/merged/config.json").read_text()
 
 
 def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:

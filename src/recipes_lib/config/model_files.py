@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 KEY = "model.name_or_path"
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
+DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _HUB_PART = r"[A-Za-z0-9_](?:[\w.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?:{_HUB_PART}/)?{_HUB_PART}\Z", re.ASCII)
@@ -150,10 +151,12 @@ def check_model_files(
     if "quantization_config" in config:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
-        what = f"the model is already quantized ({method or 'a method of its own'})"
-        yield recipe.error(
-            KEY, what, "give the original model; for QLoRA add a quantization section"
-        )
+        if method != DEQUANTIZED or recipe.quantization is not None:
+            what = f"the model is already quantized ({method or 'a method of its own'})"
+            hint = "give the original model; for QLoRA add a quantization section"
+            if method == DEQUANTIZED:
+                hint = "remove the quantization section: it is trained in model.dtype"
+            yield recipe.error(KEY, what, hint)
     if "auto_map" in config and remote_code is not True:
         yield from _remote_code(recipe, remote_code)
     yield from _check_weights(recipe, folder, to_come=_from_hub(recipe))

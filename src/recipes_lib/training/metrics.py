@@ -21,7 +21,7 @@ from recipes_lib.training.load import LoadMeter, other_gpu_processes
 
 SAY_EVERY_S = 10.0
 LOOK_EVERY_S = 600.0  # for other processes on the GPUs: asking takes a tenth of a second
-KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy")
+KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "aux_loss")
 
 
 def peak_memory_gib() -> float:

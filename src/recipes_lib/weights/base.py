@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.check import check_upstream
 from recipes_lib.config.constraints import VARLEN
-from recipes_lib.config.model_files import broken_shard, local_folder, no_tokenizer
+from recipes_lib.config.model_files import DEQUANTIZED, broken_shard, local_folder, no_tokenizer
 from recipes_lib.config.model_names import attention_refused
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.config.upstream import build_quantization_config
@@ -327,6 +327,10 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(path, **code)
         load = getattr(transformers, auto_class(config.model_type)).from_pretrained
+        packed = getattr(config, "quantization_config", None) or {}
+        if isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
+            # without a GPU, or with its kernels, transformers would decide otherwise
+            kwargs["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
         if quantization_config is not None and (plain := not_quantized(config)):
             named = quantization_config.llm_int8_skip_modules or ()
             quantization_config.llm_int8_skip_modules = sorted({*named, *plain})
