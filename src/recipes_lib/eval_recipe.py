@@ -204,9 +204,31 @@ def judge_schema() -> dict[str, Any]:
     return file_schema("judge", "A judge", properties=properties, required=["judge"])
 
 
-# the suites that a judge decides, and those that are done once a model has been asked
-JUDGED = ("alpaca_eval", "mt_bench")
-UNJUDGED = ("lm_eval", "checks", "heldout_loss")
+@dataclass(frozen=True)
+class SuiteFacts:
+    """What is known of a suite before it is run.
+
+    Args:
+        judged: whether a judge decides it; one that is not judged is done once a model was asked.
+        metrics: the first one of its table first, one that only an option asks for last; none where
+            the recipe's tasks decide.
+    """
+
+    judged: bool
+    metrics: tuple[str, ...] = ()
+
+
+# Here and not at the suites' classes, because `recipes check` must not import what they import; a
+# test holds the two together (suites/registry.py has the classes).
+SUITE_FACTS = {
+    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade")),
+    "mt_bench": SuiteFacts(True, ("grade", "win_rate")),
+    "lm_eval": SuiteFacts(False),
+    "checks": SuiteFacts(False, ("pass_rate",)),
+    "heldout_loss": SuiteFacts(False, ("loss", "bits_per_byte")),
+}
+JUDGED = tuple(name for name, suite in SUITE_FACTS.items() if suite.judged)
+UNJUDGED = tuple(name for name, suite in SUITE_FACTS.items() if not suite.judged)
 _ONLY_LM_EVAL = (
     "tasks",
     "num_fewshot",

@@ -12,12 +12,14 @@ from tests.suites.test_replay_numbers import rows
 
 from recipes_lib.config.vocabulary import load_schema
 from recipes_lib.eval_log import AnswerFacts, AnswerFaults, EvalLog, JudgeFacts, TaskScore
+from recipes_lib.eval_recipe import SUITE_FACTS
 from recipes_lib.judging.audit import audit
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.statistics.intervals import mean_interval, wilson
-from recipes_lib.suites.judged import replay_numbers
+from recipes_lib.suites.judged import JudgedSuite, replay_numbers
 from recipes_lib.suites.mt_bench import summary
 from recipes_lib.suites.questions import Question
+from recipes_lib.suites.registry import SUITES
 
 VALIDATOR = Draft202012Validator(load_schema("eval_result"))
 STORED = rows({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")})
@@ -131,3 +133,10 @@ def test_a_number_that_no_suite_writes_is_refused(suite: str, place: str, wrong:
     else:
         inner[last] = wrong
     assert not VALIDATOR.is_valid(whole)
+
+
+def test_what_is_known_of_a_suite_before_it_is_run_is_what_its_class_says() -> None:
+    assert list(SUITES) == list(SUITE_FACTS)
+    for name, kind in SUITES.items():
+        assert SUITE_FACTS[name].judged == issubclass(kind, JudgedSuite), name
+        assert SUITE_FACTS[name].metrics or name == "lm_eval", name

@@ -12,16 +12,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe
 
-# By suite; a metric that is only measured when an option asks for it stands last.
-_METRICS = {
-    "alpaca_eval": ("win_rate", "grade"),
-    "mt_bench": ("grade", "win_rate"),
-    "checks": ("pass_rate",),
-    "heldout_loss": ("loss", "bits_per_byte"),
-}
-# What of them is no share between 0 and 1.
+# Metrics that are no share between 0 and 1.
 NO_SHARES = ("grade", "loss", "bits_per_byte")
 _SEPARATOR = re.compile("/|--")
 
@@ -105,7 +98,7 @@ def known_metrics(recipe: EvalRecipe) -> list[str]:
     """Return the metrics of an eval by the names that a study may use, the first one of its table
     first; of lm_eval its tasks.
     """
-    known = _METRICS.get(recipe.suite.name) or recipe.suite.tasks or ()
+    known = SUITE_FACTS[recipe.suite.name].metrics or recipe.suite.tasks or ()
     return [f"{recipe.name}/{metric}" for metric in known]
 
 

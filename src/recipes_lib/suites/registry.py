@@ -28,7 +28,8 @@ from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.mt_bench import MTBench
 from recipes_lib.suites.suite import Asker
 
-# A new suite is a file with one class, and a line here; then `make schema`.
+# A new suite is a file with one class, a line here and one in eval_recipe.SUITE_FACTS; then
+# `make schema`.
 # A suite is an `Asker` made of a recipe, words and whether the command line allows code of a model,
 # with `table(results)` and what the schemas say of it (`HELP`, `NUMBERS`). A suite that a judge
 # decides is a `JudgedSuite`, which is also made of an opponent.
