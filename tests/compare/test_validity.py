@@ -1230,6 +1230,12 @@ def test_validation_losses_over_other_tokens_or_in_other_precision_are_not_compa
         None, arms(a=run(root, "a", curves=curves), b=run(root, "b", curves=curves))
     )
     assert not codes(same) & {"loss-of-other-tokens", "loss-in-other-precision"}
+    thinking = changed(data={"chat_template_kwargs": {"enable_thinking": False}})
+    asked = check_validity(
+        None,
+        arms(a=run(root, "a", curves=curves), c=run(root, "c", resolved=thinking, curves=curves)),
+    )
+    assert "enable_thinking" in str(found(asked, "loss-of-other-tokens").evidence)
 
 
 def test_an_imported_arm_says_what_its_files_lack(root):

@@ -58,6 +58,13 @@ def test_a_mixture_and_filters_are_comments_too(write):
     ] == ["open_qa"]
 
 
+def test_a_template_argument_that_is_false_is_a_comment_too():
+    _, lost = flat_form(
+        load_recipe("quickstart/lora-r8", ["data.chat_template_kwargs={enable_thinking: false}"])
+    )
+    assert lost["data.chat_template_kwargs.enable_thinking"] is False
+
+
 @pytest.mark.parametrize(
     "name", ["llama2-7b-dolly/qlora-r8", "llama2-7b-dolly/full-bf16", "quickstart/lora-r8"]
 )

@@ -54,7 +54,9 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
             if key in _FLAGS:
                 if value is not None:
                     flat[_FLAGS[key]] = value
-            elif value not in (None, {}, [], False, _IMPLIED.get(key)) and key != "data.source":
+            elif key.startswith("data.chat_template_kwargs.") or (  # false says something there
+                value not in (None, {}, [], False, _IMPLIED.get(key)) and key != "data.source"
+            ):
                 lost[key] = value
     # a name of ours: TRL gets the folder, where it was made already
     if recipe.model.name_or_path.startswith("package:"):

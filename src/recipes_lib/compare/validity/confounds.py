@@ -313,12 +313,14 @@ def check_losses(case: Case) -> Iterator[Finding]:
 
 
 def _not_alike(keys: tuple[str, ...], one: Values, other: Values) -> list[str]:
-    both = dict.fromkeys((*one, *other)) if one and other else {}
-    inner = [name for name in both if name.startswith(tuple(f"{key}." for key in keys))]
+    if not (one and other):
+        return []
+    inner = dict.fromkeys(
+        name for name in (*one, *other) if name.startswith(tuple(f"{key}." for key in keys))
+    )
     return [
-        key
-        for key in ((*keys, *inner) if both else ())
-        if (effective(key, one) or None) != (effective(key, other) or None)
+        *(key for key in keys if (effective(key, one) or None) != (effective(key, other) or None)),
+        *(name for name in inner if one.get(name) != other.get(name)),
     ]
 
 
