@@ -12,6 +12,7 @@ from families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family_confi
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.project import project_root
+from recipes_lib.models import known
 from recipes_lib.models.architectures import auto_class, images_of, settle_targets
 from recipes_lib.models.known import known_facts, named_shape
 from recipes_lib.models.shapes import shape_of_config
@@ -176,6 +177,32 @@ def test_the_facts_of_a_model_give_the_parameters_of_the_real_class(name: str) -
 def test_every_fact_has_a_source_and_a_family_that_is_counted() -> None:
     for name, facts in known_facts().items():
         assert facts.source and named_shape(name), name
+
+
+def test_facts_beside_a_recipe_of_ones_own_give_its_model_a_plan(
+    tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "recipes" / "mine" / "model.json"
+    file.parent.mkdir(parents=True)
+    facts = {"names": ["me/mine"], "source": "my own config.json", "config": LLAMA}
+    file.write_text(json.dumps(facts))
+    recipe = load_recipe(tiny_recipe, ["model.name_or_path=me/mine"])
+    plan = plan_recipe(recipe, gpu="h100")
+    first = next(line for line in plan_lines(plan, []) if line.startswith("model "))
+    parameters = plan.settings.shape.parameters
+    assert first == f"model   {parameters:,} parameters (numbers: my own config.json)"
+    facts["config"] = {**LLAMA, "model_type": "rwkv"}
+    file.write_text(json.dumps({**facts, "names": ["me/other"]}))
+    known._facts.cache_clear()
+    with pytest.raises(
+        EnvironmentFault, match=r"command line: no plan: how a model of type 'rwkv'"
+    ):
+        model_shape(load_recipe(tiny_recipe, ["model.name_or_path=me/other"]))
+    file.write_text("{}")
+    known._facts.cache_clear()
+    with pytest.raises(RecipeError, match=r"model.json: cannot be read\n  facts of a model are"):
+        known_facts()
 
 
 def test_what_reads_images_is_loaded_and_not_trained() -> None:
