@@ -104,8 +104,14 @@ def test_the_gate_reads_files_and_imports_no_torch(study: Path) -> None:
         "import sys\nfrom recipes_lib.cli import main\ncode = main(sys.argv[1:])\n"
         "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
     )
-    before = {path: path.stat().st_mtime_ns for path in study.parent.rglob("*")}
+    runs = study.parent / "runs"
+    before = {path: path.stat().st_mtime_ns for path in [study, *runs.glob("n*/**/*")]}
     command = [sys.executable, "-c", program, "study", "gate", str(study)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
-    assert {path: path.stat().st_mtime_ns for path in study.parent.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path.name for path in [*study.parent.iterdir(), *runs.iterdir()]} == {
+        *("swap.yaml", "runs", "now", "next", "swap")
+    }
+    written = {path.name for path in (runs / "swap").rglob("*") if path.is_file()}
+    assert written == {"ledger.jsonl", "ledger.json", ".ledger.lock"}  # that it was looked at

@@ -5,6 +5,7 @@ Reads files only.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from recipes_lib.compare.relabelling import relabelled
     from recipes_lib.compare.table_lines import comparison_lines
     from recipes_lib.compare.validity import check_validity
+    from recipes_lib.study.ledger import ledger_of_runs, looked
 
     folders = run_folders(args.runs)
     damaged: list[DamagedFile] = []
@@ -52,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     for error in damaged:
         warn(f"an evaluation is damaged and left out: {error}")
     aims = Aims(margins=dict(map(_margin, args.margin)))
-    comparison = compare_arms(
-        measurements, check_validity(None, measurements), aims=aims, relabel=relabelled
-    )
+    findings = check_validity(None, measurements)
+    make = partial(compare_arms, measurements, findings, aims=aims, relabel=relabelled)
+    ledger = ledger_of_runs(measurements)
+    comparison = looked(ledger, lambda weigh: make(weigh=weigh)) if ledger else make()
     if not comparison.scores and (damaged or not comparison.rows):
         if damaged:
             raise damaged[0]

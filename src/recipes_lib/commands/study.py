@@ -5,11 +5,12 @@ and `gate` import what is heavy.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import shutil
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from recipes_lib.compare.design import Study, load_study
 from recipes_lib.compare.wording import count
@@ -157,8 +158,9 @@ def _run(study: Study, args: argparse.Namespace) -> int:
         comparison = read_object(study_folder(study) / "steps" / "statistics" / "comparison.json")
         for sentence in comparison.get("answer", []):
             say(sentence)
-        if own := comparison.get("relabelling"):
-            say(own["sentence"])
+        for part in ("looks", "relabelling"):
+            if own := comparison.get(part):
+                say(own["sentence"])
         say(f"report: {shown_path(report)}")
     next_step(f"recipes study {'status' if code else 'diff'} {typed(study)}")
     return code
@@ -196,13 +198,21 @@ def _status(study: Study, args: argparse.Namespace) -> int:
 def _report(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.study.conclusion import conclude
 
-    with study_lock(study):
+    folder = study_folder(study)
+    kept = not folder.is_dir() or os.access(folder, os.W_OK)
+    with study_lock(study) if kept else nullcontext():
         check_imported(study)
-        conclusion = conclude(study, build_graph(study))
-    for sentence in conclusion.comparison.answer:
+        conclusion = conclude(study, build_graph(study), keep=kept)
+    comparison = conclusion.comparison
+    for sentence in comparison.answer:
         say(sentence)
-    if own := conclusion.comparison.relabelling:
+    if looks := comparison.looks:
+        say(looks.sentence)
+    if own := comparison.relabelling:
         say(own.sentence)
+    if not kept:
+        say(f"\n{shown_path(folder)} is read-only: no report was written")
+        return ExitCode.DONE
     if not conclusion.complete:
         say("not everything is measured yet: the report holds what there is")
     say(f"\nreport: {shown_path(conclusion.folder / 'report.html')}")
@@ -224,6 +234,8 @@ def _gate(study: Study, args: argparse.Namespace) -> int:
         say(f"worse: {one.sentence}")
     for one in found.not_shown:
         say(f"not shown within its margin: {one.sentence}")
+    if found.unrecorded:
+        say(f"this look could not be recorded: {found.unrecorded}")
     if found.missing:
         last = f"not decided: {count(len(found.missing), 'result')} missing"
     elif found.code:

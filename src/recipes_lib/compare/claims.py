@@ -44,6 +44,7 @@ from recipes_lib.compare.findings import (
     errors_first,
     found,
 )
+from recipes_lib.compare.looks import Looks
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
@@ -116,6 +117,7 @@ SENTENCES = {
 }
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 Relabel = Callable[[Sequence[TableRow], VerdictOf], Relabelling | None]
+Weigh = Callable[[Sequence[TableRow]], tuple[list[TableRow], list[Finding]]]
 # of the scale: what trainings of one recipe differ by, as a standard deviation, where none was
 # measured
 SEED_DEVIATIONS = (0.01, 0.03, 0.06)
@@ -138,12 +140,15 @@ class Comparison:
     relabelling: Relabelling | None = None
     answers: tuple[AnswerCounts, ...] = ()
     answer_differences: tuple[AnswerDifference, ...] = ()
+    looks: Looks | None = None
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
         own = self.relabelling
         more = {"relabelling": {**dataclasses.asdict(own), "sentence": own.sentence}} if own else {}
         differences = [json_object(dataclasses.asdict(one)) for one in self.answer_differences]
+        if looks := self.looks:
+            more["looks"] = {**dataclasses.asdict(looks), "sentence": looks.sentence}
         return {
             **more,
             "question": self.question,
@@ -165,6 +170,7 @@ def compare_arms(
     published: Published | None = None,
     aims: Aims | None = None,
     relabel: Relabel | None = None,
+    weigh: Weigh | None = None,
 ) -> Comparison:
     """Return the table with its verdicts, and the sentences that follow from it.
 
@@ -175,16 +181,19 @@ def compare_arms(
         aims: what is asked of the table; None for what the study asks.
         relabel: tells from the table what becomes of copies of it (`relabelling.relabelled`); where
             they hold too many claims, none is made. None to leave that out.
+        weigh: gives every row the part of its level that this look at it has, and findings about
+            looks (`study/ledger.py`). None where nobody else looks.
     """
     if published is None and study is not None and study.published:
         published = load_published(study.published)
-    known = tuple(errors_first(findings))
     base = [name for name, arm in measurements.arms.items() if arm.is_base or name == "base"]
     scores = build_scores(measurements)
     aims = aims or (study.aims if study else Aims())
     rows = build_rows(measurements, base, aims)
     if published is not None:
         rows = with_published(rows, scores, measurements, published)
+    rows, of_looks = weigh(rows) if weigh else (rows, [])
+    known = tuple(errors_first([*findings, *of_looks]))
     one_model = [replace(row, reason=_one_model(row, known) or row.reason) for row in rows]
     place = {frozenset(pair): number for number, pair in enumerate(pairs_of(measurements, base))}
     tested = sorted(
@@ -339,7 +348,7 @@ def evidence_text(row: TableRow) -> str:
         both = [row.p_not_worse, row.p_not_better]
         p = max(one for one in sides.get(row.within, both) if one is not None)
     parts = [
-        f"{p_text(p)} (Holm)",
+        f"{p_text(p)} (Holm{', over all looks' * (row.level_share < 1)})",
         f"n = {items}",
     ]
     if tested.seeds > 1:

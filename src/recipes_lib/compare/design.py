@@ -171,6 +171,12 @@ class StudySection(LaunchKeys):
         " verdicts 'not worse' and 'equivalent' within it.",
         factory=dict,
     )
+    looks: int = key(
+        "How many times results are looked at, with seeds or questions added in between. The last"
+        " planned look keeps four fifths of the error rate or more.",
+        1,
+        minimum=1,
+    )
     baseline: str | None = key(
         "The arm that no other may be worse than (`recipes study gate`). Absent: base where it is"
         " evaluated, else the first arm."
@@ -338,6 +344,7 @@ class Study:
     words: tuple[str, ...] = ()
     aims: Aims = Aims()
     baseline: str = BASE_ARM
+    looks: int = 1
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name, or what is trained for one value of an arm's grid.
@@ -719,6 +726,7 @@ class _Reader:
             origins=document.origins,
             aims=self._aims(evals),
             baseline=own.baseline or (BASE_ARM if with_base or own_base else first),
+            looks=own.looks,
         )
         problems = _once(self.errors) or self._twice([one.name for one in evals])
         if not problems:

@@ -101,8 +101,9 @@ class TableRow:
     """One comparison: `difference` is first minus second in the metric's own direction, so positive
     favours the first arm only where `higher_is_better` (None: not known, so nothing is ranked).
 
-    `reason` says why a comparison cannot be tested, `aside` why it is only shown: another one
-    answers the same question. `verdict` and `sentence` come from `claims`; `stopped` holds the
+    `level_share` is the part of its level that this one of all looks at it has. `reason` says why a
+    comparison cannot be tested, `aside` why it is only shown: another one answers the same
+    question. `verdict` and `sentence` come from `claims`; `stopped` holds the
     titles of the findings that stop the claim, `because` the clause of the sentence that gives the
     reasons, so that a page can give them once.
     """
@@ -121,6 +122,7 @@ class TableRow:
     mde: float | None = None
     needed: int | None = None
     primary: bool = False
+    level_share: float = 1.0
     margin: float | None = None
     p_not_worse: float | None = None
     p_not_better: float | None = None

@@ -178,7 +178,7 @@ def corrected(rows: Sequence[TableRow], *, power: bool = True) -> list[TableRow]
     """
     values = [_p(row) for row in rows]
     tested = [
-        Hypotheses(p, _bounds(row), row.primary)
+        Hypotheses(_over_looks(row, p), _bounds(row), row.primary)
         for row, p in zip(rows, values, strict=True)
         if p is not None
     ]
@@ -190,15 +190,16 @@ def corrected(rows: Sequence[TableRow], *, power: bool = True) -> list[TableRow]
 
 
 def _adjusted(row: TableRow, result: Adjusted, power: bool) -> TableRow:
-    tested = row.tested if power else None
+    level = result.level * row.level_share
+    tested = row.tested if power and level else None
     above, below = result.bounds or (None, None)
     return replace(
         row,
         p_holm=result.p,
         p_not_worse=above if row.higher_is_better else below,
         p_not_better=below if row.higher_is_better else above,
-        mde=tested.mde(result.level) if tested else None,
-        needed=tested.questions_needed(result.level) if tested else None,
+        mde=tested.mde(level) if tested else None,
+        needed=tested.questions_needed(level) if tested else None,
     )
 
 
@@ -211,15 +212,25 @@ def _bounds(row: TableRow) -> tuple[float, ...]:
     effect, found = row.tested.effect or 0.0, []
     for end, inside in ((-row.margin, effect > -row.margin), (row.margin, effect < row.margin)):
         p = row.tested.touching(end) if inside else None
-        found.append(1.0 if p is None else p)
+        found.append(1.0 if p is None else _over_looks(row, p))
     return tuple(found)
+
+
+def _over_looks(row: TableRow, p: float) -> float:
+    """A p of this look as one of all looks at the row's comparison."""
+    return min(1.0, p / row.level_share) if row.level_share else 1.0
+
+
+def is_tested(row: TableRow) -> bool:
+    """Return whether a row enters the correction."""
+    return not (row.tested is None or row.reason or row.aside)
 
 
 def _p(row: TableRow) -> float | None:
     """The p that enters the correction; where not one item differs the test was made and its p is
     1.
     """
-    if row.tested is None or row.reason or row.aside:
+    if row.tested is None or not is_tested(row):
         return None
     return 1.0 if row.tested.p is None else row.tested.p
 

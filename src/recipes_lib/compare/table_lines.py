@@ -27,6 +27,8 @@ def comparison_lines(comparison: Comparison) -> list[str]:
         lines += ["", *pair_lines([row for row in rows if row.arms == pair])]
     lines += answer_lines(comparison.answers)
     lines += answer_difference_lines(comparison.answer_differences)
+    if comparison.looks:
+        lines += ["", comparison.looks.sentence]
     if comparison.relabelling:
         lines += ["", comparison.relabelling.sentence]
     return [*lines, *finding_lines(comparison.findings)]

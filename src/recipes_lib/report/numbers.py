@@ -48,6 +48,7 @@ class Number:
     highest: float | None = None
     p: float | None = None
     p_holm: float | None = None
+    level_share: float | None = None
     mde: float | None = None
     primary: bool | None = None
     margin: float | None = None
@@ -64,6 +65,15 @@ class Number:
 def number_rows(content: Content) -> Iterator[Number]:
     """Yield every number."""
     yield from _of_comparison(content)
+    if looks := content.comparison.looks:
+        yield Number(
+            kind="looks",
+            metric="looks at results",
+            unit="number",
+            value=looks.number,
+            n=None,
+            file="",
+        )
     if content.comparison.relabelling:
         yield from _of_relabelling(content.comparison.relabelling)
     for breakdown in content.breakdowns:
@@ -148,6 +158,7 @@ def _of_comparison(content: Content) -> Iterator[Number]:
             **{name: row.shown(getattr(tested, name, None)) for name in limits},
             n=tested.n if tested else None,
             p_holm=row.p_holm,
+            level_share=row.level_share if row.p_holm is not None else None,
             mde=row.mde,
             primary=row.primary,
             margin=row.margin,

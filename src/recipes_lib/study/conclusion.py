@@ -30,6 +30,7 @@ from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
 from recipes_lib.study.graph import Freshness, Graph, Step, digest_of
+from recipes_lib.study.ledger import ledger_of, looked
 
 if TYPE_CHECKING:
     from recipes_lib.compare.claims import Comparison
@@ -95,11 +96,17 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     return dataclasses.replace(measurements, arms=arms)
 
 
-def conclude(study: Study, graph: Graph) -> Conclusion:
+def conclude(
+    study: Study, graph: Graph, by: str = "study report", *, keep: bool = True
+) -> Conclusion:
     """Compute the statistics and write the report; both steps are recorded as done where everything
     above them is.
 
     Statistics that are fresh are computed for the report, and not recorded again.
+
+    Args:
+        by: the command, for the ledger.
+        keep: False to write nothing where the study's folder is read-only.
 
     Raises:
         RecipesError: an evaluation's files are damaged.
@@ -116,14 +123,18 @@ def conclude(study: Study, graph: Graph) -> Conclusion:
     complete = all(known[name].fresh for name in statistics.upstream)
     measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
     findings = check_validity(study, measurements)
-    relabel = partial(relabelled_once, graph)
-    comparison = compare_arms(measurements, findings, study, relabel=relabel)
+    relabel = partial(relabelled_once, graph, keep=keep)
+    make = partial(compare_arms, measurements, findings, study, relabel=relabel)
+    ledger = ledger_of(study, graph, measurements, by)
+    comparison = looked(ledger, lambda weigh: make(weigh=weigh))
+    folder = study_folder(study) / "report"
+    if not keep:
+        return Conclusion(comparison, folder, complete)
     record = graph.folder / "statistics" / "comparison.json"
     if not known[statistics.name].fresh:
         write_json(record, comparison.to_dict())
         done(statistics, comparison.to_dict(), [record], started)
     started = time.monotonic()
-    folder = study_folder(study) / "report"
     scratch = folder.with_name(".report.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     banners = not_up_to_date(statistics.upstream, known)

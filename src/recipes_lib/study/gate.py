@@ -1,7 +1,9 @@
 """`recipes study gate`: may these arms stand in for their baseline? One answer for CI, from files.
 
-Every sentence is a row's own, as `compare/claims` wrote it. An arm that tested as worse fails also
-where a finding stops the claim: a gate that opens because its judge failed would be none.
+Every sentence is a row's own, as `compare/claims` wrote it, and at the whole level: each answer is
+about what would be released now, and a gate whose level was used up would let everything through.
+Its looks stand in the ledger, where they count for the report. An arm that tested as worse fails
+also where a finding stops the claim: a gate that opens because its judge failed would be none.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.study.conclusion import measured_runs, of_study, relabelled_once
 from recipes_lib.study.graph import Graph
+from recipes_lib.study.ledger import ledger_of, looked
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Gate:
     missing: tuple[str, ...]
     worse: tuple[Refusal, ...]
     not_shown: tuple[Refusal, ...]
+    looks: int = 0
+    unrecorded: str = ""
 
     @property
     def code(self) -> ExitCode:
@@ -69,7 +74,8 @@ def gate(study: Study, graph: Graph) -> Gate:
     measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
     findings = check_validity(study, measurements)
     relabel = partial(relabelled_once, graph, keep=False)
-    comparison = compare_arms(measurements, findings, study, relabel=relabel)
+    tested = compare_arms(measurements, findings, study, relabel=relabel)
+    comparison = looked(ledger_of(study, graph, measurements, "study gate"), lambda _: tested)
     baseline = study.baseline
     rows = [row for row in comparison.rows if baseline in row.arms and not row.aside]
     arms = [arm.name for arm in study.arms if arm.name != baseline]
@@ -89,6 +95,7 @@ def gate(study: Study, graph: Graph) -> Gate:
             if row.verdict == ("worse" if row.second == baseline else "better")
         ),
         tuple(_not_shown(study, rows, arms)),
+        *((looks.number, looks.unrecorded) if (looks := comparison.looks) else ()),
     )
 
 

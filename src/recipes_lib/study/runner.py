@@ -304,7 +304,7 @@ def _conclude(study: Study, only: Sequence[str], say: Say) -> StepErrors:
         return {}
     say("\nstatistics and report ...")
     try:
-        conclusion = conclude(study, graph)
+        conclusion = conclude(study, graph, "study run")
     except RecipesError as error:
         graph.fail(graph.steps["statistics"], str(error), int(error.exit_code))
         return {"statistics": (str(error), int(error.exit_code))}
