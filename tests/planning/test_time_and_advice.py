@@ -60,6 +60,16 @@ def test_a_bf16_lora_without_padding_comes_near_the_published_rate() -> None:
     assert made.duration.tokens_per_second == pytest.approx(12_473, rel=0.2)
 
 
+def test_torchs_kernel_for_joined_rows_is_planned_as_flash_attention_where_it_is_named() -> None:
+    varlen, flash = (
+        plan(LORA, f"model.attn_implementation={name}") for name in ("varlen", "flash_attention_2")
+    )
+    assert varlen.settings.padding_free and not plan(LORA).settings.padding_free
+    assert varlen.memory == flash.memory and seconds(varlen) == seconds(flash)
+    on_cpu = plan(LORA, "model.attn_implementation=varlen", gpu="cpu")
+    assert on_cpu.memory == plan(LORA, gpu="cpu").memory
+
+
 # The original runs on two slices without peer-to-peer access (7 GB/s is the rate that explains the
 # second): seconds of training. The plan knows nothing of what slowed their QLoRA down; it is held
 # to within a factor of two and a half.

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from recipes_lib.config.batch import written_sync
+from recipes_lib.config.constraints import VARLEN
 from recipes_lib.config.launch import Launch
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
@@ -215,12 +216,14 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
 
 
 def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool) -> str:
-    """Return the kernel, as `training.build` chooses it; a flash attention that may be installed on
-    a GPU is not counted on.
+    """Return the kernel, as `training.build` chooses it; what a GPU takes by itself (an installed
+    flash attention, or `varlen` after a trial) is counted on where the recipe names it.
     """
     name = recipe.model.attn_implementation or ("eager" if shape.lacks_sdpa else "sdpa")
-    if "flash" in name or name == "eager":
-        return "flash" if "flash" in name else "eager"
+    if name == "eager":
+        return name
+    if "flash" in name or (name == VARLEN and not on_cpu):
+        return "flash"
     train = recipe.train
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     apart = on_cpu and train.get("padding_free") is not False and not wrapped
