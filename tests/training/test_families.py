@@ -269,6 +269,20 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
     assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
 
 
+@pytest.mark.parametrize("family", ["mistral3", "gemma4", "qwen3_moe"])
+def test_models_that_read_images_and_experts_are_trained_merged_and_answer(
+    family: str, write_recipe: Write, recipes: Verb, tmp_path: Path
+) -> None:
+    """The part of the whole way, below, that differs most between architectures."""
+    recipe = write_recipe(family, METHODS["lora"], {"train": {"max_steps": 2}})
+    assert main([str(recipe), "run.name=run"]) == 0
+    assert recipes("merge", "run")[0] == 0
+    assert recipes("export", "run", "--merged", "--to", tmp_path / "given")[0] == 0
+    assert_plain(tmp_path / "given", tmp_path / family)
+    loader = auto_class(json.loads((tmp_path / family / "config.json").read_text())["model_type"])
+    assert f"{loader}.from_pretrained(" in (tmp_path / "given/README.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "lora"),

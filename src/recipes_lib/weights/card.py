@@ -24,19 +24,29 @@ def write_card(
     recipe: Recipe,
     summary: Mapping[str, Any],
     merged: Mapping[str, Any] | None = None,
+    here: Recipe | None = None,
 ) -> None:
-    """Write `card_text` as README.md into the weights' folder."""
-    (folder / "README.md").write_text(card_text(recipe, summary, merged), encoding="utf-8")
+    """Write `card_text` as README.md into the weights' folder.
+
+    Args:
+        here: the recipe with this machine's paths, where `recipe` has none.
+    """
+    text = card_text(recipe, summary, merged, loader=_auto_class(here or recipe))
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def card_text(
-    recipe: Recipe, summary: Mapping[str, Any], merged: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    summary: Mapping[str, Any],
+    merged: Mapping[str, Any] | None = None,
+    loader: str = "AutoModelForCausalLM",
 ) -> str:
     """Return the card: YAML header for the Hub, then Markdown.
 
     Args:
         summary: rows, steps, losses, wall time and devices of the run; None where not measured.
         merged: for an adapter folded into its base, the record of the merge.
+        loader: the class of transformers that loads the base.
     """
     base, lora, bits = recipe.model.name_or_path, recipe.lora, quantized_bits(recipe)
     adapter = lora is not None and merged is None
@@ -63,7 +73,7 @@ def card_text(
         f"{_merging(merged, bits) if merged else ''}"
         f"| | |\n|---|---|\n{rows}\n\n"
         "Losses are on this run's own validation rows and say nothing about other data.\n\n"
-        f"## Loading\n\n{loading.replace('AutoModelForCausalLM', _auto_class(recipe))}\n\n"
+        f"## Loading\n\n{loading.replace('AutoModelForCausalLM', loader)}\n\n"
         f"## Recipe\n\n```yaml\n{recipe_yaml(recipe)}```\n"
     )
 

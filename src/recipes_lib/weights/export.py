@@ -226,7 +226,7 @@ def _explain(folder: Path, trained: TrainedRun, merged: bool) -> None:
         )
         file.write_text(text + "\n", encoding="utf-8")
     state, record = trained.run.read_state(), merge_record(trained) if merged else None
-    write_card(folder, recipe, state.get("summary") or {}, merged=record)
+    write_card(folder, recipe, state.get("summary") or {}, merged=record, here=trained.recipe)
     head = (
         "# The recipe this was trained with, every value resolved. Paths are cut to their last"
         " part.\n"
