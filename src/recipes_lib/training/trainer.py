@@ -77,6 +77,7 @@ class RecipeTrainer(SFTTrainer):
 
     data_collator: Any
     control: TrainerControl
+    aux_loss_enabled: bool
 
     def __init__(
         self,
@@ -93,7 +94,8 @@ class RecipeTrainer(SFTTrainer):
         model = kwargs["model"]
         self.base_settings = training_settings(model)
         super().__init__(*args, **kwargs)
-        if not adds_router_loss(self.model, self.args.router_aux_loss_coef, self.base_settings):
+        asked = self.args.router_aux_loss_coef
+        if self.aux_loss_enabled and not adds_router_loss(self.model, asked, self.base_settings):
             self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
             model.config.get_text_config().update(
                 {"router_aux_loss_coef": 0.0, "output_router_logits": False}
