@@ -38,7 +38,7 @@ _REMARKS = {
 }
 _OF_A_MODEL = {
     "data.chat_template": "the base model has none: the one of its family",
-    "lora.r": "what the learning rate was measured with, as lora_alpha",
+    "lora.r": "with lora_alpha 32, what most rates of that sweep were measured with",
     "lora.target_modules": "every linear layer; routers and heads are left out",
     "train.eos_token": "what ends a turn in the chat template",
     "train.activation_checkpointing": "true fits smaller cards, and computes the same",
