@@ -18,7 +18,7 @@ import torch
 from recipes_lib.models.shapes import ModelShape, shape_of_config
 from recipes_lib.planning.lengths import dolly_lengths
 from recipes_lib.planning.memory import memory_of
-from recipes_lib.planning.settings import Adapter, Settings
+from recipes_lib.planning.settings import Settings, adapter_of
 from recipes_lib.training.cpu import loss
 from recipes_lib.training.cpu.loss import add_token_loss
 
@@ -315,15 +315,14 @@ def settings_of_case(
         full: no adapter.
     """
     kinds = {"sdpa_by_document": "documents", VARLEN: "flash", "flash_attention_2": "flash"}
-    adapter = Adapter(
-        rank=32, dropout=case.dropout, targets=TARGETS, layers=config["num_hidden_layers"]
-    )
+    shape = shape_of(config)
+    lora = {"r": 32, "lora_dropout": case.dropout, "target_modules": list(TARGETS)}
     return Settings(
-        shape=shape_of(config),
+        shape=shape,
         dtype="bfloat16",
         bits=case.bits,
         half="bfloat16",
-        adapter=None if full else adapter,
+        adapter=None if full else adapter_of(lora, shape),
         optimizer="adamw_torch_fused",
         attention=kinds.get(case.attention, case.attention),
         checkpointing=case.checkpointing,
