@@ -7,10 +7,15 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from recipes_lib.commands.train import _ask_to_stop, _reported
+from recipes_lib.commands import train as train_verb
+from recipes_lib.commands.train import _ask_to_stop, _kill_all, _reported, supervise
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.process import EXIT_CODE_FILE
 
@@ -50,6 +55,31 @@ def test_where_no_stop_file_can_be_written_each_rank_gets_the_signal_and_the_lau
         child.kill()
         child.wait()
         child.stdout.close()
+
+
+def test_one_ctrl_c_more_while_the_end_is_recorded_does_not_keep_it_from_that(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = load_recipe(tiny_recipe)
+    run = RunDirectory(recipe.name)
+    run.path.mkdir(parents=True)
+    run.write_state("running")
+    killed = _kill_all
+
+    def kill_and_interrupt(*words: Any) -> None:
+        killed(*words)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_verb, "_kill_all", kill_and_interrupt)
+    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+    try:
+        code = supervise(command, recipe, plan_launch(recipe.launch))
+    except KeyboardInterrupt:  # pytest would end at it
+        pytest.fail("the interrupt was not handled")
+    assert code == ExitCode.FAILED
+    state = run.read_state()
+    assert (state["state"], state["error"]) == ("failed", "the process ended without a word")
+    assert "the training ended without a word" in capsys.readouterr().out
 
 
 HOOK = """import os, sys

@@ -142,11 +142,11 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
             environment["ACCELERATE_USE_CPU"] = "true"
         child: subprocess.Popen[bytes] | None = None
         asked: list[int] = []
-        at_once = ""
+        at_once, ended = "", False
 
         def forward(number: int, frame: FrameType | None) -> None:
             asked.append(number)
-            if child is not None:
+            if child is not None and not ended:
                 answer(child, number)
 
         def answer(child: subprocess.Popen[bytes], number: int) -> None:
@@ -170,22 +170,24 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
             if asked:  # while it was being started
                 answer(child, asked[-1])
             child.wait()
-        _kill_all(child.pid, report)  # no rank outlives its launcher
-        reported = _reported(report)
-    code = child.returncode if reported is None else reported
-    if at_once and reported is None:
-        code = ExitCode.INTERRUPTED if signal.SIGINT in asked else ExitCode.PREEMPTED
-        what = "interrupted" if signal.SIGINT in asked else "stopped"
-        if not launch.rank:
-            note_end(run, "preempted", code, f"{what} {at_once}")
-            say(f"{what} {at_once}: {how_to_go_on(run)}")
-    elif (
-        reported is None
-        and not launch.rank
-        and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word")
-    ):
-        say(f"the training ended without a word (exit {code}); what it saved is kept")
-        next_step(how_to_go_on(run))
+            # What is left is to record the end: one Ctrl-C more must not keep it from that.
+            ended = True
+            _kill_all(child.pid, report)  # no rank outlives its launcher
+            reported = _reported(report)
+            code = child.returncode if reported is None else reported
+            if at_once and reported is None:
+                code = ExitCode.INTERRUPTED if signal.SIGINT in asked else ExitCode.PREEMPTED
+                what = "interrupted" if signal.SIGINT in asked else "stopped"
+                if not launch.rank:
+                    note_end(run, "preempted", code, f"{what} {at_once}")
+                    say(f"{what} {at_once}: {how_to_go_on(run)}")
+            elif (
+                reported is None
+                and not launch.rank
+                and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word")
+            ):
+                say(f"the training ended without a word (exit {code}); what it saved is kept")
+                next_step(how_to_go_on(run))
     return ExitCode.FAILED if code < 0 else code
 
 
