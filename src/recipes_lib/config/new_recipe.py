@@ -75,6 +75,16 @@ class OwnRows:
     encoding: str | None = None
     max_length: int | None = None
 
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of `data` that say how the file is read, where it does not say so itself."""
+        written = {
+            "columns": self.columns,
+            "delimiter": self.delimiter,
+            "encoding": self.encoding,
+        }
+        return {key: value for key, value in written.items() if value}
+
 
 def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> str:
     """Return the text of a recipe called `name` that starts from `origin` and will lie at `target`.
@@ -152,13 +162,8 @@ def recipe_for_model(name: str, target: Path, model: str, rows: OwnRows, setup: 
     section: dict[str, Any] = {
         "source": _own_source(target, rows),
         "prompt_format": "chat" if chat else rows.prompt_formats[0],
+        **rows.keys,
     }
-    if rows.columns:
-        section["columns"] = rows.columns
-    if rows.delimiter:
-        section["delimiter"] = rows.delimiter
-    if rows.encoding:
-        section["encoding"] = rows.encoding
     if chat and setup.chat_template:
         section["chat_template"] = setup.chat_template
     rate = lora_rate(model)
@@ -215,12 +220,7 @@ def _values(
     if rows is not None:
         if origin.data.prompt_format not in rows.prompt_formats:
             section["prompt_format"] = rows.prompt_formats[0]
-        if rows.columns:
-            section["columns"] = rows.columns
-        if rows.delimiter:
-            section["delimiter"] = rows.delimiter
-        if rows.encoding:
-            section["encoding"] = rows.encoding
+        section |= rows.keys
     values["data"] = section
     if origin.lora is not None:
         values["lora"] = {

@@ -152,6 +152,7 @@ class _Parts:
     def matrix(
         self, name: str, inputs: int, outputs: int, reads: str, *, bias: bool = False, **more: Any
     ) -> None:
+        """Add a matrix, as `Matrix` describes it."""
         self.matrices.append(Matrix(name=name, inputs=inputs, outputs=outputs, reads=reads, **more))
         self.small += outputs * max(more.get("experts", 0), 1) if bias else 0
 
@@ -163,10 +164,12 @@ class _Parts:
     def attend(
         self, heads: int, query: int, key: int, value: int, output: int, window: int | None = None
     ) -> None:
+        """Add attention, as `Block` describes it."""
         widths = {"query": query, "key": key, "value": value, "output": output}
         self.attention = {"heads": heads, **widths, "window": window}
 
     def block(self) -> Block:
+        """Return what was added, as a layer."""
         return Block(
             matrices=tuple(self.matrices),
             small=self.small,
