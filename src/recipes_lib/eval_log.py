@@ -253,10 +253,13 @@ def ends_in_loop(answer: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """What the last command answered anew."""
+    """What the last command answered anew. `batch_tokens` are the padded tokens of its batches;
+    None where a server made them.
+    """
 
     new_tokens: int = 0
     seconds: float = 0.0
+    batch_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,3 +139,45 @@ def test_top_p_keeps_only_the_likeliest_tokens(tiny):
     assert {key: one.text for key, one in nucleus.items()} == {
         key: one.text for key, one in greedy.items()
     }
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved_with_those_after_it_and_said_once(
+    tiny, monkeypatch, capsys
+):
+    import torch
+
+    model, tokenizer = tiny
+    engine = TransformersEngine(model, tokenizer, "f", batch_tokens=100_000)
+    requests, decoding = requests_of(tokenizer, TEXTS), Decoding(max_new_tokens=12)
+    roomy = answers(engine, requests, decoding)
+    whole, sizes = engine._generate, []
+
+    def few_fit(batch, decoding):
+        sizes.append(len(batch))
+        if len(batch) * (len(batch[0].ids) + decoding.max_new_tokens) > 50:
+            raise torch.OutOfMemoryError("made up")
+        return whole(batch, decoding)
+
+    monkeypatch.setattr(engine, "_generate", few_fit)
+    assert answers(engine, requests, decoding) == roomy
+    assert sizes == [5, 2, 1, 1, 1, 1, 1] and capsys.readouterr().err.count("did not fit") == 1
+    assert len(answers(engine, requests, decoding)) == 5
+    assert sizes[7:] == [1] * 5 and not capsys.readouterr().err
+
+    def nothing_fits(batch, decoding):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(engine, "_generate", nothing_fits)
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(engine, requests, decoding)
+
+
+def test_a_batch_chosen_from_free_memory_is_said_once_and_one_that_was_named_is_not(tiny, capsys):
+    model, tokenizer = tiny
+    for batch_tokens, said in ((None, 1), (64, 0)):
+        engine = TransformersEngine(model, tokenizer, "f", batch_tokens)
+        for _ in range(2):
+            answers(engine, requests_of(tokenizer, TEXTS[:1]), Decoding(max_new_tokens=1))
+        told = capsys.readouterr().err
+        assert told.count("padded tokens, from the memory that is free on cpu") == said
+        assert f"{engine.batch_tokens:,}" in told or not said

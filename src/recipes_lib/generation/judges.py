@@ -30,7 +30,6 @@ from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.targets import stand_in_recipe
 from recipes_lib.generation.transformers_engine import (
     TransformersEngine,
-    batches,
     left_padded,
 )
 from recipes_lib.judging.judge import Judge, JudgePlan, JudgeRequest
@@ -210,19 +209,26 @@ class _LocalJudge:
 
         lead_ids, token_ids = verdict_tokens(self.tokenizer, self.section.lead_in, allowed)
         requests = [Request(key=request.key, ids=(*request.ids, *lead_ids)) for request in asked]
-        self._reader = self._reader or NextToken(
+        reader = self._reader = self._reader or NextToken(
             self._engine.model, self.tokenizer.pad_token_id or 0
         )
-        self._reader.share([request.ids for request in requests])
-        for batch in batches(requests, 0, self._engine.batch_tokens):
-            probabilities = torch.softmax(
-                self._reader.logits([request.ids for request in batch]), dim=-1
-            ).cpu()
-            for request, row in zip(batch, probabilities, strict=True):
-                found = {
-                    verdict: float(row[list(places)].sum()) for verdict, places in token_ids.items()
-                }
-                yield Completion(key=request.key, probabilities=found)
+        reader.share([request.ids for request in requests])
+
+        def read(batch: Sequence[Request]) -> list[Completion]:
+            logits = reader.logits([request.ids for request in batch])
+            probabilities = torch.softmax(logits, dim=-1).cpu()
+            return [
+                Completion(
+                    key=request.key,
+                    probabilities={
+                        verdict: float(row[list(places)].sum())
+                        for verdict, places in token_ids.items()
+                    },
+                )
+                for request, row in zip(batch, probabilities, strict=True)
+            ]
+
+        yield from self._engine.in_batches(requests, 0, read)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text."""

@@ -4,7 +4,7 @@ holds.
 The budget comes from the memory that is free: a token keeps its keys and values in every layer, and
 while the prompt is read one layer's activations stand beside them. Half of what is free is used:
 the cache grows by copying, and attention and sampling need room of their own. A batch that is too
-large all the same is halved.
+large all the same is halved, and so are those after it.
 
 Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own
 generator and the largest noisy probability is taken, which is exact sampling. An answer therefore
@@ -13,7 +13,8 @@ does not depend on what else was in its batch, apart from the rounding of other 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ class TransformersEngine:
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.batch_tokens = batch_tokens or tokens_for(model)
+        self._unsaid, self._halved = batch_tokens is None, False
         self.fingerprint = fingerprint
         self._using = using
         self.stop_ids = stop_ids(model, tokenizer)
@@ -68,25 +70,51 @@ class TransformersEngine:
         for request in requests:
             if len(request.ids) >= self.context:
                 yield Completion(key=request.key, finish_reason="prompt_too_long")
-        for batch in batches(fitting, decoding.max_new_tokens, self.batch_tokens):
-            with self._active():
-                yield from self._answer(batch, decoding)
+        yield from self.in_batches(
+            fitting, decoding.max_new_tokens, lambda batch: self._generate(batch, decoding)
+        )
+
+    def in_batches(
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        answer: Callable[[Sequence[Request]], list[Completion]],
+    ) -> Iterator[Completion]:
+        """Yield what `answer` makes of batch after batch. Where the device's memory does not hold
+        one, it and those after it are halved: a request is asked until it is answered.
+        """
+        import torch
+
+        waiting = sorted(requests, key=lambda request: -len(request.ids))
+        if waiting and self._unsaid:
+            self._unsaid = False
+            self._tell(f"from the memory that is free on {self.model.device}")
+        while waiting:
+            batch, done = next(batches(waiting, max_new_tokens, self.batch_tokens)), None
+            try:
+                with self._active():
+                    done = answer(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if done is None:  # here what failed holds no memory any more
+                torch.cuda.empty_cache()
+                half = len(batch) // 2
+                self.batch_tokens = half * (len(batch[0].ids) + max_new_tokens)
+                if not self._halved:
+                    self._tell("from now on, because a larger one did not fit; nothing was lost")
+                self._halved = True
+                continue
+            waiting = waiting[len(batch) :]
+            yield from done
+
+    def _tell(self, why: str) -> None:
+        """Say the batch on stderr, beside the progress."""
+        text = f"batches of up to {self.batch_tokens:,} padded tokens, {why}"
+        print(f"{text} (batch_tokens sets the number)", file=sys.stderr, flush=True)
 
     def _active(self) -> AbstractContextManager[Any]:
         return self._using() if self._using else nullcontext()
-
-    def _answer(self, batch: Sequence[Request], decoding: Decoding) -> list[Completion]:
-        """Answer one batch; halve it when the device's memory is full."""
-        import torch
-
-        try:
-            return self._generate(batch, decoding)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            torch.cuda.empty_cache()
-        middle = len(batch) // 2
-        return self._answer(batch[:middle], decoding) + self._answer(batch[middle:], decoding)
 
     def _generate(self, batch: Sequence[Request], decoding: Decoding) -> list[Completion]:
         import torch

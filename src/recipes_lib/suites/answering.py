@@ -46,6 +46,7 @@ class AnswerSet:
     models: tuple[str, ...] = ()
     seconds: float = 0.0
     tokens: int = 0
+    batch_tokens: int | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     def text(self, question_id: str, turn: int = 1, draw: int = 1) -> str:
@@ -70,7 +71,11 @@ class AnswerSet:
     def facts(self, max_identical_fraction: float) -> AnswerFacts:
         """Return what a log says about the answers."""
         rows = self.rows.values()
-        speed = Speed(new_tokens=self.tokens, seconds=round(self.seconds, 1))
+        speed = Speed(
+            new_tokens=self.tokens,
+            seconds=round(self.seconds, 1),
+            batch_tokens=self.batch_tokens,
+        )
         return AnswerFacts(
             name=self.name,
             models=list(self.models),
@@ -156,6 +161,7 @@ def answer_questions(
         models=(model.name_or_path,),
         seconds=writer.seconds,
         tokens=writer.tokens,
+        batch_tokens=getattr(writer.engine, "batch_tokens", None),  # a server makes its own
         details={
             "decoding": decoding.to_dict(),
             "dtype": model.dtype,
