@@ -1,0 +1,431 @@
+"""What one micro-batch costs a GPU, counted without one: kernels launched, bytes that they read and
+write, waits of the processor for the GPU, and logits of whole rows in float32.
+
+    python benchmarks/step_budget.py [--operators] [--json FILE]
+
+The trainer is the real one, around the recipe's model with two and with three layers; each of the
+others costs the same again. The batch is real, so that what looks at it takes the branch it takes
+in a training; weights and activations have shapes and no data. They lie on the processor, where
+autograd runs without a GPU: `on_a_gpu` puts the operators in place that a GPU would be given. No
+time is measured.
+
+Counted is the first micro-batch of a step: those after it add to gradients that are there, one
+launch for each trained tensor. An operator is one kernel that reads its inputs once and writes its
+results once, `_KERNELS` apart: what caches save, and what a kernel reads twice, is not seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
+
+RECIPE = "llama2-7b-dolly/lora-bf16-r32"
+#: what is written over the recipe for each stage of issue 16
+STAGES = {
+    "padded": ("model.attn_implementation=sdpa",),
+    "varlen": (),
+}
+#: nearly equal, so that a padded micro-batch has a mask, and padding counts for nothing
+LENGTHS = (1024, 1023, 1022, 1021)
+# operators that launch nothing, beside views
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+# those whose value or size the processor must know before it goes on
+_WAITING = {"_local_scalar_dense", "equal", "masked_select", "masked_scatter_backward", "nonzero"}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # wait where it is by a mask
+# kernels of CUDA's, where it is not one: torch's code for the operator
+_KERNELS = {
+    "nonzero": 3,
+    "masked_select": 4,
+    "masked_scatter_backward": 4,
+    "select_backward": 2,
+    "slice_backward": 2,
+    "_scaled_dot_product_efficient_attention_backward": 2,
+    "_scaled_dot_product_flash_attention_backward": 3,
+    "_varlen_attn": 2,
+    "_varlen_attn_backward": 3,
+}
+
+
+@dataclass
+class Costs:
+    """What was counted.
+
+    Args:
+        tokens: of the micro-batch, padding counted.
+        products: bytes of matrix products, which are in `bytes` too.
+        flops: of matrix products; attention's are not among them.
+        logits: the longest tensor of tokens x vocabulary in float32, in tokens.
+        waits: where the processor waits.
+    """
+
+    tokens: int
+    launches: int = 0
+    bytes: int = 0
+    products: int = 0
+    flops: int = 0
+    logits: int = 0
+    waits: list[str] = field(default_factory=list)
+    operators: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes for each computed token."""
+        return self.bytes / self.tokens
+
+    def with_layers(self, one_more: Costs, layers: int) -> Costs:
+        """Return the costs with so many layers more, from those with one more."""
+
+        def number(name: str) -> int:
+            less = getattr(self, name)
+            return less + layers * (getattr(one_more, name) - less)
+
+        numbers = {name: number(name) for name in ("launches", "bytes", "products", "flops")}
+        waits = self.waits + layers * one_more.waits[len(self.waits) :]
+        each = {
+            name: self.operators[name] + layers * (count - self.operators[name])
+            for name, count in one_more.operators.items()
+        }
+        return Costs(
+            self.tokens, **numbers, logits=self.logits, waits=waits, operators=Counter(each)
+        )
+
+
+class Trace(TorchDispatchMode):
+    """Counts the operators that run inside it.
+
+    Args:
+        fake: where tensors without data live.
+        vocabulary: the width of logits.
+    """
+
+    def __init__(self, fake: FakeTensorMode, tokens: int, vocabulary: int) -> None:
+        super().__init__()
+        self.fake, self.vocabulary = fake, vocabulary
+        self.costs = Costs(tokens)
+
+    def launch(self, name: str, *tensors: torch.Tensor, kernels: int = 1, flops: int = 0) -> None:
+        """Count what reads or writes these tensors."""
+        costs, moved = self.costs, sum(one.nbytes for one in tensors)
+        costs.launches += kernels
+        costs.bytes += moved
+        costs.operators[name] += kernels
+        costs.flops += flops
+        costs.products += moved if flops else 0
+
+    def _wait(self, name: str) -> None:
+        """Note where it is waited; in the backward pass no line of Python tells."""
+        frames = [
+            f"{Path(one.filename).name}:{one.lineno}"
+            for one in traceback.extract_stack()
+            if not one.filename.startswith((str(HERE), str(Path(torch.__file__).parent)))
+        ]
+        self.costs.waits.append(f"{name} ({frames[-1]})")
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs, schema = kwargs or {}, function._schema
+        name = schema.name.rpartition("::")[2]
+        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        masks = [one for one in args[1] if _is_mask(one)] if name in _INDEXING else []
+        if masks or name in _WAITING:
+            self._wait(name)
+        if masks:  # what a GPU makes of it, with the number that the batch tells
+            self.launch("nonzero", *masks, kernels=_KERNELS["nonzero"])
+            args = (args[0], _positions(args[1]), *args[2:])
+        result = self._run(function, name, inputs, args, kwargs)
+        made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        views = any(one.alias_info and not one.alias_info.is_write for one in schema.returns)
+        if made and not views and name not in _FREE:
+            flops = _flops(name, inputs, made[0])
+            self.launch(name, *inputs, *made, kernels=_KERNELS.get(name, 1), flops=flops)
+            for one in made:
+                if one.dtype == torch.float32 and one.shape[-1:] == (self.vocabulary,):
+                    rows = one.numel() // self.vocabulary
+                    self.costs.logits = max(self.costs.logits, rows)
+        return result
+
+    def _run(
+        self, function: Any, name: str, inputs: Sequence[torch.Tensor], args: Any, kwargs: Any
+    ) -> Any:
+        """Compute what is known of the batch, and the shape of everything else."""
+        if not inputs:  # a new tensor: whole numbers may be of the batch, others are large
+            whole = name == "arange" or not (kwargs.get("dtype") or torch.float32).is_floating_point
+            with ExitStack() as stack:
+                if not whole:
+                    stack.enter_context(self.fake)
+                return function(*args, **kwargs)
+        without_data = any(isinstance(one, FakeTensor) for one in inputs)
+        if without_data and name in ("masked_select", "masked_scatter_backward"):
+            grad, mask = args[:2]
+            found = torch.ops.aten.index.Tensor(grad, _positions([mask]))
+            return found if name == "masked_select" else found.new_empty(args[2])
+        if without_data and function._schema.is_mutable and not isinstance(inputs[0], FakeTensor):
+            return inputs[0]  # a count that activations are added to
+        return function(*args, **kwargs)
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool
+
+
+def _positions(indices: Sequence[Any]) -> list[Any]:
+    """Return indices without masks."""
+    found: list[Any] = []
+    for one in indices:
+        found += one.nonzero().unbind(1) if _is_mask(one) else [one]
+    return found
+
+
+def _flops(name: str, inputs: Sequence[torch.Tensor], product: torch.Tensor) -> int:
+    """Return the operations of a matrix product, 0 for everything else."""
+    if name not in ("mm", "bmm", "addmm", "addmm_float32"):
+        return 0
+    left = inputs[1] if name.startswith("addmm") else inputs[0]
+    return 2 * product.numel() * left.shape[-1]
+
+
+# ---- What a GPU would be given ----
+
+
+class _Triton:
+    """Stands for a Triton kernel, which `kernel[grid](...)` launches."""
+
+    def __init__(self, name: str, launch: Callable[..., None]) -> None:
+        self.name, self.launch = name, launch
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            tensors = [one for one in args if isinstance(one, torch.Tensor)]
+            self.launch(self.name, *tensors)
+
+        return run
+
+
+def _dropout(
+    values: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    return torch.ops.aten.native_dropout(values, p, True)[0] if training and p else values
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """The kernel that CUDA takes: flash without a mask, the memory-efficient one with it, which
+    gets the mask as numbers.
+    """
+    if attn_mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, scale=scale
+        )[0]
+    bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -float("inf"))
+    bias = bias.expand(query.shape[0], query.shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+@contextmanager
+def on_a_gpu(launch: Callable[..., None]) -> Iterator[None]:
+    """Let the trainer of a processor choose what it would choose on a GPU of the Ampere generation
+    or newer.
+
+    Args:
+        launch: `Trace.launch` of the trace that runs.
+    """
+    from trl.kernels import chunked_logprob
+    from trl.trainer import utils
+
+    from recipes_lib.config.constraints import VARLEN
+    from recipes_lib.training import build, trainer, varlen
+
+    def choose_attention(recipe: Any, args: Any, model: Any, half: Any) -> None:
+        if recipe.model.attn_implementation in (None, VARLEN):
+            varlen.use_varlen(model)
+
+    def addmm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+        flops = _flops("addmm_float32", (total, left, right), total)
+        launch("addmm_float32", total, left, right, total, flops=flops)
+
+    instead = [
+        (torch.nn.functional, "dropout", _dropout),
+        (torch.nn.functional, "scaled_dot_product_attention", _sdpa),
+        (build, "choose_attention", choose_attention),
+        (trainer, "can_score_itself", lambda model: False),
+        (utils, "_use_triton", lambda device: True),
+        (chunked_logprob, "_use_triton", lambda device: True),
+        (chunked_logprob, "triton", SimpleNamespace(cdiv=lambda size, part: -(-size // part))),
+        (chunked_logprob, "_forward_kernel", _Triton("head forward", launch)),
+        (chunked_logprob, "_backward_kernel", _Triton("head backward", launch)),
+        (chunked_logprob, "_addmm_fp32", addmm),
+    ]
+    with ExitStack() as stack:
+        for where, name, value in instead:
+            stack.enter_context(patch.object(where, name, value, create=True))
+        yield
+
+
+# ---- One micro-batch ----
+
+
+def micro_batch_costs(
+    words: Sequence[str], config: Mapping[str, Any] | None = None, lengths: Sequence[int] = LENGTHS
+) -> Costs:
+    """Return what one micro-batch of a recipe costs, forward and backward.
+
+    Args:
+        words: what is written over `RECIPE`.
+        config: the model's config.json; absent, that of the recipe's model.
+        lengths: tokens of the examples, half of which are learnt.
+    """
+    from recipes_lib.config.recipe import load_recipe
+    from recipes_lib.models.known import known_facts
+
+    own = [f"train.per_device_train_batch_size={len(lengths)}", 'train.eval_strategy="no"']
+    recipe = load_recipe(RECIPE, [*own, *words])
+    config = config or known_facts()[recipe.model.name_or_path].config
+    two, three = (
+        _traced(recipe, {**config, "num_hidden_layers": count}, lengths) for count in (2, 3)
+    )
+    return two.with_layers(three, int(config["num_hidden_layers"]) - 2)
+
+
+def _traced(recipe: Any, config: dict[str, Any], lengths: Sequence[int]) -> Costs:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    traces: list[Trace] = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        on_a_gpu(lambda *args, **kwargs: traces[-1].launch(*args, **kwargs)),
+    ):
+        trainer, examples = _trainer(recipe, config, lengths, Path(folder))
+        model = trainer.accelerator.prepare(trainer.model).train()
+        _forget_data(model, fake)
+        batch = trainer.data_collator(examples)
+        learnt = (batch["labels"][:, 1:] != -100).sum()
+        traces.append(Trace(fake, batch["input_ids"].numel(), config["vocab_size"]))
+        with traces[-1]:
+            trainer.training_step(model, batch, learnt)
+    return traces[-1].costs
+
+
+def _trainer(
+    recipe: Any, config: dict[str, Any], lengths: Sequence[int], folder: Path
+) -> tuple[Any, list[dict[str, Any]]]:
+    """Return the trainer of a recipe, around a model whose weights nobody has written, and the
+    examples of a micro-batch.
+    """
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from recipes_lib.config.upstream import build_sft_config
+    from recipes_lib.core.run_directory import RunDirectory
+    from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.training.batches import ROW
+    from recipes_lib.training.build import build_trainer
+    from recipes_lib.training.stopping import StopRequest
+
+    rows = [
+        {"input_ids": [1] * size, "labels": [-100] * (size // 2) + [1] * (size - size // 2)}
+        for size in lengths
+    ]
+    ids = [{"example_id": str(number)} for number in range(len(rows))]
+    train = Dataset.from_list([row | one for row, one in zip(rows, ids, strict=True)])
+    data = PreparedData(train, None, None, {}, {}, fingerprint="", prompt_format_hash="")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**config), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    model.to_empty(device="cpu")  # memory that nobody touches is never taken
+    run = RunDirectory("budget", folder)
+    args = build_sft_config(recipe, run.checkpoints, world_size=1)
+    stop = StopRequest(folder / "STOP")
+    trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, {})
+    return trainer, [row | {ROW: number} for number, row in enumerate(rows)]
+
+
+def _forget_data(model: torch.nn.Module, fake: FakeTensorMode) -> None:
+    """Put tensors without data in place of a model's own."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = fake.from_tensor(old).detach()
+                module._parameters[name] = torch.nn.Parameter(new, old.requires_grad)
+        for name, old in module._buffers.items():
+            if old is not None:
+                module._buffers[name] = fake.from_tensor(old)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Count every stage, print the table, write it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--operators", action="store_true", help="name the operators too")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(argv)
+    from measuring import write_record
+
+    print(f"{RECIPE}, one micro-batch, forward and backward; counted, nothing is measured")
+    print(
+        "| stage | tokens | launches | MB per token | of these products | waits | float32 logits |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    rows = []
+    for stage, words in STAGES.items():
+        costs = micro_batch_costs(words)
+        moved, products = (one / costs.tokens / 1e6 for one in (costs.bytes, costs.products))
+        print(
+            f"| {stage} | {costs.tokens:,} | {costs.launches:,} | {moved:.1f} | {products:.1f}"
+            f" | {len(costs.waits)} | {costs.logits:,} |",
+            flush=True,
+        )
+        rows.append(
+            {
+                "stage": stage,
+                "tokens": costs.tokens,
+                "launches": costs.launches,
+                "mb_per_token": moved,
+                "waits": costs.waits,
+                "float32_logits": costs.logits,
+                "operators": dict(costs.operators.most_common()),
+            }
+        )
+    for row in rows:
+        print(f"{row['stage']} waits at: {', '.join(row['waits']) or 'nothing'}")
+        if options.operators:
+            print("  " + ", ".join(f"{name} {count:,}" for name, count in row["operators"].items()))
+    if options.json:
+        write_record(options.json, {"recipe": RECIPE, "lengths": LENGTHS, "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
