@@ -53,9 +53,6 @@ EXTRAS = {
         "tensorboard>=2.20",
     ],
     "gpu": ["liger-kernel>=0.8.2"],
-    # Attention kernels of the Hub. transformers takes a narrow range of versions and says itself
-    # which.
-    "kernels": ["transformers[kernels]"],
     "tracking": ["tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
 }
 

@@ -22,7 +22,6 @@ from recipes_lib.weights.base import PACKAGED_MODELS, PREFIX, packaged_folder
 
 _GIB = 1024**3
 REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"
-KERNELS = "pip install -c constraints.txt -e '.[kernels]'"
 OPTIONAL = {  # extra of setup.py -> its packages and the setting that needs each
     "gpu": {"liger-kernel": "train.use_liger_kernel"},
     "tracking": {name: f"train.report_to: {name}" for name in ("tensorboard", "trackio", "wandb")},
@@ -173,22 +172,23 @@ def check_attention() -> Iterator[DoctorLine]:
     """Attention kernels that are installed, and whether transformers takes their version."""
     import torch
     from packaging.requirements import Requirement
-    from transformers.dependency_versions_table import deps
 
+    from recipes_lib.config.upstream import get_kernels, kernels_wanted_and_found
     from recipes_lib.training.varlen import why_not_here
 
     found = ["flash-attn"] if importlib.util.find_spec("flash_attn") else []
-    wanted, installed = Requirement(deps["kernels"]), _version("kernels")
-    if installed and wanted.specifier.contains(installed, prereleases=True):
+    wanted, installed = kernels_wanted_and_found()
+    taken = Requirement(wanted).specifier
+    if installed and taken.contains(installed, prereleases=True):
         found.append("kernels")
     elif installed:
-        what = f"kernels {installed} is not taken by transformers, which wants {wanted.specifier}"
-        yield _warn(f"{what}: no kernels-community/ attention", KERNELS)
+        what = f"kernels {installed} is not taken by transformers, which wants {taken}"
+        yield _warn(f"{what}: no kernels-community/ attention", get_kernels(wanted))
     if found or not torch.cuda.is_available():
         yield _ok(", ".join(["sdpa", *found]))
     elif not installed:
         if why := why_not_here(torch.bfloat16):
-            yield _note(f"sdpa; varlen {why}", KERNELS)
+            yield _note(f"sdpa; varlen {why}", "pip install flash-attn, or " + get_kernels(wanted))
         else:
             yield _ok("sdpa, varlen")
 

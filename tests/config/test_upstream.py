@@ -8,7 +8,7 @@ import pytest
 from recipes_lib.config import upstream
 from recipes_lib.config.check import check_upstream
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 
 QLORA = """\
 model: {name_or_path: a/b}
@@ -274,7 +274,7 @@ def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_
         (
             "model",
             "attn_implementation: kernels-community/flash-attn2",
-            ["r.yaml:2: ", "the package kernels", "'.[kernels]'"],
+            ["r.yaml:2: ", "the package kernels>=", "; it is not installed", "leave the key out"],
         ),
     ],
 )
@@ -294,3 +294,19 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
         assert entry() == code
         said = capsys.readouterr().err
         assert not [word for word in words if word not in said], said
+
+
+def test_a_version_of_kernels_that_transformers_does_not_take_is_named_before_a_training(
+    write_with, capsys, monkeypatch
+) -> None:
+    import importlib.metadata
+
+    import transformers.utils
+
+    from recipes_lib.config.upstream import check_packages
+
+    monkeypatch.setattr(transformers.utils, "is_kernels_available", lambda: False)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.17.2")
+    path = write_with("model", "attn_implementation: kernels-community/flash-attn2")
+    with pytest.raises(EnvironmentFault, match=r"kernels>=.*, and 0\.17\.2 is installed"):
+        check_packages(load_recipe(path))

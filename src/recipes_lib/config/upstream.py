@@ -9,6 +9,7 @@ rows arrive truncated.
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import inspect
 import os
 import re
@@ -135,22 +136,32 @@ def check_packages(recipe: Recipe) -> None:
         raise recipe.fault(key, f"{key}: liger-kernel is not installed", hint)
     if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
         key = "model.attn_implementation"
-        what = (
-            f"{key} {recipe.model.attn_implementation} is fetched by the package kernels;"
-            f" {wanted_kernels()} is not installed"
-        )
-        hint = (
-            "pip install -c constraints.txt -e '.[kernels]'; or leave the key out for the fastest"
-            " attention that is installed"
+        wanted, found = kernels_wanted_and_found()
+        here = f", and {found} is installed" if found else "; it is not installed"
+        what = f"{key} {recipe.model.attn_implementation} needs the package {wanted}{here}"
+        hint = "leave the key out for the fastest attention that is here, or: " + get_kernels(
+            wanted
         )
         raise recipe.fault(key, what, hint)
 
 
-def wanted_kernels() -> str:
-    """Return the requirement that the installed transformers has for the package kernels."""
+def kernels_wanted_and_found() -> tuple[str, str | None]:
+    """Return the requirement that the installed transformers has for the package kernels, and the
+    version that is installed.
+    """
     from transformers.dependency_versions_table import deps
 
-    return str(deps["kernels"])
+    try:
+        return str(deps["kernels"]), importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return str(deps["kernels"]), None
+
+
+def get_kernels(wanted: str) -> str:
+    """Return how to get the package. It is no extra of ours: transformers 5.23 and 5.24 want a
+    version that PyPI did not have when they were tried (2026-11).
+    """
+    return f"pip install '{wanted}', once PyPI has it"
 
 
 def has_accelerator() -> bool:
