@@ -33,14 +33,19 @@ INSTALL = [
 
 # The evaluation suites. alpaca_eval imports pkg_resources, which setuptools 82 removed.
 EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "httpx2>=2.12", "setuptools<82"]
+CHAT_EVALS = ["lm-eval[ifeval,math]>=0.4.13,<0.5"]
 
 EXTRAS = {
     "eval": EVAL,
+    # evals/ifeval.yaml and evals/math.yaml. Apart, because this pins an antlr4 that omegaconf's
+    # users cannot have beside theirs.
+    "chat-evals": CHAT_EVALS,
     # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would
     # compile a C++ runtime we do not use.
     "quickstart": ["gguf>=0.17", *EVAL],
     "dev": [
         *EVAL,
+        *CHAT_EVALS,
         "pytest>=9",
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",

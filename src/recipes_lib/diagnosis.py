@@ -24,6 +24,7 @@ _GIB = 1024**3
 REINSTALL = "make setup, or pip install -c constraints.txt -e '.[quickstart,dev]'"
 OPTIONAL = {  # extra of setup.py -> its packages and the setting that needs each
     "gpu": {"liger-kernel": "train.use_liger_kernel"},
+    "chat-evals": {"langdetect": "evals/ifeval.yaml", "math-verify": "evals/math.yaml"},
     "tracking": {name: f"train.report_to: {name}" for name in ("tensorboard", "trackio", "wandb")},
 }
 LAUNCH_VARIABLES = (

@@ -104,6 +104,7 @@ class Harness(Asker):
                 "suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself"
             )
         check_allowed(recipe, remote_code)
+        check_punkt(recipe)
         self._together = None if alone() else _joined()
 
     def visit(self, subject: Subject) -> list[EvalLog]:
@@ -333,6 +334,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
         _quiet(),
         _inside(recipe) as own,
         _sandboxed(recipe),
+        _missing_packages(recipe),
         subject.using() if subject.using else contextlib.nullcontext(),
     ):
         from lm_eval import simple_evaluate
@@ -353,11 +355,11 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
                     "suite.options", f"suite.options: {error}", "see lm_eval.simple_evaluate"
                 ) from None
             raise
-        except ImportError as error:  # a task's own code needs more than lm-eval brings
-            extra = "; its extras bring it: pip install 'lm_eval[ifeval,math]'"
-            raise EnvironmentFault(
-                f"{', '.join(suite.tasks or ())}: {first_line(error)}", f"install it{extra}"
-            ) from None
+        except AssertionError as error:
+            if str(error).startswith("Invalid configuration"):
+                hint = "suite.gen_kwargs={max_gen_toks: N} asks for fewer, and cuts the answers"
+                raise recipe.error("suite.gen_kwargs", first_line(error), hint) from None
+            raise
         except (ConnectionError, FileNotFoundError) as error:
             reason = first_line(error)
             hint = (
@@ -573,6 +575,45 @@ def _sandboxed(recipe: EvalRecipe) -> Iterator[None]:
         lm_eval.utils.env = usual
 
 
+def check_punkt(recipe: EvalRecipe) -> None:
+    """Fetch the tables with which IFEval finds the ends of sentences, where they are not here.
+
+    lm-eval asks for them too, goes on without, and would fail after the last answer.
+
+    Raises:
+        EnvironmentFault: they cannot be had.
+    """
+    asked = [task for task in recipe.suite.tasks or () if "ifeval" in task or task == "leaderboard"]
+    if not asked or os.environ.get("LOCAL_RANK", "0") != "0":
+        return
+    try:
+        import nltk
+
+        nltk.data.find("tokenizers/punkt_tab/english")
+    except ImportError:
+        return  # the tasks say it with the other packages that they need
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise EnvironmentFault(
+                f"{asked[0]} finds sentences with nltk's punkt_tab, which is not on this machine",
+                "with a network: python -m nltk.downloader punkt_tab",
+                "without: unpack punkt_tab.zip of nltk_data into ~/nltk_data/tokenizers, or into"
+                " the same of a folder that NLTK_DATA names",
+            ) from None
+
+
+@contextlib.contextmanager
+def _missing_packages(recipe: EvalRecipe) -> Iterator[None]:
+    """Say in one line that the code of a task needs more than lm-eval brings."""
+    try:
+        yield
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"{', '.join(recipe.suite.tasks or ())}: {first_line(error)}",
+            "IFEval and MATH: pip install -c constraints.txt -e '.[chat-evals]'",
+        ) from None
+
+
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
     """Build the tasks without a model, which fetches their data where it is not here yet; return
     the number of items.
@@ -582,9 +623,11 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
 
     Raises:
         RecipeError: a task that does not exist, or runs code that is not allowed.
+        EnvironmentFault: a task's own code needs what is not installed.
     """
     check_allowed(recipe, remote_code)
-    with _quiet(), _inside(recipe) as own, _sandboxed(recipe):
+    check_punkt(recipe)
+    with _quiet(), _inside(recipe) as own, _sandboxed(recipe), _missing_packages(recipe):
         tasks = _task_manager(recipe, own).load(list(recipe.suite.tasks or []))["tasks"]
         return sum(len(task.eval_docs) for task in tasks.values())
 
