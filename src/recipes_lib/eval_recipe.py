@@ -154,7 +154,9 @@ class GenerationSection:
         "openai: name of the environment variable that holds the key."
     )
     concurrency: int = key(
-        "openai: most requests in flight at once, fewer after 429.", 256, minimum=1
+        "openai: most requests in flight at once, fewer where the server has too much.",
+        256,
+        minimum=1,
     )
     timeout_s: float = key("openai: seconds until one attempt is given up.", 120.0, minimum=0)
     max_retries: int = key(

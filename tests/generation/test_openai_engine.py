@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import math
@@ -9,6 +10,7 @@ import resource
 import threading
 import time
 
+import httpx2
 import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
 
@@ -231,7 +233,8 @@ def test_a_reply_that_the_server_broke_off_is_asked_again_and_is_no_answer(reaso
         assert f"finish_reason {reason}" in ask(engine_for(server))["0"].error
 
 
-def test_a_server_that_can_do_less_at_once_is_asked_less_and_loses_nothing():
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_a_server_that_can_do_less_at_once_is_asked_less_and_loses_nothing(status):
     active, most, lock = [0], [0], threading.Lock()
 
     def faults(number):
@@ -242,13 +245,37 @@ def test_a_server_that_can_do_less_at_once_is_asked_less_and_loses_nothing():
         time.sleep(0.02)
         with lock:
             active[0] -= 1
-        return None if fits else "429"
+        return None if fits else status
 
     with FaultyServer(faults=faults) as server:
         done = ask(engine_for(server, concurrency=64, max_retries=2, timeout_s=10), 200)
         asked = len(server.bodies)
     assert len(done) == 200 and not any(one.error for one in done.values())
     assert most[0] > 4 and asked < 800
+
+
+@pytest.mark.parametrize("how", ["refuses connections", "is too late"])
+def test_a_server_that_is_overrun_in_another_way_is_asked_less_too(how, monkeypatch):
+    active, limits = 0, []
+    with FaultyServer() as server:
+        engine = engine_for(server, concurrency=64, max_retries=12, first_pause_s=0.001)
+
+    async def post(client, request, decoding):
+        nonlocal active
+        active += 1
+        limits.append(engine._allowed)
+        try:
+            if active > 8:
+                raise httpx2.ConnectError("refused") if how.startswith("ref") else TimeoutError
+            await asyncio.sleep(0)
+            return {"choices": [{"text": "well"}]}
+        finally:
+            active -= 1
+
+    monkeypatch.setattr(engine, "_post", post)
+    done = ask(engine, 200)
+    assert len(done) == 200 and not any(one.error for one in done.values())
+    assert limits[0] == 64 and min(limits) < 64
 
 
 def test_another_model_on_the_server_is_refused_before_anything_is_asked():

@@ -1,13 +1,14 @@
 """The engine behind an OpenAI-compatible address: vLLM, llama.cpp, SGLang, a hosted API.
 
-Requests are in flight together up to a limit, which 429 lowers and answers raise again. What may
-pass - 429, 5xx, a timeout, a dropped connection, an answer that is no JSON - is tried again a
-bounded number of times, after the pause the server asks for. What cannot pass ends at once: a wrong
-key, address or model with everything (401, 403, 404), a refused body with its request (400, 402,
-413, 422). Nothing that a server refuses is an answer. Each attempt has a time limit of its own,
-which a server that drips its answer byte by byte does not escape, and a reply a size limit, which
-one that grows on unpacking does not escape. No byte of a reply ends more than that reply, one that
-the server broke off is none, and no redirect is followed.
+Requests are in flight together up to a limit, which a server that has too much lowers (429, 503, a
+refused connection, no answer in time) and answers raise again. What may pass - 429, 5xx, a timeout,
+a dropped connection, an answer that is no JSON - is tried again a bounded number of times, after
+the pause the server asks for. What cannot pass ends at once: a wrong key, address or model with
+everything (401, 403, 404), a refused body with its request (400, 402, 413, 422). Nothing that a
+server refuses is an answer. Each attempt has a time limit of its own, which a server that drips its
+answer byte by byte does not escape, and a reply a size limit, which one that grows on unpacking
+does not escape. No byte of a reply ends more than that reply, one that the server broke off is
+none, and no redirect is followed.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ MAX_PAUSE_S = 120.0
 MAX_REPLY_BYTES = 4 << 20  # an answer takes kilobytes
 TOP_LOGPROBS = 20
 _PASSING = {408, 409, 429}
+_TOO_MUCH = {429, 503}
 _HOPELESS = {401, 403, 404}
 _BROKEN_OFF = {
     "abort",
@@ -133,13 +135,14 @@ class OpenAIEngine:
             ValueError,
             _Unusable,
         )
+        self._not_taken = httpx2.ConnectError
         self.server, self.logprobs = server, logprobs
         self.fingerprint = hash_of("openai", server.model, fingerprint)
         self.retries = 0
         self._api_key = server.key()
         self._allowed = float(
             server.concurrency
-        )  # in flight; 429 lowers it, answers raise it again
+        )  # in flight; too much for the server lowers it, answers raise it again
         self._lowered = 0.0
         self._answered = 0
         asyncio.run(self._check_served())
@@ -209,6 +212,7 @@ class OpenAIEngine:
         """Return the completion of one request, or its error after the last attempt."""
         reason, attempt, busy = "", 0, 0
         while True:
+            too_much = False  # the server takes requests, but not this one now
             pause = min(
                 self.server.first_pause_s * 2 ** (attempt + min(busy, 5)), MAX_PAUSE_S
             ) * random.uniform(0.75, 1.25)
@@ -237,20 +241,23 @@ class OpenAIEngine:
                         refused=True,
                     )
                 reason, pause = str(error), retry_after(error.headers) or pause
-                if error.status == 429:
-                    self._lower()
-                    if self._answered > answered:  # the server works, there is only too much for it
-                        busy += 1
-                        attempt -= 1
+                too_much = error.status in _TOO_MUCH
             except TimeoutError:
                 reason = f"no answer within {self.server.timeout_s:g} s"
+                self._lower()  # it may have waited behind the others; it counts, it was taken
             except self._faults as error:
+                too_much = isinstance(error, self._not_taken)
                 reason = (
                     str(error)
                     if isinstance(error, _Unusable)
                     else f"{type(error).__name__}: {error}"
                 )
-            attempt += 1
+            if too_much:
+                self._lower()
+            if too_much and self._answered > answered:  # the server works
+                busy += 1
+            else:
+                attempt += 1
             if attempt > self.server.max_retries:
                 return Completion(key=request.key, error=reason)
             self.retries += 1

@@ -79,7 +79,8 @@ class JudgeSection:
         "Environment variable that holds the server's key; the key itself never stands in a file."
     )
     concurrency: int = key(
-        "Most requests in flight at once, fewer after 429; openai engine only.", 256
+        "Most requests in flight at once, fewer where the server has too much; openai engine only.",
+        256,
     )
     mode: Literal["generate", "logits"] = key(
         "Read the verdict from the text, or from the next-token probabilities of the allowed"
