@@ -7,7 +7,8 @@ The trainer is the real one, around the recipe's model with two and with three l
 others costs the same again. The batch is real, so that what looks at it takes the branch it takes
 in a training; weights and activations have shapes and no data. They lie on the processor, where
 autograd runs without a GPU: `on_a_gpu` puts the operators in place that a GPU would be given. No
-time is measured.
+time is measured. Of a compiled block inductor's kernels are counted, as its scheduler for Triton
+fuses them; no code is made of them.
 
 Counted is the first micro-batch of a step: those after it add to gradients that are there, one
 launch for each trained tensor. An operator is one kernel that reads its inputs once and writes its
@@ -23,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,8 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
@@ -42,9 +44,11 @@ RECIPE = "llama2-7b-dolly/lora-bf16-r32"
 STAGES = {
     "padded": ("model.attn_implementation=sdpa",),
     "varlen": (),
+    "compiled": ("train.torch_compile=true",),
 }
 #: nearly equal, so that a padded micro-batch has a mask, and padding counts for nothing
 LENGTHS = (1024, 1023, 1022, 1021)
+_compile = torch.compile
 # operators that launch nothing, beside views
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 # those whose value or size the processor must know before it goes on
@@ -107,6 +111,14 @@ class Costs:
             self.tokens, **numbers, logits=self.logits, waits=waits, operators=Counter(each)
         )
 
+    def launch(self, name: str, moved: int, kernels: int = 1, flops: int = 0) -> None:
+        """Count an operator that moves so many bytes."""
+        self.launches += kernels
+        self.bytes += moved
+        self.operators[name] += kernels
+        self.flops += flops
+        self.products += moved if flops or name == "mm" else 0
+
 
 class Trace(TorchDispatchMode):
     """Counts the operators that run inside it.
@@ -123,12 +135,7 @@ class Trace(TorchDispatchMode):
 
     def launch(self, name: str, *tensors: torch.Tensor, kernels: int = 1, flops: int = 0) -> None:
         """Count what reads or writes these tensors."""
-        costs, moved = self.costs, sum(one.nbytes for one in tensors)
-        costs.launches += kernels
-        costs.bytes += moved
-        costs.operators[name] += kernels
-        costs.flops += flops
-        costs.products += moved if flops else 0
+        self.costs.launch(name, sum(one.nbytes for one in tensors), kernels, flops)
 
     def _wait(self, name: str) -> None:
         """Note where it is waited; in the backward pass no line of Python tells."""
@@ -276,6 +283,7 @@ def on_a_gpu(launch: Callable[..., None]) -> Iterator[None]:
         (torch.nn.functional, "dropout", _dropout),
         (torch.nn.functional, "scaled_dot_product_attention", _sdpa),
         (build, "choose_attention", choose_attention),
+        (torch, "compile", lambda function, **_: function),  # `_compiled` counts it
         (trainer, "can_score_itself", lambda model: False),
         (utils, "_use_triton", lambda device: True),
         (chunked_logprob, "_use_triton", lambda device: True),
@@ -309,28 +317,115 @@ def micro_batch_costs(
     own = [f"train.per_device_train_batch_size={len(lengths)}", 'train.eval_strategy="no"']
     recipe = load_recipe(RECIPE, [*own, *words])
     config = config or known_facts()[recipe.model.name_or_path].config
-    two, three = (
+    (two, block), (three, _) = (
         _traced(recipe, {**config, "num_hidden_layers": count}, lengths) for count in (2, 3)
     )
-    return two.with_layers(three, int(config["num_hidden_layers"]) - 2)
+    layers = int(config["num_hidden_layers"])
+    if block is None:
+        return two.with_layers(three, layers - 2)
+    around = two.with_layers(three, -2)
+    one_more = replace(
+        around,
+        operators=around.operators + block.operators,
+        **{
+            name: getattr(around, name) + getattr(block, name)
+            for name in ("launches", "bytes", "products")
+        },
+    )
+    return around.with_layers(one_more, layers)
 
 
-def _traced(recipe: Any, config: dict[str, Any], lengths: Sequence[int]) -> Costs:
+def _traced(
+    recipe: Any, config: dict[str, Any], lengths: Sequence[int]
+) -> tuple[Costs, Costs | None]:
+    """Return the costs of a micro-batch with every operator launched by itself, and those of one
+    block where the recipe has blocks compiled.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     traces: list[Trace] = []
+    calls: list[tuple[Any, Any, Any]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
         on_a_gpu(lambda *args, **kwargs: traces[-1].launch(*args, **kwargs)),
     ):
         trainer, examples = _trainer(recipe, config, lengths, Path(folder))
         model = trainer.accelerator.prepare(trainer.model).train()
-        _forget_data(model, fake)
+        _replace_tensors(model, fake.from_tensor)
+        for block in model.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                block.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
         batch = trainer.data_collator(examples)
         learnt = (batch["labels"][:, 1:] != -100).sum()
         traces.append(Trace(fake, batch["input_ids"].numel(), config["vocab_size"]))
         with traces[-1]:
             trainer.training_step(model, batch, learnt)
-    return traces[-1].costs
+        costs = traces[-1].costs
+        compiled = recipe.train.get("torch_compile")
+        return costs, _compiled(*calls[1], costs.tokens) if compiled else None
+
+
+def _compiled(block: Any, args: Any, kwargs: Any, tokens: int) -> Costs:
+    """Return the costs of a block, compiled, forward and backward.
+
+    Args:
+        args: what the second block is called with; the first has nothing trained before it.
+    """
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._inductor import compile_fx, config
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+    from torch._inductor.virtualized import V
+
+    costs = Costs(tokens)
+
+    def count(graph: Any, inputs: Any, **options: Any) -> Callable[..., Any]:
+        fake = detect_fake_mode(inputs)
+        compile_fx.record_original_output_strides(graph)
+        with V.set_fake_mode(fake), DebugContext():
+            compile_fx._recursive_post_grad_passes(graph, is_inference=False)
+            lowered = GraphLowering(
+                graph,
+                example_inputs=inputs,
+                shape_env=fake.shape_env,
+                is_backward=options.get("is_backward", False),
+            )
+            with V.set_graph_handler(lowered), V.set_extern_kernel_nodes([]):
+                lowered.run(*inputs)
+                lowered._update_scheduler()
+                for node in lowered.scheduler.nodes:
+                    name = "fused"
+                    if isinstance(node, ExternKernelSchedulerNode):
+                        called = getattr(node.node, "op_overload", None)
+                        name = called._schema.name.rpartition("::")[2] if called else ""
+                    if name and not isinstance(node, NopKernelSchedulerNode):
+                        moved = node.get_read_write_buffers_sizes()
+                        costs.launch(name, moved, _KERNELS.get(name, 1))
+        results = [
+            one.meta["val"] if isinstance(one, torch.fx.Node) else one
+            for one in graph.graph.output_node().args[0]
+        ]
+
+        def run(_: Any) -> Any:
+            return [empty(one) for one in results]
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def empty(one: Any) -> Any:
+        if not isinstance(one, torch.Tensor):
+            return one
+        return torch.empty(one.shape, dtype=one.dtype)
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        return compile_fx.compile_fx(graph, inputs, inner_compile=count)
+
+    block = _replace_tensors(block, empty)
+    (hidden, *args), kwargs = tree_map(empty, (args, kwargs))
+    with patch.object(config, "cpu_backend", "triton"), torch.autocast("cpu", torch.bfloat16):
+        result = _compile(block.forward, backend=backend)(hidden.requires_grad_(), *args, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).sum().backward()
+    return costs
 
 
 def _trainer(
@@ -371,16 +466,17 @@ def _trainer(
     return trainer, [row | {ROW: number} for number, row in enumerate(rows)]
 
 
-def _forget_data(model: torch.nn.Module, fake: FakeTensorMode) -> None:
-    """Put tensors without data in place of a model's own."""
+def _replace_tensors(model: Any, make: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Put other tensors in place of a model's own."""
     for module in model.modules():
         for name, old in module._parameters.items():
             if old is not None:
-                new = fake.from_tensor(old).detach()
+                new = make(old).detach()
                 module._parameters[name] = torch.nn.Parameter(new, old.requires_grad)
         for name, old in module._buffers.items():
             if old is not None:
-                module._buffers[name] = fake.from_tensor(old)
+                module._buffers[name] = make(old)
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from recipes_lib.training.trainer import RecipeTrainer
 LIMITS = {
     "padded": (8_036, 176.6, 6),
     "varlen": (8_275, 174.2, 4),
+    "compiled": (3_621, 67.8, 4),
 }
 
 
@@ -36,7 +37,7 @@ def test_a_micro_batch_costs_no_more_than_its_budget(stage: str) -> None:
 
 
 def test_a_costly_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    original, before = RecipeTrainer.compute_loss, micro_batch_costs((), lengths=(30, 20))
+    original = RecipeTrainer.compute_loss
 
     def costly(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if int(inputs["labels"].max()) > 0:  # waits for the GPU
@@ -45,7 +46,6 @@ def test_a_costly_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(RecipeTrainer, "compute_loss", costly)
-    after = micro_batch_costs((), lengths=(30, 20))
-    assert len([one for one in after.waits if "test_step_budget.py" in one]) == 1
-    assert (before.logits, after.logits) == (0, 50)
-    assert before.tokens == after.tokens == 50
+    costs = micro_batch_costs((), lengths=(30, 20))
+    assert any("test_step_budget.py" in place for place in costs.waits), costs.waits
+    assert costs.logits == costs.tokens == 50
