@@ -19,8 +19,7 @@ from recipes_lib.models.shapes import ModelShape, shape_of_config
 from recipes_lib.planning.lengths import dolly_lengths
 from recipes_lib.planning.memory import memory_of
 from recipes_lib.planning.settings import Settings, adapter_of
-from recipes_lib.training.cpu import loss
-from recipes_lib.training.cpu.loss import add_token_loss
+from recipes_lib.training import loss
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA_2_7B = {
@@ -90,8 +89,9 @@ def build_model(
             model = LlamaForCausalLM(LlamaConfig(**plain, attn_implementation="sdpa"))
     finally:
         torch.set_default_dtype(default)
-    add_token_loss(model)
+    loss.add_token_loss(model)
     if device != "cpu":
+        loss.gradient_is_made_at_once = lambda device: True  # TRL's kernels are not there
         loss.TOKENS_PER_TILE = 2048  # a GPU wants larger products than a cache does
     if dropout is None:
         return model.train()

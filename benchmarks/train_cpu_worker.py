@@ -260,7 +260,7 @@ def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
     )
     if our_loss:
         from recipes_lib.training.cpu.attention import use_document_attention
-        from recipes_lib.training.cpu.loss import add_token_loss
+        from recipes_lib.training.loss import add_token_loss
 
         use_document_attention(model)
         add_token_loss(model)

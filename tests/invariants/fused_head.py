@@ -9,13 +9,13 @@ from typing import Any
 
 
 def main() -> int:
-    from trl.trainer import utils
+    from trl.kernels import ChunkedLogProbFunction
 
     from recipes_lib.train import main as train
-    from recipes_lib.training import trainer
+    from recipes_lib.training import loss
 
-    trainer.can_score_itself = lambda model: False
-    function: Any = utils._ChunkedLogProbFunction
+    loss.gradient_is_made_at_once = lambda device: False
+    function: Any = ChunkedLogProbFunction
     original, seen = function.forward, set[str]()
 
     def forward(ctx: Any, hidden: Any, *rest: Any) -> Any:

@@ -31,14 +31,10 @@ LENGTHS = [5, 9, 2, 7, 3, 8, 4, 6, 1, 11, 12, 10, 13]
 
 def padded(examples: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     longest = max(len(example["input_ids"]) for example in examples)
-    return {
-        "input_ids": torch.tensor(
-            [
-                example["input_ids"] + [0] * (longest - len(example["input_ids"]))
-                for example in examples
-            ]
-        )
-    }
+    ids = [
+        example["input_ids"] + [0] * (longest - len(example["input_ids"])) for example in examples
+    ]
+    return {"input_ids": torch.tensor(ids), "labels": torch.tensor(ids)}
 
 
 def test_a_filler_stands_in_no_batch_with_other_rows_and_alone_it_is_a_batch_without_rows() -> None:
@@ -147,7 +143,8 @@ def collate(lengths: list[int], padding_free: bool) -> dict[str, torch.Tensor]:
         {"input_ids": list(range(100 * index + 1, 100 * index + 1 + length))}
         for index, length in enumerate(lengths)
     ]
-    return DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)(rows)
+    collator = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
+    return RowTrackingCollator(collator)(rows)
 
 
 @given(lengths=SOME_LENGTHS, cap=st.integers(2, 200))

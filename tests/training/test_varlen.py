@@ -15,6 +15,7 @@ import pytest
 import torch
 from tests.families import build_family
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -22,14 +23,45 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.upstream import build_sft_config
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.models.architectures import why_not_varlen
-from recipes_lib.training import varlen
+from recipes_lib.train import main
+from recipes_lib.training import loss, varlen
 from recipes_lib.training.build import choose_attention, padding_costs_nothing_to_drop
+from recipes_lib.training.cpu import attention as cpu_attention
+from recipes_lib.training.trainer import RecipeTrainer
 
 GENERATOR = torch.Generator().manual_seed(3)
 ROWS = [
     torch.randint(3, 500, (length,), generator=GENERATOR).tolist() for length in (41, 1, 70, 33)
 ]
 COMPUTED = ["llama", "qwen3", "gemma3_text", "olmo3", "smollm3", "ministral3", "phi3", "qwen3_moe"]
+
+
+DEPENDENT = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operators whose result a processor has to read before it can go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        masks = [
+            one
+            for one in (args[1] if func.overloadpacket in INDEXING else ())
+            if one is not None and one.dtype in (torch.bool, torch.uint8)
+        ]
+        looks = DEPENDENT & {*func.tags} and func.overloadpacket not in INDEXING
+        if masks or looks:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+INDEXING = {torch.ops.aten.index, torch.ops.aten.index_put, torch.ops.aten.index_put_}
+INDEXING |= {torch.ops.aten._unsafe_index, torch.ops.aten._index_put_impl_}
 
 
 def masked_attention(
@@ -242,3 +274,36 @@ def test_what_was_asked_for_and_cannot_be_had_is_refused_and_not_replaced(
     with pytest.raises(RecipeError, match="varlen needs a GPU of the Ampere generation or newer"):
         chosen(tiny_recipe, tiny_model_dir, "model.attn_implementation=varlen")
     assert chosen(tiny_recipe, tiny_model_dir) == ("sdpa", False)  # not asked for
+
+
+def test_nothing_inside_a_micro_batch_waits_for_the_gpu(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward of a whole training as a GPU runs it, but for the two kernels."""
+
+    def by_bounds(*args: Any, **options: Any) -> torch.Tensor:
+        query, key, value, bounds = args[:4]
+        assert type(args[5]) is int and options["window_size"] == (-1, 0)
+        example = torch.bucketize(torch.arange(len(query)), bounds, right=True)
+        seen = (example[:, None] == example[None]).tril()
+        rows = (one.transpose(0, 1)[None] for one in (query, key, value))
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *rows, seen, scale=options["scale"], enable_gqa=options["enable_gqa"]
+        )
+        return out[0].transpose(0, 1)
+
+    monkeypatch.setattr(varlen, "varlen_attn", by_bounds)
+    monkeypatch.setattr(cpu_attention, "use_document_attention", varlen.use_varlen)
+    monkeypatch.setattr(loss, "gradient_is_made_at_once", lambda device: False)
+    train, waits, losses = RecipeTrainer.training_step, [], []
+
+    def watched(self: RecipeTrainer, *args: Any) -> torch.Tensor:
+        with Waits() as here:
+            losses.append(train(self, *args))
+        waits.append(here.found)
+        return losses[-1]
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", watched)
+    words = ["train.max_steps=2", "train.eval_strategy='no'", "train.save_strategy='no'"]
+    assert main([str(tiny_recipe), *words]) == 0
+    assert waits == [[]] * 4 and all(float(one) > 0 for one in losses)

@@ -21,7 +21,7 @@ from recipes_lib.planning.targets import Adapted
 # norms that multiply by their weights in float32, and blocks without a norm before attention
 _FLOAT_NORMS = ("gemma", "olmo", "cohere")
 _NORMED_BEHIND = {"olmo2", "olmo3", "exaone4"}
-# tiles of TRL's fused LM head, and of `training.cpu.loss`
+# tiles of TRL's fused LM head, and of `training.loss`
 CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128
 
 

@@ -23,9 +23,12 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, LengthGroupedSampler
 
+from recipes_lib.training.loss import supervised_places
+
 Batch = dict[str, Any]
 """What a collator makes of examples, or one example: tensors or lists by name."""
 ROW = "example_row"
+SUPERVISED = "supervised"
 FILLER = -1
 """The row number of a row without loss."""
 FILLER_TOKENS = 2
@@ -122,7 +125,8 @@ class RebalancedRows(BatchRebalanceSampler):
 
 class RowTrackingCollator:
     """Wraps a collator: takes the row number out of each example and passes it on as a tensor of
-    shape (examples,), so that a loss that is not finite can name its examples.
+    shape (examples,), so that a loss that is not finite can name its examples; and adds where the
+    supervised tokens are.
     """
 
     def __init__(self, collate: Callable[[list[Batch]], Batch]) -> None:
@@ -142,7 +146,22 @@ class RowTrackingCollator:
         )
         if rows or not real:
             batch[ROW] = torch.tensor(rows, dtype=torch.long)
+        batch[SUPERVISED] = supervised_places(batch["labels"])
         return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on a GPU without waiting for it, which a copy from memory that may be paged
+    out does.
+    """
+    if device.type != "cuda":
+        return batch
+    return {
+        key: value.pin_memory().to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
+        else value
+        for key, value in batch.items()
+    }
 
 
 def name_rows(rows: Sequence[int], ids: Sequence[str], at_most: int = 12) -> str:
@@ -174,10 +193,12 @@ def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
     if (mask := batch.get("attention_mask")) is not None:
         lengths = mask.sum(1).tolist()
         return [
-            {
-                key: batch[key][rows, : max(lengths[row] for row in rows)]
-                for key in ("input_ids", "labels", "attention_mask")
-            }
+            _with_supervised(
+                {
+                    key: batch[key][rows, : max(lengths[row] for row in rows)]
+                    for key in ("input_ids", "labels", "attention_mask")
+                }
+            )
             for rows in _groups(lengths, max_tokens, padded=True)
         ]
     bounds = _bounds(batch["position_ids"])
@@ -185,7 +206,8 @@ def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
     for rows in _groups(bounds.diff().tolist(), max_tokens, padded=False):
         tokens = slice(int(bounds[rows[0]]), int(bounds[rows[-1] + 1]))
         piece = {key: batch[key][:, tokens] for key in ("input_ids", "labels")}
-        pieces.append(piece | _for_kernels(batch["position_ids"][:, tokens]))
+        piece |= _for_kernels(batch["position_ids"][:, tokens])
+        pieces.append(_with_supervised(piece))
     return pieces
 
 
@@ -194,7 +216,9 @@ def filler(like: Batch) -> Batch:
     than another: collectives must meet.
     """
     ids = torch.zeros(1, FILLER_TOKENS, dtype=torch.long, device=like["input_ids"].device)
-    piece = {"input_ids": ids, "labels": torch.full_like(ids, -100), ROW: ids[0, :0]}
+    nothing = ids[0, :0]
+    labels = torch.full_like(ids, -100)
+    piece = {"input_ids": ids, "labels": labels, SUPERVISED: nothing, ROW: nothing}
     if "attention_mask" in like:
         return piece | {"attention_mask": torch.ones_like(ids)}
     return piece | _for_kernels(torch.arange(FILLER_TOKENS, device=ids.device)[None])
@@ -212,6 +236,10 @@ def _groups(lengths: list[int], max_tokens: int, padded: bool) -> Iterator[list[
             group = []
         group.append(index)
     yield group
+
+
+def _with_supervised(piece: Batch) -> Batch:
+    return {**piece, SUPERVISED: supervised_places(piece["labels"])}
 
 
 def _bounds(position_ids: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,7 @@ from recipes_lib.models.architectures import adds_router_loss, training_settings
 from recipes_lib.training import checkpoints
 from recipes_lib.training.batches import (
     ROW,
+    SUPERVISED,
     Batch,
     EpochRows,
     LengthGroups,
@@ -50,9 +51,10 @@ from recipes_lib.training.batches import (
     filler,
     name_rows,
     split_batch,
+    to_device,
     with_training_filler,
 )
-from recipes_lib.training.cpu.loss import add_token_loss, can_score_itself
+from recipes_lib.training.loss import add_token_loss, can_score_itself
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.resume_guard import differences
 from recipes_lib.training.stopping import EvaluationStopped, StopCallback, StopRequest
@@ -144,7 +146,7 @@ class RecipeTrainer(SFTTrainer):
         self.without_rows = rows is not None and not rows.numel()
         if rows is not None and rows.numel() and self.model.training:
             self.recent_rows.append(rows)
-        return super()._prepare_inputs(inputs)
+        return super()._prepare_inputs(to_device(inputs, self.args.device))
 
     def get_train_dataloader(self) -> DataLoader:
         """As the Trainer's, with the rows of `EpochRows`."""
@@ -169,7 +171,16 @@ class RecipeTrainer(SFTTrainer):
             loader.batch_sampler.set_epoch = batches.set_epoch
         else:
             loader.set_sampler(EpochRows(batches.sampler, length, filler=len(rows)))
+        loader.device = None  # `_prepare_inputs` moves batches, after what asks for their values
         return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """As the Trainer's; on a CPU the number of supervised tokens of the step is read once."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        on_cpu = isinstance(items, torch.Tensor) and items.device.type == "cpu"
+        return batches, int(items) if on_cpu else items
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         its = super()._get_train_sampler(train_dataset)
@@ -243,9 +254,7 @@ class RecipeTrainer(SFTTrainer):
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if self.is_fsdp_enabled:
             gather_trained_head(base)
-        self.scores_itself = (
-            self.scored_here and self.args.device.type == "cpu" and can_score_itself(base)
-        )
+        self.scores_itself = self.scored_here and can_score_itself(base)
         if self.scores_itself:
             add_token_loss(base)
         elif self.scored_here:
@@ -259,6 +268,7 @@ class RecipeTrainer(SFTTrainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         """The sum over supervised tokens, divided by their number in the whole step."""
+        supervised = inputs.pop(SUPERVISED)
         if not self.scored_here and self.without_rows:
             # other losses are means over the micro-batch, and this one has no token
             del inputs["labels"]
@@ -270,18 +280,21 @@ class RecipeTrainer(SFTTrainer):
         if self.aux_loss_enabled:
             # of training alone: a validation loss is that of its tokens
             inputs["output_router_logits"] = mode == "train" and not self.without_rows
-        labels = inputs["labels"]
-        count = (labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        scale = 1 / torch.as_tensor(count, device=labels.device).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # the count is over all ranks, and DDP averages gradients
-            scale = scale * self.accelerator.num_processes
+        count = len(supervised) if num_items_in_batch is None else num_items_in_batch
+        # the count of a step is over all ranks, and DDP averages gradients
+        over_ranks = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        scale = self.accelerator.num_processes if over_ranks else 1
+        scale = scale / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
         if self.scores_itself:
-            loss, supervised, correct = model(**inputs, loss_scale=float(scale))
+            known = isinstance(scale, float)  # else a tensor that nobody has read
+            loss, _, correct = model(
+                **inputs, supervised=supervised, loss_scale=scale if known else 1.0
+            )
+            loss = loss if known else loss * scale
         else:
             outputs = model(**inputs, fused_lm_head=True)
             loss = -outputs.log_probs.sum() * scale
-            supervised, correct = outputs.label_mask.sum(), outputs.is_top1.sum()
+            correct = outputs.is_top1.sum()
             if self.aux_loss_enabled and mode == "train":
                 loss = loss + self._router_loss(outputs.aux_loss, num_items_in_batch)
         counts, step = self._counts[mode], self.state.global_step if mode == "train" else 0
@@ -290,7 +303,7 @@ class RecipeTrainer(SFTTrainer):
         else:
             padded = "attention_mask" in inputs
             tokens = inputs["attention_mask"].sum() if padded else inputs["position_ids"].numel()
-            counts.add(tokens, supervised, correct, step)
+            counts.add(tokens, len(supervised), correct, step)
         return loss
 
     def _router_loss(self, loss: torch.Tensor | None, num_items_in_batch: Any) -> torch.Tensor:

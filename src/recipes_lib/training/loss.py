@@ -1,9 +1,8 @@
-"""The loss of a micro-batch where there is no Triton (a CPU): scored where a label counts, with the
-gradient made in the same pass.
+"""The loss of a micro-batch, scored where a label counts. Which places these are comes with the
+batch: a device asked for them would have to be waited for, forward and backward.
 
-TRL's head scores every position there, masked ones too, computes the logits twice and multiplies
-the gradient back in float32. On a GPU its Triton kernels skip masked positions themselves, and
-TRL's head is used as it is (`trainer.compute_loss`).
+On a GPU the scores are those of TRL's Triton kernels. On a CPU TRL computes the logits twice and
+multiplies the gradient back in float32; here the gradient is made in the same pass.
 
 The numbers are the same: the negative log-likelihood of the same tokens, in the same precision
 (logits in the compute type, softmax in float32, the gradient of the logits in the compute type).
@@ -23,6 +22,7 @@ from recipes_lib.models.architectures import has_plain_head
 TOKENS_PER_TILE = (
     128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
 )
+VOCABULARY_PER_TILE = 32768  # of TRL's kernels, as its own head has it
 
 
 class TokenLoss(NamedTuple):
@@ -35,7 +35,7 @@ class TokenLoss(NamedTuple):
     """
 
     loss: torch.Tensor
-    num_supervised: torch.Tensor
+    num_supervised: int
     num_correct: torch.Tensor
 
 
@@ -123,15 +123,36 @@ class ScaledTokenLoss(torch.autograd.Function):
 
 
 def can_score_itself(model: Any) -> bool:
-    """Whether the loss here is the model's own: a plain head, and no router loss to add."""
+    """Whether `add_token_loss` knows the model's loss: a plain head, and no router loss to add."""
     return (
         has_plain_head(model)
         and getattr(model.config.get_text_config(), "router_aux_loss_coef", None) is None
     )
 
 
+def supervised_places(labels: torch.Tensor) -> torch.Tensor:
+    """Return the places whose next token counts, in rows laid end to end.
+
+    A GPU would be waited for here, because only it knows how many they are: to be called before a
+    batch moves there.
+
+    Args:
+        labels: (examples, tokens), -100 where a token does not count.
+
+    Example:
+        >>> supervised_places(torch.tensor([[-100, 7, 8], [-100, -100, 9]]))
+        tensor([0, 1, 4])
+    """
+    counted = torch.zeros_like(labels, dtype=torch.bool)
+    counted[:, :-1] = labels[:, 1:] != -100
+    return counted.flatten().nonzero().flatten()
+
+
 def add_token_loss(model: Any) -> None:
     """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`.
+
+    `supervised` names the places whose next token counts (`supervised_places`); without it
+    they are looked up.
 
     To be called on the causal language model inside a PEFT wrapper, before it is wrapped for
     several processes. The scale is a number, because FSDP2 rounds tensors that enter a module to
@@ -140,23 +161,43 @@ def add_token_loss(model: Any) -> None:
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
-    def forward(self: Any, *args: Any, loss_scale: float | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        loss_scale: float | None = None,
+        supervised: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if loss_scale is None:
             return original(*args, **kwargs)
-        labels = kwargs.pop("labels")[:, 1:]
+        labels = kwargs.pop("labels")
+        if supervised is None:
+            supervised = supervised_places(labels)
         kwargs["use_cache"] = False
-        hidden = self.base_model(*args, **kwargs).last_hidden_state[:, :-1]
-        where = (labels != -100).flatten().nonzero().flatten()
+        hidden = self.base_model(*args, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
         weight, bias = (_whole(head.weight), None if head.bias is None else _whole(head.bias))
-        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, where)
-        targets = labels.flatten().index_select(0, where)
-        loss, correct = ScaledTokenLoss.apply(
-            chosen, weight, bias, targets, loss_scale, torch.is_grad_enabled()
-        )
-        return TokenLoss(loss, torch.tensor(len(where), device=hidden.device), correct)
+        chosen = hidden.flatten(0, 1).index_select(0, supervised)
+        targets = labels.flatten().index_select(0, supervised + 1)
+        if gradient_is_made_at_once(hidden.device):
+            loss, correct = ScaledTokenLoss.apply(
+                chosen, weight, bias, targets, loss_scale, torch.is_grad_enabled()
+            )
+        else:
+            from trl.kernels import ChunkedLogProbFunction  # benchmarks run without TRL
+
+            log_probs, *_, is_top1 = ChunkedLogProbFunction.apply(
+                chosen, weight, bias, targets, 1.0, VOCABULARY_PER_TILE, None, 1.0, ("is_top1",)
+            )
+            loss, correct = -log_probs.sum() * loss_scale, is_top1.sum()
+        return TokenLoss(loss, len(supervised), correct)
 
     model.forward = types.MethodType(forward, model)
+
+
+def gradient_is_made_at_once(device: torch.device) -> bool:
+    """Whether `ScaledTokenLoss` is the faster one: where Triton does not run."""
+    return device.type == "cpu"
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:

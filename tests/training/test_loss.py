@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from recipes_lib.training.cpu.loss import (
+from recipes_lib.training.loss import (
     TOKENS_PER_TILE,
     ScaledTokenLoss,
     add_token_loss,
