@@ -13,6 +13,7 @@ from recipes_lib.core.project import project_root
 HEAVY = (
     "torch",
     "transformers",
+    "tokenizers",
     "datasets",
     "peft",
     "trl",

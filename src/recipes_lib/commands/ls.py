@@ -30,8 +30,8 @@ _START = "start-here"
 LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
 # Keys of the YAML files of other kinds under recipes/, which are not read further.
 _OTHERS = re.compile(r"^(question|arms|tables):", re.M)
-# Of more rows than this every tenth length is planned with, and the longest: nearly the same.
-_MANY_ROWS, _EVERY = 2_000, 10
+# Of more rows than this every fortieth length is planned with, and the longest: nearly the same.
+_MANY_ROWS, _EVERY = 2_000, 40
 # What a card is sold as, GB, and what a process can see of it, GiB.
 _SIZES = sorted(
     {
@@ -237,13 +237,18 @@ def _model(name: str) -> tuple[ModelShape | None, ModelFacts | None]:
 
 def _results(file: Path) -> tuple[str, ...]:
     """Return whose numbers the README beside a recipe has for it."""
-    try:
-        text = (file.parent / "README.md").read_text(encoding="utf-8").partition("## Results")[2]
-    except (OSError, UnicodeDecodeError):
-        return ()
+    text = _results_in(file.parent / "README.md")
     ours = re.search(rf"^(\| )?`{re.escape(file.stem)}`(?![ |]*not measured)", text, re.M)
     elsewhere = "Published elsewhere" in text and "none was found" not in text
     return ("ours",) * bool(ours) + ("published",) * (elsewhere or "\n| original" in text)
+
+
+@lru_cache(maxsize=256)
+def _results_in(readme: Path) -> str:
+    try:
+        return readme.read_text(encoding="utf-8").partition("## Results")[2]
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _sources(document: Document) -> list[Path | None]:
@@ -291,7 +296,7 @@ def _thinned(recipe: Recipe) -> Lengths:
     needs is decided there.
     """
     shape, _ = _model(recipe.model.name_or_path)
-    lengths = lengths_of(recipe, shape.vocabulary if shape else 0)
+    lengths = lengths_of(recipe, shape.vocabulary if shape else 0, tokenize=False)
     if len(lengths.tokens) <= _MANY_ROWS:
         return lengths
     some = sorted(lengths.tokens)

@@ -77,6 +77,8 @@ class _Rule:
         self.left_out = needs.left_out if needs else ()
         if former := _FORMER_LAYERS.get(shape.family):
             self._convert(former, shape)
+        self.endings = tuple(f".{name}" for name in self.names)
+        self.parameter_endings = tuple(f".{name}" for name in self.parameters)
 
     def _convert(self, former: Mapping[str, str], shape: ModelShape) -> None:
         """Take names of former layers for parameters; two that became one have twice the rank."""
@@ -117,7 +119,7 @@ class _Rule:
         for matrix in matrices:
             name = f"{prefix}{matrix.name}"
             parameter = f"{name}.weight" if matrix.linear else name
-            if any(parameter == one or parameter.endswith(f".{one}") for one in self.parameters):
+            if parameter in self.parameters or parameter.endswith(self.parameter_endings):
                 found.append((matrix, self._rank(parameter)))
             elif matrix.linear and matrix.last_name not in self.left_out and self._matches(name):
                 found.append((matrix, self._rank(name)))
@@ -135,11 +137,15 @@ class _Rule:
             return True
         if self.pattern is not None:
             return re.fullmatch(self.pattern, name) is not None
-        if not any(name.endswith(f".{one}") for one in self.names):
+        if not name.endswith(self.endings):
             return False
+        if self.only is None:
+            return True
         number = re.match(r".*?\.[^.]*\.(\d+)\.", name)
-        return self.only is None or (number is not None and int(number[1]) in self.only)
+        return number is not None and int(number[1]) in self.only
 
     def _rank(self, name: str) -> int:
+        if not self.ranks:
+            return self.rank
         patterns = (one for one in self.ranks if re.match(rf"(.*\.)?({one})$", name))
         return self.ranks.get(next(patterns, ""), self.rank)
