@@ -18,11 +18,12 @@ results once, `_KERNELS` apart: what caches save, and what a kernel reads twice,
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +53,9 @@ _compile = torch.compile
 # operators that launch nothing, beside views
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 # those whose value or size the processor must know before it goes on
-_WAITING = {"_local_scalar_dense", "equal", "masked_select", "masked_scatter_backward", "nonzero"}
+_WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_PRODUCTS = ("mm", "bmm", "addmm")
+_NARROW = 512  # the ranks of adapters
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # wait where it is by a mask
 # kernels of CUDA's, where it is not one: torch's code for the operator
 _KERNELS = {
@@ -74,8 +77,8 @@ class Costs:
 
     Args:
         tokens: of the micro-batch, padding counted.
-        products: bytes of matrix products, which are in `bytes` too.
-        flops: of matrix products; attention's are not among them.
+        products: bytes of matrix products without a narrow side: a GPU computes longer than it
+            reads there. They are in `bytes` too.
         logits: the longest tensor of tokens x vocabulary in float32, in tokens.
         waits: where the processor waits.
     """
@@ -84,7 +87,6 @@ class Costs:
     launches: int = 0
     bytes: int = 0
     products: int = 0
-    flops: int = 0
     logits: int = 0
     waits: list[str] = field(default_factory=list)
     operators: Counter[str] = field(default_factory=Counter)
@@ -101,7 +103,7 @@ class Costs:
             less = getattr(self, name)
             return less + layers * (getattr(one_more, name) - less)
 
-        numbers = {name: number(name) for name in ("launches", "bytes", "products", "flops")}
+        numbers = {name: number(name) for name in ("launches", "bytes", "products")}
         waits = self.waits + layers * one_more.waits[len(self.waits) :]
         each = {
             name: self.operators[name] + layers * (count - self.operators[name])
@@ -111,13 +113,16 @@ class Costs:
             self.tokens, **numbers, logits=self.logits, waits=waits, operators=Counter(each)
         )
 
-    def launch(self, name: str, moved: int, kernels: int = 1, flops: int = 0) -> None:
-        """Count an operator that moves so many bytes."""
+    def launch(self, name: str, moved: int, sizes: Iterable[int], kernels: int = 1) -> None:
+        """Count an operator that moves so many bytes.
+
+        Args:
+            sizes: of all sides of its tensors.
+        """
         self.launches += kernels
         self.bytes += moved
         self.operators[name] += kernels
-        self.flops += flops
-        self.products += moved if flops or name == "mm" else 0
+        self.products += moved if name.startswith(_PRODUCTS) and min(sizes) > _NARROW else 0
 
 
 class Trace(TorchDispatchMode):
@@ -133,9 +138,14 @@ class Trace(TorchDispatchMode):
         self.fake, self.vocabulary = fake, vocabulary
         self.costs = Costs(tokens)
 
-    def launch(self, name: str, *tensors: torch.Tensor, kernels: int = 1, flops: int = 0) -> None:
+    def launch(self, name: str, *tensors: torch.Tensor, kernels: int = 1) -> None:
         """Count what reads or writes these tensors."""
-        self.costs.launch(name, sum(one.nbytes for one in tensors), kernels, flops)
+        moved = sum(
+            one.element_size()
+            * math.prod(size for size, step in zip(one.shape, one.stride(), strict=True) if step)
+            for one in tensors
+        )
+        self.costs.launch(name, moved, [size for one in tensors for size in one.shape], kernels)
 
     def _wait(self, name: str) -> None:
         """Note where it is waited; in the backward pass no line of Python tells."""
@@ -153,7 +163,8 @@ class Trace(TorchDispatchMode):
         name = schema.name.rpartition("::")[2]
         inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
         masks = [one for one in args[1] if _is_mask(one)] if name in _INDEXING else []
-        if masks or name in _WAITING:
+        looks = _WAITING & {*function.tags} and name not in _INDEXING
+        if masks or looks or name == "masked_scatter_backward":  # which calls masked_select
             self._wait(name)
         if masks:  # what a GPU makes of it, with the number that the batch tells
             self.launch("nonzero", *masks, kernels=_KERNELS["nonzero"])
@@ -162,8 +173,7 @@ class Trace(TorchDispatchMode):
         made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
         views = any(one.alias_info and not one.alias_info.is_write for one in schema.returns)
         if made and not views and name not in _FREE:
-            flops = _flops(name, inputs, made[0])
-            self.launch(name, *inputs, *made, kernels=_KERNELS.get(name, 1), flops=flops)
+            self.launch(name, *inputs, *made, kernels=_KERNELS.get(name, 1))
             for one in made:
                 if one.dtype == torch.float32 and one.shape[-1:] == (self.vocabulary,):
                     rows = one.numel() // self.vocabulary
@@ -200,14 +210,6 @@ def _positions(indices: Sequence[Any]) -> list[Any]:
     for one in indices:
         found += one.nonzero().unbind(1) if _is_mask(one) else [one]
     return found
-
-
-def _flops(name: str, inputs: Sequence[torch.Tensor], product: torch.Tensor) -> int:
-    """Return the operations of a matrix product, 0 for everything else."""
-    if name not in ("mm", "bmm", "addmm", "addmm_float32"):
-        return 0
-    left = inputs[1] if name.startswith("addmm") else inputs[0]
-    return 2 * product.numel() * left.shape[-1]
 
 
 # ---- What a GPU would be given ----
@@ -269,22 +271,21 @@ def on_a_gpu(launch: Callable[..., None]) -> Iterator[None]:
     from trl.trainer import utils
 
     from recipes_lib.config.constraints import VARLEN
-    from recipes_lib.training import build, trainer, varlen
+    from recipes_lib.training import build, loss, varlen
 
     def choose_attention(recipe: Any, args: Any, model: Any, half: Any) -> None:
         if recipe.model.attn_implementation in (None, VARLEN):
             varlen.use_varlen(model)
 
     def addmm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-        flops = _flops("addmm_float32", (total, left, right), total)
-        launch("addmm_float32", total, left, right, total, flops=flops)
+        launch("addmm_float32", total, left, right, total)
 
     instead = [
         (torch.nn.functional, "dropout", _dropout),
         (torch.nn.functional, "scaled_dot_product_attention", _sdpa),
         (build, "choose_attention", choose_attention),
         (torch, "compile", lambda function, **_: function),  # `_compiled` counts it
-        (trainer, "can_score_itself", lambda model: False),
+        (loss, "gradient_is_made_at_once", lambda device: False),
         (utils, "_use_triton", lambda device: True),
         (chunked_logprob, "_use_triton", lambda device: True),
         (chunked_logprob, "triton", SimpleNamespace(cdiv=lambda size, part: -(-size // part))),
@@ -302,12 +303,15 @@ def on_a_gpu(launch: Callable[..., None]) -> Iterator[None]:
 
 
 def micro_batch_costs(
-    words: Sequence[str], config: Mapping[str, Any] | None = None, lengths: Sequence[int] = LENGTHS
+    words: Sequence[str],
+    config: Mapping[str, Any] | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    name: str = RECIPE,
 ) -> Costs:
     """Return what one micro-batch of a recipe costs, forward and backward.
 
     Args:
-        words: what is written over `RECIPE`.
+        words: what is written over the recipe.
         config: the model's config.json; absent, that of the recipe's model.
         lengths: tokens of the examples, half of which are learnt.
     """
@@ -315,7 +319,7 @@ def micro_batch_costs(
     from recipes_lib.models.known import known_facts
 
     own = [f"train.per_device_train_batch_size={len(lengths)}", 'train.eval_strategy="no"']
-    recipe = load_recipe(RECIPE, [*own, *words])
+    recipe = load_recipe(name, [*own, *words])
     config = config or known_facts()[recipe.model.name_or_path].config
     (two, block), (three, _) = (
         _traced(recipe, {**config, "num_hidden_layers": count}, lengths) for count in (2, 3)
@@ -349,6 +353,8 @@ def _traced(
         on_a_gpu(lambda *args, **kwargs: traces[-1].launch(*args, **kwargs)),
     ):
         trainer, examples = _trainer(recipe, config, lengths, Path(folder))
+        if trainer.args.activation_checkpointing:  # as its `train` does
+            trainer.model.activation_checkpointing_enable()
         model = trainer.accelerator.prepare(trainer.model).train()
         _replace_tensors(model, fake.from_tensor)
         for block in model.modules():
@@ -400,7 +406,12 @@ def _compiled(block: Any, args: Any, kwargs: Any, tokens: int) -> Costs:
                         name = called._schema.name.rpartition("::")[2] if called else ""
                     if name and not isinstance(node, NopKernelSchedulerNode):
                         moved = node.get_read_write_buffers_sizes()
-                        costs.launch(name, moved, _KERNELS.get(name, 1))
+                        sizes = [
+                            int(size)
+                            for one in (node.node, *getattr(node.node, "inputs", ()))
+                            for size in (one.get_size() if name in _PRODUCTS else ())
+                        ]
+                        costs.launch(name, moved, sizes, _KERNELS.get(name, 1))
         results = [
             one.meta["val"] if isinstance(one, torch.fx.Node) else one
             for one in graph.graph.output_node().args[0]
