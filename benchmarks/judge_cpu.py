@@ -22,7 +22,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class InstantJudge:
 
     fingerprint = "instant"
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Yield a verdict for each request."""
         text = "Response A is fuller and clearer than Response B. [RESULT] A"
         for request in requests:
@@ -89,10 +89,10 @@ def overhead_with_tokenizer(scratch: Path) -> float:
         tokenizer = judge.judge.tokenizer  # type: ignore[attr-defined]
 
         class EncodingJudge(InstantJudge):
-            def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+            def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
                 for request in requests:
                     judge_ids(request.prompt, "chat", tokenizer)
-                return super().complete(requests)
+                    yield from super().complete([request])
 
         started = time.process_time()
         run = judge_items(

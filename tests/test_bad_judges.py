@@ -145,13 +145,12 @@ def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_on
             "mode": "generate",
             "max_retries": 1,
             "timeout_s": 1,
+            "concurrency": 4,
         }
-        file = judge_file(**keys, max_consecutive_failures=4)
+        file = judge_file(**keys, max_consecutive_failures=2)
         server.faults = lambda number: fault if number > 4 else None
         with opened(file) as judge, pytest.raises(RecipesError) as caught:
-            judge_items(
-                items, judge.judge, store, dataclasses.replace(judge.plan("relative"), batch_size=4)
-            ).check_complete()
+            judge_items(items, judge.judge, store, judge.plan("relative")).check_complete()
         assert caught.value.exit_code == 6 and len(store) == 4
         server.faults = lambda number: None
         with opened(file) as judge:

@@ -4,7 +4,7 @@ judge is asked in its own words and answers in the same completions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -87,5 +87,7 @@ class Engine(Protocol):
     def fingerprint(self) -> str:
         """Hash that changes whenever the same prompt could get another greedy answer."""
 
-    def complete(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
-        """Yield one completion per request, in any order, as they are finished."""
+    def complete(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
+        """Yield one completion per request, in any order, as they are finished. Requests are taken
+        by the thread that takes completions, as many as there is room for.
+        """

@@ -4,6 +4,8 @@ behind an address.
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
 
@@ -163,3 +165,29 @@ def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, styl
     if mode == "logits":
         assert all(row["mass"] == pytest.approx(0.987, abs=1e-3) for row in store)
         assert all(body["max_tokens"] == 1 for body in sent)
+
+
+def test_no_judgment_waits_for_another_and_one_that_is_asked_again_comes_after_the_others(
+    judge_file, tmp_path
+):
+    """The first reply is held back until the last of 80 requests has arrived: with four in flight,
+    a wait for a batch would never end.
+    """
+    pairs = [Item(str(n), "Name a fruit.", f"An apple, {n}.", "A pear.") for n in range(40)]
+    last, held, store = threading.Event(), [], JudgmentStore(tmp_path / "j.jsonl")
+    mumbled = b'200:{"choices": [{"text": "Both have their merits."}]}'
+
+    def faults(number):
+        if number == 1:
+            held.append(last.wait(60))
+        if number == 80:
+            last.set()
+        return mumbled if number == 2 else None
+
+    with FaultyServer(answer="The first. [RESULT] A", faults=faults) as server:
+        keys = {"model": MODEL, "base_url": server.url, "concurrency": 4}
+        with opened(judge_file(engine="openai", mode="generate", **keys)) as judge:
+            run = judge_items(pairs, judge.judge, store, judge.plan("relative"))
+        temperatures = [body["temperature"] for body in server.bodies]
+    assert held == [True] and (run.asked, run.reasked, len(store)) == (80, 1, 80)
+    assert temperatures == [0.0] * 80 + [0.7]

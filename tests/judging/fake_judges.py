@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ class FakeJudge:
         self.answer = answer
         self.asked: list[JudgeRequest] = []
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         for request in requests:
             self.asked.append(request)
             yield replace(self.answer(request), key=request.key)

@@ -41,7 +41,13 @@ def longer(request: JudgeRequest) -> Completion:
 
 
 def _plan(**options) -> JudgePlan:
-    return JudgePlan(**{"template": RELATIVE, "rubric": RUBRIC, "batch_size": 4} | options)
+    return JudgePlan(
+        **{
+            "template": RELATIVE,
+            "rubric": RUBRIC,
+        }
+        | options
+    )
 
 
 def _pairs(count: int) -> list[Item]:
@@ -249,7 +255,7 @@ def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) 
         return longer(request)
 
     with pytest.raises(KeyboardInterrupt):
-        judge_items(_pairs(10), FakeJudge(answers), JudgmentStore(path), _plan(batch_size=64))
+        judge_items(_pairs(10), FakeJudge(answers), JudgmentStore(path), _plan())
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
@@ -336,5 +342,5 @@ def test_everything_but_the_model_takes_under_five_milliseconds_a_judgment(tmp_p
         for i in range(200)
     ]
     start = time.process_time()
-    judge_items(items, FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl"), _plan(batch_size=64))
+    judge_items(items, FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl"), _plan())
     assert (time.process_time() - start) / 400 < 0.005

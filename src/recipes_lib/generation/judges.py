@@ -15,10 +15,10 @@ import copy
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.sections import ModelSection
@@ -42,6 +42,7 @@ from recipes_lib.weights.merge import free_memory
 if TYPE_CHECKING:
     import torch
 
+ASKED_AT_ONCE = 32  # by a judge in this process, which waits for the slowest of a batch
 LEAST_SHARED_TOKENS = 32  # below it the extra forward pass saves nothing
 TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
 
@@ -69,9 +70,6 @@ class OpenJudge:
             seed=section.seed,
             max_reasks=section.max_reasks,
             max_consecutive_failures=section.max_consecutive_failures,
-            batch_size=max(32, 4 * section.concurrency)
-            if section.engine == "openai"
-            else 32,  # the slowest of a batch is waited for
             count_tokens=self.count_tokens,
             max_prompt_tokens=section.max_context_tokens - written - TEMPLATE_ROOM_TOKENS,
         )
@@ -105,7 +103,7 @@ class _ServedJudge:
         self.tokenizer = _tokenizer_if_here(self.section)
         self._engine: Engine | None = None
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Ask the server."""
         section = self.section
         if self._engine is None:
@@ -119,11 +117,7 @@ class _ServedJudge:
                 first_pause_s=float(os.environ.get("RECIPES_RETRY_PAUSE_S", "0.5")),
             )
             self._engine = OpenAIEngine(server, logprobs=section.mode == "logits")
-        yield from _written(
-            self._engine,
-            [(request, self._render(request.prompt, request.key)) for request in requests],
-            section,
-        )
+        yield from _written(self._engine, requests, self._render, section)
 
     def address(self) -> str:
         """Return the server's address; one on this machine may have been started for this process
@@ -175,16 +169,18 @@ class _LocalJudge:
         self._engine: Any = None
         self._reader: NextToken | None = None
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Ask the model, loading it for the first question."""
         if self._engine is None:
             self._engine = self._load()
-        rendered = [(request, self._render(request.prompt, request.key)) for request in requests]
-        if self.section.mode == "generate":
-            yield from _written(self._engine, rendered, self.section)
-            return
-        for allowed, group in groupby(rendered, key=lambda pair: pair[0].allowed):
-            yield from self._read([request for _, request in group], allowed)
+        source = iter(requests)
+        while asked := list(islice(source, ASKED_AT_ONCE)):
+            if self.section.mode == "generate":
+                yield from _written(self._engine, asked, self._render, self.section)
+                continue
+            for allowed, group in groupby(asked, key=lambda request: request.allowed):
+                rendered = [self._render(request.prompt, request.key) for request in group]
+                yield from self._read(rendered, allowed)
 
     def _load(self) -> Any:
         import torch
@@ -286,32 +282,34 @@ def judge_ids(prompt: JudgePrompt, style: str, tokenizer: Any) -> list[int]:
 
 
 def _written(
-    engine: Engine, pairs: Sequence[tuple[JudgeRequest, Request]], section: JudgeSection
+    engine: Engine,
+    requests: Iterable[JudgeRequest],
+    render: Callable[[JudgePrompt, str], Request],
+    section: JudgeSection,
 ) -> Iterator[Completion]:
-    """Let the engine write the verdicts; requests of one temperature go together, and probabilities
-    become those of the allowed verdicts.
-    """
-    base = section.temperature
-    for temperature in {request.temperature for request, _ in pairs}:
-        group = {
-            request.key: (request, rendered)
-            for request, rendered in pairs
-            if request.temperature == temperature
-        }
-        decoding = Decoding(
-            max_new_tokens=section.max_new_tokens, temperature=max(temperature, base)
-        )
-        requests = [
-            dataclasses.replace(rendered, seed=request.seed) for request, rendered in group.values()
-        ]
-        for done in engine.complete(requests, decoding):
-            if done.probabilities is not None:
-                found = dict.fromkeys(group[done.key][0].allowed, 0.0)
-                for token, share in done.probabilities.items():
-                    if token.strip() in found:
-                        found[token.strip()] += share
-                done = Completion(key=done.key, probabilities=found)
-            yield done
+    """Let the engine write the verdicts; probabilities become those of the allowed verdicts."""
+    asked: dict[str, JudgeRequest] = {}
+    source = iter(requests)
+    first = next(source)
+    decoding = Decoding(
+        max_new_tokens=section.max_new_tokens,
+        temperature=max(first.temperature, section.temperature),
+    )
+
+    def rendered() -> Iterator[Request]:
+        for request in chain([first], source):
+            asked[request.key] = request
+            yield dataclasses.replace(render(request.prompt, request.key), seed=request.seed)
+
+    for done in engine.complete(rendered(), decoding):
+        request = asked.pop(done.key)
+        if done.probabilities is not None:
+            found = dict.fromkeys(request.allowed, 0.0)
+            for token, share in done.probabilities.items():
+                if token.strip() in found:
+                    found[token.strip()] += share
+            done = Completion(key=done.key, probabilities=found)
+        yield done
 
 
 def _messages(prompt: JudgePrompt) -> list[Message]:

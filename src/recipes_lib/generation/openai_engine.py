@@ -14,7 +14,9 @@ none, and no redirect is followed.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import email.utils
+import itertools
 import json
 import math
 import os
@@ -23,8 +25,7 @@ import random
 import threading
 import time
 import zlib
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,29 +148,49 @@ class OpenAIEngine:
         self._answered = 0
         asyncio.run(self._check_served())
 
-    def complete(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
-        """Yield completions as they arrive.
+    def complete(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
+        """Yield completions as they arrive. Requests are taken as there is room for them, a few
+        ahead, so that none waits for another.
 
         Raises:
             ServerFault: the server refuses the key, does not know the model, or answers as another
                 one; with its own words.
         """
+        source, loop = iter(requests), asyncio.new_event_loop()
         arrived: queue.Queue[Completion | BaseException] = queue.Queue()
+        given: asyncio.Queue[Request | None] = asyncio.Queue()
         stop = threading.Event()
 
         def ask_all() -> None:
             try:
-                asyncio.run(self._run(requests, decoding, arrived, stop))
+                with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                    runner.run(self._run(given, decoding, arrived, stop))
             except BaseException as fault:  # for the thread that waits
                 arrived.put(fault)
+
+        def give(number: int) -> int:
+            """Give the engine's thread as many requests, or those that there are."""
+            taken = 0
+            for request in itertools.islice(source, number):
+                hand(request)
+                taken += 1
+            if taken < number:
+                hand(None)
+            return taken
+
+        def hand(request: Request | None) -> None:
+            with contextlib.suppress(RuntimeError):  # it ended with a fault, which has arrived
+                loop.call_soon_threadsafe(given.put_nowait, request)
 
         thread = threading.Thread(target=ask_all, daemon=True)
         thread.start()
         try:
-            for _ in requests:
+            missing = give(2 * self.server.concurrency)
+            while missing:
                 item = arrived.get()
                 if isinstance(item, BaseException):
                     raise item
+                missing += give(1) - 1
                 yield item
         finally:
             stop.set()
@@ -177,26 +198,21 @@ class OpenAIEngine:
 
     async def _run(
         self,
-        requests: Sequence[Request],
+        given: asyncio.Queue[Request | None],
         decoding: Decoding,
         arrived: queue.Queue[Any],
         stop: threading.Event,
     ) -> None:
-        """Ask all requests, at most `concurrency` at once."""
-        source = iter(requests)
+        """Ask what is given until None is, at most `concurrency` at once."""
         self._turn, self._in_flight = asyncio.Condition(), 0
         async with self._client() as client:
 
             async def work() -> None:
-                for request in source:
-                    if stop.is_set():
-                        return
+                while (request := await given.get()) is not None:
                     arrived.put(await self._ask(client, request, decoding))
+                given.put_nowait(None)  # for the next worker
 
-            tasks = [
-                asyncio.create_task(work())
-                for _ in range(min(self.server.concurrency, len(requests)))
-            ]
+            tasks = [asyncio.create_task(work()) for _ in range(self.server.concurrency)]
             while tasks and not stop.is_set():
                 done, pending = await asyncio.wait(tasks, timeout=0.2)
                 tasks = list(pending)
@@ -263,7 +279,7 @@ class OpenAIEngine:
             self.retries += 1
             await asyncio.sleep(pause)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
         """Wait until one more may be in flight, and be it."""
         async with self._turn:

@@ -14,7 +14,7 @@ does not depend on what else was in its batch, apart from the rounding of other 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,9 @@ class TransformersEngine:
         config = model.config.get_text_config()
         self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
-    def complete(self, requests: Sequence[Request], decoding: Decoding) -> Iterator[Completion]:
+    def complete(self, requests: Iterable[Request], decoding: Decoding) -> Iterator[Completion]:
         """Yield completions batch by batch, longest prompts first."""
+        requests = list(requests)
         fitting = [request for request in requests if len(request.ids) < self.context]
         for request in requests:
             if len(request.ids) >= self.context:

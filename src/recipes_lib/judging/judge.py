@@ -9,10 +9,11 @@ stored: it is missing, and the evaluation says so.
 from __future__ import annotations
 
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, Protocol
 
 from recipes_lib.core.errors import ExitCode, RecipesError
@@ -92,9 +93,12 @@ class Judge(Protocol):
         same prompt could get another verdict.
         """
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Yield the reply to each request as it arrives, in any order; transport errors are
         replies, not exceptions.
+
+        Args:
+            requests: at least one, all of one temperature; taken as there is room for them.
         """
 
 
@@ -107,7 +111,6 @@ class JudgePlan:
     seed: int = 0
     max_reasks: int = 2
     max_consecutive_failures: int = 20
-    batch_size: int = 32
     count_tokens: CountTokens | None = None
     max_prompt_tokens: int | None = None
     rules: bool = True  # decide empty and identical answers without the judge
@@ -261,14 +264,18 @@ def ask(
     Raises:
         EvaluationIncomplete: after `max_consecutive_failures` failures in a row.
     """
-    run, source, retries = JudgeRun(), iter(requests), deque[_Asked]()
-    while waiting := _next_batch(source, retries, store, plan, judge.fingerprint, run):
-        with closing(judge.complete([request for request, _ in waiting.values()])) as replies:
+    run, waiting = JudgeRun(), dict[str, _Asked]()
+    decided: list[Row] = []  # verdicts that need no judge, until they are stored with the next one
+    source = _to_ask(requests, waiting, decided, store, plan, judge.fingerprint, run)
+    while first := next(source, None):
+        again: list[_Asked] = []
+        with closing(judge.complete(chain([first], source))) as replies:
             for reply in replies:
                 request, attempts = waiting.pop(reply.key)
                 if reply.error is not None:
                     run.failed.add(reply.error, reply.refused)
                     if run.failed.in_a_row >= plan.max_consecutive_failures:
+                        store.append_all(decided)
                         raise EvaluationIncomplete(
                             f"the judge failed {run.failed.in_a_row} times in a row: {run.failed}",
                             f"{len(store)} judgments are stored; {run.failed.remedy()}",
@@ -283,42 +290,49 @@ def ask(
                     attempt = {"seed": request.seed, "status": status, "raw": reply.text}
                     # a new seed, at a temperature where the seed matters
                     seeded = text_hash(f"{request.seed}:{request.attempt}:{reply.key}")
-                    again = replace(
+                    new = replace(
                         request,
                         seed=int(seeded[:8], 16),
                         temperature=REASK_TEMPERATURE,
                         attempt=request.attempt + 1,
                     )
-                    retries.append((again, [*attempts, attempt]))
+                    again.append((new, [*attempts, attempt]))
                     run.reasked += 1
                 else:
                     row = _row(request, verdict, judge.fingerprint, "judge", reply, attempts)
-                    run.asked += store.append(row)
+                    run.asked += 1
+                    store.append_all([*decided, row])
+                    decided.clear()
                 progress(run)
         if waiting:
             raise ValueError(f"the judge left {len(waiting)} requests without a reply")
+        source = _again(again, waiting)
+    store.append_all(decided)
     progress(run)
     return run
 
 
-def _next_batch(
-    source: Iterator[JudgeRequest],
-    retries: deque[_Asked],
+def _again(asked: Sequence[_Asked], waiting: dict[str, _Asked]) -> Iterator[JudgeRequest]:
+    """Yield the requests of those that are asked again, put among the waiting."""
+    for request, attempts in asked:
+        waiting[request.key] = request, attempts
+        yield request
+
+
+def _to_ask(
+    requests: Iterable[JudgeRequest],
+    waiting: dict[str, _Asked],
+    decided: list[Row],
     store: JudgmentStore,
     plan: JudgePlan,
     fingerprint: str,
     run: JudgeRun,
-) -> dict[str, _Asked]:
-    """Up to a batch of requests for the judge, by key; others are counted, or decided and stored
-    together on the way.
+) -> Iterator[JudgeRequest]:
+    """Yield the requests for the judge, put among the waiting; others are counted, or decided on
+    the way.
     """
-    batch: dict[str, _Asked] = {}
-    decided: list[Row] = []
-    while retries and len(batch) < plan.batch_size:
-        again = retries.popleft()
-        batch[again[0].key] = again
-    while len(batch) < plan.batch_size and (request := next(source, None)):
-        if request.key in store or request.key in batch:
+    for request in requests:
+        if request.key in store or request.key in waiting:
             run.stored_before += 1
         elif plan.rules and (verdict := rule_verdict(request.kind, request.answers)):
             decided.append(_row(request, verdict, fingerprint, "rule"))
@@ -329,12 +343,11 @@ def _next_batch(
             decided.append(_row(request, verdict, fingerprint, "limit"))
             run.asked += 1
         else:
-            batch[request.key] = request, []
+            waiting[request.key] = request, []
+            yield request
         if len(decided) == DECIDED_AT_ONCE:
             store.append_all(decided)
-            decided = []
-    store.append_all(decided)
-    return batch
+            decided.clear()
 
 
 def _row(
