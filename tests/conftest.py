@@ -4,6 +4,7 @@ folder when it is there.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         limit = marker.args[0] if marker else float(config.getini("timeout"))
         limits.setdefault(item.path, []).append(limit)
     items.sort(key=lambda item: (-max(limits[item.path]), -len(limits[item.path])))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_not_searched_for_garbage() -> None:
+    """Every training, merge and evaluation collects garbage to free memory. With all libraries
+    imported one collection takes 0.4 s; frozen, what is imported costs nothing.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

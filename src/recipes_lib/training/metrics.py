@@ -273,13 +273,16 @@ def draw_figures(metrics: Path, folder: Path, title: str) -> None:
         curves = {name: points[key] for name, key in keys.items() if key in points}
         if not curves:
             continue
-        figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+        figure, axes = plt.subplots(figsize=(6.4, 3.6))
+        # Fixed margins: a layout that is found anew for each file takes as long as the drawing.
+        figure.subplots_adjust(left=0.16, right=0.98, bottom=0.14, top=0.91)
         for name, curve in curves.items():
             marker = "o" if len(curve) < 40 else None
             axes.plot(
                 *zip(*curve, strict=True), marker=marker, markersize=3, linewidth=1.4, label=name
             )
-        axes.set(xlabel="optimizer step", ylabel=unit, title=title)
+        axes.set(xlabel="optimizer step", ylabel=unit)
+        axes.set_title(title, fontsize="medium")
         if len(curves) > 1:
             axes.legend(frameon=False)
         figure.savefig(folder / f"{stem}.svg", metadata={"Date": None})
