@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from recipes_lib.config.recipe import Recipe, handed_recipe
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.libraries import importing, quiet_libraries
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
 from recipes_lib.training.process import end_process, ending_at_once, exit_status, report
@@ -32,34 +32,35 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them,
     # `--help` needs none of this, and a signal that arrives during these imports ends the process
     # at once (`ending_at_once`).
-    import torch
+    with importing():
+        import torch
 
-    from recipes_lib.config.upstream import (
-        build_quantization_config,
-        build_sft_config,
-        check_packages,
-    )
-    from recipes_lib.core.manifest import library_versions
-    from recipes_lib.core.ranks import keep_alive, meet, on_main_rank, say_once
-    from recipes_lib.data.audit import describe_template, warnings_of
-    from recipes_lib.data.preparation import prepare_data
-    from recipes_lib.data.prompts import chat_template
-    from recipes_lib.planning.gate import plan_of_active
-    from recipes_lib.training import launch_check
-    from recipes_lib.training.attempt import attempt
-    from recipes_lib.training.build import build_trainer, check_trackers, start_up_lines
-    from recipes_lib.training.cpu import fsdp
-    from recipes_lib.training.cpu.attention import refuse_flex_attention
-    from recipes_lib.training.finish import (
-        record_finish,
-        record_stop,
-        save_and_check,
-        summarise_training,
-    )
-    from recipes_lib.training.resume_guard import guarded_values
-    from recipes_lib.weights.base import load_checked_tokenizer, load_model
-    from recipes_lib.weights.export import push_target
-    from recipes_lib.weights.finished_run import check_base_run
+        from recipes_lib.config.upstream import (
+            build_quantization_config,
+            build_sft_config,
+            check_packages,
+        )
+        from recipes_lib.core.manifest import library_versions
+        from recipes_lib.core.ranks import keep_alive, meet, on_main_rank, say_once
+        from recipes_lib.data.audit import describe_template, warnings_of
+        from recipes_lib.data.preparation import prepare_data
+        from recipes_lib.data.prompts import chat_template
+        from recipes_lib.planning.gate import plan_of_active
+        from recipes_lib.training import launch_check
+        from recipes_lib.training.attempt import attempt
+        from recipes_lib.training.build import build_trainer, check_trackers, start_up_lines
+        from recipes_lib.training.cpu import fsdp
+        from recipes_lib.training.cpu.attention import refuse_flex_attention
+        from recipes_lib.training.finish import (
+            record_finish,
+            record_stop,
+            save_and_check,
+            summarise_training,
+        )
+        from recipes_lib.training.resume_guard import guarded_values
+        from recipes_lib.weights.base import load_checked_tokenizer, load_model
+        from recipes_lib.weights.export import push_target
+        from recipes_lib.weights.finished_run import check_base_run
 
     # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now
     # leaves no run behind.

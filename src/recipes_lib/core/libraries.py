@@ -1,14 +1,36 @@
-"""The large libraries under this project, before they are imported: the memory they need, and what
+"""The large libraries under this project: how they are imported, the memory they need, and what
 they print.
 """
 
 from __future__ import annotations
 
+import gc
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from recipes_lib.core.errors import EnvironmentFault
 
 LIBRARIES_GIB = 2.5  # what a training of a model of 1 MB maps on two cores
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import large libraries without a search for garbage among their objects, now or later.
+
+    They make millions of objects that live as long as the process. Searching them takes a quarter
+    of the time of the import, and 0.4 s in every collection that frees memory afterwards.
+    """
+    known, collecting = len(sys.modules), gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if len(sys.modules) > known:
+            gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def quiet_libraries() -> None:
@@ -28,8 +50,9 @@ def quiet_libraries() -> None:
             f" libraries alone take {LIBRARIES_GIB} GiB",
             "raise it: ulimit -v unlimited",
         )
-    import datasets
-    import transformers
+    with importing():
+        import datasets
+        import transformers
 
     warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
     # PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern

@@ -33,6 +33,7 @@ from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.atomic_files import file_hashes, publish, write_json
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, first_line
 from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.libraries import importing
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
@@ -399,8 +400,9 @@ def attach(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
     Raises:
         RecipeError: an adapter does not fit the base.
     """
-    import torch
-    from peft import PeftModel
+    with importing():
+        import torch
+        from peft import PeftModel
     from safetensors.torch import load_file
 
     for folder in adapters.values():
