@@ -34,6 +34,17 @@ def errors_of(path, *overrides: str) -> list[str]:
         ("train", "deepspeed: ds.json", ["DeepSpeed is not supported"]),
         ("train", "logging_nan_inf_filter: true", ["must be false"]),
         ("train", "zzzqqq: 1", ["unknown key 'train.zzzqqq'", "recipes explain train"]),
+        (
+            "train",
+            "activation_checkpointing_kwargs: {selective: true}",
+            ["train.activation_checkpointing is off"],
+        ),
+        (
+            "train",
+            "activation_checkpointing_kwargs: {selective: true, use_reentrant: true}"
+            "\n  activation_checkpointing: true",
+            ["cannot work with use_reentrant"],
+        ),
         ("data", "columns: {answer: output}", ["unknown key 'data.columns.answer'"]),
         ("data", "split: {validatoin: 0.1}", ["did you mean data.split.validation?"]),
         (

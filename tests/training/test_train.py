@@ -478,6 +478,61 @@ def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path, lever: s
     assert plain == pytest.approx(pulled, abs=2e-5)
 
 
+def test_selective_checkpointing_computes_attention_once_and_keeps_what_the_plan_says(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where operators are really computed: what is kept of the first time is not."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from recipes_lib.config.launch import plan_launch
+    from recipes_lib.config.recipe import load_recipe
+    from recipes_lib.planning.activations import activations_of
+    from recipes_lib.planning.plan import model_shape
+    from recipes_lib.planning.settings import settings_of
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    returned, tokens = list[int](), list[int]()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            found = func(*args, **(kwargs or {}))
+            if "flash_attention_for_cpu.default" in str(func):
+                returned.append(sum(one.nbytes for one in found))
+            return found
+
+    step = RecipeTrainer.training_step
+
+    def counted(self: RecipeTrainer, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
+        tokens.append(inputs["input_ids"].numel())
+        with Counting():
+            return step(self, model, inputs, *args)
+
+    monkeypatch.setattr(RecipeTrainer, "training_step", counted)
+    ways = {
+        "plain": [],
+        "checkpointed": ["train.activation_checkpointing=true"],
+        "selective": [
+            "train.activation_checkpointing=true",
+            "train.activation_checkpointing_kwargs={selective: true}",
+        ],
+    }
+    computed, planned, losses = {}, {}, {}
+    for name, overrides in ways.items():
+        returned.clear()
+        tokens.clear()
+        overrides = [*overrides, "train.max_steps=2", "train.eval_strategy='no'"]
+        assert main([str(tiny_recipe), f"run.name={name}", *overrides]) == 0
+        computed[name] = sum(returned) / sum(tokens)
+        recipe = load_recipe(tiny_recipe, overrides)
+        settings = settings_of(recipe, plan_launch(recipe.launch), model_shape(recipe), on_cpu=True)
+        planned[name] = activations_of(settings).checkpointed
+        losses[name] = [line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line]
+    assert computed["selective"] == computed["plain"] == computed["checkpointed"] / 2 > 0
+    assert planned["selective"] - planned["checkpointed"] == computed["selective"]
+    assert losses["plain"] == pytest.approx(losses["selective"], abs=1e-6)
+
+
 def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -> None:
     for name, overrides in {"plain": [], "capped": ["run.max_tokens_per_micro_batch=300"]}.items():
         assert (

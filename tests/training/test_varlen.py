@@ -16,6 +16,7 @@ import torch
 from tests.families import build_family
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import AutoModelForCausalLM
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -25,7 +26,11 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.models.architectures import why_not_varlen
 from recipes_lib.train import main
 from recipes_lib.training import loss, varlen
-from recipes_lib.training.build import choose_attention, padding_costs_nothing_to_drop
+from recipes_lib.training.build import (
+    attention_is_kept,
+    choose_attention,
+    padding_costs_nothing_to_drop,
+)
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.trainer import RecipeTrainer
 
@@ -266,6 +271,12 @@ def test_a_gpu_takes_it_by_itself_where_rows_hold_several_examples(
     overrides: list[str], expected: tuple[str, bool], tiny_recipe: Path, tiny_model_dir: Path
 ) -> None:
     assert chosen(tiny_recipe, tiny_model_dir, *overrides) == expected
+
+
+def test_selective_checkpointing_keeps_what_the_kernel_returned() -> None:
+    kept = torch.ops.torch_attn._varlen_attn.default
+    assert attention_is_kept(None, kept) == CheckpointPolicy.MUST_SAVE
+    assert attention_is_kept(None, torch.ops.aten.mm.default) != CheckpointPolicy.MUST_SAVE
 
 
 def test_what_was_asked_for_and_cannot_be_had_is_refused_and_not_replaced(

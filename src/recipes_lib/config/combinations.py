@@ -175,6 +175,9 @@ def _of_a_recipe(
         elif train.get("padding_free") is False:
             what = f"{key} {VARLEN} is for rows without padding, and train.padding_free is false"
             yield key, what, "remove train.padding_free, or set attn_implementation: sdpa"
+    checkpointing = train.get("activation_checkpointing_kwargs")
+    if isinstance(checkpointing, dict) and checkpointing.get("selective") is True:
+        yield from _selective(train, checkpointing, model)
     strategy, split = train.get("eval_strategy", "no"), data.get("split")
     split = split if isinstance(split, dict) else {}
     nothing_held_out = split.get("method") == "none" or split.get("validation") == 0
@@ -184,6 +187,22 @@ def _of_a_recipe(
         yield "train.eval_strategy", what, hint
     if train.get("load_best_model_at_end") is True and train.get("save_strategy") != "best":
         yield from _best_model(train, strategy, train.get("save_strategy", "steps"))
+
+
+def _selective(train: _Section, how: _Section, model: _Section) -> Iterator[tuple[str, ...]]:
+    """Selective checkpointing keeps what attention's kernel returned and computes the rest twice;
+    upstream says so after the model was loaded, or does nothing.
+    """
+    key = "train.activation_checkpointing_kwargs"
+    if train.get("activation_checkpointing") is not True:
+        what = f"{key}.selective: train.activation_checkpointing is off"
+        yield key, what, "set train.activation_checkpointing: true, or remove selective"
+    elif how.get("use_reentrant") is True:
+        what = f"{key}.selective cannot work with use_reentrant: true"
+        yield key, what, "remove use_reentrant"
+    elif model.get("attn_implementation") == "eager":
+        what = f"{key}.selective: eager attention has no kernel whose result could be kept"
+        yield key, what, "remove selective, or set model.attn_implementation: sdpa"
 
 
 def _best_model(train: _Section, validated: Any, saved: Any) -> Iterator[tuple[str, ...]]:

@@ -25,6 +25,7 @@ _CHECKPOINTING = {
         "early_stop": {"type": "boolean"},
         "every_n_layers": {"type": "integer", "minimum": 1},
         "offload": {"type": "boolean"},
+        "selective": {"type": "boolean"},  # TRL's
     },
 }
 VARLEN = "varlen"

@@ -33,7 +33,8 @@ class Activations:
         per_token: of all blocks, norms and the head's input, without recomputation.
         per_token_and_row: further bytes per token for each token of its row: sdpa's mask, one copy
             per block.
-        checkpointed: per token when only the inputs of the blocks are kept.
+        checkpointed: per token when only the inputs of the blocks are kept, and what their
+            attention returned where checkpointing is selective.
         block: per token of one block, what recomputation brings back for a moment.
         block_row: `per_token_and_row` of one block.
         constant: copies of weights for the backward pass: those that autocast made, and experts
@@ -93,10 +94,13 @@ def activations_of(settings: Settings) -> Activations:
     ]
     # on a CPU the gradient of the head is made beside the loss
     head = 4 + shape.hidden * (per_norm + (w if settings.device == "gpu" else 0))
+    attended = sum(
+        count * (s * layer.output + 4 * layer.heads) for layer, _, count in settings.layers
+    )
     return Activations(
         per_token=total[0] - first + head,
         per_token_and_row=total[1],
-        checkpointed=shape.layers * shape.hidden * w + head,
+        checkpointed=shape.layers * shape.hidden * w + head + settings.selective * attended,
         block=largest[0],
         block_row=largest[1],
         constant=_autocast_copies(settings) + sum(sums),

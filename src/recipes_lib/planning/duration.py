@@ -124,7 +124,7 @@ def _attention(settings: Settings, context: float) -> float:
     """Operations per token of scores and weighted values: half of the square with a causal kernel,
     all of it under a mask, which windows need with sdpa; and of states, four for each product.
     """
-    passes = 3.5 + (1 if settings.checkpointing else 0)
+    passes = 3.5 + (1 if settings.checkpointing and not settings.selective else 0)
     total = 0.0
     for block, count in settings.shape.kinds:
         within, square = context, 4 if settings.masked else 2

@@ -73,6 +73,7 @@ class Settings:
         per_device: examples per micro-batch and process.
         max_length: rows are cut there; None for no cut.
         max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
+        selective: whether checkpointing keeps what attention returned.
         reshard: under FSDP2, whether gathered weights are freed after the forward pass.
         sync_each_batch: under FSDP2, whether gradients are shared out after every backward pass;
             None as `shares_each_batch` has it.
@@ -99,6 +100,7 @@ class Settings:
     world_size: int
     sharded: bool
     reshard: bool = True
+    selective: bool = False
     sync_each_batch: bool | None = None
     accumulates: bool = False
     device: str = "gpu"
@@ -186,6 +188,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     several = per_device > 1 and not packing and not shape.carries_state
     flat_by_itself = attention in ("flash", "documents") and several
     validates = train.get("eval_strategy", "no") != "no"
+    checkpointing = train.get("activation_checkpointing_kwargs") or {}
     return Settings(
         shape=shape,
         dtype=dtype,
@@ -205,6 +208,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         max_tokens=recipe.run.max_tokens_per_micro_batch,
         padding_free=bool(train.get("padding_free", flat_by_itself)),
         packing=packing,
+        selective=bool(checkpointing.get("selective")),
         grouped=train.get("train_sampling_strategy") == "group_by_length",
         world_size=launch.world_size,
         per_machine=launch.per_machine,
@@ -286,6 +290,11 @@ def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
                 name for name in map(str, targets) if name.rpartition(".")[2] not in known
             ]:
                 found.append(f"adapters on {', '.join(others)}")
+    checkpointing = recipe.train.get("activation_checkpointing_kwargs") or {}
+    if settings.checkpointing and checkpointing.get("every_n_layers", 1) > 1:
+        found.append(
+            "layers that every_n_layers leaves out (train.activation_checkpointing_kwargs)"
+        )
     if recipe.train.get("torch_compile"):
         found.append("what torch.compile keeps")
     return tuple(found)

@@ -72,7 +72,8 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
     precision = f"{kinds[settings.bits]}{', shard' * settings.sharded}"
     trained = {2: "bf16", 4: "float32"}[settings.trained_bytes]
     rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
-    kept, how = activations_of(settings), ", checkpointed" if settings.checkpointing else ""
+    how = ", checkpointed" if settings.checkpointing else ""
+    kept, how = activations_of(settings), how + (" but for attention" if settings.selective else "")
     per_token = (kept.checkpointed if settings.checkpointing else kept.per_token) / MIB
     if memory.validation > memory.activations + memory.moment:
         what = f"validation batch of {plan.eval_tokens:,} tokens, more than training needs"

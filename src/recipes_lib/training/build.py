@@ -8,12 +8,14 @@ and audited the rows, so that nothing is dropped without being named. Packing is
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import bitsandbytes
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -49,6 +51,7 @@ from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 
+_ATTENTION_KERNELS = ("scaled_dot_product", "flash_attn", "varlen_attn")
 NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
 
 
@@ -99,6 +102,10 @@ def build_trainer(
     choose_attention(recipe, args, model, half)
     attention = str(getattr(model.config, "_attn_implementation", ""))
     prepare_for_training(model)
+    how = dict(args.activation_checkpointing_kwargs or {})
+    if how.pop("selective", False):
+        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = how
+        keep_attention(model)
     lora = build_lora_config(recipe)
     step_tokens: list[int] = []
     trainer = RecipeTrainer(
@@ -132,6 +139,30 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def keep_attention(model: PreTrainedModel) -> None:
+    """Have activation checkpointing keep what attention's kernel returns, and compute the rest
+    twice (`selective`). TRL 1.16 means to, through a method that transformers 5.24 does not call,
+    and for kernels without `varlen`.
+    """
+    enable = model.activation_checkpointing_enable
+    contexts = functools.partial(create_selective_checkpoint_contexts, attention_is_kept)
+
+    def enable_keeping(
+        activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        how = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        enable(activation_checkpointing_kwargs={**how, "context_fn": contexts}, **more)
+
+    model.activation_checkpointing_enable = enable_keeping
+
+
+def attention_is_kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Return what selective checkpointing does with an operator's result."""
+    if any(name in str(operator) for name in _ATTENTION_KERNELS):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def choose_attention(

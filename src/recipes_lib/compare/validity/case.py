@@ -27,6 +27,7 @@ Values = Mapping[str, Any]  # by dotted key
 # result stays.
 _CUT = (
     "train.activation_checkpointing",
+    "train.activation_checkpointing_kwargs",
     "train.gradient_checkpointing",
     "train.gradient_checkpointing_kwargs",
     "train.per_device_train_batch_size",
