@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -360,3 +361,37 @@ def test_three_hundred_judgments_survive_faults_restarts_and_seven_kills(tmp_pat
     assert len({(row["question_id"], row["order"]) for row in rows}) == 300 and {
         row["status"] for row in rows
     } == {"ok"}
+
+
+@pytest.mark.parametrize("refuses", [False, True], ids=["judges at once", "refuses at first"])
+def test_a_served_judge_judges_while_answers_arrive_and_is_asked_nothing_twice(
+    quick,
+    judge_file,  # noqa: F811
+    runs_folder,  # noqa: F811
+    refuses,
+):
+    """The first answer is held back until the judge was asked about another one."""
+    asked, held, judged = threading.Event(), [], []
+
+    def faults(number):
+        body = server.bodies[number - 1]
+        if "[RESULT]" not in json.dumps(body["messages"]):
+            if not held:
+                held.append(None)
+                held[0] = asked.wait(60)
+            return None
+        asked.set()
+        judged.append(body["messages"][-1]["content"])
+        return "422" if refuses and len(judged) == 1 else None
+
+    with FaultyServer(answer="Well, [RESULT] A", faults=faults) as server:
+        keys = {"base_url": server.url, "engine": "openai"}
+        judge_file(**keys, model=MODEL, mode="generate", max_retries=0)
+        settings = [f"generation.{key}={value}" for key, value in keys.items()]
+        recipe = quick("alpaca_eval", *settings, "metrics.probe_pairs=0")
+        (result,) = evaluate_all([recipe], [MODEL])
+        assert held == [True] and result["pairs"]["n"] == 4
+        assert len(judged) == 8 + refuses and len(set(judged)) == 8
+        before = len(server.bodies)
+        evaluate_all([recipe], [MODEL])
+        assert len(server.bodies) == before

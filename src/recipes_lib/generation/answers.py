@@ -8,7 +8,7 @@ one line, one write, synced; a torn tail is cut.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
@@ -38,6 +38,7 @@ class AnswerStore(JudgmentStore):
 AnswerKey = tuple[str, int, int]  # question, turn, and which of several answers: its draw
 Conversations = Mapping[AnswerKey, tuple[Message, ...]]  # each ends with the user's turn
 Completions = dict[AnswerKey, Completion]
+Arrived = Callable[[AnswerKey, Completion], None]  # is given an answer that is stored
 
 
 class Writer:
@@ -49,16 +50,24 @@ class Writer:
         decoding: how.
         prompts: the model's prompt format.
         name: shown with the progress.
+        arrived: is given each answer as soon as it is known to be stored.
 
     Raises:
         RecipeError: the file holds answers of the same weights in another prompt format.
     """
 
     def __init__(
-        self, path: Path, engine: Engine, decoding: Decoding, prompts: Format, name: str
+        self,
+        path: Path,
+        engine: Engine,
+        decoding: Decoding,
+        prompts: Format,
+        name: str,
+        arrived: Arrived = lambda place, answer: None,
     ) -> None:
         self.store = AnswerStore(path)
         self.engine, self.decoding, self.prompts, self.name = engine, decoding, prompts, name
+        self.arrived = arrived
         self.seconds = 0.0
         self.tokens = 0
         for row in self.store:
@@ -77,24 +86,32 @@ class Writer:
             GenerationIncomplete: requests failed; what was answered is stored.
         """
         requests = {place: self._request(*place, messages) for place, messages in asked.items()}
-        missing = {
-            request.key: (place, request)
-            for place, request in requests.items()
-            if request.key not in self.store
-        }
+        missing = {}
+        for place, request in requests.items():
+            if not self._tell(place, request):
+                missing[request.key] = (place, request)
         if missing:
             self._ask(missing)
-        rows = {place: self.store.get(request.key) for place, request in requests.items()}
-        return {
-            place: Completion(
-                key=row["key"],
-                text=row["answer"],
-                finish_reason=row["finish_reason"],
-                num_tokens=row["tokens"],
-            )
-            for place, row in rows.items()
-            if row
-        }
+        found = {place: self._stored(request) for place, request in requests.items()}
+        return {place: one for place, one in found.items() if one}
+
+    def _stored(self, request: Request) -> Completion | None:
+        row = self.store.get(request.key)
+        if row is None:
+            return None
+        return Completion(
+            key=row["key"],
+            text=row["answer"],
+            finish_reason=row["finish_reason"],
+            num_tokens=row["tokens"],
+        )
+
+    def _tell(self, place: AnswerKey, request: Request) -> bool:
+        """Hand an answer on if it is stored, and return whether it is."""
+        stored = self._stored(request)
+        if stored:
+            self.arrived(place, stored)
+        return stored is not None
 
     def _request(
         self, question: str, turn: int, draw: int, messages: tuple[Message, ...]
@@ -141,6 +158,7 @@ class Writer:
                     "prompt_format_hash": self.prompts.hash,
                 }
             )
+            self._tell((question, turn, draw), request)
             self.tokens += completion.num_tokens
             progress.add(tokens=completion.num_tokens)
         self.seconds += progress.close()

@@ -49,11 +49,15 @@ TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
 
 @dataclass(frozen=True)
 class OpenJudge:
-    """A judge that can be asked, and what its prompts may take."""
+    """A judge that can be asked, and what its prompts may take.
+
+    `reach` makes sure that a judge behind an address answers; without it the first question does.
+    """
 
     file: JudgeFile
     judge: Judge
     count_tokens: Callable[[str], int]
+    reach: Callable[[], object]
     weights: str | None = None  # fingerprint of its weights, where they are here
 
     def plan(self, kind: str, reference: bool = False) -> JudgePlan:
@@ -85,7 +89,7 @@ def opened(file: JudgeFile) -> Iterator[OpenJudge]:
     """
     judge = _ServedJudge(file) if file.judge.engine == "openai" else _LocalJudge(file)
     try:
-        yield OpenJudge(file, judge, judge.count_tokens, judge.weights)
+        yield OpenJudge(file, judge, judge.count_tokens, judge.reach, judge.weights)
     finally:
         judge.close()
 
@@ -105,6 +109,10 @@ class _ServedJudge:
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         """Ask the server."""
+        yield from _written(self.reach(), requests, self._render, self.section)
+
+    def reach(self) -> Engine:
+        """Return what asks the server, which answers."""
         section = self.section
         if self._engine is None:
             server = Server(
@@ -117,7 +125,7 @@ class _ServedJudge:
                 first_pause_s=float(os.environ.get("RECIPES_RETRY_PAUSE_S", "0.5")),
             )
             self._engine = OpenAIEngine(server, logprobs=section.mode == "logits")
-        yield from _written(self._engine, requests, self._render, section)
+        return self._engine
 
     def address(self) -> str:
         """Return the server's address; one on this machine may have been started for this process
@@ -181,6 +189,9 @@ class _LocalJudge:
             for allowed, group in groupby(asked, key=lambda request: request.allowed):
                 rendered = [self._render(request.prompt, request.key) for request in group]
                 yield from self._read(rendered, allowed)
+
+    def reach(self) -> None:
+        """Do nothing: it is here."""
 
     def _load(self) -> Any:
         import torch

@@ -32,13 +32,13 @@ from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import summarise
-from recipes_lib.judging.store import JudgmentStore, Row
+from recipes_lib.judging.store import Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
     JUDGED_NUMBERS,
     JudgedSuite,
-    judge_all,
+    ToJudge,
     judgments_file,
     sample_file,
     within_scale,
@@ -102,7 +102,9 @@ class AlpacaEval(JudgedSuite):
             )
         return chosen
 
-    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+    def pair_items(
+        self, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet
+    ) -> list[Item]:
         """Return what is to be compared."""
         return [
             Item(
@@ -113,22 +115,25 @@ class AlpacaEval(JudgedSuite):
                 meta={"category": one.category},
             )
             for draw in range(1, answers.draws + 1)
-            for one in self.chosen.questions
+            for one in questions
         ]
 
-    def judge_answers(
-        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
-    ) -> list[Row]:
-        """Ask for all verdicts about one target."""
-        assert opponent is not None
-        store = JudgmentStore(judgments_file(answers.folder(self.recipe.name), opponent.name))
-        pairs, plan = self.pair_items(answers, opponent), judge.plan("relative")
-        rows = judge_all(pairs, judge, plan, store, answers.name)
+    def to_judge(
+        self,
+        questions: Sequence[Question],
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+    ) -> Iterator[ToJudge]:
+        """Yield what is to be compared, then what is to be graded: both in the opponent's file."""
+        if opponent is None:
+            return
+        file = judgments_file(answers.folder(self.recipe.name), opponent.name)
+        pairs = self.pair_items(questions, answers, opponent)
+        yield ToJudge(pairs, judge.plan("relative"), file, answers.name)
         if self.recipe.metrics.absolute:
-            items = single_items(self.chosen.questions, answers)
-            plan = judge.plan("absolute")
-            rows += judge_all(items, judge, plan, store, f"{answers.name} 1-5")
-        return rows
+            items = single_items(questions, answers)
+            yield ToJudge(items, judge.plan("absolute"), file, f"{answers.name} 1-5")
 
     def numbers(
         self,

@@ -21,7 +21,7 @@ from recipes_lib.data.conversations import Message
 from recipes_lib.engine import Completion, Decoding, Engine
 from recipes_lib.eval_log import REFERENCE, AnswerFacts, AnswerFaults, Speed
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.generation.answers import Completions, Writer
+from recipes_lib.generation.answers import Arrived, Completions, Writer
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
 from recipes_lib.generation.targets import Asking, record_base
@@ -122,9 +122,16 @@ def is_answer_file(word: str) -> bool:
 
 
 def answer_questions(
-    recipe: EvalRecipe, subject: Subject, questions: Sequence[Question]
+    recipe: EvalRecipe,
+    subject: Subject,
+    questions: Sequence[Question],
+    arrived: Arrived = lambda place, answer: None,
 ) -> AnswerSet:
-    """Return one subject's answers to all turns of all questions."""
+    """Return one subject's answers to all turns of all questions.
+
+    Args:
+        arrived: is given each answer as soon as it is stored.
+    """
     section = recipe.generation
     decoding = Decoding(
         **{item.name: getattr(section, item.name) for item in dataclasses.fields(Decoding)}
@@ -140,6 +147,7 @@ def answer_questions(
             decoding,
             subject.prompts,
             subject.name,
+            arrived,
         )
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
             asked = [question for question in questions if len(question.turns) >= turn]

@@ -5,9 +5,14 @@ for all of them, its audit with probes, and the banners above every result.
 from __future__ import annotations
 
 import os
+import queue
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +22,7 @@ from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.core.terminal import warn
+from recipes_lib.engine import Completion
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import (
     REFERENCE,
@@ -28,7 +34,8 @@ from recipes_lib.eval_log import (
     no_reference,
 )
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.generation.judges import OpenJudge
+from recipes_lib.generation.answers import AnswerKey, Arrived
+from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
@@ -45,7 +52,7 @@ from recipes_lib.suites.answering import (
     is_answer_file,
     reference_answers,
 )
-from recipes_lib.suites.questions import QuestionSet, load_questions
+from recipes_lib.suites.questions import Question, QuestionSet, load_questions
 from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 
@@ -112,6 +119,16 @@ JUDGED_NUMBERS: dict[str, dict[str, Any]] = {  # key of a result -> its schema
     },
 }
 _SAME_ANSWERS = "{} and {} gave the same answers: they are one model here and cannot be ranked"
+
+
+@dataclass(frozen=True)
+class ToJudge:
+    """Items that are judged alike and stored in one file; `name` is shown with the progress."""
+
+    items: Sequence[Item]
+    plan: JudgePlan
+    file: Path
+    name: str
 
 
 class JudgedSuite(Asker, ABC):
@@ -191,14 +208,22 @@ class JudgedSuite(Asker, ABC):
         return load_questions(self.recipe)
 
     @abstractmethod
-    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+    def pair_items(
+        self, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet
+    ) -> list[Item]:
         """Return what is to be compared."""
 
     @abstractmethod
-    def judge_answers(
-        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
-    ) -> list[Row]:
-        """Ask for all verdicts about one target."""
+    def to_judge(
+        self,
+        questions: Sequence[Question],
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+    ) -> Iterator[ToJudge]:
+        """Yield what the judge is asked about one target's answers to these questions; without an
+        opponent what needs none.
+        """
 
     @abstractmethod
     def numbers(
@@ -228,9 +253,22 @@ class JudgedSuite(Asker, ABC):
         Raises:
             GenerationIncomplete: answers are missing.
         """
-        answers = answer_questions(self.recipe, subject, self.chosen.questions)
+        with self._judged_meanwhile(subject) as arrived:
+            answers = answer_questions(self.recipe, subject, self.chosen.questions, arrived)
         self._done[str(subject.target.identity)] = answers
         return []
+
+    def _judged_meanwhile(self, subject: Subject) -> AbstractContextManager[Arrived]:
+        """Have a judge behind an address judge what is answered while the rest is written; one in
+        this process takes the memory of the model that answers, and waits.
+        """
+        targets = [self._named[word] for word in self.words if word in self._named]
+        asked = any(str(one.identity) == str(subject.target.identity) for one in targets)
+        wanted = asked and (self.wanted is None or subject.name in self.wanted)
+        if self.judge_file.judge.engine != "openai" or not wanted:
+            return nullcontext(lambda place, answer: None)
+        opponent = self._reference or self._from_files.get(str(self.against))
+        return Meanwhile(self, subject, opponent).judging()
 
     def drop(self, target: Target) -> None:
         """Leave a target out, and those that were to be compared with it."""
@@ -312,9 +350,14 @@ class JudgedSuite(Asker, ABC):
             opponent = pairing.opponents.get(answers.name)
             folder = answers.folder(self.recipe.name)
             with waiting_lock(folder):
-                judged[answers.name] = self.judge_answers(answers, opponent, judge)
+                questions, rows = self.chosen.questions, judged.setdefault(answers.name, [])
+                stores: dict[Path, JudgmentStore] = {}
+                for one in self.to_judge(questions, answers, opponent, judge):
+                    if one.file not in stores:
+                        stores[one.file] = JudgmentStore(one.file)
+                    rows += judge_all(one.items, judge, one.plan, stores[one.file], one.name)
                 if opponent is not None and not probes:
-                    pairs = self.pair_items(answers, opponent)
+                    pairs = self.pair_items(questions, answers, opponent)
                     store = JudgmentStore(judgments_file(folder, opponent.name))
                     probes = ask_probes(pairs, judge, store, self.recipe.metrics.probe_pairs)
         return judged, probes
@@ -369,6 +412,73 @@ class JudgedSuite(Asker, ABC):
             measures=tuple(measures),
             file=file,
         )
+
+
+class Meanwhile:
+    """Judges one target's answers while they arrive, question by question. What it stores nobody
+    asks again; whatever keeps it from judging is met by the judging after the answers, and told
+    there.
+    """
+
+    def __init__(self, suite: JudgedSuite, subject: Subject, opponent: AnswerSet | None) -> None:
+        self.suite, self.opponent = suite, opponent
+        self.answers = AnswerSet(subject.name, subject.run, {})
+        self.open = {
+            one.id: (one, len(one.turns) * suite.recipe.generation.samples)
+            for one in suite.chosen.questions
+        }
+        self._arrived: queue.SimpleQueue[tuple[AnswerKey, Completion] | None] = queue.SimpleQueue()
+        self._reached, self._ended = threading.Event(), threading.Event()
+
+    @contextmanager
+    def judging(self) -> Iterator[Arrived]:
+        """Give what takes an answer; afterwards nothing more is asked, and what was asked is
+        stored.
+        """
+        thread = threading.Thread(target=self._judge, daemon=True)
+        thread.start()
+        try:
+            yield lambda place, answer: self._arrived.put((place, answer))
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+        if self._reached.is_set():
+            thread.join()
+
+    def _end(self) -> None:
+        self._ended.set()
+        self._arrived.put(None)
+
+    def _judge(self) -> None:
+        stores: dict[Path, JudgmentStore] = {}
+        with suppress(Exception), opened(self.suite.judge_file) as judge:
+            judge.reach()
+            self._reached.set()
+            while not self._ended.is_set():
+                questions = self._answered()
+                ids = {one.id for one in questions}
+                rows = {key: row for key, row in self.answers.rows.items() if key[0] in ids}
+                answers = replace(self.answers, rows=rows)
+                for one in self.suite.to_judge(questions, answers, self.opponent, judge):
+                    if one.file not in stores:
+                        stores[one.file] = JudgmentStore(one.file)
+                    requests = build_requests(one.items, one.plan, judge.judge.fingerprint)
+                    going = takewhile(lambda _: not self._ended.is_set(), requests)
+                    ask(going, judge.judge, stores[one.file], one.plan)
+
+    def _answered(self) -> list[Question]:
+        """Wait for an answer, take all that are there, and return the questions they complete."""
+        item = self._arrived.get()
+        while item is not None:
+            (question, turn, draw), answer = item
+            self.answers.rows[question, turn, draw] = answer
+            item = None if self._arrived.empty() else self._arrived.get()
+        answered = Counter(question for question, _, _ in self.answers.rows)
+        whole = [one for one, number in self.open.values() if answered[one.id] == number]
+        for one in whole:
+            del self.open[one.id]
+        return whole
 
 
 def judge_all(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import OUR_GRADING
-from recipes_lib.judging.store import JudgmentStore, Row
+from recipes_lib.judging.store import Row
 from recipes_lib.statistics.intervals import Interval, mean_interval
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
     JUDGED_NUMBERS,
     JudgedSuite,
-    judge_all,
+    ToJudge,
     judgments_file,
     sample_file,
     within_scale,
@@ -85,26 +85,29 @@ class MTBench(JudgedSuite):
             )
         return against
 
-    def pair_items(self, answers: AnswerSet, opponent: AnswerSet) -> list[Item]:
+    def pair_items(
+        self, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet
+    ) -> list[Item]:
         """Return the turns to compare."""
-        return pair_items(self.chosen.questions, answers, opponent)
+        return pair_items(questions, answers, opponent)
 
-    def judge_answers(
-        self, answers: AnswerSet, opponent: AnswerSet | None, judge: OpenJudge
-    ) -> list[Row]:
-        """Ask for all verdicts about one target."""
+    def to_judge(
+        self,
+        questions: Sequence[Question],
+        answers: AnswerSet,
+        opponent: AnswerSet | None,
+        judge: OpenJudge,
+    ) -> Iterator[ToJudge]:
+        """Yield the turns to grade, without and with a reference, then those to compare."""
         folder = answers.folder(self.recipe.name)
-        grades = JudgmentStore(judgments_file(folder, "reference"))
-        rows = []
         for reference in (False, True):
-            items = grading_items(self.chosen.questions, answers, reference)
+            items = grading_items(questions, answers, reference)
             plan = judge.plan("absolute", reference)
-            rows += judge_all(items, judge, plan, grades, answers.name)
+            yield ToJudge(items, plan, judgments_file(folder, "reference"), answers.name)
         if opponent is not None and self.recipe.metrics.pairwise:
-            store = JudgmentStore(judgments_file(folder, opponent.name))
-            pairs, plan = self.pair_items(answers, opponent), judge.plan("relative")
-            rows += judge_all(pairs, judge, plan, store, f"{answers.name} pairs")
-        return rows
+            pairs, plan = self.pair_items(questions, answers, opponent), judge.plan("relative")
+            file = judgments_file(folder, opponent.name)
+            yield ToJudge(pairs, plan, file, f"{answers.name} pairs")
 
     def numbers(
         self,
