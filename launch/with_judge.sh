@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run a command beside the judge it asks: start the judge's server, wait until it answers, run the command, end the server with it.
+# Run a command and the judge it asks: start the judge's server once the command wants it, and end the server with the command.
 #   VLLM=~/vllm/bin/vllm launch/with_judge.sh MODEL [word of vllm ...] -- COMMAND [WORD ...]
-# RECIPES_JUDGE_URL tells the command where the judge answers. What the server says goes into a log beside the job's own.
+# RECIPES_JUDGE_URL tells the command where the judge answers. It makes the file RECIPES_JUDGE_WANTED when its own models have left the GPU, and
+# waits for the same name with .answers at its end. What the server says goes into a log beside the job's own.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 case " $* " in *" -- "*) ;; *) sed -n '2,4s/^# //p' "$0" >&2; exit 2 ;; esac
@@ -13,11 +14,14 @@ shift
 read -r PORT NAME < <(python3 -c 'import secrets, socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1], "judge-" + secrets.token_hex(8))')
 LOG=${REPORT:-${TMPDIR:-/tmp}/judge-$PORT}
 LOG=${LOG%.reported}.judge.log
-export RECIPES_JUDGE_URL=http://127.0.0.1:$PORT/v1 NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
+WANTED=${LOG%.log}.wanted ANSWERED=''
+export RECIPES_JUDGE_WANTED=$WANTED RECIPES_JUDGE_URL=http://127.0.0.1:$PORT/v1 NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
 
 # shellcheck disable=SC2086,SC2317
 finish() {
+  rm -f "$WANTED" "$WANTED.answers"
   kill $COMMAND $SERVER 2> /dev/null || true
+  [ -n "$SERVER" ] || return 0
   for _ in {1..60}; do kill -0 "$SERVER" 2> /dev/null || return 0; sleep 0.5; done
   kill -KILL "$SERVER"
 }
@@ -33,23 +37,24 @@ sys.exit(0 if sys.argv[2] in names else 3)' "$RECIPES_JUDGE_URL" "$NAME" 2> /dev
 trap finish EXIT
 trap 'exit 143' TERM
 trap 'exit 130' INT
-"$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" > "$LOG" 2>&1 &
-SERVER=$!
-echo "judge: $MODEL starts at $RECIPES_JUDGE_URL (log: $LOG)"
-while :; do
-  CODE=0
-  served || CODE=$?
-  kill -0 "$SERVER" 2> /dev/null || ended "before it answered"
-  [ "$CODE" = 0 ] && break
-  [ "$CODE" != 3 ] || { echo "another server answers at $RECIPES_JUDGE_URL, not the one that was started; its log: $LOG" >&2; exit 5; }
-  [ "$SECONDS" -lt "${JUDGE_START_S:-1800}" ] || { echo "the judge does not answer after $SECONDS s; its log: $LOG" >&2; exit 5; }
-  sleep 2 & wait $!
-done
-echo "judge: answers after $SECONDS s"
+rm -f "$WANTED" "$WANTED.answers"
 "$@" &
 COMMAND=$!
 while kill -0 "$COMMAND" 2> /dev/null; do
-  kill -0 "$SERVER" 2> /dev/null || ended "while it was needed"
+  if [ -z "$SERVER" ] && [ -e "$WANTED" ]; then
+    "$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" > "$LOG" 2>&1 &
+    SERVER=$! SECONDS=0
+    echo "judge: $MODEL starts at $RECIPES_JUDGE_URL (log: $LOG)"
+  elif [ -n "$SERVER" ] && [ -z "$ANSWERED" ]; then
+    CODE=0
+    served || CODE=$?
+    kill -0 "$SERVER" 2> /dev/null || ended "before it answered"
+    [ "$CODE" != 3 ] || { echo "another server answers at $RECIPES_JUDGE_URL, not the one that was started; its log: $LOG" >&2; exit 5; }
+    [ "$CODE" != 0 ] || { ANSWERED=1; touch "$WANTED.answers"; echo "judge: answers after $SECONDS s"; }
+    [ "$SECONDS" -lt "${JUDGE_START_S:-1800}" ] || { echo "the judge does not answer after $SECONDS s; its log: $LOG" >&2; exit 5; }
+  elif [ -n "$SERVER" ]; then
+    kill -0 "$SERVER" 2> /dev/null || ended "while it was needed"
+  fi
   sleep 0.5 & wait $!
 done
 wait "$COMMAND" && CODE=0 || CODE=$?

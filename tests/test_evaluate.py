@@ -395,3 +395,26 @@ def test_a_served_judge_judges_while_answers_arrive_and_is_asked_nothing_twice(
         before = len(server.bodies)
         evaluate_all([recipe], [MODEL])
         assert len(server.bodies) == before
+
+
+def test_a_judge_that_the_job_starts_late_is_wanted_once_the_answers_are_written(
+    quick,
+    judge_file,  # noqa: F811
+    runs_folder,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    wanted, seen = tmp_path / "judge.wanted", []
+    monkeypatch.setenv("RECIPES_JUDGE_WANTED", str(wanted))
+    (tmp_path / "judge.wanted.answers").touch()  # as if it answered at once
+
+    def faults(number):
+        seen.append(("[RESULT]" in json.dumps(server.bodies[number - 1]), wanted.exists()))
+
+    with FaultyServer(answer="Well, no. A", faults=faults) as server:
+        keys = {"base_url": server.url, "engine": "openai"}
+        judge_file(**keys, model=MODEL, mode="logits")
+        settings = [f"generation.{key}={value}" for key, value in keys.items()]
+        recipe = quick("alpaca_eval", *settings, "metrics.probe_pairs=0")
+        evaluate_all([recipe], [MODEL])
+    assert seen == [(False, False)] * 4 + [(True, True)] * 8

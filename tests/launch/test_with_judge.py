@@ -1,5 +1,5 @@
-"""launch/with_judge.sh: a judge's server for as long as a command takes. vLLM is stood in for by a
-server of this project's tests.
+"""launch/with_judge.sh: a judge's server from when a command wants it to its end. vLLM is stood in
+for by a server of this project's tests.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "with_judge.sh"
 STAND_IN = Path(__file__).with_name("served_judge.py")
+# what a command does that wants its judge
+WAITS = (
+    'touch "$RECIPES_JUDGE_WANTED"; '
+    'until [ -e "$RECIPES_JUDGE_WANTED.answers" ]; do sleep 0.05; done; '
+)
 
 
 def answers(port: int) -> bool:
@@ -45,7 +50,8 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
 ) -> None:
     asks = (
         "import os, sys, urllib.request as u; url = os.environ['RECIPES_JUDGE_URL']; "
-        f"print(url); print(u.urlopen(url + '/models').read()); sys.exit({code})"
+        "print(url, os.path.exists('eval a.judge.log')); os.system(sys.argv[2]); "
+        f"print(u.urlopen(url + '/models').read()); sys.exit({code})"
     )
     words = [
         str(SCRIPT),
@@ -57,11 +63,13 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
         "-c",
         asks,
         "$(touch oops)",
+        WAITS,
     ]
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
     )
     assert done.returncode == code and '"id": "org/judge"' in done.stdout, done.stderr
+    assert "/v1 False\n" in done.stdout and not list(tmp_path.glob("*.wanted*"))
     log = (tmp_path / "eval a.judge.log").read_text()
     port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", done.stdout).group(1))
     words = (
@@ -72,11 +80,21 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
     assert port != 20001 and not answers(port) and not (tmp_path / "oops").exists()
 
 
+def test_a_command_that_asks_no_judge_starts_none(environment, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [SCRIPT, "org/judge", "--", "sh", "-c", "exit 3"],
+        env=environment,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 3 and not (tmp_path / "eval a.judge.log").exists()
+
+
 def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(
     environment, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [SCRIPT, "broken", "--", "touch", "ran"],
+        [SCRIPT, "broken", "--", "sh", "-c", WAITS + "touch ran"],
         env=environment,
         capture_output=True,
         text=True,
@@ -97,7 +115,7 @@ def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> Non
         "--",
         "sh",
         "-c",
-        "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60",
+        WAITS + "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60",
     ]
     child = subprocess.Popen(words, env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 60
@@ -115,7 +133,7 @@ def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> Non
 def test_a_server_that_dies_while_it_is_asked_ends_the_command_with_its_last_words(
     environment, tmp_path: Path
 ) -> None:
-    words = [str(SCRIPT), "mortal", "--", "sh", "-c", "touch stop; exec sleep 60"]
+    words = [str(SCRIPT), "mortal", "--", "sh", "-c", WAITS + "touch stop; exec sleep 60"]
     started = time.monotonic()
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, timeout=55, cwd=tmp_path
@@ -132,7 +150,7 @@ def test_a_server_that_is_not_the_one_that_was_started_is_not_asked(
     environment, tmp_path: Path
 ) -> None:
     """It serves the same model at the same port, under no name of this job."""
-    words = [SCRIPT, "usurped", "--", "touch", "ran"]
+    words = [SCRIPT, "usurped", "--", "sh", "-c", WAITS + "touch ran"]
     done = subprocess.run(
         words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
     )

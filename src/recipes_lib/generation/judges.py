@@ -15,10 +15,12 @@ import copy
 import dataclasses
 import inspect
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.sections import ModelSection
@@ -112,9 +114,16 @@ class _ServedJudge:
         yield from _written(self.reach(), requests, self._render, self.section)
 
     def reach(self) -> Engine:
-        """Return what asks the server, which answers."""
+        """Return what asks the server, which answers; one that the job starts late is waited for
+        (launch/with_judge.sh ends this process where it does not start).
+        """
         section = self.section
         if self._engine is None:
+            if starts_late(section):
+                wanted = Path(os.environ["RECIPES_JUDGE_WANTED"])
+                wanted.touch()
+                while not wanted.with_name(f"{wanted.name}.answers").exists():
+                    time.sleep(0.1)
             server = Server(
                 base_url=self.address(),
                 model=section.model,
@@ -245,6 +254,13 @@ class _LocalJudge:
         """Free the memory."""
         self._engine = self._reader = None
         free_memory()
+
+
+def starts_late(section: JudgeSection) -> bool:
+    """Return whether the judge's server is started for this process alone, and only when it is
+    asked: until then the GPU is the answering model's.
+    """
+    return section.served_here and "RECIPES_JUDGE_WANTED" in os.environ
 
 
 def guessed_tokens(text: str) -> int:

@@ -35,8 +35,6 @@ from recipes_lib.suites.leaks import refuse_leaks_of
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
 TRAIN_MODULE, CLI_MODULE = ("-m", "recipes_lib.train"), ("-m", "recipes_lib.cli")
-# share of the GPU's memory, where the same job answers with the model that is judged
-BESIDE_A_MODEL = "0.45"
 
 
 @dataclass(frozen=True)
@@ -261,14 +259,10 @@ def _launcher(python: tuple[str, ...], launch: Launch, config: str) -> tuple[str
     return (*words, "--num_machines", str(launch.machines)) if several else words
 
 
-def _with_judge(
-    evals: Sequence[EvalRecipe], profile: SiteProfile | None, *, alone: bool
-) -> tuple[str, ...]:
+def _with_judge(evals: Sequence[EvalRecipe], profile: SiteProfile | None) -> tuple[str, ...]:
     """Return the words before a command that asks the judges of some evals, where the job has to
-    start one: vLLM lives in an environment of its own, and on a compute node nobody started it.
-
-    Args:
-        alone: whether the command loads no other model onto the GPU.
+    start one: vLLM lives in an environment of its own, and on a compute node nobody started it. It
+    starts when it is asked, so the GPU is free for it.
     """
     files = [one.judge for one in evals if one.judge and one.judge.judge.served_here]
     served = {file.judge.model: file.judge for file in files}
@@ -283,7 +277,6 @@ def _with_judge(
     script = str(project_root() / "launch" / "with_judge.sh")
     words = ["bash", script, model, "--max-model-len", str(judge.max_context_tokens)]
     words += ["--revision", judge.revision] if judge.revision else []
-    words += [] if alone else ["--gpu-memory-utilization", BESIDE_A_MODEL]
     return (*words, "--")
 
 
@@ -360,7 +353,7 @@ def _plan_recipe(
     trained = tuple(job.label for job in jobs)
     for one in evals:
         command = (*CLI_MODULE, "eval", snapshot.shown(one.path), recipe.name, *allowed)
-        task = Task((*_with_judge([one], profile, alone=False), *python), command, what=one.name)
+        task = Task((*_with_judge([one], profile), *python), command, what=one.name)
         small = JobSize(uses_gpus=not launch.config.use_cpu)
         jobs.append(Job(f"eval-{one.name}", "eval", (task,), small, trained))
     if "report" in stages:
@@ -429,7 +422,7 @@ class _StudyPlanner:
                 asked.setdefault(f"eval-{word}", []).append(step.name)
             jobs += [self._steps_job(label, names) for label, names in asked.items()]
             if judged := self._open("judgments", "comparison"):
-                judge = _with_judge(study.evals, self.profile, alone=True)
+                judge = _with_judge(study.evals, self.profile)
                 jobs.append(self._steps_job("eval-judge", [step.name for step in judged], judge))
         if "report" in stages and (last := self._open("statistics", "report")):
             jobs.append(self._steps_job("report", [step.name for step in last]))

@@ -35,7 +35,7 @@ from recipes_lib.eval_log import (
 )
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.answers import AnswerKey, Arrived
-from recipes_lib.generation.judges import OpenJudge, opened
+from recipes_lib.generation.judges import OpenJudge, opened, starts_late
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
@@ -259,13 +259,14 @@ class JudgedSuite(Asker, ABC):
         return []
 
     def _judged_meanwhile(self, subject: Subject) -> AbstractContextManager[Arrived]:
-        """Have a judge behind an address judge what is answered while the rest is written; one in
-        this process takes the memory of the model that answers, and waits.
+        """Have a judge behind an address judge what is answered while the rest is written; one that
+        takes the memory of the model that answers waits for it to end.
         """
         targets = [self._named[word] for word in self.words if word in self._named]
         asked = any(str(one.identity) == str(subject.target.identity) for one in targets)
         wanted = asked and (self.wanted is None or subject.name in self.wanted)
-        if self.judge_file.judge.engine != "openai" or not wanted:
+        judge = self.judge_file.judge
+        if judge.engine != "openai" or starts_late(judge) or not wanted:
             return nullcontext(lambda place, answer: None)
         opponent = self._reference or self._from_files.get(str(self.against))
         return Meanwhile(self, subject, opponent).judging()
