@@ -55,7 +55,7 @@ _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided
 # those whose value or size the processor must know before it goes on
 _WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _PRODUCTS = ("mm", "bmm", "addmm")
-_NARROW = 512  # the ranks of adapters
+_NARROW = 256  # the ranks of adapters
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}  # wait where it is by a mask
 # kernels of CUDA's, where it is not one: torch's code for the operator
 _KERNELS = {
@@ -353,6 +353,9 @@ def _traced(
         on_a_gpu(lambda *args, **kwargs: traces[-1].launch(*args, **kwargs)),
     ):
         trainer, examples = _trainer(recipe, config, lengths, Path(folder))
+        if recipe.quantization:  # as TRL does; what makes half precision of 4 bits is not here
+            for parameter in trainer.model.parameters():
+                parameter.data = parameter.data.bfloat16()
         if trainer.args.activation_checkpointing:  # as its `train` does
             trainer.model.activation_checkpointing_enable()
         model = trainer.accelerator.prepare(trainer.model).train()
@@ -431,6 +434,7 @@ def _compiled(block: Any, args: Any, kwargs: Any, tokens: int) -> Costs:
     def backend(graph: Any, inputs: Any) -> Any:
         return compile_fx.compile_fx(graph, inputs, inner_compile=count)
 
+    torch._dynamo.reset()  # what was compiled for another length would make this one a variable
     block = _replace_tensors(block, empty)
     (hidden, *args), kwargs = tree_map(empty, (args, kwargs))
     with patch.object(config, "cpu_backend", "triton"), torch.autocast("cpu", torch.bfloat16):

@@ -129,7 +129,7 @@ def test_the_text_says_what_fits_how_long_and_what_to_type(
     lines = out.splitlines()
     assert (
         lines[0]
-        == "llama2-7b-dolly--lora-bf16-r32 on 2 x H100 80GB SXM (speed assumed, nobody has measured"
+        == "llama2-7b-dolly--lora-bf16-r32 on 2 x H100 80GB SXM (speed counted, nobody has measured"
         " it here)"
     )
     for words in (

@@ -147,7 +147,7 @@ def test_a_smaller_card_holds_less_and_every_card_can_be_planned() -> None:
     assert (
         sizes["h200-141gb"] > sizes["h100-80gb"] > sizes["a100-40gb"] > sizes["rtx-4090-24gb"] > 0
     )
-    assert all(card.basis == "assumed" for card in CARDS)  # until somebody measures one
+    assert all(card.basis == "counted" for card in CARDS)  # until somebody measures one
 
 
 def test_processes_without_gpus_share_the_memory_of_the_machine() -> None:

@@ -56,15 +56,20 @@ class Advice:
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """Return proposals: what makes the training fit, or what makes it faster; the best first."""
-    found = {}
+    """Return proposals: what makes the training fit, or what makes it faster; the best first, and
+    those that need more cards behind those that do not.
+    """
+    found, more = {}, {}
     for why, same_result, changed in _to_be_faster(plan) if plan.fits else _to_fit(plan):
         if changed.fits:
             words = _words(plan.settings, changed.settings)
             found[words] = _compare(plan, changed, words, why, same_result)
+            more[words] = changed.settings.world_size > plan.settings.world_size
     if not plan.fits:
         helps = [replace(item, makes_it_fit=not plan.uncounted) for item in found.values()]
-        return sorted(helps, key=lambda item: (not item.same_result, -item.saves_s))
+        return sorted(
+            helps, key=lambda item: (not item.same_result, more[item.setting], -item.saves_s)
+        )
     least = max(WORTH_S, WORTH_SHARE * plan.duration.training)
     worth = [item for item in (*_validating(plan), *found.values()) if item.saves_s > least]
     if plan.uncounted:

@@ -1,12 +1,11 @@
-"""The cards a plan can be made for, this machine's own among them: memory, peak rate, bandwidth,
-links, and the share of the peak that training reaches.
+"""The cards a plan can be made for, this machine's own among them: memory, peak rate, bandwidth and
+links.
 
-No GPU's speed was measured by this project: each is marked `assumed` until `benchmarks/` has a
-number for it. Peaks are the vendors' dense bf16 figures. The reached share (MFU, counted with 4N)
-follows the published 40% of a bf16 LoRA on one H100 (NeMo AutoModel, Llama-3-8B, sequence 4,096,
-402 TFLOP/s); links are what an all-gather is taken to reach. MIG slices have the original study's 7
-GB/s, the rate that explains its 449 tokens/s under FSDP without peer-to-peer access. A processor's
-speed was measured per core, with SmolLM2-135M.
+No GPU's speed was measured by this project: each is `counted` until `benchmarks/` has a number for
+it (`planning.duration` says from what). Peaks are the vendors' dense bf16 figures; links are what
+an all-gather is taken to reach. MIG slices have the original study's 7 GB/s, the rate that explains
+its 449 tokens/s under FSDP without peer-to-peer access. A processor's speed was measured per core,
+with SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ class Card:
         tflops: dense bf16 peak.
         bandwidth: memory, GB/s.
         link: GB/s of an all-gather per card on one machine.
-        mfu: share of the peak that bf16 LoRA reaches with large micro-batches.
-        basis: `assumed`, or what was measured where.
+        basis: `counted`, or what was measured where.
         stands_in: whether nobody named it: it stands in for the GPU that this machine has not.
     """
 
@@ -45,8 +43,7 @@ class Card:
     tflops: float
     bandwidth: float
     link: float
-    mfu: float = 0.40
-    basis: str = "assumed"
+    basis: str = "counted"
     stands_in: bool = False
 
 
@@ -55,17 +52,17 @@ CARDS = (
     Card("h100-pcie-80gb", "H100 80GB PCIe", 79.1, 756, 2000, 25),
     Card("h100-96gb", "H100 96GB", 93.0, 989, 3350, 300),
     Card("h200-141gb", "H200 141GB", 139.8, 989, 4800, 300),
-    Card("a100-80gb", "A100 80GB", 79.2, 312, 2039, 200, 0.50),
-    Card("a100-40gb", "A100 40GB", 39.4, 312, 1555, 200, 0.50),
+    Card("a100-80gb", "A100 80GB", 79.2, 312, 2039, 200),
+    Card("a100-40gb", "A100 40GB", 39.4, 312, 1555, 200),
     Card("h100-mig-4g.40gb", "H100 MIG slice 4g.40gb", 39.2, 480, 1675, 7),
     Card("h100-mig-3g.40gb", "H100 MIG slice 3g.40gb", 39.2, 450, 1675, 7),
     Card("h100-mig-3g.47gb", "H100 96GB MIG slice 3g.47gb", 46.2, 450, 1675, 7),
     Card("h100-mig-2g.20gb", "H100 MIG slice 2g.20gb", 19.4, 240, 837, 7),
     Card("h100-mig-1g.10gb", "H100 MIG slice 1g.10gb", 9.5, 120, 418, 7),
-    Card("a100-mig-3g.40gb", "A100 80GB MIG slice 3g.40gb", 39.2, 121, 1019, 7, 0.50),
-    Card("a100-mig-3g.20gb", "A100 40GB MIG slice 3g.20gb", 19.4, 121, 777, 7, 0.50),
+    Card("a100-mig-3g.40gb", "A100 80GB MIG slice 3g.40gb", 39.2, 121, 1019, 7),
+    Card("a100-mig-3g.20gb", "A100 40GB MIG slice 3g.20gb", 19.4, 121, 777, 7),
     Card("l40s-48gb", "L40S 48GB", 44.4, 362, 864, 20),
-    Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10, 0.50),
+    Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10),
 )
 _ALIASES = {
     "h100": "h100-80gb",
@@ -237,7 +234,6 @@ def cpu_card() -> Card:
         tflops=cores**SCALING * core_tflops("bf16"),
         bandwidth=10.0,
         link=2.0,
-        mfu=1.0,
         basis="measured with SmolLM2-135M on one core of another machine; elsewhere taken as"
         " proportional",
     )

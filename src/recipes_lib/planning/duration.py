@@ -1,4 +1,8 @@
-"""How long a training takes: operations over what the card reaches, and what stands beside them.
+"""How long a training takes, and what stands beside it: on a GPU the work of a counted step over
+what the card reaches, on a processor what was measured there.
+
+A pass lasts as long as its products take at the rate of tensor cores and everything else at that of
+memory (`planning.step_costs`), and no less than its kernels take to be launched.
 
 Operations per token: 4N for LoRA (forward 2N, and 2N for the gradients of activations; frozen
 weights need none), 6N with activation checkpointing, which repeats the forward pass; 6N and 8N for
@@ -15,17 +19,22 @@ from recipes_lib.planning.batches import Batches
 from recipes_lib.planning.cards import Card, core_tflops
 from recipes_lib.planning.memory import GIB, weight_gib
 from recipes_lib.planning.settings import Settings
+from recipes_lib.planning.step_costs import StepCosts, step_costs
 
-# Assumed, all of them: no GPU was measured by this project yet.
-# launching one block's kernels forward and backward with LoRA; full fine-tuning half of it
-LAYER_PASS_S = 1.2e-3
+# Shares of a card's peak: 720 to 790 of 989 TFLOP/s in large bf16 products, and 3.0 of 3.35 TB/s,
+# were measured on an H100, not by this project; other cards are taken to reach the same.
+PRODUCTS_REACHED, BANDWIDTH_REACHED = 0.75, 0.9
+# Measured: 13.4 us [12.7, 14.3] of an AMD EPYC's core for each kernel of a step (the trainer, LoRA,
+# 32 blocks of width 64, 8 tokens, torch 2.13; n=16, 2026-11-26). Those of compiled blocks are taken
+# to cost the same.
+LAUNCH_S = 13e-6
+# Assumed, these four: nobody has measured them for this project.
 READ_GIB_PER_S = 0.7  # weights from disk
 NETWORK = 25.0  # GB/s per GPU between machines
 START_S, FINISH_S = 60.0, 45.0  # imports, data; saving, reloading and checking the weights
 CPU_START_S, CPU_FINISH_S = 15.0, 12.0
 # interpreter and optimizer, as a two-layer model shows them
 CPU_LAYER_PASS_S, CPU_STEP_S = 2e-3, 0.05
-BANDWIDTH_REACHED = 0.6
 
 
 @dataclass(frozen=True)
@@ -97,23 +106,24 @@ def training_duration(
     if on_cpu:  # the processes share the cores
         kind = "4bit" if settings.bits else "bf16" if settings.compute_bytes == 2 else "fp32"
         tflops = card.tflops * core_tflops(kind) / core_tflops("bf16") / settings.per_machine
-        launching = layers * CPU_LAYER_PASS_S
+        costs, launch = StepCosts(kernels=layers), CPU_LAYER_PASS_S
     else:  # float32 goes without the half precision of tensor cores
-        tflops = card.tflops * card.mfu * (1.0 if settings.compute_bytes == 2 else 0.25)
-        launching = layers * LAYER_PASS_S * (1.0 if settings.adapter else 0.5)
-        launching *= 1.35 if settings.checkpointing else 1.0
-    speed = tflops * 1e12
+        tflops = card.tflops * PRODUCTS_REACHED * (1.0 if settings.compute_bytes == 2 else 0.25)
+        costs, launch = step_costs(settings), LAUNCH_S
+    speed, memory = tflops * 1e12, card.bandwidth * 1e9 * BANDWIDTH_REACHED
     per_pass = batches.computed / batches.forward_passes / world
     attention = _attention(settings, batches.context)
     operations = per_pass * (operations_per_token(settings) + attention)
-    one = max(operations / speed, launching) + _dequantising(settings, card)
+    one = operations / speed + (per_pass * costs.per_token + costs.constant) / memory
+    one = max(one + _dequantising(settings, card), costs.kernels * launch)
     moved = _moved_per_pass(settings, card)
     one = max(one, moved) + 0.1 * min(one, moved)
     step = one * batches.forward_passes + _per_step(settings, card)
+    forward = (2 * n + attention / 3.5) / speed + costs.forward / memory
     counted = n * (6 if settings.adapter is None else 4)
     return Duration(
         training=step * batches.steps,
-        validation=validation_tokens / world * (2 * n + attention / 3.5) / speed,
+        validation=validation_tokens / world * forward,
         around=_around(settings),
         tokens_per_second=batches.tokens / world / step,
         mfu=batches.computed / world * counted / step / (card.tflops * 1e12),

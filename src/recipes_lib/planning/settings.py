@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from recipes_lib.config.batch import written_sync
-from recipes_lib.config.constraints import VARLEN
+from recipes_lib.config.constraints import COMPILE_KEYS, VARLEN
 from recipes_lib.config.launch import Launch
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
@@ -74,6 +74,7 @@ class Settings:
         max_length: rows are cut there; None for no cut.
         max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
         selective: whether checkpointing keeps what attention returned.
+        compiled: whether decoder blocks are compiled.
         reshard: under FSDP2, whether gathered weights are freed after the forward pass.
         sync_each_batch: under FSDP2, whether gradients are shared out after every backward pass;
             None as `shares_each_batch` has it.
@@ -99,6 +100,7 @@ class Settings:
     grouped: bool
     world_size: int
     sharded: bool
+    compiled: bool = False
     reshard: bool = True
     selective: bool = False
     sync_each_batch: bool | None = None
@@ -206,6 +208,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         eval_per_device=int(train.get("per_device_eval_batch_size", 8)) if validates else 0,
         max_length=train.get("max_length", MAX_LENGTH),
         max_tokens=recipe.run.max_tokens_per_micro_batch,
+        compiled=any(train.get(key) for key in COMPILE_KEYS),
         padding_free=bool(train.get("padding_free", flat_by_itself)),
         packing=packing,
         selective=bool(checkpointing.get("selective")),
@@ -295,6 +298,6 @@ def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
         found.append(
             "layers that every_n_layers leaves out (train.activation_checkpointing_kwargs)"
         )
-    if recipe.train.get("torch_compile"):
+    if settings.compiled:
         found.append("what torch.compile keeps")
     return tuple(found)

@@ -8,8 +8,10 @@ from recipes_lib.config.batch import WITHOUT_WARMUP
 from recipes_lib.planning.activations import activations_of
 from recipes_lib.planning.advice import Advice, method_rows
 from recipes_lib.planning.cards import Card
+from recipes_lib.planning.duration import BANDWIDTH_REACHED, LAUNCH_S, PRODUCTS_REACHED
 from recipes_lib.planning.memory import MIB
 from recipes_lib.planning.plan import Plan
+from recipes_lib.planning.step_costs import step_costs
 
 # the quickstart's training took the planned time on idle cores, and 168 s for 50 on two cores that
 # others used too
@@ -27,8 +29,8 @@ def plan_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     else:
         machines = f" on {plan.launch.machines} machines" if plan.launch.machines > 1 else ""
         title = f"{settings.world_size} x {card.title}{machines}"
-        if card.basis == "assumed":
-            speed = "speed assumed, nobody has measured it here"
+        if card.basis == "counted":
+            speed = "speed counted, nobody has measured it here"
     yield f"{plan.recipe.name} on {title} ({speed})"
     if card.stands_in:
         yield stand_in(card)
@@ -171,6 +173,18 @@ def _time(plan: Plan) -> Iterator[str]:
         f"        {clock(duration.validation)} validation, {clock(duration.around)} start and end:"
         f" {spread(duration.total, device)} in all"
     )
+    if device == "gpu":
+        costs = step_costs(settings)
+        bandwidth, tflops = (
+            plan.card.bandwidth * BANDWIDTH_REACHED,
+            plan.card.tflops * PRODUCTS_REACHED,
+        )
+        yield (
+            f"        counted: {costs.kernels:,.0f} kernels a pass, launched in"
+            f" {LAUNCH_S * 1e6:.0f} us each; {costs.per_token / 1e6:.0f} MB per token at"
+            f" {bandwidth:,.0f} GB/s, products at {tflops:,.0f} TFLOP/s"
+        )
+        yield "        assumed: start and end, disks and links"
     if device == "cpu":
         yield (
             "        the longer time is that of an older processor, or one that has other work:"
