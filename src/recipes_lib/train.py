@@ -131,6 +131,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         say_once(f"run {run.path}")
         for line in start_up_lines(trainer, launch_line):
             say_once(line)
+        if (fused := trainer.fused_lora) is not None:
+            on_main_rank(lambda: run.write_state("running", lora_implementation=fused.line()))
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.

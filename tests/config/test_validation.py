@@ -211,6 +211,17 @@ def test_varlen_attention_needs_rows_that_say_where_an_example_ends(write, train
     assert error.startswith("r.yaml:4: model.attn_implementation ") and words in error
 
 
+def test_fused_adapters_need_adapters_that_can_be_fused(write):
+    text = "model: {name_or_path: a, lora_implementation: fused}\ndata: {source: b}\n"
+    [error] = errors_of(write(text))
+    assert error.startswith("r.yaml:1: model.lora_implementation fused: this recipe trains no ad")
+    lora = "lora: {target_modules: all-linear, use_dora: true}\n"
+    document = load_document(write(text + lora))
+    assert not list(validate(document))
+    [warning] = document.warnings
+    assert "fused does nothing: lora.use_dora is left to PEFT" in str(warning)
+
+
 def test_quantized_weights_need_an_adapter(write):
     text = "model: {name_or_path: a}\ndata: {source: b}\nquantization: {load_in_4bit: true}\n"
     assert "cannot be trained without an adapter" in "\n".join(errors_of(write(text)))

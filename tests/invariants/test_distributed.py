@@ -63,6 +63,22 @@ def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) ->
         assert plain == pytest.approx(compiled, rel=SUM_ORDER)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+def test_fused_adapters_train_as_pefts(launcher, compared, config: str) -> None:
+    from safetensors.torch import load
+
+    name = f"fused-{config}"
+    said = launcher.train(f"run.name={name}", "model.lora_implementation=fused", config=config)
+    assert "lora: 4 layers fused in 2 groups\n" in said
+    for key in ("loss", "eval_loss", "grad_norm", "tokens"):
+        plain, fused = launcher.series(config, key), launcher.series(name, key)
+        assert plain == pytest.approx(fused, rel=SUM_ORDER)
+    one, two = load(launcher.adapter(config)), load(launcher.adapter(name))
+    assert one.keys() == two.keys()
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
+
+
 def test_the_start_up_line_says_what_is_really_active(compared) -> None:
     assert "DDP, world size 2" in compared["ddp_cpu"]
     assert "FSDP, world size 2" in compared["fsdp_cpu"]

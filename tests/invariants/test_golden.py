@@ -30,19 +30,29 @@ WAYS = {
 TOLERANCE = {"lora-bf16": 5e-3, "qlora-nf4": 5e-3}
 
 
-def trajectory(recipe: Path, name: str) -> list[float]:
+def trajectory(recipe: Path, name: str, *overrides: str) -> list[float]:
     """Train and return the losses by step."""
     from recipes_lib.train import main
 
-    assert main([str(recipe), f"run.name={name}", *WAYS[name]]) == 0
+    assert main([str(recipe), f"run.name={name}", *WAYS[name], *overrides]) == 0
     lines = (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines if '"loss"' in line]
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_the_losses_are_those_of_the_recorded_run(tiny_recipe: Path, name: str) -> None:
+FUSED = ["model.lora_implementation=fused"]
+CASES = [
+    *(pytest.param(name, [], id=name) for name in WAYS),
+    pytest.param("lora-fp32", FUSED, id="lora-fp32, fused"),
+    pytest.param("qlora-nf4", FUSED, id="qlora-nf4, fused", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("name", "overrides"), CASES)
+def test_the_losses_are_those_of_the_recorded_run(
+    tiny_recipe: Path, name: str, overrides: list[str]
+) -> None:
     golden = json.loads(GOLDEN.read_text())
-    measured = trajectory(tiny_recipe, name)
+    measured = trajectory(tiny_recipe, name, *overrides)
     assert measured == pytest.approx(golden["losses"][name], rel=TOLERANCE.get(name, 1e-4)), (
         f"recorded with {golden['environment']}"
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from recipes_lib.config.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.config.batch import WITHOUT_WARMUP, solve_batch
-from recipes_lib.config.constraints import NOT_IN_MODEL_KWARGS, VARLEN
+from recipes_lib.config.constraints import NOT_FUSED, NOT_IN_MODEL_KWARGS, VARLEN
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, run_name
@@ -40,7 +40,7 @@ def check_combinations(document: Document) -> Iterator[PlacedError]:
             path = tuple(key.split("."))
             yield path, document.error(path, what, *hints)
     yield from _launch(document, sections["launch"], sections["train"])
-    for key, what, hint in _warnings(sections["train"], sections["run"]):
+    for key, what, hint in _warnings(**sections):
         document.warnings.append(document.error(tuple(key.split(".")), f"warning: {what}", hint))
     document.warnings.extend(_changed_scaling(document))
     given = document.values.get("run", {})
@@ -167,6 +167,13 @@ def _of_a_recipe(
             " refuses"
         )
         yield "model.dtype", what, f"set model.dtype: {half}"
+    if model.get("lora_implementation") == "fused" and not lora:
+        key = "model.lora_implementation"
+        yield (
+            key,
+            f"{key} fused: this recipe trains no adapter",
+            f"add a lora section, or remove {key}",
+        )
     if model.get("attn_implementation") == VARLEN:
         key = "model.attn_implementation"
         if train.get("packing") and train.get("packing_strategy") == "wrapped":
@@ -289,8 +296,16 @@ def rank_too_large(rank: int, widest: int) -> tuple[str, str]:
     return what, "ranks of 8 to 128 are usual"
 
 
-def _warnings(train: _Section, run: _Section) -> Iterator[tuple[str, str, str]]:
+def _warnings(
+    *, train: _Section, run: _Section, model: _Section, **others: _Section
+) -> Iterator[tuple[str, str, str]]:
     """Yield combinations that are legal but rarely meant."""
+    left = [
+        f"{name}.{one}" for name in NOT_FUSED for one in NOT_FUSED[name] if others[name].get(one)
+    ]
+    if model.get("lora_implementation") == "fused" and left:
+        key = "model.lora_implementation"
+        yield key, f"{key} fused does nothing: {left[0]} is left to PEFT", f"remove {key}"
     steps: Any = train.get("max_steps")
     warmup: Any = train.get("warmup_steps")
     if "num_train_epochs" in train and isinstance(steps, int) and steps > 0:

@@ -91,6 +91,12 @@ class ModelSection:
         " flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest"
         " one that is installed. When set, it is used or refused, never replaced."
     )
+    lora_implementation: Literal["peft", "fused"] = key(
+        "What computes the adapters in training. peft: its modules, layer by layer. fused: layers"
+        " that read the same input together, with one dropout mask for them; what that cannot take"
+        " stays PEFT's, with the reason said. The saved adapter is PEFT's either way.",
+        "peft",
+    )
     trust_remote_code: bool = key(
         "Run Python code that ships with the model. Also needs --trust-remote-code on the command"
         " line.",

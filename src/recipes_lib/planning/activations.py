@@ -85,7 +85,7 @@ def activations_of(settings: Settings) -> Activations:
     if adapter and not settings.checkpointing:
         # nothing before the first block is trained: its norm and masks are not kept
         noisy = sum(matrix.reads == "attention" for matrix, _ in adapter.targets[0])
-        noise = noisy * _noise_bytes(settings) if adapter.dropout else 0
+        noise = noisy * _noise_bytes(settings)
         first = shape.hidden * (noise if shape.family in _NORMED_BEHIND else 4 + noise)
     # PEFT adds an adapter of experts to their whole parameter, and the sum is kept
     sums = [
@@ -176,10 +176,10 @@ def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
         )
     ranks = s * sum(rank for one, rank in targets if not one.experts)
     widths = sum(one.inputs * one.active for one, _ in targets)
-    if adapter.dropout:
-        return ranks + widths * (s + _noise_bytes(settings))
+    if noise := _noise_bytes(settings):
+        return ranks + widths * (s + noise)
     other_half = settings.weight_bytes == 2 and settings.half not in (None, settings.dtype)
-    if settings.trained_bytes == s and not casts and not other_half:
+    if adapter.fused or (settings.trained_bytes == s and not casts and not other_half):
         shared = {
             one.reads: one.inputs * one.active
             for one, _ in targets
@@ -192,8 +192,10 @@ def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
 
 def _noise_bytes(settings: Settings) -> int:
     """Bytes per element of dropout's mask: the CUDA kernel keeps booleans, the CPU's a number of
-    the adapter's type.
+    the adapter's type; none without dropout, or where the mask is drawn again.
     """
+    if settings.adapter is None or not settings.adapter.dropout or settings.adapter.fused:
+        return 0
     return 1 if settings.device == "gpu" else settings.trained_bytes
 
 

@@ -185,7 +185,7 @@ def _to_fit(plan: Plan) -> Iterator[_Lever]:
                 changed = other.with_settings(world_size=count, per_machine=count, **shared)
                 yield why, True, changed
     adapter = settings.adapter
-    if adapter is not None and adapter.dropout:
+    if adapter is not None and adapter.dropout and not adapter.fused:
         without = replace(adapter, dropout=0.0)
         yield "no masks to keep", False, plan.with_settings(adapter=without)
     if adapter is not None and settings.bits is None:

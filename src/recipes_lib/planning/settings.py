@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from recipes_lib.config.batch import written_sync
-from recipes_lib.config.constraints import COMPILE_KEYS, VARLEN
+from recipes_lib.config.constraints import COMPILE_KEYS, NOT_FUSED, VARLEN
 from recipes_lib.config.launch import Launch
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
@@ -41,6 +41,7 @@ class Adapter:
     Args:
         extra_parameters: of modules that are trained in full.
         vectors: trained numbers per output of an adapted matrix: DoRA's lengths, LoRA's bias.
+        fused: whether layers that read the same input keep one copy of it, and no masks.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class Adapter:
     targets: tuple[Adapted, ...]
     extra_parameters: int = 0
     vectors: int = 0
+    fused: bool = False
 
     @cached_property
     def parameters(self) -> int:
@@ -247,7 +249,11 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
     lora = recipe.lora
     if lora is None:
         return None
-    adapter = adapter_of(lora, shape)
+    asked = {"lora": lora, "quantization": recipe.quantization or {}}
+    fused = recipe.model.lora_implementation == "fused" and not any(
+        asked[section].get(key) for section, keys in NOT_FUSED.items() for key in keys
+    )
+    adapter = replace(adapter_of(lora, shape), fused=fused)
     if not any(adapter.targets):
         linear = dict.fromkeys(
             matrix.last_name

@@ -47,6 +47,7 @@ from recipes_lib.training import varlen
 from recipes_lib.training.batches import ROW, with_fillers
 from recipes_lib.training.compiled import compile_blocks
 from recipes_lib.training.cpu import attention as cpu_attention
+from recipes_lib.training.fused_lora import fuse_lora
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
@@ -134,6 +135,9 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+    if recipe.model.lora_implementation == "fused":
+        trainer.fused_lora = fuse_lora(trainer.model, half)
+        trainer.add_callback(trainer.fused_lora)
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         trainer.add_callback(compile_blocks(trainer.model, recipe.train, run.path / "compiled"))
     trainer.remove_callback(ProgressCallback)
@@ -286,6 +290,8 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     lines += [f"schedule: {schedule}", f"trains: {describe_trainable(model, raised=raised)}"]
     if isinstance(model, PeftModel):
         lines.append(describe_targets(model))
+    if trainer.fused_lora:
+        lines.append(trainer.fused_lora.line())
     weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
     if experts := describe_experts(model, weight):
         lines.append(experts)

@@ -54,6 +54,7 @@ from recipes_lib.training.batches import (
     to_device,
     with_training_filler,
 )
+from recipes_lib.training.fused_lora import FusedLora
 from recipes_lib.training.loss import add_token_loss, can_score_itself
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.resume_guard import differences
@@ -117,6 +118,7 @@ class RecipeTrainer(SFTTrainer):
         self.recent_rows = deque[torch.Tensor](maxlen=self.args.gradient_accumulation_steps)
         self.without_rows = False
         self.num_pieces = 1
+        self.fused_lora: FusedLora | None = None
         self.evaluation_due = False
         self._unlogged_before: Unlogged | None = None
         self._saved_precisions: dict[str, int] | None = None

@@ -1,0 +1,299 @@
+"""LoRA's forward and backward pass written out, for the layers that read the same input together:
+queries, keys and values; gate and up; each other layer alone.
+
+PEFT runs every adapter as a chain of modules: it casts the input to the adapter's precision, draws
+a dropout mask for each layer, and keeps the dropped input of each. Here the input is dropped out
+once per group, its mask is drawn again in the backward pass instead of being kept, no copy of it is
+made in another precision, and what the adapters add goes into the product of the base. Parameters,
+checkpoints and the saved adapter stay PEFT's: only `forward` of its layers is replaced, until the
+training ends.
+
+The mask comes from counters (`kept`), so that `lora_kernels` draws the same one on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections import Counter
+from typing import Any
+
+import bitsandbytes
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora.bnb import Linear4bit
+from torch.autograd.function import once_differentiable
+from transformers import TrainerCallback
+
+if HAS_KERNELS := importlib.util.find_spec("triton") is not None:  # torch for a GPU brings it
+    from recipes_lib.training import lora_kernels
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+DECISIONS = 2**16  # a dropout decision is 16 bits of a random number
+ROUNDS = 7  # the fewest that pass every test of randomness (Salmon et al. 2011, table 2)
+_LOW = 0xFFFFFFFF
+
+
+def fuse_lora(model: Any, half: torch.dtype | None) -> FusedLora:
+    """Replace the forward pass of every LoRA layer of a model that can be computed together.
+
+    Args:
+        half: the precision of autocast, None without.
+    """
+    groups: list[_Group] = []
+    others: Counter[str] = Counter()
+    for parent in model.modules():
+        children = {name: one for name, one in parent.named_children() if is_adapted(one)}
+        for name, layer in list(children.items()):
+            if why := why_not_fused(layer, half):
+                others[why] += 1
+                del children[name]
+        for names in (*SHARED, *((name,) for name in children)):
+            layers = [children.pop(name) for name in names if name in children]
+            if layers and len({_dropout(one) for one in layers}) == 1:
+                groups.append(_Group(layers))
+            else:
+                groups += [_Group([one]) for one in layers]
+    return FusedLora(groups, others)
+
+
+def is_adapted(module: Any) -> bool:
+    """Whether a module is one of PEFT's with trained LoRA matrices."""
+    return isinstance(module, LoraLayer) and bool(module.lora_A or module.lora_embedding_A)
+
+
+def why_not_fused(layer: Any, half: torch.dtype | None) -> str | None:
+    """Return why a LoRA layer stays as PEFT computes it, None if it need not."""
+    if type(layer) not in (Linear, Linear4bit):
+        return f"{type(layer).__name__} is no linear layer of 4, 16 or 32 bits"
+    if len(layer.active_adapters) != 1:
+        return "several adapters"
+    name, base = layer.active_adapters[0], layer.get_base_layer()
+    if name in layer.lora_variant:
+        return type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
+    four_bit = isinstance(base, bitsandbytes.nn.Linear4bit)
+    if type(base) is not torch.nn.Linear and not four_bit:
+        return f"its base is {type(base).__name__}"
+    if layer.lora_bias[name] or any(one.requires_grad for one in base.parameters()):
+        return "a bias is trained"
+    if type(layer.lora_dropout[name]) not in (torch.nn.Dropout, torch.nn.Identity):
+        return f"its dropout is {type(layer.lora_dropout[name]).__name__}"
+    if _dropout(layer) and base.weight.is_cuda and not HAS_KERNELS:
+        return "its dropout on a GPU needs the package triton"
+    computes = base.compute_dtype if four_bit else half or base.weight.dtype
+    adapts = half or layer.lora_A[name].weight.dtype
+    if computes != adapts:
+        short = (str(one).removeprefix("torch.") for one in (computes, adapts))
+        return "the base computes in {}, the adapter in {}".format(*short)
+    return None
+
+
+class FusedLora(TrainerCallback):
+    """What was replaced in a model; gives it back when the training ends.
+
+    Args:
+        others: number of layers that stay PEFT's, by reason.
+    """
+
+    def __init__(self, groups: list[_Group], others: Counter[str]) -> None:
+        self.groups = groups
+        self.others = others
+        for group in groups:
+            for number, layer in enumerate(group.layers):
+                layer.forward = functools.partial(group.forward, number)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What is saved, checked and asked afterwards is computed by PEFT."""
+        for group in self.groups:
+            for layer in group.layers:
+                del layer.forward
+        self.groups = []
+
+    def line(self) -> str:
+        """Return what is computed how, in one line."""
+        fused = sum(len(group.layers) for group in self.groups)
+        rest = "; ".join(f"{count} as PEFT does: {why}" for why, count in self.others.items())
+        text = f"lora: {fused} layers fused in {len(self.groups)} groups"
+        return (text if fused else "lora: not fused") + (f"; {rest}" if rest else "")
+
+
+class _Group:
+    """LoRA layers that read the same input: the first one that is called computes all."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.layers = layers
+        self.plain = [layer.forward for layer in layers]
+        self.input: torch.Tensor | None = None
+        self.waiting: dict[int, torch.Tensor] = {}  # outputs for this input, by layer
+
+    def forward(self, number: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What one layer returns; PEFT's own where it is asked for anything unusual."""
+        layer = self.layers[number]
+        on, device = not (args or kwargs or layer.disable_adapters or layer.merged), x.device.type
+        if torch.is_autocast_enabled(device):
+            x_cast = x.to(torch.get_autocast_dtype(device))
+        else:
+            x_cast = x
+            weights = _adapter(layer)
+            on = on and x.dtype == weights[0].dtype
+        if not on:
+            return self.plain[number](x, *args, **kwargs)
+        if self.input is not x or number not in self.waiting:
+            self.input, self.waiting = x, dict(enumerate(self._compute(x_cast)))
+        output = self.waiting.pop(number)
+        if not self.waiting:
+            self.input = None
+        return output
+
+    def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        drop = round(_dropout(self.layers[0]) * DECISIONS)
+        # drawn on the device: nobody waits, and recomputation draws the same again
+        seed = torch.randint(2**62, (1,), device=x.device) if drop else None
+        weights = [matrix for layer in self.layers for matrix in _adapter(layer)]
+        return _Together.apply(x, seed, drop, self.layers, *weights)
+
+
+def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    name = layer.active_adapters[0]
+    return layer.lora_A[name].weight, layer.lora_B[name].weight
+
+
+def _dropout(layer: Any) -> float:
+    dropout = layer.lora_dropout[layer.active_adapters[0]]
+    return float(dropout.p) if isinstance(dropout, torch.nn.Dropout) and dropout.training else 0.0
+
+
+class _Together(torch.autograd.Function):
+    """Outputs of a group: x W' + s drop(x) A' B' for each of its layers.
+
+    Letters: T tokens, K inputs, N outputs of one layer, R the ranks of all layers together.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, seed: Any, drop: int, layers: list[Any], *weights: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        tokens = x.reshape(-1, x.shape[-1]).contiguous()  # TK
+        a = torch.cat([one.to(x.dtype) for one in weights[::2]])  # RK
+        b = [one.to(x.dtype) for one in weights[1::2]]  # NR
+        low = dropped_product(tokens, a, seed, drop)  # TR
+        bases = [layer.get_base_layer() for layer in layers]
+        scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
+        outputs = []
+        parts = low.split([one.shape[1] for one in b], 1)
+        for base, part, wide, scale in zip(bases, parts, b, scales, strict=True):
+            output = base(x)
+            output.view(-1, output.shape[-1]).addmm_(part, wide.t(), alpha=scale)
+            outputs.append(output)
+        ctx.drop, ctx.scales, ctx.shape = drop, scales, x.shape
+        ctx.dtypes = [one.dtype for one in weights]
+        ctx.states = [getattr(base.weight, "quant_state", None) for base in bases]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(seed, tokens, low, a, *b, *(base.weight for base in bases))
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
+        seed, x, low, a, *saved = ctx.saved_tensors
+        b, weights = saved[: len(grads)], saved[len(grads) :]
+        ranks = [one.shape[1] for one in b]
+        of_x: torch.Tensor | None = None
+        of_low = torch.zeros_like(low)
+        matrices: list[torch.Tensor | None] = [None, None] * len(grads)
+        parts = zip(low.split(ranks, 1), of_low.split(ranks, 1), strict=True)
+        for number, (part, of_part) in enumerate(parts):
+            if (grad := grads[number]) is None:
+                continue  # nothing used this output
+            grad, scale = grad.reshape(-1, grad.shape[-1]), ctx.scales[number]
+            of_part.addmm_(grad, b[number], beta=0, alpha=scale)
+            if ctx.needs_input_grad[5 + 2 * number]:
+                product = torch.addmm(part.new_empty(()), grad.t(), part, beta=0, alpha=scale)
+                matrices[2 * number + 1] = product.to(ctx.dtypes[2 * number + 1])
+            if ctx.needs_input_grad[0]:
+                weight = _whole(weights[number], ctx.states[number], grad.dtype)
+                of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
+        of_a = dropped_gradients(of_low, x, a, of_x, seed, ctx.drop)
+        for number, matrix in enumerate(of_a.split(ranks)):
+            if grads[number] is not None and ctx.needs_input_grad[4 + 2 * number]:
+                matrices[2 * number] = matrix.to(ctx.dtypes[2 * number])
+        return (None if of_x is None else of_x.view(ctx.shape), None, None, None, *matrices)
+
+
+def _whole(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The matrix of a base layer, in the precision of the products."""
+    if state is not None:
+        weight = bitsandbytes.functional.dequantize_4bit(weight, state)
+    return weight.to(dtype)
+
+
+def dropped_product(
+    x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor | None, drop: int
+) -> torch.Tensor:
+    """Return drop(x) A'.
+
+    Args:
+        seed: of this dropout, one number; None for no dropout.
+        drop: how many of `DECISIONS` drop an element.
+    """
+    if seed is None:
+        return x @ a.t()
+    if x.is_cuda:
+        return lora_kernels.product(x, a, seed, drop)
+    dropped = x.masked_fill(~kept(seed, x.shape[0], x.shape[1], drop), 0)
+    return torch.addmm(x.new_empty(()), dropped, a.t(), beta=0, alpha=_scale(drop))
+
+
+def dropped_gradients(
+    of_low: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    of_x: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    drop: int,
+) -> torch.Tensor:
+    """Return the gradient of A in `dropped_product`, and add that of x to `of_x`.
+
+    Args:
+        of_low: the gradient of its result.
+    """
+    if seed is None:
+        if of_x is not None:
+            of_x.addmm_(of_low, a)
+        return of_low.t() @ x
+    if x.is_cuda:
+        if of_x is not None:
+            lora_kernels.add_product(of_x, of_low, a, seed, drop)
+        return lora_kernels.outer(of_low, x, seed, drop)
+    dropped = ~kept(seed, x.shape[0], x.shape[1], drop)
+    if of_x is not None:
+        of_x.add_((of_low @ a).masked_fill_(dropped, 0), alpha=_scale(drop))
+    x = x.masked_fill(dropped, 0)
+    return torch.addmm(x.new_empty(()), of_low.t(), x, beta=0, alpha=_scale(drop))
+
+
+def _scale(drop: int) -> float:
+    return DECISIONS / (DECISIONS - drop)
+
+
+def kept(seed: torch.Tensor, rows: int, columns: int, drop: int) -> torch.Tensor:
+    """Return which elements of a matrix a dropout keeps: row and column are the counters of
+    Philox-4x32, which makes eight decisions at once.
+
+    Source: Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3 (2011), section
+        4; constants of its reference implementation.
+    """
+    blocks = torch.arange(-(-columns // 8), device=seed.device)
+    words = [blocks, torch.arange(rows, device=seed.device)[:, None], *(blocks.new_zeros(2))]
+    key = [seed & _LOW, seed >> 32]
+    for _ in range(ROUNDS):
+        left, right = words[0] * 0xD2511F53, words[2] * 0xCD9E8D57
+        words = [
+            (right >> 32 & _LOW) ^ words[1] ^ key[0],
+            right & _LOW,
+            (left >> 32 & _LOW) ^ words[3] ^ key[1],
+            left & _LOW,
+        ]
+        key = [key[0] + 0x9E3779B9 & _LOW, key[1] + 0xBB67AE85 & _LOW]
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, -1).flatten(1)[:, :columns] >= drop
