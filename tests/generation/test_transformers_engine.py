@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.engine import Decoding, Request
+from recipes_lib.generation.kv_cache import RoomyLayer, roomy_cache
 from recipes_lib.generation.transformers_engine import TransformersEngine, batches, left_padded
 
 TEXTS = [
@@ -181,3 +182,45 @@ def test_a_batch_chosen_from_free_memory_is_said_once_and_one_that_was_named_is_
         told = capsys.readouterr().err
         assert told.count("padded tokens, from the memory that is free on cpu") == said
         assert f"{engine.batch_tokens:,}" in told or not said
+
+
+def test_no_step_copies_the_cache_and_the_answers_are_those_of_transformers_own(tiny, monkeypatch):
+    import torch
+    from transformers.cache_utils import DynamicLayer
+
+    model, tokenizer = tiny
+    requests, decoding = requests_of(tokenizer, TEXTS), Decoding(max_new_tokens=12)
+    joined, cat = [], torch.cat
+
+    def counted(tensors, *args, **kwargs):
+        if tensors[0].ndim == 4 and kwargs.get("dim") == -2:
+            joined.append(tensors[0].shape)
+        return cat(tensors, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "cat", counted)
+    engine = TransformersEngine(model, tokenizer, "f")
+    roomy = answers(engine, requests, decoding)
+    assert not joined
+    monkeypatch.setattr(RoomyLayer, "update", DynamicLayer.update)
+    assert answers(engine, requests, decoding) == roomy and joined
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_model_with_windows_answers_alike_from_both_caches(window):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_window_layers": 1}
+    windows = {"use_sliding_window": window is not None, "sliding_window": window}
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, **heads, **windows)).eval()
+    ids = torch.randint(1, 60, (3, 9))
+    said = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    theirs = model.generate(ids, **said)
+    cache = roomy_cache(model, 17)
+    assert [type(layer) is RoomyLayer for layer in next(iter(cache.values())).layers] == [
+        True,
+        window is None,
+    ]
+    assert torch.equal(model.generate(ids, **said, **cache), theirs)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -367,13 +366,11 @@ class NextToken:
     """
 
     def __init__(self, model: Any, pad: int) -> None:
+        from recipes_lib.generation.kv_cache import cache_name
+
         self.model, self.pad = model, pad
         self._plain_head = has_plain_head(model)
-        self._cache_name = (
-            "cache"
-            if "cache" in inspect.signature(model.get_decoder().forward).parameters
-            else "past_key_values"
-        )
+        self._cache_name = cache_name(model)
         self._shared: tuple[int, ...] = ()
         self._cache: Any = None
 

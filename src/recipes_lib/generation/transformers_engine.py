@@ -3,7 +3,7 @@ holds.
 
 The budget comes from the memory that is free: a token keeps its keys and values in every layer, and
 while the prompt is read one layer's activations stand beside them. Half of what is free is used:
-the cache grows by copying, and attention and sampling need room of their own. A batch that is too
+attention and sampling need room of their own. A batch that is too
 large all the same is halved, and so are those after it.
 
 Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own
@@ -121,6 +121,8 @@ class TransformersEngine:
         import torch
         from transformers import LogitsProcessorList
 
+        from recipes_lib.generation.kv_cache import roomy_cache
+
         ids, mask = left_padded([request.ids for request in batch], self._pad_id())
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         room = min(decoding.max_new_tokens, self.context - ids.shape[1])
@@ -142,6 +144,7 @@ class TransformersEngine:
                 eos_token_id=self.stop_ids,
                 pad_token_id=self._pad_id(),
                 logits_processor=processors,
+                **roomy_cache(self.model, ids.shape[1] + room),
             )
         return [
             self._completion(request, row)
