@@ -137,6 +137,37 @@ def test_several_answers_per_question_are_judged_each_and_kept_each(
     assert len({item.answer for item in rate.samples}) > 4
 
 
+def test_human_labels_go_to_the_answers_they_are_of_and_unknown_questions_are_named(
+    quick,
+    make_run,  # noqa: F811
+    schema,
+    tmp_path,
+):  # noqa: F811, RUF100
+    one = make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    evaluate_all([recipe], ["one"])
+    file = one / "evals" / recipe.name / "samples/samples.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    texts = ("instruction", "answer", "opponent_answer")
+    first, second, *_ = ({name: line[name] for name in texts} | {"label": "win"} for line in lines)
+    second |= {"answer": second["opponent_answer"], "opponent_answer": f"{second['answer']} "}
+    of_another_arm = first | {"answer": "another", "label": "loss"}
+    path = tmp_path / "labels.jsonl"
+    path.write_text("\n".join(map(json.dumps, [first, second, of_another_arm])))
+    labels = f"data.labels={path}"
+    (result,) = evaluate_all([quick("alpaca_eval", labels)], ["one"])
+    schema.validate(result)
+    few = f"{path} has human labels of 2 of these answers, and 20 are needed: the win rate is the"
+    assert any(line.startswith(few) for line in result["banners"])
+    (log,), _ = read_evals(one)
+    assert [item.human for item in log.measures[0].samples] == [1.0, 0.0, None, None]
+    path.write_text("\n".join(map(json.dumps, [first, first | {"instruction": "Which?"}])))
+    with pytest.raises(DataError) as error:
+        evaluate_all([quick("alpaca_eval", labels, "data.max_questions=null")], ["one"])
+    said = f"{path}:2: no question of this eval has the instruction 'Which?'"
+    assert str(error.value).startswith(said)
+
+
 def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs_format(
     quick,
     make_run,  # noqa: F811

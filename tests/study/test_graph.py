@@ -4,6 +4,7 @@ were.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -14,9 +15,18 @@ import pytest
 from tests.study.study_files import PROJECT
 
 from recipes_lib.compare.design import load_study
+from recipes_lib.eval_recipe import load_eval
 from recipes_lib.study import steps
-from recipes_lib.study.graph import Failure, Graph, Step, content_of, file_record, result_digest
-from recipes_lib.study.steps import build_graph
+from recipes_lib.study.graph import (
+    Failure,
+    Graph,
+    Step,
+    changed_inputs,
+    content_of,
+    file_record,
+    result_digest,
+)
+from recipes_lib.study.steps import build_graph, judgment_inputs
 
 
 def chain(folder: Path, **inputs: object) -> Graph:
@@ -370,3 +380,20 @@ def test_moving_the_checkout_makes_nothing_stale(study_folder: Path, tmp_path: P
     assert all(
         state.fresh for state in build_graph(load_study(moved / "tiny.yaml")).survey().values()
     )
+
+
+def test_judgments_are_summed_up_anew_when_labels_come_and_when_they_change(tmp_path: Path) -> None:
+    labels = tmp_path / "labels.jsonl"
+
+    def inputs(*words: str) -> dict[str, object]:
+        return dict(
+            judgment_inputs(load_eval(PROJECT / "evals/quickstart/alpaca_eval.yaml", words))
+        )
+
+    known = [inputs()]
+    for text in ("first", "second"):
+        labels.write_text(text)
+        known.append(inputs(f"data.labels={labels}"))
+    for before, now in itertools.pairwise(known):
+        (change,) = changed_inputs(before, now)
+        assert change.startswith("data.labels ")

@@ -92,6 +92,11 @@ BAD_EVALS = [
         "generation.samples: mt_bench grades one conversation per question\n  remove it",
     ),
     (
+        "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl', labels: mine.json}",
+        3,
+        "checks has no win rate that labels of pairs correct\n  remove it",
+    ),
+    (
         "suite: {name: lm_eval, tasks: [a]}\ngeneration: {samples: 2, temperature: 1}",
         3,
         "set `repeats` in a task file of your own",

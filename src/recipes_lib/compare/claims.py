@@ -353,6 +353,9 @@ def evidence_text(row: TableRow) -> str:
     ]
     if tested.seeds > 1:
         parts.append(f"{tested.seeds} seeds")
+    if row.labels:
+        alone = f"the judge alone: {row.judge_alone}"
+        parts.append(f"corrected by {row.labels} human labels ({alone})")
     if tested.unresolved:
         parts.append(f"{tested.unresolved:,} without a verdict counted both ways")
     return ", ".join(parts)

@@ -9,6 +9,7 @@ import numpy as np
 
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
+    HALF,
     PairedItems,
     TableRow,
     files_of,
@@ -16,11 +17,10 @@ from recipes_lib.compare.row import (
     source_of,
     too_few,
     values_of,
+    with_human,
 )
 from recipes_lib.compare.wording import count, metric_text
 from recipes_lib.eval_log import Measure
-
-HALF = 0.5  # a win rate against the other arm itself that favours nobody
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,19 +77,21 @@ def head_to_head_rows(measurements: Measurements, first: str, second: str) -> It
             seen.add(key)
             kept = _judged_once(measures, measurements, arms)
             values, items = values_of(kept, kept)
-            values = values if arms[0] == first else 1 - values
+            human, _ = values_of(kept, kept, human=True)
+            if arms[0] != first:
+                values, human = 1 - values, 1 - human
             half = np.full((1, len(items)), HALF)
             paired = PairedItems(values, half, items, (0.0, 1.0), HALF, versus=True)
             tested = paired.tested()
-            rate = None if tested.effect is None else HALF + tested.effect
+            rate, rest = paired.means(tested)
             seeds = f"{count(len(kept), 'seed')} of {len(measures)}"
-            yield HeadToHeadRow(
+            row = HeadToHeadRow(
                 metric=kept[0].name,
                 label=kept[0].label,
                 first=first,
                 second=second,
                 first_value=rate,
-                second_value=None if rate is None else 1 - rate,
+                second_value=rest,
                 tested=tested,
                 reason=too_few(tested),
                 flags=(seeds,) if len(kept) < len(measures) else (),
@@ -97,6 +99,7 @@ def head_to_head_rows(measurements: Measurements, first: str, second: str) -> It
                 measures=tuple(kept),
                 paired=paired,
             )
+            yield with_human(row, human)
 
 
 def _judged_once(

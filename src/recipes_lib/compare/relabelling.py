@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes_lib.compare.row import ALPHA, PairedItems, TableRow
+from recipes_lib.compare.row import ALPHA, ItemValues, PairedItems, TableRow
 from recipes_lib.compare.table import corrected
 from recipes_lib.compare.wording import difference_text, metric_text, sentence_list
 from recipes_lib.statistics.seeds import question_means, seed_deviation
@@ -150,7 +150,8 @@ def table_hash(rows: Sequence[TableRow]) -> str:
         total.update(repr(known).encode())
         if row.paired:
             total.update(repr((row.paired.items, row.paired.scale)).encode())
-            total.update(row.paired.first.tobytes() + row.paired.second.tobytes())
+            for values in (row.paired.first, row.paired.second, *row.paired.human):
+                total.update(values.tobytes())
     return total.hexdigest()
 
 
@@ -246,8 +247,7 @@ class _Copies:
         drawn = rng.random((count, self.count), dtype=np.float32)
         exchanged = drawn < 0.5
         if target is not None:
-            favours = np.zeros(self.count)
-            np.add.at(favours, self.questions[target], _differences(self.rows[target].paired))
+            favours = self.favours(target)
             wanted = drawn < 0.5 + bias  # questions that favour the first arm
             exchanged = np.where(favours > 0, ~wanted, np.where(favours < 0, wanted, exchanged))
         moves = rng.normal(size=(count, len(self.arms), self.seeds))
@@ -292,10 +292,15 @@ class _Copies:
         """
         paired = self.rows[place].paired
         assert paired is not None
-        sums = np.bincount(self.questions[place], weights=_differences(paired))
-        known = ~np.isnan(paired.first).any(axis=0) & ~np.isnan(paired.second).any(axis=0)
-        total = np.abs(sums).sum() / (_shape(paired)[0] * max(1, known.sum()))
-        return math.inf if total == 0 else float(size / (2 * total))
+        against = self.favours(place)[self.questions[place]] < 0
+        total = float(_tests(_exchanged(paired, against[None, None]))[0][0])
+        return size / (2 * total) if total > 0 else math.inf
+
+    def favours(self, place: int) -> NDArray[np.float64]:
+        """Return which arm of a row each question favours, and how far."""
+        sums = np.zeros(self.count)
+        np.add.at(sums, self.questions[place], _differences(self.rows[place].paired))
+        return sums
 
 
 def _asked(row: TableRow) -> tuple[str, str]:
@@ -325,10 +330,18 @@ def _deviation(paired: PairedItems | None) -> float:
 
 def _exchanged(paired: PairedItems, mask: Mask) -> PairedItems:
     """The items with the labels of both arms exchanged where the mask says it."""
-    mine, theirs = np.broadcast_arrays(paired.first, paired.second)
-    first = np.where(mask, 1 - mine if paired.versus else theirs, mine)
-    second = theirs if paired.versus else np.where(mask, mine, theirs)
-    return replace(paired, first=first, second=np.broadcast_to(second, first.shape))
+    if paired.versus:
+        first, *human = (np.where(mask, 1 - one, one) for one in (paired.first, *paired.human))
+        second = np.broadcast_to(paired.second, first.shape)
+        return replace(paired, first=first, second=second, human=tuple(human))
+    first, second = _swapped(mask, paired.first, paired.second)
+    told = _swapped(mask, *paired.human) if paired.human else ()
+    return replace(paired, first=first, second=second, human=told)
+
+
+def _swapped(mask: Mask, mine: ItemValues, theirs: ItemValues) -> tuple[ItemValues, ItemValues]:
+    mine, theirs = np.broadcast_arrays(mine, theirs)
+    return np.where(mask, theirs, mine), np.where(mask, mine, theirs)
 
 
 def _moved(
@@ -361,15 +374,19 @@ def _moved(
     low, high = copies.scale
     ends = np.where(up, high, low), np.where(up, low, high)
     first = np.where(mask, ends[0], first)
-    return replace(
-        copies, first=first, second=second if copies.versus else np.where(mask, ends[1], second)
+    human = (
+        np.where(mask & ~np.isnan(told), end, told)
+        for told, end in zip(copies.human, ends, strict=False)
     )
+    second = second if copies.versus else np.where(mask, ends[1], second)
+    return replace(copies, first=first, second=second, human=tuple(human))
 
 
 def _one(copies: PairedItems, copy: int) -> PairedItems:
-    return replace(copies, first=copies.first[copy], second=copies.second[copy])
+    human = tuple(told[copy] for told in copies.human)
+    return replace(copies, first=copies.first[copy], second=copies.second[copy], human=human)
 
 
 def _tests(copies: PairedItems) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Effect and p of every copy."""
-    return compare_ps(copies.first, copies.second, copies.questions, scale=copies.scale)
+    return compare_ps(*copies.tested_values, copies.questions, scale=copies.scale)

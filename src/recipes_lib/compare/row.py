@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from recipes_lib.compare.measurements import Measurements, same_questions
 from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text
 from recipes_lib.eval_log import Measure
+from recipes_lib.statistics.labels import FEWEST_LABELS, labels_of_each, rectified
 from recipes_lib.statistics.unresolved import Tested, compare
 
 TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested", "not tested"]
@@ -27,6 +28,7 @@ Within = Literal["", "not worse", "not better", "equivalent"]
 ItemValues: TypeAlias = NDArray[np.float64]  # by seed and item, NaN where there is none
 Items = Sequence[tuple[str, int]]  # question and turn
 ALPHA = 0.05
+HALF = 0.5  # a win rate against the other arm itself that favours nobody
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 # By the last word of a metric, else by its unit.
 _SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}
@@ -43,6 +45,8 @@ class PairedItems:
         largest: the largest possible difference.
         versus: whether the values are outcomes against the second arm itself, which then stands
             there as a half.
+        human: what people said of the items of each arm that a judge gave values; empty where that
+            is not used.
     """
 
     first: ItemValues
@@ -51,6 +55,15 @@ class PairedItems:
     scale: tuple[float, float]
     largest: float
     versus: bool = False
+    human: tuple[ItemValues, ...] = ()
+
+    @property
+    def tested_values(self) -> tuple[ItemValues, ItemValues]:
+        """The values of both arms, corrected by what people said."""
+        if not self.human:
+            return self.first, self.second
+        second = self.second if self.versus else rectified(self.second, self.human[1])
+        return rectified(self.first, self.human[0]), second
 
     @cached_property
     def questions(self) -> NDArray[np.str_]:
@@ -62,7 +75,7 @@ class PairedItems:
         agree say nothing about the next one), and no difference above the largest possible. Neither
         moves zero into the interval or out of it.
         """
-        tested = compare(self.first, self.second, self.questions, scale=self.scale)
+        tested = compare(*self.tested_values, self.questions, scale=self.scale)
         if tested.spread and (drawn := self._drawn()):
             draws, variance = drawn
             spread = replace(tested.spread, draws=draws, drawn=variance)
@@ -75,6 +88,17 @@ class PairedItems:
         )
         return replace(tested, low=low, high=high)
 
+    def means(self, tested: Tested) -> tuple[float | None, float | None]:
+        """Return the mean value of each arm over the items that were tested without open ones."""
+        if self.versus:
+            rate = None if tested.effect is None else HALF + tested.effect
+            return rate, None if rate is None else 1 - rate
+        first, second = self.tested_values
+        known = ~(np.isnan(first).any(axis=0) | np.isnan(second).any(axis=0))
+        if not known.any():
+            return None, None
+        return float(first[:, known].mean()), float(second[:, known].mean())
+
     def _drawn(self) -> tuple[int, float] | None:
         """Answers per question, and what of the effect's variance is new in each of them; None
         where each question has one.
@@ -83,7 +107,8 @@ class PairedItems:
         count = int(codes.max()) + 1 if len(codes) else 0
         if len(codes) < 2 * count:  # a few questions that are asked again are no draws
             return None
-        variance, table = 0.0, self.first - self.second
+        first, second = self.tested_values
+        variance, table = 0.0, first - second
         for values in table:
             known = ~np.isnan(values)
             sizes, sums, squares = (
@@ -134,6 +159,8 @@ class TableRow:
     because: str = ""
     stopped: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    labels: int = 0  # human labels that corrected the judge, who alone would have said:
+    judge_alone: str = ""
     published_first: str | None = None
     published_second: str | None = None
     files: tuple[str, ...] = ()
@@ -239,7 +266,8 @@ class TableRow:
     def to_dict(self) -> dict[str, object]:
         """Return the row as plain values, without the items behind it."""
         names = [item.name for item in dataclasses.fields(self)]
-        values = {name: getattr(self, name) for name in names if name not in _NOT_WRITTEN}
+        left_out = _NOT_WRITTEN if self.labels else (*_NOT_WRITTEN, "labels", "judge_alone")
+        values = {name: getattr(self, name) for name in names if name not in left_out}
         tested = self.tested.to_dict() if self.tested else None
         return json_object(values | {"difference": self.difference, "tested": tested})
 
@@ -310,12 +338,14 @@ def values_of(
     measures: Sequence[Measure],
     items_of: Sequence[Measure],
     questions: Container[str] | None = None,
+    human: bool = False,
 ) -> tuple[ItemValues, Items]:
     """Return the values of measures, and the keys of the items: questions of one text have one id.
 
     Args:
         items_of: the measures whose items are asked for.
         questions: the only ones that are asked for; None for all.
+        human: what people said instead of the judge.
     """
     place: dict[tuple[str, int, int], int] = {}
     for item in (item for measure in items_of for item in measure.samples):
@@ -324,10 +354,42 @@ def values_of(
     values = np.full((len(measures), len(place)), np.nan)
     for row, measure in enumerate(measures):
         for item in measure.samples:
-            if item.value is not None and item.key in place:
-                values[row, place[item.key]] = item.value
+            value = item.human if human else item.value
+            if value is not None and item.key in place:
+                values[row, place[item.key]] = value
     group = same_questions(items_of)
     return values, [(group.get(key[0], key[0]), key[1]) for key in place]
+
+
+def with_human(row: TableRow, *human: ItemValues) -> TableRow:
+    """Return the row tested with the judge's values corrected by what people said of each arm's
+    answers, or flagged where a training has too few labels for that.
+    """
+    if row.paired is None:
+        return row
+    labels = [
+        labels_of_each(judged, said)
+        for judged, said in zip((row.paired.first, row.paired.second), human, strict=False)
+    ]
+    total, fewest = int(sum(map(np.sum, labels))), int(min(map(np.min, labels)))
+    if not total:
+        return row
+    if fewest < FEWEST_LABELS:
+        told = f"{count(total, 'human label')} not used: {fewest} of a training's answers,"
+        return replace(row, flags=(*row.flags, f"{told} fewer than {FEWEST_LABELS}"))
+    paired = replace(row.paired, human=human)
+    tested = paired.tested()
+    first, second = paired.means(tested)
+    return replace(
+        row,
+        first_value=first,
+        second_value=second,
+        tested=tested,
+        paired=paired,
+        labels=total,
+        judge_alone=f"{row.effect} {row.limits}",
+        flags=(*row.flags, f"{total:,} human labels, taken to be a random choice"),
+    )
 
 
 def too_few(tested: Tested) -> str:

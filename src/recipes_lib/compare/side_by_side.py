@@ -9,7 +9,6 @@ import numpy as np
 
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
-    ItemValues,
     PairedItems,
     TableRow,
     fewest_draws,
@@ -21,6 +20,7 @@ from recipes_lib.compare.row import (
     too_few,
     values_of,
     with_draws,
+    with_human,
 )
 from recipes_lib.compare.wording import count
 from recipes_lib.eval_log import Measure
@@ -81,17 +81,14 @@ def _row(
     elif all(asked):
         reason = "the two arms answered different questions"
     # The values that the difference is of; `Score` has each arm's own.
-    both = ~(np.isnan(a).any(axis=0) | np.isnan(b).any(axis=0))
-    values = [
-        _mean(table[:, both]) if items else reported(arm) for table, arm in ((a, mine), (b, other))
-    ]
+    values = paired.means(tested) if paired and tested else (reported(mine), reported(other))
     if 0 < len(items) < max(map(len, asked)):
         flags.insert(0, f"{len(items)} common items of {max(map(len, asked))}")
     if tested and tested.effect and tested.low is None:
         flags.insert(0, "every item differs by the same: no interval, so no claim")
     directions = {measure.higher_is_better for measure in measures}
     direction = directions.pop() if len(directions) == 1 else None
-    return TableRow(
+    row = TableRow(
         metric=one.name,
         label=one.label,
         first=arms[0],
@@ -108,9 +105,5 @@ def _row(
         measures=measures,
         paired=paired,
     )
-
-
-def _mean(table: ItemValues) -> float | None:
-    """Mean over all items that have a value."""
-    known = table[~np.isnan(table)]
-    return float(known.mean()) if known.size else None
+    human = (values_of(arm, measures, questions, human=True)[0] for arm in (mine, other))
+    return with_human(row, *human)

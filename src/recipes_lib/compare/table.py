@@ -32,6 +32,7 @@ from recipes_lib.compare.training_speed import training_speed_rows
 from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.statistics.family import Adjusted, Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
+from recipes_lib.statistics.labels import FEWEST_LABELS, labels_of_each, rectified
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 
 # What yields the rows of two arms; a kind of rows is one file and one line here.
@@ -252,6 +253,11 @@ def build_scores(measurements: Measurements) -> list[Score]:
 def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score:
     one = measures[0]
     table, keys = values_of(measures, measures)
+    human, _ = values_of(measures, measures, human=True)
+    label, labels = one.label, labels_of_each(table, human)
+    if labels.min() >= FEWEST_LABELS:
+        table = rectified(table, human)
+        label = f"{label}, corrected by {labels.sum():,} human labels"
     known = ~np.isnan(table).any(axis=0)
     interval = _score_interval(
         table[:, known], [key[0] for key, there in zip(keys, known, strict=True) if there]
@@ -264,7 +270,7 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     return Score(
         arm,
         one.name,
-        one.label,
+        label,
         opponent,
         one.unit,
         interval.estimate if keys else reported(measures),

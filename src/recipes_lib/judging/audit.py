@@ -26,12 +26,18 @@ from typing import Any
 
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import Row, object_or_none
+from recipes_lib.eval_log import Sample
 from recipes_lib.judging.contradictions import find_contradictions
-from recipes_lib.judging.human_labels import agreement
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, make_request
 from recipes_lib.judging.judge_file import Thresholds
 from recipes_lib.judging.outcomes import pair_samples, summarise
-from recipes_lib.statistics.intervals import wilson
+from recipes_lib.statistics.intervals import (
+    accuracy,
+    cohens_kappa,
+    mean_interval,
+    rate_bounds,
+    wilson,
+)
 
 # probe -> what its share says, in the order of the scorecard
 PROBES = {
@@ -326,3 +332,33 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
     lines += ["", "| measured | value, 95% interval |", "|---|---|"]
     lines += (f"| {name} | {value} |" for name, value in measured.items())
     return "\n".join(lines) + "\n"
+
+
+def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Row:
+    """Return how far a judge's outcomes agree with labels.
+
+    `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` takes chance off.
+    `verdict_accuracy` is of single verdicts on pairs that people decided: because each pair is seen
+    in both orders, chance is one half whatever the position bias. Its interval, clustered by pair,
+    answers "above chance".
+    """
+    labelled = [item for item in outcomes if item.id in labels]
+    resolved = [item for item in labelled if item.resolved]
+    said, truth = [item.outcome for item in resolved], [labels[item.id] for item in resolved]
+    right = sum(map(str.__eq__, said, truth))
+    meaning = {"win": ("A", "B"), "loss": ("B", "A")}
+    verdicts = [
+        sum(map(str.__eq__, item.verdicts, meaning[label])) / 2
+        for item, label in zip(resolved, truth, strict=True)
+        if label != "tie" and not item.by_rule
+    ]
+    interval, unresolved = mean_interval(verdicts), len(labelled) - len(resolved)
+    return {
+        "n": len(labelled),
+        "unresolved": unresolved,
+        "outcome_accuracy": accuracy(said, truth).to_dict(),
+        "outcome_accuracy_bounds": rate_bounds(right, len(labelled), unresolved).to_dict(),
+        "kappa": cohens_kappa(said, truth).to_dict(),
+        "verdict_accuracy": interval.to_dict(),
+        "above_chance": None if interval.low is None else interval.low > 0.5,
+    }

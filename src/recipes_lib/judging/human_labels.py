@@ -1,24 +1,30 @@
-"""Pairs with human labels, and how far a judge agrees with them.
+"""Pairs that people labelled.
 
-Formats: PandaLM's test set (three annotators per pair, the majority counts; without one the label
-is a tie) and LLMBar (one objective label per pair).
+Formats, a file of rows each: PandaLM's test set (three annotators per pair, the majority counts;
+without one the label is a tie), LLMBar (one objective label per pair), and one's own labels under
+the names that a suite's samples.jsonl has:
+
+    {"instruction": "...", "answer": "...", "opponent_answer": "...", "label": "win"}
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import Row, refuse_pipe
-from recipes_lib.eval_log import Sample
+from recipes_lib.core.json_files import Row
+from recipes_lib.data.files import read_file
+from recipes_lib.eval_log import SCORE
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.store import text_hash
-from recipes_lib.statistics.intervals import accuracy, cohens_kappa, mean_interval, rate_bounds
 
-_LABELS = {0: "tie", 1: "win", 2: "loss"}
+_PANDALM: dict[str | int, str] = {0: "tie", 1: "win", 2: "loss"}
+_LLMBAR: dict[str | int, str] = {1: "win", 2: "loss"}
+_OWN: dict[str | int, str] = {name: name for name in SCORE}
+PairTexts: TypeAlias = tuple[str, str, str]
 
 
 def load_labelled_pairs(path: str | Path) -> list[tuple[Item, str]]:
@@ -27,26 +33,40 @@ def load_labelled_pairs(path: str | Path) -> list[tuple[Item, str]]:
     Ids are hashes of the texts, so that the same pair has the same id wherever it was judged.
 
     Raises:
-        DataError: if the file is neither of the two formats, with the row.
+        DataError: a row is in none of the formats, or has another label; or there is none.
     """
-    path = Path(path)
-    refuse_pipe(path)
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise DataError(f"cannot be read: {fault.strerror}", file=path) from None
-    except (ValueError, RecursionError):
-        raise DataError("not JSON", file=path) from None
-    if not isinstance(rows, list) or not rows:
-        raise DataError("labelled pairs are a JSON array with at least one row", file=path)
-    pairs = []
-    for number, row in enumerate(rows, 1):
+    return [(item, label) for _, item, label in _labelled(Path(path))]
+
+
+def _labelled(path: Path) -> Iterator[tuple[int | None, Item, str]]:
+    """Yield line, pair and label of each row."""
+    table = read_file(path)
+    if not table.rows:
+        raise DataError("0 labelled pairs", file=table.file)
+    for line, row in table.numbered_rows:
         try:
-            pairs.append(_pair(row))
-        except (KeyError, TypeError) as fault:
-            what = f"row {number} is neither PandaLM nor LLMBar: {fault}"
-            raise DataError(what, file=path) from None
-    return pairs
+            yield line, *_pair(row)
+        except (KeyError, TypeError):
+            what = "not a labelled pair: instruction, answer, opponent_answer and label"
+            hint = "PandaLM's and LLMBar's rows are read too"
+            raise DataError(what, hint, file=table.file, line=line) from None
+        except ValueError as fault:
+            raise DataError(str(fault), file=table.file, line=line) from None
+
+
+def _labelled_once(paths: Sequence[Path]) -> Iterator[tuple[Path, int | None, Item, str]]:
+    """Yield file, line, pair and label of each row; a pair has one label, in either order of its
+    answers.
+    """
+    known: dict[PairTexts, tuple[float, str]] = {}
+    for path in paths:
+        for line, item, label in _labelled(path):
+            for texts, value in _both_orders(item, label).items():
+                before, where = known.setdefault(texts, (value, f"{path}:{line}"))
+                if before != value:
+                    what = f"a pair has two labels, here and in {where}: {item.instruction[:60]!r}"
+                    raise DataError(what, "remove one of the rows", file=path, line=line)
+            yield path, line, item, label
 
 
 def pairs_by_id(paths: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
@@ -55,14 +75,8 @@ def pairs_by_id(paths: Sequence[str | Path]) -> dict[str, tuple[Item, str]]:
     Raises:
         DataError: a pair has two different labels, or as `load_labelled_pairs` does.
     """
-    pairs: dict[str, tuple[Item, str]] = {}
-    for path in paths:
-        for item, label in load_labelled_pairs(path):
-            if pairs.get(item.question_id, (item, label))[1] != label:
-                what = f"a pair has two labels: {item.instruction[:60]!r}"
-                raise DataError(what, "remove one of the rows", file=path)
-            pairs[item.question_id] = item, label
-    return pairs
+    rows = _labelled_once([Path(path) for path in paths])
+    return {item.question_id: (item, label) for _, _, item, label in rows}
 
 
 def load_labels(paths: Sequence[str | Path]) -> dict[str, str]:
@@ -70,16 +84,51 @@ def load_labels(paths: Sequence[str | Path]) -> dict[str, str]:
     return {name: label for name, (_, label) in pairs_by_id(paths).items()}
 
 
-def _pair(row: Row) -> tuple[Item, str]:
-    """An LLMBar row, or a PandaLM row with the label that at least two of three annotators gave;
-    its id is a hash of its texts.
+def labels_by_texts(path: Path, asked: Container[str]) -> dict[PairTexts, float]:
+    """Return what people said of each labelled pair, by instruction, answer and opponent's answer:
+    1, 0.5 or 0, in both orders of the answers.
+
+    Args:
+        asked: every instruction that there is, without white space at its ends.
+
+    Raises:
+        DataError: a pair's instruction is none of these, or as `pairs_by_id` does.
     """
-    if "label" in row:
-        source, label = "llmbar", {1: "win", 2: "loss"}[row["label"]]
+    found: dict[PairTexts, float] = {}
+    for _, line, item, label in _labelled_once([path]):
+        if item.instruction.strip() not in asked:
+            what = f"no question of this eval has the instruction {item.instruction[:60]!r}"
+            raise DataError(what, "remove the row, or correct it", file=path, line=line)
+        found |= _both_orders(item, label)
+    return found
+
+
+def texts_of(*texts: str | None) -> PairTexts:
+    """Return the texts of a pair as labels know them: white space at the ends is no difference."""
+    asked, first, second = ((text or "").strip() for text in texts)
+    return asked, first, second
+
+
+def _both_orders(item: Item, label: str) -> dict[PairTexts, float]:
+    """What a label says of both orders of a pair; that of two equal answers says nothing."""
+    asked, first, second = texts_of(item.instruction, item.answer, item.opponent)
+    value = SCORE[label] if first != second else SCORE["tie"]
+    return {(asked, second, first): 1 - value, (asked, first, second): value}
+
+
+def _pair(row: Row) -> tuple[Item, str]:
+    """A row's pair, its id a hash of its texts, and its label: in PandaLM the one that at least two
+    of three annotators gave.
+    """
+    if "opponent_answer" in row:
+        source, label = "own", _verdict(row, "label", _OWN)
+        texts = row["instruction"], row["answer"], row["opponent_answer"]
+    elif "label" in row:
+        source, label = "llmbar", _verdict(row, "label", _LLMBAR)
         texts = row["input"], row["output_1"], row["output_2"]
     else:
         asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        votes = Counter(_LABELS[row[f"annotator{number}"]] for number in (1, 2, 3))
+        votes = Counter(_verdict(row, f"annotator{number}", _PANDALM) for number in (1, 2, 3))
         label, most = votes.most_common(1)[0]
         source, label = "pandalm", label if most > 1 else "tie"
         # one response of the published file is the JSON value false instead of a text
@@ -87,31 +136,13 @@ def _pair(row: Row) -> tuple[Item, str]:
     return Item(f"{source}:{text_hash(chr(0).join(texts))[:16]}", *texts), label
 
 
-def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Row:
-    """Return how far a judge's outcomes agree with labels.
+def _verdict(row: Row, key: str, verdicts: Mapping[str | int, str]) -> str:
+    """What a row's label means.
 
-    `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` takes chance off.
-    `verdict_accuracy` is of single verdicts on pairs that people decided: because each pair is seen
-    in both orders, chance is one half whatever the position bias. Its interval, clustered by pair,
-    answers "above chance".
+    Raises:
+        ValueError: it is no verdict.
     """
-    labelled = [item for item in outcomes if item.id in labels]
-    resolved = [item for item in labelled if item.resolved]
-    said, truth = [item.outcome for item in resolved], [labels[item.id] for item in resolved]
-    right = sum(map(str.__eq__, said, truth))
-    meaning = {"win": ("A", "B"), "loss": ("B", "A")}
-    verdicts = [
-        sum(map(str.__eq__, item.verdicts, meaning[label])) / 2
-        for item, label in zip(resolved, truth, strict=True)
-        if label != "tie" and not item.by_rule
-    ]
-    interval, unresolved = mean_interval(verdicts), len(labelled) - len(resolved)
-    return {
-        "n": len(labelled),
-        "unresolved": unresolved,
-        "outcome_accuracy": accuracy(said, truth).to_dict(),
-        "outcome_accuracy_bounds": rate_bounds(right, len(labelled), unresolved).to_dict(),
-        "kappa": cohens_kappa(said, truth).to_dict(),
-        "verdict_accuracy": interval.to_dict(),
-        "above_chance": None if interval.low is None else interval.low > 0.5,
-    }
+    value = row[key]
+    if type(value) not in (str, int) or value not in verdicts:
+        raise ValueError(f"{key} is {value!r}, not {', '.join(map(str, verdicts))}")
+    return verdicts[value]

@@ -181,15 +181,17 @@ def _results_of(row: TableRow, named: Callable[[str], str]) -> str:
         tested = row.tested.to_dict() if row.tested else {}
         known = [tested.get(key) for key in ("p", "n", "seeds")]
         return digest_of([abs(row.difference or 0.0), *known])
-    items = row.paired.items
+    paired, items = row.paired, row.paired.items
     order = sorted(range(len(items)), key=lambda number: items[number])
-    sides = [row.paired.first, row.paired.second]
+    judged = [table[:, order] for table in (paired.first, paired.second)]
+    told = [table[:, order] for table in paired.human]
+    sides = [np.hstack([table, *told[place : place + 1]]) for place, table in enumerate(judged)]
     turned = named(row.first) > named(row.second)
-    if row.paired.versus:  # outcomes of the first arm; the other side is a half
-        sides = [1 - row.paired.first if turned else row.paired.first]
+    if paired.versus:  # outcomes of the first arm; the other side is a half
+        sides = [1 - sides[0] if turned else sides[0]]
     total = hashlib.sha256(repr([items[number] for number in order]).encode())
     for values in reversed(sides) if turned else sides:
-        rounded = np.nan_to_num(np.round(values[:, order], 12) + 0.0, nan=math.inf)
+        rounded = np.nan_to_num(np.round(values, 12) + 0.0, nan=math.inf)
         total.update(b"".join(sorted(seed.tobytes() for seed in rounded)) + b"|")
     return total.hexdigest()
 

@@ -287,6 +287,9 @@ def judgment_inputs(recipe: EvalRecipe) -> Inputs:
     weights = Path(judge.model)
     local = judge.engine == "transformers" and any(weights.glob("*.safetensors"))
     values[f"{CONTENT}judge model"] = fingerprint(weights) if local else None
+    if labels := recipe.data.labels:  # from none to some is a change too
+        content = content_of(recipe.resolve("data.labels", labels))
+        values["data.labels"] = content and content[:12]
     return {**values, **_question_files(recipe, "references")}
 
 

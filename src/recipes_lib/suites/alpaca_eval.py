@@ -18,6 +18,7 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from recipes_lib.eval_files import alpaca_measures, alpaca_samples, write_lines
 from recipes_lib.eval_log import ORDERS, REFERENCE, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import OpenJudge
+from recipes_lib.judging.human_labels import texts_of
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import summarise
 from recipes_lib.judging.store import Row
@@ -151,6 +153,11 @@ class AlpacaEval(JudgedSuite):
         lines = samples(self.chosen.questions, answers, opponent, rows)
         write_lines(sample_file(file.parent, "samples.jsonl", opponent), lines)
         pairs, grades = alpaca_samples(lines)
+        told = self.chosen.labels
+        pairs = [
+            replace(one, human=told.get(texts_of(one.input, one.answer, one.opponent)))
+            for one in pairs
+        ]
         first = [one for one in pairs if one.draw == 1]
         library = _library(recipe, first, answers, opponent, judge)
         scores = [one.value for one in grades if one.value is not None]
@@ -173,8 +180,8 @@ class AlpacaEval(JudgedSuite):
             },
             "by_category": _by_category(pairs),
         }
-        told = {**numbers, "against": opponent.name}
-        return numbers, list(alpaca_measures(recipe.name, file, told, pairs, grades))
+        whole = {**numbers, "against": opponent.name}
+        return numbers, list(alpaca_measures(recipe.name, file, whole, pairs, grades))
 
     @staticmethod
     def table(results: Sequence[dict[str, Any]]) -> list[str]:

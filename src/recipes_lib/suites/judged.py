@@ -30,6 +30,7 @@ from recipes_lib.eval_log import (
     EvalLog,
     JudgeFacts,
     Measure,
+    Sample,
     Scorecard,
     no_reference,
 )
@@ -43,6 +44,7 @@ from recipes_lib.judging.audit import audit, can_carry_probes, failures, probe_r
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, JudgeRun, ask, build_requests
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval
+from recipes_lib.statistics.labels import FEWEST_LABELS
 from recipes_lib.suites.answering import (
     AnswerSet,
     Pairing,
@@ -395,6 +397,7 @@ class JudgedSuite(Asker, ABC):
             *failed_elsewhere(answers, judge, card, self.cards, elsewhere, recipe.name),
             *(_SAME_ANSWERS.format(answers.name, twin) for twin in twins[:1]),
             *no_reference(self.chosen.missing_references),
+            few_labels(recipe.data.labels, measures[0].samples),
         ]
         return EvalLog(
             suite=recipe.suite.name,
@@ -480,6 +483,17 @@ class Meanwhile:
         for one in whole:
             del self.open[one.id]
         return whole
+
+
+def few_labels(file: str | None, samples: Sequence[Sample]) -> str | None:
+    """Return a line about a file of human labels that has too few of these answers."""
+    n = sum(one.human is not None and one.resolved for one in samples)
+    if file is None or n >= FEWEST_LABELS:
+        return None
+    return (
+        f"{file} has human labels of {n} of these answers, and {FEWEST_LABELS} are needed: the win"
+        " rate is the judge's alone"
+    )
 
 
 def judge_all(

