@@ -12,7 +12,15 @@ import pytest
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.planning.cards import CARDS, card_named, cpu_card
-from recipes_lib.planning.memory import GIB, largest_tokens, memory_of, optimizer_bytes, weight_gib
+from recipes_lib.planning.memory import (
+    CPU_PROCESS_GIB,
+    GIB,
+    host_gib,
+    largest_tokens,
+    memory_of,
+    optimizer_bytes,
+    weight_gib,
+)
 from recipes_lib.planning.plan import Plan, plan_recipe
 
 LORA, QLORA, FULL = (
@@ -106,6 +114,16 @@ def test_under_fsdp_gradients_that_wait_for_the_end_of_the_step_are_counted_whol
     assert one_pass.memory.gradients == pytest.approx(
         one_pass.settings.trained_parameters * 4 / 2 / GIB
     )
+
+
+def test_the_memory_of_a_machine_holds_the_weights_once_for_each_of_its_processes() -> None:
+    whole, process = 6_738_415_616 * 2 / GIB, CPU_PROCESS_GIB
+    for accelerate in ("ddp", "fsdp"):
+        held = host_gib(plan(LORA, gpus=8, accelerate=accelerate).settings)
+        assert held == pytest.approx(8 * (whole + process))
+    # FSDP2 trains float32 weights, made before they are shared out
+    assert host_gib(plan(FULL, gpus=8).settings) == pytest.approx(8 * (2 * whole + process))
+    assert host_gib(plan(QLORA, gpus=8, accelerate="fsdp_qlora").settings) < whole
 
 
 def test_what_saves_memory_in_the_docs_saves_memory_in_the_plan() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from recipes_lib.planning.activations import activations_of, reference_per_token
 from recipes_lib.planning.advice import MethodRow, advise, method_rows
 from recipes_lib.planning.duration import operations_per_token
-from recipes_lib.planning.memory import MIB
+from recipes_lib.planning.memory import MIB, host_gib
 from recipes_lib.planning.plan import Plan
 
 
@@ -54,6 +54,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
         "activation_mb_per_token": per_token / MIB,
         "activation_mb_per_token_on_card": here.per_token / MIB,
         "activation_mb_per_token_checkpointed": here.checkpointed / MIB,
+        "host_gib": None if on_cpu else host_gib(settings),
         "card": plan.card.name,
         "card_gib": plan.card.memory_gib,
         "card_stands_in": plan.card.stands_in,

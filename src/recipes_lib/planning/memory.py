@@ -135,6 +135,18 @@ def weight_gib(settings: Settings) -> float:
     return (quantized * per_weight + rest * settings.weight_bytes) / GIB
 
 
+def host_gib(settings: Settings) -> float:
+    """Return what the processes of one machine hold in its memory while a model is loaded for GPUs:
+    all weights in each of them, in float32 where FSDP2 trains them so. With
+    `fsdp_cpu_ram_efficient_loading` too: transformers 5.24 reads in each process all the same.
+    bitsandbytes takes weights to the GPU one by one.
+    """
+    full = settings.adapter is None
+    width = settings.trained_bytes if full else settings.weight_bytes
+    whole = 0.0 if settings.bits else settings.shape.parameters * width / GIB
+    return settings.per_machine * (whole + CPU_PROCESS_GIB)
+
+
 def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
     """Return optimizer state in bytes per trained weight. torch keeps both moments in the weight's
     own precision; an unknown name counts as AdamW.

@@ -9,7 +9,7 @@ from recipes_lib.planning.activations import activations_of
 from recipes_lib.planning.advice import Advice, method_rows
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.duration import BANDWIDTH_REACHED, LAUNCH_S, PRODUCTS_REACHED
-from recipes_lib.planning.memory import MIB
+from recipes_lib.planning.memory import MIB, host_gib
 from recipes_lib.planning.plan import Plan
 from recipes_lib.planning.step_costs import step_costs
 
@@ -156,6 +156,12 @@ def _memory(plan: Plan) -> Iterator[str]:
         f"  largest micro-batch: {without:,} tokens, {with_:,} with activation"
         f" checkpointing{counted}"
     )
+    if not on_cpu and plan.settings.per_machine > 1:
+        each = plan.settings.per_machine
+        yield (
+            f"  memory of each machine while loading: {host_gib(plan.settings):,.0f} GiB"
+            f" (each of {each} processes reads all weights)"
+        )
     if plan.uncounted:
         yield f"  not counted: {'; '.join(plan.uncounted)}"
 
