@@ -106,16 +106,38 @@ def on_fake_gpu(model: Any) -> None:
                     )
 
 
+def build_model(config: dict[str, Any], dropout: float | None) -> Any:
+    """Return Llama in bf16 on the meta device, with adapters in float32 on every linear layer.
+
+    Args:
+        dropout: LoRA's; None for no adapter.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="sdpa")).to(DTYPE)
+        if dropout is None:
+            return model.train()
+        lora = LoraConfig(
+            r=32, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, lora)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model.train()
+
+
 def kept_bytes(
     config: dict[str, Any], rows: int, dropout: float | None, checkpointing: bool
 ) -> int:
     """Return the bytes alive after the forward pass of the blocks in bf16, under autocast, that the
     model did not hold before.
     """
-    from gpu_model import build_model
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    model = build_model(config, "meta", dropout=dropout)
+    model = build_model(config, dropout)
     base = model if dropout is None else model.get_base_model()
     base.set_attn_implementation("causal_kernel" if rows == 1 else "masked_kernel")
     if checkpointing:
@@ -143,13 +165,20 @@ def planned_bytes(
     config: dict[str, Any], rows: int, dropout: float | None, checkpointing: bool
 ) -> float:
     """Return the plan's figure for the same."""
-    from gpu_model import Case, settings_of_case
-
+    from recipes_lib.config.launch import plan_launch
+    from recipes_lib.config.recipe import load_recipe
+    from recipes_lib.models.shapes import shape_of_config
     from recipes_lib.planning.activations import activations_of
+    from recipes_lib.planning.settings import settings_of
 
-    batching, attention = ("padding-free", "flash_attention_2") if rows == 1 else ("padded", "sdpa")
-    case = Case("", batching, rows, attention, checkpointing=checkpointing, dropout=dropout or 0.0)
-    settings = settings_of_case(case, config, TOKENS, on_cpu=False, full=dropout is None)
+    name = "full-bf16" if dropout is None else "lora-bf16-r32"
+    words = [f"train.activation_checkpointing={str(checkpointing).lower()}"]
+    words += [f"model.attn_implementation={'varlen' if rows == 1 else 'sdpa'}"]
+    words += [] if dropout is None else [f"lora.lora_dropout={dropout}"]
+    recipe = load_recipe(f"llama2-7b-dolly/{name}", words)
+    launch = plan_launch(recipe.launch, "single_gpu", gpus=1)
+    shape = shape_of_config({"model_type": "llama", **config}, "benchmark")
+    settings = settings_of(recipe, launch, shape, on_cpu=False)
     return activations_of(settings).saved(TOKENS, TOKENS // rows, checkpointing)
 
 
@@ -170,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 5
-    from gpu_model import LLAMA_2_7B
+    from gpu_check import LLAMA_2_7B
     from measuring import write_record
 
     register_kernels()

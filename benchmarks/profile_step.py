@@ -5,8 +5,6 @@ and the three largest named.
     python benchmarks/profile_step.py [RECIPE] [section.key=value ...] [--json FILE]
     # with one of this project's levers taken back (names: train_cpu_worker.py)
     python benchmarks/profile_step.py --without trl-loss ...
-    # on a GPU: Llama-2-7B with random weights, no download
-    python benchmarks/profile_step.py --random-7b
 
 RECIPE is the quickstart's lora-r8 if none is given. Times are the operators' own (without what they
 call), on the CPU or, where there is one, on the GPU. One thread on a CPU.
@@ -146,22 +144,6 @@ def profile_recipe(recipe: str, overrides: list[str], profiler: StepProfiler) ->
         raise SystemExit(code)
 
 
-def profile_random_model(profiler: StepProfiler, tiny: bool = False) -> None:
-    """Two steps of Llama-2-7B with random weights on the GPU (or of a tiny one on the CPU)."""
-    import torch
-    from gpu_check import cases_of
-    from gpu_model import LLAMA_2_7B, TINY, build_model, micro_batches, set_up, train_step, trained
-
-    device, config = ("cpu", TINY) if tiny else ("cuda", LLAMA_2_7B)
-    case, model = cases_of(device)[0], build_model(config, device)
-    set_up(model, case)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, fused=True)
-    batches = micro_batches(case, config, device, 64 if tiny else 1024)
-    for step in (1, 2):
-        train_step(model, optimizer, next(batches))
-        profiler.end_of_step(step)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Profile, print, write."""
     parser = argparse.ArgumentParser(
@@ -171,7 +153,6 @@ def main(argv: list[str] | None = None) -> int:
         "recipe", nargs="?", default=str(PROJECT / "recipes/quickstart/lora-r8.yaml")
     )
     parser.add_argument("--without", help="take a lever back: trl-loss, trl-head, masked-attention")
-    parser.add_argument("--random-7b", action="store_true")
     parser.add_argument("--json", type=Path)
     options, overrides = parser.parse_known_args(argv)
     if "=" in options.recipe:  # no recipe, an override came first
@@ -185,10 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(1)
     apply_patch(options.without)
     profiler = StepProfiler(on_gpu)
-    if options.random_7b:
-        profile_random_model(profiler, tiny=not on_gpu)
-    else:
-        profile_recipe(options.recipe, overrides, profiler)
+    profile_recipe(options.recipe, overrides, profiler)
     seconds = by_group(profiler.events, on_gpu)
     total = sum(seconds.values())
     print(

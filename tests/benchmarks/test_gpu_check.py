@@ -1,4 +1,4 @@
-"""The GPU check runs here on a CPU with a tiny model, every case of it, so that it works on the day
+"""The GPU check runs here on a CPU with a tiny model, every row of it, so that it works on the day
 a GPU is there.
 """
 
@@ -8,138 +8,104 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks import gpu_check, gpu_wheels
+
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.planning.cards import card_named
 
 PROJECT = Path(__file__).resolve().parents[2]
+GOALS = [row for row in gpu_check.ROWS if row.goal]
 
 
-# Takes packages away from a process: a machine with a GPU may have torch, transformers and PEFT
-# alone.
-HIDDEN = ("trl", "datasets", "bitsandbytes", "matplotlib", "alpaca_eval", "lm_eval")
-HIDING = f"""import sys
-from importlib.machinery import PathFinder
-class Hiding(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name.partition(".")[0] in {HIDDEN} else PathFinder.find_spec(name, path, target)
-sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
-"""  # noqa: E501
-
-
-def start(*arguments: str, path: str = "") -> subprocess.CompletedProcess[str]:
+def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.gpu_check", *arguments]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{PROJECT / 'src'}{os.pathsep}{path}",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT / "src"), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
-        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=240
+        command, cwd=PROJECT, env=environment, capture_output=True, text=True, timeout=400
     )
-
-
-def test_every_case_is_measured_on_a_tiny_model(tmp_path: Path) -> None:
-    done = start("--tiny", "--json", str(tmp_path / "gpu.json"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    record = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
-    missing = {
-        row["case"]: row["not_measured"] for row in record["rows"] if not row.get("tokens_per_s")
-    }
-    assert missing == {
-        "attention flash_attention_2": "needs a GPU",
-        "attention torch_varlen": "needs a GPU",
-    }
-    settings = [row["setting"] for row in record["rows"] if "setting" in row]
-    assert {setting["batching"] for setting in settings} == {"padded", "padding-free", "packed"}
-    assert {setting["bits"] for setting in settings} == {None, 4}
-    assert {setting["attention"] for setting in settings} >= {"sdpa", "eager", "sdpa_by_document"}
-    assert any(setting["fsdp"] for setting in settings) and any(
-        setting["checkpointing"] for setting in settings
-    )
-    assert any(row["case"].startswith("generation") for row in record["rows"])
-    assert (tmp_path / "gpu.md").read_text(encoding="utf-8").count("\n") > len(record["rows"])
-    assert "tokens/s" in done.stdout
-    cases = {row["case"] for row in record["rows"]}
-    assert {
-        case.removeprefix("QLoRA: ") for case in cases
-    } <= cases  # each has its bf16 row to be compared with
 
 
 @pytest.mark.slow
-def test_a_library_that_is_not_there_costs_its_rows_alone(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(HIDING, encoding="utf-8")
-    done = start("--tiny", "--json", str(tmp_path / "gpu.json"), path=str(tmp_path))
+@pytest.mark.timeout(600)
+def test_every_row_is_measured_through_the_real_trainer_on_a_tiny_model(tmp_path: Path) -> None:
+    done = start("--cpu", "--json", str(tmp_path / "gpu.json"))
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
-    missing = [
-        row for row in rows if not row.get("tokens_per_s") and row["not_measured"] != "needs a GPU"
+    assert not {row["row"]: row["not_run"] for row in rows if "not_run" in row}
+    assert [row["row"] for row in rows] == [row.name for row in gpu_check.ROWS]
+    assert rows[0]["row"] == "shipped default"
+    trained = [row for row in rows if row["setting"]["kind"] == "training"]
+    for row in trained:
+        assert row["tokens_per_s"] > 0 and row["n"] == 3, row
+        assert len(row["losses"]) == 5 and row["peak_gib"] > 0 and row["planned_peak_gib"] > 0
+        assert (len(row["largest_kernels"]) == 5 and "sdpa_by_document" in row["path"]) or (
+            row["path"] == ["sdpa"]
+        )
+    apart = {row["row"]: row["losses_apart"] for row in trained if "losses_apart" in row}
+    assert len(apart) >= 3 and max(apart.values()) < gpu_check.AS_LOSSES
+    assert [row["row"] for row in trained if "compiled" in row["path"]] == [
+        row.name for row in gpu_check.ROWS if "compiled" in row.path or row.name == "QLoRA, B"
     ]
-    assert {row["case"].partition(":")[0] for row in missing} == {"QLoRA"}
-    assert {row["not_measured"] for row in missing} == {
-        "ModuleNotFoundError: No module named 'bitsandbytes'"
-    }
+    command = next(row for row in rows if row["setting"]["kind"] == "command")
+    assert command["reloaded"]["agrees"]
+    assert "goal" not in done.stdout and "tokens/s" in done.stdout
+    assert (tmp_path / "gpu.md").read_text(encoding="utf-8").count("\n") > len(rows)
 
 
-def test_pytorchs_own_variable_length_kernel_gets_what_it_wants(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("row", gpu_check.ROWS, ids=lambda row: row.name)
+def test_every_row_is_a_recipe_that_is_accepted_on_a_gpu(
+    row: gpu_check.Row, tmp_path: Path
 ) -> None:
-    """It exists on GPUs alone: a stand-in with its signature, made of plain attention, gives the
-    loss of example-by-example attention.
-    """
-    torch = pytest.importorskip("torch")
-    from torch.nn.attention import varlen
-
-    monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
-    import gpu_model
-
-    calls: list[tuple[int, ...]] = []
-
-    def plain(
-        query: Any,
-        key: Any,
-        value: Any,
-        bounds: Any,
-        _: Any,
-        longest: int,
-        __: int,
-        *,
-        scale: float,
-        window_size: Any,
-    ) -> Any:
-        assert bounds.dtype == torch.int32 and window_size == (-1, 0) and query.is_contiguous()
-        calls.append(tuple(query.shape))
-        parts = [
-            part.transpose(0, 1).split(bounds.diff().tolist(), 1) for part in (query, key, value)
-        ]
-        assert longest == max(part.shape[1] for part in parts[0])
-        attention = torch.nn.functional.scaled_dot_product_attention
-        return torch.cat(
-            [attention(*each, is_causal=True, scale=scale) for each in zip(*parts, strict=True)], 1
-        ).transpose(0, 1)
-
-    monkeypatch.setattr(varlen, "varlen_attn", plain)
-    model = gpu_model.build_model(gpu_model.TINY, "cpu").float()
-    losses = []
-    for attention in (gpu_model.VARLEN, "sdpa_by_document"):
-        case = gpu_model.Case("x", "padding-free", 4, attention, dropout=0.0)
-        gpu_model.set_up(model, case)
-        batch = next(gpu_model.micro_batches(case, gpu_model.TINY, "cpu", 64))
-        del batch["num_tokens"]
-        losses.append(model(**batch, loss_scale=1.0, use_cache=False)[0].item())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert calls == [(batch["input_ids"].numel(), 4, 16)] * 2
+    load_recipe(row.recipe, gpu_check.overrides_of(row, gpu_check.Size(), tmp_path))
 
 
-def test_cases_that_the_time_does_not_allow_say_so(tmp_path: Path) -> None:
-    done = start("--tiny", "--minutes", "0", "--json", str(tmp_path / "gpu.json"))
-    rows = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["rows"]
-    assert done.returncode == 0 and {row["not_measured"] for row in rows} == {
-        "no time left",
-        "needs a GPU",
-    }
+def measured(row: gpu_check.Row, *path: str, speed: float) -> dict[str, Any]:
+    return {"row": row.name, "setting": asdict(row), "path": list(path), "tokens_per_s": speed}
+
+
+@pytest.mark.parametrize("row", GOALS, ids=lambda row: row.name)
+def test_a_goal_is_announced_for_the_path_that_was_trained_and_for_no_other(
+    row: gpu_check.Row,
+) -> None:
+    h100, whole, speed = card_named("h100"), gpu_check.Size(), 1.0 + (row.goal or 0)
+
+    def said(*path: str, card: Any = h100, size: gpu_check.Size = whole) -> str:
+        return " ".join(gpu_check.goal_of(measured(row, *path, speed=speed), card, size))
+
+    assert said(*row.path, "padding-free").endswith("reached") and "not" not in said(*row.path)
+    for at, missing in enumerate(row.path):
+        others = ["sdpa", *row.path[:at], *row.path[at + 1 :]]
+        assert f"no goal, trained without {missing}" in said(*others)
+    assert not said(*row.path, card=card_named("a100")) and not said(*row.path, card=None)
+    assert not said(*row.path, size=gpu_check.SMALL)
+
+
+def test_a_row_that_fails_costs_itself_alone_and_rows_without_time_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers(*_: Any) -> dict[str, Any]:
+        raise MemoryError("too large")
+
+    monkeypatch.setitem(gpu_check.MEASURE, "answers", answers)
+    monkeypatch.setitem(gpu_check.MEASURE, "judgments", lambda *_: {"judgments_per_s": 2.0, "n": 1})
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
+    rows = tuple(row for row in gpu_check.ROWS if row.kind in ("answers", "judgments"))
+    kept: list[int] = []
+    found = [
+        gpu_check.run_rows(
+            rows, gpu_check.SMALL, tmp_path, deadline, lambda rows: kept.append(len(rows))
+        )
+        for deadline in (float("inf"), 0.0)
+    ]
+    assert found[0][0]["not_run"] == "MemoryError: too large"
+    assert found[0][1]["judgments_per_s"] == 2.0 and kept == [1, 2, 1, 2]
+    assert [row["not_run"] for row in found[1]] == ["no time left"] * 2
+    assert "not run: no time left" in gpu_check.table(found[1])
 
 
 def test_without_a_gpu_it_says_what_can_be_done() -> None:
@@ -147,7 +113,19 @@ def test_without_a_gpu_it_says_what_can_be_done() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     done = start()
-    assert done.returncode == 5 and "--tiny" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 5 and "--cpu" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_wheels_are_carried_for_what_an_image_lacks_or_has_in_a_version_that_is_not_taken() -> None:
+    needs = [
+        {"name": "trl", "version": "1.16.0", "requires_dist": ["datasets>=5", "rich"]},
+        {"name": "datasets", "version": "5.2.0", "requires_dist": ['dill; extra == "x"', "xxhash"]},
+        {"name": "rich", "version": "15.0", "requires_dist": ["pygments"]},
+        {"name": "torch", "version": "2.13.0"},
+        *({"name": name, "version": "1.0"} for name in ("dill", "xxhash", "pygments")),
+    ]
+    image = gpu_wheels.image_of(["rich", "torch==2.8.0+cu130", "datasets==4.8", "xxhash==3.5"])
+    assert gpu_wheels.to_carry(needs, image) == {"trl": "1.16.0", "datasets": "5.2.0"}
 
 
 def test_the_kernels_of_a_cuda_build_keep_what_is_planned(tmp_path: Path) -> None:
@@ -181,12 +159,11 @@ def test_the_recorded_figures_of_a_cuda_build_are_those_of_the_plan(
 ) -> None:
     monkeypatch.syspath_prepend(str(PROJECT / "benchmarks"))
     import cuda_shapes
-    import gpu_model
 
     record = json.loads(
         (PROJECT / "benchmarks/results/cuda_shapes.json").read_text(encoding="utf-8")
     )
-    config = gpu_model.LLAMA_2_7B | {"num_hidden_layers": record["layers"]}
+    config = gpu_check.LLAMA_2_7B | {"num_hidden_layers": record["layers"]}
     for row in record["rows"]:
         planned = cuda_shapes.planned_bytes(config, *cuda_shapes.CASES[row["case"]]) / 2**30
         assert planned == pytest.approx(row["kept_gib"], rel=0.01), row
