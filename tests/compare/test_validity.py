@@ -1102,9 +1102,31 @@ def test_few_shot_that_differs_is_an_error_and_unknown_values_are_not(root):
         check_validity(None, arms(a=asked("a", 0), b=asked("b", 5))), "protocol-differs"
     )
     assert "gsm8k, acc: few-shot: a 0, b 5" in finding.evidence
+    assert "gsm8k, acc: few-shot (0 and 5)" in finding.title
     assert "protocol-differs" not in codes(
         check_validity(None, arms(a=asked("a", 0), b=asked("b", None)))
     )
+
+
+def test_examples_that_were_asked_for_are_those_that_a_task_has_itself(root):
+    def asked(name: str, recipe: int | None, shots: int = 5) -> RunMeasurements:
+        task = {"task": "gsm8k", "metric": "acc", "num_fewshot": shots, "version": 3}
+        suite = {"suite": {"name": "lm_eval", "num_fewshot": recipe}}
+        return run(root, name, evaluated(root / name, tasks=[task], recipe=suite))
+
+    def differs(**runs: RunMeasurements) -> bool:
+        return "protocol-differs" in codes(check_validity(None, arms(**runs)))
+
+    assert not differs(a=asked("a", 5), b=asked("b", None))
+    assert differs(c=asked("c", 5), d=asked("d", None, shots=0))
+
+
+def test_human_labels_are_no_other_way_to_ask(root):
+    def labelled(name: str, labels: str | None) -> RunMeasurements:
+        return run(root, name, evaluated(root / name, recipe={"data": {"labels": labels}}))
+
+    both = arms(a=labelled("a", "labels.jsonl"), b=labelled("b", None))
+    assert "protocol-differs" not in codes(check_validity(None, both))
 
 
 def test_other_precision_of_the_answers_is_a_warning(root):

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
+_SHOTS = ": few-shot"
 _FREE = (
     "name",
+    "data.labels",
     "generation.engine",
     "generation.batch_tokens",
     "generation.base_url",
@@ -96,7 +98,8 @@ def _settings_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Fi
         and not (by_factor and key.startswith("answers.prompt_format"))
     ]
     evidence, metrics = settings_differ(keys, arms, mine, theirs), metrics_of((one, other))
-    words = {"keys": ", ".join(keys[:3])}
+    named = (f"{key} ({mine[key]} and {theirs[key]})" if _SHOTS in key else key for key in keys[:3])
+    words = {"keys": ", ".join(named)}
     return found("protocol-differs", evidence, arms, metrics, **words) if keys else None
 
 
@@ -150,8 +153,10 @@ def _settings(log: EvalLog) -> Mapping[str, Any]:
     values["answers.prompt_format_hash"] = log.answers.prompt_format_hash
     for task in log.tasks:
         name = f"{task.task}, {task.metric}"
-        values[f"{name}: few-shot"] = task.num_fewshot
+        values[f"{name}{_SHOTS}"] = task.num_fewshot
         values[f"{name}: task version"] = task.version
+    if log.tasks and all(task.num_fewshot is not None for task in log.tasks):
+        values.pop("suite.num_fewshot", None)  # asked for, or the task's own: it is known
     for key, value in log.protocol.items():
         if key not in ("batch_size", "model_args"):
             values[f"protocol.{key}"] = value
