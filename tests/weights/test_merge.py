@@ -108,6 +108,28 @@ def test_a_merged_lora_is_a_plain_model_with_the_logits_of_peft_itself(
     assert json.loads((merged / "merge.json").read_text())["check"]["lost_share"] < 1e-4
 
 
+def test_a_merged_model_is_asked_as_its_run_is_and_answers_alike(runs: Runs, recipes: Verb) -> None:
+    from recipes_lib.engine import Decoding, Request
+    from recipes_lib.generation.subjects import loaded
+    from recipes_lib.generation.targets import Asking, find_targets
+    from recipes_lib.generation.transformers_engine import TransformersEngine
+
+    run = runs("lora")
+    assert recipes("merge", "lora")[0] == 0
+    (adapter,) = find_targets(["lora"])
+    asking = Asking(prompt_format=adapter.recipe.data.prompt_format, dtype="float32")
+    said = []
+    for target in (adapter, *find_targets([str(run / "merged")], asking)):
+        with loaded([target]) as (subject,):
+            assert subject.model is not None
+            _, ids = subject.prompts.render([{"role": "user", "content": "Name a river."}])
+            tokenizer = subject.prompts.tokenizer
+            engine = TransformersEngine(subject.model, tokenizer, "", using=subject.using)
+            done = engine.complete([Request(key="q", ids=ids)], Decoding(max_new_tokens=12))
+            said.append((subject.prompts.hash, next(iter(done)).text))
+    assert said[0] == said[1] and said[0][1]
+
+
 def test_a_merged_qlora_is_dequantised_first_and_says_what_is_lost(
     runs: Runs, recipes: Verb
 ) -> None:
