@@ -10,7 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,18 @@ def test_a_look_whose_claim_an_error_stopped_leaves_the_last_one_to_its_repair(
         concluded(study)
     measured(study, skill={"r8": 0.7})
     assert concluded(study).comparison.rows[0].level_share == 0.9
+
+
+def test_status_says_how_often_results_were_looked_at(
+    study: Path, recipes: Callable[..., tuple[int, str, str]]
+) -> None:
+    measured(study)
+    assert "look" not in recipes("study", "status", str(study))[1]
+    for skill, said in ((0.6, "1 look"), (0.6, "1 look"), (0.7, "2 looks")):
+        measured(study, skill={"r8": skill})
+        concluded(study)
+        assert f"; {said} at results" in recipes("study", "status", str(study))[1]
+    assert json.loads(recipes("study", "status", str(study), "--json")[1])["looks"] == 2
 
 
 @pytest.mark.parametrize(

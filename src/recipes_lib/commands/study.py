@@ -25,6 +25,7 @@ from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.runner import check_imported, run_study, study_lock
 from recipes_lib.study.status import (
     diff_rows,
+    number_of_looks,
     standstill,
     status_lines,
     step_rows,
@@ -170,9 +171,10 @@ def _status(study: Study, args: argparse.Namespace) -> int:
     shown = ""
     while True:
         graph = build_graph(study)
-        rows = step_rows(study, graph)
+        rows, looks = step_rows(study, graph), number_of_looks(study)
         if args.json:
-            return print_json({"study": study.name, "steps": [row.to_dict() for row in rows]})
+            steps = [row.to_dict() for row in rows]
+            return print_json({"study": study.name, "looks": looks, "steps": steps})
         terminal = sys.stdout.isatty()
         if args.watch and terminal:
             print("\x1b[H\x1b[2J", end="")
@@ -180,7 +182,7 @@ def _status(study: Study, args: argparse.Namespace) -> int:
             width = shutil.get_terminal_size((160, 24)).columns if terminal else 10_000
             for line in status_lines(rows, width):
                 say(line)
-        if (summary := summary_line(rows)) != shown or terminal:
+        if (summary := summary_line(rows, looks)) != shown or terminal:
             say(summary)
         shown = summary
         done = all(row.state == "fresh" for row in rows)

@@ -16,6 +16,9 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root, shown_path
 
+# What the ledger of a study holds, in short: its last line, and how many looks there were.
+LEDGER_HEAD = Path("steps", "statistics", "ledger.json")
+
 
 def study_folder(study: Study) -> Path:
     """Return runs/<study>, where steps, logs and the report lie."""

@@ -42,7 +42,7 @@ from recipes_lib.core.atomic_files import sync, write_json
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.statistics.looks import Look, last_planned, level_share
-from recipes_lib.study.arms import run_names, study_folder
+from recipes_lib.study.arms import LEDGER_HEAD, run_names, study_folder
 from recipes_lib.study.graph import ONLY_SPEED, Freshness, Graph, digest_of
 from recipes_lib.training.resume_guard import flatten
 
@@ -205,7 +205,7 @@ class Ledger:
 
     def __init__(self, folder: Path, viewed: Viewed) -> None:
         self.file = folder / "ledger.jsonl"
-        self.head = folder / "steps" / "statistics" / "ledger.json"
+        self.head = folder / LEDGER_HEAD
         self.viewed = viewed
         self.read()
 
@@ -275,6 +275,10 @@ class Ledger:
             known |= _parts(entry, *_RESULTS)
             yield number, entry
 
+    def _number(self) -> int:
+        """How many looks there were."""
+        return max((number for number, _ in self._numbered()), default=0)
+
     def _seen(self) -> dict[str, list[tuple[int, LedgerLine]]]:
         """The earlier looks at each comparison."""
         found: dict[str, list[tuple[int, LedgerLine]]] = {}
@@ -300,7 +304,7 @@ class Ledger:
                 unrecorded = error.strerror or str(error)
                 self.entries.append(entry)
         looks = Looks(
-            max((number for number, _ in self._numbered()), default=0),
+            self._number(),
             tuple(self._changes()),
             sum(0 < row.level_share < 1 for row in comparison.rows),
             unrecorded,
@@ -370,7 +374,8 @@ class Ledger:
                 os.close(handle)
             sync(self.file.parent)
             self.read()
-            write_json(self.head, {"lines": len(self.hashes), "last": self.hashes[-1]})
+            head = {"lines": len(self.hashes), "last": self.hashes[-1], "looks": self._number()}
+            write_json(self.head, head)
         return True
 
     def _changes(self) -> Iterator[str]:

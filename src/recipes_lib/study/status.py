@@ -12,15 +12,15 @@ from itertools import islice
 from typing import Any
 
 from recipes_lib.compare.design import TUNE, TUNED, Study
-from recipes_lib.compare.wording import question_text
+from recipes_lib.compare.wording import count, question_text
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.json_files import rows_from_the_end
+from recipes_lib.core.json_files import object_or_none, rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.study.arms import launch_words, study_folder, train_words
+from recipes_lib.study.arms import LEDGER_HEAD, launch_words, study_folder, train_words
 from recipes_lib.study.foresight import foresee
 from recipes_lib.study.graph import TRAININGS, DoneRecord, Freshness, Graph, Step
 from recipes_lib.suites.questions import local_questions
@@ -130,10 +130,16 @@ def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:
     return [_cut(line, width) for line in aligned([("step", "state", "took", ""), *cells])]
 
 
-def summary_line(rows: Sequence[StepRow]) -> str:
-    """Return how many steps are in which state."""
+def summary_line(rows: Sequence[StepRow], looks: int) -> str:
+    """Return how many steps are in which state, and how often results were looked at."""
     counts = Counter(row.state for row in rows)
-    return ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    return f"{states}; {count(looks, 'look')} at results" if looks else states
+
+
+def number_of_looks(study: Study) -> int:
+    """Return how many looks at a study's results its ledger holds; 0 where there is none."""
+    return int((object_or_none(study_folder(study) / LEDGER_HEAD) or {}).get("looks") or 0)
 
 
 def seconds_text(seconds: float | None) -> str:
