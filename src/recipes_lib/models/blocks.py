@@ -54,6 +54,21 @@ class Matrix:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Delta:
+    """Linear attention by a gated delta rule, in widths of a token.
+
+    Args:
+        key: of all keys, repeated for every value head; `value` alike.
+        convolved: of queries, keys and values before that.
+    """
+
+    heads: int
+    key: int
+    value: int
+    convolved: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """One layer of a model.
 
@@ -63,6 +78,8 @@ class Block:
         heads: query heads of attention; 0 without attention.
         query: width of all queries together; `key`, `value` and `output` alike.
         window: tokens that attention looks back; None for all.
+        gate: width of what attention's output is multiplied with; 0 for nothing.
+        delta: linear attention; None for none.
         state: products per token that linear attention or state space needs for its state.
         inner: widths of what the MLP keeps between its matrices, per token.
         routing: bytes of what the choice of experts keeps, per token.
@@ -79,6 +96,8 @@ class Block:
     value: int = 0
     output: int = 0
     window: int | None = None
+    gate: int = 0
+    delta: Delta | None = None
     state: int = 0
     inner: int = 0
     routing: int = 0
@@ -143,6 +162,8 @@ class _Parts:
     small: int = 0
     norms: list[tuple[int, int]] = field(default_factory=list)
     attention: dict[str, Any] = field(default_factory=dict)
+    gate: int = 0
+    delta: Delta | None = None
     state: int = 0
     inner: int = 0
     routing: int = 0
@@ -174,6 +195,8 @@ class _Parts:
             matrices=tuple(self.matrices),
             small=self.small,
             norms=tuple(self.norms),
+            gate=self.gate,
+            delta=self.delta,
             state=self.state,
             inner=self.inner,
             routing=self.routing,
@@ -497,7 +520,8 @@ def _attention(config: Numbers, parts: _Parts, hidden: int, kind: str, path: str
     query, key = heads * size, groups * size
     (one, first), (other, second) = _BIASES.get(family, _BIAS)
     biased, output_biased = config.flag(one, first), config.flag(other, second)
-    wide = 2 * query if family in _GATED_ATTENTION else query
+    parts.gate = query if family in _GATED_ATTENTION else 0
+    wide = query + parts.gate
     if family == "phi3":
         parts.matrix(f"{path}.qkv_proj", hidden, query + 2 * key, "attention")
     else:
@@ -563,9 +587,9 @@ def _delta(config: Numbers, parts: _Parts, hidden: int) -> None:
     parts.matrix(f"{path}.out_proj", value, hidden, "output")
     parts.small += (2 * key + value) * config.number("linear_conv_kernel_dim", default=4)
     parts.small += 2 * heads + size
+    parts.delta = Delta(heads=heads, key=heads * key_size, value=value, convolved=2 * key + value)
     parts.state = heads * key_size * size
     parts.carries = True
-    parts.uncounted.append("what linear attention keeps")
 
 
 def _convolution(config: Numbers, parts: _Parts, hidden: int) -> None:

@@ -12,6 +12,7 @@ number in the CPU's.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from recipes_lib.models.blocks import Block
@@ -19,10 +20,11 @@ from recipes_lib.planning.settings import Settings
 from recipes_lib.planning.targets import Adapted
 
 # norms that multiply by their weights in float32, and blocks without a norm before attention
-_FLOAT_NORMS = ("gemma", "olmo", "cohere")
+_FLOAT_NORMS = ("gemma", "olmo", "cohere", "qwen3_5", "qwen3_next")
 _NORMED_BEHIND = {"olmo2", "olmo3", "exaone4"}
 # tiles of TRL's fused LM head, and of `training.loss`
 CHUNK_VOCABULARY, CHUNK_TOKENS, CPU_TILE = 32768, 4096, 128
+CHUNK = 64  # tokens of a chunk of linear attention
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Activations:
             attention returned where checkpointing is selective.
         block: per token of one block, what recomputation brings back for a moment.
         block_row: `per_token_and_row` of one block.
+        per_chunked_token: further bytes per token of rows that are filled up to whole chunks.
         constant: copies of weights for the backward pass: those that autocast made, and experts
             with their adapter added.
         block_constant: such experts of one block.
@@ -49,6 +52,8 @@ class Activations:
     block_row: float
     constant: float
     block_constant: float = 0.0
+    per_chunked_token: float = 0.0
+    block_chunked: float = 0.0
 
     def saved(self, tokens: int, row: int, checkpointing: bool) -> float:
         """Return the bytes kept of a micro-batch.
@@ -59,11 +64,18 @@ class Activations:
         """
         if checkpointing:
             return tokens * self.checkpointed
-        return tokens * (self.per_token + self.per_token_and_row * row) + self.constant
+        chunked = self.per_chunked_token * _filled_up(row)
+        return tokens * (self.per_token + self.per_token_and_row * row + chunked) + self.constant
 
     def recomputed(self, tokens: int, row: int) -> float:
         """Return the bytes of the one block that is recomputed at a time."""
-        return tokens * (self.block + self.block_row * row) + self.block_constant
+        chunked = self.block_chunked * _filled_up(row)
+        return tokens * (self.block + self.block_row * row + chunked) + self.block_constant
+
+
+def _filled_up(row: int) -> float:
+    """Return how much longer a row is in whole chunks of linear attention."""
+    return math.ceil(row / CHUNK) * CHUNK / row
 
 
 def activations_of(settings: Settings) -> Activations:
@@ -73,12 +85,13 @@ def activations_of(settings: Settings) -> Activations:
     # of each RMSNorm its input and the root mean square of each token; and what its weights are
     # multiplied by, where they are trained
     per_norm = 4 if adapter else 8 if shape.family.startswith(_FLOAT_NORMS) else 4 + w
-    total, largest = [0.0, 0.0], [0.0, 0.0]
+    total, largest = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     for layer, targets, count in settings.layers:
         norms = sum(many * (4 + width * per_norm) for many, width in layer.norms)
         kept = norms + _attention(settings, layer) + s * layer.inner + layer.routing
         kept += _linear_inputs(settings, layer, targets)
-        for index, number in enumerate((kept, _row_bytes(settings, layer))):
+        before, chunked = _delta(settings, layer)
+        for index, number in enumerate((kept + before, _row_bytes(settings, layer), chunked)):
             total[index] += count * number
             largest[index] = max(largest[index], number)
     first = 0.0
@@ -105,6 +118,8 @@ def activations_of(settings: Settings) -> Activations:
         block_row=largest[1],
         constant=_autocast_copies(settings) + sum(sums),
         block_constant=max(sums, default=0.0),
+        per_chunked_token=total[2],
+        block_chunked=largest[2],
     )
 
 
@@ -127,7 +142,7 @@ def reference_per_token(settings: Settings) -> float:
             groups = {matrix.reads: matrix.inputs * matrix.active for matrix, _ in targets}
             inputs = w * sum(groups.values())
         ranks = sum(rank * matrix.active for matrix, rank in targets)
-        total += count * (kept + inputs + w * ranks)
+        total += count * (kept + inputs + w * ranks + sum(_delta(settings, layer)))
     return total
 
 
@@ -141,7 +156,30 @@ def _attention(settings: Settings, layer: Block) -> float:
     repeated = settings.masks(layer)
     keys = layer.query + layer.output if repeated else layer.key + layer.value
     sums = 0 if eager else 4 * layer.heads
-    return settings.compute_bytes * (layer.query + layer.output + keys) + sums
+    gated = 2 * layer.gate  # the gate after its sigmoid, and what it is multiplied with
+    return settings.compute_bytes * (layer.query + layer.output + keys + gated) + sums
+
+
+def _delta(settings: Settings, layer: Block) -> tuple[float, float]:
+    """Return the bytes per token that linear attention keeps, of a token and of one of a row in
+    whole chunks, as transformers writes it out in torch; kernels of flash-linear-attention, where
+    they are installed, keep less.
+    """
+    if layer.delta is None:
+        return 0.0, 0.0
+    s, heads = settings.compute_bytes, layer.delta.heads
+    key, value, within = layer.delta.key, layer.delta.value, heads * CHUNK
+    weights = 0 if settings.adapter else s * value + 4 * heads  # of its norm and its decay
+    kept = 2 * s * layer.delta.convolved + heads * (s + 4) + 8 * (key + heads)
+    kept += 12 * value + s * value + 4 * heads + weights
+    # beta, decays and what they multiply, in float32; the system of a chunk and its two solutions
+    chunked: float = 4 * (4 * heads + 4 * key + 2 * value + 2 * within)
+    # products of keys with keys and with queries, and what they are multiplied with
+    chunked += s * (4 * key + 2 * within)
+    # from chunk to chunk: the state and its copies, and copies for the products
+    casts = 2 * s if settings.half else 0
+    chunked += (4 + casts) * layer.state / CHUNK + s * (3 * key + 2 * value + within)
+    return kept, chunked
 
 
 def _row_bytes(settings: Settings, layer: Block) -> float:

@@ -76,7 +76,8 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
     rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
     how = ", checkpointed" if settings.checkpointing else ""
     kept, how = activations_of(settings), how + (" but for attention" if settings.selective else "")
-    per_token = (kept.checkpointed if settings.checkpointing else kept.per_token) / MIB
+    per_token = kept.per_token + kept.per_chunked_token
+    per_token = (kept.checkpointed if settings.checkpointing else per_token) / MIB
     if memory.validation > memory.activations + memory.moment:
         what = f"validation batch of {plan.eval_tokens:,} tokens, more than training needs"
         at_work = [("validation", what, memory.validation)]
