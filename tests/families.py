@@ -4,9 +4,13 @@ tiny tokenizer's vocabulary.
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 DENSE: dict[str, Any] = {
     "hidden_size": 64,
@@ -97,6 +101,22 @@ _IMAGE_TOKENS = {
     ),
     "llama4": ("boi_token_index", "eoi_token_index", "image_token_index"),
     "mistral3": ("image_token_index",),
+}
+ALL_LINEAR = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"lora": ALL_LINEAR},
+    "qlora": {
+        "lora": ALL_LINEAR,
+        "quantization": NF4,
+        "model": {"dtype": "bfloat16"},
+        "train": {"bf16": True},
+    },
+    "full": {"lora": None, "train": {"learning_rate": 1.0e-3}},
+}
+SHORT = {
+    "data": {"max_examples": 60},
+    "train": {"max_steps": 4, "save_steps": 2, "eval_steps": 4, "lr_scheduler_type": "constant"},
 }
 # model_type: what its config says beyond DENSE
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -232,3 +252,76 @@ def build_family(
         if file.name.startswith("tokenizer") or file.name == "chat_template.jinja":
             shutil.copyfile(file, folder / file.name)
     return folder
+
+
+def write_family_recipe(path: Path, tiny_recipe: str, *changes: dict[str, Any]) -> Path:
+    """Write a recipe of four steps with a method of METHODS, or other changes of its sections."""
+    values = yaml.safe_load(tiny_recipe)
+    for section, keys in (item for change in (SHORT, *changes) for item in change.items()):
+        values[section] = keys and {**(values.get(section) or {}), **keys}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def write_own_evals(folder: Path) -> list[Path]:
+    """Write eval recipes of the suites without a judge: lm_eval with one task that compares choices
+    and one that generates, for prompts of several lengths; checks; heldout_loss.
+    """
+    rows = [
+        {
+            "question": f"Pick {'one of these ' * n}{n}",
+            "choices": ["one", "two three"],
+            "answer": n % 2,
+        }
+        for n in range(4)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    common = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "{{question}}:",
+        "metadata": {"version": 1.0},
+    }
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    choice = {
+        "task": "tiny_choice",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+    }
+    words = {
+        "task": "tiny_words",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[answer]}}",
+    }
+    words |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
+    for task in (
+        choice | {"metric_list": metrics},
+        words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]},
+    ):
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    question = {"prompt": "Name a metal.", "check": "contains", "expected": "gold"}
+    (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
+    texts = {
+        "lm_eval": "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
+        " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n",
+        "checks": "suite: {name: checks}\ndata: {questions: questions.jsonl}\ngeneration:"
+        " {max_new_tokens: 6}\n",
+        "heldout_loss": "suite: {name: heldout_loss}\ndata: {questions: validation}\n",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return [folder / f"{name}.yaml" for name in texts]
+
+
+def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `StopCallback.on_step_end` that asks for a stop after the second step."""
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == 2:
+            self.request.requested = 1
+        return honest(self, args, state, control, **kwargs)
+
+    return on_step_end

@@ -207,3 +207,28 @@ def test_ways_of_training_take_turns(tmp_path: Path) -> None:
     assert [row["failed"] for row in rows] == [False, False] and all(
         row["tokens_per_cpu_s"] > 0 for row in rows
     )
+
+
+def test_a_verb_that_refuses_is_a_cell_with_its_code_and_first_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = load("family_matrix", monkeypatch)
+    (tmp_path / "bad.yaml").write_text("model: {name_or_path: x}\ndata: {sauce: y}\n")
+    cell = matrix.said(["check", tmp_path / "bad.yaml"], tmp_path)
+    assert cell.startswith("exit 2: bad.yaml:2: unknown key 'data.sauce'")
+
+
+@pytest.mark.slow
+def test_a_family_goes_through_every_verb_and_a_second_start_does_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    matrix = load("family_matrix", monkeypatch)
+    words = ["--families", "llama", "--methods", "lora", "--csv", str(tmp_path / "table.csv")]
+    for _ in range(2):
+        matrix.main(words)
+        assert capsys.readouterr().out.endswith("1 rows: 13 pass\n")
+    head, row = (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()
+    assert head.startswith(
+        "family,method,check,plan,train,resume,verify,merge,chat,eval lm_eval,eval checks"
+    )
+    assert row == ",".join(["llama", "lora", *["pass"] * 13])

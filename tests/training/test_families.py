@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from tests.families import FAMILIES, build_family
+from tests.families import (
+    ALL_LINEAR,
+    FAMILIES,
+    METHODS,
+    asked_to_stop,
+    build_family,
+    write_family_recipe,
+    write_own_evals,
+)
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
 from recipes_lib.models.architectures import auto_class, images_of
@@ -20,22 +27,6 @@ from recipes_lib.train import main
 
 Verb = Callable[..., tuple[int, str, str]]
 Write = Callable[..., Path]
-ALL_LINEAR = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"}
-NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
-METHODS: dict[str, dict[str, Any]] = {
-    "lora": {"lora": ALL_LINEAR},
-    "qlora": {
-        "lora": ALL_LINEAR,
-        "quantization": NF4,
-        "model": {"dtype": "bfloat16"},
-        "train": {"bf16": True},
-    },
-    "full": {"lora": None, "train": {"learning_rate": 1.0e-3}},
-}
-SHORT = {
-    "data": {"max_examples": 60},
-    "train": {"max_steps": 4, "save_steps": 2, "eval_steps": 4, "lr_scheduler_type": "constant"},
-}
 REFUSED: dict[tuple[str, str], str] = {}
 
 
@@ -55,79 +46,10 @@ def write_recipe(
     monkeypatch.setattr("recipes_lib.weights.check.gc.collect", lambda: 0)
 
     def write(family: str, *changes: dict[str, Any]) -> Path:
-        values = yaml.safe_load(
-            tiny_recipe_text(build_family(family, tmp_path / family, tiny_model_dir))
-        )
-        for section, keys in (item for change in (SHORT, *changes) for item in change.items()):
-            values[section] = keys and {**(values.get(section) or {}), **keys}
-        path = tmp_path / f"{family}.yaml"
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return path
+        text = tiny_recipe_text(build_family(family, tmp_path / family, tiny_model_dir))
+        return write_family_recipe(tmp_path / f"{family}.yaml", text, *changes)
 
     return write
-
-
-@pytest.fixture
-def own_tasks(tmp_path: Path) -> list[Path]:
-    """Eval recipes of the suites that need no judge: lm_eval with one task that compares choices
-    and one that generates, for prompts of several lengths; checks; heldout_loss.
-    """
-    rows = [
-        {
-            "question": f"Pick {'one of these ' * n}{n}",
-            "choices": ["one", "two three"],
-            "answer": n % 2,
-        }
-        for n in range(4)
-    ]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
-        "test_split": "test",
-        "num_fewshot": 0,
-        "doc_to_text": "{{question}}:",
-        "metadata": {"version": 1.0},
-    }
-    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    choice = {
-        "task": "tiny_choice",
-        "output_type": "multiple_choice",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-    }
-    words = {
-        "task": "tiny_words",
-        "output_type": "generate_until",
-        "doc_to_target": "{{choices[answer]}}",
-    }
-    words |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
-    for task in (
-        choice | {"metric_list": metrics},
-        words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]},
-    ):
-        (tmp_path / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
-    question = {"prompt": "Name a metal.", "check": "contains", "expected": "gold"}
-    (tmp_path / "questions.jsonl").write_text(json.dumps(question) + "\n")
-    texts = {
-        "own": "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
-        " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n",
-        "checks": "suite: {name: checks}\ndata: {questions: questions.jsonl}\ngeneration:"
-        " {max_new_tokens: 6}\n",
-        "loss": "suite: {name: heldout_loss}\ndata: {questions: validation}\n",
-    }
-    for name, text in texts.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
-    return [tmp_path / f"{name}.yaml" for name in texts]
-
-
-def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step == 2:
-            self.request.requested = 1
-        return honest(self, args, state, control, **kwargs)
-
-    return on_step_end
 
 
 def weights_of(run: Path) -> dict[str, bytes]:
@@ -145,7 +67,6 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
     family: str,
     method: str,
     write_recipe: Write,
-    own_tasks: list[Path],
     recipes: Verb,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
@@ -182,7 +103,7 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
             == 0
         )
     assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
-    assert recipes("eval", *own_tasks, "run")[0] == 0
+    assert recipes("eval", *write_own_evals(tmp_path), "run")[0] == 0
     assert recipes("export", "run", "--to", given[0])[0] == 0
     assert_plain(given[-1], tmp_path / family)
 
