@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_a_claim_rests_on_the_corrected_rate_and_says_what_the_judge_alone_would
     assert "judge_alone" not in alone.to_dict()
 
 
+def test_what_a_difference_would_need_are_labels_too() -> None:
+    (row,) = compare_arms(head_to_head(200)).rows
+    assert row.verdict == "no difference shown" and row.needed is not None
+    labels = math.ceil(200 * row.needed / 805)
+    assert f"would need about {row.needed:,} questions and {labels:,} human labels." in row.sentence
+
+
 def test_the_score_of_an_arm_is_the_corrected_rate_too() -> None:
     measured = head_to_head(200)
     (score,), row = build_scores(measured), row_of(measured)
@@ -79,7 +87,7 @@ def test_the_score_of_an_arm_is_the_corrected_rate_too() -> None:
 def test_too_few_labels_of_a_training_correct_nothing_and_are_said() -> None:
     alone, row = row_of(head_to_head(0)), row_of(head_to_head(19))
     assert row.tested == alone.tested
-    told = "not used: 19 of a training's answers, fewer than 20"
+    told = "not used: 19 of one model's answers, fewer than 20"
     assert row.flags == (f"19 human labels {told}",)
     assert row_of(head_to_head(19, seeds=2)).flags == (f"38 human labels {told}",)
 
@@ -91,7 +99,7 @@ def test_every_training_needs_labels_of_its_own() -> None:
     assert row.first_value == pytest.approx(rectified(judged, human).mean())
     human[1] = np.nan
     row = row_of(arms(b=[[]] * 3, a=measures("a", "b-{}", judged, human)))
-    assert row.labels == 0 and "0 of a training's answers" in row.flags[0]
+    assert row.labels == 0 and "0 of one model's answers" in row.flags[0]
 
 
 def test_labels_of_both_arms_correct_a_difference_and_of_one_arm_nothing() -> None:
@@ -100,7 +108,7 @@ def test_labels_of_both_arms_correct_a_difference_and_of_one_arm_nothing() -> No
     fair, asked = human_labels.study(rng, 0.5, "perfect", 160)
     one = measures("a", "reference", judged, human)
     alone = row_of(arms(b=measures("b", "reference", fair, asked * np.nan), a=one))
-    assert alone.flags == ("150 human labels not used: 0 of a training's answers, fewer than 20",)
+    assert alone.flags == ("150 human labels not used: 0 of one model's answers, fewer than 20",)
     assert alone.labels == 0 and alone.p_holm is not None and alone.p_holm < 0.001
     row = row_of(arms(b=measures("b", "reference", fair, asked), a=one))
     assert row.labels == 310 and row.p_holm is not None and row.p_holm > 0.05

@@ -370,7 +370,11 @@ def _power_text(row: TableRow) -> str:
             size = f"A true difference of {row.size(row.mde)}"
         power = f" {size} would have been found with 80% probability."
     if row.needed and row.tested and row.needed > row.tested.questions:
-        needed = f" The observed one would need about {count(row.needed, row.item)}."
+        needed = f" The observed one would need about {count(row.needed, row.item)}"
+        if row.labels:  # more questions alone do not tell what the judge is off by
+            labels = math.ceil(row.labels * row.needed / row.tested.questions)
+            needed += f" and {labels:,} human labels"
+        needed += "."
     open_margin = "" if row.margin is None else f" Within {row.margin_text} nothing is shown."
     return power + needed + open_margin
 

@@ -375,7 +375,7 @@ def with_human(row: TableRow, *human: ItemValues) -> TableRow:
     if not total:
         return row
     if fewest < FEWEST_LABELS:
-        told = f"{count(total, 'human label')} not used: {fewest} of a training's answers,"
+        told = f"{count(total, 'human label')} not used: {fewest} of one model's answers,"
         return replace(row, flags=(*row.flags, f"{told} fewer than {FEWEST_LABELS}"))
     paired = replace(row.paired, human=human)
     tested = paired.tested()
