@@ -46,6 +46,8 @@ STAGES = {
     "padded": ("model.attn_implementation=sdpa",),
     "varlen": (),
     "compiled": ("train.torch_compile=true",),
+    "fused": ("model.lora_implementation=fused",),
+    "fused, compiled": ("model.lora_implementation=fused", "train.torch_compile=true"),
 }
 #: nearly equal, so that a padded micro-batch has a mask, and padding counts for nothing
 LENGTHS = (1024, 1023, 1022, 1021)
@@ -68,6 +70,7 @@ _KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_varlen_attn": 2,
     "_varlen_attn_backward": 3,
+    "dropped_outer": 2,
 }
 
 
@@ -171,6 +174,8 @@ class Trace(TorchDispatchMode):
             args = (args[0], _positions(args[1]), *args[2:])
         result = self._run(function, name, inputs, args, kwargs)
         made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        if not schema.returns:  # what it writes to
+            made = [args[place] for place, one in enumerate(schema.arguments) if one.alias_info]
         views = any(one.alias_info and not one.alias_info.is_write for one in schema.returns)
         if made and not views and name not in _FREE:
             self.launch(name, *inputs, *made, kernels=_KERNELS.get(name, 1))
@@ -271,7 +276,7 @@ def on_a_gpu(launch: Callable[..., None]) -> Iterator[None]:
     from trl.trainer import utils
 
     from recipes_lib.config.constraints import VARLEN
-    from recipes_lib.training import build, loss, varlen
+    from recipes_lib.training import build, fused_lora, loss, varlen
 
     def choose_attention(recipe: Any, args: Any, model: Any, half: Any) -> None:
         if recipe.model.attn_implementation in (None, VARLEN):
@@ -284,6 +289,7 @@ def on_a_gpu(launch: Callable[..., None]) -> Iterator[None]:
         (torch.nn.functional, "dropout", _dropout),
         (torch.nn.functional, "scaled_dot_product_attention", _sdpa),
         (build, "choose_attention", choose_attention),
+        (fused_lora, "_has_kernels", lambda x: True),
         (torch, "compile", lambda function, **_: function),  # `_compiled` counts it
         (loss, "gradient_is_made_at_once", lambda device: False),
         (utils, "_use_triton", lambda device: True),

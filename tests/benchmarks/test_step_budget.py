@@ -24,6 +24,8 @@ LIMITS = {
     "padded": (8_013, 171.5, 2),
     "varlen": (8_253, 173.2, 0),
     "compiled": (3_599, 67.8, 0),
+    "fused": (5_619, 99.5, 0),
+    "fused, compiled": (3_680, 54.5, 0),
 }
 
 
@@ -61,6 +63,7 @@ def test_a_micro_batch_costs_no_more_than_its_budget(stage: str) -> None:
             ),
         ),
         (QLORA, ()),
+        (QLORA, STAGES["fused"]),
         (FULL, ("train.activation_checkpointing=false",)),
     ],
 )

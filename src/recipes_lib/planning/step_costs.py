@@ -54,7 +54,8 @@ class _Block:
 @dataclass(frozen=True)
 class _Adapter:
     """Of one adapted matrix: bytes of a token for each input (and more with dropout), output and
-    rank, bytes of a pass for each trained weight, kernels (and more with dropout).
+    rank, bytes of a pass for each trained weight, kernels (and more with dropout, and of the first
+    matrix of a fused group).
     """
 
     inputs: float
@@ -64,6 +65,7 @@ class _Adapter:
     weights: float
     kernels: float
     dropout: float
+    group: float = 0
 
 
 _EAGER = _Block(hidden=282, query=68, key=38, inner=28, norm=140, kernels=114, norm_kernels=25)
@@ -77,6 +79,15 @@ _COMPILED_ADAPTERS = {
     4: _Adapter(8.5, 4, 12, 4, 19, kernels=11, dropout=0),
     2: _Adapter(8.5, 4, 12, 4, 6, kernels=7, dropout=0),
 }
+# `model.lora_implementation: fused`, where a group has its input once
+_FUSED = {
+    4: _Adapter(8, 0, 6.5, 15, 18, kernels=5.5, dropout=0, group=5),
+    2: _Adapter(8, 0, 6.5, 15, 12, kernels=4, dropout=0, group=5),
+}
+_COMPILED_FUSED = {
+    4: _Adapter(8, 0, 7.8, 15, 22, kernels=7.2, dropout=0, group=7.3),
+    2: _Adapter(8, 0, 7.8, 15, 12, kernels=5.6, dropout=0, group=7.3),
+}
 # trained norms of a block, for each number of the residual stream; and their kernels
 _NORMS, _NORM_KERNELS = 16, 11
 _AROUND, _TRAINED_AROUND = 44, 84  # kernels outside the blocks, with adapters and without
@@ -88,7 +99,9 @@ def step_costs(settings: Settings) -> StepCosts:
     """Return what one pass of these settings costs."""
     shape, adapter = settings.shape, settings.adapter
     block = _COMPILED if settings.compiled else _EAGER
-    terms = (_COMPILED_ADAPTERS if settings.compiled else _ADAPTERS)[settings.trained_bytes]
+    fused = adapter is not None and adapter.fused
+    plain, compiled = (_FUSED, _COMPILED_FUSED) if fused else (_ADAPTERS, _COMPILED_ADAPTERS)
+    terms = (compiled if settings.compiled else plain)[settings.trained_bytes]
     kernels = per_token = constant = 0.0
     for layer, targets, count in settings.layers:
         inner = sum(
@@ -102,10 +115,13 @@ def step_costs(settings: Settings) -> StepCosts:
             own_kernels += block.norm_kernels * (len(layer.norms) - 2)
         if adapter is None:
             own_kernels, own = own_kernels + _NORM_KERNELS, own + _NORMS * shape.hidden
+        seen: set[str] = set()  # what fused groups read
         for matrix, rank in targets:
             dropped = bool(adapter and adapter.dropout)
-            own_kernels += terms.kernels + terms.dropout * dropped
-            each = (terms.inputs + terms.dropped * dropped) * matrix.inputs
+            first = not fused or matrix.reads not in seen
+            seen.add(matrix.reads)
+            own_kernels += terms.kernels + terms.dropout * dropped + terms.group * first
+            each = (terms.inputs + terms.dropped * dropped) * matrix.inputs * first
             own += matrix.active * (each + terms.outputs * matrix.outputs + terms.rank * rank)
             weights = rank * max(matrix.experts, 1) * (matrix.inputs + matrix.outputs)
             constant += count * terms.weights * weights

@@ -174,7 +174,7 @@ class _Together(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, seed: Any, drop: int, layers: list[Any], *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         tokens = x.reshape(-1, x.shape[-1]).contiguous()  # TK
-        a = torch.cat([one.to(x.dtype) for one in weights[::2]])  # RK
+        a = (torch.cat(weights[::2]) if len(layers) > 1 else weights[0]).to(x.dtype)  # RK
         b = [one.to(x.dtype) for one in weights[1::2]]  # NR
         low = dropped_product(tokens, a, seed, drop)  # TR
         bases = [layer.get_base_layer() for layer in layers]
@@ -199,7 +199,7 @@ class _Together(torch.autograd.Function):
         b, weights = saved[: len(grads)], saved[len(grads) :]
         ranks = [one.shape[1] for one in b]
         of_x: torch.Tensor | None = None
-        of_low = torch.zeros_like(low)
+        of_low = torch.zeros_like(low) if None in grads else torch.empty_like(low)
         matrices: list[torch.Tensor | None] = [None, None] * len(grads)
         parts = zip(low.split(ranks, 1), of_low.split(ranks, 1), strict=True)
         for number, (part, of_part) in enumerate(parts):
@@ -238,7 +238,7 @@ def dropped_product(
     """
     if seed is None:
         return x @ a.t()
-    if x.is_cuda:
+    if _has_kernels(x):
         return lora_kernels.product(x, a, seed, drop)
     dropped = x.masked_fill(~kept(seed, x.shape[0], x.shape[1], drop), 0)
     return torch.addmm(x.new_empty(()), dropped, a.t(), beta=0, alpha=_scale(drop))
@@ -261,7 +261,7 @@ def dropped_gradients(
         if of_x is not None:
             of_x.addmm_(of_low, a)
         return of_low.t() @ x
-    if x.is_cuda:
+    if _has_kernels(x):
         if of_x is not None:
             lora_kernels.add_product(of_x, of_low, a, seed, drop)
         return lora_kernels.outer(of_low, x, seed, drop)
@@ -270,6 +270,10 @@ def dropped_gradients(
         of_x.add_((of_low @ a).masked_fill_(dropped, 0), alpha=_scale(drop))
     x = x.masked_fill(dropped, 0)
     return torch.addmm(x.new_empty(()), of_low.t(), x, beta=0, alpha=_scale(drop))
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    return x.is_cuda
 
 
 def _scale(drop: int) -> float:
