@@ -77,7 +77,7 @@ def test_a_tiny_llama_keeps_what_is_predicted_within_a_tenth(
 
 
 # windows, one norm and four, latent copies, experts (with adapters and without), written-out
-# attention, linear attention; full fine-tuning and padded rows
+# attention, linear attention, convolutions; full fine-tuning and padded rows
 OTHER_FAMILIES = [
     pytest.param(family, words, id=f"{family}, {name}", marks=[pytest.mark.slow] * slow)
     for family, name, words, slow in (
@@ -94,6 +94,8 @@ OTHER_FAMILIES = [
         ("phi3", "LoRA", (*BF16, "lora.target_modules=all-linear"), True),
         ("qwen3_5_text", "LoRA", (*BF16, "lora.target_modules=all-linear"), True),
         ("qwen3_5_text", "full", (*BF16, "lora=null"), True),
+        ("lfm2", "LoRA", (*BF16, "lora.target_modules=all-linear"), True),
+        ("lfm2", "full", (*BF16, "lora=null"), True),
         ("qwen3_next", "float32", ("lora.target_modules=all-linear",), True),
     )
 ]

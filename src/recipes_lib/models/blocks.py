@@ -81,7 +81,7 @@ class Block:
         gate: width of what attention's output is multiplied with; 0 for nothing.
         delta: linear attention; None for none.
         state: products per token that linear attention or state space needs for its state.
-        inner: widths of what the MLP keeps between its matrices, per token.
+        inner: widths of what MLP and short convolution keep between their matrices, per token.
         routing: bytes of what the choice of experts keeps, per token.
         carries: whether it passes a state from token to token, and so from example to example.
         uncounted: what the block keeps for the backward pass that is not counted, in words.
@@ -598,8 +598,8 @@ def _convolution(config: Numbers, parts: _Parts, hidden: int) -> None:
     parts.matrix("conv.in_proj", hidden, 3 * hidden, "attention", bias=bias)
     parts.matrix("conv.out_proj", hidden, hidden, "output", bias=bias)
     parts.small += hidden * config.number("conv_L_cache", default=3) + bias * hidden
+    parts.inner += 5 * hidden  # the three parts of its input, two of them multiplied, its output
     parts.carries = True
-    parts.uncounted.append("what convolutions keep")
 
 
 def _mamba2(config: Numbers, parts: _Parts, hidden: int, path: str) -> None:
