@@ -16,7 +16,7 @@ from recipes_lib.compare.relabelling import relabelled
 from recipes_lib.compare.row import TableRow
 from recipes_lib.compare.table import build_rows, build_scores, corrected
 from recipes_lib.eval_log import Measure, Sample
-from recipes_lib.statistics.labels import rectified
+from recipes_lib.statistics.labels import random_choice_p, rectified
 from recipes_lib.statistics.paired import Array
 from recipes_lib.study.ledger import _results_of
 
@@ -90,6 +90,22 @@ def test_too_few_labels_of_a_training_correct_nothing_and_are_said() -> None:
     told = "not used: 19 of one model's answers, fewer than 20"
     assert row.flags == (f"19 human labels {told}",)
     assert row_of(head_to_head(19, seeds=2)).flags == (f"38 human labels {told}",)
+
+
+def test_labels_of_the_answers_that_the_judge_liked_are_no_random_choice() -> None:
+    judged, human = human_labels.study(np.random.default_rng(0), 0.5, "biased", 805)
+    liked = np.flatnonzero(judged[0] == 1)[:30]
+    human[0, np.setdiff1d(np.arange(805), liked)] = np.nan
+    measured = arms(b=[[]], a=measures("a", "b-{}", judged, human))
+    (row,) = compare_arms(measured).rows
+    assert build_scores(measured)[0].label == "win_rate"
+    assert row.verdict == "cannot be tested" and "are no random choice" in row.sentence
+    ps = []
+    for seed in range(500):
+        drawn = human_labels.study(np.random.default_rng(seed), 0.5, "biased", 30, 3)
+        ps.append(random_choice_p(*drawn))
+    assert 0.02 <= np.mean(np.array(ps) <= 0.05) <= 0.075
+    assert min(ps) > 1e-4
 
 
 def test_every_training_needs_labels_of_its_own() -> None:

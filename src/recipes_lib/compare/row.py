@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from recipes_lib.compare.measurements import Measurements, same_questions
 from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text
 from recipes_lib.eval_log import Measure
-from recipes_lib.statistics.labels import FEWEST_LABELS, labels_of_each, rectified
+from recipes_lib.statistics.labels import FEWEST_LABELS, labels_of_each, random_choice_p, rectified
 from recipes_lib.statistics.unresolved import Tested, compare
 
 TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested", "not tested"]
@@ -29,6 +29,11 @@ ItemValues: TypeAlias = NDArray[np.float64]  # by seed and item, NaN where there
 Items = Sequence[tuple[str, int]]  # question and turn
 ALPHA = 0.05
 HALF = 0.5  # a win rate against the other arm itself that favours nobody
+NO_CHANCE = 0.001
+NO_RANDOM_CHOICE = (
+    "the answers that people labelled are no random choice, the judge thinks otherwise of them than"
+    f" of the rest (p < {NO_CHANCE:g})"
+)
 FEWEST_QUESTIONS = 6  # five questions that all agree give p = 0.0625
 # By the last word of a metric, else by its unit.
 _SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0), "grade_1_10": (1.0, 10.0)}
@@ -367,16 +372,16 @@ def with_human(row: TableRow, *human: ItemValues) -> TableRow:
     """
     if row.paired is None:
         return row
-    labels = [
-        labels_of_each(judged, said)
-        for judged, said in zip((row.paired.first, row.paired.second), human, strict=False)
-    ]
+    sides = list(zip((row.paired.first, row.paired.second), human, strict=False))
+    labels = [labels_of_each(*side) for side in sides]
     total, fewest = int(sum(map(np.sum, labels))), int(min(map(np.min, labels)))
     if not total:
         return row
     if fewest < FEWEST_LABELS:
         told = f"{count(total, 'human label')} not used: {fewest} of one model's answers,"
         return replace(row, flags=(*row.flags, f"{told} fewer than {FEWEST_LABELS}"))
+    if min(random_choice_p(*side) for side in sides) < NO_CHANCE:
+        return replace(row, reason=NO_RANDOM_CHOICE)
     paired = replace(row.paired, human=human)
     tested = paired.tested()
     first, second = paired.means(tested)

@@ -18,6 +18,7 @@ from recipes_lib.compare.head_to_head import head_to_head_rows
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
     ALPHA,
+    NO_CHANCE,
     ItemValues,
     TableRow,
     files_of,
@@ -32,7 +33,12 @@ from recipes_lib.compare.training_speed import training_speed_rows
 from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.statistics.family import Adjusted, Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
-from recipes_lib.statistics.labels import FEWEST_LABELS, labels_of_each, rectified
+from recipes_lib.statistics.labels import (
+    FEWEST_LABELS,
+    labels_of_each,
+    random_choice_p,
+    rectified,
+)
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 
 # What yields the rows of two arms; a kind of rows is one file and one line here.
@@ -255,7 +261,7 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     table, keys = values_of(measures, measures)
     human, _ = values_of(measures, measures, human=True)
     label, labels = one.label, labels_of_each(table, human)
-    if labels.min() >= FEWEST_LABELS:
+    if labels.min() >= FEWEST_LABELS and random_choice_p(table, human) >= NO_CHANCE:
         table = rectified(table, human)
         label = f"{label}, corrected by {labels.sum():,} human labels"
     known = ~np.isnan(table).any(axis=0)

@@ -62,3 +62,15 @@ def rectified(judged: Array, human: Array) -> Array:
 def labels_of_each(judged: Array, human: Array) -> NDArray[np.int64]:
     """Return how many items with a verdict people labelled, training by training."""
     return np.asarray((~np.isnan(judged) & ~np.isnan(human)).sum(axis=-1))
+
+
+def random_choice_p(judged: Array, human: Array) -> float:
+    """Return how likely a random choice of items is to have a judged mean as far from that of all
+    as the labelled ones have: the smallest p over trainings, times their number.
+    """
+    labelled = ~np.isnan(judged) & ~np.isnan(human)
+    n, items = labelled.sum(axis=-1), (~np.isnan(judged)).sum(axis=-1)
+    away = np.where(labelled, judged, 0.0).sum(axis=-1) / n - np.nanmean(judged, axis=-1)
+    error = np.sqrt(np.nanvar(judged, axis=-1, ddof=1) / n * (1 - n / items))
+    z = np.where(error > 1e-12, np.abs(away) / np.where(error > 1e-12, error, 1.0), 0.0)
+    return float(min(1.0, 2 * special.ndtr(-z).min() * z.size))
