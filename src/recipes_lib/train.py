@@ -104,7 +104,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         if data.twin is not None:
             guard["training_template_hash"] = data.twin.hash
         # to stand beside what is measured
-        planned = on_main_rank(lambda: plan_of_active(recipe, active, data))
+        free = launch_check.free_gpu_gib()
+        planned = on_main_rank(lambda: plan_of_active(recipe, active, data, free))
         resumption = on_main_rank(
             lambda: this.continue_or_start(
                 data, guard, active, options, launch=launch_line, planned=planned
@@ -117,8 +118,13 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
         meet()  # each rank reads the weights itself, and a slow share serves one after the other
         # what every checkpoint's marker records
+        chosen = planned.get("tokens_per_pass")
+        if resumption is not None:  # goes on in passes as it began, wherever it is now
+            chosen = resumption.marker.get("tokens_per_pass")
         facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}
-        trainer = build_trainer(recipe, args, model, tokenizer, data, run, this.stop, facts)
+        trainer = build_trainer(
+            recipe, args, model, tokenizer, data, run, this.stop, facts, tokens_per_pass=chosen
+        )
         # the trainer lets go of it before the saved weights are reloaded, and they need its memory
         del model
         keep_alive(trainer)
@@ -133,6 +139,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             say_once(line)
         if (fused := trainer.fused_lora) is not None:
             on_main_rank(lambda: run.write_state("running", lora_implementation=fused.line()))
+        if (cap := trainer.max_tokens) is not None:
+            on_main_rank(lambda: run.write_state("running", tokens_per_pass=cap))
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.

@@ -235,11 +235,17 @@ def worker(launcher_pid: int, rank: int) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_a_token_cap_makes_ranks_meet_and_changes_no_loss(launcher, compared, config: str) -> None:
-    launcher.train(f"run.name=capped-{config}", "run.max_tokens_per_micro_batch=300", config=config)
-    assert launcher.series(f"capped-{config}", "loss") == pytest.approx(
-        launcher.series(config, "loss"), rel=SUM_ORDER
-    )
+def test_passes_filled_up_to_a_cap_make_ranks_meet_and_change_no_loss(
+    launcher, compared, config: str
+) -> None:
+    """Of four micro-batches of one row each, where the others have one of four."""
+    words = ["train.per_device_train_batch_size=1", "run.max_tokens_per_micro_batch=300"]
+    said = launcher.train(f"run.name=filled-{config}", *words, config=config)
+    assert "the rows of a step go together, up to 300 tokens a pass" in said
+    for key in ("loss", "grad_norm"):
+        assert launcher.series(f"filled-{config}", key) == pytest.approx(
+            launcher.series(config, key), rel=1e-6 if key == "loss" else SUM_ORDER
+        )
 
 
 @pytest.mark.slow
@@ -271,16 +277,14 @@ def train_watched(launcher, name: str, *overrides: str) -> str:
 
 
 def watched(launcher, name: str, *overrides: str) -> dict[int, tuple[int, list[int]]]:
-    """Return how often each rank shared gradients out, and the pieces of each of its
-    micro-batches.
-    """
+    """Return how often each rank shared gradients out, and the passes of each of its steps."""
     said = train_watched(launcher, name, *overrides)
-    found = re.findall(r"rank (\d): (\d+) exchanges; pieces (\[.*?\])", said)
-    return {int(rank): (int(exchanges), json.loads(pieces)) for rank, exchanges, pieces in found}
+    found = re.findall(r"rank (\d): (\d+) exchanges; passes (\[.*?\])", said)
+    return {int(rank): (int(exchanges), json.loads(passes)) for rank, exchanges, passes in found}
 
 
 @pytest.mark.slow
-def test_under_fsdp2_ranks_with_unlike_numbers_of_pieces_meet_and_share_adapter_gradients_out_once_per_step(  # noqa: E501
+def test_under_fsdp2_ranks_with_unlike_numbers_of_passes_meet_and_share_adapter_gradients_out_once_per_step(  # noqa: E501
     launcher,
 ) -> None:
     accumulating = [
@@ -288,11 +292,11 @@ def test_under_fsdp2_ranks_with_unlike_numbers_of_pieces_meet_and_share_adapter_
         "train.max_steps=6",
     ]  # two micro-batches per step
     whole = watched(launcher, "uncapped", *accumulating)
-    pieces = watched(launcher, "in-pieces", *accumulating, "run.max_tokens_per_micro_batch=270")
-    assert any(first != second for first, second in zip(pieces[0][1], pieces[1][1], strict=True))
-    assert pieces[0][0] == pieces[1][0] == whole[0][0] == whole[1][0] > 0
+    passes = watched(launcher, "filled", *accumulating, "run.max_tokens_per_micro_batch=270")
+    assert any(first != second for first, second in zip(passes[0][1], passes[1][1], strict=True))
+    assert passes[0][0] == passes[1][0] == whole[0][0] == whole[1][0] > 0
     for key in ("loss", "grad_norm"):
-        assert launcher.series("in-pieces", key) == pytest.approx(
+        assert launcher.series("filled", key) == pytest.approx(
             launcher.series("uncapped", key), rel=SUM_ORDER
         )
 

@@ -1,5 +1,5 @@
-"""Train and say at the end, on each rank, how often gradients were shared out, into how many pieces
-each micro-batch was cut, and how many bytes of gradients there were at most, and after each
+"""Train and say at the end, on each rank, how often gradients were shared out, into how many passes
+each step was cut, and how many bytes of gradients there were at most, and after each
 micro-batch: python watched.py RECIPE [override ...].
 """
 
@@ -16,10 +16,10 @@ def main() -> int:
     from recipes_lib.train import main as train
     from recipes_lib.training import trainer
 
-    exchanges, pieces = 0, []
+    exchanges, passes = 0, []
     groups: list[Any] = []  # of parameters that are gathered and shared out together
     most, after = 0, []
-    reduce, split = _fsdp_param_group.foreach_reduce, trainer.split_batch
+    reduce, cut = _fsdp_param_group.foreach_reduce, trainer.passes_of
     group, model = _fsdp_param_group.FSDPParamGroup, trainer.RecipeTrainer
     made, backward, trained = group.__init__, group.post_backward, model.training_step
 
@@ -28,9 +28,9 @@ def main() -> int:
         exchanges += 1
         return reduce(*args)
 
-    def split_batch(*args: Any) -> list[dict[str, Any]]:
-        found = split(*args)
-        pieces.append(len(found))
+    def passes_of(*args: Any) -> list[dict[str, Any]]:
+        found = cut(*args)
+        passes.append(len(found))
         return found
 
     def remembered(self: Any, *args: Any, **options: Any) -> None:
@@ -51,9 +51,9 @@ def main() -> int:
     group.__init__, group.post_backward = remembered, measured
     model.training_step = training_step
     _fsdp_param_group.foreach_reduce = foreach_reduce
-    trainer.split_batch = split_batch
+    trainer.passes_of = passes_of
     code = train(sys.argv[1:])
-    print(f"rank {rank()}: {exchanges} exchanges; pieces {pieces}", flush=True)
+    print(f"rank {rank()}: {exchanges} exchanges; passes {passes}", flush=True)
     print(f"rank {rank()}: gradients {most} at most; after {after}", flush=True)
     return code
 

@@ -86,6 +86,20 @@ def test_the_cap_bounds_the_largest_forward_pass() -> None:
     assert capped.padding < plan("llama2-7b-dolly/lora-bf16-r32").batches.padding
 
 
+def test_passes_of_joined_rows_are_filled_as_the_card_has_room_for_and_the_step_stays() -> None:
+    name, words = "llama2-7b-dolly/lora-bf16-r32", ["model.attn_implementation=varlen"]
+    filled = plan(name, *words)
+    micro_batches = plan(name, *words, "run.global_batch_size=4").batches  # a step is one of them
+    assert filled.batches.accumulation == 16 and filled.batches.forward_passes < 4
+    assert micro_batches.largest < filled.batches.largest <= (filled.tokens_per_pass or 0) <= 8192
+    assert filled.memory.needed < 0.81 * filled.card.memory_gib
+    assert filled.batches.tokens == pytest.approx(16 * micro_batches.tokens, rel=0.01)
+    assert plan(name, *words, gpu="a100-40gb").tokens_per_pass < (filled.tokens_per_pass or 0)
+    for other in (["train.padding_free=true"], ["run.global_batch_size=4"]):
+        assert plan(name, *other).tokens_per_pass is None
+    assert plan(name, *words, gpu="cpu").tokens_per_pass is None
+
+
 def test_the_histogram_is_dollys(shared_data: Path) -> None:
     rows = [
         json.loads(line)

@@ -21,6 +21,7 @@ from recipes_lib.training.batches import (
     RebalancedRows,
     RowTrackingCollator,
     filler,
+    passes_of,
     split_batch,
     with_fillers,
     with_training_filler,
@@ -184,6 +185,20 @@ def test_flattened_pieces_are_what_the_collator_would_have_made_of_their_rows(
     for piece in pieces:
         assert piece["cu_seq_lens_q"][-1] == piece["input_ids"].shape[1]
         assert piece["input_ids"].shape[1] <= cap or len(piece["cu_seq_lens_q"]) == 2
+
+
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_only_rows_without_padding_share_a_pass_with_those_of_another_micro_batch(
+    padding_free: bool,
+) -> None:
+    batches = [collate(lengths, padding_free) for lengths in ([3, 4], [30, 2], [5])]
+    nothing = filler(batches[0])
+    passes = passes_of([batches[0], nothing, *batches[1:]], 40)
+    shapes = [tuple(one["input_ids"].shape) for one in passes]
+    assert shapes == ([(1, 39), (1, 5)] if padding_free else [(2, 4), (1, 30), (1, 2), (1, 5)])
+    assert sum(len(one["supervised"]) for one in passes) == 3 + 4 + 30 + 2 + 5 - 5
+    (alone,) = passes_of([nothing, nothing], 40)
+    assert alone["input_ids"].shape == (1, 2) and not alone[ROW].numel()
 
 
 @pytest.mark.parametrize("padding_free", [False, True])

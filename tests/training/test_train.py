@@ -533,25 +533,36 @@ def test_selective_checkpointing_computes_attention_once_and_keeps_what_the_plan
     assert losses["plain"] == pytest.approx(losses["selective"], abs=1e-6)
 
 
-def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -> None:
-    for name, overrides in {"plain": [], "capped": ["run.max_tokens_per_micro_batch=300"]}.items():
-        assert (
-            main(
-                [
-                    str(tiny_recipe),
-                    f"run.name={name}",
-                    "train.padding_free=true",
-                    "train.per_device_train_batch_size=8",
-                    *overrides,
-                ]
-            )
-            == 0
-        )
-    plain, capped = (
-        [line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line]
-        for name in ("plain", "capped")
-    )
-    assert plain == pytest.approx(capped, abs=2e-5)
+def test_rows_without_padding_share_passes_up_to_the_cap_and_no_loss_changes(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    tokens: dict[str, list[int]] = {"plain": [], "filled": [], "cut": []}
+    compute = RecipeTrainer.compute_loss
+
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        if model.training:
+            tokens[name].append(inputs["input_ids"].numel())
+        return compute(self, model, inputs, *args, **options)
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
+    losses = {}
+    for name, size, cap in (("plain", 1, None), ("filled", 1, 400), ("cut", 8, 400)):
+        words = [f"train.per_device_train_batch_size={size}", "train.eval_strategy='no'"]
+        words += [f"run.name={name}", f"run.max_tokens_per_micro_batch={cap or 'null'}"]
+        assert main([str(tiny_recipe), *words, "train.save_strategy='no'"]) == 0
+        lines = [line for line in metrics(tiny_recipe, name) if "loss" in line]
+        losses[name] = [(line["loss"], line["tokens"]) for line in lines]
+    passes = "passes: the rows of a step go together, up to 400 tokens a pass (the recipe's cap)"
+    assert capsys.readouterr().out.count(passes) == 2
+    assert run_json(tiny_recipe, "filled")["tokens_per_pass"] == 400
+    assert len(tokens["plain"]) == 8 * 8 and max(tokens["filled"]) <= 400
+    assert tokens["filled"] == tokens["cut"]  # micro-batches of one row or of eight
+    assert len(tokens["filled"]) <= 8 * 4 and sum(tokens["filled"]) == sum(tokens["plain"])
+    for name in ("filled", "cut"):
+        for found, expected in zip(losses[name], losses["plain"], strict=True):
+            assert found == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -564,7 +575,13 @@ def test_a_token_cap_without_padding_changes_no_loss_either(tiny_recipe: Path) -
         ("sdpa_by_document", ["train.padding_free=false"], False),
         ("flash_attention_2", ["train.packing=true"], False),
         ("flash_attention_2", ["train.padding_free=false"], False),
-        ("flash_attention_2", ["train.per_device_train_batch_size=1"], False),
+        ("flash_attention_2", ["train.per_device_train_batch_size=1"], True),
+        (
+            "flash_attention_2",
+            ["train.per_device_train_batch_size=1", "run.global_batch_size=1"],
+            False,
+        ),
+        ("sdpa_by_document", ["train.per_device_train_batch_size=1"], False),
     ],
 )
 def test_padding_is_dropped_only_where_the_attention_makes_it_free(

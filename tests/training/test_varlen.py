@@ -7,6 +7,7 @@ arguments; that the installed torch takes these is asked of torch, with tensors 
 
 from __future__ import annotations
 
+import json
 import types
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.upstream import build_sft_config
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.models.architectures import why_not_varlen
+from recipes_lib.planning.plan import Plan
 from recipes_lib.train import main
 from recipes_lib.training import loss, varlen
 from recipes_lib.training.build import (
@@ -32,6 +34,7 @@ from recipes_lib.training.build import (
     padding_costs_nothing_to_drop,
 )
 from recipes_lib.training.cpu import attention as cpu_attention
+from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 
 GENERATOR = torch.Generator().manual_seed(3)
@@ -239,6 +242,7 @@ def chosen(recipe_file: Path, folder: Path, *overrides: str) -> tuple[str, bool]
         packing_strategy=built.packing_strategy,
         padding_free=built.padding_free,
         per_device_train_batch_size=built.per_device_train_batch_size,
+        gradient_accumulation_steps=built.gradient_accumulation_steps,
     )
     loaded = recipe.model.attn_implementation
     model = AutoModelForCausalLM.from_pretrained(
@@ -258,7 +262,9 @@ def chosen(recipe_file: Path, folder: Path, *overrides: str) -> tuple[str, bool]
         (["model.attn_implementation=sdpa"], ("sdpa", False)),
         (["model.attn_implementation=eager"], ("eager", False)),
         (["train.padding_free=false"], ("sdpa", False)),
-        (["train.per_device_train_batch_size=1"], ("sdpa", False)),
+        # rows of several micro-batches share a pass
+        (["train.per_device_train_batch_size=1"], ("varlen", True)),
+        (["train.per_device_train_batch_size=1", "run.global_batch_size=1"], ("sdpa", False)),
         (
             ["train.per_device_train_batch_size=1", "model.attn_implementation=varlen"],
             ("varlen", True),
@@ -287,10 +293,11 @@ def test_what_was_asked_for_and_cannot_be_had_is_refused_and_not_replaced(
     assert chosen(tiny_recipe, tiny_model_dir) == ("sdpa", False)  # not asked for
 
 
-def test_nothing_inside_a_micro_batch_waits_for_the_gpu(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Forward and backward of a whole training as a GPU runs it, but for the two kernels."""
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings in this process take the attention and the head of a GPU, with a few lines in place
+    of the two kernels.
+    """
 
     def by_bounds(*args: Any, **options: Any) -> torch.Tensor:
         query, key, value, bounds = args[:4]
@@ -306,6 +313,12 @@ def test_nothing_inside_a_micro_batch_waits_for_the_gpu(
     monkeypatch.setattr(varlen, "varlen_attn", by_bounds)
     monkeypatch.setattr(cpu_attention, "use_document_attention", varlen.use_varlen)
     monkeypatch.setattr(loss, "gradient_is_made_at_once", lambda device: False)
+
+
+def test_nothing_inside_a_micro_batch_waits_for_the_gpu(
+    as_on_a_gpu: None, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward and backward, in a whole training."""
     train, waits, losses = RecipeTrainer.training_step, [], []
 
     def watched(self: RecipeTrainer, *args: Any) -> torch.Tensor:
@@ -318,3 +331,43 @@ def test_nothing_inside_a_micro_batch_waits_for_the_gpu(
     words = ["train.max_steps=2", "train.eval_strategy='no'", "train.save_strategy='no'"]
     assert main([str(tiny_recipe), *words]) == 0
     assert waits == [[]] * 4 and all(float(one) > 0 for one in losses)
+
+
+def test_passes_are_filled_as_the_free_memory_allows_and_a_resumed_run_keeps_to_them(
+    as_on_a_gpu: None,
+    tiny_recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Said, recorded, and with the same losses as micro-batches."""
+    compute, passes = RecipeTrainer.compute_loss, [0]
+
+    def counted(self: RecipeTrainer, *args: Any, **options: Any) -> Any:
+        passes[-1] += 1
+        return compute(self, *args, **options)
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", counted)
+    words = [str(tiny_recipe), "train.eval_strategy='no'", "train.max_steps=4"]
+    words += ["train.per_device_train_batch_size=1", "train.save_steps=2"]
+    losses, state = {}, {}
+    for name, cap, again in (("plain", None, None), ("filled", 500, 90)):
+        monkeypatch.setattr(Plan, "tokens_per_pass", cap)
+        run = tiny_recipe.parent / "runs" / name
+        passes.append(0)
+        if again:
+            with monkeypatch.context() as stopping:
+                asked = iter([0, 2])  # at the end of each step
+                stopping.setattr(
+                    StopRequest, "_asked_by_file", lambda self, asked=asked: next(asked)
+                )
+                assert main([*words, f"run.name={name}"]) == ExitCode.INTERRUPTED
+            monkeypatch.setattr(Plan, "tokens_per_pass", again)
+        assert main([*words, f"run.name={name}"]) == 0
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [line["loss"] for line in lines if "loss" in line]
+        state[name] = json.loads((run / "run.json").read_text())
+    assert losses["filled"] == pytest.approx(losses["plain"], rel=1e-6)
+    assert passes[1] == 4 * 8 and passes[2] < 4 * 4
+    assert "tokens_per_pass" not in state["plain"] and state["filled"]["tokens_per_pass"] == 500
+    said = "up to 500 tokens a pass (what the GPU has room for)"
+    assert capsys.readouterr().out.count(said) == 2

@@ -232,9 +232,10 @@ class RunSection:
         minimum=1,
     )
     max_tokens_per_micro_batch: int | None = key(
-        "Cut a micro-batch whose examples (padding counted) exceed this many tokens into pieces, so"
-        " that a few long examples do not run out of memory. Examples per step and loss stay the"
-        " same.",
+        "Most tokens of a forward pass, padding counted, so that a few long examples do not run out"
+        " of memory. Rows without padding fill passes up to it, across the micro-batches of a step;"
+        " padded micro-batches above it are cut. A longer row stays whole. Examples per step and"
+        " loss stay the same. Absent, a GPU chooses it for rows without padding.",
         minimum=1,
     )
     tags: list[str] = key("Labels for `recipes ls` and the report.", factory=list)

@@ -25,7 +25,7 @@ class Batches:
 
     Args:
         steps: optimizer steps of the whole training.
-        forward_passes: per step and process, pieces of a capped micro-batch counted.
+        forward_passes: per step and process.
         tokens: per step over all processes, without padding.
         computed: per step over all processes, padding counted.
         largest: tokens of the largest forward pass, padding counted.
@@ -63,9 +63,12 @@ def batches_of(
     """Return the batches of a training.
 
     Args:
+        settings: their `max_tokens` is the cap that holds.
         train: the recipe's `train` section.
         accumulation: micro-batches per step and process.
     """
+    # rows without padding share passes across the micro-batches of a step
+    joined = accumulation if settings.flattened and settings.max_tokens is not None else 1
     tokens, rows = _cut(lengths.tokens, _MOST_ROWS, settings.max_length), lengths.train
     if settings.packing:
         cut = settings.max_length or max(lengths.tokens)
@@ -73,7 +76,7 @@ def batches_of(
         tokens = (cut,)
     drawn = _draw(
         tokens,
-        settings.per_device,
+        settings.per_device * joined,
         settings.flattened,
         settings.masked,
         settings.grouped,
@@ -88,13 +91,14 @@ def batches_of(
         max_steps=int(train.get("max_steps", -1)),
         drop_last=bool(train.get("dataloader_drop_last")),
     )
-    scale = accumulation * settings.world_size
+    drawn_per_step = accumulation // joined
+    scale = drawn_per_step * settings.world_size
     return Batches(
         steps=steps,
         steps_per_epoch=per_epoch,
         accumulation=accumulation,
-        examples_per_step=settings.per_device * scale,
-        forward_passes=drawn.passes * accumulation,
+        examples_per_step=settings.per_device * accumulation * settings.world_size,
+        forward_passes=drawn.passes * drawn_per_step,
         tokens=drawn.tokens * scale * (PACKED if settings.packing else 1),
         computed=drawn.computed * scale,
         largest=drawn.largest,

@@ -7,6 +7,7 @@ A plan that cannot be made (a model nobody knows here, an odd architecture) stop
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.planning.advice import advise
 from recipes_lib.planning.cards import cards_here, cpu_card
 from recipes_lib.planning.lengths import Lengths
+from recipes_lib.planning.memory import CONTEXT_GIB
 from recipes_lib.planning.plan import Plan, plan_launched
 from recipes_lib.planning.text import gain, refusal_lines
 
@@ -35,13 +37,16 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
         return None
 
 
-def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[str, Any]:
+def plan_of_active(
+    recipe: Recipe, active: Active, data: PreparedData, free_gib: float | None
+) -> dict[str, Any]:
     """Return what run.json keeps of the plan of a training that is about to start, made from its
     real rows; why, where none can be made.
 
     Args:
         active: the launch as it really is.
         data: the rows; the lengths of the first 20,000 speak for all.
+        free_gib: memory of the fullest GPU that this training may still take; None on a CPU.
     """
     on_cpu = active.device.startswith("cpu")
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", active.world_size))
@@ -55,11 +60,14 @@ def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[s
     )
     launch = Launch(config, per_machine=machine, machines=max(1, active.world_size // machine))
     cards = () if on_cpu else cards_here()
+    card = cards[0] if cards else cpu_card()
+    if cards and free_gib is not None:
+        card = replace(card, memory_gib=min(card.memory_gib, free_gib + CONTEXT_GIB))
     tokens = tuple(len(ids) for ids in data.train[:20_000]["input_ids"])
     validation = len(data.validation) if data.validation is not None else 0
     lengths = Lengths(tokens, len(data.train), validation, "the rows themselves", counted=True)
     try:
-        plan = plan_launched(recipe, launch, cards[0] if cards else cpu_card(), lengths)
+        plan = plan_launched(recipe, launch, card, lengths)
         memory, duration = plan.memory, plan.duration
         speed = duration.tokens_per_second * plan.settings.world_size
         return {  # named as what is measured is; on a CPU that is resident memory with libraries
@@ -71,6 +79,7 @@ def plan_of_active(recipe: Recipe, active: Active, data: PreparedData) -> dict[s
             "total_s": round(duration.total, 1),
             "tokens_per_second": round(speed, 1),
             "fits": plan.certain,
+            "tokens_per_pass": plan.tokens_per_pass,
         }
     except Exception as error:  # a plan is a note beside the run; the training goes on
         said = str(error).splitlines() or [""]

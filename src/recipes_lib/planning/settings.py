@@ -173,6 +173,15 @@ class Settings:
         """Whether a micro-batch is one row of examples end to end."""
         return self.padding_free or self.packing
 
+    @property
+    def fills(self) -> bool:
+        """Whether a training chooses a cap by itself, up to which rows of several micro-batches
+        share a forward pass. The loss that keeps experts busy is one of a micro-batch, and would
+        be another one.
+        """
+        by_bounds = self.flattened and self.attention == "flash"
+        return self.device == "gpu" and by_bounds and not self.shape.experts
+
 
 def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bool) -> Settings:
     """Return the settings of a recipe under a launch.

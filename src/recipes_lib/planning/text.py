@@ -132,6 +132,8 @@ def _steps(plan: Plan) -> Iterator[str]:
     form = (
         "padding-free" if settings.padding_free else f"padding makes {batches.padding:.2f} of each"
     )
+    if settings.max_tokens is None and (cap := plan.tokens_per_pass) is not None:
+        form += f" in passes of up to {cap:,} tokens"
     yield (
         f"tokens  {batches.tokens * batches.steps:,.0f} in all,"
         f" {batches.tokens / batches.examples_per_step:,.0f} per {what[:-1]};"

@@ -6,10 +6,12 @@ accelerate repeats the first rows of an epoch until every process has a full bat
 of processes. Here an epoch is filled with rows that carry no loss, or cut to whole steps
 (`config.batch.rows_per_epoch`).
 
-A micro-batch over `run.max_tokens_per_micro_batch` is cut into pieces that go forward and backward
-one after the other, so that a batch of long examples does not decide how small every batch must be.
-The loss is a sum over tokens divided by the tokens of the whole step, so the pieces add up to the
-same gradient; only the order of float sums changes.
+The rows of a step go forward and backward in passes. Without a cap on the tokens of a pass these
+are its micro-batches. With one (`run.max_tokens_per_micro_batch`, or what a GPU has room for) rows
+that need no padding are cut anew, into passes as full as the cap allows, and padded micro-batches
+into pieces, so that a batch of long examples does not decide how small every batch must be. The
+loss is a sum over tokens divided by the tokens of the whole step, so passes add up to the same
+gradient; only the order of float sums changes.
 """
 
 from __future__ import annotations
@@ -177,7 +179,22 @@ def name_rows(rows: Sequence[int], ids: Sequence[str], at_most: int = 12) -> str
     return f"examples {names}{' ...' if len(rows) > at_most else ''}"
 
 
-# ---- Pieces of a micro-batch ----
+# ---- The passes of a step ----
+
+
+def passes_of(batches: list[Batch], max_tokens: int) -> list[Batch]:
+    """Return the forward passes of a step's micro-batches, of at most `max_tokens` computed tokens.
+
+    Rows without padding are joined across micro-batches; padded ones are not, because short rows
+    beside long ones cost as much as these.
+    """
+    real = [batch for batch in batches if ROW not in batch or batch[ROW].numel()]
+    if not real:
+        return [filler(batches[0])]
+    if "attention_mask" not in real[0]:
+        keys = ("input_ids", "labels", "position_ids")
+        real = [{key: torch.cat([batch[key] for batch in real], 1) for key in keys}]
+    return [piece for batch in real for piece in split_batch(batch, max_tokens)]
 
 
 def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
@@ -212,7 +229,7 @@ def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
 
 
 def filler(like: Batch) -> Batch:
-    """Return a piece of two tokens without loss and without rows, for a rank that has fewer pieces
+    """Return a pass of two tokens without loss and without rows, for a rank that has fewer passes
     than another: collectives must meet.
     """
     ids = torch.zeros(1, FILLER_TOKENS, dtype=torch.long, device=like["input_ids"].device)

@@ -81,12 +81,16 @@ def build_trainer(
     run: RunDirectory,
     stop: StopRequest,
     marker_facts: dict[str, Any],
+    *,
+    tokens_per_pass: int | None = None,
 ) -> RecipeTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model.
 
     Args:
         args: what `config.upstream.build_sft_config` returned.
         marker_facts: recorded in every checkpoint's marker.
+        tokens_per_pass: cap that the free memory allows (`Plan.tokens_per_pass`), for a recipe
+            without one.
 
     Raises:
         RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than
@@ -125,6 +129,16 @@ def build_trainer(
         marker_facts=marker_facts,
         step_tokens=step_tokens,
     )
+    by_bounds = attention == VARLEN or "flash" in attention
+    if (
+        trainer.max_tokens is None
+        and by_bounds
+        and trainer.data_collator.collate.padding_free
+        and trainer.scored_here
+        and not trainer.aux_loss_enabled  # it is one of a micro-batch
+    ):
+        trainer.max_tokens, trainer.cap_is_chosen = tokens_per_pass, True
+    marker_facts["tokens_per_pass"] = trainer.max_tokens
     if trainer.is_fsdp_enabled:
         kwargs = trainer.accelerator.gradient_state.plugin_kwargs
         kwargs["sync_each_batch"] = sync_each_batch(recipe)
@@ -196,7 +210,8 @@ def choose_attention(
     if on_cpu:
         cpu_attention.use_document_attention(model)
         return
-    joined = args.packing or args.padding_free or args.per_device_train_batch_size > 1
+    several = args.per_device_train_batch_size * args.gradient_accumulation_steps > 1
+    joined = args.packing or args.padding_free or several
     if named == VARLEN or (named is None and joined and not why):
         varlen.use_varlen(model)
 
@@ -213,7 +228,11 @@ def padding_costs_nothing_to_drop(
     """
     decided = "padding_free" in recipe.train or args.packing
     apart = "flash" in attention or attention in (cpu_attention.NAME, VARLEN)
-    several = args.per_device_train_batch_size > 1 or attention == VARLEN
+    # rows of several micro-batches share a pass up to a cap, which a GPU chooses by itself
+    shared = args.gradient_accumulation_steps > 1 and (
+        "flash" in attention or recipe.run.max_tokens_per_micro_batch is not None
+    )
+    several = args.per_device_train_batch_size > 1 or attention == VARLEN or shared
     return not decided and apart and several and not why_rows_apart(model)
 
 
@@ -282,6 +301,10 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         f" {args.seed}",
         f"batch: {describe_batch(rows, steps, **shape)}",
     ]
+    if trainer.max_tokens is not None:
+        whence = "what the GPU has room for" if trainer.cap_is_chosen else "the recipe's cap"
+        what = "the rows of a step go together" if flat or args.packing else "micro-batches are cut"
+        lines.append(f"passes: {what}, up to {trainer.max_tokens:,} tokens a pass ({whence})")
     last = describe_last_step(rows, **shape, drop_last=drop_last)
     if last and total >= per_epoch:
         lines.append(f"epoch: {last}")

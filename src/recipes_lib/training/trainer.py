@@ -16,7 +16,7 @@ import math
 import random
 import signal
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from recipes_lib.training.batches import (
     RowTrackingCollator,
     filler,
     name_rows,
-    split_batch,
+    passes_of,
     to_device,
     with_training_filler,
 )
@@ -71,7 +71,7 @@ class RecipeTrainer(SFTTrainer):
         flattens: whether each micro-batch becomes one row without padding. `args.padding_free`
             cannot say so: it depends on the attention of the loaded model.
         row_ids: example ids by row of the training set, to name examples in errors.
-        max_tokens: cap on the tokens of one forward pass (`split_batch`); None for none.
+        max_tokens: cap on the tokens of one forward pass (`passes_of`); None for none.
         marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of
             the run).
         step_tokens: where the tokens of all ranks are put, step by step.
@@ -110,15 +110,16 @@ class RecipeTrainer(SFTTrainer):
         self.flattens = flattens
         self.row_ids = row_ids
         self.max_tokens = max_tokens
+        self.cap_is_chosen = False
         self.marker_facts = marker_facts
         self.step_tokens = step_tokens
         if flattens:
             self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
         self.data_collator = RowTrackingCollator(self.data_collator)
-        self.recent_rows = deque[torch.Tensor](maxlen=self.args.gradient_accumulation_steps)
+        self.recent_rows: list[int] = []
         self.without_rows = False
-        self.num_pieces = 1
         self.fused_lora: FusedLora | None = None
+        self.passes: list[Batch] = []
         self.evaluation_due = False
         self._unlogged_before: Unlogged | None = None
         self._saved_precisions: dict[str, int] | None = None
@@ -146,8 +147,6 @@ class RecipeTrainer(SFTTrainer):
     def _prepare_inputs(self, inputs: Batch) -> dict[str, Any]:
         rows = inputs.pop(ROW, None)
         self.without_rows = rows is not None and not rows.numel()
-        if rows is not None and rows.numel() and self.model.training:
-            self.recent_rows.append(rows)
         return super()._prepare_inputs(to_device(inputs, self.args.device))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -179,8 +178,16 @@ class RecipeTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
-        """As the Trainer's; on a CPU the number of supervised tokens of the step is read once."""
+        """As the Trainer's, with the passes of the step: every rank makes as many as the one that
+        needs most. On a CPU the number of supervised tokens is read once for all of them.
+        """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.recent_rows = [int(row) for batch in batches for row in batch.get(ROW, ())]
+        self.passes = batches
+        if batches and self.max_tokens is not None:
+            self.passes = passes_of(batches, self.max_tokens)
+            missing = agree_on_largest(len(self.passes)) - len(self.passes)
+            self.passes += [filler(batches[0])] * missing
         on_cpu = isinstance(items, torch.Tensor) and items.device.type == "cpu"
         return batches, int(items) if on_cpu else items
 
@@ -221,13 +228,12 @@ class RecipeTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _numerics_error(self, what: str) -> NumericsError:
-        rows = [int(row) for batch in self.recent_rows for row in batch.tolist()]
         saved = checkpoints.list_checkpoints(Path(self.args.output_dir))
         # norm and logged loss are global numbers
         return of_every_rank(
             NumericsError(
                 f"{what} at step {self.state.global_step + 1}, learning rate"
-                f" {self._get_learning_rate():.3g}, {name_rows(rows, self.row_ids)}",
+                f" {self._get_learning_rate():.3g}, {name_rows(self.recent_rows, self.row_ids)}",
                 "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples"
                 " with: recipes data",
                 f"last good checkpoint: {saved[-1].name if saved else 'none yet'}",
@@ -317,9 +323,7 @@ class RecipeTrainer(SFTTrainer):
         self._metrics["train"]["aux_loss"].append(float(of_ranks.nanmean()))
         if loss is None:
             return torch.zeros((), device=self.args.device)
-        passes = self.num_pieces
-        if num_items_in_batch is not None:
-            passes *= self.current_gradient_accumulation_steps
+        passes = 1 if num_items_in_batch is None else len(self.passes)
         return self.router_aux_loss_coef * loss / passes
 
     def _count_tokens(self) -> None:
@@ -429,8 +433,9 @@ class RecipeTrainer(SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """As TRL's; after a resume it first takes over the sums for the next log, and makes up the
-        evaluation that the stop put off.
+        """As TRL's, or the passes of the whole step, whose gradients are exchanged after the last
+        one unless `sync_each_batch` says after each. After a resume it first takes over the sums
+        for the next log, and makes up the evaluation that the stop put off.
 
         This is the first point after the Trainer has restored the random state.
         """
@@ -443,34 +448,14 @@ class RecipeTrainer(SFTTrainer):
             self.evaluation_due = False
         if self.max_tokens is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        return self._training_step_in_pieces(model, inputs, num_items_in_batch, self.max_tokens)
-
-    def _training_step_in_pieces(
-        self,
-        model: torch.nn.Module,
-        inputs: Batch,
-        num_items_in_batch: Any,
-        max_tokens: int,
-    ) -> torch.Tensor:
-        """Every rank makes as many pieces as the rank that needs most.
-
-        Gradients are exchanged after every piece where `sync_each_batch` says so, else after the
-        last piece of the step. (Leaving accelerate's `no_sync` turns FSDP2's exchange on, whatever
-        was around it.)
-        """
-        rows = inputs.pop(ROW, None)
-        if rows is not None and rows.numel():
-            self.recent_rows.append(rows)
-        no_rows = rows is not None and not rows.numel()
-        pieces = [filler(inputs)] if no_rows else split_batch(inputs, max_tokens)
-        pieces += [filler(inputs)] * (agree_on_largest(len(pieces)) - len(pieces))
-        self.num_pieces = len(pieces)
+        if not self.accelerator.sync_gradients:  # all passes are made with the last micro-batch
+            return torch.zeros((), device=self.args.device)
         losses = []
-        for number, piece in enumerate(pieces, 1):
-            last = number == len(pieces) and self.accelerator.sync_gradients
-            exchange = last or self.syncs_each_batch
+        for number, one in enumerate(self.passes, 1):
+            # leaving accelerate's `no_sync` turns FSDP2's exchange on, whatever was around it
+            exchange = number == len(self.passes) or self.syncs_each_batch
             with contextlib.nullcontext() if exchange else self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, dict(piece), num_items_in_batch))
+                losses.append(super().training_step(model, dict(one), num_items_in_batch))
         return torch.stack(losses).sum()
 
     def resume_facts(self, marker: dict[str, Any], exactly: bool) -> None:
