@@ -33,13 +33,21 @@ INSTALL = [
 
 # The evaluation suites. alpaca_eval imports pkg_resources, which setuptools 82 removed.
 EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "httpx2>=2.12", "setuptools<82"]
-CHAT_EVALS = ["lm-eval[ifeval,math]>=0.4.13,<0.5"]
+# What the code of lm-eval's tasks ifeval and minerva_math imports; it takes one antlr4 alone.
+CHAT_EVALS = [
+    "langdetect>=1.0.9",
+    "immutabledict>=4.2",
+    "nltk>=3.9.1",
+    "math-verify>=0.8",
+    "antlr4-python3-runtime==4.11.*",
+    "sympy>=1.12",
+]
 
 EXTRAS = {
     "eval": EVAL,
     # evals/ifeval.yaml and evals/math.yaml. Apart, because this pins an antlr4 that omegaconf's
     # users cannot have beside theirs.
-    "chat-evals": CHAT_EVALS,
+    "chat-evals": [*EVAL, *CHAT_EVALS],
     # Reads the GGUF file of the packaged model. That package itself is not a dependency: it would
     # compile a C++ runtime we do not use.
     "quickstart": ["gguf>=0.17", *EVAL],
