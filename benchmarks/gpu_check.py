@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
+import math
 import os
 import re
 import statistics
@@ -61,6 +63,7 @@ TINY = {
     "vocab_size": 512,
 }
 VARLEN, COMPILED, FUSED = "varlen", "compiled", "fused"
+FEWEST_STEPS = 10  # timed, for a speed that plans are made with
 AS_LOSSES = 0.002  # how far the losses of a path may be from the reference's
 REFERENCE = "padded, nothing compiled"
 
@@ -94,16 +97,18 @@ class Row:
 
 _A = ("model.attn_implementation=varlen",)
 _B = (*_A, "train.torch_compile=true")
+_C = (*_B, "model.lora_implementation=fused")
 ROWS = (
     Row("shipped default", seconds=75),
     Row("A: varlen", LORA, _A, path=(VARLEN,), goal=9_000),
     Row("B: A, blocks compiled", LORA, _B, 90, path=(VARLEN, COMPILED), goal=13_000),
+    Row("C: B, adapters fused", LORA, _C, 90, path=(VARLEN, COMPILED, FUSED), goal=18_000),
     Row("QLoRA", QLORA),
     Row(REFERENCE, LORA, ("model.attn_implementation=sdpa", "train.padding_free=false"), 75),
     Row("answers", seconds=60, kind="answers"),
     Row("judgments", seconds=60, kind="judgments"),
     Row("full", FULL, seconds=75),
-    Row("QLoRA, B", QLORA, _B, 90),
+    Row("QLoRA, C", QLORA, _C, 90),
     Row("single_gpu.yaml", seconds=90, kind="command"),
 )
 
@@ -195,20 +200,33 @@ def train_row(row: Row, size: Size, folder: Path, until: float) -> dict[str, Any
 
     from recipes_lib import train
     from recipes_lib.core.project import runs_root
+    from recipes_lib.planning import measured
     from recipes_lib.training import finish
+    from recipes_lib.training.trainer import RecipeTrainer
 
     counters.clear()
     watch = _watch(size, until)
     found: dict[str, Any] = {}
 
     def keep(trainer: Any, recipe: Any, data: Any, run: Any, summary: Any) -> dict[str, Any]:
-        found.update(summary=summary, path=path_of(trainer), operations=_operations(recipe))
+        took = path_of(trainer, fused=found["fused"])
+        found.update(summary=summary, path=took, operations=_operations(recipe))
+        found["planned_path"] = _planned_path(recipe, took, size)
         return {}
+
+    def begin(trainer: RecipeTrainer, checkpoint: Path | None) -> float:
+        # they are PEFT's again when the training ends
+        found["fused"] = bool(trainer.fused_lora and trainer.fused_lora.groups)
+        return whole(trainer, checkpoint)
+
+    whole = RecipeTrainer.train_until_stop
 
     with (
         patch.object(transformers.trainer, "DEFAULT_CALLBACKS", [*DEFAULT_CALLBACKS, watch]),
+        patch.object(RecipeTrainer, "train_until_stop", begin),
         patch.object(finish, "save_and_check", keep),
         patch.object(finish, "record_finish", lambda *_: None),
+        patch.object(measured, "rows", tuple),  # the plan beside it is the counted one
     ):
         code = train.main([str(row.recipe), *overrides_of(row, size, folder)])
     if code:
@@ -217,12 +235,15 @@ def train_row(row: Row, size: Size, folder: Path, until: float) -> dict[str, Any
         json.loads(line)
         for line in (runs_root() / row.run / "metrics.jsonl").read_text("utf-8").splitlines()
     ]
+    summary = found["summary"]
     return {
         **speed_of(lines[: watch.steps], size.warm),
+        "counted_tokens_per_s": summary["tokens"] / (summary["planned_seconds"] or math.inf),
+        "planned_path": found["planned_path"],
         "losses": [line["loss"] for line in lines],
         "path": found["path"],
-        "peak_gib": found["summary"]["peak_memory_gib"],
-        "planned_peak_gib": found["summary"]["planned_peak_memory_gib"],
+        "peak_gib": summary["peak_memory_gib"],
+        "planned_peak_gib": summary["planned_peak_memory_gib"],
         "operations_per_token": found["operations"],
         "largest_kernels": watch.largest,
     }
@@ -267,16 +288,56 @@ def largest_kernels(events: Any, on_cpu: bool, many: int = 5) -> list[dict[str, 
     return [{"kernel": name, "share": own[name] / total} for name in ordered]
 
 
-def path_of(trainer: Any) -> list[str]:
+def path_of(trainer: Any, fused: bool) -> list[str]:
     """Return what a trainer really took: its attention, whether padding was dropped, blocks
     compiled and adapters fused.
+
+    Args:
+        fused: whether any adapters were, while it trained.
     """
     from torch._dynamo.utils import counters
 
     path = [trainer.model.config._attn_implementation]
     path += ["padding-free"] if trainer.flattens else []
     path += [COMPILED] if counters["stats"]["unique_graphs"] else []
-    return path + ([FUSED] if getattr(trainer, "fused_lora", None) is not None else [])
+    return path + ([FUSED] if fused else [])
+
+
+def _planned_path(recipe: Any, took: list[str], size: Size) -> str | None:
+    """Return the path that the plan counts for a recipe, where the trainer took it."""
+    from recipes_lib.config.launch import plan_launch
+    from recipes_lib.planning.measured import counted_path
+    from recipes_lib.planning.plan import model_shape
+    from recipes_lib.planning.settings import settings_of
+
+    launch = plan_launch(recipe.launch, "cpu" if size.on_cpu else "single_gpu", gpus=1)
+    settings = settings_of(recipe, launch, model_shape(recipe), on_cpu=size.on_cpu)
+    kinds = {VARLEN: "flash", "sdpa_by_document": "documents"}
+    fused = settings.adapter is not None and settings.adapter.fused
+    counted = (settings.attention, settings.compiled, fused)
+    really = (kinds.get(took[0], took[0]), COMPILED in took, FUSED in took)
+    return counted_path(settings) if counted == really else None
+
+
+def speeds_for_plans(rows: list[dict[str, Any]], card: str, date: str) -> list[Any]:
+    """Return the rows that `recipes plan` takes its times from: timed over enough steps, and
+    trained the way that the plan counts.
+    """
+    from recipes_lib.planning.measured import Measured
+
+    return [
+        Measured(
+            card=card,
+            path=row["planned_path"],
+            model="Llama-2-7B",
+            tokens_per_second=round(row["tokens_per_s"], 1),
+            counted=round(row["counted_tokens_per_s"], 1),
+            n=row["n"],
+            date=date,
+        )
+        for row in rows
+        if row.get("planned_path") and row["n"] >= FEWEST_STEPS and row["counted_tokens_per_s"]
+    ]
 
 
 def _operations(recipe: Any) -> int:
@@ -595,6 +656,8 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from measuring import write_record
 
+    from recipes_lib.planning.measured import record
+
     if not options.cpu and not torch.cuda.is_available():
         text = "no GPU here: nothing to measure (--cpu checks the script itself with a tiny model)"
         print(text, file=sys.stderr)
@@ -614,6 +677,10 @@ def main(argv: list[str] | None = None) -> int:
         rows = run_rows(chosen, size, folder, deadline, keep)
     said = compare(rows, card, size)
     keep(rows)
+    if card is not None and size.config == LLAMA_2_7B:
+        speeds = speeds_for_plans(rows, card.name, datetime.date.today().isoformat())
+        record(speeds)
+        said += [f"recipes plan takes from now on: {one.basis}" for one in speeds]
     text = "\n".join(["", table(rows), "", *kernel_lines(rows), "", *said])
     print(text)
     if options.json:

@@ -42,15 +42,17 @@ def test_every_row_is_measured_through_the_real_trainer_on_a_tiny_model(tmp_path
     trained = [row for row in rows if row["setting"]["kind"] == "training"]
     for row in trained:
         assert row["tokens_per_s"] > 0 and row["n"] == 3, row
+        # the plan knows what a CPU trains by itself, and padded rows
+        assert row["planned_path"].endswith(("documents", "sdpa", "compiled", "fused")), row
         assert len(row["losses"]) == 5 and row["peak_gib"] > 0 and row["planned_peak_gib"] > 0
         assert (len(row["largest_kernels"]) == 5 and "sdpa_by_document" in row["path"]) or (
             row["path"] == ["sdpa"]
         )
     apart = {row["row"]: row["losses_apart"] for row in trained if "losses_apart" in row}
     assert len(apart) >= 3 and max(apart.values()) < gpu_check.AS_LOSSES
-    assert [row["row"] for row in trained if "compiled" in row["path"]] == [
-        row.name for row in gpu_check.ROWS if "compiled" in row.path or row.name == "QLoRA, B"
-    ]
+    for word, key in (("compiled", "torch_compile"), ("fused", "lora_implementation")):
+        took = [row["row"] for row in trained if word in row["path"]]
+        assert took == [row.name for row in gpu_check.ROWS if key in str(row.overrides)]
     command = next(row for row in rows if row["setting"]["kind"] == "command")
     assert command["reloaded"]["agrees"]
     assert "goal" not in done.stdout and "tokens/s" in done.stdout
@@ -83,6 +85,18 @@ def test_a_goal_is_announced_for_the_path_that_was_trained_and_for_no_other(
         assert f"no goal, trained without {missing}" in said(*others)
     assert not said(*row.path, card=card_named("a100")) and not said(*row.path, card=None)
     assert not said(*row.path, size=gpu_check.SMALL)
+
+
+def test_plans_take_speeds_of_rows_that_trained_as_they_count_and_for_long_enough() -> None:
+    row = {"tokens_per_s": 9000.0, "counted_tokens_per_s": 6000.0, "n": 15}
+    rows = [
+        {**row, "planned_path": "LoRA, flash"},
+        {**row, "planned_path": "QLoRA, sdpa", "n": 3},
+        {**row, "planned_path": None},
+        {"row": "full", "not_run": "out of memory"},
+    ]
+    [speed] = gpu_check.speeds_for_plans(rows, "h100-80gb", "2026-11-26")
+    assert (speed.path, speed.stretch) == ("LoRA, flash", pytest.approx(2 / 3))
 
 
 def test_a_row_that_fails_costs_itself_alone_and_rows_without_time_say_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.models.known import named_shape
+from recipes_lib.planning import measured
 from recipes_lib.planning.advice import advise, method_rows
 from recipes_lib.planning.cards import card_named, cpu_card
 from recipes_lib.planning.duration import operations_per_token, walltime
 from recipes_lib.planning.plan import Plan, plan_recipe
+from recipes_lib.planning.text import plan_lines
 from recipes_lib.suites.eval_times import eval_time, eval_times, usual_evals
 
 LORA, QLORA, FULL = (
@@ -276,3 +279,35 @@ def test_the_quickstarts_evaluations_take_minutes_on_a_cpu() -> None:
     assert shape is not None
     times = [eval_time(recipe, shape, cpu_card()).total for recipe in usual_evals(on_cpu=True)]
     assert 30 < sum(times) < 3600
+
+
+def test_a_time_that_was_measured_replaces_the_counted_one_on_that_card_and_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice as fast as counted: the passes take half as long, and the plan says whose speed."""
+    varlen = "model.attn_implementation=varlen"
+    counted, elsewhere = plan(LORA, varlen), plan(LORA, varlen, gpu="a100").duration
+    before = counted.duration.training
+    assert counted.basis == "counted"
+    row = measured.Measured(
+        card="h100-80gb",
+        path="LoRA, flash",
+        model="Llama-2-7B",
+        tokens_per_second=9000.0,
+        counted=4500.0,
+        n=15,
+        date="2026-11-26",
+    )
+    monkeypatch.setattr(measured, "FILE", tmp_path / "measured.json")
+    measured.rows.cache_clear()
+    try:
+        measured.record([row])
+        measured.record([replace(row, path="full, sdpa")])
+        assert len(measured.rows()) == 2
+        after = plan(LORA, varlen)
+        assert after.duration.training == pytest.approx(before / 2, rel=0.05)
+        assert "measured on 2026-11-26: 9,000 tokens/s of Llama-2-7B" in next(plan_lines(after, []))
+        assert plan(LORA, "model.attn_implementation=sdpa").basis == "counted"
+        assert plan(LORA, varlen, gpu="a100").duration == elsewhere
+    finally:
+        measured.rows.cache_clear()

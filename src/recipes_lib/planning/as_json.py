@@ -73,7 +73,7 @@ def _time(plan: Plan) -> dict[str, Any]:
     duration = plan.duration
     return {
         "card": plan.card.name,
-        "basis": plan.card.basis,
+        "basis": plan.basis,
         "processes": plan.settings.world_size,
         "operations_per_token": operations_per_token(plan.settings),
         "mfu": duration.mfu,

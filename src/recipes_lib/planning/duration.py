@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from recipes_lib.planning.batches import Batches
 from recipes_lib.planning.cards import Card, core_tflops
+from recipes_lib.planning.measured import measured_on
 from recipes_lib.planning.memory import GIB, weight_gib
 from recipes_lib.planning.settings import Settings
 from recipes_lib.planning.step_costs import StepCosts, step_costs
@@ -116,6 +117,8 @@ def training_duration(
     operations = per_pass * (operations_per_token(settings) + attention)
     one = operations / speed + (per_pass * costs.per_token + costs.constant) / memory
     one = max(one + _dequantising(settings, card), costs.kernels * launch)
+    if (row := measured_on(card.name, settings)) is not None:
+        one *= row.stretch
     moved = _moved_per_pass(settings, card)
     one = max(one, moved) + 0.1 * min(one, moved)
     step = one * batches.forward_passes + _per_step(settings, card)

@@ -72,7 +72,7 @@ def plan_of_active(
         speed = duration.tokens_per_second * plan.settings.world_size
         return {  # named as what is measured is; on a CPU that is resident memory with libraries
             "card": plan.card.name,
-            "basis": plan.card.basis,
+            "basis": plan.basis,
             "peak_memory_gib": round(memory.needed if on_cpu else memory.peak, 2),
             "needed_gib": round(memory.needed, 2),
             "seconds": round(duration.training + duration.validation, 1),

@@ -22,6 +22,7 @@ from recipes_lib.planning.batches import Batches, batches_of, validation_tokens,
 from recipes_lib.planning.cards import DEFAULT, Card, card_named, cards_here, cpu_card
 from recipes_lib.planning.duration import Duration, EvalTime, training_duration, walltime
 from recipes_lib.planning.lengths import Lengths, lengths_of
+from recipes_lib.planning.measured import measured_on
 from recipes_lib.planning.memory import Memory, largest_tokens, memory_of
 from recipes_lib.planning.settings import Settings, settings_of, uncounted
 
@@ -100,6 +101,12 @@ class Plan:
         passes = validations(batches.steps, batches.steps_per_epoch, self.recipe.train)
         tokens = self._validation[1] * passes
         return training_duration(self.settings, batches, self.card, tokens)
+
+    @property
+    def basis(self) -> str:
+        """Where the speed is from: measured the same way on the same card, or the card's."""
+        row = measured_on(self.card.name, self.settings)
+        return self.card.basis if row is None else row.basis
 
     @property
     def needed(self) -> float:

@@ -22,14 +22,14 @@ MOST_ADVICE, MOST_OTHERS = 4, 2
 def plan_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     """Yield the lines of a plan."""
     settings, card = plan.settings, plan.card
-    speed = f"speed: {card.basis}"
+    speed = f"speed: {plan.basis}"
     if settings.device == "cpu":
         several = settings.world_size > 1
         title = f"{card.title}{f', {settings.world_size} processes' if several else ''}"
     else:
         machines = f" on {plan.launch.machines} machines" if plan.launch.machines > 1 else ""
         title = f"{settings.world_size} x {card.title}{machines}"
-        if card.basis == "counted":
+        if plan.basis == "counted":
             speed = "speed counted, nobody has measured it here"
     yield f"{plan.recipe.name} on {title} ({speed})"
     if card.stands_in:

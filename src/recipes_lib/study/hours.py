@@ -186,7 +186,7 @@ def study_lines(plan: StudyHours) -> Iterator[str]:
         f" {spread(plan.training + plan.evaluation, device)} one after the other,"
         f" {plan.card_hours:.2f} card hours{without}{cost(plan.card_hours, plan.price)}"
     )
-    cards = [arm.plan.card for arm in plan.arms]
-    if assumed := next((card for card in cards if card.stands_in), None):
+    plans = [arm.plan for arm in plan.arms]
+    if assumed := next((one.card for one in plans if one.card.stands_in), None):
         yield stand_in(assumed)
-    yield f"speeds: {', '.join(sorted({card.basis for card in cards})) or 'nothing to plan'}"
+    yield f"speeds: {', '.join(sorted({one.basis for one in plans})) or 'nothing to plan'}"
