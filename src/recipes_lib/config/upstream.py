@@ -50,6 +50,10 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
             "train.fp16 does nothing on a CPU: it would train in float32 and say nothing",
             "use train.bf16: true",
         )
+    if checkpointing := values.get("activation_checkpointing_kwargs"):
+        # `training.build.keep_attention` does it; TRL would end the run under PEFT
+        how = {key: value for key, value in checkpointing.items() if key != "selective"}
+        values["activation_checkpointing_kwargs"] = how or None
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     if values.get("assistant_only_loss"):
         # the labels say it already; TRL looks for conversations in the rows

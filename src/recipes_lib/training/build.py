@@ -107,9 +107,7 @@ def build_trainer(
     choose_attention(recipe, args, model, half)
     attention = str(getattr(model.config, "_attn_implementation", ""))
     prepare_for_training(model)
-    how = dict(args.activation_checkpointing_kwargs or {})
-    if how.pop("selective", False):
-        args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs = how
+    if (recipe.train.get("activation_checkpointing_kwargs") or {}).get("selective"):
         keep_attention(model)
     lora = build_lora_config(recipe)
     step_tokens: list[int] = []
