@@ -156,6 +156,9 @@ def test_what_a_config_says_of_attention_is_looked_at(tiny_model_dir: Path) -> N
     assert why() is None
     assert "no dropout" in (why(attention_dropout=0.1) or "")
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="sdpa")
+    model.config.attn_pdrop = 0.1  # GPT-2's name, and its default
+    assert "no dropout" in (why_not_varlen(model) or "")
+    del model.config.attn_pdrop
     model.config.attn_logit_softcapping = 50.0
     assert "no cap on scores" in (why_not_varlen(model) or "")
     del model.config.attn_logit_softcapping

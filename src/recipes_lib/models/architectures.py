@@ -206,8 +206,9 @@ def why_not_varlen(model: Any) -> str | None:
         return f"is not for {name}: its class takes no flash attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
         return f"has no cap on scores, which {name} has"
-    if getattr(config, "attention_dropout", 0.0):
-        return f"has no dropout, which {name} has (attention_dropout)"
+    for key in ("attention_dropout", "attn_pdrop"):
+        if getattr(config, key, 0.0):
+            return f"has no dropout, which {name} has ({key})"
     for layer in layer_configs(config):
         heads = getattr(layer, "num_attention_heads", 1)
         head = getattr(layer, "head_dim", None) or layer.hidden_size // heads
