@@ -45,16 +45,21 @@ KINDS: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
 UNITS = {"right or wrong": "share", "grades": "grade", "plain scores": "number"}
 
 
-def study(kind: str, seeds: int, arms: int = 5, n: int = 805) -> Measurements:
-    """Return made-up measurements of arms that are alike, on one metric."""
+def study(kind: str, seeds: int, labels: int = 0, arms: int = 5, n: int = 805) -> Measurements:
+    """Return made-up measurements of arms that are alike, on one metric; people labelled some
+    answers of each, and agree with four in five.
+    """
     rng = np.random.default_rng(0)
     questions = rng.random(n)
 
     def run(arm: str, seed: int) -> RunMeasurements:
         values = KINDS[kind](questions + rng.normal(0, 0.3, n) + (seeds > 1) * rng.normal(0, 0.02))
+        told: list[float | None] = [None] * n
+        for number in rng.permutation(n)[:labels]:
+            told[number] = float(values[number] if rng.random() < 0.8 else 1 - values[number])
         samples = tuple(
-            Sample(str(number), value=float(value), outcome="graded")
-            for number, value in enumerate(values)
+            Sample(str(number), value=float(value), outcome="graded", human=human)
+            for number, (value, human) in enumerate(zip(values, told, strict=True))
         )
         file = Path(arm, f"seed{seed}", "evals", "made-up", "result.json")
         measure = Measure("made-up", "checks", "score", kind, samples, file, unit=UNITS[kind])
@@ -66,9 +71,9 @@ def study(kind: str, seeds: int, arms: int = 5, n: int = 805) -> Measurements:
     return Measurements({arm: ArmMeasurements(arm, runs) for arm, runs in made.items()})
 
 
-def measure_copies(kind: str, seeds: int) -> float:
+def measure_copies(kind: str, seeds: int, labels: int) -> float:
     """Return the CPU seconds that copies of a study take."""
-    measurements = study(kind, seeds)
+    measurements = study(kind, seeds, labels)
     begun = spent()
     comparison = compare_arms(measurements, relabel=relabelled)
     assert comparison.relabelling is not None
@@ -145,11 +150,13 @@ def main() -> None:
         )
         print(f"{judgments:>9,} judgments: {apart}, {whole}, {size}", flush=True)
     copies = []
-    for kind, seeds in (*((kind, 1) for kind in KINDS), ("right or wrong", 3)):
-        seconds = spread([measure_copies(kind, seeds) for _ in range(options.repeats)], 2)
-        copies.append({"kind": kind, "seeds": seeds, "cpu_s": seconds})
+    right = "right or wrong"
+    for kind, seeds, labels in (*((kind, 1, 0) for kind in KINDS), (right, 3, 0), (right, 1, 100)):
+        seconds = spread([measure_copies(kind, seeds, labels) for _ in range(options.repeats)], 2)
+        copies.append({"kind": kind, "seeds": seeds, "labels": labels, "cpu_s": seconds})
         print(
-            f"copies of 5 arms, 805 questions, {kind}, seeds {seeds}: {seconds['median']:.2f}"
+            f"copies of 5 arms, 805 questions, {kind}, seeds {seeds}, human labels {labels}:"
+            f" {seconds['median']:.2f}"
             f" [{seconds['min']:.2f}, {seconds['max']:.2f}] CPU s (n = {seconds['n']})",
             flush=True,
         )
