@@ -145,7 +145,7 @@ def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_on
             "mode": "generate",
             "max_retries": 1,
             "timeout_s": 1,
-            "concurrency": 4,
+            "concurrency": 1,  # the four answers come before the faults
         }
         file = judge_file(**keys, max_consecutive_failures=2)
         server.faults = lambda number: fault if number > 4 else None
