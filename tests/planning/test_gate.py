@@ -88,7 +88,7 @@ def test_where_it_is_tight_on_a_cpu_it_is_said_and_not_refused(
 def test_the_card_that_is_there_is_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     small = Card("rtx-4090-24gb", "RTX 4090 24GB", 23.5, 165, 1008, 10)
     monkeypatch.setattr(gate, "cards_here", lambda: (small,))
-    recipe = load_recipe("llama2-7b-dolly/lora-bf16-r32")
+    recipe = load_recipe("llama2-7b-dolly/lora-bf16-r32", ["model.attn_implementation=sdpa"])
     plan = gate.plan_for_here(recipe, plan_launch(recipe.launch))
     assert plan is not None and plan.card == small
     with pytest.raises(EnvironmentFault) as caught:

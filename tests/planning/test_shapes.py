@@ -13,7 +13,12 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.project import project_root
 from recipes_lib.models import known
-from recipes_lib.models.architectures import auto_class, images_of, settle_targets
+from recipes_lib.models.architectures import (
+    auto_class,
+    images_of,
+    settle_targets,
+    why_not_varlen,
+)
 from recipes_lib.models.known import known_facts, named_shape
 from recipes_lib.models.shapes import shape_of_config
 from recipes_lib.planning.advice import advise
@@ -154,6 +159,7 @@ def test_a_family_is_counted_as_transformers_builds_it_and_adapted_as_peft_adapt
         for matrix in block.matrices:
             name = f"{shape.path}.{layer}.{matrix.name}" + ".weight" * matrix.linear
             assert {*widths[name].shape[-2:]} == {matrix.inputs, matrix.outputs}, name
+    assert shape.takes_varlen == ((why := why_not_varlen(model)) is None), why
     for lora in LORAS:
         trained = trained_by_peft(copy.deepcopy(model), lora)
         assert adapter_of({"r": 4, **lora}, shape).parameters == (trained or 0), lora
@@ -171,7 +177,9 @@ def test_the_facts_of_a_model_give_the_parameters_of_the_real_class(name: str) -
     from transformers import AutoConfig
 
     config, shape = AutoConfig.for_model(**known_facts()[name].config), named_shape(name)
-    assert shape is not None and shape.parameters == count(without_weights(config))
+    model = without_weights(config)
+    assert shape is not None and shape.parameters == count(model)
+    assert shape.takes_varlen == ((why := why_not_varlen(model)) is None), why
 
 
 def test_every_fact_has_a_source_and_a_family_that_is_counted() -> None:

@@ -20,6 +20,7 @@ from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
 from recipes_lib.suites.eval_times import eval_time, eval_times, usual_evals
 
+PADDED = "model.attn_implementation=sdpa"  # as before torch had a kernel for joined rows
 LORA, QLORA, FULL = (
     f"llama2-7b-dolly/{name}" for name in ("lora-bf16-r32", "qlora-r32", "full-bf16")
 )
@@ -63,12 +64,21 @@ def test_a_bf16_lora_without_padding_comes_near_the_published_rate() -> None:
     assert made.duration.tokens_per_second == pytest.approx(12_473, rel=0.2)
 
 
-def test_torchs_kernel_for_joined_rows_is_planned_as_flash_attention_where_it_is_named() -> None:
-    varlen, flash = (
-        plan(LORA, f"model.attn_implementation={name}") for name in ("varlen", "flash_attention_2")
+def test_torchs_kernel_for_joined_rows_is_planned_as_flash_attention_where_it_is_taken() -> None:
+    by_itself, varlen, flash = (
+        plan(LORA, *(f"model.attn_implementation={name}" for name in names))
+        for names in ((), ("varlen",), ("flash_attention_2",))
     )
-    assert varlen.settings.padding_free and not plan(LORA).settings.padding_free
-    assert varlen.memory == flash.memory and seconds(varlen) == seconds(flash)
+    assert by_itself.memory == varlen.memory == flash.memory
+    assert seconds(by_itself) == seconds(varlen) == seconds(flash)
+    for words in (
+        [PADDED],
+        ["train.padding_free=false"],
+        ["train.bf16=false"],  # the kernel computes in half precision only
+        ["train.per_device_train_batch_size=1", "run.global_batch_size=1"],  # nothing to join
+        ["model.name_or_path=google/gemma-3-4b-pt"],  # its class takes no flash attention
+    ):
+        assert plan(LORA, *words).settings.attention != "flash", words
     on_cpu = plan(LORA, "model.attn_implementation=varlen", gpu="cpu")
     assert on_cpu.memory == plan(LORA, gpu="cpu").memory
 
@@ -81,7 +91,7 @@ def test_torchs_kernel_for_joined_rows_is_planned_as_flash_attention_where_it_is
     [("published-ddp-qlora-r32", 2877, 2.5), ("published-fsdp-bf16-r32", 8777, 1.2)],
 )
 def test_the_original_runs_are_in_reach(name: str, seconds: float, factor: float) -> None:
-    planned = plan(f"llama2-7b-dolly/{name}", gpu="h100-47").duration.training
+    planned = plan(f"llama2-7b-dolly/{name}", PADDED, gpu="h100-47").duration.training
     assert seconds / factor < planned < seconds * factor
 
 
@@ -152,8 +162,8 @@ def test_examples_that_cannot_be_divided_leave_a_gap_in_the_table() -> None:
 
 WORDS_OF = {
     "padding and checkpointing": (LORA, ["train.activation_checkpointing=true"], {}),
-    "sharded without need": (LORA, [], {"gpus": 2, "accelerate": "fsdp"}),
-    "too large for a 4090": (LORA, [], {"gpu": "4090"}),
+    "sharded without need": (LORA, [PADDED], {"gpus": 2, "accelerate": "fsdp"}),
+    "too large for a 4090": (LORA, [PADDED], {"gpu": "4090"}),
     "full on two A100 40GB": (FULL, [], {"gpu": "a100-40gb"}),
     "checkpointing without need, under a cap": (
         "llama2-7b-dolly/published-qlora-r32",

@@ -283,7 +283,7 @@ def _planned(document: Document, sources: Sequence[Path | None]) -> dict[str, An
         plan = plan_launched(recipe, launch, card, _thinned(recipe))
         return {
             **on_cpu,
-            "needed_gib": round(plan.memory.needed, 1),
+            "needed_gib": round(plan.least, 1),
             "trained": plan.settings.trained_parameters,
             "card_gb": None if launch.config.use_cpu else _card_for(plan),
         }
@@ -304,7 +304,7 @@ def _thinned(recipe: Recipe) -> Lengths:
 
 
 def _card_for(plan: Plan) -> int | None:
-    return next((size for size, gib in _SIZES if plan.memory.needed <= gib), None)
+    return next((size for size, gib in _SIZES if plan.least <= gib), None)
 
 
 def _is_small(path: Path) -> bool:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.models.shapes import LARGEST_HEAD
+
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -130,7 +132,6 @@ _NONE = Architecture(source="")
 ROUTER = "gate.weight"
 # layers that know where one example of a row ends; chunks of attention do not
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-_LARGEST_HEAD = 256  # channels, in torch's flash kernels
 _ROUTERS = {"gate", "router"}
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
@@ -214,10 +215,8 @@ def why_not_varlen(model: Any) -> str | None:
         head = getattr(layer, "head_dim", None) or layer.hidden_size // heads
         if getattr(layer, "v_head_dim", None) not in (None, head):
             return f"has keys and values of one size, {name} has two"
-        if head > _LARGEST_HEAD or head % 8:
-            return (
-                f"has heads of up to {_LARGEST_HEAD} channels, a multiple of 8; {name} has {head}"
-            )
+        if head > LARGEST_HEAD or head % 8:
+            return f"has heads of up to {LARGEST_HEAD} channels, a multiple of 8; {name} has {head}"
     return None
 
 

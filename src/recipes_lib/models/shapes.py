@@ -29,6 +29,10 @@ from recipes_lib.models.blocks import (
 # `AutoModelForCausalLM` of transformers 5.24 makes the language model alone of these
 _TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "llama4")
 _NO_SDPA = ("gemma2", "gpt_oss")
+_NO_VARLEN = (*_NO_SDPA, "llama4_text")
+_BESIDE_IMAGES = "model.language_model.layers"
+_NO_VARLEN_BESIDE_IMAGES = ("gemma3_text", "gemma4_text")
+LARGEST_HEAD = 256  # channels, in torch's flash kernels
 _OTHER_PARTS = ("vision_config", "audio_config", "speech_config", "image_config")
 
 
@@ -89,6 +93,21 @@ class ModelShape:
     def lacks_sdpa(self) -> bool:
         """Whether its class has no sdpa: then attention is written out."""
         return self.family in _NO_SDPA
+
+    @property
+    def takes_varlen(self) -> bool:
+        """Whether torch's variable-length attention computes all of it, as
+        `architectures.why_not_varlen` finds of the loaded model.
+        """
+        if self.carries_state or self.attention_dropout or self.family in _NO_VARLEN:
+            return False
+        if self.path == _BESIDE_IMAGES and self.family in _NO_VARLEN_BESIDE_IMAGES:
+            return False
+        for block, _ in self.kinds:
+            channels = block.query // block.heads
+            if block.output != block.query or channels > LARGEST_HEAD or channels % 8:
+                return False
+        return True
 
     @property
     def uncounted(self) -> tuple[str, ...]:
@@ -188,7 +207,7 @@ def shape_of_config(
             blocks=blocks_of(numbers),
             outside=outside,
             matrices=matrices,
-            path=path_of(family) if config is whole or alone else "model.language_model.layers",
+            path=path_of(family) if config is whole or alone else _BESIDE_IMAGES,
             tied=tied(numbers),
             positions=numbers.number("max_position_embeddings", "n_positions", default=2**40),
             dtype=str(whole.get("dtype") or whole.get("torch_dtype") or "") or None,

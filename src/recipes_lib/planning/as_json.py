@@ -50,6 +50,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
     on_card = here.per_token + here.per_chunked_token
     per_token = on_card if on_cpu else reference_per_token(settings)
     parts = {**asdict(plan.memory), "peak": plan.memory.peak, "needed": plan.memory.needed}
+    parts["least"] = plan.least
     return {
         **{f"{name}_gib": gib for name, gib in parts.items()},
         "activation_mb_per_token": per_token / MIB,
@@ -130,7 +131,7 @@ def _method(row: MethodRow) -> dict[str, Any]:
         "processes": row.processes,
         "strategy": row.strategy,
         "this_recipe": row.is_the_recipe,
-        "needed_gib": plan and plan.memory.needed,
+        "needed_gib": plan and plan.least,
         "fits": plan and plan.certain,
         "max_tokens_per_micro_batch": plan and plan.largest(),
         "train_total_s": plan and plan.duration.total,

@@ -64,7 +64,8 @@ class Plan:
     @cached_property
     def tokens_per_pass(self) -> int | None:
         """The cap on the tokens of a forward pass: the recipe's; else, where rows of a step share
-        passes on a GPU, what fits of a full pass, or of a larger micro-batch; None for no cap.
+        passes on a GPU, what fits of a full pass, or of a larger micro-batch, and at least the
+        longest row; None for no cap.
         """
         settings = self.settings
         if settings.max_tokens is not None or not settings.fills or self.accumulation == 1:
@@ -72,7 +73,8 @@ class Plan:
         full = max(FULL_PASS, settings.per_device * self.longest)
         several = replace(settings, accumulates=True)
         card = replace(self.card, memory_gib=ROOM * self.card.memory_gib)
-        return min(full, largest_tokens(several, card, self.longest, self.eval_tokens)) or None
+        room = largest_tokens(several, card, self.longest, self.eval_tokens)
+        return max(self.longest, min(full, room))
 
     @cached_property
     def _validation(self) -> tuple[int, float]:
@@ -93,6 +95,15 @@ class Plan:
         """GiB of one process."""
         batches = self.batches
         return memory_of(self._accumulating, batches.largest, batches.largest_row, self.eval_tokens)
+
+    @cached_property
+    def least(self) -> float:
+        """GiB that a card must have. Where passes take up what is free, that is less than they need
+        on this one: the longest row must go through alone.
+        """
+        if self.settings.max_tokens == self.tokens_per_pass:
+            return self.memory.needed
+        return self.with_settings(max_tokens=self.longest).memory.needed
 
     @cached_property
     def duration(self) -> Duration:

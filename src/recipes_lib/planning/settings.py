@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from recipes_lib.config.batch import written_sync
+from recipes_lib.config.batch import accumulation_steps, written_sync
 from recipes_lib.config.constraints import COMPILE_KEYS, NOT_FUSED, VARLEN
 from recipes_lib.config.launch import Launch
 from recipes_lib.config.recipe import Recipe
@@ -195,10 +195,14 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     written = recipe.model.dtype  # auto is the checkpoint's own; bf16 where the plan cannot see it
     dtype = next((name for name in (written, shape.dtype) if name in BYTES), "bfloat16")
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
-    attention = _attention(recipe, shape, on_cpu)
     per_device = int(train.get("per_device_train_batch_size", 8))
     packing = bool(train.get("packing", False))
-    several = per_device > 1 and not packing and not shape.carries_state
+    in_passes = accumulation_steps(recipe, launch.world_size) > 1
+    joined = packing or bool(train.get("padding_free")) or per_device > 1 or in_passes
+    attention = _attention(recipe, shape, on_cpu, joined and half is not None)
+    # rows of several micro-batches share a pass up to a cap, which a GPU chooses by itself
+    shared = in_passes and (attention == "flash" or recipe.run.max_tokens_per_micro_batch)
+    several = (per_device > 1 or shared) and not packing and not shape.carries_state
     flat_by_itself = attention in ("flash", "documents") and several
     validates = train.get("eval_strategy", "no") != "no"
     checkpointing = train.get("activation_checkpointing_kwargs") or {}
@@ -233,20 +237,27 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     )
 
 
-def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool) -> str:
-    """Return the kernel, as `training.build` chooses it; what a GPU takes by itself (an installed
-    flash attention, or `varlen` after a trial) is counted on where the recipe names it.
+def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool, joined: bool) -> str:
+    """Return the kernel, as `training.build` chooses it.
+
+    Args:
+        joined: whether rows come together in half precision: then a GPU takes `varlen` by itself,
+            if it is of the Ampere generation or newer, as all cards here, and the kernel passes
+            its trial; else sdpa trains, and the run says so.
     """
-    name = recipe.model.attn_implementation or ("eager" if shape.lacks_sdpa else "sdpa")
+    named, train = recipe.model.attn_implementation, recipe.train
+    name = named or ("eager" if shape.lacks_sdpa else "sdpa")
     if name == "eager":
         return name
     if "flash" in name or (name == VARLEN and not on_cpu):
         return "flash"
-    train = recipe.train
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
-    apart = on_cpu and train.get("padding_free") is not False and not wrapped
-    apart = apart and not shape.carries_state and shape.family != "llama4_text"  # chunks
-    return "documents" if apart else "sdpa"
+    if train.get("padding_free") is False or wrapped:
+        return "sdpa"
+    if on_cpu:
+        apart = not shape.carries_state and shape.family != "llama4_text"  # chunks
+        return "documents" if apart else "sdpa"
+    return "flash" if named is None and joined and shape.takes_varlen else "sdpa"
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:

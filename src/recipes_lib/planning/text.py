@@ -153,6 +153,11 @@ def _memory(plan: Plan) -> Iterator[str]:
     free = "free now" if on_cpu else "on the card"
     sharing = f" for {plan.sharing} processes" if plan.sharing > 1 else ""
     yield f"  {verdict}: {plan.card.memory_gib:.1f} GiB {free}{sharing}"
+    if plan.least < memory.needed:
+        yield (
+            f"  {plan.least:.1f} GiB are enough; passes are filled up to"
+            f" {plan.tokens_per_pass:,} tokens because there is room"
+        )
     with_, without = plan.largest(checkpointing=True), plan.largest(checkpointing=False)
     counted = ", by what is counted" if plan.uncounted else ""
     yield (
@@ -231,7 +236,7 @@ def _methods(plan: Plan) -> Iterator[str]:
             continue
         size = f"{other.largest():,} tokens"
         yield (
-            f"{start} {other.memory.needed:>9.1f}  {other.verdict:<4} {size:>19} "
+            f"{start} {other.least:>9.1f}  {other.verdict:<4} {size:>19} "
             f" {clock(other.duration.total):>9}{'  <- this recipe' * row.is_the_recipe}"
         )
 
