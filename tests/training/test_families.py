@@ -294,7 +294,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_trained(
-    module: str, write_recipe: Write, own_tasks: list[Path], recipes: Verb, tmp_path: Path
+    module: str, write_recipe: Write, recipes: Verb, tmp_path: Path
 ) -> None:
     """lm-eval ties the weights of what it is given; the merged model, which has nothing to tie,
     must get the same numbers.
@@ -312,7 +312,7 @@ def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_traine
     merged = tmp_path / "given"
     assert recipes("export", "run", "--merged", "--to", merged)[0] == 0
     assert_plain(merged, tmp_path / "qwen3")
-    assert recipes("eval", own_tasks[0], "run", merged, tmp_path / "qwen3")[0] == 0
+    assert recipes("eval", write_own_evals(tmp_path)[0], "run", merged, tmp_path / "qwen3")[0] == 0
     of_adapter, of_merged, of_base = (
         likelihoods(tmp_path / "runs", name) for name in ("run", "base--given-*", "base--qwen3-*")
     )
