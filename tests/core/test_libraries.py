@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,27 @@ def test_garbage_is_still_found_where_nothing_was_imported() -> None:
         kept = [[] for _ in range(1000)]  # type: ignore[var-annotated]
     assert gc.get_freeze_count() == frozen
     assert kept
+
+
+def test_what_was_imported_is_let_go_when_the_process_ends(tmp_path: Path) -> None:
+    """Triton prints hundreds of lines about what it finds left."""
+    (tmp_path / "large_library.py").write_text(
+        "import os\n"
+        "class Held:\n"
+        "    def __init__(self): self.own = self\n"
+        "    def __del__(self, write=os.write): write(1, b'let go')\n"
+        "held = Held()\n"
+    )
+    code = (
+        "from recipes_lib.core.libraries import importing\nwith importing(): import large_library"
+    )
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == "let go"

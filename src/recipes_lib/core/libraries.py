@@ -4,6 +4,7 @@ they print.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import sys
 import warnings
@@ -29,6 +30,7 @@ def importing() -> Iterator[None]:
     finally:
         if len(sys.modules) > known:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # Triton reports what the end of the process leaves
         if collecting:
             gc.enable()
 
