@@ -48,7 +48,12 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         from recipes_lib.planning.gate import plan_of_active
         from recipes_lib.training import launch_check
         from recipes_lib.training.attempt import attempt
-        from recipes_lib.training.build import build_trainer, check_trackers, start_up_lines
+        from recipes_lib.training.build import (
+            build_trainer,
+            check_trackers,
+            settled,
+            start_up_lines,
+        )
         from recipes_lib.training.cpu import fsdp
         from recipes_lib.training.cpu.attention import refuse_flex_attention
         from recipes_lib.training.finish import (
@@ -117,10 +122,9 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         refuse_flex_attention(recipe, active)
         model = load_model(recipe, tokenizer, build_quantization_config(recipe))
         meet()  # each rank reads the weights itself, and a slow share serves one after the other
+        # a resumed training goes on in passes as it began, wherever it is now
+        chosen = (resumption.marker if resumption else planned).get("tokens_per_pass")
         # what every checkpoint's marker records
-        chosen = planned.get("tokens_per_pass")
-        if resumption is not None:  # goes on in passes as it began, wherever it is now
-            chosen = resumption.marker.get("tokens_per_pass")
         facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}
         trainer = build_trainer(
             recipe, args, model, tokenizer, data, run, this.stop, facts, tokens_per_pass=chosen
@@ -137,10 +141,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         say_once(f"run {run.path}")
         for line in start_up_lines(trainer, launch_line):
             say_once(line)
-        if (fused := trainer.fused_lora) is not None:
-            on_main_rank(lambda: run.write_state("running", lora_implementation=fused.line()))
-        if (cap := trainer.max_tokens) is not None:
-            on_main_rank(lambda: run.write_state("running", tokens_per_pass=cap))
+        if chosen_here := settled(trainer):
+            on_main_rank(lambda: run.write_state("running", **chosen_here))
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.

@@ -269,6 +269,16 @@ def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | N
 # ---- What a training says before its first step ----
 
 
+def settled(trainer: RecipeTrainer) -> dict[str, Any]:
+    """Return what run.json keeps of the choices that only the trainer makes."""
+    fused = trainer.fused_lora
+    facts = {
+        "lora_implementation": None if fused is None else fused.line(),
+        "tokens_per_pass": trainer.max_tokens,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return the batch arithmetic, what is trained, and what is really active.
 
