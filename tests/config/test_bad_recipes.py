@@ -302,6 +302,11 @@ def test_a_folder_given_as_a_recipe_is_refused(write, capsys, tmp_path):
     refused(capsys, "empty: holds no YAML file", [], "check", "empty")
 
 
+def test_a_value_given_to_check_is_told_where_values_go(write, capsys):
+    value, hint = "train.seed=2", ["recipes show RECIPE 'train.seed=2'"]
+    refused(capsys, f"'{value}' is a value, and recipes check reads files", hint, "check", value)
+
+
 def test_an_unreadable_file_is_one_line(write, capsys, monkeypatch):
     path = write(GOOD)
 

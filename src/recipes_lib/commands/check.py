@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +32,7 @@ from recipes_lib.eval_recipe import load_eval
 from recipes_lib.study.leaks import leaks_of_study
 from recipes_lib.suites.questions import local_questions
 
+_OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
 
 
@@ -119,6 +121,9 @@ def _files(path: Path) -> Iterable[Path]:
         RecipeError: there is nothing at the path.
     """
     if not path.is_dir():
+        if _OVERRIDE.match(str(path)) and not path.exists():
+            what = f"'{path}' is a value, and recipes check reads files"
+            raise RecipeError(what, f"try it out: recipes show RECIPE '{path}'")
         path = recipe_path(path)
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path, str(path))
