@@ -46,6 +46,11 @@ def imports_are_not_searched_for_garbage() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Let go of what was frozen: Triton reports what the end of a process leaves."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder with the real data sets; tests that need it skip where it is absent."""

@@ -178,9 +178,10 @@ def test_prepare_writes_the_folder_of_plain_sbatch_and_local_runs(
 
 @pytest.mark.parametrize("what", ["quickstart/lora-r8", "recipes/studies/quickstart.yaml"])
 def test_code_that_the_launch_allowed_is_allowed_to_every_stage_that_loads_the_model(
-    what: str, monkeypatch, capsys
+    what: str, monkeypatch, tmp_path: Path, capsys
 ) -> None:
     monkeypatch.chdir(PROJECT)
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     assert (
         cli.main(
             [

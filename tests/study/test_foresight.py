@@ -56,8 +56,12 @@ def test_the_plan_names_size_level_difference_assumption_and_what_finds_half(
     "name", ["lora-rank", "lora-rank-tuned", "learning-rate", "distributed-strategy", "quickstart"]
 )
 def test_the_comment_of_a_shipped_study_states_what_its_plan_finds(
-    name: str, capsys: pytest.CaptureFixture[str]
+    name: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))  # not what was trained here before
     study = load_study(name)
     assert main(["study", "plan", name]) == 0
     found = re.findall(r"finds ([\d.]+ points) ", capsys.readouterr().out)
