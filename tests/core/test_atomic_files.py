@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import stat
 import sys
 from collections.abc import Callable
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.core.atomic_files import publish, write_json
+from recipes_lib.core.atomic_files import publish, write_json, write_text
+from recipes_lib.core.run_lock import run_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -164,3 +166,19 @@ def test_a_group_that_may_write_can(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "one.json").stat().st_mode) == 0o664
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*state\.json"):
+            write_text(tmp_path / "state.json", "more than ten bytes")
+        with (
+            pytest.raises(OSError, match=r"File too large.*lock\.json"),
+            run_lock(tmp_path),
+        ):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]

@@ -51,7 +51,7 @@ def stored(runs: Path) -> dict[str, Row]:
     [
         (12, "generations.jsonl: an answer could not be stored"),
         (40, "judgments.jsonl: a judgment could not be stored"),
-        (88, "disk full"),  # while the files for reading are written
+        (88, "disk full: No space left on device (/"),  # while the files for reading are written
     ],
 )
 def test_what_was_written_stays_and_the_same_command_asks_the_rest(

@@ -13,8 +13,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open(
-            "xb"
-        ) as stream:  # created as any file is, so that the user's umask decides who may read it
+        with (
+            named_in_errors(path),
+            # created as any file is, so that the user's umask decides who may read it
+            temporary.open("xb") as stream,
+        ):
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -41,6 +44,16 @@ def write_bytes(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+@contextmanager
+def named_in_errors(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that does not say which it is: a write that fails does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_text(path: Path, text: str) -> None:

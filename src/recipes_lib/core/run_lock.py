@@ -24,6 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.atomic_files import named_in_errors
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
 from recipes_lib.core.faults import is_disk_full
 from recipes_lib.core.json_files import object_or_none
@@ -198,9 +199,10 @@ class _Holder:
         self._beats += 1
         temporary = self.note.with_name(f".{self.note.name}.{self.token}")
         try:
-            temporary.write_text(
-                json.dumps({**self._facts, "beats": self._beats}), encoding="utf-8"
-            )
+            with named_in_errors(self.note):
+                temporary.write_text(
+                    json.dumps({**self._facts, "beats": self._beats}), encoding="utf-8"
+                )
             temporary.replace(self.note)
         except OSError:
             temporary.unlink(missing_ok=True)
