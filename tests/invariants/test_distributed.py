@@ -166,7 +166,11 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [[], [NF4, "train.bf16=true"]], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "method",
+    [[], [NF4, "train.bf16=true"], ["model.lora_implementation=fused"]],
+    ids=["lora", "qlora", "fused"],
+)
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(
     launcher, config: str, method: list[str], request: pytest.FixtureRequest
