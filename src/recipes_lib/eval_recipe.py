@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.lm_eval import code_in, unknown_tasks
 from recipes_lib.config.loader import Document
 from recipes_lib.config.schema import file_schema, sections_schema
@@ -203,7 +204,7 @@ class MetricsSection:
     )
 
 
-def judge_schema() -> dict[str, Any]:
+def judge_schema() -> JsonSchema:
     """Return the schema of a judge file."""
     properties = sections_schema({"judge": JudgeSection, "thresholds": Thresholds})
     properties["judge"]["required"] = ["model"]

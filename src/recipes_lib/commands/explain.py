@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-from typing import Any
 
 from recipes_lib.config.constraints import NOT_IN_RECIPES
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.sections import TRAIN_DEFAULTS
 from recipes_lib.config.suggestions import did_you_mean
@@ -94,7 +94,7 @@ def _list(prefix: str, keys: list[str]) -> None:
         say(f"  {key:<{width}}  {short}".rstrip())
 
 
-def _explain(key: str, schema: dict[str, Any]) -> None:
+def _explain(key: str, schema: JsonSchema) -> None:
     """Print one key in full."""
     section, _, name = key.partition(".")
     choices = schema.get("enum", [])

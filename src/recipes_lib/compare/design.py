@@ -20,6 +20,7 @@ from recipes_lib.compare.aims import Aims, Margin, full_name, known_metrics
 from recipes_lib.compare.published import load_published
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.check import check_upstream
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.loader import COMMAND_LINE, Document, Origin, load_document
@@ -191,11 +192,15 @@ class StudySection(LaunchKeys):
     )
 
 
-def study_schema() -> Mapping[str, Any]:
+def study_schema() -> JsonSchema:
     """Return the schema of a study file; an arm is a path or a mapping."""
     keys = fields_of(StudySection)
-    arm = {"type": "object", "additionalProperties": False, "properties": fields_of(ArmSection)}
-    arms = {
+    arm: JsonSchema = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": fields_of(ArmSection),
+    }
+    arms: JsonSchema = {
         "type": "object",
         "description": "Name -> arm. A bare path is short for {recipe: path}.",
         "minProperties": 1,

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.loader import Document
 from recipes_lib.config.schema import file_schema
 from recipes_lib.config.suggestions import did_you_mean
@@ -25,7 +26,6 @@ from recipes_lib.core.errors import RecipeError
 if TYPE_CHECKING:
     from jsonschema import ValidationError
 
-Schema = Mapping[str, Any]
 _ROWS = re.compile(r"/(tokens|text)-[0-9a-f]{8}/")
 _BESIDE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9.,_-]+){1,2}\Z")
 
@@ -229,24 +229,29 @@ def _numbers(document: Document) -> Iterator[PublishedNumber]:
                 )
 
 
-def _of(kind: str, description: str, **words: object) -> Schema:
+def _of(kind: str, description: str, /, **words: Unpack[JsonSchema]) -> JsonSchema:
     return {"type": kind, **words, "description": description}
 
 
-def _keys(description: str, required: list[str], **properties: Schema) -> Schema:
+def _keys(description: str, required: list[str], **properties: JsonSchema) -> JsonSchema:
     """A mapping of these keys and no others."""
-    others = {"additionalProperties": False, "required": required, "properties": properties}
-    return {"type": "object", "description": description, **others}
+    return {
+        "type": "object",
+        "description": description,
+        "additionalProperties": False,
+        "required": required,
+        "properties": properties,
+    }
 
 
-def _names(values: Schema, description: str) -> Schema:
+def _names(values: JsonSchema, description: str) -> JsonSchema:
     """A mapping of names to values, at least one."""
     return _of("object", description, minProperties=1, additionalProperties=values)
 
 
-def published_schema() -> Schema:
+def published_schema() -> JsonSchema:
     """Return the schema; a bare number in a table is short for `{value: number}`."""
-    text = {"type": "string"}
+    text: JsonSchema = {"type": "string"}
     factor = "Our metric's value is this times the published one. Absent: 1."
     beside = "Our metric it stands beside: EVAL/METRIC, or EVAL/TASK/METRIC for lm-eval."
     protocol = "How it was measured, a note each: shown as flags beside the numbers."
@@ -255,7 +260,8 @@ def published_schema() -> Schema:
         " are confounded."
     )
     arms = "Rows by arm, as studies call the arm: short name of the metric -> number."
-    interval, number = "[low, high], where one was published.", {"type": "number"}
+    interval = "[low, high], where one was published."
+    number: JsonSchema = {"type": "number"}
     entry = _keys(
         "One published number.",
         ["value"],
@@ -274,8 +280,8 @@ def published_schema() -> Schema:
         n=_of("integer", "Items behind each number, where they are not the table's n.", minimum=1),
         note=_of("string", "How the metric differs from ours."),
     )
-    named_texts = {"type": "object", "additionalProperties": text}
-    row = {"type": "object", "additionalProperties": {"anyOf": [number, entry]}}
+    named_texts: JsonSchema = {"type": "object", "additionalProperties": text}
+    row: JsonSchema = {"type": "object", "additionalProperties": {"anyOf": [number, entry]}}
     table = _keys(
         "One table of the publication.",
         ["title", "metrics", "arms"],

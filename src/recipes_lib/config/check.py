@@ -15,6 +15,7 @@ from typing import Any
 from recipes_lib.config.accelerate_config import AccelerateConfig
 from recipes_lib.config.combinations import check_combinations, check_here
 from recipes_lib.config.constraints import NOT_IN_RECIPES
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.loader import Document
@@ -88,7 +89,7 @@ class RecipeRules(KindRules):
         for problem in validator_of(schema).iter_errors(value) if schema else ():
             yield from translate(self, document, problem, path)
 
-    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+    def missing(self, document: Document, path: KeyPath, schema: JsonSchema) -> RecipeError:
         """Return the error for a required key that nobody wrote."""
         needs = {"model": "model.name_or_path", "data": "data.source"}
         key = needs.get(str(path[-1]), dotted(path))

@@ -8,14 +8,14 @@ schema refuses them here, before anything is downloaded. Read by `schema` (gener
 
 from __future__ import annotations
 
-from typing import Any
+from recipes_lib.config.json_schema import JsonSchema
 
-_AT_LEAST_1 = {"minimum": 1}
-_NOT_NEGATIVE = {"minimum": 0}
-_POSITIVE = {"exclusiveMinimum": 0}
-_PROBABILITY = {"minimum": 0, "exclusiveMaximum": 1}
-_DTYPES = {"enum": ["float32", "bfloat16", "float16"]}
-_CHECKPOINTING = {
+_AT_LEAST_1: JsonSchema = {"minimum": 1}
+_NOT_NEGATIVE: JsonSchema = {"minimum": 0}
+_POSITIVE: JsonSchema = {"exclusiveMinimum": 0}
+_PROBABILITY: JsonSchema = {"minimum": 0, "exclusiveMaximum": 1}
+_DTYPES: JsonSchema = {"enum": ["float32", "bfloat16", "float16"]}
+_CHECKPOINTING: JsonSchema = {
     "type": ["object", "null"],
     "additionalProperties": False,
     "properties": {
@@ -37,7 +37,7 @@ NOT_FUSED = {
 }
 _FLASH = "flash_attention_2 flash_attention_3 flash_attention_4"
 _KERNELS = f"sdpa eager {VARLEN} {_FLASH} flex_attention"
-_ATTENTION = {
+_ATTENTION: JsonSchema = {
     "anyOf": [
         {"enum": _KERNELS.split()},
         {
@@ -52,12 +52,12 @@ _COLUMN_NAMES = (
     "id instruction context response category prompt completion text messages system tools"
     " chat_template_kwargs"
 )
-_COLUMNS = {
+_COLUMNS: JsonSchema = {
     "type": "object",
     "additionalProperties": False,
     "properties": {name: {"type": "string"} for name in _COLUMN_NAMES.split()},
 }
-_MIXTURE_PART = {
+_MIXTURE_PART: JsonSchema = {
     "type": "object",
     "additionalProperties": False,
     "required": ["source"],
@@ -83,7 +83,7 @@ _AMOUNTS_OR_0 = """
 _STARTS = "gaussian eva olora pissa corda loftq orthogonal mica"
 
 # section -> key -> JSON Schema words that are added to what upstream's annotation says (they win).
-TIGHTENINGS: dict[str, dict[str, dict[str, Any]]] = {
+TIGHTENINGS: dict[str, dict[str, JsonSchema]] = {
     "model": {"attn_implementation": _ATTENTION},
     "train": {
         **dict.fromkeys(_COUNTS.split(), _AT_LEAST_1),

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config.json_schema import JsonSchema, types_of
 from recipes_lib.config.kinds import KINDS, kind_named
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.suggestions import did_you_mean
@@ -68,7 +69,7 @@ class KindRules:
         """Yield what is wrong inside the value of an unknown key whose meaning can be guessed."""
         yield from ()
 
-    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+    def missing(self, document: Document, path: KeyPath, schema: JsonSchema) -> RecipeError:
         """Return the error for a required key that nobody wrote; `schema` is that of the mapping it
         should stand in.
         """
@@ -181,7 +182,7 @@ def _validator(kind: str) -> Draft202012Validator:
     return validators.extend(Draft202012Validator, type_checker=checker)(schema)
 
 
-def validator_of(schema: dict[str, Any]) -> Draft202012Validator:
+def validator_of(schema: JsonSchema) -> Draft202012Validator:
     """Return the validator of a part of the recipe's schema."""
     return _validator("base").evolve(schema=schema)
 
@@ -249,19 +250,18 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
     return document.error(path, f"{name} must be {describe(schema)}, got {shown(value)}", *hints)
 
 
-def _is_quoted_number(text: str, schema: dict[str, Any]) -> bool:
+def _is_quoted_number(text: str, schema: JsonSchema) -> bool:
     """Whether a number is wanted and the text is one."""
-    types = schema.get("type", [])
-    wanted = {"number", "integer"}.isdisjoint([types] if isinstance(types, str) else types)
+    no_number = {"number", "integer"}.isdisjoint(types_of(schema))
     try:
-        return (not wanted and math.isfinite(float(text))) or any(
+        return (not no_number and math.isfinite(float(text))) or any(
             _is_quoted_number(text, part) for part in schema.get("anyOf", ())
         )
     except ValueError:
         return False
 
 
-def describe(schema: dict[str, Any]) -> str:
+def describe(schema: JsonSchema) -> str:
     """Return what a value must be, in words.
 
     Example:
@@ -280,13 +280,13 @@ def describe(schema: dict[str, Any]) -> str:
             return f"one of {len(choices)} choices"
         names = ", ".join(shown(choice).strip("'") for choice in choices)
         return f"one of {names}" if len(choices) > 1 else names
-    types = schema.get("type", [])
-    types = [types] if isinstance(types, str) else types
     bounds = " and ".join(
-        f"{sign} {schema[word]}" for word, sign in _BOUNDS.items() if word in schema
+        f"{sign} {value}"
+        for word, sign in _BOUNDS.items()
+        if (value := schema.get(word)) is not None
     )
     words = []
-    for name in types:
+    for name in types_of(schema):
         word, items = _TYPES[name], schema.get("items")
         if name == "array" and isinstance(items, dict) and items.get("type") == "string":
             word = "a list of names"
@@ -308,7 +308,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _choices(schema: dict[str, Any]) -> list[Any]:
+def _choices(schema: JsonSchema) -> list[Any]:
     """Return all values an enumeration offers, those of its alternatives included."""
     inner = [choice for part in schema.get("anyOf", []) for choice in _choices(part)]
     return [*schema.get("enum", []), *schema.get("items", {}).get("enum", []), *inner]

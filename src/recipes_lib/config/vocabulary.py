@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.suggestions import near_names
 from recipes_lib.core.errors import RecipeError
@@ -16,7 +16,7 @@ from recipes_lib.core.project import project_root
 
 
 @lru_cache(maxsize=4)
-def load_schema(kind: str = "recipe") -> dict[str, Any]:
+def load_schema(kind: str = "recipe") -> JsonSchema:
     """Return the committed JSON Schema of a kind of file: recipe, eval or judge.
 
     Raises:
@@ -29,16 +29,17 @@ def load_schema(kind: str = "recipe") -> dict[str, Any]:
         raise RecipeError(f"{path} is missing", "write it with: make schema") from None
 
 
-def subschema(*keys: str) -> dict[str, Any] | None:
+def subschema(*keys: str) -> JsonSchema | None:
     """Return the schema of a key such as `subschema("train", "learning_rate")`, or None if there is
     no such key.
 
     Keys of eval recipes follow `eval`, as in `subschema("eval", "generation", "temperature")`.
     """
     if keys[:1] == ("eval",):
-        keys, schema = keys[1:], load_schema("eval")
+        keys, found = keys[1:], load_schema("eval")
     else:
-        schema = load_schema()["$defs"]["document"]
+        found = load_schema()["$defs"]["document"]
+    schema: JsonSchema | None = found
     for key in keys:
         schema = (schema or {}).get("properties", {}).get(key)
     return schema

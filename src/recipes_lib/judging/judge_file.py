@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.loader import Document
 from recipes_lib.config.sections import key
 from recipes_lib.config.suggestions import did_you_mean
@@ -213,7 +214,7 @@ class JudgeRules(KindRules):
         hints = did_you_mean(str(path[-1]), known, f"{path[0]}.") or [f"keys: {', '.join(known)}"]
         return document.error(path, f"unknown key '{dotted(path)}'", *hints)
 
-    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+    def missing(self, document: Document, path: KeyPath, schema: JsonSchema) -> RecipeError:
         """Return the error for the one key that every judge needs."""
         return document.error(path, "judge.model is required")
 

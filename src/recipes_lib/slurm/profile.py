@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.loader import Document
 from recipes_lib.config.schema import fields_of, file_schema
 from recipes_lib.config.sections import key
@@ -134,12 +135,12 @@ class Profile:
         return value.get(stage) if key in _PER_STAGE and isinstance(value, dict) else value
 
 
-def profile_schema() -> dict[str, Any]:
+def profile_schema() -> JsonSchema:
     """Return the JSON Schema of a profile."""
     properties = fields_of(Profile)
-    value = {"type": ["string", "null"]}
+    value: JsonSchema = {"type": ["string", "null"]}
     for name in _PER_STAGE:
-        stages = {"type": "object", "additionalProperties": False}
+        stages: JsonSchema = {"type": "object", "additionalProperties": False}
         properties[name] = {
             "description": properties[name]["description"],
             "anyOf": [value, {**stages, "properties": dict.fromkeys(STAGES, value)}],
@@ -277,9 +278,9 @@ class ProfileRules(KindRules):
             f"keys of {above or 'a profile'}: {', '.join(known)}",
         )
 
-    def missing(self, document: Document, path: KeyPath, schema: dict[str, Any]) -> RecipeError:
+    def missing(self, document: Document, path: KeyPath, schema: JsonSchema) -> RecipeError:
         """Return the error for a key that nobody wrote, with what it is."""
-        help = schema["properties"][path[-1]]["description"]
+        help = schema["properties"][str(path[-1])]["description"]
         first = help[0] if help[1].isupper() else help[0].lower()
         return document.error(path, f"{path[-1]} is missing: {first}{help[1:]}")
 

@@ -18,6 +18,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, fields_of, object_schema
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import EvalLog, Measure, Sample
@@ -37,7 +38,7 @@ class Checks(Asker):
     """The checks of one eval recipe's rows, for its targets."""
 
     HELP = "answers checked by rules: exact, contains, regex, number, json, choice, length."
-    NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
+    NUMBERS: ClassVar[dict[str, JsonSchema]] = {
         "pass_rate": _RATE,
         "by_category": {"type": "object", "additionalProperties": _RATE},
     }

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.lm_eval import (
     ALLOW,
     PROTOCOL,
@@ -86,7 +87,7 @@ class Harness(Asker):
     """
 
     HELP = "tasks of the harness."
-    NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
+    NUMBERS: ClassVar[dict[str, JsonSchema]] = {
         "tasks": {
             "type": "array",
             "items": object_schema(_COLUMNS, [name for name in _COLUMNS if name != "parts"]),

@@ -24,6 +24,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.schema import NUMBER
 from recipes_lib.config.sections import SplitSection
@@ -51,7 +52,7 @@ class HeldoutLoss(Asker):
     """The held-out loss of the targets of one eval recipe."""
 
     HELP = "the loss per token on rows that no training saw."
-    NUMBERS: ClassVar[dict[str, dict[str, Any]]] = {
+    NUMBERS: ClassVar[dict[str, JsonSchema]] = {
         "loss": {"$ref": "#/$defs/interval"},
         "perplexity": {"type": "number"},
         "bits_per_byte": NUMBER,

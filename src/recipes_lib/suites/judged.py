@@ -16,6 +16,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -59,8 +60,8 @@ from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 
 _BASE = "base"
-_PERCENT = {**NUMBER, "minimum": 0, "maximum": 100}
-JUDGED_NUMBERS: dict[str, dict[str, Any]] = {  # key of a result -> its schema
+_PERCENT: JsonSchema = {**NUMBER, "minimum": 0, "maximum": 100}
+JUDGED_NUMBERS: dict[str, JsonSchema] = {  # key of a result -> its schema
     "n": COUNT,
     "judge": {},
     "audit": {},

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_files import mt_bench_measures, mt_bench_samples, write_lines
@@ -54,7 +55,7 @@ _GRADE = object_schema(
         "doubled_2_10": NUMBER,
     }
 )
-_GRADES = {"type": "object", "additionalProperties": _GRADE}
+_GRADES: JsonSchema = {"type": "object", "additionalProperties": _GRADE}
 _COLOURS = ("#4477aa", "#cc6677", "#ddaa33", "#228833")
 
 

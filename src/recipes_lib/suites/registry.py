@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import fields_of, file_schema, object_schema, sections_schema
 from recipes_lib.core.terminal import say
 from recipes_lib.eval_log import EvalLog, ImportedFile, Measure, Sample
@@ -102,7 +103,7 @@ _JUDGE_FILE_HELP = (
 )
 
 
-def eval_schema() -> dict[str, Any]:
+def eval_schema() -> JsonSchema:
     """Return the schema of an eval recipe; its section judge has the keys of a judge file, and
     `file`.
     """
@@ -125,7 +126,7 @@ def eval_schema() -> dict[str, Any]:
     return file_schema("eval", "An eval recipe", properties=properties, required=["suite"])
 
 
-def eval_result_schema() -> dict[str, Any]:
+def eval_result_schema() -> JsonSchema:
     """Return the schema of result.json and of a line of items.jsonl, from the dataclasses of the
     log and the numbers that each suite names.
     """
@@ -146,8 +147,11 @@ def eval_result_schema() -> dict[str, Any]:
         },
     }
     always = ["format_version", "suite", "eval", "target", "against", "subset", "banners"]
-    place = {"description": "Where this result is kept; only in what is printed.", "type": "string"}
-    result = {
+    place: JsonSchema = {
+        "description": "Where this result is kept; only in what is printed.",
+        "type": "string",
+    }
+    result: JsonSchema = {
         "type": "object",
         "required": [*always, "answers", "recipe", "written", "command", "libraries", "measures"],
         "properties": {**header, "file": place},
@@ -159,7 +163,7 @@ def eval_result_schema() -> dict[str, Any]:
             for name, suite in SUITES.items()
         ],
     }
-    imported = {
+    imported: JsonSchema = {
         "description": "An evaluation that `recipes import` made of another program's files.",
         "type": "object",
         "required": [*always, "imported", "flags", "lacks", "answers"],
@@ -183,14 +187,15 @@ def eval_result_schema() -> dict[str, Any]:
     names = {"id": "question_id", "input": "instruction", "opponent": "opponent_answer"}
     sample = {names.get(name, name): schema for name, schema in sample.items()}
     texts = ("instruction", "answer", "opponent_answer", "metric", "task")
-    sample |= {name: {"type": "string"} for name in texts}
+    sample |= dict.fromkeys(texts, JsonSchema(type="string"))
     shares = ("win_rate", "score", "swap_consistency", "first_position")
-    of_interval = {"$ref": "#/$defs/interval"}
+    of_interval: JsonSchema = {"$ref": "#/$defs/interval"}
     pairs = fields_of(PairSummary) | dict.fromkeys(shares, of_interval)
     pairs["score_bounds"] = {"type": "object", "additionalProperties": of_interval}
     schema = file_schema("eval_result", "recipes eval --json, and result.json of an evaluation")
     del schema["type"], schema["additionalProperties"]
-    return schema | {
+    return {
+        **schema,
         "description": (
             "One result for one target; for several targets, their results in the order of the"
             " command line. items.jsonl beside it has a `sample` a line."
