@@ -11,10 +11,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from recipes_lib.core.json_files import Row
 from recipes_lib.data.leaks import Leak, Leaks
+from recipes_lib.statistics.intervals import StoredBounds, StoredInterval
 
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -330,22 +331,87 @@ class Check(TypedDict):
     result: str
 
 
+class ProbeResult(TypedDict):
+    """What a judge said about one kind of probe; `split` is of identical pairs."""
+
+    verdicts: int
+    not_ok: int
+    share: StoredInterval
+    split: NotRequired[StoredInterval]
+
+
+class StoredContradictions(TypedDict):
+    """`judging.contradictions.Contradictions` as a scorecard holds them."""
+
+    n: int
+    decidable: int
+    count: int
+    for_first: int
+    rate: float | None
+    interval: StoredInterval
+    direction: str | None
+
+
+class Agreement(TypedDict):
+    """How far a judge agrees with people's labels."""
+
+    n: int
+    unresolved: int
+    outcome_accuracy: StoredInterval
+    outcome_accuracy_bounds: StoredBounds
+    kappa: StoredInterval
+    verdict_accuracy: StoredInterval
+    above_chance: bool | None
+
+
+class LabelledPairs(TypedDict):
+    """The pairs with human labels that a judge was audited on: `pairs` of all that the files
+    have.
+    """
+
+    files: list[str]
+    pairs: int
+    of: int
+    subset: str | None
+
+
+class OtherMode(TypedDict):
+    """How often a judge says the same in its other verdict mode."""
+
+    other: str
+    asked: int
+    agreement: StoredInterval
+
+
 class Scorecard(TypedDict, total=False):
-    """A judge's scorecard as `judging.audit` makes it (schema/judge_audit.schema.json)."""
+    """A judge's scorecard as `judging.audit` makes it (schema/judge_audit.schema.json); a result
+    that was imported, or is of an earlier release, may lack a key. `labels` to `modes` are of an
+    audit on labelled pairs.
+    """
 
     judge: str | None
+    judgments: int
     asked: int
+    by_rule: int
     statuses: dict[str, int]
-    unparsed: dict[str, Any]
+    unparsed: StoredInterval
+    reasked: int
+    marker_in_answer: int
+    cut: int
     mean_mass: float | None
-    swap_consistency: dict[str, Any]
-    first_position: dict[str, Any]
-    length: dict[str, Any]
-    contradictions: dict[str, Any]
-    probes: dict[str, Any]
-    human: dict[str, Any] | None
+    swap_consistency: StoredInterval
+    first_position: StoredInterval
+    length: dict[str, StoredInterval]
+    contradictions: StoredContradictions
+    probes: dict[str, ProbeResult]
+    probes_from: str
+    human: Agreement | None
     checks: list[Check]
     banner: str | None
+    labels: LabelledPairs
+    judge_facts: Mapping[str, Any]
+    folder: str
+    modes: OtherMode | None
 
 
 @dataclass(frozen=True, kw_only=True)

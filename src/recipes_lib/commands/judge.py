@@ -10,14 +10,17 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes_lib.core import atomic_files
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError
-from recipes_lib.core.json_files import Row
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.store import stored_rows
+
+if TYPE_CHECKING:
+    from recipes_lib.eval_log import Scorecard
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +93,7 @@ def _audit(args: argparse.Namespace) -> int:
     return int(ExitCode.DONE)
 
 
-def _stored_card(args: argparse.Namespace) -> Row:
+def _stored_card(args: argparse.Namespace) -> Scorecard:
     """The scorecard of stored judgments."""
     from recipes_lib.judging.audit import audit, scorecard_markdown
     from recipes_lib.judging.human_labels import load_labels
@@ -127,7 +130,7 @@ def _stored_card(args: argparse.Namespace) -> Row:
     return card
 
 
-def _asked_card(args: argparse.Namespace) -> Row:
+def _asked_card(args: argparse.Namespace) -> Scorecard:
     """The scorecard of a judge on labelled pairs."""
     from recipes_lib.suites.judge_audit import audit_on_labels
 

@@ -20,18 +20,19 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import Row, object_or_none
-from recipes_lib.eval_log import Sample
+from recipes_lib.core.json_files import object_or_none
+from recipes_lib.eval_log import Agreement, Check, ProbeResult, Sample, Scorecard
 from recipes_lib.judging.contradictions import find_contradictions
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, make_request
 from recipes_lib.judging.judge_file import Thresholds
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.statistics.intervals import (
+    StoredInterval,
     accuracy,
     cohens_kappa,
     mean_interval,
@@ -87,7 +88,7 @@ def probe_requests(
                 yield make_request(pair, order, asked, fingerprint)
 
 
-def probe_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, Row]:
+def probe_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, ProbeResult]:
     """Return each probe's result from stored rows; a probe without rows is left out, a verdict that
     is not ok is counted.
 
@@ -102,7 +103,7 @@ def probe_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, Row]:
             said = row["value"] if row["status"] == "ok" else None
             verdicts[probe][str(row["meta"]["of"]), row["order"]] = said
     base = verdicts.get("swapped", {})
-    results: dict[str, Row] = {}
+    results: dict[str, ProbeResult] = {}
     for probe in PROBES:
         given = verdicts.get(probe)
         if not given:
@@ -140,7 +141,7 @@ def audit(
     labels: Mapping[str, str] | None = None,
     weak: str | None = None,
     results: Path | None = None,
-) -> Row:
+) -> Scorecard:
     """Return a judge's scorecard.
 
     Args:
@@ -179,7 +180,7 @@ def audit(
         for one in outcomes
         if one.outcome in ("win", "loss") and len(set(lengths.get(one.id, ()))) == 2
     ]
-    card: Row = {
+    card: Scorecard = {
         "judge": next(iter(judges), None),
         "judgments": len(plain),
         "asked": len(asked),
@@ -190,10 +191,10 @@ def audit(
         "marker_in_answer": sum(bool(row["marker_in_answer"]) for row in plain),
         "cut": sum(bool(row["cut"]) for row in plain),
         "mean_mass": sum(masses) / len(masses) if masses else None,
-        "swap_consistency": asdict(summary.swap_consistency),
-        "first_position": asdict(summary.first_position),
+        "swap_consistency": summary.swap_consistency.to_dict(),
+        "first_position": summary.first_position.to_dict(),
         "length": {"longer_wins": wilson(sum(longer), len(longer)).to_dict()},
-        "contradictions": asdict(find_contradictions(texts)),
+        "contradictions": find_contradictions(texts).to_dict(),
         "probes": probe_results(rows),
         "human": agreement(outcomes, labels) if labels else None,
     }
@@ -209,9 +210,9 @@ def audit(
     return card
 
 
-def _checks(card: Mapping[str, Any], limits: Thresholds) -> list[Row]:
+def _checks(card: Scorecard, limits: Thresholds) -> list[Check]:
     """Every threshold with its value and "pass", "fail" or "not measured"."""
-    checks: list[Row] = []
+    checks: list[Check] = []
 
     def check(name: str, value: float | None, needs: str, passed: bool | None) -> None:
         result = {True: "pass", False: "fail", None: "not measured"}[passed]
@@ -223,7 +224,7 @@ def _checks(card: Mapping[str, Any], limits: Thresholds) -> list[Row]:
     def at_most(name: str, value: float | None, limit: float) -> None:
         check(name, value, f"<= {limit:g}", None if value is None else value <= limit)
 
-    def probe(name: str, what: str = "share") -> float | None:
+    def probe(name: str, what: Literal["share", "split"] = "share") -> float | None:
         found = card["probes"].get(name)
         return found[what]["estimate"] if found else None
 
@@ -246,7 +247,7 @@ def _checks(card: Mapping[str, Any], limits: Thresholds) -> list[Row]:
     return checks
 
 
-def failures(card: Mapping[str, Any]) -> list[str]:
+def failures(card: Scorecard) -> list[str]:
     """Return the checks that a scorecard's judge failed, each with its value and what it needs."""
     return [
         f"{check['check']} {check['value']:.2f} (needs {check['needs']})"
@@ -267,7 +268,7 @@ def self_judged(judge_model: str, candidates: Sequence[str]) -> str | None:
     return f"{same[0]} judges its own answers: expect self-preference" if same else None
 
 
-def _shown(interval: Mapping[str, Any] | None) -> str:
+def _shown(interval: StoredInterval | None) -> str:
     """An interval as text: estimate, limits and n."""
     if interval is None:
         return "not measured"
@@ -277,7 +278,7 @@ def _shown(interval: Mapping[str, Any] | None) -> str:
     return f"{interval['estimate']:.3f}{limits} (n {interval['n']})"
 
 
-def scorecard_markdown(card: Mapping[str, Any]) -> str:
+def scorecard_markdown(card: Scorecard) -> str:
     """Return the scorecard as Markdown."""
     lines = ["# Judge audit", ""]
     if card["banner"]:
@@ -291,12 +292,12 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
         ]
     statuses = ", ".join(f"{name} {count}" for name, count in card["statuses"].items()) or "none"
     asked = f"{card['asked']} asked ({statuses})"
-    told = card.get("probes_from")
+    source = card.get("probes_from")
     marked = f"{card['marker_in_answer']} with text addressed to the judge"
     lines += [
         f"{card['judgments']} judgments, {asked}, {card['by_rule']} decided by rule,",
         f"{card['reasked']} asked again, {marked}, {card['cut']} cut to fit.",
-        *([f"probes: asked with another target, as {told} has them"] if told else []),
+        *([f"probes: asked with another target, as {source} has them"] if source else []),
         "",
         "| check | value | needs | result |",
         "|---|---|---|---|",
@@ -314,7 +315,8 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
         "against its own words": _shown(against["interval"]) + favour,
     }
     for probe in _SHOWN_ORDER:
-        measured[PROBES[probe]] = _shown(card["probes"].get(probe, {}).get("share"))
+        told = card["probes"].get(probe)
+        measured[PROBES[probe]] = _shown(told["share"] if told else None)
     if card["mean_mass"] is not None:
         measured["probability mass on allowed verdicts"] = f"{card['mean_mass']:.3f}"
     other = f"; {modes['asked']} asked in mode {modes['other']}" if modes else ""
@@ -334,7 +336,7 @@ def scorecard_markdown(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Row:
+def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Agreement:
     """Return how far a judge's outcomes agree with labels.
 
     `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` takes chance off.

@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import cast
 
+from recipes_lib.eval_log import StoredContradictions
 from recipes_lib.statistics.intervals import Interval, wilson
 
 _R = r"(?:response|assistant|answer)\s+([ab])(?:['’]s\b[^.;]{0,60}?)?"
@@ -80,6 +82,10 @@ class Contradictions:
     rate: float | None
     interval: Interval
     direction: str | None
+
+    def to_dict(self) -> StoredContradictions:
+        """Return the fields as a JSON-ready dictionary."""
+        return cast(StoredContradictions, asdict(self))
 
 
 def stated_winner(text: str) -> str | None:

@@ -11,17 +11,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from recipes_lib.core.json_files import Row
 from recipes_lib.eval_log import ORDERS, SCORE, Sample
 from recipes_lib.statistics.intervals import (
     Interval,
     RateBounds,
+    StoredBounds,
+    StoredInterval,
     mean_interval,
     share_interval,
     wilson,
 )
+
+
+class StoredPairs(TypedDict):
+    """A `PairSummary` as a result holds it."""
+
+    n: int
+    win: int
+    loss: int
+    tie: int
+    unresolved: int
+    by_rule: int
+    statuses: dict[str, int]
+    win_rate: StoredInterval
+    score: StoredInterval
+    win_bounds: StoredBounds
+    swap_consistency: StoredInterval
+    first_position: StoredInterval
+    score_bounds: dict[str, StoredInterval]
 
 
 @dataclass(frozen=True)
@@ -47,9 +66,9 @@ class PairSummary:
     first_position: Interval
     score_bounds: dict[str, Interval]
 
-    def to_dict(self) -> Row:
+    def to_dict(self) -> StoredPairs:
         """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
+        return cast(StoredPairs, asdict(self))
 
 
 def outcome_of(verdicts: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from typing import TypedDict, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,6 +23,29 @@ MAX_BOOTSTRAP_CLUSTERS = 10_000
 STUDENTISED_BELOW = 100
 _CHUNK = 250_000  # resampled indices held in memory at once
 _FEW_KINDS = 64
+
+
+class StoredInterval(TypedDict):
+    """An `Interval` as a file holds it."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    method: str
+    level: float
+
+
+class StoredBounds(TypedDict):
+    """`RateBounds` as a file holds them."""
+
+    all_lost: float | None
+    all_won: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unresolved: int
+    level: float
 
 
 @dataclass(frozen=True)
@@ -49,9 +73,9 @@ class Interval:
         ]
         return replace(self, low=limits[0], high=limits[1])
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> StoredInterval:
         """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
+        return cast(StoredInterval, asdict(self))
 
 
 @dataclass(frozen=True)
@@ -70,9 +94,9 @@ class RateBounds:
     unresolved: int
     level: float = LEVEL
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> StoredBounds:
         """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
+        return cast(StoredBounds, asdict(self))
 
 
 def wilson(successes: int, n: int) -> Interval:

@@ -35,7 +35,7 @@ from recipes_lib.weights.finished_run import finished_run
 from recipes_lib.weights.verify import check_answers_as_trained, check_weight_files
 
 if TYPE_CHECKING:
-    from recipes_lib.eval_log import EvalLog
+    from recipes_lib.eval_log import EvalLog, Scorecard
     from recipes_lib.generation.subjects import Subject
 
 EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", *UNJUDGED)
@@ -256,7 +256,7 @@ class Evaluation:
         suite: Asker,
         answers: Sequence[Step],
         results: Sequence[Step],
-        cards: dict[str, list[dict[str, Any]]],
+        cards: dict[str, list[Scorecard]],
         counts_elsewhere: bool = True,
     ) -> None:
         """Take a judged suite with the steps it completes."""
@@ -274,9 +274,9 @@ class Evaluation:
             and (step.name in self.fresh or (step.name in self.todo and not self._blocked(step)))
         ]
 
-    def _stored_cards(self, recipe: EvalRecipe, but: str = "") -> dict[str, list[dict[str, Any]]]:
+    def _stored_cards(self, recipe: EvalRecipe, but: str = "") -> dict[str, list[Scorecard]]:
         """The scorecards of this eval's judge that fresh results of the study hold, by eval."""
-        found: dict[str, list[dict[str, Any]]] = {
+        found: dict[str, list[Scorecard]] = {
             other.name: []
             for other in self.study.evals
             if other.judge == recipe.judge and other.name != but

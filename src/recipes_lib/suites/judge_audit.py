@@ -11,10 +11,11 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.project import runs_root
+from recipes_lib.eval_log import OtherMode, Scorecard
 from recipes_lib.generation.judges import opened
 from recipes_lib.judging.audit import audit, scorecard_markdown
 from recipes_lib.judging.human_labels import pairs_by_id
@@ -34,7 +35,7 @@ def audit_on_labels(
     probe_pairs: int = 10,
     folder: Path | None = None,
     mode_pairs: int = 0,
-) -> dict[str, Any]:
+) -> Scorecard:
     """Judge labelled pairs in both orders, and return the scorecard.
 
     Args:
@@ -78,8 +79,13 @@ def audit_on_labels(
         else f"subset, {len(chosen)} of {len(pairs)} labelled pairs"
     )
     names = [_file_name(Path(path)) for path in labels]
-    card |= {"labels": {"files": names, "pairs": len(chosen), "of": len(pairs), "subset": subset}}
-    card |= {"judge_facts": facts, "folder": str(folder)}
+    card["labels"] = {
+        "files": names,
+        "pairs": len(chosen),
+        "of": len(pairs),
+        "subset": subset,
+    }
+    card["judge_facts"], card["folder"] = facts, str(folder)
     card["modes"] = _other_mode(file, items[:mode_pairs], rows, folder) if mode_pairs else None
     write_json(folder / CARD, card)
     write_text(folder / "judge_audit.md", scorecard_markdown(card))
@@ -88,7 +94,7 @@ def audit_on_labels(
 
 def _other_mode(
     file: JudgeFile, items: Sequence[Item], rows: Sequence[Row], folder: Path
-) -> dict[str, Any]:
+) -> OtherMode:
     """The share of verdicts that are the same in the other verdict mode, among those that are
     verdicts in both.
     """

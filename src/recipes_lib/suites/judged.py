@@ -193,8 +193,8 @@ class JudgedSuite(Asker, ABC):
         self.served = recipe.generation.engine == "openai"
         self.allow_format_differences = allow_format_differences
         self.wanted: set[str] | None = None
-        self.cards: dict[str, dict[str, Any]] = {}
-        self.cards_elsewhere: dict[str, list[dict[str, Any]]] = {}
+        self.cards: dict[str, Scorecard] = {}
+        self.cards_elsewhere: dict[str, list[Scorecard]] = {}
         self.counts_elsewhere = True
         self._done: dict[str, AnswerSet] = {}
 
@@ -370,7 +370,7 @@ class JudgedSuite(Asker, ABC):
         self,
         answers: AnswerSet,
         judge: OpenJudge,
-        elsewhere: Mapping[str, Sequence[dict[str, Any]]],
+        elsewhere: Mapping[str, Sequence[Scorecard]],
     ) -> EvalLog:
         """Return one target's log, its files for reading written."""
         recipe, card = self.recipe, self.cards[answers.name]
@@ -411,7 +411,7 @@ class JudgedSuite(Asker, ABC):
             answers=facts,
             opponent=theirs,
             judge=judge_facts(judge),
-            audit=cast(Scorecard, card),
+            audit=card,
             missing_references=list(self.chosen.missing_references),
             numbers=numbers | replay_numbers(numbers, card),
             measures=tuple(measures),
@@ -584,9 +584,9 @@ def judge_facts(judge: OpenJudge) -> JudgeFacts:
 def failed_elsewhere(
     answers: AnswerSet,
     judge: OpenJudge,
-    card: Mapping[str, Any],
-    targets: Mapping[str, Mapping[str, Any]],
-    evals: Mapping[str, Sequence[Mapping[str, Any]]],
+    card: Scorecard,
+    targets: Mapping[str, Scorecard],
+    evals: Mapping[str, Sequence[Scorecard]],
     eval_name: str,
 ) -> list[str]:
     """Return the line about a judge that fails no check here and failed its audit on another target
@@ -613,7 +613,7 @@ def failed_elsewhere(
     for path in sorted(runs_root().glob("judge--*/*/judge_audit.json")):
         stored = _earlier(path)
         if stored.get("judge") == judge.judge.fingerprint:
-            found[f"on labelled pairs ({path.parent.name})"] = failures(stored)
+            found[f"on labelled pairs ({path.parent.name})"] = failures(cast(Scorecard, stored))
     failed = next(((where, checks) for where, checks in found.items() if checks), None)
     return (
         [

@@ -7,14 +7,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
 from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
 from recipes_lib.compare.wording import sentence_list
 from recipes_lib.core.fingerprints import folder_fingerprint, hash_of
 from recipes_lib.core.json_files import read_object
-from recipes_lib.eval_log import JudgeFacts
+from recipes_lib.eval_log import JudgeFacts, Scorecard
 from recipes_lib.suites.alpaca_eval import own_length_controlled
 
 if TYPE_CHECKING:
@@ -78,14 +78,14 @@ def _evals(logs: Logs) -> list[str]:
     return list(dict.fromkeys(log.eval for _, log in logs))
 
 
-def _failed(card: Mapping[str, Any], whose: str, file: Path) -> Iterator[tuple[str, str]]:
+def _failed(card: Scorecard, whose: str, file: Path) -> Iterator[tuple[str, str]]:
     """Every failed check of an audit as (code, what was measured)."""
     for check in card.get("checks") or ():
         if check["result"] == "fail":
             value = "n/a" if check["value"] is None else f"{check['value']:.3f}"
-            told = card.get("contradictions") or {}
+            told = card.get("contradictions")
             detail = ""  # how many verdicts contradict, and whom that favours
-            if check["check"] == _OWN_WORDS and told.get("decidable"):
+            if check["check"] == _OWN_WORDS and told and told["decidable"]:
                 detail = f"; {told['count']} of {told['decidable']} decidable, {told['direction']}"
             yield (
                 _CHECKS.get(check["check"], "judge-failed-audit"),
@@ -120,11 +120,11 @@ def _audits_on_labels(case: Case, logs: Logs) -> Iterator[Finding]:
             yield found("judge-failed-audit/labels", lines, (), _metrics(mine), labels=labels)
 
 
-def _labelled(case: Case) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+def _labelled(case: Case) -> Iterator[tuple[Path, Scorecard]]:
     """Every scorecard of a judge on labelled pairs that lies beside the runs."""
     roots = {run.folder.parent for arm in case.arms.values() for run in arm.runs}
     for file in sorted(file for root in roots for file in root.glob("judge--*/*/judge_audit.json")):
-        card = read_object(file)
+        card = cast(Scorecard, read_object(file))
         if card.get("judge"):
             yield file, card
 
