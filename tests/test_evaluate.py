@@ -157,7 +157,7 @@ def test_human_labels_go_to_the_answers_they_are_of_and_unknown_questions_are_na
     labels = f"data.labels={path}"
     (result,) = evaluate_all([quick("alpaca_eval", labels)], ["one"])
     schema.validate(result)
-    few = f"{path} has human labels of 2 of these answers, and 20 are needed: the win rate is the"
+    few = f"{path} has human labels of answers to 2 of these questions, and 20 are needed: the win"
     assert any(line.startswith(few) for line in result["banners"])
     (log,), _ = read_evals(one)
     assert [item.human for item in log.measures[0].samples] == [1.0, 0.0, None, None]

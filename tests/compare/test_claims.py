@@ -422,6 +422,15 @@ def test_a_measured_noise_floor_that_is_exceeded_allows_a_cause_for_one_training
     assert row.verdict == "better" and "effect" not in row.sentence
 
 
+def test_trainings_that_came_to_one_and_the_same_mean_are_no_noise_floor_of_zero():
+    twice = [[rates(one)] for one in ([1.0] * 30 + [0.0] * 50, [0.0] * 50 + [1.0] * 30)]
+    measured = of(arm("r4", twice), arm("r8", [rates(BAD)]), arm("r32", [rates(GOOD)]))
+    rows = compare_arms(measured, (), study("r4", "r8", "r32")).rows
+    row = next(row for row in rows if set(row.arms) == {"r32", "r8"})
+    assert row.verdict == "better"
+    assert "no more than 0.0 points" not in row.sentence and "cannot tell" in row.sentence
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainings", "deviation"),

@@ -13,9 +13,10 @@ import pytest
 from recipes_lib.compare.claims import compare_arms, numbers_text
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.relabelling import relabelled
-from recipes_lib.compare.row import TableRow
+from recipes_lib.compare.row import TableRow, corrected_values, measures_of
 from recipes_lib.compare.table import build_rows, build_scores, corrected
 from recipes_lib.eval_log import Measure, Sample
+from recipes_lib.report.content import _seed_means
 from recipes_lib.statistics.labels import random_choice_p, rectified
 from recipes_lib.statistics.paired import Array
 from recipes_lib.study.ledger import _results_of
@@ -24,6 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import human_labels
 import study_power
+from tests.compare.test_claims import arm as trained
+from tests.compare.test_claims import study as declared
 
 
 def measures(name: str, opponent: str, judged: Array, human: Array) -> list[list[Measure]]:
@@ -87,7 +90,7 @@ def test_the_score_of_an_arm_is_the_corrected_rate_too() -> None:
 def test_too_few_labels_of_a_training_correct_nothing_and_are_said() -> None:
     alone, row = row_of(head_to_head(0)), row_of(head_to_head(19))
     assert row.tested == alone.tested
-    told = "not used: 19 of one model's answers, fewer than 20"
+    told = "not used: of 19 questions in one training, fewer than 20"
     assert row.flags == (f"19 human labels {told}",)
     assert row_of(head_to_head(19, seeds=2)).flags == (f"38 human labels {told}",)
 
@@ -115,7 +118,67 @@ def test_every_training_needs_labels_of_its_own() -> None:
     assert row.first_value == pytest.approx(rectified(judged, human).mean())
     human[1] = np.nan
     row = row_of(arms(b=[[]] * 3, a=measures("a", "b-{}", judged, human)))
-    assert row.labels == 0 and "0 of one model's answers" in row.flags[0]
+    assert row.labels == 0 and "of 0 questions in one training" in row.flags[0]
+
+
+def test_a_corrected_difference_is_not_held_against_what_the_judge_s_own_rates_differ_by() -> None:
+    def arm_of(name: str, *people: float) -> list[list[Measure]]:
+        """Trainings that the judge likes alike, and people as these rates say; NaN: not asked."""
+        judged, human = np.empty((2, len(people), 150))
+        for training, rate in enumerate(people):
+            judged[training] = np.resize([1.0, 0.5, 0.0], 150)
+            judged[training, -1] = 0.5 * training / 2
+            human[training] = np.where(np.arange(150) % 10 < 10 * rate, 1.0, 0.0)
+            human[training, 90:] = np.nan
+            human[training] *= 1 if rate >= 0 else np.nan
+        return measures(name, "reference", judged, human)
+
+    def row_with(r4: list[list[Measure]]) -> TableRow:
+        lists = {"r4": r4, "r8": arm_of("r8", 0.1), "r32": arm_of("r32", 0.9)}
+        made = Measurements({name: trained(name, mine) for name, mine in lists.items()})
+        rows = compare_arms(made, (), declared("r4", "r8", "r32")).rows
+        return next(row for row in rows if set(row.arms) == {"r32", "r8"})
+
+    row = row_with(arm_of("r4", -1, -1, -1))  # the judge gives them nearly the same rate
+    assert row.verdict == "better" and row.labels == 180
+    assert "(the judge alone: 0.0 points)" in row.sentence  # no interval: all items agree
+    assert "two trainings cannot tell" in row.sentence and "effect" not in row.sentence
+    row = row_with(arm_of("r4", 0.5, 0.5, 0.6))
+    assert "so this is its effect: two trainings of one recipe differ by no more" in row.sentence
+
+
+def test_what_seeds_differ_by_is_that_of_the_corrected_rate() -> None:
+    measured = arms(
+        b=[[]] * 2,
+        a=measures(
+            "a", "b-{}", *human_labels.study(np.random.default_rng(0), 0.5, "biased", 60, 2)
+        ),
+    )
+    (score,) = build_scores(measured)
+    corrected = corrected_values(measures_of(measured, "a")[("e", "", "win_rate"), "b"])
+    assert "corrected by 120" in score.label
+    assert _seed_means(measured, score) == pytest.approx(list(corrected.mean(axis=1)))
+
+
+def test_labels_of_several_answers_to_one_question_count_as_one() -> None:
+    drawn = [(str(n), draw) for n in range(40) for draw in (1, 2, 3, 4)]
+
+    def row_with(questions: int) -> TableRow:
+        samples = tuple(
+            Sample(
+                name,
+                value=float(int(name) % 2),
+                draw=draw,
+                human=float(int(name) % 3 == 0) if int(name) < questions else None,
+            )
+            for name, draw in drawn
+        )
+        ((one,),) = measures("a", "b-{}", np.zeros((1, 1)), np.full((1, 1), np.nan))
+        return row_of(arms(b=[[]], a=[[replace(one, samples=samples)]]))
+
+    told = "40 human labels not used: of 10 questions in one training, fewer than 20"
+    assert row_with(10).labels == 0 and row_with(10).flags == (told,)
+    assert row_with(20).labels == 80
 
 
 def test_labels_of_both_arms_correct_a_difference_and_of_one_arm_nothing() -> None:
@@ -124,7 +187,9 @@ def test_labels_of_both_arms_correct_a_difference_and_of_one_arm_nothing() -> No
     fair, asked = human_labels.study(rng, 0.5, "perfect", 160)
     one = measures("a", "reference", judged, human)
     alone = row_of(arms(b=measures("b", "reference", fair, asked * np.nan), a=one))
-    assert alone.flags == ("150 human labels not used: 0 of one model's answers, fewer than 20",)
+    assert alone.flags == (
+        "150 human labels not used: of 0 questions in one training, fewer than 20",
+    )
     assert alone.labels == 0 and alone.p_holm is not None and alone.p_holm < 0.001
     row = row_of(arms(b=measures("b", "reference", fair, asked), a=one))
     assert row.labels == 310 and row.p_holm is not None and row.p_holm > 0.05

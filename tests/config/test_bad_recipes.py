@@ -303,7 +303,8 @@ def test_a_folder_given_as_a_recipe_is_refused(write, capsys, tmp_path):
 
 
 def test_a_value_given_to_check_is_told_where_values_go(write, capsys):
-    value, hint = "train.seed=2", ["recipes show RECIPE 'train.seed=2'"]
+    value = "train.seed=2"
+    hint = [f"recipes show RECIPE '{value}'", f"recipes eval EVAL RUN '{value}'"]
     refused(capsys, f"'{value}' is a value, and recipes check reads files", hint, "check", value)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from recipes_lib.statistics.intervals import mean_interval
-from recipes_lib.statistics.labels import rectified
+from recipes_lib.statistics.labels import random_choice_p, rectified
+from recipes_lib.statistics.unresolved import compare
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -92,6 +93,20 @@ def test_each_training_is_corrected_by_its_own_labels() -> None:
     together = rectified(judged, human)
     for one, training in enumerate(together):
         assert training == pytest.approx(rectified(judged[one], human[one]))
+
+
+def test_labels_of_every_answer_to_a_few_questions_claim_no_more_than_labels_of_one_each() -> None:
+    rng, questions, half = np.random.default_rng(4), np.repeat(np.arange(200), 4), np.full(800, 0.5)
+    claims, refused = 0, 0
+    for _ in range(100):
+        truth = np.repeat(rng.integers(0, 2, 200).astype(float), 4)
+        judged = np.where((truth == 0) & np.repeat(rng.random(200) < 0.4, 4), 1.0, truth)
+        asked = np.isin(questions, rng.choice(200, 20, replace=False))
+        human = np.where(asked, truth, np.nan)
+        refused += random_choice_p(judged, human, questions) < 0.05
+        tested = compare(rectified(judged, human, questions), half, questions)
+        claims += tested.p is not None and tested.p <= 0.05
+    assert claims <= 10 and refused <= 10  # 5, and two standard errors
 
 
 @pytest.mark.parametrize("seeds", [1, 3])

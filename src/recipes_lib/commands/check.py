@@ -123,7 +123,12 @@ def _files(path: Path) -> Iterable[Path]:
     if not path.is_dir():
         if _OVERRIDE.match(str(path)) and not path.exists():
             what = f"'{path}' is a value, and recipes check reads files"
-            raise RecipeError(what, f"try it out: recipes show RECIPE '{path}'")
+            raise RecipeError(
+                what,
+                f"try it out: recipes show RECIPE '{path}'",
+                f"of an eval or a study: recipes eval EVAL RUN '{path}', recipes study plan STUDY"
+                f" '{path}'",
+            )
         path = recipe_path(path)
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path, str(path))

@@ -355,7 +355,7 @@ def evidence_text(row: TableRow) -> str:
         parts.append(f"{tested.seeds} seeds")
     if row.labels:
         alone = f"the judge alone: {row.judge_alone}"
-        parts.append(f"corrected by {row.labels} human labels ({alone})")
+        parts.append(f"corrected by {row.labels:,} human labels ({alone})")
     if tested.unresolved:
         parts.append(f"{tested.unresolved:,} without a verdict counted both ways")
     return ", ".join(parts)
@@ -390,7 +390,7 @@ class Causes:
     """
 
     case: Case
-    floors: Mapping[tuple[str, str | None], Floor]
+    floors: Mapping[tuple[str, str | None, bool], Floor]
     alpha: float
     base: tuple[str, ...] = ()
 
@@ -439,7 +439,11 @@ class Causes:
         )
         if row.tested and row.tested.seeds > 1:
             return f"{only} over {row.tested.seeds} training seeds."
-        floor = None if row.head_to_head else self.floors.get((row.metric, row.opponent))
+        floor = (
+            None
+            if row.head_to_head
+            else self.floors.get((row.metric, row.opponent, row.labels > 0))
+        )
         limit = floor.limit(1, 1, self.alpha) if floor else math.inf
         if abs(row.difference or 0.0) > limit:
             return (

@@ -17,9 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes_lib.compare.measurements import Measurements, same_questions
-from recipes_lib.compare.wording import count, difference_text, interval_text, metric_text
+from recipes_lib.compare.wording import NONE, count, difference_text, interval_text, metric_text
 from recipes_lib.eval_log import Measure
-from recipes_lib.statistics.labels import FEWEST_LABELS, labels_of_each, random_choice_p, rectified
+from recipes_lib.statistics.labels import (
+    FEWEST_LABELS,
+    labelled_questions,
+    num_labels,
+    random_choice_p,
+    rectified,
+)
 from recipes_lib.statistics.unresolved import Tested, compare
 
 TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested", "not tested"]
@@ -67,8 +73,11 @@ class PairedItems:
         """The values of both arms, corrected by what people said."""
         if not self.human:
             return self.first, self.second
-        second = self.second if self.versus else rectified(self.second, self.human[1])
-        return rectified(self.first, self.human[0]), second
+        ours, *theirs = self.human
+        first = rectified(self.first, ours, self.questions)
+        if self.versus:
+            return first, self.second
+        return first, rectified(self.second, theirs[0], self.questions)
 
     @cached_property
     def questions(self) -> NDArray[np.str_]:
@@ -366,6 +375,20 @@ def values_of(
     return values, [(group.get(key[0], key[0]), key[1]) for key in place]
 
 
+def corrected_values(measures: Sequence[Measure]) -> ItemValues | None:
+    """Return the values of an arm's trainings, corrected by what people said; None where a training
+    has too few labels, or they are no random choice.
+    """
+    table, items = values_of(measures, measures)
+    human, _ = values_of(measures, measures, human=True)
+    asked = np.array([key[0] for key in items])
+    if labelled_questions(table, human, asked).min() < FEWEST_LABELS:
+        return None
+    if random_choice_p(table, human, asked) < NO_CHANCE:
+        return None
+    return rectified(table, human, asked)
+
+
 def with_human(row: TableRow, *human: ItemValues) -> TableRow:
     """Return the row tested with the judge's values corrected by what people said of each arm's
     answers, or flagged where a training has too few labels for that.
@@ -373,14 +396,14 @@ def with_human(row: TableRow, *human: ItemValues) -> TableRow:
     if row.paired is None:
         return row
     sides = list(zip((row.paired.first, row.paired.second), human, strict=False))
-    labels = [labels_of_each(*side) for side in sides]
-    total, fewest = int(sum(map(np.sum, labels))), int(min(map(np.min, labels)))
+    asked, total = row.paired.questions, sum(num_labels(*side) for side in sides)
     if not total:
         return row
+    fewest = min(int(labelled_questions(*side, asked).min()) for side in sides)
     if fewest < FEWEST_LABELS:
-        told = f"{count(total, 'human label')} not used: {fewest} of one model's answers,"
-        return replace(row, flags=(*row.flags, f"{told} fewer than {FEWEST_LABELS}"))
-    if min(random_choice_p(*side) for side in sides) < NO_CHANCE:
+        told = f"{count(total, 'human label')} not used: of {count(fewest, 'question')} in one"
+        return replace(row, flags=(*row.flags, f"{told} training, fewer than {FEWEST_LABELS}"))
+    if min(random_choice_p(*side, asked) for side in sides) < NO_CHANCE:
         return replace(row, reason=NO_RANDOM_CHOICE)
     paired = replace(row.paired, human=human)
     tested = paired.tested()
@@ -392,7 +415,7 @@ def with_human(row: TableRow, *human: ItemValues) -> TableRow:
         tested=tested,
         paired=paired,
         labels=total,
-        judge_alone=f"{row.effect} {row.limits}",
+        judge_alone=f"{row.effect} {row.limits}".removesuffix(f" {NONE}"),
         flags=(*row.flags, f"{total:,} human labels, taken to be a random choice"),
     )
 

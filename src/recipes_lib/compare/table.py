@@ -18,9 +18,9 @@ from recipes_lib.compare.head_to_head import head_to_head_rows
 from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.row import (
     ALPHA,
-    NO_CHANCE,
     ItemValues,
     TableRow,
+    corrected_values,
     files_of,
     filling_of,
     measures_of,
@@ -33,12 +33,7 @@ from recipes_lib.compare.training_speed import training_speed_rows
 from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.statistics.family import Adjusted, Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
-from recipes_lib.statistics.labels import (
-    FEWEST_LABELS,
-    labels_of_each,
-    random_choice_p,
-    rectified,
-)
+from recipes_lib.statistics.labels import num_labels
 from recipes_lib.statistics.seeds import crossed_interval, question_means
 
 # What yields the rows of two arms; a kind of rows is one file and one line here.
@@ -260,10 +255,10 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
     one = measures[0]
     table, keys = values_of(measures, measures)
     human, _ = values_of(measures, measures, human=True)
-    label, labels = one.label, labels_of_each(table, human)
-    if labels.min() >= FEWEST_LABELS and random_choice_p(table, human) >= NO_CHANCE:
-        table = rectified(table, human)
-        label = f"{label}, corrected by {labels.sum():,} human labels"
+    label, corrected = one.label, corrected_values(measures)
+    if corrected is not None:
+        label = f"{label}, corrected by {num_labels(table, human):,} human labels"
+        table = corrected
     known = ~np.isnan(table).any(axis=0)
     interval = _score_interval(
         table[:, known], [key[0] for key, there in zip(keys, known, strict=True) if there]

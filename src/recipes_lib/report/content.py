@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from recipes_lib.compare.claims import remaining_sentences
 from recipes_lib.compare.published import load_published
-from recipes_lib.compare.row import TableRow
+from recipes_lib.compare.row import TableRow, corrected_values, measures_of, values_of
 from recipes_lib.compare.table import Score
 from recipes_lib.compare.wording import count
 from recipes_lib.eval_log import Check, EvalLog, JudgeFacts, Scorecard, no_reference
@@ -244,15 +246,14 @@ def _floor(
 
 
 def _seed_means(measurements: Measurements, score: Score) -> list[float]:
-    """The mean of each seed's run on one metric."""
-    items = (
-        [item.value for item in measure.samples if item.value is not None]
-        for run in measurements.arms[score.arm].runs
-        for measure in run.measures()
-        if measure.name == score.metric
-        and measurements.opponent_name(measure.opponent) == score.opponent
-    )
-    return [sum(values) / len(values) for values in items if values]
+    """The mean of each seed's run on one metric, corrected by labels where the score is."""
+    means: list[float] = []
+    for (_, opponent), measures in measures_of(measurements, score.arm).items():
+        if (measures[0].name, opponent) == (score.metric, score.opponent):
+            table = corrected_values(measures)
+            table = values_of(measures, measures)[0] if table is None else table
+            means += [float(np.nanmean(row)) for row in table if not np.isnan(row).all()]
+    return means
 
 
 def _banners(measurements: Measurements) -> list[str]:

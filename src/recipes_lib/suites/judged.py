@@ -488,12 +488,12 @@ class Meanwhile:
 
 def few_labels(file: str | None, samples: Sequence[Sample]) -> str | None:
     """Return a line about a file of human labels that has too few of these answers."""
-    n = sum(one.human is not None and one.resolved for one in samples)
+    n = len({one.input for one in samples if one.human is not None and one.resolved})
     if file is None or n >= FEWEST_LABELS:
         return None
     return (
-        f"{file} has human labels of {n} of these answers, and {FEWEST_LABELS} are needed: the win"
-        " rate is the judge's alone"
+        f"{file} has human labels of answers to {n} of these questions, and {FEWEST_LABELS} are"
+        " needed: the win rate is the judge's alone"
     )
 
 

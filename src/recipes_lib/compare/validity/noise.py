@@ -9,14 +9,19 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from recipes_lib.compare.findings import INSIDE_NOISE, Finding, found
+from recipes_lib.compare.row import corrected_values
 from recipes_lib.compare.validity.case import SEED, Case, changed, differing, metrics_of, pairs
 from recipes_lib.compare.validity.grid import grid_of
 from recipes_lib.compare.wording import count
 from recipes_lib.core.project import shown_path
+from recipes_lib.eval_log import Measure
 
 MANY = 3
 _Metric = tuple[str, str | None]  # with its opponent
+_Key = tuple[str, str | None, bool]  # and whether human labels correct its values
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,9 @@ class Floor:
         return f"{self.freedom + self.recipes} trainings of {count(self.recipes, 'recipe')}"
 
 
-def noise_floors(case: Case) -> dict[_Metric, Floor]:
-    """Return the noise floor of every metric and opponent that has one: between seeds of an arm, or
-    between two arms of an A/A pair.
+def noise_floors(case: Case) -> dict[_Key, Floor]:
+    """Return the noise floor of every metric and opponent that has one, of the judge's values and
+    of those that labels correct: between seeds of an arm, or between two arms of an A/A pair.
     """
     twins = _twins(case)
     floors = {key: _floor(by_arm, twins) for key, by_arm in _means(case).items()}
@@ -61,12 +66,16 @@ def check_noise(case: Case) -> Iterator[Finding]:
     if len(trained) > 1 and not several and not twins:
         yield _missing(case, trained)
     for key, floor in noise_floors(case).items():
+        metric, opponent, labels = key
+        corrected = means.get((metric, opponent, True), {})
         for arms in pairs(name for name in means[key] if name in trained):
+            if labels != (set(arms) <= set(corrected)):
+                continue  # that is not what is tested
             one, other = (means[key][name] for name in arms)
             effect, limit = abs(_mean(one) - _mean(other)), floor.limit(len(one), len(other))
             if set(arms) not in twins and effect <= limit:
                 evidence = f"difference {effect:.4g}, noise floor {limit:.4g} ({floor}, 95%)"
-                yield found(INSIDE_NOISE, [evidence], arms, key[:1], metric=key[0])
+                yield found(INSIDE_NOISE, [evidence], arms, (metric,), metric=metric)
 
 
 def _twins(case: Case) -> list[set[str]]:
@@ -102,22 +111,30 @@ def _missing(case: Case, trained: list[str]) -> Finding:
     return found("noise-floor-missing", evidence, how=how)
 
 
-def _means(case: Case) -> dict[_Metric, dict[str, list[float]]]:
-    """Mean per run of every metric and opponent, by arm."""
-    means: dict[_Metric, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def _means(case: Case) -> dict[_Key, dict[str, list[float]]]:
+    """Mean per run of every metric and opponent, by arm; those that labels correct where all runs
+    of the arm have enough of them.
+    """
+    means: dict[_Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    measures: dict[tuple[_Metric, str], list[Measure]] = defaultdict(list)
     for name, log in case.logs:
         for measure in log.measures:
+            metric = measure.name, case.measurements.opponent_name(measure.opponent)
             values = [item.value for item in measure.samples if item.value is not None]
             mean = _mean(values) if values else measure.reported
             if mean is not None:
-                opponent = case.measurements.opponent_name(measure.opponent)
-                means[measure.name, opponent][name].append(mean)
+                means[*metric, False][name].append(mean)
+                measures[metric, name].append(measure)
+    for (metric, name), mine in measures.items():
+        table = corrected_values(mine)
+        if table is not None:
+            means[*metric, True][name] = [float(np.nanmean(values)) for values in table]
     return means
 
 
 def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> Floor | None:
     """The standard deviation between trainings of one recipe, pooled over recipes; None where none
-    was trained twice.
+    was trained twice. Trainings that all came to the very same mean do not tell: few items do that.
     """
     recipes: list[list[str]] = []
     for name in by_arm:
@@ -129,7 +146,7 @@ def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> Floor | Non
     groups = [values for values in groups if len(values) > 1]
     freedom = sum(len(values) - 1 for values in groups)
     squares = sum((value - _mean(values)) ** 2 for values in groups for value in values)
-    return Floor(math.sqrt(squares / freedom), freedom, len(groups)) if freedom else None
+    return Floor(math.sqrt(squares / freedom), freedom, len(groups)) if squares else None
 
 
 def _mean(values: list[float]) -> float:
