@@ -38,7 +38,7 @@ def written(run: Path, kind: str) -> Path:
     log = EvalLog(
         suite=suite, eval=suite, judge=judge, numbers=numbers, measures=(measure,), file=file
     )
-    write_log(log, {})
+    write_log(log)
     return file.with_name("items.jsonl")
 
 

@@ -24,6 +24,7 @@ from tests.generation.conftest import (
     runs_folder,  # noqa: F401
 )  # noqa: F401, RUF100
 from tests.generation.faulty_server import MODEL, FaultyServer
+from tests.results import results_of
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeError
@@ -74,7 +75,7 @@ def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_a
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("alpaca_eval", "metrics.absolute=true")
-    results = evaluate_all([recipe], ["one", "two", str(tiny_model_dir)])
+    results = results_of([recipe], ["one", "two", str(tiny_model_dir)])
     assert len(results) == 3
     for result in results:
         schema.validate(result)
@@ -94,7 +95,7 @@ def test_alpaca_eval_of_two_runs_and_a_base_writes_everything_and_a_second_run_a
         assert (folder / name).is_file(), name
     outputs = json.loads((folder / "samples/model_outputs.json").read_text())
     assert [row["generator"] for row in outputs] == ["one"] * 4
-    again = evaluate_all([recipe], ["one"])
+    again = results_of([recipe], ["one"])
     assert (folder / "generations.jsonl").read_bytes() == stored[0] and (
         folder / "judgments.jsonl"
     ).read_bytes() == stored[1]
@@ -109,12 +110,12 @@ def test_several_answers_per_question_are_judged_each_and_kept_each(
     one = make_run("one", 1)
     words = ("generation.temperature=1", "metrics.absolute=true")
     recipe = quick("alpaca_eval", *words)
-    (single,) = evaluate_all([recipe], ["one"])
+    (single,) = results_of([recipe], ["one"])
     folder = one / "evals" / recipe.name
     answers, judgments = folder / "generations.jsonl", folder / "judgments.jsonl"
     before = answers.read_text(), judgments.read_text()
     recipe = quick("alpaca_eval", *words, "generation.samples=3")
-    (result,) = evaluate_all([recipe], ["one"])
+    (result,) = results_of([recipe], ["one"])
     schema.validate(result)
     assert (single["pairs"]["n"], result["pairs"]["n"], result["n"]) == (4, 12, 4)
     assert result["alpaca_eval"] == single["alpaca_eval"]  # of the first answers
@@ -155,7 +156,7 @@ def test_human_labels_go_to_the_answers_they_are_of_and_unknown_questions_are_na
     path = tmp_path / "labels.jsonl"
     path.write_text("\n".join(map(json.dumps, [first, second, of_another_arm])))
     labels = f"data.labels={path}"
-    (result,) = evaluate_all([quick("alpaca_eval", labels)], ["one"])
+    (result,) = results_of([quick("alpaca_eval", labels)], ["one"])
     schema.validate(result)
     few = f"{path} has human labels of answers to 2 of these questions, and 20 are needed: the win"
     assert any(line.startswith(few) for line in result["banners"])
@@ -174,7 +175,7 @@ def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs
 ):  # noqa: F811, RUF100
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
-    (result,) = evaluate_all([recipe], ["one"], "base")
+    (result,) = results_of([recipe], ["one"], "base")
     assert result["against"].startswith("base--tiny-llama--")
     assert result["opponent"]["prompt_format"] == "dolly"
     folder = run / "evals" / recipe.name
@@ -182,13 +183,13 @@ def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs
     assert (folder / f"result.against-{result['against']}.json").is_file() and not (
         folder / "result.json"
     ).exists()
-    (reversed_result,) = evaluate_all([recipe], [result["against"]], "one")
+    (reversed_result,) = results_of([recipe], [result["against"]], "one")
     assert reversed_result["pairs"]["win"] == result["pairs"]["loss"]
 
 
 def test_a_run_against_itself_is_exactly_one_half_and_says_that_it_is_one_model(quick, make_run):  # noqa: F811
     make_run("one", 1)
-    (result,) = evaluate_all([quick("alpaca_eval")], ["one"], "one")
+    (result,) = results_of([quick("alpaca_eval")], ["one"], "one")
     assert result["pairs"]["score"]["estimate"] == 0.5 and result["pairs"]["by_rule"] == 4
     assert any("gave the same answers" in line for line in result["banners"])
 
@@ -204,7 +205,7 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # no
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("mt_bench")
-    (result,) = evaluate_all([recipe], ["one"], "two")
+    (result,) = results_of([recipe], ["one"], "two")
     schema.validate(result)
     assert (
         result["score"]["turns"] == 8
@@ -218,13 +219,13 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run, schema):  # no
         for line in (one / f"evals/{recipe.name}/samples/model_answer.jsonl").open()
     ]
     assert all(len(row["choices"][0]["turns"]) == 2 for row in answers)
-    (alone,) = evaluate_all([recipe], ["two"])
+    (alone,) = results_of([recipe], ["two"])
     assert alone["pairs"] is None and alone["score"]["turns"] == 8
 
 
 def test_questions_without_the_reference_they_need_are_named(quick, make_run):  # noqa: F811
     make_run("one", 1)
-    (result,) = evaluate_all([quick("mt_bench", "data.references=null")], ["one"])
+    (result,) = results_of([quick("mt_bench", "data.references=null")], ["one"])
     assert any(
         "2 questions need a reference answer and have none" in line for line in result["banners"]
     )
@@ -241,7 +242,7 @@ def test_a_file_of_answers_is_a_target_and_the_same_answers_twice_are_noticed(
     outputs = json.loads((run / f"evals/{recipe.name}/samples/model_outputs.json").read_text())
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps([row | {"generator": "their model"} for row in outputs]))
-    results = evaluate_all([recipe], ["one", str(path)])
+    results = results_of([recipe], ["one", str(path)])
     assert results[1]["target"].startswith("answers--their-model--")
     assert all(any("cannot be ranked" in line for line in result["banners"]) for result in results)
     path.write_text(json.dumps(outputs[:2]))
@@ -262,7 +263,7 @@ def test_one_answer_for_all_questions_is_flagged(quick, tmp_path, runs_folder): 
             ]
         )
     )
-    (result,) = evaluate_all([quick("alpaca_eval")], [str(path)])
+    (result,) = results_of([quick("alpaca_eval")], [str(path)])
     assert any("one and the same answer" in line for line in result["banners"])
     path.write_text(
         json.dumps(
@@ -272,7 +273,7 @@ def test_one_answer_for_all_questions_is_flagged(quick, tmp_path, runs_folder): 
             ]
         )
     )
-    (mute,) = evaluate_all([quick("alpaca_eval")], [str(path)])
+    (mute,) = results_of([quick("alpaca_eval")], [str(path)])
     assert (mute["pairs"]["loss"], mute["answers"]["answers"]["empty"]) == (4, 4)
 
 
@@ -287,7 +288,7 @@ def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_e
             f"generation.base_url={server.url}",
             f"generation.served_name={MODEL}",
         ]
-        (result,) = evaluate_all([quick("alpaca_eval", *server_words)], ["one"])
+        (result,) = results_of([quick("alpaca_eval", *server_words)], ["one"])
         assert all(isinstance(body["prompt"], list) for body in server.bodies)
         recipe = quick(
             "alpaca_eval", *server_words, "data.max_questions=6", "generation.max_retries=0"
@@ -420,7 +421,7 @@ def test_a_served_judge_judges_while_answers_arrive_and_is_asked_nothing_twice(
         judge_file(**keys, model=MODEL, mode="generate", max_retries=0)
         settings = [f"generation.{key}={value}" for key, value in keys.items()]
         recipe = quick("alpaca_eval", *settings, "metrics.probe_pairs=0")
-        (result,) = evaluate_all([recipe], [MODEL])
+        (result,) = results_of([recipe], [MODEL])
         assert held == [True] and result["pairs"]["n"] == 4
         assert len(judged) == 8 + refuses and len(set(judged)) == 8
         before = len(server.bodies)

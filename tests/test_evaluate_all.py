@@ -16,6 +16,7 @@ from tests.generation.conftest import (
     make_run,  # noqa: F401
     runs_folder,  # noqa: F401
 )  # noqa: F401, RUF100
+from tests.results import results_of
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import RecipeError
@@ -99,7 +100,7 @@ def test_three_suites_on_two_runs_and_their_base_load_the_base_once_and_the_judg
     make_run("one", 1), make_run("two", 2)
     loads.clear()
     recipes, targets = split_words([*three_suites, "one", "two", "base"])
-    results = evaluate_all(recipes, targets)
+    results = results_of(recipes, targets)
     assert loads == ["tiny-llama", "tiny-judge"]
     named = [(result["suite"], result["target"].partition("--tiny")[0]) for result in results]
     assert named == [
@@ -123,17 +124,17 @@ def test_three_suites_on_two_runs_and_their_base_load_the_base_once_and_the_judg
 def test_a_judge_that_fails_in_one_suite_carries_its_banner_into_the_others(three_suites, make_run):  # noqa: F811
     make_run("one", 1)
     recipes, targets = split_words([three_suites[0], three_suites[2], "one"])
-    grades, pairs = evaluate_all(recipes, targets)
+    grades, pairs = results_of(recipes, targets)
     assert any("failed its audit:" in line for line in pairs["banners"])
     assert any(f"failed its audit in {pairs['eval']}" in line for line in grades["banners"])
-    (alone,) = evaluate_all(recipes[:1], targets)
+    (alone,) = results_of(recipes[:1], targets)
     assert any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"]), (
         "known from the run's earlier results"
     )
     Path(pairs["file"]).write_bytes(
         b"\0" * 400
     )  # a damaged earlier result says nothing, and stops nothing
-    (alone,) = evaluate_all(recipes[:1], targets)
+    (alone,) = results_of(recipes[:1], targets)
     assert not any(f"failed its audit in {pairs['eval']}" in line for line in alone["banners"])
 
 

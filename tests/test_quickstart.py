@@ -22,7 +22,7 @@ def test_the_last_line_can_be_typed_where_no_environment_is_active(
     found = {
         "packaged_folder": PROJECT,
         "first_answers": "?",
-        "read_object": {"question": "?", "answer": []},
+        "read_object": {"question": "?", "answer": [], "suite": "checks"},
         "tables": "",
         "recipes": 0,
     }
@@ -51,7 +51,7 @@ def test_the_answers_to_one_prompt_stand_below_the_table_of_checks(
     monkeypatch.setattr(quickstart, "packaged_folder", lambda _: PROJECT)
     monkeypatch.setattr(quickstart, "recipes", lambda _: 0)
     monkeypatch.setattr(quickstart, "tables", lambda _: "a table")
-    found = {"question": "?", "answer": []}
+    found = {"question": "?", "answer": [], "suite": "checks"}
     monkeypatch.setattr(quickstart, "read_object", lambda _: copy(found))
     assert quickstart.main() == 0
     out = capsys.readouterr().out

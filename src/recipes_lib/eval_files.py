@@ -100,21 +100,15 @@ def log_file(run: Path, name: str, against: str | None) -> Path:
     return _against_file(run / "evals" / name, "result", against, ".json")
 
 
-def write_log(log: EvalLog, words: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a log: first its samples, then result.json, which makes it one. Return result.json.
-
-    Args:
-        words: what stands in result.json instead of the log's own values.
-    """
+def write_log(log: EvalLog) -> None:
+    """Write a log: first its samples, then result.json, which makes it one."""
     rows = (
         sample.to_dict(measure.metric, measure.task)
         for measure in log.measures
         for sample in measure.samples
     )
     write_lines(_items_file(log.file), rows)
-    result = {**log.to_dict(), **words}
-    write_json(log.file, result)
-    return result
+    write_json(log.file, log.to_dict())
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

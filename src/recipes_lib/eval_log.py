@@ -78,7 +78,7 @@ class Sample:
         """
         return not self.by_rule and self.verdicts in (("A", "A"), ("B", "B"))
 
-    def to_dict(self, metric: str, task: str = "") -> dict[str, Any]:
+    def to_dict(self, metric: str, task: str = "") -> dict[str, object]:
         """Return the sample of a metric as a line of items.jsonl; `from_dict` reads it."""
         texts = {"instruction": self.input, "answer": self.answer, "opponent_answer": self.opponent}
         return {
@@ -152,7 +152,7 @@ class Measure:
     instead_of: str = ""
     parts: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return what result.json says about the metric, whose samples stand in items.jsonl; what
         has its usual value is left out.
         """
@@ -506,7 +506,7 @@ class EvalLog:
         """Whether the log was made of another program's files."""
         return bool(self.imported)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return result.json: of a suite without a judge, no judge; the suite's numbers among the
         other keys.
         """
@@ -570,7 +570,7 @@ def _leaks(row: Mapping[str, Any] | None) -> Leaks | None:
     return Leaks(**_known(Leaks, row) | {"found": found})
 
 
-def _without_unknown(answers: AnswerFacts) -> dict[str, Any]:
+def _without_unknown(answers: AnswerFacts) -> dict[str, object]:
     optional = ("decoding", "dtype", "quantized", "imported_from", "tokens")
     return {
         name: value

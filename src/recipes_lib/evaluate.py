@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.config.loader import load_document
@@ -54,14 +53,14 @@ class Done:
 
     suite: Asker
     targets: tuple[Target, ...] = ()
-    results: tuple[dict[str, Any], ...] = ()
+    results: tuple[EvalLog, ...] = ()
     seconds: float = 0.0
     error: Exception | None = None
 
 
 def evaluate(
     suites: Sequence[Asker], on_done: Callable[[Done], None] | None = None
-) -> list[dict[str, Any]]:
+) -> list[EvalLog]:
     """Load base after base and let every suite ask its targets on it, then judge after judge; write
     runs/<run>/evals/<eval>/result.json for each target as soon as its result is there.
 
@@ -71,10 +70,10 @@ def evaluate(
             error are left out and the others go on; None raises every error.
 
     Returns:
-        What the result files hold, suite after suite.
+        The logs that were written, suite after suite.
     """
     order = [[str(target.identity) for target in suite.targets] for suite in suites]
-    found: list[list[tuple[int, dict[str, Any]]]] = [[] for _ in suites]
+    found: list[list[tuple[int, EvalLog]]] = [[] for _ in suites]
 
     def told(done: Done) -> None:
         number = suites.index(done.suite)
@@ -174,7 +173,7 @@ def evaluate_all(
     *,
     allow_format_differences: bool = False,
     remote_code: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[EvalLog]:
     """Evaluate targets with every eval recipe. Wrong words, recipes and questions are refused
     before anything is loaded.
 
@@ -187,7 +186,7 @@ def evaluate_all(
         remote_code: whether the command line allowed code that ships with a model.
 
     Returns:
-        What the result files hold: the targets of the first recipe in the order of the words, then
+        The logs that were written: the targets of the first recipe in the order of the words, then
             those of the next; empty on ranks other than the first.
 
     Raises:
@@ -206,11 +205,10 @@ def evaluate_all(
     return evaluate([suite_of(recipe, words, against, **options) for recipe in recipes])
 
 
-def write_result(recipe: EvalRecipe, log: EvalLog) -> dict[str, Any]:
-    """Complete a log and write it into its run; return result.json, with its place."""
+def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
+    """Complete a log and write it into its run."""
     leaks = leaks_of_run(recipe, log)
     banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
-    log = dataclasses.replace(log, leaks=leaks, banners=[*banners, *log.banners])
     words = {
         "recipe": recipe.to_dict(),
         "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -218,7 +216,15 @@ def write_result(recipe: EvalRecipe, log: EvalLog) -> dict[str, Any]:
         "git": git_state(),
         "libraries": library_versions(),
     }
-    return {**write_log(log, masked(words)), "file": shown_path(log.file)}
+    banners += log.banners
+    log = dataclasses.replace(log, leaks=leaks, banners=banners, **masked(words))
+    write_log(log)
+    return log
+
+
+def printed(log: EvalLog) -> dict[str, object]:
+    """Return result.json as `recipes eval --json` prints it: with its place."""
+    return log.to_dict() | {"file": shown_path(log.file)}
 
 
 def main(argv: list[str] | None = None) -> int:

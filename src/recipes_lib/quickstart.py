@@ -21,6 +21,7 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.json_files import read_object, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.study.arms import run_names, study_folder
 from recipes_lib.suites.registry import tables
 from recipes_lib.weights.base import materialise, packaged_folder
@@ -48,7 +49,7 @@ def main() -> int:
     say("\n[3/3] what was measured")
     for one in study.evals:
         files = [runs_root() / name / "evals" / one.name / "result.json" for name in names]
-        say(f"\n{tables([read_object(file) for file in files])}")
+        say(f"\n{tables([EvalLog.from_dict(read_object(file), one.name, file) for file in files])}")
         if one.suite.name == "checks":
             say(f"\n{first_answers([file.with_name('items.jsonl') for file in files])}")
     folder = study_folder(study)

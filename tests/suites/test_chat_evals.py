@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tests.results import results_of
 
 from recipes_lib.compare.measurements import read_run
 from recipes_lib.compare.published import load_published
@@ -60,7 +61,7 @@ def hub_copy(folder: Path, name: str, config: str, rows: dict[str, list[dict]]) 
 def asked(name: str, folder: Path, *words: str) -> tuple[dict, list[dict]]:
     """Evaluate the run `one`; return the result and lm-eval's samples of its first task."""
     recipe = load_eval(PROJECT / f"evals/{name}.yaml", [*SHORT, f"data.folder={folder}", *words])
-    (result,) = evaluate_all([recipe], ["one"])
+    (result,) = results_of([recipe], ["one"])
     files = sorted(Path("runs/one/evals").glob(f"{recipe.name}*/samples/*.jsonl"))
     return result, [json.loads(line) for line in files[0].read_text().splitlines()]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tests.results import results_of
 
 from recipes_lib.cli import main
 from recipes_lib.config.lm_eval import add_flags, overrides_of
@@ -56,8 +57,8 @@ def test_two_adapters_and_their_base_are_scored_on_one_loaded_model_with_caches_
 ):
     one, two = make_run("one", 1), make_run("two", 2)
     recipe = load_eval(small_task)
-    first = evaluate_all([recipe], ["one", "two", str(tiny_model_dir)])
-    again = evaluate_all([recipe], ["two"])
+    first = results_of([recipe], ["one", "two", str(tiny_model_dir)])
+    again = results_of([recipe], ["two"])
     assert [result["target"] for result in first][:2] == ["one", "two"]
     assert again[0]["tasks"] == first[1]["tasks"], (
         "an adapter run must not be answered from another model's cache"
@@ -74,7 +75,7 @@ def test_a_result_says_n_interval_few_shot_and_subset_and_keeps_lm_evals_own_fil
     small_task, make_run
 ):
     run = make_run("one", 1)
-    (result,) = evaluate_all([load_eval(small_task, ["suite.limit=5"])], ["one"])
+    (result,) = results_of([load_eval(small_task, ["suite.limit=5"])], ["one"])
     (row,) = result["tasks"]
     assert (row["task"], row["metric"], row["n"], row["num_fewshot"]) == (
         "tiny_choice",
@@ -347,7 +348,7 @@ def test_processes_that_did_not_find_each_other_are_refused_because_each_would_d
 def test_auto_is_a_number_where_there_is_no_gpu_to_try(small_task, make_run, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     make_run("one", 1)
-    (result,) = evaluate_all([load_eval(small_task, ["suite.batch_size=auto"])], ["one"])
+    (result,) = results_of([load_eval(small_task, ["suite.batch_size=auto"])], ["one"])
     assert result["protocol"]["batch_size"] == 8 and "--batch_size 8" in result["lm_eval_command"]
 
 
@@ -421,7 +422,7 @@ def test_recipes_eval_equals_lm_eval_to_the_last_digit(task, make_run, hub_folde
         f"suite: {{name: lm_eval, tasks: [{task}], batch_size: 4, limit: 20, num_fewshot:"
         f" 0}}\ndata: {{folder: {hub_folder}}}\n"
     )
-    (ours,) = evaluate_all(
+    (ours,) = results_of(
         [load_eval(recipe, ["suite.gen_kwargs={max_gen_toks: 16}"] if task == "gsm8k" else [])],
         ["one"],
     )

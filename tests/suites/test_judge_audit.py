@@ -101,8 +101,9 @@ def test_an_audit_that_failed_stands_above_the_results_of_the_same_judge(
     labels,
     tmp_path,  # noqa: F811, RUF100
 ):  # noqa: F811, RUF100
+    from tests.results import results_of
+
     from recipes_lib.eval_recipe import load_eval
-    from recipes_lib.evaluate import evaluate_all
 
     file = judge_file()
     card = audit_on_labels(file, labels[:1], probe_pairs=1)
@@ -113,7 +114,7 @@ def test_an_audit_that_failed_stands_above_the_results_of_the_same_judge(
         f" {PROJECT}/evals/quickstart/mt_bench/question.jsonl, max_questions: 1}}\ngeneration:"
         " {max_new_tokens: 4}\njudge: {file: judge.yaml}\n"
     )
-    (result,) = evaluate_all([load_eval(tmp_path / "mt.yaml")], ["one"])
+    (result,) = results_of([load_eval(tmp_path / "mt.yaml")], ["one"])
     assert any("failed its audit on labelled pairs (pandalm)" in line for line in result["banners"])
 
 

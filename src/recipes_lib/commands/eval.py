@@ -8,11 +8,15 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json
+
+if TYPE_CHECKING:
+    from recipes_lib.eval_log import EvalLog
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,11 +62,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate and print."""
-    from recipes_lib.evaluate import evaluate_all, say_results, split_words
+    from recipes_lib.evaluate import evaluate_all, printed, say_results, split_words
 
     recipes, targets = split_words([args.eval, *args.targets], args.overrides, overrides_of(args))
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        results = evaluate_all(
+        logs = evaluate_all(
             recipes,
             targets,
             args.against,
@@ -70,24 +74,26 @@ def run(args: argparse.Namespace) -> int:
             remote_code=args.trust_remote_code,
         )
     if args.json:
-        return print_json(results[0] if len(results) == 1 else {"results": results})
-    say_results(results)
-    _next(args.eval, results)
+        return print_json(
+            printed(logs[0]) if len(logs) == 1 else {"results": [*map(printed, logs)]}
+        )
+    say_results(logs)
+    _next(args.eval, logs)
     return int(ExitCode.DONE)
 
 
-def _next(eval_word: str, results: Sequence[dict[str, Any]]) -> None:
+def _next(eval_word: str, logs: Sequence[EvalLog]) -> None:
     """Name the command that follows: the comparison of two runs, else the judge's audit, else the
     run's state.
     """
-    judged = [result for result in results if result.get("judge")]
-    alpaca = [result for result in results if result["suite"] == "alpaca_eval"]
+    judged = [log for log in logs if log.judge]
+    alpaca = [log for log in logs if log.suite == "alpaca_eval"]
     if not judged:
-        next_step(f"recipes status {results[0]['target']}")
-    elif len(alpaca) > 1 and all(result["against"] == "reference" for result in alpaca):
-        next_step(f"recipes eval {eval_word} {alpaca[1]['target']} --against {alpaca[0]['target']}")
+        next_step(f"recipes status {logs[0].target}")
+    elif len(alpaca) > 1 and all(log.against == "reference" for log in alpaca):
+        next_step(f"recipes eval {eval_word} {alpaca[1].target} --against {alpaca[0].target}")
     else:
-        next_step(f"recipes judge audit {_judgments(judged[0]['file'])}")
+        next_step(f"recipes judge audit {_judgments(shown_path(judged[0].file))}")
 
 
 def _judgments(result_file: str) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.design import BASE_ARM, Study
@@ -315,11 +314,11 @@ class Evaluation:
                 files = [answers.folder(suite.recipe.name) / "generations.jsonl"]
                 facts = {"seconds": seconds, "tokens": answers.tokens}
                 self.graph.finish(step, answers.digest, files, **facts)
-        for result in done.results:
-            if finished := job.results.get(result["target"]):
+        for log in done.results:
+            if finished := job.results.get(log.target):
                 folder = runs_root() / finished.run / "evals" / suite.recipe.name
-                files = [folder / Path(result["file"]).name]
-                self.graph.finish(finished, result_digest(result), files, seconds=seconds)
+                files = [folder / log.file.name]
+                self.graph.finish(finished, result_digest(log.to_dict()), files, seconds=seconds)
 
     def _leave_out(self, target: Target, run: str, failed: _Job) -> None:
         """Give up what a target that failed was to have: everything after a failed check, else what

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, first_line
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.eval_files import alpaca_measures, alpaca_samples, write_lines
-from recipes_lib.eval_log import ORDERS, REFERENCE, Measure, Sample
+from recipes_lib.eval_log import ORDERS, REFERENCE, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.human_labels import texts_of
@@ -39,6 +39,7 @@ from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
     JUDGED_NUMBERS,
+    JudgedNumbers,
     JudgedSuite,
     ToJudge,
     judgments_file,
@@ -53,6 +54,26 @@ _INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c3417
 # preference by (order, verdict): output_1 is the opponent's, output_2 the candidate's; 2 says that
 # the candidate wins.
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
+
+
+class _LengthControlled(TypedDict):
+    """The win rate at equal length, in percent."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    n: int
+    length_term: float | None
+    method: str
+
+
+class _Numbers(JudgedNumbers):
+    """The suite's numbers in a result. `alpaca_eval` are the library's, in percent."""
+
+    alpaca_eval: Mapping[str, Any]
+    length_controlled: _LengthControlled | None
+    mean_length: dict[str, float]
+    by_category: dict[str, dict[str, int]]
 
 
 class AlpacaEval(JudgedSuite):
@@ -144,7 +165,7 @@ class AlpacaEval(JudgedSuite):
         judge: OpenJudge,
         rows: Sequence[Row],
         file: Path,
-    ) -> tuple[dict[str, Any], list[Measure]]:
+    ) -> tuple[JudgedNumbers, list[Measure]]:
         """Return win rate, bounds and grades; samples, model_outputs.json and annotations.json are
         written.
         """
@@ -163,7 +184,7 @@ class AlpacaEval(JudgedSuite):
         scores = [one.value for one in grades if one.value is not None]
         several = answers.draws > 1
         graded = [one.id for one in grades if one.value is not None] if several else None
-        numbers = {
+        numbers: _Numbers = {
             "pairs": summarise(pairs, (lambda one: one.id) if several else None).to_dict(),
             "alpaca_eval": library | {"n": library["n_total"]},
             "length_controlled": (
@@ -184,8 +205,8 @@ class AlpacaEval(JudgedSuite):
         return numbers, list(alpaca_measures(recipe.name, file, whole, pairs, grades))
 
     @staticmethod
-    def table(results: Sequence[dict[str, Any]]) -> list[str]:
-        """Return the lines of a table of results."""
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
         head = [
             "model",
             "against",
@@ -200,16 +221,18 @@ class AlpacaEval(JudgedSuite):
             "mean 1-5",
         ]
         rows = []
-        for result in results:
-            pairs = result["pairs"]
+        for log in logs:
+            numbers = cast(_Numbers, log.numbers)
+            pairs = numbers["pairs"]
+            assert pairs is not None
             bounds = pairs["score_bounds"]
-            equal = result["length_controlled"]
-            counts = [str(pairs[name]) for name in ("win", "loss", "tie", "unresolved")]
+            equal = numbers["length_controlled"]
+            counts = map(str, (pairs["win"], pairs["loss"], pairs["tie"], pairs["unresolved"]))
             rows.append(
                 [
                     *(
-                        result["target"],
-                        result["against"],
+                        log.target,
+                        str(log.against),
                         str(pairs["n"]),
                         *counts,
                         percent_interval(pairs["score"]),
@@ -223,12 +246,12 @@ class AlpacaEval(JudgedSuite):
                         if not equal or equal["estimate"] is None
                         else f"{equal['estimate']:.1f}% [{equal['low']:.1f}, {equal['high']:.1f}]"
                     ),
-                    "-" if not result["mean_score"] else interval(result["mean_score"]),
+                    "-" if not (mean := numbers.get("mean_score")) else interval(mean),
                 ]
             )
         lines = grid(head, rows)
         lines += ["", "judged in both orders; a pair whose orders disagree is a tie"]
-        return [*lines, *footer(results)]
+        return [*lines, *footer(logs)]
 
 
 def single_items(questions: Sequence[Question], answers: AnswerSet) -> list[Item]:
@@ -451,7 +474,7 @@ def _length_controlled(annotations: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: _plain(found)[key] for key in ("length_controlled_winrate", "lc_standard_error")}
 
 
-def own_length_controlled(samples: Sequence[Sample]) -> dict[str, Any]:
+def own_length_controlled(samples: Sequence[Sample]) -> _LengthControlled:
     """Return the win rate at equal length by a logistic model with the length term only: P(win) =
     s(a + b tanh(d)).
 
@@ -471,7 +494,7 @@ def own_length_controlled(samples: Sequence[Sample]) -> dict[str, Any]:
     known = [
         (one.lengths[0] - one.lengths[1], one.value) for one in samples if one.value is not None
     ]
-    empty = {
+    empty: _LengthControlled = {
         "estimate": None,
         "low": None,
         "high": None,
@@ -503,12 +526,13 @@ def own_length_controlled(samples: Sequence[Sample]) -> dict[str, Any]:
         return 100 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
 
     a = float(weights[0])
-    limits = {
+    return {
+        **empty,
         "estimate": percent(a),
         "low": percent(a - 1.96 * error),
         "high": percent(a + 1.96 * error),
+        "length_term": float(weights[1]),
     }
-    return empty | limits | {"length_term": float(weights[1])}
 
 
 def annotations_text(annotations: Sequence[Mapping[str, Any]]) -> str:

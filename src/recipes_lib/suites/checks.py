@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, fields_of, object_schema
@@ -25,13 +25,26 @@ from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import find_targets
-from recipes_lib.statistics.intervals import Interval, share_interval
+from recipes_lib.statistics.intervals import Interval, StoredInterval, share_interval
 from recipes_lib.suites.answering import AnswerSet, answer_questions, asking_of
 from recipes_lib.suites.judged import answer_banners
 from recipes_lib.suites.questions import Question, load_questions
 from recipes_lib.suites.suite import Asker, grid, percent_interval
 
 _RATE = object_schema(fields_of(Interval) | {"unresolved": COUNT})
+
+
+class _Rate(StoredInterval):
+    """A share of answers that pass, as a result holds it."""
+
+    unresolved: int
+
+
+class _Numbers(TypedDict):
+    """The suite's numbers in a result."""
+
+    pass_rate: _Rate
+    by_category: dict[str, _Rate]
 
 
 class Checks(Asker):
@@ -118,25 +131,26 @@ class Checks(Asker):
         )
 
     @staticmethod
-    def table(results: Sequence[dict[str, Any]]) -> list[str]:
-        """Return the lines of a table of results: all rows, then category by category where there
-        are several.
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs: all rows, then category by category where there are
+        several.
         """
-        groups: dict[str, list[Any]] = {"all": [result["pass_rate"] for result in results]}
-        categories = dict.fromkeys(name for one in results for name in one["by_category"])
+        found = [cast(_Numbers, log.numbers) for log in logs]
+        groups: dict[str, list[_Rate | None]] = {"all": [one["pass_rate"] for one in found]}
+        categories = dict.fromkeys(name for one in found for name in one["by_category"])
         if len(categories) > 1:
             for name in categories:
-                groups[name] = [result["by_category"].get(name) for result in results]
+                groups[name] = [one["by_category"].get(name) for one in found]
         rows = []
         for name, cells in groups.items():
             n = next(cell["n"] for cell in cells if cell)
             shown = (percent_interval(cell) if cell else "-" for cell in cells)
             rows.append([name, str(n), *shown])
-        head = ["answers that pass [95%]", "n", *(result["target"] for result in results)]
+        head = ["answers that pass [95%]", "n", *(log.target for log in logs)]
         return grid(head, rows)
 
 
-def _rate(samples: Sequence[Sample]) -> dict[str, Any]:
+def _rate(samples: Sequence[Sample]) -> _Rate:
     """Return the share of answers that pass, with Wilson limits: the lower one as if all that are
     unresolved failed, the upper one as if all passed.
     """
@@ -148,4 +162,4 @@ def _rate(samples: Sequence[Sample]) -> dict[str, Any]:
 
     low, high = share(samples, 1.0).low, share(samples, 1.0, None).high
     limits = dataclasses.replace(share(resolved, 1.0), low=low, high=high, n=len(samples))
-    return limits.to_dict() | {"unresolved": len(samples) - len(resolved)}
+    return _Rate(**limits.to_dict(), unresolved=len(samples) - len(resolved))

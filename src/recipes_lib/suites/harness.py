@@ -125,41 +125,31 @@ class Harness(Asker):
         return [result] if result else []
 
     @staticmethod
-    def table(results: Sequence[dict[str, Any]]) -> list[str]:
-        """Return the lines of a table of results."""
-        head = ["task", "metric", "few-shot", "n", *(result["target"] for result in results)]
-        keys = list(
-            dict.fromkeys(
-                (row["task"], row["metric"], row["filter"])
-                for result in results
-                for row in result["tasks"]
-            )
-        )
-        found = [
-            {(row["task"], row["metric"], row["filter"]): row for row in result["tasks"]}
-            for result in results
-        ]
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
+        head = ["task", "metric", "few-shot", "n", *(log.target for log in logs)]
+        found = [{(row.task, row.metric, row.filter): row for row in log.tasks} for log in logs]
         rows = []
-        for key in keys:
+        for key in dict.fromkeys(key for table in found for key in table):
             cells = [table.get(key) for table in found]
             first = next(cell for cell in cells if cell)
             name = key[1] if key[2] == "none" else f"{key[1]} ({key[2]})"
-            shots = "-" if first["num_fewshot"] is None else str(first["num_fewshot"])
+            shots = "-" if first.num_fewshot is None else str(first.num_fewshot)
             rows.append(
                 [
                     key[0],
                     name,
                     shots,
-                    str(first["n"]),
+                    str(first.n),
                     *("-" if cell is None else _score(cell) for cell in cells),
                 ]
             )
         return grid(head, rows)
 
 
-def _score(row: dict[str, Any]) -> str:
-    limits = "" if row["low"] is None else f" [{row['low']:.3f}, {row['high']:.3f}]"
-    return f"{row['value']:.4f}{limits}"
+def _score(row: TaskScore) -> str:
+    limits = "" if row.low is None else f" [{row.low:.3f}, {row.high:.3f}]"
+    return f"{row.value:.4f}{limits}"
 
 
 def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:

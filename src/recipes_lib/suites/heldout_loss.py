@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NotRequired, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.recipe import Recipe
@@ -38,7 +38,7 @@ from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
-from recipes_lib.statistics.intervals import mean_interval
+from recipes_lib.statistics.intervals import StoredInterval, mean_interval
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.suite import Asker, grid, interval, number
 
@@ -46,6 +46,24 @@ from recipes_lib.suites.suite import Asker, grid, interval, number
 # of the vocabulary
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 LOSS = "loss"
+
+
+class _Rows(TypedDict):
+    """What was read; results of earlier releases lack how many rows repeat."""
+
+    n: int
+    tokens: int
+    hash: str
+    repeated: NotRequired[int]
+
+
+class _Numbers(TypedDict):
+    """The suite's numbers in a result; those of earlier releases lack bits per byte."""
+
+    loss: StoredInterval
+    perplexity: float
+    bits_per_byte: NotRequired[float | None]
+    rows: _Rows
 
 
 class HeldoutLoss(Asker):
@@ -210,26 +228,27 @@ class HeldoutLoss(Asker):
         return dict((found.select(range(min(limit, len(found)))) if limit else found)[:])
 
     @staticmethod
-    def table(results: Sequence[dict[str, Any]]) -> list[str]:
-        """Return the lines of a table of results."""
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
+        found = [cast(_Numbers, log.numbers) for log in logs]
         head = ["model", "rows", "tokens", "loss per token [95%]", "perplexity", "bits per byte"]
         rows = [
             [
-                result["target"],
-                f"{result['rows']['n']:,}",
-                f"{result['rows']['tokens']:,}",
-                interval(result["loss"], digits=4),
-                number(result["perplexity"]),
-                number(result.get("bits_per_byte"), digits=4),
+                log.target,
+                f"{one['rows']['n']:,}",
+                f"{one['rows']['tokens']:,}",
+                interval(one["loss"], digits=4),
+                number(one["perplexity"]),
+                number(one.get("bits_per_byte"), digits=4),
             ]
-            for result in results
+            for log, one in zip(logs, found, strict=True)
         ]
         lines = grid(head, rows)
-        if repeated := max(result["rows"].get("repeated", 0) for result in results):
+        if repeated := max(one["rows"].get("repeated", 0) for one in found):
             what = "every text is one observation in the intervals and tests"
             rows_repeat = "1 row repeats" if repeated == 1 else f"{repeated:,} rows repeat"
             lines += ["", f"{rows_repeat} the text of another: {what}"]
-        if len({result["rows"]["hash"] for result in results}) > 1:
+        if len({one["rows"]["hash"] for one in found}) > 1:
             what = "their losses per token are not comparable, bits per byte of the same text are"
             lines += ["", f"these models read other rows or other tokens: {what}"]
         return lines

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER
@@ -33,6 +33,7 @@ from recipes_lib.eval_log import (
     Measure,
     Sample,
     Scorecard,
+    StoredContradictions,
     no_reference,
 )
 from recipes_lib.eval_recipe import EvalRecipe
@@ -43,8 +44,9 @@ from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
 from recipes_lib.judging.audit import audit, can_carry_probes, failures, probe_requests, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, JudgeRun, ask, build_requests
+from recipes_lib.judging.outcomes import StoredPairs
 from recipes_lib.judging.store import JudgmentStore, Row
-from recipes_lib.statistics.intervals import Interval
+from recipes_lib.statistics.intervals import Interval, StoredInterval
 from recipes_lib.statistics.labels import FEWEST_LABELS
 from recipes_lib.suites.answering import (
     AnswerSet,
@@ -122,6 +124,87 @@ JUDGED_NUMBERS: dict[str, JsonSchema] = {  # key of a result -> its schema
     },
 }
 _SAME_ANSWERS = "{} and {} gave the same answers: they are one model here and cannot be ranked"
+
+
+class ScaledInterval(StoredInterval):
+    """A mean grade as a result holds it; `questions` where each of several answers was graded."""
+
+    scale: str
+    questions: NotRequired[int]
+
+
+class GradeBounds(TypedDict):
+    """A mean grade if every turn without a grade had got 1, or 5."""
+
+    all_1: float | None
+    all_5: float | None
+
+
+class MeanGrade(ScaledInterval):
+    """MT-Bench's mean grade as a result holds it; `doubled_2_10` is not an MT-Bench score."""
+
+    turns: int
+    without_grade: int
+    bounds: GradeBounds
+    doubled_2_10: float | None
+
+
+class JudgedNumbers(TypedDict):
+    """What the numbers of every judged suite have: `pairs` where there is an opponent, MT-Bench's
+    `score`, and AlpacaEval's `mean_score` where it was asked for.
+    """
+
+    pairs: StoredPairs | None
+    score: NotRequired[MeanGrade]
+    mean_score: NotRequired[ScaledInterval | None]
+
+
+class _Recorded(TypedDict):
+    """The outcome: percent of the resolved pairs (n) for a comparison, and the mean grade (n graded
+    turns) for MT-Bench.
+    """
+
+    win: float | None
+    loss: float | None
+    tie: float | None
+    n: int
+    mean_score: float | None
+    mean_score_interval: list[float | None] | None
+    scale: str | None
+
+
+class _Order(TypedDict):
+    """In which orders the judge was asked, and how often the second order changed the winner."""
+
+    judged: str
+    flips: int | None
+    flip_rate: float | None
+    interval: list[float | None] | None
+
+
+class _Unparsed(TypedDict):
+    """Judgments that were asked and gave no verdict."""
+
+    count: int
+    share: float
+
+
+class _Bounds(TypedDict):
+    """The number if everything without a verdict were lost, and won."""
+
+    of: str
+    all_lost: float | None
+    all_won: float | None
+
+
+class ReplayNumbers(TypedDict):
+    """A result's numbers under the keys of `recipes judge replay --json`."""
+
+    recorded: _Recorded
+    unparsed: _Unparsed
+    contradictions: StoredContradictions
+    order: _Order
+    bounds: _Bounds
 
 
 @dataclass(frozen=True)
@@ -236,7 +319,7 @@ class JudgedSuite(Asker, ABC):
         judge: OpenJudge,
         rows: Sequence[Row],
         file: Path,
-    ) -> tuple[dict[str, Any], list[Measure]]:
+    ) -> tuple[JudgedNumbers, list[Measure]]:
         """Return the suite's numbers for one target with the samples behind them, and write its
         files for reading.
 
@@ -247,8 +330,8 @@ class JudgedSuite(Asker, ABC):
 
     @staticmethod
     @abstractmethod
-    def table(results: Sequence[dict[str, Any]]) -> list[str]:
-        """Return the lines of a table of results."""
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
 
     def visit(self, subject: Subject) -> list[EvalLog]:
         """Let one of `targets` answer what is missing.
@@ -413,7 +496,7 @@ class JudgedSuite(Asker, ABC):
             judge=judge_facts(judge),
             audit=card,
             missing_references=list(self.chosen.missing_references),
-            numbers=numbers | replay_numbers(numbers, card),
+            numbers={**numbers, **replay_numbers(numbers, card)},
             measures=tuple(measures),
             file=file,
         )
@@ -657,7 +740,7 @@ def answer_banners(
     return lines
 
 
-def within_scale(interval: Interval) -> dict[str, Any]:
+def within_scale(interval: Interval) -> ScaledInterval:
     """Return an interval of a mean grade with its limits cut to the scale 1-5: with few items they
     would lie outside.
     """
@@ -709,40 +792,34 @@ def _base_of(word: str, named: Mapping[str, Target]) -> Target:
     )
 
 
-def replay_numbers(numbers: Mapping[str, Any], card: Mapping[str, Any]) -> dict[str, Any]:
+def replay_numbers(numbers: JudgedNumbers, card: Scorecard) -> ReplayNumbers:
     """Return recorded, unparsed, contradictions, order and bounds under the keys that `recipes
     judge replay --json` uses, so that one program reads both.
-
-    `recorded` is in percent of the resolved pairs (n) for a comparison, and the mean grade (n
-    graded turns) for MT-Bench.
     """
     pairs, score = numbers["pairs"], numbers.get("score")
-    grade: Any = score or numbers.get("mean_score")
+    grade = score or numbers.get("mean_score")
     resolved = pairs["n"] - pairs["unresolved"] if pairs else 0
-    recorded: dict[str, Any] = {
-        name: 100 * pairs[name] / resolved if resolved else None for name in ("win", "loss", "tie")
-    }
-    recorded |= {
+    win, loss, tie = (
+        100 * count / resolved if resolved else None
+        for count in ((pairs["win"], pairs["loss"], pairs["tie"]) if pairs else (0, 0, 0))
+    )
+    recorded: _Recorded = {
+        "win": win,
+        "loss": loss,
+        "tie": tie,
         "n": resolved if score is None else score["n"],
         "mean_score": grade["estimate"] if grade else None,
         "mean_score_interval": [grade["low"], grade["high"]] if grade else None,
         "scale": "1..5" if grade else None,
     }
     if score is None:
-        shares = pairs["win_bounds"]
-        bounds = {
-            "of": "win percent",
-            **{
-                name: None if shares[name] is None else 100 * shares[name]
-                for name in ("all_lost", "all_won")
-            },
-        }
+        assert pairs is not None
+        shares = (pairs["win_bounds"]["all_lost"], pairs["win_bounds"]["all_won"])
+        lost, won = (None if share is None else 100 * share for share in shares)
+        bounds: _Bounds = {"of": "win percent", "all_lost": lost, "all_won": won}
     else:
-        bounds = {
-            "of": "mean score",
-            "all_lost": score["bounds"]["all_1"],
-            "all_won": score["bounds"]["all_5"],
-        }
+        lost, won = score["bounds"]["all_1"], score["bounds"]["all_5"]
+        bounds = {"of": "mean score", "all_lost": lost, "all_won": won}
     missing = card["asked"] - card["statuses"].get("ok", 0)
     return {
         "recorded": recorded,
@@ -753,16 +830,13 @@ def replay_numbers(numbers: Mapping[str, Any], card: Mapping[str, Any]) -> dict[
     }
 
 
-def _order(pairs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """In which orders the judge was asked, and how often the second order changed the winner."""
+def _order(pairs: StoredPairs | None) -> _Order:
     if not pairs:
         return {"judged": "single-answer", "flips": None, "flip_rate": None, "interval": None}
     same = pairs["swap_consistency"]
     if same["estimate"] is None:
         return {"judged": "both", "flips": 0, "flip_rate": None, "interval": [None, None]}
-    return {
-        "judged": "both",
-        "flips": round(same["n"] * (1 - same["estimate"])),
-        "flip_rate": 1 - same["estimate"],
-        "interval": [1 - same["high"], 1 - same["low"]],
-    }
+    rate = 1 - same["estimate"]
+    limits = [None if share is None else 1 - share for share in (same["high"], same["low"])]
+    flips = round(same["n"] * rate)
+    return {"judged": "both", "flips": flips, "flip_rate": rate, "interval": limits}

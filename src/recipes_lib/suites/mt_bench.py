@@ -13,13 +13,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_files import mt_bench_measures, mt_bench_samples, write_lines
-from recipes_lib.eval_log import REFERENCE, Measure
+from recipes_lib.eval_log import REFERENCE, EvalLog, Measure
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
@@ -29,7 +29,9 @@ from recipes_lib.statistics.intervals import Interval, mean_interval
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.judged import (
     JUDGED_NUMBERS,
+    JudgedNumbers,
     JudgedSuite,
+    MeanGrade,
     ToJudge,
     judgments_file,
     sample_file,
@@ -57,6 +59,25 @@ _GRADE = object_schema(
 )
 _GRADES: JsonSchema = {"type": "object", "additionalProperties": _GRADE}
 _COLOURS = ("#4477aa", "#cc6677", "#ddaa33", "#228833")
+
+
+class Summary(JudgedNumbers):
+    """Mean grades over all turns, by turn, and by category and turn (or `all`); the rates of the
+    comparison where there is an opponent.
+    """
+
+    by_turn: dict[str, MeanGrade]
+    by_category: dict[str, dict[str, MeanGrade]]
+    statuses: dict[str, int]
+    with_reference: int
+
+
+class _Numbers(Summary):
+    """The suite's numbers in a result. The store keeps every judgment there ever was; those behind
+    the numbers are named.
+    """
+
+    judgment_keys: list[str]
 
 
 class MTBench(JudgedSuite):
@@ -117,12 +138,14 @@ class MTBench(JudgedSuite):
         judge: OpenJudge,
         rows: Sequence[Row],
         file: Path,
-    ) -> tuple[dict[str, Any], list[Measure]]:
+    ) -> tuple[JudgedNumbers, list[Measure]]:
         """Return mean grades and win rate; FastChat's files and a figure are written."""
         questions, name = self.chosen.questions, self.judge_file.path.stem
         write_fastchat(file.parent, questions, answers, opponent, rows, name)
-        # The store keeps every judgment there ever was; these are the ones behind the numbers.
-        numbers = {"judgment_keys": [row["key"] for row in rows], **summary(questions, rows)}
+        numbers: _Numbers = {
+            "judgment_keys": [row["key"] for row in rows],
+            **summary(questions, rows),
+        }
         figure = file.parent / "figures" / "grades"
         draw_grades(numbers, figure, f"{answers.name}: {self.recipe.name}, judge {name}")
         asked = {
@@ -139,9 +162,10 @@ class MTBench(JudgedSuite):
         return numbers, list(mt_bench_measures(self.recipe.name, file, told, *found))
 
     @staticmethod
-    def table(results: Sequence[dict[str, Any]]) -> list[str]:
-        """Return the lines of a table of results."""
-        turns = list(results[0]["by_turn"])
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
+        found = [cast(Summary, log.numbers) for log in logs]
+        turns = list(found[0]["by_turn"])
         head = [
             "model",
             "n",
@@ -153,42 +177,41 @@ class MTBench(JudgedSuite):
             "win rate",
         ]
         rows = []
-        for result in results:
-            score = result["score"]
-            pairs = result["pairs"]
+        for log, numbers in zip(logs, found, strict=True):
+            score = numbers["score"]
+            pairs = numbers["pairs"]
             rows.append(
                 [
                     *(
-                        result["target"],
-                        str(result["n"]),
+                        log.target,
+                        str(log.n),
                         str(score["turns"]),
                         str(score["without_grade"]),
                         interval(score),
                     ),
                     f"{number(score['bounds']['all_1'])} .. {number(score['bounds']['all_5'])}",
-                    *(number(result["by_turn"][turn]["estimate"]) for turn in turns),
+                    *(number(numbers["by_turn"][turn]["estimate"]) for turn in turns),
                     "-"
                     if not pairs
-                    else f"{percent_interval(pairs['score'])} against {result['against']}",
+                    else f"{percent_interval(pairs['score'])} against {log.against}",
                 ]
             )
         lines = grid(head, rows)
         lines += [
             "",
             *grid(
-                ["category", *(result["target"] for result in results)],
+                ["category", *(log.target for log in logs)],
                 [
-                    [name, *(_cell(result, name) for result in results)]
-                    for name in results[0]["by_category"]
+                    [name, *(_cell(one["by_category"][name]) for one in found)]
+                    for name in found[0]["by_category"]
                 ],
             ),
         ]
         lines += ["", "grades are 1-5, as the judge gives them"]
-        return [*lines, *footer(results)]
+        return [*lines, *footer(logs)]
 
 
-def _cell(result: dict[str, Any], category: str) -> str:
-    turns = result["by_category"][category]
+def _cell(turns: Mapping[str, MeanGrade]) -> str:
     return (
         " / ".join(number(turns[turn]["estimate"]) for turn in turns if turn != "all")
         + f"  (n {turns['all']['turns']})"
@@ -275,7 +298,7 @@ def conversation(question: Question, answers: AnswerSet, turn: int) -> str:
     )
 
 
-def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any]:
+def summary(questions: Sequence[Question], rows: Sequence[Row]) -> Summary:
     """Return the suite's numbers: means 1-5 over all turns, per turn and per category, with
     intervals clustered by question.
     """
@@ -314,7 +337,7 @@ def summary(questions: Sequence[Question], rows: Sequence[Row]) -> dict[str, Any
     }
 
 
-def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> dict[str, Any]:
+def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> MeanGrade:
     """A mean grade: the interval over graded turns, and the means if every turn without a grade had
     got 1, or 5.
 
@@ -327,16 +350,13 @@ def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> dict[str, Any]:
     ]
     interval = mean_interval([value for _, value in graded], [name for name, _ in graded] or None)
     missing, total = len(cells) - len(graded), sum(value for _, value in graded)
-    bounds = {
-        f"all_{grade}": (total + missing * grade) / len(cells) if cells else None
-        for grade in (1, 5)
-    }
+    worst, best = ((total + missing * grade) / len(cells) if cells else None for grade in (1, 5))
     doubled = None if interval.estimate is None else 2 * interval.estimate
     return {
         **within_scale(interval),
         "turns": len(cells),
         "without_grade": missing,
-        "bounds": bounds,
+        "bounds": {"all_1": worst, "all_5": best},
         "doubled_2_10": doubled,
     }
 
@@ -386,7 +406,7 @@ def write_fastchat(
         )
 
 
-def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
+def _single(row: Row, model: str, judge: str, now: float) -> dict[str, object]:
     """A grade as FastChat writes it; a turn without a grade has score -1 there."""
     question, _, turn = row["question_id"].rpartition(":")
     score = row["value"] if row["status"] == "ok" else -1
@@ -402,7 +422,7 @@ def _single(row: Row, model: str, judge: str, now: float) -> dict[str, Any]:
 
 def _pairs(
     rows: Sequence[Row], model: str, opponent: str, judge: str, now: float
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Both orders of each comparison in one line: g1 shows the model first, g2 the opponent."""
     orders: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -411,7 +431,7 @@ def _pairs(
     lines = []
     for name, pair in orders.items():
         question, _, turn = name.rpartition(":")
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "question_id": _number(question),
             "model_1": model,
             "model_2": opponent,
@@ -457,7 +477,7 @@ def _number(name: str) -> int | str:
     return int(name) if name.isdigit() else name
 
 
-def draw_grades(summary: Mapping[str, Any], stem: Path, title: str) -> list[Path]:
+def draw_grades(summary: Summary, stem: Path, title: str) -> list[Path]:
     """Draw the grades of one model and return the files written.
 
     A dot that is missing has no grade; a dot without a line has too few grades for an interval.
@@ -509,7 +529,7 @@ def draw_grades(summary: Mapping[str, Any], stem: Path, title: str) -> list[Path
 
 
 def _dots(
-    axes: Any, places: Sequence[float], cells: Sequence[Mapping[str, Any]], label: str, colour: str
+    axes: Any, places: Sequence[float], cells: Sequence[MeanGrade], label: str, colour: str
 ) -> None:
     """One turn's means, with a line where there is an interval."""
     known = [

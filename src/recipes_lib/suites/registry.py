@@ -5,10 +5,10 @@ for the terminal, and the schema of result.json.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import fields_of, file_schema, object_schema, sections_schema
+from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import say
 from recipes_lib.eval_log import EvalLog, ImportedFile, Measure, Sample
 from recipes_lib.eval_recipe import (
@@ -32,7 +32,7 @@ from recipes_lib.suites.suite import Asker
 # A new suite is a file with one class, a line here and one in eval_recipe.SUITE_FACTS; then
 # `make schema`.
 # A suite is an `Asker` made of a recipe, words and whether the command line allows code of a model,
-# with `table(results)` and what the schemas say of it (`HELP`, `NUMBERS`). A suite that a judge
+# with `table(logs)` and what the schemas say of it (`HELP`, `NUMBERS`). A suite that a judge
 # decides is a `JudgedSuite`, which is also made of an opponent.
 SUITES: dict[
     str, type[AlpacaEval] | type[MTBench] | type[Harness] | type[Checks] | type[HeldoutLoss]
@@ -60,41 +60,40 @@ def suite_of(
     return kind(recipe, words, remote_code)
 
 
-def say_results(results: Sequence[dict[str, Any]]) -> None:
+def say_results(logs: Sequence[EvalLog]) -> None:
     """Print the tables of results, eval after eval, and where they are kept."""
-    for name in dict.fromkeys(result["eval"] for result in results):
-        mine = [result for result in results if result["eval"] == name]
+    for name in dict.fromkeys(log.eval for log in logs):
+        mine = [log for log in logs if log.eval == name]
         say(tables(mine))
-        for result in mine:
-            if command := result.get("lm_eval_command"):
-                say(f"$ {command}")
+        for log in mine:
+            if log.lm_eval_command:
+                say(f"$ {log.lm_eval_command}")
         say()
-    for result in results:
-        say(f"kept in {result['file']}")
+    for log in logs:
+        say(f"kept in {shown_path(log.file)}")
 
 
-def tables(results: Sequence[dict[str, Any]]) -> str:
-    """Return the tables of results of one suite."""
-    lines = [f"{results[0]['eval']}: {_what(results[0])}", ""]
+def tables(logs: Sequence[EvalLog]) -> str:
+    """Return the tables of the logs of one suite."""
+    lines = [f"{logs[0].eval}: {_what(logs[0])}", ""]
     said: dict[str, list[str]] = {}
-    for result in results:
-        for banner in result["banners"]:
-            said.setdefault(banner, []).append(result["target"])
+    for log in logs:
+        for banner in log.banners:
+            said.setdefault(banner, []).append(log.target)
     for banner, targets in said.items():
         lines.append(
-            f"! {banner}" if len(targets) == len(results) else f"! {', '.join(targets)}: {banner}"
+            f"! {banner}" if len(targets) == len(logs) else f"! {', '.join(targets)}: {banner}"
         )
     lines += [""] if said else []
-    lines += SUITES[results[0]["suite"]].table(results)
+    lines += SUITES[logs[0].suite].table(logs)
     return "\n".join(lines)
 
 
-def _what(result: dict[str, Any]) -> str:
-    judge = result.get("judge")
-    if not judge:
+def _what(log: EvalLog) -> str:
+    if log.judge is None:
         named = {"lm_eval": "lm-eval", "heldout_loss": "held-out loss"}
-        return named.get(result["suite"], result["suite"])
-    return f"{result['n']} questions, judge {judge['name']} ({judge['model']}, {judge['mode']})"
+        return named.get(log.suite, log.suite)
+    return f"{log.n} questions, judge {log.judge.name} ({log.judge.model}, {log.judge.mode})"
 
 
 _JUDGE_FILE_HELP = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.generation.targets import Target
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from recipes_lib.eval_log import EvalLog
     from recipes_lib.eval_recipe import EvalRecipe
     from recipes_lib.generation.subjects import Subject
+    from recipes_lib.statistics.intervals import StoredInterval
 
 
 class Asker:
@@ -40,13 +41,14 @@ class Asker:
         self.targets = [one for one in self.targets if str(one.identity) != str(target.identity)]
 
 
-def footer(results: Sequence[dict[str, Any]]) -> list[str]:
+def footer(logs: Sequence[EvalLog]) -> list[str]:
     """Return the lines below a judged suite's table: about the judge, then about the answers."""
-    return [*map(_judge_line, results), *map(_answer_line, results)]
+    return [*map(_judge_line, logs), *map(_answer_line, logs)]
 
 
-def _judge_line(result: dict[str, Any]) -> str:
-    card = result["audit"]
+def _judge_line(log: EvalLog) -> str:
+    card = log.audit
+    assert card is not None
     consistent = (
         ""
         if not card["swap_consistency"]["n"]
@@ -61,21 +63,18 @@ def _judge_line(result: dict[str, Any]) -> str:
         f"{checks.count('pass')} pass, {checks.count('fail')} fail, {checks.count('not measured')}"
         " not measured"
     )
-    return f"judge on {result['target']}: {consistent}{mass}audit {states}"
+    return f"judge on {log.target}: {consistent}{mass}audit {states}"
 
 
-def _answer_line(result: dict[str, Any]) -> str:
-    answers, speed = result["answers"]["answers"], result["answers"]["generated_now"]
-    same = answers["identical"]["count"]
-    looping = f", {answers['loops']} in a loop" if answers["loops"] else ""
-    made = (
-        ""
-        if not speed or not speed["seconds"]
-        else f", {speed['new_tokens'] / speed['seconds']:.0f} tokens/s"
-    )
+def _answer_line(log: EvalLog) -> str:
+    answers, speed = log.answers.answers, log.answers.generated_now
+    assert answers is not None
+    looping = f", {answers.loops} in a loop" if answers.loops else ""
+    timed = speed is not None and speed.seconds
+    made = f", {speed.new_tokens / speed.seconds:.0f} tokens/s" if speed and timed else ""
     return (
-        f"answers of {result['target']}: {answers['n']}, {answers['empty']} empty, {answers['cut']}"
-        f" cut, {same} identical{looping}{made}"
+        f"answers of {log.target}: {answers.n}, {answers.empty} empty, {answers.cut} cut,"
+        f" {answers.identical.count} identical{looping}{made}"
     )
 
 
@@ -84,21 +83,17 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.1f}%"
 
 
-def percent_interval(value: dict[str, Any]) -> str:
+def percent_interval(value: StoredInterval) -> str:
     """Return a share with its interval in percent, its limits cut to 0 and 100."""
-    if value["estimate"] is None:
-        return "n/a"
-    limits = (
-        ""
-        if value["low"] is None
-        else f" [{100 * max(value['low'], 0):.1f}, {100 * min(value['high'], 1):.1f}]"
-    )
-    return f"{percent(value['estimate'])}{limits}"
+    low, high = value["low"], value["high"]
+    if value["estimate"] is None or low is None or high is None:
+        return percent(value["estimate"])
+    return f"{percent(value['estimate'])} [{100 * max(low, 0):.1f}, {100 * min(high, 1):.1f}]"
 
 
-def interval(value: dict[str, Any], digits: int = 2) -> str:
+def interval(value: StoredInterval, digits: int = 2) -> str:
     """Return a number with its interval."""
-    low, high = (number(value[end], digits) for end in ("low", "high"))
+    low, high = number(value["low"], digits), number(value["high"], digits)
     limits = "" if value["low"] is None else f" [{low}, {high}]"
     return f"{number(value['estimate'], digits)}{limits}"
 
