@@ -124,6 +124,25 @@ def test_a_judge_without_verdicts_fails_and_divides_by_nothing(tmp_path: Path) -
     assert "n/a" in scorecard_markdown(card)
 
 
+@pytest.mark.parametrize(("pairs", "result"), [(3, "not measured"), (12, "pass")])
+def test_three_labels_that_a_judge_got_right_are_no_proof(
+    tmp_path: Path, pairs: int, result: str
+) -> None:
+    def first_wins(request):
+        return reply(f"[RESULT] {'A' if request.order == 'AB' else 'B'}")
+
+    labels = {str(n): "win" for n in range(pairs)}
+    card = _card(tmp_path, first_wins, labels, probes=False, items=_items(pairs))
+    assert card["human"]["verdict_accuracy"]["estimate"] == 1.0
+    assert _result(card, "agreement with human labels") == result
+
+
+def test_a_judge_that_never_looks_is_not_above_chance(tmp_path: Path) -> None:
+    labels = {str(n): "win" if n % 2 else "loss" for n in range(40)}
+    card = _card(tmp_path, always_a, labels, probes=False, items=_items(40))
+    assert _result(card, "agreement with human labels") == "fail"
+
+
 def test_a_coin_is_inconsistent_noisy_and_no_better_than_chance_on_labels(tmp_path: Path) -> None:
     labels = {str(i): "win" if i % 2 else "loss" for i in range(200)}
     card = _card(tmp_path, coin(3), labels, items=_items(200))

@@ -53,6 +53,14 @@ def test_a_missing_order_is_unresolved_and_so_is_a_question_without_rows() -> No
     assert [item.outcome for item in outcomes] == ["win", "unresolved"]
 
 
+def test_pairs_that_all_came_out_alike_leave_room_for_another() -> None:
+    won = summarise(pair_samples(_rows(*[("A", "B")] * 20)))
+    assert won.score.estimate == won.score.high == 1.0 and 0.8 < won.score.low < 0.9
+    tied = summarise(pair_samples(_rows(*[("B", "B")] * 24)))  # no width would be no doubt
+    assert (tied.score.estimate, tied.score.low, tied.score.high) == (0.5, None, None)
+    assert tied.first_position.estimate == 0.0 and 0.1 < tied.first_position.high < 0.2
+
+
 def test_unresolved_items_stay_in_n_and_widen_the_bounds() -> None:
     summary = summarise(
         pair_samples(_rows(*[("A", "B")] * 6, *[("B", "A")] * 2, ("unparsed", "B"), ("A", "error")))
@@ -105,7 +113,7 @@ def test_position_bias_is_measured_on_items_that_the_judge_answered_in_both_orde
 def test_no_item_and_one_item_do_not_crash() -> None:
     assert summarise([]).score.estimate is None
     one = summarise(pair_samples(_rows(("A", "B"))))
-    assert (one.score.estimate, one.score.low) == (1.0, None)
+    assert one.score.estimate == 1.0 and one.score.low < 0.25  # one pair says next to nothing
 
 
 def test_turns_of_one_question_are_one_cluster() -> None:

@@ -35,8 +35,8 @@ from recipes_lib.statistics.intervals import (
     StoredInterval,
     accuracy,
     cohens_kappa,
-    mean_interval,
     rate_bounds,
+    rate_interval,
     wilson,
 )
 
@@ -342,7 +342,7 @@ def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Agreemen
     `outcome_accuracy` compares win/loss/tie of both orders together; `kappa` takes chance off.
     `verdict_accuracy` is of single verdicts on pairs that people decided: because each pair is seen
     in both orders, chance is one half whatever the position bias. Its interval, clustered by pair,
-    answers "above chance".
+    answers "above chance"; None where there are so few pairs that no judge could show it.
     """
     labelled = [item for item in outcomes if item.id in labels]
     resolved = [item for item in labelled if item.resolved]
@@ -354,7 +354,9 @@ def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Agreemen
         for item, label in zip(resolved, truth, strict=True)
         if label != "tie" and not item.by_rule
     ]
-    interval, unresolved = mean_interval(verdicts), len(labelled) - len(resolved)
+    interval, unresolved = rate_interval(verdicts), len(labelled) - len(resolved)
+    best = wilson(len(verdicts), len(verdicts)).low
+    too_few = best is None or best <= 0.5  # not even a judge that is always right could show it
     return {
         "n": len(labelled),
         "unresolved": unresolved,
@@ -362,5 +364,5 @@ def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Agreemen
         "outcome_accuracy_bounds": rate_bounds(right, len(labelled), unresolved).to_dict(),
         "kappa": cohens_kappa(said, truth).to_dict(),
         "verdict_accuracy": interval.to_dict(),
-        "above_chance": None if interval.low is None else interval.low > 0.5,
+        "above_chance": None if too_few else interval.low is not None and interval.low > 0.5,
     }

@@ -19,7 +19,7 @@ from recipes_lib.statistics.intervals import (
     RateBounds,
     StoredBounds,
     StoredInterval,
-    mean_interval,
+    rate_interval,
     share_interval,
     wilson,
 )
@@ -190,7 +190,7 @@ def summarise(
 
     def score(some: Sequence[Sample], missing: float) -> Interval:
         values = [missing if one.value is None else one.value for one in some]
-        return mean_interval(values, clusters_of(some)).within(0, 1)
+        return rate_interval(values, clusters_of(some))
 
     lost, won = share(samples, "win"), share(samples, "win", "unresolved")
     return PairSummary(
@@ -207,6 +207,6 @@ def summarise(
             lost.estimate, won.estimate, lost.low, won.high, len(samples), counts["unresolved"]
         ),
         swap_consistency=wilson(consistent, len(judged)),
-        first_position=mean_interval(first).within(0, 1),
+        first_position=rate_interval(first),
         score_bounds={"all_lost": score(samples, 0.0), "all_won": score(samples, 1.0)},
     )

@@ -61,14 +61,17 @@ class Interval:
 
     def within(self, lowest: float, highest: float) -> Interval:
         """Return the interval without what lies outside the scale, where the truth cannot be: its
-        coverage is the same.
+        coverage is the same. An interval of no width has no limits: values that all agree say
+        nothing about the next one.
 
         Example:
             >>> Interval(0.975, 0.924, 1.026, 40, "studentised").within(0, 1).high
             1
         """
         limits = [
-            None if limit is None else min(max(limit, lowest), highest)
+            None
+            if limit is None or self.method == "zero variance"
+            else min(max(limit, lowest), highest)
             for limit in (self.low, self.high)
         ]
         return replace(self, low=limits[0], high=limits[1])
@@ -328,6 +331,21 @@ def mean_interval(
     count = len(np.unique(np.asarray(clusters))) if clusters is not None else np.size(values)
     method = studentised if count < STUDENTISED_BELOW else bca
     return method(values, clusters, resamples=resamples, seed=seed)
+
+
+def rate_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Interval:
+    """Return the mean of values from 0 to 1 with its interval; where all of them are 0, or all 1,
+    that of a share.
+
+    Example:
+        >>> rate_interval([1.0, 1.0, 1.0]).low < 0.5
+        True
+        >>> rate_interval([0.5, 0.5, 0.5]).low is None
+        True
+    """
+    if set(values) in ({0.0}, {1.0}):
+        return share_interval([value == 1 for value in values], clusters)
+    return mean_interval(values, clusters).within(0, 1)
 
 
 # ---- Agreement of two raters ----
