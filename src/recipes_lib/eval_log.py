@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from recipes_lib.core.json_files import Row
 from recipes_lib.data.leaks import Leak, Leaks
-from recipes_lib.statistics.intervals import StoredBounds, StoredInterval
+
+if TYPE_CHECKING:
+    from recipes_lib.statistics.intervals import StoredBounds, StoredInterval
 
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
