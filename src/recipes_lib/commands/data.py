@@ -12,7 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeErrors
@@ -24,16 +24,14 @@ from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.leaks import leak_error, search_recipe
 from recipes_lib.weights.base import load_tokenizer
 
+if TYPE_CHECKING:
+    from recipes_lib.data.audit import DataAudit
+    from recipes_lib.data.supervision import DecodedSpan
+
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
 # What opens and closes a thought or a tool call in a pipe, and its colour on a terminal.
 MARKS = {"thought": ("((", "))", "\x1b[36m"), "call": ("<<", ">>", "\x1b[33m")}
 Mark = tuple[str, re.Pattern[str]]
-TOKEN_ROWS = (
-    ("prompt", "prompt_tokens"),
-    ("completion", "completion_tokens"),
-    ("row, as trained", "tokens"),
-    ("with loss", "supervised_tokens"),
-)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +93,7 @@ def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
         raise RecipeErrors(errors)
 
 
-def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
+def _summary(audit: DataAudit, method: str | None = None) -> list[str]:
     """Return the audit as lines for the terminal."""
     from recipes_lib.data.audit import describe_conversations, describe_template, warnings_of
 
@@ -118,15 +116,19 @@ def _summary(audit: Mapping[str, Any], method: str | None = None) -> list[str]:
         "",
         f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
     ]
-    for title, key in TOKEN_ROWS:
-        numbers = audit[key]
-        columns = "".join(f"{numbers[name]:>8}" for name in ("p5", "p50", "p95", "max"))
-        lines.append(f"{title:<18}{numbers['total']:>12,}{columns}")
+    for title, of in (
+        ("prompt", audit["prompt_tokens"]),
+        ("completion", audit["completion_tokens"]),
+        ("row, as trained", audit["tokens"]),
+        ("with loss", audit["supervised_tokens"]),
+    ):
+        columns = f"{of['p5']:>8}{of['p50']:>8}{of['p95']:>8}{of['max']:>8}"
+        lines.append(f"{title:<18}{of['total']:>12,}{columns}")
     notes = warnings_of(audit)
     return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
 
 
-def _mixture(audit: Mapping[str, Any]) -> list[str]:
+def _mixture(audit: DataAudit) -> list[str]:
     """Return a table of what each source gives; nothing for a single source."""
     sources = audit["sources"]
     if len(sources) < 2:
@@ -165,7 +167,7 @@ def _show_example(row: Mapping[str, Any], tokenizer: Any, example: Example, *, c
     print("".join(_painted(span, marks, color) for span in spans), flush=True)
 
 
-def _painted(span: Mapping[str, Any], marks: list[Mark], color: bool) -> str:
+def _painted(span: DecodedSpan, marks: list[Mark], color: bool) -> str:
     """Return a span for the terminal; the marks found in it are taken off the list."""
     end = span.get("end_token", "")
     text = span["text"].removesuffix(end)

@@ -12,25 +12,172 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.examples import BadRows, Example, SettingError, listed
+from recipes_lib.data.examples import BadRows, Example, SettingError, SkippedRows, listed
 from recipes_lib.data.prompts import PROMPT_FORMATS, Twin
 from recipes_lib.data.rows import Rows
-from recipes_lib.data.splits import SPLITS, TRAIN, VALIDATION, Splits
-from recipes_lib.data.supervision import Supervision, decoded_spans
+from recipes_lib.data.splits import SPLITS, TEST, TRAIN, VALIDATION, Splits
+from recipes_lib.data.supervision import DecodedSpan, Supervision, decoded_spans
 
 NUM_REASONS = 10
 NUM_SHOWN = 3
-PERCENTILES = (5, 50, 95)
 FOREIGN_MARKERS = (
     *("[INST]", "[/INST]", "<<SYS>>"),
     *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"),
 )
 Found = dict[str, dict[str, int]]
+
+
+class Distribution(TypedDict):
+    """Tokens (or turns): the total, and per row percentiles and the maximum."""
+
+    total: int
+    p5: int
+    p50: int
+    p95: int
+    max: int
+
+
+class NamedRows(TypedDict):
+    """Rows of which something is true: how many, and which, split by split."""
+
+    count: int
+    fraction: float
+    ids: list[str]
+    places: list[str]
+
+
+class EmptyRows(TypedDict):
+    """Rows with nothing to learn but the end token."""
+
+    count: int
+    ids: list[str]
+
+
+class TruncatedRows(NamedRows):
+    """Rows that were cut at `max_length`, and how many of them lost their end token."""
+
+    lost_end_token: int
+
+
+class RowCounts(TypedDict):
+    """Rows from file to training; `trained` are those of `train` with a supervised token."""
+
+    read: int
+    bad: int
+    filtered: dict[str, int]
+    used: int
+    train: int
+    validation: int
+    test: int
+    trained: int
+
+
+class SourceCounts(TypedDict):
+    """What one source of the mixture has and gives; rows that train count as often as they do."""
+
+    source: str
+    weight: float
+    max_examples: int | None
+    rows: int
+    used: int
+    train: int
+    validation: int
+    test: int
+    supervised: int
+
+
+class Occurrences(TypedDict):
+    """How often something stands in the conversations, and in how many rows."""
+
+    count: int
+    rows: int
+
+
+class ConversationCounts(TypedDict):
+    """Turns of user and assistant, and what is called and thought in them."""
+
+    turns: Distribution
+    tool_calls: Occurrences
+    thoughts: Occurrences
+
+
+class Injected(TypedDict):
+    """Texts that were found in rows: times by text, and the texts by id of the row."""
+
+    num_rows: int
+    count: dict[str, int]
+    rows: dict[str, list[str]]
+
+
+class InjectedTokens(Injected):
+    """Special tokens in the rows' texts, which are read as text or as special tokens."""
+
+    treated_as: str
+
+
+class Duplicates(TypedDict):
+    """Rows with the same content, and with nearly the same, by their ids."""
+
+    exact_groups: list[list[str]]
+    exact_rows: int
+    across_splits: list[list[str]]
+    moved_to_train: list[str]
+    near_groups: list[list[str]]
+
+
+class EndTokens(TypedDict):
+    """How many of the rows that were not cut end in a token that the loss sees."""
+
+    untruncated_rows: int
+    of_which_supervised: int
+
+
+class ShownRow(TypedDict):
+    """A row of the train split as the loss sees it."""
+
+    id: str
+    place: str
+    spans: list[DecodedSpan]
+
+
+class DataAudit(TypedDict):
+    """supervision.json."""
+
+    prompt_format: str
+    training_template: dict[str, str] | None
+    loss_on: str
+    max_length: int | None
+    truncation_mode: str
+    eos_token: str | None
+    rows: RowCounts
+    sources: list[SourceCounts]
+    bad_rows: SkippedRows
+    unused_columns: dict[str, list[str]]
+    unread_files: dict[str, list[str]]
+    tokens: Distribution
+    supervised_tokens: Distribution
+    prompt_tokens: Distribution
+    completion_tokens: Distribution
+    conversations: ConversationCounts | None
+    tokens_per_split: dict[str, dict[str, int]]
+    truncated: TruncatedRows
+    no_supervised_tokens: NamedRows
+    changed_by_template: NamedRows
+    unlike_prompt: NamedRows
+    empty_completions: EmptyRows
+    special_token_injections: InjectedTokens
+    template_markers: Injected
+    duplicates: Duplicates
+    boundary_merges: int
+    end_token_supervised: EndTokens
+    without_end_token: NamedRows
+    end_tokens: dict[str, int]
+    examples: list[ShownRow]
 
 
 class Injections:
@@ -82,7 +229,7 @@ def audit_rows(
     injections: Injections,
     encoded: Any,
     twin: Twin | None,
-) -> dict[str, Any]:
+) -> DataAudit:
     """Count and name; the result is plain JSON.
 
     Args:
@@ -92,7 +239,7 @@ def audit_rows(
         encoded: their ids and labels by position.
     """
 
-    def named(mask: np.ndarray) -> dict[str, Any]:
+    def named(mask: np.ndarray) -> NamedRows:
         """The rows that a mask names, split by split."""
         chosen = [rows[i] for name in SPLITS for i in dict.fromkeys(splits.rows[name]) if mask[i]]
         return {
@@ -111,7 +258,7 @@ def audit_rows(
     as_text = section.prompt_format != "chat" and section.special_tokens == "text"
     return {
         "prompt_format": section.prompt_format,
-        "training_template": twin and {"file": twin.file.name, "sha256": twin.hash},
+        "training_template": {"file": twin.file.name, "sha256": twin.hash} if twin else None,
         "loss_on": "whole text" if settings.whole else "completion",
         "max_length": settings.max_length,
         "truncation_mode": "keep_end" if settings.keep_end else "keep_start",
@@ -121,7 +268,9 @@ def audit_rows(
             "bad": len(skipped.found),
             "filtered": dict(filtered),
             "used": len(rows),
-            **{name: len(splits.rows[name]) for name in SPLITS},
+            "train": len(splits.rows[TRAIN]),
+            "validation": len(splits.rows[VALIDATION]),
+            "test": len(splits.rows[TEST]),
             "trained": int((~bare[splits.rows[TRAIN]]).sum()),
         },
         "sources": _sources(rows, tokens, splits),
@@ -140,7 +289,7 @@ def audit_rows(
             }
             for name in SPLITS
         },
-        "truncated": named(cut) | {"lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
+        "truncated": {**named(cut), "lost_end_token": int((cut & (tokens["ends"] == 0)).sum())},
         "no_supervised_tokens": named(bare),
         "changed_by_template": named(tokens["changed"] == 1),
         "unlike_prompt": named(tokens["unlike_prompt"] == 1),
@@ -178,21 +327,17 @@ def audit_rows(
     }
 
 
-def _conversations(tokens: np.ndarray) -> dict[str, Any]:
-    """Turns of user and assistant, and what is called and thought in them."""
-    return {
-        "turns": _distribution(tokens["turns"]),
-        **{
-            name: {"count": int(tokens[name].sum()), "rows": int((tokens[name] > 0).sum())}
-            for name in ("tool_calls", "thoughts")
-        },
-    }
+def _conversations(tokens: np.ndarray) -> ConversationCounts:
+    def of(name: str) -> Occurrences:
+        return {"count": int(tokens[name].sum()), "rows": int((tokens[name] > 0).sum())}
+
+    turns = _distribution(tokens["turns"])
+    return {"turns": turns, "tool_calls": of("tool_calls"), "thoughts": of("thoughts")}
 
 
-def _sources(rows: Rows, tokens: np.ndarray, splits: Splits) -> list[dict[str, Any]]:
-    """What each source of the mixture has and gives; rows that train count as often as they do."""
+def _sources(rows: Rows, tokens: np.ndarray, splits: Splits) -> list[SourceCounts]:
     places = np.array([rows.source_of(index) for index in range(len(rows))], dtype=int)
-    counts = []
+    counts: list[SourceCounts] = []
     for number, (source, num_rows) in enumerate(rows.sources):
         own = {name: [i for i in splits.rows[name] if places[i] == number] for name in SPLITS}
         counts.append(
@@ -202,14 +347,16 @@ def _sources(rows: Rows, tokens: np.ndarray, splits: Splits) -> list[dict[str, A
                 "max_examples": source.max_examples,
                 "rows": num_rows,
                 "used": int((places == number).sum()),
-                **{name: len(indices) for name, indices in own.items()},
+                "train": len(own[TRAIN]),
+                "validation": len(own[VALIDATION]),
+                "test": len(own[TEST]),
                 "supervised": int(tokens["supervised"][own[TRAIN]].sum()),
             }
         )
     return counts
 
 
-def _injection(found: Found, rows: Rows) -> dict[str, Any]:
+def _injection(found: Found, rows: Rows) -> Injected:
     """What was found in the rows that are used."""
     used = {example.id for example in rows.examples} if found else ()
     found = {id: texts for id, texts in found.items() if id in used}
@@ -223,17 +370,17 @@ def _injection(found: Found, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _distribution(lengths: np.ndarray) -> dict[str, int]:
+def _distribution(lengths: np.ndarray) -> Distribution:
     """Total, and per row the percentiles and the maximum, as whole tokens."""
     if not len(lengths):
         lengths = np.zeros(1, dtype=int)
-    ranks = np.percentile(lengths, PERCENTILES, method="nearest")
-    percentiles = {f"p{p}": int(rank) for p, rank in zip(PERCENTILES, ranks, strict=True)}
-    return {"total": int(lengths.sum()), **percentiles, "max": int(lengths.max())}
+    p5, p50, p95 = map(int, np.percentile(lengths, (5, 50, 95), method="nearest"))
+    total, largest = int(lengths.sum()), int(lengths.max())
+    return {"total": total, "p5": p5, "p50": p50, "p95": p95, "max": largest}
 
 
 def check_audit(
-    audit: Mapping[str, Any], max_unsupervised_fraction: float, *, evaluates: bool = False
+    audit: DataAudit, max_unsupervised_fraction: float, *, evaluates: bool = False
 ) -> None:
     """The gate: refuse data that cannot teach what the recipe asks for.
 
@@ -251,7 +398,7 @@ def check_audit(
 
 
 def _refusal(
-    audit: Mapping[str, Any], max_unsupervised_fraction: float, evaluates: bool
+    audit: DataAudit, max_unsupervised_fraction: float, evaluates: bool
 ) -> tuple[str, ...]:
     """The key to blame, what is wrong, and hints; nothing where the data can teach."""
     used, bare = audit["rows"]["used"], audit["no_supervised_tokens"]
@@ -300,23 +447,24 @@ def _refusal(
     return ()
 
 
-def describe_conversations(audit: Mapping[str, Any]) -> list[str]:
+def describe_conversations(audit: DataAudit) -> list[str]:
     """One line where rows are more than a question and its answer."""
     found = audit["conversations"]
     if found is None or (
         found["turns"]["max"] <= 2
-        and not any(found[name]["count"] for name in ("tool_calls", "thoughts"))
+        and not found["tool_calls"]["count"]
+        and not found["thoughts"]["count"]
     ):
         return []
     parts = [f"{found['turns']['total']:,} turns, at most {found['turns']['max']} in a row"]
     parts += [
-        f"{found[name]['count']:,} {words} in {found[name]['rows']:,} rows"
-        for name, words in (("tool_calls", "tool calls"), ("thoughts", "thoughts"))
+        f"{one['count']:,} {words} in {one['rows']:,} rows"
+        for one, words in ((found["tool_calls"], "tool calls"), (found["thoughts"], "thoughts"))
     ]
     return [f"conversations: {'; '.join(parts)}"]
 
 
-def describe_template(audit: Mapping[str, Any]) -> list[str]:
+def describe_template(audit: DataAudit) -> list[str]:
     """One line where the conversations were rendered with another template than is saved."""
     twin = audit["training_template"]
     if twin is None:
@@ -327,7 +475,7 @@ def describe_template(audit: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def warnings_of(audit: Mapping[str, Any]) -> list[str]:
+def warnings_of(audit: DataAudit) -> list[str]:
     """What the user should know before training, one line each; empty when all is well."""
     cut, bare, bad = audit["truncated"], audit["no_supervised_tokens"], audit["bad_rows"]
     empty, changed = audit["empty_completions"]["count"], audit["changed_by_template"]
@@ -337,7 +485,7 @@ def warnings_of(audit: Mapping[str, Any]) -> list[str]:
     moved, across = len(duplicates["moved_to_train"]), len(duplicates["across_splits"])
     acts = "read as text" if injected["treated_as"] == "text" else "ACTING as special tokens"
 
-    def found(injection: Mapping[str, Any]) -> str:
+    def found(injection: Injected) -> str:
         return f"{listed(injection['count'], 5)}; rows {listed(injection['rows'], 5)}"
 
     notes: list[tuple[Any, str]] = [

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from recipes_lib.core.errors import DataError
 
@@ -92,7 +92,9 @@ class SettingError(DataError):
     def __init__(self, key: str, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
         self.key = key
-        self.audit: Mapping[str, Any] | None = None  # what was counted before the data was refused
+        self.audit: Mapping[str, Any] | None = (
+            None  # what was counted before the data was refused
+        )
 
 
 def place(recipe: Recipe, error: DataError) -> DataError:
@@ -117,6 +119,14 @@ class BadRow(Exception):
     def __init__(self, what: str, hint: str = "", drop: Sequence[str] = ()) -> None:
         super().__init__(what)
         self.what, self.hint, self.drop = what, hint, tuple(drop)
+
+
+class SkippedRows(TypedDict):
+    """What the audit says about rows that were skipped."""
+
+    count: int
+    places: list[str]
+    reasons: dict[str, int]
 
 
 class BadRows:
@@ -160,7 +170,7 @@ class BadRows:
         prefix = "" if first.line is not None else f"row {first.row}: "
         return DataError(prefix + reason.what, *lines, file=first.file, line=first.line)
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> SkippedRows:
         """What the audit says about skipped rows: how many, which, and why."""
         return {
             "count": len(self.found),

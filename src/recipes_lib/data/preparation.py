@@ -18,7 +18,7 @@ import numpy as np
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.ranks import say_once
-from recipes_lib.data.audit import Injections, audit_rows, check_audit
+from recipes_lib.data.audit import DataAudit, Injections, audit_rows, check_audit
 from recipes_lib.data.columns import check_dropped_are_there
 from recipes_lib.data.conversations import conversation_of, turn_counts
 from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, place
@@ -30,7 +30,16 @@ from recipes_lib.data.prompts import (
     twin_of,
 )
 from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
-from recipes_lib.data.splits import SPLITS, TRAIN, Splits, fingerprint_of, split_rows
+from recipes_lib.data.splits import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    SplitPart,
+    SplitRecord,
+    Splits,
+    fingerprint_of,
+    split_rows,
+)
 from recipes_lib.data.supervision import (
     BATCH_ROWS,
     Encoded,
@@ -77,8 +86,8 @@ class PreparedData:
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
-    audit: dict[str, Any]
-    splits: dict[str, Any]
+    audit: DataAudit
+    splits: SplitRecord
     fingerprint: str
     prompt_format_hash: str
     twin: Twin | None = None
@@ -231,16 +240,25 @@ def _dataset(parts: Sequence[pyarrow.RecordBatch]) -> Dataset:
 
 
 def _split_record(
-    rows: Rows, splits: Splits, section: DataSection, audit: dict[str, Any]
-) -> dict[str, Any]:
+    rows: Rows, splits: Splits, section: DataSection, audit: DataAudit
+) -> SplitRecord:
     bare = set(audit["no_supervised_tokens"]["ids"])
-    record: dict[str, Any] = {"method": section.split.method, "seed": section.split.seed}
-    record |= {"fractions": {"validation": section.split.validation, "test": section.split.test}}
-    for name in SPLITS:
+
+    def part(name: str) -> SplitPart:
         ids = [rows[index].id for index in splits.rows[name]]
         without = [id for id in ids if id in bare]
-        record[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
-    return record | {"duplicates_across": splits.across, "duplicates_moved": splits.moved}
+        return {"count": len(ids), "ids": ids, "without_supervision": without}
+
+    return {
+        "method": section.split.method,
+        "seed": section.split.seed,
+        "fractions": {"validation": section.split.validation, "test": section.split.test},
+        "train": part(TRAIN),
+        "validation": part(VALIDATION),
+        "test": part(TEST),
+        "duplicates_across": splits.across,
+        "duplicates_moved": splits.moved,
+    }
 
 
 def _progress(line: str, num_rows: int) -> None:

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from recipes_lib.config.sections import DataSection, SplitSection
 from recipes_lib.data.examples import BadRows, Example, SettingError
@@ -93,6 +93,27 @@ def split_rows(examples: Sequence[Example], section: SplitSection) -> Splits:
     near = _groups([example.loose for example in examples])
     near = [group for group in near if len({examples[i].content for i in group}) > 1]
     return Splits(divided, ids(groups), ids(across), moved, ids(near))
+
+
+class SplitPart(TypedDict):
+    """One split in splits.json; `without_supervision` are the ids that nothing is learnt from."""
+
+    count: int
+    ids: list[str]
+    without_supervision: list[str]
+
+
+class SplitRecord(TypedDict):
+    """splits.json; of the rows before those without supervised tokens are dropped."""
+
+    method: str
+    seed: int
+    fractions: dict[str, float]
+    train: SplitPart
+    validation: SplitPart
+    test: SplitPart
+    duplicates_across: list[list[str]]
+    duplicates_moved: list[str]
 
 
 def training_rows(section: DataSection) -> Rows:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import jinja2
 import numpy as np
@@ -588,22 +588,25 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     }
 
 
-def decoded_spans(
-    tokenizer: Any, ids: Sequence[int], labels: Sequence[int]
-) -> list[dict[str, Any]]:
-    """The text of an example cut where loss begins and ends.
-
-    Returns:
-        One `{text, supervised}` per span; where a supervised span ends with a special token, that
-        is repeated as `end_token`.
+class DecodedSpan(TypedDict):
+    """A piece of a row with or without loss; where a supervised one ends with a special token, that
+    is repeated.
     """
+
+    text: str
+    supervised: bool
+    end_token: NotRequired[str]
+
+
+def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[DecodedSpan]:
+    """The text of an example cut where loss begins and ends."""
     mask = np.asarray(labels) != IGNORED
     special = special_ids(tokenizer)
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     spans = []
     for start, end in pairwise(cuts):
         piece = list(ids[start:end])
-        span = {
+        span: DecodedSpan = {
             "text": tokenizer.decode(piece, clean_up_tokenization_spaces=False),
             "supervised": bool(mask[start]),
         }
