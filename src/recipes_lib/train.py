@@ -124,10 +124,16 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         meet()  # each rank reads the weights itself, and a slow share serves one after the other
         # a resumed training goes on in passes as it began, wherever it is now
         chosen = (resumption.marker if resumption else planned).get("tokens_per_pass")
-        # what every checkpoint's marker records
-        facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}
         trainer = build_trainer(
-            recipe, args, model, tokenizer, data, run, this.stop, facts, tokens_per_pass=chosen
+            recipe,
+            args,
+            model,
+            tokenizer,
+            data,
+            run,
+            this.stop,
+            {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard},
+            tokens_per_pass=chosen,
         )
         # the trainer lets go of it before the saved weights are reloaded, and they need its memory
         del model

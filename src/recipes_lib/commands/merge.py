@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from typing import Any
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import quiet_libraries
@@ -15,7 +14,7 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.weights.finished_run import finished_run
-from recipes_lib.weights.merge import merge
+from recipes_lib.weights.merge import StoredFold, merge
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def merge_sentence(check: dict[str, Any]) -> str:
+def merge_sentence(check: StoredFold) -> str:
     """Return the lines that say how a folded adapter compares with the adapter on its base."""
     difference, effect = check["difference"], check["adapter_effect"]
     allowed = difference["tolerance"] * difference["scale"]

@@ -92,9 +92,7 @@ class SettingError(DataError):
     def __init__(self, key: str, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
         self.key = key
-        self.audit: Mapping[str, Any] | None = (
-            None  # what was counted before the data was refused
-        )
+        self.audit: Mapping[str, Any] | None = None  # what was counted before the data was refused
 
 
 def place(recipe: Recipe, error: DataError) -> DataError:

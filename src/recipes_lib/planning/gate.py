@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.config.accelerate_config import AccelerateConfig
 from recipes_lib.config.launch import Active, Launch
@@ -37,9 +37,26 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
         return None
 
 
+class Planned(TypedDict, total=False):
+    """What run.json keeps of a plan, named as what is measured is; `error` alone says why there is
+    none.
+    """
+
+    card: str
+    basis: str
+    peak_memory_gib: float
+    needed_gib: float
+    seconds: float
+    total_s: float
+    tokens_per_second: float
+    fits: bool | None
+    tokens_per_pass: int | None
+    error: str
+
+
 def plan_of_active(
     recipe: Recipe, active: Active, data: PreparedData, free_gib: float | None
-) -> dict[str, Any]:
+) -> Planned:
     """Return what run.json keeps of the plan of a training that is about to start, made from its
     real rows; why, where none can be made.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.core.atomic_files import write_json
@@ -31,7 +31,12 @@ from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.registry import suite_of
 from recipes_lib.suites.suite import Asker
 from recipes_lib.weights.finished_run import finished_run
-from recipes_lib.weights.verify import check_answers_as_trained, check_weight_files
+from recipes_lib.weights.verify import (
+    CheckedFiles,
+    TrainedAnswers,
+    check_answers_as_trained,
+    check_weight_files,
+)
 
 if TYPE_CHECKING:
     from recipes_lib.eval_log import EvalLog, Scorecard
@@ -137,7 +142,7 @@ class _AdapterChecks(Asker):
 
     def __init__(self, steps: Mapping[str, Step], remote_code: bool) -> None:
         super().__init__(find_targets(list(steps), Asking(remote_code=remote_code)))
-        self.facts: dict[str, dict[str, Any]] = {}
+        self.facts: dict[str, TrainedAnswers | None] = {}
 
     def visit(self, subject: Subject) -> list[EvalLog]:
         """Check one loaded run.
@@ -148,7 +153,7 @@ class _AdapterChecks(Asker):
         trained, model = subject.target.trained, subject.model
         assert trained is not None
         with subject.using() if subject.using else nullcontext():
-            facts = check_answers_as_trained(trained, model) if model is not None else {}
+            facts = check_answers_as_trained(trained, model) if model is not None else None
         self.facts[subject.name] = facts
         return []
 
@@ -211,7 +216,7 @@ class Evaluation:
 
     def _plan_checks(self) -> None:
         """Check the files of trained runs, and open the check of their loaded models."""
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, CheckedFiles] = {}
         for step in self._mine("check"):
             with self.failures.noted([step]):
                 run = finished_run(RunDirectory(step.run), self.remote_code)
@@ -303,10 +308,11 @@ class Evaluation:
         suite, seconds = job.suite, round(done.seconds, 2)
         for step in steps:
             if isinstance(suite, _AdapterChecks):
-                facts = {**self.files[step.run], "as_trained": suite.facts[step.run]}
-                self.graph.finish(step, digest_of(facts["sha256"]), [], **facts)
+                held, told = self.files[step.run], suite.facts[step.run]
+                facts = {**held, "as_trained": told or {}}
+                self.graph.finish(step, digest_of(held["sha256"]), [], **facts)
                 self.say(
-                    f"check {step.run}: {facts['parameters']:,} numbers, finite, and the model"
+                    f"check {step.run}: {held['parameters']:,} numbers, finite, and the model"
                     " answers as when it was trained"
                 )
             elif isinstance(suite, JudgedSuite) and step.kind == "answers":

@@ -43,8 +43,8 @@ class Resumption:
     """
 
     checkpoint: Path
-    marker: dict[str, Any]
-    changes: dict[str, list[Any]]
+    marker: checkpoints.Marker
+    changes: dict[str, list[object]]
 
 
 @dataclass
@@ -116,7 +116,7 @@ class Attempt:
     def continue_or_start(
         self,
         data: PreparedData,
-        guard: dict[str, Any],
+        guard: dict[str, object],
         active: Active,
         options: argparse.Namespace,
         **recorded: Any,

@@ -45,6 +45,7 @@ from recipes_lib.models.architectures import (
 )
 from recipes_lib.training import varlen
 from recipes_lib.training.batches import ROW, with_fillers
+from recipes_lib.training.checkpoints import MarkerFacts
 from recipes_lib.training.compiled import compile_blocks
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.fused_lora import fuse_lora
@@ -80,7 +81,7 @@ def build_trainer(
     data: PreparedData,
     run: RunDirectory,
     stop: StopRequest,
-    marker_facts: dict[str, Any],
+    marker_facts: MarkerFacts,
     *,
     tokens_per_pass: int | None = None,
 ) -> RecipeTrainer:
@@ -269,10 +270,10 @@ def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | N
 # ---- What a training says before its first step ----
 
 
-def settled(trainer: RecipeTrainer) -> dict[str, Any]:
+def settled(trainer: RecipeTrainer) -> dict[str, str | int]:
     """Return what run.json keeps of the choices that only the trainer makes."""
     fused = trainer.fused_lora
-    facts = {
+    facts: dict[str, str | int | None] = {
         "lora_implementation": None if fused is None else fused.line(),
         "tokens_per_pass": trainer.max_tokens,
     }

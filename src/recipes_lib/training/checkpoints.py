@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from recipes_lib.core.atomic_files import file_hashes, sync, sync_tree, write_json
 from recipes_lib.core.errors import EnvironmentFault
@@ -22,6 +22,34 @@ from recipes_lib.core.errors import EnvironmentFault
 MARKER = "COMPLETE.json"
 STATE_FILES = ("trainer_state.json", "scheduler.pt")
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+
+
+class MarkerFacts(TypedDict):
+    """What every checkpoint's marker says of its run; `guard` must be shared to resume it."""
+
+    run: str
+    data_fingerprint: str
+    guard: Mapping[str, object]
+    tokens_per_pass: NotRequired[int | None]
+
+
+class Marker(TypedDict, total=False):
+    """COMPLETE.json; earlier releases recorded less. `unlogged` are the fields of
+    `trainer.Unlogged`, `precisions` those of weights and optimizer state in bits.
+    """
+
+    step: int
+    world_size: int
+    tokens: int
+    evaluation_pending: bool
+    unlogged: Mapping[str, Any]
+    precisions: dict[str, int]
+    run: str
+    data_fingerprint: str
+    guard: Mapping[str, object]
+    tokens_per_pass: int | None
+    files: dict[str, int]
+    sha256: dict[str, str]
 
 
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
@@ -45,7 +73,7 @@ def mark_complete(checkpoint: Path, **facts: Any) -> None:
     sync(checkpoint.parent)
 
 
-def read_marker(checkpoint: Path) -> dict[str, Any]:
+def read_marker(checkpoint: Path) -> Marker:
     """Return the content of a complete checkpoint's marker."""
     return json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
 

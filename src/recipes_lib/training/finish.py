@@ -7,18 +7,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.core.atomic_files import publish, sync, sync_tree
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.planning.gate import Planned
 from recipes_lib.training.build import count_quantized
 from recipes_lib.training.metrics import draw_figures, first_and_last, peak_memory_gib
 from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.weights import check as weights_check
 from recipes_lib.weights.base import model_path, recorded_hashes
 from recipes_lib.weights.card import write_card
+from recipes_lib.weights.check import StoredComparison, TensorCounts
 from recipes_lib.weights.export import push_finished_run
 
 if TYPE_CHECKING:
@@ -53,15 +55,53 @@ def record_stop(run: RunDirectory, state: TrainerState, agreed: int) -> ExitCode
     return code
 
 
+class _BestStep(TypedDict, total=False):
+    """Only of a training that ended with the best checkpoint and not the last one."""
+
+    best_step: int
+
+
+class TrainingSummary(_BestStep):
+    """What run.json and the model card say of a finished training; None where not measured."""
+
+    steps: int
+    training_rows: int
+    validation_rows: int
+    first_training_loss: float | None
+    last_training_loss: float | None
+    first_validation_loss: float | None
+    last_validation_loss: float | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    quantized_layers: int
+    peak_memory_gib: float
+    planned_seconds: float | None
+    planned_peak_memory_gib: float | None
+    world_size: int
+    distribution: str
+    reproducible: str
+
+
+class WeightsCheck(TensorCounts):
+    """What the check of the saved weights found: how far the reloaded model's logits are from those
+    of the trained one on so many `probes`, and the hashes of the files.
+    """
+
+    reload: StoredComparison
+    probes: int
+    sha256: dict[str, str]
+
+
 def summarise_training(
     trainer: RecipeTrainer,
     data: PreparedData,
     metrics: Path,
     active: Active,
     resumption: Resumption | None,
-    planned: dict[str, Any],
+    planned: Planned,
     seconds: float,
-) -> dict[str, Any]:
+) -> TrainingSummary:
     """Return rows, steps, losses, time and memory of the attempt that reached the end; None where
     not measured.
 
@@ -72,9 +112,11 @@ def summarise_training(
     state, tokens = trainer.state, int(trainer._total_train_tokens)
     begun = resumption.marker.get("tokens", 0) if resumption else 0
     on_cpu = active.device.startswith("cpu")
+    chosen = trainer.args.load_best_model_at_end
+    best: _BestStep = {"best_step": state.best_global_step} if chosen else {}
     return {
         "steps": state.global_step,
-        **({"best_step": state.best_global_step} if trainer.args.load_best_model_at_end else {}),
+        **best,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "first_training_loss": training[0],
@@ -96,7 +138,7 @@ def summarise_training(
     }
 
 
-def beside_the_plan(summary: dict[str, Any]) -> str:
+def beside_the_plan(summary: TrainingSummary) -> str:
     """Return time and peak memory as measured, and as planned where there was a plan.
 
     Example:
@@ -118,8 +160,8 @@ def save_and_check(
     recipe: Recipe,
     data: PreparedData,
     run: RunDirectory,
-    summary: dict[str, Any],
-) -> dict[str, Any]:
+    summary: TrainingSummary,
+) -> WeightsCheck:
     """Save the final weights, prove them, and rename them to `adapter/` or `model/`. Call it on
     every rank.
 
@@ -149,7 +191,7 @@ def save_and_check(
     tokenizer = trainer.processing_class
     _release(trainer)
 
-    def check() -> dict[str, Any]:
+    def check() -> WeightsCheck:
         files = weights_check.check_files(scratch, full, model_path(recipe.model))
         reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
         with weights_check.autocast(half, reloaded.device.type):
@@ -196,8 +238,8 @@ def _release(trainer: RecipeTrainer) -> None:
 def record_finish(
     run: RunDirectory,
     weights: Path,
-    summary: dict[str, Any],
-    check: dict[str, Any],
+    summary: TrainingSummary,
+    check: WeightsCheck,
     push_to: str | None,
 ) -> None:
     """Rank 0: the weights have their name; draw the curves, put all on the disk, and only then call

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.sections import (
@@ -34,7 +35,7 @@ def guarded_values(
     world_size: int,
     distribution: str,
     versions: dict[str, str | None],
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return every value that a resumed run must share with its beginning, by dotted key."""
     surroundings = {
         "launch": {"world_size": world_size, "distribution": distribution},
@@ -43,7 +44,9 @@ def guarded_values(
     return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(surroundings)}
 
 
-def recipe_differences(recipe: Recipe, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def recipe_differences(
+    recipe: Recipe, before: Mapping[str, object]
+) -> dict[str, tuple[object, object]]:
     """Return what the recipe itself would change of a run's guarded values, before any data is
     read.
     """
@@ -56,9 +59,9 @@ def recipe_differences(recipe: Recipe, before: dict[str, Any]) -> dict[str, tupl
     )
 
 
-def _recipe_values(recipe: Recipe) -> dict[str, Any]:
+def _recipe_values(recipe: Recipe) -> dict[str, object]:
     sections = recipe.to_dict()
-    relevant: dict[str, Any] = {
+    relevant: dict[str, object] = {
         name: sections.get(name) for name in ("model", "quantization", "lora", "data")
     }
     relevant["train"] = {
@@ -71,7 +74,7 @@ def _recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 
 @functools.cache
-def _defaults() -> dict[str, Any]:
+def _defaults() -> dict[str, object]:
     """Return the defaults of our own sections, by dotted key."""
     # what has no default is in every record
     model, data = ModelSection(name_or_path=""), DataSection(source="")
@@ -79,7 +82,7 @@ def _defaults() -> dict[str, Any]:
     return flatten({**ours, "run": dataclasses.asdict(RunSection())})
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(value: Any, prefix: str = "") -> dict[str, object]:
     """Return nested mappings as one mapping with dotted keys.
 
     Example:
@@ -88,24 +91,26 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    flat: dict[str, object] = {}
     for key, inner in value.items():
         flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
     return flat
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+def differences(
+    before: Mapping[str, object], now: Mapping[str, object]
+) -> dict[str, tuple[object, object]]:
     """Return {key: (before, now)} of the keys that differ; a key missing on one side counts as
     None, and in `before` as our default: an earlier release did not have the key.
     """
-    before = {key: value for key, value in _defaults().items() if key in now} | before
+    before = {key: value for key, value in _defaults().items() if key in now} | dict(before)
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
 def check_resume(
-    name: str, before: dict[str, Any], now: dict[str, Any], anyway: bool
-) -> dict[str, list[Any]]:
+    name: str, before: Mapping[str, object], now: Mapping[str, object], anyway: bool
+) -> dict[str, list[object]]:
     """Return what differs, as {key: [before, now]}, once continuing is allowed.
 
     Raises:

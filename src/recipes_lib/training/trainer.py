@@ -90,7 +90,7 @@ class RecipeTrainer(SFTTrainer):
         flattens: bool,
         row_ids: list[str],
         max_tokens: int | None,
-        marker_facts: dict[str, Any],
+        marker_facts: checkpoints.MarkerFacts,
         step_tokens: list[int],
         **kwargs: Any,
     ) -> None:
@@ -458,7 +458,7 @@ class RecipeTrainer(SFTTrainer):
                 losses.append(super().training_step(model, dict(one), num_items_in_batch))
         return torch.stack(losses).sum()
 
-    def resume_facts(self, marker: dict[str, Any], exactly: bool) -> None:
+    def resume_facts(self, marker: checkpoints.Marker, exactly: bool) -> None:
         """Take over from a checkpoint's marker what the Trainer does not restore.
 
         Args:

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import RecipesError
@@ -64,6 +64,25 @@ QUESTIONS = (
 )
 
 
+class StoredComparison(TypedDict):
+    """A `LogitsComparison` in run.json; those of earlier releases lack `left_out`."""
+
+    largest: float
+    mean: float
+    scale: float
+    same_top_token: float
+    tolerance: float
+    left_out: NotRequired[int]
+    agrees: bool
+
+
+class TensorCounts(TypedDict):
+    """What weight files hold."""
+
+    tensors: int
+    parameters: int
+
+
 @dataclass(frozen=True)
 class LogitsComparison:
     """How far two models' logits are apart on the same tokens; the `left_out` positions furthest
@@ -82,9 +101,9 @@ class LogitsComparison:
         """Whether the largest difference is within tolerance of the largest logit."""
         return self.largest <= self.tolerance * self.scale
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> StoredComparison:
         """Return the numbers for run.json."""
-        return {**asdict(self), "agrees": self.agrees}
+        return cast(StoredComparison, asdict(self) | {"agrees": self.agrees})
 
 
 def compare_logits(
@@ -151,8 +170,8 @@ def autocast(half: str | None, device_type: str) -> contextlib.AbstractContextMa
     return torch.autocast(device_type, dtype=getattr(torch, half))
 
 
-def check_files(folder: Path, full_finetuning: bool, base: str) -> dict[str, Any]:
-    """Return {tensors, parameters} of saved weights: readable, finite, changed by training, and
+def check_files(folder: Path, full_finetuning: bool, base: str) -> TensorCounts:
+    """Count what saved weights hold: readable, finite, changed by training, and
     made for `base`; loads no model.
 
     Raises:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.config.loader import Origin
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, recipe_from
@@ -29,7 +29,7 @@ from recipes_lib.weights.base import (
     load_base,
     model_path,
 )
-from recipes_lib.weights.check import autocast, check_files, read_check, reload
+from recipes_lib.weights.check import TensorCounts, autocast, check_files, read_check, reload
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -266,8 +266,8 @@ def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
     return list(groups.values())
 
 
-def check_tensors(trained: TrainedRun, folder: Path) -> dict[str, Any]:
-    """Return {tensors, parameters} of a run's weights, or of its merged model, whole and finite, an
+def check_tensors(trained: TrainedRun, folder: Path) -> TensorCounts:
+    """Count what a run's weights hold, or its merged model, whole and finite, an
     adapter's base the one it was trained on.
 
     Raises:

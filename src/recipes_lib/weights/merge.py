@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 
 from recipes_lib.core.atomic_files import publish, write_json
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
@@ -36,6 +36,7 @@ from recipes_lib.weights.check import (
     FOLD_TOLERANCE,
     LogitsComparison,
     Prompts,
+    StoredComparison,
     compare_logits,
     free_memory,
     logits_on,
@@ -63,13 +64,49 @@ RECORD = "merge.json"
 SHARD = "5GB"
 
 
-def merge_record(trained: TrainedRun) -> dict[str, Any] | None:
+class AdapterEffect(TypedDict):
+    """How far an adapter moves the logits of its base."""
+
+    largest: float
+    mean: float
+    scale: float
+    same_top_token: float
+    left_out: int
+
+
+class StoredFold(TypedDict):
+    """A `FoldComparison` in a record."""
+
+    prompts: str
+    computed_in: str
+    difference: StoredComparison
+    adapter_effect: AdapterEffect
+    lost_share: float
+    lost_limit: float
+    agrees: bool
+
+
+class MergeRecord(TypedDict):
+    """merge.json: what was merged, in which precision, what the check found, and the files."""
+
+    run: str
+    base: str
+    adapter_sha256: str
+    dtype: str
+    dequantised: bool
+    check: StoredFold
+    files: NotRequired[dict[str, int]]
+    sha256: NotRequired[dict[str, str]]
+
+
+def merge_record(trained: TrainedRun) -> MergeRecord | None:
     """Return what is recorded of the run's `merged/`, or None where there is none."""
     file = trained.merged / RECORD
-    return read_object(file, f"make it again: recipes merge {trained.run.name}") or None
+    record = read_object(file, f"make it again: recipes merge {trained.run.name}")
+    return cast(MergeRecord, record) if record else None
 
 
-def why_stale(trained: TrainedRun, record: dict[str, Any], dtype: str | None = None) -> str | None:
+def why_stale(trained: TrainedRun, record: MergeRecord, dtype: str | None = None) -> str | None:
     """Return why `merged/` is not what merging would give now, or None when it is.
 
     Args:
@@ -198,10 +235,15 @@ class FoldComparison:
             )
         return found
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> StoredFold:
         """Return the numbers for a record or for --json."""
-        effect = dataclasses.asdict(self.effect)
-        del effect["tolerance"]
+        effect: AdapterEffect = {
+            "largest": self.effect.largest,
+            "mean": self.effect.mean,
+            "scale": self.effect.scale,
+            "same_top_token": self.effect.same_top_token,
+            "left_out": self.effect.left_out,
+        }
         return {
             "prompts": self.prompts,
             "computed_in": self.computed_in,
@@ -271,7 +313,7 @@ class Merge:
     """A merged model on the disk, and what was measured on it."""
 
     folder: Path
-    record: dict[str, Any]
+    record: MergeRecord
     already: bool
 
 
@@ -346,7 +388,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
             f"the merged model is not the adapter on its base: {comparison.problems[0]}",
             f"it is kept in {rejected}",
         )
-    record = {
+    record: MergeRecord = {
         "run": trained.run.name,
         "base": recipe.model.name_or_path,
         "adapter_sha256": weight_hashes(trained.weights)[ADAPTER_WEIGHTS],
@@ -355,7 +397,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
         "check": comparison.as_dict(),
     }
     write_card(scratch, recipe, trained.run.read_state().get("summary") or {}, merged=record)
-    record |= {"files": file_sizes(scratch), "sha256": recorded_hashes(scratch)}
+    record["files"], record["sha256"] = file_sizes(scratch), recorded_hashes(scratch)
     write_json(scratch / RECORD, record)
     publish(scratch, trained.merged)
     shutil.rmtree(rejected, ignore_errors=True)

@@ -5,17 +5,13 @@ its adapter gives? Everything is compared as logits on real prompts.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.weights.base import check_whole, weight_hashes
-from recipes_lib.weights.check import (
-    AsTrained,
-    free_memory,
-    read_check,
-    real_prompts,
-)
+from recipes_lib.weights.check import AsTrained, TensorCounts, free_memory, read_check, real_prompts
 from recipes_lib.weights.finished_run import (
     Family,
     TrainedRun,
@@ -24,6 +20,7 @@ from recipes_lib.weights.finished_run import (
     weights_damage,
 )
 from recipes_lib.weights.merge import (
+    StoredFold,
     adapter_logits,
     compare_folded,
     fold,
@@ -36,6 +33,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class ComparedMerge(StoredFold):
+    """What was compared with the adapter: `merged/`, or a merge in memory."""
+
+    compared: str
+    dtype: str
+
+
+class VerifiedNumbers(TypedDict, total=False):
+    """What was compared. `as_trained` are the fields of `AsTrained`."""
+
+    as_trained: Mapping[str, object]
+    merged: ComparedMerge
+
+
 @dataclass
 class Verification:
     """What verifying a run found: facts to show, numbers, and problems, of which one is enough to
@@ -45,7 +56,7 @@ class Verification:
     run: str
     kind: str
     facts: list[str] = field(default_factory=list)
-    numbers: dict[str, Any] = field(default_factory=dict)
+    numbers: VerifiedNumbers = field(default_factory=lambda: VerifiedNumbers())
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -53,7 +64,7 @@ class Verification:
         """Whether nothing speaks against the weights."""
         return not self.problems
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return everything for --json."""
         return {**dataclasses.asdict(self), "passed": self.passed}
 
@@ -115,8 +126,22 @@ def _check_weights(trained: TrainedRun, result: Verification) -> None:
     )
 
 
-def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
-    """Return what the files of a finished run hold, without a model: {tensors, parameters, sha256}.
+class CheckedFiles(TensorCounts):
+    """What the files of a finished run hold, and their hashes."""
+
+    sha256: dict[str, str]
+
+
+class TrainedAnswers(TypedDict):
+    """How far logits are from those of the trained model, and how far they may be."""
+
+    positions: int
+    largest_difference: float
+    allowed: float
+
+
+def check_weight_files(trained: TrainedRun) -> CheckedFiles:
+    """Return what the files of a finished run hold, without a model.
 
     Raises:
         RecipesError: a file is missing, truncated or changed since the training; a tensor is not
@@ -127,16 +152,16 @@ def check_weight_files(trained: TrainedRun) -> dict[str, Any]:
     return {**found, "sha256": weight_hashes(trained.weights)}
 
 
-def check_answers_as_trained(trained: TrainedRun, model: PreTrainedModel) -> dict[str, Any]:
-    """Return how far a loaded model's logits are from those recorded at the end of its training;
-    empty where none were recorded.
+def check_answers_as_trained(trained: TrainedRun, model: PreTrainedModel) -> TrainedAnswers | None:
+    """Return how far a loaded model's logits are from those recorded at the end of its training, or
+    None where none were recorded.
 
     Raises:
         RecipesError: it does not answer as it did when it was trained.
     """
     found = _as_trained(trained, model)
     if found is None:
-        return {}
+        return None
     if not found.agrees:
         raise RecipesError(
             f"run '{trained.run.name}' does not answer as it did when it was trained",
