@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from recipes_lib.data.conversations import Message
 
@@ -23,7 +23,7 @@ class Decoding:
     repetition_penalty: float = 1.0
     seed: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the settings as recorded; those that greedy decoding ignores are left out, so that
         they change no key.
         """

@@ -397,9 +397,9 @@ class EvalRecipe:
         """Return an error placed where `key` was written."""
         return self.document.error(tuple(key.split(".")), what, *hints)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return all sections as plain values."""
-        parts: dict[str, Any] = {
+        parts: dict[str, object] = {
             name: dataclasses.asdict(getattr(self, name))
             for name in ("suite", "data", "generation", "metrics")
         }

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -223,7 +223,7 @@ def _listed(file: Path) -> Listed | None:
         tags=tuple(map(str, sections.get("run", {}).get("tags") or ())),
         rows_from_hub=None in sources,
     )
-    return replace(listed, **_planned(document, sources)) if shape else listed
+    return _planned(listed, document, sources) if shape else listed
 
 
 @lru_cache(maxsize=256)
@@ -266,9 +266,9 @@ def _sources(document: Document) -> list[Path | None]:
     ]
 
 
-def _planned(document: Document, sources: Sequence[Path | None]) -> dict[str, Any]:
-    """Return what a plan of the recipe's own launch says, where it is had at once: without a
-    network, large files or a GPU query; else only `recipes plan` can say.
+def _planned(listed: Listed, document: Document, sources: Sequence[Path | None]) -> Listed:
+    """Add what a plan of the recipe's own launch says, where it is had at once: without a network,
+    large files or a GPU query; else only `recipes plan` can say.
 
     The document was not checked, which would take most of the time of the list: what cannot be
     planned has no numbers.
@@ -276,19 +276,19 @@ def _planned(document: Document, sources: Sequence[Path | None]) -> dict[str, An
     try:
         recipe = recipe_from(document)
         launch = plan_launch(recipe.launch)
-        on_cpu = {"on_cpu": launch.config.use_cpu, "processes": launch.world_size}
+        here = replace(listed, on_cpu=launch.config.use_cpu, processes=launch.world_size)
         if not all(path is None or _is_small(path) for path in sources):
-            return on_cpu
+            return here
         card = cpu_card() if launch.config.use_cpu else card_named(DEFAULT)
         plan = plan_launched(recipe, launch, card, _thinned(recipe))
-        return {
-            **on_cpu,
-            "needed_gib": round(plan.least, 1),
-            "trained": plan.settings.trained_parameters,
-            "card_gb": None if launch.config.use_cpu else _card_for(plan),
-        }
+        return replace(
+            here,
+            needed_gib=round(plan.least, 1),
+            trained=plan.settings.trained_parameters,
+            card_gb=None if launch.config.use_cpu else _card_for(plan),
+        )
     except (RecipesError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
-        return {}
+        return listed
 
 
 def _thinned(recipe: Recipe) -> Lengths:
@@ -323,7 +323,7 @@ def _count(number: int) -> str:
     return f"{number / 1e6:.0f}M" if number >= 9_950_000 else f"{number / 1e6:.1f}M"
 
 
-def method(values: dict[str, Any]) -> str:
+def method(values: Mapping[str, Any]) -> str:
     """Return the method in a word or two.
 
     Example:

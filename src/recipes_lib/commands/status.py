@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from itertools import islice
-from typing import Any
+from typing import Any, TypedDict
 
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.json_files import rows_from_the_end
@@ -42,13 +42,24 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def true_state(one: RunDirectory, state: dict[str, Any]) -> str:
+def true_state(one: RunDirectory, state: str) -> str:
     """Return the state, or `died` for a run that says `running` while no process holds its lock."""
-    died = state["state"] == "running" and not is_held(one.path)
-    return "died" if died else state["state"]
+    return "died" if state == "running" and not is_held(one.path) else state
 
 
-def _row(one: RunDirectory) -> dict[str, Any]:
+class _Row(TypedDict):
+    """The line of one run; what was not measured is `-`."""
+
+    run: str
+    state: str
+    step: int | str
+    loss: str
+    validation: str
+    tokens_per_second: str
+    updated: str
+
+
+def _row(one: RunDirectory) -> _Row:
     """The line of one run; a run.json that cannot be read costs only its own line."""
     try:
         state, last = one.read_state(), _last_values(one)
@@ -56,7 +67,7 @@ def _row(one: RunDirectory) -> dict[str, Any]:
         state, last = {"state": "unreadable", "updated": ""}, {}
     return {
         "run": one.name,
-        "state": true_state(one, state),
+        "state": true_state(one, state["state"]),
         "step": last.get("step", "-"),
         "loss": _rounded(last.get("loss")),
         "validation": _rounded(last.get("eval_loss")),
@@ -79,7 +90,7 @@ def _rounded(value: float | None, digits: int = 4) -> str:
 
 def _show_one(one: RunDirectory, as_json: bool) -> int:
     state = {**one.read_state(), "last": _last_values(one)}
-    now = true_state(one, state)
+    now = true_state(one, state["state"])
     if as_json:
         return say_json({**state, "state": now})
     holder = describe_holder(one.path / "lock.json") if now == "running" else ""

@@ -44,11 +44,11 @@ def flat_text(recipe: Recipe, file: str) -> str:
     return "\n".join(lines)
 
 
-def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+def flat_form(recipe: Recipe) -> tuple[dict[str, object], dict[str, object]]:
     """Return the flat keys, and the dotted keys that have no flat form."""
     values = recipe.to_dict()
-    flat: dict[str, Any] = {}
-    lost: dict[str, Any] = {}
+    flat: dict[str, object] = {}
+    lost: dict[str, object] = {}
     for section in ("model", "data", "lora", "quantization"):
         for key, value in _leaves(values[section] or {}, section):
             if key in _FLAGS:
@@ -79,7 +79,7 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
     return flat, lost
 
 
-def _leaves(values: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+def _leaves(values: dict[str, object], prefix: str) -> list[tuple[str, Any]]:
     """Return the dotted keys of nested mappings with their values."""
     result: list[tuple[str, Any]] = []
     for key, value in values.items():

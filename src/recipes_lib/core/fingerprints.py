@@ -47,7 +47,7 @@ def folder_fingerprint(folder: Path) -> str:
     return hash_of(parts)
 
 
-def _in_order(values: dict[str, Any]) -> dict[str, Any]:
+def _in_order(values: dict[str, object]) -> dict[str, object]:
     """PEFT's settings with names in order: it writes sets, whose order is another one in every
     process.
     """

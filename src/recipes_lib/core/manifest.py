@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from recipes_lib.core.project import project_root
 from recipes_lib.core.redaction import masked, masked_command
@@ -46,8 +46,28 @@ def library_versions() -> dict[str, str | None]:
     return versions
 
 
-def git_state() -> dict[str, Any]:
-    """Return {commit, dirty} of the checkout, with None where it is not a git checkout."""
+class GitState(TypedDict):
+    """What is checked out, and whether files are changed; None where it is not a git checkout."""
+
+    commit: str | None
+    dirty: bool | None
+
+
+class Environment(TypedDict):
+    """environment.json."""
+
+    python: str
+    platform: str
+    host: str
+    libraries: dict[str, str | None]
+    git: GitState
+    devices: list[str]
+    processor: str
+    variables: dict[str, str]
+
+
+def git_state() -> GitState:
+    """Return what is checked out."""
 
     def git(*words: str) -> str | None:
         words = ("git", *words)
@@ -84,7 +104,7 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def environment(variables: Mapping[str, str] = os.environ) -> dict[str, Any]:
+def environment(variables: Mapping[str, str] = os.environ) -> Environment:
     """Return what environment.json holds. Variables are taken from an allow-list, and secrets among
     them masked.
     """

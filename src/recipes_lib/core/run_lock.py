@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from recipes_lib.core.atomic_files import named_in_errors
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
@@ -154,6 +154,21 @@ def describe_holder(note: Path) -> str:
     return ""
 
 
+_Try = TypedDict("_Try", {"job": str | None, "try": int})
+
+
+class _Note(_Try, total=False):
+    """lock.json: who holds the folder, as which try of which Slurm job, written how often; a note
+    that cannot be read is empty.
+    """
+
+    host: str
+    pid: int
+    since: str
+    token: str
+    beats: int
+
+
 class _Holder:
     """This process's hold on a folder: the note, which is renewed until `leave`."""
 
@@ -161,7 +176,7 @@ class _Holder:
         self.note = note
         self.token = uuid.uuid4().hex
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        self._facts = {
+        self._facts: _Note = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": now,
@@ -276,7 +291,7 @@ def _wait_for_earlier_try(folder: Path) -> None:
             seen, last_sign = _read(note), time.monotonic()
 
 
-def _this_try() -> dict[str, Any]:
+def _this_try() -> _Try:
     """Return the Slurm job that this process belongs to, if any, and how often it was
     queued again.
     """
@@ -286,9 +301,9 @@ def _this_try() -> dict[str, Any]:
     }
 
 
-def _read(note: Path) -> dict[str, Any]:
+def _read(note: Path) -> _Note:
     """Return the note; empty where there is none, or none that can be read."""
-    return object_or_none(note) or {}
+    return cast(_Note, object_or_none(note) or {})
 
 
 def _ways_out(folder: Path) -> list[str]:

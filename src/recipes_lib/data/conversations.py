@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from recipes_lib.data.examples import (
     BadRow,
@@ -24,7 +24,45 @@ from recipes_lib.data.examples import (
     type_name,
 )
 
-Message = dict[str, Any]
+
+class CalledFunction(TypedDict):
+    """A tool with its arguments, which OpenAI writes as JSON text."""
+
+    name: str
+    arguments: Mapping[str, object] | str
+
+
+class _CallId(TypedDict, total=False):
+    """Under which id a tool's turn answers a call."""
+
+    id: str
+
+
+class ToolCall(_CallId):
+    """One call of a tool in an assistant's turn."""
+
+    type: str
+    function: CalledFunction
+
+
+class _Parts(TypedDict, total=False):
+    """What a turn may have beside its content: the assistant's its thoughts, its calls and a weight
+    of 0 for no loss; a tool's whose answer it is.
+    """
+
+    reasoning_content: str
+    tool_calls: list[ToolCall]
+    weight: int
+    tool_call_id: str
+    name: str
+
+
+class Message(_Parts):
+    """One turn of a conversation, as the chat templates read it."""
+
+    role: str
+    content: str
+
 
 # Other names of the roles: ShareGPT's, as its `from` key has them, and OpenAI's.
 ROLES = {
@@ -141,8 +179,12 @@ def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> lis
             message = {key: one for key, one in message.items() if f"messages.{key}" not in dropped}
         read = _read_message(message, place)
         only_calls = CALL in (message.get("role"), message.get("from"))
-        before = found[-1] if found and only_calls else {}
-        if before.get("role") == "assistant" and before.get("weight") == read.get("weight"):
+        before = found[-1] if found and only_calls else None
+        if (
+            before is not None
+            and before["role"] == "assistant"
+            and before.get("weight") == read.get("weight")
+        ):
             # ShareGPT writes what the assistant says and what it calls then as two turns
             calls = before.get("tool_calls", []) + read["tool_calls"]
             found[-1] = {**before, "tool_calls": calls}
@@ -163,12 +205,13 @@ def _read_message(message: Mapping[str, Any], place: str) -> Message:
         both = message.get(key), message.get(other)
         if None not in both and both[0] != both[1]:
             raise BadRow(f"{place}: both {other} and {key}, and they differ")
-    more = _read_answer(message, place) if role == "assistant" else {}
+    more = _read_answer(message, place) if role == "assistant" else _Parts()
     if given == CALL:
         more["tool_calls"] = _read_calls(content, place)
         content = ""
     if role == "tool":
-        more = {key: message[key] for key in KEYS_OF_ROLE["tool"] if message.get(key)}
+        known = {key: message[key] for key in KEYS_OF_ROLE["tool"] if message.get(key)}
+        more = cast(_Parts, known)
         if isinstance(content, dict | list) and not _is_text_parts(content):
             content = json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
@@ -183,17 +226,18 @@ def _read_message(message: Mapping[str, Any], place: str) -> Message:
             f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have 0"
             " (no loss) or 1"
         )
-    unlearned = {"weight": 0} if weight == 0 and role == "assistant" else {}
-    read = {"role": role, "content": content, **more, **unlearned}
+    read: Message = {"role": str(role), "content": content, **more}
+    if weight == 0 and role == "assistant":
+        read["weight"] = 0
     for text in message_texts(read):
         if what := lone_surrogate(text):
             raise BadRow(f"{place} ({role}): {what}")
     return read
 
 
-def _read_answer(message: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _read_answer(message: Mapping[str, Any], place: str) -> _Parts:
     """What an assistant's turn has beside its content: thoughts and tool calls."""
-    more: dict[str, Any] = {}
+    more: _Parts = {}
     thoughts = {key: message[key] for key in THOUGHTS if not is_blank(message.get(key))}
     for key, thought in thoughts.items():
         if not isinstance(thought, str):
@@ -203,14 +247,16 @@ def _read_answer(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     calls = [message[key] for key in ("tool_calls", CALL) if not is_blank(message.get(key))]
     if len(calls) > 1:
         raise BadRow(f"{place}: both tool_calls and {CALL}", f"drop one: messages.{CALL}")
-    return more | ({"tool_calls": _read_calls(calls[0], place)} if calls else {})
+    if calls:
+        more["tool_calls"] = _read_calls(calls[0], place)
+    return more
 
 
-def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
+def _read_calls(value: Any, place: str) -> list[ToolCall]:
     """Tool calls of any spelling (OpenAI's, the bare `{name, arguments}`, JSON text of either)."""
     if isinstance(value, str):
         value = _read_json(value, f"{place}: the tool call")
-    calls = []
+    calls: list[ToolCall] = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function") if isinstance(call, dict) else None
         function = function if isinstance(function, dict) else call
@@ -224,8 +270,8 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
         arguments = arguments or {}
         if not isinstance(arguments, dict):
             raise BadRow(f"{what}: expected an object, found {type_name(arguments)}")
-        identity = {"id": call["id"]} if call.get("id") else {}
-        form = {"name": name, "arguments": arguments}
+        identity = _CallId(id=call["id"]) if call.get("id") else _CallId()
+        form: CalledFunction = {"name": name, "arguments": arguments}
         calls.append({**identity, "type": "function", "function": form})
     return calls
 
@@ -297,11 +343,19 @@ def template_values(example: Example, given: Mapping[str, Any]) -> dict[str, Any
     return values | ({"tools": json.loads(fields["tools"])} if fields.get("tools") else {})
 
 
+def without_key(messages: Sequence[Message], name: str) -> list[Message]:
+    """The messages without one of their keys."""
+    return [
+        cast(Message, {key: value for key, value in message.items() if key != name})
+        for message in messages
+    ]
+
+
 def with_arguments_as_text(message: Message) -> Message:
     """The message with the arguments of its calls as JSON text, as OpenAI writes them."""
     if "tool_calls" not in message:
         return message
-    calls = []
+    calls: list[ToolCall] = []
     for call in message["tool_calls"]:
         function = call["function"]
         text = json.dumps(function["arguments"], ensure_ascii=False)

@@ -25,11 +25,7 @@ import numpy as np
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import first_line
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import (
-    Message,
-    conversation_of,
-    template_values,
-)
+from recipes_lib.data.conversations import Message, conversation_of, template_values, without_key
 from recipes_lib.data.examples import BadRow, Example, SettingError
 from recipes_lib.data.prompts import (
     GENERATION,
@@ -323,7 +319,7 @@ def turn_beginning(tokenizer: Any, template: str, values: Mapping[str, Any] | No
     """What a template puts behind the user's message that ends a prompt, for the model to go on
     from; empty where that cannot be told.
     """
-    asked = [{"role": "user", "content": "?"}]
+    asked = [Message(role="user", content="?")]
     try:
         without, _ = render_chat(asked, tokenizer, template, values)
         prompt, _ = render_chat(asked, tokenizer, template, values, prompt=True)
@@ -348,10 +344,7 @@ def render_turns(
     Raises:
         SettingError: the template is not Jinja, or the twin renders another text.
     """
-    messages = [
-        {key: value for key, value in message.items() if key != "weight"}
-        for message in conversation_of(example, section.system_prompt)
-    ]
+    messages = without_key(conversation_of(example, section.system_prompt), "weight")
     values = template_values(example, section.chat_template_kwargs)
     try:
         rendering = twin.text if twin else template
@@ -406,11 +399,8 @@ def _ignores_calls(
     """Whether a conversation has tool calls, and the template renders it as if it had none."""
     if not any("tool_calls" in message for message in messages):
         return False
-    chat = [
-        {key: value for key, value in message.items() if key != "tool_calls"}
-        for message in messages
-    ]
     try:
+        chat = without_key(messages, "tool_calls")
         return render_chat(chat, tokenizer, template, values)[0] == whole
     except Exception:  # a template that insists on them has read them
         return False

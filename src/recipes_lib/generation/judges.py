@@ -412,7 +412,11 @@ class NextToken:
         ids, mask = left_padded([row[known:] for row in rows], self.pad)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         positions = known + (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        inputs: dict[str, object] = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "use_cache": False,
+        }
         with torch.inference_mode():
             if self._cache is not None:
                 cache = copy.deepcopy(self._cache)

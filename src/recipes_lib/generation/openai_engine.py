@@ -333,7 +333,7 @@ class OpenAIEngine:
         """Send one attempt: token ids or text where the prompt is rendered here, messages where the
         server renders it.
         """
-        body: dict[str, Any] = {"model": self.server.model, "temperature": decoding.temperature}
+        body: dict[str, object] = {"model": self.server.model, "temperature": decoding.temperature}
         body |= {"max_tokens": 1 if self.logprobs else decoding.max_new_tokens}
         if decoding.temperature > 0:
             body |= {"top_p": decoding.top_p, "seed": request.seed % 2**31}

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -452,14 +452,14 @@ def ready_to_answer(model: Any) -> Any:
     return model.eval()
 
 
-def training_settings(model: Any) -> dict[str, Any]:
+def training_settings(model: Any) -> dict[str, object]:
     """Return the values of a config that a trainer changes for itself."""
     config = model.config.get_text_config()
     return {name: getattr(config, name) for name in _TRAINING_ONLY if hasattr(config, name)}
 
 
 @contextlib.contextmanager
-def with_settings(model: Any, settings: dict[str, Any]) -> Iterator[None]:
+def with_settings(model: Any, settings: Mapping[str, object]) -> Iterator[None]:
     """Give a config other values for a while: those of the base, while the model is saved."""
     now = training_settings(model)
     _set_all(model, settings)
@@ -469,6 +469,6 @@ def with_settings(model: Any, settings: dict[str, Any]) -> Iterator[None]:
         _set_all(model, now)
 
 
-def _set_all(model: Any, settings: dict[str, Any]) -> None:
+def _set_all(model: Any, settings: Mapping[str, object]) -> None:
     for name, value in settings.items():
         setattr(model.config.get_text_config(), name, value)

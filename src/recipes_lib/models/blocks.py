@@ -161,7 +161,12 @@ class _Parts:
     matrices: list[Matrix] = field(default_factory=list)
     small: int = 0
     norms: list[tuple[int, int]] = field(default_factory=list)
-    attention: dict[str, Any] = field(default_factory=dict)
+    heads: int = 0
+    query: int = 0
+    key: int = 0
+    value: int = 0
+    output: int = 0
+    window: int | None = None
     gate: int = 0
     delta: Delta | None = None
     state: int = 0
@@ -186,8 +191,8 @@ class _Parts:
         self, heads: int, query: int, key: int, value: int, output: int, window: int | None = None
     ) -> None:
         """Add attention, as `Block` describes it."""
-        widths = {"query": query, "key": key, "value": value, "output": output}
-        self.attention = {"heads": heads, **widths, "window": window}
+        self.heads, self.query, self.key, self.value = heads, query, key, value
+        self.output, self.window = output, window
 
     def block(self) -> Block:
         """Return what was added, as a layer."""
@@ -195,6 +200,12 @@ class _Parts:
             matrices=tuple(self.matrices),
             small=self.small,
             norms=tuple(self.norms),
+            heads=self.heads,
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            output=self.output,
+            window=self.window,
             gate=self.gate,
             delta=self.delta,
             state=self.state,
@@ -202,7 +213,6 @@ class _Parts:
             routing=self.routing,
             carries=self.carries,
             uncounted=tuple(self.uncounted),
-            **self.attention,
         )
 
 

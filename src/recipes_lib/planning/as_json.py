@@ -14,7 +14,7 @@ from recipes_lib.planning.memory import MIB, host_gib
 from recipes_lib.planning.plan import Plan
 
 
-def plan_json(plan: Plan, *, methods: bool = True) -> dict[str, Any]:
+def plan_json(plan: Plan, *, methods: bool = True) -> dict[str, object]:
     """Return memory, time, steps and advice.
 
     Args:
@@ -32,7 +32,7 @@ def plan_json(plan: Plan, *, methods: bool = True) -> dict[str, Any]:
     )
 
 
-def _model(plan: Plan) -> dict[str, Any]:
+def _model(plan: Plan) -> dict[str, object]:
     shape = plan.settings.shape
     return {
         "name": shape.name,
@@ -44,7 +44,7 @@ def _model(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _memory(plan: Plan) -> dict[str, Any]:
+def _memory(plan: Plan) -> dict[str, object]:
     settings, here = plan.settings, activations_of(plan.settings)
     on_cpu = settings.device == "cpu"
     on_card = here.per_token + here.per_chunked_token
@@ -70,7 +70,7 @@ def _memory(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _time(plan: Plan) -> dict[str, Any]:
+def _time(plan: Plan) -> dict[str, object]:
     duration = plan.duration
     return {
         "card": plan.card.name,
@@ -101,7 +101,7 @@ def _time(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _steps(plan: Plan) -> dict[str, Any]:
+def _steps(plan: Plan) -> dict[str, object]:
     batches, lengths = plan.batches, plan.lengths
     return {
         "steps": batches.steps,
@@ -121,7 +121,7 @@ def _steps(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _method(row: MethodRow) -> dict[str, Any]:
+def _method(row: MethodRow) -> dict[str, object]:
     """Return one line of the table of methods; null where the examples per step cannot be
     divided.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.planning.as_json import plan_json
@@ -126,7 +126,7 @@ def study_hours(study: Study, gpu: str | None = None, price: float | None = None
     )
 
 
-def study_json(plan: StudyHours) -> dict[str, Any]:
+def study_json(plan: StudyHours) -> dict[str, object]:
     """Return the plan as JSON: each arm as a recipe's plan, and the sums."""
     return {
         "arms": {

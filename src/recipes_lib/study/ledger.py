@@ -77,7 +77,7 @@ class Viewed:
         """Return the study's name of an arm."""
         return self.names.get(arm, arm)
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, object]:
         """Return the arms with their seeds, and the evals with their questions."""
         arms, evals = {}, {}
         for name, arm in self.measurements.arms.items():
@@ -311,7 +311,7 @@ class Ledger:
         )
         return replace(comparison, looks=looks)
 
-    def _entry(self, comparison: Comparison) -> dict[str, Any]:
+    def _entry(self, comparison: Comparison) -> dict[str, object]:
         seen = [
             {
                 "metric": row.metric,

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
 
 from recipes_lib.compare.design import TUNE, TUNED, Study
 from recipes_lib.compare.wording import count, question_text
@@ -38,7 +37,7 @@ class StepRow:
     detail: str
     seconds: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the row for --json."""
         facts = {"state": self.state, "detail": self.detail, "seconds": self.seconds}
         return {"step": self.step.name, **facts}
@@ -184,7 +183,7 @@ def tuning_lines(study: Study) -> Iterator[str]:
 
 def study_plan_object(
     study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the plan for --json; `estimates` says per arm what one training takes."""
     turns = {recipe.name: _count_turns(recipe) for recipe in study.evals}
     rows = _with_costs(study, graph, steps, estimates, turns)

@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 
@@ -70,7 +70,7 @@ class _LengthControlled(TypedDict):
 class _Numbers(JudgedNumbers):
     """The suite's numbers in a result. `alpaca_eval` are the library's, in percent."""
 
-    alpaca_eval: Mapping[str, Any]
+    alpaca_eval: LibraryNumbers
     length_controlled: _LengthControlled | None
     mean_length: dict[str, float]
     by_category: dict[str, dict[str, int]]
@@ -186,7 +186,7 @@ class AlpacaEval(JudgedSuite):
         graded = [one.id for one in grades if one.value is not None] if several else None
         numbers: _Numbers = {
             "pairs": summarise(pairs, (lambda one: one.id) if several else None).to_dict(),
-            "alpaca_eval": library | {"n": library["n_total"]},
+            "alpaca_eval": {**library, "n": library["n_total"]},
             "length_controlled": (
                 own_length_controlled(pairs) if metrics.length_controlled != "none" else None
             ),
@@ -276,9 +276,68 @@ def _drawn(question: str, draw: int) -> str:
     return question if draw == 1 else f"{question}#{draw}"
 
 
+class _Draw(TypedDict, total=False):
+    """Which of several answers to a question it is; the first one is not numbered."""
+
+    draw: int
+
+
+class _Line(_Draw):
+    """A line of samples.jsonl; `verdicts` are what is said of both orders, and of a grade."""
+
+    question_id: str
+    category: str
+    instruction: str
+    answer: str
+    opponent_answer: str
+    verdicts: list[dict[str, object]]
+
+
+class _Rate(TypedDict):
+    """The library's metric, in percent."""
+
+    win_rate: float | None
+    standard_error: float | None
+    n_wins: int
+    n_wins_base: int
+    n_draws: int
+    n_total: int
+    discrete_win_rate: float | None
+
+
+class _LibraryControlled(TypedDict, total=False):
+    """The library's length-controlled rate, where it was asked for."""
+
+    length_controlled_winrate: float | None
+    lc_standard_error: float | None
+
+
+class LibraryNumbers(_Rate, _LibraryControlled):
+    """The library's numbers; a result says `n_total` once more as `n`."""
+
+    by_order: dict[str, float | None]
+    n: NotRequired[int]
+
+
+class Annotation(TypedDict):
+    """One question as the library's annotator writes it: preference 1 for the opponent, 2 for the
+    candidate, 1.5 for a tie.
+    """
+
+    dataset: str
+    instruction: str | None
+    output_1: str | None
+    generator_1: str
+    output_2: str | None
+    generator_2: str
+    annotator: str
+    preference: float | None
+    preference_by_order: dict[str, float | None]
+
+
 def samples(
     questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]
-) -> list[dict[str, Any]]:
+) -> list[_Line]:
     """Return one line per question and draw with both answers and both verdicts, for reading."""
     by_question: dict[str, list[Row]] = {}
     for row in rows:
@@ -286,7 +345,7 @@ def samples(
     return [
         {
             "question_id": question.id,
-            **({"draw": draw} if draw > 1 else {}),
+            **(_Draw(draw=draw) if draw > 1 else _Draw()),
             "category": question.category,
             "instruction": question.turns[0],
             "answer": answers.text(question.id, draw=draw),
@@ -310,7 +369,7 @@ def _library(
     answers: AnswerSet,
     opponent: AnswerSet,
     judge: OpenJudge,
-) -> dict[str, Any]:
+) -> LibraryNumbers:
     """The library's numbers on these comparisons; files as it writes them go beside the samples."""
     folder = answers.folder(recipe.name)
     other = ", ".join(opponent.models) if opponent.name == REFERENCE else opponent.name
@@ -371,7 +430,7 @@ def library_numbers(
     judge: str,
     *,
     length_controlled: bool = False,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[LibraryNumbers, list[Annotation]]:
     """Return the library's metrics and its annotations.
 
     Args:
@@ -392,23 +451,19 @@ def library_numbers(
     """
     annotations = [_annotation(one, candidate, opponent, f"judge-{judge[:12]}") for one in samples]
     with _quiet_library():
-        numbers = _win_rate([row["preference"] for row in annotations])
+        rate = _win_rate([row["preference"] for row in annotations])
         orders = {
             name: [row["preference_by_order"][name] for row in annotations]
             for name in ("reference_first", "model_first")
         }
-        numbers["by_order"] = {
+        by_order = {
             name: _win_rate(preferences)["win_rate"] for name, preferences in orders.items()
         }
-        if length_controlled:
-            numbers |= _length_controlled(annotations)
-    return numbers, annotations
+        controlled = _length_controlled(annotations) if length_controlled else _LibraryControlled()
+    return {**rate, "by_order": by_order, **controlled}, annotations
 
 
-def _annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, Any]:
-    """One question as the library's annotator writes it: preference 1 for the opponent, 2 for the
-    candidate, 1.5 for a tie.
-    """
+def _annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> Annotation:
     said = dict(zip(ORDERS, one.verdicts, strict=True))
     tie = one.opponent == one.answer
     first, second = (
@@ -428,23 +483,25 @@ def _annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> d
     }
 
 
-def _win_rate(preferences: Sequence[float | None]) -> dict[str, Any]:
+def _win_rate(preferences: Sequence[float | None]) -> _Rate:
     """The library's metric; what it would say where there is no verdict, on which it fails."""
     from alpaca_eval import metrics
 
     if all(preference is None for preference in preferences):
-        nothing = {
+        return {
             "win_rate": None,
             "standard_error": None,
             "n_wins": 0,
             "n_wins_base": 0,
             "n_draws": 0,
+            "n_total": 0,
+            "discrete_win_rate": None,
         }
-        return {**nothing, "n_total": 0, "discrete_win_rate": None}
-    return _plain(metrics.get_winrate([{"preference": preference} for preference in preferences]))
+    found = metrics.get_winrate([{"preference": preference} for preference in preferences])
+    return cast(_Rate, _plain(found))
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(values: Mapping[str, Any]) -> dict[str, float | None]:
     """Numbers without numpy types; NaN becomes None."""
     plain = {
         key: value.item() if hasattr(value, "item") else value for key, value in values.items()
@@ -455,7 +512,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _length_controlled(annotations: list[dict[str, Any]]) -> dict[str, Any]:
+def _length_controlled(annotations: list[Annotation]) -> _LibraryControlled:
     """The library's length-controlled win rate, which looks the difficulty of an instruction up by
     its place among the 805.
     """
@@ -471,7 +528,11 @@ def _length_controlled(annotations: list[dict[str, Any]]) -> dict[str, Any]:
             f"alpaca_eval's file for length control cannot be fetched: {first_line(error)}",
             "set metrics.length_controlled: own",
         ) from None
-    return {key: _plain(found)[key] for key in ("length_controlled_winrate", "lc_standard_error")}
+    plain = _plain(found)
+    return {
+        "length_controlled_winrate": plain["length_controlled_winrate"],
+        "lc_standard_error": plain["lc_standard_error"],
+    }
 
 
 def own_length_controlled(samples: Sequence[Sample]) -> _LengthControlled:
@@ -535,7 +596,7 @@ def own_length_controlled(samples: Sequence[Sample]) -> _LengthControlled:
     }
 
 
-def annotations_text(annotations: Sequence[Mapping[str, Any]]) -> str:
+def annotations_text(annotations: Sequence[Annotation]) -> str:
     """Return annotations.json's text as the library writes it: a list of records."""
     return json.dumps(list(annotations), indent=2, ensure_ascii=False, default=str) + "\n"
 

@@ -204,7 +204,7 @@ def _batch_size(recipe: EvalRecipe) -> Any:
 def plain_command(recipe: EvalRecipe, target: Target) -> str:
     """Return the `lm_eval` line that gives the same numbers."""
     suite = recipe.suite
-    flags: dict[str, Any] = {  # True stands for a flag without a value
+    flags: dict[str, object] = {  # True stands for a flag without a value
         "model": "hf",
         "model_args": _pairs(_named_arguments(target)),
         "tasks": ",".join(suite.tasks or []),
@@ -250,10 +250,10 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return ",".join(f"{key}={value}" for key, value in values.items())
 
 
-def _named_arguments(target: Target) -> dict[str, Any]:
+def _named_arguments(target: Target) -> dict[str, object]:
     """lm-eval's model_args for a target."""
     section = target.recipe.model
-    arguments: dict[str, Any] = {"pretrained": model_path(section), "dtype": section.dtype}
+    arguments: dict[str, object] = {"pretrained": model_path(section), "dtype": section.dtype}
     if section.revision:
         arguments["revision"] = section.revision
     if section.trust_remote_code:
@@ -418,7 +418,7 @@ def _keep(
     )
 
 
-def _plain(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(sample: Mapping[str, Any]) -> dict[str, object]:
     """A sample without numbers that are not finite."""
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value

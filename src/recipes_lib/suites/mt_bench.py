@@ -469,7 +469,7 @@ def _numbered(turns: Sequence[str]) -> str:
     return f"{listed}\n\n(Compare the two conversations by their answers to question {len(turns)}.)"
 
 
-def _meta(question: Question, turn: int) -> dict[str, Any]:
+def _meta(question: Question, turn: int) -> dict[str, str | int]:
     return {"category": question.category, "turn": turn, "question": question.id}
 
 

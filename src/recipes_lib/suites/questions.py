@@ -223,7 +223,7 @@ def _mt_bench(row: dict[str, Any], number: int, table: Table) -> Question:
     return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
 
 
-def _checked(row: dict[str, Any], number: int, table: Table) -> Question:
+def _checked(row: Mapping[str, object], number: int, table: Table) -> Question:
     """Return a row of checks.
 
     Raises:
@@ -243,7 +243,7 @@ def _checked(row: dict[str, Any], number: int, table: Table) -> Question:
     return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
 
 
-def _check(written: dict[str, Any], number: int, table: Table) -> Rule:
+def _check(written: Mapping[str, object], number: int, table: Table) -> Rule:
     name, expected = str(written.get("check") or ""), written.get("expected")
     if name not in RULES:
         hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")

@@ -50,7 +50,7 @@ def card_text(
     """
     base, lora, bits = recipe.model.name_or_path, recipe.lora, quantized_bits(recipe)
     adapter = lora is not None and merged is None
-    header: dict[str, Any] = {
+    header: dict[str, object] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["sft", "trl", *recipe.run.tags],
