@@ -62,17 +62,18 @@ class _Row(TypedDict):
 def _row(one: RunDirectory) -> _Row:
     """The line of one run; a run.json that cannot be read costs only its own line."""
     try:
-        state, last = one.read_state(), _last_values(one)
+        found, last = one.read_state(), _last_values(one)
+        state, updated = true_state(one, found["state"]), found["updated"]
     except RecipesError:
-        state, last = {"state": "unreadable", "updated": ""}, {}
+        state, updated, last = "unreadable", "", {}
     return {
         "run": one.name,
-        "state": true_state(one, state["state"]),
+        "state": state,
         "step": last.get("step", "-"),
         "loss": _rounded(last.get("loss")),
         "validation": _rounded(last.get("eval_loss")),
         "tokens_per_second": _rounded(last.get("tokens_per_second"), 0),
-        "updated": state["updated"].removesuffix("+00:00"),
+        "updated": updated.removesuffix("+00:00"),
     }
 
 
@@ -89,16 +90,16 @@ def _rounded(value: float | None, digits: int = 4) -> str:
 
 
 def _show_one(one: RunDirectory, as_json: bool) -> int:
-    state = {**one.read_state(), "last": _last_values(one)}
+    state, last = one.read_state(), _last_values(one)
     now = true_state(one, state["state"])
     if as_json:
-        return say_json({**state, "state": now})
+        return say_json({**state, "last": last, "state": now})
     holder = describe_holder(one.path / "lock.json") if now == "running" else ""
     say(f"{one.name}: {now}{holder}")
     for key in ("exit_code", "error", "launch", "attempts"):
-        if state.get(key) is not None:
-            say(f"  {key}: {state[key]}")
-    for key, value in (state.get("summary") or state["last"]).items():
+        if (recorded := state.get(key)) is not None:
+            say(f"  {key}: {recorded}")
+    for key, value in (state.get("summary") or last).items():
         say(f"  {key}: {value if value is not None else 'not measured'}")
     steps = {
         "finished": f"recipes chat {one.name}",

@@ -16,7 +16,7 @@ import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypedDict, cast, get_args
 
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
@@ -26,6 +26,38 @@ from recipes_lib.core.run_lock import end_if_taken_over
 
 State = Literal["created", "running", "preempted", "failed", "finished", "imported"]
 FORMAT_VERSION = 1
+
+
+class RunState(TypedDict, total=False):
+    """run.json. Only `state` is in each; the others as far as the run came, and by its kind: of a
+    training, of a `base` that is evaluated, of answers or evaluations that were imported.
+    """
+
+    format_version: int
+    name: str
+    state: State
+    kind: str
+    created: str
+    updated: str
+    attempts: int
+    exit_code: int | None
+    error: str | None
+    launch: str
+    planned: Mapping[str, Any]  # planning.gate.Planned
+    guard: Mapping[str, object]  # training.resume_guard
+    resumed: list[Mapping[str, object]]
+    step: int
+    lora_implementation: str
+    tokens_per_pass: int
+    summary: Mapping[str, Any] | None  # training.finish.TrainingSummary
+    weights_check: Mapping[str, Any]  # training.finish.WeightsCheck
+    fingerprint: str
+    base_fingerprint: str | None
+    prompt_format_hash: str
+    stand_in: Mapping[str, Any]  # the sections of a base's recipe
+    data_folders: list[str]  # of earlier releases
+    sources: list[Mapping[str, str]]
+    lacks: list[str]
 
 
 class RunDirectory:
@@ -103,7 +135,7 @@ class RunDirectory:
             )
         return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
 
-    def read_state(self) -> dict[str, Any]:
+    def read_state(self) -> RunState:
         """Return the content of run.json.
 
         Raises:
@@ -136,7 +168,7 @@ class RunDirectory:
                 " the run anew under another run.name",
                 file=self.state_file,
             )
-        return state
+        return cast(RunState, state)
 
     def check_inside(self) -> None:
         """Refuse a run with a folder or file that a symbolic link puts outside the runs root.
@@ -169,7 +201,7 @@ class RunDirectory:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
         end_if_taken_over(self.path)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        old: Mapping[str, Any] = (
+        old: Mapping[str, object] = (
             self.read_state()
             if self.exists()
             else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}

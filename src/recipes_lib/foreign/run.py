@@ -20,7 +20,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.core.json_files import Row
 from recipes_lib.core.manifest import command_line
 from recipes_lib.core.project import recipe_path, runs_root, shown_path
-from recipes_lib.core.run_directory import RunDirectory, all_runs, read_resolved
+from recipes_lib.core.run_directory import RunDirectory, RunState, all_runs, read_resolved
 from recipes_lib.foreign.evaluations import write_evaluation
 from recipes_lib.foreign.files import Foreign, read_files
 from recipes_lib.foreign.judgments import WITHOUT_ANSWERS
@@ -248,7 +248,7 @@ def imported_files(state: Mapping[str, Any]) -> list[Row]:
 
 
 def _same_import(
-    target: RunDirectory, state: Row, files: Sequence[Foreign], asked: Mapping[str, str | None]
+    target: RunDirectory, state: RunState, files: Sequence[Foreign], asked: Mapping[str, str | None]
 ) -> bool:
     """Whether a run was imported from exactly these files and words, and the recipe as it is."""
     sources = {source.get("sha256") for source in imported_files(state)}

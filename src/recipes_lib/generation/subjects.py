@@ -229,7 +229,7 @@ def check_format(one: TrainedRun, prompts: PromptFormat) -> None:
     if recorded and recorded != prompts.hash:
         raise RecipeError(
             f"run '{one.run.name}' was trained with another prompt format than its files give now"
-            f" ({recorded[:12]} -> {prompts.hash[:12]})",
+            f" ({str(recorded)[:12]} -> {prompts.hash[:12]})",
             "the chat template, the system prompt or the end token changed since: restore it, or"
             " train the run again",
         )

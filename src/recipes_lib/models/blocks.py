@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypedDict
 
 _LARGEST = 2**40  # no model has a number like it
 
@@ -154,6 +155,17 @@ class Numbers:
         return set(self.config.get(name) or ())
 
 
+class _Attention(TypedDict, total=False):
+    """The fields of a `Block` that are of attention; none in a block without it."""
+
+    heads: int
+    query: int
+    key: int
+    value: int
+    output: int
+    window: int | None
+
+
 @dataclass
 class _Parts:
     """A block in the making."""
@@ -161,12 +173,7 @@ class _Parts:
     matrices: list[Matrix] = field(default_factory=list)
     small: int = 0
     norms: list[tuple[int, int]] = field(default_factory=list)
-    heads: int = 0
-    query: int = 0
-    key: int = 0
-    value: int = 0
-    output: int = 0
-    window: int | None = None
+    attention: _Attention = field(default_factory=lambda: _Attention())
     gate: int = 0
     delta: Delta | None = None
     state: int = 0
@@ -191,8 +198,8 @@ class _Parts:
         self, heads: int, query: int, key: int, value: int, output: int, window: int | None = None
     ) -> None:
         """Add attention, as `Block` describes it."""
-        self.heads, self.query, self.key, self.value = heads, query, key, value
-        self.output, self.window = output, window
+        widths = _Attention(query=query, key=key, value=value, output=output)
+        self.attention = {"heads": heads, **widths, "window": window}
 
     def block(self) -> Block:
         """Return what was added, as a layer."""
@@ -200,12 +207,6 @@ class _Parts:
             matrices=tuple(self.matrices),
             small=self.small,
             norms=tuple(self.norms),
-            heads=self.heads,
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            output=self.output,
-            window=self.window,
             gate=self.gate,
             delta=self.delta,
             state=self.state,
@@ -213,6 +214,7 @@ class _Parts:
             routing=self.routing,
             carries=self.carries,
             uncounted=tuple(self.uncounted),
+            **self.attention,
         )
 
 
@@ -479,8 +481,8 @@ _GATED = ("gate_proj", "up_proj", "down_proj")
 def _experts(config: Numbers, parts: _Parts, hidden: int) -> None:
     family, where = config.family, _EXPERTS[config.family]
     count = config.number("num_local_experts", "num_experts", "n_routed_experts")
-    many: dict[str, Any] = {"linear": False, "experts": count}
-    many["active"] = config.number("num_experts_per_tok", default=2)
+    active = config.number("num_experts_per_tok", default=2)
+    matrix = partial(parts.matrix, bias=where.bias, linear=False, experts=count, active=active)
     width = config.number(
         *(() if family in ("llama4_text", "gpt_oss") else ("moe_intermediate_size",)),
         "intermediate_size",
@@ -493,11 +495,11 @@ def _experts(config: Numbers, parts: _Parts, hidden: int) -> None:
         parts.matrix(f"{where.path}.fc1_latent_proj", hidden, latent, "mlp")
         parts.matrix(f"{where.path}.fc2_latent_proj", latent, hidden, "state")
     inputs, path = latent or hidden, f"{where.path}.experts"
-    parts.matrix(f"{path}.{name}", inputs, gate * width, "routed", bias=where.bias, **many)
-    parts.matrix(f"{path}.down_proj", width, inputs, "routed inner", bias=where.bias, **many)
+    matrix(f"{path}.{name}", inputs, gate * width, "routed")
+    matrix(f"{path}.down_proj", width, inputs, "routed inner")
     if family == "llama4_text":
         parts.uncounted.append("what all its experts make of every token")
-    _routed(parts, many["active"], count, inputs, width * (6 if family == "gpt_oss" else gate + 1))
+    _routed(parts, active, count, inputs, width * (6 if family == "gpt_oss" else gate + 1))
     if not where.shared:
         return
     if family == "nemotron_h":
@@ -714,13 +716,13 @@ def _gemma4_block(config: Numbers, parts: _Parts, hidden: int, layer: int, kind:
         parts.inner += 3 * narrow
     if config.flag("enable_moe_block"):
         count, width = config.number("num_experts"), config.number("moe_intermediate_size")
-        many: dict[str, Any] = {"linear": False, "experts": count}
-        many["active"] = config.number("top_k_experts")
+        active = config.number("top_k_experts")
+        matrix = partial(parts.matrix, linear=False, experts=count, active=active)
         parts.matrix("router.proj", hidden, count, "mlp")
         parts.small += hidden + count
-        parts.matrix("experts.gate_up_proj", hidden, 2 * width, "routed", **many)
-        parts.matrix("experts.down_proj", width, hidden, "routed inner", **many)
-        _routed(parts, many["active"], count, hidden, 3 * width)
+        matrix("experts.gate_up_proj", hidden, 2 * width, "routed")
+        matrix("experts.down_proj", width, hidden, "routed inner")
+        _routed(parts, active, count, hidden, 3 * width)
         for _ in range(4):
             parts.norm(hidden)
         parts.small -= hidden  # the router's norm has no weights

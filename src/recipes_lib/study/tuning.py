@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from recipes_lib.compare.design import Arm, Study, Tuning
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.json_files import Row, read_rows
+from recipes_lib.core.json_files import read_rows
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.arms import choice_name, study_folder
 from recipes_lib.study.graph import Graph, Step, digest_of
@@ -70,7 +71,7 @@ def choice_text(tuning: Tuning | None) -> str:
     return f"{tuning.key} {tuning.chosen} (validation loss of {', '.join(losses)})"
 
 
-def validation_loss(run: RunDirectory, summary: Row) -> float | None:
+def validation_loss(run: RunDirectory, summary: Mapping[str, Any]) -> float | None:
     """Return the validation loss of the weights that a training kept: of the checkpoint it chose,
     else of its end. None where there is no finite one.
     """

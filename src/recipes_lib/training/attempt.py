@@ -21,7 +21,7 @@ from recipes_lib.core.faults import explain_fault
 from recipes_lib.core.json_files import DamagedFile
 from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.ranks import leave_together, on_main_rank, rank
-from recipes_lib.core.run_directory import RunDirectory, State
+from recipes_lib.core.run_directory import RunDirectory, RunState, State
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import say
 from recipes_lib.data.preparation import PreparedData
@@ -62,7 +62,7 @@ class Attempt:
     run: RunDirectory
     recipe: Recipe
     stop: StopRequest
-    earlier: dict[str, Any] = field(default_factory=dict)
+    earlier: RunState = field(default_factory=lambda: RunState())
     finished: bool = False
     is_ours: bool = False
 
@@ -71,7 +71,7 @@ class Attempt:
         a new run; return `finished`.
         """
         self.run.check_inside()
-        self.earlier = self.run.read_state() if self.run.exists() else {}
+        self.earlier = self.run.read_state() if self.run.exists() else RunState()
         if self.earlier.get("state") == "finished":
             changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
             if changed:
