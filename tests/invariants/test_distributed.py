@@ -57,7 +57,7 @@ def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) ->
     name = f"compiled-{config}"
     lever = "train.torch_compile_backend=aot_eager"
     said = launcher.train(f"run.name={name}", lever, config=config)
-    assert re.search(r"^compiled: \d+ graphs of 1 kinds of blocks", said, re.M)
+    assert re.search(r"^compiled: \d+ graphs of one kind of blocks", said, re.M)
     for key in ("loss", "eval_loss", "grad_norm", "tokens"):
         plain, compiled = launcher.series(config, key), launcher.series(name, key)
         assert plain == pytest.approx(compiled, rel=SUM_ORDER)

@@ -214,6 +214,17 @@ def test_status_says_how_often_results_were_looked_at(
         concluded(study)
         assert f"; {said} at results" in recipes("study", "status", str(study))[1]
     assert json.loads(recipes("study", "status", str(study), "--json")[1])["looks"] == 2
+    (study.parents[1] / "runs" / "tiny" / "ledger.jsonl").unlink()
+    assert "; the ledger was changed, so how often" in recipes("study", "status", str(study))[1]
+    assert json.loads(recipes("study", "status", str(study), "--json")[1])["looks"] is None
+
+
+def test_looks_are_planned_on_the_command_line_too(
+    study: Path, recipes: Callable[..., tuple[int, str, str]]
+) -> None:
+    code, _, err = recipes("study", "status", str(study), "looks=2")
+    assert (code, err) == (0, "")
+    assert "looks must be" in recipes("study", "status", str(study), "looks=0")[2]
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_blocks_compile_once_for_all_layers_and_lengths_and_without_a_break(
             loss.backward()
     assert counters["graph_break"] == {}
     assert counters["stats"]["unique_graphs"] <= graphs
-    assert report.line().endswith("graphs of 1 kinds of blocks, none of them broken")
+    assert report.line().endswith("graphs of one kind of blocks, none of them broken")
 
 
 def test_a_model_without_blocks_and_broken_blocks_are_told_of() -> None:
@@ -93,6 +93,6 @@ def test_a_model_without_blocks_and_broken_blocks_are_told_of() -> None:
     counters["stats"]["unique_graphs"] = 6
     counters["graph_break"]["Data dependent operator\n  Explanation: long"] = 3
     assert report.line() == (
-        "compiled: 6 graphs of 1 kinds of blocks; broken at 3 places (Data dependent operator)"
+        "compiled: 6 graphs of one kind of blocks; broken at 3 places (Data dependent operator)"
     )
     counters.clear()

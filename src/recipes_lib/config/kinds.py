@@ -75,7 +75,7 @@ KINDS = (
         "study",
         "a study",
         "question factors arms seeds evals primary margins baseline test_subtasks include_base"
-        " published accelerate gpus nodes overrides",
+        " published accelerate gpus nodes overrides looks tune",
         "run it: recipes study run",
         "compare.design:StudyRules",
     ),

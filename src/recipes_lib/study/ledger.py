@@ -20,11 +20,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -39,20 +37,18 @@ from recipes_lib.compare.table import is_tested
 from recipes_lib.compare.validity.case import SEED, changes_result
 from recipes_lib.compare.wording import count, sentence_list
 from recipes_lib.core.atomic_files import sync, write_json
-from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.statistics.looks import Look, last_planned, level_share
 from recipes_lib.study.arms import LEDGER_HEAD, run_names, study_folder
 from recipes_lib.study.graph import ONLY_SPEED, Freshness, Graph, digest_of
+from recipes_lib.study.ledger_file import FORMAT_VERSION, LedgerLine, ledger_place, read_ledger
 from recipes_lib.training.resume_guard import flatten
 
-_FORMAT_VERSION = 1
 _LOCK_TIMEOUT_S = 60.0
 _NO_SETTINGS = {"limit", "tasks", "samples", "batch_size", *ONLY_SPEED}  # how much, how fast
 _SEED = re.compile(r"--seed-?\d+\Z")  # ends the name of a run
 _AGAIN = "other results of the same seeds and questions"
 _RESULTS = ("comparison", "results")
-LedgerLine = Mapping[str, Any]  # a line of the ledger, or one of its comparisons
 Parts = tuple[object, ...]
 
 
@@ -204,40 +200,17 @@ class Ledger:
     """
 
     def __init__(self, folder: Path, viewed: Viewed) -> None:
-        self.file = folder / "ledger.jsonl"
+        self.folder = folder
+        self.file = ledger_place(folder)
         self.head = folder / LEDGER_HEAD
         self.viewed = viewed
         self.read()
 
     def read(self) -> None:
         """Read what stands there; `damage` says what is wrong with it, and nothing is used then."""
-        self.entries: list[LedgerLine] = []
-        self.hashes: list[str] = []
-        self.size = 0  # bytes of whole lines
-        self.damage = self._read()
-        if self.damage:
-            self.entries = []
-
-    def _read(self) -> str:
-        try:
-            lines = self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else []
-        except OSError as error:
-            return f"it cannot be read, {error.strerror}"
-        for number, line in enumerate(lines, 1):
-            entry = _entry_of(line)
-            if entry is None:
-                return f"line {number} is damaged"
-            if entry["previous"] != (self.hashes[-1] if self.hashes else ""):
-                return f"line {number} does not follow from the one before it"
-            self.entries.append(entry)
-            self.hashes.append(hashlib.sha256(line).hexdigest())
-            self.size += len(line) + 1
-        head = object_or_none(self.head) or {}
-        number = head.get("lines", 0)
-        if number > len(lines):
-            return f"{len(lines)} of its {number} lines are there"
-        changed = number and self.hashes[number - 1] != head.get("last")
-        return f"line {number} is not what was written" if changed else ""
+        there = read_ledger(self.folder)
+        self.entries, self.hashes = list(there.entries), list(there.hashes)
+        self.size, self.damage = there.size, there.damage
 
     def weigh(self, rows: Sequence[TableRow]) -> tuple[list[TableRow], list[Finding]]:
         """Return the rows with their parts of the level, and why some have none."""
@@ -329,7 +302,7 @@ class Ledger:
         ]
         study = self.viewed.study
         return {
-            "format_version": _FORMAT_VERSION,
+            "format_version": FORMAT_VERSION,
             "previous": self.hashes[-1] if self.hashes else "",
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "by": self.viewed.by,
@@ -390,16 +363,6 @@ class Ledger:
 def _parts(entry: LedgerLine, *keys: str) -> set[Parts]:
     """These values of each comparison of an entry."""
     return {tuple(row[key] for key in keys) for row in entry["comparisons"]}
-
-
-def _entry_of(line: bytes) -> LedgerLine | None:
-    """A line of the ledger; None where it is none."""
-    with suppress(ValueError, RecursionError):
-        entry = json.loads(line)
-        known = isinstance(entry, dict) and entry.get("format_version") == _FORMAT_VERSION
-        if known and entry.keys() >= {"previous", "planned", "arms", "evals", "comparisons"}:
-            return entry
-    return None
 
 
 def _level_used(row: TableRow, look: int, then: LedgerLine) -> Finding:

@@ -14,14 +14,15 @@ from recipes_lib.compare.design import TUNE, TUNED, Study
 from recipes_lib.compare.wording import count, question_text
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.json_files import object_or_none, rows_from_the_end
+from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.study.arms import LEDGER_HEAD, launch_words, study_folder, train_words
+from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.foresight import foresee
 from recipes_lib.study.graph import TRAININGS, DoneRecord, Freshness, Graph, Step
+from recipes_lib.study.ledger_file import read_ledger
 from recipes_lib.suites.questions import local_questions
 
 STATES = ("fresh", "running", "stale", "missing", "waiting", "failed")
@@ -129,16 +130,21 @@ def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:
     return [_cut(line, width) for line in aligned([("step", "state", "took", ""), *cells])]
 
 
-def summary_line(rows: Sequence[StepRow], looks: int) -> str:
+def summary_line(rows: Sequence[StepRow], looks: int | None) -> str:
     """Return how many steps are in which state, and how often results were looked at."""
     counts = Counter(row.state for row in rows)
     states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
+    if looks is None:
+        return f"{states}; the ledger was changed, so how often results were looked at is not known"
     return f"{states}; {count(looks, 'look')} at results" if looks else states
 
 
-def number_of_looks(study: Study) -> int:
-    """Return how many looks at a study's results its ledger holds; 0 where there is none."""
-    return int((object_or_none(study_folder(study) / LEDGER_HEAD) or {}).get("looks") or 0)
+def number_of_looks(study: Study) -> int | None:
+    """Return how many looks at a study's results its ledger holds; 0 where there is none, None
+    where it was changed.
+    """
+    ledger = read_ledger(study_folder(study))
+    return None if ledger.damage else ledger.looks
 
 
 def seconds_text(seconds: float | None) -> str:

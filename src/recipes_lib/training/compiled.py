@@ -88,7 +88,8 @@ class CompileReport(TrainerCallback):
         if not self.kinds:
             return "warning: nothing is compiled: this model has no blocks that transformers marks"
         graphs, breaks = counters["stats"]["unique_graphs"], counters["graph_break"]
-        text = f"compiled: {graphs} graphs of {self.kinds} kinds of blocks"
+        kinds = "one kind" if self.kinds == 1 else f"{self.kinds} kinds"
+        text = f"compiled: {graphs} graphs of {kinds} of blocks"
         if not breaks:
             return f"{text}, none of them broken"
         reason, _ = max(breaks.items(), key=lambda item: item[1])
