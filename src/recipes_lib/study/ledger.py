@@ -41,7 +41,7 @@ from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.statistics.looks import Look, last_planned, level_share
 from recipes_lib.study.arms import LEDGER_HEAD, run_names, study_folder
 from recipes_lib.study.graph import ONLY_SPEED, Freshness, Graph, digest_of
-from recipes_lib.study.ledger_file import FORMAT_VERSION, LedgerLine, ledger_place, read_ledger
+from recipes_lib.study.ledger_file import LEDGER_FORMAT, LedgerLine, ledger_place, read_ledger
 from recipes_lib.training.resume_guard import flatten
 
 _LOCK_TIMEOUT_S = 60.0
@@ -302,7 +302,7 @@ class Ledger:
         ]
         study = self.viewed.study
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": LEDGER_FORMAT,
             "previous": self.hashes[-1] if self.hashes else "",
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "by": self.viewed.by,

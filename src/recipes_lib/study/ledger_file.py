@@ -15,7 +15,7 @@ from typing import Any
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.study.arms import LEDGER_HEAD
 
-FORMAT_VERSION = 1
+LEDGER_FORMAT = 1
 LedgerLine = Mapping[str, Any]  # a line of the ledger, or one of its comparisons
 
 
@@ -80,7 +80,7 @@ def _entry_of(line: bytes) -> LedgerLine | None:
     """A line of the ledger; None where it is none."""
     with suppress(ValueError, RecursionError):
         entry = json.loads(line)
-        known = isinstance(entry, dict) and entry.get("format_version") == FORMAT_VERSION
+        known = isinstance(entry, dict) and entry.get("format_version") == LEDGER_FORMAT
         if known and entry.keys() >= {"previous", "planned", "arms", "evals", "comparisons"}:
             return entry
     return None
