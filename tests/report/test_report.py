@@ -381,7 +381,7 @@ def test_commands_hold_no_path_of_this_machine(make_content, tmp_path, monkeypat
     measurements = read_measurements(
         {folder.name: [folder] for folder in sorted((tmp_path / "runs").iterdir())}
     )
-    told = dict(commands("study", measurements, study))
+    told = dict(commands(measurements, study))
     assert (
         told["Trainings, as they were started"]
         == (

@@ -115,7 +115,7 @@ def test_statistics_that_are_done_are_not_done_again_for_a_report_that_is_missin
     (graph.folder / "report" / "done.json").unlink()
     conclude(study, graph)
     assert json.loads(done.read_text(encoding="utf-8"))["seconds"] == 99
-    assert graph.freshness("report").fresh
+    assert graph.survey()["report"].fresh
 
 
 def test_copies_of_a_study_are_measured_once_and_again_when_its_data_change(

@@ -68,8 +68,8 @@ def test_a_changed_input_makes_exactly_the_steps_below_stale_and_is_named(tmp_pa
         "third": "stale",
         "beside": "fresh",
     }
-    assert graph.freshness("first").why == "x 1 -> 2"
-    assert graph.freshness("second").why == "first is stale"
+    assert graph.survey()["first"].why == "x 1 -> 2"
+    assert graph.survey()["second"].why == "first is stale"
 
 
 def test_a_step_done_again_with_the_same_result_leaves_the_ones_below_fresh(tmp_path: Path) -> None:
@@ -78,13 +78,13 @@ def test_a_step_done_again_with_the_same_result_leaves_the_ones_below_fresh(tmp_
     graph.finish(graph.steps["first"], "result of first", [])
     assert set(states(graph).values()) == {"fresh"}
     graph.finish(graph.steps["first"], "another result", [])
-    assert graph.freshness("second").why == "first gave another result"
+    assert graph.survey()["second"].why == "first gave another result"
 
 
 def test_raised_code_makes_a_step_stale(tmp_path: Path) -> None:
     finish_all(chain(tmp_path))
     steps = [Step("first", "train", {"x": 1}, version=2)]
-    assert Graph(tmp_path / "study" / "steps", steps).freshness("first").why == "code 1 -> 2"
+    assert Graph(tmp_path / "study" / "steps", steps).survey()["first"].why == "code 1 -> 2"
 
 
 def test_touching_a_file_is_no_change_and_one_byte_is(tmp_path: Path) -> None:
@@ -95,11 +95,11 @@ def test_touching_a_file_is_no_change_and_one_byte_is(tmp_path: Path) -> None:
     for step in graph:
         graph.finish(step, "r", [file] if step.name == "first" else [])
     os.utime(file, (1, 1))
-    assert graph.freshness("first").fresh
+    assert graph.survey()["first"].fresh
     file.write_bytes(b"Weights")
-    assert graph.freshness("first").why == "run/weights.bin changed"
+    assert graph.survey()["first"].why == "run/weights.bin changed"
     file.unlink()
-    assert graph.freshness("first").why == "run/weights.bin is gone"
+    assert graph.survey()["first"].why == "run/weights.bin is gone"
 
 
 def test_lines_appended_to_a_store_are_no_change_and_a_changed_line_is(tmp_path: Path) -> None:
@@ -109,9 +109,9 @@ def test_lines_appended_to_a_store_are_no_change_and_a_changed_line_is(tmp_path:
     graph = chain(tmp_path)
     graph.finish(graph.steps["beside"], "r", [store])
     store.write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
-    assert graph.freshness("beside").fresh
+    assert graph.survey()["beside"].fresh
     store.write_text('{"a": 3}\n{"a": 2}\n', encoding="utf-8")
-    assert graph.freshness("beside").why == "run/judgments.jsonl changed"
+    assert graph.survey()["beside"].why == "run/judgments.jsonl changed"
 
 
 def test_a_result_written_again_is_the_same_result(tmp_path: Path) -> None:
@@ -138,10 +138,10 @@ def test_a_result_written_again_is_the_same_result(tmp_path: Path) -> None:
 
 def test_a_content_that_cannot_be_known_is_not_compared(tmp_path: Path) -> None:
     finish_all(chain(tmp_path, **{"content.base model": None}))
-    assert chain(tmp_path, **{"content.base model": "abc"}).freshness("first").fresh
+    assert chain(tmp_path, **{"content.base model": "abc"}).survey()["first"].fresh
     finish_all(chain(tmp_path, **{"content.base model": "abc"}))
     assert (
-        chain(tmp_path, **{"content.base model": "def"}).freshness("first").why
+        chain(tmp_path, **{"content.base model": "def"}).survey()["first"].why
         == "base model changed"
     )
 
@@ -151,7 +151,7 @@ def test_a_torn_or_foreign_record_counts_as_never_done(tmp_path: Path, text: str
     graph = chain(tmp_path)
     finish_all(graph)
     (tmp_path / "study" / "steps" / "first" / "done.json").write_text(text, encoding="utf-8")
-    assert graph.freshness("first").state == "missing"
+    assert graph.survey()["first"].state == "missing"
 
 
 def test_a_failure_is_remembered_until_the_step_is_done_and_takes_no_earlier_result_away(
@@ -160,10 +160,10 @@ def test_a_failure_is_remembered_until_the_step_is_done_and_takes_no_earlier_res
     graph = chain(tmp_path)
     finish_all(graph)
     graph.fail(graph.steps["first"], "out of memory", 5)
-    assert graph.freshness("first").fresh
+    assert graph.survey()["first"].fresh
     changed = chain(tmp_path, x=2)
     noted = json.loads((graph.folder / "first" / "failed.json").read_text(encoding="utf-8"))
-    assert changed.freshness("first").failure == Failure(**noted)
+    assert changed.survey()["first"].failure == Failure(**noted)
     changed.finish(changed.steps["first"], "r", [])
     assert not (graph.folder / "first" / "failed.json").exists()
 
@@ -304,10 +304,10 @@ def test_a_rubric_is_known_by_its_text_and_a_judge_by_its_weights(study_folder: 
     change("judge.yaml", f"{PROJECT}/evals/rubrics/helpfulness.txt", "mine.txt")(study_folder)
     assert all(state.fresh for state in build_graph(load_study(file)).survey().values())
     rubric.write_text("Is it short?\n1: no\n5: yes\n", encoding="utf-8")
-    assert build_graph(load_study(file)).freshness(JUDGED[0]).why == "judge rubric changed"
+    assert build_graph(load_study(file)).survey()[JUDGED[0]].why == "judge rubric changed"
     weights.write_bytes(b"\0" * 8 + b"\1" * 8992)
     assert (
-        build_graph(load_study(file)).freshness(JUDGED[0]).why
+        build_graph(load_study(file)).survey()[JUDGED[0]].why
         == "judge model changed, judge rubric changed"
     )
 

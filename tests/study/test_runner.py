@@ -98,7 +98,7 @@ def test_a_failing_arm_stops_no_other_and_the_end_lists_it(
     assert run_study(study, said.append) == ExitCode.FAILED
     assert states(study) == {"train.r4": "missing", "train.r8": "fresh"}
     assert any("train.r4 (exit code 1): out of memory" in line for line in said)
-    failure = build_graph(study).freshness("train.r4").failure
+    failure = build_graph(study).survey()["train.r4"].failure
     assert failure is not None and failure.error == "out of memory"
     monkeypatch.delenv("FAIL")
     run_study(study, said.append, only=["train"])
@@ -112,7 +112,7 @@ def test_a_preempted_training_ends_the_study_with_its_code_and_is_no_failure(
     monkeypatch.setenv("CODE", "75")
     assert run_study(study, lambda line: None) == ExitCode.PREEMPTED
     assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
-    assert build_graph(study).freshness("train.r4").failure is None
+    assert build_graph(study).survey()["train.r4"].failure is None
 
 
 @pytest.mark.parametrize("during", ["_clear_way", "Popen"])

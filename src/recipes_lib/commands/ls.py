@@ -24,7 +24,7 @@ from recipes_lib.models.known import ModelFacts, known_facts, named_shape
 from recipes_lib.models.shapes import ModelShape
 from recipes_lib.planning.cards import CARDS, DEFAULT, card_named, cpu_card
 from recipes_lib.planning.lengths import Lengths, lengths_of
-from recipes_lib.planning.plan import Plan, plan_launched
+from recipes_lib.planning.plan import plan_launched
 
 _START = "start-here"
 LARGEST_DATA = 300_000  # bytes; reading more would keep the list waiting
@@ -277,15 +277,17 @@ def _planned(listed: Listed, document: Document, sources: Sequence[Path | None])
         recipe = recipe_from(document)
         launch = plan_launch(recipe.launch)
         here = replace(listed, on_cpu=launch.config.use_cpu, processes=launch.world_size)
-        if not all(path is None or _is_small(path) for path in sources):
+        files = [path for path in sources if path is not None]
+        if not all(path.is_file() and path.stat().st_size <= LARGEST_DATA for path in files):
             return here
         card = cpu_card() if launch.config.use_cpu else card_named(DEFAULT)
         plan = plan_launched(recipe, launch, card, _thinned(recipe))
+        enough = next((size for size, gib in _SIZES if plan.least <= gib), None)
         return replace(
             here,
             needed_gib=round(plan.least, 1),
             trained=plan.settings.trained_parameters,
-            card_gb=None if launch.config.use_cpu else _card_for(plan),
+            card_gb=None if launch.config.use_cpu else enough,
         )
     except (RecipesError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError):
         return listed
@@ -301,14 +303,6 @@ def _thinned(recipe: Recipe) -> Lengths:
         return lengths
     some = sorted(lengths.tokens)
     return replace(lengths, tokens=(*some[::_EVERY], *some[-1:]))
-
-
-def _card_for(plan: Plan) -> int | None:
-    return next((size for size, gib in _SIZES if plan.least <= gib), None)
-
-
-def _is_small(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size <= LARGEST_DATA
 
 
 def _count(number: int) -> str:

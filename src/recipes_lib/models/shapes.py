@@ -135,14 +135,6 @@ class ModelShape:
             for block, count in self.kinds
         )
 
-    @cached_property
-    def expert_parameters(self) -> int:
-        """Weights of the experts: parameters of three dimensions, and not linear layers."""
-        return sum(
-            count * sum(matrix.parameters for matrix in block.matrices if matrix.experts)
-            for block, count in self.kinds
-        )
-
     @property
     def embedding_parameters(self) -> int:
         """Input embeddings and LM head, counted once where they are one matrix."""

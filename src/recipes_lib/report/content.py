@@ -17,6 +17,7 @@ from recipes_lib.compare.row import TableRow, corrected_values, measures_of, val
 from recipes_lib.compare.table import Score
 from recipes_lib.compare.wording import count
 from recipes_lib.eval_log import Check, EvalLog, JudgeFacts, Scorecard, no_reference
+from recipes_lib.judging.audit import PROBES
 from recipes_lib.report.breakdowns import Breakdown, breakdowns
 from recipes_lib.report.numbers import Number
 from recipes_lib.report.provenance import commands, provenance
@@ -141,7 +142,7 @@ def gather(
         audits=audits,
         floor=tuple(_floor(measurements, audits, comparison.scores)),
         samples=collect_samples(measurements),
-        commands=tuple(commands(name, measurements, study)),
+        commands=tuple(commands(measurements, study)),
         provenance=tuple(provenance(measurements, study, published)),
         banners=(*banners, *_banners(measurements)),
         imported=tuple(arm for arm, one in measurements.arms.items() if one.imported),
@@ -154,14 +155,7 @@ def gather(
 
 _FLOOR = "noise floor"
 _SWAPPED = "both orders name the same answer"
-_PROBES = {
-    "empty": "empty answer loses",
-    "truncated": "truncated answer loses",
-    "identical": "identical pair ties",
-    "swapped": "probe pairs consistent",
-    "injected": "injected verdict flips",
-    "repeated": "verdict changes when asked again",
-}
+_PROBES = PROBES | {"repeated": "verdict changes when asked again"}
 
 
 def _audits(measurements: Measurements) -> list[Audit]:

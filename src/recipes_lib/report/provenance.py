@@ -22,9 +22,7 @@ _PATH = re.compile(
 )  # absolute, or above the project
 
 
-def commands(
-    name: str, measurements: Measurements, study: Study | None
-) -> list[tuple[str, tuple[str, ...]]]:
+def commands(measurements: Measurements, study: Study | None) -> list[tuple[str, tuple[str, ...]]]:
     """Return the commands that make this report again, whole and step by step."""
     runs = [run for arm in measurements.arms.values() for run in arm.runs]
     if study is None:

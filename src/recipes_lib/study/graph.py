@@ -179,12 +179,8 @@ class Graph:
         record = self.record(name)
         return record.output if record else None
 
-    def freshness(self, name: str) -> Freshness:
-        """Return whether a step is done, with reasons that name what changed."""
-        return self.survey()[name]
-
     def survey(self) -> dict[str, Freshness]:
-        """Return the freshness of every step."""
+        """Return whether each step is done, with reasons that name what changed."""
         found: dict[str, Freshness] = {}
         for step in self:
             failed = self.read(step.name, "failed.json")

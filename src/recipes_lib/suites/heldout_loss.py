@@ -31,7 +31,7 @@ from recipes_lib.config.sections import SplitSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_lock import waiting_lock
-from recipes_lib.data.preparation import PreparedData, prepare_data
+from recipes_lib.data.preparation import prepare_data
 from recipes_lib.data.splits import TEST, TRAIN, VALIDATION
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
@@ -218,7 +218,7 @@ class HeldoutLoss(Asker):
             train = recipe.train | {"eval_strategy": "no", "load_best_model_at_end": False}
             recipe = dataclasses.replace(recipe, data=section, train=train)
         prepared = prepare_data(recipe, subject.prompts.tokenizer)
-        found = _part(prepared, self._split)
+        found = getattr(prepared, self._split or TRAIN)
         if found is None or not len(found):
             raise RecipeError(
                 f"the recipe of {subject.name} holds no {self._split} rows out",
@@ -252,10 +252,6 @@ class HeldoutLoss(Asker):
             what = "their losses per token are not comparable, bits per byte of the same text are"
             lines += ["", f"these models read other rows or other tokens: {what}"]
         return lines
-
-
-def _part(prepared: PreparedData, split: str | None) -> Any:
-    return getattr(prepared, split or TRAIN)
 
 
 def _banners(split: str | None, subject: Subject) -> list[str]:
