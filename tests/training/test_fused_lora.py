@@ -18,6 +18,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from recipes_lib.models.architectures import fp8_layers
+from recipes_lib.models.fp8 import quantize_layers
 from recipes_lib.training.fused_lora import DECISIONS, SHARED, fuse_lora, kept
 
 IDS = torch.randint(120, (2, 17), generator=torch.Generator().manual_seed(0))
@@ -162,6 +164,28 @@ def test_in_bf16_they_are_no_farther_from_float32_than_pefts(
     assert measured[0] == pytest.approx(expected[0], rel=2e-3)
     assert rounding(measured, expected) < 1.1 * rounding(of_peft, expected) < 0.05
     assert {one.dtype for one in measured[1].values()} == {torch.float32}
+
+
+def test_over_fp8_they_are_pefts(adapted: Callable[..., Any], base: Any) -> None:
+    """In one layer of attention: through more, rounding moves inputs to the next FP8 number."""
+    fp8 = copy.deepcopy(base).bfloat16()
+    quantize_layers(fp8, fp8_layers(fp8))
+    plain, fused = (adapted(fp8, lora_dropout=0.3).bfloat16() for _ in range(2))
+    draw_the_same(plain)
+    assert fuse_lora(fused, torch.bfloat16).line() == "lora: 14 layers fused in 8 groups"
+    found: list[Measured] = []
+    for model in (plain, fused):
+        torch.manual_seed(2)
+        x = torch.randn(2, 9, 64, dtype=torch.bfloat16, requires_grad=True)
+        attention = model.base_model.model.model.layers[0].self_attn
+        outputs = [getattr(attention, name)(x) for name in SHARED[0]]
+        sum((one.float() ** 2).sum() for one in outputs).backward()
+        gradients = {name: one.grad for name, one in attention.named_parameters() if "lora" in name}
+        output = torch.cat([one.flatten() for one in outputs])
+        parts = {"x": x.grad, "output": output.detach(), **gradients}
+        found.append((0.0, {name: one for name, one in parts.items() if one is not None}))
+    assert len(found[0][1]) == 8
+    assert distance(found[1], found[0]) < 0.02  # a product in bf16 is within 0.4%, and sums of two
 
 
 def test_a_layer_with_another_input_than_its_group_computes_alone(

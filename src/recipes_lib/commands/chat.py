@@ -16,7 +16,6 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.weights.card import quantized_bits
 from recipes_lib.weights.finished_run import BASE, Family, families, finished_run
 
 NARROWEST = 36  # columns of text; below that answers stand one under the other
@@ -123,9 +122,8 @@ def _title(family: Family, name: str, alone: bool) -> str:
     """Return what stands over an answer; a base is described where there are several."""
     if alone or name in {one.run.name for one in family.runs}:
         return name
-
-    bits = quantized_bits(family.recipe)
-    return f"{name} {family.recipe.model.name_or_path}" + (f" in {bits} bit" if bits else "")
+    form = (family.recipe.base_format or "").replace("-", " ")
+    return f"{name} {family.recipe.model.name_or_path}" + (f" in {form}" if form else "")
 
 
 def _questions(prompt: str | None) -> Iterator[str]:

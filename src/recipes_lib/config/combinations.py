@@ -25,6 +25,7 @@ _ROWS_OF_ACCELERATE = {
     "use_seedable_sampler": False,
 }
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\Z")
+_STARTS_WITHOUT_WEIGHTS = ("gaussian", "orthogonal")
 _Section = dict[str, Any]
 
 
@@ -167,6 +168,8 @@ def _of_a_recipe(
             " refuses"
         )
         yield "model.dtype", what, f"set model.dtype: {half}"
+    if model.get("base_precision") == "fp8":
+        yield from _fp8_base(train, model, quantization, lora)
     if model.get("lora_implementation") == "fused" and not lora:
         key = "model.lora_implementation"
         yield (
@@ -194,6 +197,35 @@ def _of_a_recipe(
         yield "train.eval_strategy", what, hint
     if train.get("load_best_model_at_end") is True and train.get("save_strategy") != "best":
         yield from _best_model(train, strategy, train.get("save_strategy", "steps"))
+
+
+def _fp8_base(
+    train: _Section, model: _Section, quantization: _Section, lora: _Section
+) -> Iterator[tuple[str, ...]]:
+    """What reads the frozen weights as numbers, trains them or computes in another precision."""
+    key, dtype = "model.base_precision", model.get("dtype", "auto")
+    remove = f"remove it, or remove {key}"
+    if not lora:
+        what = f"{key} fp8: weights in FP8 are frozen, and this recipe trains no adapter"
+        yield key, what, f"add a lora section, or remove {key}"
+    if quantization:
+        what = f"{key} fp8 and a quantization section; weights have one precision"
+        yield key, what, "remove one of them"
+    if dtype != "bfloat16":
+        what = f"{key} fp8: layers in FP8 answer in bfloat16, and model.dtype is {dtype}"
+        yield "model.dtype", what, "set model.dtype: bfloat16"
+    if train.get("fp16") is True or train.get("bf16", True) is False:
+        wrong = "train.fp16" if train.get("fp16") is True else "train.bf16"
+        what = f"{key} fp8 trains under bfloat16 alone, and {wrong} says otherwise"
+        yield wrong, what, "set train.bf16: true, without train.fp16"
+    start = lora.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in _STARTS_WITHOUT_WEIGHTS:
+        what = f"lora.init_lora_weights {start} starts from the weights, which are in FP8"
+        yield "lora.init_lora_weights", what, remove
+    for name in ("use_dora", "target_parameters"):
+        if lora.get(name):
+            what = f"lora.{name} reads the weights as numbers, and they are in FP8"
+            yield f"lora.{name}", what, remove
 
 
 def _selective(train: _Section, how: _Section, model: _Section) -> Iterator[tuple[str, ...]]:

@@ -66,6 +66,17 @@ class Recipe:
     as_written: Mapping[str, Any] = field(default_factory=dict)
     text: str = ""
 
+    @property
+    def base_format(self) -> str | None:
+        """What the base's linear layers are quantized to: 4-bit, 8-bit or FP8; None where they are
+        in `model.dtype`.
+        """
+        if self.model.base_precision is not None:
+            return self.model.base_precision.upper()
+        if self.quantization is None:
+            return None
+        return "8-bit" if self.quantization.get("load_in_8bit") else "4-bit"
+
     def to_dict(self) -> dict[str, Any]:
         """Return all resolved sections as plain nested values: paths as they were written, our
         sections with their defaults.

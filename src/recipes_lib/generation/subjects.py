@@ -19,7 +19,12 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.fingerprints import folder_fingerprint, hash_of, model_fingerprint
+from recipes_lib.core.fingerprints import (
+    folder_fingerprint,
+    hash_of,
+    model_fingerprint,
+    precision_of,
+)
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
@@ -204,7 +209,7 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     if recipe.name == "auto" and not getattr(tokenizer, "chat_template", None):
         section = dataclasses.replace(section, prompt_format="dolly")
     prompts = PromptFormat(section, tokenizer)
-    precision = [recipe.model.dtype, recipe.quantization]
+    precision = precision_of(recipe.model.dtype, recipe.quantization, recipe.model.base_precision)
     if target.trained and recipe.lora is None:
         fingerprint = hash_of(folder_fingerprint(target.trained.weights), precision)
     else:

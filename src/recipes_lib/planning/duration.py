@@ -106,6 +106,7 @@ def training_duration(
     n, layers = settings.shape.active_parameters, settings.shape.layers
     if on_cpu:  # the processes share the cores
         kind = "4bit" if settings.bits else "bf16" if settings.compute_bytes == 2 else "fp32"
+        kind = "fp8" if settings.fp8 else kind
         tflops = card.tflops * core_tflops(kind) / core_tflops("bf16") / settings.per_machine
         costs, launch = StepCosts(kernels=layers), CPU_LAYER_PASS_S
     else:  # float32 goes without the half precision of tensor cores
@@ -115,6 +116,8 @@ def training_duration(
     per_pass = batches.computed / batches.forward_passes / world
     attention = _attention(settings, batches.context)
     operations = per_pass * (operations_per_token(settings) + attention)
+    if settings.fp8 and card.fp8 and not on_cpu:  # twice the rate, but for the gradients
+        operations -= per_pass * settings.shape.linear_parameters * (1 + settings.checkpointing)
     one = operations / speed + (per_pass * costs.per_token + costs.constant) / memory
     one = max(one + _dequantising(settings, card), costs.kernels * launch)
     if (row := measured_on(card.name, settings)) is not None:
@@ -152,12 +155,15 @@ def _attention(settings: Settings, context: float) -> float:
 
 
 def _dequantising(settings: Settings, card: Card) -> float:
-    """Seconds per pass to write the 4-bit weights out as bf16 and read them again, forward and
+    """Seconds per pass to write quantized weights out as bf16 and read them again, forward and
     backward.
     """
     if not settings.bits or settings.device == "cpu":
         return 0.0
     moved = (3 if settings.checkpointing else 2) * 4.5 * settings.shape.linear_parameters
+    if settings.fp8:  # for the gradients alone where the card multiplies in FP8
+        forward = 0 if card.fp8 else 5 * (1 + settings.checkpointing)
+        moved = (9 + forward) * settings.shape.linear_parameters
     return moved / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
 
 

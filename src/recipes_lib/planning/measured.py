@@ -57,6 +57,7 @@ class Measured:
 def counted_path(settings: Settings) -> str:
     """Return what of the settings decides how fast a step of a given size is."""
     method = "full" if settings.adapter is None else "QLoRA" if settings.bits else "LoRA"
+    method = "LoRA over FP8" if settings.fp8 else method
     compiled = ", compiled" if settings.compiled else ""
     fused = ", fused" if settings.adapter is not None and settings.adapter.fused else ""
     return f"{method}, {settings.attention}{compiled}{fused}"

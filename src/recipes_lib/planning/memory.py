@@ -130,9 +130,10 @@ def weight_gib(settings: Settings) -> float:
         # scales
         scale = 1 + 4 / NESTED_BLOCK if settings.double_quantized else 4
         per_weight = 0.5 + scale / BLOCK_4BIT
-    quantized = shape.linear_parameters  # bitsandbytes takes linear layers alone
+    quantized = shape.linear_parameters  # of linear layers alone, whoever quantizes
     rest = shape.parameters - quantized
-    return (quantized * per_weight + rest * settings.weight_bytes) / GIB
+    scales = 4 * shape.linear_rows if settings.fp8 else 0  # a float32 for each row
+    return (quantized * per_weight + scales + rest * settings.weight_bytes) / GIB
 
 
 def host_gib(settings: Settings) -> float:
@@ -143,7 +144,8 @@ def host_gib(settings: Settings) -> float:
     """
     full = settings.adapter is None
     width = settings.trained_bytes if full else settings.weight_bytes
-    whole = 0.0 if settings.bits else settings.shape.parameters * width / GIB
+    one_by_one = settings.bits and not settings.fp8
+    whole = 0.0 if one_by_one else settings.shape.parameters * width / GIB
     return settings.per_machine * (whole + CPU_PROCESS_GIB)
 
 
@@ -187,7 +189,7 @@ def _gathered(settings: Settings) -> float:
 
 
 def _dequantised(settings: Settings) -> float:
-    """The largest 4-bit matrix, written out for its product."""
+    """The largest quantized matrix, written out for its product."""
     if not settings.bits:
         return 0.0
     return 2.0 * max(

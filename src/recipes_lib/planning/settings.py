@@ -69,6 +69,7 @@ class Settings:
     Args:
         dtype: precision of the base weights in memory.
         bits: 4 or 8 for quantized linear layers, None for none.
+        fp8: whether the 8 bits are FP8 (`model.base_precision`), which the products are in, too.
         half: the autocast type, float16 (which scales the loss) or bfloat16; None for no autocast.
         adapter: None for full fine-tuning.
         attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
@@ -102,6 +103,7 @@ class Settings:
     grouped: bool
     world_size: int
     sharded: bool
+    fp8: bool = False
     compiled: bool = False
     reshard: bool = True
     selective: bool = False
@@ -123,7 +125,7 @@ class Settings:
     @property
     def trained_bytes(self) -> int:
         """Bytes of a trained weight: adapters are float32 on a plain base and under a scaled loss,
-        else bf16 on a 4-bit one; FSDP2 raises full ones.
+        else bf16 on a quantized one; FSDP2 raises full ones.
         """
         if self.adapter is not None:
             return 2 if self.bits and self.half != "float16" else 4
@@ -192,6 +194,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     train, fsdp = recipe.train, launch.config.fsdp
     quantization = recipe.quantization or {}
     bits = {"load_in_4bit": 4, "load_in_8bit": 8}
+    fp8 = recipe.model.base_precision == "fp8"
     written = recipe.model.dtype  # auto is the checkpoint's own; bf16 where the plan cannot see it
     dtype = next((name for name in (written, shape.dtype) if name in BYTES), "bfloat16")
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
@@ -209,7 +212,8 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     return Settings(
         shape=shape,
         dtype=dtype,
-        bits=next((bits[key] for key in bits if quantization.get(key)), None),
+        bits=8 if fp8 else next((bits[key] for key in bits if quantization.get(key)), None),
+        fp8=fp8,
         double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         half=half,
         adapter=_adapter(recipe, shape),

@@ -71,7 +71,8 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
     """Return what the needed memory is made of: in short, in full, and in GiB."""
     memory, settings = plan.memory, plan.settings
     kinds = {4: "NF4 linear layers", 8: "8-bit linear layers", None: settings.dtype}
-    precision = f"{kinds[settings.bits]}{', shard' * settings.sharded}"
+    kind = "FP8 linear layers" if settings.fp8 else kinds[settings.bits]
+    precision = f"{kind}{', shard' * settings.sharded}"
     trained = {2: "bf16", 4: "float32"}[settings.trained_bytes]
     rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
     how = ", checkpointed" if settings.checkpointing else ""
@@ -198,7 +199,11 @@ def _time(plan: Plan) -> Iterator[str]:
             f" {LAUNCH_S * 1e6:.0f} us each; {costs.per_token / 1e6:.0f} MB per token at"
             f" {bandwidth:,.0f} GB/s, products at {tflops:,.0f} TFLOP/s"
         )
-        yield "        assumed: start and end, disks and links"
+        fp8 = ""
+        if settings.fp8:
+            fp8 = ", products in FP8 at twice the rate forward"
+            fp8 = fp8 if plan.card.fp8 else ", FP8 multiplied as bf16, which this card has not"
+        yield f"        assumed: start and end, disks and links{fp8}"
     if device == "cpu":
         yield (
             "        the longer time is that of an older processor, or one that has other work:"

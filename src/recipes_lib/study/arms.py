@@ -86,7 +86,7 @@ def base_arm(study: Study) -> Arm | None:
     """
     trained = [arm for arm in study.arms if arm.trained and arm.recipe is not None]
     return next(
-        (arm for arm in trained if arm.recipe and arm.recipe.quantization is None),
+        (arm for arm in trained if arm.recipe and arm.recipe.base_format is None),
         trained[0] if trained else None,
     )
 

@@ -173,7 +173,7 @@ def answer_questions(
         details={
             "decoding": decoding.to_dict(),
             "dtype": model.dtype,
-            "quantized": subject.target.recipe.quantization is not None,
+            "quantized": subject.target.recipe.base_format is not None,
         },
     )
 

@@ -236,6 +236,8 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
         line = f"(cd {shlex.quote(place)} && {line})"
     without = [name for name in suite.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
     notes = [f"lm_eval has no flag for {', '.join(without)}"] if without else []
+    if target.recipe.model.base_precision is not None:
+        notes.append("lm_eval has no base in FP8: it asks the adapter on the base as published")
     if target.trained and (target.recipe.lora or {}).get("modules_to_save"):
         notes.append(
             "on a base with tied embeddings lm_eval ties the trained ones again: give it the merged"
@@ -403,7 +405,7 @@ def _keep(
             models=[subject.target.recipe.model.name_or_path],
             fingerprint=subject.fingerprint,
             dtype=subject.target.recipe.model.dtype,
-            quantized=subject.target.recipe.quantization is not None,
+            quantized=subject.target.recipe.base_format is not None,
         ),
         tasks=tuple(tasks),
         protocol=(

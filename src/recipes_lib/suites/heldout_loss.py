@@ -187,7 +187,7 @@ class HeldoutLoss(Asker):
                     prompt_format=subject.prompts.name,
                     prompt_format_hash=subject.prompts.hash,
                     dtype=target.recipe.model.dtype,
-                    quantized=target.recipe.quantization is not None,
+                    quantized=target.recipe.base_format is not None,
                 ),
                 numbers={
                     "loss": {**mean_interval(values, clusters).to_dict(), "estimate": loss},

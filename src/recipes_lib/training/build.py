@@ -43,6 +43,7 @@ from recipes_lib.models.architectures import (
     why_not_varlen,
     why_rows_apart,
 )
+from recipes_lib.models.fp8 import describe_fp8
 from recipes_lib.training import varlen
 from recipes_lib.training.batches import ROW, with_fillers
 from recipes_lib.training.checkpoints import MarkerFacts
@@ -148,6 +149,10 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
+    if recipe.model.base_precision is not None:  # as TRL makes those of a 4-bit base
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
     if recipe.model.lora_implementation == "fused":
         trainer.fused_lora = fuse_lora(trainer.model, half)
         trainer.add_callback(trainer.fused_lora)
@@ -274,6 +279,7 @@ def settled(trainer: RecipeTrainer) -> dict[str, str | int]:
     """Return what run.json keeps of the choices that only the trainer makes."""
     fused = trainer.fused_lora
     facts: dict[str, str | int | None] = {
+        "base_precision": describe_fp8(trainer.model),
         "lora_implementation": None if fused is None else fused.line(),
         "tokens_per_pass": trainer.max_tokens,
     }
@@ -360,8 +366,9 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
     precision = ", ".join(sorted({_name(one.dtype) for one in trained}))
     if raised and not quantized and precision != "float32":
         precision = f"float32 (FSDP2 keeps the {precision} weights so)"
-    frozen = {_name(one.dtype) for one in parameters if not one.requires_grad} - {"uint8"}
-    kind = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(frozen))
+    frozen = {_name(one.dtype) for one in parameters if not one.requires_grad}
+    kind = describe_fp8(model) or ", ".join(sorted(frozen - {"uint8"}))
+    kind = f"NF4 in {quantized} layers" if quantized else kind
     return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {kind}" if kind else "")
 
 

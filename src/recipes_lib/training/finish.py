@@ -186,7 +186,7 @@ def save_and_check(
     probes = [list(ids[:PROBE_TOKENS]) for ids in rows]
     with weights_check.autocast(half, args.device.type):
         trained = weights_check.logits_on(trainer.model, probes)
-    rounds = recipe.quantization or half or recipe.model.dtype in {"bfloat16", "float16"}
+    rounds = recipe.base_format or half or recipe.model.dtype in {"bfloat16", "float16"}
     tolerance = weights_check.HALF_TOLERANCE if rounds else weights_check.EXACT_TOLERANCE
     tokenizer = trainer.processing_class
     _release(trainer)

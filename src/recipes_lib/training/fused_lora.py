@@ -25,6 +25,8 @@ from peft.tuners.lora.bnb import Linear4bit
 from torch.autograd.function import once_differentiable
 from transformers import TrainerCallback
 
+from recipes_lib.models.fp8 import FLOAT8, Fp8Linear, dequantize_rows, quantize_rows
+
 if HAS_KERNELS := importlib.util.find_spec("triton") is not None:  # torch for a GPU brings it
     from recipes_lib.training import lora_kernels
 
@@ -72,7 +74,7 @@ def why_not_fused(layer: Any, half: torch.dtype | None) -> str | None:
     if name in layer.lora_variant:
         return type(layer.lora_variant[name]).__name__.removesuffix("LinearVariant")
     four_bit = isinstance(base, bitsandbytes.nn.Linear4bit)
-    if type(base) is not torch.nn.Linear and not four_bit:
+    if type(base) not in (torch.nn.Linear, Fp8Linear) and not four_bit:
         return f"its base is {type(base).__name__}"
     if layer.lora_bias[name] or any(one.requires_grad for one in base.parameters()):
         return "a bias is trained"
@@ -81,6 +83,8 @@ def why_not_fused(layer: Any, half: torch.dtype | None) -> str | None:
     if _dropout(layer) and base.weight.is_cuda and not HAS_KERNELS:
         return "its dropout on a GPU needs the package triton"
     computes = base.compute_dtype if four_bit else half or base.weight.dtype
+    if isinstance(base, Fp8Linear):
+        computes = torch.bfloat16
     adapts = half or layer.lora_A[name].weight.dtype
     if computes != adapts:
         short = (str(one).removeprefix("torch.") for one in (computes, adapts))
@@ -179,15 +183,20 @@ class _Together(torch.autograd.Function):
         low = dropped_product(tokens, a, seed, drop)  # TR
         bases = [layer.get_base_layer() for layer in layers]
         scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
+        rows: Any = None  # of FP8, once for all layers
         outputs = []
         parts = low.split([one.shape[1] for one in b], 1)
         for base, part, wide, scale in zip(bases, parts, b, scales, strict=True):
-            output = base(x)
+            if isinstance(base, Fp8Linear):
+                rows = rows or quantize_rows(tokens)
+                output = base.with_bias(base.product(*rows)).view(*x.shape[:-1], -1)
+            else:
+                output = base(x)
             output.view(-1, output.shape[-1]).addmm_(part, wide.t(), alpha=scale)
             outputs.append(output)
         ctx.drop, ctx.scales, ctx.shape = drop, scales, x.shape
         ctx.dtypes = [one.dtype for one in weights]
-        ctx.states = [getattr(base.weight, "quant_state", None) for base in bases]
+        ctx.states = [_state(base) for base in bases]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(seed, tokens, low, a, *b, *(base.weight for base in bases))
         return tuple(outputs)
@@ -220,9 +229,20 @@ class _Together(torch.autograd.Function):
         return (None if of_x is None else of_x.view(ctx.shape), None, None, None, *matrices)
 
 
+def _state(base: Any) -> Any:
+    """What turns the weight of a base layer into numbers, None where it holds them."""
+    return (
+        base.quantized[1]
+        if isinstance(base, Fp8Linear)
+        else getattr(base.weight, "quant_state", None)
+    )
+
+
 def _whole(weight: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
     """The matrix of a base layer, in the precision of the products."""
-    if state is not None:
+    if isinstance(state, torch.Tensor):
+        weight = dequantize_rows(weight.view(FLOAT8), state)
+    elif state is not None:
         weight = bitsandbytes.functional.dequantize_4bit(weight, state)
     return weight.to(dtype)
 

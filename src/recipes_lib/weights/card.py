@@ -48,7 +48,7 @@ def card_text(
         merged: for an adapter folded into its base, the record of the merge.
         loader: the class of transformers that loads the base.
     """
-    base, lora, bits = recipe.model.name_or_path, recipe.lora, quantized_bits(recipe)
+    base, lora, form = recipe.model.name_or_path, recipe.lora, recipe.base_format
     adapter = lora is not None and merged is None
     header: dict[str, object] = {
         "library_name": "peft" if adapter else "transformers",
@@ -59,7 +59,7 @@ def card_text(
         header["base_model"] = base
     method = "Full fine-tuning"
     if lora is not None:
-        kind = f"QLoRA ({bits}-bit base)," if bits else "LoRA"
+        kind = f"{'Q' if recipe.quantization else ''}LoRA" + (f" ({form} base)," if form else "")
         method = f"{kind} r={lora.get('r')}, alpha={lora.get('lora_alpha')}"
     revision = f" (revision `{recipe.model.revision}`)" if recipe.model.revision else ""
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in summary.items())
@@ -70,7 +70,7 @@ def card_text(
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {recipe.name}\n\n"
         f"{method} of `{base}`{revision} on `{source}`, prompt format"
         f" `{recipe.data.prompt_format}`.\n\n"
-        f"{_merging(merged, bits) if merged else ''}"
+        f"{_merging(merged, form) if merged else ''}"
         f"| | |\n|---|---|\n{rows}\n\n"
         "Losses are on this run's own validation rows and say nothing about other data.\n\n"
         f"## Loading\n\n{loading.replace('AutoModelForCausalLM', loader)}\n\n"
@@ -91,18 +91,18 @@ def is_hub_id(name: str) -> bool:
     return not path and not Path(name).exists()
 
 
-def quantized_bits(recipe: Recipe) -> int | None:
-    """Return the bits per weight of a quantized base, or None where it is not quantized."""
-    if recipe.quantization is None:
-        return None
-    return 8 if recipe.quantization.get("load_in_8bit") else 4
-
-
-def _merging(merged: Mapping[str, Any], bits: int | None) -> str:
+def _merging(merged: Mapping[str, Any], form: str | None) -> str:
     """Return what became of the adapter, with the measured difference."""
     check = merged["check"]
     difference = check["difference"]
-    first = f", which was dequantised from {bits} bit first" if merged["dequantised"] else ""
+    first = ""
+    if form is not None:
+        first = f", which was dequantised from {form.replace('-', ' ')} first"
+        first = (
+            first
+            if merged["dequantised"]
+            else f" as published, not the one in {form} of the training"
+        )
     return (
         f"The adapter is folded into the base{first}; weights in {merged['dtype']}. Against the"
         f" adapter on its base, on {check['prompts']}: logits differ by {difference['mean']:.3g} on"
@@ -159,6 +159,11 @@ def _loading_adapter(recipe: Recipe) -> str:
         notes.append(
             "The adapter was trained on the quantized base and belongs on it; on the base as"
             " published it answers differently."
+        )
+    if recipe.base_format == "FP8":
+        notes.append(
+            "The adapter was trained on the base in FP8, with inputs quantized for each token; on"
+            " the base as published it answers without what FP8 rounds."
         )
     if base.startswith("package:"):
         imports += "\nfrom recipes_lib.weights.base import materialise"

@@ -30,7 +30,7 @@ from recipes_lib.weights.base import (
     recorded_hashes,
     weight_hashes,
 )
-from recipes_lib.weights.card import quantized_bits, write_card
+from recipes_lib.weights.card import write_card
 from recipes_lib.weights.check import (
     EXACT_TOLERANCE,
     FOLD_TOLERANCE,
@@ -158,6 +158,14 @@ def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
             layer.bias = found.bias
             model.set_submodule(name, layer)
     return model
+
+
+def over_published_base(trained: TrainedRun) -> TrainedRun:
+    """Return a run whose base was in FP8 over the base as it was published, which its adapter is
+    merged into; any other run as it is.
+    """
+    section = dataclasses.replace(trained.recipe.model, base_precision=None)
+    return TrainedRun(trained.run, dataclasses.replace(trained.recipe, model=section))
 
 
 def load_merged(
@@ -360,13 +368,20 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     family = Family([trained])
     tokenizer = family.tokenizer
     prompts = real_prompts(trained, tokenizer)
-    logits = adapter_logits(family, trained, prompts)
+    logits = as_trained = adapter_logits(family, trained, prompts)
+    if recipe.model.base_precision is not None:
+        report("the adapter was trained over the base in FP8; it is merged into the published one")
+        del family
+        free_memory()
+        trained = over_published_base(trained)
+        family = Family([trained])
+        logits = adapter_logits(family, trained, prompts)
     before, precision = _size(family.model.get_base_model()), _dtype(family.model)
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
     written, size = _dtype(model), _size(model)
     if recipe.quantization is not None:
         report(
-            f"dequantised the {quantized_bits(recipe)}-bit base first: {shown_size(before)}"
+            f"dequantised the {recipe.base_format} base first: {shown_size(before)}"
             f" became {shown_size(size)} in {written}\nwhat quantization took from the original"
             " weights stays lost: the adapter was trained on what was left"
         )
@@ -378,6 +393,14 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     free_memory()
     report("loading what was written, to compare it with the adapter ...")
     again = load_merged(scratch, trained, tokenizer, written)
+    if recipe.model.base_precision is not None:
+        apart = compare_logits(as_trained.adapter, logits_on(again, prompts.rows), 0.0)
+        bare = compare_logits(as_trained.base, logits.base, 0.0)
+        report(
+            f"over the base in FP8 its logits are {apart.mean:.3g} from these on average, those of"
+            f" the bare base {bare.mean:.3g}; the most likely next token is the same at"
+            f" {apart.same_top_token:.1%} of the positions"
+        )
     comparison = compare_folded(trained, logits, again, prompts, precision)
     del again
     free_memory()

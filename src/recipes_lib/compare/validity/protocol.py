@@ -168,7 +168,13 @@ def _settings(log: EvalLog) -> Mapping[str, Any]:
 
 def _precision_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
     """Answers given in other precisions, where precision is no factor."""
-    if case.declares("quantization", "quantization.load_in_4bit", "model.dtype"):
+    precisions = (
+        "quantization",
+        "quantization.load_in_4bit",
+        "model.dtype",
+        "model.base_precision",
+    )
+    if case.declares(*precisions):
         return None
     mine, theirs = (
         {"dtype": log.answers.dtype, "quantized": log.answers.quantized} for log in (one, other)
