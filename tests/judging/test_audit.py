@@ -425,3 +425,14 @@ def test_all_errors_of_a_judge_file_are_reported_with_their_lines(tmp_path: Path
     assert any("judge.model is required" in error.what for error in caught.value.errors)
     assert "did you mean judge.model?" in str(caught.value)
     assert any("base_url" in error.what for error in caught.value.errors)
+
+
+def test_labels_in_another_encoding_are_not_told_of_a_key_that_only_recipes_have(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "labels.jsonl"
+    path.write_bytes(json.dumps(OWN | {"answer": "é"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(DataError) as error:
+        load_labelled_pairs(path)
+    assert "labels.jsonl:1: byte" in str(error.value)
+    assert "\n  convert it with iconv; for a recipe's rows, data.encoding may" in str(error.value)

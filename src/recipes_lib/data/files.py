@@ -32,8 +32,8 @@ from recipes_lib.data.examples import BadRow, shown_real_path, type_name
 COLUMNAR_ROWS = 10_000
 BLOCK_BYTES = 1 << 20
 ENCODING_HINT = (
-    "set data.encoding to what the file is (utf-8, latin-1, cp1252, utf-16, ...), or convert it"
-    " with iconv"
+    "convert it with iconv; for a recipe's rows, data.encoding may say what the file is instead"
+    " (utf-8, latin-1, cp1252, utf-16, ...)"
 )
 Numbered = Iterator[tuple[int | None, Row | BadRow]]
 _SPACE = re.compile(r"[ \t\r\n]*")
