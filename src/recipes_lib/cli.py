@@ -62,7 +62,7 @@ _GROUPS = {
     "machine": {"doctor": "versions, devices, disk, token: what is missing and what to do"},
     "training": {
         "data": "what the model reads and what the loss sees",
-        "plan": "what a training or a study needs: memory, steps, time, cost, and what to change",
+        "plan": "what a training, study or evaluation needs: memory, steps, time, what to change",
         "train": "train a recipe, or continue it",
         "status": "the state of runs",
         "chat": "talk to runs beside their base model",

@@ -19,6 +19,7 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import KindRules, dotted, load
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.eval_log import REFERENCE
 from recipes_lib.judging.judge_file import (
     JudgeFile,
     JudgeSection,
@@ -389,6 +390,26 @@ class EvalRecipe:
         """Whether a judge decides the suite; what is not is done once a model has answered."""
         return self.suite.name in JUDGED
 
+    def opponent(self, against: str | None) -> str | None:
+        """Return who a target's answers are compared with, given what the command line names:
+        alpaca_eval has an opponent without that too, mt_bench none.
+
+        Raises:
+            RecipeError: the suite has no such opponent.
+        """
+        if not self.is_judged:
+            if against:
+                raise no_opponent([self.suite.name])
+            return None
+        if self.suite.name == "alpaca_eval":
+            return against or self.metrics.against
+        if against == REFERENCE:
+            raise RecipeError(
+                f"{self.suite.name} has no reference opponent",
+                "compare with a model: --against base, or --against RUN",
+            )
+        return against
+
     def resolve(self, key: str, name: str) -> Path:
         """Return the path that a file name under a dotted key means."""
         return self.document.folder(tuple(key.split("."))) / name
@@ -407,6 +428,15 @@ class EvalRecipe:
             parts["judge"] = {"name": self.judge.path.stem, **dataclasses.asdict(self.judge.judge)}
             parts["thresholds"] = dataclasses.asdict(self.judge.thresholds)
         return {"name": self.name, **parts}
+
+
+def no_opponent(suites: Sequence[str]) -> RecipeError:
+    """Return the error for an opponent of suites that compare nothing."""
+    return RecipeError(
+        f"--against has no meaning for {' and '.join(suites)}: it scores answers, it does not"
+        " compare them",
+        "recipes compare compares runs",
+    )
 
 
 def find_eval(word: str) -> Path:

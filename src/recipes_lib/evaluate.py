@@ -32,7 +32,7 @@ from recipes_lib.core.ranks import leave_together
 from recipes_lib.core.redaction import masked
 from recipes_lib.eval_files import write_log
 from recipes_lib.eval_log import EvalLog
-from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
+from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval, no_opponent
 from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.subjects import Subject, grouped, loaded
 from recipes_lib.generation.targets import Target, distinct
@@ -196,11 +196,7 @@ def evaluate_all(
     """
     quiet_libraries()
     if against and not any(recipe.is_judged for recipe in recipes):
-        names = " and ".join(dict.fromkeys(recipe.suite.name for recipe in recipes))
-        raise RecipeError(
-            f"--against has no meaning for {names}: it scores answers, it does not compare them",
-            "recipes compare compares runs",
-        )
+        raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))
     options = {"allow_format_differences": allow_format_differences, "remote_code": remote_code}
     return evaluate([suite_of(recipe, words, against, **options) for recipe in recipes])
 

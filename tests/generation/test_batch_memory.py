@@ -54,7 +54,7 @@ def test_a_7b_model_on_an_80_gb_card_answers_in_batches_of_ninety_and_not_of_sev
     card(free=63.0)
     tokens = tokens_for(model_of_7b("cuda:0"))
     assert tokens == tokens_per_batch(
-        63.5 * GIB, token_bytes(32, 1024, 4096, 14336, 2), on_gpu=True
+        63.5 * GIB, token_bytes(2 * 32 * 1024, 4096, 14336, 2), on_gpu=True
     )
     assert 90 <= tokens // (60 + 1024) <= 120
     assert 8192 // (60 + 1024) == 7  # what it was

@@ -138,6 +138,16 @@ class Recipe:
             what = f"is damaged, or of another version: {type(error).__name__}: {error}"
             raise DamagedFile(what, file=path) from None
 
+    def reading(self, file: str) -> Recipe:
+        """Return the recipe that reads all rows of a file in the format of its own, and holds none
+        of them out.
+        """
+        split = SplitSection(method="none")
+        data = dataclasses.replace(self.data, source=file, split=split, max_examples=None)
+        # no split is wanted of the file, so no validation may be asked for
+        train = self.train | {"eval_strategy": "no", "load_best_model_at_end": False}
+        return dataclasses.replace(self, data=data, train=train)
+
     def written_values(self) -> dict[str, Any]:
         """Return the sections with the values somebody chose (a file, the command line, the
         project), without defaults.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.loader import COMMAND_LINE, Origin
+from recipes_lib.config.model_files import KEY as MODEL_KEY
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import (
     ASKED,
@@ -110,7 +112,7 @@ def targets_by_word(words: Sequence[str], asking: Asking | None = None) -> dict[
             with another prompt format, `base` is not one model, or code of a model is not allowed.
     """
     asking = asking or Asking()
-    opened = {word: open_run(word) for word in words if _is_run(word)}
+    opened = {word: open_run(word) for word in words if is_run(word)}
     stand_ins = {word: recipe for word, run in opened.items() if (recipe := stored_recipe(run))}
     runs = {
         word: finished_run(run, asking.remote_code)
@@ -196,7 +198,8 @@ def base_target(recipe: Recipe) -> Target:
     return Target(recipe.model.name_or_path, dataclasses.replace(recipe, lora=None))
 
 
-def _is_run(word: str) -> bool:
+def is_run(word: str) -> bool:
+    """Whether a word names a run that is there."""
     path = Path(word)
     return (len(path.parts) > 1 and (path / "run.json").is_file()) or (
         runs_root() / path.name / "run.json"
@@ -228,7 +231,7 @@ def stand_in_recipe(
         train={},
         lora=None,
         quantization=None,
-        origins={},
+        origins={MODEL_KEY: Origin(COMMAND_LINE)},
         warnings=(),
     )
 

@@ -18,8 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.engine import Completion, Decoding, Request
 from recipes_lib.models.architectures import layer_configs
+from recipes_lib.models.blocks import Block
+from recipes_lib.models.shapes import ModelShape, shape_of_config
 from recipes_lib.planning.cards import available_gib
 
 if TYPE_CHECKING:
@@ -184,9 +187,22 @@ def batches(
     """
     ordered = sorted(requests, key=lambda request: -len(request.ids))
     while ordered:
-        rows = max(1, min(MAX_ROWS, batch_tokens // (len(ordered[0].ids) + max_new_tokens)))
+        rows = batch_rows(len(ordered[0].ids) + max_new_tokens, batch_tokens)
         yield ordered[:rows]
         ordered = ordered[rows:]
+
+
+def batch_rows(width: int, batch_tokens: int, most: int = MAX_ROWS) -> int:
+    """Return the rows of a batch: as many as the tokens hold, and one at least.
+
+    Args:
+        width: of the longest row, with what it will write.
+
+    Example:
+        >>> batch_rows(1084, 113_975), batch_rows(20, 113_975), batch_rows(9000, 8192)
+        (105, 256, 1)
+    """
+    return max(1, min(most, batch_tokens // max(width, 1)))
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -231,20 +247,44 @@ class _SeededSampling:
         return (probabilities / noise).log()
 
 
-def token_bytes(
-    layers: int, kv_width: int, hidden: int, intermediate: int, element_bytes: int
-) -> int:
+def token_bytes(kept: int, hidden: int, intermediate: int, element_bytes: int) -> int:
     """Return the memory of one token: its keys and values in all layers, and one layer's
     activations.
 
     Args:
-        kv_width: of all keys of a layer together.
+        kept: width of the keys and values of all layers together.
 
     Example:
-        >>> token_bytes(layers=32, kv_width=1024, hidden=4096, intermediate=14336, element_bytes=2)
+        >>> token_bytes(2 * 32 * 1024, hidden=4096, intermediate=14336, element_bytes=2)
         282624
     """
-    return element_bytes * (2 * layers * kv_width + 8 * hidden + 3 * intermediate)
+    return element_bytes * (kept + 8 * hidden + 3 * intermediate)
+
+
+def token_bytes_of(shape: ModelShape, element_bytes: int) -> int | None:
+    """Return `token_bytes` of a model; None where no layer has attention."""
+    kept = kept_per_token(shape)
+    inner = max(
+        sum(one.inputs * one.active for one in block.matrices if one.reads.endswith("inner"))
+        for block, _ in shape.kinds
+    )
+    return token_bytes(kept, shape.hidden, inner, element_bytes) if kept else None
+
+
+def kept_per_token(shape: ModelShape) -> int:
+    """Return the width of the keys and values of all layers together."""
+    return sum(count * _kept(block) for block, count in shape.kinds if block.heads)
+
+
+def _kept(block: Block) -> int:
+    """Return the width of what a layer keeps of a token: latent attention what keys and values are
+    made of.
+    """
+    for matrix in block.matrices:
+        if matrix.last_name == "kv_a_proj_with_mqa":
+            return matrix.outputs
+    # one matrix may make queries, keys and values (phi3): then they stand as one value
+    return block.key + block.value if block.key else block.value - block.query
 
 
 def tokens_per_batch(free_bytes: float, bytes_per_token: int, on_gpu: bool) -> int:
@@ -267,25 +307,41 @@ def tokens_for(model: Any) -> int:
     """Return the padded tokens of a batch for a loaded model, from what is free on its
     device now.
     """
-    config = model.config.get_text_config()
+    per_token = _token_bytes_of_config(model.config, model.dtype.itemsize)
+    return tokens_with(per_token, free_bytes(model.device), on_gpu=model.device.type == "cuda")
+
+
+def tokens_with(per_token: int | None, free: float, on_gpu: bool) -> int:
+    """Return the padded tokens of a batch of a model whose token takes so many bytes; those of a
+    model of which nothing is known where that is None.
+    """
+    return USUAL_TOKENS if per_token is None else tokens_per_batch(free, per_token, on_gpu)
+
+
+def _token_bytes_of_config(config: Any, element_bytes: int) -> int | None:
+    """Return `token_bytes` of a model: from its matrices where the planner knows the family, else
+    from the usual names in its config; None for another kind of model.
+    """
     try:
-        per_token = max(
-            _token_bytes_of(layer, int(config.num_hidden_layers), model.dtype.itemsize)
-            for layer in layer_configs(config)
-        )
-    except (AttributeError, TypeError):  # another kind of model
-        return USUAL_TOKENS
-    return tokens_per_batch(free_bytes(model.device), per_token, on_gpu=model.device.type == "cuda")
+        return token_bytes_of(shape_of_config(config.to_dict(), "the model"), element_bytes)
+    except (RecipeError, AttributeError):  # not known how it is built
+        pass
+    text = config.get_text_config()
+    try:
+        layers = int(text.num_hidden_layers)
+        return max(_usual_token_bytes(one, layers, element_bytes) for one in layer_configs(text))
+    except (AttributeError, TypeError):
+        return None
 
 
-def _token_bytes_of(config: Any, layers: int, element_bytes: int) -> int:
+def _usual_token_bytes(config: Any, layers: int, element_bytes: int) -> int:
     """Return `token_bytes` of a model whose layers are all as this config has them."""
     heads = int(config.num_attention_heads)
     hidden = int(config.hidden_size)
     head_dim = int(getattr(config, "head_dim", None) or hidden // heads)
     kv_width = int(getattr(config, "num_key_value_heads", None) or heads) * head_dim
     intermediate = int(getattr(config, "intermediate_size", None) or 4 * hidden)
-    return token_bytes(layers, kv_width, hidden, intermediate, element_bytes)
+    return token_bytes(2 * layers * kv_width, hidden, intermediate, element_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

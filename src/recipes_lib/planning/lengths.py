@@ -69,6 +69,7 @@ class Lengths:
         tokens: a length per example (or per counted example), not cut to `max_length`.
         train: training rows.
         validation: validation rows.
+        test: test rows.
         source: where the numbers come from, for the reader.
         counted: whether they are this data's own.
     """
@@ -78,6 +79,7 @@ class Lengths:
     validation: int
     source: str
     counted: bool
+    test: int = 0
 
 
 def lengths_of(recipe: Recipe, vocabulary: int, *, tokenize: bool = True) -> Lengths:
@@ -139,13 +141,14 @@ def _split(
         kept = [length for length in tokens if length <= limit] or [min(tokens)]
         rows, tokens = round(rows * len(kept) / len(tokens)), kept
     rows = min(rows, recipe.data.max_examples or rows)
-    train, validation = rows, 0
+    train, validation, test = rows, 0, 0
     if split.method != "none":
-        validation = round(rows * split.validation)
+        validation, test = round(rows * split.validation), round(rows * split.test)
         train = round(rows * (1 - split.validation - split.test))
     if split.method == "published":
         train = rows - math.ceil(rows * (split.validation + split.test) - 1e-9)
-    return Lengths(tuple(tokens), max(round(train * times), 1), validation, source, counted)
+    train = max(round(train * times), 1)
+    return Lengths(tuple(tokens), train, validation, source, counted, test)
 
 
 def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
@@ -179,7 +182,8 @@ def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
     rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
     sides = split_rows(rows.examples, section.split).rows
     train = len(rows.repeated(sides["train"], section.split.seed))
-    return Lengths(tuple(tokens), train, len(sides["validation"]), source_text, counted=True)
+    held_out = len(sides["validation"]), len(sides["test"])
+    return Lengths(tuple(tokens), train, held_out[0], source_text, True, held_out[1])
 
 
 def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int | None:
@@ -213,18 +217,25 @@ def _tokens(recipe: Recipe, vocabulary: int, rows: Rows, tokenize: bool) -> tupl
             parts = prompt_and_completion(example, recipe.data.prompt_format)
             texts.append("".join(part or "" for part in parts))
             around.append(1)
+    tokens, how = text_tokens(recipe, vocabulary, texts, tokenize=tokenize)
+    return [length + more for length, more in zip(tokens, around, strict=True)], how
+
+
+def text_tokens(
+    recipe: Recipe, vocabulary: int, texts: Sequence[str], *, tokenize: bool = True
+) -> tuple[list[int], str]:
+    """Return the tokens of each text, and how they were counted: by the tokenizer.json of the
+    recipe's model where it is here and wanted, else by characters.
+    """
     folder = local_folder(recipe) if tokenize else None
     if folder is not None and (folder / "tokenizer.json").is_file():
         from tokenizers import Tokenizer
 
         tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        encoded = tokenizer.encode_batch(texts, add_special_tokens=True)
-        tokens, how = [len(item.ids) for item in encoded], "tokens counted"
-    else:
-        size = characters_per_token(vocabulary)
-        tokens = [max(1, round(len(text) / size)) for text in texts]
-        how = "tokens estimated from characters"
-    return [length + more for length, more in zip(tokens, around, strict=True)], how
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=True)
+        return [len(item.ids) for item in encoded], "tokens counted"
+    size = characters_per_token(vocabulary)
+    return [max(1, round(len(text) / size)) for text in texts], "tokens estimated from characters"
 
 
 def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
@@ -241,7 +252,8 @@ def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
         factor = found["total"] / rows["used"] / (sum(tokens) / len(tokens))
         scaled = [min(max(1, round(length * factor)), found["max"]) for length in tokens]
         source = f"rows and mean length of the earlier run {recipe.name}"
-        return Lengths(tuple(scaled), rows["trained"], rows["validation"], source, counted=True)
+        held_out = rows["validation"], rows.get("test", 0)
+        return Lengths(tuple(scaled), rows["trained"], held_out[0], source, True, held_out[1])
     except (OSError, ValueError, LookupError, TypeError, ZeroDivisionError, yaml.YAMLError):
         return None
 

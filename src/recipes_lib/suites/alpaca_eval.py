@@ -98,12 +98,6 @@ class AlpacaEval(JudgedSuite):
         "by_category": {},
     }
 
-    def opponent(self, against: str | None) -> str | None:
-        """Return who is compared with: without a word the recipe's, which is the reference unless
-        it says otherwise.
-        """
-        return against or self.recipe.metrics.against
-
     def questions(self) -> QuestionSet:
         """Return the questions of the recipe.
 

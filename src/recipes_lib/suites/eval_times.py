@@ -20,7 +20,7 @@ JUDGED_TOKENS_PER_SECOND = 774.0  # the same, prompts of 480 tokens in 0.62 s
 NUM_QUESTIONS = {"alpaca_eval": 805, "mt_bench": 80}
 ANSWER_SHARE = 0.45  # of max_new_tokens, on average
 JUDGE_PROMPT, FEEDBACK = 480, 180  # tokens: rubric with both answers, and what Prometheus writes
-_START_S = 12.0
+EVAL_START_S = 12.0
 # task -> items, requests per item, prompt tokens per request (at the task's own number of
 # examples), tokens written per item
 TASKS = {
@@ -36,6 +36,15 @@ TASKS = {
     "quickstart_arithmetic": (20, 1, 60, 24),
 }
 
+# tasks of the project's eval recipes of which the requests are known, and not their lengths
+REQUESTS = {
+    "gsm8k_cot_llama": 1319,
+    "gsm8k_metamath": 1319,
+    "ifeval": 541,
+    "minerva_math500": 500,
+    "mmlu_pro": 12032,
+}
+
 
 def eval_times(recipes: Sequence[EvalRecipe], shape: ModelShape, card: Card) -> list[EvalTime]:
     """Return the time of each evaluation of a model; none on a GPU."""
@@ -44,9 +53,9 @@ def eval_times(recipes: Sequence[EvalRecipe], shape: ModelShape, card: Card) -> 
 
 def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     """Return the time of one evaluation of a model on a processor."""
-    suite, pace = recipe.suite.name, _pace(shape, card)
+    suite, speed = recipe.suite.name, pace(shape, card)
     if suite == "lm_eval":
-        return _harness(recipe, pace)
+        return _harness(recipe, speed)
     if suite == "heldout_loss":
         return EvalTime(recipe.name, 0.0, 0.0, ("the loss on held-out rows",))
     known = _num_questions(recipe)
@@ -55,7 +64,7 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     questions = min(known, recipe.data.max_questions or 10**9)
     answers = questions * (2 if suite == "mt_bench" else recipe.generation.samples)
     written = answers * recipe.generation.max_new_tokens * ANSWER_SHARE
-    answering = _START_S + written / (GENERATED_TOKENS_PER_SECOND * pace)
+    answering = EVAL_START_S + written / (GENERATED_TOKENS_PER_SECOND * speed)
     verdicts = answers
     if suite == "alpaca_eval":
         verdicts *= 3 if recipe.metrics.absolute else 2
@@ -65,16 +74,16 @@ def eval_time(recipe: EvalRecipe, shape: ModelShape, card: Card) -> EvalTime:
     judge = recipe.judge.judge
     if judge.engine == "openai":
         return EvalTime(recipe.name, answering, 0.0, (f"the judge {judge.model}",))
-    judges_pace = _pace(named_shape(judge.model) or shape, card)
+    judges_pace = pace(named_shape(judge.model) or shape, card)
     seconds = verdicts * JUDGE_PROMPT / (JUDGED_TOKENS_PER_SECOND * judges_pace)
     if judge.mode != "logits":
         seconds += verdicts * FEEDBACK / (GENERATED_TOKENS_PER_SECOND * judges_pace)
     return EvalTime(recipe.name, answering, seconds)
 
 
-def _pace(shape: ModelShape, card: Card) -> float:
-    """How much faster than in the measurement this processor reads and writes: against its two
-    threads, and its model's size.
+def pace(shape: ModelShape, card: Card) -> float:
+    """Return how much faster than in the measurement this processor reads and writes: against its
+    two threads, and its model's size.
     """
     threads = 2**SCALING * core_tflops("bf16")
     return MEASURED_PARAMETERS / shape.parameters * card.tflops / threads
@@ -96,9 +105,9 @@ def _num_questions(recipe: EvalRecipe) -> int | None:
         return sum(bool(line.strip()) for line in text.splitlines())
 
 
-def _harness(recipe: EvalRecipe, pace: float) -> EvalTime:
+def _harness(recipe: EvalRecipe, speed: float) -> EvalTime:
     """lm-eval: prompts are read once per request, some tasks also write."""
-    seconds, unknown = _START_S + 15.0, []
+    seconds, unknown = EVAL_START_S + 15.0, []
     for task in recipe.suite.tasks or ():
         if task not in TASKS:
             unknown.append(task)
@@ -107,8 +116,8 @@ def _harness(recipe: EvalRecipe, pace: float) -> EvalTime:
         limit = recipe.suite.limit
         if limit is not None:
             items = round(items * limit) if limit < 1 else min(items, int(limit))
-        seconds += items * requests * tokens / (JUDGED_TOKENS_PER_SECOND * pace)
-        seconds += items * written / (GENERATED_TOKENS_PER_SECOND * pace)
+        seconds += items * requests * tokens / (JUDGED_TOKENS_PER_SECOND * speed)
+        seconds += items * written / (GENERATED_TOKENS_PER_SECOND * speed)
     return EvalTime(recipe.name, seconds, 0.0, tuple(unknown))
 
 

@@ -19,7 +19,6 @@ without special tokens and the space around them).
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NotRequired, TypedDict, cast
@@ -27,7 +26,6 @@ from typing import Any, ClassVar, NotRequired, TypedDict, cast
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.schema import NUMBER
-from recipes_lib.config.sections import SplitSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_lock import waiting_lock
@@ -38,13 +36,12 @@ from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, find_targets, record_base
+from recipes_lib.generation.transformers_engine import batch_rows
 from recipes_lib.statistics.intervals import StoredInterval, mean_interval
+from recipes_lib.suites.answer_costs import loss_tokens
 from recipes_lib.suites.answering import asking_of
 from recipes_lib.suites.suite import Asker, grid, interval, number
 
-# padded tokens per forward pass; their logits in float32 take four bytes for each token and entry
-# of the vocabulary
-_BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
 LOSS = "loss"
 
 
@@ -210,13 +207,7 @@ class HeldoutLoss(Asker):
         recipe = self._recipe_of(subject.target) or subject.target.recipe
         name = str(self.recipe.data.questions)
         if self._split is None:
-            place = str(self.recipe.resolve("data.questions", name))
-            section = dataclasses.replace(
-                recipe.data, source=place, split=SplitSection(method="none"), max_examples=None
-            )
-            # no split is wanted of the file, so no validation may be asked for
-            train = recipe.train | {"eval_strategy": "no", "load_best_model_at_end": False}
-            recipe = dataclasses.replace(recipe, data=section, train=train)
+            recipe = recipe.reading(str(self.recipe.resolve("data.questions", name)))
         prepared = prepare_data(recipe, subject.prompts.tokenizer)
         found = getattr(prepared, self._split or TRAIN)
         if found is None or not len(found):
@@ -282,7 +273,7 @@ def row_losses(
     order = sorted(range(len(input_ids)), key=lambda row: -len(input_ids[row]))
     losses = [0.0] * len(order)
     with torch.inference_mode():
-        for batch in _batches(order, input_ids, _BATCH_TOKENS.get(device.type, 16384)):
+        for batch in _batches(order, input_ids, loss_tokens(on_gpu=device.type != "cpu")):
             width = len(input_ids[batch[0]])
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask, wanted = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -305,13 +296,9 @@ def row_losses(
 
 def _batches(
     order: Sequence[int], input_ids: Sequence[Sequence[int]], limit: int
-) -> Iterator[list[int]]:
+) -> Iterator[Sequence[int]]:
     """Yield rows of like length; a batch is as wide as its first row."""
-    batch: list[int] = []
-    for row in order:
-        if batch and (len(batch) + 1) * len(input_ids[batch[0]]) > limit:
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
+    while order:
+        rows = batch_rows(len(input_ids[order[0]]), limit, most=len(order))
+        yield order[:rows]
+        order = order[rows:]

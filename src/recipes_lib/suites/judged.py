@@ -251,7 +251,7 @@ class JudgedSuite(Asker, ABC):
                 f"{recipe.suite.name} runs in one process",
                 "several GPUs: serve the models (launch/vllm_server.sh) and use engine openai",
             )
-        self.against = against = self.opponent(against)
+        self.against = against = recipe.opponent(against)
         self.words = list(dict.fromkeys(words))
         asked = [*self.words, *([against] if against else [])]
         asking = asking_of(recipe, remote_code)
@@ -280,14 +280,6 @@ class JudgedSuite(Asker, ABC):
         self.cards_elsewhere: dict[str, list[Scorecard]] = {}
         self.counts_elsewhere = True
         self._done: dict[str, AnswerSet] = {}
-
-    @abstractmethod
-    def opponent(self, against: str | None) -> str | None:
-        """Return who is compared with, given what the command line names.
-
-        Raises:
-            RecipeError: the suite has no such opponent.
-        """
 
     def questions(self) -> QuestionSet:
         """Return the questions of the recipe."""

@@ -17,9 +17,8 @@ from typing import Any, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
-from recipes_lib.core.errors import RecipeError
 from recipes_lib.eval_files import mt_bench_measures, mt_bench_samples, write_lines
-from recipes_lib.eval_log import REFERENCE, EvalLog, Measure
+from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
 from recipes_lib.judging.outcomes import pair_samples, summarise
@@ -93,19 +92,6 @@ class MTBench(JudgedSuite):
         "statuses": {},
         "judgment_keys": {},
     }
-
-    def opponent(self, against: str | None) -> str | None:
-        """Return who is compared with.
-
-        Raises:
-            RecipeError: the reference is asked for.
-        """
-        if against == REFERENCE:
-            raise RecipeError(
-                "mt_bench has no reference opponent",
-                "compare with a model: --against base, or --against RUN",
-            )
-        return against
 
     def pair_items(
         self, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet

