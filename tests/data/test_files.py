@@ -202,7 +202,7 @@ def test_another_encoding_is_an_option(encoding, name, tmp_path):
 def test_a_file_that_is_not_in_its_encoding_is_one_line(name, tmp_path):
     (tmp_path / name).write_bytes(b'{"x": "caf\xe9"}\n')
     for encoding in ("utf-8", "ascii", "utf-16"):
-        with pytest.raises(DataError, match="data.encoding may say") as caught:
+        with pytest.raises(DataError, match="encoding may say") as caught:
             _ = read_file(tmp_path / name, encoding=encoding).rows
         assert caught.value.line == 1
 
