@@ -16,14 +16,13 @@ from tests.generation.conftest import (
     runs_folder,  # noqa: F401
 )  # noqa: F401, RUF100
 from tests.generation.faulty_server import MODEL, FaultyServer
-from tests.judging.asking import judge_items
 from tests.judging.fake_judges import FakeJudge, always_a, bodies, obeys_answers, reply, says, sound
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.engine import Completion
 from recipes_lib.judging.audit import probe_requests, probe_results
-from recipes_lib.judging.judge import Item, JudgePlan, ask
+from recipes_lib.judging.judge import Item, JudgePlan, ask, judge_items
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore

@@ -8,11 +8,9 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from tests.judging.asking import judge_items
-
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.generation.judges import opened
-from recipes_lib.judging.judge import Item
+from recipes_lib.judging.judge import Item, judge_items
 from recipes_lib.judging.judge_file import load_judge_file
 from recipes_lib.judging.store import JudgmentStore
 

@@ -8,12 +8,11 @@ import threading
 
 import pytest
 from tests.generation.faulty_server import MODEL, FaultyServer
-from tests.judging.asking import judge_items
 
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.generation.judges import judge_ids, opened, verdict_tokens
 from recipes_lib.generation.openai_engine import ServerFault
-from recipes_lib.judging.judge import Item, build_requests
+from recipes_lib.judging.judge import Item, build_requests, judge_items
 from recipes_lib.judging.store import JudgmentStore
 
 PAIRS = [

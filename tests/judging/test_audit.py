@@ -21,13 +21,12 @@ from fake_judges import (
     reply,
     sound,
 )
-from tests.judging.asking import judge_items
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeErrors
 from recipes_lib.judging.audit import PROBES, audit, probe_requests, scorecard_markdown, self_judged
 from recipes_lib.judging.human_labels import load_labelled_pairs, load_labels
-from recipes_lib.judging.judge import Item, JudgePlan, ask
+from recipes_lib.judging.judge import Item, JudgePlan, ask, judge_items
 from recipes_lib.judging.judge_file import Thresholds, load_judge_file
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, load_rubric, load_template
 from recipes_lib.judging.store import JudgmentStore, stored_rows

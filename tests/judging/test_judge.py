@@ -13,7 +13,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_judges import FakeJudge, reply
-from tests.judging.asking import judge_items
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.engine import Completion
@@ -23,6 +22,7 @@ from recipes_lib.judging.judge import (
     JudgePlan,
     JudgeRequest,
     build_requests,
+    judge_items,
 )
 from recipes_lib.judging.outcomes import pair_samples, summarise
 from recipes_lib.judging.prometheus import load_rubric, load_template

@@ -242,6 +242,13 @@ def read_reply(request: JudgeRequest, reply: Completion) -> Verdict:
     return Verdict(Status.OK, best if relative else int(best))
 
 
+def judge_items(
+    items: Iterable[Item], judge: Judge, store: JudgmentStore, plan: JudgePlan
+) -> JudgeRun:
+    """Judge every item as `ask` does."""
+    return ask(build_requests(items, plan, judge.fingerprint), judge, store, plan)
+
+
 def ask(
     requests: Iterable[JudgeRequest],
     judge: Judge,
