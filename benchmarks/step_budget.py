@@ -70,7 +70,6 @@ _KERNELS = {
     "_scaled_dot_product_flash_attention_backward": 3,
     "_varlen_attn": 2,
     "_varlen_attn_backward": 3,
-    "dropped_outer": 2,
 }
 
 
@@ -98,6 +97,14 @@ class Costs:
     def bytes_per_token(self) -> float:
         """Bytes for each computed token."""
         return self.bytes / self.tokens
+
+    def plus(self, more: Costs) -> Costs:
+        """Return the costs with those of something else."""
+        sums = {
+            name: getattr(self, name) + getattr(more, name)
+            for name in ("launches", "bytes", "products", "operators")
+        }
+        return replace(self, **sums)
 
     def with_layers(self, one_more: Costs, layers: int) -> Costs:
         """Return the costs with so many layers more, from those with one more."""
@@ -175,10 +182,15 @@ class Trace(TorchDispatchMode):
         result = self._run(function, name, inputs, args, kwargs)
         made = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
         if not schema.returns:  # what it writes to
-            made = [args[place] for place, one in enumerate(schema.arguments) if one.alias_info]
+            made = tree_leaves(
+                [args[at] for at, one in enumerate(schema.arguments) if one.alias_info]
+            )
         views = any(one.alias_info and not one.alias_info.is_write for one in schema.returns)
         if made and not views and name not in _FREE:
-            self.launch(name, *inputs, *made, kernels=_KERNELS.get(name, 1))
+            if name.endswith("copy_"):  # what is written over is not read
+                inputs = [one for one in tree_leaves(args[1]) if isinstance(one, torch.Tensor)]
+            kernels = _of_a_list(made) if "_foreach_" in name else _KERNELS.get(name, 1)
+            self.launch(name, *inputs, *made, kernels=kernels)
             for one in made:
                 if one.dtype == torch.float32 and one.shape[-1:] == (self.vocabulary,):
                     rows = one.numel() // self.vocabulary
@@ -203,6 +215,16 @@ class Trace(TorchDispatchMode):
         if without_data and function._schema.is_mutable and not isinstance(inputs[0], FakeTensor):
             return inputs[0]  # a count that activations are added to
         return function(*args, **kwargs)
+
+
+def _of_a_list(tensors: Sequence[torch.Tensor]) -> int:
+    """Return the kernels of an operator on a list and another.
+
+    Source: torch's ATen/native/cuda/MultiTensorApply.cuh: 64 tensors of two lists, or 320 chunks of
+        2**16 elements, for each.
+    """
+    chunks = sum(-(-one.numel() // 2**16) for one in tensors)
+    return max(-(-len(tensors) // 64), -(-chunks // 320))
 
 
 def _is_mask(index: Any) -> bool:
@@ -334,15 +356,7 @@ def micro_batch_costs(
     if block is None:
         return two.with_layers(three, layers - 2)
     around = two.with_layers(three, -2)
-    one_more = replace(
-        around,
-        operators=around.operators + block.operators,
-        **{
-            name: getattr(around, name) + getattr(block, name)
-            for name in ("launches", "bytes", "products")
-        },
-    )
-    return around.with_layers(one_more, layers)
+    return around.with_layers(around.plus(block), layers)
 
 
 def _traced(
@@ -388,6 +402,7 @@ def _compiled(block: Any, args: Any, kwargs: Any, tokens: int) -> Costs:
     from torch._dynamo.utils import detect_fake_mode
     from torch._inductor import compile_fx, config
     from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes import post_grad
     from torch._inductor.graph import GraphLowering
     from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
     from torch._inductor.virtualized import V
@@ -417,8 +432,8 @@ def _compiled(block: Any, args: Any, kwargs: Any, tokens: int) -> Costs:
                         moved = node.get_read_write_buffers_sizes()
                         sizes = [
                             int(size)
-                            for one in (node.node, *getattr(node.node, "inputs", ()))
-                            for size in (one.get_size() if name in _PRODUCTS else ())
+                            for one in getattr(node.node, "inputs", ())
+                            for size in (one.get_size() if name.startswith(_PRODUCTS) else ())
                         ]
                         costs.launch(name, moved, sizes, _KERNELS.get(name, 1))
         results = [
@@ -443,10 +458,19 @@ def _compiled(block: Any, args: Any, kwargs: Any, tokens: int) -> Costs:
     torch._dynamo.reset()  # what was compiled for another length would make this one a variable
     block = _replace_tensors(block, empty)
     (hidden, *args), kwargs = tree_map(empty, (args, kwargs))
-    with patch.object(config, "cpu_backend", "triton"), torch.autocast("cpu", torch.bfloat16):
+    trace = Trace(FakeTensorMode(), tokens, 0)
+    with (
+        patch.object(config, "cpu_backend", "triton"),
+        patch.object(config, "force_pointwise_cat", True),
+        patch.object(post_grad, "is_gpu", lambda _: True),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        with trace:  # hooks are not compiled
+            for hook in block._forward_pre_hooks.values():
+                hook(block, (hidden, *args))
         result = _compile(block.forward, backend=backend)(hidden.requires_grad_(), *args, **kwargs)
         (result[0] if isinstance(result, tuple) else result).sum().backward()
-    return costs
+    return costs.plus(trace.costs)
 
 
 def _trainer(

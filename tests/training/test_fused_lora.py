@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,31 @@ def test_what_stays_pefts_is_said_with_the_reason_and_computes_as_before(
     assert distance(measure(fused), measure(plain)) < 1e-5
 
 
+def test_a_block_casts_and_draws_once_for_all_its_groups_and_keeps_nothing(
+    adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And casts again what an optimizer has changed since, whatever tells of it."""
+    model = adapted(lora_dropout=0.3)
+    fused, calls = fuse_lora(model, torch.bfloat16), Counter[str]()
+
+    def counted(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(torch, "randint", counted("draws", torch.randint))
+    monkeypatch.setattr(torch, "_foreach_copy_", counted("casts", torch._foreach_copy_))
+    before = measure(model.bfloat16().float(), torch.bfloat16)[0]
+    assert calls == {"draws": 2, "casts": 2}
+    assert not [one for one in fused.groups if one.matrices or one.seed is not None]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(2)  # no version is counted up
+    assert measure(model, torch.bfloat16)[0] != pytest.approx(before, rel=2e-3)
+
+
 def test_two_precisions_are_left_to_peft(adapted: Callable[..., Any], base: Any) -> None:
     model = adapted(copy.deepcopy(base).bfloat16())
     why = "14 as PEFT does: the base computes in bfloat16, the adapter in float32"
@@ -259,6 +285,7 @@ def test_after_the_training_every_layer_is_pefts_again(adapted: Callable[..., An
         assert model(input_ids=IDS, labels=IDS).loss.item() != pytest.approx(before[0])
     fused.on_train_end(None, None, None)
     assert not [one for one in model.modules() if "forward" in vars(one)]
+    assert not [one for one in model.modules() if one._forward_pre_hooks or one._forward_hooks]
     model.zero_grad()
     assert measure(model)[0] == before[0]
 

@@ -54,8 +54,8 @@ class _Block:
 @dataclass(frozen=True)
 class _Adapter:
     """Of one adapted matrix: bytes of a token for each input (and more with dropout), output and
-    rank, bytes of a pass for each trained weight, kernels (and more with dropout, and of the first
-    matrix of a fused group).
+    rank, bytes of a pass for each trained weight, kernels (and more with dropout, of the first
+    matrix of a fused group, and of the first group of a block).
     """
 
     inputs: float
@@ -66,10 +66,11 @@ class _Adapter:
     kernels: float
     dropout: float
     group: float = 0
+    block: float = 0
 
 
-_EAGER = _Block(hidden=282, query=68, key=38, inner=28, norm=140, kernels=114, norm_kernels=25)
-_COMPILED = _Block(hidden=39, query=36, key=15, inner=16, norm=15, kernels=33, norm_kernels=2.5)
+_EAGER = _Block(hidden=282, query=63, key=33, inner=28, norm=140, kernels=107, norm_kernels=25)
+_COMPILED = _Block(hidden=39, query=23.5, key=8.7, inner=16, norm=15, kernels=27, norm_kernels=2.5)
 # by the bytes of an adapter's weight: those of float32 are cast, and so is what they are fed with
 _ADAPTERS = {
     4: _Adapter(36, 18, 20, 12, 18, kernels=18, dropout=2),
@@ -81,12 +82,12 @@ _COMPILED_ADAPTERS = {
 }
 # `model.lora_implementation: fused`, where a group has its input once
 _FUSED = {
-    4: _Adapter(8, 0, 6.5, 15, 18, kernels=5.5, dropout=0, group=5),
-    2: _Adapter(8, 0, 6.5, 15, 12, kernels=4, dropout=0, group=5),
+    4: _Adapter(8, 0, 6.5, 15, 14, kernels=-1, dropout=0, group=6, block=2),
+    2: _Adapter(8, 0, 6.5, 15, 12, kernels=-1, dropout=0, group=7, block=2),
 }
 _COMPILED_FUSED = {
-    4: _Adapter(8, 0, 7.8, 15, 22, kernels=7.2, dropout=0, group=7.3),
-    2: _Adapter(8, 0, 7.8, 15, 12, kernels=5.6, dropout=0, group=7.3),
+    4: _Adapter(8, 0, 7.8, 15, 14, kernels=0, dropout=0, group=5.6, block=2),
+    2: _Adapter(8, 0, 7.8, 15, 12, kernels=0, dropout=0, group=6.4, block=2),
 }
 # trained norms of a block, for each number of the residual stream; and their kernels
 _NORMS, _NORM_KERNELS = 16, 11
@@ -128,6 +129,7 @@ def step_costs(settings: Settings) -> StepCosts:
             own += matrix.active * (each + terms.outputs * matrix.outputs + terms.rank * rank)
             weights = rank * max(matrix.experts, 1) * (matrix.inputs + matrix.outputs)
             constant += count * terms.weights * weights
+        own_kernels += terms.block if targets else 0
         if settings.bits:
             each = _FP8_KERNELS if settings.fp8 else _DEQUANTISING
             own_kernels += each * sum(one.linear for one in layer.matrices)

@@ -4,9 +4,10 @@ queries, keys and values; gate and up; each other layer alone.
 PEFT runs every adapter as a chain of modules: it casts the input to the adapter's precision, draws
 a dropout mask for each layer, and keeps the dropped input of each. Here the input is dropped out
 once per group, its mask is drawn again in the backward pass instead of being kept, no copy of it is
-made in another precision, and what the adapters add goes into the product of the base. Parameters,
-checkpoints and the saved adapter stay PEFT's: only `forward` of its layers is replaced, until the
-training ends.
+made in another precision, and what the adapters add goes into the product of the base. What all
+groups of a decoder block need, matrices in the precision of the products and seeds, is made at once
+when the block begins. Parameters, checkpoints and the saved adapter stay PEFT's: only `forward` of
+its layers is replaced, until the training ends.
 
 The mask comes from counters (`kept`), so that `lora_kernels` draws the same one on a GPU.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import bitsandbytes
@@ -23,7 +25,9 @@ import torch
 from peft.tuners.lora import Linear, LoraLayer
 from peft.tuners.lora.bnb import Linear4bit
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from recipes_lib.models.fp8 import FLOAT8, Fp8Linear, dequantize_rows, quantize_rows
 
@@ -56,7 +60,12 @@ def fuse_lora(model: Any, half: torch.dtype | None) -> FusedLora:
                 groups.append(_Group(layers))
             else:
                 groups += [_Group([one]) for one in layers]
-    return FusedLora(groups, others)
+    fused = FusedLora(groups, others)
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            inside = {*block.modules()}
+            fused.serve(block, [group for group in groups if group.layers[0] in inside])
+    return fused
 
 
 def is_adapted(module: Any) -> bool:
@@ -102,15 +111,27 @@ class FusedLora(TrainerCallback):
     def __init__(self, groups: list[_Group], others: Counter[str]) -> None:
         self.groups = groups
         self.others = others
+        self.hooks: list[RemovableHandle] = []
         for group in groups:
             for number, layer in enumerate(group.layers):
                 layer.forward = functools.partial(group.forward, number)
+
+    def serve(self, block: torch.nn.Module, groups: list[_Group]) -> None:
+        """Make what these groups need at once when their block begins: in its hook, which is the
+        last, after FSDP2 has gathered the weights.
+        """
+        if groups:
+            begin, end = functools.partial(_begin, groups), functools.partial(_end, groups)
+            self.hooks.append(block.register_forward_pre_hook(begin))
+            self.hooks.append(block.register_forward_hook(end, always_call=True))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What is saved, checked and asked afterwards is computed by PEFT."""
         for group in self.groups:
             for layer in group.layers:
                 del layer.forward
+        for hook in self.hooks:
+            hook.remove()
         self.groups = []
 
     def line(self) -> str:
@@ -129,6 +150,9 @@ class _Group:
         self.plain = [layer.forward for layer in layers]
         self.input: torch.Tensor | None = None
         self.waiting: dict[int, torch.Tensor] = {}  # outputs for this input, by layer
+        # made for the whole block while it computes: A of all layers, B of each, and the seed
+        self.matrices: list[torch.Tensor] = []
+        self.seed: torch.Tensor | None = None
 
     def forward(self, number: int, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """What one layer returns; PEFT's own where it is asked for anything unusual."""
@@ -151,10 +175,65 @@ class _Group:
 
     def _compute(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         drop = round(_dropout(self.layers[0]) * DECISIONS)
-        # drawn on the device: nobody waits, and recomputation draws the same again
-        seed = torch.randint(2**62, (1,), device=x.device) if drop else None
-        weights = [matrix for layer in self.layers for matrix in _adapter(layer)]
-        return _Together.apply(x, seed, drop, self.layers, *weights)
+        seed = (_seeds(1, x.device) if self.seed is None else self.seed) if drop else None
+        matrices = self.matrices
+        if not matrices or matrices[0].dtype != x.dtype:
+            (matrices,) = _matrices([self], x.dtype)
+        return _Together.apply(x, seed, drop, self.layers, *matrices, *self.weights())
+
+    def weights(self) -> list[torch.Tensor]:
+        """Return A and B of each layer."""
+        return [matrix for layer in self.layers for matrix in _adapter(layer)]
+
+
+def _begin(groups: list[_Group], block: Any, args: Any) -> None:
+    if block.gradient_checkpointing and block.training and torch.is_grad_enabled():
+        return  # what is computed twice draws its seeds itself, twice the same
+    weight = groups[0].weights()[0]
+    device = weight.device.type
+    on = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if on else weight.dtype
+    for group, matrices in zip(groups, _matrices(groups, dtype), strict=True):
+        group.matrices = matrices
+    if any(_dropout(group.layers[0]) for group in groups):
+        for group, seed in zip(groups, _seeds(len(groups), weight.device).split(1), strict=True):
+            group.seed = seed
+
+
+def _end(groups: list[_Group], *call: Any) -> None:
+    for group in groups:
+        group.matrices, group.seed = [], None
+
+
+def _seeds(count: int, device: torch.device) -> torch.Tensor:
+    # drawn on the device: nobody waits, and recomputation draws the same again
+    return torch.randint(2**62, (count,), device=device)
+
+
+def _matrices(groups: list[_Group], dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """Return for each group A of all its layers below each other, and B of each layer, in one
+    precision; what is to be copied for it is copied at once.
+    """
+    found, copies, sources = [], [], []
+    for group in groups:
+        weights = [one.detach() for one in group.weights()]
+        if len(group.layers) > 1 or weights[0].dtype != dtype:
+            a = weights[0].new_empty(
+                sum(one.shape[0] for one in weights[::2]), weights[0].shape[1], dtype=dtype
+            )
+            copies += a.split([one.shape[0] for one in weights[::2]])
+            sources += weights[::2]
+        else:
+            a = weights[0]
+        b = weights[1::2]
+        if b[0].dtype != dtype:
+            sources += b
+            b = [torch.empty_like(one, dtype=dtype) for one in b]
+            copies += b
+        found.append([a, *b])
+    if copies:
+        torch._foreach_copy_(copies, sources)
+    return found
 
 
 def _adapter(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,25 +254,22 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, seed: Any, drop: int, layers: list[Any], *weights: torch.Tensor
+        ctx: Any, x: torch.Tensor, seed: Any, drop: int, layers: list[Any], *matrices: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
+        a, b, weights = matrices[0], matrices[1 : len(layers) + 1], matrices[len(layers) + 1 :]
         tokens = x.reshape(-1, x.shape[-1]).contiguous()  # TK
-        a = (torch.cat(weights[::2]) if len(layers) > 1 else weights[0]).to(x.dtype)  # RK
-        b = [one.to(x.dtype) for one in weights[1::2]]  # NR
-        low = dropped_product(tokens, a, seed, drop)  # TR
+        low = dropped_product(tokens, a, seed, drop)  # TR, with A as RK
         bases = [layer.get_base_layer() for layer in layers]
         scales = [layer.scaling[layer.active_adapters[0]] for layer in layers]
         rows: Any = None  # of FP8, once for all layers
         outputs = []
-        parts = low.split([one.shape[1] for one in b], 1)
-        for base, part, wide, scale in zip(bases, parts, b, scales, strict=True):
+        for base in bases:
             if isinstance(base, Fp8Linear):
                 rows = rows or quantize_rows(tokens)
-                output = base.with_bias(base.product(*rows)).view(*x.shape[:-1], -1)
+                outputs.append(base.with_bias(base.product(*rows)).view(*x.shape[:-1], -1))
             else:
-                output = base(x)
-            output.view(-1, output.shape[-1]).addmm_(part, wide.t(), alpha=scale)
-            outputs.append(output)
+                outputs.append(base(x))
+        add_up([one.view(-1, one.shape[-1]) for one in outputs], low, b, scales)
         ctx.drop, ctx.scales, ctx.shape = drop, scales, x.shape
         ctx.dtypes = [one.dtype for one in weights]
         ctx.states = [_state(base) for base in bases]
@@ -205,28 +281,34 @@ class _Together(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         seed, x, low, a, *saved = ctx.saved_tensors
-        b, weights = saved[: len(grads)], saved[len(grads) :]
-        ranks = [one.shape[1] for one in b]
+        count = len(grads)
+        b, bases = saved[:count], saved[count:]
+        used = [number for number, grad in enumerate(grads) if grad is not None]
+        # of an output that nothing used, zeros
+        rows = [
+            (x.new_zeros(len(x), len(wide)) if grad is None else grad).reshape(-1, len(wide))
+            for grad, wide in zip(grads, b, strict=True)
+        ]
+        of_low = down(rows, b, ctx.scales)
         of_x: torch.Tensor | None = None
-        of_low = torch.zeros_like(low) if None in grads else torch.empty_like(low)
-        matrices: list[torch.Tensor | None] = [None, None] * len(grads)
-        parts = zip(low.split(ranks, 1), of_low.split(ranks, 1), strict=True)
-        for number, (part, of_part) in enumerate(parts):
-            if (grad := grads[number]) is None:
-                continue  # nothing used this output
-            grad, scale = grad.reshape(-1, grad.shape[-1]), ctx.scales[number]
-            of_part.addmm_(grad, b[number], beta=0, alpha=scale)
-            if ctx.needs_input_grad[5 + 2 * number]:
-                product = torch.addmm(part.new_empty(()), grad.t(), part, beta=0, alpha=scale)
-                matrices[2 * number + 1] = product.to(ctx.dtypes[2 * number + 1])
-            if ctx.needs_input_grad[0]:
-                weight = _whole(weights[number], ctx.states[number], grad.dtype)
-                of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
-        of_a = dropped_gradients(of_low, x, a, of_x, seed, ctx.drop)
-        for number, matrix in enumerate(of_a.split(ranks)):
-            if grads[number] is not None and ctx.needs_input_grad[4 + 2 * number]:
-                matrices[2 * number] = matrix.to(ctx.dtypes[2 * number])
-        return (None if of_x is None else of_x.view(ctx.shape), None, None, None, *matrices)
+        if ctx.needs_input_grad[0]:
+            first, *others = used
+            of_x = rows[first] @ _whole(bases[first], ctx.states[first], x.dtype)
+            for number in others:
+                _add_mm(of_x, rows[number], _whole(bases[number], ctx.states[number], x.dtype))
+            add_dropped_product(of_x, of_low, a, seed, ctx.drop)
+            of_x = of_x.view(ctx.shape)
+        matrices = adapter_gradients(
+            of_low, x, seed, ctx.drop, low, rows, b, ctx.scales, ctx.dtypes[0]
+        )
+        needed = ctx.needs_input_grad[5 + count :]
+        found = [
+            matrix.to(dtype) if needs and number // 2 in used else None
+            for number, (matrix, dtype, needs) in enumerate(
+                zip(matrices, ctx.dtypes, needed, strict=True)
+            )
+        ]
+        return (of_x, *(None,) * (4 + count), *found)
 
 
 def _state(base: Any) -> Any:
@@ -264,36 +346,97 @@ def dropped_product(
     return torch.addmm(x.new_empty(()), dropped, a.t(), beta=0, alpha=_scale(drop))
 
 
-def dropped_gradients(
+def add_dropped_product(
+    of_x: torch.Tensor,
     of_low: torch.Tensor,
-    x: torch.Tensor,
     a: torch.Tensor,
-    of_x: torch.Tensor | None,
     seed: torch.Tensor | None,
     drop: int,
-) -> torch.Tensor:
-    """Return the gradient of A in `dropped_product`, and add that of x to `of_x`.
+) -> None:
+    """Add to the gradient of x what comes to it through `dropped_product`.
 
     Args:
         of_low: the gradient of its result.
     """
     if seed is None:
-        if of_x is not None:
-            of_x.addmm_(of_low, a)
-        return of_low.t() @ x
-    if _has_kernels(x):
-        if of_x is not None:
-            lora_kernels.add_product(of_x, of_low, a, seed, drop)
-        return lora_kernels.outer(of_low, x, seed, drop)
-    dropped = ~kept(seed, x.shape[0], x.shape[1], drop)
-    if of_x is not None:
+        _add_mm(of_x, of_low, a)
+    elif _has_kernels(of_x):
+        lora_kernels.add_product(of_x, of_low, a, seed, drop)
+    else:
+        dropped = ~kept(seed, of_x.shape[0], of_x.shape[1], drop)
         of_x.add_((of_low @ a).masked_fill_(dropped, 0), alpha=_scale(drop))
-    x = x.masked_fill(dropped, 0)
-    return torch.addmm(x.new_empty(()), of_low.t(), x, beta=0, alpha=_scale(drop))
+
+
+def add_up(
+    outputs: list[torch.Tensor], low: torch.Tensor, b: Sequence[torch.Tensor], scales: list[float]
+) -> None:
+    """Add to the output of each layer its scale times its part of `low` times B'."""
+    if _has_kernels(low):
+        return lora_kernels.add_up(outputs, low, b, scales)
+    parts = low.split([one.shape[1] for one in b], 1)
+    for output, part, wide, scale in zip(outputs, parts, b, scales, strict=True):
+        output.addmm_(part, wide.t(), alpha=scale)
+    return None
+
+
+def down(grads: list[torch.Tensor], b: Sequence[torch.Tensor], scales: list[float]) -> torch.Tensor:
+    """Return the gradient of `low` in `add_up`, from those of the outputs."""
+    if _has_kernels(grads[0]):
+        return lora_kernels.down([one.contiguous() for one in grads], b, scales)
+    of_low = grads[0].new_empty(len(grads[0]), sum(one.shape[1] for one in b))
+    parts = of_low.split([one.shape[1] for one in b], 1)
+    for part, grad, wide, scale in zip(parts, grads, b, scales, strict=True):
+        part.addmm_(grad, wide, beta=0, alpha=scale)
+    return of_low
+
+
+def adapter_gradients(
+    of_low: torch.Tensor,
+    x: torch.Tensor,
+    seed: torch.Tensor | None,
+    drop: int,
+    low: torch.Tensor,
+    grads: list[torch.Tensor],
+    b: Sequence[torch.Tensor],
+    scales: list[float],
+    dtype: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """Return the gradients of A and B of each layer, where `low` is `dropped_product`'s and the
+    outputs `add_up`'s.
+
+    Args:
+        of_low: the gradient of `low`.
+        grads: those of the outputs.
+        dtype: of what the kernels return; torch returns that of its products.
+    """
+    ranks, inputs = [one.shape[1] for one in b], x.shape[1]
+    if _has_kernels(x):
+        grads = [one.contiguous() for one in grads]
+        sums = lora_kernels.gradients(of_low, x, seed, drop, low, grads, ranks, scales)
+        found = (sums.sum(0) if len(sums) > 1 else sums.view(-1)).to(dtype)
+        of_a, *of_b = found.split([sum(ranks) * inputs, *(one.numel() for one in b)])
+        matrices = [one.view(wide.shape) for one, wide in zip(of_b, b, strict=True)]
+        of_a = of_a.view(-1, inputs)
+    else:
+        matrices = [
+            torch.addmm(part.new_empty(()), grad.t(), part, beta=0, alpha=scale)
+            for grad, part, scale in zip(grads, low.split(ranks, 1), scales, strict=True)
+        ]
+        if seed is not None:
+            x = x.masked_fill(~kept(seed, x.shape[0], x.shape[1], drop), 0)
+        of_a = torch.addmm(x.new_empty(()), of_low.t(), x, beta=0, alpha=_scale(drop))
+    return [one for pair in zip(of_a.split(ranks), matrices, strict=True) for one in pair]
+
+
+def _add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if _has_kernels(total):
+        lora_kernels.add_mm(total, left, right)
+    else:
+        total.addmm_(left, right)
 
 
 def _has_kernels(x: torch.Tensor) -> bool:
-    return x.is_cuda
+    return HAS_KERNELS and x.is_cuda
 
 
 def _scale(drop: int) -> float:

@@ -56,7 +56,7 @@ def varlen_attention(
     # torch casts what its own attention gets under autocast, and not what this kernel gets; rotary
     # positions may have made float32 of queries and keys
     half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    rows = [one[0].transpose(0, 1).to(half).contiguous() for one in (query, key, value)]
+    rows = [one.squeeze(0).transpose(0, 1).to(half).contiguous() for one in (query, key, value)]
     longest = int(kwargs["max_length_q"])
     out = varlen_attn(
         *rows,
