@@ -372,7 +372,7 @@ def add_up(
 ) -> None:
     """Add to the output of each layer its scale times its part of `low` times B'."""
     if _has_kernels(low):
-        return lora_kernels.add_up(outputs, low, b, scales)
+        return lora_kernels.add_outputs(outputs, low, b, scales)
     parts = low.split([one.shape[1] for one in b], 1)
     for output, part, wide, scale in zip(outputs, parts, b, scales, strict=True):
         output.addmm_(part, wide.t(), alpha=scale)
@@ -382,7 +382,7 @@ def add_up(
 def down(grads: list[torch.Tensor], b: Sequence[torch.Tensor], scales: list[float]) -> torch.Tensor:
     """Return the gradient of `low` in `add_up`, from those of the outputs."""
     if _has_kernels(grads[0]):
-        return lora_kernels.down([one.contiguous() for one in grads], b, scales)
+        return lora_kernels.gradient_of_low([one.contiguous() for one in grads], b, scales)
     of_low = grads[0].new_empty(len(grads[0]), sum(one.shape[1] for one in b))
     parts = of_low.split([one.shape[1] for one in b], 1)
     for part, grad, wide, scale in zip(parts, grads, b, scales, strict=True):

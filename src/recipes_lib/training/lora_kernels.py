@@ -257,7 +257,7 @@ def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None
 
 
 @torch.library.custom_op("recipes::add_up", mutates_args=("outputs",))
-def add_up(
+def add_outputs(
     outputs: Sequence[torch.Tensor],
     low: torch.Tensor,
     b: Sequence[torch.Tensor],
@@ -275,7 +275,7 @@ def add_up(
 
 
 @torch.library.custom_op("recipes::down", mutates_args=())
-def down(
+def gradient_of_low(
     grads: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scales: Sequence[float]
 ) -> torch.Tensor:
     """Return the gradient of `low`.
@@ -292,7 +292,7 @@ def down(
     return of_low
 
 
-@down.register_fake
+@gradient_of_low.register_fake
 def _(
     grads: Sequence[torch.Tensor], b: Sequence[torch.Tensor], scales: Sequence[float]
 ) -> torch.Tensor:
