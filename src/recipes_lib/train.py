@@ -36,12 +36,11 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         import torch
 
         from recipes_lib.config.upstream import (
-            build_quantization_config,
             build_sft_config,
             check_packages,
         )
         from recipes_lib.core.manifest import library_versions
-        from recipes_lib.core.ranks import keep_alive, meet, on_main_rank, say_once
+        from recipes_lib.core.ranks import keep_alive, on_main_rank, say_once
         from recipes_lib.data.audit import describe_template, warnings_of
         from recipes_lib.data.preparation import prepare_data
         from recipes_lib.data.prompts import chat_template
@@ -62,8 +61,9 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             save_and_check,
             summarise_training,
         )
+        from recipes_lib.training.reading import read_model
         from recipes_lib.training.resume_guard import guarded_values
-        from recipes_lib.weights.base import load_checked_tokenizer, load_model
+        from recipes_lib.weights.base import load_checked_tokenizer
         from recipes_lib.weights.export import push_target
         from recipes_lib.weights.finished_run import check_base_run
 
@@ -120,8 +120,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
         refuse_flex_attention(recipe, active)
-        model = load_model(recipe, tokenizer, build_quantization_config(recipe))
-        meet()  # each rank reads the weights itself, and a slow share serves one after the other
+        model = read_model(recipe, tokenizer, active)
         # a resumed training goes on in passes as it began, wherever it is now
         chosen = (resumption.marker if resumption else planned).get("tokens_per_pass")
         trainer = build_trainer(

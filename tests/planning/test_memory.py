@@ -25,6 +25,7 @@ from recipes_lib.planning.memory import (
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
 
+PROJECT = Path(__file__).resolve().parents[2]
 LORA, QLORA, FULL = (
     "llama2-7b-dolly/lora-bf16-r32",
     "llama2-7b-dolly/qlora-r32",
@@ -160,14 +161,31 @@ def test_under_fsdp_gradients_that_wait_for_the_end_of_the_step_are_counted_whol
     )
 
 
-def test_the_memory_of_a_machine_holds_the_weights_once_for_each_of_its_processes() -> None:
-    whole, process = 6_738_415_616 * 2 / GIB, CPU_PROCESS_GIB
-    for accelerate in ("ddp", "fsdp"):
+def test_the_memory_of_a_machine_holds_the_weights_once_for_each_process_that_reads_them(
+    tmp_path: Path,
+) -> None:
+    whole, processes = 6_738_415_616 * 2 / GIB, 8 * CPU_PROCESS_GIB
+    each = tmp_path / "each.yaml"
+    shipped = (PROJECT / "accelerate_configs" / "fsdp.yaml").read_text(encoding="utf-8")
+    assert "cpu_ram_efficient_loading: true" in shipped
+    each.write_text(shipped.replace("loading: true", "loading: false"), encoding="utf-8")
+    for accelerate, readers in (("ddp", 8), ("fsdp", 1), (str(each), 8)):
         held = host_gib(plan(LORA, gpus=8, accelerate=accelerate).settings)
-        assert held == pytest.approx(8 * (whole + process))
+        assert held == pytest.approx(readers * whole + processes)
+    computed = plan(LORA, "lora.init_lora_weights=pissa", gpus=8, accelerate="fsdp")
+    assert host_gib(computed.settings) == pytest.approx(8 * whole + processes)
     # FSDP2 trains float32 weights, made before they are shared out
-    assert host_gib(plan(FULL, gpus=8).settings) == pytest.approx(8 * (2 * whole + process))
+    assert host_gib(plan(FULL, gpus=8).settings) == pytest.approx(2 * whole + processes)
     assert host_gib(plan(QLORA, gpus=8, accelerate="fsdp_qlora").settings) < whole
+
+
+def test_the_plan_says_who_reads_the_weights() -> None:
+    for accelerate, said in (
+        ("fsdp", "19 GiB (one of 8 processes reads the weights)"),
+        ("ddp", "107 GiB (each of 8 processes reads all weights)"),
+    ):
+        lines = list(plan_lines(plan(LORA, gpus=8, accelerate=accelerate), ()))
+        assert f"  memory of each machine while loading: {said}" in lines
 
 
 def test_what_saves_memory_in_the_docs_saves_memory_in_the_plan() -> None:

@@ -661,9 +661,9 @@ def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
 def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.weights import base as model
+    from recipes_lib.training import reading
 
-    monkeypatch.setattr(model, "load_model", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(reading, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
     assert main([str(tiny_recipe)]) == ExitCode.INTERRUPTED
     assert run_json(tiny_recipe)["exit_code"] == 130
 

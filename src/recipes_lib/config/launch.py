@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
 DEFAULT_PORT = 29500
+READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
+READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts it
+# What an adapter of rank 0 is made of is random numbers; the others compute it from the weights
+_STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
+_MADE_FROM_WEIGHTS = ("use_dora", "trainable_token_indices", "layer_replication")
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,35 @@ class Active:
     world_size: int
     distributed_type: str
     device: str
+
+
+def reads_once_is_asked(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher asked for one rank to read the weights."""
+    return environment.get(READS_ONCE_VARIABLE, "false").lower() in ("1", "true", "yes")
+
+
+def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | None:
+    """Return why every rank of a training reads the weights of the base; None where rank 0 can read
+    them alone and hand them on.
+
+    Args:
+        sharded: whether FSDP2 shares out the weights.
+        asked: `fsdp_cpu_ram_efficient_loading` of the launch.
+    """
+    lora = recipe.lora or {}
+    if not sharded:
+        return "each of them needs them whole"
+    if not asked:
+        return f"{READS_ONCE_KEY} is false"
+    if recipe.quantization or recipe.model.base_precision:
+        return "quantized weights cannot be handed on"
+    if recipe.model.resize_embeddings:
+        return "model.resize_embeddings computes new rows from the others"
+    if lora.get("init_lora_weights", True) not in _STARTS_WITHOUT_WEIGHTS:
+        return f"lora.init_lora_weights: {lora['init_lora_weights']} starts from them"
+    if made := [key for key in _MADE_FROM_WEIGHTS if lora.get(key)]:
+        return f"lora.{made[0]} starts from them"
+    return None
 
 
 def plan_launch(

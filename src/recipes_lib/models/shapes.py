@@ -30,6 +30,8 @@ from recipes_lib.models.blocks import (
 _TEXT_ALONE = ("qwen3_5", "qwen3_5_moe", "llama4")
 _NO_SDPA = ("gemma2", "gpt_oss")
 _NO_VARLEN = (*_NO_SDPA, "llama4_text")
+# with buffers in the state dict (transformers 5.24); of nemotron_h, those with experts
+KEEPS_BUFFERS = ("deepseek_v3", "gemma4_text", "glm4_moe", "nemotron_h")
 _BESIDE_IMAGES = "model.language_model.layers"
 _NO_VARLEN_BESIDE_IMAGES = ("gemma3_text", "gemma4_text")
 LARGEST_HEAD = 256  # channels, in torch's flash kernels

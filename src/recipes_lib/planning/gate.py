@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.config.accelerate_config import AccelerateConfig
-from recipes_lib.config.launch import Active, Launch
+from recipes_lib.config.launch import READS_ONCE_KEY, Active, Launch, reads_once_is_asked
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.planning.advice import advise
@@ -73,7 +73,10 @@ def plan_of_active(
         active.distributed_type,
         active.world_size,
         use_cpu=on_cpu,
-        fsdp={"fsdp_reshard_after_forward": reshard},
+        fsdp={
+            "fsdp_reshard_after_forward": reshard,
+            READS_ONCE_KEY: reads_once_is_asked(os.environ),
+        },
     )
     launch = Launch(config, per_machine=machine, machines=max(1, active.world_size // machine))
     cards = () if on_cpu else cards_here()

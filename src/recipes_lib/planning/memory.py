@@ -137,16 +137,16 @@ def weight_gib(settings: Settings) -> float:
 
 
 def host_gib(settings: Settings) -> float:
-    """Return what the processes of one machine hold in its memory while a model is loaded for GPUs:
-    all weights in each of them, in float32 where FSDP2 trains them so. With
-    `fsdp_cpu_ram_efficient_loading` too: transformers 5.24 reads in each process all the same.
-    bitsandbytes takes weights to the GPU one by one.
+    """Return what the processes of one machine hold in its memory while a model is loaded for GPUs,
+    of several machines the first: all weights in each process, or in one where rank 0 reads them
+    alone; in float32 where FSDP2 trains them so. bitsandbytes takes weights to the GPU one by one.
     """
     full = settings.adapter is None
     width = settings.trained_bytes if full else settings.weight_bytes
     one_by_one = settings.bits and not settings.fp8
     whole = 0.0 if one_by_one else settings.shape.parameters * width / GIB
-    return settings.per_machine * (whole + CPU_PROCESS_GIB)
+    readers = 1 if settings.reads_once else settings.per_machine
+    return readers * whole + settings.per_machine * CPU_PROCESS_GIB
 
 
 def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:

@@ -15,11 +15,11 @@ from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps, written_sync
 from recipes_lib.config.constraints import COMPILE_KEYS, NOT_FUSED, VARLEN
-from recipes_lib.config.launch import Launch
+from recipes_lib.config.launch import READS_ONCE_KEY, Launch, why_each_rank_reads
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.models.blocks import Block
-from recipes_lib.models.shapes import ModelShape
+from recipes_lib.models.shapes import KEEPS_BUFFERS, ModelShape
 from recipes_lib.planning.targets import Adapted, adapted_matrices
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
@@ -83,6 +83,7 @@ class Settings:
             None as `shares_each_batch` has it.
         accumulates: whether a step has several backward passes; the plan finds out.
         device: gpu or cpu.
+        reads_once: whether rank 0 alone reads the base weights.
     """
 
     shape: ModelShape
@@ -111,6 +112,7 @@ class Settings:
     accumulates: bool = False
     device: str = "gpu"
     per_machine: int = 1
+    reads_once: bool = False
 
     @property
     def weight_bytes(self) -> int:
@@ -209,6 +211,8 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     flat_by_itself = attention in ("flash", "documents") and several
     validates = train.get("eval_strategy", "no") != "no"
     checkpointing = train.get("activation_checkpointing_kwargs") or {}
+    sharded = launch.distributed_type == "FSDP" and launch.world_size > 1
+    why = why_each_rank_reads(recipe, sharded, bool(fsdp.get(READS_ONCE_KEY, True)))
     return Settings(
         shape=shape,
         dtype=dtype,
@@ -234,9 +238,10 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         grouped=train.get("train_sampling_strategy") == "group_by_length",
         world_size=launch.world_size,
         per_machine=launch.per_machine,
-        sharded=launch.distributed_type == "FSDP" and launch.world_size > 1,
+        sharded=sharded,
         sync_each_batch=written_sync(recipe),
         reshard=bool(fsdp.get("fsdp_reshard_after_forward", True)),
+        reads_once=not why and shape.family not in KEEPS_BUFFERS,
         device="cpu" if on_cpu else "gpu",
     )
 

@@ -166,10 +166,13 @@ def _memory(plan: Plan) -> Iterator[str]:
         f" checkpointing{counted}"
     )
     if not on_cpu and plan.settings.per_machine > 1:
-        each = plan.settings.per_machine
+        each, once = plan.settings.per_machine, plan.settings.reads_once
+        who = (
+            f"one of {each} processes reads the" if once else f"each of {each} processes reads all"
+        )
         yield (
-            f"  memory of each machine while loading: {host_gib(plan.settings):,.0f} GiB"
-            f" (each of {each} processes reads all weights)"
+            f"  memory of each machine while loading: {host_gib(plan.settings):,.0f} GiB ({who}"
+            " weights)"
         )
     if plan.uncounted:
         yield f"  not counted: {'; '.join(plan.uncounted)}"

@@ -51,6 +51,7 @@ from recipes_lib.training.compiled import compile_blocks
 from recipes_lib.training.cpu import attention as cpu_attention
 from recipes_lib.training.fused_lora import fuse_lora
 from recipes_lib.training.metrics import MetricsCallback
+from recipes_lib.training.reading import prepare_to_share
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 
@@ -95,6 +96,7 @@ def build_trainer(
             without one.
 
     Raises:
+        EnvironmentFault: the ranks have unlike models.
         RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than
             autocast's.
     """
@@ -158,6 +160,7 @@ def build_trainer(
         trainer.add_callback(trainer.fused_lora)
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         trainer.add_callback(compile_blocks(trainer.model, recipe.train, run.path / "compiled"))
+    prepare_to_share(trainer.model)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer

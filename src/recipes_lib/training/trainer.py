@@ -137,6 +137,13 @@ class RecipeTrainer(SFTTrainer):
                 param_dtype=policy.param_dtype, reduce_dtype=torch.float32
             )
 
+    def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Leave a model without weights where it is: the launch, which asked for shards and got
+        none, is refused in a moment (`launch_check.check_launch`).
+        """
+        if not any(one.is_meta for one in model.parameters()):
+            super()._move_model_to_device(model, device)
+
     # ---- Which rows are in the step ----
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -292,7 +292,11 @@ def announce_weights(recipe: Recipe) -> None:
 
 
 def load_model(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, quantization_config: Any = None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    quantization_config: Any = None,
+    *,
+    empty: bool = False,
 ) -> PreTrainedModel:
     """Load the base model in the recipe's precision and attention kernel.
 
@@ -300,6 +304,8 @@ def load_model(
         tokenizer: a larger vocabulary than the model's is an error unless
             `model.resize_embeddings`.
         quantization_config: a `BitsAndBytesConfig`, or None for none.
+        empty: whether to leave the weights out (meta device); those of a checkpoint that is
+            quantized are read all the same.
 
     Raises:
         EnvironmentFault: the weights cannot be had, or an attention kernel that was asked for is
@@ -334,6 +340,8 @@ def load_model(
         if isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
             # without a GPU, or with its kernels, transformers would decide otherwise
             kwargs["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+        if empty and not packed:
+            kwargs["device_map"] = {"": "meta"}
         if quantization_config is not None and (plain := not_quantized(config)):
             named = quantization_config.llm_int8_skip_modules or ()
             quantization_config.llm_int8_skip_modules = sorted({*named, *plain})

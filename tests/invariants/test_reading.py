@@ -1,0 +1,111 @@
+"""Under FSDP2 rank 0 alone reads the weights, and what is trained is the same, bit for bit, as
+where each rank reads them; on real processes (gloo on CPU).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+import pytest
+from tests.families import build_family
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+SCRIPT = Path(__file__).with_name("reads.py")
+SHIPPED = Path(__file__).resolve().parents[2] / "accelerate_configs" / "fsdp_cpu.yaml"
+FULL = ["lora=null", "train.learning_rate=1e-3"]
+METHODS = {
+    "lora": ["train.bf16=true", "model.dtype=bfloat16", "lora.lora_dropout=0.1"],
+    "full": [*FULL, "train.bf16=true", "model.dtype=bfloat16"],
+    "tied": FULL,
+    "saved-modules": ["lora.modules_to_save=[embed_tokens, lm_head]"],
+}
+
+
+@pytest.fixture(scope="module")
+def each(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped config, with every rank reading."""
+    shipped, path = SHIPPED.read_text(encoding="utf-8"), tmp_path_factory.mktemp("each") / "f.yaml"
+    assert "fsdp_cpu_ram_efficient_loading: true" in shipped
+    path.write_text(shipped.replace("loading: true", "loading: false"), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tied(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose head is its embeddings."""
+    return build_family("qwen3", tmp_path_factory.mktemp("tied") / "qwen3", tiny_model_dir)
+
+
+def told(launcher, *overrides: str, config: Path = SHIPPED, **environment: str) -> tuple[int, str]:
+    command = launcher.command(*overrides, config=config)
+    command[command.index("-m") : command.index("-m") + 2] = [str(SCRIPT)]
+    return launcher.wait(launcher.start(command, **environment))
+
+
+def weights(launcher, name: str) -> bytes:
+    (file,) = (
+        file
+        for folder in ("adapter", "model")
+        for file in launcher.run(name).glob(f"{folder}/*.safetensors")
+    )
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_trained_is_the_same_whoever_reads(
+    launcher, each: Path, tied: Path, method: str
+) -> None:
+    words = [*METHODS[method], "train.max_steps=4"]
+    words += [f"model.name_or_path={tied}"] if method == "tied" else []
+    read, buffers = {}, {}
+    for name, config in (("each", each), ("once", SHIPPED)):
+        code, said = told(launcher, f"run.name={name}-{method}", *words, config=config)
+        assert code == 0, said[-3000:]
+        found = sorted(re.findall(r"rank (\d): read (\d+) bytes; buffers (\w+); 0 empty", said))
+        assert [rank for rank, *_ in found] == ["0", "1"], said[-3000:]
+        read[name], buffers[name] = [int(one[1]) for one in found], [one[2] for one in found]
+        assert ("weights: read by rank 0 alone" in said) is (name == "once")
+    whole = read["each"][0]
+    assert (read["each"], read["once"]) == ([whole, whole], [whole, 0]) and whole > 0
+    assert len({*buffers["each"], *buffers["once"]}) == 1
+    assert weights(launcher, f"once-{method}") == weights(launcher, f"each-{method}")
+    assert launcher.state(f"once-{method}")["weights_check"]["reload"]["agrees"]
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert launcher.series(f"once-{method}", key) == launcher.series(f"each-{method}", key)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(
+    launcher, each: Path, method: str
+) -> None:
+    words = [*METHODS[method], "train.max_steps=30", "train.save_steps=10", "train.eval_steps=10"]
+    launcher.train(f"run.name=whole-{method}", *words, config=each)
+    name = f"killed-{method}"
+    child = launcher.start(launcher.command(f"run.name={name}", *words, config=SHIPPED))
+    end = time.monotonic() + 120
+    while not list(launcher.run(name).glob("checkpoints/*/COMPLETE.json")):
+        assert time.monotonic() < end and child.poll() is None, "no checkpoint came"
+        time.sleep(0.02)
+    launcher.end_ranks()
+    launcher.wait(child)
+    assert launcher.state(name)["state"] != "finished"
+    said = launcher.train(f"run.name={name}", *words, config=SHIPPED)
+    assert "weights: read by rank 0 alone" in said
+    assert weights(launcher, name) == weights(launcher, f"whole-{method}")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("recipe", "rank 0 cannot have this model"),
+        ("unlike", "the model is not the same on all ranks"),
+    ],
+)
+def test_what_stops_one_rank_ends_both_and_is_said_once(launcher, how: str, words: str) -> None:
+    began = time.monotonic()
+    _, said = told(launcher, f"run.name=stopped-{how}", READS_BREAK=how)
+    assert said.count(words) == 1 and "rank 0: read" not in said, said[-3000:]
+    assert time.monotonic() - began < 100
+    assert launcher.state(f"stopped-{how}")["exit_code"] in (2, 5)
