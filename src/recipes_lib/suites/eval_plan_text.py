@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from recipes_lib.planning.duration import BANDWIDTH_REACHED, LAUNCH_S, PRODUCTS_REACHED
 from recipes_lib.planning.text import CPU_SLOWER, clock, stand_in
@@ -133,7 +132,7 @@ def _clocks(span: Ends) -> str:
 # ---- JSON ----
 
 
-def eval_plan_json(plan: EvalPlan) -> dict[str, Any]:
+def eval_plan_json(plan: EvalPlan) -> dict[str, object]:
     """Return the plan as JSON; sizes in GiB, times in seconds, spans as [least, most]."""
     return {
         "eval": plan.recipe.name,
@@ -154,7 +153,7 @@ def eval_plan_json(plan: EvalPlan) -> dict[str, Any]:
     }
 
 
-def _part_json(part: Work) -> dict[str, Any]:
+def _part_json(part: Work) -> dict[str, object]:
     memory = part.memory
     return {
         "what": part.what,
