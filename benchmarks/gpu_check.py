@@ -78,7 +78,7 @@ class Row:
         kind: training, command (the training that a user starts, to its checked adapter), answers
             or judgments.
         path: what the trainer must really have taken for the goal to be the row's.
-        goal: tokens per second on one H100, issue 16.
+        goal: tokens per second on one H100.
     """
 
     name: str

@@ -41,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 RECIPE = "llama2-7b-dolly/lora-bf16-r32"
-#: what is written over the recipe for each stage of issue 16
+#: what is written over the recipe for each stage
 STAGES = {
     "padded": ("model.attn_implementation=sdpa",),
     "varlen": (),

@@ -1,8 +1,8 @@
 """The budget of a training step on a GPU, held by a count that needs none: whoever makes a step
 more expensive learns it here.
 
-A limit is what was counted when it was written, and 1% more. Issue 16 wants at most 2,000 launches,
-75 MB per token and no wait. All three are reached by fused adapters in compiled blocks:
+A limit is what was counted when it was written, and 1% more. The goals are at most 2,000
+launches, 75 MB per token and no wait. All three are reached by fused adapters in compiled blocks:
 benchmarks/README.md has the kernels of a block.
 """
 
