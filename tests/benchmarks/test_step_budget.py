@@ -66,6 +66,7 @@ def test_a_plan_counts_the_costs_of_every_stage(stage: str) -> None:
     ("name", "words"),
     [
         (RECIPE, ("train.activation_checkpointing=true",)),
+        (RECIPE, (*STAGES["fused"], "train.activation_checkpointing=true")),
         (
             RECIPE,
             (

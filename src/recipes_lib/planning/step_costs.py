@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from recipes_lib.planning.settings import Settings
 
-FORWARD = 0.4  # of a pass, in kernels and bytes: what activation checkpointing does once more
+# of a pass, in kernels and bytes: what activation checkpointing does once more
+FORWARD, FUSED_FORWARD = 0.4, 0.35
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class _Block:
 class _Adapter:
     """Of one adapted matrix: bytes of a token for each input (and more with dropout), output and
     rank, bytes of a pass for each trained weight, kernels (and more with dropout, of the first
-    matrix of a fused group, and of the first group of a block).
+    matrix of a fused group, and of the copies and seeds that a block makes for all its groups).
     """
 
     inputs: float
@@ -106,6 +107,8 @@ def step_costs(settings: Settings) -> StepCosts:
     fused = adapter is not None and adapter.fused
     plain, compiled = (_FUSED, _COMPILED_FUSED) if fused else (_ADAPTERS, _COMPILED_ADAPTERS)
     terms = (compiled if settings.compiled else plain)[settings.trained_bytes]
+    share = FUSED_FORWARD if fused else FORWARD
+    again = 1 + share * settings.checkpointing
     kernels = per_token = constant = 0.0
     for layer, targets, count in settings.layers:
         inner = sum(
@@ -129,17 +132,18 @@ def step_costs(settings: Settings) -> StepCosts:
             own += matrix.active * (each + terms.outputs * matrix.outputs + terms.rank * rank)
             weights = rank * max(matrix.experts, 1) * (matrix.inputs + matrix.outputs)
             constant += count * terms.weights * weights
-        own_kernels += terms.block if targets else 0
         if settings.bits:
             each = _FP8_KERNELS if settings.fp8 else _DEQUANTISING
             own_kernels += each * sum(one.linear for one in layer.matrices)
         if settings.fp8:
             each = _FP8_COMPILED if settings.compiled else _FP8_INPUT
             own += each * sum(one.inputs * one.active for one in layer.matrices if one.linear)
-        kernels, per_token = kernels + count * own_kernels, per_token + count * own
+        # each group makes copies and seeds itself where it computes twice, both times
+        made = (2 * len(seen) if settings.checkpointing else bool(seen)) * terms.block
+        kernels += count * (again * own_kernels + made)
+        per_token += count * own
     if adapter is None:
         constant += _TRAINED_HEAD * shape.embedding_parameters / (1 if shape.tied else 2)
-    again, per_token = 1 + FORWARD * settings.checkpointing, per_token * settings.compute_bytes / 2
+    per_token *= settings.compute_bytes / 2
     around = _AROUND if adapter else _TRAINED_AROUND
-    forward = FORWARD * per_token
-    return StepCosts(around + again * kernels, again * per_token, forward, constant)
+    return StepCosts(around + kernels, again * per_token, share * per_token, constant)
