@@ -412,7 +412,7 @@ class EvalRecipe:
 
     def resolve(self, key: str, name: str) -> Path:
         """Return the path that a file name under a dotted key means."""
-        return self.document.folder(tuple(key.split("."))) / name
+        return self.document.folder(tuple(key.split("."))) / Path(name).expanduser()
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` was written."""

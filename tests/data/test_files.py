@@ -261,3 +261,13 @@ def test_rows_are_counted_without_reading_them(tmp_path):
     )
     (tmp_path / "empty.jsonl").touch()
     assert count_rows(tmp_path / "empty.jsonl") == 0
+
+
+def test_a_path_from_home_is_read_and_what_is_wrong_with_its_name_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    endings = "; known endings: .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow, text formats"
+    assert failure(Path("~/labels")).what.startswith("no such file" + endings)
+    (tmp_path / "labels").write_text('{"x": "1"}')
+    assert failure(Path("~/labels")).what.startswith("not a data file" + endings)
+    (tmp_path / "labels.jsonl").write_text('{"x": "1"}')
+    assert read_file(Path("~/labels.jsonl")).rows == [{"x": "1"}]

@@ -141,3 +141,9 @@ def test_an_encoding_that_is_not_utf_8_is_guessed(tmp_path, encoding, text, foun
         assert look_at(path).encoding == found
     path.write_bytes(b"question,answer\n" + "Où".encode() + b"\xe9,b\n")
     assert guessed_encoding(path) is None  # damaged UTF-8 is not read as something else
+
+
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    assert look_at(Path("~/rows.jsonl")).file == tmp_path / "rows.jsonl"

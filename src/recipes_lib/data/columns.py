@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.new_recipe import OwnRows
-from recipes_lib.config.sections import data_format
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import refuse_pipe
@@ -229,13 +228,12 @@ def look_at(data: Path) -> OwnRows:
     Raises:
         DataError: no such file, no row, damaged, or columns that mean nothing to us.
     """
+    data = data.expanduser()
     shown = shown_real_path(data)
     if not data.exists():
         hint = "for a data set on the Hub: start without --data and set data.source"
         raise DataError("no such file", hint, file=shown)
     refuse_pipe(data, shown)
-    if data.is_file() and data_format(data) is None:
-        read_file(data)  # says which endings are known
     file = data_files(data, "train")[0] if data.is_dir() else data
     delimiter, encoding = guessed_delimiter(file), guessed_encoding(file)
     rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter).rows

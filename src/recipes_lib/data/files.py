@@ -112,15 +112,14 @@ def read_file(
         delimiter: between the columns of .csv and .tsv; None for the ending's own.
 
     Raises:
-        DataError: not a known format.
+        DataError: no such file, or not a known format.
     """
+    path = path.expanduser()
     kind, file = data_format(path), shown_real_path(path)
     if kind is None:
-        raise DataError(
-            f"not a data file; known endings: {', '.join(DATA_FORMATS)}, text formats also"
-            " with .gz",
-            file=file,
-        )
+        what = "not a data file" if path.exists() else "no such file"
+        endings = f"known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz"
+        raise DataError(f"{what}; {endings}", file=file)
     refuse_pipe(path, file)
     if kind in (".parquet", ".arrow"):
         with _opened_columnar(path, kind, file) as (names, _):
