@@ -1,11 +1,17 @@
-"""What a loaded model costs while it answers on one card: the batch that the engine will take and
-its memory, and on a processor the seconds at the measured speeds of `eval_times`. No torch.
+"""What a loaded model costs while it answers on one card: the batch that the engine will take, the
+memory of that batch, and the seconds it reads and writes. No torch.
+
+A step of writing is one forward pass for one token of each row: the weights pass through memory
+once, with the keys and values of all rows, and no step is shorter than its kernels take to be
+launched. `tests/suites/test_answer_costs.py` holds the kernels to a trace of the engine. On a
+processor the speeds are the measured ones of `eval_times`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from recipes_lib.generation.transformers_engine import (
     batch_rows,
@@ -13,15 +19,31 @@ from recipes_lib.generation.transformers_engine import (
     token_bytes_of,
     tokens_with,
 )
+from recipes_lib.models.blocks import Block
 from recipes_lib.planning.cards import Card
+from recipes_lib.planning.duration import (
+    BANDWIDTH_REACHED,
+    LAUNCH_S,
+    PRODUCTS_REACHED,
+    READ_GIB_PER_S,
+    START_S,
+)
 from recipes_lib.planning.memory import CONTEXT_GIB, CPU_PROCESS_GIB, GIB, weight_gib
 from recipes_lib.planning.settings import Settings
 from recipes_lib.suites.eval_times import (
+    EVAL_START_S,
     GENERATED_TOKENS_PER_SECOND,
     JUDGED_TOKENS_PER_SECOND,
     pace,
 )
 
+# Kernels of a step, counted in a trace of the engine over a model like Llama, prompts of several
+# lengths. By the precision of weights and products: as they are in half precision, as they are in
+# float32, and float32 weights under autocast, which casts each of them in every step.
+_HALF, _FULL, _CAST = (43, 59), (39, 54), (51, 56)  # of a block; around the blocks
+_NORM_KERNELS = 8  # each further norm of a block
+_DRAWING, _NUCLEUS = 5, 6  # a sampled answer, and with top_p; one more for each row
+_DEQUANTISING = 3  # of a 4-bit matrix: scales of scales, scales, weights
 # bytes of each row for each entry of the vocabulary: logits as the head makes them and in float32,
 # and what a draw keeps beside them
 _LOGITS, _DRAWS = 6, 24
@@ -92,6 +114,11 @@ class AnswerBatch:
     width: int
     steps: int
 
+    @property
+    def middle(self) -> tuple[int, float]:
+        """Its rows, and what stands of each when half of the steps are done."""
+        return self.rows, self.width + self.steps / 2
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -137,6 +164,13 @@ class LoadedModel:
         per_token = token_bytes_of(self.settings.shape, self.settings.weight_bytes)
         return written or tokens_with(per_token, self.free_bytes, self.on_gpu)
 
+    @property
+    def start_s(self) -> float:
+        """Seconds until it is loaded: imports, and weights from disk."""
+        if not self.on_gpu:
+            return EVAL_START_S
+        return START_S + self.weights_gib / READ_GIB_PER_S
+
     def memory(self, largest: AnswerBatch, logits: float) -> EvalMemory:
         """Return the memory of the largest batch.
 
@@ -144,8 +178,7 @@ class LoadedModel:
             logits: bytes of them.
         """
         shape, width = self.settings.shape, largest.width + largest.steps
-        number = 2 if self.half else self.settings.weight_bytes  # bytes of a key or value
-        kept = kept_per_token(shape) * largest.rows * width * number
+        kept = kept_per_token(shape) * largest.rows * width * self._kept_bytes
         whole = token_bytes_of(shape, self.settings.weight_bytes) or 0
         one_layer = whole - kept_per_token(shape) * self.settings.weight_bytes
         return EvalMemory(
@@ -165,21 +198,108 @@ class LoadedModel:
         """Return the bytes of the logits of rows whose loss is found."""
         return tokens * self.settings.shape.vocabulary * _LOSS_LOGITS
 
-    def reading_s(self, tokens: Ends) -> Ends | None:
-        """Return the seconds of reading tokens, padding among them; None on a GPU, where no
-        evaluation was measured.
+    @property
+    def _kept_bytes(self) -> int:
+        """Bytes of a number of a key or value."""
+        return 2 if self.half else self.settings.weight_bytes
+
+    @property
+    def _memory_rate(self) -> float:
+        """Bytes per second."""
+        return self.card.bandwidth * 1e9 * BANDWIDTH_REACHED
+
+    @property
+    def _product_rate(self) -> float:
+        """Operations per second; float32 goes without the half precision of tensor cores."""
+        in_half = self.half or self.settings.weight_bytes == 2
+        return self.card.tflops * 1e12 * PRODUCTS_REACHED * (1.0 if in_half else 0.25)
+
+    @cached_property
+    def _per_token(self) -> float:
+        """Operations of a token in products with weights."""
+        adapter = self.settings.adapter
+        return 2 * (self.settings.shape.active_parameters + (adapter.parameters if adapter else 0))
+
+    @cached_property
+    def _per_pair(self) -> int:
+        """Operations of a token for each token it looks at."""
+        blocks = self.settings.shape.kinds
+        return sum(count * 2 * (block.query + block.output) for block, count in blocks)
+
+    @cached_property
+    def _moved(self) -> float:
+        """Bytes of the weights that a pass moves: those of linear layers once more where they are
+        cast or unpacked for the product; of input embeddings a row.
         """
-        return self._seconds(tokens, JUDGED_TOKENS_PER_SECOND)
+        settings, shape = self.settings, self.settings.shape
+        looked_up = 0 if shape.tied else shape.vocabulary * shape.hidden * settings.weight_bytes
+        again = 0.0
+        if settings.bits:
+            again = 4.0 * shape.linear_parameters
+        elif self.half and settings.weight_bytes == 4:
+            again = 4.0 * (shape.linear_parameters + shape.embedding_parameters / 2)
+        return self.weights_gib * GIB - looked_up + again
 
-    def writing_s(self, tokens: Ends) -> Ends | None:
-        """Return the seconds of writing tokens; None on a GPU."""
-        return self._seconds(tokens, GENERATED_TOKENS_PER_SECOND)
+    @cached_property
+    def kernels(self) -> int:
+        """Kernels of a step, greedy."""
+        full = self.settings.weight_bytes == 4
+        of_block, around = (_CAST if self.half else _FULL) if full else _HALF
+        layers = self.settings.layers
+        return around + sum(
+            count * (of_block + self._further(block) + len(targets) * self._of_adapted)
+            for block, targets, count in layers
+        )
 
-    def _seconds(self, tokens: Ends, measured: float) -> Ends | None:
-        if self.on_gpu:
-            return None
-        speed = measured * pace(self.settings.shape, self.card)
-        return Ends(tokens.low / speed, tokens.high / speed)
+    def _further(self, block: Block) -> int:
+        """Kernels of a block that Llama's has not: norms of queries and keys, 4-bit matrices."""
+        unpacked = sum(one.linear for one in block.matrices) if self.settings.bits else 0
+        return _NORM_KERNELS * max(len(block.norms) - 2, 0) + _DEQUANTISING * unpacked
+
+    @property
+    def _of_adapted(self) -> int:
+        """Kernels that an adapter adds to its matrix: casts where it is in another precision."""
+        own, base = self.settings.trained_bytes, self.settings.weight_bytes
+        if self.half:
+            return {(4, 2): 8, (4, 4): 7}.get((own, base), 4)
+        return 4 if own == base else 6
+
+    def launched(self, rows: int, sampled: bool, nucleus: bool) -> int:
+        """Return the kernels of a step."""
+        drawn = (_DRAWING + _NUCLEUS * nucleus + rows) if sampled else 0
+        return self.kernels + drawn
+
+    def step_s(
+        self, rows: int, filled: float, sampled: bool = False, nucleus: bool = False
+    ) -> float:
+        """Return the seconds of one step.
+
+        Args:
+            rows: answers that are written together.
+            filled: tokens of a row that are there.
+        """
+        if not self.on_gpu:
+            speed = GENERATED_TOKENS_PER_SECOND * pace(self.settings.shape, self.card)
+            return rows / speed
+        operations = rows * (self._per_token + filled * self._per_pair)
+        kept = kept_per_token(self.settings.shape) * self._kept_bytes * rows * filled
+        seconds = max(operations / self._product_rate, self._moved / self._memory_rate)
+        seconds += kept / self._memory_rate
+        return max(seconds, self.launched(rows, sampled, nucleus) * LAUNCH_S)
+
+    def bound(self, step: float, kernels: int) -> str:
+        """Return what a step of so many seconds waits for."""
+        launching = kernels * LAUNCH_S
+        return "its launches" if step <= launching else "the card's memory and products"
+
+    def reading_s(self, rows: int, width: int) -> float:
+        """Return the seconds of one forward pass over prompts."""
+        if not self.on_gpu:
+            speed = JUDGED_TOKENS_PER_SECOND * pace(self.settings.shape, self.card)
+            return rows * width / speed
+        operations = rows * width * (self._per_token + width * self._per_pair)
+        seconds = max(operations / self._product_rate, self._moved / self._memory_rate)
+        return max(seconds, self.kernels * LAUNCH_S)
 
 
 def answer_batches(

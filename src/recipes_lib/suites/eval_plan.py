@@ -8,7 +8,7 @@ come with the questions, the high one takes all of them to reach `generation.max
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,7 @@ from recipes_lib.judging.prometheus import (
 from recipes_lib.models.known import named_shape
 from recipes_lib.planning.cards import Card
 from recipes_lib.planning.lengths import TEMPLATE_TOKENS, TURN_TOKENS, lengths_of, text_tokens
-from recipes_lib.planning.plan import card_for, model_shape
+from recipes_lib.planning.plan import FULL_PASS, card_for, model_shape
 from recipes_lib.planning.settings import settings_of
 from recipes_lib.suites.answer_costs import (
     AnswerBatch,
@@ -54,14 +54,7 @@ from recipes_lib.suites.answer_costs import (
     loss_batches,
     loss_tokens,
 )
-from recipes_lib.suites.eval_times import (
-    ANSWER_SHARE,
-    EVAL_START_S,
-    FEEDBACK,
-    REQUESTS,
-    limited,
-    task_work,
-)
+from recipes_lib.suites.eval_times import ANSWER_SHARE, FEEDBACK, REQUESTS, TASKS
 from recipes_lib.suites.questions import (
     ASKED_HERE,
     MT_BENCH_PACKAGE,
@@ -107,10 +100,12 @@ class Work:
         batch_tokens: padded tokens of a batch; None where another program makes the batches.
         batches: how many.
         rows: of the largest.
+        step: seconds of one step of writing, in the shortest and in the longest.
+        kernels: of one step.
+        bound: what a step waits for.
         memory: None behind a server.
         loading: seconds until it can be asked.
-        reading: seconds; None where they cannot be known: behind a server, and on a GPU, where no
-            evaluation was measured.
+        reading: seconds; None where they cannot be known.
         writing: seconds.
         unknown: what is not in the seconds, in words.
     """
@@ -125,6 +120,9 @@ class Work:
     batch_tokens: int | None = None
     batches: Ends | None = None
     rows: int | None = None
+    step: Ends | None = None
+    kernels: int | None = None
+    bound: str = ""
     memory: EvalMemory | None = None
     loading: float = 0.0
     reading: Ends | None = None
@@ -138,13 +136,6 @@ class Work:
             return None
         start = Ends(self.loading, self.loading)
         return start + self.reading + (self.writing or Ends(0.0, 0.0))
-
-    @property
-    def without_time(self) -> str:
-        """Why there are no seconds, in words."""
-        if self.memory is None:
-            return "a server"
-        return "not measured on a GPU" if self.memory.fits else "they do not fit"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +170,11 @@ class EvalPlan:
     @property
     def unknown(self) -> tuple[str, ...]:
         """What is not in the seconds, in words."""
-        apart = [f"{one.what} ({one.without_time})" for one in self.parts if one.seconds is None]
+        apart = [
+            f"{part.what} ({'a server' if part.memory is None else 'they do not fit'})"
+            for part in self.parts
+            if part.seconds is None
+        ]
         return (*apart, *(words for part in self.parts for words in part.unknown))
 
     @property
@@ -502,9 +497,11 @@ def _answers(recipe: EvalRecipe, name: str, model: LoadedModel, questions: _Ques
         read=Ends(0, 0),
         written=Ends(0, 0),
         batch_tokens=model.batch_tokens(section.batch_tokens),
+        loading=model.start_s,
     )
     ends = [questions.turns(low) for low in (True, False)]
-    return _written(work, model, ends, section.max_new_tokens, section.temperature > 0)
+    drawn = section.temperature > 0, section.top_p < 1
+    return _written(work, model, ends, section.max_new_tokens, *drawn)
 
 
 def _written(
@@ -513,6 +510,7 @@ def _written(
     ends: Sequence[Sequence[Together]],
     max_new_tokens: int,
     sampled: bool = False,
+    nucleus: bool = False,
 ) -> Work:
     """Return the work with what its batches take.
 
@@ -520,15 +518,16 @@ def _written(
         ends: with the shortest answers, and with the longest.
     """
     budget, context = work.batch_tokens or 0, model.settings.shape.positions
-    found = [
-        [
+    found: list[tuple[list[AnswerBatch], list[float]]] = []
+    for asked in ends:
+        batches = [
             batch
             for prompts, answers in asked
             for batch in answer_batches(prompts, answers, max_new_tokens, budget, context)
         ]
-        for asked in ends
-    ]
-    longest = found[-1]
+        steps = [model.step_s(*one.middle, sampled, nucleus) for one in batches]
+        found.append((batches, steps))
+    longest = found[-1][0]
     if not longest:
         raise RecipeError(
             f"no prompt of the {work.what} fits the {context:,} tokens of {work.model}",
@@ -536,20 +535,28 @@ def _written(
         )
     largest = max(longest, key=lambda one: one.rows * (one.width + one.steps))
     rows = max(one.rows for one in longest)
-
-    def padded(tokens: Callable[[AnswerBatch], int]) -> Ends:
-        return Ends(*(sum(map(tokens, batches)) for batches in found))
-
+    all_steps = [step for batches, steps in found for step in steps] if max_new_tokens else []
+    kernels = model.launched(rows, sampled, nucleus)
+    shown = all_steps and model.on_gpu
     return replace(
         work,
         read=Ends(*(sum(sum(prompts) for prompts, _ in asked) for asked in ends)),
         written=Ends(*(sum(sum(answers) for _, answers in asked) for asked in ends)),
-        batches=Ends(*sorted(map(len, found))),
+        batches=Ends(*sorted(len(batches) for batches, _ in found)),
         rows=rows,
         memory=model.memory(largest, model.answer_logits(rows, sampled)),
-        loading=EVAL_START_S,
-        reading=model.reading_s(padded(lambda one: one.rows * one.width)),
-        writing=model.writing_s(padded(lambda one: one.rows * one.steps)),
+        reading=Ends(
+            *(sum(model.reading_s(one.rows, one.width) for one in batches) for batches, _ in found)
+        ),
+        writing=Ends(
+            *(
+                sum(one.steps * step for one, step in zip(batches, steps, strict=True))
+                for batches, steps in found
+            )
+        ),
+        step=Ends(min(all_steps), max(all_steps)) if shown else None,
+        kernels=kernels if shown else None,
+        bound=model.bound(max(all_steps), kernels) if shown else "",
     )
 
 
@@ -597,7 +604,7 @@ def _judgments(recipe: EvalRecipe, questions: _Questions, opponent: str | None, 
         ]
         for some, length in zip(prompts, (low, high), strict=True)
     ]
-    return _written(replace(work, batch_tokens=budget), model, ends, high)
+    return _written(replace(work, batch_tokens=budget, loading=model.start_s), model, ends, high)
 
 
 def _judge_prompts(
@@ -687,7 +694,7 @@ def _heldout_loss(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
     limit = loss_tokens(model.on_gpu)
     passes = list(loss_batches(rows, limit))
     largest = max(passes, key=lambda one: one.rows * one.width)
-    padded = sum(one.rows * one.width for one in passes)
+    seconds = sum(model.reading_s(one.rows, one.width) for one in passes)
     work = Work(
         what="held-out rows",
         model=target.name,
@@ -698,8 +705,8 @@ def _heldout_loss(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
         batches=Ends(len(passes), len(passes)),
         rows=max(one.rows for one in passes),
         memory=model.memory(largest, model.loss_logits(largest.rows * largest.width)),
-        loading=EVAL_START_S,
-        reading=model.reading_s(Ends(padded, padded)),
+        loading=model.start_s,
+        reading=Ends(seconds, seconds),
     )
     return EvalPlan(
         recipe=recipe,
@@ -714,24 +721,41 @@ def _heldout_loss(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
     )
 
 
+def _limited(items: int, limit: float | None) -> int:
+    """Return the items of a task that are asked."""
+    if limit is None:
+        return items
+    return round(items * limit) if limit < 1 else min(items, int(limit))
+
+
 def _harness(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
-    """Return the plan of lm-eval's tasks. Their batches are lm-eval's own choice."""
+    """Return the plan of lm-eval's tasks: reading alone has a time, because lm-eval chooses by
+    itself how many answers it writes together.
+    """
     model, suite = target.loaded(card), recipe.suite
     strange, apart, items, requests, others = [], [], 0, 0, 0
     read = written = 0.0
     for task in suite.tasks or ():
         if task in REQUESTS:
-            others += limited(REQUESTS[task], suite.limit)
+            others += _limited(REQUESTS[task], suite.limit)
             apart.append(f"{task} (the lengths of its prompts are not known without its data)")
-        elif (asked := task_work(task, suite.limit)) is None:
+            continue
+        if task not in TASKS:
             strange.append(f"{task} (its requests are not known without its data)")
-        else:
-            items, requests = items + asked.items, requests + asked.requests
-            read, written = read + asked.read, written + asked.written
-    memory = None
+            continue
+        own, each, tokens, answer = TASKS[task]
+        own = _limited(own, suite.limit)
+        items, requests = items + own, requests + own * each
+        read, written = read + own * each * tokens, written + own * answer
+        if answer and model.on_gpu:
+            apart.append(f"what {task} writes (lm-eval chooses its batches)")
+    reading, memory = 0.0, None
     if requests:
         width = round(read / requests)
+        rows = max(1, FULL_PASS // width)
+        reading = model.reading_s(rows, width) * requests / rows
         memory = model.memory(AnswerBatch(1, width, 0), model.answer_logits(width, False))
+    writing = 0.0 if model.on_gpu else written * model.step_s(1, 0)
     known = requests + others if not strange else None
     work = Work(
         what="lm-eval's requests",
@@ -740,9 +764,9 @@ def _harness(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
         read=Ends(read, read),
         written=Ends(written, written),
         memory=memory,
-        loading=EVAL_START_S,
-        reading=model.reading_s(Ends(read, read)),
-        writing=model.writing_s(Ends(written, written)),
+        loading=model.start_s,
+        reading=Ends(reading, reading),
+        writing=Ends(writing, writing),
         unknown=(*strange, *apart),
     )
     return EvalPlan(

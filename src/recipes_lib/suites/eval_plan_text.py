@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from recipes_lib.planning.duration import BANDWIDTH_REACHED, LAUNCH_S, PRODUCTS_REACHED
 from recipes_lib.planning.text import CPU_SLOWER, clock, stand_in
 from recipes_lib.suites.answer_costs import Ends, EvalMemory
 from recipes_lib.suites.eval_plan import EvalPlan, Work
@@ -16,7 +17,7 @@ _MEASURED = (
 
 def basis(plan: EvalPlan) -> str:
     """Return where the speeds are from."""
-    return _MEASURED if plan.card.name == "cpu" else "not measured on a GPU"
+    return _MEASURED if plan.card.name == "cpu" else "counted, nobody has measured it here"
 
 
 def eval_plan_lines(plan: EvalPlan) -> Iterator[str]:
@@ -59,14 +60,20 @@ def _part(part: Work, plan: EvalPlan) -> Iterator[str]:
     if part.memory:
         yield from _memory(part.memory, plan.card.name == "cpu")
     if part.seconds is None or part.reading is None:
-        fits = part.memory is None or part.memory.fits
-        yield f"  time     none: {part.without_time if fits else 'it does not fit'}"
+        yield "  time     none: it does not fit"
         return
     writing = f", {_clocks(part.writing)} writing" if part.writing and part.writing.high else ""
     yield (
         f"  time     {_clocks(part.seconds)}: {clock(part.loading)} until it is loaded,"
         f" {_clocks(part.reading)} reading{writing}"
     )
+    if part.step is not None and part.kernels is not None:
+        low, high = (f"{1000 * end:.1f}" for end in (part.step.low, part.step.high))
+        span = low if low == high else f"{low} to {high}"
+        yield (
+            f"           a step of {span} ms waits for {part.bound}: {part.kernels:,} kernels,"
+            f" launched in {LAUNCH_S * 1e6:.0f} us each"
+        )
     for words in part.unknown:
         yield f"  not in the time: {words}"
 
@@ -91,16 +98,21 @@ def _memory(memory: EvalMemory, on_cpu: bool) -> Iterator[str]:
 
 
 def _total(plan: EvalPlan) -> Iterator[str]:
-    without = "; ".join(plan.unknown)
-    if not plan.seconds.high:
-        yield f"in all     no time: {without}"
-        return
-    yield f"in all     {_clocks(plan.seconds)}{f', without {without}' if without else ''}"
-    if plan.card.name == "cpu":
+    on_cpu = plan.card.name == "cpu"
+    without = f", without {'; '.join(plan.unknown)}" if plan.unknown else ""
+    yield f"in all     {_clocks(plan.seconds)}{without}"
+    if on_cpu:
         yield (
             "           on an older processor, or one that has other work, up to"
             f" {CPU_SLOWER} times as long"
         )
+        return
+    bandwidth, tflops = plan.card.bandwidth * BANDWIDTH_REACHED, plan.card.tflops * PRODUCTS_REACHED
+    yield (
+        f"           counted: kernels of a step and bytes of weights, keys and values at"
+        f" {bandwidth:,.0f} GB/s; products at {tflops:,.0f} TFLOP/s"
+    )
+    yield "           assumed: imports, weights from disk at 0.7 GiB/s, and these rates"
 
 
 def _tokens(span: Ends) -> str:
@@ -154,6 +166,8 @@ def _part_json(part: Work) -> dict[str, object]:
         "batch_tokens": part.batch_tokens,
         "batches": _ends(part.batches),
         "rows": part.rows,
+        "kernels_per_step": part.kernels,
+        "step_s": _ends(part.step),
         "memory": memory
         and {
             "weights_gib": round(memory.weights, 4),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from recipes_lib.core.project import project_root
 from recipes_lib.eval_recipe import EvalRecipe, load_eval
@@ -45,32 +44,6 @@ REQUESTS = {
     "minerva_math500": 500,
     "mmlu_pro": 12032,
 }
-
-
-@dataclass(frozen=True)
-class TaskWork:
-    """What lm-eval asks in one task: tokens read and written, of all its requests."""
-
-    items: int
-    requests: int
-    read: int
-    written: int
-
-
-def task_work(task: str, limit: float | None) -> TaskWork | None:
-    """Return what a task of lm-eval takes under the recipe's limit; None where it is not known."""
-    if task not in TASKS:
-        return None
-    items, each, tokens, answer = TASKS[task]
-    items = limited(items, limit)
-    return TaskWork(items, items * each, items * each * tokens, items * answer)
-
-
-def limited(items: int, limit: float | None) -> int:
-    """Return the items of a task that are asked; a limit below 1 is a share of them."""
-    if limit is None:
-        return items
-    return round(items * limit) if limit < 1 else min(items, int(limit))
 
 
 def eval_times(recipes: Sequence[EvalRecipe], shape: ModelShape, card: Card) -> list[EvalTime]:
@@ -136,11 +109,15 @@ def _harness(recipe: EvalRecipe, speed: float) -> EvalTime:
     """lm-eval: prompts are read once per request, some tasks also write."""
     seconds, unknown = EVAL_START_S + 15.0, []
     for task in recipe.suite.tasks or ():
-        if (asked := task_work(task, recipe.suite.limit)) is None:
+        if task not in TASKS:
             unknown.append(task)
             continue
-        seconds += asked.read / (JUDGED_TOKENS_PER_SECOND * speed)
-        seconds += asked.written / (GENERATED_TOKENS_PER_SECOND * speed)
+        items, requests, tokens, written = TASKS[task]
+        limit = recipe.suite.limit
+        if limit is not None:
+            items = round(items * limit) if limit < 1 else min(items, int(limit))
+        seconds += items * requests * tokens / (JUDGED_TOKENS_PER_SECOND * speed)
+        seconds += items * written / (GENERATED_TOKENS_PER_SECOND * speed)
     return EvalTime(recipe.name, seconds, 0.0, tuple(unknown))
 
 
