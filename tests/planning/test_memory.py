@@ -110,20 +110,16 @@ def test_a_base_in_fp8_is_counted_with_its_scales_and_is_not_planned_in_shards()
         "one",
         *["DDP"] * 3,
     ]
-    assert "assumed: start and end, disks and links, products in FP8 at twice the rate" in text
+    assert "assumed: start and end, disks and links, FP8 no faster than bf16" in text
     small = plan(LORA, "model.base_precision=fp8", gpu="rtx-4090-24gb")
     assert not any("fsdp" in item.setting for item in advise(small))
 
 
-def test_a_plan_is_faster_over_fp8_where_the_card_multiplies_in_it() -> None:
+def test_a_plan_over_fp8_promises_no_speed_that_nobody_measured() -> None:
     words = ("train.torch_compile=true", "model.lora_implementation=fused")
-    for card, faster in (("h100", True), ("a100", False)):
-        plain, fp8 = (
-            plan(LORA, *words, *more, gpu=card) for more in ((), ("model.base_precision=fp8",))
-        )
-        gained = fp8.duration.tokens_per_second / plain.duration.tokens_per_second
-        assert (gained > 1.05) is faster
-        assert 0.8 < gained < 4 / 3  # half of the products, and none of what is around them
+    plain, fp8 = (plan(LORA, *words, *more) for more in ((), ("model.base_precision=fp8",)))
+    gained = fp8.duration.tokens_per_second / plain.duration.tokens_per_second
+    assert gained == pytest.approx(1, rel=0.02)
 
 
 def test_full_fine_tuning_under_fsdp_keeps_float32_and_shares_it_out() -> None:

@@ -46,11 +46,6 @@ class Card:
     basis: str = "counted"
     stands_in: bool = False
 
-    @property
-    def fp8(self) -> bool:
-        """Whether it multiplies in FP8, twice as fast as in bf16 (compute capability >= 8.9)."""
-        return not self.name.startswith(("a100", "cpu"))
-
 
 CARDS = (
     Card("h100-80gb", "H100 80GB SXM", 79.1, 989, 3350, 300),

@@ -116,8 +116,6 @@ def training_duration(
     per_pass = batches.computed / batches.forward_passes / world
     attention = _attention(settings, batches.context)
     operations = per_pass * (operations_per_token(settings) + attention)
-    if settings.fp8 and card.fp8 and not on_cpu:  # twice the rate, but for the gradients
-        operations -= per_pass * settings.shape.linear_parameters * (1 + settings.checkpointing)
     one = operations / speed + (per_pass * costs.per_token + costs.constant) / memory
     one = max(one + _dequantising(settings, card), costs.kernels * launch)
     if (row := measured_on(card.name, settings)) is not None:
@@ -156,14 +154,11 @@ def _attention(settings: Settings, context: float) -> float:
 
 def _dequantising(settings: Settings, card: Card) -> float:
     """Seconds per pass to write quantized weights out as bf16 and read them again, forward and
-    backward.
+    backward; FP8 takes as long as bf16, until a GPU has measured it.
     """
-    if not settings.bits or settings.device == "cpu":
+    if not settings.bits or settings.fp8 or settings.device == "cpu":
         return 0.0
     moved = (3 if settings.checkpointing else 2) * 4.5 * settings.shape.linear_parameters
-    if settings.fp8:  # for the gradients alone where the card multiplies in FP8
-        forward = 0 if card.fp8 else 5 * (1 + settings.checkpointing)
-        moved = (9 + forward) * settings.shape.linear_parameters
     return moved / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)
 
 

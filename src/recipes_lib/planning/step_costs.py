@@ -94,9 +94,6 @@ _COMPILED_FUSED = {
 _NORMS, _NORM_KERNELS = 16, 11
 _AROUND, _TRAINED_AROUND = 44, 84  # kernels outside the blocks, with adapters and without
 _TRAINED_HEAD = 15  # bytes of a pass for each weight of trained embeddings and head
-# FP8, as `models.fp8` is written, not traced: kernels for a matrix (largest number, scale and
-# numbers of its input; the weight in the backward pass), and bytes of a token for each input
-_FP8_KERNELS, _FP8_INPUT, _FP8_COMPILED = 8, 17, 5
 _DEQUANTISING = 6  # kernels for a 4-bit matrix: scales of scales, scales, weights; both ways
 
 
@@ -132,12 +129,8 @@ def step_costs(settings: Settings) -> StepCosts:
             own += matrix.active * (each + terms.outputs * matrix.outputs + terms.rank * rank)
             weights = rank * max(matrix.experts, 1) * (matrix.inputs + matrix.outputs)
             constant += count * terms.weights * weights
-        if settings.bits:
-            each = _FP8_KERNELS if settings.fp8 else _DEQUANTISING
-            own_kernels += each * sum(one.linear for one in layer.matrices)
-        if settings.fp8:
-            each = _FP8_COMPILED if settings.compiled else _FP8_INPUT
-            own += each * sum(one.inputs * one.active for one in layer.matrices if one.linear)
+        if settings.bits and not settings.fp8:
+            own_kernels += _DEQUANTISING * sum(one.linear for one in layer.matrices)
         # each group makes copies and seeds itself where it computes twice, both times
         made = (2 * len(seen) if settings.checkpointing else bool(seen)) * terms.block
         kernels += count * (again * own_kernels + made)

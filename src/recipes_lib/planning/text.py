@@ -202,10 +202,7 @@ def _time(plan: Plan) -> Iterator[str]:
             f" {LAUNCH_S * 1e6:.0f} us each; {costs.per_token / 1e6:.0f} MB per token at"
             f" {bandwidth:,.0f} GB/s, products at {tflops:,.0f} TFLOP/s"
         )
-        fp8 = ""
-        if settings.fp8:
-            fp8 = ", products in FP8 at twice the rate forward"
-            fp8 = fp8 if plan.card.fp8 else ", FP8 multiplied as bf16, which this card has not"
+        fp8 = ", FP8 no faster than bf16" if settings.fp8 else ""
         yield f"        assumed: start and end, disks and links{fp8}"
     if device == "cpu":
         yield (
