@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -28,7 +28,7 @@ from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, message_texts, place
 from recipes_lib.data.files import count_rows
 from recipes_lib.data.prompts import prompt_and_completion
-from recipes_lib.data.rows import first_in_hash_order, read_data
+from recipes_lib.data.rows import filter_rows, first_in_hash_order, read_data
 from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import split_rows
 
@@ -161,10 +161,9 @@ def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
     large = sum(file.stat().st_size for some in files for file in some) > LARGEST_FILE
     bad = BadRows()
     rows = read_data(section, bad, max_rows=COUNTED if large else None)
-    if bad.found and (section.on_bad_row == "error" or not len(rows)):
+    if bad.found and section.on_bad_row == "error":
         raise bad.error(rows.num_read)
-    if kept := section.filters.categories:
-        rows = replace(rows, examples=[one for one in rows.examples if one.category in kept])
+    rows, _ = filter_rows(rows, section, bad)
     some = rows.take(first_in_hash_order(rows.examples, COUNTED, section.split.seed))
     tokens, how = _tokens(recipe, vocabulary, some, tokenize)
     total, about = len(rows), ""
