@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NoReturn, TypedDict
 
 import numpy as np
 
@@ -391,25 +391,21 @@ def check_audit(
         SettingError: no or too few rows with supervised tokens, only empty rows, EOS without loss,
             or nothing to validate on. It carries the `audit`.
     """
-    if refusal := _refusal(audit, max_unsupervised_fraction, evaluates):
-        error = SettingError(*refusal)
+
+    def refuse(key: str, what: str, *hints: str) -> NoReturn:
+        error = SettingError(key, what, *hints)
         error.audit = audit
         raise error
 
-
-def _refusal(
-    audit: DataAudit, max_unsupervised_fraction: float, evaluates: bool
-) -> tuple[str, ...]:
-    """The key to blame, what is wrong, and hints; nothing where the data can teach."""
     used, bare = audit["rows"]["used"], audit["no_supervised_tokens"]
     limit, p95 = audit["max_length"], audit["prompt_tokens"]["p95"]
     if audit["empty_completions"]["count"] == used:
         what = f"{used}/{used} rows have an empty completion: there is nothing to learn"
-        return "data.source", what, "check data.columns"
+        refuse("data.source", what, "check data.columns")
     num = bare["count"]
     if num > max_unsupervised_fraction * used or num == used or not audit["rows"]["trained"]:
         if audit["prompt_format"] == "chat" and not audit["truncated"]["count"]:
-            return (
+            refuse(
                 "data.chat_loss",
                 f"{num}/{used} rows have nothing to train on: the turn with loss has weight 0;"
                 f" {listed(bare['places'], 5)}",
@@ -419,11 +415,11 @@ def _refusal(
         what = f"{bare_rows}; p95 prompt is {p95}"
         longer = f"raise train.max_length above {p95}"
         if num == used:
-            return "train.max_length", what, longer
+            refuse("train.max_length", what, longer)
         accepted = (
             f"at most {max_unsupervised_fraction:.0%} are accepted (data.max_unsupervised_fraction)"
         )
-        return (
+        refuse(
             "train.max_length",
             what,
             f"{accepted}; rows {listed(bare['ids'], 5)}",
@@ -431,7 +427,7 @@ def _refusal(
         )
     end = audit["end_token_supervised"]
     if missing := end["untruncated_rows"] - end["of_which_supervised"]:
-        return (
+        refuse(
             "data.chat_template",
             f"{missing}/{used} rows do not end with a supervised end token: the model would not"
             f" learn to stop: {listed(audit['without_end_token']['places'], 3)}",
@@ -439,12 +435,11 @@ def _refusal(
             " if it has that",
         )
     if evaluates and not audit["tokens_per_split"][VALIDATION]["supervised"]:
-        return (
+        refuse(
             "data.split.validation",
             f"train.eval_strategy asks for a validation loss, but none of {used} rows is held out",
             "add rows, raise data.split.validation, or set train.eval_strategy: 'no'",
         )
-    return ()
 
 
 def describe_conversations(audit: DataAudit) -> list[str]:

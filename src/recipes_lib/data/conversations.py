@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from recipes_lib.data.examples import (
     BadRow,
@@ -32,36 +32,26 @@ class CalledFunction(TypedDict):
     arguments: Mapping[str, object] | str
 
 
-class _CallId(TypedDict, total=False):
-    """Under which id a tool's turn answers a call."""
+class ToolCall(TypedDict):
+    """One call of a tool in an assistant's turn; a tool's turn answers it by its id."""
 
-    id: str
-
-
-class ToolCall(_CallId):
-    """One call of a tool in an assistant's turn."""
-
+    id: NotRequired[str]
     type: str
     function: CalledFunction
 
 
-class _Parts(TypedDict, total=False):
-    """What a turn may have beside its content: the assistant's its thoughts, its calls and a weight
-    of 0 for no loss; a tool's whose answer it is.
+class Message(TypedDict):
+    """One turn of a conversation, as the chat templates read it. The assistant's may have thoughts,
+    calls and a weight of 0 for no loss, a tool's whose answer it is.
     """
-
-    reasoning_content: str
-    tool_calls: list[ToolCall]
-    weight: int
-    tool_call_id: str
-    name: str
-
-
-class Message(_Parts):
-    """One turn of a conversation, as the chat templates read it."""
 
     role: str
     content: str
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCall]]
+    weight: NotRequired[int]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
 
 
 # Other names of the roles: ShareGPT's, as its `from` key has them, and OpenAI's.
@@ -205,28 +195,32 @@ def _read_message(message: Mapping[str, Any], place: str) -> Message:
         both = message.get(key), message.get(other)
         if None not in both and both[0] != both[1]:
             raise BadRow(f"{place}: both {other} and {key}, and they differ")
-    more = _read_answer(message, place) if role == "assistant" else _Parts()
+    read: Message = {"role": str(role), "content": ""}
+    if role == "assistant":
+        _read_answer(read, message, place)
     if given == CALL:
-        more["tool_calls"] = _read_calls(content, place)
-        content = ""
+        read["tool_calls"], content = _read_calls(content, place), ""
     if role == "tool":
         known = {key: message[key] for key in KEYS_OF_ROLE["tool"] if message.get(key)}
-        more = cast(_Parts, known)
-        if isinstance(content, dict | list) and not _is_text_parts(content):
+        read = {**read, **cast(Message, known)}
+        if isinstance(content, dict) or (
+            isinstance(content, list)
+            and not all(isinstance(part, dict) and part.get("type") == "text" for part in content)
+        ):
             content = json.dumps(content, ensure_ascii=False)
     if isinstance(content, list):
         content = _joined(content, place)
-    if content is None and more and role == "assistant":
+    if content is None and role == "assistant" and len(read) > 2:
         content = ""  # only calls or thoughts
     if not isinstance(content, str):
         raise BadRow(f"{place} ({role}): expected text, found {type_name(content)}")
+    read["content"] = content
     weight = message.get("weight")
     if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
         raise BadRow(
             f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have 0"
             " (no loss) or 1"
         )
-    read: Message = {"role": str(role), "content": content, **more}
     if weight == 0 and role == "assistant":
         read["weight"] = 0
     for text in message_texts(read):
@@ -235,21 +229,19 @@ def _read_message(message: Mapping[str, Any], place: str) -> Message:
     return read
 
 
-def _read_answer(message: Mapping[str, Any], place: str) -> _Parts:
-    """What an assistant's turn has beside its content: thoughts and tool calls."""
-    more: _Parts = {}
+def _read_answer(read: Message, message: Mapping[str, Any], place: str) -> None:
+    """Add what an assistant's turn has beside its content: thoughts and tool calls."""
     thoughts = {key: message[key] for key in THOUGHTS if not is_blank(message.get(key))}
     for key, thought in thoughts.items():
         if not isinstance(thought, str):
             raise BadRow(f"{place}: {key}: expected text, found {type_name(thought)}")
-        if more.setdefault("reasoning_content", thought) != thought:
+        if read.setdefault("reasoning_content", thought) != thought:
             raise BadRow(f"{place}: both {' and '.join(thoughts)}, and they differ")
     calls = [message[key] for key in ("tool_calls", CALL) if not is_blank(message.get(key))]
     if len(calls) > 1:
         raise BadRow(f"{place}: both tool_calls and {CALL}", f"drop one: messages.{CALL}")
     if calls:
-        more["tool_calls"] = _read_calls(calls[0], place)
-    return more
+        read["tool_calls"] = _read_calls(calls[0], place)
 
 
 def _read_calls(value: Any, place: str) -> list[ToolCall]:
@@ -270,9 +262,9 @@ def _read_calls(value: Any, place: str) -> list[ToolCall]:
         arguments = arguments or {}
         if not isinstance(arguments, dict):
             raise BadRow(f"{what}: expected an object, found {type_name(arguments)}")
-        identity = _CallId(id=call["id"]) if call.get("id") else _CallId()
         form: CalledFunction = {"name": name, "arguments": arguments}
-        calls.append({**identity, "type": "function", "function": form})
+        known: ToolCall = {"type": "function", "function": form}
+        calls.append({"id": call["id"], **known} if call.get("id") else known)
     return calls
 
 
@@ -361,12 +353,6 @@ def with_arguments_as_text(message: Message) -> Message:
         text = json.dumps(function["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**function, "arguments": text}})
     return {**message, "tool_calls": calls}
-
-
-def _is_text_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" for part in content
-    )
 
 
 def _joined(parts: list[Any], place: str) -> str:

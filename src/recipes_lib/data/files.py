@@ -18,7 +18,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -133,16 +133,20 @@ def read_file(
 
         return Table(file, read, names, columnar=True)
 
-    reader: Any = {".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv}.get(kind, _read_jsonl)
-    if reader is _read_csv:
-        reader = partial(_read_csv, delimiter=delimiter or _own_delimiter(kind))
+    def numbered(stream: BinaryIO) -> Numbered:
+        if kind in (".csv", ".tsv"):
+            return _read_csv(stream, file, encoding, delimiter or _own_delimiter(kind))
+        if kind == ".json":
+            return _read_json(stream, file, encoding)
+        return _read_jsonl(stream, encoding)
 
     def read_text() -> Numbered:
         last = 0
         try:
             with _open(path) as stream:
-                for last, row in islice(reader(stream, file, encoding), max_rows):
-                    yield last, row
+                for line, row in islice(numbered(stream), max_rows):
+                    last = line or 0
+                    yield line, row
         except EOFError:
             raise DataError(
                 f"the gzip file is truncated: it ends after line {last}", file=file, line=last + 1
@@ -292,8 +296,7 @@ def _object(row: Any) -> Row | BadRow:
     return BadRow(f"expected an object with columns, found {type_name(row)}")
 
 
-def _read_jsonl(stream: BinaryIO, file: str, encoding: str) -> Numbered:
-    del file
+def _read_jsonl(stream: BinaryIO, encoding: str) -> Numbered:
     for number, line in _lines(stream, encoding):
         if isinstance(line, BadRow):
             yield number, line
@@ -322,7 +325,7 @@ def _read_json(stream: BinaryIO, file: str, encoding: str) -> Numbered:
         except (ValueError, RecursionError) as error:
             if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
                 raise _not_json(error, file) from None
-            yield from _read_jsonl(io.BytesIO(text.encode()), file, "utf-8")
+            yield from _read_jsonl(io.BytesIO(text.encode()), "utf-8")
             return
         lists = [
             name

@@ -226,11 +226,15 @@ def _encode_plain(
             first = len(ids) - 1 if token is None else token  # an empty completion has EOS alone
             merged = token is not None and encoding.token_to_chars(token)[0] < len(prompt)
         elif prompt is not None:  # offsets leave characters out: see where the ids part
-            pairs_of_ids = zip(alone.ids, ids, strict=False)
-            common = sum(1 for _ in takewhile(lambda two: two[0] == two[1], pairs_of_ids))
+            common = _num_common(alone.ids, ids)
             first, merged = min(common, len(ids) - 1), common < len(alone.ids)
         span = (first, len(ids))
         yield Encoded(np.array(ids, dtype=np.int32), (span,), ids[-1] == eos, merged)
+
+
+def _num_common(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many items both begin with."""
+    return sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(one, other, strict=False)))
 
 
 def _token_at(encoding: Any, text: str, position: int) -> int | None:
@@ -431,7 +435,7 @@ def _check_twin(
     prompt, _ = render_chat(exchange[:-1], tokenizer, template, values, prompt=True)
     if its.startswith(prompt) and answer not in own and answer in its:
         return
-    same = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(own, its, strict=False)))
+    same = _num_common(own, its)
     part = slice(max(0, same - 30), same + 50)
     raise SettingError(
         "data.chat_template",
