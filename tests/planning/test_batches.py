@@ -154,6 +154,15 @@ def test_local_rows_are_counted() -> None:
     )  # `recipes data` counts 91.3
 
 
+def test_rows_that_the_filters_leave_out_are_not_counted(tmp_path: Path) -> None:
+    rows = [{"prompt": str(number), "completion": "a" * (number % 2)} for number in range(100)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = [f"data.source={tmp_path}/rows.jsonl", "data.prompt_format=raw"]
+    words += ["data.filters.drop_empty_completions=true"]
+    lengths = lengths_of(load_recipe("quickstart/lora-r8", words), 49_152)
+    assert lengths.train + lengths.validation + lengths.test == 50
+
+
 def test_data_that_is_not_here_is_assumed_and_said_so() -> None:
     lengths = lengths_of(
         load_recipe("quickstart/lora-r8", ["data.source=somebody/something"]), 49_152
