@@ -1,9 +1,8 @@
 """The audit of supervision.json and the gate before step 1: what was read, what was cut, and what
-the loss sees.
+the loss sees. What would happen silently is counted, and its rows are named by id.
 
-Everything that would otherwise happen silently is counted here and its rows are named by id. A row
-whose text contains `</s>` or `### Response:` can end a turn or open a false one: special tokens are
-disarmed in the plain formats (`data.special_tokens: text`), and all of them are counted.
+A text with `</s>` or `### Response:` in it can end a turn or open a false one: all are counted, and
+special tokens are disarmed in the plain formats (`data.special_tokens: text`).
 """
 
 from __future__ import annotations
@@ -181,10 +180,8 @@ class DataAudit(TypedDict):
 
 
 class Injections:
-    """Counts what the texts contain of special tokens and of template markers, batch by batch.
-
-    Args:
-        special_tokens, markers: what was found, id of a row -> text -> occurrences.
+    """Counts special tokens and template markers in the texts, batch by batch: id of a row -> text
+    -> occurrences.
     """
 
     def __init__(self, tokenizer: Any, prompt_format: str) -> None:
@@ -202,9 +199,7 @@ class Injections:
         self.markers: Found = {}
 
     def search(self, batch: Sequence[Example]) -> None:
-        """Look for all of them, first by their common beginnings in all texts at once: most data
-        has none.
-        """
+        """Look for all of them, first in all texts at once: most data has none."""
         texts = ["\0".join(example.texts) for example in batch]
         whole = "\0".join(texts)
         for needles, found in (
@@ -234,9 +229,8 @@ def audit_rows(
 
     Args:
         rows: those used, before rows without supervised tokens are dropped.
-        tokens: `preparation.TOKEN_NUMBERS` of these rows.
+        tokens: `preparation.TOKEN_NUMBERS` of these rows, `encoded` their ids and labels.
         filtered: name of a filter -> number of rows it left out.
-        encoded: their ids and labels by position.
     """
 
     def named(mask: np.ndarray) -> NamedRows:
@@ -388,8 +382,7 @@ def check_audit(
         evaluates: whether the training computes a validation loss.
 
     Raises:
-        SettingError: no or too few rows with supervised tokens, only empty rows, EOS without loss,
-            or nothing to validate on. It carries the `audit`.
+        SettingError: it carries the `audit`.
     """
 
     def refuse(key: str, what: str, *hints: str) -> NoReturn:

@@ -1,9 +1,8 @@
-"""From the columns of a file to the fields of an example: mapping, and checks of every value.
+"""From the columns of a file to the fields of an example.
 
 A prompt format reads a fixed set of fields (`prompts.PROMPT_FORMATS`); `data.columns` says which
-column of the file each one is. Every value is checked here once, so that nothing after this module
-meets None, a number or a lone surrogate where text should be. `recipes new --data` asks here too
-what the first row of somebody's file tells, and its damage is refused in the same words.
+column each one is. Every value is checked here once: nothing after this module meets None, a number
+or a lone surrogate where text should be. `recipes new --data` asks here too.
 """
 
 from __future__ import annotations
@@ -58,14 +57,13 @@ ALIASES = {
 }
 # Fields that are not text in a file, and how they become JSON text.
 _STRUCTURED = {"tools": read_tools, "chat_template_kwargs": read_template_kwargs}
-# Columns that other programs put into what the model reads or learns. Where they say something,
-# leaving them out makes other rows.
+# Columns that other programs put into what the model reads or learns: without what they say, rows
+# are others.
 MEANINGFUL = {
     *("system", "system_prompt", "history", "tools", "functions", "chat_template_kwargs"),
     *("documents", "image", "images", "audio", "audios", "video", "videos", "weight", "rejected"),
 }
-# Names that files use for ours, best first; `input` is the question where nothing else is, and the
-# context of an instruction.
+# Names that files use for ours, best first; `input` is the question where nothing else is.
 _SYNONYMS = {
     "instruction": ("instruction", "question", "query", "input_text", "input"),
     "response": ("response", "output", "answer", "completion", "target"),
@@ -108,8 +106,7 @@ class Reading:
         """Decide how to read the rows of one source.
 
         Args:
-            columns: our name -> column of the file; names that are absent stand for the column of
-                the same name.
+            columns: our name -> column of the file, where it is not of the same name.
             dropped: `data.drop_columns`.
 
         Raises:
@@ -222,8 +219,7 @@ class Reading:
 
 
 def look_at(data: Path) -> OwnRows:
-    """Guess from the first row of a file (of a folder: of its first training file) how to read the
-    rows.
+    """Guess from the first row of a file, or of a folder's first training file, how to read it.
 
     Raises:
         DataError: no such file, no row, damaged, or columns that mean nothing to us.
@@ -262,12 +258,7 @@ def look_at(data: Path) -> OwnRows:
 
 
 def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> None:
-    """Refuse a `data.drop_columns` that names no column of any source: a typing error there would
-    be silent.
-
-    Raises:
-        SettingError: the first such name.
-    """
+    """Raise a SettingError for a `data.drop_columns` that names no column of any source."""
     for name in dropped:
         if not name.startswith("messages.") and name not in found:
             columns = f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
@@ -290,9 +281,7 @@ def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:
 
 
 def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
-    """The file's column for one of our names: mapped, or of the same name, or a well-known other
-    name.
-    """
+    """The file's column for one of our names: mapped, of the same name, or a well-known other."""
     if name in columns:
         return columns[name] or None
     return next((known for known in (name, ALIASES.get(name, name)) if known in found), None)
@@ -301,9 +290,7 @@ def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str 
 def _choose_shape(
     prompt_format: str, columns: Mapping[str, str], found: Sequence[str]
 ) -> tuple[FieldShape, dict[str, str]]:
-    """The first set of fields of the format that the columns can fill, and the column of each
-    field.
-    """
+    """The first set of fields of the format that the columns can fill, and each field's column."""
 
     def can_fill(shape: FieldShape) -> bool:
         return all(_column(name, columns, found) for name in shape.required)

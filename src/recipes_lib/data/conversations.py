@@ -1,11 +1,6 @@
-"""Conversations: reading messages of several spellings into the one that chat templates read, and
-checking who speaks when.
-
-Used by the `chat` prompt format. A conversation is a list of `{role, content}` with the roles
-system, user, assistant and tool. An assistant turn may also have `reasoning_content` (its
-thoughts), `tool_calls` (`{type: function, function: {name, arguments}}`, the arguments an object)
-and `weight: 0` (it must not be learned); a tool's turn `tool_call_id` and `name`. Tools and
-template arguments have columns of their own and are kept as JSON, so that a row is made of texts.
+"""Conversations of the `chat` format: messages of several spellings become `Message`s, which chat
+templates read, and who speaks when is checked. Tools and template arguments have columns of their
+own and are kept as JSON, so that a row is made of texts.
 """
 
 from __future__ import annotations
@@ -106,8 +101,7 @@ def turn_counts(messages: Sequence[Message]) -> tuple[int, int, int]:
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: None, empty, or made of such values alone, as Arrow fills in
-    what a row does not have.
+    """Whether a value says nothing: None, empty, or made of such values alone, as Arrow has them.
 
     Example:
         >>> is_blank({"name": None, "calls": []}), is_blank(False)
@@ -133,7 +127,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def unread_keys(value: Any, dropped: Collection[str] = ()) -> Iterator[str]:
-    """The keys of messages that would be ignored although they say something, as `messages.KEY`."""
+    """The keys of messages that are not read although they say something, as `messages.KEY`."""
     for message in value if isinstance(value, list) else ():
         if isinstance(message, dict) and not message.keys() <= MESSAGE_KEYS:
             known = MESSAGE_KEYS.union(KEYS_OF_ROLE.get(_role(message), ()))
@@ -325,10 +319,8 @@ def _json_text(value: Any, column: str) -> str:
 
 
 def template_values(example: Example, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the template gets beside the messages: arguments, and the row's tools.
-
-    Args:
-        given: `data.chat_template_kwargs`; the row's own win.
+    """What the template gets beside the messages: the row's tools, and the arguments `given`
+    (`data.chat_template_kwargs`), over which the row's own win.
     """
     fields = example.fields
     values = {**given, **json.loads(fields.get("chat_template_kwargs") or "{}")}
@@ -368,10 +360,8 @@ def _joined(parts: list[Any], place: str) -> str:
 
 
 def conversation_of(example: Example, system_prompt: str | None) -> list[Message]:
-    """The example as a conversation: its messages, or one user and one assistant turn.
-
-    Args:
-        system_prompt: the recipe's; a system message or a `system` column of the row wins over it.
+    """The example as a conversation: its messages, or one user and one assistant turn. A system
+    message or a `system` column of the row wins over the recipe's `system_prompt`.
     """
     fields = example.fields
     if "messages" in fields:
@@ -403,9 +393,8 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Check who speaks when: an optional system message, then user and assistant in turn, the
-    results of tools after the assistant that called them, the assistant last. A call may be the
-    last thing said.
+    """Check who speaks when: a system message or none, then user and assistant in turn, results of
+    tools after the calls, the assistant last, be it with a call.
 
     Raises:
         BadRow: it is another order, a call has no result, or a turn that is to be learned is empty.
@@ -444,10 +433,8 @@ def check_roles(messages: Sequence[Message]) -> None:
 
 
 def _check_results(index: int, messages: Sequence[Message]) -> None:
-    """Check that the calls of a message have results; one message may hold those of several.
-
-    Raises:
-        BadRow: a call has none, or a result is of no call.
+    """Refuse a call without a result, one message may hold those of several, and a result of no
+    call.
     """
     results = list(takewhile(lambda one: one["role"] == "tool", messages[index + 1 :]))
     calls = messages[index]["tool_calls"]

@@ -1,8 +1,5 @@
-"""One row of training data after its columns were mapped, and the errors that name a row or a key.
-
-The other modules of this package pass `Example` objects along. An error about a row carries the
-row's file and line; an error about a setting carries the key and is placed at the key's line in the
-recipe by `place`.
+"""One row of training data after its columns were mapped, and the errors that name a row by file
+and line, or a key, whose line in the recipe `place` finds.
 """
 
 from __future__ import annotations
@@ -28,10 +25,8 @@ class Example:
 
     Args:
         file: path or Hub id, as the user would type it.
-        line: line in a text file, counted from 1; None where the format has no lines.
-        row: position in the file, counted from 1.
-        fields: our names -> text (or a list of messages under `messages`); tools and template
-            arguments are JSON text.
+        line: counted from 1, as `row`; None where the format has no lines.
+        fields: our names -> text (or a list of messages); tools and template arguments are JSON.
         explicit_id: what the id column holds, None without one.
         table: number of the file among those read.
         id: unique name in splits.json and supervision.json.
@@ -85,9 +80,7 @@ def message_texts(message: Mapping[str, Any]) -> list[str]:
 
 
 class SettingError(DataError):
-    """A data error that a key of the recipe causes; `place` gives it the file and line of
-    that key.
-    """
+    """A data error that a key of the recipe causes."""
 
     def __init__(self, key: str, what: str, *hints: str) -> None:
         super().__init__(what, *hints)
@@ -96,9 +89,7 @@ class SettingError(DataError):
 
 
 def place(recipe: Recipe, error: DataError) -> DataError:
-    """Give an error without a file the place of its key (`data.source` when it names none) in the
-    recipe.
-    """
+    """Give an error without a file the place of its key, or of `data.source`, in the recipe."""
     if error.file is None:
         at = recipe.error(getattr(error, "key", "data.source"), error.what)
         error.file, error.line = at.file, at.line
@@ -128,9 +119,7 @@ class SkippedRows(TypedDict):
 
 
 class BadRows:
-    """The rows that cannot be used, collected from every stage, so that all of them are named at
-    once.
-    """
+    """The rows that cannot be used, of every stage, so that all are named at once."""
 
     def __init__(self) -> None:
         self.found: list[tuple[Example, BadRow]] = []
@@ -141,11 +130,10 @@ class BadRows:
         self.found.append((example, reason.with_traceback(None)))
 
     def error(self, num_rows: int | None = None) -> DataError:
-        """One error for all of them: the first at its file and line, then the others by what is
-        wrong with them.
+        """One error for all of them: the first at its place, the others by what is wrong.
 
         Args:
-            num_rows: rows read, for the reader; None where that is not known.
+            num_rows: rows read; None where that is not known.
         """
         first, reason = self.found[0]
         own, *others = self._kinds()
@@ -205,9 +193,7 @@ def type_name(value: Any) -> str:
 
 
 def lone_surrogate(text: str) -> str:
-    """Where a text has half of a UTF-16 pair, which no UTF-8 file can hold; empty where it has
-    none.
-    """
+    """Where a text has half of a UTF-16 pair, which no UTF-8 file can hold, or an empty text."""
     if not text.isascii():
         try:
             text.encode()
@@ -217,8 +203,6 @@ def lone_surrogate(text: str) -> str:
 
 
 def shown_real_path(path: Path) -> str:
-    """A path as the user would type it, symbolic links followed: relative when it lies under the
-    working directory.
-    """
+    """A path, symbolic links followed, relative when it lies under the working directory."""
     real, here = path.resolve(), Path.cwd().resolve()
     return str(real.relative_to(here)) if real.is_relative_to(here) else str(path)

@@ -1,9 +1,7 @@
-"""Rows of local data files: JSON Lines, JSON, CSV, TSV, Parquet, Arrow, each also compressed as .gz
-where it is text.
+"""Rows of local data files: JSON Lines, JSON, CSV, TSV, also as .gz, Parquet and Arrow.
 
-Text formats are read here line by line, not through `datasets`, so that every error names file and
-line. Nothing is converted: a number stays a number and is reported later, when its column turns out
-to be a text column.
+Text formats are read line by line, not through `datasets`, so that every error names file and line.
+Nothing is converted: a number stays one, and is reported where its column should be text.
 """
 
 from __future__ import annotations
@@ -41,16 +39,12 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 
 class Table:
     """The rows of one file, read anew each time they are iterated: pairs of a line (None without
-    lines) and a row.
-
-    A line that is not a row stands there as the reason.
+    lines) and a row, or the reason why it is none.
 
     Args:
         file: the path as the user would type it, or a Hub id.
-        read: starts to read the rows.
         columns: all column names, where the format tells them.
-        columnar: whether Arrow holds the rows, which fills in null for keys that only other rows
-            have.
+        columnar: whether Arrow holds the rows, which fills in null for keys of other rows.
     """
 
     def __init__(
@@ -107,8 +101,7 @@ def read_file(
     file and line.
 
     Args:
-        max_rows: no more than these, counted from the start.
-        encoding: of text formats.
+        max_rows: no more than the first of these.
         delimiter: between the columns of .csv and .tsv; None for the ending's own.
 
     Raises:
@@ -181,9 +174,7 @@ def count_rows(path: Path) -> int:
 
 
 def guessed_delimiter(path: Path) -> str | None:
-    """The sign that separates the columns of a .csv or .tsv file where it is not the
-    ending's own.
-    """
+    """The sign between the columns of a .csv or .tsv file where it is not the ending's own."""
     if (kind := data_format(path)) not in (".csv", ".tsv"):
         return None
     with _open(path) as stream:
@@ -197,8 +188,8 @@ def guessed_delimiter(path: Path) -> str | None:
 
 
 def guessed_encoding(path: Path) -> str | None:
-    """The encoding of a text file that is not UTF-8: latin-1, or cp1252 where the file has bytes
-    that are no letters there. None for UTF-8, other formats, and UTF-8 with damaged bytes in it.
+    """The encoding of a text file that is not UTF-8: latin-1, or cp1252 where bytes are no letters
+    there. None for UTF-8, damaged or not, and other formats.
     """
     if data_format(path) not in TEXT_FORMATS:
         return None
@@ -221,9 +212,7 @@ def _own_delimiter(kind: str) -> str:
 
 
 def _other_delimiter(header: list[str]) -> str:
-    """The sign that separates the columns of a header that was read as one column; empty where
-    there is none.
-    """
+    """The sign in a header that was read as one column; empty where there is none."""
     return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
 
 
@@ -232,9 +221,7 @@ def _open(path: Path) -> Any:
 
 
 def _lines(stream: BinaryIO, encoding: str) -> Iterator[tuple[int, str | BadRow]]:
-    """Lines as text with their number; the reason for bytes that are not text names the byte
-    offset.
-    """
+    """Lines as text with their number, or the reason, with the byte offset, why one is no text."""
     offset, codec = 0, codecs.lookup(encoding)
     if codec.name.startswith(("utf-16", "utf-32")):  # line ends are not single bytes there
         number = 0
@@ -265,7 +252,7 @@ def _decoded(stream: BinaryIO, file: str, encoding: str) -> Iterator[tuple[int, 
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> Row:
-    """An object whose keys are all different: of equal ones, all but the last would be lost."""
+    """An object whose keys are all different: of equal ones, only the last would stay."""
     row = dict(pairs)
     if len(row) < len(pairs):
         names = [name for name, _ in pairs]
@@ -410,7 +397,7 @@ def _read_csv(stream: BinaryIO, file: str, encoding: str, delimiter: str) -> Num
 
 
 def _check_once(names: list[str], file: str, line: int | None = None) -> None:
-    """Refuse column names of which two are equal: all but the last would be lost."""
+    """Refuse column names of which two are equal: only the last would stay."""
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(f"column names appear twice: {', '.join(repeated)}", file=file, line=line)
 
@@ -419,9 +406,8 @@ def _check_once(names: list[str], file: str, line: int | None = None) -> None:
 def _opened_columnar(
     path: Path, kind: str, file: str, size: int = COLUMNAR_ROWS
 ) -> Iterator[tuple[list[str], Iterable[Any]]]:
-    """The column names of a Parquet or Arrow file, and its rows in parts of at most `size`.
-
-    An Arrow file is mapped, not copied; it may be a stream too, as `datasets` writes it.
+    """The column names of a Parquet or Arrow file, or of an Arrow stream, as `datasets` writes it,
+    and its rows in parts of at most `size`.
     """
     import pyarrow
     from pyarrow.parquet import ParquetFile

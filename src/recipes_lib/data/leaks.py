@@ -73,10 +73,11 @@ class Leak:
 @dataclass(frozen=True, kw_only=True)
 class Leaks:
     """What training rows hold of one evaluation: how many rows were searched for how many
-    questions, and what was found. `found` names the first of it.
+    questions, and the first of what was found.
 
-    `accidental`: only short texts of a few questions were found, as two people may write them.
-    `why` says why nothing was searched.
+    Args:
+        accidental: only short texts of a few questions, as two people may write them.
+        why: nothing was searched.
     """
 
     rows: int = 0
@@ -214,8 +215,7 @@ class _Index:
 
 
 def words_of(text: str) -> list[str]:
-    """Return a text's words without case, marks and white space; characters where a script has no
-    spaces between words.
+    """Return a text's words without case and marks; characters where a script has no spaces.
 
     Example:
         >>> words_of("Say Hi, GPT4!"), words_of("GPT4是什么？")

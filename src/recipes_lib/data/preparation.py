@@ -1,8 +1,5 @@
 """From a recipe and a tokenizer to data sets that TRL trains on as they are, with the audit of
-supervision.json.
-
-Deterministic, and cheap enough to run on every rank: the files are read batch by batch (once to
-check and name the rows, once to tokenise them), and nothing is written.
+supervision.json. Deterministic, cheap enough to run on every rank, and nothing is written.
 """
 
 from __future__ import annotations
@@ -70,14 +67,12 @@ class PreparedData:
     """What training needs and what the run directory records.
 
     The data sets have the columns `input_ids`, `labels` (-100 where there is no loss) and
-    `example_id`. They are truncated, and rows without supervised tokens are dropped, counted and
-    named in `audit`.
+    `example_id`. They are truncated, and rows without supervised tokens are dropped.
 
     Args:
-        audit: content of supervision.json.
-        splits: content of splits.json: per split the ids and counts, before rows without supervised
-            tokens are dropped.
-        fingerprint: sha256 over split, id and content of all rows used, in order.
+        audit: content of supervision.json, where all dropped rows are named.
+        splits: content of splits.json.
+        fingerprint: `splits.fingerprint_of`.
         prompt_format_hash: `prompts.format_hash`.
         twin: what the conversations were rendered with in place of the tokenizer's chat template.
         rows: all rows used, in file order.
@@ -96,11 +91,6 @@ class PreparedData:
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
     """Read, split, tokenise and audit the data of a recipe.
-
-    Args:
-        recipe: a resolved recipe; its `data` section and the keys of `train` that shape rows are
-            used.
-        tokenizer: a fast tokenizer.
 
     Raises:
         DataError: rows, files, columns or settings that cannot be used; with file and line.
@@ -224,10 +214,8 @@ def _record_batch(examples: Sequence[tuple[Example, Encoded]]) -> pyarrow.Record
 
 
 def _dataset(parts: Sequence[pyarrow.RecordBatch]) -> Dataset:
-    """All tokenised rows as one data set.
-
-    Given a fingerprint, `datasets` need not pickle the whole table to name it, which takes three
-    times the memory of the tokens.
+    """All tokenised rows as one data set. Without a fingerprint, `datasets` would pickle the table
+    to name it, in three times the memory of the tokens.
     """
     import datasets
     import pyarrow

@@ -1,9 +1,8 @@
 """Prompt formats: how an example becomes the text that the model reads and the text that it must
-learn to write.
+learn to write, in training and generation alike.
 
 `dolly` and `alpaca` put headings around instruction, context and response; `raw` takes prompt and
-completion (or text) as they are; `chat` leaves the form to a chat template. Training and generation
-use the same functions, and `format_hash` tells whether two runs use the same format.
+completion (or text) as they are; `chat` leaves the form to a chat template.
 """
 
 from __future__ import annotations
@@ -64,12 +63,8 @@ CHAT_TASK = FieldShape(("instruction", "response"), ("context", *_BESIDE))
 
 @dataclass(frozen=True)
 class RowFormat:
-    """All that is particular to one prompt format.
-
-    Args:
-        shapes: the fields it can read, the best first.
-        headings: the prompt of a task without and with context; empty where the rows or a chat
-            template bring it.
+    """What is particular to one prompt format: the fields it can read, the best first, and the
+    prompt of a task without and with context, where it has one of its own.
     """
 
     shapes: tuple[FieldShape, ...]
@@ -85,8 +80,7 @@ PROMPT_FORMATS = {
 
 
 def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
-    """The prompt of a `dolly` or `alpaca` example; the context block is left out when the context
-    is empty.
+    """The prompt of a `dolly` or `alpaca` example, with or without a block for the context.
 
     Example:
         >>> task_prompt("dolly", "Say hi.")
@@ -117,12 +111,10 @@ def generation_prompt(
 
     Args:
         instruction: a single task; give either this or `messages`.
-        messages: a conversation that ends with a user turn. Plain formats repeat their headings for
-            each turn.
+        messages: a conversation that ends with a user turn; plain formats repeat their headings.
 
     Raises:
-        ValueError: neither or both of `instruction` and `messages`, or a conversation that ends
-            with the assistant.
+        ValueError: neither or both of them, or a conversation that ends with the assistant.
     """
     if (instruction is None) == (messages is None):
         raise ValueError("give either an instruction or messages")
@@ -157,8 +149,7 @@ def render_chat(
     *,
     prompt: bool = False,
 ) -> tuple[str, list[Span]]:
-    """A conversation as text, for training and generation alike, and the spans of characters that
-    `{% generation %}` marks, where the template has that.
+    """A conversation as text, and the spans of characters that `{% generation %}` marks, if any.
 
     Args:
         values: what the template gets beside the messages (`conversations.template_values`).
@@ -228,11 +219,7 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
 
 
 def check_template_kwargs(section: DataSection, template: str) -> None:
-    """Refuse arguments of the recipe that its template does not name: they would change nothing.
-
-    Raises:
-        SettingError: the first such argument.
-    """
+    """Raise a SettingError for an argument of the recipe that its template does not name."""
     words = set(re.findall(r"[A-Za-z_]\w*", template))
     for name in section.chat_template_kwargs:
         if name not in words:
@@ -262,9 +249,8 @@ class Twin:
 
 
 def twin_of(section: DataSection, tokenizer: Any) -> Twin | None:
-    """The twin that conversations are trained through: where the tokenizer's own template, or the
-    one that `trl:NAME` names, does not mark what the assistant wrote, TRL's twin of it. A template
-    that the recipe brings is trained as it is.
+    """TRL's twin of the tokenizer's own template, or of that `trl:NAME` names, where it does not
+    mark what the assistant wrote. A template that the recipe brings is trained as it is.
     """
     given = section.chat_template
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
@@ -289,16 +275,12 @@ def trl_twins() -> dict[str, Twin]:
 
 
 def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:
-    """What identifies the prompt format: its headings or template, the template's arguments, the
-    system prompt, and the tokens at both ends.
-
-    Two runs with the same hash turn the same example into the same prompt text.
+    """What identifies the prompt format: two runs with the same hash turn the same example into the
+    same prompt text.
 
     Args:
-        section: the recipe's `data` section.
-        tokenizer: the base model's, or the one saved with a run: TRL writes `train.eos_token` into
-            that.
-        eos_token: `train.eos_token` where it is set and the tokenizer does not know it yet.
+        tokenizer: the base model's, or the one saved with a run.
+        eos_token: `train.eos_token` where it is set: TRL writes it into a run's tokenizer only.
     """
     form: Any = PROMPT_FORMATS[section.prompt_format].headings or ""
     if section.prompt_format == "chat":

@@ -1,8 +1,6 @@
 """The rows of a recipe's data: what identifies each of them, where it stands, and how to read its
-texts again.
-
-A million rows fit here because texts are not kept: the files are read once to check and name every
-row, and again, batch by batch, for the rows that are used.
+texts again: a million rows fit because texts are not kept. The files are read once to check and
+name every row, and again, batch by batch, for the rows that are used.
 """
 
 from __future__ import annotations
@@ -66,8 +64,8 @@ class Rows:
         return self.tables[self[index].table][2]
 
     def repeated(self, indices: Sequence[int], seed: int) -> list[int]:
-        """Training rows as often as the weights of their sources say: all of them that many whole
-        times, and as many more as are left, the first in hash order.
+        """Training rows as often as the weights of their sources say: whole times all of them, and
+        the first in hash order once more.
         """
         times: dict[int, int] = {}
         for number, (source, _) in enumerate(self.sources):
@@ -120,10 +118,8 @@ class Rows:
 
 
 def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
-    """Read, check and name the rows of all sources; rows that cannot be used are added to `bad`.
-
-    Args:
-        max_rows: no more than these of each file.
+    """Read, check and name the rows of all sources, at most `max_rows` of each file; rows that
+    cannot be used are added to `bad`.
 
     Raises:
         DataError: see `sources` and `columns`.
@@ -167,7 +163,7 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
 
 
 def identify(example: Example, table: int) -> None:
-    """Hash the texts and let them go. The id is the explicit one or a hash, not yet unique."""
+    """Hash the texts and let them go; the id is the explicit one or a hash, not yet unique."""
     fields, example.fields = example.fields, _NO_TEXTS
     normal = _normalised_fields(fields)
     example.table, example.empty = table, _is_empty(fields)
@@ -178,9 +174,7 @@ def identify(example: Example, table: int) -> None:
 
 
 def named_uniquely(examples: Sequence[Example], bad: BadRows) -> list[Example]:
-    """Give rows of equal texts different ids; rows of equal explicit ids are bad. Return those that
-    are left.
-    """
+    """Return the rows, those of equal texts with different ids; equal explicit ids are bad."""
     first: dict[str, Example] = {}
     times = Counter[str]()
     kept = []
@@ -197,8 +191,8 @@ def named_uniquely(examples: Sequence[Example], bad: BadRows) -> list[Example]:
 
 
 def _name_apart(rows: Rows) -> None:
-    """Make ids unique over a mixture: explicit ids carry the position of their source, other rows
-    are told apart by content.
+    """Make ids unique over a mixture: explicit ones get the position of their source before them,
+    others are numbered.
     """
     times = Counter[str]()
     for example in rows.examples:
@@ -243,8 +237,7 @@ def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
 
 
 def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:
-    """Read local files as training would, without a tokenizer; data sets on the Hub are not looked
-    at.
+    """Read local files as training would, without a tokenizer.
 
     Args:
         max_rows: no more than these of each file.
@@ -279,9 +272,8 @@ def unit_interval(key: str, salt: str) -> float:
 
 
 def first_in_hash_order(rows: Sequence[Example], limit: int | None, seed: int) -> Sequence[int]:
-    """Positions of the `limit` rows that come first in hash order, in file order.
-
-    The salt differs from the split's, so that the chosen rows fall on all sides.
+    """Positions of the `limit` rows that come first in hash order, in file order. The salt is not
+    the split's, so that they fall on all sides.
     """
     if limit is None or len(rows) <= limit:
         return range(len(rows))
@@ -313,8 +305,8 @@ def _loose_text(fields: dict[str, Any]) -> str:
 
 
 def _normalised_fields(fields: dict[str, Any]) -> list[Any]:
-    """What the content hash sees: independent of the prompt format, of the order of rows and of
-    column order; empty optional fields leave no trace.
+    """What the content hash sees: whatever the prompt format and the order of columns; empty
+    fields leave no trace.
     """
     parts: list[Any] = []
     for name in sorted(fields):
@@ -331,9 +323,7 @@ def _normalised_fields(fields: dict[str, Any]) -> list[Any]:
 
 
 def _normalised(text: str) -> str:
-    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, no white space around
-    it.
-    """
+    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, stripped."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()

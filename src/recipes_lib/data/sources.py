@@ -1,7 +1,5 @@
-"""Where the rows come from: a local file, a folder, a Hub data set, or a mixture of these.
-
-A local path always wins over a Hub id of the same name. Nothing is downloaded when the machine is
-offline: a data set that is not in the cache is one clear error.
+"""Where the rows come from: a local file, a folder, a Hub data set, or a mixture of these. A local
+path wins over a Hub id of the same name.
 """
 
 from __future__ import annotations
@@ -24,12 +22,7 @@ from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
 from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
-from recipes_lib.data.files import (
-    COLUMNAR_ROWS,
-    Numbered,
-    Table,
-    read_file,
-)
+from recipes_lib.data.files import COLUMNAR_ROWS, Numbered, Table, read_file
 
 SPLIT_IN_NAME = re.compile(
     r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)"
@@ -152,18 +145,13 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
 
 
 def is_on_hub(source: Source) -> bool:
-    """Whether a source can only be a data set on the Hub: nothing here has its name, and it is not
-    named like a file.
-    """
+    """Whether nothing here has a source's name, and it is not named like a file."""
     here = find_path(source.source) is not None or data_format(Path(source.source))
     return not here and bool(HUB_ID.fullmatch(source.source))
 
 
 def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
-    """The rows of one source, one table per file, all with the same columns.
-
-    Args:
-        max_rows: no more than these of each file.
+    """The rows of one source, at most `max_rows` of each file; all files have the same columns.
 
     Raises:
         DataError: the file, folder or data set is missing, damaged or mixed.
@@ -203,8 +191,7 @@ def find_path(name: str) -> Path | None:
 
 
 def data_files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder in name order; only those of `split` where file names tell splits
-    apart.
+    """The data files of a folder in name order; those of `split` where names tell splits apart.
 
     Raises:
         DataError: the folder has no data file, or none of this split.
@@ -233,9 +220,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
 
 
 def unread_files(source: Source) -> list[str]:
-    """What else lies in the folder of a source: files of other splits, of unknown formats, in
-    folders below. Notes are left out.
-    """
+    """What else lies in the folder of a source, but for notes: other splits, formats, folders."""
     folder = None if is_on_hub(source) else find_path(source.source)
     if folder is None or folder.is_file():
         return []
@@ -269,8 +254,7 @@ def _load_from_hub(source: Source) -> Table:
     """Read a Hub data set through `datasets`, from its cache when the machine is offline.
 
     Raises:
-        DataError: offline and not cached, no such data set, configuration or split, or access
-            refused.
+        DataError: not cached and offline, not there, or access refused.
     """
     name = source.source
     not_here = SettingError(
@@ -315,9 +299,7 @@ def offline_by_environment() -> bool:
 
 
 def _perhaps_cached(name: str) -> bool:
-    """Whether a cache folder of this data set exists, found without importing `datasets` (which
-    takes a second).
-    """
+    """Whether a cache folder of this data set exists; importing `datasets` would take a second."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
     prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
@@ -330,9 +312,7 @@ def _perhaps_cached(name: str) -> bool:
 
 
 def hub_answers() -> bool:
-    """Whether the Hub can be reached at all: one request with a short time limit, through the
-    user's proxy if there is one.
-    """
+    """Whether the Hub can be reached at all: one request with a short time limit."""
     from huggingface_hub import constants, get_session
 
     try:

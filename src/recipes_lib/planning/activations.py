@@ -1,13 +1,9 @@
-"""What autograd keeps of a forward pass, in bytes per token, counted tensor by tensor.
+"""What autograd keeps of a forward pass, in bytes per token, counted tensor by tensor and held
+against `torch.autograd.graph.saved_tensors_hooks` by `tests/planning/test_activations.py`.
 
-The list was read off `torch.autograd.graph.saved_tensors_hooks` for Llama under PEFT;
-`tests/planning/test_activations.py` holds it against that measurement. Per block: the float32 copy
-that each RMSNorm takes; queries, keys, values and attention's output; gate, up and their product in
-the MLP; and for each LoRA layer its input and its rank-wide output. A frozen linear layer keeps
-nothing.
-
-What differs between devices: dropout's mask is one byte per element in the CUDA kernel and a whole
-number in the CPU's.
+Per block: the float32 copy that each RMSNorm takes; queries, keys, values and attention's output;
+gate, up and their product in the MLP; and for each LoRA layer its input and its rank-wide output. A
+frozen linear layer keeps nothing.
 """
 
 from __future__ import annotations
@@ -29,20 +25,15 @@ CHUNK = 64  # tokens of a chunk of linear attention
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that stay until the backward pass.
+    """Bytes that stay until the backward pass; of one block what recomputation brings back.
 
     Args:
         per_token: of all blocks, norms and the head's input, without recomputation.
-        per_token_and_row: further bytes per token for each token of its row: sdpa's mask, one copy
-            per block.
+        per_token_and_row: further bytes per token for each token of its row: sdpa's masks.
         checkpointed: per token when only the inputs of the blocks are kept, and what their
             attention returned where checkpointing is selective.
-        block: per token of one block, what recomputation brings back for a moment.
-        block_row: `per_token_and_row` of one block.
+        constant: copies of weights that autocast made, and experts with their adapter added.
         per_chunked_token: further bytes per token of rows that are filled up to whole chunks.
-        constant: copies of weights for the backward pass: those that autocast made, and experts
-            with their adapter added.
-        block_constant: such experts of one block.
     """
 
     per_token: float
@@ -56,12 +47,7 @@ class Activations:
     block_chunked: float = 0.0
 
     def saved(self, tokens: int, row: int, checkpointing: bool) -> float:
-        """Return the bytes kept of a micro-batch.
-
-        Args:
-            tokens: tokens of the micro-batch, padding counted.
-            row: tokens of one of its rows (all of them where examples lie end to end).
-        """
+        """Return the bytes kept of a micro-batch of `tokens`, padding counted, in rows of `row`."""
         if checkpointing:
             return tokens * self.checkpointed
         chunked = self.per_chunked_token * _filled_up(row)
@@ -124,9 +110,8 @@ def activations_of(settings: Settings) -> Activations:
 
 
 def reference_per_token(settings: Settings) -> float:
-    """Return bytes per token as the meta device shows them for the recipe's weights: attention by
-    its plain formula without the part that grows with the row, adapters in the base's precision,
-    dropout's mask as a number. For comparing models and settings on any machine.
+    """Return bytes per token as the meta device shows them: attention by its plain formula without
+    what grows with the row, adapters in the base's precision, dropout's mask as a number.
     """
     w, adapter = settings.weight_bytes, settings.adapter
     total = 0.0
@@ -147,9 +132,7 @@ def reference_per_token(settings: Settings) -> float:
 
 
 def _attention(settings: Settings, layer: Block) -> float:
-    """Queries, keys, values and output of one block; keys and values are repeated for every query
-    head where there is a mask.
-    """
+    """Queries, keys, values and output of one block; a mask repeats keys and values per head."""
     if not layer.heads:
         return 0.0
     eager = settings.attention == "eager"
@@ -162,8 +145,7 @@ def _attention(settings: Settings, layer: Block) -> float:
 
 def _delta(settings: Settings, layer: Block) -> tuple[float, float]:
     """Return the bytes per token that linear attention keeps, of a token and of one of a row in
-    whole chunks, as transformers writes it out in torch; kernels of flash-linear-attention, where
-    they are installed, keep less.
+    whole chunks, in transformers' own torch; kernels of flash-linear-attention keep less.
     """
     if layer.delta is None:
         return 0.0, 0.0
@@ -198,9 +180,7 @@ def _row_bytes(settings: Settings, layer: Block) -> float:
 
 
 def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
-    """Inputs of the linear layers that something is trained in, and the rank-wide outputs of LoRA's
-    first matrix.
-    """
+    """Inputs of linear layers that something is trained in, and outputs of LoRA's first matrix."""
     s, adapter = settings.compute_bytes, settings.adapter
     casts = settings.half is not None and settings.weight_bytes != 2
     # example by example, and put together again; else attention's output is kept already
@@ -229,8 +209,8 @@ def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
 
 
 def _noise_bytes(settings: Settings) -> int:
-    """Bytes per element of dropout's mask: the CUDA kernel keeps booleans, the CPU's a number of
-    the adapter's type; none without dropout, or where the mask is drawn again.
+    """Bytes per element of dropout's mask: CUDA's kernel keeps booleans, the CPU's a number of the
+    adapter's type; fused adapters draw it again.
     """
     if settings.adapter is None or not settings.adapter.dropout or settings.adapter.fused:
         return 0
@@ -238,9 +218,7 @@ def _noise_bytes(settings: Settings) -> int:
 
 
 def _autocast_copies(settings: Settings) -> float:
-    """Half-precision copies of float32 weights that the backward pass needs: every linear layer's,
-    or the adapter's alone.
-    """
+    """Half-precision copies of float32 weights that the backward pass needs."""
     if settings.half is None:
         return 0.0
     cast = settings.weight_bytes != 2 and not settings.bits
@@ -251,11 +229,8 @@ def _autocast_copies(settings: Settings) -> float:
 
 
 def head_bytes(settings: Settings, tokens: int) -> float:
-    """Return what the fused LM head takes for a moment: one tile of logits, and the gradient of its
-    input in float32.
-
-    Full fine-tuning also holds the head's gradient in float32 there (counted with the gathered
-    layers under FSDP2).
+    """Return what the fused LM head takes for a moment: one tile of logits, and in float32 the
+    gradient of its input and, in full fine-tuning (under FSDP2 see `memory`), its own.
     """
     shape, rows = settings.shape, tokens
     if settings.adapter is None and not settings.sharded:
@@ -268,9 +243,8 @@ def head_bytes(settings: Settings, tokens: int) -> float:
 
 
 def backward_bytes(settings: Settings, tokens: int) -> float:
-    """Return the gradients that are alive at once inside one block: those of the MLP's inner
-    tensors, of the residual stream, and of whole experts where adapters are on them (once in the
-    weights' precision and once in the adapter's).
+    """Return the gradients that are alive at once inside one block: of the MLP's inner tensors, the
+    residual stream, and adapted experts as a whole, in the weights' precision and the adapter's.
     """
     shape, adapter = settings.shape, settings.adapter
     inner = settings.compute_bytes * max(block.inner for block, _ in shape.kinds)

@@ -56,8 +56,8 @@ class Advice:
 
 
 def advise(plan: Plan) -> list[Advice]:
-    """Return proposals: what makes the training fit, or what makes it faster; the best first, and
-    those that need more cards behind those that do not.
+    """Return proposals, the best first, those that need more cards last: what makes the training
+    fit, else what makes it faster.
     """
     found, more = {}, {}
     for why, same_result, changed in _to_be_faster(plan) if plan.fits else _to_fit(plan):
@@ -198,9 +198,8 @@ def _to_fit(plan: Plan) -> Iterator[_Lever]:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """The same training with another method, number of cards or way to share the model out.
-    `strategy` is `one`, `DDP` or `FSDP2`; `plan` is None where the examples per step cannot be
-    divided.
+    """The same training with another method, number of cards or strategy: `one`, `DDP` or `FSDP2`.
+    Without a plan the examples per step cannot be divided.
     """
 
     method: str
@@ -211,9 +210,7 @@ class MethodRow:
 
 
 def method_rows(plan: Plan) -> list[MethodRow]:
-    """Return the table: every method on 1, 2, 4 and 8 cards under DDP and FSDP2; on a processor,
-    every method in one process.
-    """
+    """Return every method on 1, 2, 4 and 8 cards, under DDP and FSDP2; on a processor, on one."""
     rows, own = [], plan.settings
     for method in METHODS:
         changed = _as_method(plan, method)
@@ -238,9 +235,7 @@ def method_rows(plan: Plan) -> list[MethodRow]:
 
 
 def _as_method(plan: Plan, method: str) -> Plan:
-    """Return the plan with another method; the adapter stays the recipe's, or has rank 16 on every
-    linear layer.
-    """
+    """Return the plan with another method, and the recipe's adapter or the usual one."""
     settings = plan.settings
     usual = {"r": DEFAULT_RANK, "target_modules": "all-linear"}
     adapter = settings.adapter or adapter_of(usual, settings.shape)
@@ -256,8 +251,7 @@ def _as_method(plan: Plan, method: str) -> Plan:
 
 
 def divided(examples: int, per_device: int, processes: int) -> dict[str, int] | None:
-    """Return the largest micro-batch up to `per_device` that divides the examples per step, and its
-    accumulation; None if none does.
+    """Return the largest micro-batch up to `per_device` that divides the examples per step.
 
     Example:
         >>> divided(64, 4, 8)

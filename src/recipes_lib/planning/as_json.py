@@ -1,6 +1,4 @@
-"""A plan as plain JSON values: `recipes plan --json`, described by schema/plan.schema.json. Sizes
-in GiB, times in seconds.
-"""
+"""A plan as plain JSON values: `recipes plan --json`, described by schema/plan.schema.json."""
 
 from __future__ import annotations
 
@@ -15,11 +13,7 @@ from recipes_lib.planning.plan import Plan
 
 
 def plan_json(plan: Plan, *, methods: bool = True) -> dict[str, object]:
-    """Return memory, time, steps and advice.
-
-    Args:
-        methods: whether other methods and numbers of cards are planned beside it.
-    """
+    """Return memory, time, steps and advice, and other methods beside it if asked."""
     rows = [_method(row) for row in method_rows(plan)] if methods else []
     return _rounded(
         {
@@ -122,9 +116,7 @@ def _steps(plan: Plan) -> dict[str, object]:
 
 
 def _method(row: MethodRow) -> dict[str, object]:
-    """Return one line of the table of methods; null where the examples per step cannot be
-    divided.
-    """
+    """Return one line of the table of methods, with nulls where there is no plan."""
     plan = row.plan
     return {
         "method": row.method,
@@ -139,9 +131,7 @@ def _method(row: MethodRow) -> dict[str, object]:
 
 
 def _rounded(value: Any) -> Any:
-    """Return the values with numbers to four places after the point, which is more than a plan
-    knows.
-    """
+    """Return the values with numbers to four places, which is more than a plan knows."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):

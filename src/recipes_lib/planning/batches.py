@@ -24,12 +24,9 @@ class Batches:
     """The batch arithmetic of one training.
 
     Args:
-        steps: optimizer steps of the whole training.
         forward_passes: per step and process.
-        tokens: per step over all processes, without padding.
-        computed: per step over all processes, padding counted.
-        largest: tokens of the largest forward pass, padding counted.
-        largest_row: tokens of a row of it.
+        tokens: per step over all processes, without padding; `computed` with it.
+        largest: tokens of the largest forward pass, padding counted; `largest_row` of a row of it.
         context: tokens that attention looks over, averaged over computed tokens.
         rows: training rows (after packing).
     """
@@ -63,7 +60,6 @@ def batches_of(
     """Return the batches of a training.
 
     Args:
-        settings: their `max_tokens` is the cap that holds.
         train: the recipe's `train` section.
         accumulation: micro-batches per step and process.
     """
@@ -109,9 +105,7 @@ def batches_of(
 
 
 def validation_tokens(settings: Settings, lengths: Lengths) -> tuple[int, float]:
-    """Return the tokens of the largest validation batch, and the computed tokens of one pass over
-    the validation rows.
-    """
+    """Return the tokens of the largest validation batch, and those computed for all its rows."""
     size = settings.eval_per_device
     if not size or not lengths.validation:
         return 0, 0.0
@@ -121,9 +115,7 @@ def validation_tokens(settings: Settings, lengths: Lengths) -> tuple[int, float]
 
 
 def validations(steps: int, per_epoch: int, train: dict[str, Any]) -> int:
-    """Return how often the validation set is read: every `eval_steps`, or every epoch, and once at
-    the end.
-    """
+    """Return how often the validation set is read."""
     strategy = train.get("eval_strategy", "no")
     if strategy == "no":
         return 0
@@ -160,8 +152,7 @@ def _draw(
     grouped: bool = False,
     cap: int | None = None,
 ) -> _Drawn:
-    """Draw the micro-batches of an epoch (three times, as a training does) and measure them. Kept,
-    because a plan compares many settings with the same batches.
+    """Draw the micro-batches of three epochs and measure them; kept for a plan's many settings.
 
     Args:
         lengths: tokens per example, cut.
@@ -203,9 +194,7 @@ def _draw(
 
 
 def _groups(batch: list[int], cap: int | None, flattened: bool) -> list[list[int]]:
-    """Return the examples of each forward pass of a micro-batch: all of them, or pieces where it
-    exceeds the cap.
-    """
+    """Return the examples of each forward pass of a micro-batch."""
     if cap is None:
         return [batch]
     groups: list[list[int]] = [[]]

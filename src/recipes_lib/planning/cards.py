@@ -1,11 +1,9 @@
-"""The cards a plan can be made for, this machine's own among them: memory, peak rate, bandwidth and
-links.
+"""The cards a plan can be made for, this machine's own among them.
 
-No GPU's speed was measured by this project: each is `counted` until `benchmarks/` has a number for
-it (`planning.duration` says from what). Peaks are the vendors' dense bf16 figures; links are what
-an all-gather is taken to reach. MIG slices have the original study's 7 GB/s, the rate that explains
-its 449 tokens/s under FSDP without peer-to-peer access. A processor's speed was measured per core,
-with SmolLM2-135M.
+No GPU's speed was measured by this project: each is `counted` (see `planning.duration`) until
+`benchmarks/` has a number for it. Peaks are the vendors' dense bf16 figures; links are what an
+all-gather is taken to reach. MIG slices have the 7 GB/s that explain the original study's 449
+tokens/s under FSDP without peer-to-peer access.
 """
 
 from __future__ import annotations
@@ -115,9 +113,8 @@ def card_named(name: str) -> Card:
 
 @lru_cache(maxsize=1)
 def cards_here() -> tuple[Card, ...]:
-    """Return the GPUs a training may use here, the fastest first as CUDA numbers them:
-    nvidia-smi's, MIG slices in place of the card they are cut from, and of these what
-    CUDA_VISIBLE_DEVICES leaves.
+    """Return the GPUs a training may use here, the fastest first as CUDA numbers them: of
+    nvidia-smi's those that CUDA_VISIBLE_DEVICES leaves.
     """
     words = visible_words(os.environ)
     return tuple(
@@ -128,16 +125,14 @@ def cards_here() -> tuple[Card, ...]:
 
 
 def devices_here() -> list[str]:
-    """Return the words by which CUDA_VISIBLE_DEVICES names each GPU of this process: its own, else
-    the identifiers that nvidia-smi lists, the fastest first.
-    """
+    """Return the words by which CUDA_VISIBLE_DEVICES names, or would name, each GPU here."""
     words = visible_words(os.environ)
     return [uuid for _, uuid, _ in _found_here()] if words is None else words
 
 
 def visible_words(environment: Mapping[str, str]) -> list[str] | None:
-    """Return what CUDA_VISIBLE_DEVICES names, or None where it is not set. CUDA reads it up to the
-    first word that is no device.
+    """Return what CUDA_VISIBLE_DEVICES names up to the first word that is no device, as CUDA reads
+    it, or None where it is not set.
 
     Example:
         >>> visible_words({"CUDA_VISIBLE_DEVICES": "2, 0,-1,1"}), visible_words({"CUDA_VISIBLE_DEVICES": ""}), visible_words({})
@@ -154,7 +149,7 @@ def visible_words(environment: Mapping[str, str]) -> list[str] | None:
 
 def _found_here() -> list[tuple[str, str, Card]]:
     """Return number, identifier and card of each GPU, the fastest first. MIG slices, which only
-    `nvidia-smi -L` tells, stand in place of the card they are cut from, which the query names.
+    `nvidia-smi -L` tells, stand in place of the card they are cut from.
     """
     slices: dict[str, list[tuple[str, str]]] = {}
     number = ""
@@ -186,9 +181,8 @@ def _nvidia_smi(*arguments: str) -> list[str]:
 
 
 def recognised(name: str, memory_mib: float) -> Card:
-    """Return the table's card of that name and memory; the memory is always the real one. A card
-    that is not in the table gets a guessed speed. A MIG slice is known by its profile, which holds
-    its memory.
+    """Return the table's card of that name, with the real memory; one that is not in the table gets
+    a guessed speed. A MIG slice is known by its profile, which holds its memory.
 
     Example:
         >>> recognised("NVIDIA H100 80GB HBM3", 81559.0).name, recognised("NVIDIA H100 PCIe", 81559.0).name
@@ -220,9 +214,7 @@ def recognised(name: str, memory_mib: float) -> Card:
 
 
 def cpu_card() -> Card:
-    """Return this machine's processor, with the cores that this process may use: OMP_NUM_THREADS
-    where it is set, else those it is allowed on.
-    """
+    """Return this machine's processor, with the cores that this process may use."""
     written = os.environ.get("OMP_NUM_THREADS", "")
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -241,9 +233,7 @@ def cpu_card() -> Card:
 
 
 def available_gib() -> float:
-    """Return the memory that can be had now: what is free or can be freed, and no more than the
-    control group allows.
-    """
+    """Return the memory that is free or can be freed, and no more than the control group allows."""
     gib = _meminfo("MemAvailable")
     cached = _meminfo("Cached")  # file cache, which a control group counts as used and gives back
     group = Path("/sys/fs/cgroup")

@@ -1,13 +1,12 @@
-"""How long a training takes, and what stands beside it: on a GPU the work of a counted step over
-what the card reaches, on a processor what was measured there.
+"""How long a training takes: on a GPU the work of a counted step over what the card reaches, on a
+processor what was measured there.
 
 A pass lasts as long as its products take at the rate of tensor cores and everything else at that of
 memory (`planning.step_costs`), and no less than its kernels take to be launched.
 
-Operations per token: 4N for LoRA (forward 2N, and 2N for the gradients of activations; frozen
-weights need none), 6N with activation checkpointing, which repeats the forward pass; 6N and 8N for
-full fine-tuning. N counts all parameters that a token passes through. The work of attention over
-long rows and of the adapter is added; MFU is reported with 4N alone, as published figures are.
+Operations per token: 4N for LoRA (2N forward, 2N for the gradients of activations), 6N for full
+fine-tuning, 2N more with activation checkpointing; N counts the parameters that a token passes
+through. Attention and the adapter are added; MFU is with 4N alone, as published figures are.
 """
 
 from __future__ import annotations
@@ -43,8 +42,6 @@ class Duration:
     """Seconds of one training, and how fast it goes.
 
     Args:
-        training: the optimizer steps.
-        validation: the passes over the validation set.
         around: start, loading, saving and checking.
         tokens_per_second: per process, without padding.
         mfu: share of the peak, counted with 4N (6N for full fine-tuning) on computed tokens.
@@ -84,9 +81,7 @@ class EvalTime:
 
 
 def operations_per_token(settings: Settings) -> float:
-    """Return operations per computed token without attention: 4N, 6N or 8N as the module says, and
-    the adapter's own 6 per weight.
-    """
+    """Return operations per computed token without attention, with the adapter's 6 per weight."""
     n, trained = settings.shape.active_parameters, settings.trained_parameters
     passes = 6 if settings.adapter is None else 4
     own = 0 if settings.adapter is None else 6 * trained
@@ -99,8 +94,7 @@ def training_duration(
     """Return the time of a whole training.
 
     Args:
-        validation_tokens: computed tokens of all passes over the validation set, over all
-            processes.
+        validation_tokens: computed tokens of all passes over the validation set.
     """
     world, on_cpu = settings.world_size, settings.device == "cpu"
     n, layers = settings.shape.active_parameters, settings.shape.layers
@@ -135,8 +129,8 @@ def training_duration(
 
 
 def _attention(settings: Settings, context: float) -> float:
-    """Operations per token of scores and weighted values: half of the square with a causal kernel,
-    all of it under a mask, which windows need with sdpa; and of states, four for each product.
+    """Operations per token of scores and weighted values, half of the square with a causal kernel,
+    all of it under a mask, which windows need with sdpa; and of states.
     """
     passes = 3.5 + (1 if settings.checkpointing and not settings.selective else 0)
     total = 0.0
@@ -153,8 +147,8 @@ def _attention(settings: Settings, context: float) -> float:
 
 
 def _dequantising(settings: Settings, card: Card) -> float:
-    """Seconds per pass to write quantized weights out as bf16 and read them again, forward and
-    backward; FP8 takes as long as bf16, until a GPU has measured it.
+    """Seconds per pass to write quantized weights out as bf16 and read them again; none for FP8,
+    which takes as long as bf16 until a GPU has measured it.
     """
     if not settings.bits or settings.fp8 or settings.device == "cpu":
         return 0.0
@@ -163,9 +157,7 @@ def _dequantising(settings: Settings, card: Card) -> float:
 
 
 def _moved_per_pass(settings: Settings, card: Card) -> float:
-    """Seconds to gather FSDP2's shards for one forward and backward pass, and to share full
-    gradients out.
-    """
+    """Seconds per pass to gather FSDP2's shards, and to share gradients out."""
     if not settings.sharded:
         return 0.0
     share = (settings.world_size - 1) / settings.world_size

@@ -1,7 +1,5 @@
-"""Whether a training may start: the plan against the card that is really there. Says no only where
-the numbers say so.
-
-A plan that cannot be made (a model nobody knows here, an odd architecture) stops nobody.
+"""Whether a training may start: the plan against the card that is really there. A plan that cannot
+be made stops nobody.
 """
 
 from __future__ import annotations
@@ -38,9 +36,7 @@ def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:
 
 
 class Planned(TypedDict, total=False):
-    """What run.json keeps of a plan, named as what is measured is; `error` alone says why there is
-    none.
-    """
+    """What run.json keeps of a plan, named as what is measured is, or the error alone."""
 
     card: str
     basis: str
@@ -57,12 +53,10 @@ class Planned(TypedDict, total=False):
 def plan_of_active(
     recipe: Recipe, active: Active, data: PreparedData, free_gib: float | None
 ) -> Planned:
-    """Return what run.json keeps of the plan of a training that is about to start, made from its
-    real rows; why, where none can be made.
+    """Return the plan of a training that is about to start, from its launch as it really is and its
+    real rows; the lengths of the first 20,000 speak for all.
 
     Args:
-        active: the launch as it really is.
-        data: the rows; the lengths of the first 20,000 speak for all.
         free_gib: memory of the fullest GPU that this training may still take; None on a CPU.
     """
     on_cpu = active.device.startswith("cpu")
@@ -107,15 +101,11 @@ def plan_of_active(
 
 
 def refuse_what_cannot_fit(plan: Plan) -> str | None:
-    """Stop a training whose plan does not fit the card that is there; return a warning where it is
-    tight.
-
-    Without a GPU resident memory is not predicted: what is refused there is what exceeds the free
-    memory by the model's own tensors alone.
+    """Return a warning where it is tight. Without a GPU resident memory is not predicted: there the
+    model's own tensors must exceed what is free.
 
     Raises:
-        EnvironmentFault: it does not; with the arithmetic, what would make it fit, and how to
-            insist.
+        EnvironmentFault: the plan does not fit the card that is there, and what would.
     """
     if plan.fits:
         return None

@@ -1,10 +1,8 @@
 """How long a recipe's examples are, and how many there are: counted in local data, else taken from
 an earlier run or from databricks-dolly-15k.
 
-Counting reads the rows and, where the model's tokenizer.json is here, tokenises up to `COUNTED` of
-them: a second, no torch. Dolly's histogram was counted over all 15,011 rows in the `dolly` prompt
-format with the tokenizer of SmolLM2 (49,152 entries), prompt, completion and end token together,
-nothing cut.
+Dolly's histogram was counted over all 15,011 rows in the `dolly` prompt format with the tokenizer
+of SmolLM2 (49,152 entries), prompt, completion and end token together, nothing cut.
 """
 
 from __future__ import annotations
@@ -63,13 +61,10 @@ _BINS = """
 
 @dataclass(frozen=True)
 class Lengths:
-    """The examples as the loss will see them.
+    """The examples as the loss will see them, and the rows of each split.
 
     Args:
-        tokens: a length per example (or per counted example), not cut to `max_length`.
-        train: training rows.
-        validation: validation rows.
-        test: test rows.
+        tokens: a length per (counted) example, not cut to `max_length`.
         source: where the numbers come from, for the reader.
         counted: whether they are this data's own.
     """
@@ -87,10 +82,8 @@ def lengths_of(recipe: Recipe, vocabulary: int, *, tokenize: bool = True) -> Len
     says so.
 
     Args:
-        vocabulary: of the recipe's model; it decides how many tokens a text becomes where the
-            tokenizer is not here.
-        tokenize: false estimates from characters where it is here too: loading one takes a third
-            of a second.
+        vocabulary: of the recipe's model, whose tokenizer may not be here.
+        tokenize: false estimates from characters where it is: loading one takes 0.3 s.
 
     Raises:
         RecipeError: a file or folder of the data is not here.
@@ -186,11 +179,8 @@ def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
 
 
 def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int | None:
-    """Return the `max_length` that leaves nearly all of the first rows whole, in steps of 64; None
+    """Return the `max_length` that leaves a share of the first rows whole, in steps of 64; None
     where none can be read.
-
-    Args:
-        share: of the rows that are to stay whole.
     """
     rows = read_data(recipe.data, BadRows(), max_rows=COUNTED)
     if not len(rows):
@@ -200,9 +190,7 @@ def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int |
 
 
 def _tokens(recipe: Recipe, vocabulary: int, rows: Rows, tokenize: bool) -> tuple[list[int], str]:
-    """Return the length of each row as the loss will see it, and how it was counted: by the model's
-    tokenizer.json where it is here and wanted, else by characters.
-    """
+    """Return the length of each row as the loss will see it, and how it was counted."""
     texts, around = [], []
     for example in rows.with_texts():
         if recipe.data.prompt_format == "chat":
@@ -238,9 +226,7 @@ def text_tokens(
 
 
 def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
-    """Return what an earlier run of this name and with the same `data` section found, in the shape
-    of Dolly's lengths.
-    """
+    """Return what an earlier run of this name and data found, in the shape of Dolly's lengths."""
     run = runs_root() / recipe.name
     try:
         resolved = yaml.safe_load((run / "resolved.yaml").read_text(encoding="utf-8"))
@@ -270,8 +256,7 @@ def dolly_histogram() -> list[tuple[int, int]]:
 
 @lru_cache(maxsize=4)
 def dolly_lengths(vocabulary: int = 49_152) -> tuple[int, ...]:
-    """Return one length per row, shortest first, as a tokenizer with about that many entries makes
-    it.
+    """Return one length per row, shortest first, by a tokenizer with about that many entries.
 
     Example:
         >>> sum(dolly_lengths(32_000)) / sum(dolly_lengths()) > 1.08

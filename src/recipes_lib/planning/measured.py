@@ -1,6 +1,5 @@
 """Speeds that were measured on GPUs: `benchmarks/gpu_check.py` writes them, and a plan for the same
-card, method, attention and compiler takes its time from them: the counted time, longer or shorter
-by what the measured one was.
+card, method, attention and compiler has its counted time longer or shorter by what those were.
 """
 
 from __future__ import annotations

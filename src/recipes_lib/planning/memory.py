@@ -1,8 +1,5 @@
 """Memory of one process: what lies there all the time, what a micro-batch adds, and the largest
 micro-batch that still fits.
-
-`peak` is what `torch.cuda.max_memory_allocated` will show; `needed` adds what it does not count:
-the CUDA context, NCCL's buffers and the gaps that the allocator cannot use.
 """
 
 from __future__ import annotations
@@ -26,14 +23,11 @@ class Memory:
 
     Args:
         weights: base weights, 4-bit constants among them; the shard under FSDP2.
-        adapter: LoRA weights (0 for full fine-tuning).
         gathered: FSDP2's whole layers beside the shards.
         activations: kept for the backward pass.
         moment: logits tile, recomputed block, gradients inside a block: whichever is largest.
-        validation: the same for a validation batch; counted only where it is more than training
-            needs.
-        outside: context, communication and gaps, which `torch.cuda.max_memory_allocated` does not
-            count.
+        validation: of a validation batch; counts where it is more than training needs.
+        outside: context, communication and gaps of the allocator.
     """
 
     weights: float
@@ -53,7 +47,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """The highest that is allocated."""
+        """What `torch.cuda.max_memory_allocated` will show."""
         return self.steady + max(self.activations + self.moment, self.validation)
 
     @property
@@ -63,10 +57,8 @@ class Memory:
 
 
 def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -> Memory:
-    """Return the memory for a forward pass of `tokens` tokens in rows of `row`.
-
-    Args:
-        eval_tokens: tokens of the largest validation batch, padding counted.
+    """Return the memory for a forward pass of `tokens` tokens in rows of `row`, and for the largest
+    validation batch of `eval_tokens`.
     """
     trained, width = settings.trained_parameters, settings.trained_bytes
     shards = settings.world_size if settings.sharded else 1
@@ -102,11 +94,8 @@ def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -
 
 
 def largest_tokens(settings: Settings, card: Card, row: int, eval_tokens: int = 0) -> int:
-    """Return the largest forward pass in tokens that fits the card; 0 when not even one token does.
-
-    Args:
-        row: tokens of a row; a flattened micro-batch under sdpa is one row, so its mask grows with
-            the square.
+    """Return the largest forward pass in tokens that fits the card, in rows of `row`; a flattened
+    micro-batch under sdpa is one row, so its mask grows with the square.
     """
 
     def fits(tokens: int) -> bool:
@@ -137,9 +126,9 @@ def weight_gib(settings: Settings) -> float:
 
 
 def host_gib(settings: Settings) -> float:
-    """Return what the processes of one machine hold in its memory while a model is loaded for GPUs,
-    of several machines the first: all weights in each process, or in one where rank 0 reads them
-    alone; in float32 where FSDP2 trains them so. bitsandbytes takes weights to the GPU one by one.
+    """Return what the processes of one machine, of several the first, hold in its memory while a
+    model is loaded for GPUs: all weights in each process, or in one where rank 0 reads them alone;
+    bitsandbytes takes weights to the GPU one by one.
     """
     full = settings.adapter is None
     width = settings.trained_bytes if full else settings.weight_bytes
@@ -150,8 +139,7 @@ def host_gib(settings: Settings) -> float:
 
 
 def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
-    """Return optimizer state in bytes per trained weight. torch keeps both moments in the weight's
-    own precision; an unknown name counts as AdamW.
+    """Return optimizer state in bytes per trained weight; an unknown name counts as AdamW.
 
     Example:
         >>> optimizer_bytes("adamw_torch_fused", 4), optimizer_bytes("adamw_8bit", 4)
@@ -169,11 +157,9 @@ def optimizer_bytes(optimizer: str, trained_bytes: int) -> float:
 
 
 def _gathered(settings: Settings) -> float:
-    """Bytes of whole layers under FSDP2: embeddings and head all the time; two of the largest
-    blocks (this and the next), or all without resharding.
-
-    Full fine-tuning adds their gradients before they are shared out: those of embeddings and head
-    until the backward pass ends.
+    """Bytes of whole layers under FSDP2: embeddings and head, and two of the largest blocks (this
+    and the next), or all without resharding. Full fine-tuning adds gradients that are not shared
+    out yet.
     """
     if not settings.sharded:
         return 0.0

@@ -36,11 +36,10 @@ _TWINS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training needs. With other values (`dataclasses.replace`) it is another plan.
+    """What a training needs.
 
     Args:
-        launch: how it is started. It stays the recipe's own where a plan with other settings is
-            compared.
+        launch: the recipe's own, with other settings too.
         accumulation: micro-batches per step and process.
         evals: the time of evaluations that are counted in, one of each.
         price: of one card for one hour, in any currency; None for no cost.
@@ -63,9 +62,8 @@ class Plan:
 
     @cached_property
     def tokens_per_pass(self) -> int | None:
-        """The cap on the tokens of a forward pass: the recipe's; else, where rows of a step share
-        passes on a GPU, what fits of a full pass, or of a larger micro-batch, and at least the
-        longest row; None for no cap.
+        """The cap on the tokens of a forward pass: the recipe's; where rows of a step share passes,
+        what fits of a full pass or a larger micro-batch, at least the longest row; None for none.
         """
         settings = self.settings
         if settings.max_tokens is not None or not settings.fills or self.accumulation == 1:
@@ -98,8 +96,8 @@ class Plan:
 
     @cached_property
     def least(self) -> float:
-        """GiB that a card must have. Where passes take up what is free, that is less than they need
-        on this one: the longest row must go through alone.
+        """GiB that a card must have. Where passes take up what is free, only the longest row must
+        go through.
         """
         if self.settings.max_tokens == self.tokens_per_pass:
             return self.memory.needed
@@ -115,7 +113,7 @@ class Plan:
 
     @property
     def basis(self) -> str:
-        """Where the speed is from: measured the same way on the same card, or the card's."""
+        """Where the speed is from."""
         row = measured_on(self.card.name, self.settings)
         return self.card.basis if row is None else row.basis
 
@@ -136,9 +134,7 @@ class Plan:
 
     @property
     def certain(self) -> bool | None:
-        """Whether it fits, or None where something is not counted: a sum that leaves something out
-        cannot say that it fits.
-        """
+        """Whether it fits; None where it does by a sum that leaves something out."""
         if not self.fits:
             return False
         return None if self.uncounted else True
@@ -150,9 +146,7 @@ class Plan:
 
     @property
     def sharing(self) -> int:
-        """Processes that share one card's memory: those of a machine where the card is its
-        processor.
-        """
+        """Processes that share one card's memory, as those of a machine without a GPU do."""
         return self.settings.per_machine if self.settings.device == "cpu" else 1
 
     @property
@@ -200,11 +194,7 @@ def plan_recipe(
     accelerate: str | None = None,
     nodes: int | None = None,
 ) -> Plan:
-    """Return the plan of a recipe.
-
-    Args:
-        gpu: a card's name, or `cpu`; absent: as `card_for` chooses.
-        gpus: processes on each machine; absent, the recipe's.
+    """Return the plan of a recipe; what is not given is the recipe's own, or `card_for`'s choice.
 
     Raises:
         RecipeError: unknown card or model, a batch that cannot be divided, a launch that cannot be.
@@ -214,8 +204,8 @@ def plan_recipe(
 
 
 def card_for(launch: Launch, gpu: str | None) -> Card:
-    """Return the card of that name; without one this machine's GPU, else the table's default, and
-    the processor for a launch without GPUs.
+    """Return the card of that name; else the processor for a launch without GPUs, this machine's
+    GPU, or the table's default.
 
     Raises:
         RecipeError: unknown card.
@@ -230,10 +220,7 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
 def plan_launched(
     recipe: Recipe, launch: Launch, card: Card, lengths: Lengths | None = None
 ) -> Plan:
-    """Return the plan of a recipe under a launch, on a card.
-
-    Args:
-        lengths: the data's, where the caller has them.
+    """Return the plan of a recipe under a launch, on a card, for the data's lengths if known.
 
     Raises:
         RecipeError: an unknown architecture, or a batch that cannot be divided.
@@ -249,9 +236,7 @@ def plan_launched(
 def _launch(
     recipe: Recipe, gpu: str | None, gpus: int | None, accelerate: str | None, nodes: int | None
 ) -> Launch:
-    """Return the launch; several GPUs for a recipe of one process mean DDP, and a card means that a
-    CPU launch is not wanted.
-    """
+    """Return the launch: several GPUs for one process mean DDP, and a card means no CPU launch."""
     own = recipe.launch
     chosen = accelerate or own.accelerate
     if accelerate is None:
@@ -274,10 +259,8 @@ def model_shape(recipe: Recipe) -> ModelShape:
     that stand beside the recipes, of the Hub's cache, or of the Hub.
 
     Raises:
-        RecipeError: the name is a path and there is no model, or an architecture that the planner
-            does not know.
-        EnvironmentFault: a Hub name of which nothing is known here, and the Hub does not answer;
-            or a family of which nothing is known.
+        RecipeError: no model at this path, or an architecture that the planner does not know.
+        EnvironmentFault: nothing is known of the name, and the Hub does not answer, or the family.
     """
     name, known = recipe.model.name_or_path, known_facts()
     hint = (

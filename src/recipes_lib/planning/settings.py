@@ -1,8 +1,7 @@
 """What of a recipe and its launch decides about memory and time, as plain numbers.
 
-Precision follows what happens in the training path, read in TRL 1.16, PEFT 0.21 and accelerate 1.15
-and checked by tests: adapters on an unquantized base are float32, on a 4-bit base bf16; FSDP2 under
-bf16 keeps trained weights in float32 unless the base is 4-bit.
+Precision is that of TRL 1.16, PEFT 0.21 and accelerate 1.15: adapters on an unquantized base are
+float32, on a 4-bit base bf16; FSDP2 under bf16 keeps trained weights of other bases in float32.
 """
 
 from __future__ import annotations
@@ -35,10 +34,10 @@ _UNCOUNTED_LORA = {
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A LoRA adapter: rank, dropout, the matrices of each layer it sits on (last those in no layer)
-    with their ranks, and parameters trained beside it.
+    """A LoRA adapter.
 
     Args:
+        targets: the matrices of each layer it sits on, last those in no layer, with their ranks.
         extra_parameters: of modules that are trained in full.
         vectors: trained numbers per output of an adapted matrix: DoRA's lengths, LoRA's bias.
         fused: whether layers that read the same input keep one copy of it, and no masks.
@@ -126,8 +125,8 @@ class Settings:
 
     @property
     def trained_bytes(self) -> int:
-        """Bytes of a trained weight: adapters are float32 on a plain base and under a scaled loss,
-        else bf16 on a quantized one; FSDP2 raises full ones.
+        """Bytes of a trained weight: adapters are float32 on a plain base and under a scaled loss;
+        FSDP2 raises full weights.
         """
         if self.adapter is not None:
             return 2 if self.bits and self.half != "float16" else 4
@@ -149,22 +148,20 @@ class Settings:
 
     @property
     def shares_each_batch(self) -> bool:
-        """Whether FSDP2 shares gradients out after every backward pass: unless told otherwise,
-        those of whole layers.
+        """Whether FSDP2 shares gradients out after every backward pass, as it does by itself for
+        whole layers.
         """
         whole_layers = self.adapter is None or self.adapter.extra_parameters > 0
         return whole_layers if self.sync_each_batch is None else self.sync_each_batch
 
     @property
     def masked(self) -> bool:
-        """Whether sdpa gets a mask of row x row, and with it keys and values repeated for every
-        query head.
-        """
+        """Whether sdpa gets a mask of row x row, and keys and values repeated for each head."""
         return self.attention in ("sdpa", "eager") and (self.flattened or self.per_device > 1)
 
     def masks(self, layer: Block) -> bool:
-        """Whether a layer's attention gets a mask, or is written out. A window that rows are longer
-        than needs one, and is not told apart example by example.
+        """Whether a layer's attention gets a mask, as windows shorter than rows need, or is written
+        out.
         """
         if self.attention == "flash":
             return False
@@ -180,19 +177,14 @@ class Settings:
     @property
     def fills(self) -> bool:
         """Whether a training chooses a cap by itself, up to which rows of several micro-batches
-        share a forward pass. The loss that keeps experts busy is one of a micro-batch, and would
-        be another one.
+        share a forward pass. The loss that keeps experts busy would be another one.
         """
         by_bounds = self.flattened and self.attention == "flash"
         return self.device == "gpu" and by_bounds and not self.shape.experts
 
 
 def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bool) -> Settings:
-    """Return the settings of a recipe under a launch.
-
-    Args:
-        on_cpu: whether no GPU will be used.
-    """
+    """Return the settings of a recipe under a launch."""
     train, fsdp = recipe.train, launch.config.fsdp
     quantization = recipe.quantization or {}
     bits = {"load_in_4bit": 4, "load_in_8bit": 8}
@@ -250,9 +242,8 @@ def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool, joined: bool) ->
     """Return the kernel, as `training.build` chooses it.
 
     Args:
-        joined: whether rows come together in half precision: then a GPU takes `varlen` by itself,
-            if it is of the Ampere generation or newer, as all cards here, and the kernel passes
-            its trial; else sdpa trains, and the run says so.
+        joined: whether rows come together in half precision: a GPU takes `varlen` by itself then,
+            if the kernel passes its trial.
     """
     named, train = recipe.model.attn_implementation, recipe.train
     name = named or ("eager" if shape.lacks_sdpa else "sdpa")
@@ -308,9 +299,7 @@ def adapter_of(lora: Mapping[str, Any], shape: ModelShape) -> Adapter:
 
 
 def uncounted(recipe: Recipe, settings: Settings) -> tuple[str, ...]:
-    """Return what of the model and of the recipe needs memory and is not counted, in words: with
-    any of it a sum may be too small, so that the plan does not say that the training fits.
-    """
+    """Return what of the model and of the recipe needs memory and is not counted, in words."""
     shape, adapter, lora = settings.shape, settings.adapter, recipe.lora or {}
     found = list(shape.uncounted)
     if adapter is not None:

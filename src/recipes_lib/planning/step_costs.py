@@ -1,10 +1,9 @@
 """What a forward and backward pass costs a GPU beside the products of large matrices: kernels that
 the processor launches, and bytes that pass through the GPU's memory.
 
-Counted, not measured: `benchmarks/step_budget.py` lets the real trainer run a micro-batch over
-tensors without data. In a block like Llama's every count is a sum over widths, and these are its
-terms; `tests/benchmarks/test_step_budget.py` holds the sum to the trace. Blocks of other families
-are taken to be like it, with their own widths and norms.
+Counted, not measured: in a block like Llama's every count is a sum over widths, these are its
+terms, and `tests/benchmarks/test_step_budget.py` holds the sum to the real trainer's micro-batch
+over tensors without data. Other families are taken to be like it, with their widths and norms.
 """
 
 from __future__ import annotations
@@ -19,13 +18,11 @@ FORWARD, FUSED_FORWARD = 0.4, 0.35
 
 @dataclass(frozen=True)
 class StepCosts:
-    """One pass.
+    """One pass: kernels, and bytes.
 
     Args:
-        kernels: that are launched.
-        per_token: bytes for each computed token.
-        forward: those of the forward pass alone.
-        constant: bytes whatever the tokens: adapters cast to half precision, and their gradients.
+        per_token: for each computed token; `forward` of the forward pass alone.
+        constant: whatever the tokens: adapters cast to half precision, and their gradients.
     """
 
     kernels: float

@@ -1,10 +1,9 @@
 """Which matrices of a model a LoRA section adapts, and at which rank, as PEFT 0.21 finds them by
 their names; no torch.
 
-Since transformers 5 the experts of a layer are one parameter. PEFT takes the names that they had as
-layers for that parameter in the families of `_FORMER_LAYERS`, wherever these names stand: then a
-dense MLP or a shared expert with the same names has no adapter. In all other families experts are
-adapted through `lora.target_parameters` alone.
+Since transformers 5 the experts of a layer are one parameter. In the families of `_FORMER_LAYERS`
+PEFT takes their former names for it, wherever they stand: then a dense MLP or a shared expert of
+the same names has no adapter. Elsewhere `lora.target_parameters` alone adapts experts.
 
 Source: peft 0.21 `tuners_utils.check_target_module_exists`, `utils/transformers_weight_conversion`.
 """
@@ -46,7 +45,7 @@ Adapted = tuple[tuple[Matrix, int], ...]
 
 
 def adapted_matrices(lora: Mapping[str, Any], shape: ModelShape) -> tuple[Adapted, ...]:
-    """Return the adapted matrices with their ranks: those of each layer, and last those outside."""
+    """Return the adapted matrices of each layer, and last those outside, with their ranks."""
     rule = _Rule(lora, shape)
     layers = (
         rule.adapted(block.matrices, f"{shape.path}.{number}.")

@@ -271,7 +271,7 @@ def gain(advice: Advice) -> str:
 
 
 def spread(seconds: float, device: str) -> str:
-    """Return a duration, on a processor as a range: an older or a busy one is several times slower.
+    """Return a duration, on a processor as a range: an older or a busy one is slower.
 
     Example:
         >>> spread(42, "cpu"), spread(42, "cuda")
