@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipes_lib.config import yaml_source
 from recipes_lib.config.yaml_source import parse_yaml, read_yaml
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import project_root
 
 
 @pytest.mark.parametrize(
@@ -128,3 +130,39 @@ def test_any_text_is_parsed_or_refused_with_our_error(text):
         parse_yaml(text, "f")
     except RecipeError as error:
         assert str(error).startswith("f:")
+
+
+@pytest.mark.skipif(yaml_source._FAST_LOADER is None, reason="PyYAML was built without libyaml")
+def test_libyaml_reads_what_pyyaml_reads(monkeypatch):
+    """With the same lines, warnings and problems; and whatever it reads otherwise is not left
+    to it.
+    """
+    files = [*project_root().glob("*/**/*.yaml")]
+    odd = ["a: !!str 1", "a:\tb", "? k", "{a? 1}", "|# x", "%YAML 1.1\n---\n1", "- ", "a: é"]
+    odd += [
+        "NO",
+        "010",
+        "1:30",
+        "a: [x,]",
+        "a: &b {c: '1'}\nd: *b",
+        "a: 1\na: 2",
+        "'it''s': \"\\t\"",
+    ]
+    texts = [*odd, *(file.read_text(encoding="utf-8") for file in files)]
+
+    def read(text: str) -> object:
+        yaml_source._compose.cache_clear()
+        try:
+            return parse_yaml(text, "f", keep_going=True)
+        except RecipeError as error:
+            return str(error)
+
+    def told(text: str) -> str:
+        return str(getattr(found := read(text), "__dict__", found))
+
+    fast = [told(text) for text in texts]
+    monkeypatch.setattr(yaml_source, "_FAST_LOADER", None)
+    for text, found in zip(texts, fast, strict=True):
+        assert told(text) == found
+    easy = [text for text in texts if not yaml_source._PYYAML_ALONE.search(text)]
+    assert len(files) > 50 and len(easy) > 20
