@@ -68,6 +68,14 @@ def test_a_light_verb_imports_nothing_heavy(argv):
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
+def test_check_imports_only_what_the_kind_of_its_file_needs():
+    others = ("compare", "eval_recipe", "judging", "slurm", "study", "suites")
+    code = f"print([name for name in {others!r} if f'recipes_lib.{{name}}' in sys.modules])"
+    assert in_a_process("check", RECIPE, code=code).stdout.splitlines()[-1] == "[]"
+    study = "recipes/studies/quickstart.yaml"
+    assert "'study'" in in_a_process("check", study, code=code).stdout.splitlines()[-1]
+
+
 def test_without_arguments_the_verbs_are_listed_in_groups(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from recipes_lib.config.new_recipe import OwnRows, new_recipe
+from recipes_lib.config.new_recipe import new_recipe
 from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.sections import OwnRows
 
 MINE = Path("mine.jsonl")
 

@@ -11,9 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.compare.design import load_study
-from recipes_lib.config.loader import Document, load_document
-from recipes_lib.config.recipe import recipe_from
+from recipes_lib.config.loader import load_document
 from recipes_lib.config.validation import check
 from recipes_lib.config.yaml_source import no_such_file
 from recipes_lib.core.errors import (
@@ -26,11 +24,6 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.data.examples import place
-from recipes_lib.data.rows import NUM_CHECKED, check_local_rows
-from recipes_lib.eval_recipe import load_eval
-from recipes_lib.study.leaks import leaks_of_study
-from recipes_lib.suites.questions import local_questions
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -63,15 +56,8 @@ def run(args: argparse.Namespace) -> int:
         try:
             document = load_document(file, keep_going=True)
             found += check(document, args.full)
-            if not found and document.kind.name == "recipe":
-                found += _data_errors(document, args.full)
-            if not found and document.kind.name == "eval":
-                found += _question_errors(file)
-            if not found and document.kind.name == "study":
-                study = load_study(file)
-                leaked, few = leaks_of_study(study, study.arms)
-                found += leaked
-                remarks += [one for one in few if not one.what.startswith("note:")]
+            if not found:
+                found += document.kind.check_rows(document, args.full)
             remarks += document.warnings
         except RecipeError as error:
             found += error.errors
@@ -89,29 +75,6 @@ def run(args: argparse.Namespace) -> int:
     alone = len(files) == 1 and document.kind.name == "recipe"
     next_step(f"recipes data {shown_path(files[0])} --show 3" if alone else "recipes ls")
     return ExitCode.DONE
-
-
-def _data_errors(document: Document, full: bool) -> list[RecipesError]:
-    """Return what is wrong with the recipe's local data: a missing or damaged file, columns, rows
-    that cannot be used.
-    """
-    recipe, most = recipe_from(document), None if full else NUM_CHECKED
-    try:
-        for file in check_local_rows(recipe.data, most):
-            looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
-            say(f"note: {looked}; --full reads all")
-    except DataError as error:
-        return [place(recipe, error)]
-    return []
-
-
-def _question_errors(file: Path) -> list[RecipesError]:
-    """Return what is wrong with the rows of an eval recipe's local question file."""
-    try:
-        local_questions(load_eval(file))
-    except DataError as error:
-        return [error]
-    return []
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, RecipesError
 
 if TYPE_CHECKING:
+    from recipes_lib.config.loader import Document
     from recipes_lib.config.validation import KindRules
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
@@ -30,7 +31,9 @@ class Kind:
 
     `keys` are top-level keys that give it away, `use` says what a file of this kind is for,
     `rules_at` is `module:class` of what it adds to the check of every file
-    (`validation.KindRules`), which lies in the package that reads the kind.
+    (`validation.KindRules`), `rows_at` is `module:function` of what `recipes check` does with the
+    rows that a sound file names. Both lie in the package that reads the kind, and are imported when
+    a file of the kind is checked.
     """
 
     name: str
@@ -38,15 +41,29 @@ class Kind:
     keys: frozenset[str] = frozenset()
     use: str = ""
     rules_at: str = ""
+    rows_at: str = ""
 
     def rules(self) -> KindRules:
-        """Return the kind's rules, imported when they are needed."""
-        module, name = self.rules_at.split(":")
-        return getattr(importlib.import_module(f"recipes_lib.{module}"), name)()
+        """Return what the kind adds to the check of every file."""
+        return _at(self.rules_at)()
+
+    def check_rows(self, document: Document, full: bool) -> list[RecipesError]:
+        """Return what is wrong with the rows that a sound file names; what is only a remark is
+        added to the document's warnings.
+
+        Args:
+            full: whether all rows are read, however many there are.
+        """
+        return _at(self.rows_at)(document, full) if self.rows_at else []
 
 
-def _kind(name: str, title: str, keys: str = "", use: str = "", rules_at: str = "") -> Kind:
-    return Kind(name, title, frozenset(keys.split()), use, rules_at)
+def _at(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(f"recipes_lib.{module}"), name)
+
+
+def _kind(name: str, title: str, keys: str = "", use: str = "", *places: str) -> Kind:
+    return Kind(name, title, frozenset(keys.split()), use, *places)
 
 
 RECIPE = _kind(
@@ -55,6 +72,7 @@ RECIPE = _kind(
     f"extends {' '.join(SECTIONS)}",
     "train it: recipes train",
     "config.check:RecipeRules",
+    "data.rows:check_rows",
 )
 _BASE = _kind(
     "base",
@@ -70,6 +88,7 @@ KINDS = (
         "suite generation metrics",
         "run it: recipes eval EVAL RUN",
         "eval_recipe:EvalRules",
+        "suites.questions:check_questions",
     ),
     _kind(
         "study",
@@ -78,6 +97,7 @@ KINDS = (
         " published accelerate gpus nodes overrides looks tune",
         "run it: recipes study run",
         "compare.design:StudyRules",
+        "study.leaks:check_study_rows",
     ),
     _kind(
         "profile",

@@ -8,14 +8,14 @@ own: the steps of the recipe it starts from were chosen for other rows.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.learning_rates import LORA_ALPHA, RANK, lora_rate
 from recipes_lib.config.loader import MAX_LEVELS, load_document
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import MAX_LENGTH
+from recipes_lib.config.sections import MAX_LENGTH, OwnRows
 from recipes_lib.config.yaml_text import join_lines, yaml_lines
 from recipes_lib.core.project import project_root, shown_path
 
@@ -51,39 +51,6 @@ _NF4 = {
     "bnb_4bit_compute_dtype": "bfloat16",
 }
 _SHARDED = {"bnb_4bit_quant_storage": "bfloat16"}  # FSDP shards one floating type
-
-
-@dataclass(frozen=True)
-class OwnRows:
-    """How somebody's data file is to be read.
-
-    Args:
-        file: the file or folder.
-        prompt_formats: those that can read its rows, best first.
-        columns: our name -> the file's, where they differ.
-        whole_text: whether a row is one text, so that no completion can carry the loss alone.
-        delimiter: between the columns of a text file, where its ending does not tell.
-        encoding: of a text file that is not UTF-8, guessed.
-        max_length: tokens that hold nearly every row, where they were counted.
-    """
-
-    file: Path
-    prompt_formats: tuple[str, ...]
-    columns: dict[str, str] = field(default_factory=dict)
-    whole_text: bool = False
-    delimiter: str | None = None
-    encoding: str | None = None
-    max_length: int | None = None
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The keys of `data` that say how the file is read, where it does not say so itself."""
-        written = {
-            "columns": self.columns,
-            "delimiter": self.delimiter,
-            "encoding": self.encoding,
-        }
-        return {key: value for key, value in written.items() if value}
 
 
 def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) -> str:

@@ -226,6 +226,39 @@ class DataSection:
 ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_prompt")
 
 
+@dataclass(frozen=True)
+class OwnRows:
+    """How somebody's data file is to be read.
+
+    Args:
+        file: the file or folder.
+        prompt_formats: those that can read its rows, best first.
+        columns: our name -> the file's, where they differ.
+        whole_text: whether a row is one text, so that no completion can carry the loss alone.
+        delimiter: between the columns of a text file, where its ending does not tell.
+        encoding: of a text file that is not UTF-8, guessed.
+        max_length: tokens that hold nearly every row, where they were counted.
+    """
+
+    file: Path
+    prompt_formats: tuple[str, ...]
+    columns: dict[str, str] = field(default_factory=dict)
+    whole_text: bool = False
+    delimiter: str | None = None
+    encoding: str | None = None
+    max_length: int | None = None
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The keys of `data` that say how the file is read, where it does not say so itself."""
+        written = {
+            "columns": self.columns,
+            "delimiter": self.delimiter,
+            "encoding": self.encoding,
+        }
+        return {key: value for key, value in written.items() if value}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSection:
     """The run: its name and its batch in examples."""

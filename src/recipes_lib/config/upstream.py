@@ -9,7 +9,6 @@ rows arrive truncated.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import inspect
 import os
 import re
@@ -153,11 +152,13 @@ def kernels_wanted_and_found() -> tuple[str, str | None]:
     """Return the requirement that the installed transformers has for the package kernels, and the
     version that is installed.
     """
+    from importlib.metadata import PackageNotFoundError, version
+
     from transformers.dependency_versions_table import deps
 
     try:
-        return str(deps["kernels"]), importlib.metadata.version("kernels")
-    except importlib.metadata.PackageNotFoundError:
+        return str(deps["kernels"]), version("kernels")
+    except PackageNotFoundError:
         return str(deps["kernels"]), None
 
 

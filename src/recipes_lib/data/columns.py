@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.new_recipe import OwnRows
+from recipes_lib.config.sections import OwnRows
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import refuse_pipe

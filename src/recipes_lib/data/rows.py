@@ -14,10 +14,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.loader import Document
+from recipes_lib.config.recipe import recipe_from
 from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import say
 from recipes_lib.data.columns import IDS_HINT, Reading
-from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError, message_texts
+from recipes_lib.data.examples import (
+    BadRow,
+    BadRows,
+    Example,
+    SettingError,
+    message_texts,
+    place,
+)
 from recipes_lib.data.files import Table
 from recipes_lib.data.sources import (
     Source,
@@ -234,6 +245,20 @@ def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
     if not kept:
         raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
     return replace(rows, examples=kept), filtered
+
+
+def check_rows(document: Document, full: bool) -> list[DataError]:
+    """Return what is wrong with a recipe's local rows, for `recipes check`; the files of which not
+    all rows were read are printed.
+    """
+    recipe, most = recipe_from(document), None if full else NUM_CHECKED
+    try:
+        for file in check_local_rows(recipe.data, most):
+            looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
+            say(f"note: {looked}; --full reads all")
+    except DataError as error:
+        return [place(recipe, error)]
+    return []
 
 
 def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from recipes_lib.compare.design import Arm, Study
+from recipes_lib.compare.design import Arm, Study, load_study
 from recipes_lib.compare.wording import sentence_list
+from recipes_lib.config.loader import Document
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors, print_error
 from recipes_lib.data.leaks import Leaks
@@ -38,6 +39,16 @@ def refuse_leaks(study: Study, steps: Sequence[Step], fetch: bool = False) -> No
         print_error(remark)
     if errors:
         raise RecipeErrors(errors)
+
+
+def check_study_rows(document: Document, full: bool) -> list[RecipeError]:
+    """Return the errors about a study's arms, for `recipes check`; what could not be searched is
+    left to the training.
+    """
+    study = load_study(document.path)
+    errors, remarks = leaks_of_study(study, study.arms)
+    document.warnings += [one for one in remarks if not one.what.startswith("note:")]
+    return errors
 
 
 def leaks_of_study(

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.loader import Document
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
 from recipes_lib.core.json_files import valid_texts
@@ -20,7 +21,7 @@ from recipes_lib.data.examples import NUM_LISTED
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.judging.human_labels import PairTexts, labels_by_texts
 from recipes_lib.suites.rules import RULES, Rule
 
@@ -184,6 +185,17 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
     named = {"data.questions": recipe.data.questions, "data.references": recipe.data.references}
     here = all(recipe.resolve(key, name).is_file() for key, name in named.items() if name)
     return load_questions(recipe) if here and recipe.suite.name in ASKED_HERE else None
+
+
+def check_questions(document: Document, full: bool) -> list[DataError]:
+    """Return what is wrong with the rows of an eval recipe's local question file, for `recipes
+    check`.
+    """
+    try:
+        local_questions(load_eval(document.path))
+    except DataError as error:
+        return [error]
+    return []
 
 
 def _from_wheel(fetch: bool) -> Path:
