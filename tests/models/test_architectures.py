@@ -318,6 +318,16 @@ def test_each_architecture_has_no_complaint_about_a_plain_recipe(
         ] == [], family
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_blocks_that_a_model_has_are_named_to_what_shards_it(family: str) -> None:
+    import copy
+
+    model = copy.deepcopy(without_weights(family))
+    prepare_for_training(model)
+    listed, present = without_weights(family)._no_split_modules, map(type, model.modules())
+    assert model._no_split_modules == set(listed) & {one.__name__ for one in present} != set()
+
+
 @pytest.mark.parametrize("family", [name for name in FAMILIES if "vision_config" in FAMILIES[name]])
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.[qv]_proj"])
 def test_text_trains_the_language_model_alone_of_a_model_that_reads_images(

@@ -397,8 +397,12 @@ def _wrapped_parameters(model: Any, name: str) -> set[str]:
 
 def prepare_for_training(model: Any) -> None:
     """Give TRL what it looks for in a model: the model without its head, the number of experts.
-    Freeze what reads images: processes would wait for gradients that text does not give.
+    Freeze what reads images: processes would wait for gradients that text does not give. Name to
+    accelerate only the blocks that are there: it refuses to shard a model whose class lists others,
+    as those of text alone list the blocks that read images.
     """
+    present = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = present.intersection(model._no_split_modules or ())
     needs, config = needs_of(model), model.config.get_text_config()
     for part in images_of(model.config):
         for name, module in model.named_modules():

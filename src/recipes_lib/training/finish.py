@@ -188,12 +188,14 @@ def save_and_check(
         trained = weights_check.logits_on(trainer.model, probes)
     rounds = recipe.base_format or half or recipe.model.dtype in {"bfloat16", "float16"}
     tolerance = weights_check.HALF_TOLERANCE if rounds else weights_check.EXACT_TOLERANCE
-    tokenizer = trainer.processing_class
+    tokenizer, sharded = trainer.processing_class, trainer.is_fsdp_enabled
     _release(trainer)
 
     def check() -> WeightsCheck:
         files = weights_check.check_files(scratch, full, model_path(recipe.model))
         reloaded = weights_check.reload(scratch, recipe, full, tokenizer)
+        if sharded and half:
+            weights_check.round_weights(reloaded, half)
         with weights_check.autocast(half, reloaded.device.type):
             again = weights_check.logits_on(reloaded, probes)
         rerouted = weights_check.rerouted_share(reloaded)

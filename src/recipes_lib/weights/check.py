@@ -216,6 +216,17 @@ def reload(folder: Path, recipe: Recipe, full_finetuning: bool, tokenizer: Any) 
     return model.to(device_with_room(model))
 
 
+def round_weights(model: PreTrainedModel, half: str) -> None:
+    """Give a model the weights that FSDP2's mixed precision computes with: each rounded as a whole,
+    where autocast leaves the residual stream and the norms in float32.
+    """
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(getattr(torch, half))
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Token ids to compare models on, and where they come from."""
