@@ -41,7 +41,7 @@ from recipes_lib.statistics import paired
 from recipes_lib.statistics import seeds as over_seeds
 from recipes_lib.statistics.family import Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, bca, wilson
-from recipes_lib.statistics.unresolved import Tested, compare, compare_ps
+from recipes_lib.statistics.unresolved import compare, compare_ps
 
 Array = NDArray[np.float64]
 LEVEL = 0.05
@@ -214,7 +214,7 @@ LM_EVAL_ROWS = (
 UNSTABLE = 0.3
 
 
-def one_study(kind: Kind, n: int, effect: float, rng: np.random.Generator) -> Tested:
+def one_study(kind: Kind, n: int, effect: float, rng: np.random.Generator) -> paired.Tested:
     """Draw one study and test it as a report does. n counts questions; each has `turns` items."""
     questions = n
     first, second = [], []
@@ -508,7 +508,17 @@ def _tables(values: Array, scores: Scores) -> Iterator[list[TableRow]]:
     tests = [
         compare_ps(values[:, m, a], values[:, m, b], questions, scale=scale) for m, a, b in cells
     ]
-    blank = Tested(None, None, None, None, n, n, scores.seeds, 0, None, None, "", "")
+    blank = paired.Tested(
+        effect=None,
+        low=None,
+        high=None,
+        p=None,
+        n=n,
+        questions=n,
+        seeds=scores.seeds,
+        test="",
+        interval_method="",
+    )
     for study, one in enumerate(values):
         rows = []
         for (m, a, b), (effects, ps) in zip(cells, tests, strict=True):

@@ -14,7 +14,7 @@ from recipes_lib.compare.table import build_rows
 from recipes_lib.eval_log import AnswerFaults, Sample
 from recipes_lib.judging.outcomes import summarise
 from recipes_lib.statistics.intervals import share_interval
-from recipes_lib.statistics.paired import sign_flip_p
+from recipes_lib.statistics.paired import sign_flip_ps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -42,7 +42,8 @@ def test_the_answers_to_a_question_are_averaged_before_the_test() -> None:
     row = compared(first, second)
     assert row.tested is not None and row.tested.spread is not None
     assert (row.tested.n, row.tested.questions) == (90, 30)
-    assert row.tested.p == sign_flip_p(3 * (first.mean(axis=0) - second.mean(axis=0)))
+    sums = 3 * (first.mean(axis=0) - second.mean(axis=0))
+    assert row.tested.p == sign_flip_ps(sums[None])[0]
     assert row.tested.spread.draws == 3
     # independent answers: all of a question's variance is new in each of them
     assert row.tested.spread.drawn_share == pytest.approx(1.0, abs=0.35)

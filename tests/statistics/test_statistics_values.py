@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from recipes_lib.statistics.family import Hypotheses, adjust
@@ -26,9 +27,13 @@ from recipes_lib.statistics.paired import (
     mcnemar_p,
     paired_binary_interval,
     paired_test,
-    sign_flip_p,
+    sign_flip_ps,
 )
 from recipes_lib.statistics.power import Spread
+
+
+def sign_flip_p(values: ArrayLike, *, resamples: int = 10_000, seed: int = 0) -> float:
+    return float(sign_flip_ps(np.atleast_2d(values), resamples=resamples, seed=seed)[0])
 
 
 @settings(max_examples=40, deadline=None)

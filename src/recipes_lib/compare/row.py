@@ -26,7 +26,8 @@ from recipes_lib.statistics.labels import (
     random_choice_p,
     rectified,
 )
-from recipes_lib.statistics.unresolved import Tested, compare
+from recipes_lib.statistics.paired import Tested
+from recipes_lib.statistics.unresolved import compare
 
 TestVerdict = Literal["better", "worse", "no difference shown", "cannot be tested", "not tested"]
 # What a margin adds: the first arm is not worse, not better, or neither.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,7 +20,6 @@ from scipy import special
 from recipes_lib.statistics.intervals import (
     Interval,
     Z,
-    cluster_sums,
     mean_interval,
     standard_error,
 )
@@ -33,10 +33,14 @@ _CHUNK = 2_000_000
 Array: TypeAlias = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class PairedResult:
-    """The difference of two arms on the same items; `p` is None where no test can be made. `spread`
-    is what its power rests on, None where nothing varies.
+@dataclass(frozen=True, kw_only=True)
+class Tested:
+    """The comparison of two arms on one metric; `p` is None where no test can be made.
+
+    `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved
+    item against the first arm, and in its favour. `low` and `high` span the three intervals.
+    `spread` is what the power of this comparison rests on, in the worse of these two cases where
+    items are unresolved; None where nothing varies.
     """
 
     effect: float | None
@@ -44,9 +48,77 @@ class PairedResult:
     high: float | None
     p: float | None
     n: int
+    questions: int
+    seeds: int = 1
+    unresolved: int = 0
+    lowest: float | None = None
+    highest: float | None = None
     test: str
     interval_method: str
-    spread: Spread | None
+    spread: Spread | None = None
+
+    def mde(self, alpha: float = 0.05) -> float | None:
+        """Return the smallest difference, over the items with a value, that is found with 80%
+        probability at level `alpha`.
+        """
+        return self.spread.mde(alpha) if self.spread else None
+
+    def questions_needed(self, alpha: float = 0.05) -> int | None:
+        """Return how many questions would find the observed effect with 80% probability; None where
+        no number would do.
+        """
+        if not (self.spread and self.effect):
+            return None
+        factor = self.spread.questions_factor(self.effect, alpha)
+        return None if factor is None else max(2, math.ceil(factor * self.questions))
+
+    def touching(self, bound: float) -> float | None:
+        """Return the alpha at which the two-sided interval touches `bound`: half of it is the
+        one-sided p of the effect lying on the estimate's side of it. None without an interval.
+
+        The interval's own reach at 95% is stretched to other levels as its t intervals are, so that
+        at 95% the answer is that of the interval.
+        """
+        if self.effect is None or self.low is None or self.high is None:
+            return None
+        reach = self.effect - self.low if bound < self.effect else self.high - self.effect
+        if reach <= 0:
+            return None
+        spread = self.spread or (  # seeds that agree to the last item are few seeds still
+            Spread(1.0) if self.seeds < 2 else Spread(0.0, seeds=1.0, seed_freedom=self.seeds - 1)
+        )
+        wanted = abs(self.effect - bound) / reach * _half(spread, 0.05)
+        return float(alpha_of(lambda alpha: _half(spread, alpha), wanted))
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+def _half(spread: Spread, alpha: ArrayLike) -> Any:
+    """Half the width of a two-sided interval at level 1 - alpha, as the t intervals behind a spread
+    have it.
+    """
+    below = 1 - np.asarray(alpha) / 2
+    over_questions, over_seeds = (
+        (special.ndtri(below) if math.isinf(freedom) else special.stdtrit(freedom, below)) ** 2
+        for freedom in (spread.freedom, spread.seed_freedom)
+    )
+    whole = over_questions * spread.questions + over_seeds * spread.seeds
+    return np.sqrt(np.maximum(whole, over_questions * spread.flips))
+
+
+def alpha_of(half: Callable[[Array], Any], distance: ArrayLike) -> Array:
+    """Return the alpha at which the half width of an interval equals `distance`, for each one."""
+    away = np.asarray(distance, dtype=float)
+    smallest = 1e-12
+    low, high = np.full(away.shape, math.log(smallest)), np.zeros(away.shape)
+    for _ in range(60):
+        middle = (low + high) / 2
+        wide = half(np.exp(middle)) > away
+        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
+    least = half(np.full(away.shape, smallest)) <= away
+    return np.where(away <= 0, 1.0, np.where(least, smallest, np.exp(high)))
 
 
 def mcnemar_p(only_first: int, only_second: int) -> float | None:
@@ -66,30 +138,16 @@ def mcnemar_p(only_first: int, only_second: int) -> float | None:
     return float(min(1.0, 2 * special.bdtr(min(only_first, only_second), discordant, 0.5)))
 
 
-def sign_flip_p(
-    differences: ArrayLike,
-    clusters: ArrayLike | None = None,
-    *,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> float | None:
-    """Return the two-sided p of the sign-flip permutation test on the sum of the differences; None
-    when all are zero.
-
-    Whole clusters are flipped. Outcomes and grades lie on a lattice, where the distribution over
-    all sign patterns is computed exactly. Otherwise up to 14 non-zero clusters all patterns are
-    enumerated, above that `resamples` random ones plus the observed one are used, so p is never 0,
-    and above 2,000 clusters the normal limit of the same distribution.
-    """
-    values = np.asarray(differences, dtype=float).reshape(-1)
-    sums = cluster_sums(values, clusters)[0] if len(values) else values
-    return number_or_none(sign_flip_ps(sums[None], resamples=resamples, seed=seed)[0])
-
-
 def sign_flip_ps(
     sums: Array, *, resamples: int = 10_000, seed: int = 0, lattice: int = MAX_LATTICE
 ) -> Array:
-    """Return the p of `sign_flip_p` for the sums of clusters of many studies, one study a row.
+    """Return the two-sided p of the sign-flip permutation test of many studies, one study a row:
+    on the sum of its differences, of which each is that of a whole cluster; NaN where all are zero.
+
+    Outcomes and grades lie on a lattice, where the distribution over all sign patterns is computed
+    exactly. Otherwise up to 14 non-zero clusters all patterns are enumerated, above that
+    `resamples` random ones plus the observed one are used, so p is never 0, and above 2,000
+    clusters the normal limit of the same distribution.
 
     Args:
         lattice: sum of the whole numbers up to which the distribution is computed exactly.
@@ -223,9 +281,7 @@ def paired_binary_interval(only_first: int, only_second: int, n: int) -> Interva
     )
 
 
-def paired_test(
-    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None, *, seed: int = 0
-) -> PairedResult:
+def paired_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> Tested:
     """Compare two arms item by item: effect, interval and p.
 
     McNemar's exact test and the adjusted Wald interval where the differences are wins and losses of
@@ -242,27 +298,26 @@ def paired_test(
     size, questions = _size_of(a, b), n if clusters is None else len(np.unique(clusters))
     error = standard_error(differences, clusters)
     spread = Spread(error**2, questions - 1) if error else None
-    p = number_or_none(paired_ps(a[None], b[None], clusters, seed=seed)[0])
     if size is None or questions < n:
-        interval, test = mean_interval(differences, clusters, seed=seed), "sign flip"
+        interval, test, scale = mean_interval(differences, clusters), "sign flip", 1.0
     else:
         won, lost = int((differences > 0).sum()), int((differences < 0).sum())
-        interval = paired_binary_interval(won, lost, n)
-        low, high = (
-            None if limit is None else limit * size for limit in (interval.low, interval.high)
-        )
-        effect = float(differences.mean()) if n else None
-        interval = replace(interval, estimate=effect, low=low, high=high)
-        test = "mcnemar exact"
+        interval, test, scale = paired_binary_interval(won, lost, n), "mcnemar exact", size
         spread = Spread(error**2, step=size / n) if error else None
-    return PairedResult(
-        interval.estimate, interval.low, interval.high, p, n, test, interval.method, spread
+    return Tested(
+        effect=float(differences.mean()) if n else None,
+        low=None if interval.low is None else interval.low * scale,
+        high=None if interval.high is None else interval.high * scale,
+        p=number_or_none(paired_ps(a[None], b[None], clusters)[0]),
+        n=n,
+        questions=questions,
+        test=test,
+        interval_method=interval.method,
+        spread=spread,
     )
 
 
-def paired_ps(
-    first: Array, second: Array, clusters: ArrayLike | None = None, *, seed: int = 0
-) -> Array:
+def paired_ps(first: Array, second: Array, clusters: ArrayLike | None = None) -> Array:
     """Return the p of `paired_test` for many studies of the same items, one study a row."""
     differences, n = first - second, first.shape[1]
     if not n:
@@ -270,9 +325,9 @@ def paired_ps(
     codes = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
     if codes.max() + 1 < n:
         sums = np.stack([np.bincount(codes.reshape(-1), weights=row) for row in differences])
-        return sign_flip_ps(sums, seed=seed)
+        return sign_flip_ps(sums)
     if _size_of(first, second) is None:
-        return sign_flip_ps(differences[:, np.argsort(codes.reshape(-1))], seed=seed)
+        return sign_flip_ps(differences[:, np.argsort(codes.reshape(-1))])
     won, lost = (differences > 0).sum(axis=1), (differences < 0).sum(axis=1)
     exact = 2 * special.bdtr(np.minimum(won, lost).astype(float), won + lost, 0.5)
     return np.where(won + lost, np.minimum(1.0, exact), np.nan)

@@ -13,15 +13,13 @@ of whole questions averaged over seeds, and the interval spans both.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
 from recipes_lib.statistics.intervals import LEVEL, Interval, mean_interval
-from recipes_lib.statistics.paired import Array, PairedResult, number_or_none, sign_flip_ps
+from recipes_lib.statistics.paired import Array, Tested, alpha_of, number_or_none, sign_flip_ps
 from recipes_lib.statistics.power import Spread
 
 METHOD = "seeds and questions, t"
@@ -140,22 +138,7 @@ def _half(alpha: ArrayLike, shape: tuple[int, ...], by_seed: ArrayLike, excess: 
     return np.sqrt(first**2 * by_seed + second**2 * excess)
 
 
-def alpha_of(half: Callable[[Array], Any], distance: ArrayLike) -> Array:
-    """Return the alpha at which the half width of an interval equals `distance`, for each one."""
-    away = np.asarray(distance, dtype=float)
-    smallest = 1e-12
-    low, high = np.full(away.shape, math.log(smallest)), np.zeros(away.shape)
-    for _ in range(60):
-        middle = (low + high) / 2
-        wide = half(np.exp(middle)) > away
-        low, high = np.where(wide, middle, low), np.where(wide, high, middle)
-    least = half(np.full(away.shape, smallest)) <= away
-    return np.where(away <= 0, 1.0, np.where(least, smallest, np.exp(high)))
-
-
-def seeds_test(
-    first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None
-) -> PairedResult:
+def seeds_test(first: ArrayLike, second: ArrayLike, clusters: ArrayLike | None = None) -> Tested:
     """Compare two arms with several seeds item by item; seeds that both arms have are paired in the
     order given.
 
@@ -176,8 +159,18 @@ def seeds_test(
         )
     table = question_means(a - b, clusters)
     interval, p = crossed_interval(table)
-    how = ("crossed t", interval.method, _spread(table))
-    return PairedResult(interval.estimate, interval.low, interval.high, p, a.shape[1], *how)
+    return Tested(
+        effect=interval.estimate,
+        low=interval.low,
+        high=interval.high,
+        p=p,
+        n=a.shape[1],
+        questions=table.shape[1],
+        seeds=len(table),
+        test="crossed t",
+        interval_method=interval.method,
+        spread=_spread(table),
+    )
 
 
 def seed_deviation(table: Array) -> float:

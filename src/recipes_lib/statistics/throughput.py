@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from scipy import special
 
 from recipes_lib.statistics.intervals import TAILS
+from recipes_lib.statistics.paired import Tested
 from recipes_lib.statistics.power import Spread
-from recipes_lib.statistics.unresolved import Tested
 
 BLOCKS = 5
 FEWEST_STEPS = 40  # steps, counted as if they were independent
@@ -113,9 +113,6 @@ def compare_rates(first: Sequence[StepTimes], second: Sequence[StepTimes]) -> Te
         n=steps,
         questions=steps,
         seeds=seeds,
-        unresolved=0,
-        lowest=None,
-        highest=None,
         test=method,
         interval_method=method,
         spread=spread if known else None,

@@ -8,102 +8,17 @@ been.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import special
 
-from recipes_lib.statistics.paired import (
-    Array,
-    PairedResult,
-    number_or_none,
-    paired_ps,
-    paired_test,
-)
+from recipes_lib.statistics.paired import Array, Tested, number_or_none, paired_ps, paired_test
 from recipes_lib.statistics.power import Spread
-from recipes_lib.statistics.seeds import alpha_of, crossed_ps, question_means, seeds_test
-
-
-@dataclass(frozen=True)
-class Tested:
-    """The comparison of two arms on one metric.
-
-    `effect` is over resolved items; `lowest` and `highest` are the effects with every unresolved
-    item against the first arm, and in its favour. `low` and `high` span the three intervals.
-    `spread` is what the power of this comparison rests on, in the worse of these two cases where
-    items are unresolved.
-    """
-
-    effect: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    n: int
-    questions: int
-    seeds: int
-    unresolved: int
-    lowest: float | None
-    highest: float | None
-    test: str
-    interval_method: str
-    spread: Spread | None = None
-
-    def mde(self, alpha: float = 0.05) -> float | None:
-        """Return the smallest difference, over the items with a value, that is found with 80%
-        probability at level `alpha`.
-        """
-        return self.spread.mde(alpha) if self.spread else None
-
-    def questions_needed(self, alpha: float = 0.05) -> int | None:
-        """Return how many questions would find the observed effect with 80% probability; None where
-        no number would do.
-        """
-        factor = (
-            self.spread.questions_factor(self.effect, alpha)
-            if self.spread and self.effect
-            else None
-        )
-        return None if factor is None else max(2, math.ceil(factor * self.questions))
-
-    def touching(self, bound: float) -> float | None:
-        """Return the alpha at which the two-sided interval touches `bound`: half of it is the
-        one-sided p of the effect lying on the estimate's side of it. None without an interval.
-
-        The interval's own reach at 95% is stretched to other levels as its t intervals are, so that
-        at 95% the answer is that of the interval.
-        """
-        if self.effect is None or self.low is None or self.high is None:
-            return None
-        reach = self.effect - self.low if bound < self.effect else self.high - self.effect
-        if reach <= 0:
-            return None
-        spread = self.spread or (  # seeds that agree to the last item are few seeds still
-            Spread(1.0) if self.seeds < 2 else Spread(0.0, seeds=1.0, seed_freedom=self.seeds - 1)
-        )
-        wanted = abs(self.effect - bound) / reach * _half(spread, 0.05)
-        return float(alpha_of(lambda alpha: _half(spread, alpha), wanted))
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
-
-
-def _half(spread: Spread, alpha: ArrayLike) -> Any:
-    """Half the width of a two-sided interval at level 1 - alpha, as the t intervals behind a spread
-    have it.
-    """
-    below = 1 - np.asarray(alpha) / 2
-    over_questions, over_seeds = (
-        (special.ndtri(below) if math.isinf(freedom) else special.stdtrit(freedom, below)) ** 2
-        for freedom in (spread.freedom, spread.seed_freedom)
-    )
-    whole = over_questions * spread.questions + over_seeds * spread.seeds
-    return np.sqrt(np.maximum(whole, over_questions * spread.flips))
+from recipes_lib.statistics.seeds import crossed_ps, question_means, seeds_test
 
 
 def compare(
@@ -142,19 +57,16 @@ def compare(
         np.array([[math.nan if value is None else value] for value in values])
         for values in ([one.p for one in every], [one.effect for one in every])
     )
-    return Tested(
-        effect=complete.effect,
+    return replace(
+        complete,
         low=min((low for low, _ in limits if low is not None), default=None),
         high=max((high for _, high in limits if high is not None), default=None),
         p=number_or_none(_largest(effects, ps)[0]),
         n=a.shape[1],
         questions=len(np.unique(labels)),
-        seeds=max(a.shape[0], b.shape[0]),
         unresolved=int((~known).sum()),
         lowest=worst.effect,
         highest=best.effect,
-        test=complete.test,
-        interval_method=complete.interval_method,
         spread=spread,
     )
 
@@ -207,7 +119,7 @@ def _largest(effects: Array, ps: Array) -> Array:
 
 
 def _worst_spread(
-    effect: float | None, extremes: Sequence[PairedResult], resolved: float
+    effect: float | None, extremes: Sequence[Tested], resolved: float
 ) -> Spread | None:
     """What power rests on where items are open: a difference must be found with all of them against
     it, whichever arm it favours.
@@ -220,11 +132,11 @@ def _worst_spread(
         if one.spread is None or one.effect is None or effect is None:
             return None
         against = max(sign * (resolved * effect - one.effect), 0.0)
-        found.append(dataclasses.replace(one.spread, against=against, resolved=resolved))
+        found.append(replace(one.spread, against=against, resolved=resolved))
     return max(found, key=lambda spread: spread.mde() or math.inf)
 
 
-def _test(a: Array, b: Array, labels: NDArray[Any]) -> PairedResult:
+def _test(a: Array, b: Array, labels: NDArray[Any]) -> Tested:
     """The test that fits: seeds crossed with questions, or one seed's items paired."""
     if max(a.shape[0], b.shape[0]) > 1:
         return seeds_test(a, b, labels)
