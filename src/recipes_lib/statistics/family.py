@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHARES = {True: 0.8, False: 0.2}  # of the error rate: of the primary family, of the secondary one
 
@@ -42,27 +42,18 @@ class Hypotheses:
         p: two-sided p of no difference.
         bounds: for each margin the alpha at which the two-sided interval touches it; 1 where the
             estimate lies beyond.
+        level: what the smallest p of its family is held to; `adjust` tells it.
     """
 
     p: float
     bounds: tuple[float, ...] = ()
     primary: bool = False
+    level: float = math.nan
 
 
-@dataclass(frozen=True)
-class Adjusted:
-    """The same p values, adjusted: a hypothesis is rejected at alpha where its value is at most
-    alpha. `level` is what the smallest p of the comparison's family is held to at 5%.
-    """
-
-    p: float
-    bounds: tuple[float, ...]
-    level: float
-
-
-def adjust(comparisons: Sequence[Hypotheses], alpha: float = 0.05) -> list[Adjusted]:
-    """Return the adjusted p values of a table; without a primary comparison, or with nothing else,
-    they are Holm's.
+def adjust(comparisons: Sequence[Hypotheses], alpha: float = 0.05) -> list[Hypotheses]:
+    """Return the hypotheses of a table with adjusted p values: one is rejected at alpha where its
+    value is at most alpha. Without a primary comparison, or with nothing else, they are Holm's.
 
     Example:
         >>> [one.p for one in adjust([Hypotheses(0.02, primary=True), Hypotheses(0.03)])]
@@ -93,14 +84,12 @@ def adjust(comparisons: Sequence[Hypotheses], alpha: float = 0.05) -> list[Adjus
         count = 1.0 if math.isnan(mine[0]) else 0.5 if any(map(math.isnan, mine)) else 0.0
         weights[family] -= counts[row] - count
         counts[row] = count
+    levels = {
+        family: alpha * (1.0 if worst[not family] <= alpha else SHARES[family]) / max(1, size)
+        for family, size in sizes.items()
+    }
     return [
-        Adjusted(
-            mine[0],
-            tuple(mine[1:]),
-            alpha
-            * (1.0 if worst[not one.primary] <= alpha else SHARES[one.primary])
-            / sizes[one.primary],
-        )
+        replace(one, p=mine[0], bounds=tuple(mine[1:]), level=levels[one.primary])
         for one, mine in zip(comparisons, adjusted, strict=True)
     ]
 

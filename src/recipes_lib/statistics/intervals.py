@@ -1,8 +1,8 @@
 """Confidence intervals for rates, means and agreement, clustered where one question gave several
 values.
 
-The estimate is always the plain one (a share, or the mean over all items); only the interval knows
-about clusters. Random resampling is seeded, so the same numbers give the same interval.
+The estimate is always the plain one; only the interval knows about clusters. Random resampling is
+seeded, so the same numbers give the same interval.
 """
 
 from __future__ import annotations
@@ -37,7 +37,11 @@ class StoredInterval(TypedDict):
 
 
 class StoredBounds(TypedDict):
-    """`RateBounds` as a file holds them."""
+    """A rate with unresolved items: what it is if all of them were lost, and if all were won.
+
+    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are
+    lost, and the one above when all are won.
+    """
 
     all_lost: float | None
     all_won: float | None
@@ -79,27 +83,6 @@ class Interval:
     def to_dict(self) -> StoredInterval:
         """Return the fields as a JSON-ready dictionary."""
         return cast(StoredInterval, asdict(self))
-
-
-@dataclass(frozen=True)
-class RateBounds:
-    """A rate with unresolved items: what it is if all of them were lost, and if all were won.
-
-    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are
-    lost, and the one above when all are won.
-    """
-
-    all_lost: float | None
-    all_won: float | None
-    low: float | None
-    high: float | None
-    n: int
-    unresolved: int
-    level: float = LEVEL
-
-    def to_dict(self) -> StoredBounds:
-        """Return the fields as a JSON-ready dictionary."""
-        return cast(StoredBounds, asdict(self))
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -157,22 +140,38 @@ def _codes(clusters: Sequence[Hashable] | None) -> list[int]:
     return [places.setdefault(one, len(places)) for one in clusters or ()]
 
 
-def rate_bounds(successes: int, n: int, unresolved: int) -> RateBounds:
-    """Return a rate's bounds when `unresolved` of the `n` items have no outcome: they are first all
-    counted as failures, then all as successes.
+def rate_bounds(successes: int, n: int, unresolved: int) -> StoredBounds:
+    """Return a rate's bounds when `unresolved` of the `n` items have no outcome.
 
     Raises:
         ValueError: if the counts do not fit.
 
     Example:
         >>> bounds = rate_bounds(60, 100, 10)
-        >>> bounds.all_lost, bounds.all_won
+        >>> bounds["all_lost"], bounds["all_won"]
         (0.6, 0.7)
     """
     if unresolved < 0 or successes + unresolved > n:
         raise ValueError(f"{successes} successes and {unresolved} unresolved do not fit into {n}")
-    lost, won = wilson(successes, n), wilson(successes + unresolved, n)
-    return RateBounds(lost.estimate, won.estimate, lost.low, won.high, n, unresolved)
+    return bounds_between(wilson(successes, n), wilson(successes + unresolved, n), unresolved)
+
+
+def bounds_between(lost: Interval, won: Interval, unresolved: int) -> StoredBounds:
+    """Return a rate's bounds from its intervals with all unresolved items lost, and all won."""
+    return {
+        "all_lost": lost.estimate,
+        "all_won": won.estimate,
+        "low": lost.low,
+        "high": won.high,
+        "n": lost.n,
+        "unresolved": unresolved,
+        "level": LEVEL,
+    }
+
+
+def codes_of(clusters: ArrayLike) -> NDArray[np.int64]:
+    """Return a number for each item's cluster: 0, 1, ... in the order of their names."""
+    return np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
 
 
 def cluster_sums(
@@ -181,7 +180,7 @@ def cluster_sums(
     """Return each cluster's sum and number of items; without clusters, every item is its own."""
     if clusters is None:
         return values, np.ones_like(values)
-    codes = np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
+    codes = codes_of(clusters)
     if len(codes) != len(values):
         raise ValueError(f"{len(codes)} cluster labels for {len(values)} values")
     return np.bincount(codes, weights=values), np.bincount(codes).astype(float)
@@ -190,9 +189,7 @@ def cluster_sums(
 def _fold(
     sums: NDArray[np.float64], sizes: NDArray[np.float64], rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Put more than 10,000 clusters into 10,000 groups at random: the mean stays, the bootstrap's
-    cost no longer grows.
-    """
+    """Put more than 10,000 clusters into 10,000 groups at random: the mean stays as it is."""
     if len(sums) <= MAX_BOOTSTRAP_CLUSTERS:
         return sums, sizes
     codes = rng.permutation(len(sums)) % MAX_BOOTSTRAP_CLUSTERS
@@ -216,8 +213,8 @@ def _resample(
     rng: np.random.Generator,
     with_errors: bool = True,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the mean and, where it is wanted, its linearised standard error for each of
-    `resamples` draws of clusters.
+    """The mean of each of `resamples` draws of clusters and, where it is wanted, its linearised
+    standard error.
 
     Where few distinct values occur (outcomes, grades), how often each is drawn is one multinomial
     draw: the same distribution for a fraction of the time.
@@ -251,9 +248,7 @@ def _resample(
 
 
 def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> float | None:
-    """Return the mean's standard error, clusters allowed (ratio-mean linearisation); None below two
-    clusters.
-    """
+    """Return the mean's standard error over clusters (ratio-mean linearisation); None below two."""
     sums, sizes = cluster_sums(_finite(values), clusters)
     if len(sums) < 2:
         return None
@@ -264,10 +259,8 @@ def standard_error(values: ArrayLike, clusters: ArrayLike | None = None) -> floa
 def bca(
     values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Return the mean with a bias-corrected and accelerated bootstrap interval over clusters.
-
-    The jackknife of a (ratio) mean is computed in closed form, so the cost is linear in the number
-    of clusters.
+    """Return the mean with a bias-corrected and accelerated bootstrap interval over clusters; the
+    jackknife of a (ratio) mean is computed in closed form.
 
     Source: Efron (1987), Journal of the American Statistical Association 82.
     """
@@ -323,14 +316,14 @@ def studentised(
 
 
 def mean_interval(
-    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000, seed: int = 0
+    values: ArrayLike, clusters: ArrayLike | None = None, *, resamples: int = 2000
 ) -> Interval:
-    """Return the mean with the interval this project uses: studentised below 100 clusters, BCa from
-    there on.
+    """Return the mean with the interval this project uses: studentised below 100 clusters, else
+    BCa.
     """
     count = len(np.unique(np.asarray(clusters))) if clusters is not None else np.size(values)
     method = studentised if count < STUDENTISED_BELOW else bca
-    return method(values, clusters, resamples=resamples, seed=seed)
+    return method(values, clusters, resamples=resamples)
 
 
 def rate_interval(values: Sequence[float], clusters: Sequence[Hashable] | None = None) -> Interval:
@@ -373,8 +366,7 @@ def _kappa(table: NDArray[np.float64]) -> NDArray[np.float64]:
 def cohens_kappa(
     first: Sequence[Hashable], second: Sequence[Hashable], *, resamples: int = 2000, seed: int = 0
 ) -> Interval:
-    """Return Cohen's kappa with a percentile bootstrap interval; None where only one label occurs
-    (kappa is undefined).
+    """Return Cohen's kappa with a percentile bootstrap interval; None where only one label occurs.
 
     Example:
         >>> cohens_kappa(list("AABB"), list("AABB")).estimate

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from recipes_lib.statistics.intervals import TAILS, Z
+from recipes_lib.statistics.intervals import TAILS, Z, codes_of
 from recipes_lib.statistics.paired import Array
 
 FEWEST_LABELS = 20
@@ -73,9 +73,7 @@ def rectified(judged: Array, human: Array, questions: NDArray[Any] | None = None
 def labelled_questions(
     judged: Array, human: Array, questions: NDArray[Any] | None = None
 ) -> NDArray[np.int64]:
-    """Return how many questions have an answer with a verdict that people labelled, training by
-    training.
-    """
+    """Return how many questions of each training have a labelled answer with a verdict."""
     labelled = ~np.isnan(judged) & ~np.isnan(human)
     counts = _sums(labelled.astype(float), _codes(questions, judged))
     return np.asarray((counts > 0).sum(axis=-1))
@@ -115,7 +113,7 @@ def _codes(questions: NDArray[Any] | None, judged: Array) -> NDArray[np.int64] |
     """The number of each item's question; None where each item has its own."""
     if questions is None or not judged.shape[-1]:
         return None
-    codes = np.unique(questions, return_inverse=True)[1].reshape(-1)
+    codes = codes_of(questions)
     return None if codes.max() + 1 == len(codes) else codes
 
 

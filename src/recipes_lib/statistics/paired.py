@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +20,7 @@ from scipy import special
 from recipes_lib.statistics.intervals import (
     Interval,
     Z,
+    codes_of,
     mean_interval,
     standard_error,
 )
@@ -64,9 +65,7 @@ class Tested:
         return self.spread.mde(alpha) if self.spread else None
 
     def questions_needed(self, alpha: float = 0.05) -> int | None:
-        """Return how many questions would find the observed effect with 80% probability; None where
-        no number would do.
-        """
+        """Return how many questions would find the observed effect with 80% probability."""
         if not (self.spread and self.effect):
             return None
         factor = self.spread.questions_factor(self.effect, alpha)
@@ -90,14 +89,10 @@ class Tested:
         wanted = abs(self.effect - bound) / reach * _half(spread, 0.05)
         return float(alpha_of(lambda alpha: _half(spread, alpha), wanted))
 
-    def to_dict(self) -> dict[str, object]:
-        """Return the fields as a JSON-ready dictionary."""
-        return asdict(self)
-
 
 def _half(spread: Spread, alpha: ArrayLike) -> Any:
-    """Half the width of a two-sided interval at level 1 - alpha, as the t intervals behind a spread
-    have it.
+    """Half the width of a two-sided interval at level 1 - alpha, by the t intervals behind a
+    spread.
     """
     below = 1 - np.asarray(alpha) / 2
     over_questions, over_seeds = (
@@ -198,9 +193,7 @@ def _sampled_sign_flip_ps(sums: Array, resamples: int, seed: int) -> Array:
 
 
 def _lattices(sums: Array, most: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The sums as whole multiples of a common step, and for which rows there is a step that makes
-    them small enough.
-    """
+    """The sums as whole multiples of a common step, and for which rows these are small enough."""
     for parts in (1, 2, 3, 4, 6, 12):
         scaled = sums * parts
         steps = np.rint(scaled).astype(np.int64)
@@ -211,8 +204,7 @@ def _lattices(sums: Array, most: int) -> tuple[NDArray[np.int64], NDArray[np.boo
 
 
 def _exact_sign_flip_p(steps: NDArray[np.int64], known: dict[bytes, Array]) -> float:
-    """The exact p for whole numbers: the distribution of their sum under random signs, one size of
-    number at a time.
+    """The exact p for whole numbers, from the distribution of their sum under random signs.
 
     Args:
         known: distributions by the sizes they are of; studies that differ in signs alone share one.
@@ -253,8 +245,8 @@ def _fair_coins(count: int) -> NDArray[np.float64]:
 
 
 def paired_binary_interval(only_first: int, only_second: int, n: int) -> Interval:
-    """Return the difference of two paired shares with the adjusted Wald interval; it holds with few
-    or no discordant pairs.
+    """Return the difference of two paired shares with the adjusted Wald interval, which holds with
+    few or no discordant pairs.
 
     Args:
         only_first: items that the first arm alone got right.
@@ -322,12 +314,11 @@ def paired_ps(first: Array, second: Array, clusters: ArrayLike | None = None) ->
     differences, n = first - second, first.shape[1]
     if not n:
         return np.full(len(first), np.nan)
-    codes = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1]
+    codes = np.arange(n) if clusters is None else codes_of(clusters)
     if codes.max() + 1 < n:
-        sums = np.stack([np.bincount(codes.reshape(-1), weights=row) for row in differences])
-        return sign_flip_ps(sums)
+        return sign_flip_ps(np.stack([np.bincount(codes, weights=row) for row in differences]))
     if _size_of(first, second) is None:
-        return sign_flip_ps(differences[:, np.argsort(codes.reshape(-1))])
+        return sign_flip_ps(differences[:, np.argsort(codes)])
     won, lost = (differences > 0).sum(axis=1), (differences < 0).sum(axis=1)
     exact = 2 * special.bdtr(np.minimum(won, lost).astype(float), won + lost, 0.5)
     return np.where(won + lost, np.minimum(1.0, exact), np.nan)

@@ -2,7 +2,7 @@
 an effect.
 
 Normal approximation of a paired, two-sided test of a mean difference; n counts questions
-(clusters), not judgments. Needs no numpy: a plan says what a study can find, and starts fast.
+(clusters), not judgments. Needs no numpy: a plan starts fast.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from recipes_lib.statistics.distributions import (
     two_sided_quantile,
 )
 
+POWER = 0.8  # with what chance a difference is to be found
 _DRAWS = 64  # equally likely values of a chi-square
 
 
@@ -66,28 +67,21 @@ class Spread:
             return replace(self, seeds=seeds, flips=flips, draws=draws, drawn=drawn)
         return replace(self, questions=self.questions + change, draws=draws, drawn=drawn)
 
-    def mde(self, alpha: float = 0.05, power: float = 0.8) -> float | None:
-        """Return the smallest difference found with probability `power` at level `alpha`; None
-        without any spread.
-        """
-        return self._at(1.0, alpha, power)
+    def mde(self, alpha: float = 0.05) -> float | None:
+        """Return the smallest difference found at level `alpha`; None without any spread."""
+        return self._at(1.0, alpha)
 
-    def questions_factor(
-        self, effect: float, alpha: float = 0.05, power: float = 0.8
-    ) -> float | None:
+    def questions_factor(self, effect: float, alpha: float = 0.05) -> float | None:
         """Return how many times the questions are needed for `effect` to be found; None where no
-        number of questions would do.
+        number would do.
         """
         low, high = 0.0, 1e7
-        if not effect or (self._at(high, alpha, power) or math.inf) > abs(effect):
+        if not effect or (self._at(high, alpha) or math.inf) > abs(effect):
             return None
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (
-                (low, middle)
-                if (self._at(middle, alpha, power) or math.inf) <= abs(effect)
-                else (middle, high)
-            )
+            enough = (self._at(middle, alpha) or math.inf) <= abs(effect)
+            low, high = (low, middle) if enough else (middle, high)
         return high
 
     def by_chance(self, effect: float, deviation: float) -> float:
@@ -100,35 +94,31 @@ class Spread:
         error = math.sqrt(self.questions + self.seeds + 2 * deviation**2)
         return 2 * normal_below(-abs(effect) / error) if error else 0.0
 
-    def _at(self, factor: float, alpha: float, power: float) -> float | None:
+    def _at(self, factor: float, alpha: float) -> float | None:
         """The smallest difference that is found with `factor` times as many questions."""
-        smallest = self._tested(factor, alpha, power)
-        return (
-            None
-            if smallest is None or self.resolved <= 0
-            else float((smallest + self.against) / self.resolved)
-        )
+        smallest = self._tested(factor, alpha)
+        if smallest is None or self.resolved <= 0:
+            return None
+        return float((smallest + self.against) / self.resolved)
 
-    def _tested(self, factor: float, alpha: float, power: float) -> float | None:
+    def _tested(self, factor: float, alpha: float) -> float | None:
         """The same for the difference that is tested, every open item counted against it."""
         variance = self.questions / factor
         if variance + self.seeds <= 0:
             return None
         if self.seeds:
-            return self._over_seeds(variance, self.flips / factor, alpha, power)
-        found = two_sided_quantile(self.freedom, alpha) + NormalDist().inv_cdf(power)
+            return self._over_seeds(variance, self.flips / factor, alpha)
+        found = two_sided_quantile(self.freedom, alpha) + NormalDist().inv_cdf(POWER)
         smallest = found * math.sqrt(variance)
         if not self.step:
             return smallest
         # An exact test needs a whole item more than the normal curve says, and enough items that
         # differ to reach its level at all.
         fewest = math.ceil(math.log2(2 / alpha))
-        return max(
-            smallest + self.step / factor,
-            chi_square_quantile(2 * fewest, 1 - power) / 2 * self.step / factor,
-        )
+        needed = chi_square_quantile(2 * fewest, 1 - POWER) / 2 * self.step / factor
+        return max(smallest + self.step / factor, needed)
 
-    def _over_seeds(self, variance: float, flips: float, alpha: float, power: float) -> float:
+    def _over_seeds(self, variance: float, flips: float, alpha: float) -> float:
         """The smallest difference found where seeds vary too: their spread, and with it the
         interval, comes out by chance.
 
@@ -153,5 +143,5 @@ class Spread:
         for _ in range(40):
             middle = (low + high) / 2
             found = sum(normal_below((middle - half) / error) for half in halves) / _DRAWS
-            low, high = (low, middle) if found >= power else (middle, high)
+            low, high = (low, middle) if found >= POWER else (middle, high)
         return high

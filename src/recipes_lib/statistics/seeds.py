@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from recipes_lib.statistics.intervals import LEVEL, Interval, mean_interval
+from recipes_lib.statistics.intervals import LEVEL, Interval, codes_of, mean_interval
 from recipes_lib.statistics.paired import Array, Tested, alpha_of, number_or_none, sign_flip_ps
 from recipes_lib.statistics.power import Spread
 
@@ -38,7 +38,7 @@ def question_means(values: Array, clusters: ArrayLike | None) -> Array:
     """
     if clusters is None or not values.size:
         return values
-    codes = np.unique(np.asarray(clusters), return_inverse=True)[1].reshape(-1)
+    codes = codes_of(clusters)
     count = int(codes.max()) + 1
     if count == len(codes):
         return values[..., np.argsort(codes)]

@@ -45,7 +45,7 @@ class StepTimes:
 
     def independent(self) -> float:
         """Return how many independent steps would know the rate as well, by the autocorrelation of
-        neighbours; steps that repel each other count as independent.
+        neighbours.
         """
         parts = self.tokens / self.tokens.mean() - self.seconds / self.seconds.mean()
         square = float((parts**2).sum())
