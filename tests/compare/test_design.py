@@ -47,7 +47,7 @@ def test_the_two_by_two_has_all_its_cells_and_one_world_size() -> None:
         ("fsdp", "qlora"),
         ("fsdp", "bf16"),
     }
-    assert {arm.world_size for arm in study.arms} == {2}
+    assert {arm.launch.world_size for arm in study.arms} == {2}
     assert {arm.resolved()["launch.distributed_type"] for arm in study.arms} == {
         "MULTI_GPU",
         "FSDP",

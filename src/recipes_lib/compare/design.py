@@ -28,7 +28,7 @@ from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.schema import fields_of, file_schema
 from recipes_lib.config.sections import LaunchSection, key
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.validation import KindRules, describe, load, shown
+from recipes_lib.config.validation import KindRules, describe, dotted, load, shown
 from recipes_lib.config.vocabulary import dotted_names, subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.config.yaml_text import value_text
@@ -56,6 +56,7 @@ _GIVEN = {
     ),
     "run.name": "a run of a study is named after the study, its arm and its seed",
 }
+OF_RUN = ("run.name", "run.notes", "run.tags")  # they say nothing of what is learnt
 # Keys that decide which tokens a validation loss is a mean over, and in which arithmetic.
 LOSS_TOKENS = (
     "model.name_or_path",
@@ -250,9 +251,8 @@ class Tuning:
 class Arm:
     """One variant.
 
-    `recipe` has the overrides applied; it is None for an imported or published arm that names none.
-    `accelerate`, `gpus` (processes on each machine) and `nodes` are the launch as it will be. Of a
-    tuned arm `recipe` and `overrides` have the chosen value, once there is one.
+    `recipe` has the overrides applied, and the chosen value of a tuned arm once there is one; it is
+    None for an imported or published arm that names none. `launch` is as it will be.
     """
 
     name: str
@@ -276,21 +276,6 @@ class Arm:
         )
 
     @property
-    def accelerate(self) -> str:
-        """Name of the accelerate config."""
-        return self.launch.config.path.stem
-
-    @property
-    def gpus(self) -> int:
-        """Processes on each machine."""
-        return self.launch.per_machine
-
-    @property
-    def nodes(self) -> int:
-        """Machines."""
-        return self.launch.machines
-
-    @property
     def own_seed(self) -> int:
         """The seed that the recipe names."""
         return int(self.recipe.train.get("seed", 42)) if self.recipe else 42
@@ -300,11 +285,6 @@ class Arm:
         """Whether the study trains this arm itself."""
         return self.imported is None and not self.published_only
 
-    @property
-    def world_size(self) -> int:
-        """Processes of a training of this arm."""
-        return self.launch.world_size
-
     def resolved(self) -> Mapping[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
 
@@ -313,28 +293,25 @@ class Arm:
         """
         if self.recipe is None:
             return {}
-        values = flatten(self.recipe.to_dict())
-        for name in ("run.name", "run.notes", "run.tags"):
-            values.pop(name, None)
+        values, launch = flatten(self.recipe.to_dict()), self.launch
+        values = {key: value for key, value in values.items() if key not in OF_RUN}
         if self.tuning:
             values[f"{TUNE}{self.tuning.key}"] = list(self.tuning.values)
         return {
             **values,
             "train.seed": self.seeds[0] if len(self.seeds) == 1 else list(self.seeds),
-            "launch.accelerate": self.accelerate,
-            "launch.gpus": self.gpus,
-            "launch.nodes": self.nodes,
-            "launch.distributed_type": self.launch.distributed_type,
-            "launch.world_size": self.world_size,
-            "launch.mixed_precision": self.launch.config.mixed_precision,
+            "launch.accelerate": launch.config.path.stem,
+            "launch.gpus": launch.per_machine,
+            "launch.nodes": launch.machines,
+            "launch.distributed_type": launch.distributed_type,
+            "launch.world_size": launch.world_size,
+            "launch.mixed_precision": launch.config.mixed_precision,
         }
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that passed its check. `name` is the stem of its file, and the name of its folder
-    under runs/.
-    """
+    """A study that passed its check. `name` is the stem of its file, and its folder under runs/."""
 
     path: Path
     name: str
@@ -359,20 +336,15 @@ class Study:
             RecipeError: there is none; the arms are listed.
         """
         arms = {arm.name: arm for arm in self.arms}
-        for arm in self.arms if name not in arms else ():
-            for candidate in arm.tuning.candidates if arm.tuning else ():
-                if candidate.name == name:
-                    return candidate
-        if name not in arms:
-            raise RecipeError(
-                f"study '{self.name}' has no arm '{name}'",
-                *did_you_mean(name, arms),
-                f"arms: {', '.join(arms)}",
-            )
-        return arms[name]
+        tried = [one for arm in self.arms if arm.tuning for one in arm.tuning.candidates]
+        found = {one.name: one for one in tried} | arms
+        if name not in found:
+            near, names = did_you_mean(name, arms), f"arms: {', '.join(arms)}"
+            raise RecipeError(f"study '{self.name}' has no arm '{name}'", *near, names)
+        return found[name]
 
     def factor_of(self, key: str) -> str | None:
-        """Return the declared factor that may change a dotted key, or None: a difference there is a
+        """Return the declared factor that may change a dotted key; None where a difference is a
         confound.
         """
         for factor, prefixes in self.factors.items():
@@ -383,21 +355,17 @@ class Study:
         return None
 
     def missing_cells(self) -> list[Mapping[str, str]]:
-        """Return the cells of the full factorial that no arm has; none with fewer than two
-        factors.
-        """
+        """Return the cells of the full factorial that no arm has."""
         if len(self.factors) < 2:
             return []
         cells = [dict(arm.cell) for arm in self.arms if set(self.factors) <= set(arm.cell)]
-        levels = [list(dict.fromkeys(cell[factor] for cell in cells)) for factor in self.factors]
-        every = (
-            dict(zip(self.factors, levels, strict=True)) for levels in itertools.product(*levels)
-        )
+        levels = [dict.fromkeys(cell[factor] for cell in cells) for factor in self.factors]
+        every = (dict(zip(self.factors, one, strict=True)) for one in itertools.product(*levels))
         return [cell for cell in every if cell not in cells]
 
     def differing(self) -> dict[str, Mapping[str, Any]]:
-        """Return {dotted key: {arm: value}} of the keys whose resolved values differ between arms;
-        arms without a recipe are left out.
+        """Return {dotted key: {arm: value}} of the keys whose values differ between arms with a
+        recipe.
         """
         resolved = {arm.name: arm.resolved() for arm in self.arms if arm.recipe is not None}
         keys = dict.fromkeys(key for values in resolved.values() for key in values)
@@ -445,9 +413,7 @@ def study_path(name: str | Path) -> Path:
 
 
 def study_file(word: str) -> Path | None:
-    """Return the file of a study given as the commands take recipes and studies: by path or short
-    name. None where the word is no study.
-    """
+    """Return the file of a study given by path or short name; None where the word is no study."""
     path = recipe_path(word)
     if path.is_dir():
         return None
@@ -464,12 +430,10 @@ class StudyRules(KindRules):
         arms = values.get("arms")
         if not isinstance(arms, dict):
             return values
-        return {
-            **values,
-            "arms": {
-                name: {"recipe": arm} if isinstance(arm, str) else arm for name, arm in arms.items()
-            },
+        whole = {
+            name: {"recipe": arm} if isinstance(arm, str) else arm for name, arm in arms.items()
         }
+        return {**values, "arms": whole}
 
     def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
         """Return the error for a key that does not exist here."""
@@ -505,8 +469,8 @@ class StudyRules(KindRules):
                 yield document.error(("published",), f"published: no such file: {shown_path(path)}")
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
-        """Return what is wrong with the recipes and evals it names; `full` adds stage 2 for every
-        arm's recipe.
+        """Return what is wrong with the recipes and evals it names; `full` adds stage 2 of each
+        recipe.
         """
         if not sound:
             return []
@@ -563,7 +527,7 @@ def _wrong_names(
     lists: dict[KeyPath, list[int] | None] = {("seeds",): study.seeds}
     lists |= {("arms", name, "seeds"): arm.seeds for name, arm in arms.items()}
     for path, seeds in lists.items():
-        where = ".".join(map(str, path))
+        where = dotted(path)
         if seeds == []:
             what = f"{where} is empty"
             yield document.error(path, what, "name at least one seed, or remove the key")
@@ -578,9 +542,7 @@ def _wrong_names(
 def _wrong_arm(
     document: Document, study: StudySection, name: str, arm: ArmSection
 ) -> Iterator[RecipeError]:
-    """What stands for an arm: exactly one of a recipe to train, an imported run, published
-    numbers.
-    """
+    """What stands for an arm: one of a recipe to train, an imported run, published numbers."""
     path, trained = ("arms", name), not arm.imported and not arm.published_only
     alone = (*path, "published_only")
     if arm.imported and arm.published_only:
@@ -605,10 +567,8 @@ def _wrong_arm(
 def _wrong_grid(
     document: Document, study: StudySection, path: KeyPath, grid: Mapping[str, list[Any]] | None
 ) -> Iterator[RecipeError]:
-    """A grid: one key that the validation losses of its values can be compared on, two values or
-    more.
-    """
-    where = ".".join(map(str, path))
+    """A grid: one key that validation losses can be compared on, two values or more."""
+    where = dotted(path)
     if grid and len(grid) > 1:
         hint = "several grids at once are arms of the study: factors, with an arm for each cell"
         yield document.error(path, f"{where} names {len(grid)} keys; tune one", hint)
@@ -622,13 +582,11 @@ def _wrong_grid(
             what = f"{where}: {tuned} changes what the validation loss is a mean over"
             yield document.error(place, what, hint)
         elif not _exists(tuned):
-            near = [f"did you mean {name}?" for name in dotted_names(tuned)[:1]]
-            yield document.error(place, f"{where}: there is no key '{tuned}'", *near)
+            yield _no_key(document, place, where, tuned)
         elif len(values) < 2 or len(set(values)) < len(values):
             hint = f"for example {tuned}: [1.0e-4, 2.0e-4, 4.0e-4]"
-            yield document.error(
-                place, f"{where}: {tuned} needs two different values or more", hint
-            )
+            what = f"{where}: {tuned} needs two different values or more"
+            yield document.error(place, what, hint)
         for factor, prefixes in study.factors.items():
             if any(tuned == prefix or tuned.startswith(f"{prefix}.") for prefix in prefixes):
                 what = f"{where}: {tuned} is what the factor '{factor}' varies"
@@ -647,34 +605,26 @@ def _wrong_factors(
             yield document.error(path, f"factor '{factor}' names no key", hint)
         for position, prefix in enumerate(prefixes):
             if not _exists(prefix):
-                near = [f"did you mean {name}?" for name in dotted_names(prefix)[:1]]
-                yield document.error(
-                    (*path, position),
-                    f"factor '{factor}': there is no key '{prefix}'",
-                    *near,
-                    "all keys: recipes explain",
-                )
+                place = (*path, position)
+                hint = "all keys: recipes explain"
+                yield _no_key(document, place, f"factor '{factor}'", prefix, hint)
     cells: dict[tuple[str, ...], str] = {}
     for name, arm in arms.items():
-        cell, place = arm.cell, ("arms", name, "cell")
+        cell, at = arm.cell, ("arms", name, "cell")
         for factor in cell:
             if factor not in factors:
-                yield document.error(
-                    (*place, factor),
-                    f"arm '{name}': no factor '{factor}'",
-                    *did_you_mean(factor, factors),
-                    f"factors: {_list(factors)}",
-                )
+                what, near = f"arm '{name}': no factor '{factor}'", did_you_mean(factor, factors)
+                yield document.error((*at, factor), what, *near, f"factors: {_list(factors)}")
         asked = factors if cell or len(factors) > 1 else ()
         missing = [factor for factor in asked if factor not in cell]
         if missing and name != BASE_ARM:
             what = f"arm '{name}': its cell does not say {_list(missing)}"
-            yield document.error(place, what, f"cell: {{{missing[0]}: LEVEL, ...}}")
+            yield document.error(at, what, f"cell: {{{missing[0]}: LEVEL, ...}}")
         if cell and not missing:
             twin = cells.setdefault(tuple(cell[factor] for factor in factors), name)
             if twin != name:
                 what = f"arms '{twin}' and '{name}' are in the same cell"
-                yield document.error(place, what, "several seeds of one cell: seeds: [1, 2, 3]")
+                yield document.error(at, what, "several seeds of one cell: seeds: [1, 2, 3]")
 
 
 def _exists(key: str) -> bool:
@@ -689,14 +639,17 @@ def _exists(key: str) -> bool:
     return False
 
 
+def _no_key(document: Document, path: KeyPath, whose: str, key: str, *hints: str) -> RecipeError:
+    near = [f"did you mean {name}?" for name in dotted_names(key)[:1]]
+    return document.error(path, f"{whose}: there is no key '{key}'", *near, *hints)
+
+
 def _list(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
 class _Reader:
-    """Reads what a study names, of a document whose own values are sound, collecting errors instead
-    of stopping.
-    """
+    """Reads what a study names, collecting errors instead of stopping."""
 
     def __init__(self, document: Document, words: Sequence[str]) -> None:
         self.document, self.words = document, list(words)
@@ -740,6 +693,9 @@ class _Reader:
             self._warn_of_levels(study)
         return dataclasses.replace(study, warnings=tuple(document.warnings)), problems
 
+    def _wrong(self, path: KeyPath, what: str, *hints: str) -> None:
+        self.errors.append(self.document.error(path, what, *hints))
+
     def _try(self, read: Callable[[Path], Read], path: Path) -> Read | None:
         """What a function reads, or None where it raises; its errors are kept."""
         try:
@@ -758,12 +714,10 @@ class _Reader:
             own, word = getattr(section, one), getattr(study, one)
             if own and word and own != word and self.document.origin((one,)).file == COMMAND_LINE:
                 # It would change the other arms and not this one, which has a value of its own.
-                what = (
-                    f"arm '{name}' has its own {one}: {own}, so {one}={word} on the command line"
-                    " does not reach it"
-                )
+                told = f"arm '{name}' has its own {one}: {own}"
+                what = f"{told}, so {one}={word} on the command line does not reach it"
                 hint = "change the study file, or leave that word away"
-                self.errors.append(self.document.error(("arms", name, one), what, hint))
+                self._wrong(("arms", name, one), what, hint)
         words = [*study.overrides, *section.overrides, *(self.words if trained else [])]
         for given in dict.fromkeys(map(_key_of, words)):
             if given in _GIVEN:
@@ -793,9 +747,7 @@ class _Reader:
     def _tuning(
         self, arm: Arm, section: ArmSection, grid: Mapping[str, list[Any]]
     ) -> Tuning | None:
-        """Return the grid of an arm, each value an arm of its own; None where something is
-        wrong.
-        """
+        """Return the grid of an arm, each value an arm of its own; None where it is wrong."""
         assert arm.recipe is not None
         ((key, values),) = grid.items()
         place: KeyPath = ("tune",) if section.tune is None else ("arms", arm.name, "tune")
@@ -809,14 +761,14 @@ class _Reader:
             problem = "its tuning has no validation loss to choose by"
             hints = ("set data.split.validation and train.eval_strategy in its recipe",)
         if problem:
-            self.errors.append(self.document.error(place, f"arm '{arm.name}': {problem}", *hints))
+            self._wrong(place, f"arm '{arm.name}': {problem}", *hints)
             return None
         candidates = []
         for value in values:
             words = (*arm.overrides, f"{key}={value_text(value)}")
             try:
                 recipe = load_recipe(arm.recipe.path, words)
-                accumulation_steps(recipe, arm.world_size)
+                accumulation_steps(recipe, arm.launch.world_size)
             except RecipeError as error:
                 self.errors += [
                     self.document.error(place, f"arm '{arm.name}': {one.what}", *one.hints)
@@ -832,15 +784,13 @@ class _Reader:
         names = [one.name for one in candidates]
         if len(set(names)) < len(names):
             what = f"two values of {key} would have one name as folders"
-            self.errors.append(self.document.error(place, what))
+            self._wrong(place, what)
         return Tuning(key, tuple(values), tuple(candidates))
 
     def _launch(
         self, name: str, section: ArmSection, study: LaunchKeys, recipe: Recipe | None
     ) -> Launch | None:
-        """Return the arm's launch, once it can work: a config that exists, processes that it
-        starts, a batch that can be divided.
-        """
+        """Return the arm's launch, once it can work."""
         if recipe is None:  # nothing is launched
             return plan_launch(LaunchSection(), "single_gpu")
         try:
@@ -871,7 +821,7 @@ class _Reader:
         if path.is_file():
             return path
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
-        self.errors.append(self.document.error(key, f"{what}: {shown_path(path)}", *near))
+        self._wrong(key, f"{what}: {shown_path(path)}", *near)
         return None
 
     def _recipe(self, name: str, section: ArmSection, words: Sequence[str]) -> Recipe | None:
@@ -906,9 +856,7 @@ class _Reader:
         return self._try(load_eval, path) if path else None
 
     def _aims(self, evals: Sequence[EvalRecipe]) -> Aims:
-        """Return what is asked of the table; a metric that is not measured is an error, unless a
-        run that was imported may bring it.
-        """
+        """Return what is asked of the table; a run that was imported may bring any metric."""
         own = self.own
         primary = own.primary or (known_metrics(evals[0])[0] if evals else None)
         if own.primary and not any(arm.imported for arm in self.sections.values()):
@@ -916,15 +864,11 @@ class _Reader:
             if len(found) == 1:
                 primary = found[0]
             else:
-                what = "several evals measure" if found else "no eval of this study measures"
                 names = found or [name for one in evals for name in known_metrics(one)]
-                self.errors.append(
-                    self.document.error(
-                        ("primary",),
-                        f"primary: {what} '{own.primary}'",
-                        f"metrics: {_list(names)}",
-                    )
-                )
+                why = "several evals measure" if found else "no eval of this study measures"
+                what = f"primary: {why} '{own.primary}'"
+                hint = f"metrics: {_list(names)}"
+                self._wrong(("primary",), what, hint)
         return Aims(primary, own.test_subtasks, dict(self._margins(evals)))
 
     def _margins(self, evals: Sequence[EvalRecipe]) -> Iterator[tuple[str, Margin]]:
@@ -943,7 +887,7 @@ class _Reader:
                 known = [name for one in evals for name in known_metrics(one)]
                 hints = [] if metrics else [f"metrics: {_list(known)}"]
                 what = f"margins: {word}: {wrong[0]}"
-                self.errors.append(self.document.error(("margins", word), what, *hints))
+                self._wrong(("margins", word), what, *hints)
             else:
                 yield word, margin
 
@@ -966,16 +910,12 @@ class _Reader:
         if not study.include_base or len(models) < 2:
             return []
         names = ", ".join(sorted(name for name, _ in models))
-        what = (
-            f"include_base: the arms have different base models ({names}), so there is no one base"
-        )
+        what = f"the arms have different base models ({names}), so there is no one base"
         hint = "set include_base: false, or give each base a study of its own"
-        return [self.document.error(("include_base",), what, hint)]
+        return [self.document.error(("include_base",), f"include_base: {what}", hint)]
 
     def _warn_of_levels(self, study: Study) -> None:
-        """Add warnings where the declared levels and the recipes do not fit together; nothing here
-        stops a study.
-        """
+        """Add warnings where the declared levels and the recipes do not fit together."""
 
         def warn(path: KeyPath, what: str, *hints: str) -> None:
             self.document.warnings.append(self.document.error(path, f"warning: {what}", *hints))
@@ -1000,11 +940,9 @@ class _Reader:
                     and varying[key][one.name] != varying[key][other.name]
                 ]
                 if one.cell[factor] == other.cell[factor] and changed:
-                    warn(
-                        ("arms", other.name),
-                        f"arms '{one.name}' and '{other.name}' are both {factor}:"
-                        f" {one.cell[factor]}, but {changed[0]} differs",
-                    )
+                    both = f"arms '{one.name}' and '{other.name}' are both {factor}"
+                    what = f"{both}: {one.cell[factor]}, but {changed[0]} differs"
+                    warn(("arms", other.name), what)
         for cell in study.missing_cells():
             levels = ", ".join(f"{factor}: {level}" for factor, level in cell.items())
             hint = "an effect of one factor cannot be told apart there"

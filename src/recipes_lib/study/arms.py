@@ -119,8 +119,12 @@ def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
 
 def launch_words(arm: Arm) -> list[str]:
     """Return the options of `recipes train` that launch an arm as the study says."""
-    config = arm.launch.config
+    launch, config = arm.launch, arm.launch.config
     shipped = config.path.parent.name == "accelerate_configs"
-    words = ["--accelerate", arm.accelerate if shipped else shown_path(config.path)]
-    words += ["--gpus", str(arm.gpus)] if arm.gpus * arm.nodes != config.num_processes else []
-    return words + (["--nodes", str(arm.nodes)] if arm.nodes != config.num_machines else [])
+    words = ["--accelerate", config.path.stem if shipped else shown_path(config.path)]
+    words += (
+        ["--gpus", str(launch.per_machine)] if launch.world_size != config.num_processes else []
+    )
+    return words + (
+        ["--nodes", str(launch.machines)] if launch.machines != config.num_machines else []
+    )

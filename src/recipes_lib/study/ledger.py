@@ -174,8 +174,8 @@ def _recipe_of(arm: ArmMeasurements) -> str:
 def _results_of(row: TableRow, named: Callable[[str], str]) -> str:
     """A hash of the items of both arms, whatever the order of arms, seeds and items."""
     if row.paired is None:
-        tested = row.tested.to_dict() if row.tested else {}
-        known = [tested.get(key) for key in ("p", "n", "seeds")]
+        one = row.tested
+        known = [one.p, one.n, one.seeds] if one else [None, None, None]
         return digest_of([abs(row.difference or 0.0), *known])
     paired, items = row.paired, row.paired.items
     order = sorted(range(len(items)), key=lambda number: items[number])

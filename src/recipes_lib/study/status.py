@@ -320,4 +320,5 @@ def _training_cost(study: Study, step: Step) -> str:
     steps = arm.recipe.train.get("max_steps", -1)
     epochs = arm.recipe.train.get("num_train_epochs", 3)
     length = f"{steps:,} steps" if steps > 0 else f"{epochs:g} epoch{'s' * (epochs != 1)}"
-    return f"{length} on {arm.world_size} process{'es' * (arm.world_size > 1)} ({arm.accelerate})"
+    processes, config = arm.launch.world_size, arm.launch.config.path.stem
+    return f"{length} on {processes} process{'es' * (processes > 1)} ({config})"

@@ -199,7 +199,7 @@ def training_inputs(arm: Arm, seed: int, contents: Mapping[str, str | None]) -> 
     assert recipe is not None
     resolved = arm.resolved()
     launch = (f"launch.{key}" for key in ("distributed_type", "world_size", "mixed_precision"))
-    values = guarded_values(recipe, "", arm.world_size, "", {})
+    values = guarded_values(recipe, "", arm.launch.world_size, "", {})
     values = {
         key: value
         for key, value in values.items()

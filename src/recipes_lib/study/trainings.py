@@ -163,7 +163,7 @@ class Trainings:
         arm = self.study.arm(step.arm)
         assert step.seed is not None
         words = [*train_words(self.study, arm, step.seed), *launch_words(arm), *self.flags]
-        if self.jobs > 1 and arm.world_size > 1 and arm.nodes == 1:
+        if self.jobs > 1 and arm.launch.world_size > 1 and arm.launch.machines == 1:
             # two launchers that start together would both take the usual port
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
