@@ -96,15 +96,14 @@ def is_named(word: str, metric: str) -> bool:
 
 def known_metrics(recipe: EvalRecipe) -> list[str]:
     """Return the metrics of an eval by the names that a study may use, the first one of its table
-    first; of lm_eval its tasks.
+    first.
     """
     known = SUITE_FACTS[recipe.suite.name].metrics or recipe.suite.tasks or ()
     return [f"{recipe.name}/{metric}" for metric in known]
 
 
 def full_name(recipe: EvalRecipe, word: str) -> str | None:
-    """Return what a word means in an eval: the name of an eval its first metric; None where it
-    measures no such thing.
+    """Return what a word means in an eval; None where it measures no such thing.
 
     Of lm_eval the tasks are known and their metrics are not, so a word must name the eval or a task
     (one of a group's begins as its group does).

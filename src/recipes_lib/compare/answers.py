@@ -7,7 +7,6 @@ question, and shares that matter stop the sentences they touch in any case.
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ class AnswerCounts:
 @dataclass(frozen=True, kw_only=True)
 class AnswerDifference:
     """What two arms' shares of one of `ANSWER_FAULTS` differ by, first minus second, paired by
-    question. `low` and `high` are None where no interval can be given.
+    question.
     """
 
     first: str
@@ -109,11 +108,13 @@ def _of_arm(measurements: Measurements, arm: str) -> Iterator[AnswerCounts]:
         known = [(log, log.answers.answers) for log in logs if log and log.answers.answers]
         if not known:
             continue
-        lengths: dict[tuple[str | int, ...], int] = {}
-        for log, _ in known:
-            for item in (item for measure in log.measures for item in measure.samples):
-                if item.lengths:
-                    lengths[log.place, *item.key] = item.lengths[0]
+        lengths = {
+            (log.place, *item.key): item.lengths[0]
+            for log, _ in known
+            for measure in log.measures
+            for item in measure.samples
+            if item.lengths
+        }
 
         def total(counts: list[int | None]) -> int | None:
             return None if None in counts else sum(filter(None, counts))
@@ -159,7 +160,7 @@ def _faults(log: EvalLog) -> _Faults:
     """What is wrong with each answer behind a log."""
     answers = stored_answers(log)
     texts = Counter(text.strip() for text, _ in answers.values())
-    most, times = texts.most_common(1)[0] if texts else ("", 0)
+    ((most, times),) = texts.most_common(1) or [("", 0)]
     return {
         key: {
             "cut": cut,
@@ -179,6 +180,9 @@ def _difference(
     """
     if len(mine) != len(other) and 1 not in (len(mine), len(other)):
         mine, other = (each[: min(len(mine), len(other))] for each in (mine, other))
+    turned = len(mine) < len(other)  # one row stands second, beside every seed
+    if turned:
+        mine, other = other, mine
     items = [key for key in mine[0] if all(key in run for run in (*mine, *other))]
     shares = [[[run[key][fault] for key in items] for run in each] for each in (mine, other)]
     if any(one is None for each in shares for run in each for one in run):
@@ -186,26 +190,18 @@ def _difference(
     first, second = (np.array(each, dtype=float) for each in shares)
     if not items or not (first.any() or second.any()):
         return None
-    if len(first) < len(second):  # the one row stands second, beside every seed
-        turned = _difference(pair[::-1], name, fault, other, mine)
-        assert turned is not None
-        low, high = (None if end is None else -end for end in (turned.high, turned.low))
-        return dataclasses.replace(
-            turned,
-            first=pair[0],
-            second=pair[1],
-            difference=-turned.difference,
-            low=low,
-            high=high,
-        )
     tested = PairedItems(first, second, [key[:2] for key in items], (0.0, 1.0), 1.0).tested()
+    difference, low, high = tested.effect or 0.0, tested.low, tested.high
+    if turned:
+        difference = -difference
+        low, high = (None if end is None else -end for end in (high, low))
     return AnswerDifference(
         first=pair[0],
         second=pair[1],
         eval=name,
         fault=fault,
-        difference=tested.effect or 0.0,
-        low=tested.low,
-        high=tested.high,
+        difference=difference,
+        low=low,
+        high=high,
         questions=tested.questions,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from recipes_lib.eval_log import Measure
 class HeadToHeadRow(TableRow):
     """A comparison whose tested difference is the first arm's win rate minus a half."""
 
+    signed: ClassVar[bool] = False
     unit: str = "share"
     head_to_head: bool = True
 
@@ -55,20 +57,13 @@ class HeadToHeadRow(TableRow):
         return metric_text(self.first_value, self.unit)
 
     @property
-    def limits(self) -> str:
-        """Its interval as text."""
-        return self._limits(signed=False)
-
-    @property
     def words(self) -> str:
         """What stands before the effect in a sentence."""
         return "win rate"
 
 
 def head_to_head_rows(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
-    """Yield the comparisons in which one arm's answers were judged against the other's, a measure
-    per seed.
-    """
+    """Yield the comparisons in which one arm's answers were judged against the other's."""
     seen = set()
     for arms in ((first, second), (second, first)):
         for (key, opponent), measures in measures_of(measurements, arms[0]).items():
@@ -106,10 +101,7 @@ def _judged_once(
     measures: Sequence[Measure], measurements: Measurements, arms: tuple[str, str]
 ) -> list[Measure]:
     """The measures in which no training stands twice: two seeds against one training are not two
-    pairs of seeds.
-
-    Args:
-        arms: the arm whose answers were judged, and its opponent.
+    pairs of seeds. `arms` are the arm whose answers were judged, and its opponent.
     """
     kept: list[Measure] = []
     seen: set[tuple[int, str]] = set()

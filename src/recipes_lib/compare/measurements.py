@@ -1,9 +1,6 @@
 """What was measured, read from run folders: the log of every evaluation, training curves, and the
-facts about each run.
-
-Pure file reading: no model, no statistics, no sentence. `claims` compares what stands here,
-`validity` looks for reasons not to believe it, `report` shows it. How an evaluation lies on disk is
-known to `eval_files`.
+facts about each run. No model, no statistics, no sentence; `eval_files` knows how an evaluation
+lies on disk.
 """
 
 from __future__ import annotations

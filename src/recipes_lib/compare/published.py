@@ -34,9 +34,8 @@ _BESIDE = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9.,_-]+){1,2}\Z")
 class PublishedNumber:
     """One number.
 
-    `value` is as published, `ours` in the unit of the metric it stands `beside` (None where ours
-    has no such metric). `notes` are those of the number and of its metric, `protocol` those of its
-    table.
+    `value` is as published, `ours` in the unit of the metric it stands `beside`. `notes` are those
+    of the number and of its metric, `protocol` those of its table.
     """
 
     arm: str
@@ -62,11 +61,9 @@ class PublishedNumber:
     @property
     def our_interval(self) -> tuple[float, float] | None:
         """The interval in the unit of our metric."""
-        return (
-            None
-            if self.beside is None or self.interval is None
-            else (self.factor * self.interval[0], self.factor * self.interval[1])
-        )
+        if self.beside is None or self.interval is None:
+            return None
+        return self.factor * self.interval[0], self.factor * self.interval[1]
 
 
 @dataclass(frozen=True)
@@ -118,14 +115,10 @@ def load_published(path: str | Path) -> Published:
 
 
 class PublishedRules(KindRules):
-    """Rules of published numbers: metrics that exist, intervals around their value, one number
-    beside one of ours.
-    """
+    """Rules of published numbers: metrics that exist, intervals around their value."""
 
     def whole(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Return the values with every bare number written as `{value: number}`; what has another
-        shape stays as it is.
-        """
+        """Return the values with every bare number written as `{value: number}`."""
         copy = deepcopy(values)
         tables = copy.get("tables")
         for table in tables.values() if isinstance(tables, dict) else ():
@@ -143,29 +136,21 @@ class PublishedRules(KindRules):
 
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what the schema cannot say."""
-        errors = [
-            error
-            for check in (_wrong_columns, _wrong_rows)
-            for name, table in document.values["tables"].items()
-            for error in check(document, name, table)
-        ]
+        tables = document.values["tables"].items()
+        errors = [error for name, table in tables for error in _wrong_table(document, name, table)]
         yield from errors or _twice(document)
 
 
-def _wrong_columns(
-    document: Document, name: str, table: Mapping[str, Any]
-) -> Iterator[RecipeError]:
-    """Columns beside metrics that cannot be ours."""
+def _wrong_table(document: Document, name: str, table: Mapping[str, Any]) -> Iterator[RecipeError]:
+    """Columns beside metrics that cannot be ours, arms without a row, numbers without a column, and
+    values outside their interval.
+    """
     for key, metric in table["metrics"].items():
         beside = metric.get("beside")
         if beside is not None and not _BESIDE.match(beside):
             place = ("tables", name, "metrics", key, "beside")
             what = f"beside {beside!r} is no metric of ours"
             yield document.error(place, what, "for example alpaca_eval/win_rate")
-
-
-def _wrong_rows(document: Document, name: str, table: Mapping[str, Any]) -> Iterator[RecipeError]:
-    """Arms without a row, numbers without a column, and values outside their interval."""
     for arm in table.get("circumstances", {}):
         if arm not in table["arms"]:
             near, what = did_you_mean(arm, table["arms"]), f"table '{name}' has no arm '{arm}'"

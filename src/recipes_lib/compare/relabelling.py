@@ -41,9 +41,7 @@ Mask: TypeAlias = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Planted:
-    """A difference that was put into copies: its size, where, and in how many copies the report
-    found it.
-    """
+    """A difference that was put into copies, and in how many of them the report found it."""
 
     metric: str
     where: str
@@ -110,11 +108,9 @@ class Relabelling:
 
 
 def relabelled(rows: Sequence[TableRow], verdict_of: VerdictOf) -> Relabelling | None:
-    """Return what becomes of copies of a table; None where no comparison may end in a claim, so
-    that nothing can go wrong.
+    """Return what becomes of copies of a table; None where no comparison may end in a claim.
 
     Args:
-        rows: the table with its verdicts, as `claims` gives it.
         verdict_of: gives a corrected row its verdict, with the findings of this study.
     """
     family = [row for row in rows if row.p_holm is not None]

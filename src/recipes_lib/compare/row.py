@@ -72,13 +72,12 @@ class PairedItems:
     @property
     def tested_values(self) -> tuple[ItemValues, ItemValues]:
         """The values of both arms, corrected by what people said."""
-        if not self.human:
-            return self.first, self.second
-        ours, *theirs = self.human
-        first = rectified(self.first, ours, self.questions)
-        if self.versus:
-            return first, self.second
-        return first, rectified(self.second, theirs[0], self.questions)
+        first, second = self.first, self.second
+        if self.human:
+            first = rectified(first, self.human[0], self.questions)
+        if self.human and not self.versus:
+            second = rectified(second, self.human[1], self.questions)
+        return first, second
 
     @cached_property
     def questions(self) -> NDArray[np.str_]:
@@ -92,8 +91,7 @@ class PairedItems:
         """
         tested = compare(*self.tested_values, self.questions, scale=self.scale)
         if tested.spread and (drawn := self._drawn()):
-            draws, variance = drawn
-            spread = replace(tested.spread, draws=draws, drawn=variance)
+            spread = replace(tested.spread, draws=drawn[0], drawn=drawn[1])
             tested = replace(tested, spread=spread)
         if tested.interval_method == "zero variance":
             return replace(tested, low=None, high=None)
@@ -142,10 +140,9 @@ class TableRow:
     favours the first arm only where `higher_is_better` (None: not known, so nothing is ranked).
 
     `level_share` is the part of its level that this one of all looks at it has. `reason` says why a
-    comparison cannot be tested, `aside` why it is only shown: another one answers the same
-    question. `verdict` and `sentence` come from `claims`; `stopped` holds the
-    titles of the findings that stop the claim, `because` the clause of the sentence that gives the
-    reasons, so that a page can give them once.
+    comparison cannot be tested, `aside` why it is only shown. `verdict` and `sentence` come from
+    `claims`; `stopped` holds the titles of the findings that stop the claim, `because` the clause
+    of the sentence that gives the reasons, so that a page can give them once.
     """
 
     metric: str
@@ -212,6 +209,7 @@ class TableRow:
     sentences: ClassVar[Mapping[str, str]] = {}  # in place of those in `claims.SENTENCES`
     item: ClassVar[str] = "question"  # what is counted as n
     better_words: ClassVar[tuple[str, str]] = ("better", "worse")
+    signed: ClassVar[bool] = True  # its limits
     of_results: ClassVar[bool] = True  # not of what the training took, which more keys change
 
     @property
@@ -252,12 +250,8 @@ class TableRow:
     @property
     def limits(self) -> str:
         """Its interval as text."""
-        return self._limits(signed=True)
-
-    def _limits(self, signed: bool) -> str:
-        tested = self.tested
-        low, high = (tested.low, tested.high) if tested else (None, None)
-        return interval_text(self.shown(low), self.shown(high), self.unit, signed)
+        low, high = (self.tested.low, self.tested.high) if self.tested else (None, None)
+        return interval_text(self.shown(low), self.shown(high), self.unit, self.signed)
 
     @property
     def margin_text(self) -> str:
@@ -280,22 +274,17 @@ class TableRow:
 
     def to_dict(self) -> dict[str, object]:
         """Return the row as plain values, without the items behind it."""
-        names = [item.name for item in dataclasses.fields(self)]
         left_out = _NOT_WRITTEN if self.labels else (*_NOT_WRITTEN, "labels", "judge_alone")
-        values = {name: getattr(self, name) for name in names if name not in left_out}
-        tested = self.tested.to_dict() if self.tested else None
-        return json_object(values | {"difference": self.difference, "tested": tested})
-
-
-def json_object(values: Mapping[str, object]) -> dict[str, object]:
-    """Return values by name as JSON has them."""
-    return {name: json_value(value) for name, value in values.items()}
+        names = [one.name for one in dataclasses.fields(self) if one.name not in left_out]
+        return {name: json_value(getattr(self, name)) for name in (*names, "difference", "tested")}
 
 
 def json_value(value: object) -> object:
-    """Return a value that JSON has: lists for tuples, nothing for what is not finite."""
+    """Return a value as JSON has it: nothing for what is not finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return json_object(value)
+        return {name: json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -391,8 +380,8 @@ def corrected_values(measures: Sequence[Measure]) -> ItemValues | None:
 
 
 def with_human(row: TableRow, *human: ItemValues) -> TableRow:
-    """Return the row tested with the judge's values corrected by what people said of each arm's
-    answers, or flagged where a training has too few labels for that.
+    """Return the row tested with the judge's values corrected by what people said, or flagged where
+    a training has too few labels for that.
     """
     if row.paired is None:
         return row

@@ -31,7 +31,7 @@ from recipes_lib.compare.row import (
 from recipes_lib.compare.side_by_side import side_by_side_rows
 from recipes_lib.compare.training_speed import training_speed_rows
 from recipes_lib.eval_log import EvalLog, Measure
-from recipes_lib.statistics.family import Adjusted, Hypotheses, adjust
+from recipes_lib.statistics.family import Hypotheses, adjust
 from recipes_lib.statistics.intervals import Interval, mean_interval, wilson
 from recipes_lib.statistics.labels import num_labels
 from recipes_lib.statistics.seeds import crossed_interval, question_means
@@ -46,8 +46,8 @@ ROW_KINDS: tuple[Callable[[Measurements, str, str], Iterator[TableRow]], ...] = 
 
 @dataclass(frozen=True)
 class Score:
-    """One arm on one metric: the mean over its items and seeds with its interval, and the bounds
-    that unresolved items leave.
+    """One arm on one metric: the mean with its interval, and the bounds that unresolved items
+    leave.
     """
 
     arm: str
@@ -149,7 +149,7 @@ def _same_questions(rows: Sequence[TableRow], aims: Aims) -> dict[int, str]:
 
 def with_primary(rows: Sequence[TableRow], primary: str | None) -> list[TableRow]:
     """Return the rows with those marked that answer the primary question: of every two arms the
-    first tested one of the primary metric, which is the one head to head where there is one.
+    first tested one of its metric, which is the one head to head where there is one.
     """
     first: dict[tuple[str, str], TableRow] = {}
     for row in rows:
@@ -172,8 +172,8 @@ def with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
 
 
 def corrected(rows: Sequence[TableRow], *, power: bool = True) -> list[TableRow]:
-    """Return the rows with adjusted p, the primary ones before all others, and power at the level
-    that the smallest p of their family is held to.
+    """Return the rows with adjusted p, and power at the level that the smallest p of their family
+    is held to.
 
     Args:
         power: False to leave that out, which takes longer than all else.
@@ -191,7 +191,7 @@ def corrected(rows: Sequence[TableRow], *, power: bool = True) -> list[TableRow]
     ]
 
 
-def _adjusted(row: TableRow, result: Adjusted, power: bool) -> TableRow:
+def _adjusted(row: TableRow, result: Hypotheses, power: bool) -> TableRow:
     level = result.level * row.level_share
     tested = row.tested if power and level else None
     above, below = result.bounds or (None, None)
@@ -206,9 +206,7 @@ def _adjusted(row: TableRow, result: Adjusted, power: bool) -> TableRow:
 
 
 def _bounds(row: TableRow) -> tuple[float, ...]:
-    """The p of lying above the lower end of the margin, and below the upper end, as intervals have
-    it: twice the one-sided ones.
-    """
+    """Twice the one-sided p of lying above the lower end of the margin, and below the upper end."""
     if row.margin is None or row.tested is None:
         return ()
     effect, found = row.tested.effect or 0.0, []
@@ -229,9 +227,7 @@ def is_tested(row: TableRow) -> bool:
 
 
 def _p(row: TableRow) -> float | None:
-    """The p that enters the correction; where not one item differs the test was made and its p is
-    1.
-    """
+    """The p that enters the correction: 1 where the test was made and no item differs."""
     if row.tested is None or not is_tested(row):
         return None
     return 1.0 if row.tested.p is None else row.tested.p
@@ -254,11 +250,10 @@ def build_scores(measurements: Measurements) -> list[Score]:
 def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score:
     one = measures[0]
     table, keys = values_of(measures, measures)
-    human, _ = values_of(measures, measures, human=True)
     label, corrected = one.label, corrected_values(measures)
     if corrected is not None:
-        label = f"{label}, corrected by {num_labels(table, human):,} human labels"
-        table = corrected
+        labels = num_labels(table, values_of(measures, measures, human=True)[0])
+        label, table = f"{label}, corrected by {labels:,} human labels", corrected
     known = ~np.isnan(table).any(axis=0)
     interval = _score_interval(
         table[:, known], [key[0] for key, there in zip(keys, known, strict=True) if there]
@@ -289,9 +284,7 @@ def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score
 
 
 def _score_interval(table: ItemValues, questions: Sequence[str]) -> Interval:
-    """Wilson for plain shares, the crossed interval for several seeds, the bootstrap over questions
-    otherwise.
-    """
+    """Wilson for plain shares, crossed for several seeds, else the bootstrap over questions."""
     if table.shape[0] > 1:
         return crossed_interval(question_means(table, np.asarray(questions)))[0]
     values = table[0]

@@ -1,6 +1,4 @@
-"""A comparison for the terminal: aligned tables, one line per comparison, findings with their
-remedy.
-"""
+"""A comparison for the terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +16,7 @@ HEAD = ("metric", "effect [95%]", "p (Holm)", "n", "verdict")
 
 
 def comparison_lines(comparison: Comparison) -> list[str]:
-    """Return what the terminal shows: the answer, the table by pairs of arms, the scores of a
-    single run, the findings.
-    """
+    """Return the answer, the table by pairs of arms, the scores of a single run, the findings."""
     rows = comparison.rows
     lines = list(comparison.answer) if rows else score_lines(comparison.scores)
     for pair in dict.fromkeys(row.arms for row in rows):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "n/a"
@@ -45,8 +46,7 @@ def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> 
 
 
 def metric_text(value: float | None, unit: str) -> str:
-    """Return a metric's value: a share in percent, a grade with two digits, a spread of shares in
-    percentage points.
+    """Return a metric's value: a share in percent, a spread of shares in points.
 
     Example:
         >>> metric_text(0.625, "share"), metric_text(4.0, "grade"), metric_text(0.021, "points")
@@ -54,13 +54,9 @@ def metric_text(value: float | None, unit: str) -> str:
     """
     if value is None or not math.isfinite(value):
         return NONE
-    if unit == "points":
-        return f"{plain_number(100 * value, 1)} points"
-    return (
-        f"{plain_number(100 * value, 1)}%"
-        if unit == "share"
-        else plain_number(value, _digits(value, unit))
-    )
+    if unit in ("points", "share"):
+        return plain_number(100 * value, 1) + (" points" if unit == "points" else "%")
+    return plain_number(value, _digits(value, unit))
 
 
 def difference_text(value: float | None, unit: str) -> str:
@@ -72,11 +68,9 @@ def difference_text(value: float | None, unit: str) -> str:
     """
     if value is None or not math.isfinite(value):
         return NONE
-    return (
-        f"{plain_number(100 * value, 1, signed=True)} points"
-        if unit == "share"
-        else plain_number(value, _digits(value, unit), signed=True)
-    )
+    if unit == "share":
+        return f"{plain_number(100 * value, 1, signed=True)} points"
+    return plain_number(value, _digits(value, unit), signed=True)
 
 
 def interval_text(low: float | None, high: float | None, unit: str, signed: bool = True) -> str:
@@ -88,9 +82,9 @@ def interval_text(low: float | None, high: float | None, unit: str, signed: bool
     """
     if low is None or high is None:
         return NONE
+    digits = _digits(max(abs(low), abs(high)), unit)
     if unit == "share":
-        low, high = 100 * low, 100 * high
-    digits = 1 if unit == "share" else _digits(max(abs(low), abs(high)), unit)
+        low, high, digits = 100 * low, 100 * high, 1
     return f"[{plain_number(low, digits, signed)}, {plain_number(high, digits, signed)}]"
 
 
@@ -118,16 +112,15 @@ def count(n: int, noun: str, plural: str | None = None) -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
-def sentence_list(names: list[str] | tuple[str, ...]) -> str:
+def sentence_list(names: Sequence[str]) -> str:
     """Return names as a list in a sentence.
 
     Example:
         >>> sentence_list(["a"]), sentence_list(["a", "b", "c"])
         ('a', 'a, b and c')
     """
-    return (
-        names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
-    )
+    *before, last = names or [""]
+    return f"{', '.join(before)} and {last}" if before else last
 
 
 def _digits(value: float, unit: str) -> int:
