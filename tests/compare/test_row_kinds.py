@@ -29,7 +29,7 @@ class SpeedRow(TableRow):
     """A comparison of seconds, whose effect is a ratio."""
 
     sentences: ClassVar[Mapping[str, str]] = {
-        "difference": "{first} is {verdict} in {where} than {second}: {numbers}.{cause}"
+        "difference": "{first} is {verdict} in {where} than {second}: {numbers}."
     }
 
     @property

@@ -49,7 +49,7 @@ from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.published_rows import with_published
 from recipes_lib.compare.relabelling import Relabelling, VerdictOf
-from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_object, scale_of
+from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_value, scale_of
 from recipes_lib.compare.table import (
     Score,
     build_rows,
@@ -84,36 +84,37 @@ if TYPE_CHECKING:
 
 # The verdict that a row gets, or what takes its place: its sentence. No template, no claim.
 SENTENCES = {
-    "difference": "{first} is {verdict} than {second} on {where}: {numbers}.{cause}",
+    "difference": "{first} is {verdict} than {second} on {where}: {numbers}.",
     "no difference shown": (
-        "No difference shown between {first} and {second} on {where}: {numbers}.{power}"
+        "No difference shown between {first} and {second} on {where}: {numbers}."
     ),
     # Of a comparison with a margin, where no difference was shown.
-    "equivalent": "{first} and {second} are equivalent on {where}, within {margin}: {numbers}.{of}",
-    "not worse": "{first} is not worse than {second} on {where}, within {margin}: {numbers}.{of}",
-    "not better": "{second} is not worse than {first} on {where}, within {margin}: {numbers}.{of}",
+    "equivalent": "{first} and {second} are equivalent on {where}, within {margin}: {numbers}.",
+    "not worse": "{first} is not worse than {second} on {where}, within {margin}: {numbers}.",
+    "not better": "{second} is not worse than {first} on {where}, within {margin}: {numbers}.",
     "cannot be tested": "{first} and {second} cannot be compared on {where}: {because}.",
     "not tested": "{first} and {second} are not tested on {where}: {because}.",
     "stopped": "No claim about {first} and {second} on {where}: {because}.",
     # Of a judge whose audit is not whole: what it preferred, and no claim about the answers.
-    "preference": (
-        "The judge preferred {first} {more} than {second} on {where}: {numbers}. No claim about the"
-        " answers follows: {because}."
-    ),
+    "preference": "The judge preferred {first} {more} than {second} on {where}: {numbers}.",
     "no preference": (
-        "The judge showed no preference between {first} and {second} on {where}: {numbers}. No"
-        " claim about the answers follows: {because}."
+        "The judge showed no preference between {first} and {second} on {where}: {numbers}."
     ),
     # Of a shown difference whose cause cannot be told.
-    "association": (
-        "{first} scored {higher} than {second} on {where}: {numbers}. This is an association, not"
-        " an effect: {because}."
-    ),
+    "association": "{first} scored {higher} than {second} on {where}: {numbers}.",
     # Of a shown difference between trainings of one recipe: neither is better for a reason.
-    "one recipe": (
-        "{first} came out {higher} than {second} on {where}: {numbers}. No effect is claimed:"
-        " {because}."
+    "one recipe": "{first} came out {higher} than {second} on {where}: {numbers}.",
+}
+# What follows it, whatever the kind of the row.
+HEDGES = {
+    "difference": "{cause}",
+    "no difference shown": "{power}",
+    **dict.fromkeys(("equivalent", "not worse", "not better"), "{of}"),
+    **dict.fromkeys(
+        ("preference", "no preference"), " No claim about the answers follows: {because}."
     ),
+    "association": " This is an association, not an effect: {because}.",
+    "one recipe": " No effect is claimed: {because}.",
 }
 ONE_RECIPE = "both are trainings of one recipe, and this is how far apart chance alone took them"
 Relabel = Callable[[Sequence[TableRow], VerdictOf], Relabelling | None]
@@ -144,23 +145,25 @@ class Comparison:
 
     def to_dict(self) -> dict[str, object]:
         """Return everything as plain values, for JSON."""
-        own = self.relabelling
-        more = {"relabelling": {**dataclasses.asdict(own), "sentence": own.sentence}} if own else {}
-        differences = [json_object(dataclasses.asdict(one)) for one in self.answer_differences]
-        if looks := self.looks:
-            more["looks"] = {**dataclasses.asdict(looks), "sentence": looks.sentence}
-        return {
-            **more,
+        told = {"relabelling": self.relabelling, "looks": self.looks}
+        values: dict[str, object] = {
+            name: {**dataclasses.asdict(one), "sentence": one.sentence}
+            for name, one in told.items()
+            if one
+        }
+        values |= {
             "question": self.question,
             "answer": list(self.answer),
             "alpha": self.alpha,
             "tests": self.tests,
-            "findings": [json_object(dataclasses.asdict(finding)) for finding in self.findings],
+            "findings": json_value(self.findings),
             "rows": [row.to_dict() for row in self.rows],
-            "scores": [json_object(dataclasses.asdict(score)) for score in self.scores],
-            "answers": [json_object(dataclasses.asdict(one)) for one in self.answers],
-            **({"answer_differences": differences} if differences else {}),
+            "scores": json_value(self.scores),
+            "answers": json_value(self.answers),
         }
+        if self.answer_differences:
+            values["answer_differences"] = json_value(self.answer_differences)
+        return values
 
 
 def compare_arms(
@@ -213,16 +216,13 @@ def compare_arms(
     if own and own.too_often:
         known = tuple(errors_first([*known, found(FALSE_CLAIMS, [own.sentence])]))
         judged = list(map(verdict_of, flagged))
-    question = (
-        question_text(study.question)
-        if study
-        else f"How do {sentence_list(list(measurements.arms))} compare?"
-    )
+    question = f"How do {sentence_list(list(measurements.arms))} compare?"
     answer = answer_paragraph(judged, base)
     if not any(row.of_results for row in judged):
         answer += nothing_compared(measurements, known, judged)
+    pairs = list(dict.fromkeys(row.arms for row in judged))
     return Comparison(
-        question,
+        question_text(study.question) if study else question,
         answer,
         tuple(judged),
         tuple(scores),
@@ -230,9 +230,7 @@ def compare_arms(
         tests,
         relabelling=own,
         answers=tuple(count_answers(measurements)),
-        answer_differences=tuple(
-            compare_answers(measurements, list(dict.fromkeys(row.arms for row in judged)))
-        ),
+        answer_differences=tuple(compare_answers(measurements, pairs)),
     )
 
 
@@ -272,7 +270,8 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         template, because, stopped = "one recipe", ONE_RECIPE, ONE_RECIPE
     else:
         template = "difference"
-    sentence = (row.sentences.get(template) or SENTENCES[template]).format(
+    whole = {**SENTENCES, **row.sentences}[template] + HEDGES.get(template, "")
+    sentence = whole.format(
         first=row.first,
         second=row.second,
         where=row.where,
@@ -334,9 +333,7 @@ def numbers_text(row: TableRow) -> str:
 
 
 def evidence_text(row: TableRow) -> str:
-    """Return what stands behind the effect of a tested row: p and n, and the unresolved items where
-    there are any.
-    """
+    """Return what stands behind the effect of a tested row: p, n, unresolved items."""
     tested = row.tested
     assert tested is not None
     items = count(tested.questions, row.item)
@@ -347,10 +344,8 @@ def evidence_text(row: TableRow) -> str:
         sides = {"not worse": [row.p_not_worse], "not better": [row.p_not_better]}
         both = [row.p_not_worse, row.p_not_better]
         p = max(one for one in sides.get(row.within, both) if one is not None)
-    parts = [
-        f"{p_text(p)} (Holm{', over all looks' * (row.level_share < 1)})",
-        f"n = {items}",
-    ]
+    looks = ", over all looks" if row.level_share < 1 else ""
+    parts = [f"{p_text(p)} (Holm{looks})", f"n = {items}"]
     if tested.seeds > 1:
         parts.append(f"{tested.seeds} seeds")
     if row.labels:
@@ -363,20 +358,19 @@ def evidence_text(row: TableRow) -> str:
 
 def _power_text(row: TableRow) -> str:
     """What difference would have been found, and how many questions the observed one would need."""
-    power = needed = ""
+    told = ""
     if row.mde is not None:
-        size = "No difference, however large,"
-        if row.mde <= row.largest:
-            size = f"A true difference of {row.size(row.mde)}"
-        power = f" {size} would have been found with 80% probability."
+        real = f"A true difference of {row.size(row.mde)}"
+        size = real if row.mde <= row.largest else "No difference, however large,"
+        told += f" {size} would have been found with 80% probability."
     if row.needed and row.tested and row.needed > row.tested.questions:
-        needed = f" The observed one would need about {count(row.needed, row.item)}"
-        if row.labels:  # more questions alone do not tell what the judge is off by
-            labels = math.ceil(row.labels * row.needed / row.tested.questions)
-            needed += f" and {labels:,} human labels"
-        needed += "."
-    open_margin = "" if row.margin is None else f" Within {row.margin_text} nothing is shown."
-    return power + needed + open_margin
+        told += f" The observed one would need about {count(row.needed, row.item)}"
+        # More questions alone do not tell what the judge is off by.
+        labels = math.ceil(row.labels * row.needed / row.tested.questions)
+        told += f" and {labels:,} human labels." if labels else "."
+    if row.margin is not None:
+        told += f" Within {row.margin_text} nothing is shown."
+    return told
 
 
 @dataclass(frozen=True)
@@ -395,8 +389,8 @@ class Causes:
     base: tuple[str, ...] = ()
 
     def _keys(self, row: TableRow) -> dict[str, str | None] | None:
-        """Every key that can have made the difference, with its factor; None where not all is known
-        that differs: the study did not train both arms.
+        """Every key that can have made the difference, with its factor; None where the study did
+        not train both arms.
         """
         study, values = self.case.study, self.case.values
         known = values.keys() - set(self.base)
@@ -407,9 +401,7 @@ class Causes:
         return changed(study, values[row.first], values[row.second], row.of_results)
 
     def one_recipe(self, row: TableRow) -> bool:
-        """Whether both arms are trainings of one recipe (an A/A pair), as the study says or,
-        without one, as both runs recorded it.
-        """
+        """Whether both arms are trainings of one recipe (an A/A pair)."""
         keys = self._keys(row)
         return keys is not None and all(factor == TUNED for factor in keys.values())
 
@@ -426,11 +418,10 @@ class Causes:
         confounds = [one for one in findings if one.code.startswith(CONFOUNDED)]
         inside = [one for one in findings if one.code == INSIDE_NOISE]
         undeclared = [key for key, factor in keys.items() if factor is None]
-        if confounds or undeclared:
-            none = f"no factor declares {sentence_list(undeclared)}"
-            return f" No cause is named: {_reasons(confounds) or none}."
-        if inside:
-            return f" No cause is named: {_reasons(inside)}."
+        if confounds or undeclared or inside:
+            none = f"no factor declares {sentence_list(undeclared)}" if undeclared else ""
+            why = _reasons(confounds) or none or _reasons(inside)
+            return f" No cause is named: {why}."
         own = [key for key, factor in keys.items() if factor != TUNED]
         named, tuned = self._with_values(row, own), self._tuned(row)
         differ, their = ("differs", "its") if len(own) == 1 else ("differ", "their joint")
@@ -439,11 +430,8 @@ class Causes:
         )
         if row.tested and row.tested.seeds > 1:
             return f"{only} over {row.tested.seeds} training seeds."
-        floor = (
-            None
-            if row.head_to_head
-            else self.floors.get((row.metric, row.opponent, row.labels > 0))
-        )
+        key = row.metric, row.opponent, row.labels > 0
+        floor = None if row.head_to_head else self.floors.get(key)
         limit = floor.limit(1, 1, self.alpha) if floor else math.inf
         if abs(row.difference or 0.0) > limit:
             return (
@@ -481,10 +469,8 @@ class Causes:
         """Return what a claim within a margin does not say: of one training each it is no claim
         about others, and beside confounds none about a key.
         """
-        one_each = row.tested is not None and row.tested.seeds == 1
-        told = ""
-        if one_each and self._keys(row) is not None:
-            told = " This is of these two trainings, one of each arm."
+        one_each = row.tested and row.tested.seeds == 1 and self._keys(row) is not None
+        told = " This is of these two trainings, one of each arm." if one_each else ""
         return told + (f" It says nothing of one key: {because}." if because else "")
 
     def _tuned(self, row: TableRow) -> str:
@@ -509,29 +495,23 @@ class Causes:
 
 
 def answer_paragraph(rows: Sequence[TableRow], base: Sequence[str] = ()) -> tuple[str, ...]:
-    """Return the answer: for each pair of arms what the table holds for it, with the sentence of
-    its first comparison.
-    """
+    """Return the answer: what the table holds for each pair of arms, and its first sentences."""
     by_pair: dict[tuple[str, str], list[TableRow]] = {}
     for row in rows:
         if not row.aside:
             by_pair.setdefault(row.arms, []).append(row)
     own = [pair for pair in by_pair if not set(pair) & set(base)]
     sentences: list[str] = []
-    given = {""}  # reasons that were given
+    given = set()  # reasons that were given
     for pair in own or by_pair:
-        mine = by_pair[pair]
+        first, *rest = mine = by_pair[pair]
         sentences.append(summary_sentence(mine))
-        for row in [
-            mine[0],
-            *[one for one in mine[1:] if one.within or one.verdict in ("better", "worse")][:3],
-        ]:
+        shown = [one for one in rest if one.within or one.verdict in ("better", "worse")]
+        for row in (first, *shown[:3]):
+            no_numbers = row.sentence.startswith("No claim about")
             if not row.because or row.because not in given:
                 sentences.append(row.sentence)
-            elif row.verdict != "cannot be tested" and not row.sentence.startswith(
-                "No claim about"
-            ):
-                # It holds numbers besides.
+            elif row.verdict != "cannot be tested" and not no_numbers:
                 sentences.append(f"{_without_reasons(row)}, for the reasons above.")
             given.add(row.because)
     others = [pair for pair in by_pair if own and pair not in own]
@@ -546,9 +526,7 @@ def remaining_sentences(
     rows: Sequence[TableRow], said: Sequence[str]
 ) -> list[tuple[str, list[str]]]:
     """Return the sentences of a table that its answer does not hold, as (reasons, sentences): those
-    with the same reasons stand together.
-
-    The reasons are empty for sentences that need none, and for a single one that holds its own.
+    with the same reasons stand together, a single one holds its own.
     """
     found: dict[str, list[TableRow]] = {}
     for row in rows:
@@ -581,33 +559,30 @@ def nothing_compared(
     sentences = [f"{nothing} can be compared: no two arms have a metric in common."]
     for position, second in enumerate(names):
         for first in names[:position]:
-            errors = [one for one in findings if {first, second} <= set(one.arms)]
-            errors = [one for one in errors if one.severity == "error"]
+            both = [one for one in findings if {first, second} <= set(one.arms)]
+            errors = [one for one in both if one.severity == "error"]
             if errors:
-                sentences.append(
-                    f"{what} of {first} and {second} are no comparison either: {_reasons(errors)}."
-                )
+                told = f"{what} of {first} and {second} are no comparison either"
+                sentences.append(f"{told}: {_reasons(errors)}.")
     return tuple(sentences)
 
 
 def summary_sentence(rows: Sequence[TableRow]) -> str:
-    """Return the sentence that counts the verdicts of one pair of arms; a claim that an error
-    stopped is counted as stopped.
-    """
+    """Return the sentence that counts the verdicts of one pair of arms."""
     first, second = rows[0].arms
     said = dict.fromkeys(
         (
-            "better on",
-            "worse on",
-            "faster on",
-            "slower on",
-            "equivalent on",
-            "not worse on",
-            "not better on",
-            "no difference shown on",
-            "no claim (an error was found) on",
-            "no claim (one recipe, trained twice) on",
-            "cannot be tested on",
+            "better",
+            "worse",
+            "faster",
+            "slower",
+            "equivalent",
+            "not worse",
+            "not better",
+            "no difference shown",
+            "no claim (an error was found)",
+            "no claim (one recipe, trained twice)",
+            "cannot be tested",
         ),
         0,
     )
@@ -618,14 +593,14 @@ def summary_sentence(rows: Sequence[TableRow]) -> str:
         if not row.claimed:
             twice = row.because == ONE_RECIPE
             words = f"no claim ({'one recipe, trained twice' if twice else 'an error was found'})"
-        said[f"{words} on"] += 1
+        said[words] += 1
     (most, n), *more = [(words, n) for words, n in said.items() if n]
     if len(rows) == 1:
-        return f"{first} against {second}, 1 comparison: {most.removesuffix(' on')}."
+        return f"{first} against {second}, 1 comparison: {most}."
     if not more:
-        every = "all" if most in ("better on", "worse on") else "any of the"
-        return f"{first} against {second}: {most} {every} {n} comparisons."
-    parts = [f"{most} {n} of {len(rows)} comparisons", *(f"{words} {n}" for words, n in more)]
+        every = "all" if most in ("better", "worse") else "any of the"
+        return f"{first} against {second}: {most} on {every} {n} comparisons."
+    parts = [f"{most} on {n} of {len(rows)} comparisons", *(f"{words} on {n}" for words, n in more)]
     return f"{first} against {second}: {', '.join(parts)}."
 
 
@@ -637,8 +612,6 @@ def _reasons(findings: Sequence[Finding]) -> str:
 
 
 def _lower(title: str) -> str:
-    """A title inside a sentence: its first letter small, unless its first word is a name or an
-    abbreviation.
-    """
+    """A title inside a sentence: its first letter small, unless its first word is a name."""
     word = title.split(" ", 1)[0]
     return title[:1].lower() + title[1:] if word[:1].isupper() and word[1:].islower() else title

@@ -22,6 +22,7 @@ from recipes_lib.statistics.throughput import FEWEST_STEPS, StepTimes, compare_r
 
 WARM_UP = 10  # steps at the beginning, of a short training a tenth of its steps
 MOST_OF_OTHERS = 0.1  # share of the processors' time that other programs may take
+_TIMES = "{row.ratio} {row.limits} times as fast as {second} ({row.per}): {evidence}."
 _CPU = re.compile(r"CPU, (\d+) cores, (\d+) threads?")
 
 
@@ -34,18 +35,9 @@ class SpeedRow(TableRow):
     """
 
     sentences: ClassVar[Mapping[str, str]] = {
-        "difference": (
-            "{first} trains {row.ratio} {row.limits} times as fast as {second} ({row.per}):"
-            " {evidence}.{cause}"
-        ),
-        "association": (
-            "{first} trained {row.ratio} {row.limits} times as fast as {second} ({row.per}):"
-            " {evidence}. This is an association, not an effect: {because}."
-        ),
-        "one recipe": (
-            "{first} trained {row.ratio} {row.limits} times as fast as {second} ({row.per}):"
-            " {evidence}. No effect is claimed: {because}."
-        ),
+        "difference": f"{{first}} trains {_TIMES}",
+        "association": f"{{first}} trained {_TIMES}",
+        "one recipe": f"{{first}} trained {_TIMES}",
     }
     item: ClassVar[str] = "step"
     of_results: ClassVar[bool] = False
@@ -94,13 +86,10 @@ class SpeedRow(TableRow):
     @property
     def limits(self) -> str:
         """Its interval as text."""
-        if self.tested is None or self.tested.low is None or self.tested.high is None:
+        ends = (self.tested.low, self.tested.high) if self.tested else (None,)
+        if None in ends:
             return NONE
-        low, high = (
-            plain_number(self.shown(limit), self._digits)
-            for limit in (self.tested.low, self.tested.high)
-        )
-        return f"[{low}, {high}]"
+        return f"[{', '.join(plain_number(self.shown(end), self._digits) for end in ends)}]"
 
     @property
     def words(self) -> str:
@@ -134,8 +123,8 @@ class _Run:
 
 
 def training_speed_rows(measurements: Measurements, first: str, second: str) -> Iterator[TableRow]:
-    """Yield the comparison of two arms that were trained; there is none where neither has times of
-    single steps, unless their total times were imported.
+    """Yield the comparison of two arms that were trained, where there are times of single steps, or
+    total times were imported.
     """
     trained = [
         [run for run in measurements.arms[name].runs if not run.is_base and _total(run)]
@@ -202,9 +191,7 @@ def _read(run: RunMeasurements) -> _Run:
 
 
 def _hardware(run: RunMeasurements) -> tuple[str | None, int]:
-    """What a run trained on, None where it was not recorded, and how many devices its speed is
-    divided by.
-    """
+    """What a run trained on, None where it was not recorded, and what its speed is divided by."""
     devices = run.environment.get("devices")
     processes = (run.state.get("summary") or {}).get("world_size")
     if not devices or not processes:
