@@ -1,5 +1,4 @@
-"""Reasons not to believe a comparison: every check is a small function of what was measured, and
-says what it found.
+"""Reasons not to believe a comparison: every check is a small function of what was measured.
 
 `findings.FINDING_TEXTS` has the texts, docs/studies.md the table of all codes. Needs no torch.
 """

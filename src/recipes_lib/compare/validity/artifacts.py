@@ -47,9 +47,7 @@ def check_artifacts(case: Case) -> Iterator[Finding]:
 
 
 def _same_files(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """One foreign file that both arms were imported from; it touches the metrics that came from
-    it.
-    """
+    """One foreign file that both arms were imported from; it touches the metrics from it."""
     sources = {
         same_rows(source): (run, source)
         for run in other.runs
@@ -100,9 +98,7 @@ def _same_adapters(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Fin
 
 
 def _same_seeds(arm: ArmMeasurements) -> Iterator[Finding]:
-    """Trainings of one arm with several seeds that ended with the same weights: they are one
-    training counted twice.
-    """
+    """Trainings of one arm with several seeds that ended with the same weights."""
     folders = _adapters(arm) if len(arm.runs) > 1 else {}
     prints: dict[str, list[Path]] = {}
     for folder, size in folders.items():
@@ -113,8 +109,7 @@ def _same_seeds(arm: ArmMeasurements) -> Iterator[Finding]:
 
 
 def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """Answers or judgments of one evaluation that are the same texts, or the same but for a word or
-    white space here and there.
+    """Answers or judgments of one evaluation that are the same texts, or nearly.
 
     What is compared are the rows that both have: a copy of which rows were dropped is a copy still.
     """
@@ -211,9 +206,7 @@ def _fingerprints(arm: ArmMeasurements) -> set[str]:
 
 
 def _same_weights(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """Answers of two arms that the same weights gave, though the arms have weights of their own;
-    and answers of unknown weights.
-    """
+    """Answers of two arms that the same weights gave, though the arms have weights of their own."""
     shared = _fingerprints(one) & _fingerprints(other)
     mine, theirs = (
         {folder_fingerprint(folder) for folder in _adapters(arm)} if shared else set()
@@ -251,9 +244,7 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
 
 
 def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """Verdicts against answers of a run that has other weights now: it was trained again, or
-    another run has its name.
-    """
+    """Verdicts against answers of a run that has other weights now."""
     runs = {run.name: run for run in other.runs}
     for log in (log for log in arm.logs if log.against in runs):
         told = log.opponent.fingerprint if log.opponent else None

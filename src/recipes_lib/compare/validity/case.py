@@ -1,5 +1,5 @@
-"""What the checks look at: a study, its measurements, the resolved values of every arm, and which
-of them can change a result.
+"""What the checks look at: a study, its measurements, the values of every arm, and which of them
+can change a result.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.compare.design import TUNE, TUNED
+from recipes_lib.compare.design import OF_RUN, TUNE, TUNED
 from recipes_lib.config.vocabulary import subschema
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
@@ -49,7 +49,6 @@ _OF_BATCH = (
     "train.gradient_accumulation_steps",
     "launch.world_size",
 )
-_LEFT_OUT = ("run.name", "run.notes", "run.tags")
 _CHECKPOINT_CHOICE = ("eval_steps", "save_steps", "eval_strategy", "save_strategy", "eval_on_start")
 
 
@@ -112,7 +111,7 @@ def _recorded(arm: ArmMeasurements) -> Values | None:
     seeds = sorted({run.seed for run in arm.runs if run.seed is not None})
     if len(seeds) > 1:
         flat[SEED] = seeds
-    return {key: value for key, value in flat.items() if key not in _LEFT_OUT}
+    return {key: value for key, value in flat.items() if key not in OF_RUN}
 
 
 def pairs(values: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -121,9 +120,7 @@ def pairs(values: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def with_derived_values(first: Values, second: Values) -> tuple[Values, Values]:
-    """Return the values of two arms with those that follow from several keys: examples per
-    optimizer step, precision of trained weights.
-    """
+    """Return the values of two arms with those that follow from several keys."""
     pair = [dict(first), dict(second)]
     batches = [_examples_per_step(values) for values in pair]
     if None not in batches:
@@ -157,8 +154,8 @@ def changed(
     """Return what can have made a difference between two arms: every key that changes results and
     differs, with its factor; of what a training takes also those that change its time alone.
 
-    It is computed from values alone. The seed is left out, because it is chance and no cause. Empty
-    means that both arms are trainings of one recipe; a key without a factor is a confound.
+    The seed is left out, because it is chance and no cause. Empty means that both arms are
+    trainings of one recipe; a key without a factor is a confound.
     """
     one, other = with_derived_values(first, second)
     return {
@@ -204,6 +201,11 @@ def differing(first: Values, second: Values) -> list[str]:
     ]
 
 
+def told_apart(first: Values, second: Values) -> list[str]:
+    """Return the keys that both have, with other values."""
+    return [key for key in first if key in second and first[key] != second[key]]
+
+
 def effective(key: str, values: Values) -> Any:
     """Return the value of a dotted key, its default where it is absent; None in a section that is
     absent as a whole.
@@ -228,9 +230,7 @@ def changes_result(key: str, first: Values, second: Values) -> bool:
 
 
 def _changes_no_time(key: str) -> bool:
-    """Whether a key that changes no result leaves the time of a step alone too: it decides what is
-    written, and when.
-    """
+    """Whether a key that changes no result leaves the time of a step alone too."""
     section, _, name = key.partition(".")
     free = FREE_KEYS.match(name) and not name.startswith("dataloader")
     return section == "train" and bool(free or name in _CHECKPOINT_CHOICE)
@@ -239,6 +239,11 @@ def _changes_no_time(key: str) -> bool:
 def metrics_of(logs: Iterable[EvalLog]) -> tuple[str, ...]:
     """Return the names of all metrics of some evaluations."""
     return tuple(dict.fromkeys(measure.name for log in logs for measure in log.measures))
+
+
+def evals_of(logs: Iterable[EvalLog]) -> tuple[str, ...]:
+    """Return the names of some evaluations, each once."""
+    return tuple(dict.fromkeys(log.eval for log in logs))
 
 
 def run_place(path: Path) -> str:

@@ -1,6 +1,6 @@
 """What differs between two arms besides the declared factors: in their recipes, in what runs
-recorded about data, splits, prompts, processes, hardware and libraries, in what was published, in
-the design of the study, and in what their validation losses are means over.
+recorded, in what was published, in the design of the study, and in what their validation losses are
+means over.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from recipes_lib.compare.validity.case import (
     pairs,
     setting_text,
     settings_differ,
+    told_apart,
     with_derived_values,
 )
 from recipes_lib.core.fingerprints import hash_of
@@ -39,11 +40,9 @@ _Recorded = Callable[["RunMeasurements"], Mapping[str, Any]]  # {what: value} of
 
 
 def check_recipes(case: Case) -> Iterator[Finding]:
-    """Yield one finding per two arms that differ in an undeclared key.
-
-    It lists every such key. Keys that only decide what is written, or how the same batch is cut,
-    are listed too and marked; where there are no others the finding is a note. Without a study no
-    factor is declared and no cause is claimed: the list is a note.
+    """Yield one finding per two arms that differ in an undeclared key. It lists every such key,
+    those that change no result marked; where there are no others, and without a study, it is a
+    note.
     """
     for arms in pairs(case.values):
         one, other = with_derived_values(*(case.values[name] for name in arms))
@@ -66,13 +65,9 @@ def check_recipes(case: Case) -> Iterator[Finding]:
         else:
             kind, idle = ("confound", []) if heavy else ("differences/idle", idle)
         if keys:
-            yield found(kind, evidence, arms, keys=_names([*heavy, *idle]))
-
-
-def _names(keys: list[str]) -> str:
-    """The first keys, and how many more."""
-    more = len(keys) - _NAMED
-    return ", ".join(keys[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+            named, more = [*heavy, *idle][:_NAMED], len(heavy) + len(idle) - _NAMED
+            told = ", ".join(named) + (f" and {more} more" if more > 0 else "")
+            yield found(kind, evidence, arms, keys=told)
 
 
 # ---- What runs recorded ----
@@ -81,14 +76,15 @@ def _names(keys: list[str]) -> str:
 def _guard(*names: str) -> _Recorded:
     def read(run: RunMeasurements) -> Mapping[str, Any]:
         guard = run.state.get("guard") or {}
-        return {name: guard[name] for name in names if guard.get(name) is not None}
+        known = [name for name in names if guard.get(name) is not None]
+        return {name.removeprefix("launch."): guard[name] for name in known}
 
     return read
 
 
 def _base(run: RunMeasurements) -> Mapping[str, Any]:
-    """What identifies the weights that the run began with, as its own weights recorded it: a name
-    may stand for other files later. Of a base, those that were evaluated.
+    """What identifies the weights that the run began with, as its own weights recorded it. Of a
+    base, those that were evaluated.
     """
     if run.is_base:
         known = run.state.get("base_fingerprint")
@@ -108,15 +104,6 @@ def _splits(run: RunMeasurements) -> Mapping[str, Any]:
         name: f"{part['count']} rows, {hash_of(sorted(map(str, part.get('ids', []))))[:12]}"
         for name, part in run.splits.items()
         if isinstance(part, dict) and "count" in part
-    }
-
-
-def _launch(run: RunMeasurements) -> Mapping[str, Any]:
-    guard = run.state.get("guard") or {}
-    return {
-        key: guard[f"launch.{key}"]
-        for key in ("world_size", "distribution")
-        if f"launch.{key}" in guard
     }
 
 
@@ -168,7 +155,7 @@ CIRCUMSTANCES: dict[str, tuple[_Recorded, tuple[str, ...]]] = {
         ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs"),
     ),
     "confound-world-size": (
-        _launch,
+        _guard("launch.world_size", "launch.distribution"),
         ("launch", "launch.accelerate", "launch.gpus", "launch.world_size"),
     ),
     "confound-steps": (_steps, (*_DATA, *_OF_STEPS)),
@@ -187,8 +174,7 @@ def check_circumstances(case: Case) -> Iterator[Finding]:
             one, other = (_values_seen(case.trained[name], read) for name in arms)
             evidence = [
                 f"{what}: {arms[0]} {one[what]}, {arms[1]} {other[what]}"
-                for what in one
-                if what in other and one[what] != other[what]
+                for what in told_apart(one, other)
             ]
             if evidence:
                 finding = found(code, evidence, arms)
@@ -198,9 +184,7 @@ def check_circumstances(case: Case) -> Iterator[Finding]:
 
 
 def check_evaluated_base(case: Case) -> Iterator[Finding]:
-    """Yield, per base and trained arm, whether the arm was trained on other weights than the base
-    was evaluated with.
-    """
+    """Yield whether an arm was trained on other weights than its base was evaluated with."""
     for base, arm in itertools.product(case.arms.keys() - case.trained.keys(), case.trained):
         now, then = (_values_seen(case.arms[name], _base).get("weights") for name in (base, arm))
         if now and then and now != then:
@@ -230,8 +214,7 @@ def check_published(case: Case) -> Iterator[Finding]:
     }
     for first, second in pairs(told):
         one, other = told[first], told[second]
-        what = [name for name in one if name in other and one[name] != other[name]]
-        if what:
+        if what := told_apart(one, other):
             evidence = [
                 f"{name}: {first} {one[name]}, {second} {other[name]} ({published.path.name})"
                 for name in what
@@ -286,9 +269,7 @@ def check_factors(case: Case) -> Iterator[Finding]:
 
 
 def check_losses(case: Case) -> Iterator[Finding]:
-    """Yield, per two arms that both have a validation loss, why the two are not the same
-    measure.
-    """
+    """Yield, per two arms with a validation loss, why the two are not the same measure."""
     measured = {
         name: arm.runs[0]
         for name, arm in case.arms.items()
@@ -337,7 +318,7 @@ def _rows_differ(one: RunMeasurements, other: RunMeasurements) -> list[str]:
         mine, theirs = (CIRCUMSTANCES[code][0](run) for run in (one, other))
         lines += [
             f"{name}: {setting_text(mine[name])} and {setting_text(theirs[name])}"
-            for name in mine
-            if name in theirs and mine[name] != theirs[name] and name != "train"
+            for name in told_apart(mine, theirs)
+            if name != "train"
         ]
     return lines

@@ -1,6 +1,4 @@
-"""The grid that a study's arms stand on: one or two numbers that are all that differs between them,
-found in the values of their recipes.
-"""
+"""The grid that a study's arms stand on: one or two numbers that are all that differs."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from recipes_lib.compare.validity.case import SEED, changes_result, effective
 
 @dataclass(frozen=True)
 class Grid:
-    """Where each arm stands: its value of `key` and of the second key, None where there is one
-    key.
+    """Where each arm stands: its value of `key` and of the second key, None where there is one key.
 
     Args:
         losses_compare: whether the validation losses of all arms are means over the same tokens.
@@ -56,19 +53,17 @@ def grid_of(study: Study | None) -> Grid | None:
     numeric = all(type(one) in (int, float) for axis in axes for one in columns[axis])
     if not numeric or len(axes) not in (1, 2) or len(arms) < 2 + len(axes):
         return None
+    first, second = axes[0], axes[1] if axes[1:] else None
     places = {
-        name: (float(effective(axes[0], values)), *(float(effective(a, values)) for a in axes[1:]))
+        name: (
+            float(effective(first, values)),
+            float(effective(second, values)) if second else None,
+        )
         for name, values in arms.items()
     }
     if len(set(places.values())) < len(arms):
         return None
-    second = axes[1] if len(axes) > 1 else None
-    return Grid(
-        axes[0],
-        second,
-        {name: (place[0], place[1] if second else None) for name, place in places.items()},
-        not set(keys) & {*LOSS_TOKENS, *LOSS_PRECISION},
-    )
+    return Grid(first, second, places, not set(keys) & {*LOSS_TOKENS, *LOSS_PRECISION})
 
 
 def _distinct(column: list[Any]) -> int:

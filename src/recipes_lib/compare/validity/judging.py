@@ -1,6 +1,4 @@
-"""What is wrong with the judge or with how it was asked: audits, orders, turns, and what a foreign
-source made of its verdicts.
-"""
+"""What is wrong with the judge or with how it was asked."""
 
 from __future__ import annotations
 
@@ -10,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
-from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
-from recipes_lib.compare.wording import sentence_list
+from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, pairs, run_place
+from recipes_lib.compare.wording import count, sentence_list
 from recipes_lib.core.fingerprints import folder_fingerprint, hash_of, precision_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.eval_log import JudgeFacts, Scorecard
@@ -41,6 +39,7 @@ _REPLAYED = (
     "not-in-the-judges-format",
 )
 Logs = list[tuple[str, "EvalLog"]]  # with their arms
+Cards = list[tuple[Path, Scorecard]]  # with their files
 
 
 def check_judging(case: Case) -> Iterator[Finding]:
@@ -52,9 +51,10 @@ def check_judging(case: Case) -> Iterator[Finding]:
     evals: dict[str, Logs] = defaultdict(list)
     for name, log in logs:
         evals[log.eval].append((name, log))
+    labelled = list(_labelled(case))
     yield from _weak(logs)
-    yield from _audits_on_labels(case, logs)
-    yield from _not_audited(case, logs)
+    yield from _audits_on_labels(labelled, logs)
+    yield from _not_audited(labelled, logs)
     for mine in evals.values():
         yield from _audits(mine, logs)
         yield from _different_judges(mine)
@@ -74,8 +74,8 @@ def _metrics(logs: Logs) -> tuple[str, ...]:
     return metrics_of(log for _, log in logs)
 
 
-def _evals(logs: Logs) -> list[str]:
-    return list(dict.fromkeys(log.eval for _, log in logs))
+def _evals(logs: Logs) -> tuple[str, ...]:
+    return evals_of(log for _, log in logs)
 
 
 def _failed(card: Scorecard, whose: str, file: Path) -> Iterator[tuple[str, str]]:
@@ -95,9 +95,7 @@ def _failed(card: Scorecard, whose: str, file: Path) -> Iterator[tuple[str, str]
 
 
 def _audits(logs: Logs, everything: Logs) -> Iterator[Finding]:
-    """One finding per kind of failed check, with every arm's value; it concerns all that the same
-    judge judged.
-    """
+    """One finding per kind of failed check; it concerns all that the same judge judged."""
     judges = {_judge(log).fingerprint for _, log in logs} - {None}
     same = [one for one in everything if _judge(one[1]).fingerprint in judges]
     failed: dict[str, list[str]] = defaultdict(list)
@@ -108,11 +106,9 @@ def _audits(logs: Logs, everything: Logs) -> Iterator[Finding]:
         yield found(code, lines, (), _metrics([*logs, *same]), eval=logs[0][1].eval)
 
 
-def _audits_on_labels(case: Case, logs: Logs) -> Iterator[Finding]:
-    """Audits on human labels (`recipes judge audit JUDGE.yaml`) that the judges of these results
-    failed.
-    """
-    for file, card in _labelled(case):
+def _audits_on_labels(labelled: Cards, logs: Logs) -> Iterator[Finding]:
+    """Audits on human labels (`recipes judge audit JUDGE.yaml`) that these judges failed."""
+    for file, card in labelled:
         mine = [one for one in logs if (_judge(one[1]).fingerprint or "") == card["judge"]]
         labels = file.parent.name
         lines = [line for _, line in _failed(card, labels, file)]
@@ -129,22 +125,19 @@ def _labelled(case: Case) -> Iterator[tuple[Path, Scorecard]]:
             yield file, card
 
 
-def _not_audited(case: Case, logs: Logs) -> Iterator[Finding]:
+def _not_audited(labelled: Cards, logs: Logs) -> Iterator[Finding]:
     """Per judge the checks that nothing measured: neither the audits of these results nor one on
-    labelled pairs.
-
-    A judge that writes no text (mode logits) has no words of its own to contradict.
+    labelled pairs. A judge that writes no text (mode logits) has no words of its own to contradict.
     """
     judges: dict[str, Logs] = defaultdict(list)
     for name, log in logs:
         if log.judge:
             unknown = f"unknown, of {log.eval}"
             judges[_judge(log).fingerprint or unknown].append((name, log))
-    labelled = [card for _, card in _labelled(case)]
     for fingerprint, mine in judges.items():
         cards = [
             *(log.audit or {} for _, log in mine),
-            *(card for card in labelled if card["judge"] == fingerprint),
+            *(card for _, card in labelled if card["judge"] == fingerprint),
         ]
         states: dict[str, set[str]] = defaultdict(set)
         for check in (check for card in cards for check in card.get("checks") or ()):
@@ -176,9 +169,7 @@ def _per_arm(
 
 
 def _of_itself(case: Case, logs: Logs) -> Iterator[Finding]:
-    """Arms that were judged by themselves, by their base or by their adapter merged into it; judges
-    prefer what they would write.
-    """
+    """Arms that were judged by themselves, by their base or by their adapter merged into it."""
     runs = {log.file: run for arm in case.arms.values() for run in arm.runs for log in run.evals}
     lines = {
         name: f"{name}: judged by {whose}, {_judge(log).model} ({run_place(log.file)})"
@@ -189,9 +180,7 @@ def _of_itself(case: Case, logs: Logs) -> Iterator[Finding]:
 
 
 def _kinship(log: EvalLog, run: RunMeasurements) -> str:
-    """What the judge is to the run whose answers it judged; empty where they are strangers, as far
-    as files tell.
-    """
+    """What the judge is to the run whose answers it judged; empty where they are strangers."""
     judge = _judge(log)
     model, weights = (judge.model or "").rstrip("/"), judge.weights
     if not model:
@@ -241,17 +230,17 @@ def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
             answers, given = (facts.answers, facts.name) if facts else (None, None)
             if answers is None or not given:
                 continue
-            counts = {
+            faults = {
                 "are one and the same": answers.identical.count,
                 "are empty": answers.empty,
                 "are cut": answers.cut,
                 "end in a phrase that stands there three times": answers.loops,
             }
-            for what, count in counts.items():
-                if count and count > 2:
+            for what, times in faults.items():
+                if times and times > 2:
                     of = "" if given == whose else f" of {given}"
-                    line = f"{count} of {answers.n} answers{of} {what} ({run_place(log.file)})"
-                    told[whose].setdefault((given, what), (count / answers.n, line))
+                    line = f"{times} of {answers.n} answers{of} {what} ({run_place(log.file)})"
+                    told[whose].setdefault((given, what), (times / answers.n, line))
     for kind, above, most in (
         ("degenerate-answers", DEGENERATE, 1.0),
         ("degenerate-answers/tenth", 0.1, DEGENERATE),
@@ -293,9 +282,7 @@ def _longer(case: Case, logs: Logs) -> Iterator[Finding]:
 def _at_equal_length(
     case: Case, long: str, short: str, measures: Mapping[str, Sequence[Measure]]
 ) -> Iterator[str]:
-    """Yield what the win rates of two arms would be at equal length, against the same opponent and
-    against each other.
-    """
+    """Yield what the win rates of two arms would be at equal length."""
     pairs_of: dict[tuple[str, str], list[Sample]] = defaultdict(list)  # by arm and opponent
     for name in (long, short):
         for measure in (one for one in measures[name] if one.metric == "win_rate"):
@@ -317,7 +304,7 @@ def _at_equal_length(
 
 
 def _rates(samples: Sequence[Sample]) -> tuple[float, float] | None:
-    """The win rate in percent, raw and at equal length; None where there is no such."""
+    """The win rate in percent, raw and at equal length."""
     equal = own_length_controlled(samples)["estimate"]
     values = [one.value for one in samples if one.value is not None]
     return None if equal is None else (100 * sum(values) / len(values), equal)
@@ -350,24 +337,24 @@ def _one_order(logs: Logs) -> Iterator[Finding]:
     """Comparisons of which each has one verdict only. Where the order was always the same the
     position is part of every rate.
     """
-    lines: dict[bool, dict[str, str]] = {True: {}, False: {}}
+    kinds: dict[str, dict[str, str]] = defaultdict(dict)
     measures = [(name, log, one) for name, log in logs for one in log.measures]
     for name, log, measure in measures:
         single = sum(len(item.verdicts) == 1 and not item.by_rule for item in measure.samples)
         if single and measure.metric == "win_rate":
             fixed = any("always first" in flag for flag in log.flags)
-            lines[fixed][name] = (
+            kinds["one-order-judging" if fixed else "one-order-judging/mixed"][name] = (
                 f"{name}: {single} of {len(measure.samples)} comparisons have one verdict"
                 f" ({run_place(log.file)})"
             )
     metrics = dict.fromkeys(one.name for _, _, one in measures if one.opponent is not None)
-    yield from _per_arm("one-order-judging", logs, lines[True], metrics)
-    yield from _per_arm("one-order-judging/mixed", logs, lines[False], metrics)
+    for kind, lines in kinds.items():
+        yield from _per_arm(kind, logs, lines, metrics)
 
 
 def _missing_turns(logs: Logs) -> Iterator[Finding]:
-    """Turns without a judgment that other questions, or the same question of another arm, have."""
-    measures: list[tuple[str, EvalLog, Measure]] = [
+    """Turns without a judgment that other questions, or another arm, have."""
+    measures = [
         (name, log, measure)
         for name, log in logs
         for measure in log.measures
@@ -387,7 +374,7 @@ def _missing_turns(logs: Logs) -> Iterator[Finding]:
                 [f"{len(mine)} of {whole} turns are judged ({run_place(log.file)})"],
                 (name,),
                 (measure.name,),
-                turns="1 turn" if len(missing) == 1 else f"{len(missing)} turns",
+                turns=count(len(missing), "turn"),
                 have="has" if len(missing) == 1 else "have",
                 eval=log.eval,
                 missing=", ".join(f"question {asked} turn {turn}" for asked, turn in missing[:5]),

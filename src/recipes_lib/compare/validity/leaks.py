@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import Finding, found
-from recipes_lib.compare.validity.case import Case, metrics_of, run_place
+from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, run_place
 from recipes_lib.compare.wording import sentence_list
 from recipes_lib.data.examples import NUM_LISTED
 from recipes_lib.suites.leaks import SEARCHED
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def check_leaks(case: Case) -> Iterator[Finding]:
-    """Yield the arms whose training rows hold questions or answers of an evaluation, and those of
-    which nobody knows.
+    """Yield the arms that were trained on questions or answers of an evaluation, and those of which
+    nobody knows.
     """
     unknown: dict[str, list[EvalLog]] = defaultdict(list)  # by arm and reason
     for name, arm in case.trained.items():
@@ -40,9 +40,6 @@ def check_leaks(case: Case) -> Iterator[Finding]:
         yield from leaked.values()
     if unknown:
         logs = [log for some in unknown.values() for log in some]
-        evidence = [f"{whose} ({_evals(some)})" for whose, some in unknown.items()]
-        yield found("leaks-not-measured", evidence, (), metrics_of(logs), eval=_evals(logs))
-
-
-def _evals(logs: Sequence[EvalLog]) -> str:
-    return sentence_list(list(dict.fromkeys(log.eval for log in logs)))
+        evidence = [f"{whose} ({sentence_list(evals_of(some))})" for whose, some in unknown.items()]
+        evals = sentence_list(evals_of(logs))
+        yield found("leaks-not-measured", evidence, (), metrics_of(logs), eval=evals)

@@ -1,6 +1,4 @@
-"""How much changes where nothing was changed, which effects are no larger, and numbers that were
-chosen for being good.
-"""
+"""Effects that are no larger than chance, and numbers that were chosen for being good."""
 
 from __future__ import annotations
 
@@ -10,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 from recipes_lib.compare.findings import INSIDE_NOISE, Finding, found
 from recipes_lib.compare.row import corrected_values
@@ -20,15 +19,12 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.eval_log import Measure
 
 MANY = 3
-_Metric = tuple[str, str | None]  # with its opponent
-_Key = tuple[str, str | None, bool]  # and whether human labels correct its values
+_Key = tuple[str, str | None, bool]  # metric, opponent, whether human labels correct its values
 
 
 @dataclass(frozen=True)
 class Floor:
-    """How much trainings of one recipe differ on one metric: their standard deviation, and how many
-    trainings know it.
-    """
+    """The standard deviation between trainings of one recipe on one metric."""
 
     deviation: float
     freedom: int
@@ -38,9 +34,7 @@ class Floor:
         """Return what two means over that many trainings of one recipe differ by at most, with
         probability 1 - alpha.
         """
-        from scipy import stats
-
-        quantile = float(stats.t.ppf(1 - alpha / 2, self.freedom))
+        quantile = float(special.stdtrit(self.freedom, 1 - alpha / 2))
         return self.deviation * quantile * math.sqrt(1 / first + 1 / second)
 
     def __str__(self) -> str:
@@ -48,8 +42,8 @@ class Floor:
 
 
 def noise_floors(case: Case) -> dict[_Key, Floor]:
-    """Return the noise floor of every metric and opponent that has one, of the judge's values and
-    of those that labels correct: between seeds of an arm, or between two arms of an A/A pair.
+    """Return the noise floor of every metric and opponent that has one: between seeds of an arm, or
+    between two arms of an A/A pair.
     """
     twins = _twins(case)
     floors = {key: _floor(by_arm, twins) for key, by_arm in _means(case).items()}
@@ -57,9 +51,7 @@ def noise_floors(case: Case) -> dict[_Key, Floor]:
 
 
 def check_noise(case: Case) -> Iterator[Finding]:
-    """Yield whether a noise floor is missing, and the effects that lie inside the one that was
-    measured.
-    """
+    """Yield whether a noise floor is missing, and the effects that lie inside one."""
     trained = [name for name in case.trained if name != "base"]
     twins, means = _twins(case), _means(case)
     several = any(len(case.arms[name].runs) > 1 for name in trained)
@@ -116,19 +108,19 @@ def _means(case: Case) -> dict[_Key, dict[str, list[float]]]:
     of the arm have enough of them.
     """
     means: dict[_Key, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    measures: dict[tuple[_Metric, str], list[Measure]] = defaultdict(list)
+    measures: dict[tuple[str, str | None, str], list[Measure]] = defaultdict(list)
     for name, log in case.logs:
         for measure in log.measures:
-            metric = measure.name, case.measurements.opponent_name(measure.opponent)
+            opponent = case.measurements.opponent_name(measure.opponent)
             values = [item.value for item in measure.samples if item.value is not None]
             mean = _mean(values) if values else measure.reported
             if mean is not None:
-                means[*metric, False][name].append(mean)
-                measures[metric, name].append(measure)
-    for (metric, name), mine in measures.items():
+                means[measure.name, opponent, False][name].append(mean)
+                measures[measure.name, opponent, name].append(measure)
+    for (metric, opponent, name), mine in measures.items():
         table = corrected_values(mine)
         if table is not None:
-            means[*metric, True][name] = [float(np.nanmean(values)) for values in table]
+            means[metric, opponent, True][name] = [float(np.nanmean(row)) for row in table]
     return means
 
 
@@ -138,10 +130,11 @@ def _floor(by_arm: dict[str, list[float]], twins: list[set[str]]) -> Floor | Non
     """
     recipes: list[list[str]] = []
     for name in by_arm:
-        twin = next(
-            (arms for arms in recipes if any({name, other} in twins for other in arms)), None
-        )
-        recipes.append([name]) if twin is None else twin.append(name)
+        same = [arms for arms in recipes if any({name, other} in twins for other in arms)]
+        if same:
+            same[0].append(name)
+        else:
+            recipes.append([name])
     groups = [[value for name in arms for value in by_arm[name]] for arms in recipes]
     groups = [values for values in groups if len(values) > 1]
     freedom = sum(len(values) - 1 for values in groups)
@@ -154,12 +147,9 @@ def _mean(values: list[float]) -> float:
 
 
 def check_selection(case: Case) -> Iterator[Finding]:
-    """Yield the best-of-many arms, arms whose checkpoint or tuned value was chosen by its
-    validation loss, and those whose best value is at an end of what was tried.
-    """
-    trained = [name for name in case.trained if name != "base"]
-    factorial = case.study is not None and len(case.study.factors) > 1
-    if len(trained) >= MANY and (not factorial or grid_of(case.study)):
+    """Yield arms, checkpoints and tuned values that were chosen by what is compared here."""
+    trained, study = [name for name in case.trained if name != "base"], case.study
+    if len(trained) >= MANY and (study is None or len(study.factors) < 2 or grid_of(study)):
         evidence = (
             f"arms: {', '.join(trained)}",
             "Holm's correction keeps the tests honest, not the size of the lead",
@@ -174,22 +164,13 @@ def check_selection(case: Case) -> Iterator[Finding]:
             told = f"train.load_best_model_at_end, {n} evaluations in metrics.jsonl"
             if n > 1:
                 yield found("best-checkpoint", [told], (name,), ("validation_loss",), n=n)
-    study_arms = case.study.arms if case.study else ()
-    chosen = [arm for arm in study_arms if arm.tuning and arm.name in case.arms]
-    for arm in chosen:
+    evals = {one.name for one in study.evals if one.data.questions == "validation"} if study else ()
+    for arm in study.arms if study else ():
         tuning = arm.tuning
-        assert tuning is not None
+        if tuning is None or arm.name not in case.arms:
+            continue
         told = f"{tuning.key}: {tuning.chosen} of {tuning.grid}"
         if tuning.edge:
             yield found("tuned-at-edge", [told], (arm.name,), edge=tuning.edge, key=tuning.key)
-        yield found(
-            "tuned-on-validation", [told], (arm.name,), _on_validation(case), key=tuning.key
-        )
-
-
-def _on_validation(case: Case) -> list[str]:
-    """The metrics over the validation rows."""
-    assert case.study is not None
-    evals = {one.name for one in case.study.evals if one.data.questions == "validation"}
-    logs = [log for _, log in case.logs if log.eval in evals]
-    return ["validation_loss", *metrics_of(logs)]
+        metrics = ["validation_loss", *metrics_of(log for _, log in case.logs if log.eval in evals)]
+        yield found("tuned-on-validation", [told], (arm.name,), metrics, key=tuning.key)

@@ -1,5 +1,5 @@
-"""Whether the arms were asked the same things in the same way: questions, subsets, prompts,
-decoding, few-shot, precision; and what is not there: evaluations, trainings, files.
+"""Whether the arms were asked the same things in the same way, and what is not there: evaluations,
+trainings, files.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from recipes_lib.compare.validity.case import (
     pairs,
     run_place,
     settings_differ,
+    told_apart,
 )
 from recipes_lib.core.project import shown_path
 from recipes_lib.foreign.run import imported_files
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
-_SHOTS = ": few-shot"
 _FREE = (
     "name",
     "data.labels",
@@ -47,8 +47,13 @@ _FREE = (
     "metrics.against",
     "metrics.probe_pairs",
 )
+_HOW_FAST = ("batch_size", "model_args")  # the same, of another program's protocol
+_SHOTS = ": few-shot"
+_PRECISION = ("quantization", "quantization.load_in_4bit", "model.dtype", "model.base_precision")
 Arms = tuple[str, str]
-_PairCheck = Callable[[Case, Arms, "EvalLog", "EvalLog"], Finding | None]
+# What a check of two results gives: the evidence, and what the finding's texts name.
+_Seen = tuple[Sequence[str], dict[str, str]]
+_PairCheck = Callable[[Case, Arms, "EvalLog", "EvalLog"], _Seen]
 
 
 def check_protocol(case: Case) -> Iterator[Finding]:
@@ -61,32 +66,35 @@ def check_protocol(case: Case) -> Iterator[Finding]:
         arm = log.against in case.measurements.arm_of_run
         evals[log.eval, "another arm" if arm else log.against][name].append(log)
     # What two arms differ in by the same evidence in several evaluations is one finding.
-    alike: dict[Finding, list[tuple[str, Finding]]] = defaultdict(list)
-    checks: tuple[_PairCheck, ...] = (
-        _settings_differ,
-        _texts_differ,
-        _precision_differs,
-        _versions_differ,
-        _code_differs,
-    )
+    alike: dict[Finding, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    checks: dict[str, _PairCheck] = {
+        "protocol-differs": _settings_differ,
+        "protocol-differs/texts": _texts_differ,
+        "precision-of-answers": _precision_differs,
+        "confound-versions/evaluations": _versions_differ,
+        "code-differs/evaluations": _code_differs,
+    }
     for by_arm in evals.values():
         for arms in pairs(by_arm):
             # Each seed of one arm with each of the other.
             every = list(itertools.product(*(by_arm[name] for name in arms)))
-            for check in checks:
-                each = (check(case, arms, *logs) for logs in every)
-                if finding := next(filter(None, each), None):
-                    alike[replace(finding, metrics=())].append((every[0][0].eval, finding))
+            for kind, check in checks.items():
+                for logs in every:
+                    evidence, words = check(case, arms, *logs)
+                    if evidence:
+                        finding = found(kind, evidence, arms, **words)
+                        alike[finding].append((every[0][0].eval, metrics_of(logs)))
+                        break
             yield from _questions_differ(arms, *every[0])
         yield from _subsets({name: logs[0] for name, logs in by_arm.items()})
         yield from _repeated([log for logs in by_arm.values() for log in logs])
     for finding, members in alike.items():
-        metrics = dict.fromkeys(metric for _, member in members for metric in member.metrics)
+        metrics = dict.fromkeys(metric for _, its in members for metric in its)
         title = f"{finding.title} ({' and '.join(dict.fromkeys(name for name, _ in members))})"
         yield replace(finding, title=title, metrics=tuple(metrics))
 
 
-def _settings_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
+def _settings_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen:
     """Settings that both results know and that differ."""
     mine, theirs = _settings(one), _settings(other)
     by_factor = case.declares("data.prompt_format", "data")
@@ -97,16 +105,12 @@ def _settings_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Fi
         and key in theirs
         and not (by_factor and key.startswith("answers.prompt_format"))
     ]
-    evidence, metrics = settings_differ(keys, arms, mine, theirs), metrics_of((one, other))
     named = (f"{key} ({mine[key]} and {theirs[key]})" if _SHOTS in key else key for key in keys[:3])
-    words = {"keys": ", ".join(named)}
-    return found("protocol-differs", evidence, arms, metrics, **words) if keys else None
+    return settings_differ(keys, arms, mine, theirs), {"keys": ", ".join(named)}
 
 
-def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
-    """Items of one id that were about other texts: another question, or another answer of the
-    opponent.
-    """
+def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen:
+    """Items of one id that were about another question, or another answer of the opponent."""
     # Each against the other, or a seed of it, has no opponent in common.
     opponents = one.against == other.against
     # A foreign file holds what the judge was shown.
@@ -118,10 +122,10 @@ def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Findi
     opposed: set[str] = set()
     for measure in one.measures:
         for item in measure.samples:
-            twin = theirs.get((measure.key, item.key))
-            if twin is not None and prompts and _differ(item.input, twin.input):
+            twin = theirs.get((measure.key, item.key), item)
+            if prompts and _differ(item.input, twin.input):
                 asked.add(item.id)
-            elif twin is not None and opponents and _differ(item.opponent, twin.opponent):
+            elif opponents and _differ(item.opponent, twin.opponent):
                 opposed.add(item.id)
     evidence = [
         f"{what} differs for {len(ids)} ids, among them {min(ids)}"
@@ -131,10 +135,8 @@ def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Findi
         )
         if ids
     ]
-    places = (run_place(one.file), run_place(other.file))
-    metrics = metrics_of((one, other))
-    kind = "protocol-differs/texts"
-    return found(kind, (*evidence, *places), arms, metrics) if evidence else None
+    places = [run_place(one.file), run_place(other.file)]
+    return evidence + places if evidence else [], {}
 
 
 def _differ(one: str | None, other: str | None) -> bool:
@@ -148,8 +150,7 @@ def _settings(log: EvalLog) -> Mapping[str, Any]:
         {key: value for key, value in log.recipe.items() if key not in ("judge", "thresholds")}
     )
     values = {key: value for key, value in recipe.items() if key not in _FREE}
-    for key, value in flatten({"decoding": log.answers.decoding}).items():
-        values[f"answers.{key}"] = value
+    values |= flatten({"answers": {"decoding": log.answers.decoding}})
     values["answers.prompt_format_hash"] = log.answers.prompt_format_hash
     for task in log.tasks:
         name = f"{task.task}, {task.metric}"
@@ -157,56 +158,39 @@ def _settings(log: EvalLog) -> Mapping[str, Any]:
         values[f"{name}: task version"] = task.version
     if log.tasks and all(task.num_fewshot is not None for task in log.tasks):
         values.pop("suite.num_fewshot", None)  # asked for, or the task's own: it is known
-    for key, value in log.protocol.items():
-        if key not in ("batch_size", "model_args"):
-            values[f"protocol.{key}"] = value
+    told = {key: log.protocol[key] for key in log.protocol if key not in _HOW_FAST}
+    values |= {f"protocol.{key}": value for key, value in told.items()}
     # In a result of ours a setting that is not there was left at its default.
     kept = () if log.is_imported else ("suite.", "data.", "protocol.")
     known = {key: value for key, value in values.items() if value is not None}
     return known | {key: None for key in values if key.startswith(kept) and key not in known}
 
 
-def _precision_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
+def _precision_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen:
     """Answers given in other precisions, where precision is no factor."""
-    precisions = (
-        "quantization",
-        "quantization.load_in_4bit",
-        "model.dtype",
-        "model.base_precision",
-    )
-    if case.declares(*precisions):
-        return None
+    if case.declares(*_PRECISION):
+        return (), {}
     mine, theirs = (
         {"dtype": log.answers.dtype, "quantized": log.answers.quantized} for log in (one, other)
     )
-    keys = [
-        key for key in mine if None not in (mine[key], theirs[key]) and mine[key] != theirs[key]
-    ]
-    evidence, metrics = settings_differ(keys, arms, mine, theirs), metrics_of((one, other))
-    return found("precision-of-answers", evidence, arms, metrics) if keys else None
+    keys = [key for key in told_apart(mine, theirs) if None not in (mine[key], theirs[key])]
+    return settings_differ(keys, arms, mine, theirs), {}
 
 
-def _versions_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
+def _versions_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen:
     """Libraries that both results recorded, in other versions."""
     del case
-    keys = [
-        name
-        for name, version in one.libraries.items()
-        if name in other.libraries and version != other.libraries[name]
-    ]
-    evidence = settings_differ(keys, arms, one.libraries, other.libraries)
-    metrics = metrics_of((one, other))
-    return found("confound-versions/evaluations", evidence, arms, metrics) if keys else None
+    keys = told_apart(one.libraries, other.libraries)
+    return settings_differ(keys, arms, one.libraries, other.libraries), {}
 
 
-def _code_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> Finding | None:
+def _code_differs(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen:
     """Commits that both results recorded."""
     del case
     commits = [str(log.git.get("commit") or "")[:12] for log in (one, other)]
-    evidence = [f"{arm}: commit {commit}" for arm, commit in zip(arms, commits, strict=True)]
-    differ = all(commits) and commits[0] != commits[1]
-    metrics = metrics_of((one, other))
-    return found("code-differs/evaluations", evidence, arms, metrics) if differ else None
+    if not all(commits) or commits[0] == commits[1]:
+        return (), {}
+    return [f"{arm}: commit {commit}" for arm, commit in zip(arms, commits, strict=True)], {}
 
 
 def _questions_differ(arms: Arms, one: EvalLog, other: EvalLog) -> Iterator[Finding]:
@@ -258,9 +242,8 @@ def _subsets(logs: Mapping[str, EvalLog]) -> Iterator[Finding]:
 
 
 def check_presence(case: Case) -> Iterator[Finding]:
-    """Yield evaluations that other arms have, or that were begun and not finished; trainings whose
-    weights are lost; imported arms with what their files do not hold; arms of published numbers
-    alone, and arms without anything.
+    """Yield evaluations that other arms have or that were not finished, trainings whose weights are
+    lost, what imported files do not hold, and arms without runs.
     """
     every = {log.eval for _, log in case.logs}
     opposing = {(log.eval, log.against) for _, log in case.logs}
@@ -274,8 +257,7 @@ def check_presence(case: Case) -> Iterator[Finding]:
                 or any((run.folder / "evals" / one).glob("judgments*.jsonl"))
             ]
             if begun:
-                evals = ", ".join(begun)
-                yield found("unfinished-evaluation", place, (name,), evals=evals)
+                yield found("unfinished-evaluation", place, (name,), evals=", ".join(begun))
             missing = sorted(every - {log.eval for log in run.evals} - set(run.unfinished))
             if missing and run.evals:
                 yield found("missing-evaluation", place, (name,), evals=", ".join(missing))
@@ -295,9 +277,9 @@ def check_presence(case: Case) -> Iterator[Finding]:
                 files = [str(source["file"]) for source in imported_files(run.state)]
                 lacks = [f"not carried over: {lack}" for lack in run.state.get("lacks") or ()]
                 yield found("imported", [f"run {run.name}: {', '.join(files)}", *lacks], (name,))
-    for declared in case.study.arms if case.study else ():
-        assert case.study is not None
-        yield from _absent(case, case.study, declared)
+    if case.study:
+        for declared in case.study.arms:
+            yield from _absent(case, case.study, declared)
 
 
 def _absent(case: Case, study: Study, arm: Arm) -> Iterator[Finding]:
@@ -327,9 +309,7 @@ def _absent(case: Case, study: Study, arm: Arm) -> Iterator[Finding]:
 
 
 def _published(study: Study, arm: str) -> list[str]:
-    """The numbers that a publication has of an arm, each with the notes that make it hard to
-    compare.
-    """
+    """The numbers that a publication has of an arm, each with its notes."""
     if study.published is None:
         return []
     published = load_published(study.published)
