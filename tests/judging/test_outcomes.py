@@ -72,7 +72,7 @@ def test_unresolved_items_stay_in_n_and_widen_the_bounds() -> None:
         0,
         2,
     )
-    assert (summary.win_bounds["all_lost"], summary.win_bounds["all_won"]) == (0.6, 0.8)
+    assert (summary.win_bounds.all_lost, summary.win_bounds.all_won) == (0.6, 0.8)
     assert summary.win_rate.estimate == 0.75 and summary.win_rate.n == 8
     assert (
         summary.score_bounds["all_lost"].estimate == 0.6

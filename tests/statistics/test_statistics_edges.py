@@ -52,7 +52,7 @@ def test_not_a_number_is_refused() -> None:
 
 def test_rates_without_items_are_unknown() -> None:
     assert wilson(0, 0).estimate is None
-    assert rate_bounds(0, 0, 0)["all_won"] is None
+    assert rate_bounds(0, 0, 0).all_won is None
     assert standard_error([1.0]) is None
 
 

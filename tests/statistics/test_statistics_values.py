@@ -113,15 +113,15 @@ def test_a_hundred_thousand_clusters_take_a_moment() -> None:
 
 def test_a_bound_is_the_end_of_an_interval_and_not_a_point():
     bounds = rate_bounds(60, 100, 20)
-    assert (bounds["low"], bounds["high"]) == (wilson(60, 100).low, wilson(80, 100).high)
-    assert bounds["low"] < bounds["all_lost"] < bounds["all_won"] < bounds["high"]
+    assert (bounds.low, bounds.high) == (wilson(60, 100).low, wilson(80, 100).high)
+    assert bounds.low < bounds.all_lost < bounds.all_won < bounds.high
 
 
 def test_unresolved_items_widen_the_bounds_on_both_sides() -> None:
     clean, torn = rate_bounds(60, 100, 0), rate_bounds(60, 100, 20)
-    assert (torn["all_lost"], torn["all_won"]) == (0.6, 0.8)
-    assert clean["low"] == wilson(60, 100).low
-    assert torn["low"] == clean["low"] and torn["high"] > clean["high"]
+    assert (torn.all_lost, torn.all_won) == (0.6, 0.8)
+    assert clean.low == wilson(60, 100).low
+    assert torn.low == clean.low and torn.high > clean.high
 
 
 def test_sign_flip_is_exact_for_outcomes_and_grades_and_samples_other_large_ones() -> None:

@@ -361,7 +361,7 @@ def agreement(outcomes: Sequence[Sample], labels: Mapping[str, str]) -> Agreemen
         "n": len(labelled),
         "unresolved": unresolved,
         "outcome_accuracy": accuracy(said, truth).to_dict(),
-        "outcome_accuracy_bounds": rate_bounds(right, len(labelled), unresolved),
+        "outcome_accuracy_bounds": rate_bounds(right, len(labelled), unresolved).to_dict(),
         "kappa": cohens_kappa(said, truth).to_dict(),
         "verdict_accuracy": interval.to_dict(),
         "above_chance": None if too_few else interval.low is not None and interval.low > 0.5,

@@ -16,9 +16,9 @@ from typing import Any, TypedDict, cast
 from recipes_lib.eval_log import ORDERS, SCORE, Sample
 from recipes_lib.statistics.intervals import (
     Interval,
+    RateBounds,
     StoredBounds,
     StoredInterval,
-    bounds_between,
     rate_interval,
     share_interval,
     wilson,
@@ -61,7 +61,7 @@ class PairSummary:
     statuses: dict[str, int]
     win_rate: Interval
     score: Interval
-    win_bounds: StoredBounds
+    win_bounds: RateBounds
     swap_consistency: Interval
     first_position: Interval
     score_bounds: dict[str, Interval]
@@ -203,7 +203,7 @@ def summarise(
         statuses=dict(statuses),
         win_rate=share(resolved, "win"),
         score=score(resolved, 0.5),
-        win_bounds=bounds_between(lost, won, counts["unresolved"]),
+        win_bounds=RateBounds.between(lost, won, counts["unresolved"]),
         swap_consistency=wilson(consistent, len(judged)),
         first_position=rate_interval(first),
         score_bounds={"all_lost": score(samples, 0.0), "all_won": score(samples, 1.0)},

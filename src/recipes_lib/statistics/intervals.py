@@ -37,11 +37,7 @@ class StoredInterval(TypedDict):
 
 
 class StoredBounds(TypedDict):
-    """A rate with unresolved items: what it is if all of them were lost, and if all were won.
-
-    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are
-    lost, and the one above when all are won.
-    """
+    """`RateBounds` as a file holds them."""
 
     all_lost: float | None
     all_won: float | None
@@ -83,6 +79,32 @@ class Interval:
     def to_dict(self) -> StoredInterval:
         """Return the fields as a JSON-ready dictionary."""
         return cast(StoredInterval, asdict(self))
+
+
+@dataclass(frozen=True)
+class RateBounds:
+    """A rate with unresolved items: what it is if all of them were lost, and if all were won.
+
+    `low` and `high` are the outer limits: the Wilson limit below when all unresolved items are
+    lost, and the one above when all are won.
+    """
+
+    all_lost: float | None
+    all_won: float | None
+    low: float | None
+    high: float | None
+    n: int
+    unresolved: int
+    level: float = LEVEL
+
+    @classmethod
+    def between(cls, lost: Interval, won: Interval, unresolved: int) -> RateBounds:
+        """Return the bounds between a rate with all unresolved items lost, and with all won."""
+        return cls(lost.estimate, won.estimate, lost.low, won.high, lost.n, unresolved)
+
+    def to_dict(self) -> StoredBounds:
+        """Return the fields as a JSON-ready dictionary."""
+        return cast(StoredBounds, asdict(self))
 
 
 def wilson(successes: int, n: int) -> Interval:
@@ -140,7 +162,7 @@ def _codes(clusters: Sequence[Hashable] | None) -> list[int]:
     return [places.setdefault(one, len(places)) for one in clusters or ()]
 
 
-def rate_bounds(successes: int, n: int, unresolved: int) -> StoredBounds:
+def rate_bounds(successes: int, n: int, unresolved: int) -> RateBounds:
     """Return a rate's bounds when `unresolved` of the `n` items have no outcome.
 
     Raises:
@@ -148,25 +170,12 @@ def rate_bounds(successes: int, n: int, unresolved: int) -> StoredBounds:
 
     Example:
         >>> bounds = rate_bounds(60, 100, 10)
-        >>> bounds["all_lost"], bounds["all_won"]
+        >>> bounds.all_lost, bounds.all_won
         (0.6, 0.7)
     """
     if unresolved < 0 or successes + unresolved > n:
         raise ValueError(f"{successes} successes and {unresolved} unresolved do not fit into {n}")
-    return bounds_between(wilson(successes, n), wilson(successes + unresolved, n), unresolved)
-
-
-def bounds_between(lost: Interval, won: Interval, unresolved: int) -> StoredBounds:
-    """Return a rate's bounds from its intervals with all unresolved items lost, and all won."""
-    return {
-        "all_lost": lost.estimate,
-        "all_won": won.estimate,
-        "low": lost.low,
-        "high": won.high,
-        "n": lost.n,
-        "unresolved": unresolved,
-        "level": LEVEL,
-    }
+    return RateBounds.between(wilson(successes, n), wilson(successes + unresolved, n), unresolved)
 
 
 def codes_of(clusters: ArrayLike) -> NDArray[np.int64]:
