@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -10,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -83,9 +86,26 @@ class Launcher:
                 continue
 
     def train(self, *overrides: str, config: str | Path | None = None, **environment: str) -> str:
-        code, said = self.wait(self.start(self.command(*overrides, config=config), **environment))
+        """Train to the end: without a config in this process, which has imported everything."""
+        if config is not None:
+            command = self.command(*overrides, config=config)
+            code, said = self.wait(self.start(command, **environment))
+        else:
+            code, said = self.train_here(*overrides, **environment)
         assert code == 0, said[-4000:]
         return said
+
+    def train_here(self, *overrides: str, **environment: str) -> tuple[int, str]:
+        from recipes_lib.train import main
+
+        told = io.StringIO()
+        with (
+            mock.patch.dict(os.environ, {**self.environment, **environment}),
+            contextlib.redirect_stdout(told),
+            contextlib.redirect_stderr(told),
+        ):
+            code = main([str(self.recipe), *overrides])
+        return code, told.getvalue()
 
     def run(self, name: str) -> Path:
         return self.recipe.parent / "runs" / name

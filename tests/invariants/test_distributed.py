@@ -128,32 +128,27 @@ def test_a_model_whose_class_lists_blocks_that_it_does_not_have_is_sharded(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "method", [["lora.r=4"], ["lora=null", "train.learning_rate=1e-3"]], ids=["lora", "full"]
-)
+@pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
-    launcher, config: str, method: list[str]
+    launcher, compared, config: str, kind: str
 ) -> None:
     """On a GPU the loss is TRL's fused head; here the same branch runs in the same processes, with
     TRL's kernels written in torch.
     """
-    kind = "full" if "lora=null" in method else "lora"
-    for head in ("own", "fused"):
-        command = launcher.command(
-            f"run.name={head}-{kind}-{config}", *method, "train.max_steps=4", config=config
-        )
-        if head == "fused":
-            command[command.index("-m") : command.index("-m") + 2] = [
-                str(Path(__file__).with_name("fused_head.py"))
-            ]
-        code, said = launcher.wait(launcher.start(command))
-        assert code == 0 and ("fused head: torch.float32" in said) is (head == "fused"), said[
-            -3000:
-        ]
+    words, own = [], config
+    if kind == "full":
+        words, own = ["lora=null", "train.learning_rate=1e-3"], f"own-full-{config}"
+        launcher.train(f"run.name={own}", *words, config=config)
+    name = f"fused-{kind}-{config}"
+    command = launcher.command(f"run.name={name}", *words, config=config)
+    script = str(Path(__file__).with_name("fused_head.py"))
+    command[command.index("-m") : command.index("-m") + 2] = [script]
+    code, said = launcher.wait(launcher.start(command))
+    assert code == 0 and "fused head: torch.float32" in said, said[-3000:]
     for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
-        own, fused = (launcher.series(f"{head}-{kind}-{config}", key) for head in ("own", "fused"))
-        assert len(own) and own == pytest.approx(fused, rel=SUM_ORDER)
+        ours, fused = launcher.series(own, key), launcher.series(name, key)
+        assert len(ours) and ours == pytest.approx(fused, rel=SUM_ORDER)
 
 
 @pytest.mark.slow

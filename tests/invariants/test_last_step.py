@@ -34,10 +34,10 @@ WAYS = {
 }
 
 
-def config_for(processes: int, folder: Path, kind: str = "ddp_cpu") -> Path:
-    values = yaml.safe_load(
-        (PROJECT / "accelerate_configs" / f"{kind if processes > 1 else 'cpu'}.yaml").read_text()
-    )
+def config_for(processes: int, folder: Path, kind: str = "ddp_cpu") -> Path | None:
+    if processes == 1:
+        return None
+    values = yaml.safe_load((PROJECT / "accelerate_configs" / f"{kind}.yaml").read_text())
     path = folder / f"{kind}-{processes}.yaml"
     path.write_text(yaml.safe_dump(values | {"num_processes": processes}))
     return path

@@ -44,6 +44,7 @@ def write_recipe(
     # half of the time, and the same for every architecture
     monkeypatch.setattr("recipes_lib.training.finish.draw_figures", lambda *words: None)
     monkeypatch.setattr("recipes_lib.weights.check.gc.collect", lambda: 0)
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "this machine")
 
     def write(family: str, *changes: dict[str, Any]) -> Path:
         text = tiny_recipe_text(build_family(family, tmp_path / family, tiny_model_dir))
