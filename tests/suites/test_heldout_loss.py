@@ -107,6 +107,46 @@ def test_rows_of_a_file_are_read_as_the_recipe_reads_its_own(
     assert code == 0 and "7 " in out, err
 
 
+def test_rows_of_a_file_that_the_training_learned_from_allow_no_claim(
+    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    assert train([str(tiny_recipe), "run.name=one", "train.max_steps=8"]) == 0
+    rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows) + "\n")
+    eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
+    code, out, err = recipes("eval", eval_file, "one", "base")
+    assert code == 0, err
+    logs, _ = read_evals(tmp_path / "runs/one")
+    leaks = logs[0].leaks
+    assert leaks and leaks.is_error and leaks.questions == 40 and leaks.leaked_questions > 30
+    assert logs[0].banners[0] == leaks.summary(logs[0].eval)
+    code, out, err = recipes("compare", "one", "base", "--json")
+    made = json.loads(out)
+    (finding,) = [one for one in made["findings"] if one["code"] == "leaked-questions"]
+    assert finding["severity"] == "error" and "instructions.jsonl:1: answer" in str(finding)
+    _, out, _ = recipes("compare", "one", "base")
+    assert "is better than" not in out and "than base on loss" not in out
+    code, _, err = recipes("data", tiny_recipe, "--against", eval_file)
+    assert code == 2 and "40 of 40 questions of" in err and "(or their answers) are in" in err
+
+
+def test_other_rows_of_a_file_are_searched_and_leave_the_claim_as_it_is(
+    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    assert train([str(tiny_recipe), "run.name=one", "train.max_steps=8"]) == 0
+    rows = [
+        {"instruction": f"Summarize this text. {n}", "context": "", "response": f"So {n} it is."}
+        for n in range(20)
+    ]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
+    assert recipes("eval", eval_file, "one", "base")[0] == 0
+    (log,), _ = read_evals(tmp_path / "runs/one")
+    assert log.leaks and not log.leaks.found and not log.leaks.why
+    _, out, _ = recipes("compare", "one", "base", "--json")
+    assert not [one for one in json.loads(out)["findings"] if "leak" in one["code"]]
+
+
 def test_rows_that_repeat_are_one_observation_and_the_report_says_so(
     tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
 ) -> None:

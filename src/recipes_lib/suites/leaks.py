@@ -13,19 +13,27 @@ from recipes_lib.core.errors import RecipeError, RecipeErrors, RecipesError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import read_object, read_rows
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.examples import NUM_LISTED
+from recipes_lib.data.conversations import conversation_of
+from recipes_lib.data.examples import NUM_LISTED, BadRows
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
+from recipes_lib.data.rows import read_data
 from recipes_lib.data.sources import is_on_hub, listed_sources
-from recipes_lib.data.splits import recorded_rows, training_rows
+from recipes_lib.data.splits import SPLITS, recorded_rows, training_rows
 from recipes_lib.eval_log import EvalLog
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.suites.questions import ASKED_HERE, Question, load_questions, local_questions
 
-# Suites whose questions are looked for. The rows of heldout_loss are apart from those of the
-# training by the split, which sees to duplicates.
-SEARCHED = (*ASKED_HERE, "lm_eval")
 _OF_HUB = "on the Hub, so that is done before the first training"
 _QUESTION_KEYS = ("question", "query", "prompt", "instruction", "problem")
+
+
+def is_searched(suite: str, questions: str | None) -> bool:
+    """Return whether the questions of an evaluation are looked for in training rows. The rows of
+    heldout_loss are where they come from a file: those of a split are apart from the training's.
+    """
+    if suite == "heldout_loss":
+        return questions not in (None, *SPLITS)
+    return suite == "lm_eval" or suite in ASKED_HERE
 
 
 def search_recipe(
@@ -42,9 +50,12 @@ def search_recipe(
     for one in evals:
         if one.suite.name == "lm_eval":
             found[one.name] = Leaks(why="lm-eval reads them, so that is done with each evaluation")
-        if one.suite.name not in ASKED_HERE:
+        if not is_searched(one.suite.name, one.data.questions):
             continue
         try:
+            if one.suite.name == "heldout_loss":
+                texts[one.name] = list(_row_texts(one, recipe))
+                continue
             chosen = load_questions(one) if fetch else local_questions(one)
             if chosen is None:
                 found[one.name] = Leaks(why=f"they are {_OF_HUB}")
@@ -100,14 +111,16 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     folder = log.file.parents[2]
     state = read_object(folder / "run.json")
     fingerprint = (state.get("guard") or {}).get("data_fingerprint")
-    if fingerprint is None or log.suite not in SEARCHED:
+    if fingerprint is None or not is_searched(log.suite, recipe.data.questions):
         return None
     try:
-        texts = list(
-            _harness_texts(log.file.parent / "samples")
-            if log.suite == "lm_eval"
-            else _texts(load_questions(recipe).questions)
-        )
+        if log.suite == "lm_eval":
+            found = _harness_texts(log.file.parent / "samples")
+        elif log.suite == "heldout_loss":
+            found = _row_texts(recipe, Recipe.read(folder / RECIPE_FILE))
+        else:
+            found = _texts(load_questions(recipe).questions)
+        texts = list(found)
         key = str(fingerprint), hash_of([[one.question, one.part, one.text] for one in texts])
         if key not in _FOUND:
             _FOUND[key] = _search_run(folder, str(fingerprint), texts)
@@ -141,6 +154,20 @@ def _texts(questions: Sequence[Question]) -> Iterator[EvalText]:
             expected = rule.expected if isinstance(rule.expected, list) else [rule.expected]
             for answer in expected:
                 yield EvalText(one.id, "answer", answer)
+
+
+def _row_texts(one: EvalRecipe, recipe: Recipe) -> Iterator[EvalText]:
+    """Yield what the loss is measured on: the answers of the rows of a file. Their questions are
+    often alike ("Summarize this text.") without being a sign of anything.
+    """
+    file = str(one.resolve("data.questions", str(one.data.questions)))
+    for row in read_data(recipe.reading(file).data, BadRows()).with_texts():
+        if "text" in row.fields:
+            yield EvalText(row.id, "answer", row.fields["text"])
+            continue
+        for message in conversation_of(row, None):
+            if message["role"] == "assistant":
+                yield EvalText(row.id, "answer", message["content"])
 
 
 def _harness_texts(samples: Path) -> Iterator[EvalText]:

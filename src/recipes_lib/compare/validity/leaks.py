@@ -10,7 +10,7 @@ from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, run_place
 from recipes_lib.compare.wording import sentence_list
 from recipes_lib.data.examples import NUM_LISTED
-from recipes_lib.suites.leaks import SEARCHED
+from recipes_lib.suites.leaks import is_searched
 
 if TYPE_CHECKING:
     from recipes_lib.eval_log import EvalLog
@@ -23,7 +23,10 @@ def check_leaks(case: Case) -> Iterator[Finding]:
     unknown: dict[str, list[EvalLog]] = defaultdict(list)  # by arm and reason
     for name, arm in case.trained.items():
         leaked: dict[str, Finding] = {}  # the runs and comparisons of an arm say the same
-        for log in (log for log in arm.logs if log.measures and log.suite in SEARCHED):
+        for log in arm.logs:
+            questions = log.recipe.get("data", {}).get("questions")
+            if not log.measures or not is_searched(log.suite, questions):
+                continue
             leaks, metrics = log.leaks, metrics_of(one for one in arm.logs if one.eval == log.eval)
             if leaks is None or leaks.why:
                 imported = "it was trained elsewhere" if log.is_imported else ""
