@@ -264,7 +264,7 @@ def test_a_flattened_row_under_sdpa_pays_for_its_mask_with_the_square() -> None:
         activations_of(llama(padding_free=True, per_device=4, attention=kind))
         for kind in ("sdpa", "flash")
     )
-    assert flash.per_token_and_row == 0
+    assert flash.whole.of_row == 0
     assert flattened.saved(4096, 4096, False) - flash.saved(4096, 4096, False) == pytest.approx(
         32 * 2 * 4096**2, rel=0.01
     )

@@ -24,44 +24,47 @@ CHUNK = 64  # tokens of a chunk of linear attention
 
 
 @dataclass(frozen=True)
-class Activations:
-    """Bytes that stay until the backward pass; of one block what recomputation brings back.
-
-    Args:
-        per_token: of all blocks, norms and the head's input, without recomputation.
-        per_token_and_row: further bytes per token for each token of its row: sdpa's masks.
-        checkpointed: per token when only the inputs of the blocks are kept, and what their
-            attention returned where checkpointing is selective.
-        constant: copies of weights that autocast made, and experts with their adapter added.
-        per_chunked_token: further bytes per token of rows that are filled up to whole chunks.
+class Kept:
+    """Bytes of blocks for each token: by itself, for each token of its row (sdpa's masks), and of a
+    row that is filled up to whole chunks; and whatever the tokens: copies of weights that autocast
+    made, and experts with their adapter added.
     """
 
-    per_token: float
-    per_token_and_row: float
-    checkpointed: float
-    block: float
-    block_row: float
+    alone: float
+    of_row: float
+    chunked: float
     constant: float
-    block_constant: float = 0.0
-    per_chunked_token: float = 0.0
-    block_chunked: float = 0.0
+
+    def of(self, tokens: int, row: int) -> float:
+        """Return the bytes for so many tokens, padding counted, in rows of `row`."""
+        filled = math.ceil(row / CHUNK) * CHUNK / row
+        each = self.alone + self.of_row * row + self.chunked * filled
+        return tokens * each + self.constant
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What stays until the backward pass.
+
+    Args:
+        whole: of all blocks, norms and the head's input, without recomputation.
+        block: of the largest block, which recomputation brings back for a moment.
+        checkpointed: bytes per token when only the inputs of the blocks are kept, and what their
+            attention returned where checkpointing is selective.
+    """
+
+    whole: Kept
+    block: Kept
+    checkpointed: float
+
+    @property
+    def per_token(self) -> float:
+        """Bytes of a token, without what grows with its row."""
+        return self.whole.alone + self.whole.chunked
 
     def saved(self, tokens: int, row: int, checkpointing: bool) -> float:
-        """Return the bytes kept of a micro-batch of `tokens`, padding counted, in rows of `row`."""
-        if checkpointing:
-            return tokens * self.checkpointed
-        chunked = self.per_chunked_token * _filled_up(row)
-        return tokens * (self.per_token + self.per_token_and_row * row + chunked) + self.constant
-
-    def recomputed(self, tokens: int, row: int) -> float:
-        """Return the bytes of the one block that is recomputed at a time."""
-        chunked = self.block_chunked * _filled_up(row)
-        return tokens * (self.block + self.block_row * row + chunked) + self.block_constant
-
-
-def _filled_up(row: int) -> float:
-    """Return how much longer a row is in whole chunks of linear attention."""
-    return math.ceil(row / CHUNK) * CHUNK / row
+        """Return the bytes kept of a micro-batch in rows of `row`."""
+        return tokens * self.checkpointed if checkpointing else self.whole.of(tokens, row)
 
 
 def activations_of(settings: Settings) -> Activations:
@@ -96,16 +99,12 @@ def activations_of(settings: Settings) -> Activations:
     attended = sum(
         count * (s * layer.output + 4 * layer.heads) for layer, _, count in settings.layers
     )
+    alone, of_row, chunked = total
+    constant = _autocast_copies(settings) + sum(sums)
     return Activations(
-        per_token=total[0] - first + head,
-        per_token_and_row=total[1],
+        whole=Kept(alone - first + head, of_row, chunked, constant),
+        block=Kept(largest[0], largest[1], largest[2], max(sums, default=0.0)),
         checkpointed=shape.layers * shape.hidden * w + head + settings.selective * attended,
-        block=largest[0],
-        block_row=largest[1],
-        constant=_autocast_copies(settings) + sum(sums),
-        block_constant=max(sums, default=0.0),
-        per_chunked_token=total[2],
-        block_chunked=largest[2],
     )
 
 

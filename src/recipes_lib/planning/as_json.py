@@ -41,14 +41,13 @@ def _model(plan: Plan) -> dict[str, object]:
 def _memory(plan: Plan) -> dict[str, object]:
     settings, here = plan.settings, activations_of(plan.settings)
     on_cpu = settings.device == "cpu"
-    on_card = here.per_token + here.per_chunked_token
-    per_token = on_card if on_cpu else reference_per_token(settings)
+    per_token = here.per_token if on_cpu else reference_per_token(settings)
     parts = {**asdict(plan.memory), "peak": plan.memory.peak, "needed": plan.memory.needed}
     parts["least"] = plan.least
     return {
         **{f"{name}_gib": gib for name, gib in parts.items()},
         "activation_mb_per_token": per_token / MIB,
-        "activation_mb_per_token_on_card": on_card / MIB,
+        "activation_mb_per_token_on_card": here.per_token / MIB,
         "activation_mb_per_token_checkpointed": here.checkpointed / MIB,
         "host_gib": None if on_cpu else host_gib(settings),
         "card": plan.card.name,

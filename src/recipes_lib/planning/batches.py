@@ -70,14 +70,8 @@ def batches_of(
         cut = settings.max_length or max(lengths.tokens)
         rows = max(1, math.ceil(sum(tokens) / len(tokens) * rows / (cut * PACKED)))
         tokens = (cut,)
-    drawn = _draw(
-        tokens,
-        settings.per_device * joined,
-        settings.flattened,
-        settings.masked,
-        settings.grouped,
-        settings.max_tokens,
-    )
+    size, kind = settings.per_device * joined, (settings.flattened, settings.masked)
+    drawn = _draw(tokens, size, *kind, settings.grouped, settings.max_tokens)
     per_epoch, steps = planned_steps(
         rows,
         per_device=settings.per_device,

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,15 +177,13 @@ def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
     return Lengths(tuple(tokens), train, held_out[0], source_text, True, held_out[1])
 
 
-def needed_length(recipe: Recipe, vocabulary: int, share: float = 0.99) -> int | None:
-    """Return the `max_length` that leaves a share of the first rows whole, in steps of 64; None
-    where none can be read.
-    """
+def needed_length(recipe: Recipe, vocabulary: int) -> int | None:
+    """Return the `max_length` that leaves 99% of the first rows whole, in steps of 64, if any."""
     rows = read_data(recipe.data, BadRows(), max_rows=COUNTED)
     if not len(rows):
         return None
     tokens, _ = _tokens(recipe, vocabulary, rows, True)
-    return math.ceil(sorted(tokens)[math.ceil(share * len(tokens)) - 1] / 64) * 64
+    return math.ceil(sorted(tokens)[math.ceil(0.99 * len(tokens)) - 1] / 64) * 64
 
 
 def _tokens(recipe: Recipe, vocabulary: int, rows: Rows, tokenize: bool) -> tuple[list[int], str]:
@@ -243,28 +240,17 @@ def _from_run(recipe: Recipe, tokens: Sequence[int]) -> Lengths | None:
         return None
 
 
-def dolly_histogram() -> list[tuple[int, int]]:
-    """Return (tokens, rows) per bin, shortest first.
-
-    Example:
-        >>> sum(rows for _, rows in dolly_histogram())
-        15011
-    """
-    pairs = (entry.split("x") for entry in _BINS.split())
-    return [(int(tokens), int(rows)) for tokens, rows in pairs]
-
-
 @lru_cache(maxsize=4)
 def dolly_lengths(vocabulary: int = 49_152) -> tuple[int, ...]:
     """Return one length per row, shortest first, by a tokenizer with about that many entries.
 
     Example:
-        >>> sum(dolly_lengths(32_000)) / sum(dolly_lengths()) > 1.08
-        True
+        >>> len(dolly_lengths()), sum(dolly_lengths(32_000)) / sum(dolly_lengths()) > 1.08
+        (15011, True)
     """
     factor = _mean_tokens(vocabulary) / _MEAN_TOKENS[49_152]
-    bins = [[round(tokens * factor)] * rows for tokens, rows in dolly_histogram()]
-    return tuple(chain.from_iterable(bins))
+    bins = (entry.split("x") for entry in _BINS.split())
+    return tuple(round(int(size) * factor) for size, rows in bins for _ in range(int(rows)))
 
 
 def characters_per_token(vocabulary: int) -> float:

@@ -41,14 +41,10 @@ class Memory:
     outside: float
 
     @property
-    def steady(self) -> float:
-        """What lies there all the time."""
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
-
-    @property
     def peak(self) -> float:
         """What `torch.cuda.max_memory_allocated` will show."""
-        return self.steady + max(self.activations + self.moment, self.validation)
+        steady = self.weights + self.adapter + self.gradients + self.optimizer + self.gathered
+        return steady + max(self.activations + self.moment, self.validation)
 
     @property
     def needed(self) -> float:
@@ -74,7 +70,7 @@ def memory_of(settings: Settings, tokens: int, row: int, eval_tokens: int = 0) -
     kept = activations_of(settings)
     at_work = backward_bytes(settings, tokens) + _dequantised(settings)
     if settings.checkpointing:
-        at_work += kept.recomputed(tokens, row)
+        at_work += kept.block.of(tokens, row)
     forward = backward_bytes(settings, eval_tokens) + head_bytes(settings, eval_tokens)
     memory = Memory(
         weights=weights / shards,

@@ -34,7 +34,7 @@ def plan_lines(plan: Plan, advice: Sequence[Advice]) -> Iterator[str]:
     yield f"{plan.recipe.name} on {title} ({speed})"
     if card.stands_in:
         yield stand_in(card)
-    for part in (_model, _memory, _time, _methods):
+    for part in (_steps, _memory, _time, _methods):
         yield ""
         yield from part(plan)
     yield ""
@@ -72,13 +72,14 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
     memory, settings = plan.memory, plan.settings
     kinds = {4: "NF4 linear layers", 8: "8-bit linear layers", None: settings.dtype}
     kind = "FP8 linear layers" if settings.fp8 else kinds[settings.bits]
-    precision = f"{kind}{', shard' * settings.sharded}"
+    precision = f"{kind}, shard" if settings.sharded else kind
     trained = {2: "bf16", 4: "float32"}[settings.trained_bytes]
     rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
-    how = ", checkpointed" if settings.checkpointing else ""
-    kept, how = activations_of(settings), how + (" but for attention" if settings.selective else "")
-    per_token = kept.per_token + kept.per_chunked_token
-    per_token = (kept.checkpointed if settings.checkpointing else per_token) / MIB
+    kept = activations_of(settings)
+    per_token, how = kept.per_token / MIB, ""
+    if settings.checkpointing:
+        per_token, how = kept.checkpointed / MIB, ", checkpointed"
+    how += " but for attention" if settings.selective else ""
     if memory.validation > memory.activations + memory.moment:
         what = f"validation batch of {plan.eval_tokens:,} tokens, more than training needs"
         at_work = [("validation", what, memory.validation)]
@@ -102,15 +103,11 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
     ]
 
 
-def _model(plan: Plan) -> Iterator[str]:
+def _steps(plan: Plan) -> Iterator[str]:
     shape = plan.settings.shape
     active = f", {shape.active_parameters:,} of them for each token" if shape.experts else ""
     frozen = f", {shape.frozen:,} of them for images, not trained" if shape.frozen else ""
     yield f"model   {shape.parameters:,} parameters{active}{frozen} (numbers: {shape.source})"
-    yield from _steps(plan)
-
-
-def _steps(plan: Plan) -> Iterator[str]:
     batches, settings, train = plan.batches, plan.settings, plan.recipe.train
     ranks = f"{settings.world_size} process{'es' * (settings.world_size > 1)}"
     what = "packed rows" if settings.packing else "examples"
@@ -119,10 +116,10 @@ def _steps(plan: Plan) -> Iterator[str]:
         f" = {batches.examples_per_step} {what} per step; {batches.rows:,} {what} ->"
         f" {batches.steps_per_epoch:,} steps per epoch, {batches.steps:,} steps"
     )
-    if plan.longest > settings.shape.positions:
+    if plan.longest > shape.positions:
         yield (
-            f"note    rows of {plan.longest:,} tokens are longer than the"
-            f" {settings.shape.positions:,} that {settings.shape.name} was made for"
+            f"note    rows of {plan.longest:,} tokens are longer than the {shape.positions:,} that"
+            f" {shape.name} was made for"
         )
     warmup = float(train.get("warmup_steps") or 0)
     if warmup >= max(batches.steps, 1) and train.get("lr_scheduler_type") not in WITHOUT_WARMUP:
@@ -192,11 +189,8 @@ def _time(plan: Plan) -> Iterator[str]:
         f" {spread(duration.total, device)} in all"
     )
     if device == "gpu":
-        costs = step_costs(settings)
-        bandwidth, tflops = (
-            plan.card.bandwidth * BANDWIDTH_REACHED,
-            plan.card.tflops * PRODUCTS_REACHED,
-        )
+        costs, bandwidth = step_costs(settings), plan.card.bandwidth * BANDWIDTH_REACHED
+        tflops = plan.card.tflops * PRODUCTS_REACHED
         yield (
             f"        counted: {costs.kernels:,.0f} kernels a pass, launched in"
             f" {LAUNCH_S * 1e6:.0f} us each; {costs.per_token / 1e6:.0f} MB per token at"
