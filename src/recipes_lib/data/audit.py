@@ -20,7 +20,7 @@ from recipes_lib.data.examples import BadRows, Example, SettingError, SkippedRow
 from recipes_lib.data.prompts import PROMPT_FORMATS, Twin
 from recipes_lib.data.rows import Rows
 from recipes_lib.data.splits import SPLITS, TEST, TRAIN, VALIDATION, Splits
-from recipes_lib.data.supervision import DecodedSpan, Supervision, decoded_spans
+from recipes_lib.data.supervision import DecodedSpan, Supervision, decoded_spans, special_ids
 
 NUM_REASONS = 10
 NUM_SHOWN = 3
@@ -185,13 +185,7 @@ class Injections:
     """
 
     def __init__(self, tokenizer: Any, prompt_format: str) -> None:
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        special = dict.fromkeys(
-            [
-                *tokenizer.all_special_tokens,
-                *(str(token) for token in added if getattr(token, "special", False)),
-            ]
-        )
+        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
         headings = re.findall(r"### \w+:", "".join(PROMPT_FORMATS[prompt_format].headings[1:]))
         self._special = [name for name in special if len(name) > 1]
         self._markers = [name for name in [*headings, *FOREIGN_MARKERS] if name not in special]
@@ -243,13 +237,22 @@ def audit_rows(
             "places": [example.place for example in chosen],
         }
 
+    def occurrences(name: str) -> Occurrences:
+        return {"count": int(tokens[name].sum()), "rows": int((tokens[name] > 0).sum())}
+
     cut, bare = tokens["length"] < tokens["tokens_before"], tokens["supervised"] == 0
     empty = named(np.array([example.empty for example in rows.examples], dtype=bool))
     ending, num_ending = np.unique(
         tokens["end_token"][tokens["end_token"] >= 0], return_counts=True
     )
     section = settings.section
-    as_text = section.prompt_format != "chat" and section.special_tokens == "text"
+    chat = section.prompt_format == "chat"
+    as_text = not chat and section.special_tokens == "text"
+    counts: ConversationCounts = {
+        "turns": _distribution(tokens["turns"]),
+        "tool_calls": occurrences("tool_calls"),
+        "thoughts": occurrences("thoughts"),
+    }
     return {
         "prompt_format": section.prompt_format,
         "training_template": {"file": twin.file.name, "sha256": twin.hash} if twin else None,
@@ -275,7 +278,7 @@ def audit_rows(
         "supervised_tokens": _distribution(tokens["supervised"]),
         "prompt_tokens": _distribution(tokens["prompt_tokens"]),
         "completion_tokens": _distribution(tokens["tokens_before"] - tokens["prompt_tokens"]),
-        "conversations": _conversations(tokens) if section.prompt_format == "chat" else None,
+        "conversations": counts if chat else None,
         "tokens_per_split": {
             name: {
                 "tokens": int(tokens["length"][splits.rows[name]].sum()),
@@ -319,14 +322,6 @@ def audit_rows(
             for i in list(dict.fromkeys(splits.rows[TRAIN]))[:NUM_SHOWN]
         ],
     }
-
-
-def _conversations(tokens: np.ndarray) -> ConversationCounts:
-    def of(name: str) -> Occurrences:
-        return {"count": int(tokens[name].sum()), "rows": int((tokens[name] > 0).sum())}
-
-    turns = _distribution(tokens["turns"])
-    return {"turns": turns, "tool_calls": of("tool_calls"), "thoughts": of("thoughts")}
 
 
 def _sources(rows: Rows, tokens: np.ndarray, splits: Splits) -> list[SourceCounts]:

@@ -165,31 +165,26 @@ class _Index:
         self.whole: dict[_Gram, list[_Owner]] = defaultdict(list)
         self.owners: dict[_Gram, list[_Owner]] = defaultdict(list)
         self.num_grams: dict[_Owner, int] = {}
-        self.words: set[str] = set()  # of all 13-grams
         for name, texts in evals.items():
-            self._add(name, texts)
-
-    def _add(self, name: str, texts: Iterable[EvalText]) -> None:
-        grams: dict[_Owner, set[_Gram]] = {}
-        for text in texts:
-            words = words_of(text.text)
-            if len(words) >= GRAM:
-                grams[name, text] = {
-                    tuple(words[start : start + GRAM]) for start in range(len(words) - GRAM + 1)
-                }
-            elif len(words) >= (FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1):
-                self.whole[tuple(words)].append((name, text))
-        by_question: dict[str, set[_Gram]] = defaultdict(set)
-        for (_, text), mine in grams.items():
-            by_question[text.question] |= mine
-        times = Counter(gram for mine in by_question.values() for gram in mine)
-        for owner, mine in grams.items():
-            # of a question that stands there twice, nothing is its own
-            mine = {gram for gram in mine if times[gram] == 1} or mine
-            self.num_grams[owner] = len(mine)
-            for gram in mine:
-                self.owners[gram].append(owner)
-                self.words.update(gram)
+            grams: dict[_Owner, set[_Gram]] = {}
+            by_question: dict[str, set[_Gram]] = defaultdict(set)
+            for text in texts:
+                words = words_of(text.text)
+                if len(words) >= GRAM:
+                    starts = range(len(words) - GRAM + 1)
+                    mine = {tuple(words[start : start + GRAM]) for start in starts}
+                    grams[name, text] = mine
+                    by_question[text.question] |= mine
+                elif len(words) >= (FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1):
+                    self.whole[tuple(words)].append((name, text))
+            times = Counter(gram for mine in by_question.values() for gram in mine)
+            for owner, mine in grams.items():
+                # of a question that stands there twice, nothing is its own
+                mine = {gram for gram in mine if times[gram] == 1} or mine
+                self.num_grams[owner] = len(mine)
+                for gram in mine:
+                    self.owners[gram].append(owner)
+        self.words = {word for gram in self.owners for word in gram}
 
     def search(self, texts: Iterable[str]) -> dict[_Owner, float | None]:
         """Return which texts the texts of a row hold: the share of their 13-grams, None for a

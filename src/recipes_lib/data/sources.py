@@ -76,12 +76,7 @@ _TYPES: dict[str, type] = {
     "weight": float,
 }
 _OF_ENTRY = ("source", "max_examples", "weight")  # have no place in `data` itself
-_OF_CHAT: tuple[tuple[str, Any], ...] = (
-    ("chat_template", None),
-    ("chat_template_kwargs", {}),
-    ("system_prompt", None),
-    ("chat_loss", "all"),
-)
+_OF_CHAT = ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss")
 
 
 def listed_sources(section: DataSection) -> list[Source]:
@@ -97,8 +92,9 @@ def listed_sources(section: DataSection) -> list[Source]:
     for name in sorted(RESERVED & section.chat_template_kwargs.keys()):
         key = "data.chat_template_kwargs"
         raise SettingError(key, f"{key}: {name} is no template argument", RESERVED_HINT)
-    for key, absent in _OF_CHAT:
-        if getattr(section, key) != absent and section.prompt_format != "chat":
+    absent = DataSection(source="")
+    for key in _OF_CHAT if section.prompt_format != "chat" else ():
+        if getattr(section, key) != getattr(absent, key):
             what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
     shared = [name for name in _TYPES if name not in _OF_ENTRY]
@@ -240,14 +236,12 @@ def unread_files(source: Source) -> list[str]:
 def _check_same_columns(first: Table, other: Table) -> None:
     if not (first.columns and other.columns):
         return
-    for column in other.columns:
-        if column not in first.columns:
-            hint = f"there the columns are {', '.join(first.columns)}"
-            raise DataError(f"column '{column}' is not in {first.file}", hint, file=other.file)
-    for column in first.columns:
-        if column not in other.columns:
-            hint = f"here the columns are {', '.join(other.columns)}"
-            raise DataError(f"column '{column}' of {first.file} is missing", hint, file=other.file)
+    if more := [column for column in other.columns if column not in first.columns]:
+        hint = f"there the columns are {', '.join(first.columns)}"
+        raise DataError(f"column '{more[0]}' is not in {first.file}", hint, file=other.file)
+    if missing := [column for column in first.columns if column not in other.columns]:
+        hint = f"here the columns are {', '.join(other.columns)}"
+        raise DataError(f"column '{missing[0]}' of {first.file} is missing", hint, file=other.file)
 
 
 def _load_from_hub(source: Source) -> Table:
