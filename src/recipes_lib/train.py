@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from recipes_lib.config.recipe import Recipe, handed_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import importing, quiet_libraries
+from recipes_lib.core.ranks import on_first_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
 from recipes_lib.training.process import end_process, ending_at_once, exit_status, report
@@ -178,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe = None
     try:
         with ending_at_once():
-            recipe = handed_recipe(options.recipe, overrides)
+            # one process resolves it, and all train the same
+            recipe = on_first_rank(lambda: handed_recipe(options.recipe, overrides))
             code = train(recipe, RunDirectory(recipe.name), options)
     except Exception as error:
         if options.debug:

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.opened import run_and_watch
 
 from recipes_lib.commands import train as train_verb
 from recipes_lib.commands.train import _ask_to_stop, _kill_all, _reported, supervise
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.project import project_root
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.process import EXIT_CODE_FILE
 
@@ -82,39 +84,51 @@ def test_one_ctrl_c_more_while_the_end_is_recorded_does_not_keep_it_from_that(
     assert "the training ended without a word" in capsys.readouterr().out
 
 
-HOOK = """import os, sys
-def note(event, args):
-    if event == "open" and str(args[0]).endswith((".yaml", ".yml")):
-        with open(os.environ["OPENED"], "a") as log:
-            log.write(f"{'recipes_lib.train' in sys.orig_argv} {args[0]}\\n")
-sys.addaudithook(note)
-"""
-
-
 @pytest.mark.parametrize("launch", ["cpu", "ddp_cpu"])
 def test_a_training_opens_no_yaml_of_its_recipe(
     tiny_recipe: Path, tmp_path: Path, launch: str
 ) -> None:
     child = tmp_path / "child.yaml"
     child.write_text(f"extends: {tiny_recipe.name}\nrun: {{name: child}}\n")
-    (tmp_path / "hook").mkdir()
-    (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
-    places = [str(tmp_path / "hook"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(places),
-        "OPENED": str(tmp_path / "opened"),
-    }
     words = ["train", str(child), "train.max_steps=1", "--accelerate", launch]
-    done = subprocess.run(
-        [sys.executable, "-m", "recipes_lib.cli", *words], env=environment, check=False
-    )
-    assert done.returncode == 0
-    opened = [line.split(" ", 1) for line in (tmp_path / "opened").read_text().splitlines()]
-    recipes = [(who, Path(path)) for who, path in opened if Path(path).parent == tmp_path]
-    assert ("False", child) in recipes
-    assert [path.name for who, path in recipes if who == "True"] == []
+    done, opened = run_and_watch([sys.executable, "-m", "recipes_lib.cli", *words], tmp_path)
+    assert done.returncode == 0, done.stderr
+    recipes = [one for one in opened if one.path.parent == tmp_path]
+    assert child in [one.path for one in recipes]
+    assert not any("recipes_lib.train" in one.words for one in recipes)
     assert (tmp_path / "runs" / "child" / "recipe.yaml").read_text() == child.read_text()
+
+
+def bare(recipe: Path, *words: str) -> list[str]:
+    """The plain command that trains on two ranks."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    config = project_root() / "accelerate_configs" / "ddp_cpu.yaml"
+    return [*launcher, str(config), "-m", "recipes_lib.train", str(recipe), *words]
+
+
+def test_under_a_bare_launch_rank_0_alone_opens_the_recipe_and_both_train_it(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    done, opened = run_and_watch(bare(tiny_recipe, "train.max_steps=1"), tmp_path)
+    assert done.returncode == 0 and "DDP, world size 2" in done.stdout, done.stderr
+    assert {one.rank for one in opened} == {"", "0", "1"}  # accelerate's config, by each
+    assert {one.rank for one in opened if one.path == tiny_recipe} == {"0"}
+    assert RunDirectory("tiny").read_state()["state"] == "finished"
+
+
+@pytest.mark.parametrize("reported", [False, True])
+def test_what_is_wrong_with_a_recipe_is_said_once_by_a_bare_launch_of_two_ranks(
+    tiny_recipe: Path, tmp_path: Path, reported: bool
+) -> None:
+    report = tmp_path / "code"
+    variables = {"RECIPES_EXIT_CODE_FILE": str(report)} if reported else {}
+    done, opened = run_and_watch(bare(tiny_recipe, "train.learnig_rate=1"), tmp_path, **variables)
+    said = done.stdout + done.stderr
+    assert said.count("unknown key 'train.learnig_rate'") == 1, said
+    assert {one.rank for one in opened if one.path == tiny_recipe} == {"0"}
+    assert (report.read_text() if reported else str(done.returncode)) == ("2" if reported else "1")
+    assert ("Traceback" in said) is not reported  # torch's launcher has its own
+    assert not RunDirectory("tiny").exists()
 
 
 def test_a_stop_file_is_whole_when_a_rank_sees_it(tmp_path: Path) -> None:

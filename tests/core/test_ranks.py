@@ -13,6 +13,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
 from recipes_lib.core.ranks import on_main_rank
 
 
@@ -66,6 +67,20 @@ def test_an_error_that_cannot_be_made_again_on_another_rank_reaches_it_as_text(
     with pytest.raises(Stubborn):
         on_main_rank(fail)
     assert str(sent[0][1]) == "Stubborn: the Hub said no"
+
+
+def test_several_errors_of_a_recipe_reach_every_rank_with_their_places_and_their_code(
+    sent: list[Any],
+) -> None:
+    errors = [RecipeError(f"wrong {key}", "a hint", file="r.yaml", line=key) for key in (2, 1)]
+
+    def fail() -> None:
+        raise RecipeErrors(errors)
+
+    with pytest.raises(RecipeErrors) as caught:
+        on_main_rank(fail)
+    assert str(sent[0][1]) == str(caught.value) and "r.yaml:1: wrong 1" in str(sent[0][1])
+    assert sent[0][1].exit_code == ExitCode.USAGE and sent[0][1].on_every_rank
 
 
 @pytest.mark.slow

@@ -95,6 +95,9 @@ class RecipeErrors(RecipeError):
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))
 
+    def __reduce__(self) -> tuple[type[RecipeErrors], tuple[list[RecipeError]]]:
+        return type(self), (self._errors,)  # to be raised on other ranks too
+
 
 class NumericsError(RecipesError):
     """A loss or a gradient that is not finite."""

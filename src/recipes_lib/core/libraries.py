@@ -22,7 +22,20 @@ def importing() -> Iterator[None]:
 
     They make millions of objects that live as long as the process. Searching them takes a quarter
     of the time of the import, and 0.4 s in every collection that frees memory afterwards.
+
+    Raises:
+        EnvironmentFault: a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS
+            waits for ever for memory it does not get.
     """
+    import resource  # not on every system
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < LIBRARIES_GIB * 2**30:
+        raise EnvironmentFault(
+            f"out of memory: the limit on address space is {limit / 2**30:.1f} GiB, and the"
+            f" libraries alone take {LIBRARIES_GIB} GiB",
+            "raise it: ulimit -v unlimited",
+        )
     known, collecting = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
@@ -38,20 +51,7 @@ def importing() -> Iterator[None]:
 def quiet_libraries() -> None:
     """Leave the terminal to this project's own lines; libraries still report errors. Call it before
     torch is imported.
-
-    Raises:
-        EnvironmentFault: a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS
-            waits for ever for memory it does not get.
     """
-    import resource  # not on every system
-
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit != resource.RLIM_INFINITY and limit < LIBRARIES_GIB * 2**30:
-        raise EnvironmentFault(
-            f"out of memory: the limit on address space is {limit / 2**30:.1f} GiB, and the"
-            f" libraries alone take {LIBRARIES_GIB} GiB",
-            "raise it: ulimit -v unlimited",
-        )
     with importing():
         import datasets
         import transformers

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.libraries import importing
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
@@ -66,11 +67,29 @@ def on_main_rank(work: Callable[[], T]) -> T:
     """
     import torch.distributed as dist
 
-    global _working_alone
     if _working_alone or not (dist.is_available() and dist.is_initialized()):
         return work()
-    store, key = _meeting()
-    if dist.get_rank() == 0:
+    return _hand_out(work, *_meeting(), dist.get_rank(), dist.get_world_size())
+
+
+def on_first_rank(work: Callable[[], T]) -> T:
+    """As `on_main_rank`, before there is a process group, which can be made only with what the
+    recipe says (`train.ddp_timeout`): through the store in which the processes meet to make it.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        return work()
+    with importing():
+        from torch.distributed.rendezvous import rendezvous
+
+    store, *_ = next(rendezvous("env://"))
+    _kept.append(store)  # of a launch without torch's launcher it serves the others
+    return _hand_out(work, store, "recipes/first", rank(), size)
+
+
+def _hand_out(work: Callable[[], T], store: Any, key: str, here: int, size: int) -> T:
+    global _working_alone
+    if here == 0:
         _working_alone = True
         try:
             outcome: tuple[T | None, Exception | None] = (work(), None)
@@ -80,7 +99,7 @@ def on_main_rank(work: Callable[[], T]) -> T:
             _working_alone = False
         store.set(key, _pickled(outcome))
         if outcome[1] is not None:  # this process ends now, and the store perhaps with it
-            _wait(lambda: store.add(f"{key}/read", 0) == dist.get_world_size() - 1, LAST_WORDS_S)
+            _wait(lambda: store.add(f"{key}/read", 0) == size - 1, LAST_WORDS_S)
     else:
         _wait(lambda: store.check([key]))
         outcome = pickle.loads(store.get(key))

@@ -25,6 +25,8 @@ from recipes_lib.core.ranks import rank
 
 # where `recipes train` and a cluster job read the exit code, which launchers lose
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
+# torch's launcher ends rank 0 as soon as another rank has failed: rank 0 has to say why first
+LAST_WORDS_S = 2.0
 
 
 @contextmanager
@@ -126,10 +128,13 @@ def exit_status(code: int, on_every_rank: bool) -> int:
     """Hand the exit code to `recipes train`: the launcher turns every code into 1 and adds a
     traceback.
 
-    Where every rank ends for the same reason the launcher is told 0, so that it stays silent.
+    Where every rank ends for the same reason the launcher is told 0, so that it stays silent;
+    without `recipes train` the others end a little later than rank 0, which says the reason.
     """
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None:
+        if code and on_every_rank and rank():
+            time.sleep(LAST_WORDS_S)
         return code
     if (
         os.environ.get("LOCAL_RANK", "0") == "0"
