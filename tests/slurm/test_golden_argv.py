@@ -75,7 +75,6 @@ def plain(said: str, tmp_path: Path) -> list[str]:
         .replace(str(tmp_path / "runs"), "RUNS")
         .replace(str(PROJECT), "PROJECT")
     )
-    text = text.replace(f"snapshot/{PROJECT.name}/", "snapshot/CHECKOUT/")
     return [
         line
         for line in text.splitlines()

@@ -1,5 +1,5 @@
-"""What a submission writes: the snapshot that later edits do not reach, and the site's environment,
-quoted.
+"""What a submission writes: what its jobs are handed, which later edits do not reach, and the
+site's environment, quoted.
 """
 
 from __future__ import annotations
@@ -13,41 +13,73 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.opened import run_and_watch
 from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
 from recipes_lib.compare.design import load_study
-from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.handed import FILES_FILE, HANDED_FILES, recording
+from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.eval_recipe import load_eval
-from recipes_lib.slurm.jobs import Job, Task
+from recipes_lib.slurm.jobs import HandedOver, Job, Task
 from recipes_lib.slurm.profile import load_profile
-from recipes_lib.slurm.snapshot import Snapshot
 from recipes_lib.slurm.submission import all_launches, script_of
+from recipes_lib.study.steps import build_graph, judgment_inputs
 from recipes_lib.suites.harness import load_tasks
 
 PROJECT = Path(__file__).resolve().parents[2]
 
 
-def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(
+def handed(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Make this process one of a job's."""
+    monkeypatch.setenv(HANDED_FILES, str(folder / FILES_FILE))
+
+
+def edit_everything(folder: Path) -> None:
+    """What a user may do to YAML, prompts and rubrics while a job waits."""
+    for path in folder.rglob("*"):
+        if path.suffix in (".yaml", ".txt") and path.is_file():
+            path.write_text("edited: since\n")
+
+
+def test_a_training_gets_its_recipe_resolved_and_later_edits_do_not_reach_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(PROJECT / "recipes" / "quickstart", tmp_path / "recipes" / "quickstart")
     monkeypatch.chdir(tmp_path)
-    path = Path("recipes/quickstart/lora-r8.yaml")
-    before = load_recipe(path)
-    snapshot = Snapshot(tmp_path / "copy")
-    snapshot.add_recipe(before)
-    snapshot.write()
-    base = Path("recipes/quickstart/_base.yaml")
-    base.write_text(base.read_text().replace("1.0e-3", "9.0e-3"))
-    after = load_recipe(snapshot.place(path))
+    path = "recipes/quickstart/lora-r8.yaml"
+    words = ["--accelerate", "ddp_cpu", "--gpus", "2", "run.global_batch_size=16"]
+    before = load_recipe(path, words[-1:])
+    assert cli.main(["launch", path, "--prepare", "--resume-anyway", *words]) == 0
+    folder = tmp_path / "runs/quickstart--lora-r8/slurm"
+    edit_everything(tmp_path / "recipes")
+    after = Recipe.read(folder / "recipe.json")
     assert (after.name, after.to_dict()) == (before.name, before.to_dict())
-    assert load_recipe(path).train["learning_rate"] == 9e-3
-    data = Path(str(after.data.source))
-    assert (
-        data.is_file()
-        and data.resolve() == (tmp_path / "recipes/quickstart/data/instructions.jsonl").resolve()
-    )
+    assert Path(str(after.data.source)).is_file()
+    assert after.origin_of("run.global_batch_size") == before.origin_of("run.global_batch_size")
+    script = (folder / "train.sbatch").read_text()
+    assert f"-m recipes_lib.train {folder.relative_to(tmp_path)}/recipe.json --resume" in script
+    config = f"{folder.relative_to(tmp_path)}/ddp_cpu.yaml"
+    assert f"--config_file {config}" in script
+    assert Path(config).read_text() == (PROJECT / "accelerate_configs/ddp_cpu.yaml").read_text()
+
+
+def test_a_resolved_recipe_takes_no_overrides_and_one_that_is_not_there_is_said(
+    tmp_path: Path, tiny_recipe: Path, recipes
+) -> None:
+    load_recipe(tiny_recipe).write(tmp_path / "recipe.json")
+    said = recipes("train", str(tmp_path / "recipe.json"), "--dry-run")
+    assert said[0] == 0 and f"-m recipes_lib.train {tmp_path}/recipe.json" in said[1]
+    code, _, err = recipes("train", str(tmp_path / "recipe.json"), "train.max_steps=1")
+    what = "recipe.json: is a resolved recipe: train.max_steps=1 cannot change it"
+    assert code == 2 and what in err and err.count("\n") == 2
+    code, _, err = recipes("train", str(tmp_path / "recip.json"))
+    assert code == 2 and "recip.json: no such file" in err and "did you mean" in err
+    (tmp_path / "recipe.json").write_text("{}")
+    code, _, err = recipes("train", str(tmp_path / "recipe.json"))
+    assert code == 4 and "is damaged, or of another version" in err
 
 
 @pytest.mark.parametrize(
@@ -60,63 +92,139 @@ def test_a_copied_recipe_means_the_same_and_later_edits_do_not_reach_it(
         "mt_bench",
     ],
 )
-def test_a_copied_eval_finds_its_judge_prompts_and_questions(tmp_path: Path, name: str) -> None:
-    before = load_eval(PROJECT / "evals" / f"{name}.yaml")
-    snapshot = Snapshot(tmp_path / "copy")
-    snapshot.add_eval(before)
-    snapshot.write()
-    after = load_eval(snapshot.place(before.path))
-    assert (after.name, after.to_dict()) == (before.name, before.to_dict())
-    if after.judge is not None:
-        assert (
-            after.judge.template("relative") == before.judge.template("relative")
-            if before.judge
-            else True
-        )
-        assert after.judge.path.is_relative_to(tmp_path)
+def test_an_eval_with_its_judge_prompts_and_rubrics_is_what_it_was_when_it_was_launched(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(PROJECT / "evals", tmp_path / "evals")
+    path = tmp_path / "evals" / f"{name}.yaml"
+
+    def content() -> list[object]:
+        one, texts = load_eval(path), []
+        if one.judge:
+            texts = [one.judge.template(kind) for kind in ("relative", "absolute")]
+            texts += [one.judge.rubric(reference) for reference in (False, True)]
+        inputs = judgment_inputs(one) if one.judge else {}
+        return [one.name, one.to_dict(), one.path, texts, inputs]
+
+    before = content()
+    with recording() as files:
+        one = load_eval(path)
+    given = HandedOver(tmp_path, files)
+    given.add_texts([], [one])
+    given.write()
+    edit_everything(tmp_path / "evals")
+    handed(monkeypatch, tmp_path)
+    assert content() == before
+    with pytest.raises(
+        RecipeError, match="unknown kind"
+    ):  # what was not handed is read where it lies
+        load_eval(path, ["data.max_questions=1"])
 
 
-def test_the_tasks_of_a_copied_eval_are_found_from_where_the_job_stands(
+def test_the_tasks_of_an_eval_are_found_from_where_the_job_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    before = load_eval(PROJECT / "evals" / "quickstart" / "lm_eval.yaml")
-    snapshot = Snapshot(tmp_path / "copy")
-    snapshot.add_eval(before)
-    snapshot.write()
-    shown = snapshot.shown(before.path)
-    assert not Path(shown).is_absolute()
-    assert load_tasks(load_eval(shown)) == load_tasks(before) == 80
+    path = PROJECT / "evals" / "quickstart" / "lm_eval.yaml"
+    with recording() as files:
+        before = load_eval(path)
+    HandedOver(tmp_path, files).write()
+    handed(monkeypatch, tmp_path)
+    assert load_tasks(load_eval(path)) == load_tasks(before) == 80
 
 
-def test_a_copied_study_is_the_study(tmp_path: Path) -> None:
-    before = load_study(PROJECT / "recipes" / "studies" / "quickstart.yaml")
-    snapshot = Snapshot(tmp_path / "copy")
-    snapshot.add_study(before)
-    snapshot.write()
-    after = load_study(snapshot.place(before.path))
-    assert after.name == before.name and [arm.resolved() for arm in after.arms] == [
+def test_a_study_is_what_it_was_when_it_was_launched_though_its_files_are_gone(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
+    before = load_study(study)
+    inputs = {step.name: step.inputs for step in build_graph(before)}
+    assert cli.main(["launch", str(study), "--prepare"]) == 0
+    folder = tmp_path / "runs/tiny/slurm"
+    for arm in before.arms:
+        trained = Recipe.read(folder / f"train.{arm.name}.json")
+        assert (
+            arm.recipe and trained.lora == arm.recipe.lora and trained.name == f"tiny--{arm.name}"
+        )
+    for path in (tmp_path / "mine").rglob("*.yaml"):
+        if path.parent.name != "lm_eval":  # tasks are data
+            path.unlink()
+    handed(monkeypatch, folder)
+    after = load_study(study)
+    assert after.text == before.text and [arm.resolved() for arm in after.arms] == [
         arm.resolved() for arm in before.arms
     ]
-    assert [one.name for one in after.evals] == [one.name for one in before.evals]
+    assert {step.name: step.inputs for step in build_graph(after)} == inputs
+
+
+def test_jobs_without_what_they_were_handed_say_so_in_one_line(
+    tmp_path: Path, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, recipes
+) -> None:
+    handed(monkeypatch, tmp_path / "gone")
+    for content, what in ((None, "is not there"), ('{"documents": 1}', "is damaged")):
+        if content:
+            (tmp_path / FILES_FILE).write_text(content)
+            handed(monkeypatch, tmp_path)
+        code, _, err = recipes("show", str(tiny_recipe))
+        assert code == 4 and what in err and "submit the jobs again" in err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_no_process_of_a_job_parses_yaml(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, gpus: str
+) -> None:
+    """The scripts of a study with bash: its arms train and are checked, one on two ranks."""
+    study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    launch = ["--accelerate", "ddp_cpu", "--gpus", gpus] if gpus != "1" else []
+    launch += ["train.per_device_train_batch_size=2"]
+    assert cli.main(["launch", str(study), "--prepare", "--stages", "train", *launch]) == 0
+    for path in (tmp_path / "mine").rglob("*.yaml"):
+        path.unlink()
+    script = tmp_path / "runs/tiny/slurm/train.sbatch"
+    variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SLURM_ARRAY_TASK_ID": "0"}
+    done, opened = run_and_watch(["bash", str(script)], tmp_path, **variables)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"world size {gpus}" in done.stdout
+    run = RunDirectory("tiny--r4")
+    assert run.read_state()["state"] == "finished"
+    assert run.train_command().endswith("slurm/train.r4.json")
+    # accelerate reads its config itself, the copy
+    own = [one for one in opened if "site-packages" not in one.path.parts]
+    assert {one.path for one in own} == ({script.parent / "ddp_cpu.yaml"} if gpus == "2" else set())
+    assert all(one.words.startswith("-m accelerate.commands.launch") for one in own)
+
+
+def test_a_study_that_an_earlier_release_copied_for_its_jobs_is_refused_in_one_line(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, recipes
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    copy = write_tiny_study(tmp_path / "runs/tiny/slurm/snapshot/mine", tiny_model_dir)
+    code, _, err = recipes("study", "run", str(copy), "--only", "statistics")
+    assert code == 2 and "made by an earlier release" in err and "launch it again" in err
 
 
 def test_a_study_goes_on_here_after_its_jobs_and_in_jobs_after_here(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch, capsys
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
     assert cli.main(["launch", str(study), "--prepare"]) == 0
-    copy = next((tmp_path / "runs/tiny/slurm/snapshot").rglob("tiny.yaml"))
     other = write_tiny_study(tmp_path / "another", tiny_model_dir)
-    for first, second in ((study, copy), (copy, study)):
-        (tmp_path / "runs/tiny/study.yaml").unlink(missing_ok=True)
-        cli.main(["study", "run", str(first), "--only", "statistics"])
-        assert (tmp_path / "runs/tiny/study.yaml").read_text().startswith(f"# a copy of {study}\n")
+    for in_job in (False, True, False):
+        monkeypatch.delenv(HANDED_FILES, raising=False)
+        if in_job:
+            handed(monkeypatch, tmp_path / "runs/tiny/slurm")
         capsys.readouterr()
-        for path, refused in ((second, False), (other, True)):
+        for path, refused in ((study, False), (other, True)):
             cli.main(["study", "run", str(path), "--only", "statistics"])
             assert ("belongs to another study of this name" in capsys.readouterr().err) is refused
+            assert (
+                (tmp_path / "runs/tiny/study.yaml").read_text().startswith(f"# a copy of {study}\n")
+            )
 
 
 def test_the_environment_is_quoted_and_in_order(
@@ -345,19 +453,3 @@ def test_what_a_job_needs_for_its_evaluation_is_fetched_by_the_command_that_is_s
         cli.main(["prefetch", "--check", *shown, "train.max_steps=1"]) == 5
     )  # each override reaches the file that has its section
     assert "'nobody/no-such-model' is not on this machine" in capsys.readouterr().err
-
-
-def test_data_of_elsewhere_is_not_linked_into_the_copy_of_a_recipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("far/rows.jsonl", "here/rows.jsonl"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text('{"instruction": "a", "response": "b"}\n')
-    mixture = f"[{{source: rows.jsonl}}, {{source: {tmp_path}/far/rows.jsonl}}]"
-    (tmp_path / "here/r.yaml").write_text(
-        f"model: {{name_or_path: a/b}}\ndata: {{source: {mixture}}}\n"
-    )
-    monkeypatch.chdir(tmp_path / "here")
-    snapshot = Snapshot(tmp_path / "copy")
-    snapshot.add_recipe(load_recipe("r.yaml"))
-    assert snapshot.links == {tmp_path / "here/rows.jsonl"}

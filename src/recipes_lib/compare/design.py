@@ -20,6 +20,7 @@ from recipes_lib.compare.aims import Aims, Margin, full_name, known_metrics
 from recipes_lib.compare.published import load_published
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.check import check_upstream
+from recipes_lib.config.handed import handed_document
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import Launch, plan_launch
@@ -328,6 +329,7 @@ class Study:
     aims: Aims = Aims()
     baseline: str = BASE_ARM
     looks: int = 1
+    text: str = field(default="", repr=False)
 
     def arm(self, name: str) -> Arm:
         """Return the arm of that name, or what is trained for one value of an arm's grid.
@@ -686,6 +688,7 @@ class _Reader:
             aims=self._aims(evals),
             baseline=own.baseline or (BASE_ARM if with_base or own_base else first),
             looks=own.looks,
+            text=document.text,
         )
         problems = _once(self.errors) or self._twice([one.name for one in evals])
         if not problems:
@@ -818,7 +821,7 @@ class _Reader:
     def _file(self, key: KeyPath, name: str, what: str) -> Path | None:
         """The file that a key names."""
         path = self.document.folder(key) / name
-        if path.is_file():
+        if path.is_file() or handed_document(path, ()):
             return path
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
         self._wrong(key, f"{what}: {shown_path(path)}", *near)

@@ -28,6 +28,7 @@ from recipes_lib.config.sections import (
     is_inline,
 )
 from recipes_lib.config.validation import dotted, load
+from recipes_lib.config.yaml_source import no_such_file
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -197,11 +198,22 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def handed_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe as the process that started this one resolved it; where none did, as
-    `load_recipe`.
+    """Return the recipe as the process that started this one resolved it, or as a `recipe.json`
+    holds it; else as `load_recipe`.
+
+    Raises:
+        RecipeError: overrides of a recipe that is resolved.
     """
-    handed = os.environ.get(HANDED)
-    return Recipe.read(Path(handed)) if handed else load_recipe(path, overrides)
+    if handed := os.environ.get(HANDED):
+        return Recipe.read(Path(handed))
+    if Path(path).suffix != ".json":
+        return load_recipe(path, overrides)
+    if overrides:
+        what = f"is a resolved recipe: {overrides[0]} cannot change it"
+        raise RecipeError(what, "override the recipe's YAML file, or launch it again", file=path)
+    if not Path(path).is_file():
+        raise no_such_file(Path(path), path)
+    return Recipe.read(Path(path))
 
 
 def recipe_from(document: Document) -> Recipe:

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config.handed import handed_document, note
 from recipes_lib.config.json_schema import JsonSchema, types_of
 from recipes_lib.config.kinds import KINDS, kind_named
 from recipes_lib.config.loader import Document, load_document
@@ -105,11 +106,14 @@ def load(path: str | Path, kind: str, overrides: Sequence[str] = ()) -> Document
         RecipeError: no such file, no YAML, or a file of another kind.
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    document = load_document(path, overrides, keep_going=True)
-    if document.kind.name != kind:
-        raise wrong_kind(document, kind)
-    if errors := validate(document):
-        raise RecipeErrors(errors)
+    document = handed_document(path, overrides)
+    if document is None:
+        document = load_document(path, overrides, keep_going=True)
+        if document.kind.name != kind:
+            raise wrong_kind(document, kind)
+        if errors := validate(document):
+            raise RecipeErrors(errors)
+        note(document, overrides)
     return document
 
 

@@ -95,8 +95,8 @@ class RecipeErrors(RecipeError):
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))
 
-    def __reduce__(self) -> tuple[type[RecipeErrors], tuple[list[RecipeError]]]:
-        return type(self), (self._errors,)  # to be raised on other ranks too
+    def __reduce__(self) -> tuple[type, tuple[list[RecipeError]], dict[str, object]]:
+        return type(self), (self._errors,), self.__dict__  # to be raised on other ranks too
 
 
 class NumericsError(RecipesError):

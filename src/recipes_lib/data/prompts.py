@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.handed import read_text
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.project import shown_path
@@ -207,12 +208,14 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
             near = did_you_mean(given, shipped) or [f"there are {', '.join(shipped)}"]
             raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *near)
         path = shipped[given]
-    if not path.is_file():
-        hint = "give a .jinja file, or the template itself"
-        raise SettingError("data.chat_template", f"no such file: {shown_path(path)}", hint)
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
+        if not path.is_file():
+            hint = "give a .jinja file, or the template itself"
+            raise SettingError(
+                "data.chat_template", f"no such file: {shown_path(path)}", hint
+            ) from None
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         what = f"{shown_path(path)} cannot be read: {why}"
         raise SettingError("data.chat_template", what, "save it as UTF-8") from None

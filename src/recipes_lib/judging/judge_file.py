@@ -169,6 +169,11 @@ class JudgeFile:
         name = self.judge.reference_rubric if reference else self.judge.rubric
         return load_rubric(self.path.parent / name)
 
+    def texts(self) -> dict[str, Path]:
+        """Return the files of the prompts and rubrics, by their keys."""
+        keys = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
+        return {key: self.path.parent / getattr(self.judge, key) for key in keys}
+
     def fingerprint(self, weights: str | None = None) -> str:
         """Return the hash that goes into each judgment's key: model, decoding and verdict mode, not
         the prompt or the limits.

@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+from recipes_lib.config.handed import read_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
@@ -164,7 +165,7 @@ def _read(path: str | Path) -> str:
     """The text of a prompt or rubric file."""
     refuse_pipe(Path(path))
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as fault:
         reason = getattr(fault, "strerror", None) or "not UTF-8"
         raise RecipeError(f"cannot be read: {reason}", file=path) from None

@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes_lib.compare.design import Study, load_study, study_file
 from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.handed import FILES_FILE, Files, recording
 from recipes_lib.config.launch import Launch, plan_launch_of
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
@@ -26,8 +27,7 @@ from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.plan import plan_launched
 from recipes_lib.slurm.prefetching import judge_model
 from recipes_lib.slurm.profile import STAGES, EnvironmentSection, SiteProfile
-from recipes_lib.slurm.snapshot import Snapshot
-from recipes_lib.study.arms import arm_run, train_words
+from recipes_lib.study.arms import arm_recipe
 from recipes_lib.study.graph import Step
 from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.steps import build_graph
@@ -97,10 +97,62 @@ def task_labels(job: str, num_tasks: int) -> list[str]:
     return [f"{job}.{index}" for index in range(num_tasks)] if num_tasks > 1 else [job]
 
 
+@dataclass
+class HandedOver:
+    """What the jobs of a chain are handed, so that later edits change nothing of what was
+    submitted: each training its resolved recipe and a copy of its accelerate config, the others
+    every file that they read, in one file.
+
+    Args:
+        folder: where it is written.
+    """
+
+    folder: Path
+    files: Files
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    configs: dict[Path, str] = field(default_factory=dict)
+
+    def add_texts(self, recipes: Iterable[Recipe], evals: Iterable[EvalRecipe]) -> None:
+        """Add the chat templates of recipes, and the prompts and rubrics of judges."""
+        self.files.add_texts(*(Path(one.data.chat_template or "") for one in recipes))
+        for judge in (one.judge for one in evals if one.judge):
+            self.files.add_texts(*judge.texts().values())
+
+    def training(
+        self, file: str, recipe: Recipe, launch: Launch, python: tuple[str, ...]
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Hand a recipe to a training; return what starts it on each machine, and its script.
+
+        Args:
+            file: name of the file for the recipe.
+            python: the words that start Python.
+        """
+        self.recipes[file] = recipe
+        script = (*TRAIN_MODULE, shown_path(self.folder / file))
+        if launch.world_size == 1:
+            return python, script
+        path = launch.config.path
+        same = sum(one.name == path.name for one in self.configs if one != path)
+        name = self.configs.setdefault(path, f"{same or ''}{path.name}")
+        words = (*python, "-m", "accelerate.commands.launch")
+        words += ("--config_file", shown_path(self.folder / name))
+        words += ("--num_processes", str(launch.world_size))
+        several = launch.machines > 1 or launch.config.num_machines > 1
+        return (*words, *(("--num_machines", str(launch.machines)) if several else ())), script
+
+    def write(self) -> None:
+        """Write it all."""
+        for file, recipe in self.recipes.items():
+            recipe.write(self.folder / file)
+        for path, name in self.configs.items():
+            shutil.copyfile(path, self.folder / name)
+        self.files.write(self.folder / FILES_FILE)
+
+
 @dataclass(frozen=True)
 class JobPlan:
-    """Everything a submission needs: its folder, the jobs in order, the files to copy, the models
-    they load, what to warn of.
+    """Everything a submission needs: its folder, the jobs in order, what they are handed, the
+    models they load, what to warn of.
 
     Args:
         evals: eval recipes that the target does not name itself, for the words of `recipes
@@ -109,7 +161,7 @@ class JobPlan:
 
     path: Path
     jobs: tuple[Job, ...]
-    snapshot: Snapshot
+    handed: HandedOver
     models: tuple[ModelSection, ...]
     warnings: tuple[str, ...]
     evals: tuple[str, ...] = ()
@@ -150,33 +202,39 @@ def plan_target(
     Raises:
         RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
     """
-    stages = _read_stages(args.stages)
-    if recipe_path(target).is_dir():
-        raise RecipeError(
-            "is a folder; launch one recipe or study of it", "all recipes: recipes ls", file=target
-        )
-    if path := study_file(target):
-        if args.evals:
-            raise RecipeError("--evals is for recipes: a study names its evals itself")
-        own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
-        words = [f"{key}={value}" for key, value in own.items() if value is not None]
-        study = load_study(path, [*overrides, *words])
-        if any(arm.tuning for arm in study.arms):
+    with recording() as files:
+        stages = _read_stages(args.stages)
+        if recipe_path(target).is_dir():
             raise RecipeError(
-                f"study '{study.name}' tunes its arms: what they train is known only after that",
-                f"run it in one job: recipes study run {shown_path(path)} --jobs N",
-                file=shown_path(path),
+                "is a folder; launch one recipe or study of it",
+                "all recipes: recipes ls",
+                file=target,
             )
-        limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
-        return _StudyPlanner(study, profile, flags).plan(stages, limit)
-    if args.prepare and args.stages is None and profile is None:
-        stages = ("train",)  # what somebody submits by hand comes first
-    recipe = load_recipe(target, overrides)
-    launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
-    accumulation_steps(recipe, launch.world_size)
-    _check_gpus(launch, profile)
-    evals = _evals_of(recipe, args.evals) if "eval" in stages else []
-    return _plan_recipe(recipe, launch, profile, stages, evals, [*overrides, *flags])
+        if path := study_file(target):
+            if args.evals:
+                raise RecipeError("--evals is for recipes: a study names its evals itself")
+            own = {key: getattr(args, key) for key in ("accelerate", "gpus", "nodes")}
+            words = [f"{key}={value}" for key, value in own.items() if value is not None]
+            study = load_study(path, [*overrides, *words])
+            if any(arm.tuning for arm in study.arms):
+                what = (
+                    f"study '{study.name}' tunes its arms: what they train is known only after that"
+                )
+                raise RecipeError(
+                    what,
+                    f"run it in one job: recipes study run {shown_path(path)} --jobs N",
+                    file=shown_path(path),
+                )
+            limit = args.throttle or (profile.values.max_concurrent_arms if profile else None)
+            return _StudyPlanner(study, profile, flags, files).plan(stages, limit)
+        if args.prepare and args.stages is None and profile is None:
+            stages = ("train",)  # what somebody submits by hand comes first
+        recipe = load_recipe(target, overrides)
+        launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
+        accumulation_steps(recipe, launch.world_size)
+        _check_gpus(launch, profile)
+        evals = _evals_of(recipe, args.evals) if "eval" in stages else []
+        return _plan_recipe(recipe, launch, profile, stages, evals, flags, files)
 
 
 def _read_stages(text: str | None) -> tuple[str, ...]:
@@ -245,20 +303,6 @@ def _size(launch: Launch) -> JobSize:
     return JobSize(launch.machines, launch.per_machine, gpus, kind)
 
 
-def _launcher(python: tuple[str, ...], launch: Launch, config: str) -> tuple[str, ...]:
-    """Return what starts a training on each machine: Python, or accelerate for several processes.
-
-    Args:
-        config: where the job finds the accelerate config.
-    """
-    if launch.world_size == 1:
-        return python
-    words = (*python, "-m", "accelerate.commands.launch", "--config_file", config)
-    words += ("--num_processes", str(launch.world_size))
-    several = launch.machines > 1 or launch.config.num_machines > 1
-    return (*words, "--num_machines", str(launch.machines)) if several else words
-
-
 def _with_judge(evals: Sequence[EvalRecipe], profile: SiteProfile | None) -> tuple[str, ...]:
     """Return the words before a command that asks the judges of some evals, where the job has to
     start one: vLLM lives in an environment of its own, and on a compute node nobody started it. It
@@ -315,32 +359,26 @@ def _plan_recipe(
     profile: SiteProfile | None,
     stages: Sequence[str],
     evals: Sequence[EvalRecipe],
-    words: Sequence[str],
+    flags: Sequence[str],
+    files: Files,
 ) -> JobPlan:
     """Return the jobs of a recipe: training, then each evaluation, then the report.
-
-    Args:
-        words: overrides and flags that follow the recipe on the training's command line.
 
     Raises:
         RecipeError: stages without training, of a run that is not finished, or a report of one that
             was not evaluated.
     """
-    run, python, allowed = RunDirectory(recipe.name), _python(profile), _of_later_stages(words)
+    run, python, allowed = RunDirectory(recipe.name), _python(profile), _of_later_stages(flags)
     path = jobs_folder(recipe.name)
-    snapshot = Snapshot(path / "snapshot")
-    snapshot.add_recipe(recipe)
-    for one in evals:
-        snapshot.add_eval(one)
+    handed = HandedOver(path, files)
+    handed.add_texts([recipe], evals)
     jobs: list[Job] = []
     warnings = _judges_nobody_starts(evals, profile)
     if "train" in stages:
         refuse_leaks_of(recipe, evals)
-        snapshot.add_files(launch.config.path)
-        launcher = _launcher(python, launch, snapshot.shown(launch.config.path))
-        script = (*TRAIN_MODULE, snapshot.shown(recipe.path), *words)
+        launcher, script = handed.training(RECIPE_FILE, recipe, launch, python)
         check = (*python, *CLI_MODULE, "verify", recipe.name, *allowed)
-        task = Task(launcher, script, check, recipe.name)
+        task = Task(launcher, (*script, *flags), check, recipe.name)
         seconds = planned_seconds(recipe, launch, profile)
         jobs.append(Job("train", "train", (task,), _size(launch), seconds=seconds))
     else:
@@ -352,7 +390,7 @@ def _plan_recipe(
             )
     trained = tuple(job.label for job in jobs)
     for one in evals:
-        command = (*CLI_MODULE, "eval", snapshot.shown(one.path), recipe.name, *allowed)
+        command = (*CLI_MODULE, "eval", shown_path(one.path), recipe.name, *allowed)
         task = Task((*_with_judge([one], profile), *python), command, what=one.name)
         small = JobSize(uses_gpus=not launch.config.use_cpu)
         jobs.append(Job(f"eval-{one.name}", "eval", (task,), small, trained))
@@ -373,7 +411,7 @@ def _plan_recipe(
             )
     models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
     shown = tuple(shown_path(one.path) for one in evals)
-    return JobPlan(path, tuple(jobs), snapshot, models, tuple(warnings), shown)
+    return JobPlan(path, tuple(jobs), handed, models, tuple(warnings), shown)
 
 
 # ---- A study ----
@@ -385,16 +423,19 @@ class _StudyPlanner:
     about all of them), then the report. What is fresh already is left out.
     """
 
-    def __init__(self, study: Study, profile: SiteProfile | None, flags: Sequence[str]) -> None:
+    def __init__(
+        self, study: Study, profile: SiteProfile | None, flags: Sequence[str], files: Files
+    ) -> None:
         self.study, self.profile, self.flags = study, profile, flags
         self.python = _python(profile)
         self.path = jobs_folder(study.name)
-        self.snapshot = Snapshot(self.path / "snapshot")
-        self.snapshot.add_study(study)
+        self.handed = HandedOver(self.path, files)
+        self.handed.add_texts((arm.recipe for arm in study.arms if arm.recipe), study.evals)
+        if study.published:
+            files.add_texts(study.published)
         self.launches = {arm.name: arm.launch for arm in study.arms if arm.trained}
         for launch in self.launches.values():
             _check_gpus(launch, profile)
-            self.snapshot.add_files(launch.config.path)
         self.uses_gpus = not all(launch.config.use_cpu for launch in self.launches.values())
         self.graph = build_graph(study)
         self.state = self.graph.survey()
@@ -434,7 +475,7 @@ class _StudyPlanner:
         models += [judge for one in study.evals for judge in judge_model(one)]
         asking = study.evals if "eval" in stages else ()
         warnings = tuple(_judges_nobody_starts(asking, self.profile))
-        return JobPlan(self.path, tuple(jobs), self.snapshot, tuple(models), warnings)
+        return JobPlan(self.path, tuple(jobs), self.handed, tuple(models), warnings)
 
     def _open(self, *kinds: str) -> list[Step]:
         return [step for step in self.graph.of_kind(*kinds) if not self.state[step.name].fresh]
@@ -468,16 +509,15 @@ class _StudyPlanner:
     def _training(self, step: Step, check: str) -> Task:
         """Return the training of one arm and seed; it succeeded when its adapter check passed."""
         arm, launch = self.study.arm(step.arm), self.launches[step.arm]
-        assert arm.recipe is not None and step.seed is not None
-        words = train_words(self.study, arm, step.seed)[1:]
-        script = (*TRAIN_MODULE, self.snapshot.shown(arm.recipe.path), *words, *self.flags)
-        launcher = _launcher(self.python, launch, self.snapshot.shown(launch.config.path))
+        assert step.seed is not None
+        recipe = arm_recipe(self.study, arm, step.seed)
+        launcher, script = self.handed.training(f"{step.name}.json", recipe, launch, self.python)
         checked = (*self.python, *self._study_run([step.name, check]))
-        return Task(launcher, script, checked, arm_run(self.study, arm, step.seed))
+        return Task(launcher, (*script, *self.flags), checked, recipe.name)
 
     def _study_run(self, steps: Sequence[str]) -> tuple[str, ...]:
         """Return the command that does steps of the study."""
-        study, allowed = self.snapshot.shown(self.study.path), _of_later_stages(self.flags)
+        study, allowed = shown_path(self.study.path), _of_later_stages(self.flags)
         return (*CLI_MODULE, "study", "run", study, *self.study.words, *allowed, "--only", *steps)
 
     def _steps_job(self, label: str, steps: Sequence[str], before: tuple[str, ...] = ()) -> Job:

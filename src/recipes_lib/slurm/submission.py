@@ -77,7 +77,9 @@ class SubmittedJob:
 
 @dataclass(frozen=True)
 class LaunchFolder:
-    """runs/<name>/slurm/: a script for each job, the snapshot, job ids, logs and exit codes."""
+    """runs/<name>/slurm/: a script for each job, what the jobs are handed, job ids, logs and exit
+    codes.
+    """
 
     path: Path
 
@@ -398,7 +400,7 @@ def prepare(plan: JobPlan, profile: SiteProfile | None) -> LaunchFolder:
     folder = LaunchFolder(plan.path)
     folder.write_scripts(plan.jobs, profile)
     folder.write_jobs(plan.jobs, {}, profile.name if profile else None)
-    plan.snapshot.write()
+    plan.handed.write()
     return folder
 
 

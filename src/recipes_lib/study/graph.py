@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from recipes_lib.config.handed import handed_text
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import RecipeError, RecipesError
@@ -324,8 +325,10 @@ def result_digest(result: Mapping[str, Any], without: Set[str] = _VOLATILE) -> s
 
 def content_of(path: Path) -> str | None:
     """Return the SHA-256 of a file, of all files of a folder with their names, or None where there
-    is nothing.
+    is nothing. A text that was handed to this process counts as it was then.
     """
+    if (text := handed_text(path)) is not None:
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
     if path.is_dir():
         files = [file for file in path.rglob("*") if file.is_file()]
         hidden = (".", "__")

@@ -76,8 +76,8 @@ def run_study(
         check_imported(study)
         _check_folder(study)
         words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
-        text = study.path.read_text(encoding="utf-8-sig")
-        write_text(study_folder(study) / "study.yaml", f"{_COPY}{written_at(study)}\n{words}{text}")
+        copy = f"{_COPY}{study.path.resolve()}\n{words}{study.text}"
+        write_text(study_folder(study) / "study.yaml", copy)
         todo = graph.todo(only)
         if not todo:
             return int(ExitCode.DONE)
@@ -235,17 +235,6 @@ def check_imported(study: Study) -> None:
         raise RecipeErrors(errors)
 
 
-def written_at(study: Study) -> Path:
-    """Return where the user wrote the study: a job of a cluster runs a copy of it, beside a note of
-    the folder it was copied from.
-    """
-    path, copies = study.path.resolve(), study_folder(study).resolve() / "slurm" / "snapshot"
-    note = copies.with_suffix(".origin")
-    if not (path.is_relative_to(copies) and note.is_file()):
-        return path
-    return Path(note.read_text(encoding="utf-8").strip()) / path.relative_to(copies)
-
-
 def _check_folder(study: Study) -> None:
     """Refuse a study whose folder is a run, or holds another study of the same name; both would
     undo each other's steps.
@@ -255,9 +244,14 @@ def _check_folder(study: Study) -> None:
     if kept.with_name("run.json").is_file():
         what = f"{folder} is a run, and the study '{study.name}' would lie in the same folder"
         raise RecipeError(what, "rename the study's file", file=study.path)
+    if study.path.resolve().is_relative_to(kept.parent.resolve()):
+        what = f"is a copy in {folder}, made by an earlier release for its jobs"
+        raise RecipeError(
+            what, "run the study that it is a copy of, or launch it again", file=study.path
+        )
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
-    if first.startswith(_COPY) and other.is_file() and other != written_at(study):
+    if first.startswith(_COPY) and other.is_file() and other != study.path.resolve():
         what = f"{folder} belongs to another study of this name: {shown_path(other)}"
         hint = "rename one of the two files; runs are named after their study"
         raise RecipeError(what, hint, file=study.path)

@@ -47,8 +47,6 @@ from recipes_lib.weights.base import base_fingerprint, fingerprint
 _VERSIONED = ("train", "choose", "check", "answers", "judgments", "comparison", *UNJUDGED)
 VERSIONS = dict.fromkeys(_VERSIONED, 1)
 _SOURCES = (".py", ".html", ".jinja", ".j2", ".css", ".js", ".tex", ".md")
-# known by their content, whatever they are called
-_JUDGE_FILES = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
 
 
 def build_graph(study: Study) -> Graph:
@@ -272,17 +270,17 @@ def judgment_inputs(recipe: EvalRecipe) -> Inputs:
     """Return what judgments and their summary depend on beside the answers."""
     assert recipe.judge is not None
     judge = recipe.judge.judge
+    texts = recipe.judge.texts()  # known by their content, whatever they are called
     values = {
         f"judge.{key}": value
         for key, value in asdict(judge).items()
-        if key not in (*ONLY_SPEED, *_JUDGE_FILES)
+        if key not in ONLY_SPEED and key not in texts
     }
     thresholds, metrics = asdict(recipe.judge.thresholds), asdict(recipe.metrics)
     values |= flatten({"thresholds": thresholds, "metrics": metrics})
-    for key in _JUDGE_FILES:
-        name = getattr(judge, key)
-        packaged = name == PROMETHEUS_PACKAGE
-        content = REQUIREMENT if packaged else content_of(recipe.judge.path.parent / name)
+    for key, path in texts.items():
+        packaged = getattr(judge, key) == PROMETHEUS_PACKAGE
+        content = REQUIREMENT if packaged else content_of(path)
         values[f"{CONTENT}judge {key.replace('_', ' ')}"] = content
     weights = Path(judge.model)
     local = judge.engine == "transformers" and any(weights.glob("*.safetensors"))

@@ -26,7 +26,7 @@ from recipes_lib.core.ranks import rank
 # where `recipes train` and a cluster job read the exit code, which launchers lose
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 # torch's launcher ends rank 0 as soon as another rank has failed: rank 0 has to say why first
-LAST_WORDS_S = 2.0
+RANK_0_FIRST_S = 2.0
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def exit_status(code: int, on_every_rank: bool) -> int:
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None:
         if code and on_every_rank and rank():
-            time.sleep(LAST_WORDS_S)
+            time.sleep(RANK_0_FIRST_S)
         return code
     if (
         os.environ.get("LOCAL_RANK", "0") == "0"
