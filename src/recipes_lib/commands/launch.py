@@ -9,106 +9,52 @@ import shlex
 import sys
 from pathlib import Path
 
+from recipes_lib.config.launch import TRAIN_FLAGS, add_train_flags
 from recipes_lib.core.errors import ExitCode, RecipeError
-from recipes_lib.core.terminal import at_least, next_step, say
+from recipes_lib.core.terminal import at_least, flag_words, next_step, say
 from recipes_lib.slurm import submission, watching
 from recipes_lib.slurm.jobs import JobPlan, plan_target
 from recipes_lib.slurm.prefetching import missing_models
 from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
 
 ACTIONS = ("status", "cancel", "logs")
-TRAIN_FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser.add_argument(
-        "words",
-        nargs="+",
-        metavar="RECIPE|STUDY",
-        help="what to launch, then section.key=value words; or: status [NAME]",
-    )
+    add = parser.add_argument
+    what = "what to launch, then section.key=value words; or: status [NAME]"
+    add("words", nargs="+", metavar="RECIPE|STUDY", help=what)
     parser.epilog = (
         "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was"
         " launched"
     )
-    parser.add_argument(
-        "--profile", metavar="P", help="the site: a name in launch/profiles/, or a path"
-    )
-    parser.add_argument(
-        "--accelerate",
-        metavar="A",
-        help="a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate",
-    )
-    parser.add_argument(
-        "--nodes",
-        type=at_least(1),
-        metavar="N",
-        help="machines; default: the recipe's launch.nodes",
-    )
-    parser.add_argument(
-        "--gpus",
-        type=at_least(1),
-        metavar="G",
-        help="GPUs per machine; default: the recipe's launch.gpus",
-    )
-    parser.add_argument("--stages", metavar="LIST", help="of train,eval,report; default: all")
-    parser.add_argument(
-        "--evals",
-        nargs="+",
-        metavar="EVAL",
-        help="what to evaluate a recipe on; default: the three of evals/",
-    )
-    parser.add_argument(
-        "--throttle",
-        type=at_least(1),
-        metavar="N",
-        help="arms of a study that train at the same time; default: the profile's",
-    )
+    add("--profile", metavar="P", help="the site: a name in launch/profiles/, or a path")
+    config = "a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
+    add("--accelerate", metavar="A", help=config)
+    nodes = "machines; default: the recipe's launch.nodes"
+    add("--nodes", type=at_least(1), metavar="N", help=nodes)
+    gpus = "GPUs per machine; default: the recipe's launch.gpus"
+    add("--gpus", type=at_least(1), metavar="G", help=gpus)
+    add("--stages", metavar="LIST", help="of train,eval,report; default: all")
+    evals = "what to evaluate a recipe on; default: the three of evals/"
+    add("--evals", nargs="+", metavar="EVAL", help=evals)
+    arms = "arms of a study that train at the same time; default: the profile's"
+    add("--throttle", type=at_least(1), metavar="N", help=arms)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the sbatch lines and what the scripts ask and run, and do nothing",
-    )
-    how.add_argument(
-        "--test-only",
-        action="store_true",
-        help="ask Slurm whether it would take the jobs; nothing is queued",
-    )
-    how.add_argument(
-        "--prepare",
-        action="store_true",
-        help="only write the scripts of the jobs, and print their folder",
-    )
-    how.add_argument(
-        "--wait", action="store_true", help="wait until the whole chain is over; its exit code"
-    )
     for flag, help in (
-        ("--resume-anyway", "continue a run although settings that change its result differ"),
-        (
-            "--allow-partial-resume",
-            "continue from a checkpoint that lacks optimizer or random state",
-        ),
-        (
-            "--trust-remote-code",
-            "allow code that ships with the model, if the recipe asks for it too",
-        ),
+        ("--dry-run", "print the sbatch lines and what the scripts ask and run, and do nothing"),
+        ("--test-only", "ask Slurm whether it would take the jobs; nothing is queued"),
+        ("--prepare", "only write the scripts of the jobs, and print their folder"),
+        ("--wait", "wait until the whole chain is over; its exit code"),
     ):
-        parser.add_argument(flag, action="store_true", help=help)
-    parser.add_argument(
-        "--stage",
-        metavar="S",
-        help="logs: the stage, for example train or eval-mt_bench; default: all",
-    )
-    parser.add_argument(
-        "--lines",
-        type=at_least(1),
-        default=40,
-        metavar="N",
-        help="logs: lines of each stage (default 40)",
-    )
-    parser.add_argument("--json", action="store_true", help="status: print one JSON object")
+        how.add_argument(flag, action="store_true", help=help)
+    add_train_flags(parser)
+    stage = "logs: the stage, for example train or eval-mt_bench; default: all"
+    add("--stage", metavar="S", help=stage)
+    lines = "logs: lines of each stage (default 40)"
+    add("--lines", type=at_least(1), default=40, metavar="N", help=lines)
+    add("--json", action="store_true", help="status: print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,8 +98,7 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     profile = load_profile(args.profile) if args.profile else None
     if profile is not None:
         profile.enter()
-    flags = [f"--{name.replace('_', '-')}" for name in TRAIN_FLAGS if getattr(args, name)]
-    plan = plan_target(target, overrides, profile, args, flags)
+    plan = plan_target(target, overrides, profile, args, flag_words(args, TRAIN_FLAGS))
     if args.prepare:
         submission.prepare(plan, profile)
         print(plan.path)

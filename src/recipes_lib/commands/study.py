@@ -17,7 +17,7 @@ from recipes_lib.compare.wording import count
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import aligned, next_step, print_json, say
+from recipes_lib.core.terminal import aligned, flag_words, next_step, print_json, say
 from recipes_lib.slurm.submission import LaunchFolder
 from recipes_lib.slurm.watching import goes_on
 from recipes_lib.study.arms import study_folder
@@ -140,11 +140,7 @@ def _run(study: Study, args: argparse.Namespace) -> int:
     if args.jobs < 1:
         raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
     started = time.monotonic()
-    flags = [
-        f"--{name.replace('_', '-')}"
-        for name in ("no_plan", "trust_remote_code")
-        if getattr(args, name)
-    ]
+    flags = flag_words(args, ("no_plan", "trust_remote_code"))
     code = run_study(study, say, args.jobs, args.only, args.debug, flags)
     if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         next_step(f"recipes study run {typed(study)}")

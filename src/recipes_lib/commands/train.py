@@ -20,14 +20,20 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from recipes_lib.config.launch import Launch, place_machine, plan_launch_of
+from recipes_lib.config.launch import (
+    TRAIN_FLAGS,
+    Launch,
+    add_train_flags,
+    place_machine,
+    plan_launch_of,
+)
 from recipes_lib.config.recipe import HANDED, RECIPE_FILE, Recipe, handed_recipe
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.ranks import SEEN, STAGE_FILE
 from recipes_lib.core.run_directory import RunDirectory, State
 from recipes_lib.core.run_lock import is_held
-from recipes_lib.core.terminal import at_least, next_step, say
+from recipes_lib.core.terminal import at_least, flag_words, next_step, say
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
@@ -36,7 +42,7 @@ from recipes_lib.training.process import EXIT_CODE_FILE, handling
 LETTING_GO_S = 5.0
 OPTIONS = ("accelerate", "gpus", "nodes")
 PLACE = ("machine_rank", "main_process_ip", "main_process_port")
-FLAGS = ("resume_anyway", "allow_partial_resume", "trust_remote_code", "debug")
+FLAGS = (*TRAIN_FLAGS, "debug")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,12 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="print the command and do nothing")
     no_plan = "start although the plan says that memory will not do (see: recipes plan)"
     add("--no-plan", action="store_true", help=no_plan)
-    anyway = "continue a run although settings that change its result differ"
-    add("--resume-anyway", action="store_true", help=anyway)
-    partial = "continue from a checkpoint that lacks optimizer or random state"
-    add("--allow-partial-resume", action="store_true", help=partial)
-    trust = "allow code that ships with the model, if the recipe asks for it too"
-    add("--trust-remote-code", action="store_true", help=trust)
+    add_train_flags(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,8 +74,8 @@ def run(args: argparse.Namespace) -> int:
     launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     place = (args.machine_rank, args.main_process_ip, args.main_process_port)
     launch = place_machine(launch, *place, typed=typed_command(args, OPTIONS))
-    script = ["-m", "recipes_lib.train", args.recipe, *args.overrides]
-    script += [f"--{name.replace('_', '-')}" for name in FLAGS if getattr(args, name, False)]
+    flags = flag_words(args, FLAGS)
+    script = ["-m", "recipes_lib.train", args.recipe, *args.overrides, *flags]
     command = launch.command(script)
     if launch.config.use_cpu and launch.world_size == 1 and cards_here():
         # `python -m` alone would take the GPU
@@ -118,8 +119,7 @@ def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
     for name in options:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    flags = [name for name in (*FLAGS, "no_plan") if getattr(args, name, False)]
-    return shlex.join([*words, *(f"--{name.replace('_', '-')}" for name in flags)])
+    return shlex.join([*words, *flag_words(args, (*FLAGS, "no_plan"))])
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:

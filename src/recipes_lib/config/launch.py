@@ -7,6 +7,7 @@ where the rank is missing.
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,19 @@ READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts
 # What an adapter of rank 0 is made of is random numbers; the others compute it from the weights
 _STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 _MADE_FROM_WEIGHTS = ("use_dora", "trainable_token_indices", "layer_replication")
+
+# Flags that a training takes itself, however it is started.
+TRAIN_FLAGS = {
+    "resume_anyway": "continue a run although settings that change its result differ",
+    "allow_partial_resume": "continue from a checkpoint that lacks optimizer or random state",
+    "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
+}
+
+
+def add_train_flags(parser: argparse.ArgumentParser) -> None:
+    """Declare the flags of every training."""
+    for name, help in TRAIN_FLAGS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=help)
 
 
 @dataclass(frozen=True)

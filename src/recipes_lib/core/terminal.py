@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from recipes_lib.core.redaction import mask_secrets
 
@@ -92,6 +92,11 @@ def warn(text: str) -> None:
 def next_step(command: str) -> None:
     """Print the closing line that names the next command to type."""
     say(f"next: {command}")
+
+
+def flag_words(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
+    """Return the flags of these names that were given, as they are typed."""
+    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, False)]
 
 
 def at_least(least: int) -> Callable[[str], int]:
