@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
+from recipes_lib.config.flat import leaves
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import aligned, next_step, say
 
 _MISSING = object()
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     if not rows:
         say("no difference: every resolved value is the same")
     else:
-        _print_table([("", names[0], names[1]), *rows])
+        say("\n".join(aligned([("", *names), *rows])))
     next_step(f"recipes show {names[1]}")
     return ExitCode.DONE
 
@@ -39,7 +40,11 @@ def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
 
     A run's derived name differs by nature and is left out.
     """
-    left, right = dict(_leaves(a.to_dict(), "")), dict(_leaves(b.to_dict(), ""))
+    left, right = (
+        # an absent section has no keys
+        {key: value for key, value in leaves(one.to_dict()) if "." in key or value is not None}
+        for one in (a, b)
+    )
     for key in dict.fromkeys([*left, *right]):
         values = left.get(key, _MISSING), right.get(key, _MISSING)
         derived_name = key == "run.name" and a.run.name is None and b.run.name is None
@@ -50,19 +55,3 @@ def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
 def _cell(recipe: Recipe, key: str, value: Any) -> str:
     """Return a value with its origin."""
     return "-" if value is _MISSING else f"{value_text(value)}  ({recipe.origin_of(key)})"
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys with their values; an absent section has none."""
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif prefix or value is not None:
-            yield f"{prefix}{key}", value
-
-
-def _print_table(rows: list[tuple[str, str, str]]) -> None:
-    """Print three aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for row in rows:
-        say(f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}".rstrip())

@@ -4,6 +4,7 @@ comments.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps
@@ -49,15 +50,15 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, object], dict[str, object]]:
     values = recipe.to_dict()
     flat: dict[str, object] = {}
     lost: dict[str, object] = {}
-    for section in ("model", "data", "lora", "quantization"):
-        for key, value in _leaves(values[section] or {}, section):
-            if key in _FLAGS:
-                if value is not None:
-                    flat[_FLAGS[key]] = value
-            elif key.startswith("data.chat_template_kwargs.") or (  # false says something there
-                value not in (None, {}, [], False, _IMPLIED.get(key)) and key != "data.source"
-            ):
-                lost[key] = value
+    sections = ("model", "data", "lora", "quantization")
+    for key, value in leaves({section: values[section] or {} for section in sections}):
+        if key in _FLAGS:
+            if value is not None:
+                flat[_FLAGS[key]] = value
+        elif key.startswith("data.chat_template_kwargs.") or (  # false says something there
+            value not in (None, {}, [], False, _IMPLIED.get(key)) and key != "data.source"
+        ):
+            lost[key] = value
     # a name of ours: TRL gets the folder, where it was made already
     if recipe.model.name_or_path.startswith("package:"):
         lost["model.name_or_path"] = recipe.model.name_or_path
@@ -79,10 +80,10 @@ def flat_form(recipe: Recipe) -> tuple[dict[str, object], dict[str, object]]:
     return flat, lost
 
 
-def _leaves(values: dict[str, object], prefix: str) -> list[tuple[str, Any]]:
-    """Return the dotted keys of nested mappings with their values."""
-    result: list[tuple[str, Any]] = []
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested mappings with their values."""
     for key, value in values.items():
-        dotted = f"{prefix}.{key}"
-        result += _leaves(value, dotted) if isinstance(value, dict) and value else [(dotted, value)]
-    return result
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
