@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.migrate import keys_behind, migrate
+from recipes_lib.config.new_recipe import schema_line
 from recipes_lib.config.validation import check
 from recipes_lib.config.yaml_source import read_yaml
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.core.project import project_root
 from recipes_lib.core.terminal import next_step, say
 
 _ROUNDS = 5
@@ -39,11 +38,9 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             "exists already", "add --force to replace it, or choose another --output", file=output
         )
-    file = project_root() / "schema" / "recipe.schema.json"
-    schema = Path(os.path.relpath(file, output.resolve().parent)).as_posix()
     rejected: dict[str, str] = {}
     for _ in range(_ROUNDS):
-        migration = migrate(source, schema, rejected)
+        migration = migrate(source, schema_line(output), rejected)
         write_text(output, migration.text())
         errors = _errors(output)
         refused = keys_behind(errors, migration, read_yaml(output).lines)

@@ -213,12 +213,6 @@ def kind_named(name: str) -> Kind | None:
     return next((kind for kind in KINDS if kind.name == name), None)
 
 
-def schema_line(text: str) -> str | None:
-    """Return the kind that the file's schema comment names, known or not."""
-    match = _SCHEMA_LINE.search(text)
-    return match.group(1) if match else None
-
-
 def kind_of(values: Any, text: str, file: str) -> Kind:
     """Return the kind of a file: by its schema comment, else by its top-level keys.
 
@@ -232,7 +226,7 @@ def kind_of(values: Any, text: str, file: str) -> Kind:
             else f"holds {'a list' if isinstance(values, list) else 'a single value'}"
         )
         raise RecipeError(f"{what}; a recipe has sections such as model:, data:, train:", file=file)
-    named = schema_line(text)
+    named = match[1] if (match := _SCHEMA_LINE.search(text)) else None
     kind = (
         kind_named(named)
         if named

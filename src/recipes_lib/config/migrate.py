@@ -142,11 +142,11 @@ NAMES_OF_DATA = {"dataset_name", "dataset_mixer", "dataset_mixture", "datasets"}
 STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 
 
-def migrate(path: Path, schema: str, rejected: Mapping[str, str] | None = None) -> Migration:
+def migrate(path: Path, head: str, rejected: Mapping[str, str]) -> Migration:
     """Turn a flat TRL config into a recipe; `text()` of the result is the recipe.
 
     Args:
-        schema: path of the recipe schema as the recipe's first line names it.
+        head: the recipe's first line.
         rejected: flat keys whose values the check refuses -> why; they become comments.
 
     Raises:
@@ -159,12 +159,12 @@ def migrate(path: Path, schema: str, rejected: Mapping[str, str] | None = None) 
     _refuse_other_kinds(source.values, source.lines, path)
     entries, comments_below = cut_into_entries(source.text, source.values)
     migration = Migration(str(path), entries)
-    migration.header = [f"# yaml-language-server: $schema={schema}"]
+    migration.header = [head]
     first = next(iter(migration.entries.values()))
     migration.header += [line for line in first.comments_above if line]
     first.comments_above = []
     for entry in migration.entries.values():
-        _place(migration, entry, rejected or {})
+        _place(migration, entry, rejected)
     _complete(migration)
     migration.waiting_comments += comments_below
     return migration

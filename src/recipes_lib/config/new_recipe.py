@@ -61,26 +61,33 @@ def new_recipe(name: str, target: Path, origin: Recipe, rows: OwnRows | None) ->
     """
     extended = load_document(origin.path).levels < MAX_LEVELS
     values = _values(name, target, origin, rows, {} if extended else origin.written_values())
-    folder = target.resolve().parent
-    schema = Path(
-        os.path.relpath(project_root() / "schema" / "recipe.schema.json", folder)
-    ).as_posix()
-    launch = (
-        f"accelerate launch --config_file accelerate_configs/{origin.launch.accelerate}.yaml -m"
-        f" recipes_lib.train {shown_path(target)}"
-    )
-    lines = yaml_lines(values, lambda path: _REMARKS.get(".".join(map(str, path)), ""))
-    extends = Path(os.path.relpath(origin.path.resolve(), folder)).as_posix()
+    extends, file = _beside(target, origin.path), shown_path(target)
+    config = f"accelerate_configs/{origin.launch.accelerate}.yaml"
     head = [
-        f"# yaml-language-server: $schema={schema}",
         (
             f"# {name}: starts from {extends}; what is not written here comes from there (recipes"
-            f" show {shown_path(target)})"
+            f" show {file})"
         ),
-        f"#   {launch}",
+        f"#   accelerate launch --config_file {config} -m recipes_lib.train {file}",
         *([f"extends: {extends}"] if extended else []),
     ]
-    return "\n".join([*head, join_lines(lines), ""])
+    return _text(target, head, values, _REMARKS)
+
+
+def schema_line(target: Path) -> str:
+    """Return the first line of a recipe at `target`, by which editors find its schema."""
+    schema = _beside(target, project_root() / "schema" / "recipe.schema.json")
+    return f"# yaml-language-server: $schema={schema}"
+
+
+def _beside(target: Path, file: Path) -> str:
+    """Return the path of a file as one that will lie at `target` must write it."""
+    return Path(os.path.relpath(file.resolve(), target.resolve().parent)).as_posix()
+
+
+def _text(target: Path, head: list[str], values: dict[str, Any], remarks: dict[str, str]) -> str:
+    lines = yaml_lines(values, lambda path: remarks.get(".".join(map(str, path)), ""))
+    return "\n".join([schema_line(target), *head, join_lines(lines), ""])
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ def recipe_for_model(name: str, target: Path, model: str, rows: OwnRows, setup: 
     """Return the text of a recipe that trains an adapter for `model` on somebody's rows."""
     chat = "chat" in rows.prompt_formats
     section: dict[str, Any] = {
-        "source": _own_source(target, rows),
+        "source": _beside(target, rows.file),
         "prompt_format": "chat" if chat else rows.prompt_formats[0],
         **rows.keys,
     }
@@ -167,15 +174,11 @@ def recipe_for_model(name: str, target: Path, model: str, rows: OwnRows, setup: 
     remarks = _REMARKS | _OF_A_MODEL | {"train.learning_rate": rate.because}
     if rows.whole_text:
         remarks.pop("train.completion_only_loss", None)
-    schema = project_root() / "schema" / "recipe.schema.json"
-    schema = Path(os.path.relpath(schema, target.resolve().parent))
     head = [
-        f"# yaml-language-server: $schema={schema.as_posix()}",
         f"# {name}: an adapter for {model}{f'. {setup.plan}' if setup.plan else ''}",
         f"#   recipes train {shown_path(target)}",
     ]
-    lines = yaml_lines(values, lambda path: remarks.get(".".join(map(str, path)), ""))
-    return "\n".join([*head, join_lines(lines), ""])
+    return _text(target, head, values, remarks)
 
 
 def _values(
@@ -243,17 +246,13 @@ def _scaled(train: dict[str, Any], rows: OwnRows | None) -> dict[str, Any]:
     return {key: value for key, value in values.items() if wanted.get(key, True)}
 
 
-def _own_source(target: Path, rows: OwnRows) -> str:
-    return Path(os.path.relpath(rows.file.resolve(), target.resolve().parent)).as_posix()
-
-
 def _source(target: Path, origin: Recipe, rows: OwnRows | None) -> Any:
     """Return `data.source` as the new file must write it: local paths relative to its own
     folder.
     """
     if rows is not None:
-        return _own_source(target, rows)
+        return _beside(target, rows.file)
     source = origin.data.source
     if isinstance(source, str) and Path(source).exists() and "source" in origin.as_written:
-        return Path(os.path.relpath(Path(source).resolve(), target.resolve().parent)).as_posix()
+        return _beside(target, Path(source))
     return origin.as_written.get("source", source)
