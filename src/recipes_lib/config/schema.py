@@ -25,6 +25,7 @@ from typing import Any, Unpack, cast
 from recipes_lib.config import sections
 from recipes_lib.config.constraints import NOT_IN_RECIPES, TIGHTENINGS
 from recipes_lib.config.json_schema import JsonSchema, types_of
+from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.vocabulary import RENAMES
 from recipes_lib.core.project import project_root, shown_path
 
@@ -41,17 +42,19 @@ _ELSEWHERE = {
     "published": "recipes_lib.compare.published",
     "profile": "recipes_lib.slurm.profile",
 }
-_SECTION_HELP = {
-    "model": "The base model, passed to `from_pretrained`.",
+_OURS = {
+    "model": sections.ModelSection,
+    "data": sections.DataSection,
+    "run": sections.RunSection,
+    "launch": sections.LaunchSection,
+}
+_UPSTREAM = {
     "quantization": (
         "`transformers.BitsAndBytesConfig`, key by key. Absent or null: the weights are not"
         " quantised."
     ),
     "lora": "`peft.LoraConfig`, key by key. Absent or null: full fine-tuning.",
-    "data": "The training data and how a row becomes a prompt and a completion.",
     "train": "`trl.SFTConfig`, key by key.",
-    "run": "The run: its name and its batch in examples.",
-    "launch": "The default way to launch; never part of the mathematics.",
 }
 
 
@@ -122,7 +125,7 @@ def sections_schema(classes: dict[str, type]) -> dict[str, JsonSchema]:
     return {
         section: {
             "type": "object",
-            "description": " ".join((cls.__doc__ or "").partition("\n\n")[0].split()),
+            "description": _first_line(cls),
             "additionalProperties": False,
             "properties": fields_of(cls),
         }
@@ -130,26 +133,24 @@ def sections_schema(classes: dict[str, type]) -> dict[str, JsonSchema]:
     }
 
 
+def _first_line(cls: type) -> str:
+    return " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
+
+
 def _document_schema() -> JsonSchema:
     """Return the part both schemas have in common."""
     text_or_texts: JsonSchema = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
     }
-    ours = {
-        "model": sections.ModelSection,
-        "data": sections.DataSection,
-        "run": sections.RunSection,
-        "launch": sections.LaunchSection,
-    }
     upstream = _upstream_sections()
     properties: dict[str, JsonSchema] = {}
-    for section, help in _SECTION_HELP.items():
-        fields = upstream[section] if section in upstream else fields_of(ours[section])
+    for section in SECTIONS:
+        ours = _OURS.get(section)
         nullable = section in ("lora", "quantization")
         properties[section] = {
             "type": ["object", "null"] if nullable else "object",
-            "description": help,
-            **_object(section, fields),
+            "description": _first_line(ours) if ours else _UPSTREAM[section],
+            **_object(section, fields_of(ours) if ours else upstream[section]),
         }
     return {
         "type": "object",

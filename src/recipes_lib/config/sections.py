@@ -282,9 +282,7 @@ class RunSection:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchSection:
-    """The default way to launch; command-line flags win, and it is never part of the
-    mathematics.
-    """
+    """The default way to launch; never part of the mathematics."""
 
     accelerate: str = key("Name of a file in accelerate_configs/, without .yaml.", "single_gpu")
     gpus: int | None = key(
