@@ -115,15 +115,8 @@ def _of_comparison(content: Content) -> Iterator[Number]:
         shares = [(fault, "share", one.share(fault)) for fault in ANSWER_FAULTS]
         for metric, unit, value in (*shares, ("characters", "number", one.characters)):
             if value is not None:
-                yield Number(
-                    kind="answers",
-                    metric=metric,
-                    arm=one.arm,
-                    group=one.eval,
-                    unit=unit,
-                    value=value,
-                    n=one.n,
-                    file=one.file,
+                yield _like(
+                    one, kind="answers", metric=metric, group=one.eval, unit=unit, value=value
                 )
     for other in content.comparison.answer_differences:
         yield Number(
@@ -200,18 +193,13 @@ def _of_surface(surface: Surface) -> Iterator[Number]:
     """One metric of every arm of a grid, with the arm's values of the grid's keys."""
     for cell in surface.cells:
         second = "" if surface.second is None else f", {surface.second}={cell.second:g}"
-        yield Number(
+        yield _like(
+            cell,
             kind="grid",
             metric=surface.metric,
-            arm=cell.arm,
             group=f"{surface.key}={cell.place:g}{second}",
             unit=surface.unit,
-            value=cell.value,
-            low=cell.low,
-            high=cell.high,
-            n=cell.n,
             verdict="best" if cell.best else None,
-            file=cell.file,
         )
 
 
@@ -226,15 +214,14 @@ def _of_runs(content: Content) -> Iterator[Number]:
     of each arm.
     """
     for tried in content.tunings:
-        yield Number(
+        yield _like(
+            tried,
             kind="tuning",
             metric="validation_loss",
-            arm=tried.arm,
             group=f"{tried.key}={tried.value}",
             value=tried.loss,
             n=1,
             verdict="chosen" if tried.chosen else "diverged" if tried.loss is None else None,
-            file=tried.file,
         )
     training = (
         "steps",
@@ -254,25 +241,11 @@ def _of_runs(content: Content) -> Iterator[Number]:
         for one, group in rows:
             for name in names:
                 if (value := getattr(one, name)) is not None:
-                    yield Number(
-                        kind=kind,
-                        metric=name,
-                        arm=one.arm,
-                        group=group,
-                        value=value,
-                        n=1,
-                        file=one.file,
-                    )
+                    yield _like(one, kind=kind, metric=name, group=group, value=value, n=1)
     for arm in content.arm_costs:
-        yield Number(
-            kind="cost",
-            metric="device_hours",
-            arm=arm.arm,
-            group="all runs, at least" if arm.partial else "all runs",
-            value=arm.device_hours,
-            n=arm.runs,
-            file=arm.file,
-        )
+        group = "all runs, at least" if arm.partial else "all runs"
+        value, runs = arm.device_hours, arm.runs
+        yield _like(arm, kind="cost", metric="device_hours", group=group, value=value, n=runs)
 
 
 def numbers_csv(content: Content) -> str:
