@@ -16,7 +16,7 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.weights.finished_run import BASE, Family, families, finished_run
+from recipes_lib.weights.finished_run import BASE, TRUST, Family, families, finished_run
 
 NARROWEST = 36  # columns of text; below that answers stand one under the other
 GAP = "  |  "
@@ -33,8 +33,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--max-new-tokens", type=int, default=200, metavar="N", help=longest)
     greedy = "0 is greedy and repeatable (default)"
     add("--temperature", type=float, default=0.0, metavar="T", help=greedy)
-    trust = "allow code that ships with the model, if the run's recipe asks for it too"
-    add("--trust-remote-code", action="store_true", help=trust)
+    add("--trust-remote-code", action="store_true", help=TRUST)
     add("--no-base", action="store_true", help="leave the base's answer out")
 
 

@@ -53,5 +53,4 @@ def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
 
 
 def _cell(recipe: Recipe, key: str, value: Any) -> str:
-    """Return a value with its origin."""
     return "-" if value is _MISSING else f"{value_text(value)}  ({recipe.origin_of(key)})"

@@ -83,7 +83,6 @@ def _next(eval_word: str, logs: Sequence[EvalLog]) -> None:
 
 
 def _judgments(result_file: str) -> str:
-    """The judgments beside a result file."""
     return (
         result_file.replace("result", "judgments").replace(".json", ".jsonl")
         if "against" in result_file

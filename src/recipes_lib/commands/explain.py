@@ -85,7 +85,6 @@ def _full_name(key: str) -> str:
 
 
 def _list(prefix: str, keys: list[str]) -> None:
-    """Print keys with the first sentence of their documentation."""
     width = max(len(key) for key in keys)
     room = max(30, shutil.get_terminal_size().columns - width - 5)
     for key in keys:
@@ -95,7 +94,6 @@ def _list(prefix: str, keys: list[str]) -> None:
 
 
 def _explain(key: str, schema: JsonSchema) -> None:
-    """Print one key in full."""
     section, _, name = key.partition(".")
     choices = schema.get("enum", [])
     say(f"{key}: {describe(schema)}")

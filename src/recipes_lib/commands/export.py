@@ -13,7 +13,7 @@ from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.weights.check import NUM_PROMPTS
 from recipes_lib.weights.export import check_repo, check_target, export, push
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.finished_run import TRUST, finished_run
 from recipes_lib.weights.verify import verify
 
 
@@ -27,8 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--merged", action="store_true", help=merged)
     push = "OWNER/NAME: verify the run, export, and upload the folder"
     add("--push-to-hub", metavar="REPO", help=push)
-    trust = "allow code that ships with the model, if the run's recipe asks for it too"
-    add("--trust-remote-code", action="store_true", help=trust)
+    add("--trust-remote-code", action="store_true", help=TRUST)
     public = "make a new repository public (default: private)"
     add("--public", action="store_true", help=public)
 

@@ -94,7 +94,6 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _stored_card(args: argparse.Namespace) -> Scorecard:
-    """The scorecard of stored judgments."""
     from recipes_lib.judging.audit import audit, scorecard_markdown
     from recipes_lib.judging.human_labels import load_labels
 

@@ -13,7 +13,7 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, say_json
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.finished_run import TRUST, finished_run
 from recipes_lib.weights.merge import StoredFold, merge
 
 
@@ -23,8 +23,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="RUN", help="a finished LoRA or QLoRA run")
     dtype = "precision of the merged weights (default: the base's, as it was trained on)"
     add("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype)
-    trust = "allow code that ships with the model, if the run's recipe asks for it too"
-    add("--trust-remote-code", action="store_true", help=trust)
+    add("--trust-remote-code", action="store_true", help=TRUST)
     printed = "print one JSON object; what happens meanwhile goes to stderr"
     add("--json", action="store_true", help=printed)
 

@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _errors(path: Path) -> list[RecipeError]:
-    """Return what `recipes check` finds in a file."""
     try:
         return check(load_document(path), full=False)
     except RecipeError as error:

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from recipes_lib.planning.advice import Advice
     from recipes_lib.planning.plan import Plan
 
+_OF_A_RECIPE = ("gpus", "nodes", "accelerate", "evals")
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
@@ -142,10 +144,7 @@ def _eval(args: argparse.Namespace, path: Path, words: Sequence[str]) -> int:
         words: the target and overrides.
     """
     file = shown_path(path)
-    for flag in ("gpus", "nodes", "accelerate", "evals", "price"):
-        if getattr(args, flag) is not None:
-            what = f"--{flag} is for a recipe: an evaluation is planned on one card"
-            raise RecipeError(what, file=file)
+    _refuse_flags(args, (*_OF_A_RECIPE, "price"), "an evaluation is planned on one card", file)
     overrides = [word for word in words if "=" in word]
     targets = [word for word in words if "=" not in word]
     if len(targets) != 1:
@@ -169,14 +168,15 @@ def _eval(args: argparse.Namespace, path: Path, words: Sequence[str]) -> int:
     return ExitCode.DONE
 
 
-def _study(args: argparse.Namespace, path: Path) -> int:
-    for flag in ("gpus", "nodes", "accelerate", "evals"):
+def _refuse_flags(args: argparse.Namespace, flags: Sequence[str], why: str, file: str) -> None:
+    for flag in flags:
         if getattr(args, flag) is not None:
-            raise RecipeError(
-                f"--{flag} is for a recipe: a study says itself how its arms are launched and"
-                " evaluated",
-                file=shown_path(path),
-            )
+            raise RecipeError(f"--{flag} is for a recipe: {why}", file=file)
+
+
+def _study(args: argparse.Namespace, path: Path) -> int:
+    why = "a study says itself how its arms are launched and evaluated"
+    _refuse_flags(args, _OF_A_RECIPE, why, shown_path(path))
     study = with_choices(load_study(path, args.overrides))
     refuse_leaks(study, build_graph(study).todo())
     plan = study_hours(study, args.gpu, args.price)

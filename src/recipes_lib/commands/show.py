@@ -59,7 +59,6 @@ def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
 
 
 def _all_values(recipe: Recipe) -> dict[str, Any]:
-    """Return the sections with all defaults."""
     values = recipe.to_dict()
     for section in ("train", "lora", "quantization"):
         if values[section] is not None:
@@ -70,7 +69,6 @@ def _all_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def _comment(recipe: Recipe, path: KeyPath) -> str:
-    """Return the origin of a value as a comment."""
     origin = recipe.origin_of(".".join(map(str, path)))
     if origin == UPSTREAM_DEFAULT:
         return "default"

@@ -14,7 +14,7 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.weights.check import NUM_PROMPTS
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.finished_run import TRUST, finished_run
 from recipes_lib.weights.verify import verify
 
 
@@ -24,8 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("run", metavar="RUN", help="a finished run: LoRA, QLoRA or full fine-tuning")
     rows = f"rows to compare on (default {NUM_PROMPTS})"
     add("--prompts", type=int, default=NUM_PROMPTS, metavar="N", help=rows)
-    trust = "allow code that ships with the model, if the run's recipe asks for it too"
-    add("--trust-remote-code", action="store_true", help=trust)
+    add("--trust-remote-code", action="store_true", help=TRUST)
     printed = "print one JSON object; everything else goes to stderr"
     add("--json", action="store_true", help=printed)
 

@@ -7,7 +7,7 @@ silently.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +106,8 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
     """
     path = accelerate_config_path(name_or_path)
     values = load(path, "accelerate").values
-    return AccelerateConfig(
-        path=path,
-        distributed_type=values.get("distributed_type", "NO"),
-        num_processes=values.get("num_processes", 1),
-        num_machines=values.get("num_machines", 1),
-        main_process_port=values.get("main_process_port"),
-        use_cpu=values.get("use_cpu", False),
-        mixed_precision=str(values.get("mixed_precision", "no")),
-        fsdp=values.get("fsdp_config") or {},
-    )
+    read = {one.name: values[one.name] for one in fields(AccelerateConfig) if one.name in values}
+    return AccelerateConfig(path, fsdp=values.get("fsdp_config") or {}, **read)
 
 
 def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> list[str]:

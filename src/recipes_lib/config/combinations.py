@@ -8,7 +8,12 @@ from typing import Any
 
 from recipes_lib.config.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.config.batch import WITHOUT_WARMUP, solve_batch
-from recipes_lib.config.constraints import NOT_FUSED, NOT_IN_MODEL_KWARGS, VARLEN
+from recipes_lib.config.constraints import (
+    NOT_FUSED,
+    NOT_IN_MODEL_KWARGS,
+    STARTS_WITHOUT_WEIGHTS,
+    VARLEN,
+)
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Document, run_name
@@ -25,7 +30,6 @@ _ROWS_OF_ACCELERATE = {
     "use_seedable_sampler": False,
 }
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_]+\Z")
-_STARTS_WITHOUT_WEIGHTS = ("gaussian", "orthogonal")
 _Section = dict[str, Any]
 
 
@@ -219,7 +223,7 @@ def _fp8_base(
         what = f"{key} fp8 trains under bfloat16 alone, and {wrong} says otherwise"
         yield wrong, what, "set train.bf16: true, without train.fp16"
     start = lora.get("init_lora_weights", True)
-    if not isinstance(start, bool) and start not in _STARTS_WITHOUT_WEIGHTS:
+    if start not in STARTS_WITHOUT_WEIGHTS:
         what = f"lora.init_lora_weights {start} starts from the weights, which are in FP8"
         yield "lora.init_lora_weights", what, remove
     for name in ("use_dora", "target_parameters"):

@@ -29,6 +29,9 @@ _CHECKPOINTING: JsonSchema = {
     },
 }
 VARLEN = "varlen"
+# Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
+# the weights of the base.
+STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # adapters that `model.lora_implementation: fused` leaves to PEFT
 NOT_FUSED = {

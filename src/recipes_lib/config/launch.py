@@ -21,6 +21,7 @@ from recipes_lib.config.accelerate_config import (
     precision_conflict,
     processes_per_machine,
 )
+from recipes_lib.config.constraints import STARTS_WITHOUT_WEIGHTS
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.core.errors import RecipeError
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 29500
 READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
 READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts it
-# What an adapter of rank 0 is made of is random numbers; the others compute it from the weights
-_STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 _MADE_FROM_WEIGHTS = ("use_dora", "trainable_token_indices", "layer_replication")
 
 # Flags that a training takes itself, however it is started.
@@ -142,7 +141,7 @@ def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | Non
         return "quantized weights cannot be handed on"
     if recipe.model.resize_embeddings:
         return "model.resize_embeddings computes new rows from the others"
-    if lora.get("init_lora_weights", True) not in _STARTS_WITHOUT_WEIGHTS:
+    if lora.get("init_lora_weights", True) not in STARTS_WITHOUT_WEIGHTS:
         return f"lora.init_lora_weights: {lora['init_lora_weights']} starts from them"
     if made := [key for key in _MADE_FROM_WEIGHTS if lora.get(key)]:
         return f"lora.{made[0]} starts from them"

@@ -167,7 +167,6 @@ def _real(path: Path) -> Path:
 
 
 def _parents(source: YamlSource) -> Iterable[tuple[str, int | None]]:
-    """Yield the names under `extends` with their lines."""
     names = source.values.get("extends")
     items = names if isinstance(names, list) else [] if "extends" not in source.values else [names]
     for index, name in enumerate(items):

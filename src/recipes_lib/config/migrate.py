@@ -660,6 +660,5 @@ def _flow(value: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value for a line of the list of changes."""
     text = _flow(value).replace("\n...", "")
     return text if len(text) <= 60 else f"{text[:57]}..."

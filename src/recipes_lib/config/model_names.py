@@ -313,7 +313,6 @@ def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:
 
 
 def _check_tokenizer(recipe: Recipe, folder: Path, model: Any) -> Iterator[RecipeError]:
-    """Yield an error when the tokenizer has entries without an embedding."""
     try:
         entries = _tokenizer_size(folder)
     except Exception as error:  # as above: any failure to read it is the user's to know

@@ -138,7 +138,6 @@ def _first_line(cls: type) -> str:
 
 
 def _document_schema() -> JsonSchema:
-    """Return the part both schemas have in common."""
     text_or_texts: JsonSchema = {
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]
     }
@@ -201,7 +200,6 @@ def _tighten(schema: JsonSchema, words: JsonSchema) -> JsonSchema:
 
 
 def _without(schema: JsonSchema, *words: str) -> JsonSchema:
-    """Return a schema without some of its words."""
     return cast(JsonSchema, {word: said for word, said in schema.items() if word not in words})
 
 
@@ -241,7 +239,6 @@ def _described(help: str) -> JsonSchema:
 
 
 def _type_schema(hint: Any) -> JsonSchema:
-    """Return the JSON Schema of a type annotation."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint in _SCALARS:
         return {"type": _SCALARS[hint]}
@@ -290,7 +287,6 @@ def _union(members: tuple[Any, ...]) -> JsonSchema:
 
 
 def _upstream_sections() -> dict[str, dict[str, JsonSchema]]:
-    """Return the fields of the sections that are upstream classes."""
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK

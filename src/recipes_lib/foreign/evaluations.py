@@ -139,7 +139,6 @@ def _answers(parts: Sequence[Part]) -> Answers:
 
 
 def _compare(part: Part, mine: Answers, other: Part, known: Answers) -> None:
-    """Answers of two files to the same questions."""
     where = shown_path(other.file.path)
     if part.models and other.models and part.models != other.models:
         what = f"answers of {part.models[0]}, and {where} holds answers of {other.models[0]}"

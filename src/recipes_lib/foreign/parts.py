@@ -77,7 +77,6 @@ def _question_id(instruction: str) -> str:
 
 
 def _one_model(file: Foreign, names: Sequence[str], wanted: str | None) -> str:
-    """The model whose rows are meant."""
     found = list(dict.fromkeys(names))
     listed = ", ".join(found[:8])
     if wanted is None:

@@ -222,7 +222,6 @@ def _library(records: Sequence[Record]) -> Row:
 
 
 def _findings(judgments: Judgments, contradictions: Contradictions) -> Iterator[ReplayFinding]:
-    """Yield the findings of one file."""
     records = judgments.records
 
     def found(name: str, some: Sequence[Record], message: str) -> Iterator[ReplayFinding]:
@@ -332,7 +331,6 @@ def _same_answers(one: Mapping[Any, set[str]], other: Mapping[Any, set[str]]) ->
 
 
 def _answers(records: Sequence[Record]) -> dict[tuple[str, int], set[str]]:
-    """The answers of a file by question and turn."""
     found: dict[tuple[str, int], set[str]] = defaultdict(set)
     for one in records:
         if one.answer:

@@ -127,7 +127,6 @@ def import_run(
 
 
 def _read(files: Sequence[Foreign], model: str | None, against: str | None) -> _Content:
-    """Read every file into its place."""
     content = _Content()
     samples = [file for file in files if file.format == "lm-eval-samples"]
     for file in files:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from recipes_lib.config.sections import DataSection
 
+TRUST = "allow code that ships with the model, if the run's recipe asks for it too"
 BASE = "base"
 
 
