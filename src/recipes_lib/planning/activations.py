@@ -9,9 +9,10 @@ frozen linear layer keeps nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from recipes_lib.models.blocks import Block
+from recipes_lib.models.blocks import Block, Matrix
 from recipes_lib.planning.settings import Settings
 from recipes_lib.planning.targets import Adapted
 
@@ -117,14 +118,9 @@ def reference_per_token(settings: Settings) -> float:
     for layer, targets, count in settings.layers:
         norms = sum(many * width for many, width in layer.norms)
         kept = (4 if adapter else 4 + w) * norms + 3 * 4 * layer.query + w * layer.inner
-        if adapter is None:
-            widths = {one.reads: one.inputs * one.active for one in layer.matrices}
-            inputs = w * sum(widths.values())
-        elif adapter.dropout:
-            inputs = 2 * w * sum(matrix.inputs * matrix.active for matrix, _ in targets)
-        else:
-            groups = {matrix.reads: matrix.inputs * matrix.active for matrix, _ in targets}
-            inputs = w * sum(groups.values())
+        trained = [matrix for matrix, _ in targets] if adapter else layer.matrices
+        each, shared = _widths(trained)
+        inputs = w * (2 * each if adapter and adapter.dropout else shared)
         ranks = sum(rank * matrix.active for matrix, rank in targets)
         total += count * (kept + inputs + w * ranks + sum(_delta(settings, layer)))
     return total
@@ -178,31 +174,30 @@ def _row_bytes(settings: Settings, layer: Block) -> float:
     return layer.heads * (scores + s if family == "gemma2" else scores)
 
 
+def _widths(matrices: Iterable[Matrix]) -> tuple[int, int]:
+    """Return the numbers that matrices read of a token, and those where each input counts once."""
+    widths = [(one.reads, one.inputs * one.active) for one in matrices]
+    return sum(width for _, width in widths), sum(dict(widths).values())
+
+
 def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
     """Inputs of linear layers that something is trained in, and outputs of LoRA's first matrix."""
     s, adapter = settings.compute_bytes, settings.adapter
     casts = settings.half is not None and settings.weight_bytes != 2
     # example by example, and put together again; else attention's output is kept already
     copied = settings.attention == "documents"
+    trained = [matrix for matrix, _ in targets] if adapter else layer.matrices
+    kept, shared = _widths([one for one in trained if copied or one.reads != "output"])
     if adapter is None:
         # each layer casts its own copy; what attention and MLP made is in the autocast type already
-        kept = [one for one in layer.matrices if copied or one.reads != "output"]
-        shared = {one.reads: one.inputs * one.active for one in kept}
-        return (
-            s * sum(one.inputs * one.active for one in kept) if casts else s * sum(shared.values())
-        )
+        return s * (kept if casts else shared)
     ranks = s * sum(rank for one, rank in targets if not one.experts)
-    widths = sum(one.inputs * one.active for one, _ in targets)
+    widths, _ = _widths(trained)
     if noise := _noise_bytes(settings):
         return ranks + widths * (s + noise)
     other_half = settings.weight_bytes == 2 and settings.half not in (None, settings.dtype)
     if adapter.fused or (settings.trained_bytes == s and not casts and not other_half):
-        shared = {
-            one.reads: one.inputs * one.active
-            for one, _ in targets
-            if copied or one.reads != "output"
-        }
-        widths = sum(shared.values())
+        widths = shared
     # else cast to the adapter's type and back: a copy for each layer
     return ranks + s * widths
 
