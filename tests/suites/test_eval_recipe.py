@@ -237,3 +237,9 @@ def test_what_is_no_address_of_a_server_is_refused(url, tmp_path):
     assert f"{tmp_path / 'judge.yaml'}:1: judge.base_url: an address such as http" in str(
         caught.value
     )
+
+
+def test_a_file_of_an_eval_may_lie_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    recipe = load_eval(PROJECT / "evals/quickstart/alpaca_eval.yaml")
+    assert recipe.resolve("data.labels", "~/labels.jsonl") == Path("/home/somebody/labels.jsonl")
