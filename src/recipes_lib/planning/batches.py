@@ -25,7 +25,7 @@ class Batches:
 
     Args:
         forward_passes: per step and process.
-        tokens: per step over all processes, without padding; `computed` with it.
+        tokens: per step over all processes, without padding, which `computed` has.
         largest: tokens of the largest forward pass, padding counted; `largest_row` of a row of it.
         context: tokens that attention looks over, averaged over computed tokens.
         rows: training rows (after packing).

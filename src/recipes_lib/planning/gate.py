@@ -101,11 +101,11 @@ def plan_of_active(
 
 
 def refuse_what_cannot_fit(plan: Plan) -> str | None:
-    """Return a warning where it is tight. Without a GPU resident memory is not predicted: there the
-    model's own tensors must exceed what is free.
+    """Stop a training whose plan does not fit the card that is there; return a warning where it is
+    tight. Without a GPU the model's own tensors alone must exceed what is free.
 
     Raises:
-        EnvironmentFault: the plan does not fit the card that is there, and what would.
+        EnvironmentFault: it does not, with the arithmetic and what would.
     """
     if plan.fits:
         return None

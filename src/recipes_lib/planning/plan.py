@@ -39,7 +39,7 @@ class Plan:
     """What a training needs.
 
     Args:
-        launch: the recipe's own, with other settings too.
+        launch: how it is started; a plan with other settings keeps it.
         accumulation: micro-batches per step and process.
         evals: the time of evaluations that are counted in, one of each.
         price: of one card for one hour, in any currency; None for no cost.
