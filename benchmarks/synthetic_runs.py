@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.judging.audit import audit
-from recipes_lib.judging.outcomes import pair_samples, summarise
+from recipes_lib.judging.outcomes import grade_sample, pair_sample, pair_samples, summarise
 from recipes_lib.judging.store import text_hash
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites import mt_bench as suite
@@ -116,7 +117,7 @@ def write_alpaca_eval(
     category: Callable[[int], str] | None = None,
     raw: Callable[[str], str] | None = None,
 ) -> None:
-    """Write an AlpacaEval comparison of a run: samples and result.
+    """Write an AlpacaEval comparison of a run: items and result.
 
     Args:
         skill: chance that a pair whose orders agree is won.
@@ -124,7 +125,8 @@ def write_alpaca_eval(
             without a result.
     """
     rng = random.Random(f"{folder.name}{against}{n}")
-    lines, rows = [], []
+    items: list[Sample] = []
+    rows = []
     for number in range(n):
         name = f"q{number:05d}"
         group = category(number) if category else CATEGORIES[number % len(CATEGORIES)]
@@ -155,25 +157,37 @@ def write_alpaca_eval(
                     name, order, verdict, {"category": group}, [len(plain_text("x", name))] * 2
                 )
             )
-        lines.append(
-            {
-                "question_id": name,
-                "category": group,
-                "instruction": text("instruction", name),
-                "answer": text(folder.name, name),
-                "opponent_answer": text(against, name),
-                "verdicts": verdicts,
-            }
+        answer, other = text(folder.name, name), text(against, name)
+        items.append(
+            pair_sample(
+                name,
+                {verdict["order"]: verdict for verdict in verdicts},
+                category=group,
+                input=text("instruction", name),
+                answer=answer,
+                opponent=other,
+                lengths=(len(answer), len(other)),
+            )
         )
-    place = folder / "evals" / "alpaca_eval"
     suffix = "" if against == "reference" else f".against-{against}"
-    write_lines(place / "samples" / f"samples{suffix}.jsonl", lines)
+    file = folder / "evals" / "alpaca_eval" / f"result{suffix}.json"
     pairs = summarise(pair_samples(rows))
     result = _result("alpaca_eval", folder.name, against, n, audit(rows)) | {
         "pairs": pairs.to_dict(),
         "mean_score": None,
     }
-    write_json(place / f"result{suffix}.json", result)
+    measure = Measure(
+        "alpaca_eval",
+        "alpaca_eval",
+        "win_rate",
+        "AlpacaEval win rate",
+        tuple(items),
+        file,
+        against,
+        reported=pairs.score.estimate,
+        reported_n=pairs.n,
+    )
+    _write_result(file, result, measure)
 
 
 def write_mt_bench(
@@ -194,16 +208,10 @@ def write_mt_bench(
         )
         for number in range(n)
     ]
-    rows, answers = [], []
+    items: list[Sample] = []
+    rows = []
     for number, question in enumerate(questions):
         turns = [text(folder.name, f"{question.id}.{turn}") for turn in (1, 2)]
-        answers.append(
-            {
-                "question_id": int(question.id),
-                "model_id": folder.name,
-                "choices": [{"index": 0, "turns": turns}],
-            }
-        )
         for turn in (1, 2):
             grade = min(5, max(1, round(rng.gauss(skill, 1.2))))
             ok = not (turn == 2 and number in set(missing))
@@ -227,17 +235,34 @@ def write_mt_bench(
                     [text_hash(answer)],
                 )
             )
-    place = folder / "evals" / "mt_bench"
-    write_lines(place / "judgments.jsonl", rows)
-    write_lines(place / "samples" / "model_answer.jsonl", answers)
-    write_lines(
-        place / "samples" / "question.jsonl",
-        [{"question_id": one.id, "turns": list(one.turns)} for one in questions],
+            items.append(
+                grade_sample(
+                    question.id,
+                    rows[-1],
+                    turn=turn,
+                    category=question.category,
+                    lengths=(len(answer),),
+                    input=question.turns[turn - 1],
+                    answer=answer,
+                )
+            )
+    file = folder / "evals" / "mt_bench" / "result.json"
+    write_lines(file.with_name("judgments.jsonl"), rows)
+    numbers = suite.summary(questions, rows)
+    measure = Measure(
+        "mt_bench",
+        "mt_bench",
+        "grade",
+        "MT-Bench mean grade, 1-5",
+        tuple(items),
+        file,
+        unit="grade",
+        reported=numbers["score"]["estimate"],
+        reported_n=numbers["score"]["n"],
     )
-    result = _result("mt_bench", folder.name, None, n, audit(rows)) | {
-        "judgment_keys": [row["key"] for row in rows]
-    }
-    write_json(place / "result.json", result | suite.summary(questions, rows))
+    result = _result("mt_bench", folder.name, None, n, audit(rows))
+    judged = {"judgment_keys": [row["key"] for row in rows]}
+    _write_result(file, {**result, **judged, **numbers}, measure)
 
 
 def write_lm_eval(
@@ -349,6 +374,13 @@ def _result(
         "git": {"commit": "c" * 40, "dirty": False},
         "recipe": {"name": name},
     }
+
+
+def _write_result(file: Path, result: dict[str, Any], measure: Measure) -> None:
+    """Write a result as an evaluation does: its items first."""
+    items = file.with_name(file.name.replace("result", "items") + "l")
+    write_lines(items, (one.to_dict(measure.metric) for one in measure.samples))
+    write_json(file, result | {"written": "2026-01-01", "measures": [measure.to_dict()]})
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -316,8 +316,7 @@ def test_any_bytes_of_judge_and_answers_are_judged_kept_and_read_again(
     assert main(["judge", "audit", str(store)]) == 0
     assert main(["judge", "replay", str(store.parent / "samples/annotations.json")]) == 0
     assert all(
-        json.loads(line)
-        for line in (store.parent / "samples/samples.jsonl").read_text().split("\n")[:-1]
+        json.loads(line) for line in (store.parent / "items.jsonl").read_text().split("\n")[:-1]
     )
 
 

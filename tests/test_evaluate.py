@@ -147,7 +147,7 @@ def test_human_labels_go_to_the_answers_they_are_of_and_unknown_questions_are_na
     one = make_run("one", 1)
     recipe = quick("alpaca_eval")
     evaluate_all([recipe], ["one"])
-    file = one / "evals" / recipe.name / "samples/samples.jsonl"
+    file = one / "evals" / recipe.name / "items.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     texts = ("instruction", "answer", "opponent_answer")
     first, second, *_ = ({name: line[name] for name in texts} | {"label": "win"} for line in lines)

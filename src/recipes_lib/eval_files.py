@@ -1,9 +1,6 @@
-"""The evaluation logs of a run on disk: result.json with the header, items.jsonl with the samples.
-
-Results of releases before items.jsonl, and lm-eval results that were imported, are read from the
-suites' own files. A stored judgment that belongs to other answers or another judge (the recipe was
-changed and run again) is not counted there: AlpacaEval's samples hold only current rows, MT-Bench's
-rows are chosen by judge and answer. The counts of the result file are the check.
+"""The evaluation logs of a run on disk: result.json with the header, items.jsonl with the samples,
+whose counts must be those of the header. lm-eval results that were imported are read from lm-eval's
+own samples.
 """
 
 from __future__ import annotations
@@ -20,9 +17,7 @@ from typing import Any
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
-from recipes_lib.eval_log import EvalLog, Measure, Sample, TaskScore
-from recipes_lib.judging.outcomes import grade_sample, pair_sample
-from recipes_lib.judging.store import stored_rows, text_hash
+from recipes_lib.eval_log import REFERENCE, EvalLog, Measure, Sample, TaskScore
 
 _SHARE = re.compile(
     r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$"
@@ -71,17 +66,9 @@ def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalLog:
     first.
     """
     result = read_object(file)
-    suite = str(result.get("suite", ""))
-    older = {"alpaca_eval": _alpaca_eval, "mt_bench": _mt_bench, "lm_eval": _lm_eval}
-    reader = _items if result.get("measures") is not None else older.get(suite)
-    if reader is None:
-        raise DataError(
-            f"a result of an unknown suite: '{suite}'",
-            f"known: {', '.join(older)}",
-            file=file,
-        )
     measures = []
     try:
+        reader = _lm_eval if result["suite"] == "lm_eval" and "measures" not in result else _items
         for measure in with_groups(list(reader(name, file, result))):
             if (measure.key, measure.opponent) not in seen:
                 seen.add((measure.key, measure.opponent))
@@ -97,7 +84,8 @@ def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalLog:
 
 def log_file(run: Path, name: str, against: str | None) -> Path:
     """Return where the result of an evaluation against an opponent lies in a run's folder."""
-    return _against_file(run / "evals" / name, "result", against, ".json")
+    suffix = "" if against in (None, REFERENCE) else f".against-{against}"
+    return run / "evals" / name / f"result{suffix}.json"
 
 
 def write_log(log: EvalLog) -> None:
@@ -187,15 +175,6 @@ def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any
         }
 
 
-def _against_file(folder: Path, stem: str, against: str | None, suffix: str = ".jsonl") -> Path:
-    """The file of one opponent: `<stem>.jsonl`, with the opponent in its name unless that is the
-    reference.
-    """
-    return folder / (
-        f"{stem}{suffix}" if against in (None, "reference") else f"{stem}.against-{against}{suffix}"
-    )
-
-
 def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
     """The measures that result.json names, with their samples from items.jsonl.
 
@@ -278,169 +257,6 @@ def with_groups(measures: Sequence[Measure]) -> Iterator[Measure]:
             yield group
 
 
-def alpaca_samples(lines: Iterable[Mapping[str, Any]]) -> tuple[list[Sample], list[Sample]]:
-    """Return the comparisons and the grades of the lines of AlpacaEval's samples.jsonl."""
-    pairs, grades = [], []
-    for row in lines:
-        verdicts = {verdict["order"]: verdict for verdict in row["verdicts"]}
-        answer, opponent = row["answer"], row["opponent_answer"]
-        known = {"category": row["category"], "input": row.get("instruction"), "answer": answer}
-        known["draw"] = row.get("draw") or 1
-        lengths = (len(answer), len(opponent))
-        pairs.append(
-            pair_sample(row["question_id"], verdicts, lengths=lengths, opponent=opponent, **known)
-        )
-        if grade := verdicts.get("single"):
-            grades.append(grade_sample(row["question_id"], grade, lengths=(len(answer),), **known))
-    return pairs, grades
-
-
-def alpaca_measures(
-    name: str, file: Path, result: Mapping[str, Any], pairs: Sequence[Sample], grades: Any
-) -> Iterator[Measure]:
-    """Yield AlpacaEval's win rate, and its mean grade where it was asked for."""
-    yield _pairs(name, "alpaca_eval", "AlpacaEval win rate", file, result, pairs)
-    if grades:
-        label = "AlpacaEval mean grade, 1-5"
-        yield _grades(name, "alpaca_eval", label, file, result["mean_score"], grades)
-
-
-def _alpaca_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
-    lines = read_lines(_against_file(file.parent / "samples", "samples", result["against"]))
-    yield from alpaca_measures(name, file, result, *alpaca_samples(lines))
-
-
-Texts = Mapping[tuple[str, int], str]
-
-
-def mt_bench_samples(
-    rows: Iterable[Mapping[str, Any]], asked: Texts, answers: Texts, theirs: Texts
-) -> tuple[list[Sample], list[Sample]]:
-    """Return the grades and the comparisons of stored judgments.
-
-    Args:
-        asked: questions by id and turn; so are the answers and the opponent's.
-    """
-    grades = {}
-    orders: dict[tuple[str, int], dict[str, Mapping[str, Any]]] = {}
-    for row in rows:
-        question, _, turn = row["question_id"].rpartition(":")
-        key = question, int(turn)
-        if row["kind"] == "relative":
-            orders.setdefault(key, {})[row["order"]] = row
-            continue
-        answer = answers.get(key)
-        if answer is None or text_hash(answer) == row["answer_hashes"][0]:
-            grades[key] = grade_sample(
-                question,
-                row,
-                turn=key[1],
-                category=row["meta"]["category"],
-                lengths=tuple(row["lengths"]),
-                input=asked.get(key),
-                answer=answer,
-            )
-    pairs = []
-    for key, verdicts in orders.items():
-        one = next(iter(verdicts.values()))
-        pairs.append(
-            pair_sample(
-                key[0],
-                verdicts,
-                turn=key[1],
-                category=one["meta"]["category"],
-                lengths=tuple(one["lengths"] if one["order"] == "AB" else one["lengths"][::-1]),
-                input=asked.get(key),
-                answer=answers.get(key),
-                opponent=theirs.get(key, ""),
-            )
-        )
-    return list(grades.values()), pairs
-
-
-def mt_bench_measures(
-    name: str,
-    file: Path,
-    result: Mapping[str, Any],
-    grades: Sequence[Sample],
-    pairs: Sequence[Sample],
-) -> Iterator[Measure]:
-    """Yield MT-Bench's mean grade over all turns, and its win rate where there is an opponent.
-
-    Raises:
-        DataError: the result's mean is not that of the grades.
-    """
-    score = result["score"]
-    _check_mean(file, score["n"], score["estimate"], grades)
-    yield _grades(name, "mt_bench", "MT-Bench mean grade, 1-5", file, score, grades)
-    if result.get("pairs"):
-        yield _pairs(name, "mt_bench", "MT-Bench win rate", file, result, pairs)
-
-
-def _mt_bench(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
-    folder, against = file.parent, result["against"]
-    asked, answers = (
-        _turns(folder / "samples" / f"{stem}.jsonl") for stem in ("question", "model_answer")
-    )
-    rows = [*_judged(folder / "judgments.jsonl", result, "absolute")]
-    theirs: Texts = {}
-    if result.get("pairs"):
-        rows += _judged(_against_file(folder, "judgments", against), result, "relative")
-        other = file.parents[3] / against / "evals" / name
-        theirs = _turns(other / "samples" / "model_answer.jsonl")
-    samples = mt_bench_samples(rows, asked, answers, theirs)
-    yield from mt_bench_measures(name, file, result, *samples)
-
-
-def _grades(
-    name: str,
-    suite: str,
-    label: str,
-    file: Path,
-    mean: Mapping[str, Any],
-    grades: Sequence[Sample],
-) -> Measure:
-    return Measure(
-        name,
-        suite,
-        "grade",
-        label,
-        tuple(grades),
-        file,
-        unit="grade",
-        reported=mean["estimate"],
-        reported_n=mean["n"],
-    )
-
-
-def _pairs(
-    name: str,
-    suite: str,
-    label: str,
-    file: Path,
-    result: Mapping[str, Any],
-    pairs: Sequence[Sample],
-) -> Measure:
-    """The win rate of a suite, its counts compared with the result's.
-
-    Raises:
-        DataError: they differ.
-    """
-    told: Mapping[str, Any] = result["pairs"]
-    _check_counts(file, told, pairs)
-    return Measure(
-        name,
-        suite,
-        "win_rate",
-        label,
-        tuple(pairs),
-        file,
-        result["against"],
-        reported=told["score"]["estimate"],
-        reported_n=told["n"],
-    )
-
-
 def _check_counts(file: Path, told: Mapping[str, Any], pairs: Sequence[Sample]) -> None:
     """Compare the outcomes of comparisons with the result's counts.
 
@@ -474,28 +290,6 @@ def _check_mean(file: Path, n: Any, mean: Any, grades: Sequence[Sample]) -> None
             "evaluate the run again: it asks nothing twice",
             file=file,
         )
-
-
-def _judged(path: Path, result: Mapping[str, Any], kind: str) -> Iterator[dict[str, Any]]:
-    """Yield the stored judgments of one kind that a result rests on; the store keeps those of
-    earlier prompts and answers too.
-    """
-    keys = set(result.get("judgment_keys") or ())
-    for row in stored_rows(path):
-        mine = row["key"] in keys if keys else row["judge"] == result["judge"]["fingerprint"]
-        if mine and row["kind"] == kind and not row["meta"].get("probe"):
-            yield row
-
-
-def _turns(path: Path) -> dict[tuple[str, int], str]:
-    """Texts by question and turn, of FastChat's question or answer file."""
-    return {
-        (str(row["question_id"]), turn): text
-        for row in read_lines(path)
-        for turn, text in enumerate(
-            row["turns"] if "turns" in row else row["choices"][0]["turns"], 1
-        )
-    }
 
 
 def _lm_eval(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:

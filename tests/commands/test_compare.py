@@ -94,7 +94,7 @@ def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsy
 
 
 def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(runs, capsys):
-    file = runs / "r8" / "evals" / "mt_bench" / "judgments.jsonl"
+    file = runs / "r8" / "evals" / "mt_bench" / "items.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], b"\xff" + lines[1], *lines[2:]]))
     assert main(["compare", "r8", "r32", "--json"]) == 0
@@ -151,7 +151,7 @@ def test_runs_without_evaluations_say_what_to_type(tmp_path, monkeypatch, capsys
 
 
 def test_a_result_that_does_not_agree_with_its_judgments_is_refused(runs, capsys):
-    samples = runs / "r8" / "evals" / "alpaca_eval" / "samples" / "samples.jsonl"
+    samples = runs / "r8" / "evals" / "alpaca_eval" / "items.jsonl"
     samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-3]))
     result = json.loads((runs / "r8" / "evals" / "alpaca_eval" / "result.json").read_text())
     assert result["pairs"]["n"] == 60
@@ -159,7 +159,7 @@ def test_a_result_that_does_not_agree_with_its_judgments_is_refused(runs, capsys
     assert "its counts differ from the stored judgments" in capsys.readouterr().err
     samples.write_text(samples.read_text() + "not json\nmore\n")
     assert main(["compare", "r8", "r32"]) == 4
-    assert "samples.jsonl:58" in capsys.readouterr().err
+    assert "items.jsonl:58" in capsys.readouterr().err
 
 
 def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):

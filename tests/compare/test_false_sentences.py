@@ -23,7 +23,6 @@ from recipes_lib.compare.measurements import (
 )
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import DataError
-from recipes_lib.eval_files import alpaca_samples
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -115,24 +114,20 @@ def test_a_run_that_is_called_like_an_arm_is_not_that_arm(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("file", "key", "metric"),
+    ("suite", "key", "metric"),
     [
-        ("alpaca_eval/samples/samples.jsonl", "instruction", "alpaca_eval/win_rate"),
-        ("alpaca_eval/samples/samples.jsonl", "opponent_answer", "alpaca_eval/win_rate"),
-        ("mt_bench/samples/question.jsonl", "turns", "mt_bench/grade"),
+        ("alpaca_eval", "instruction", "alpaca_eval/win_rate"),
+        ("alpaca_eval", "opponent_answer", "alpaca_eval/win_rate"),
+        ("mt_bench", "instruction", "mt_bench/grade"),
     ],
 )
 def test_other_questions_or_reference_answers_under_the_same_ids_stop_the_sentence(
-    file: str, key: str, metric: str, two: list[Path]
+    suite: str, key: str, metric: str, two: list[Path]
 ) -> None:
     def other(row: dict[str, Any]) -> dict[str, Any]:
-        return row | {
-            key: [f"other {turn}" for turn in row[key]]
-            if isinstance(row[key], list)
-            else f"other {row[key]}"
-        }
+        return row | {key: f"other {row[key]}"}
 
-    change_lines(two[1] / "evals" / file, other)
+    change_lines(two[1] / "evals" / suite / "items.jsonl", other)
     comparison = compared(one=[two[0]], two=[two[1]])
     (row,) = (row for row in comparison.rows if row.metric == metric)
     assert row.sentence.startswith("No claim") and "protocol-differs" in codes(comparison)
@@ -239,13 +234,9 @@ def test_a_result_over_more_items_than_there_are_samples_is_refused(two: list[Pa
 
 def test_pairs_without_a_row_are_not_left_out_in_silence(two: list[Path]) -> None:
     folder = two[1] / "evals" / "alpaca_eval"
-    samples = folder / "samples" / "samples.jsonl"
+    samples = folder / "items.jsonl"
     lines = samples.read_text().splitlines()
-    lost = [
-        line
-        for line in lines
-        if json.loads(line)["verdicts"][0]["value"] == json.loads(line)["verdicts"][1]["value"]
-    ]
+    lost = [line for line in lines if json.loads(line)["outcome"] == "tie"]
     samples.write_text("\n".join(line for line in lines if line not in lost) + "\n")
     change(
         folder / "result.json", lambda result: result["pairs"].update(tie=0, unresolved=len(lost))
@@ -254,21 +245,13 @@ def test_pairs_without_a_row_are_not_left_out_in_silence(two: list[Path]) -> Non
         compared(one=[two[0]], two=[two[1]])
 
 
-@pytest.mark.parametrize(
-    ("file", "stem"),
-    [
-        ("alpaca_eval/samples/samples.jsonl", "alpaca_eval"),
-        ("mt_bench/judgments.jsonl", "mt_bench"),
-    ],
-)
-def test_a_copy_of_which_rows_were_dropped_is_still_a_copy(
-    file: str, stem: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("stem", ["alpaca_eval", "mt_bench"])
+def test_a_copy_of_which_rows_were_dropped_is_still_a_copy(stem: str, tmp_path: Path) -> None:
     one, other = (synthetic_runs.write_run(tmp_path, name) for name in ("one", "two"))
     write = {"alpaca_eval": synthetic_runs.write_alpaca_eval, "mt_bench": _write_mt_bench}[stem]
     write(one, 40)
     shutil.copytree(one / "evals", other / "evals")
-    dropped = other / "evals" / file
+    dropped = other / "evals" / stem / "items.jsonl"
     rows = [json.loads(line) for line in dropped.read_text().splitlines()]
     synthetic_runs.write_lines(dropped, [row for row in rows if not _of(row, ("q00007", "87"))])
     change(other / f"evals/{stem}/result.json", lambda told: _count_again(told, dropped))
@@ -289,13 +272,12 @@ def _count_again(told: dict[str, Any], rows: Path) -> None:
     """Make a result agree with the rows that are left."""
     left = [json.loads(line) for line in rows.read_text().splitlines()]
     if told["suite"] == "mt_bench":
-        told["judgment_keys"] = [row["key"] for row in left]
         values = [row["value"] for row in left if row["value"] is not None]
-        told["score"] |= {"n": len(values), "estimate": sum(values) / len(values)}
+        mean = sum(values) / len(values)
+        told["measures"][0] |= {"reported_n": len(values), "reported": mean}
     else:
-        pairs = [alpaca_samples([row])[0][0] for row in left]
         for outcome in ("win", "loss", "tie", "unresolved"):
-            told["pairs"][outcome] = sum(one.outcome == outcome for one in pairs)
+            told["pairs"][outcome] = sum(row["outcome"] == outcome for row in left)
 
 
 def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence() -> None:

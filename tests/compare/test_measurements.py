@@ -4,7 +4,6 @@ items read.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -38,48 +37,8 @@ def test_every_measure_has_its_items(run):
     assert unresolved and all("unparsed" in item.verdicts for item in unresolved)
 
 
-def test_judgments_of_earlier_answers_and_other_judges_do_not_count(run):
-    file = run / "evals" / "mt_bench" / "judgments.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    old = [
-        {**lines[0], "key": "old", "answer_hashes": ["0" * 64], "value": 1},
-        {**lines[1], "key": "other", "judge": "x", "value": 1},
-    ]
-    before = [
-        item.value
-        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
-    ]
-    synthetic_runs.write_lines(file, [*lines, *old])
-    assert [
-        item.value
-        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
-    ] == before
-
-
-def test_judgments_of_another_rubric_or_of_questions_that_are_no_longer_asked_do_not_count(run):
-    file, answers = (
-        run / "evals" / "mt_bench" / "judgments.jsonl",
-        run / "evals" / "mt_bench" / "samples" / "model_answer.jsonl",
-    )
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    before = [
-        item.value
-        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
-    ]
-    # The rubric was changed, judged with, and changed back: the same judge graded the same answers,
-    # later and otherwise.
-    other = [{**line, "key": f"{line['key']}x", "prompt_hash": "p", "value": 1} for line in lines]
-    dropped = {**lines[0], "key": "y", "question_id": "999:1", "answer_hashes": ["1" * 64]}
-    synthetic_runs.write_lines(file, [dropped, *lines, *other])
-    assert "999" not in answers.read_text()
-    assert [
-        item.value
-        for item in next(m for m in read_run(run).measures() if m.metric == "grade").samples
-    ] == before
-
-
 def test_a_result_of_other_judgments_is_refused(run):
-    file = run / "evals" / "mt_bench" / "judgments.jsonl"
+    file = run / "evals" / "mt_bench" / "items.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-2]))
     with pytest.raises(DataError, match="its mean is over 19 grades, the stored ones are 17"):
         read_run(run)
@@ -105,8 +64,8 @@ def test_a_damaged_line_costs_a_curve_that_line_alone(run, capsys):
     )
 
 
-def test_a_damaged_judgment_is_named_by_its_line(run):
-    file = run / "evals" / "mt_bench" / "judgments.jsonl"
+def test_a_damaged_item_is_named_by_its_line(run):
+    file = run / "evals" / "mt_bench" / "items.jsonl"
     lines = file.read_bytes().splitlines(keepends=True)
     lines[2] = b"\xff" + lines[2]
     file.write_bytes(b"".join(lines))

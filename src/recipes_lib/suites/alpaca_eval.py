@@ -18,7 +18,6 @@ import logging
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
@@ -27,13 +26,13 @@ import numpy as np
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, first_line
 from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.eval_files import alpaca_measures, alpaca_samples, write_lines
+from recipes_lib.eval_files import write_lines
 from recipes_lib.eval_log import ORDERS, REFERENCE, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.human_labels import texts_of
 from recipes_lib.judging.judge import Item
-from recipes_lib.judging.outcomes import summarise
+from recipes_lib.judging.outcomes import grade_sample, pair_sample, summarise
 from recipes_lib.judging.store import Row
 from recipes_lib.statistics.intervals import mean_interval
 from recipes_lib.suites.answering import AnswerSet
@@ -41,6 +40,7 @@ from recipes_lib.suites.judged import (
     JUDGED_NUMBERS,
     JudgedNumbers,
     JudgedSuite,
+    ScaledInterval,
     ToJudge,
     judgments_file,
     sample_file,
@@ -51,6 +51,8 @@ from recipes_lib.suites.suite import footer, grid, interval, percent, percent_in
 
 # hash of AlpacaEval's 805, in their order
 _INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c34179"
+# what samples.jsonl shows of a judgment
+_SHOWN = ("kind", "order", "status", "value", "source", "mass", "raw")
 # preference by (order, verdict): output_1 is the opponent's, output_2 the candidate's; 2 says that
 # the candidate wins.
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
@@ -80,6 +82,7 @@ class AlpacaEval(JudgedSuite):
     """AlpacaEval for the targets of one eval recipe."""
 
     HELP = "answers compared with an opponent's."
+    TITLE = "AlpacaEval"
 
     NUMBERS = JUDGED_NUMBERS | {
         "pairs": {"$ref": "#/$defs/pairs"},
@@ -165,38 +168,79 @@ class AlpacaEval(JudgedSuite):
         """
         assert opponent is not None
         recipe, metrics = self.recipe, self.recipe.metrics
-        lines = samples(self.chosen.questions, answers, opponent, rows)
-        write_lines(sample_file(file.parent, "samples.jsonl", opponent), lines)
-        pairs, grades = alpaca_samples(lines)
-        told = self.chosen.labels
-        pairs = [
-            replace(one, human=told.get(texts_of(one.input, one.answer, one.opponent)))
-            for one in pairs
-        ]
+        pairs, grades = self._samples(answers, opponent, rows, file.parent)
         first = [one for one in pairs if one.draw == 1]
         library = _library(recipe, first, answers, opponent, judge)
         scores = [one.value for one in grades if one.value is not None]
         several = answers.draws > 1
         graded = [one.id for one in grades if one.value is not None] if several else None
+        compared = summarise(pairs, (lambda one: one.id) if several else None).to_dict()
+        grade: ScaledInterval | None = (
+            {**within_scale(mean_interval(scores, graded)), "questions": len(first)}
+            if metrics.absolute
+            else None
+        )
         numbers: _Numbers = {
-            "pairs": summarise(pairs, (lambda one: one.id) if several else None).to_dict(),
+            "pairs": compared,
             "alpaca_eval": {**library, "n": library["n_total"]},
             "length_controlled": (
                 own_length_controlled(pairs) if metrics.length_controlled != "none" else None
             ),
-            "mean_score": (
-                {**within_scale(mean_interval(scores, graded)), "questions": len(first)}
-                if metrics.absolute
-                else None
-            ),
+            "mean_score": grade,
             "mean_length": {
                 "answers": _mean([one.lengths[0] for one in pairs]),
                 "opponent": _mean([one.lengths[1] for one in pairs]),
             },
             "by_category": _by_category(pairs),
         }
-        whole = {**numbers, "against": opponent.name}
-        return numbers, list(alpaca_measures(recipe.name, file, whole, pairs, grades))
+        measures = [self.win_rate(compared, pairs, file, opponent)]
+        if grade and grades:
+            measures.append(self.mean_grade(grade, grades, file))
+        return numbers, measures
+
+    def _samples(
+        self, answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row], folder: Path
+    ) -> tuple[list[Sample], list[Sample]]:
+        """Return every answer's comparison, and its grade where there is one; samples.jsonl has
+        them for reading.
+        """
+        by_item: dict[str, dict[str, Row]] = {}
+        for row in rows:
+            by_item.setdefault(row["question_id"], {})[row["order"]] = row
+        pairs, grades, lines = [], [], []
+        for draw in range(1, answers.draws + 1):
+            for one in self.chosen.questions:
+                verdicts = by_item.get(_drawn(one.id, draw), {})
+                answer, other = answers.text(one.id, draw=draw), opponent.text(one.id, draw=draw)
+                known: dict[str, Any] = {
+                    "category": one.category,
+                    "input": one.turns[0],
+                    "answer": answer,
+                    "draw": draw,
+                }
+                human = self.chosen.labels.get(texts_of(one.turns[0], answer, other))
+                lengths = (len(answer), len(other))
+                pair = pair_sample(
+                    one.id, verdicts, lengths=lengths, opponent=other, human=human, **known
+                )
+                pairs.append(pair)
+                lines.append(
+                    {
+                        "question_id": one.id,
+                        **({"draw": draw} if draw > 1 else {}),
+                        "category": one.category,
+                        "instruction": one.turns[0],
+                        "answer": answer,
+                        "opponent_answer": other,
+                        "verdicts": [
+                            {name: row.get(name) for name in _SHOWN} for row in verdicts.values()
+                        ],
+                    }
+                )
+                if grade := verdicts.get("single"):
+                    grades.append(grade_sample(one.id, grade, lengths=lengths[:1], **known))
+        write_lines(sample_file(folder, "samples.jsonl", opponent), lines)
+        return pairs, grades
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -270,23 +314,6 @@ def _drawn(question: str, draw: int) -> str:
     return question if draw == 1 else f"{question}#{draw}"
 
 
-class _Draw(TypedDict, total=False):
-    """Which of several answers to a question it is; the first one is not numbered."""
-
-    draw: int
-
-
-class _Line(_Draw):
-    """A line of samples.jsonl; `verdicts` are what is said of both orders, and of a grade."""
-
-    question_id: str
-    category: str
-    instruction: str
-    answer: str
-    opponent_answer: str
-    verdicts: list[dict[str, object]]
-
-
 class _Rate(TypedDict):
     """The library's metric, in percent."""
 
@@ -327,34 +354,6 @@ class Annotation(TypedDict):
     annotator: str
     preference: float | None
     preference_by_order: dict[str, float | None]
-
-
-def samples(
-    questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet, rows: Sequence[Row]
-) -> list[_Line]:
-    """Return one line per question and draw with both answers and both verdicts, for reading."""
-    by_question: dict[str, list[Row]] = {}
-    for row in rows:
-        by_question.setdefault(row["question_id"], []).append(row)
-    return [
-        {
-            "question_id": question.id,
-            **(_Draw(draw=draw) if draw > 1 else _Draw()),
-            "category": question.category,
-            "instruction": question.turns[0],
-            "answer": answers.text(question.id, draw=draw),
-            "opponent_answer": opponent.text(question.id, draw=draw),
-            "verdicts": [
-                {
-                    name: row.get(name)
-                    for name in ("kind", "order", "status", "value", "source", "mass", "raw")
-                }
-                for row in by_question.get(_drawn(question.id, draw), [])
-            ],
-        }
-        for draw in range(1, answers.draws + 1)
-        for question in questions
-    ]
 
 
 def _library(

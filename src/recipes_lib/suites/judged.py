@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, ClassVar, NotRequired, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER
@@ -225,6 +225,9 @@ class JudgedSuite(Asker, ABC):
     scorecards by target; `cards_elsewhere` those of the same judge in other evals.
     `counts_elsewhere` says whether other evals tell that the judge failed its audit here.
 
+    Attributes:
+        TITLE: its name in the labels of its metrics.
+
     Args:
         words: targets as typed: runs, models, `base`, or files with answers.
         against: `reference`, `base`, another target, or None for the suite's own choice.
@@ -235,6 +238,8 @@ class JudgedSuite(Asker, ABC):
             launched.
         DataError: questions or answers in a file cannot be used.
     """
+
+    TITLE: ClassVar[str]
 
     def __init__(
         self,
@@ -284,6 +289,36 @@ class JudgedSuite(Asker, ABC):
     def questions(self) -> QuestionSet:
         """Return the questions of the recipe."""
         return load_questions(self.recipe)
+
+    def win_rate(
+        self, told: StoredPairs, pairs: Sequence[Sample], file: Path, opponent: AnswerSet
+    ) -> Measure:
+        """Return the win rate as a metric of the log."""
+        return Measure(
+            self.recipe.name,
+            self.recipe.suite.name,
+            "win_rate",
+            f"{self.TITLE} win rate",
+            tuple(pairs),
+            file,
+            opponent.name,
+            reported=told["score"]["estimate"],
+            reported_n=told["n"],
+        )
+
+    def mean_grade(self, told: StoredInterval, grades: Sequence[Sample], file: Path) -> Measure:
+        """Return the mean grade as a metric of the log."""
+        return Measure(
+            self.recipe.name,
+            self.recipe.suite.name,
+            "grade",
+            f"{self.TITLE} mean grade, 1-5",
+            tuple(grades),
+            file,
+            unit="grade",
+            reported=told["estimate"],
+            reported_n=told["n"],
+        )
 
     @abstractmethod
     def pair_items(

@@ -17,11 +17,11 @@ from typing import Any, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
-from recipes_lib.eval_files import mt_bench_measures, mt_bench_samples, write_lines
-from recipes_lib.eval_log import EvalLog, Measure
+from recipes_lib.eval_files import write_lines
+from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.generation.judges import OpenJudge
 from recipes_lib.judging.judge import Item
-from recipes_lib.judging.outcomes import pair_samples, summarise
+from recipes_lib.judging.outcomes import grade_sample, pair_sample, pair_samples, summarise
 from recipes_lib.judging.prometheus import OUR_GRADING
 from recipes_lib.judging.store import Row
 from recipes_lib.statistics.intervals import Interval, mean_interval
@@ -83,6 +83,7 @@ class MTBench(JudgedSuite):
     """MT-Bench for the targets of one eval recipe."""
 
     HELP = "two turns, graded 1-5."
+    TITLE = "MT-Bench"
 
     NUMBERS = JUDGED_NUMBERS | {
         "score": _GRADE,
@@ -134,18 +135,11 @@ class MTBench(JudgedSuite):
         }
         figure = file.parent / "figures" / "grades"
         draw_grades(numbers, figure, f"{answers.name}: {self.recipe.name}, judge {name}")
-        asked = {
-            (question.id, turn): text
-            for question in questions
-            for turn, text in enumerate(question.turns, 1)
-        }
-        mine, theirs = (
-            {key[:2]: answer.text for key, answer in one.rows.items()} if one else {}
-            for one in (answers, opponent)
-        )
-        told = {**numbers, "against": opponent.name if opponent else None}
-        found = mt_bench_samples(rows, asked, mine, theirs)
-        return numbers, list(mt_bench_measures(self.recipe.name, file, told, *found))
+        grades, pairs = samples(questions, answers, opponent, rows)
+        measures = [self.mean_grade(numbers["score"], grades, file)]
+        if opponent and numbers["pairs"]:
+            measures.append(self.win_rate(numbers["pairs"], pairs, file, opponent))
+        return numbers, measures
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -282,6 +276,41 @@ def conversation(question: Question, answers: AnswerSet, turn: int) -> str:
         "\n\n".join([*parts, f"User: {last}"])
         + "\n\n(The response to evaluate answers the last message of this conversation.)"
     )
+
+
+def samples(
+    questions: Sequence[Question],
+    answers: AnswerSet,
+    opponent: AnswerSet | None,
+    rows: Sequence[Row],
+) -> tuple[list[Sample], list[Sample]]:
+    """Return the grades and the comparisons of judgments."""
+    asked = {question.id: question for question in questions}
+    orders: dict[tuple[str, int], dict[str, Row]] = {}
+    grades, pairs = [], []
+
+    def known(name: str, turn: int, row: Row, lengths: Sequence[int]) -> dict[str, Any]:
+        return {
+            "turn": turn,
+            "category": row["meta"]["category"],
+            "lengths": tuple(lengths),
+            "input": asked[name].turns[turn - 1],
+            "answer": answers.text(name, turn),
+        }
+
+    for row in rows:
+        name, _, turn = row["question_id"].rpartition(":")
+        if row["kind"] == "relative":
+            orders.setdefault((name, int(turn)), {})[row["order"]] = row
+        else:
+            grades.append(grade_sample(name, row, **known(name, int(turn), row, row["lengths"])))
+    for (name, turn), verdicts in orders.items():
+        one = next(iter(verdicts.values()))
+        lengths = one["lengths"] if one["order"] == "AB" else one["lengths"][::-1]
+        theirs = opponent.text(name, turn) if opponent else ""
+        texts = known(name, turn, one, lengths)
+        pairs.append(pair_sample(name, verdicts, opponent=theirs, **texts))
+    return grades, pairs
 
 
 def summary(questions: Sequence[Question], rows: Sequence[Row]) -> Summary:
