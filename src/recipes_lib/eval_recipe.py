@@ -214,26 +214,55 @@ def judge_schema() -> JsonSchema:
 
 @dataclass(frozen=True)
 class SuiteFacts:
-    """What is known of a suite before it is run.
+    """A suite by its place, and what is known of it before it is run.
 
     Args:
+        place: its module and class, which is imported when the suite is used: `recipes check` must
+            not wait for what suites import.
         judged: whether a judge decides it; one that is not judged is done once a model was asked.
         metrics: the first one of its table first, one that only an option asks for last; none where
             the recipe's tasks decide.
+        asks: whether it asks the questions of `data.questions`, which training rows must not hold.
+        one_answer: why it takes one answer per question, and what to do; empty where it takes more.
     """
 
+    place: str
     judged: bool
     metrics: tuple[str, ...] = ()
+    asks: bool = True
+    one_answer: tuple[str, ...] = ()
 
 
-# Here and not at the suites' classes, because `recipes check` must not import what they import; a
-# test holds the two together (suites/registry.py has the classes).
+_REMOVE = "remove it; alpaca_eval and checks take several answers per question"
+# The suites there are, by the name in `suite.name`. A new one is a file with one class (a `Suite`,
+# or a `JudgedSuite` where a judge decides) and an entry here; then `make schema`.
 SUITE_FACTS = {
-    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade")),
-    "mt_bench": SuiteFacts(True, ("grade", "win_rate")),
-    "lm_eval": SuiteFacts(False),
-    "checks": SuiteFacts(False, ("pass_rate",)),
-    "heldout_loss": SuiteFacts(False, ("loss", "bits_per_byte")),
+    "alpaca_eval": SuiteFacts(
+        "recipes_lib.suites.alpaca_eval:AlpacaEval", True, ("win_rate", "grade")
+    ),
+    "mt_bench": SuiteFacts(
+        "recipes_lib.suites.mt_bench:MTBench",
+        True,
+        ("grade", "win_rate"),
+        one_answer=("mt_bench grades one conversation per question", _REMOVE),
+    ),
+    "lm_eval": SuiteFacts(
+        "recipes_lib.suites.harness:Harness",
+        False,
+        asks=False,
+        one_answer=(
+            "lm_eval's tasks say themselves how often they ask",
+            "set `repeats` in a task file of your own (data.include_path)",
+        ),
+    ),
+    "checks": SuiteFacts("recipes_lib.suites.checks:Checks", False, ("pass_rate",)),
+    "heldout_loss": SuiteFacts(
+        "recipes_lib.suites.heldout_loss:HeldoutLoss",
+        False,
+        ("loss", "bits_per_byte"),
+        asks=False,
+        one_answer=("heldout_loss writes no answers", _REMOVE),
+    ),
 }
 JUDGED = tuple(name for name, suite in SUITE_FACTS.items() if suite.judged)
 UNJUDGED = tuple(name for name, suite in SUITE_FACTS.items() if not suite.judged)
@@ -246,15 +275,6 @@ _ONLY_LM_EVAL = (
     "gen_kwargs",
     "options",
 )
-_REMOVE = "remove it; alpaca_eval and checks take several answers per question"
-_NO_SAMPLES = {  # why a suite takes one answer per question, and what to do
-    "mt_bench": ("mt_bench grades one conversation per question", _REMOVE),
-    "heldout_loss": ("heldout_loss writes no answers", _REMOVE),
-    "lm_eval": (
-        "lm_eval's tasks say themselves how often they ask",
-        "set `repeats` in a task file of your own (data.include_path)",
-    ),
-}
 
 
 class EvalRules(KindRules):
@@ -335,7 +355,7 @@ class EvalRules(KindRules):
                 yield from error.errors
         generation = values.get("generation", {})
         if (samples := generation.get("samples", 1)) > 1:
-            why, hint = _NO_SAMPLES.get(suite["name"], ("", ""))
+            why, hint = SUITE_FACTS[suite["name"]].one_answer or ("", "")
             if not why and not generation.get("temperature"):
                 why = f"at temperature 0 the {samples} answers to a question are one and the same"
                 hint = "set generation.temperature above 0, for example 0.7"

@@ -19,7 +19,7 @@ from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.judged import JudgedSuite, replay_numbers
 from recipes_lib.suites.mt_bench import summary
 from recipes_lib.suites.questions import Question
-from recipes_lib.suites.registry import SUITES
+from recipes_lib.suites.suite import Suite, suite_class
 
 VALIDATOR = Draft202012Validator(load_schema("eval_result"))
 STORED = rows({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")})
@@ -136,7 +136,9 @@ def test_a_number_that_no_suite_writes_is_refused(suite: str, place: str, wrong:
 
 
 def test_what_is_known_of_a_suite_before_it_is_run_is_what_its_class_says() -> None:
-    assert list(SUITES) == list(SUITE_FACTS)
-    for name, kind in SUITES.items():
-        assert SUITE_FACTS[name].judged == issubclass(kind, JudgedSuite), name
-        assert SUITE_FACTS[name].metrics or name == "lm_eval", name
+    for name, facts in SUITE_FACTS.items():
+        kind = suite_class(name)
+        assert facts.judged == issubclass(kind, JudgedSuite), name
+        assert facts.metrics or name == "lm_eval", name
+        assert facts.asks == (kind.question is not Suite.question), name
+        assert kind.HELP and kind.TITLE and kind.NUMBERS, name

@@ -26,6 +26,7 @@ from recipes_lib.config.sections import (
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.weights.base import base_fingerprint
 from recipes_lib.weights.finished_run import BASE, TrainedRun, finished_run
 
@@ -84,6 +85,18 @@ class Asking:
     any_model: bool = False
     own_code: bool = False
     remote_code: bool = False
+
+
+def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
+    """Return how an eval recipe asks models without a run."""
+    section = recipe.generation
+    return Asking(
+        prompt_format=section.prompt_format,
+        dtype=section.dtype,
+        any_model=section.engine == "openai",
+        own_code=section.trust_remote_code,
+        remote_code=remote_code,
+    )
 
 
 def find_targets(words: Sequence[str], asking: Asking | None = None) -> list[Target]:

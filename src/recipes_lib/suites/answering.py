@@ -24,7 +24,7 @@ from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.answers import Arrived, Completions, Writer
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
-from recipes_lib.generation.targets import Asking, record_base
+from recipes_lib.generation.targets import record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.suites.questions import Question, read_answer_file
 
@@ -102,18 +102,6 @@ class Pairing:
 
     targets: list[AnswerSet]
     opponents: dict[str, AnswerSet]
-
-
-def asking_of(recipe: EvalRecipe, remote_code: bool) -> Asking:
-    """Return how an eval recipe asks models without a run."""
-    section = recipe.generation
-    return Asking(
-        prompt_format=section.prompt_format,
-        dtype=section.dtype,
-        any_model=section.engine == "openai",
-        own_code=section.trust_remote_code,
-        remote_code=remote_code,
-    )
 
 
 def is_answer_file(word: str) -> bool:

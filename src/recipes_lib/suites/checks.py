@@ -15,21 +15,24 @@ by question, as every other metric is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, fields_of, object_schema
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import Row
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.generation.targets import find_targets
 from recipes_lib.statistics.intervals import Interval, StoredInterval, share_interval
-from recipes_lib.suites.answering import AnswerSet, answer_questions, asking_of
+from recipes_lib.suites.answering import AnswerSet, answer_questions
 from recipes_lib.suites.judged import answer_banners
 from recipes_lib.suites.questions import Question, load_questions
-from recipes_lib.suites.suite import Asker, grid, percent_interval
+from recipes_lib.suites.rules import RULES, Rule
+from recipes_lib.suites.suite import Suite, grid, percent_interval
 
 _RATE = object_schema(fields_of(Interval) | {"unresolved": COUNT})
 
@@ -47,9 +50,10 @@ class _Numbers(TypedDict):
     by_category: dict[str, _Rate]
 
 
-class Checks(Asker):
+class Checks(Suite):
     """The checks of one eval recipe's rows, for its targets."""
 
+    TITLE = "checks"
     HELP = "answers checked by rules: exact, contains, regex, number, json, choice, length."
     NUMBERS: ClassVar[dict[str, JsonSchema]] = {
         "pass_rate": _RATE,
@@ -57,10 +61,32 @@ class Checks(Asker):
     }
 
     def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
-        self.recipe = recipe
         self.chosen = load_questions(recipe)
-        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
+        super().__init__(recipe, words, remote_code)
         self.served = recipe.generation.engine == "openai"
+
+    @staticmethod
+    def question(row: Row, number: int) -> Question:
+        """Return a row of checks.
+
+        Raises:
+            DataError: it has no prompt, an unknown check, or an `expected` that its check cannot
+                use.
+        """
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError("a row needs a text under 'prompt'")
+        written = row.get("checks")
+        if written is None:
+            options = ("check", "expected", "ignore_case", "tolerance")
+            written = [{name: row[name] for name in options if row.get(name) is not None}]
+        if not isinstance(written, list) or not all(
+            isinstance(one, dict) for one in written or [0]
+        ):
+            raise DataError("'checks' must be a list of checks")
+        checks = tuple(_check(one) for one in written)
+        name = str(row["id"]) if row.get("id") is not None else str(number + 1)
+        return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
 
     def visit(self, subject: Subject) -> list[EvalLog]:
         """Let one of `targets` answer what is missing, and return its log.
@@ -148,6 +174,23 @@ class Checks(Asker):
             rows.append([name, str(n), *shown])
         head = ["answers that pass [95%]", "n", *(log.target for log in logs)]
         return grid(head, rows)
+
+
+def _check(written: Mapping[str, object]) -> Rule:
+    name, expected = str(written.get("check") or ""), written.get("expected")
+    if name not in RULES:
+        hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
+        what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
+        raise DataError(what, *hints)
+    if unknown := sorted(written.keys() - {"check", "expected", "ignore_case", "tolerance"}):
+        raise DataError(f"a check has no key '{unknown[0]}'")
+    if not RULES[name].fits(expected):
+        wants = RULES[name].wants
+        raise DataError(f"check '{name}' expects {wants}, not {expected!r}")
+    tolerance = written.get("tolerance", 0.0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
+        raise DataError(f"'tolerance' must be 0 or more, not {tolerance!r}")
+    return Rule(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
 
 
 def _rate(samples: Sequence[Sample]) -> _Rate:

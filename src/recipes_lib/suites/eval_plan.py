@@ -28,7 +28,7 @@ from recipes_lib.eval_log import REFERENCE
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import ASKED_AT_ONCE, TEMPLATE_ROOM_TOKENS
 from recipes_lib.generation.targets import (
-    Asking,
+    asking_of,
     base_target,
     is_run,
     stand_in_recipe,
@@ -333,15 +333,8 @@ def _target(recipe: EvalRecipe, word: str) -> _Model:
     if not is_run(word) and file.suffix in (".yaml", ".yml"):
         trained = load_recipe(word)
         return _Model(trained.name, trained, trained=True, to_train=True)
-    section = recipe.generation
-    asking = Asking(
-        prompt_format=section.prompt_format,
-        dtype=section.dtype,
-        any_model=section.engine == "openai",
-        own_code=section.trust_remote_code,
-        remote_code=True,  # nothing of it is run
-    )
-    (found,) = targets_by_word([word], asking).values()
+    # nothing of a model's code is run
+    (found,) = targets_by_word([word], asking_of(recipe, remote_code=True)).values()
     return _Model(found.word, found.recipe, found.trained is not None)
 
 

@@ -40,10 +40,9 @@ from recipes_lib.eval_files import lm_eval_measures, log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, TaskScore
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.generation.targets import Target, find_targets, record_base
+from recipes_lib.generation.targets import Target, record_base
 from recipes_lib.statistics.intervals import mean_interval, wilson
-from recipes_lib.suites.answering import asking_of
-from recipes_lib.suites.suite import Asker, grid
+from recipes_lib.suites.suite import Suite, grid
 from recipes_lib.weights.base import model_path
 
 _CLI_OPTIONS = (
@@ -76,7 +75,7 @@ _OURS = (
 )
 
 
-class Harness(Asker):
+class Harness(Suite):
     """lm-eval for the targets of one eval recipe, one loaded base at a time.
 
     Under `accelerate launch` every rank visits every subject and the first rank has the results.
@@ -86,6 +85,7 @@ class Harness(Asker):
         EnvironmentFault: the processes of a launch do not find each other.
     """
 
+    TITLE = "lm-eval"
     HELP = "tasks of the harness."
     NUMBERS: ClassVar[dict[str, JsonSchema]] = {
         "tasks": {
@@ -98,8 +98,7 @@ class Harness(Asker):
     }
 
     def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
-        self.recipe = recipe
-        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
+        super().__init__(recipe, words, remote_code)
         if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
             raise recipe.error(
                 "suite.options", f"suite.options.{unknown[0]} is set by the eval recipe itself"

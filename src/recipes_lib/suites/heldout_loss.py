@@ -35,12 +35,11 @@ from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.generation.targets import Target, find_targets, record_base
+from recipes_lib.generation.targets import Target, record_base
 from recipes_lib.generation.transformers_engine import batch_rows
 from recipes_lib.statistics.intervals import StoredInterval, mean_interval
 from recipes_lib.suites.answer_costs import loss_tokens
-from recipes_lib.suites.answering import asking_of
-from recipes_lib.suites.suite import Asker, grid, interval, number
+from recipes_lib.suites.suite import Suite, grid, interval, number
 
 LOSS = "loss"
 
@@ -63,9 +62,10 @@ class _Numbers(TypedDict):
     rows: _Rows
 
 
-class HeldoutLoss(Asker):
+class HeldoutLoss(Suite):
     """The held-out loss of the targets of one eval recipe."""
 
+    TITLE = "held-out loss"
     HELP = "the loss per token on rows that no training saw."
     NUMBERS: ClassVar[dict[str, JsonSchema]] = {
         "loss": {"$ref": "#/$defs/interval"},
@@ -75,8 +75,7 @@ class HeldoutLoss(Asker):
     }
 
     def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
-        self.recipe = recipe
-        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
+        super().__init__(recipe, words, remote_code)
         if recipe.generation.engine == "openai":
             raise recipe.error(
                 "generation.engine", "heldout_loss needs the weights in this process"

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER
@@ -41,7 +41,13 @@ from recipes_lib.generation.answers import AnswerKey, Arrived
 from recipes_lib.generation.judges import OpenJudge, opened, starts_late
 from recipes_lib.generation.progress import Progress
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.generation.targets import Target, base_target, distinct, targets_by_word
+from recipes_lib.generation.targets import (
+    Target,
+    asking_of,
+    base_target,
+    distinct,
+    targets_by_word,
+)
 from recipes_lib.judging.audit import audit, can_carry_probes, failures, probe_requests, self_judged
 from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, JudgeRun, ask, build_requests
 from recipes_lib.judging.outcomes import StoredPairs
@@ -53,12 +59,11 @@ from recipes_lib.suites.answering import (
     Pairing,
     answer_questions,
     answers_in_file,
-    asking_of,
     is_answer_file,
     reference_answers,
 )
 from recipes_lib.suites.questions import Question, QuestionSet, load_questions
-from recipes_lib.suites.suite import Asker
+from recipes_lib.suites.suite import Asker, Suite
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 
 _BASE = "base"
@@ -217,16 +222,13 @@ class ToJudge:
     name: str
 
 
-class JudgedSuite(Asker, ABC):
+class JudgedSuite(Suite, ABC):
     """The targets of one eval recipe: `visit` lets each answer, `judge` has them judged, `conclude`
     returns the results.
 
     `wanted` are the targets whose results are made; None for all. `cards` are the judge's
     scorecards by target; `cards_elsewhere` those of the same judge in other evals.
     `counts_elsewhere` says whether other evals tell that the judge failed its audit here.
-
-    Attributes:
-        TITLE: its name in the labels of its metrics.
 
     Args:
         words: targets as typed: runs, models, `base`, or files with answers.
@@ -238,8 +240,6 @@ class JudgedSuite(Asker, ABC):
             launched.
         DataError: questions or answers in a file cannot be used.
     """
-
-    TITLE: ClassVar[str]
 
     def __init__(
         self,
@@ -277,7 +277,7 @@ class JudgedSuite(Asker, ABC):
         elif opponent:
             self._opponent_of = dict.fromkeys(others, found[opponent[0]])
         self._reference = reference_answers(questions) if against == REFERENCE else None
-        super().__init__(distinct([*self._named.values(), *self._opponent_of.values()]))
+        Asker.__init__(self, distinct([*self._named.values(), *self._opponent_of.values()]))
         self.served = recipe.generation.engine == "openai"
         self.allow_format_differences = allow_format_differences
         self.wanted: set[str] | None = None
@@ -354,11 +354,6 @@ class JudgedSuite(Asker, ABC):
             rows: the judgments of this target.
             file: where the result will be.
         """
-
-    @staticmethod
-    @abstractmethod
-    def table(logs: Sequence[EvalLog]) -> list[str]:
-        """Return the lines of a table of logs."""
 
     def visit(self, subject: Subject) -> list[EvalLog]:
         """Let one of `targets` answer what is missing.

@@ -1,5 +1,5 @@
-"""The suites there are, by the name in `suite.name` of an eval recipe; the tables of their results
-for the terminal, and the schema of result.json.
+"""From an eval recipe to its suite; the tables of results for the terminal, and the schemas of eval
+recipes and of result.json. The suites there are stand in `eval_recipe.SUITE_FACTS`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import say
 from recipes_lib.eval_log import EvalLog, ImportedFile, Measure, Sample
 from recipes_lib.eval_recipe import (
+    SUITE_FACTS,
     EvalDataSection,
     EvalRecipe,
     GenerationSection,
@@ -21,28 +22,8 @@ from recipes_lib.eval_recipe import (
 from recipes_lib.judging.judge_file import JudgeSection
 from recipes_lib.judging.outcomes import PairSummary
 from recipes_lib.statistics.intervals import Interval
-from recipes_lib.suites.alpaca_eval import AlpacaEval
-from recipes_lib.suites.checks import Checks
-from recipes_lib.suites.harness import Harness
-from recipes_lib.suites.heldout_loss import HeldoutLoss
 from recipes_lib.suites.judged import JudgedSuite
-from recipes_lib.suites.mt_bench import MTBench
-from recipes_lib.suites.suite import Asker
-
-# A new suite is a file with one class, a line here and one in eval_recipe.SUITE_FACTS; then
-# `make schema`.
-# A suite is an `Asker` made of a recipe, words and whether the command line allows code of a model,
-# with `table(logs)` and what the schemas say of it (`HELP`, `NUMBERS`). A suite that a judge
-# decides is a `JudgedSuite`, which is also made of an opponent.
-SUITES: dict[
-    str, type[AlpacaEval] | type[MTBench] | type[Harness] | type[Checks] | type[HeldoutLoss]
-] = {
-    "alpaca_eval": AlpacaEval,
-    "mt_bench": MTBench,
-    "lm_eval": Harness,
-    "checks": Checks,
-    "heldout_loss": HeldoutLoss,
-}
+from recipes_lib.suites.suite import Asker, suite_class
 
 
 def suite_of(
@@ -54,7 +35,7 @@ def suite_of(
     remote_code: bool = False,
 ) -> Asker:
     """Return the suite of an eval recipe for targets; see `JudgedSuite` for the words."""
-    kind = SUITES[recipe.suite.name]
+    kind = suite_class(recipe.suite.name)
     if issubclass(kind, JudgedSuite):
         return kind(recipe, words, against, allow_format_differences, remote_code)
     return kind(recipe, words, remote_code)
@@ -85,14 +66,13 @@ def tables(logs: Sequence[EvalLog]) -> str:
             f"! {banner}" if len(targets) == len(logs) else f"! {', '.join(targets)}: {banner}"
         )
     lines += [""] if said else []
-    lines += SUITES[logs[0].suite].table(logs)
+    lines += suite_class(logs[0].suite).table(logs)
     return "\n".join(lines)
 
 
 def _what(log: EvalLog) -> str:
     if log.judge is None:
-        named = {"lm_eval": "lm-eval", "heldout_loss": "held-out loss"}
-        return named.get(log.suite, log.suite)
+        return suite_class(log.suite).TITLE
     return f"{log.n} questions, judge {log.judge.name} ({log.judge.model}, {log.judge.mode})"
 
 
@@ -114,8 +94,8 @@ def eval_schema() -> JsonSchema:
         "metrics": MetricsSection,
     }
     properties = sections_schema(classes)
-    names = " ".join(f"{name}: {suite.HELP}" for name, suite in SUITES.items())
-    properties["suite"]["properties"]["name"] = {"description": names, "enum": list(SUITES)}
+    names = " ".join(f"{name}: {suite_class(name).HELP}" for name in SUITE_FACTS)
+    properties["suite"]["properties"]["name"] = {"description": names, "enum": list(SUITE_FACTS)}
     properties["suite"]["required"] = ["name"]
     judge = properties["judge"]
     judge["properties"] = {
@@ -134,7 +114,7 @@ def eval_result_schema() -> JsonSchema:
         del header[name]
     header |= {
         "format_version": {"const": 1},
-        "suite": {"enum": list(SUITES)},
+        "suite": {"enum": list(SUITE_FACTS)},
         "audit": {"type": ["object", "null"], "required": ["checks", "banner"]},
         "measures": {
             "description": "Metrics, whose samples are in items.jsonl.",
@@ -159,7 +139,8 @@ def eval_result_schema() -> JsonSchema:
                 "if": {"properties": {"suite": {"const": name}}},
                 "then": {"required": list(suite.NUMBERS), "properties": suite.NUMBERS},
             }
-            for name, suite in SUITES.items()
+            for name in SUITE_FACTS
+            for suite in [suite_class(name)]
         ],
     }
     imported: JsonSchema = {

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from recipes_lib.generation.targets import Target
+from recipes_lib.config.json_schema import JsonSchema
+from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe
+from recipes_lib.generation.targets import Target, asking_of, find_targets
 
 if TYPE_CHECKING:
+    from recipes_lib.core.json_files import Row
     from recipes_lib.eval_log import EvalLog
-    from recipes_lib.eval_recipe import EvalRecipe
     from recipes_lib.generation.subjects import Subject
     from recipes_lib.statistics.intervals import StoredInterval
+    from recipes_lib.suites.questions import Question
 
 
 class Asker:
@@ -39,6 +43,47 @@ class Asker:
     def drop(self, target: Target) -> None:
         """Leave a target out."""
         self.targets = [one for one in self.targets if str(one.identity) != str(target.identity)]
+
+
+class Suite(Asker):
+    """What answers an eval recipe: its questions, what it makes of the answers, and its table.
+
+    Args:
+        words: targets as typed: runs, models, `base`.
+        remote_code: whether the command line allowed code that ships with a model.
+
+    Raises:
+        RecipeError: a word is no target.
+    """
+
+    HELP: ClassVar[str]  # what it does, for the schema of eval recipes
+    TITLE: ClassVar[str]  # its name in tables and in the labels of its metrics
+    NUMBERS: ClassVar[dict[str, JsonSchema]]  # key of a result -> its schema
+
+    def __init__(self, recipe: EvalRecipe, words: Sequence[str], remote_code: bool = False) -> None:
+        self.recipe = recipe
+        super().__init__(find_targets(words, asking_of(recipe, remote_code)))
+
+    @staticmethod
+    def question(row: Row, number: int) -> Question:
+        """Return a row of `data.questions` as a question; the first row has number 0.
+
+        Raises:
+            DataError: it is none.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def table(logs: Sequence[EvalLog]) -> list[str]:
+        """Return the lines of a table of logs."""
+        raise NotImplementedError
+
+
+def suite_class(name: str) -> type[Suite]:
+    """Return the class of a suite by its name in eval recipes, imported now."""
+    module, _, found = SUITE_FACTS[name].place.partition(":")
+    kind: type[Suite] = getattr(importlib.import_module(module), found)
+    return kind
 
 
 def footer(logs: Sequence[EvalLog]) -> list[str]:
