@@ -87,7 +87,8 @@ def main() -> None:
         assert sum(one.num_tokens for one in done) == PROMPTS * NEW_TOKENS
 
     def plain_loop() -> None:
-        for rows in batches(requests, NEW_TOKENS, 8192):
+        ordered = sorted(requests, key=lambda request: -len(request.ids))
+        for rows in batches(ordered, lambda request: len(request.ids) + NEW_TOKENS, 8192):
             plain(rows)
 
     def one_by_one() -> None:

@@ -453,9 +453,9 @@ def judge_row(row: Row, size: Size, folder: Path, until: float) -> dict[str, Any
     with opened(replace(file, judge=judge)) as judging:
         plan = judging.plan("relative")
         store = JudgmentStore(folder / "first.jsonl")
-        judge_items(pairs[:1], judging.judge, store, plan)  # loads the weights
+        judge_items(pairs[:1], judging, store, plan)  # loads the weights
         began = time.perf_counter()
-        run = judge_items(pairs[1:], judging.judge, JudgmentStore(folder / "rest.jsonl"), plan)
+        run = judge_items(pairs[1:], judging, JudgmentStore(folder / "rest.jsonl"), plan)
         return {"judgments_per_s": run.asked / (time.perf_counter() - began), "n": run.asked}
 
 

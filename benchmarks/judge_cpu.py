@@ -86,7 +86,7 @@ def overhead_with_tokenizer(scratch: Path) -> float:
     from recipes_lib.generation.judges import judge_ids, opened
 
     with opened(load_judge_file(PROJECT / "evals/judges/quickstart.yaml")) as judge:
-        tokenizer = judge.judge.tokenizer  # type: ignore[attr-defined]
+        tokenizer = judge.tokenizer  # type: ignore[attr-defined]
 
         class EncodingJudge(InstantJudge):
             def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
@@ -150,16 +150,16 @@ def judge_with(mode: str) -> Callable[[Path], float]:
         with opened(file) as judge:
             plan = judge.plan("relative")
             judge_items(
-                items(1), judge.judge, JudgmentStore(scratch / f"warm-{time.time_ns()}.jsonl"), plan
+                items(1), judge, JudgmentStore(scratch / f"warm-{time.time_ns()}.jsonl"), plan
             )
-            engine = judge.judge._engine  # type: ignore[attr-defined]
+            engine = judge._engine  # type: ignore[attr-defined]
             engine.stop_ids = [
                 len(engine.tokenizer) - 1
             ]  # a token that greedy decoding does not choose: all texts have the full length
             pairs = items(9)[1:]
             started = time.process_time()
             run = judge_items(
-                pairs, judge.judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan
+                pairs, judge, JudgmentStore(scratch / f"{time.time_ns()}.jsonl"), plan
             )
             return (time.process_time() - started) / run.asked
 

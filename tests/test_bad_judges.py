@@ -150,11 +150,11 @@ def test_a_server_that_does_not_recover_ends_with_exit_code_6_and_a_recovered_on
         file = judge_file(**keys, max_consecutive_failures=2)
         server.faults = lambda number: fault if number > 4 else None
         with opened(file) as judge, pytest.raises(RecipesError) as caught:
-            judge_items(items, judge.judge, store, judge.plan("relative")).check_complete()
+            judge_items(items, judge, store, judge.plan("relative")).check_complete()
         assert caught.value.exit_code == 6 and len(store) == 4
         server.faults = lambda number: None
         with opened(file) as judge:
-            judge_items(items, judge.judge, store, judge.plan("relative")).check_complete()
+            judge_items(items, judge, store, judge.plan("relative")).check_complete()
     assert len(store) == 12 == len({row["key"] for row in store})
 
 
@@ -167,9 +167,7 @@ def test_a_server_with_another_model_is_refused_before_the_first_question(judge_
             opened(file) as judge,
             pytest.raises(EnvironmentFault, match=f"does not serve 'my-judge'[^$]*{MODEL}"),
         ):
-            judge_items(
-                [ITEM], judge.judge, JudgmentStore(tmp_path / "j.jsonl"), judge.plan("relative")
-            )
+            judge_items([ITEM], judge, JudgmentStore(tmp_path / "j.jsonl"), judge.plan("relative"))
         assert not server.bodies
 
 

@@ -108,17 +108,6 @@ def _items_file(result: Path) -> Path:
     return result.with_name(result.name.replace("result", "items", 1) + "l")
 
 
-def stored_tokens(log: EvalLog) -> int:
-    """Return the tokens of all answers behind a log; those of one command may be fewer, where an
-    evaluation was stopped and went on.
-    """
-    if log.answers.tokens is not None:
-        return log.answers.tokens
-    rows = read_lines(log.file.with_name("generations.jsonl"))  # of an earlier release
-    mine = (row for row in rows if row.get("model") == log.answers.fingerprint)
-    return sum(int(row.get("tokens") or 0) for row in mine)
-
-
 def stored_weights(log: EvalLog) -> tuple[Path, frozenset[str]]:
     """Return the file of answers beside a log, and the weights whose answers it holds."""
     file = log.file.with_name("generations.jsonl")

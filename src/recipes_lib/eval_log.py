@@ -343,7 +343,11 @@ class ProbeResult(TypedDict):
 
 
 class StoredContradictions(TypedDict):
-    """`judging.contradictions.Contradictions` as a scorecard holds them."""
+    """How often verdicts and the judge's own words disagree.
+
+    `for_first` are those whose verdict favours Response A against the words; `direction` puts it in
+    words.
+    """
 
     n: int
     decidable: int

@@ -31,9 +31,7 @@ items = [
 ]
 try:
     with opened(dataclasses.replace(file, judge=section)) as judge:
-        judge_items(
-            items, judge.judge, JudgmentStore(path), judge.plan("relative")
-        ).check_complete()
+        judge_items(items, judge, JudgmentStore(path), judge.plan("relative")).check_complete()
 except RecipesError as error:
     print(error, file=sys.stderr)
     sys.exit(int(error.exit_code))

@@ -27,10 +27,10 @@ def test_probabilities_are_those_of_the_next_token_after_the_lead_in(judge_file)
     import torch
 
     with opened(judge_file()) as judge:
-        requests = list(build_requests(PAIRS, judge.plan("relative"), judge.judge.fingerprint))
-        found = {done.key: done for done in judge.judge.complete(requests)}
+        requests = list(build_requests(PAIRS, judge.plan("relative"), judge.fingerprint))
+        found = {done.key: done for done in judge.complete(requests)}
         replies = [found[request.key] for request in requests]
-        model, tokenizer = judge.judge._engine.model, judge.judge.tokenizer
+        model, tokenizer = judge._engine.model, judge.tokenizer
         lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
         for request, reply in zip(requests, replies, strict=True):
             ids = [*judge_ids(request.prompt, "chat", tokenizer), *lead]
@@ -45,10 +45,10 @@ def test_probabilities_are_those_of_the_next_token_after_the_lead_in(judge_file)
 def test_stored_judgments_carry_the_mass_and_are_not_asked_again(judge_file, tmp_path):
     store = JudgmentStore(tmp_path / "j.jsonl")
     with opened(judge_file()) as judge:
-        first = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
+        first = judge_items(PAIRS, judge, store, judge.plan("relative"))
     with opened(judge_file()) as judge:
-        second = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
-        assert judge.judge._engine is None, "weights were loaded for nothing"
+        second = judge_items(PAIRS, judge, store, judge.plan("relative"))
+        assert judge._engine is None, "weights were loaded for nothing"
     assert (first.asked, second.asked, second.stored_before) == (6, 0, 6)
     assert all(0 < row["mass"] < 1 and row["status"] == "ok" for row in store)
 
@@ -57,7 +57,7 @@ def test_stored_judgments_carry_the_mass_and_are_not_asked_again(judge_file, tmp
 def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path, style):
     store = JudgmentStore(tmp_path / "j.jsonl")
     with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
-        judge_items(SINGLE[:1], judge.judge, store, judge.plan("absolute"))
+        judge_items(SINGLE[:1], judge, store, judge.plan("absolute"))
     (row,) = store
     assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
 
@@ -73,7 +73,7 @@ def test_weights_mode_and_precision_are_part_of_the_fingerprint(judge_file):
         {"temperature": 0.5},
     ):
         with opened(judge_file(**keys)) as judge:
-            prints.add(judge.judge.fingerprint)
+            prints.add(judge.fingerprint)
     assert len(prints) == 6
 
 
@@ -81,9 +81,9 @@ def test_long_answers_are_cut_to_the_judges_context(judge_file, tmp_path):
     store = JudgmentStore(tmp_path / "j.jsonl")
     long = [Item("1", "Tell a story.", "word " * 4000, "tale " * 4000)]
     with opened(judge_file(max_context_tokens=3000)) as judge:
-        judge_items(long, judge.judge, store, judge.plan("relative"))
+        judge_items(long, judge, store, judge.plan("relative"))
         request = next(build_requests(long, judge.plan("relative"), ""))
-        assert len(judge_ids(request.prompt, "chat", judge.judge.tokenizer)) <= 3000
+        assert len(judge_ids(request.prompt, "chat", judge.tokenizer)) <= 3000
         assert "###Feedback:" in request.prompt.user
     assert all(row["cut"] for row in store)
 
@@ -132,7 +132,7 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
         ) as judge:
             assert (
                 judge_items(
-                    PAIRS, judge.judge, JudgmentStore(tmp_path / "a.jsonl"), judge.plan("relative")
+                    PAIRS, judge, JudgmentStore(tmp_path / "a.jsonl"), judge.plan("relative")
                 ).asked
                 == 6
             )
@@ -140,9 +140,7 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
             engine="openai", model=MODEL, base_url="http://judge.invalid/v1", max_retries=0
         )
         with opened(elsewhere) as judge, pytest.raises(ServerFault, match=r"judge\.invalid"):
-            judge_items(
-                PAIRS, judge.judge, JudgmentStore(tmp_path / "b.jsonl"), judge.plan("relative")
-            )
+            judge_items(PAIRS, judge, JudgmentStore(tmp_path / "b.jsonl"), judge.plan("relative"))
 
 
 @pytest.mark.parametrize("style", ["chat", "prometheus"])
@@ -154,7 +152,7 @@ def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, styl
             engine="openai", model=MODEL, base_url=server.url, mode=mode, prompt_style=style
         )
         with opened(file) as judge:
-            run = judge_items(PAIRS, judge.judge, store, judge.plan("relative"))
+            run = judge_items(PAIRS, judge, store, judge.plan("relative"))
         sent = server.bodies
     assert (
         run.asked == 6
@@ -187,7 +185,7 @@ def test_no_judgment_waits_for_another_and_one_that_is_asked_again_comes_after_t
     with FaultyServer(answer="The first. [RESULT] A", faults=faults) as server:
         keys = {"model": MODEL, "base_url": server.url, "concurrency": 4}
         with opened(judge_file(engine="openai", mode="generate", **keys)) as judge:
-            run = judge_items(pairs, judge.judge, store, judge.plan("relative"))
+            run = judge_items(pairs, judge, store, judge.plan("relative"))
         temperatures = [body["temperature"] for body in server.bodies]
     assert held == [True] and (run.asked, run.reasked, len(store)) == (80, 1, 80)
     assert temperatures == [0.0] * 80 + [0.7]

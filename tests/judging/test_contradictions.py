@@ -92,17 +92,20 @@ def test_rate_and_direction_count_only_decidable_rows() -> None:
         ("So-so", "Tie"),
     ]
     found = find_contradictions(rows)
-    assert (found.n, found.decidable, found.count, found.for_first) == (8, 5, 4, 3)
-    assert found.rate == 0.8 and found.direction == "3 of 4 favour Response A"
+    assert [found[key] for key in ("n", "decidable", "count", "for_first")] == [8, 5, 4, 3]
+    assert found["rate"] == 0.8 and found["direction"] == "3 of 4 favour Response A"
 
 
 def test_grades_are_compared_with_the_stated_score() -> None:
     found = find_contradictions(
         [("The overall score is 4. [RESULT] 5", 5), ("The overall score is 4. [RESULT] 4", 4)]
     )
-    assert (found.count, found.direction) == (1, "1 of 1 favour a higher score than the words")
+    assert (found["count"], found["direction"]) == (
+        1,
+        "1 of 1 favour a higher score than the words",
+    )
 
 
 def test_nothing_to_compare_has_no_rate() -> None:
-    assert find_contradictions([]).rate is None
-    assert find_contradictions([("x", None)]).direction is None
+    assert find_contradictions([])["rate"] is None
+    assert find_contradictions([("x", None)])["direction"] is None

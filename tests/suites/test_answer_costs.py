@@ -29,8 +29,7 @@ from recipes_lib.models.shapes import shape_of_config
 from recipes_lib.planning.cards import Card, card_named
 from recipes_lib.planning.duration import LAUNCH_S
 from recipes_lib.planning.settings import Adapter, Settings, adapter_of, settings_of
-from recipes_lib.suites.answer_costs import LoadedModel, answer_batches, loss_batches
-from recipes_lib.suites.heldout_loss import _batches
+from recipes_lib.suites.answer_costs import LoadedModel, answer_batches
 
 GIB = 2**30
 END = 96  # a token that no tiny model chooses here
@@ -144,16 +143,6 @@ def test_a_gpus_batch_is_that_of_the_engine_on_it(monkeypatch: pytest.MonkeyPatc
 def test_prompts_that_the_context_does_not_hold_are_left_out_and_answers_end_with_it() -> None:
     batches = list(answer_batches([10, 90, 100, 300], [50] * 4, 50, 4096, context=100))
     assert [(one.rows, one.width, one.steps) for one in batches] == [(2, 90, 10)]
-
-
-def test_rows_whose_loss_is_found_make_the_passes_of_the_suite() -> None:
-    lengths = [31 * n % 700 + 5 for n in range(90)]
-    order = sorted(range(90), key=lambda row: -lengths[row])
-    real = [
-        (len(rows), lengths[rows[0]])
-        for rows in _batches(order, [[0] * size for size in lengths], 2048)
-    ]
-    assert [(one.rows, one.width) for one in loss_batches(lengths, 2048)] == real
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from recipes_lib.core.json_files import Row
+from recipes_lib.eval_log import StoredContradictions
 from recipes_lib.foreign.files import read_foreign
 from recipes_lib.foreign.judgments import (
     KNOWN_JUDGMENTS,
@@ -29,7 +30,7 @@ from recipes_lib.foreign.judgments import (
     missing_turns,
     read_judgments,
 )
-from recipes_lib.judging.contradictions import Contradictions, find_contradictions
+from recipes_lib.judging.contradictions import find_contradictions
 from recipes_lib.statistics.intervals import mean_interval, wilson
 
 CONTRADICTIONS_MAX = 0.10
@@ -82,7 +83,7 @@ def report_of(judgments: Judgments) -> Row:
         "sha256": file.sha256,
         "recorded": _recorded(judgments, records),
         "unparsed": {"count": unparsed, "share": unparsed / len(records)},
-        "contradictions": asdict(contradictions),
+        "contradictions": contradictions,
         "order": _order(judgments),
         "bounds": _pair_bounds(records) if pairs else _grade_bounds(judgments),
         "alpaca_eval": _library(records) if file.format == "alpaca-eval-annotations" else None,
@@ -221,7 +222,9 @@ def _library(records: Sequence[Record]) -> Row:
 # ---- what is wrong ----
 
 
-def _findings(judgments: Judgments, contradictions: Contradictions) -> Iterator[ReplayFinding]:
+def _findings(
+    judgments: Judgments, contradictions: StoredContradictions
+) -> Iterator[ReplayFinding]:
     records = judgments.records
 
     def found(name: str, some: Sequence[Record], message: str) -> Iterator[ReplayFinding]:
@@ -235,13 +238,13 @@ def _findings(judgments: Judgments, contradictions: Contradictions) -> Iterator[
             " and part of every rate"
         )
         yield ReplayFinding("one-order-judging", message, len(records))
-    if contradictions.rate is not None and contradictions.rate > CONTRADICTIONS_MAX:
+    count, rate = contradictions["count"], contradictions["rate"]
+    if rate is not None and rate > CONTRADICTIONS_MAX:
         message = (
-            f"{contradictions.count} of {contradictions.decidable} decidable verdicts"
-            f" ({100 * contradictions.rate:.1f}%) are the opposite of what the judge's own text"
-            f" says; {contradictions.direction}"
+            f"{count} of {contradictions['decidable']} decidable verdicts ({100 * rate:.1f}%) are"
+            f" the opposite of what the judge's own text says; {contradictions['direction']}"
         )
-        yield ReplayFinding("contradictions", message, contradictions.count)
+        yield ReplayFinding("contradictions", message, count)
     unparsed = [record for record in records if not record.resolved]
     as_tie = any(record.recorded == "tie" for record in unparsed)
     end = "counted as ties" if as_tie else "left out of the numbers"

@@ -29,12 +29,6 @@ class GenerationIncomplete(RecipesError):
     exit_code = ExitCode.EVALUATION_INCOMPLETE
 
 
-class AnswerStore(JudgmentStore):
-    """The store of answers of one model."""
-
-    what = "answer"
-
-
 AnswerKey = tuple[str, int, int]  # question, turn, and which of several answers: its draw
 Conversations = Mapping[AnswerKey, tuple[Message, ...]]  # each ends with the user's turn
 Completions = dict[AnswerKey, Completion]
@@ -65,7 +59,7 @@ class Writer:
         name: str,
         arrived: Arrived = lambda place, answer: None,
     ) -> None:
-        self.store = AnswerStore(path)
+        self.store = JudgmentStore(path, what="answer")
         self.engine, self.decoding, self.prompts, self.name = engine, decoding, prompts, name
         self.arrived = arrived
         self.seconds = 0.0

@@ -15,9 +15,9 @@ import copy
 import dataclasses
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from recipes_lib.generation.transformers_engine import (
     TransformersEngine,
     left_padded,
 )
-from recipes_lib.judging.judge import Judge, JudgePlan, JudgeRequest
+from recipes_lib.judging.judge import JudgePlan, JudgeRequest
 from recipes_lib.judging.judge_file import JudgeFile, JudgeSection
 from recipes_lib.judging.prometheus import JudgePrompt
 from recipes_lib.models.architectures import has_plain_head, ready_to_answer
@@ -48,18 +48,35 @@ LEAST_SHARED_TOKENS = 32  # below it the extra forward pass saves nothing
 TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
 
 
-@dataclass(frozen=True)
-class OpenJudge:
+class OpenJudge(ABC):
     """A judge that can be asked, and what its prompts may take.
 
-    `reach` makes sure that a judge behind an address answers; without it the first question does.
+    Attributes:
+        fingerprint: see `judging.judge.Judge`.
+        weights: hash of its weights, None where they are not here.
     """
 
-    file: JudgeFile
-    judge: Judge
-    count_tokens: Callable[[str], int]
-    reach: Callable[[], object]
-    weights: str | None = None  # fingerprint of its weights, where they are here
+    fingerprint: str
+    weights: str | None = None
+
+    def __init__(self, file: JudgeFile) -> None:
+        self.file, self.section = file, file.judge
+
+    @abstractmethod
+    def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
+        """Yield the replies, as `judging.judge.Judge` says."""
+
+    @abstractmethod
+    def count_tokens(self, text: str) -> int:
+        """Return the tokens of a text."""
+
+    def reach(self) -> object:
+        """Make sure that it answers; without it the first question does."""
+        return None
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free its memory."""
 
     def plan(self, kind: str, reference: bool = False) -> JudgePlan:
         """Return how to ask: the prompt of a kind ("relative" or "absolute") and a rubric.
@@ -67,7 +84,7 @@ class OpenJudge:
         Args:
             reference: whether the questions come with a reference answer that must be met.
         """
-        section = self.file.judge
+        section = self.section
         written = section.max_new_tokens if section.mode == "generate" else 8
         return JudgePlan(
             template=self.file.template(kind),
@@ -90,18 +107,16 @@ def opened(file: JudgeFile) -> Iterator[OpenJudge]:
     """
     judge = _ServedJudge(file) if file.judge.engine == "openai" else _LocalJudge(file)
     try:
-        yield OpenJudge(file, judge, judge.count_tokens, judge.reach, judge.weights)
+        yield judge
     finally:
         judge.close()
 
 
-class _ServedJudge:
+class _ServedJudge(OpenJudge):
     """A judge behind an OpenAI-compatible address."""
 
-    weights: str | None = None
-
     def __init__(self, file: JudgeFile) -> None:
-        self.section = file.judge
+        super().__init__(file)
         self.fingerprint = file.fingerprint(
             hash_of(self.section.prompt_style, self.section.lead_in)
         )
@@ -109,7 +124,6 @@ class _ServedJudge:
         self._engine: Engine | None = None
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
-        """Ask the server."""
         yield from _written(self.reach(), requests, self._render, self.section)
 
     def reach(self) -> Engine:
@@ -153,21 +167,21 @@ class _ServedJudge:
         return Request(key=key, messages=tuple(messages))
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text, or a careful guess."""
+        """Return the tokens of a text, or a careful guess."""
         return guessed_tokens(text) if self.tokenizer is None else len(self.tokenizer.encode(text))
 
     def close(self) -> None:
-        """Forget the server."""
         self._engine = None
 
 
-class _LocalJudge:
+class _LocalJudge(OpenJudge):
     """A judge in this process."""
 
     def __init__(self, file: JudgeFile) -> None:
         from transformers import AutoTokenizer
 
-        section = self.section = file.judge
+        super().__init__(file)
+        section = self.section
         self.model_section = ModelSection(
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
@@ -178,7 +192,7 @@ class _LocalJudge:
             )
         except OSError as error:
             raise explain_load_failure(self.model_section, error) from None
-        self.weights: str | None = model_fingerprint(self.path, section.revision)
+        self.weights = model_fingerprint(self.path, section.revision)
         self.fingerprint = file.fingerprint(
             hash_of(self.weights, section.dtype, section.prompt_style, section.lead_in)
         )
@@ -197,9 +211,6 @@ class _LocalJudge:
             for allowed, group in groupby(asked, key=lambda request: request.allowed):
                 rendered = [self._render(request.prompt, request.key) for request in group]
                 yield from self._read(rendered, allowed)
-
-    def reach(self) -> None:
-        """Do nothing: it is here."""
 
     def _load(self) -> Any:
         import torch
@@ -246,11 +257,9 @@ class _LocalJudge:
         yield from self._engine.in_batches(requests, 0, read)
 
     def count_tokens(self, text: str) -> int:
-        """Tokens of a text."""
         return len(self.tokenizer.backend_tokenizer.encode(text).ids)
 
     def close(self) -> None:
-        """Free the memory."""
         self._engine = self._reader = None
         free_memory()
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.engine import Completion, Decoding, Request
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+T = TypeVar("T")
 MAX_ROWS = 256
 # where nothing is known of a model, and the most on a processor, which larger batches make no
 # faster
@@ -94,7 +95,8 @@ class TransformersEngine:
             self._unsaid = False
             self._tell(f"from the memory that is free on {self.model.device}")
         while waiting:
-            batch, done = next(batches(waiting, max_new_tokens, self.batch_tokens)), None
+            rows = batch_rows(len(waiting[0].ids) + max_new_tokens, self.batch_tokens)
+            batch, done = waiting[:rows], None
             try:
                 with self._active():
                     done = answer(batch)
@@ -180,14 +182,16 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def batches(
-    requests: Sequence[Request], max_new_tokens: int, batch_tokens: int
-) -> Iterator[list[Request]]:
-    """Yield batches of requests of similar length, longest first; each holds at most `batch_tokens`
-    padded tokens, or one request.
+    ordered: Sequence[T], width: Callable[[T], int], batch_tokens: int, most: int = MAX_ROWS
+) -> Iterator[Sequence[T]]:
+    """Yield rows that go through the model together: at most `batch_tokens` padded tokens, or one.
+
+    Args:
+        ordered: the widest first.
+        width: tokens of a row, with what it will write.
     """
-    ordered = sorted(requests, key=lambda request: -len(request.ids))
     while ordered:
-        rows = batch_rows(len(ordered[0].ids) + max_new_tokens, batch_tokens)
+        rows = batch_rows(width(ordered[0]), batch_tokens, most)
         yield ordered[:rows]
         ordered = ordered[rows:]
 

@@ -194,7 +194,7 @@ def audit(
         "swap_consistency": summary.swap_consistency.to_dict(),
         "first_position": summary.first_position.to_dict(),
         "length": {"longer_wins": wilson(sum(longer), len(longer)).to_dict()},
-        "contradictions": find_contradictions(texts).to_dict(),
+        "contradictions": find_contradictions(texts),
         "probes": probe_results(rows),
         "human": agreement(outcomes, labels) if labels else None,
     }

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from typing import cast
 
 from recipes_lib.eval_log import StoredContradictions
-from recipes_lib.statistics.intervals import Interval, wilson
+from recipes_lib.statistics.intervals import wilson
 
 _R = r"(?:response|assistant|answer)\s+([ab])(?:['’]s\b[^.;]{0,60}?)?"
 _BE = (
@@ -67,27 +65,6 @@ _STATED = re.compile(
 _RESULT = re.compile(r"\[(?:result|score)\].*", re.IGNORECASE | re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Contradictions:
-    """How often verdict and words disagree.
-
-    `for_first` are the contradictions whose verdict favours Response A against the words;
-    `direction` puts it in words.
-    """
-
-    n: int
-    decidable: int
-    count: int
-    for_first: int
-    rate: float | None
-    interval: Interval
-    direction: str | None
-
-    def to_dict(self) -> StoredContradictions:
-        """Return the fields as a JSON-ready dictionary."""
-        return cast(StoredContradictions, asdict(self))
-
-
 def stated_winner(text: str) -> str | None:
     """Return the response ("A" or "B") that a judge's own words call the better one, or None if
     they do not decide.
@@ -118,7 +95,7 @@ def stated_score(text: str) -> int | None:
     return int(stated[-1]) if stated else None
 
 
-def find_contradictions(rows: Iterable[tuple[str, str | int | None]]) -> Contradictions:
+def find_contradictions(rows: Iterable[tuple[str, str | int | None]]) -> StoredContradictions:
     """Count contradictions over (text, verdict) pairs.
 
     Args:
@@ -144,5 +121,12 @@ def find_contradictions(rows: Iterable[tuple[str, str | int | None]]) -> Contrad
             first, second = "a higher score than the words", "a lower score than the words"
         most = max(for_first, count - for_first)
         direction = f"{most} of {count} favour {first if most == for_first else second}"
-    rate = interval.estimate
-    return Contradictions(n, decidable, count, for_first, rate, interval, direction)
+    return {
+        "n": n,
+        "decidable": decidable,
+        "count": count,
+        "for_first": for_first,
+        "rate": interval.estimate,
+        "interval": interval.to_dict(),
+        "direction": direction,
+    }

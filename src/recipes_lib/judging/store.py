@@ -4,8 +4,7 @@ A line is written by a single `os.write` on an O_APPEND descriptor and synced be
 returns; lines that arrived together are synced together. Each key, a hash of everything that makes
 a judgment, occurs once. A kill or a power cut leaves at most a damaged end, which the next writer
 cuts; a damaged line anywhere else is an error that names it. Several processes may append to one
-file: each append takes the file's lock and first reads what the others wrote. A line with status
-`error`, which earlier versions stored for a refused request, is passed over and asked again.
+file: each append takes the file's lock and first reads what the others wrote.
 """
 
 from __future__ import annotations
@@ -87,8 +86,7 @@ def _take_rows(
         if key in rows:
             twice = f"{what} {key[:12]} occurs twice"
             raise DataError(twice, "keep one of the two lines", file=path, line=number)
-        if row.get("status") != "error":
-            rows[key] = row
+        rows[key] = row
     return number, end
 
 
@@ -98,15 +96,16 @@ class JudgmentStore:
     Args:
         path: the JSONL file; created with its first row.
         lock_timeout_s: how long to wait for another process's append.
+        what: what a line holds, for messages.
 
     Raises:
         DataError: for a damaged line or a repeated key.
     """
 
-    what = "judgment"  # what a line holds, for messages
-
-    def __init__(self, path: str | Path, lock_timeout_s: float = 60.0) -> None:
-        self.path = Path(path)
+    def __init__(
+        self, path: str | Path, lock_timeout_s: float = 60.0, what: str = "judgment"
+    ) -> None:
+        self.path, self.what = Path(path), what
         self._lock = FileLock(self.path.with_name(self.path.name + ".lock"), timeout=lock_timeout_s)
         self._rows: dict[str, Row] = {}
         self._size = self._lines = 0

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
-from recipes_lib.eval_files import stored_tokens
 
 if TYPE_CHECKING:
     from recipes_lib.compare.design import Study
@@ -202,7 +201,7 @@ def _costs(arm: str, run: RunMeasurements) -> Iterator[RunCost]:
     for log in run.evals:
         speed = log.answers.generated_now
         if speed and speed.seconds:
-            tokens, seconds, every = speed.new_tokens, speed.seconds, stored_tokens(log)
+            tokens, seconds, every = speed.new_tokens, speed.seconds, log.answers.tokens or 0
             part = f", the last {tokens:,} of {every:,} tokens" if every > tokens else ""
             yield RunCost(
                 arm,

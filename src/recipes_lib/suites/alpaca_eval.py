@@ -383,7 +383,7 @@ def _library(
     folder = answers.folder(recipe.name)
     other = ", ".join(opponent.models) if opponent.name == REFERENCE else opponent.name
     plan = judge.plan("relative")
-    identity = hash_of(judge.judge.fingerprint, plan.template.fingerprint, plan.rubric.criterion)
+    identity = hash_of(judge.fingerprint, plan.template.fingerprint, plan.rubric.criterion)
     wanted = recipe.metrics.length_controlled == "library"
     numbers, annotations = library_numbers(
         compared, answers.name, other, identity, length_controlled=wanted

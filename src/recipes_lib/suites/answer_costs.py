@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from recipes_lib.generation.transformers_engine import (
-    batch_rows,
+    batches,
     kept_per_token,
     token_bytes_of,
     tokens_with,
@@ -319,19 +319,13 @@ def answer_batches(
     """
     pairs = zip(prompts, answers, strict=True)
     waiting = sorted((pair for pair in pairs if pair[0] < context), key=lambda pair: -pair[0])
-    while waiting:
-        width = waiting[0][0]
-        rows = batch_rows(width + max_new_tokens, batch_tokens)
-        room = min(max_new_tokens, context - width)
-        longest = max(answer for _, answer in waiting[:rows])
-        yield AnswerBatch(len(waiting[:rows]), width, min(longest, room))
-        waiting = waiting[rows:]
+    for batch in batches(waiting, lambda pair: pair[0] + max_new_tokens, batch_tokens):
+        width, longest = batch[0][0], max(answer for _, answer in batch)
+        yield AnswerBatch(len(batch), width, min(longest, max_new_tokens, context - width))
 
 
 def loss_batches(lengths: Sequence[int], limit: int) -> Iterator[AnswerBatch]:
     """Yield the forward passes over rows whose loss is found, longest first."""
-    waiting = sorted(lengths, reverse=True)
-    while waiting:
-        rows = batch_rows(waiting[0], limit, most=len(waiting))
-        yield AnswerBatch(rows, waiting[0], 0)
-        waiting = waiting[rows:]
+    ordered = sorted(lengths, reverse=True)
+    for batch in batches(ordered, int, limit, most=len(ordered)):
+        yield AnswerBatch(len(batch), batch[0], 0)

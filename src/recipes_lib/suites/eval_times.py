@@ -5,10 +5,12 @@ evaluation was measured on a GPU, or with a judge behind a URL: there is no numb
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Sequence
 
+from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import project_root
+from recipes_lib.data.files import read_file
 from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.models.known import named_shape
 from recipes_lib.models.shapes import ModelShape
@@ -97,12 +99,9 @@ def _num_questions(recipe: EvalRecipe) -> int | None:
     file = recipe.resolve("data.questions", questions)
     if not questions or ":" in questions or not file.is_file():
         return NUM_QUESTIONS.get(recipe.suite.name)
-    text = file.read_text(encoding="utf-8", errors="replace")
-    try:
-        rows = json.loads(text)
-        return len(rows) if isinstance(rows, list) else 1
-    except (ValueError, RecursionError):  # JSON lines, or a damaged file: the evaluation says where
-        return sum(bool(line.strip()) for line in text.splitlines())
+    with contextlib.suppress(DataError):  # of a damaged file the evaluation says where
+        return len(read_file(file).rows)
+    return None
 
 
 def _harness(recipe: EvalRecipe, speed: float) -> EvalTime:

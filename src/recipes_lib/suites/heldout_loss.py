@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NotRequired, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
@@ -36,7 +36,7 @@ from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target, record_base
-from recipes_lib.generation.transformers_engine import batch_rows
+from recipes_lib.generation.transformers_engine import batches
 from recipes_lib.statistics.intervals import StoredInterval, mean_interval
 from recipes_lib.suites.answer_costs import loss_tokens
 from recipes_lib.suites.suite import Suite, grid, interval, number
@@ -272,7 +272,8 @@ def row_losses(
     order = sorted(range(len(input_ids)), key=lambda row: -len(input_ids[row]))
     losses = [0.0] * len(order)
     with torch.inference_mode():
-        for batch in _batches(order, input_ids, loss_tokens(on_gpu=device.type != "cpu")):
+        limit = loss_tokens(on_gpu=device.type != "cpu")
+        for batch in batches(order, lambda row: len(input_ids[row]), limit, most=len(order)):
             width = len(input_ids[batch[0]])
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask, wanted = torch.zeros_like(ids), torch.full_like(ids, -100)
@@ -291,13 +292,3 @@ def row_losses(
             for row, loss in zip(batch, each.view_as(targets).double().sum(-1), strict=True):
                 losses[row] = float(loss)
     return losses
-
-
-def _batches(
-    order: Sequence[int], input_ids: Sequence[Sequence[int]], limit: int
-) -> Iterator[Sequence[int]]:
-    """Yield rows of like length; a batch is as wide as its first row."""
-    while order:
-        rows = batch_rows(len(input_ids[order[0]]), limit, most=len(order))
-        yield order[:rows]
-        order = order[rows:]

@@ -573,9 +573,9 @@ class Meanwhile:
                 for one in self.suite.to_judge(questions, answers, self.opponent, judge):
                     if one.file not in stores:
                         stores[one.file] = JudgmentStore(one.file)
-                    requests = build_requests(one.items, one.plan, judge.judge.fingerprint)
+                    requests = build_requests(one.items, one.plan, judge.fingerprint)
                     going = takewhile(lambda _: not self._ended.is_set(), requests)
-                    ask(going, judge.judge, stores[one.file], one.plan)
+                    ask(going, judge, stores[one.file], one.plan)
 
     def _answered(self) -> list[Question]:
         """Wait for an answer, take all that are there, and return the questions they complete."""
@@ -610,7 +610,7 @@ def judge_all(
     Raises:
         EvaluationIncomplete: judgments are missing; the same command continues.
     """
-    requests = list(build_requests(items, plan, judge.judge.fingerprint))
+    requests = list(build_requests(items, plan, judge.fingerprint))
     return _ask_all(requests, judge, plan, store, f"judgments {name}")
 
 
@@ -620,7 +620,7 @@ def ask_probes(
     """Put the degenerate probes of a few pairs before the judge, and return their rows."""
     plan = replace(judge.plan("relative"), rules=False)
     different = list(filter(can_carry_probes, items))
-    requests = list(probe_requests(different[:number], plan, judge.judge.fingerprint))
+    requests = list(probe_requests(different[:number], plan, judge.fingerprint))
     return _ask_all(requests, judge, plan, store, "probes") if requests else []
 
 
@@ -642,7 +642,7 @@ def _ask_all(
         progress.add(run.asked + run.by_rule + run.failed.total - progress.done)
 
     try:
-        ask(iter(requests), judge.judge, store, plan, count).check_complete()
+        ask(iter(requests), judge, store, plan, count).check_complete()
     finally:
         progress.close()
     return [row for request in requests if (row := store.get(request.key))]
@@ -671,7 +671,7 @@ def judge_facts(judge: OpenJudge) -> JudgeFacts:
     merged = Path(section.model) / MERGE_RECORD  # a judge that is one of our runs, merged
     return JudgeFacts(
         name=judge.file.path.stem,
-        fingerprint=judge.judge.fingerprint,
+        fingerprint=judge.fingerprint,
         model=section.model,
         revision=section.revision,
         engine=section.engine,
@@ -713,11 +713,11 @@ def failed_elsewhere(
     for path in sorted(answers.folder(eval_name).parent.glob("*/result*.json")):
         if path.parent.name != eval_name and f"in {path.parent.name}" not in found:
             stored = _earlier(path)
-            if (stored.get("judge") or {}).get("fingerprint") == judge.judge.fingerprint:
+            if (stored.get("judge") or {}).get("fingerprint") == judge.fingerprint:
                 found[f"in {path.parent.name}"] = failures(stored["audit"])
     for path in sorted(runs_root().glob("judge--*/*/judge_audit.json")):
         stored = _earlier(path)
-        if stored.get("judge") == judge.judge.fingerprint:
+        if stored.get("judge") == judge.fingerprint:
             found[f"on labelled pairs ({path.parent.name})"] = failures(cast(Scorecard, stored))
     failed = next(((where, checks) for where, checks in found.items() if checks), None)
     return (
