@@ -240,7 +240,9 @@ def test_a_judge_that_knows_the_labels_agrees_with_them(tmp_path: Path) -> None:
     labels = {item.question_id: label for item, label in pairs}
 
     def oracle(request):
-        better = "A" if (labels[request.question_id] == "win") == (request.order == "AB") else "B"
+        better = (
+            "A" if (labels[request.item.question_id] == "win") == (request.order == "AB") else "B"
+        )
         return reply(f"[RESULT] {better}")
 
     card = _card(tmp_path, oracle, labels, probes=False, items=[item for item, _ in pairs])

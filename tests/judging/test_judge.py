@@ -67,7 +67,7 @@ def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None
     judge, store = FakeJudge(longer), JudgmentStore(tmp_path / "j.jsonl")
     run = judge_items(_pairs(10), judge, store, _plan())
     assert run.asked == len(store) == 20
-    assert {(request.question_id, request.order) for request in judge.asked} == {
+    assert {(request.item.question_id, request.order) for request in judge.asked} == {
         (str(i), order) for i in range(10) for order in ("AB", "BA")
     }
     again = judge_items(_pairs(10), FakeJudge(longer), JudgmentStore(store.path), _plan())

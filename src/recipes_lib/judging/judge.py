@@ -55,25 +55,44 @@ class Item:
     reference: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """Whether two answers are compared ("relative") or one is graded ("absolute")."""
+        return "absolute" if self.opponent is None else "relative"
+
+    def shown(self, order: str) -> tuple[str, ...]:
+        """Return the answers in an order."""
+        if self.opponent is None:
+            return (self.answer,)
+        pair = self.answer, self.opponent
+        return pair[::-1] if order == "BA" else pair
+
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One question to the judge.
+    """One question to the judge about an item.
 
     `order` is "AB" when the candidate is Response A, "BA" when it is Response B, and "single" in
     absolute grading. `seed` and `temperature` change with each attempt.
     """
 
     key: str
-    kind: str
-    question_id: str
+    item: Item
     order: str
     prompt: JudgePrompt
-    answers: tuple[str, ...]
-    meta: Mapping[str, Any]
     seed: int = 0
     temperature: float = 0.0
     attempt: int = 1
+
+    @property
+    def kind(self) -> str:
+        """Whether two answers are compared ("relative") or one is graded ("absolute")."""
+        return self.item.kind
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The answers as the prompt shows them."""
+        return self.item.shown(self.order)
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -184,7 +203,7 @@ def build_requests(
 ) -> Iterator[JudgeRequest]:
     """Yield the requests of each item: both orders of a pair, or the one of a single answer."""
     for item in items:
-        if (item.opponent is None) != (plan.kind == "absolute"):
+        if item.kind != plan.kind:
             raise ValueError(
                 f"item {item.question_id} does not fit the {plan.kind} prompt {plan.template.name}"
             )
@@ -194,9 +213,8 @@ def build_requests(
 
 def make_request(item: Item, order: str, plan: JudgePlan, fingerprint: str) -> JudgeRequest:
     """Return one request."""
-    answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
-    shown = answers[::-1] if order == "BA" else answers
-    question, hashes = str(item.question_id), list(map(text_hash, shown))
+    shown = item.shown(order)
+    hashes = list(map(text_hash, shown))
     # what a rule decides is not sent, so its prompt may be too long
     decided = plan.rules and rule_verdict(plan.kind, shown) is not None
     prompt = build_prompt(
@@ -205,12 +223,12 @@ def make_request(item: Item, order: str, plan: JudgePlan, fingerprint: str) -> J
         item.instruction,
         shown,
         item.reference,
-        code=nonce(question, shown, str(plan.seed)),
+        code=nonce(item.question_id, shown, str(plan.seed)),
         count_tokens=None if decided else plan.count_tokens,
         max_tokens=plan.max_prompt_tokens,
     )
-    key = judgment_key(question, order, fingerprint, prompt.hash, hashes)
-    return JudgeRequest(key, plan.kind, question, order, prompt, shown, item.meta, plan.seed)
+    key = judgment_key(item.question_id, order, fingerprint, prompt.hash, hashes)
+    return JudgeRequest(key, item, order, prompt, plan.seed)
 
 
 def rule_verdict(kind: str, answers: Sequence[str]) -> Verdict | None:
@@ -362,7 +380,7 @@ def _row(
     row = {
         "key": request.key,
         "kind": request.kind,
-        "question_id": request.question_id,
+        "question_id": str(request.item.question_id),
         "order": request.order,
         "status": verdict.status.value,
         "value": verdict.value,
@@ -377,7 +395,7 @@ def _row(
         "seed": request.seed,
         "temperature": request.temperature,
         "attempts": list(attempts),
-        "meta": dict(request.meta),
+        "meta": dict(request.item.meta),
     }
     if reply is not None:
         shares = reply.probabilities

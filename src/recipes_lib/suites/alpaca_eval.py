@@ -330,8 +330,10 @@ def _drawn(question: str, draw: int) -> str:
     return question if draw == 1 else f"{question}#{draw}"
 
 
-class _Rate(TypedDict):
-    """The library's metric, in percent."""
+class LibraryNumbers(TypedDict):
+    """The library's metric in percent, and its length-controlled rate where it was asked for; a
+    result says `n_total` once more as `n`.
+    """
 
     win_rate: float | None
     standard_error: float | None
@@ -340,19 +342,9 @@ class _Rate(TypedDict):
     n_draws: int
     n_total: int
     discrete_win_rate: float | None
-
-
-class _LibraryControlled(TypedDict, total=False):
-    """The library's length-controlled rate, where it was asked for."""
-
-    length_controlled_winrate: float | None
-    lc_standard_error: float | None
-
-
-class LibraryNumbers(_Rate, _LibraryControlled):
-    """The library's numbers; a result says `n_total` once more as `n`."""
-
-    by_order: dict[str, float | None]
+    by_order: NotRequired[dict[str, float | None]]
+    length_controlled_winrate: NotRequired[float | None]
+    lc_standard_error: NotRequired[float | None]
     n: NotRequired[int]
 
 
@@ -460,16 +452,16 @@ def library_numbers(
     """
     annotations = [_annotation(one, candidate, opponent, f"judge-{judge[:12]}") for one in samples]
     with _quiet_library():
-        rate = _win_rate([row["preference"] for row in annotations])
-        orders = {
-            name: [row["preference_by_order"][name] for row in annotations]
+        numbers = _win_rate([row["preference"] for row in annotations])
+        numbers["by_order"] = {
+            name: _win_rate([row["preference_by_order"][name] for row in annotations])["win_rate"]
             for name in ("reference_first", "model_first")
         }
-        by_order = {
-            name: _win_rate(preferences)["win_rate"] for name, preferences in orders.items()
-        }
-        controlled = _length_controlled(annotations) if length_controlled else _LibraryControlled()
-    return {**rate, "by_order": by_order, **controlled}, annotations
+        if length_controlled:
+            controlled = _length_controlled(annotations)
+            for name in ("length_controlled_winrate", "lc_standard_error"):
+                numbers[name] = controlled[name]
+    return numbers, annotations
 
 
 def _annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> Annotation:
@@ -492,7 +484,7 @@ def _annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> A
     }
 
 
-def _win_rate(preferences: Sequence[float | None]) -> _Rate:
+def _win_rate(preferences: Sequence[float | None]) -> LibraryNumbers:
     """The library's metric; what it would say where there is no verdict, on which it fails."""
     from alpaca_eval import metrics
 
@@ -507,7 +499,7 @@ def _win_rate(preferences: Sequence[float | None]) -> _Rate:
             "discrete_win_rate": None,
         }
     found = metrics.get_winrate([{"preference": preference} for preference in preferences])
-    return cast(_Rate, _plain(found))
+    return cast(LibraryNumbers, _plain(found))
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, float | None]:
@@ -521,7 +513,7 @@ def _plain(values: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _length_controlled(annotations: list[Annotation]) -> _LibraryControlled:
+def _length_controlled(annotations: list[Annotation]) -> dict[str, float | None]:
     """The library's length-controlled win rate, which looks the difficulty of an instruction up by
     its place among the 805.
     """
@@ -537,11 +529,7 @@ def _length_controlled(annotations: list[Annotation]) -> _LibraryControlled:
             f"alpaca_eval's file for length control cannot be fetched: {first_line(error)}",
             "set metrics.length_controlled: own",
         ) from None
-    plain = _plain(found)
-    return {
-        "length_controlled_winrate": plain["length_controlled_winrate"],
-        "lc_standard_error": plain["lc_standard_error"],
-    }
+    return _plain(found)
 
 
 def own_length_controlled(samples: Sequence[Sample]) -> _LengthControlled:

@@ -58,6 +58,7 @@ _GRADE = object_schema(
     }
 )
 _GRADES: JsonSchema = {"type": "object", "additionalProperties": _GRADE}
+_Cell = tuple[Question, int, Row | None]  # a turn, with its judgment
 _COLOURS = ("#4477aa", "#cc6677", "#ddaa33", "#228833")
 
 
@@ -215,24 +216,18 @@ def grading_items(questions: Sequence[Question], answers: AnswerSet, reference: 
         reference: True for the questions that are graded against a reference answer, False for the
             others.
     """
-    items = []
-    for question in questions:
-        if uses_reference(question) != reference:
-            continue
-        for turn in range(1, len(question.turns) + 1):
-            text = conversation(question, answers, turn)
-            expected = question.reference[turn - 1] if reference and question.reference else None
-            items.append(
-                Item(
-                    f"{question.id}:{turn}",
-                    text,
-                    answers.text(question.id, turn),
-                    None,
-                    expected,
-                    meta=_meta(question, turn),
-                )
-            )
-    return items
+    return [
+        Item(
+            f"{one.id}:{turn}",
+            conversation(one, answers, turn),
+            answers.text(one.id, turn),
+            None,
+            _expected(one, turn),
+            meta=_meta(one, turn),
+        )
+        for one, turn in turns_of(questions)
+        if uses_reference(one) == reference
+    ]
 
 
 def pair_items(
@@ -241,27 +236,27 @@ def pair_items(
     """Return the turns to compare; for a later turn each side's answer is its whole conversation,
     the last part marked.
     """
-    items = []
-    for question in questions:
-        for turn in range(1, len(question.turns) + 1):
-            asked = question.turns[0] if turn == 1 else _numbered(question.turns[:turn])
-            sides = [_side(question, side, turn) for side in (answers, opponent)]
-            reference = (
-                question.reference[turn - 1]
-                if uses_reference(question) and question.reference
-                else None
-            )
-            items.append(
-                Item(
-                    f"{question.id}:{turn}",
-                    asked,
-                    sides[0],
-                    sides[1],
-                    reference,
-                    meta=_meta(question, turn),
-                )
-            )
-    return items
+    return [
+        Item(
+            f"{one.id}:{turn}",
+            one.turns[0] if turn == 1 else _numbered(one.turns[:turn]),
+            _side(one, answers, turn),
+            _side(one, opponent, turn),
+            _expected(one, turn),
+            meta=_meta(one, turn),
+        )
+        for one, turn in turns_of(questions)
+    ]
+
+
+def turns_of(questions: Sequence[Question]) -> list[tuple[Question, int]]:
+    """Return every turn of every question."""
+    return [(one, turn) for one in questions for turn in range(1, len(one.turns) + 1)]
+
+
+def _expected(question: Question, turn: int) -> str | None:
+    """The reference answer to a turn, where it is graded against one."""
+    return question.reference[turn - 1] if question.reference and uses_reference(question) else None
 
 
 def uses_reference(question: Question) -> bool:
@@ -328,41 +323,37 @@ def summary(questions: Sequence[Question], rows: Sequence[Row]) -> Summary:
     intervals clustered by question.
     """
     grades = {row["question_id"]: row for row in rows if row["kind"] == "absolute"}
-    turns = [
-        (question, turn) for question in questions for turn in range(1, len(question.turns) + 1)
-    ]
+    turns = turns_of(questions)
     table = [(question, turn, grades.get(f"{question.id}:{turn}")) for question, turn in turns]
     pairs = [row for row in rows if row["kind"] == "relative"]
-    categories = list(dict.fromkeys(question.category for question in questions))
     last = max(turn for _, turn in turns)
-    cells = {
-        category: {
-            str(turn): _mean(
-                [cell for cell in table if cell[0].category == category and cell[1] == turn]
-            )
+
+    def by_turn(some: Sequence[_Cell]) -> dict[str, MeanGrade]:
+        return {
+            str(turn): _mean([cell for cell in some if cell[1] == turn])
             for turn in range(1, last + 1)
         }
-        | {"all": _mean([cell for cell in table if cell[0].category == category])}
-        for category in categories
-    }
+
+    groups: dict[str, list[_Cell]] = {}
+    for cell in table:
+        groups.setdefault(cell[0].category, []).append(cell)
     comparison = None
     if pairs:
         compared = pair_samples(pairs, [f"{question.id}:{turn}" for question, turn in turns])
         comparison = summarise(compared, cluster_of=lambda one: one.id.rpartition(":")[0]).to_dict()
     return {
         "score": _mean(table),
-        "by_turn": {
-            str(turn): _mean([cell for cell in table if cell[1] == turn])
-            for turn in range(1, last + 1)
+        "by_turn": by_turn(table),
+        "by_category": {
+            name: by_turn(some) | {"all": _mean(some)} for name, some in groups.items()
         },
-        "by_category": cells,
         "pairs": comparison,
         "statuses": dict(Counter(row["status"] for row in rows if row["kind"] == "absolute")),
         "with_reference": sum(uses_reference(question) for question in questions),
     }
 
 
-def _mean(cells: Sequence[tuple[Question, int, Row | None]]) -> MeanGrade:
+def _mean(cells: Sequence[_Cell]) -> MeanGrade:
     """A mean grade: the interval over graded turns, and the means if every turn without a grade had
     got 1, or 5.
 
