@@ -165,11 +165,7 @@ def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any
 
 
 def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:
-    """The measures that result.json names, with their samples from items.jsonl.
-
-    Raises:
-        DataError: the samples do not add up to a result of ours.
-    """
+    """The measures that result.json names, with their samples from items.jsonl."""
     samples: dict[tuple[str, str], list[Sample]] = {}
     for row in read_lines(_items_file(file)):
         key = row["metric"], row.get("task") or ""
@@ -198,11 +194,7 @@ def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure
 
 
 def _check_measure(measure: Measure, result: Mapping[str, Any]) -> None:
-    """Compare the samples of a measure with the numbers of its result.
-
-    Raises:
-        DataError: they differ.
-    """
+    """Compare the samples of a measure with the numbers of its result."""
     file, samples = measure.file, measure.samples
     if measure.suite == "lm_eval":
         _check_samples(file, measure.task, measure.reported_n if samples else None, samples)
@@ -247,11 +239,7 @@ def with_groups(measures: Sequence[Measure]) -> Iterator[Measure]:
 
 
 def _check_counts(file: Path, told: Mapping[str, Any], pairs: Sequence[Sample]) -> None:
-    """Compare the outcomes of comparisons with the result's counts.
-
-    Raises:
-        DataError: they differ.
-    """
+    """Compare the outcomes of comparisons with the result's counts."""
     counts = {
         outcome: sum(one.outcome == outcome for one in pairs)
         for outcome in ("win", "loss", "tie", "unresolved")
@@ -267,11 +255,7 @@ def _check_counts(file: Path, told: Mapping[str, Any], pairs: Sequence[Sample]) 
 
 
 def _check_mean(file: Path, n: Any, mean: Any, grades: Sequence[Sample]) -> None:
-    """Compare grades with the result's mean.
-
-    Raises:
-        DataError: it is not theirs.
-    """
+    """Compare grades with the result's mean."""
     graded = [one.value for one in grades if one.value is not None]
     if len(graded) != n or (graded and abs(sum(graded) / len(graded) - mean) > 1e-6):
         raise DataError(
@@ -339,11 +323,7 @@ def lm_eval_measures(
 
 
 def _check_samples(file: Path, task: str, told: Any, items: Sequence[Sample]) -> None:
-    """Compare the number of samples with the result's.
-
-    Raises:
-        DataError: a sample stands twice, or there are more or fewer of them.
-    """
+    """Compare the number of samples with the result's."""
     if (different := len({item.key for item in items})) != len(items):
         raise DataError(
             f"{task}: {len(items)} samples of {different} items: some stand twice",

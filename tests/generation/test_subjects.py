@@ -9,7 +9,7 @@ import pytest
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.engine import Decoding, Request
 from recipes_lib.generation.subjects import grouped, loaded
-from recipes_lib.generation.targets import Asking, base_target, find_targets, record_base
+from recipes_lib.generation.targets import Asking, base_target, find_targets
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.weights.base import base_fingerprint
 
@@ -102,7 +102,7 @@ def test_the_same_base_in_another_format_gets_another_folder(make_run, tiny_mode
         loaded(find_targets([str(tiny_model_dir)])) as (bare,),
     ):
         assert as_run.name != bare.name and as_run.name.startswith("base--tiny-llama--")
-        record_base(as_run.run, as_run.target.recipe, as_run.fingerprint, as_run.prompts)
+        as_run.record()
         (again,) = find_targets([as_run.name])
         assert again.is_base and again.recipe.data.prompt_format == "dolly"
         recorded = as_run.run.read_state()["base_fingerprint"]

@@ -315,11 +315,7 @@ class OpenAIEngine:
         return []
 
     def _check_model(self, reply: Mapping[str, Any]) -> None:
-        """Make sure that the model which was asked answered.
-
-        Raises:
-            ServerFault: the reply names another one.
-        """
+        """Make sure that the model which was asked answered."""
         name = reply.get("model")
         if isinstance(name, str) and name and not is_version_of(name, self.server.model):
             raise ServerFault(
@@ -357,12 +353,7 @@ class OpenAIEngine:
     async def _call(
         self, client: Any, method: str, path: str, body: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Send one request and return the JSON object of its reply.
-
-        Raises:
-            _Refused: status 300 or above, with the server's words.
-            _Unusable: the reply is too long, or no JSON object.
-        """
+        """Send one request and return the JSON object of its reply."""
         content = bytearray()
         sent = None if body is None else json.dumps(body).encode()
         async with client.stream(
@@ -395,12 +386,7 @@ class OpenAIEngine:
         return found
 
     async def _check_served(self) -> None:
-        """Make sure that the server is there and serves the model.
-
-        Raises:
-            EnvironmentFault: it serves others.
-            ServerFault: it does not answer, after all attempts, or refuses the key.
-        """
+        """Make sure that the server is there and serves the model."""
         reason = ""
         async with self._client() as client:
             for attempt in range(self.server.max_retries + 1):
@@ -467,12 +453,7 @@ def is_version_of(answered: str, asked: str) -> bool:
 
 
 def _unpacked(content: bytes, encoding: str) -> bytes:
-    """The content of a reply that was packed although nobody asked for it.
-
-    Raises:
-        _Unusable: another packing than gzip and deflate, damaged, or longer than `MAX_REPLY_BYTES`
-            when unpacked.
-    """
+    """The content of a reply that was packed although nobody asked for it."""
     if encoding in ("", "identity"):
         return content
     if encoding not in ("gzip", "deflate"):
@@ -489,10 +470,6 @@ def _unpacked(content: bytes, encoding: str) -> bytes:
 def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> Completion:
     """Read a reply of either endpoint; no text at all is an empty one, as of a model that declines
     or calls a tool.
-
-    Raises:
-        _Unusable: it has no choice, no text, was broken off, or has none of the log-probabilities
-            that were asked for.
     """
     choices = reply.get("choices")
     if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
@@ -518,11 +495,7 @@ def _completion(request: Request, reply: Mapping[str, Any], logprobs: bool) -> C
 
 
 def _first_token(choice: Mapping[str, Any]) -> dict[str, float]:
-    """The likeliest first tokens with their probabilities.
-
-    Raises:
-        _Unusable: there are none.
-    """
+    """The likeliest first tokens with their probabilities."""
     found: dict[str, float] = {}
     try:
         logprobs = choice["logprobs"]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import DataSection
+from recipes_lib.config.sections import ASKED, DataSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.fingerprints import (
@@ -31,7 +31,7 @@ from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.supervision import prompt_ids
 from recipes_lib.generation.targets import Target
 from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.weights.base import load_model, load_tokenizer, model_path
+from recipes_lib.weights.base import base_fingerprint, load_model, load_tokenizer, model_path
 from recipes_lib.weights.finished_run import BASE, Family, TrainedRun, check_weights, families
 from recipes_lib.weights.merge import free_memory
 
@@ -98,6 +98,27 @@ class Subject:
     def name(self) -> str:
         """Name of its run directory."""
         return self.run.name
+
+    def record(self) -> None:
+        """Write run.json of a model without a run, so that its directory's name can be used like a
+        run's.
+        """
+        if not self.target.is_base or self.run.exists():
+            return
+        recipe = self.target.recipe
+        data = {"source": "", **{key: getattr(recipe.data, key) for key in ASKED}}
+        self.run.write_state(
+            "finished",
+            kind="base",
+            stand_in={
+                "model": dataclasses.asdict(recipe.model),
+                "data": data | {"prompt_format": self.prompts.name},
+                "quantization": recipe.quantization,
+            },
+            fingerprint=self.fingerprint,
+            base_fingerprint=base_fingerprint(recipe),
+            prompt_format_hash=self.prompts.hash,
+        )
 
 
 @contextmanager

@@ -27,7 +27,6 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.weights.base import base_fingerprint
 from recipes_lib.weights.finished_run import BASE, TrainedRun, finished_run
 
 
@@ -166,11 +165,7 @@ def targets_by_word(words: Sequence[str], asking: Asking | None = None) -> dict[
 
 
 def _allowed(target: Target, asking: Asking) -> Target:
-    """Return the target, unless it would run code of its own that the command line does not allow.
-
-    Raises:
-        RecipeError: naming the flag.
-    """
+    """Return the target, unless it would run code of its own that is not allowed."""
     if target.recipe.model.trust_remote_code and not asking.remote_code:
         raise RecipeError(
             f"'{target.word}' runs code that ships with it", "pass --trust-remote-code as well"
@@ -249,35 +244,8 @@ def stand_in_recipe(
     )
 
 
-def record_base(run: RunDirectory, recipe: Recipe, fingerprint: str, prompts: Any) -> None:
-    """Write run.json of a model without a run, so that its directory name can be used
-    like a run's.
-    """
-    if run.exists():
-        return
-    stand_in: dict[str, Any] = {
-        "model": dataclasses.asdict(recipe.model),
-        "data": {
-            "source": "",
-            **{key: getattr(recipe.data, key) for key in ASKED},
-        },
-        "quantization": recipe.quantization,
-    }
-    stand_in["data"]["prompt_format"] = prompts.name
-    run.write_state(
-        "finished",
-        kind="base",
-        stand_in=stand_in,
-        fingerprint=fingerprint,
-        base_fingerprint=base_fingerprint(recipe),
-        prompt_format_hash=prompts.hash,
-    )
-
-
 def stored_recipe(run: RunDirectory) -> Recipe | None:
-    """Return the stand-in recipe of a directory that `record_base` made, or None for a
-    trained run.
-    """
+    """Return the stand-in recipe of a model without a run, or None for a trained run."""
     stored = run.read_state().get("stand_in")
     if stored is None:
         return None

@@ -137,11 +137,7 @@ def _pair(row: Row) -> tuple[Item, str]:
 
 
 def _verdict(row: Row, key: str, verdicts: Mapping[str | int, str]) -> str:
-    """What a row's label means.
-
-    Raises:
-        ValueError: it is no verdict.
-    """
+    """What a row's label means."""
     value = row[key]
     if type(value) not in (str, int) or value not in verdicts:
         raise ValueError(f"{key} is {value!r}, not {', '.join(map(str, verdicts))}")

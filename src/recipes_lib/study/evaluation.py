@@ -24,7 +24,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe
 from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
-from recipes_lib.generation.targets import Asking, Target, base_target, find_targets, record_base
+from recipes_lib.generation.targets import Asking, Target, base_target, find_targets
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
 from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
 from recipes_lib.suites.judged import JudgedSuite
@@ -94,7 +94,7 @@ def record_base_run(study: Study) -> None:
     target = base_target(arm.recipe)
     with loaded([target], weights=False) as subjects:
         subject = subjects[0]
-        record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
+        subject.record()
     if base_run(study) != subject.name:
         known = {"run": subject.name, "model": arm.recipe.model.name_or_path}
         write_json(base_record(study), known)

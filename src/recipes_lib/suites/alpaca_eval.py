@@ -602,9 +602,6 @@ def annotations_text(annotations: Sequence[Annotation]) -> str:
 def _quiet_library() -> Iterator[None]:
     """Import and run the library without its chatter: it sets the root logger to INFO and draws
     progress bars.
-
-    Raises:
-        EnvironmentFault: it is not installed, or setuptools has become too new for it.
     """
     root = logging.getLogger()
     level = root.level

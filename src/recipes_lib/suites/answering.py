@@ -24,7 +24,6 @@ from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.answers import Arrived, Completions, Writer
 from recipes_lib.generation.openai_engine import OpenAIEngine, Server
 from recipes_lib.generation.subjects import ServerFormat, Subject
-from recipes_lib.generation.targets import record_base
 from recipes_lib.generation.transformers_engine import TransformersEngine
 from recipes_lib.suites.questions import Question, read_answer_file
 
@@ -124,8 +123,7 @@ def answer_questions(
     decoding = Decoding(
         **{item.name: getattr(section, item.name) for item in dataclasses.fields(Decoding)}
     )
-    if subject.target.is_base:
-        record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
+    subject.record()
     folder = subject.run.path / "evals" / recipe.name
     rows: Completions = {}
     with waiting_lock(folder):

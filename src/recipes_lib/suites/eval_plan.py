@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.loader import Origin
@@ -54,7 +53,8 @@ from recipes_lib.suites.answer_costs import (
     loss_batches,
     loss_tokens,
 )
-from recipes_lib.suites.eval_times import ANSWER_SHARE, FEEDBACK, REQUESTS, TASKS
+from recipes_lib.suites.answering import is_answer_file
+from recipes_lib.suites.eval_times import ANSWER_SHARE, FEEDBACK, NUM_QUESTIONS, REQUESTS, TASKS
 from recipes_lib.suites.questions import (
     ASKED_HERE,
     MT_BENCH_PACKAGE,
@@ -82,7 +82,7 @@ _REFERENCES = (
 )
 # requests that are asked together: tokens of their prompts, and of their answers
 Together = tuple[list[int], list[int]]
-_NUM_INSTRUCTIONS, _NUM_QUESTIONS, _NUM_REFERENCES = 805, 80, 30
+_NUM_REFERENCES = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +300,7 @@ def plan_eval(
         return _heldout_loss(recipe, target, card)
     served = recipe.generation.engine == "openai"
     models = [target]
-    if opponent not in (None, REFERENCE) and not _is_file(str(opponent)):
+    if opponent not in (None, REFERENCE) and not is_answer_file(str(opponent)):
         models.append(_opponent(recipe, target, str(opponent)))
     questions = _questions(recipe, target)
     parts = [
@@ -338,17 +338,8 @@ def _target(recipe: EvalRecipe, word: str) -> _Model:
     return _Model(found.word, found.recipe, found.trained is not None)
 
 
-def _is_file(word: str) -> bool:
-    """Whether an opponent is a file of answers."""
-    return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
-
-
 def _opponent(recipe: EvalRecipe, target: _Model, word: str) -> _Model:
-    """Return the model whose answers are compared with the target's.
-
-    Raises:
-        RecipeError: the target has no base of its own.
-    """
+    """Return the model whose answers are compared with the target's."""
     if word != _BASE:
         return _target(recipe, word)
     if not target.trained or target.recipe.lora is None:
@@ -378,15 +369,15 @@ def _known_questions(recipe: EvalRecipe) -> list[Question] | None:
     """Return questions as long as the suite's own, which are not here; None for others."""
     data, suite = recipe.data, recipe.suite.name
     if suite == "alpaca_eval" and data.questions == _ALPACA_EVAL and not data.references:
-        both = _spread(_INSTRUCTIONS, _NUM_INSTRUCTIONS), _spread(_OUTPUTS, _NUM_INSTRUCTIONS)
+        both = (_spread(words, NUM_QUESTIONS[suite]) for words in (_INSTRUCTIONS, _OUTPUTS))
         return [
             Question(str(number), ("x" * asked,), reference=("x" * given,))
             for number, (asked, given) in enumerate(zip(*both, strict=True))
         ]
     if suite == "mt_bench" and data.questions == MT_BENCH_PACKAGE:
-        asked_turns = [_spread(words, _NUM_QUESTIONS) for words in _TURNS]
+        asked_turns = [_spread(words, NUM_QUESTIONS[suite]) for words in _TURNS]
         given = [_spread(words, _NUM_REFERENCES) for words in _REFERENCES]
-        every = _NUM_QUESTIONS / _NUM_REFERENCES
+        every = NUM_QUESTIONS[suite] / _NUM_REFERENCES
         places = {round(number * every): number for number in range(_NUM_REFERENCES)}
         found = []
         for number, sizes in enumerate(zip(*asked_turns, strict=True)):
@@ -401,12 +392,7 @@ def _known_questions(recipe: EvalRecipe) -> list[Question] | None:
 
 
 def _questions(recipe: EvalRecipe, target: _Model) -> _Questions:
-    """Return the questions in the target's tokens.
-
-    Raises:
-        DataError: a file that cannot be used.
-        EnvironmentFault: they are not here, and nothing is known of them.
-    """
+    """Return the questions in the target's tokens."""
     assert recipe.suite.name in ASKED_HERE
     here = True
     try:
@@ -654,11 +640,7 @@ def _around_judged(recipe: EvalRecipe) -> tuple[int, int]:
 
 
 def _heldout_loss(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
-    """Return the plan of a loss: one forward pass over each row.
-
-    Raises:
-        RecipeError: the target has no recipe, or its recipe holds no such rows out.
-    """
+    """Return the plan of a loss: one forward pass over each row."""
     name = str(recipe.data.questions)
     split = name if name in (TEST, VALIDATION) else None
     if recipe.generation.engine == "openai":

@@ -40,7 +40,7 @@ from recipes_lib.eval_files import lm_eval_measures, log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, TaskScore
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.generation.targets import Target, record_base
+from recipes_lib.generation.targets import Target
 from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.suite import Suite, grid
 from recipes_lib.weights.base import model_path
@@ -170,11 +170,7 @@ def alone() -> bool:
 
 
 def _joined() -> Any:
-    """Join the other processes of the launch: a GPU each, or cores of the processor.
-
-    Raises:
-        EnvironmentFault: the launcher started several processes that would each do all the work.
-    """
+    """Join the other processes of the launch: a GPU each, or cores of the processor."""
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
@@ -361,8 +357,7 @@ def _run(recipe: EvalRecipe, subject: Subject, model: Any) -> EvalLog | None:
             raise EnvironmentFault(f"a task's data cannot be loaded: {reason}", hint) from None
     if found is None:
         return None
-    if subject.target.is_base:
-        record_base(subject.run, subject.target.recipe, subject.fingerprint, subject.prompts)
+    subject.record()
     return _keep(recipe, subject, dict(found), folder, command)
 
 
@@ -491,9 +486,6 @@ def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
 
     Args:
         own: folder of the recipe's tasks.
-
-    Raises:
-        RecipeError: a task that does not exist.
     """
     from lm_eval.tasks import TaskManager
 
@@ -518,9 +510,6 @@ def _task_manager(recipe: EvalRecipe, own: Path | None) -> Any:
 def _check_metrics(manager: Any, own: Path) -> None:
     """Refuse a metric that lm-eval does not have: it would load the code of one with that name from
     a folder or the Hub.
-
-    Raises:
-        RecipeError: naming the task's file.
     """
     import lm_eval.api.metrics  # noqa: F401  (fills the registry)
     from lm_eval.api.registry import metric_registry
@@ -673,11 +662,7 @@ def _inside(recipe: EvalRecipe) -> Iterator[Path | None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log at errors.
-
-    Raises:
-        EnvironmentFault: lm-eval is not installed.
-    """
+    """Keep lm-eval's log at errors."""
     import logging
 
     try:

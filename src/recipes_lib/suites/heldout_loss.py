@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, NotRequired, TypedDict, cast
+from typing import Any, ClassVar, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.recipe import Recipe
@@ -35,7 +35,7 @@ from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
-from recipes_lib.generation.targets import Target, record_base
+from recipes_lib.generation.targets import Target
 from recipes_lib.generation.transformers_engine import batches
 from recipes_lib.statistics.intervals import StoredInterval, mean_interval
 from recipes_lib.suites.answer_costs import loss_tokens
@@ -45,20 +45,20 @@ LOSS = "loss"
 
 
 class _Rows(TypedDict):
-    """What was read; results of earlier releases lack how many rows repeat."""
+    """What was read."""
 
     n: int
     tokens: int
     hash: str
-    repeated: NotRequired[int]
+    repeated: int
 
 
 class _Numbers(TypedDict):
-    """The suite's numbers in a result; those of earlier releases lack bits per byte."""
+    """The suite's numbers in a result."""
 
     loss: StoredInterval
     perplexity: float
-    bits_per_byte: NotRequired[float | None]
+    bits_per_byte: float | None
     rows: _Rows
 
 
@@ -113,8 +113,7 @@ class HeldoutLoss(Suite):
         """
         recipe, target = self.recipe, subject.target
         assert subject.model is not None
-        if target.is_base:
-            record_base(subject.run, target.recipe, subject.fingerprint, subject.prompts)
+        subject.record()
         rows = self._rows(subject)
         using = subject.using() if subject.using else contextlib.nullcontext()
         with waiting_lock(subject.run.path / "evals" / recipe.name), using:
@@ -229,12 +228,12 @@ class HeldoutLoss(Suite):
                 f"{one['rows']['tokens']:,}",
                 interval(one["loss"], digits=4),
                 number(one["perplexity"]),
-                number(one.get("bits_per_byte"), digits=4),
+                number(one["bits_per_byte"], digits=4),
             ]
             for log, one in zip(logs, found, strict=True)
         ]
         lines = grid(head, rows)
-        if repeated := max(one["rows"].get("repeated", 0) for one in found):
+        if repeated := max(one["rows"]["repeated"] for one in found):
             what = "every text is one observation in the intervals and tests"
             rows_repeat = "1 row repeats" if repeated == 1 else f"{repeated:,} rows repeat"
             lines += ["", f"{rows_repeat} the text of another: {what}"]

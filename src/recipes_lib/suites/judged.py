@@ -631,11 +631,7 @@ def _ask_all(
     store: JudgmentStore,
     what: str,
 ) -> list[Row]:
-    """Ask what is missing, with progress, and return the rows of the requests.
-
-    Raises:
-        EvaluationIncomplete: judgments are missing; the same command continues.
-    """
+    """Ask what is missing, with progress, and return the rows of the requests."""
     progress = Progress(what, sum(request.key not in store for request in requests))
 
     def count(run: JudgeRun) -> None:
@@ -794,9 +790,6 @@ def check_formats(pairing: Pairing) -> None:
 def _base_of(word: str, named: Mapping[str, Target]) -> Target:
     """The base that a target is compared with; the base itself beside its runs is compared with
     itself, which is one half.
-
-    Raises:
-        RecipeError: the target is no adapter.
     """
     target = named[word]
     if target.trained is not None and target.recipe.lora is not None:

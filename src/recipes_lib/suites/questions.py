@@ -233,11 +233,7 @@ def _references(recipe: EvalRecipe, fetch: bool) -> dict[str, tuple[str, ...]]:
 
 
 def _turns(choices: Any, table: Table, number: int) -> list[str]:
-    """The texts of FastChat's `choices`.
-
-    Raises:
-        DataError: they are not a list whose first entry has texts under 'turns'.
-    """
+    """The texts of FastChat's `choices`."""
     turns = (
         choices[0].get("turns")
         if isinstance(choices, list) and choices and isinstance(choices[0], dict)
