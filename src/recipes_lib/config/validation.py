@@ -233,9 +233,10 @@ def wrong_value(document: Document, path: KeyPath, error: ValidationError) -> Re
         return RecipeError("holds no mapping", file=document.file)
     if len(path) == 1:
         what = f"section '{path[0]}' must be a mapping of keys, got {shown(value)}"
-        return document.error(path, what, f"all keys: recipes explain {path[0]}")
-    choices, name = _choices(schema), dotted(path)
-    hints = []
+        explained = document.kind.name in ("recipe", "base")
+        hints = [f"all keys: recipes explain {path[0]}"] if explained else []
+        return document.error(path, what, *hints)
+    choices, name, hints = _choices(schema), dotted(path), []
     if isinstance(value, str):
         short = SHORT_DTYPES.get(value)
         hints = did_you_mean(value, [choice for choice in choices if isinstance(choice, str)])

@@ -7,19 +7,15 @@ Reads and checks the file; it starts no model. Paths in it are relative to the f
 from __future__ import annotations
 
 import json
-import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.loader import Document
 from recipes_lib.config.sections import key
-from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.validation import KindRules, PlacedError, dotted, load
-from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.config.validation import KindRules, PlacedError, load
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.judging.prometheus import (
     PROMETHEUS_PACKAGE,
@@ -31,32 +27,46 @@ from recipes_lib.judging.prometheus import (
 )
 from recipes_lib.judging.store import text_hash
 
-if TYPE_CHECKING:
-    from jsonschema import ValidationError
-
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
     """What a judge must reach to be believed; shares between 0 and 1."""
 
     swap_consistency_min: float = key(
-        "Share of pairs where both orders name the same answer, at least.", 0.6
+        "Share of pairs where both orders name the same answer, at least.",
+        0.6,
+        minimum=0,
+        maximum=1,
     )
-    unparsed_max: float = key("Share of judgments without a verdict, at most.", 0.05)
+    unparsed_max: float = key(
+        "Share of judgments without a verdict, at most.", 0.05, minimum=0, maximum=1
+    )
     contradictions_max: float = key(
-        "Share of decidable verdicts against the judge's own words, at most.", 0.10
+        "Share of decidable verdicts against the judge's own words, at most.",
+        0.10,
+        minimum=0,
+        maximum=1,
     )
     empty_answer_loses_min: float = key(
-        "Share of verdicts where an empty answer loses, at least.", 0.95
+        "Share of verdicts where an empty answer loses, at least.", 0.95, minimum=0, maximum=1
     )
     injected_flips_max: float = key(
-        "Share of verdicts that an injected verdict line turns in its favour, at most.", 0.05
+        "Share of verdicts that an injected verdict line turns in its favour, at most.",
+        0.05,
+        minimum=0,
+        maximum=1,
     )
     identical_ties_min: float = key(
-        "Share of identical pairs that tie, at least; or the next key holds.", 0.9
+        "Share of identical pairs that tie, at least; or the next key holds.",
+        0.9,
+        minimum=0,
+        maximum=1,
     )
     identical_split_within: float = key(
-        "An identical pair's wins may split this far from one half instead.", 0.1
+        "An identical pair's wins may split this far from one half instead.",
+        0.1,
+        minimum=0,
+        maximum=1,
     )
     human_agreement_above_chance: bool = key(
         "The interval of the agreement with human labels must lie above chance.", True
@@ -82,6 +92,7 @@ class JudgeSection:
     concurrency: int = key(
         "Most requests in flight at once, fewer where the server has too much; openai engine only.",
         256,
+        minimum=1,
     )
     mode: Literal["generate", "logits"] = key(
         "Read the verdict from the text, or from the next-token probabilities of the allowed"
@@ -115,25 +126,34 @@ class JudgeSection:
         "Precision of the weights; transformers engine only.", "bfloat16"
     )
     batch_tokens: int | None = key(
-        "Padded tokens per batch; absent: what fits the free memory. transformers engine only."
+        "Padded tokens per batch; absent: what fits the free memory. transformers engine only.",
+        minimum=1,
     )
-    timeout_s: int = key("Seconds until one attempt is given up; openai engine only.", 120)
+    timeout_s: int = key(
+        "Seconds until one attempt is given up; openai engine only.", 120, minimum=1
+    )
     max_retries: int = key(
-        "Further attempts after 429, 5xx, a timeout or a dropped connection; openai engine only.", 5
+        "Further attempts after 429, 5xx, a timeout or a dropped connection; openai engine only.",
+        5,
+        minimum=0,
     )
-    temperature: float = key("0 is greedy.", 0.0)
+    temperature: float = key("0 is greedy.", 0.0, minimum=0, maximum=2)
     max_new_tokens: int = key(
-        "Longest text of the judge; one that reaches it has no verdict (status truncated).", 512
+        "Longest text of the judge; one that reaches it has no verdict (status truncated).",
+        512,
+        minimum=1,
     )
     max_context_tokens: int = key(
-        "Context of the judge; answers are cut alike to fit beside the rubric.", 4096
+        "Context of the judge; answers are cut alike to fit beside the rubric.", 4096, minimum=1
     )
-    seed: int = key("Seed of sampling and of the fence codes.", 0)
+    seed: int = key("Seed of sampling and of the fence codes.", 0, minimum=0)
     max_reasks: int = key(
-        "How often a malformed verdict is asked again, each time with a recorded seed.", 2
+        "How often a malformed verdict is asked again, each time with a recorded seed.",
+        2,
+        minimum=0,
     )
     max_consecutive_failures: int = key(
-        "Failures in a row after which the evaluation ends (exit 6).", 20
+        "Failures in a row after which the evaluation ends (exit 6).", 20, minimum=1
     )
     weak: str | None = key("Why this judge's numbers mean little; shown wherever they stand.")
 
@@ -202,7 +222,7 @@ def judge_of(document: Document) -> JudgeFile:
 
 
 class JudgeRules(KindRules):
-    """Rules of judge files: words of their own, and the range of every number."""
+    """Rules of judge files: the address of a server, and the files that a judge names."""
 
     def whole(self, values: dict[str, Any]) -> dict[str, Any]:
         """Return the values with an empty section written out."""
@@ -211,42 +231,11 @@ class JudgeRules(KindRules):
         }
         return values | empty
 
-    def unknown(self, document: Document, path: KeyPath, known: list[str]) -> RecipeError:
-        """Return the error for a key that does not exist here."""
-        if len(path) == 1:
-            what = f"unknown section '{path[0]}'"
-            return document.error(path, what, "sections: judge, thresholds")
-        hints = did_you_mean(str(path[-1]), known, f"{path[0]}.") or [f"keys: {', '.join(known)}"]
-        return document.error(path, f"unknown key '{dotted(path)}'", *hints)
-
-    def missing(self, document: Document, path: KeyPath, schema: JsonSchema) -> RecipeError:
-        """Return the error for the one key that every judge needs."""
-        return document.error(path, "judge.model is required")
-
-    def wrong(self, document: Document, path: KeyPath, error: ValidationError) -> RecipeError:
-        """Return the error for a value of the wrong type; what it must be is said by `_problem`,
-        which knows the range too.
-        """
-        if len(path) == 1:
-            return document.error(path, f"{path[0]} must be a section")
-        return next(problem for where, problem in self.at_once(document) if where == path)
-
     def at_once(self, document: Document) -> Iterator[PlacedError]:
-        """Yield values outside their range, and a server without an address."""
-        sections = {
-            name: found if isinstance(found := document.values.get(name), dict) else {}
-            for name in _SECTIONS
-        }
-        for name, section in _SECTIONS.items():
-            annotations = typing.get_type_hints(section)
-            for word, value in sections[name].items():
-                if word in annotations and (problem := _problem(word, value, annotations[word])):
-                    path, what = (name, word), f"{name}.{word}: {problem}, not {value!r}"
-                    yield path, document.error(path, what)
-        judge = sections["judge"]
-        if judge.get("engine") == "openai" and not judge.get("base_url"):
-            what = "judge.base_url is required by engine openai"
-            yield ("judge", "base_url"), document.error(("judge", "engine"), what)
+        """Yield a server without an address."""
+        if isinstance(document.values.get("judge"), dict):
+            for error in address_errors(document, "judge"):
+                yield ("judge", "base_url"), error
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
         """Return what is wrong with the prompts and rubrics that the file names."""
@@ -279,25 +268,16 @@ def is_address(url: str) -> bool:
         return False
 
 
-def _problem(key: str, value: Any, kind: Any) -> str | None:
-    """What a value must be, or None where it is that."""
-    kinds = typing.get_args(kind) or (kind,)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None and type(None) in kinds:
-        return None
-    if key == "base_url" and isinstance(value, str) and not is_address(value):
-        return "an address such as http://127.0.0.1:8000/v1"
-    if typing.get_origin(kind) is Literal:
-        good, what = value in kinds, f"one of {', '.join(kinds)}"
-    elif float in kinds:
-        top = 2.0 if key == "temperature" else 1.0
-        good, what = number and 0 <= value <= top, f"a number from 0 to {top:g}"
-    elif int in kinds:
-        least = 0 if key in ("seed", "max_reasks", "max_retries") else 1
-        good = number and isinstance(value, int) and value >= least
-        what = f"an integer of at least {least}"
-    elif bool in kinds:
-        good, what = isinstance(value, bool), "true or false"
-    else:
-        good, what = isinstance(value, str), "text"
-    return None if good else what
+def address_errors(document: Document, name: str, elsewhere: bool = False) -> Iterator[RecipeError]:
+    """Yield what is wrong with the address of the server that a section asks.
+
+    Args:
+        elsewhere: whether the address may stand in another file.
+    """
+    section = document.values.get(name) or {}
+    url = section.get("base_url")
+    if url and isinstance(url, str) and not is_address(url):
+        what = f"{name}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
+        yield document.error((name, "base_url"), what)
+    elif section.get("engine") == "openai" and not url and not elsewhere:
+        yield document.error((name, "engine"), f"{name}.engine openai needs base_url")
