@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 ASKED_AT_ONCE = 32  # by a judge in this process, which waits for the slowest of a batch
 LEAST_SHARED_TOKENS = 32  # below it the extra forward pass saves nothing
-TEMPLATE_ROOM_TOKENS = 48  # what a chat template puts around the prompt
 
 
 class OpenJudge(ABC):
@@ -85,7 +84,6 @@ class OpenJudge(ABC):
             reference: whether the questions come with a reference answer that must be met.
         """
         section = self.section
-        written = section.max_new_tokens if section.mode == "generate" else 8
         return JudgePlan(
             template=self.file.template(kind),
             rubric=self.file.rubric(reference),
@@ -93,7 +91,7 @@ class OpenJudge(ABC):
             max_reasks=section.max_reasks,
             max_consecutive_failures=section.max_consecutive_failures,
             count_tokens=self.count_tokens,
-            max_prompt_tokens=section.max_context_tokens - written - TEMPLATE_ROOM_TOKENS,
+            max_prompt_tokens=section.max_prompt_tokens,
         )
 
 

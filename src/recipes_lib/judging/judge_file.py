@@ -158,6 +158,14 @@ class JudgeSection:
     weak: str | None = key("Why this judge's numbers mean little; shown wherever they stand.")
 
     @property
+    def max_prompt_tokens(self) -> int:
+        """What a prompt may take: the context without what is written (a verdict alone in mode
+        logits), and without what a chat template puts around the prompt.
+        """
+        written = self.max_new_tokens if self.mode == "generate" else 8
+        return self.max_context_tokens - written - 48
+
+    @property
     def served_here(self) -> bool:
         """Whether it is expected behind an address of the machine that evaluates."""
         here = ("127.0.0.1", "localhost", "::1")

@@ -26,6 +26,7 @@ import numpy as np
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
 from recipes_lib.core.fingerprints import hash_of
+from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import write_lines
 from recipes_lib.eval_log import ORDERS, REFERENCE, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
@@ -47,7 +48,7 @@ from recipes_lib.suites.judged import (
     within_scale,
 )
 from recipes_lib.suites.questions import Question, QuestionSet, asked_of
-from recipes_lib.suites.suite import footer, grid, interval, percent, percent_interval
+from recipes_lib.suites.suite import footer, interval, percent, percent_interval
 
 # hash of AlpacaEval's 805, in their order
 _INSTRUCTIONS = "3e053e0aef9e138ba0c5b5a6e773a1a1750d96dfea70852f892a637a92c34179"
@@ -303,7 +304,7 @@ class AlpacaEval(JudgedSuite):
                     "-" if not (mean := numbers.get("mean_score")) else interval(mean),
                 ]
             )
-        lines = grid(head, rows)
+        lines = aligned([head, *rows])
         lines += ["", "judged in both orders; a pair whose orders disagree is a tie"]
         return [*lines, *footer(logs)]
 

@@ -23,6 +23,7 @@ from recipes_lib.config.schema import COUNT, fields_of, object_schema
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import Row
+from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
@@ -32,7 +33,7 @@ from recipes_lib.suites.answering import AnswerSet, answer_questions
 from recipes_lib.suites.judged import answer_banners
 from recipes_lib.suites.questions import Question, load_questions
 from recipes_lib.suites.rules import RULES, Rule
-from recipes_lib.suites.suite import Suite, grid, percent_interval
+from recipes_lib.suites.suite import Suite, percent_interval
 
 _RATE = object_schema(fields_of(Interval) | {"unresolved": COUNT})
 
@@ -173,7 +174,7 @@ class Checks(Suite):
             shown = (percent_interval(cell) if cell else "-" for cell in cells)
             rows.append([name, str(n), *shown])
         head = ["answers that pass [95%]", "n", *(log.target for log in logs)]
-        return grid(head, rows)
+        return aligned([head, *rows])
 
 
 def _check(written: Mapping[str, object]) -> Rule:

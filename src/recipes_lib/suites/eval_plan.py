@@ -25,7 +25,7 @@ from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.data.splits import TEST, VALIDATION
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.generation.judges import ASKED_AT_ONCE, TEMPLATE_ROOM_TOKENS
+from recipes_lib.generation.judges import ASKED_AT_ONCE
 from recipes_lib.generation.targets import (
     asking_of,
     base_target,
@@ -594,8 +594,7 @@ def _judge_prompts(
     """
     assert recipe.judge is not None
     judge, metrics, turns = recipe.judge.judge, recipe.metrics, recipe.suite.name == "mt_bench"
-    written = judge.max_new_tokens if judge.mode == "generate" else 8
-    most = judge.max_context_tokens - written - TEMPLATE_ROOM_TOKENS
+    most = judge.max_prompt_tokens
     compares = paired and (metrics.pairwise if turns else True)
     grades = True if turns else paired and metrics.absolute
     around = _around_judged(recipe)

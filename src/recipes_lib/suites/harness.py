@@ -36,13 +36,14 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors,
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_lock import waiting_lock
+from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import lm_eval_measures, log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, TaskScore
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target
 from recipes_lib.statistics.intervals import mean_interval, wilson
-from recipes_lib.suites.suite import Suite, grid
+from recipes_lib.suites.suite import Suite
 from recipes_lib.weights.base import model_path
 
 _CLI_OPTIONS = (
@@ -143,7 +144,7 @@ class Harness(Suite):
                     *("-" if cell is None else _score(cell) for cell in cells),
                 ]
             )
-        return grid(head, rows)
+        return aligned([head, *rows])
 
 
 def _score(row: TaskScore) -> str:

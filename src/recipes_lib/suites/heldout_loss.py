@@ -29,6 +29,7 @@ from recipes_lib.config.schema import NUMBER
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_lock import waiting_lock
+from recipes_lib.core.terminal import aligned
 from recipes_lib.data.preparation import prepare_data
 from recipes_lib.data.splits import TEST, TRAIN, VALIDATION
 from recipes_lib.eval_files import log_file
@@ -39,7 +40,7 @@ from recipes_lib.generation.targets import Target
 from recipes_lib.generation.transformers_engine import batches
 from recipes_lib.statistics.intervals import StoredInterval, mean_interval
 from recipes_lib.suites.answer_costs import loss_tokens
-from recipes_lib.suites.suite import Suite, grid, interval, number
+from recipes_lib.suites.suite import Suite, interval, number
 
 LOSS = "loss"
 
@@ -232,7 +233,7 @@ class HeldoutLoss(Suite):
             ]
             for log, one in zip(logs, found, strict=True)
         ]
-        lines = grid(head, rows)
+        lines = aligned([head, *rows])
         if repeated := max(one["rows"]["repeated"] for one in found):
             what = "every text is one observation in the intervals and tests"
             rows_repeat = "1 row repeats" if repeated == 1 else f"{repeated:,} rows repeat"

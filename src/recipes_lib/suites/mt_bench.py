@@ -18,6 +18,7 @@ from typing import Any, cast
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
 from recipes_lib.core.errors import DataError
+from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import write_lines
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 from recipes_lib.generation.judges import OpenJudge
@@ -38,7 +39,7 @@ from recipes_lib.suites.judged import (
     within_scale,
 )
 from recipes_lib.suites.questions import NEEDS_REFERENCE, Question
-from recipes_lib.suites.suite import footer, grid, interval, number, percent_interval
+from recipes_lib.suites.suite import footer, interval, number, percent_interval
 
 _STYLE = {
     "svg.hashsalt": "recipes",
@@ -187,15 +188,17 @@ class MTBench(JudgedSuite):
                     else f"{percent_interval(pairs['score'])} against {log.against}",
                 ]
             )
-        lines = grid(head, rows)
+        lines = aligned([head, *rows])
         lines += [
             "",
-            *grid(
-                ["category", *(log.target for log in logs)],
+            *aligned(
                 [
-                    [name, *(_cell(one["by_category"][name]) for one in found)]
-                    for name in found[0]["by_category"]
-                ],
+                    ["category", *(log.target for log in logs)],
+                    *(
+                        [name, *(_cell(one["by_category"][name]) for one in found)]
+                        for name in found[0]["by_category"]
+                    ),
+                ]
             ),
         ]
         lines += ["", "grades are 1-5, as the judge gives them"]

@@ -146,12 +146,3 @@ def interval(value: StoredInterval, digits: int = 2) -> str:
 def number(value: float | None, digits: int = 2) -> str:
     """Return a number with so many digits after the point."""
     return "n/a" if value is None else f"{value:.{digits}f}"
-
-
-def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return aligned lines."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
