@@ -151,17 +151,21 @@ def _models_in(file: Path, size: int, changed: int) -> frozenset[str]:
 
 
 def read_lines(path: Path, skip_damaged: bool = False) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a JSON-lines file as `json_files.read_rows` does; numbers that are not
+    """Return the objects of a JSON-lines file as `json_files.read_rows` does; numbers that are not
     finite become None.
 
     Raises:
         DataError: a line before the end is damaged, with its number.
     """
-    for row in read_rows(path, skip_damaged):
-        yield {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in row.items()
-        }
+    return map(finite, read_rows(path, skip_damaged))
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row with None for numbers that are not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
 
 
 def _items(name: str, file: Path, result: Mapping[str, Any]) -> Iterator[Measure]:

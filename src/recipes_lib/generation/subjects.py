@@ -83,8 +83,7 @@ class PromptFormat:
 class Subject:
     """A target that is ready to answer.
 
-    `engine_args` are what an engine in this process is built from: model, tokenizer and the context
-    that activates the adapter.
+    `using` gives the context in which its adapter is active.
     """
 
     target: Target

@@ -27,7 +27,7 @@ from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.terminal import aligned
-from recipes_lib.eval_files import write_lines
+from recipes_lib.eval_files import finite, write_lines
 from recipes_lib.eval_log import ORDERS, REFERENCE, EvalLog, Measure, Sample
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.judges import OpenJudge
@@ -505,13 +505,9 @@ def _win_rate(preferences: Sequence[float | None]) -> LibraryNumbers:
 
 def _plain(values: Mapping[str, Any]) -> dict[str, float | None]:
     """Numbers without numpy types; NaN becomes None."""
-    plain = {
-        key: value.item() if hasattr(value, "item") else value for key, value in values.items()
-    }
-    return {
-        key: None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in plain.items()
-    }
+    return finite(
+        {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+    )
 
 
 def _length_controlled(annotations: list[Annotation]) -> dict[str, float | None]:

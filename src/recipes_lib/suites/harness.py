@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import math
 import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.core.terminal import aligned
-from recipes_lib.eval_files import lm_eval_measures, log_file
+from recipes_lib.eval_files import finite, lm_eval_measures, log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, TaskScore
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.generation.subjects import Subject
@@ -387,7 +386,7 @@ def _keep(
     )
     file, tasks = log_file(subject.run.path, recipe.name, None), _tasks(found, samples)
     measures = lm_eval_measures(
-        recipe.name, file, tasks, lambda task: map(_plain, samples.get(task, ()))
+        recipe.name, file, tasks, lambda task: map(finite, samples.get(task, ()))
     )
     return EvalLog(
         suite="lm_eval",
@@ -413,14 +412,6 @@ def _keep(
         measures=tuple(measures),
         file=file,
     )
-
-
-def _plain(sample: Mapping[str, Any]) -> dict[str, object]:
-    """A sample without numbers that are not finite."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in sample.items()
-    }
 
 
 def _tasks(found: Mapping[str, Any], samples: Mapping[str, Sequence[Any]]) -> list[TaskScore]:
