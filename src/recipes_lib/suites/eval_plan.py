@@ -54,7 +54,14 @@ from recipes_lib.suites.answer_costs import (
     loss_tokens,
 )
 from recipes_lib.suites.answering import is_answer_file
-from recipes_lib.suites.eval_times import ANSWER_SHARE, FEEDBACK, NUM_QUESTIONS, REQUESTS, TASKS
+from recipes_lib.suites.eval_times import (
+    ANSWER_SHARE,
+    FEEDBACK,
+    NUM_QUESTIONS,
+    REQUESTS,
+    TASKS,
+    limited,
+)
 from recipes_lib.suites.questions import (
     ASKED_HERE,
     MT_BENCH_PACKAGE,
@@ -695,13 +702,6 @@ def _heldout_loss(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
     )
 
 
-def _limited(items: int, limit: float | None) -> int:
-    """Return the items of a task that are asked."""
-    if limit is None:
-        return items
-    return round(items * limit) if limit < 1 else min(items, int(limit))
-
-
 def _harness(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
     """Return the plan of lm-eval's tasks: reading alone has a time, because lm-eval chooses by
     itself how many answers it writes together.
@@ -711,14 +711,14 @@ def _harness(recipe: EvalRecipe, target: _Model, card: Card) -> EvalPlan:
     read = written = 0.0
     for task in suite.tasks or ():
         if task in REQUESTS:
-            others += _limited(REQUESTS[task], suite.limit)
+            others += limited(REQUESTS[task], suite.limit)
             apart.append(f"{task} (the lengths of its prompts are not known without its data)")
             continue
         if task not in TASKS:
             strange.append(f"{task} (its requests are not known without its data)")
             continue
         own, each, tokens, answer = TASKS[task]
-        own = _limited(own, suite.limit)
+        own = limited(own, suite.limit)
         items, requests = items + own, requests + own * each
         read, written = read + own * each * tokens, written + own * answer
         if answer and model.on_gpu:

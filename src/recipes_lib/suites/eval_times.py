@@ -112,12 +112,17 @@ def _harness(recipe: EvalRecipe, speed: float) -> EvalTime:
             unknown.append(task)
             continue
         items, requests, tokens, written = TASKS[task]
-        limit = recipe.suite.limit
-        if limit is not None:
-            items = round(items * limit) if limit < 1 else min(items, int(limit))
+        items = limited(items, recipe.suite.limit)
         seconds += items * requests * tokens / (JUDGED_TOKENS_PER_SECOND * speed)
         seconds += items * written / (GENERATED_TOKENS_PER_SECOND * speed)
     return EvalTime(recipe.name, seconds, 0.0, tuple(unknown))
+
+
+def limited(items: int, limit: float | None) -> int:
+    """Return the items of a task that are asked; a limit below 1 is a share of them."""
+    if limit is None:
+        return items
+    return round(items * limit) if limit < 1 else min(items, int(limit))
 
 
 def usual_evals(on_cpu: bool) -> list[EvalRecipe]:
