@@ -217,19 +217,21 @@ class SuiteFacts:
     """A suite by its place, and what is known of it before it is run.
 
     Args:
-        place: its module and class, which is imported when the suite is used: `recipes check` must
-            not wait for what suites import.
+        place: `module:class`, imported when the suite is used: `recipes check` must not wait for
+            what suites import.
         judged: whether a judge decides it; one that is not judged is done once a model was asked.
         metrics: the first one of its table first, one that only an option asks for last; none where
             the recipe's tasks decide.
-        asks: whether it asks the questions of `data.questions`, which training rows must not hold.
+        question: `module:function` that makes a question of a row of `data.questions` and its
+            number, for `recipes check` too; empty where the suite asks none of its own. Training
+            rows must not hold these questions.
         one_answer: why it takes one answer per question, and what to do; empty where it takes more.
     """
 
     place: str
     judged: bool
     metrics: tuple[str, ...] = ()
-    asks: bool = True
+    question: str = ""
     one_answer: tuple[str, ...] = ()
 
 
@@ -238,29 +240,33 @@ _REMOVE = "remove it; alpaca_eval and checks take several answers per question"
 # or a `JudgedSuite` where a judge decides) and an entry here; then `make schema`.
 SUITE_FACTS = {
     "alpaca_eval": SuiteFacts(
-        "recipes_lib.suites.alpaca_eval:AlpacaEval", True, ("win_rate", "grade")
+        "suites.alpaca_eval:AlpacaEval",
+        True,
+        ("win_rate", "grade"),
+        "suites.questions:instruction_question",
     ),
     "mt_bench": SuiteFacts(
-        "recipes_lib.suites.mt_bench:MTBench",
+        "suites.mt_bench:MTBench",
         True,
         ("grade", "win_rate"),
+        "suites.questions:turns_question",
         one_answer=("mt_bench grades one conversation per question", _REMOVE),
     ),
     "lm_eval": SuiteFacts(
-        "recipes_lib.suites.harness:Harness",
+        "suites.harness:Harness",
         False,
-        asks=False,
         one_answer=(
             "lm_eval's tasks say themselves how often they ask",
             "set `repeats` in a task file of your own (data.include_path)",
         ),
     ),
-    "checks": SuiteFacts("recipes_lib.suites.checks:Checks", False, ("pass_rate",)),
+    "checks": SuiteFacts(
+        "suites.checks:Checks", False, ("pass_rate",), "suites.questions:checked_question"
+    ),
     "heldout_loss": SuiteFacts(
-        "recipes_lib.suites.heldout_loss:HeldoutLoss",
+        "suites.heldout_loss:HeldoutLoss",
         False,
         ("loss", "bits_per_byte"),
-        asks=False,
         one_answer=("heldout_loss writes no answers", _REMOVE),
     ),
 }

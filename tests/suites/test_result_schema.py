@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from tests.suites.test_replay_numbers import rows
 
+from recipes_lib.config.kinds import at
 from recipes_lib.config.vocabulary import load_schema
 from recipes_lib.eval_log import AnswerFacts, AnswerFaults, EvalLog, JudgeFacts, TaskScore
 from recipes_lib.eval_recipe import SUITE_FACTS
@@ -19,7 +20,7 @@ from recipes_lib.statistics.intervals import mean_interval, wilson
 from recipes_lib.suites.judged import JudgedSuite, replay_numbers
 from recipes_lib.suites.mt_bench import summary
 from recipes_lib.suites.questions import Question
-from recipes_lib.suites.suite import Suite, suite_class
+from recipes_lib.suites.suite import suite_class
 
 VALIDATOR = Draft202012Validator(load_schema("eval_result"))
 STORED = rows({"1": "AB", "2": "BA", "3": "AA", "4": ("A", "unparsed")})
@@ -140,5 +141,5 @@ def test_what_is_known_of_a_suite_before_it_is_run_is_what_its_class_says() -> N
         kind = suite_class(name)
         assert facts.judged == issubclass(kind, JudgedSuite), name
         assert facts.metrics or name == "lm_eval", name
-        assert facts.asks == (kind.question is not Suite.question), name
+        assert not facts.question or callable(at(facts.question)), name
         assert kind.HELP and kind.TITLE and kind.NUMBERS, name

@@ -45,7 +45,7 @@ class Kind:
 
     def rules(self) -> KindRules:
         """Return what the kind adds to the check of every file."""
-        return _at(self.rules_at)()
+        return at(self.rules_at)()
 
     def check_rows(self, document: Document, full: bool) -> list[RecipesError]:
         """Return what is wrong with the rows that a sound file names; what is only a remark is
@@ -54,10 +54,11 @@ class Kind:
         Args:
             full: whether all rows are read, however many there are.
         """
-        return _at(self.rows_at)(document, full) if self.rows_at else []
+        return at(self.rows_at)(document, full) if self.rows_at else []
 
 
-def _at(place: str) -> Any:
+def at(place: str) -> Any:
+    """Return what stands at `module:name` in this package, imported now."""
     module, name = place.split(":")
     return getattr(importlib.import_module(f"recipes_lib.{module}"), name)
 

@@ -24,7 +24,7 @@ from typing import Any, NotRequired, TypedDict, cast
 import numpy as np
 
 from recipes_lib.core.atomic_files import write_text
-from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
+from recipes_lib.core.errors import EnvironmentFault, first_line
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import finite, write_lines
@@ -47,7 +47,7 @@ from recipes_lib.suites.judged import (
     sample_file,
     within_scale,
 )
-from recipes_lib.suites.questions import Question, QuestionSet, asked_of
+from recipes_lib.suites.questions import Question, QuestionSet
 from recipes_lib.suites.suite import footer, interval, percent, percent_interval
 
 # hash of AlpacaEval's 805, in their order
@@ -122,22 +122,6 @@ class AlpacaEval(JudgedSuite):
                 "metrics.length_controlled", what, "own (length term only) is for any questions"
             )
         return chosen
-
-    @staticmethod
-    def question(row: Row, number: int) -> Question:
-        """Return an instruction with the opponent's output."""
-        instruction, output = row.get("instruction"), row.get("output")
-        if not isinstance(instruction, str) or not instruction.strip():
-            raise DataError("a question needs a text under 'instruction'")
-        if output is not None and not isinstance(output, str):
-            raise DataError("'output' must be text")
-        return Question(
-            str(row["id"]) if row.get("id") is not None else str(number),
-            (asked_of(row),),
-            row.get("dataset") or "",
-            (output,) if output is not None else None,
-            row.get("generator") or "reference",
-        )
 
     def pair_items(
         self, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet

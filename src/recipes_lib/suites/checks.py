@@ -15,14 +15,11 @@ by question, as every other metric is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar, TypedDict, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, fields_of, object_schema
-from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import Row
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import EvalLog, Measure, Sample
@@ -32,7 +29,6 @@ from recipes_lib.statistics.intervals import Interval, StoredInterval, share_int
 from recipes_lib.suites.answering import AnswerSet, answer_questions
 from recipes_lib.suites.judged import answer_banners
 from recipes_lib.suites.questions import Question, load_questions
-from recipes_lib.suites.rules import RULES, Rule
 from recipes_lib.suites.suite import Suite, percent_interval
 
 _RATE = object_schema(fields_of(Interval) | {"unresolved": COUNT})
@@ -65,29 +61,6 @@ class Checks(Suite):
         self.chosen = load_questions(recipe)
         super().__init__(recipe, words, remote_code)
         self.served = recipe.generation.engine == "openai"
-
-    @staticmethod
-    def question(row: Row, number: int) -> Question:
-        """Return a row of checks.
-
-        Raises:
-            DataError: it has no prompt, an unknown check, or an `expected` that its check cannot
-                use.
-        """
-        prompt = row.get("prompt")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError("a row needs a text under 'prompt'")
-        written = row.get("checks")
-        if written is None:
-            options = ("check", "expected", "ignore_case", "tolerance")
-            written = [{name: row[name] for name in options if row.get(name) is not None}]
-        if not isinstance(written, list) or not all(
-            isinstance(one, dict) for one in written or [0]
-        ):
-            raise DataError("'checks' must be a list of checks")
-        checks = tuple(_check(one) for one in written)
-        name = str(row["id"]) if row.get("id") is not None else str(number + 1)
-        return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
 
     def visit(self, subject: Subject) -> list[EvalLog]:
         """Let one of `targets` answer what is missing, and return its log.
@@ -175,23 +148,6 @@ class Checks(Suite):
             rows.append([name, str(n), *shown])
         head = ["answers that pass [95%]", "n", *(log.target for log in logs)]
         return aligned([head, *rows])
-
-
-def _check(written: Mapping[str, object]) -> Rule:
-    name, expected = str(written.get("check") or ""), written.get("expected")
-    if name not in RULES:
-        hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
-        what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
-        raise DataError(what, *hints)
-    if unknown := sorted(written.keys() - {"check", "expected", "ignore_case", "tolerance"}):
-        raise DataError(f"a check has no key '{unknown[0]}'")
-    if not RULES[name].fits(expected):
-        wants = RULES[name].wants
-        raise DataError(f"check '{name}' expects {wants}, not {expected!r}")
-    tolerance = written.get("tolerance", 0.0)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
-        raise DataError(f"'tolerance' must be 0 or more, not {tolerance!r}")
-    return Rule(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
 
 
 def _rate(samples: Sequence[Sample]) -> _Rate:

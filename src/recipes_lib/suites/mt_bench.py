@@ -17,7 +17,6 @@ from typing import Any, cast
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.schema import COUNT, NUMBER, fields_of, object_schema
-from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import aligned
 from recipes_lib.eval_files import write_lines
 from recipes_lib.eval_log import EvalLog, Measure, Sample
@@ -96,15 +95,6 @@ class MTBench(JudgedSuite):
         "statuses": {},
         "judgment_keys": {},
     }
-
-    @staticmethod
-    def question(row: Row, number: int) -> Question:
-        """Return a row of FastChat's question.jsonl."""
-        turns = row.get("turns")
-        whole = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
-        if row.get("question_id") is None or not whole or not turns:
-            raise DataError("a question needs question_id and a list of texts under 'turns'")
-        return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
 
     def pair_items(
         self, questions: Sequence[Question], answers: AnswerSet, opponent: AnswerSet

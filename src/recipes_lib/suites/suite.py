@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from recipes_lib.config.json_schema import JsonSchema
+from recipes_lib.config.kinds import at
 from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe
 from recipes_lib.generation.targets import Target, asking_of, find_targets
 
 if TYPE_CHECKING:
-    from recipes_lib.core.json_files import Row
     from recipes_lib.eval_log import EvalLog
     from recipes_lib.generation.subjects import Subject
     from recipes_lib.statistics.intervals import StoredInterval
-    from recipes_lib.suites.questions import Question
 
 
 class Asker:
@@ -46,7 +44,7 @@ class Asker:
 
 
 class Suite(Asker):
-    """What answers an eval recipe: its questions, what it makes of the answers, and its table.
+    """What an eval recipe runs: what it asks, what it makes of the answers, and its table.
 
     Args:
         words: targets as typed: runs, models, `base`.
@@ -65,15 +63,6 @@ class Suite(Asker):
         super().__init__(find_targets(words, asking_of(recipe, remote_code)))
 
     @staticmethod
-    def question(row: Row, number: int) -> Question:
-        """Return a row of `data.questions` as a question; the first row has number 0.
-
-        Raises:
-            DataError: it is none.
-        """
-        raise NotImplementedError
-
-    @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         raise NotImplementedError
@@ -81,8 +70,7 @@ class Suite(Asker):
 
 def suite_class(name: str) -> type[Suite]:
     """Return the class of a suite by its name in eval recipes, imported now."""
-    module, _, found = SUITE_FACTS[name].place.partition(":")
-    kind: type[Suite] = getattr(importlib.import_module(module), found)
+    kind: type[Suite] = at(SUITE_FACTS[name].place)
     return kind
 
 
