@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-T = TypeVar("T")
+_Row = TypeVar("_Row")
 MAX_ROWS = 256
 # where nothing is known of a model, and the most on a processor, which larger batches make no
 # faster
@@ -182,8 +182,8 @@ def stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def batches(
-    ordered: Sequence[T], width: Callable[[T], int], batch_tokens: int, most: int = MAX_ROWS
-) -> Iterator[Sequence[T]]:
+    ordered: Sequence[_Row], width: Callable[[_Row], int], batch_tokens: int, most: int = MAX_ROWS
+) -> Iterator[Sequence[_Row]]:
     """Yield rows that go through the model together: at most `batch_tokens` padded tokens, or one.
 
     Args:
