@@ -23,7 +23,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from recipes_lib.compare.aims import Aims
 from recipes_lib.compare.answers import (
@@ -32,7 +31,7 @@ from recipes_lib.compare.answers import (
     compare_answers,
     count_answers,
 )
-from recipes_lib.compare.design import TUNED
+from recipes_lib.compare.design import TUNED, Study
 from recipes_lib.compare.findings import (
     CONFOUNDED,
     FALSE_CLAIMS,
@@ -46,7 +45,7 @@ from recipes_lib.compare.findings import (
 )
 from recipes_lib.compare.looks import Looks
 from recipes_lib.compare.measurements import Measurements
-from recipes_lib.compare.published import load_published
+from recipes_lib.compare.published import Published, load_published
 from recipes_lib.compare.published_rows import with_published
 from recipes_lib.compare.relabelling import Relabelling, VerdictOf
 from recipes_lib.compare.row import ALPHA, TableRow, TestVerdict, Within, json_value, scale_of
@@ -68,7 +67,7 @@ from recipes_lib.compare.validity.case import (
     tuned_alike,
     with_derived_values,
 )
-from recipes_lib.compare.validity.noise import noise_floors
+from recipes_lib.compare.validity.noise import Floor, noise_floors
 from recipes_lib.compare.wording import (
     NONE,
     count,
@@ -76,11 +75,6 @@ from recipes_lib.compare.wording import (
     question_text,
     sentence_list,
 )
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.published import Published
-    from recipes_lib.compare.validity.noise import Floor
 
 # The verdict that a row gets, or what takes its place: its sentence. No template, no claim.
 SENTENCES = {

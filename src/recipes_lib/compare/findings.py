@@ -25,6 +25,13 @@ _ANEW = (
     "they cannot be ranked as different: find out which arm it belongs to, and make the other's"
     " anew"
 )
+_STRONGER_JUDGE = "use a stronger judge, or show with human labels that it can be believed"
+_READ_ANSWERS = "look at the answers; raise generation.max_new_tokens where they are cut"
+_BOTH_ORDERS = (
+    "judge both orders (recipes eval does): a judge's preference for a position is part of this"
+    " rate"
+)
+_ALL_SEEDS = "recipes study run {study}: which of its seeds are left may have been a choice"
 # Kind: severity, title, remedy. What follows a / in a kind is no part of its code.
 FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     # What the recipes and the runs say
@@ -219,12 +226,12 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     "judge-failed-audit": (
         "error",
         "The judge failed its audit in {eval}",
-        "use a stronger judge, or show with human labels that it can be believed",
+        _STRONGER_JUDGE,
     ),
     "judge-failed-audit/labels": (
         "error",
         "The judge failed its audit on {labels}",
-        "use a stronger judge, or show with human labels that it can be believed",
+        _STRONGER_JUDGE,
     ),
     NOT_AUDITED: (
         "error",
@@ -240,12 +247,12 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     "degenerate-answers": (
         "error",
         "More than a fifth of the answers are one and the same, empty, cut or loop in {eval}",
-        "look at the answers; raise generation.max_new_tokens where they are cut",
+        _READ_ANSWERS,
     ),
     "degenerate-answers/tenth": (
         "warning",
         "More than a tenth of the answers are one and the same, empty, cut or loop in {eval}",
-        "look at the answers; raise generation.max_new_tokens where they are cut",
+        _READ_ANSWERS,
     ),
     "longer-answers": (
         "warning",
@@ -265,14 +272,12 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     "one-order-judging": (
         "error",
         "Answers were judged in one order only in {eval}, the model's always first",
-        "judge both orders (recipes eval does): a judge's preference for a position is part of this"
-        " rate",
+        _BOTH_ORDERS,
     ),
     "one-order-judging/mixed": (
         "warning",
         "Answers were judged in one order only in {eval}",
-        "judge both orders (recipes eval does): a judge's preference for a position is part of this"
-        " rate",
+        _BOTH_ORDERS,
     ),
     "missing-turn": (
         "warning",
@@ -434,12 +439,12 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     "confound-missing-runs": (
         "error",
         "{first} has {there} of {wanted} trainings",
-        "recipes study run {study}: which of its seeds are left may have been a choice",
+        _ALL_SEEDS,
     ),
     "confound-missing-runs/evaluations": (
         "error",
         "{first} has results of {there} of {wanted} trainings in {eval}",
-        "recipes study run {study}: which of its seeds are left may have been a choice",
+        _ALL_SEEDS,
     ),
     LEVEL_USED: (
         "error",

@@ -80,16 +80,16 @@ class Relabelling:
     @property
     def sentence(self) -> str:
         """The line of the report."""
-        planted = self.planted
-        found = (
-            "no difference of the size that would be found could be planted, because the arms'"
-            " scores differ too little"
-        )
-        if planted:
-            size = difference_text(planted.size, planted.unit).lstrip("+")
+        if one := self.planted:
+            size = difference_text(one.size, one.unit).lstrip("+")
             found = (
-                f"a planted difference of {size} between {planted.first} and {planted.second} on"
-                f" {planted.where} was found in {_share(planted.found, planted.copies)}"
+                f"a planted difference of {size} between {one.first} and {one.second} on"
+                f" {one.where} was found in {_share(one.found, one.copies)}"
+            )
+        else:
+            found = (
+                "no difference of the size that would be found could be planted, because the arms'"
+                " scores differ too little"
             )
         moved = ", and each training was moved as far as seeds differ" if self.moved else ""
         left_out = f" Left out: {sentence_list(self.left_out)}." if self.left_out else ""

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from recipes_lib.compare.design import Study
 from recipes_lib.compare.findings import Finding, errors_first
+from recipes_lib.compare.measurements import Measurements
 from recipes_lib.compare.validity.artifacts import check_artifacts
 from recipes_lib.compare.validity.case import Case
 from recipes_lib.compare.validity.confounds import (
@@ -22,10 +22,6 @@ from recipes_lib.compare.validity.judging import check_judging
 from recipes_lib.compare.validity.leaks import check_leaks
 from recipes_lib.compare.validity.noise import check_noise, check_selection
 from recipes_lib.compare.validity.protocol import check_presence, check_protocol
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import Measurements
 
 CHECKS = (
     check_recipes,

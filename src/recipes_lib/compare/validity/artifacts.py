@@ -10,18 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes_lib.compare.findings import Finding, found
+from recipes_lib.compare.measurements import ArmMeasurements
 from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
 from recipes_lib.core.fingerprints import folder_fingerprint
 from recipes_lib.data.leaks import words_of
 from recipes_lib.eval_files import stored_weights
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.foreign.run import imported_files, same_rows
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.measurements import ArmMeasurements
-    from recipes_lib.eval_log import EvalLog
 
 # A copy whose rows were edited: most of the texts that are long enough to tell are nearly the same.
 EDITED_COPY = 0.8

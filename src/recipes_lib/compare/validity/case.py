@@ -10,17 +10,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recipes_lib.compare.design import OF_RUN, TUNE, TUNED
+from recipes_lib.compare.design import OF_RUN, TUNE, TUNED, Study
+from recipes_lib.compare.measurements import ArmMeasurements, Measurements
 from recipes_lib.config.vocabulary import subschema
 from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import ArmMeasurements, Measurements
-    from recipes_lib.eval_log import EvalLog
 
 Values = Mapping[str, Any]  # by dotted key
 # They decide how the same mathematics is cut into pieces, or where a job runs: rounding aside, the

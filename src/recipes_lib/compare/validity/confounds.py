@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes_lib.compare.design import LOSS_PRECISION, LOSS_TOKENS, TUNE
 from recipes_lib.compare.findings import Finding, found
+from recipes_lib.compare.measurements import ArmMeasurements, RunMeasurements
 from recipes_lib.compare.published import load_published
 from recipes_lib.compare.validity.case import (
     SEED,
@@ -32,11 +33,8 @@ from recipes_lib.compare.validity.case import (
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import DamagedFile, read_object
 
-if TYPE_CHECKING:
-    from recipes_lib.compare.measurements import ArmMeasurements, RunMeasurements
-
 _NAMED = 4
-_Recorded = Callable[["RunMeasurements"], Mapping[str, Any]]  # {what: value} of a run
+_Recorded = Callable[[RunMeasurements], Mapping[str, Any]]  # {what: value} of a run
 
 
 def check_recipes(case: Case) -> Iterator[Finding]:

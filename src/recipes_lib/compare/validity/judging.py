@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
+from recipes_lib.compare.measurements import RunMeasurements
 from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, pairs, run_place
 from recipes_lib.compare.wording import count, sentence_list
 from recipes_lib.core.fingerprints import folder_fingerprint, hash_of, precision_of
 from recipes_lib.core.json_files import read_object
-from recipes_lib.eval_log import JudgeFacts, Scorecard
+from recipes_lib.eval_log import AnswerFacts, EvalLog, JudgeFacts, Measure, Sample, Scorecard
 from recipes_lib.suites.alpaca_eval import own_length_controlled
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.measurements import RunMeasurements
-    from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample
 
 LONGER = 1.5  # times as long as another arm's answers, from which on it is said
 DEGENERATE = 0.2  # share of answers with one fault, above which nothing is said
@@ -38,7 +35,7 @@ _REPLAYED = (
     "constant-answer",
     "not-in-the-judges-format",
 )
-Logs = list[tuple[str, "EvalLog"]]  # with their arms
+Logs = list[tuple[str, EvalLog]]  # with their arms
 Cards = list[tuple[Path, Scorecard]]  # with their files
 
 

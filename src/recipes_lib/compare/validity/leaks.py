@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, run_place
 from recipes_lib.compare.wording import sentence_list
 from recipes_lib.data.examples import NUM_LISTED
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.suites.leaks import is_searched
-
-if TYPE_CHECKING:
-    from recipes_lib.eval_log import EvalLog
 
 
 def check_leaks(case: Case) -> Iterator[Finding]:

@@ -8,8 +8,9 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recipes_lib.compare.design import Arm, Study
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.measurements import same_questions
 from recipes_lib.compare.published import load_published
@@ -23,12 +24,9 @@ from recipes_lib.compare.validity.case import (
     told_apart,
 )
 from recipes_lib.core.project import shown_path
+from recipes_lib.eval_log import EvalLog, Measure
 from recipes_lib.foreign.run import imported_files
 from recipes_lib.training.resume_guard import flatten
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Arm, Study
-    from recipes_lib.eval_log import EvalLog, Measure
 
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
@@ -53,7 +51,7 @@ _PRECISION = ("quantization", "quantization.load_in_4bit", "model.dtype", "model
 Arms = tuple[str, str]
 # What a check of two results gives: the evidence, and what the finding's texts name.
 _Seen = tuple[Sequence[str], dict[str, str]]
-_PairCheck = Callable[[Case, Arms, "EvalLog", "EvalLog"], _Seen]
+_PairCheck = Callable[[Case, Arms, EvalLog, EvalLog], _Seen]
 
 
 def check_protocol(case: Case) -> Iterator[Finding]:
