@@ -246,8 +246,7 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
     unaudited = [one for one in errors if one.code == NOT_AUDITED]
     confounds = [one for one in mine if one.code.startswith(CONFOUNDED)]
     stops = [one for one in errors if one not in unaudited and one not in confounds]
-    because = stopped = ""
-    template: str = row.verdict
+    because, template = "", str(row.verdict)
     if row.verdict in ("cannot be tested", "not tested"):
         because = row.reason or row.aside
     elif stops:
@@ -261,7 +260,7 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
     elif errors:
         template, because = "association", _reasons([one for one in errors if one in confounds])
     elif causes.one_recipe(row) and not confounds:
-        template, because, stopped = "one recipe", ONE_RECIPE, ONE_RECIPE
+        template, because = "one recipe", ONE_RECIPE
     else:
         template = "difference"
     whole = {**SENTENCES, **row.sentences}[template] + HEDGES.get(template, "")
@@ -285,8 +284,8 @@ def judge_row(row: TableRow, findings: Sequence[Finding], causes: Causes) -> Tab
         sentence += f" The difference lies within the margin of {row.margin_text}."
     if template not in ("cannot be tested", "not tested", "stopped"):
         sentence += "".join(f" {one.title}." for one in mine if one.code == LONGER_ANSWERS)
-    titles = (stopped,) if stopped else tuple(one.title for one in errors)
-    return replace(row, sentence=sentence, because=because, stopped=titles)
+    stopped = [because] if template == "one recipe" else [one.title for one in errors]
+    return replace(row, sentence=sentence, because=because, stopped=tuple(stopped))
 
 
 def _verdict(row: TableRow) -> TestVerdict:

@@ -71,8 +71,8 @@ def head_to_head_rows(measurements: Measurements, first: str, second: str) -> It
                 continue
             seen.add(key)
             kept = _judged_once(measures, measurements, arms)
-            values, items = values_of(kept, kept)
-            human, _ = values_of(kept, kept, human=True)
+            values, items = values_of(kept)
+            human, _ = values_of(kept, human=True)
             if arms[0] != first:
                 values, human = 1 - values, 1 - human
             half = np.full((1, len(items)), HALF)

@@ -340,18 +340,19 @@ def with_draws(measures: Sequence[Measure], draws: int) -> list[Measure]:
 
 def values_of(
     measures: Sequence[Measure],
-    items_of: Sequence[Measure],
+    items_of: Sequence[Measure] | None = None,
     questions: Container[str] | None = None,
     human: bool = False,
 ) -> tuple[ItemValues, Items]:
     """Return the values of measures, and the keys of the items: questions of one text have one id.
 
     Args:
-        items_of: the measures whose items are asked for.
+        items_of: the measures whose items are asked for; None for the same ones.
         questions: the only ones that are asked for; None for all.
         human: what people said instead of the judge.
     """
     place: dict[tuple[str, int, int], int] = {}
+    items_of = measures if items_of is None else items_of
     for item in (item for measure in items_of for item in measure.samples):
         if questions is None or item.id in questions:
             place.setdefault(item.key, len(place))
@@ -369,8 +370,8 @@ def corrected_values(measures: Sequence[Measure]) -> ItemValues | None:
     """Return the values of an arm's trainings, corrected by what people said; None where a training
     has too few labels, or they are no random choice.
     """
-    table, items = values_of(measures, measures)
-    human, _ = values_of(measures, measures, human=True)
+    table, items = values_of(measures)
+    human, _ = values_of(measures, human=True)
     asked = np.array([key[0] for key in items])
     if labelled_questions(table, human, asked).min() < FEWEST_LABELS:
         return None

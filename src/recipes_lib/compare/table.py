@@ -249,10 +249,10 @@ def build_scores(measurements: Measurements) -> list[Score]:
 
 def _score(arm: str, opponent: str | None, measures: Sequence[Measure]) -> Score:
     one = measures[0]
-    table, keys = values_of(measures, measures)
+    table, keys = values_of(measures)
     label, corrected = one.label, corrected_values(measures)
     if corrected is not None:
-        labels = num_labels(table, values_of(measures, measures, human=True)[0])
+        labels = num_labels(table, values_of(measures, human=True)[0])
         label, table = f"{label}, corrected by {labels:,} human labels", corrected
     known = ~np.isnan(table).any(axis=0)
     interval = _score_interval(
