@@ -14,6 +14,7 @@ from tests.compare.test_validity import (  # noqa: F401
     written,
 )
 
+from recipes_lib.compare.answers import compare_answers
 from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
 from recipes_lib.compare.table_lines import comparison_lines
@@ -123,3 +124,15 @@ def test_what_only_one_arms_files_tell_is_not_compared(root: Path) -> None:  # n
     b = answered(root, "b", texts, 12)
     (root / "b" / "evals/alpaca_eval/generations.jsonl").unlink()
     assert not compare_arms(arms(a=answered(root, "a", texts, 3), b=b)).answer_differences
+
+
+def test_one_training_beside_several_differs_by_the_same_whichever_stands_first(
+    root: Path,  # noqa: F811
+) -> None:
+    texts = [f"answer {n} of its own" for n in range(40)]
+    seeds = tuple(answered(root, f"b{n}", texts, n) for n in (9, 12))
+    measurements = arms(a=answered(root, "a", texts, 3), b=seeds)
+    one, other = compare_answers(measurements, [("a", "b"), ("b", "a")])
+    assert (one.first, one.second, one.difference) == ("a", "b", -7.5 / 40)
+    assert (other.first, other.second, other.difference) == ("b", "a", 7.5 / 40)
+    assert (one.low, one.high) == (-other.high, -other.low) and one.low < one.high
