@@ -19,7 +19,7 @@ from recipes_lib.compare.table_lines import comparison_lines
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import report_html, report_latex, report_markdown
 from recipes_lib.report.numbers import number_rows
-from recipes_lib.statistics.paired import Tested
+from recipes_lib.statistics import paired
 
 SECONDS = {"slow": 300.0, "fast": 100.0}
 
@@ -53,7 +53,7 @@ def speed_rows(measurements: Measurements, first: str, second: str) -> Iterator[
         higher_is_better=False,
         first_value=values[0],
         second_value=values[1],
-        tested=Tested(
+        tested=paired.Tested(
             effect=difference,
             low=difference - 9,
             high=difference + 9,
