@@ -9,9 +9,9 @@ matrices with the modules of the real classes. A family that is not here is not 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypedDict
+from typing import Any
 
 _LARGEST = 2**40  # no model has a number like it
 
@@ -69,9 +69,9 @@ class Delta:
     convolved: int
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, unsafe_hash=True)
 class Block:
-    """One layer of a model.
+    """One layer of a model, which nobody changes once it is made.
 
     Args:
         small: parameters that are in no matrix: norms, biases, convolutions, constants of states.
@@ -88,8 +88,8 @@ class Block:
         uncounted: what the block keeps for the backward pass that is not counted, in words.
     """
 
-    matrices: tuple[Matrix, ...]
-    small: int
+    matrices: tuple[Matrix, ...] = ()
+    small: int = 0
     norms: tuple[tuple[int, int], ...] = ()
     heads: int = 0
     query: int = 0
@@ -114,6 +114,26 @@ class Block:
     def used(self) -> int:
         """Parameters that a token meets."""
         return sum(matrix.used for matrix in self.matrices) + self.small
+
+    def matrix(
+        self, name: str, inputs: int, outputs: int, reads: str, *, bias: bool = False, **more: Any
+    ) -> None:
+        """Add a matrix, as `Matrix` describes it."""
+        added = Matrix(name=name, inputs=inputs, outputs=outputs, reads=reads, **more)
+        self.matrices += (added,)
+        self.small += outputs * max(added.experts, 1) if bias else 0
+
+    def norm(self, width: int, vectors: int = 1, *, weights: int | None = None) -> None:
+        """Add a norm; `weights`: how many it has, where that is not its width."""
+        self.norms += ((vectors, width),)
+        self.small += width if weights is None else weights
+
+    def attend(
+        self, heads: int, query: int, key: int, value: int, output: int, window: int | None = None
+    ) -> None:
+        """Add attention."""
+        self.heads, self.query, self.key, self.value = heads, query, key, value
+        self.output, self.window = output, window
 
 
 @dataclass(frozen=True)
@@ -153,69 +173,6 @@ class Numbers:
     def layers_in(self, name: str) -> set[int]:
         """Return the layers that a key lists."""
         return set(self.config.get(name) or ())
-
-
-class _Attention(TypedDict, total=False):
-    """The fields of a `Block` that are of attention; none in a block without it."""
-
-    heads: int
-    query: int
-    key: int
-    value: int
-    output: int
-    window: int | None
-
-
-@dataclass
-class _Parts:
-    """A block in the making."""
-
-    matrices: list[Matrix] = field(default_factory=list)
-    small: int = 0
-    norms: list[tuple[int, int]] = field(default_factory=list)
-    attention: _Attention = field(default_factory=lambda: _Attention())
-    gate: int = 0
-    delta: Delta | None = None
-    state: int = 0
-    inner: int = 0
-    routing: int = 0
-    carries: bool = False
-    uncounted: list[str] = field(default_factory=list)
-
-    def matrix(
-        self, name: str, inputs: int, outputs: int, reads: str, *, bias: bool = False, **more: Any
-    ) -> None:
-        """Add a matrix, as `Matrix` describes it."""
-        self.matrices.append(Matrix(name=name, inputs=inputs, outputs=outputs, reads=reads, **more))
-        self.small += outputs * max(more.get("experts", 0), 1) if bias else 0
-
-    def norm(self, width: int, vectors: int = 1, *, weights: int | None = None) -> None:
-        """Weights: how many it has, where that is not its width."""
-        self.norms.append((vectors, width))
-        self.small += width if weights is None else weights
-
-    def attend(
-        self, heads: int, query: int, key: int, value: int, output: int, window: int | None = None
-    ) -> None:
-        """Add attention, as `Block` describes it."""
-        widths = _Attention(query=query, key=key, value=value, output=output)
-        self.attention = {"heads": heads, **widths, "window": window}
-
-    def block(self) -> Block:
-        """Return what was added, as a layer."""
-        return Block(
-            matrices=tuple(self.matrices),
-            small=self.small,
-            norms=tuple(self.norms),
-            gate=self.gate,
-            delta=self.delta,
-            state=self.state,
-            inner=self.inner,
-            routing=self.routing,
-            carries=self.carries,
-            uncounted=tuple(self.uncounted),
-            **self.attention,
-        )
 
 
 # ---- Families ----
@@ -364,58 +321,58 @@ def blocks_of(config: Numbers) -> tuple[Block, ...]:
 
 
 def _block(config: Numbers, layer: int, kind: str) -> Block:
-    family, parts = config.family, _Parts()
+    family, block = config.family, Block()
     hidden = config.number("hidden_size", "n_embd")
     if family == "gpt2":
-        return _gpt2(config, parts, hidden)
+        return _gpt2(config, block, hidden)
     if family in ("mamba", "mamba2"):
-        parts.norm(hidden)
-        (_mamba if family == "mamba" else _mamba2)(config, parts, hidden, "mixer")
-        return parts.block()
+        block.norm(hidden)
+        (_mamba if family == "mamba" else _mamba2)(config, block, hidden, "mixer")
+        return block
     if family == "nemotron_h":  # each layer is one part of what others have together
-        parts.norm(hidden)
+        block.norm(hidden)
         if kind == "linear_attention":
-            _mamba2(config, parts, hidden, "mixer")
+            _mamba2(config, block, hidden, "mixer")
         elif kind == "full_attention":
-            _attention(config, parts, hidden, kind, "mixer")
+            _attention(config, block, hidden, kind, "mixer")
         elif kind == "mlp":
             width = config.number("intermediate_size")
-            _mlp(config, parts, hidden, width, "mixer")
+            _mlp(config, block, hidden, width, "mixer")
         else:
-            _experts(config, parts, hidden)
-        return parts.block()
+            _experts(config, block, hidden)
+        return block
     for _ in range(4 if family in _FOUR_NORMS else 1 if family in _ONE_NORM else 2):
-        parts.norm(hidden)
+        block.norm(hidden)
     if family in _ONE_NORM:  # a difference from the mean is taken twice
-        parts.norm(hidden, weights=0)
+        block.norm(hidden, weights=0)
     if family == "gemma4_text":
-        _gemma4_block(config, parts, hidden, layer, kind)
-        return parts.block()
+        _gemma4_block(config, block, hidden, layer, kind)
+        return block
     if family == "falcon_h1":
-        _mamba2(config, parts, hidden, "mamba")
-        _attention(config, parts, hidden, kind, "self_attn")
+        _mamba2(config, block, hidden, "mamba")
+        _attention(config, block, hidden, kind, "self_attn")
     elif kind == "conv":
-        _convolution(config, parts, hidden)
+        _convolution(config, block, hidden)
     elif kind == "linear_attention":
         if family == "granitemoehybrid":
-            _mamba2(config, parts, hidden, "mamba")
+            _mamba2(config, block, hidden, "mamba")
         else:
-            _delta(config, parts, hidden)
+            _delta(config, block, hidden)
     elif family in _LATENT:
-        _latent(config, parts, hidden)
+        _latent(config, block, hidden)
     else:
-        _attention(config, parts, hidden, kind, "self_attn")
+        _attention(config, block, hidden, kind, "self_attn")
     if _has_experts(config, layer, kind):
-        _experts(config, parts, hidden)
+        _experts(config, block, hidden)
     elif family != "granitemoehybrid":
         path = "feed_forward" if family.startswith(("lfm2", "falcon_h1", "llama4")) else "mlp"
-        _mlp(config, parts, hidden, _dense_width(config), path)
+        _mlp(config, block, hidden, _dense_width(config), path)
     if family in ("granitemoeshared", "granitemoehybrid"):
         width = config.number("shared_intermediate_size", default=1024)
-        parts.matrix("shared_mlp.input_linear", hidden, 2 * width, "mlp")
-        parts.matrix("shared_mlp.output_linear", width, hidden, "inner")
-        parts.inner += 3 * width
-    return parts.block()
+        block.matrix("shared_mlp.input_linear", hidden, 2 * width, "mlp")
+        block.matrix("shared_mlp.output_linear", width, hidden, "inner")
+        block.inner += 3 * width
+    return block
 
 
 def _has_experts(config: Numbers, layer: int, kind: str) -> bool:
@@ -452,54 +409,54 @@ def _dense_width(config: Numbers) -> int:
     return width
 
 
-def _mlp(config: Numbers, parts: _Parts, hidden: int, width: int, path: str) -> None:
+def _mlp(config: Numbers, block: Block, hidden: int, width: int, path: str) -> None:
     bias = config.flag("mlp_bias")
     if config.family in _FUSED_MLP:
-        parts.matrix(f"{path}.gate_up_proj", hidden, 2 * width, "mlp", bias=bias)
-        parts.matrix(f"{path}.down_proj", width, hidden, "inner", bias=bias)
-        parts.inner += 3 * width
+        block.matrix(f"{path}.gate_up_proj", hidden, 2 * width, "mlp", bias=bias)
+        block.matrix(f"{path}.down_proj", width, hidden, "inner", bias=bias)
+        block.inner += 3 * width
         return
     if config.family in _NO_GATE:
-        parts.matrix(f"{path}.up_proj", hidden, width, "mlp", bias=bias)
-        parts.matrix(f"{path}.down_proj", width, hidden, "inner", bias=bias)
+        block.matrix(f"{path}.up_proj", hidden, width, "mlp", bias=bias)
+        block.matrix(f"{path}.down_proj", width, hidden, "inner", bias=bias)
         if config.family == "apertus":
-            parts.small += 2  # the activation learns, too
-            parts.inner += 4 * width
+            block.small += 2  # the activation learns, too
+            block.inner += 4 * width
         else:  # of a squared ReLU its output alone
-            parts.inner += width
+            block.inner += width
         return
     names = ("w1", "w3", "w2") if config.family.startswith("lfm2") else _GATED
-    parts.matrix(f"{path}.{names[0]}", hidden, width, "mlp", bias=bias)
-    parts.matrix(f"{path}.{names[1]}", hidden, width, "mlp", bias=bias)
-    parts.matrix(f"{path}.{names[2]}", width, hidden, "inner", bias=bias)
-    parts.inner += 3 * width
+    block.matrix(f"{path}.{names[0]}", hidden, width, "mlp", bias=bias)
+    block.matrix(f"{path}.{names[1]}", hidden, width, "mlp", bias=bias)
+    block.matrix(f"{path}.{names[2]}", width, hidden, "inner", bias=bias)
+    block.inner += 3 * width
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def _experts(config: Numbers, parts: _Parts, hidden: int) -> None:
+def _experts(config: Numbers, block: Block, hidden: int) -> None:
     family, where = config.family, _EXPERTS[config.family]
     count = config.number("num_local_experts", "num_experts", "n_routed_experts")
     active = config.number("num_experts_per_tok", default=2)
-    matrix = partial(parts.matrix, bias=where.bias, linear=False, experts=count, active=active)
+    matrix = partial(block.matrix, bias=where.bias, linear=False, experts=count, active=active)
     width = config.number(
         *(() if family in ("llama4_text", "gpt_oss") else ("moe_intermediate_size",)),
         "intermediate_size",
     )
     router = f"{where.path}.{where.router}" + (".weight" if not where.linear_router else "")
-    parts.matrix(router, hidden, count, "mlp", bias=where.bias, linear=where.linear_router)
+    block.matrix(router, hidden, count, "mlp", bias=where.bias, linear=where.linear_router)
     name, gate = ("up_proj", 1) if family == "nemotron_h" else ("gate_up_proj", 2)
     latent = config.optional("moe_latent_size") if family == "nemotron_h" else 0
     if latent:
-        parts.matrix(f"{where.path}.fc1_latent_proj", hidden, latent, "mlp")
-        parts.matrix(f"{where.path}.fc2_latent_proj", latent, hidden, "state")
+        block.matrix(f"{where.path}.fc1_latent_proj", hidden, latent, "mlp")
+        block.matrix(f"{where.path}.fc2_latent_proj", latent, hidden, "state")
     inputs, path = latent or hidden, f"{where.path}.experts"
     matrix(f"{path}.{name}", inputs, gate * width, "routed")
     matrix(f"{path}.down_proj", width, inputs, "routed inner")
     if family == "llama4_text":
-        parts.uncounted.append("what all its experts make of every token")
-    _routed(parts, active, count, inputs, width * (6 if family == "gpt_oss" else gate + 1))
+        block.uncounted += ("what all its experts make of every token",)
+    _routed(block, active, count, inputs, width * (6 if family == "gpt_oss" else gate + 1))
     if not where.shared:
         return
     if family == "nemotron_h":
@@ -511,20 +468,20 @@ def _experts(config: Numbers, parts: _Parts, hidden: int) -> None:
     else:
         shared = config.number("shared_expert_intermediate_size")
     if shared:
-        _mlp(config, parts, hidden, shared, f"{where.path}.{where.shared}")
+        _mlp(config, block, hidden, shared, f"{where.path}.{where.shared}")
     if family.startswith("qwen"):
-        parts.matrix(f"{where.path}.shared_expert_gate", hidden, 1, "mlp")
+        block.matrix(f"{where.path}.shared_expert_gate", hidden, 1, "mlp")
 
 
-def _routed(parts: _Parts, active: int, count: int, hidden: int, inner: int) -> None:
+def _routed(block: Block, active: int, count: int, hidden: int, inner: int) -> None:
     """Count what transformers' `grouped_mm` keeps: each expert's inner tensors, and what it made,
     to be weighted; the probabilities of all experts in float32, and four lists of whole numbers.
     """
-    parts.inner += active * (inner + hidden + 1)
-    parts.routing += 4 * count + 4 * 8 * active
+    block.inner += active * (inner + hidden + 1)
+    block.routing += 4 * count + 4 * 8 * active
 
 
-def _attention(config: Numbers, parts: _Parts, hidden: int, kind: str, path: str) -> None:
+def _attention(config: Numbers, block: Block, hidden: int, kind: str, path: str) -> None:
     family = config.family
     heads = config.number("num_attention_heads")
     size = config.number("head_dim", default=hidden // heads)
@@ -532,26 +489,26 @@ def _attention(config: Numbers, parts: _Parts, hidden: int, kind: str, path: str
     query, key = heads * size, groups * size
     (one, first), (other, second) = _BIASES.get(family, _BIAS)
     biased, output_biased = config.flag(one, first), config.flag(other, second)
-    parts.gate = query if family in _GATED_ATTENTION else 0
-    wide = query + parts.gate
+    block.gate = query if family in _GATED_ATTENTION else 0
+    wide = query + block.gate
     if family == "phi3":
-        parts.matrix(f"{path}.qkv_proj", hidden, query + 2 * key, "attention")
+        block.matrix(f"{path}.qkv_proj", hidden, query + 2 * key, "attention")
     else:
-        parts.matrix(f"{path}.q_proj", hidden, wide, "attention", bias=biased)
-        parts.matrix(f"{path}.k_proj", hidden, key, "attention", bias=biased)
-        parts.matrix(f"{path}.v_proj", hidden, key, "attention", bias=biased)
+        block.matrix(f"{path}.q_proj", hidden, wide, "attention", bias=biased)
+        block.matrix(f"{path}.k_proj", hidden, key, "attention", bias=biased)
+        block.matrix(f"{path}.v_proj", hidden, key, "attention", bias=biased)
     last = "out_proj" if family.startswith("lfm2") else "o_proj"
-    parts.matrix(f"{path}.{last}", query, hidden, "output", bias=output_biased)
+    block.matrix(f"{path}.{last}", query, hidden, "output", bias=output_biased)
     if family in _HEAD_NORMS or (family == "glm4_moe" and config.flag("use_qk_norm")):
-        parts.norm(size, heads)
-        parts.norm(size, groups)
+        block.norm(size, heads)
+        block.norm(size, groups)
     elif family in _WIDE_NORMS:
-        parts.norm(query)
-        parts.norm(key)
+        block.norm(query)
+        block.norm(key)
     elif family == "cohere" and config.flag("use_qk_norm"):
-        parts.norm(size, heads, weights=query)
-        parts.norm(size, groups, weights=key)
-    parts.small += heads if family == "gpt_oss" else 0  # sinks
+        block.norm(size, heads, weights=query)
+        block.norm(size, groups, weights=key)
+    block.small += heads if family == "gpt_oss" else 0  # sinks
     window = None
     if kind == "chunked_attention":
         window = config.number("attention_chunk_size", default=8192)
@@ -559,10 +516,10 @@ def _attention(config: Numbers, parts: _Parts, hidden: int, kind: str, path: str
         window = config.optional("sliding_window") or None
     # without copies for the heads, values are a part of what one matrix made for all three
     value = query + 2 * key if family == "phi3" else key
-    parts.attend(heads, query, key if family != "phi3" else 0, value, query, window)
+    block.attend(heads, query, key if family != "phi3" else 0, value, query, window)
 
 
-def _latent(config: Numbers, parts: _Parts, hidden: int) -> None:
+def _latent(config: Numbers, block: Block, hidden: int) -> None:
     """Multi-head latent attention: queries, keys and values through a narrow layer."""
     heads, rank = config.number("num_attention_heads"), config.optional("q_lora_rank")
     turned, plain = config.number("qk_rope_head_dim"), config.number("qk_nope_head_dim")
@@ -570,51 +527,51 @@ def _latent(config: Numbers, parts: _Parts, hidden: int) -> None:
     bias, query = config.flag("attention_bias"), heads * (turned + plain)
     path = "self_attn"
     if rank:
-        parts.matrix(f"{path}.q_a_proj", hidden, rank, "attention", bias=bias)
-        parts.norm(rank)
-        parts.matrix(f"{path}.q_b_proj", rank, query, "state")
+        block.matrix(f"{path}.q_a_proj", hidden, rank, "attention", bias=bias)
+        block.norm(rank)
+        block.matrix(f"{path}.q_b_proj", rank, query, "state")
     else:
-        parts.matrix(f"{path}.q_proj", hidden, query, "attention")
-    parts.matrix(f"{path}.kv_a_proj_with_mqa", hidden, narrow + turned, "attention", bias=bias)
-    parts.norm(narrow)
-    parts.matrix(f"{path}.kv_b_proj", narrow, heads * plain + value, "state")
-    parts.matrix(f"{path}.o_proj", value, hidden, "output", bias=bias)
-    parts.attend(heads, query, query, value, value)
-    parts.uncounted.append("what the kernel of latent attention keeps")
+        block.matrix(f"{path}.q_proj", hidden, query, "attention")
+    block.matrix(f"{path}.kv_a_proj_with_mqa", hidden, narrow + turned, "attention", bias=bias)
+    block.norm(narrow)
+    block.matrix(f"{path}.kv_b_proj", narrow, heads * plain + value, "state")
+    block.matrix(f"{path}.o_proj", value, hidden, "output", bias=bias)
+    block.attend(heads, query, query, value, value)
+    block.uncounted += ("what the kernel of latent attention keeps",)
 
 
-def _delta(config: Numbers, parts: _Parts, hidden: int) -> None:
+def _delta(config: Numbers, block: Block, hidden: int) -> None:
     """Linear attention of Qwen3-Next and Qwen3.5: a gated delta rule."""
     groups, heads = config.number("linear_num_key_heads"), config.number("linear_num_value_heads")
     key_size, size = config.number("linear_key_head_dim"), config.number("linear_value_head_dim")
     key, value, path = groups * key_size, heads * size, "linear_attn"
     if config.family == "qwen3_next":
-        parts.matrix(f"{path}.in_proj_qkvz", hidden, 2 * key + 2 * value, "attention")
-        parts.matrix(f"{path}.in_proj_ba", hidden, 2 * heads, "attention")
+        block.matrix(f"{path}.in_proj_qkvz", hidden, 2 * key + 2 * value, "attention")
+        block.matrix(f"{path}.in_proj_ba", hidden, 2 * heads, "attention")
     else:
-        parts.matrix(f"{path}.in_proj_qkv", hidden, 2 * key + value, "attention")
-        parts.matrix(f"{path}.in_proj_z", hidden, value, "attention")
-        parts.matrix(f"{path}.in_proj_b", hidden, heads, "attention")
-        parts.matrix(f"{path}.in_proj_a", hidden, heads, "attention")
-    parts.matrix(f"{path}.out_proj", value, hidden, "output")
-    parts.small += (2 * key + value) * config.number("linear_conv_kernel_dim", default=4)
-    parts.small += 2 * heads + size
-    parts.delta = Delta(heads=heads, key=heads * key_size, value=value, convolved=2 * key + value)
-    parts.state = heads * key_size * size
-    parts.carries = True
+        block.matrix(f"{path}.in_proj_qkv", hidden, 2 * key + value, "attention")
+        block.matrix(f"{path}.in_proj_z", hidden, value, "attention")
+        block.matrix(f"{path}.in_proj_b", hidden, heads, "attention")
+        block.matrix(f"{path}.in_proj_a", hidden, heads, "attention")
+    block.matrix(f"{path}.out_proj", value, hidden, "output")
+    block.small += (2 * key + value) * config.number("linear_conv_kernel_dim", default=4)
+    block.small += 2 * heads + size
+    block.delta = Delta(heads=heads, key=heads * key_size, value=value, convolved=2 * key + value)
+    block.state = heads * key_size * size
+    block.carries = True
 
 
-def _convolution(config: Numbers, parts: _Parts, hidden: int) -> None:
+def _convolution(config: Numbers, block: Block, hidden: int) -> None:
     """Lfm2's short convolution."""
     bias = config.flag("conv_bias")
-    parts.matrix("conv.in_proj", hidden, 3 * hidden, "attention", bias=bias)
-    parts.matrix("conv.out_proj", hidden, hidden, "output", bias=bias)
-    parts.small += hidden * config.number("conv_L_cache", default=3) + bias * hidden
-    parts.inner += 5 * hidden  # the three parts of its input, two of them multiplied, its output
-    parts.carries = True
+    block.matrix("conv.in_proj", hidden, 3 * hidden, "attention", bias=bias)
+    block.matrix("conv.out_proj", hidden, hidden, "output", bias=bias)
+    block.small += hidden * config.number("conv_L_cache", default=3) + bias * hidden
+    block.inner += 5 * hidden  # the three parts of its input, two of them multiplied, its output
+    block.carries = True
 
 
-def _mamba2(config: Numbers, parts: _Parts, hidden: int, path: str) -> None:
+def _mamba2(config: Numbers, block: Block, hidden: int, path: str) -> None:
     heads = config.number("mamba_n_heads", "mamba_num_heads", "num_heads", default=128)
     groups = config.number("mamba_n_groups", "n_groups", default=1)
     state = config.number("mamba_d_state", "ssm_state_size", "state_size", default=128)
@@ -629,48 +586,48 @@ def _mamba2(config: Numbers, parts: _Parts, hidden: int, path: str) -> None:
     mixed = width + 2 * groups * state
     bias = config.flag("use_bias") or config.flag("mamba_proj_bias")
     output_bias = config.flag("projectors_bias") if config.family == "falcon_h1" else bias
-    parts.matrix(f"{path}.in_proj", hidden, width + mixed + heads, "attention", bias=bias)
-    parts.matrix(f"{path}.out_proj", width, hidden, "output", bias=output_bias)
+    block.matrix(f"{path}.in_proj", hidden, width + mixed + heads, "attention", bias=bias)
+    block.matrix(f"{path}.out_proj", width, hidden, "output", bias=output_bias)
     kernel = config.number("mamba_d_conv", "conv_kernel", default=4)
     convolved = config.flag("use_conv_bias", config.flag("mamba_conv_bias", True))
-    parts.small += mixed * (kernel + convolved) + 3 * heads
+    block.small += mixed * (kernel + convolved) + 3 * heads
     if config.family != "falcon_h1" or config.flag("mamba_rms_norm"):
-        parts.small += width
-    parts.state = width * state
-    parts.carries = True
-    parts.uncounted.append("what Mamba layers keep")
+        block.small += width
+    block.state = width * state
+    block.carries = True
+    block.uncounted += ("what Mamba layers keep",)
 
 
-def _mamba(config: Numbers, parts: _Parts, hidden: int, path: str) -> None:
+def _mamba(config: Numbers, block: Block, hidden: int, path: str) -> None:
     width = config.number("intermediate_size", default=2 * hidden)
     state = config.number("state_size", default=16)
     rank = config.config.get("time_step_rank", "auto")
     rank = rank if isinstance(rank, int) else -(-hidden // 16)
     bias = config.flag("use_bias")
-    parts.matrix(f"{path}.in_proj", hidden, 2 * width, "attention", bias=bias)
-    parts.matrix(f"{path}.x_proj", width, rank + 2 * state, "state")
-    parts.matrix(f"{path}.dt_proj", rank, width, "state", bias=True)
-    parts.matrix(f"{path}.out_proj", width, hidden, "output", bias=bias)
+    block.matrix(f"{path}.in_proj", hidden, 2 * width, "attention", bias=bias)
+    block.matrix(f"{path}.x_proj", width, rank + 2 * state, "state")
+    block.matrix(f"{path}.dt_proj", rank, width, "state", bias=True)
+    block.matrix(f"{path}.out_proj", width, hidden, "output", bias=bias)
     kernel = config.number("conv_kernel", default=4)
-    parts.small += width * (kernel + config.flag("use_conv_bias", True)) + width * state + width
-    parts.state = width * state
-    parts.carries = True
-    parts.uncounted.append("what Mamba layers keep")
+    block.small += width * (kernel + config.flag("use_conv_bias", True)) + width * state + width
+    block.state = width * state
+    block.carries = True
+    block.uncounted += ("what Mamba layers keep",)
 
 
-def _gpt2(config: Numbers, parts: _Parts, hidden: int) -> Block:
+def _gpt2(config: Numbers, block: Block, hidden: int) -> Block:
     width = config.number("n_inner", default=4 * hidden)
     for _ in range(2):
-        parts.norm(hidden, weights=2 * hidden)
-    parts.matrix("attn.c_attn", hidden, 3 * hidden, "attention", bias=True)
-    parts.matrix("attn.c_proj", hidden, hidden, "output", bias=True)
-    parts.matrix("mlp.c_fc", hidden, width, "mlp", bias=True)
-    parts.matrix("mlp.c_proj", width, hidden, "inner", bias=True)
+        block.norm(hidden, weights=2 * hidden)
+    block.matrix("attn.c_attn", hidden, 3 * hidden, "attention", bias=True)
+    block.matrix("attn.c_proj", hidden, hidden, "output", bias=True)
+    block.matrix("mlp.c_fc", hidden, width, "mlp", bias=True)
+    block.matrix("mlp.c_proj", width, hidden, "inner", bias=True)
     heads = config.number("num_attention_heads", "n_head")
-    parts.attend(heads, hidden, hidden, hidden, hidden)
-    parts.inner = 2 * width
-    parts.uncounted.append("dropout and what else is special to GPT-2")
-    return parts.block()
+    block.attend(heads, hidden, hidden, hidden, hidden)
+    block.inner = 2 * width
+    block.uncounted += ("dropout and what else is special to GPT-2",)
+    return block
 
 
 def _gemma4(config: Numbers, layer: int, kind: str) -> tuple[Any, ...]:
@@ -691,41 +648,41 @@ def _gemma4(config: Numbers, layer: int, kind: str) -> tuple[Any, ...]:
     return int(size), int(groups), shared, shared and config.flag("use_double_wide_mlp")
 
 
-def _gemma4_block(config: Numbers, parts: _Parts, hidden: int, layer: int, kind: str) -> None:
+def _gemma4_block(config: Numbers, block: Block, hidden: int, layer: int, kind: str) -> None:
     size, groups, shared, wide = _gemma4(config, layer, kind)
     heads, path = config.number("num_attention_heads"), "self_attn"
     query, key, bias = heads * size, groups * size, config.flag("attention_bias")
-    parts.norm(hidden)
-    parts.norm(hidden)
-    parts.matrix(f"{path}.q_proj", hidden, query, "attention", bias=bias)
-    parts.norm(size, heads)
+    block.norm(hidden)
+    block.norm(hidden)
+    block.matrix(f"{path}.q_proj", hidden, query, "attention", bias=bias)
+    block.norm(size, heads)
     if not shared:
-        parts.matrix(f"{path}.k_proj", hidden, key, "attention", bias=bias)
-        parts.norm(size, groups)
+        block.matrix(f"{path}.k_proj", hidden, key, "attention", bias=bias)
+        block.norm(size, groups)
         if not (config.flag("attention_k_eq_v") and kind == "full_attention"):
-            parts.matrix(f"{path}.v_proj", hidden, key, "attention", bias=bias)
-        parts.norm(size, groups, weights=0)
-    parts.matrix(f"{path}.o_proj", query, hidden, "output", bias=bias)
+            block.matrix(f"{path}.v_proj", hidden, key, "attention", bias=bias)
+        block.norm(size, groups, weights=0)
+    block.matrix(f"{path}.o_proj", query, hidden, "output", bias=bias)
     window = config.number("sliding_window", default=512)
-    parts.attend(heads, query, key, key, query, None if kind == "full_attention" else window)
-    _mlp(config, parts, hidden, config.number("intermediate_size") * (2 if wide else 1), "mlp")
+    block.attend(heads, query, key, key, query, None if kind == "full_attention" else window)
+    _mlp(config, block, hidden, config.number("intermediate_size") * (2 if wide else 1), "mlp")
     if narrow := config.optional("hidden_size_per_layer_input"):
-        parts.matrix("per_layer_input_gate", hidden, narrow, "mlp")
-        parts.matrix("per_layer_projection", narrow, hidden, "inner")
-        parts.norm(hidden)
-        parts.inner += 3 * narrow
+        block.matrix("per_layer_input_gate", hidden, narrow, "mlp")
+        block.matrix("per_layer_projection", narrow, hidden, "inner")
+        block.norm(hidden)
+        block.inner += 3 * narrow
     if config.flag("enable_moe_block"):
         count, width = config.number("num_experts"), config.number("moe_intermediate_size")
         active = config.number("top_k_experts")
-        matrix = partial(parts.matrix, linear=False, experts=count, active=active)
-        parts.matrix("router.proj", hidden, count, "mlp")
-        parts.small += hidden + count
+        matrix = partial(block.matrix, linear=False, experts=count, active=active)
+        block.matrix("router.proj", hidden, count, "mlp")
+        block.small += hidden + count
         matrix("experts.gate_up_proj", hidden, 2 * width, "routed")
         matrix("experts.down_proj", width, hidden, "routed inner")
-        _routed(parts, active, count, hidden, 3 * width)
+        _routed(block, active, count, hidden, 3 * width)
         for _ in range(4):
-            parts.norm(hidden)
-        parts.small -= hidden  # the router's norm has no weights
+            block.norm(hidden)
+        block.small -= hidden  # the router's norm has no weights
 
 
 def outside_blocks(config: Numbers) -> tuple[int, tuple[Matrix, ...]]:
