@@ -102,13 +102,11 @@ class Attempt:
 
     def _restore_settings(self) -> None:
         """Write the settings of a finished run again where a disk damaged them. The command and the
-        environment that trained it stay; an earlier release recorded no recipe.json.
+        environment that trained it stay.
         """
-        recorded = self.run.path / RECIPE_FILE
         try:
             load_recipe(self.run.path / "resolved.yaml")
-            if recorded.exists() or "data_folders" not in self.earlier:
-                Recipe.read(recorded)
+            Recipe.read(self.run.path / RECIPE_FILE)
         except (RecipeError, DamagedFile) as error:
             say(f"{error}; written again")
             write_settings(self.run, self.recipe)
