@@ -395,9 +395,18 @@ def device_with_room(model: PreTrainedModel) -> torch.device:
 
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    fits = _SPARE * needed < torch.cuda.mem_get_info()[0]
+    fits = _SPARE * size_of(model) < torch.cuda.mem_get_info()[0]
     return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
+
+
+def size_of(model: PreTrainedModel) -> int:
+    """Return the bytes of a model's parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return torch's name of a precision without `torch.`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def attach(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:

@@ -28,7 +28,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
-from recipes_lib.weights.base import is_packaged
+from recipes_lib.weights.base import RECORDED, is_packaged
 from recipes_lib.weights.card import is_hub_id, recipe_yaml, write_card
 from recipes_lib.weights.finished_run import (
     check_base_of,
@@ -46,21 +46,7 @@ if TYPE_CHECKING:
 
 # What a folder of weights may hold; everything else (training_args.bin, our own records) stays
 # where it is.
-TAKEN = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "adapter_config.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+TAKEN = (*RECORDED, "generation_config.json")
 WRITTEN = (".md", ".yaml", ".json", ".jinja")
 TERMS = re.compile(r"^(licen[sc]e|notice|use_policy|copying)([._-].*)?$", re.IGNORECASE)
 COPIES = "base_license"

@@ -26,8 +26,10 @@ from recipes_lib.weights.base import (
     ADAPTER_WEIGHTS,
     attach,
     changed_files,
+    dtype_name,
     load_base,
     recorded_hashes,
+    size_of,
     weight_hashes,
 )
 from recipes_lib.weights.card import write_card
@@ -64,23 +66,13 @@ RECORD = "merge.json"
 SHARD = "5GB"
 
 
-class AdapterEffect(TypedDict):
-    """How far an adapter moves the logits of its base."""
-
-    largest: float
-    mean: float
-    scale: float
-    same_top_token: float
-    left_out: int
-
-
 class StoredFold(TypedDict):
     """A `FoldComparison` in a record."""
 
     prompts: str
     computed_in: str
     difference: StoredComparison
-    adapter_effect: AdapterEffect
+    adapter_effect: dict[str, float]
     lost_share: float
     lost_limit: float
     agrees: bool
@@ -245,13 +237,8 @@ class FoldComparison:
 
     def as_dict(self) -> StoredFold:
         """Return the numbers for a record or for --json."""
-        effect: AdapterEffect = {
-            "largest": self.effect.largest,
-            "mean": self.effect.mean,
-            "scale": self.effect.scale,
-            "same_top_token": self.effect.same_top_token,
-            "left_out": self.effect.left_out,
-        }
+        effect = dataclasses.asdict(self.effect)
+        del effect["tolerance"]
         return {
             "prompts": self.prompts,
             "computed_in": self.computed_in,
@@ -292,7 +279,7 @@ def compare_folded(
     """
     import torch
 
-    written, rerouted = _dtype(folded), rerouted_share(folded)
+    written, rerouted = dtype_name(folded.dtype), rerouted_share(folded)
 
     def compare(logits: AdapterLogits, again: Any, exact: bool, precision: str) -> FoldComparison:
         tolerance = EXACT_TOLERANCE if exact else FOLD_TOLERANCE
@@ -376,9 +363,9 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
         trained = over_published_base(trained)
         family = Family([trained])
         logits = adapter_logits(family, trained, prompts)
-    before, precision = _size(family.model.get_base_model()), _dtype(family.model)
+    before, precision = size_of(family.model.get_base_model()), dtype_name(family.model.dtype)
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
-    written, size = _dtype(model), _size(model)
+    written, size = dtype_name(model.dtype), size_of(model)
     if recipe.quantization is not None:
         report(
             f"dequantised the {recipe.base_format} base first: {shown_size(before)}"
@@ -442,11 +429,3 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         raise EnvironmentFault(
             f"the merged model could not be written: {error}", "nothing was left behind"
         ) from error
-
-
-def _dtype(model: PreTrainedModel) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
-def _size(model: PreTrainedModel) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())

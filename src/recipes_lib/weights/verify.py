@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.weights.base import check_whole, weight_hashes
+from recipes_lib.weights.base import check_whole, dtype_name, weight_hashes
 from recipes_lib.weights.check import AsTrained, TensorCounts, free_memory, read_check, real_prompts
 from recipes_lib.weights.finished_run import (
     Family,
@@ -211,7 +211,7 @@ def _check_folded(
         family.model = None
         free_memory()
         family = Family([trained])
-    tokenizer, precision = family.tokenizer, str(family.model.dtype).removeprefix("torch.")
+    tokenizer, precision = family.tokenizer, dtype_name(family.model.dtype)
     record = merge_record(trained)
     stale = why_stale(trained, record) if record else None
     if stale:
@@ -228,7 +228,10 @@ def _check_folded(
         folded, what = load_merged(trained.merged, trained, tokenizer, record["dtype"]), "merged/"
     else:
         folded, what = fold(trained, family), "a merge in memory (there is no merged/)"
-    dtype = str(folded.dtype).removeprefix("torch.")
     comparison = compare_folded(trained, logits, folded, prompts, precision)
-    result.numbers["merged"] = {"compared": what, "dtype": dtype, **comparison.as_dict()}
+    result.numbers["merged"] = {
+        "compared": what,
+        "dtype": dtype_name(folded.dtype),
+        **comparison.as_dict(),
+    }
     result.problems += [f"{what}: {problem}" for problem in comparison.problems]
