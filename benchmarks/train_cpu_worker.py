@@ -260,7 +260,7 @@ def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
     )
     if our_loss:
         from recipes_lib.training.cpu.attention import use_document_attention
-        from recipes_lib.training.loss import add_token_loss
+        from recipes_lib.training.loss import add_token_loss, supervised_places
 
         use_document_attention(model)
         add_token_loss(model)
@@ -281,10 +281,13 @@ def bare_loop(job: dict[str, Any], turns: Turns, our_loss: bool) -> None:
         for batch in batches:
             turns.count(batch)
             with torch.autocast("cpu", torch.bfloat16):
-                extra = {"loss_scale": 1 / count} if our_loss else {"num_items_in_batch": count}
-                output = model(**batch, **extra, use_cache=False)
-            output.loss.backward()
-            total += float(output.loss.detach())
+                extra = {"num_items_in_batch": count}
+                if our_loss:
+                    places = supervised_places(batch["labels"])
+                    extra = {"loss_scale": 1 / count, "supervised": places}
+                loss = model(**batch, **extra, use_cache=False)[0]
+            loss.backward()
+            total += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -126,15 +126,14 @@ def test_a_missing_training_state_is_an_error_that_names_the_flag(
     (checkpoint / name).unlink()
     checkpoints.mark_complete(checkpoint, step=5, world_size=1)
     with pytest.raises(EnvironmentFault, match=name) as caught:
-        checkpoints.check_resumable(checkpoint, world_size=1, allow_partial=False)
+        checkpoints.check_resumable(checkpoint, world_size=1)
     assert "--allow-partial-resume" in str(caught.value)
-    assert checkpoints.check_resumable(checkpoint, world_size=1, allow_partial=True) == [name]
 
 
 def test_another_number_of_processes_lacks_random_states(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 5)
     with pytest.raises(EnvironmentFault, match=r"rng_state_1\.pth"):
-        checkpoints.check_resumable(checkpoint, world_size=2, allow_partial=False)
+        checkpoints.check_resumable(checkpoint, world_size=2)
 
 
 def test_the_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from recipes_lib.training.loss import (
     ScaledTokenLoss,
     add_token_loss,
     can_score_itself,
+    supervised_places,
 )
 from recipes_lib.training.trainer import gather_trained_head
 
@@ -56,13 +57,14 @@ def test_loss_gradients_and_counts_are_those_of_trls_head(
     scale = torch.tensor(1 / 77)
     outputs = trls(**batch, fused_lm_head=True)
     expected = -outputs.log_probs.sum() * scale
-    loss, supervised, correct = ours(**batch, loss_scale=float(scale))
+    places = supervised_places(batch["labels"])
+    loss, correct = ours(**batch, supervised=places, loss_scale=float(scale))
 
     exact = dtype == torch.float32
     assert float(loss.detach()) == pytest.approx(
         float(expected.detach()), rel=2e-6 if exact else 2e-5
     )
-    assert int(supervised) == int(outputs.label_mask.sum()) > TOKENS_PER_TILE
+    assert len(places) == int(outputs.label_mask.sum()) > TOKENS_PER_TILE
     assert int(correct) == int(outputs.is_top1.sum())
     ours_by_name, trls_by_name = gradients(ours, loss), gradients(trls, expected)
     assert ours_by_name.keys() == trls_by_name.keys()
@@ -111,8 +113,9 @@ def test_a_batch_without_loss_gives_zero_and_gradients_of_zero(tiny_model_dir: P
     add_token_loss(model)
     batch = random_batch()
     batch["labels"].fill_(-100)
-    loss, supervised, correct = model(**batch, loss_scale=1.0)
-    assert (float(loss.detach()), int(supervised), int(correct)) == (0, 0, 0)
+    places = supervised_places(batch["labels"])
+    loss, correct = model(**batch, supervised=places, loss_scale=1.0)
+    assert (float(loss.detach()), len(places), int(correct)) == (0, 0, 0)
     assert all(float(gradient.abs().sum()) == 0 for gradient in gradients(model, loss).values())
 
 

@@ -416,16 +416,6 @@ def prepare_for_training(model: Any) -> None:
         )  # not an entry of the config: it is not saved
 
 
-def lacks_experts(model: Any) -> bool:
-    """Whether a model whose class may have experts was made without any: it has no routers whose
-    loss could be added.
-    """
-    needs, config = needs_of(model), model.config.get_text_config()
-    if getattr(config, "is_moe", True) is False:  # Doge: a number of experts all the same
-        return True
-    return needs.num_experts is not None and not getattr(config, needs.num_experts)
-
-
 def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
     """Whether the loss that spreads tokens over experts belongs to a training: where the recipe or
     the model's config asks for it, or the routers are trained. A frozen router cannot be balanced.
@@ -438,7 +428,11 @@ def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> b
         asked: `train.router_aux_loss_coef`.
         base: `training_settings` of the model as it was loaded.
     """
-    if lacks_experts(model):
+    needs, config = needs_of(model), model.config.get_text_config()
+    # a class that may have experts, made without any; Doge has a number of experts all the same
+    if getattr(config, "is_moe", True) is False or (
+        needs.num_experts is not None and not getattr(config, needs.num_experts)
+    ):
         return False
     return asked is not None or base.get("output_router_logits") or _trains_routers(model)
 

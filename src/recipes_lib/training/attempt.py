@@ -143,7 +143,8 @@ class Attempt:
                 guard,
                 options.resume_anyway,
             )
-            checkpoints.check_resumable(found, active.world_size, options.allow_partial_resume)
+            if not options.allow_partial_resume:
+                checkpoints.check_resumable(found, active.world_size)
             resumption, step = Resumption(found, marker, changes), int(found.name.split("-")[1])
             resumed = [
                 *resumed,
@@ -199,9 +200,6 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
         stack.enter_context(this.stop.listening())
 
         def begin() -> bool:
-            """Rank 0, under the lock: look at what an earlier attempt recorded, or begin the record
-            of a new run; return `finished`.
-            """
             stack.enter_context(run_lock(run.path))
             return this.begin()
 

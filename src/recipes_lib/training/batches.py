@@ -1,17 +1,14 @@
 """Which rows a step trains on, in which order, and in how many forward passes: the same on any
 number of processes, and in a resumed run.
 
-accelerate repeats the first rows of an epoch until every process has a full batch, and drops with
-`dataloader_drop_last` what does not fill a micro-batch of each process: both depend on the number
-of processes. Here an epoch is filled with rows that carry no loss, or cut to whole steps
-(`config.batch.rows_per_epoch`).
+accelerate repeats the first rows of an epoch until every process has a full batch, and
+`dataloader_drop_last` drops by micro-batches of each process. Here an epoch is filled with rows
+that carry no loss, or cut to whole steps (`config.batch.rows_per_epoch`).
 
-The rows of a step go forward and backward in passes. Without a cap on the tokens of a pass these
-are its micro-batches. With one (`run.max_tokens_per_micro_batch`, or what a GPU has room for) rows
-that need no padding are cut anew, into passes as full as the cap allows, and padded micro-batches
-into pieces, so that a batch of long examples does not decide how small every batch must be. The
-loss is a sum over tokens divided by the tokens of the whole step, so passes add up to the same
-gradient; only the order of float sums changes.
+The rows of a step go forward and backward in passes: its micro-batches, or under a cap on tokens
+(`run.max_tokens_per_micro_batch`, or what a GPU has room for) rows without padding cut anew as full
+as the cap allows, and padded micro-batches cut into pieces. The loss is a sum over the tokens of
+the step, so only the order of float sums changes.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ def with_fillers(rows: Dataset, number: int) -> Dataset:
 
 def with_training_filler(rows: Dataset) -> Dataset:
     """Return the rows and one filler behind them, which a sampler may hand out any number of times;
-    packed rows get a row number too.
+    packed rows get a row number.
     """
     if ROW not in rows.features:
         numbers = Dataset.from_dict(
@@ -61,12 +58,8 @@ def with_training_filler(rows: Dataset) -> Dataset:
 
 
 class EpochRows(Sampler[int]):
-    """The rows of an epoch in the order of another sampler, cut or filled to a length.
-
-    Args:
-        order: over the real rows.
-        length: rows to hand out.
-        filler: the row to fill up with.
+    """The rows of an epoch in the order of another sampler, cut to `length` or filled up with the
+    row `filler`.
     """
 
     def __init__(self, order: Any, length: int, filler: int) -> None:
@@ -86,10 +79,8 @@ class EpochRows(Sampler[int]):
 
 
 class LengthGroups(LengthGroupedSampler):
-    """transformers' groups of like length, drawn from the seed and the epoch.
-
-    Its own draws come from the random state of dropout, which differs between processes and in a
-    resumed run: from the second epoch on each process would cut the data in another way.
+    """transformers' groups of like length, drawn from the seed and the epoch: its own draws come
+    from dropout's random state, which differs between processes and in a resumed run.
     """
 
     def __init__(self, batch_size: int, lengths: Sequence[int], seed: int) -> None:
@@ -106,9 +97,7 @@ class LengthGroups(LengthGroupedSampler):
 
 
 class RebalancedRows(BatchRebalanceSampler):
-    """transformers' batches of like cost, where a last step with fewer rows than micro-batches is
-    filled with rows without loss.
-    """
+    """transformers' batches of like cost, with rows without loss where a last step has too few."""
 
     def _yield_global_batch(self, batch_indices: list[int]) -> Iterator[list[int]]:
         filler = len(self.lengths)
@@ -126,9 +115,8 @@ class RebalancedRows(BatchRebalanceSampler):
 
 
 class RowTrackingCollator:
-    """Wraps a collator: takes the row number out of each example and passes it on as a tensor of
-    shape (examples,), so that a loss that is not finite can name its examples; and adds where the
-    supervised tokens are.
+    """Wraps a collator: hands the row numbers on as a tensor, so that a loss that is not finite can
+    name its examples, and adds where the supervised tokens are.
     """
 
     def __init__(self, collate: Callable[[list[Batch]], Batch]) -> None:
@@ -153,8 +141,8 @@ class RowTrackingCollator:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Return a batch on a GPU without waiting for it, which a copy from memory that may be paged
-    out does.
+    """Return a batch on a GPU without waiting for the copy, as memory that may be paged out makes
+    one.
     """
     if device.type != "cuda":
         return batch
@@ -184,9 +172,7 @@ def name_rows(rows: Sequence[int], ids: Sequence[str], at_most: int = 12) -> str
 
 def passes_of(batches: list[Batch], max_tokens: int) -> list[Batch]:
     """Return the forward passes of a step's micro-batches, of at most `max_tokens` computed tokens.
-
-    Rows without padding are joined across micro-batches; padded ones are not, because short rows
-    beside long ones cost as much as these.
+    Rows without padding are joined across micro-batches; padded ones are not.
     """
     real = [batch for batch in batches if ROW not in batch or batch[ROW].numel()]
     if not real:
@@ -203,9 +189,7 @@ def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
 
     Args:
         batch: padded (`input_ids`, `labels`, `attention_mask` of shape (examples, tokens)) or
-            flattened without padding (shape (1, tokens) with `position_ids` that begin again at 0
-            with each example).
-        max_tokens: tokens per piece.
+            flattened (shape (1, tokens), `position_ids` that begin at 0 with each example).
     """
     if (mask := batch.get("attention_mask")) is not None:
         lengths = mask.sum(1).tolist()
@@ -229,8 +213,8 @@ def split_batch(batch: Batch, max_tokens: int) -> list[Batch]:
 
 
 def filler(like: Batch) -> Batch:
-    """Return a pass of two tokens without loss and without rows, for a rank that has fewer passes
-    than another: collectives must meet.
+    """Return a pass of two tokens without loss, for a rank that has fewer passes: collectives must
+    meet.
     """
     ids = torch.zeros(1, FILLER_TOKENS, dtype=torch.long, device=like["input_ids"].device)
     nothing = ids[0, :0]
@@ -267,9 +251,7 @@ def _bounds(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _for_kernels(position_ids: torch.Tensor) -> Batch:
-    """Return what the variable-length attention kernels need beside the tokens, as TRL's collator
-    gives it.
-    """
+    """Return what the variable-length kernels need beside the tokens, as TRL's collator gives it."""
     bounds = _bounds(position_ids)
     lengths = bounds.diff()
     longest = int(lengths.max())

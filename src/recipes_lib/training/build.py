@@ -1,9 +1,7 @@
-"""Puts model, data and recipe together into a trainer, and says what came out. Every departure from
-TRL's own preparation is listed here.
+"""Puts model, data and recipe together into a trainer, and says what came out.
 
-TRL's dataset preparation is skipped: `data.preparation` has already tokenised, masked, truncated
-and audited the rows, so that nothing is dropped without being named. Packing is still TRL's
-`pack_dataset`.
+TRL's dataset preparation is skipped: `data.preparation` has tokenised, masked, truncated and
+audited the rows, so that nothing is dropped without being named. Packing is TRL's `pack_dataset`.
 """
 
 from __future__ import annotations
@@ -91,8 +89,6 @@ def build_trainer(
     """Return the trainer, with the adapter (if the recipe has one) already on the model.
 
     Args:
-        args: what `config.upstream.build_sft_config` returned.
-        marker_facts: recorded in every checkpoint's marker.
         tokens_per_pass: cap that the free memory allows (`Plan.tokens_per_pass`), for a recipe
             without one.
 
@@ -168,9 +164,8 @@ def build_trainer(
 
 
 def keep_attention(model: PreTrainedModel) -> None:
-    """Have activation checkpointing keep what attention's kernel returns, and compute the rest
-    twice (`selective`). TRL 1.16 means to, through a method that transformers 5.24 does not call,
-    and for kernels without `varlen`.
+    """Have activation checkpointing keep what attention's kernel returns (`selective`). TRL 1.16's
+    own is a method that transformers 5.24 does not call, and does not know `varlen`.
     """
     enable = model.activation_checkpointing_enable
     contexts = functools.partial(create_selective_checkpoint_contexts, attention_is_kept)
@@ -195,8 +190,7 @@ def choose_attention(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel, half: torch.dtype | None
 ) -> None:
     """Switch a model from sdpa to an attention that takes several examples in one row without a
-    mask, where the recipe leaves the choice and the rows come so; what a recipe names is used or
-    refused.
+    mask, where rows come so and the recipe names none.
 
     Args:
         half: the precision of the training's products, None for float32.
@@ -228,11 +222,7 @@ def padding_costs_nothing_to_drop(
     recipe: Recipe, args: SFTConfig, model: PreTrainedModel, attention: str
 ) -> bool:
     """Whether to flatten each micro-batch into one row, because the attention keeps its examples
-    apart at no cost; the loss stays the same.
-
-    That is flash or variable-length attention on a GPU and `cpu.attention` on a CPU, in a model
-    that has no other layers over tokens. A recipe that says `padding_free` itself, or packs, is
-    left alone.
+    apart at no cost. A recipe that says `padding_free` itself, or packs, is left alone.
     """
     decided = "padding_free" in recipe.train or args.packing
     apart = "flash" in attention or attention in (cpu_attention.NAME, VARLEN)
@@ -266,8 +256,8 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
 
 
 def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | None:
-    """The validation rows, filled up so that every rank gets the same number of full batches:
-    accelerate would repeat the first rows, and the loss depend on the number of ranks.
+    """The validation rows, filled up so that every rank gets as many full batches: accelerate would
+    repeat the first rows, and the loss depend on the number of ranks.
     """
     if validation is None or not len(validation) or args.eval_strategy == "no":
         return None
@@ -291,11 +281,7 @@ def settled(trainer: RecipeTrainer) -> dict[str, str | int]:
 
 
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
-    """Return the batch arithmetic, what is trained, and what is really active.
-
-    Args:
-        launch_line: what `launch_check.check_launch` returned.
-    """
+    """Return the batch arithmetic, what is trained, and what is really active."""
     args, model = trainer.args, trainer.model
     flat = args.padding_free or trainer.flattens
     padding = ", padding-free" if flat else ", packed" if args.packing else ""
@@ -353,9 +339,7 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
 
 
 def count_quantized(model: Any) -> int:
-    """Return the number of 4-bit weight matrices; under FSDP they are shards of another type, known
-    by their layer.
-    """
+    """Return the number of 4-bit layers, which FSDP shards, too."""
     return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
 
 

@@ -139,10 +139,9 @@ def newest_complete(folder: Path, report: Callable[[str], None]) -> Path | None:
     return whole
 
 
-def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> list[str]:
-    """Return the training-state files a checkpoint lacks, which is an error unless `allow_partial`.
-
-    Without this check the Trainer resumes with a fresh optimizer and says nothing.
+def check_resumable(checkpoint: Path, world_size: int) -> None:
+    """Refuse a checkpoint that lacks training state: the Trainer would go on with a fresh one, and
+    say nothing.
 
     Raises:
         EnvironmentFault: optimizer, scheduler or random-number state is missing.
@@ -153,7 +152,7 @@ def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> l
     missing = [name for name in (*STATE_FILES, *rngs) if not (checkpoint / name).is_file()]
     if not any(re.match(r"optimizer(\.pt$|\.bin$|_)", file.name) for file in checkpoint.iterdir()):
         missing.append("optimizer.pt")
-    if missing and not allow_partial:
+    if missing:
         raise EnvironmentFault(
             f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh"
             " state, and end with other weights",
@@ -161,7 +160,6 @@ def check_resumable(checkpoint: Path, world_size: int, allow_partial: bool) -> l
             f" {world_size} would resume it",
             "restore the files, or accept another result with --allow-partial-resume",
         )
-    return missing
 
 
 def rotate(folder: Path, keep: int | None, best: Path | None) -> None:

@@ -1,13 +1,11 @@
 """LoRA's forward and backward pass written out, for the layers that read the same input together:
 queries, keys and values; gate and up; each other layer alone.
 
-PEFT runs every adapter as a chain of modules: it casts the input to the adapter's precision, draws
-a dropout mask for each layer, and keeps the dropped input of each. Here the input is dropped out
-once per group, its mask is drawn again in the backward pass instead of being kept, no copy of it is
-made in another precision, and what the adapters add goes into the product of the base. What all
-groups of a decoder block need, matrices in the precision of the products and seeds, is made at once
-when the block begins. Parameters, checkpoints and the saved adapter stay PEFT's: only `forward` of
-its layers is replaced, until the training ends.
+PEFT runs every adapter as a chain of modules, each with a cast, a dropout mask and the dropped
+input of its own. Here the input is dropped out once per group, its mask drawn again in the backward
+pass instead of being kept, and what the adapters add goes into the product of the base. Matrices
+and seeds of a decoder block are made at once when it begins. Parameters, checkpoints and the saved
+adapter stay PEFT's: only `forward` of its layers is replaced, until the training ends.
 
 The mask comes from counters (`kept`), so that `lora_kernels` draws the same one on a GPU.
 """
@@ -41,7 +39,7 @@ _LOW = 0xFFFFFFFF
 
 
 def fuse_lora(model: Any, half: torch.dtype | None) -> FusedLora:
-    """Replace the forward pass of every LoRA layer of a model that can be computed together.
+    """Replace the forward pass of every LoRA layer that can be computed together with others.
 
     Args:
         half: the precision of autocast, None without.
@@ -117,9 +115,7 @@ class FusedLora(TrainerCallback):
                 layer.forward = functools.partial(group.forward, number)
 
     def serve(self, block: torch.nn.Module, groups: list[_Group]) -> None:
-        """Make what these groups need at once when their block begins: in its hook, which is the
-        last, after FSDP2 has gathered the weights.
-        """
+        """Make what these groups need when their block begins, after FSDP2 has gathered it."""
         if groups:
             begin, end = functools.partial(_begin, groups), functools.partial(_end, groups)
             self.hooks.append(block.register_forward_pre_hook(begin))
@@ -212,7 +208,7 @@ def _seeds(count: int, device: torch.device) -> torch.Tensor:
 
 def _matrices(groups: list[_Group], dtype: torch.dtype) -> list[list[torch.Tensor]]:
     """Return for each group A of all its layers below each other, and B of each layer, in one
-    precision; what is to be copied for it is copied at once.
+    precision; all copies are made at once.
     """
     found, copies, sources = [], [], []
     for group in groups:

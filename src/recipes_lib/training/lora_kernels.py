@@ -1,10 +1,8 @@
-"""The products of a LoRA group with a narrow side, in Triton: one kernel does what its layers have
-in common, where cuBLAS needs one for each layer and others that cast, scale and add. Where one
-meets dropout, the mask is drawn in registers, and never written.
+"""The products of a LoRA group with a narrow side, in Triton: one kernel for all its layers, where
+cuBLAS needs one each and others that cast, scale and add. Dropout's mask is drawn in registers.
 
-Each is an operator of its own, which torch.compile takes as a whole. What they compute, and which
-counters draw the mask, is said by `fused_lora`, which does the same in torch; products are summed
-in float32.
+Each is an operator of its own, which torch.compile takes as a whole. `fused_lora` does the same in
+torch, and says which counters draw the mask; products are summed in float32.
 
 Letters: T tokens, K inputs, N outputs of one layer, R the ranks of all layers together.
 """
@@ -316,7 +314,7 @@ def gradients(
     scales: Sequence[float],
 ) -> torch.Tensor:
     """Return the gradients of A and of each B in float32, end to end in a row, or as the sum of
-    several rows: what a row has does not depend on which program ends first.
+    several rows, whose content does not depend on which program ends first.
     """
     (tokens, inputs), total = x.shape, of_low.shape[1]
     widths, ranks = tuple(one.shape[1] for one in grads), tuple(ranks)

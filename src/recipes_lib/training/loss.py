@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -23,20 +23,6 @@ TOKENS_PER_TILE = (
     128  # measured: 32, 64, 256 and 1,000 are slower; a tile of logits should stay in the cache
 )
 VOCABULARY_PER_TILE = 32768  # of TRL's kernels, as its own head has it
-
-
-class TokenLoss(NamedTuple):
-    """What a forward pass with `loss_scale` returns.
-
-    Args:
-        loss: scale times the sum of the negative log-likelihoods.
-        num_supervised: tokens that count.
-        num_correct: of these, how many the model ranks first.
-    """
-
-    loss: torch.Tensor
-    num_supervised: int
-    num_correct: torch.Tensor
 
 
 class ScaledTokenLoss(torch.autograd.Function):
@@ -62,16 +48,9 @@ class ScaledTokenLoss(torch.autograd.Function):
         weight_used = weight.to(dtype)
         needs = [with_gradient and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-            if needs[1]
-            else None
-        )
-        grad_bias = (
-            torch.zeros(weight.shape[:1], dtype=torch.float32, device=weight.device)
-            if needs[2]
-            else None
-        )
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=weight.device)
+        grad_weight = zeros(weight.shape) if needs[1] else None
+        grad_bias = zeros(weight.shape[:1]) if needs[2] else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         correct = torch.zeros((), dtype=torch.long, device=hidden.device)
         for rows in range(0, len(hidden), TOKENS_PER_TILE):
@@ -149,10 +128,8 @@ def supervised_places(labels: torch.Tensor) -> torch.Tensor:
 
 
 def add_token_loss(model: Any) -> None:
-    """Let `model(..., labels=labels, loss_scale=scale)` return a `TokenLoss`.
-
-    `supervised` names the places whose next token counts (`supervised_places`); without it
-    they are looked up.
+    """Let `model(..., labels=labels, supervised=places, loss_scale=scale)` return scale times the
+    sum of the negative log-likelihoods, and how many of the tokens the model ranks first.
 
     To be called on the causal language model inside a PEFT wrapper, before it is wrapped for
     several processes. The scale is a number, because FSDP2 rounds tensors that enter a module to
@@ -165,14 +142,12 @@ def add_token_loss(model: Any) -> None:
         self: Any,
         *args: Any,
         loss_scale: float | None = None,
-        supervised: torch.Tensor | None = None,
+        supervised: Any = None,
         **kwargs: Any,
     ) -> Any:
         if loss_scale is None:
             return original(*args, **kwargs)
         labels = kwargs.pop("labels")
-        if supervised is None:
-            supervised = supervised_places(labels)
         kwargs["use_cache"] = False
         hidden = self.base_model(*args, **kwargs).last_hidden_state
         head = self.get_output_embeddings()
@@ -190,7 +165,7 @@ def add_token_loss(model: Any) -> None:
                 chosen, weight, bias, targets, 1.0, VOCABULARY_PER_TILE, None, 1.0, ("is_top1",)
             )
             loss, correct = -log_probs.sum() * loss_scale, is_top1.sum()
-        return TokenLoss(loss, len(supervised), correct)
+        return loss, correct
 
     model.forward = types.MethodType(forward, model)
 

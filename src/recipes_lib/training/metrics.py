@@ -1,5 +1,5 @@
-"""What a training logs: a line of metrics.jsonl and a line or a bar on the terminal per log; after
-the end, the curves.
+"""What a training logs: per log a line of metrics.jsonl and one on the terminal; at the end, the
+curves.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
     again.
 
     Args:
-        path: the run's metrics.jsonl.
         step: the checkpoint's.
         evaluated: whether the evaluation of this step came before the checkpoint; if not, its line
             goes too.
@@ -72,9 +71,9 @@ def forget_after(path: Path, step: int, evaluated: bool = True) -> None:
 class MetricsCallback(TrainerCallback):
     """Appends to metrics.jsonl on rank 0 and, unless `quiet`, shows progress.
 
-    Each line of a training loss holds the seconds of every step since the last one, from the end of
-    the step before to its own end, data and logging included: null for the first step of a process
-    and for one after a validation or a save, which would have a part of them.
+    Each line of a training loss holds the seconds of every step since the last one, data and
+    logging included: null for the first step of a process, and after a validation or a save, which
+    would have a part of them.
 
     Args:
         step_tokens: tokens of all ranks by step, which the trainer adds to and a log takes.
@@ -119,9 +118,7 @@ class MetricsCallback(TrainerCallback):
         """Let the next step have no time."""
         self._step_ended = None
 
-    def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Let the next step have no time."""
-        self._step_ended = None
+    on_save = on_evaluate
 
     def on_log(
         self,
@@ -244,8 +241,8 @@ PERPLEXITY_LIMIT = 20.0  # exp(20) is beyond any axis worth drawing
 
 
 def draw_figures(metrics: Path, folder: Path, title: str) -> None:
-    """Draw every figure that the metrics have finite numbers for, each as SVG and PNG; the same
-    numbers give the same bytes.
+    """Draw every figure that the metrics have finite numbers for, as SVG and PNG; the same numbers
+    give the same bytes.
     """
     import matplotlib
 

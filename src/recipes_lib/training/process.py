@@ -19,7 +19,15 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
+from recipes_lib.core.errors import (
+    DataError,
+    ExitCode,
+    Interrupted,
+    Preempted,
+    RecipeError,
+    RecipesError,
+    print_error,
+)
 from recipes_lib.core.faults import explain_fault
 from recipes_lib.core.ranks import rank
 
@@ -41,6 +49,12 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, earlier)
 
 
+def before_first_step(interrupted: bool) -> Preempted | Interrupted:
+    """Return how a request ends a process that has nothing to save."""
+    kind, what = (Interrupted, "interrupted") if interrupted else (Preempted, "stopped")
+    return kind(f"{what} before the first step: nothing is lost, the same command starts it again")
+
+
 @contextmanager
 def ending_at_once() -> Iterator[None]:
     """Let a signal end this process with one line, until the attempt listens: an exception could be
@@ -53,11 +67,7 @@ def ending_at_once() -> Iterator[None]:
         if os.getpid() != process:  # a worker that was forked from it
             os._exit(code)
         if rank() == 0:
-            what = "interrupted" if number == signal.SIGINT else "stopped"
-            line = (
-                f"{what} before the first step: nothing is lost, the same command starts it again\n"
-            )
-            os.write(2, line.encode())
+            os.write(2, f"{before_first_step(number == signal.SIGINT)}\n".encode())
         os._exit(exit_status(int(code), on_every_rank=True))
 
     with handling(end):

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from recipes_lib.core.errors import ExitCode, Interrupted, Preempted
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import (
     CLOSING,
     SEEN,
@@ -31,7 +31,7 @@ from recipes_lib.core.ranks import (
     rank,
     tell_stage,
 )
-from recipes_lib.training.process import handling
+from recipes_lib.training.process import before_first_step, handling
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
@@ -64,7 +64,7 @@ class StopRequest:
                 library.
         """
         if self.requested != NOTHING:
-            raise before_first_step(self.requested)
+            raise before_first_step(self.requested == INTERRUPT)
         self.stage = STEPS
         tell_stage(STEPS)
 
@@ -92,7 +92,7 @@ class StopRequest:
             os._exit(ExitCode.INTERRUPTED)
         self.requested = max(self.requested, request)
         if not self.stage:
-            raise before_first_step(request)
+            raise before_first_step(request == INTERRUPT)
         # else `recipes train` says it
         if request == INTERRUPT and rank() == 0 and STAGE_FILE not in os.environ:
             os.write(2, f"{SEEN[self.stage]}\n".encode())  # print may be in the middle of a line
@@ -113,12 +113,6 @@ class StopRequest:
             # there is none, or the file server is away for a moment: asked again after the next
             # step
             return NOTHING
-
-
-def before_first_step(request: int) -> Preempted | Interrupted:
-    """Return how a request ends a process that has nothing to save."""
-    kind, what = (Interrupted, "interrupted") if request == INTERRUPT else (Preempted, "stopped")
-    return kind(f"{what} before the first step: nothing is lost, the same command starts it again")
 
 
 class StopCallback(TrainerCallback):

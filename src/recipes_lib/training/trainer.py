@@ -1,10 +1,9 @@
-"""SFTTrainer with safe stop, exact resume and finite-loss checks; the loss, the loop and the data
-order stay TRL's.
+"""SFTTrainer with safe stop, exact resume and finite-loss checks; the loop and the data order stay
+TRL's.
 
-Two additions have no method of their own: every loss is the sum of token losses over the number of
-tokens, the validation's too, so that it does not depend on batch size or ranks; and token
-statistics are added up on the device and read once per log, where TRL reads four of them in every
-micro-batch and computes an entropy that nobody asked for.
+Every loss, the validation's too, is a sum of token losses over the number of tokens, so that it
+does not depend on batch size or ranks. Token statistics are added up on the device and read once
+per log; TRL reads four in every micro-batch.
 """
 
 from __future__ import annotations
@@ -65,17 +64,13 @@ class RecipeTrainer(SFTTrainer):
     """SFTTrainer with safe stop, exact resume and finite-loss checks.
 
     Args:
-        *args: as for `trl.SFTTrainer`.
-        stop: the process's stop request.
         keep_checkpoints: complete checkpoints to keep; None keeps all.
         flattens: whether each micro-batch becomes one row without padding. `args.padding_free`
             cannot say so: it depends on the attention of the loaded model.
         row_ids: example ids by row of the training set, to name examples in errors.
         max_tokens: cap on the tokens of one forward pass (`passes_of`); None for none.
-        marker_facts: what each checkpoint's marker records besides step and sizes (fingerprint of
-            the run).
+        marker_facts: what each checkpoint's marker records besides step and sizes.
         step_tokens: where the tokens of all ranks are put, step by step.
-        **kwargs: as for `trl.SFTTrainer`.
     """
 
     data_collator: Any
@@ -138,8 +133,8 @@ class RecipeTrainer(SFTTrainer):
             )
 
     def _move_model_to_device(self, model: torch.nn.Module, device: torch.device) -> None:
-        """Leave a model without weights where it is: the launch, which asked for shards and got
-        none, is refused in a moment (`launch_check.check_launch`).
+        """Leave a model without weights where it is: `check_launch` refuses this launch in a
+        moment.
         """
         if not any(one.is_meta for one in model.parameters()):
             super()._move_model_to_device(model, device)
@@ -185,8 +180,8 @@ class RecipeTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
-        """As the Trainer's, with the passes of the step: every rank makes as many as the one that
-        needs most. On a CPU the number of supervised tokens is read once for all of them.
+        """As the Trainer's, with the passes of the step, of which every rank makes equally many. On
+        a CPU the number of supervised tokens is read once for all of them.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self.recent_rows = [int(row) for batch in batches for row in batch.get(ROW, ())]
@@ -219,8 +214,8 @@ class RecipeTrainer(SFTTrainer):
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Refuse a loss that is not finite: under fp16, whose loss scaling may skip steps with
-        infinite gradients, this is where it shows.
+        """Refuse a loss that is not finite: under fp16, which skips infinite gradients, it shows
+        here.
         """
         loss = logs.get("loss")
         if loss is not None and not math.isfinite(loss):
@@ -257,9 +252,7 @@ class RecipeTrainer(SFTTrainer):
     # ---- The loss, and what is counted beside it ----
 
     def _set_up_loss(self) -> None:
-        """Put the head that fits the device on the model, if the loss is TRL's `nll` and nothing
-        else.
-        """
+        """Put the head that fits the device on the model, if the loss is TRL's plain `nll`."""
         self.scored_here = (
             self.args.loss_type == "nll"
             and self.compute_loss_func is None
@@ -302,7 +295,7 @@ class RecipeTrainer(SFTTrainer):
         scale = scale / (max(count, 1) if isinstance(count, int) else count.clamp(min=1))
         if self.scores_itself:
             known = isinstance(scale, float)  # else a tensor that nobody has read
-            loss, _, correct = model(
+            loss, correct = model(
                 **inputs, supervised=supervised, loss_scale=scale if known else 1.0
             )
             loss = loss if known else loss * scale
@@ -322,8 +315,8 @@ class RecipeTrainer(SFTTrainer):
         return loss
 
     def _router_loss(self, loss: torch.Tensor | None, num_items_in_batch: Any) -> torch.Tensor:
-        """Return the auxiliary loss of one forward pass as it adds to the step's, whose mean over
-        passes it is, and note it; every rank has to call.
+        """Return the routers' loss of one forward pass as its part of the step's mean, and note it;
+        every rank has to call.
         """
         absent = torch.full((), math.nan, device=self.args.device)
         of_ranks = self.accelerator.gather((absent if loss is None else loss.detach()).reshape(1))
@@ -440,11 +433,11 @@ class RecipeTrainer(SFTTrainer):
     def training_step(
         self, model: torch.nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """As TRL's, or the passes of the whole step, whose gradients are exchanged after the last
-        one unless `sync_each_batch` says after each. After a resume it first takes over the sums
-        for the next log, and makes up the evaluation that the stop put off.
+        """As TRL's, or all passes of the step, whose gradients are exchanged after the last one
+        unless `sync_each_batch` says after each.
 
-        This is the first point after the Trainer has restored the random state.
+        After a resume this is the first point with the random state restored: the sums for the next
+        log are taken over, and the evaluation that the stop put off is made up.
         """
         if self._unlogged_before is not None:
             self._give_back(self._unlogged_before)
@@ -469,8 +462,7 @@ class RecipeTrainer(SFTTrainer):
         """Take over from a checkpoint's marker what the Trainer does not restore.
 
         Args:
-            exactly: whether to refuse weights or optimizer state of another precision than they
-                were saved in
+            exactly: whether to refuse weights or optimizer state in another precision than saved.
         """
         self._resumes = True
         self._total_train_tokens = marker.get("tokens", 0)
@@ -499,8 +491,8 @@ class RecipeTrainer(SFTTrainer):
         self._load_weights(str(self.state.best_model_checkpoint), super()._load_best_model)
 
     def _load_weights(self, folder: str, load: Callable[[], None]) -> None:
-        """Load the weights of a checkpoint in the precision they are trained in, a whole model with
-        all its experts.
+        """Load a checkpoint's weights in the precision they are trained in, a whole model with all
+        its experts.
         """
         with kept_precision(self.model):
             if is_peft_model(self.model) or self.is_fsdp_enabled:
@@ -528,8 +520,8 @@ class RecipeTrainer(SFTTrainer):
             )
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """Give persistent workers a random state of their own: they draw a seed when they start,
-        which is at another time in a resumed run, and dropout must not notice.
+        """Give persistent workers a random state of their own: the seed that they draw, later in a
+        resumed run, must not move dropout.
         """
         loader = super()._get_dataloader(*args, **kwargs)
         if self.args.dataloader_persistent_workers:
@@ -600,8 +592,8 @@ class RecipeTrainer(SFTTrainer):
         on_main_rank(lambda: self._seal(root, folder, unlogged))
 
     def _check_place(self, root: Path) -> None:
-        """Rank 0, before a save: the run is still ours, and the disk has room for a save as large
-        as the last one, else for the trained weights and two optimizer moments in float32.
+        """Rank 0, before a save: the run is still ours, and there is room for a save as large as
+        the last one, else for the trained weights and two optimizer moments in float32.
         """
         end_if_taken_over(root.parent)
         if earlier := checkpoints.list_checkpoints(root):
@@ -613,8 +605,8 @@ class RecipeTrainer(SFTTrainer):
         check_space(root, needed, "a save", remedy)
 
     def _seal(self, root: Path, folder: Path, unlogged: Unlogged) -> None:
-        """Mark the checkpoint complete, once the lines logged up to it are on the disk: a run
-        resumed from it never writes them again.
+        """Mark the checkpoint complete, once the lines logged up to it, which no resumed run writes
+        again, are on the disk.
         """
         metrics = root.with_name("metrics.jsonl")
         if metrics.is_file():
@@ -661,8 +653,8 @@ class Unlogged:
 
 
 class TokenCounts:
-    """Tokens seen, supervised and ranked first, counted on the device until somebody asks: reading
-    a count makes the processor wait for the GPU, and summing one for all ranks.
+    """Tokens seen, supervised and ranked first, counted on the device: reading a count makes the
+    processor wait for the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -677,7 +669,7 @@ class TokenCounts:
         correct: torch.Tensor | int,
         step: int = 0,
     ) -> None:
-        """Count one micro-batch of this rank, also where it has no rows: every rank needs the same
+        """Count one micro-batch of this rank, also one without rows: every rank needs the same
         steps.
         """
         if step not in self._tokens:
@@ -687,22 +679,20 @@ class TokenCounts:
         self._scored[1] += correct
 
     def take_tokens(self) -> list[int]:
-        """Return the tokens of all ranks in each step since the last call; every rank has to
-        call.
-        """
+        """Return the tokens of all ranks by step since the last call; every rank has to call."""
         tokens = _sum_of_ranks(torch.cat(list(self._tokens.values()))) if self._tokens else []
         self._tokens.clear()
         return tokens
 
     def scored(self) -> list[int]:
-        """Return the supervised tokens of all ranks, and how many of them were ranked first, since
+        """Return the supervised tokens of all ranks, and how many were ranked first, since
         `take_accuracy`; every rank has to call.
         """
         return _sum_of_ranks(self._scored)
 
     def take_accuracy(self) -> float | None:
-        """Return the share of supervised tokens of all ranks that were ranked first since the last
-        call; every rank has to call.
+        """Return the share of supervised tokens that were ranked first since the last call; every
+        rank has to call.
         """
         supervised, correct = self.scored()
         self._scored.zero_()
@@ -717,11 +707,9 @@ def _sum_of_ranks(counts: torch.Tensor) -> list[int]:
 
 
 def gather_trained_head(model: Any) -> None:
-    """Let FSDP2 gather a trained head before the loss reads its weight, so that its gradient is
-    averaged over the ranks.
+    """Let FSDP2 gather a trained head (`lora.modules_to_save`) before the loss reads its weight.
 
-    The losses here and in TRL never call the head. Where accelerate makes it a shard group of its
-    own (`lora.modules_to_save`), nothing would gather it, and the gradient of `full_tensor()` is
+    No loss calls the head, so nothing else gathers it, and the gradient of `full_tensor()` would be
     each rank's own. To be called on the causal language model.
     """
 
@@ -734,10 +722,8 @@ def gather_trained_head(model: Any) -> None:
 
 
 def load_whole(model: Any, folder: Path) -> None:
-    """Load all of a fully trained model's weights from a checkpoint.
-
-    The Trainer passes over names that are not in the file. Experts are one parameter in memory and
-    a matrix each in the file: they would stay those of the base.
+    """Load all of a fully trained model's weights from a checkpoint; the Trainer passes over
+    experts, one parameter in memory and a matrix each in the file.
 
     Raises:
         EnvironmentFault: weights are missing in the checkpoint.
@@ -757,9 +743,7 @@ def load_whole(model: Any, folder: Path) -> None:
 
 @contextlib.contextmanager
 def kept_precision(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what loading does to trained weights: PEFT makes every adapter float32, also those that
-    TRL trains in bfloat16 (of a quantized base).
-    """
+    """Keep the precision of trained weights over loading: PEFT makes every adapter float32."""
     before = {name: one.dtype for name, one in model.named_parameters() if one.requires_grad}
     yield
     for name, parameter in model.named_parameters():
@@ -777,9 +761,7 @@ def precisions(model: torch.nn.Module, optimizer: Any) -> dict[str, int]:
 
 
 def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
-    """Let a data worker leave SIGTERM, which Slurm sends to every process, to the training: it
-    would end before the checkpoint. Workers end with the training.
-    """
+    """Let a data worker leave SIGTERM, which Slurm sends to every process, to the training."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if then is not None:
         then(worker)

@@ -31,7 +31,8 @@ def test_each_example_of_a_row_has_the_logits_and_gradients_it_has_alone(
     tiny_model_dir: Path,
 ) -> None:
     model, alone = load(tiny_model_dir), load(tiny_model_dir)
-    assert use_document_attention(model)
+    use_document_attention(model)
+    assert model.config._attn_implementation == NAME
     logits = model(**flattened(), use_cache=False).logits[0]
     expected = torch.cat([alone(torch.tensor([row])).logits[0] for row in ROWS])
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
@@ -82,9 +83,13 @@ def test_generation_with_padding_and_a_cache_is_unchanged(tiny_model_dir: Path) 
 def test_models_with_other_layers_or_another_kernel_keep_theirs(tiny_model_dir: Path) -> None:
     mixed = load(tiny_model_dir)
     mixed.config.layer_types = ["full_attention", "linear_attention"]
-    assert not use_document_attention(mixed)
+    use_document_attention(mixed)
     eager = AutoModelForCausalLM.from_pretrained(tiny_model_dir, attn_implementation="eager")
-    assert not use_document_attention(eager) and eager.config._attn_implementation == "eager"
+    use_document_attention(eager)
+    assert (mixed.config._attn_implementation, eager.config._attn_implementation) == (
+        "sdpa",
+        "eager",
+    )
 
 
 def test_a_saved_model_does_not_ask_for_it(tiny_model_dir: Path, tmp_path: Path) -> None:

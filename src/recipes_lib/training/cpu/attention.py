@@ -69,17 +69,16 @@ def sdpa_by_document(
     ), None
 
 
-def use_document_attention(model: Any) -> bool:
-    """Switch a model from sdpa to `sdpa_by_document` if it can; return whether it did."""
+def use_document_attention(model: Any) -> None:
+    """Switch a model from sdpa to `sdpa_by_document` if it can."""
     config = model.config.get_text_config()
     if (
         getattr(model.config, "_attn_implementation", "") != "sdpa"
         or not set(getattr(config, "layer_types", None) or ()) <= ATTENTION_LAYERS
     ):
-        return False
+        return
     AttentionInterface.register(NAME, sdpa_by_document)
     AttentionMaskInterface.register(
         NAME, sdpa_mask
     )  # built, so that models with windows keep theirs
     model.set_attn_implementation(NAME)
-    return str(model.config._attn_implementation) == NAME
