@@ -161,9 +161,9 @@ def needs_of(model: Any) -> Architecture:
 
 
 def not_quantized(config: Any) -> list[str]:
-    """Return the layers that quantization must leave alone, because what reads their weight expects
-    numbers, or because no training makes up for it: those that read images. The head too, which
-    bitsandbytes leaves alone only where it is given no names.
+    """Return the layers that quantization must leave alone: those whose weight is read by a kernel,
+    and those that read images; then the head too, which bitsandbytes leaves alone only where it is
+    given no names.
 
     Args:
         config: the model's, before it is loaded.
@@ -386,7 +386,6 @@ def _matrices(model: Any) -> tuple[list[str], list[str]]:
 
 
 def _wrapped_parameters(model: Any, name: str) -> set[str]:
-    """Return the parameters of a module that adapters around it are on."""
     found = set()
     modules = model.get_base_model()
     while name.endswith(".base_layer"):
@@ -398,8 +397,7 @@ def _wrapped_parameters(model: Any, name: str) -> set[str]:
 def prepare_for_training(model: Any) -> None:
     """Give TRL what it looks for in a model: the model without its head, the number of experts.
     Freeze what reads images: processes would wait for gradients that text does not give. Name to
-    accelerate only the blocks that are there: it refuses to shard a model whose class lists others,
-    as those of text alone list the blocks that read images.
+    accelerate only the blocks that are there: it refuses to shard a model whose class lists others.
     """
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present.intersection(model._no_split_modules or ())

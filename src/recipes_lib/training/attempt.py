@@ -36,10 +36,8 @@ class Resumption:
     """The checkpoint that an attempt goes on from.
 
     Args:
-        marker: the content of its marker, read at once: the rotation may delete the checkpoint
-            later.
-        changes: {key: [before, now]} of the guarded values that differ and that the user insisted
-            on.
+        marker: read at once: the rotation may delete the checkpoint later.
+        changes: {key: [before, now]} of the guarded values that differ, as the user insisted.
     """
 
     checkpoint: Path
@@ -124,8 +122,6 @@ class Attempt:
 
         Args:
             guard: every value that a resumed run must share with its beginning.
-            active: the launch as it is.
-            options: of the command line, for what it accepts of a resumption.
             **recorded: further fields of run.json.
 
         Raises:

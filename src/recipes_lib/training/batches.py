@@ -251,7 +251,7 @@ def _bounds(position_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _for_kernels(position_ids: torch.Tensor) -> Batch:
-    """Return what the variable-length kernels need beside the tokens, as TRL's collator gives it."""
+    """Return what variable-length kernels need beside the tokens, as TRL's collator gives it."""
     bounds = _bounds(position_ids)
     lengths = bounds.diff()
     longest = int(lengths.max())

@@ -27,15 +27,13 @@ MOST_GRAPHS = 32
 
 
 def compile_blocks(model: Any, train: Mapping[str, Any], cache: Path) -> CompileReport:
-    """Have the decoder blocks of a model compiled when they are first used.
+    """Have the decoder blocks of a model compiled when they are first used; return what tells how
+    it went.
 
     Args:
         train: the recipe's section.
-        cache: the folder where what was compiled is kept for a resumed run, unless the environment
-            names another.
-
-    Returns:
-        What tells how it went, for the trainer.
+        cache: where what was compiled is kept for a resumed run, unless the environment names
+            another folder.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS

@@ -162,16 +162,8 @@ def save_and_check(
     run: RunDirectory,
     summary: TrainingSummary,
 ) -> WeightsCheck:
-    """Save the final weights, prove them, and rename them to `adapter/` or `model/`. Call it on
-    every rank.
-
-    Args:
-        trainer: the trainer after its planned end; its model is released on the way, so that the
-            reload has the memory.
-        summary: what the model card says about the run.
-
-    Returns:
-        What the check found, for run.json.
+    """Save the final weights, prove them, and rename them to `adapter/` or `model/`; every rank has
+    to call. The trainer's model is released, so that the reload has the memory.
 
     Raises:
         RecipesError: the reloaded weights are not the trained ones; they stay in
@@ -214,7 +206,6 @@ def save_and_check(
 def _reject(
     scratch: Path, run: RunDirectory, comparison: weights_check.LogitsComparison
 ) -> RecipesError:
-    """Keep weights that failed the check under a name that nothing loads."""
     rejected = run.path / "weights.rejected"
     shutil.rmtree(rejected, ignore_errors=True)
     os.replace(scratch, rejected)

@@ -68,7 +68,6 @@ def _processor_seconds() -> tuple[float, float, float] | None:
 
 
 def _ticks_of(process: int | None) -> int:
-    """Time in user and system mode of a process that runs, in ticks."""
     with suppress(OSError):
         told = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
         return sum(map(int, told.rpartition(")")[2].split()[11:13]))

@@ -298,7 +298,6 @@ def _(
 
 
 def _sizes(b: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the widths and the ranks of layers."""
     return tuple(one.shape[0] for one in b), tuple(one.shape[1] for one in b)
 
 
@@ -345,7 +344,6 @@ def _(
 
 
 def _tiles(inputs: int, widths: Sequence[int], ranks: Sequence[int]) -> int:
-    """Return how many tiles the gradients of a group have."""
     sizes = ((inputs, sum(ranks)), *zip(widths, ranks, strict=True))
     high = (tile(sum(ranks)), *(tile(max(ranks)) for _ in widths))
     return sum(

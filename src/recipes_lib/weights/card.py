@@ -44,7 +44,7 @@ def card_text(
     """Return the card: YAML header for the Hub, then Markdown.
 
     Args:
-        summary: rows, steps, losses, wall time and devices of the run; None where not measured.
+        summary: rows, steps, losses, time of the run; None where not measured.
         merged: for an adapter folded into its base, the record of the merge.
         loader: the class of transformers that loads the base.
     """
@@ -92,7 +92,6 @@ def is_hub_id(name: str) -> bool:
 
 
 def _merging(merged: Mapping[str, Any], form: str | None) -> str:
-    """Return what became of the adapter, with the measured difference."""
     check = merged["check"]
     difference = check["difference"]
     first = ""
@@ -132,7 +131,6 @@ tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 
 
 def _loading_adapter(recipe: Recipe) -> str:
-    """Return code that loads an adapter on its base, and what one must have for it."""
     base, quantized = recipe.model.name_or_path, recipe.quantization
     imports, prepare, notes, source = "", "", [], f'"{base}"'
     if base.startswith("package:"):
@@ -172,7 +170,6 @@ def _loading_adapter(recipe: Recipe) -> str:
 
 
 def _auto_class(recipe: Recipe) -> str:
-    """Return the name of the class that loads the base, by its files on this machine."""
     try:
         folder = local_folder(recipe)
     except RecipesError:  # it was moved away since

@@ -1,12 +1,9 @@
 """Proof that the weights on the disk are the weights that were trained: finite, not zero, right
-base, same logits.
+base, same logits, by a fresh model that is loaded from the files alone.
 
-The check reloads what was saved into a fresh model, from the files alone, and compares logits with
-those the trained model gave.
-
-`weights_check.json` lies beside the weights: the tokens of a few validation rows, the most likely
-next token at each position and its logit, the weights' hashes and the base's. With it a later
-process can tell whether a folder still holds what was trained, also after the data has gone.
+`weights_check.json` beside the weights keeps tokens of validation rows, the most likely next token
+at each position and its logit, and hashes: with it a later process can tell whether a folder still
+holds what was trained, also after the data has gone.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import RecipesError
@@ -65,14 +62,14 @@ QUESTIONS = (
 
 
 class StoredComparison(TypedDict):
-    """A `LogitsComparison` in run.json; those of earlier releases lack `left_out`."""
+    """A `LogitsComparison` in run.json."""
 
     largest: float
     mean: float
     scale: float
     same_top_token: float
     tolerance: float
-    left_out: NotRequired[int]
+    left_out: int
     agrees: bool
 
 
@@ -85,8 +82,8 @@ class TensorCounts(TypedDict):
 
 @dataclass(frozen=True)
 class LogitsComparison:
-    """How far two models' logits are apart on the same tokens; the `left_out` positions furthest
-    apart do not count for `largest`.
+    """How far two models' logits are apart on the same tokens; `largest` leaves out the `left_out`
+    positions furthest apart.
     """
 
     largest: float
@@ -123,8 +120,8 @@ def compare_logits(
 
 
 def rerouted_share(model: PreTrainedModel) -> float:
-    """Return the share of positions to leave out: where each token chooses its experts, a choice
-    near a tie falls the other way by rounding alone; wrong weights differ everywhere.
+    """Return the share of positions to leave out: a choice of experts near a tie falls the other
+    way by rounding alone; wrong weights differ everywhere.
     """
     return REROUTED if getattr(model.config.get_text_config(), "num_experts_per_tok", None) else 0.0
 
@@ -171,8 +168,8 @@ def autocast(half: str | None, device_type: str) -> contextlib.AbstractContextMa
 
 
 def check_files(folder: Path, full_finetuning: bool, base: str) -> TensorCounts:
-    """Count what saved weights hold: readable, finite, changed by training, and
-    made for `base`; loads no model.
+    """Count what saved weights hold: readable, finite, changed by training, and made for
+    `base`.
 
     Raises:
         RecipesError: a tensor is not finite, every LoRA B matrix is zero (the adapter changes
@@ -301,7 +298,6 @@ def record_check(
     """Write `weights_check.json` into a folder of weights.
 
     Args:
-        recipe: the run's, for its base.
         probes: token ids of real rows.
         logits: the trained model's on all of them, shape (sum of lengths, vocabulary).
         half: the half precision of `autocast` that they were computed in.
@@ -333,10 +329,8 @@ def read_check(folder: Path) -> RecordedCheck | None:
 def real_prompts(
     trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, count: int = NUM_PROMPTS
 ) -> Prompts:
-    """Return prompts of the run's own kind: validation rows, prepared as its recipe says.
-
-    Where the data is not there any more they are the rows that were recorded beside the weights,
-    and without those four questions in the recipe's prompt format.
+    """Return prompts of the run's own kind: validation rows as its recipe prepares them; where the
+    data is gone the rows recorded beside the weights, or four questions.
     """
     from recipes_lib.data.preparation import prepare_data
     from recipes_lib.data.supervision import prompt_ids

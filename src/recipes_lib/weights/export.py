@@ -1,12 +1,8 @@
-"""A folder to give away: the weights of a run with all that is needed to use them, and nothing of
-the machine they came from.
+"""A folder to give away: a run's weights with all that is needed to use them, and nothing of this
+machine; it may be sent to the Hugging Face Hub, private unless asked otherwise.
 
-Only files of known kinds are taken (safetensors, JSON, the tokenizer's, Markdown, YAML), never a
-pickle. Paths of this machine are cut to their last part, and what is written is searched for
-secrets before the folder gets its name.
-
-An export may be sent to the Hugging Face Hub: private unless asked otherwise, never from a
-checkpoint.
+Only files of known kinds are taken, never a pickle. Paths are cut to their last part, and what is
+written is searched for secrets before the folder gets its name.
 """
 
 from __future__ import annotations
@@ -57,7 +53,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     """Write the run's weights into a new folder; return the files, by name.
 
     Args:
-        to: the folder; it must not exist, or be empty.
+        to: must not exist, or be empty.
         merged: the adapter folded into its base instead of the adapter alone.
 
     Raises:
@@ -174,7 +170,7 @@ def refuse_secrets(folder: Path) -> None:
 
 
 def _source(trained: TrainedRun, merged: bool) -> Path:
-    """Return the folder to export from: `adapter/`, `model/` or an up-to-date `merged/`."""
+    """Return `adapter/`, `model/` or an up-to-date `merged/`."""
     name = trained.run.name
     if not merged:
         return trained.weights
@@ -226,13 +222,12 @@ def _explain(folder: Path, trained: TrainedRun, merged: bool) -> None:
 
 
 def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> None:
-    """Write NOTICE: whose model this was made from, and under which terms, as far as the base's own
-    files say, which are copied into `base_license/`.
+    """Write NOTICE: whose model this was made from, under which terms, by the base's own files,
+    which are copied into `base_license/`.
 
     Args:
-        recipe: the run's recipe, to find the base's files on this machine.
         name: what to call the base.
-        holds_base: whether the exported weights contain the base's, not only a difference to them.
+        holds_base: whether the exported weights contain the base's.
     """
     try:
         base = local_folder(recipe)
@@ -267,7 +262,6 @@ def write_notice(folder: Path, recipe: Recipe, name: str, holds_base: bool) -> N
 
 
 def _stated_licence(base: Path | None) -> str | None:
-    """Return the `license` of the base's model card."""
     from huggingface_hub import metadata_load
 
     try:
@@ -302,7 +296,6 @@ def push(folder: Path, repo: str, public: bool) -> str:
     """Upload an exported folder as it is and return its address.
 
     Args:
-        folder: an export.
         repo: OWNER/NAME; made if it does not exist.
         public: whether a new repository can be read by everybody.
 
@@ -328,8 +321,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
 
 
 def push_target(recipe: Recipe) -> str | None:
-    """Return where the weights of the finished run go (`train.push_to_hub`), or None where they
-    stay here.
+    """Return where a finished run's weights are pushed (`train.push_to_hub`), or None.
 
     Raises:
         RecipeError: no `train.hub_model_id`, or not a repository's name.
@@ -347,9 +339,7 @@ def push_target(recipe: Recipe) -> str | None:
 
 
 def push_finished_run(run: RunDirectory, repo: str) -> str:
-    """Export a finished run, whose weights have been checked, and upload the export; private.
-    Return its address.
-    """
+    """Export a finished run and upload the export, private; return its address."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "export"
         export(finished_run(run), target, merged=False)

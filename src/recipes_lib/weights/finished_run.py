@@ -72,11 +72,10 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     """Return a run that has weights.
 
     Args:
-        run: its directory.
         remote_code: whether the command line allowed code that ships with the model.
 
     Raises:
-        RecipeError: the run has not reached its end, or its model needs code that was not allowed.
+        RecipeError: the run is not finished, or its model needs code that was not allowed.
         EnvironmentFault: its weights are gone.
     """
     recorded = run.read_state()
@@ -169,7 +168,6 @@ def check_base_run(name_or_path: str) -> None:
 
 
 def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
-    """The error about weights that cannot be used."""
     return EnvironmentFault(
         f"run '{run.name}' has no usable weights: {damage}",
         f"make them again from the run's newest whole checkpoint: {run.train_command()}",
@@ -233,8 +231,8 @@ class Family:
 
     @contextlib.contextmanager
     def answering(self, name: str) -> Iterator[PreTrainedModel]:
-        """As `using`, in the precision that the run was trained in: without autocast the float32
-        adapters of a bf16 base would compute in float32. The base answers as it is loaded.
+        """As `using`, in the run's precision: without autocast the float32 adapters of a bf16 base
+        would compute in float32. The base answers as it is loaded.
         """
         weights = next((one.weights for one in self.runs if one.run.name == name), None)
         check = read_check(weights) if weights else None
@@ -259,8 +257,8 @@ def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
 
 
 def check_tensors(trained: TrainedRun, folder: Path) -> TensorCounts:
-    """Count what a run's weights hold, or its merged model, whole and finite, an
-    adapter's base the one it was trained on.
+    """Count what a run's weights, or its merged model, hold, once they are found whole and finite
+    and on the right base.
 
     Raises:
         RecipesError: a tensor is not finite, an adapter changes nothing, or its base is another.

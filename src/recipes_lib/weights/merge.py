@@ -1,9 +1,8 @@
 """An adapter folded into its base: `merged/`, a whole model that needs no PEFT, no bitsandbytes and
-no base beside it.
+no base beside it, compared with the adapter on real prompts before it gets its name.
 
-What is written is loaded again and compared with the adapter on real prompts before it gets its
-name. A 4-bit base is loaded afresh and dequantised first. Afresh, because a forward pass on a CPU
-may repack 4-bit weights in place, and dequantising the repacked ones gives noise without an error.
+A 4-bit base is loaded afresh and dequantised first: a forward pass on a CPU may repack 4-bit
+weights in place, and dequantising those gives noise without an error.
 """
 
 from __future__ import annotations
@@ -102,7 +101,6 @@ def why_stale(trained: TrainedRun, record: MergeRecord, dtype: str | None = None
     """Return why `merged/` is not what merging would give now, or None when it is.
 
     Args:
-        record: what `merge_record` returned.
         dtype: the precision asked for; None for any.
     """
     if record["adapter_sha256"] != weight_hashes(trained.weights).get(ADAPTER_WEIGHTS):
@@ -118,11 +116,7 @@ def why_stale(trained: TrainedRun, record: MergeRecord, dtype: str | None = None
 
 
 def fold(trained: TrainedRun, family: Family, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """Fold the adapter of the family's only run into its base, using up the family's model.
-
-    Args:
-        dtype: precision of the result; None for that of the base in memory.
-    """
+    """Fold the adapter of the family's only run into its base, using up the family's model."""
     wanted, model = dtype or family.model.dtype, family.model
     family.model = None
     if trained.recipe.quantization is not None:
@@ -153,8 +147,8 @@ def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def over_published_base(trained: TrainedRun) -> TrainedRun:
-    """Return a run whose base was in FP8 over the base as it was published, which its adapter is
-    merged into; any other run as it is.
+    """Return a run over its base as it was published, not in FP8: an adapter is merged into
+    that.
     """
     section = dataclasses.replace(trained.recipe.model, base_precision=None)
     return TrainedRun(trained.run, dataclasses.replace(trained.recipe, model=section))
@@ -265,16 +259,13 @@ def compare_folded(
     prompts: Prompts,
     precision: str,
 ) -> FoldComparison:
-    """Compare a folded model with the adapter on its base.
-
-    Two yardsticks decide: the largest difference as a share of the largest logit (rounding), and
-    the mean difference as a share of the adapter's own effect on the base. The second is what a
-    merge that lost a weak adapter would fail, while passing the first. Where the effect is too
-    small to be told from the rounding of half precision, both sides are computed again in float32.
+    """Compare a folded model with the adapter on its base, by two yardsticks: the largest
+    difference as a share of the largest logit (rounding), and the mean difference as a share of the
+    adapter's own effect, which a merge that lost a weak adapter fails. Where the effect is too
+    small to be told from rounding, both sides are computed again in float32.
 
     Args:
-        logits: of base and adapter, on the prompts.
-        folded: the folded model; it may be turned into float32.
+        folded: may be turned into float32.
         precision: of the base in memory when `logits` were computed.
     """
     import torch
@@ -316,7 +307,6 @@ def merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None])
     """Write `merged/` of a LoRA or QLoRA run, or find that it is there and up to date.
 
     Args:
-        trained: a finished run.
         dtype: precision of the merged weights; None for that of the base in memory.
         report: is told what happens, a line at a time.
 

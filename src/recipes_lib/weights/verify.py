@@ -75,7 +75,6 @@ def verify(trained: TrainedRun, num_prompts: int) -> Verification:
     in memory.
 
     Args:
-        trained: the run.
         num_prompts: rows to compare logits on.
 
     Raises:
@@ -97,9 +96,6 @@ def verify(trained: TrainedRun, num_prompts: int) -> Verification:
 
 
 def _check_weights(trained: TrainedRun, result: Verification) -> None:
-    """The files: whole, finite, as many tensors as were recorded, and byte for byte those of the
-    end of the training.
-    """
     try:
         found = check_tensors(trained, trained.weights)
     except (DataError, EnvironmentFault, RecipeError):
@@ -184,7 +180,6 @@ def _as_trained(trained: TrainedRun, model: PreTrainedModel) -> AsTrained | None
 
 
 def _check_as_trained(trained: TrainedRun, family: Family, result: Verification) -> None:
-    """The model that the files make gives the logits that the trained model gave."""
     with family.using(trained.run.name) as model:
         found = _as_trained(trained, model)
     if found is None:
