@@ -169,11 +169,6 @@ def rotate(folder: Path, keep: int | None, best: Path | None) -> None:
             shutil.rmtree(checkpoint)
 
 
-def folder_size(folder: Path) -> int:
-    """Return the size of all files below a folder, in bytes."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def set_aside(folder: Path, ending: str) -> Path:
     """Rename a folder to its name with `ending`, and a number where that exists; return the new
     path.

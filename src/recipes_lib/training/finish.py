@@ -209,10 +209,9 @@ def _reject(
     rejected = run.path / "weights.rejected"
     shutil.rmtree(rejected, ignore_errors=True)
     os.replace(scratch, rejected)
-    allowed = comparison.tolerance * comparison.scale
     what = (
         f"the saved weights are not the trained ones: logits differ by {comparison.largest:.3g}"
-        f" where {allowed:.3g} is allowed"
+        f" where {comparison.allowed:.3g} is allowed"
         if comparison.scale
         else "the trained model answers nothing: all logits are zero; the learning rate was"
         " probably far too high"

@@ -392,11 +392,11 @@ class RecipeTrainer(SFTTrainer):
     @contextlib.contextmanager
     def _stopping_in_an_evaluation(self, model: torch.nn.Module) -> Iterator[None]:
         """Turn an evaluation that a stop cuts short into a checkpoint that says it is still due."""
-        random_state = _random_state()
+        restore = _random_state()
         try:
             yield
         except EvaluationStopped:
-            _restore_random_state(random_state)
+            restore()
             self.stop_callback.evaluation_pending = True
             self.control.should_evaluate = False
             self._save_checkpoint(model, trial=None)
@@ -597,7 +597,8 @@ class RecipeTrainer(SFTTrainer):
         """
         end_if_taken_over(root.parent)
         if earlier := checkpoints.list_checkpoints(root):
-            needed = checkpoints.folder_size(earlier[-1])
+            files = (file for file in earlier[-1].rglob("*") if file.is_file())
+            needed = sum(file.stat().st_size for file in files)
         else:
             weights = (one.numel() for one in self.model.parameters() if one.requires_grad)
             needed = 3 * 4 * sum(weights)
@@ -767,18 +768,15 @@ def _init_worker(then: Callable[[int], None] | None, worker: int) -> None:
         then(worker)
 
 
-def _random_state() -> tuple[Any, ...]:
-    return (
-        random.getstate(),
-        np.random.get_state(),
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-    )
+def _random_state() -> Callable[[], None]:
+    """Return what brings the random state of now back."""
+    python, numpy, processor = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(processor)
+        torch.cuda.set_rng_state_all(gpus)
 
-def _restore_random_state(state: tuple[Any, ...]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])
-    if state[3] is not None:
-        torch.cuda.set_rng_state_all(state[3])
+    return restore

@@ -80,8 +80,26 @@ class TensorCounts(TypedDict):
     parameters: int
 
 
+class _Difference:
+    """The largest difference of logits beside the largest logit."""
+
+    largest: float
+    scale: float
+    tolerance: float
+
+    @property
+    def allowed(self) -> float:
+        """The largest difference that is rounding."""
+        return self.tolerance * self.scale
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the differences are rounding."""
+        return self.largest <= self.allowed
+
+
 @dataclass(frozen=True)
-class LogitsComparison:
+class LogitsComparison(_Difference):
     """How far two models' logits are apart on the same tokens; `largest` leaves out the `left_out`
     positions furthest apart.
     """
@@ -92,11 +110,6 @@ class LogitsComparison:
     same_top_token: float
     tolerance: float
     left_out: int = 0
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the largest difference is within tolerance of the largest logit."""
-        return self.largest <= self.tolerance * self.scale
 
     def as_dict(self) -> StoredComparison:
         """Return the numbers for run.json."""
@@ -272,7 +285,7 @@ class RecordedCheck:
 
 
 @dataclass(frozen=True)
-class AsTrained:
+class AsTrained(_Difference):
     """How far a model's most likely next tokens are from those recorded when it was trained."""
 
     positions: int
@@ -280,16 +293,6 @@ class AsTrained:
     scale: float
     tolerance: float
     same_top_token: float
-
-    @property
-    def allowed(self) -> float:
-        """The largest difference that is rounding."""
-        return self.tolerance * self.scale
-
-    @property
-    def agrees(self) -> bool:
-        """Whether the differences are rounding."""
-        return self.largest <= self.allowed
 
 
 def record_check(

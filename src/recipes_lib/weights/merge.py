@@ -217,9 +217,9 @@ class FoldComparison:
         found = []
         difference = self.difference
         if not difference.agrees:
-            allowed = difference.tolerance * difference.scale
             found.append(
-                f"logits differ by {difference.largest:.3g} where {allowed:.3g} is allowed"
+                f"logits differ by {difference.largest:.3g} where {difference.allowed:.3g} is"
+                " allowed"
             )
         if self.lost > LOST_LIMIT:
             found.append(
