@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from recipes_lib.config.loader import Document, Origin, run_name
 from recipes_lib.config.sections import (
     HUB_ID,
@@ -85,6 +87,10 @@ class Recipe:
         values = self._values()
         values["data"] |= self.as_written
         return values
+
+    def resolved_yaml(self) -> str:
+        """Return `to_dict` as YAML, which a run keeps as resolved.yaml."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
     def _values(self) -> dict[str, Any]:
         return {

@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.atomic_files import publish, write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
@@ -291,9 +289,8 @@ def _write(
         if content.logs:
             write_text(run.metrics, "".join(json.dumps(line) + "\n" for line in content.logs))
         if recipe is not None:
-            resolved = yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
             write_text(run.path / "recipe.yaml", recipe.path.read_text(encoding="utf-8-sig"))
-            write_text(run.path / "resolved.yaml", resolved)
+            write_text(run.path / "resolved.yaml", recipe.resolved_yaml())
         write_text(run.path / "command.txt", command_line() + "\n")
         facts: Row = {"sources": done.files, "lacks": done.lacks, **asked}
         facts["summary"] = content.summary or None

@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_json, write_text
@@ -230,10 +228,7 @@ def write_settings(run: RunDirectory, recipe: Recipe) -> None:
     """Write recipe.yaml as it was, recipe.json and resolved.yaml."""
     write_text(run.path / "recipe.yaml", recipe.text)
     recipe.write(run.path / RECIPE_FILE)
-    write_text(
-        run.path / "resolved.yaml",
-        yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True),
-    )
+    write_text(run.path / "resolved.yaml", recipe.resolved_yaml())
 
 
 def write_provenance(run: RunDirectory, recipe: Recipe) -> None:

@@ -74,13 +74,8 @@ def card_text(
         f"| | |\n|---|---|\n{rows}\n\n"
         "Losses are on this run's own validation rows and say nothing about other data.\n\n"
         f"## Loading\n\n{loading.replace('AutoModelForCausalLM', loader)}\n\n"
-        f"## Recipe\n\n```yaml\n{recipe_yaml(recipe)}```\n"
+        f"## Recipe\n\n```yaml\n{recipe.resolved_yaml()}```\n"
     )
-
-
-def recipe_yaml(recipe: Recipe) -> str:
-    """Return a recipe with every value resolved."""
-    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def is_hub_id(name: str) -> bool:

@@ -25,7 +25,7 @@ from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
 from recipes_lib.weights.base import RECORDED, is_packaged
-from recipes_lib.weights.card import is_hub_id, recipe_yaml, write_card
+from recipes_lib.weights.card import is_hub_id, write_card
 from recipes_lib.weights.finished_run import (
     check_base_of,
     check_tensors,
@@ -217,7 +217,7 @@ def _explain(folder: Path, trained: TrainedRun, merged: bool) -> None:
     versions = {key.partition(".")[2]: one for key, one in guard if key.startswith("version.")}
     if known := ", ".join(f"{name} {version}" for name, version in versions.items() if version):
         head += f"# Versions: {known}\n"
-    (folder / "recipe.yaml").write_text(head + recipe_yaml(recipe), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(head + recipe.resolved_yaml(), encoding="utf-8")
     write_notice(folder, trained.recipe, base, holds_base=trained.full or merged)
 
 
