@@ -219,11 +219,8 @@ def why_rows_apart(model: Any) -> str | None:
 
 
 def why_not_varlen(model: Any) -> str | None:
-    """Return what of a model torch's variable-length attention does not compute, as the end of a
-    sentence that begins with the kernel's name; None where it computes all of it.
-
-    Args:
-        model: loaded with sdpa.
+    """Return what of a model, loaded with sdpa, torch's variable-length attention does not compute,
+    as the end of a sentence that begins with the kernel's name; None where it computes all.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     if getattr(model.config, "_attn_implementation", "") != "sdpa":
@@ -278,10 +275,7 @@ def has_plain_head(model: Any) -> bool:
 
 def carries_state(model: Any) -> bool:
     """Return whether layers other than attention pass something from token to token: convolution,
-    state space, linear attention.
-
-    They do not know where one example of a row ends and the next begins. All of them have a
-    convolution over time.
+    state space, linear attention. All of them have a convolution over time.
     """
     import torch
 
@@ -289,8 +283,7 @@ def carries_state(model: Any) -> bool:
 
 
 def converted(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config as PEFT reads it for this model: names of expert layers become those of
-    the parameters that hold them now.
+    """Return a LoRA config as PEFT reads it for this model: expert layers become parameters.
 
     Raises:
         ValueError: only some of the layers that became one parameter are named.
@@ -305,10 +298,6 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     """Return a LoRA config that leaves out what reads images, and whose `all-linear` leaves out
     routers and what cannot be adapted; other targets stay as they are.
-
-    Args:
-        config: PEFT's, as the recipe has it.
-        model: the base, with weights or without.
     """
     settled, images = copy.deepcopy(config), images_of(model.config)
     left_out: tuple[str, ...] = ()
@@ -351,8 +340,8 @@ def describe_targets(model: Any) -> str:
 
 
 def _matrices(model: Any) -> tuple[list[str], list[str]]:
-    """Return the names of matrices with and without an adapter; embeddings, head and what is
-    trained as a whole left out.
+    """Return the names of matrices with and without an adapter, but embeddings, head and modules
+    that are trained as a whole.
     """
     import torch
 
@@ -416,13 +405,12 @@ def prepare_for_training(model: Any) -> None:
 
 def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
     """Whether the loss that spreads tokens over experts belongs to a training: where the recipe or
-    the model's config asks for it, or the routers are trained. A frozen router cannot be balanced.
+    the model's config asks for it, or the routers are trained.
 
     TRL 1.16 adds it wherever the config has a coefficient, which gpt-oss (0.9) and Qwen3 (0.001)
     have beside `output_router_logits: false`.
 
     Args:
-        model: with adapters, if it has any.
         asked: `train.router_aux_loss_coef`.
         base: `training_settings` of the model as it was loaded.
     """
@@ -446,7 +434,6 @@ def describe_experts(model: Any, coefficient: float) -> str | None:
     """Return what becomes of a model's experts and their routers; None where it has none.
 
     Args:
-        model: with adapters, if it has any.
         coefficient: of the auxiliary loss, 0 for none.
     """
     named = [(name.split("."), one) for name, one in model.named_parameters()]

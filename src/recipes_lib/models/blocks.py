@@ -1,9 +1,8 @@
-"""What the layers of a model are made of, matrix by matrix, read from its config.json: attention
-with or without a window, latent attention, linear attention, state space, convolution, and an MLP
-or experts behind it. No torch.
+"""What the layers of a model are made of, matrix by matrix, read from its config.json. No
+torch.
 
 Every family here is built as transformers builds it: `tests/planning/test_shapes.py` compares the
-matrices with the modules of the real classes. A family that is not here is not counted at all.
+matrices with the modules of the real classes. A family that is not here is not counted.
 """
 
 from __future__ import annotations
@@ -474,8 +473,8 @@ def _experts(config: Numbers, block: Block, hidden: int) -> None:
 
 
 def _routed(block: Block, active: int, count: int, hidden: int, inner: int) -> None:
-    """Count what transformers' `grouped_mm` keeps: each expert's inner tensors, and what it made,
-    to be weighted; the probabilities of all experts in float32, and four lists of whole numbers.
+    """Count what transformers' `grouped_mm` keeps: each expert's inner tensors and what it made,
+    the probabilities of all experts in float32, and four lists of whole numbers.
     """
     block.inner += active * (inner + hidden + 1)
     block.routing += 4 * count + 4 * 8 * active
@@ -632,7 +631,7 @@ def _gpt2(config: Numbers, block: Block, hidden: int) -> Block:
 
 def _gemma4(config: Numbers, layer: int, kind: str) -> tuple[Any, ...]:
     """Return what tells one layer of Gemma 4 from another: head size, key heads, whether its keys
-    are those of an earlier layer, whether its MLP is twice as wide.
+    are an earlier layer's, whether its MLP is twice as wide.
     """
     if config.family != "gemma4_text":
         return ()
@@ -687,8 +686,7 @@ def _gemma4_block(config: Numbers, block: Block, hidden: int, layer: int, kind: 
 
 def outside_blocks(config: Numbers) -> tuple[int, tuple[Matrix, ...]]:
     """Return what is in no layer, embeddings and head left out: the parameters of the last norm and
-    of tables (of positions; of Gemma 4's embeddings for single layers), and matrices with their
-    whole names.
+    of tables (positions; Gemma 4's embeddings for layers), and matrices with whole names.
     """
     hidden = config.number("hidden_size", "n_embd")
     if config.family == "gpt2":

@@ -1,11 +1,11 @@
 """Frozen linear layers in FP8 (`model.base_precision: fp8`): weights as float8_e4m3fn with a
-float32 scale a row, and inputs as the same with a scale a token, found anew in every pass.
+float32 scale a row, inputs as the same with a scale a token, found anew in every pass.
 
 The product is `torch._scaled_mm` where the device has it, else one in bfloat16 of the same
-quantized numbers. The gradient of the input is a bfloat16 product with the dequantised weight:
-0.24% from that of the quantized numbers in float64 (normal numbers, 512 x 1536 x 576), as rounding
-to bfloat16 makes it. A scaled product would be faster, but it quantizes gradients too: 3.7% from
-the gradient of the layer in bf16 where this one is 2.6%. Weights get no gradient.
+quantized numbers. The gradient of the input is a bfloat16 product with the dequantised weight,
+0.24% from that in float64 (512 x 1536 x 576); a scaled product would be faster, but quantizes
+gradients too: 3.7% from the gradient of the layer in bf16 where this one is 2.6%. Weights get no
+gradient.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ def dequantize_rows(numbers: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def has_scaled_product(device: torch.device) -> bool:
-    """Return whether torch multiplies FP8 with scales for each row on a device, by trying: on GPUs
-    of compute capability 8.9 and more, and on a CPU.
-    """
+    """Return whether torch multiplies FP8 with scales for each row on a device, by trying."""
     with torch.no_grad():
         numbers, scale = quantize_rows(torch.ones(16, 16, device=device))
         try:
@@ -159,8 +157,6 @@ def describe_fp8(model: Any) -> str | None:
 
 
 def quantize_layers(model: Any, names: Iterable[str]) -> None:
-    """Put linear layers of a model into FP8, one after the other: at no time are there two copies
-    of more than one.
-    """
+    """Put linear layers of a model into FP8, one by one: memory never holds two copies of more."""
     for name in names:
         model.set_submodule(name, Fp8Linear(model.get_submodule(name)))

@@ -1,9 +1,8 @@
 """Facts of models that people fine-tune, so that a plan needs neither the model nor the Hub: the
-numbers of a config.json that decide how a model is built, and where they were read.
+numbers of a config.json, and where they were read.
 
-They stand beside the recipes: `recipes/FOLDER/model.json` for the folder's model, and
-`recipes/models.jsonl`, one object a line, for models that have no recipe here. A folder `recipes`
-of the working directory is read in the same way.
+They stand in `recipes/FOLDER/model.json` for the folder's model, and in `recipes/models.jsonl`, one
+object a line, for others; also in a folder `recipes` of the working directory.
 """
 
 from __future__ import annotations
@@ -73,9 +72,7 @@ def _read(folder: Path) -> Iterator[ModelFacts]:
 
 
 def named_shape(name: str) -> ModelShape | None:
-    """Return the shape of a model given by name alone: by its facts or a local folder's
-    config.json, else None.
-    """
+    """Return the shape of a model by its facts or a local folder's config.json, else None."""
     try:
         facts = known_facts().get(name)
         local = object_or_none(Path(name) / "config.json") if Path(name).is_dir() else None

@@ -1,9 +1,9 @@
 """The shape of a model: its layers, vocabulary and embeddings, and the parameter counts that
 follow. Read from a config.json, no torch.
 
-Counted is what is loaded for training on text: of a model that also reads images or sound, the
-language model alone where transformers has a class for it; else everything, of which the other
-parts are not trained. Those of Gemma 3 are counted; any others are said and not counted.
+Counted is what is loaded for training on text: the language model alone where transformers has a
+class for it, else everything, of which the parts that read images or sound are not trained. Those
+of Gemma 3 are counted; any others are said and not counted.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def shape_of_config(
 
 
 def _siglip(config: Mapping[str, Any], text: Numbers) -> int:
-    """Return the parameters of Gemma 3's vision tower and of what makes its output the width of
-    the language model.
+    """Return the parameters of Gemma 3's vision tower and of its projection into the language
+    model.
     """
     numbers = Numbers(config)
     hidden, inner = numbers.number("hidden_size"), numbers.number("intermediate_size")

@@ -33,10 +33,9 @@ class LoadMeter:
 
     def others(self) -> float | None:
         """Return the share of these processors' time that other programs took since the last call;
-        None where the system does not tell. Over short times it is coarse, and may be below zero.
-
-        Time is counted in ticks of usually 10 ms. The other processes of this training are taken to
-        be as busy as this one.
+        None where the system does not tell. Time is counted in ticks of 10 ms: over short times the
+        share is coarse, and may be below zero. The other processes of this training count as busy
+        as this.
         """
         before, now = self._before, _processor_seconds()
         self._before = now

@@ -1,12 +1,9 @@
 """Who reads the weights of the base model.
 
 Under FSDP2 each rank keeps a share of them, so rank 0 reads alone and accelerate hands its tensors
-to the others while it shards, one after the other. Until then the model of every other rank has
-shapes and no weights (torch's meta device), adapters too: what those start from is rank 0's.
-Elsewhere, and where `config.launch.why_each_rank_reads` has a reason, each rank reads.
-
-transformers 5.24 does not see to it: with `fsdp_cpu_ram_efficient_loading` it reads on every rank
-all the same.
+to the others while it shards. Until then the model of every other rank has shapes and no weights
+(torch's meta device). Elsewhere, and where `config.launch.why_each_rank_reads` has a reason, each
+rank reads, as it would in transformers 5.24 in spite of `fsdp_cpu_ram_efficient_loading`.
 """
 
 from __future__ import annotations
@@ -92,8 +89,8 @@ def _why_not_handed_on(model: PreTrainedModel) -> str | None:
 
 
 def _take_buffers(model: PreTrainedModel) -> None:
-    """Give every rank the buffers that rank 0 computed, such as RoPE's frequencies: no file has
-    them, and accelerate hands on what is in the state dict.
+    """Give every rank the buffers that rank 0 computed, such as RoPE's frequencies: neither a file
+    nor the state dict has them.
     """
     own = dict(model.named_non_persistent_buffers())
     for name, value in on_main_rank(lambda: own).items():
@@ -103,13 +100,11 @@ def _take_buffers(model: PreTrainedModel) -> None:
 
 
 def prepare_to_share(model: torch.nn.Module) -> None:
-    """Make a model that is about to be sharded one that accelerate can share out from rank 0, and
-    check that it is everywhere the same: ranks that hand on other tensors wait for ever, or take
-    one for another. Every rank has to call.
+    """Let accelerate share a model out from rank 0, and check that it is everywhere the same: ranks
+    that hand on other tensors wait for ever. Every rank has to call.
 
-    accelerate puts shards into the optimizer by the address of what they were made of. Tensors
-    without memory all have address 0: the optimizer of every rank but the first would train one
-    parameter only, and saving its state would hang.
+    accelerate puts shards into the optimizer by the address of what they were made of, and tensors
+    without memory all have address 0: every rank but the first would train one parameter only.
 
     Raises:
         EnvironmentFault: the ranks have unlike models.

@@ -44,9 +44,9 @@ class EvaluationStopped(Exception):
 class StopRequest:
     """What this process was asked to do; `agreed` is what all ranks decided.
 
-    Before the first step a signal ends the process at once: there is nothing to save.
-    `wait_for_step` begins the time in which it waits for the end of the step, `close` that in which
-    the weights are saved and checked, which a first signal does not stop.
+    Before the first step a signal ends the process at once. `wait_for_step` begins the time in
+    which it waits for the end of the step, `close` that of saving, which a first signal does not
+    stop.
     """
 
     def __init__(self, stop_file: Path) -> None:

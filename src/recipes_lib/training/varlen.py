@@ -37,10 +37,8 @@ def varlen_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`.
-
-    A batch without bounds has one example a row and, where rows differ in length, its padding on
-    the right: what is causal never sees it, and no mask is needed.
+    """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`. A batch
+    without bounds has its padding on the right, which what is causal never sees.
 
     Returns:
         The attention output of shape (1, tokens, heads, channels), and no weights.
@@ -92,8 +90,8 @@ def why_not_here(half: torch.dtype | None) -> str | None:
 
 
 def why_it_fails(model: Any, half: torch.dtype, device: torch.device) -> str | None:
-    """Try the kernel on three small examples in one row, forward and backward, against sdpa example
-    by example; return what is wrong as the end of a sentence that begins with the kernel's name.
+    """Try the kernel on three small examples in one row, forward and backward, against sdpa; return
+    what is wrong as the end of a sentence that begins with the kernel's name.
 
     A kernel that nobody has run on this GPU with heads of this size must not be found out by a
     training that fails, or that learns something else.
@@ -151,7 +149,7 @@ def _window(length: int, window: int | None, device: torch.device) -> torch.Tens
 
 
 def use_varlen(model: Any) -> None:
-    """Switch a model from sdpa to `varlen`. No mask is registered under the name: transformers then
+    """Switch a model from sdpa to `varlen`. No mask is registered under the name: transformers
     makes none, and does not wait for the GPU to find out whether one is needed.
     """
     AttentionInterface.register(VARLEN, varlen_attention)
