@@ -52,7 +52,7 @@ from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.reading import prepare_to_share
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.base import dtype_name
+from recipes_lib.weights.base import precision_name
 
 _ATTENTION_KERNELS = ("scaled_dot_product", "flash_attn", "varlen_attn")
 NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
@@ -99,7 +99,7 @@ def build_trainer(
     """
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
-        found, wanted = dtype_name(model.dtype), dtype_name(half)
+        found, wanted = precision_name(model.dtype), precision_name(half)
         what = (
             f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two,"
             " which torch refuses"
@@ -286,7 +286,7 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     flat = args.padding_free or trainer.flattens
     padding = ", padding-free" if flat else ", packed" if args.packing else ""
     precision = (
-        "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else dtype_name(model.dtype)
+        "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else precision_name(model.dtype)
     )
     attention = getattr(model.config, "_attn_implementation", "unknown")
     shape = {
@@ -353,10 +353,10 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
     parameters, quantized = list(model.parameters()), count_quantized(model)
     trained = [one for one in parameters if one.requires_grad]
     count, total = (sum(one.numel() for one in some) for some in (trained, parameters))
-    precision = ", ".join(sorted({dtype_name(one.dtype) for one in trained}))
+    precision = ", ".join(sorted({precision_name(one.dtype) for one in trained}))
     if raised and not quantized and precision != "float32":
         precision = f"float32 (FSDP2 keeps the {precision} weights so)"
-    frozen = {dtype_name(one.dtype) for one in parameters if not one.requires_grad}
+    frozen = {precision_name(one.dtype) for one in parameters if not one.requires_grad}
     kind = describe_fp8(model) or ", ".join(sorted(frozen - {"uint8"}))
     kind = f"NF4 in {quantized} layers" if quantized else kind
     return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {kind}" if kind else "")

@@ -390,7 +390,7 @@ def size_of(model: PreTrainedModel) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def precision_name(dtype: torch.dtype) -> str:
     """Return torch's name of a precision without `torch.`."""
     return str(dtype).removeprefix("torch.")
 

@@ -25,8 +25,8 @@ from recipes_lib.weights.base import (
     ADAPTER_WEIGHTS,
     attach,
     changed_files,
-    dtype_name,
     load_base,
+    precision_name,
     recorded_hashes,
     size_of,
     weight_hashes,
@@ -270,7 +270,7 @@ def compare_folded(
     """
     import torch
 
-    written, rerouted = dtype_name(folded.dtype), rerouted_share(folded)
+    written, rerouted = precision_name(folded.dtype), rerouted_share(folded)
 
     def compare(logits: AdapterLogits, again: Any, exact: bool, precision: str) -> FoldComparison:
         tolerance = EXACT_TOLERANCE if exact else FOLD_TOLERANCE
@@ -353,9 +353,9 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
         trained = over_published_base(trained)
         family = Family([trained])
         logits = adapter_logits(family, trained, prompts)
-    before, precision = size_of(family.model.get_base_model()), dtype_name(family.model.dtype)
+    before, precision = size_of(family.model.get_base_model()), precision_name(family.model.dtype)
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
-    written, size = dtype_name(model.dtype), size_of(model)
+    written, size = precision_name(model.dtype), size_of(model)
     if recipe.quantization is not None:
         report(
             f"dequantised the {recipe.base_format} base first: {shown_size(before)}"

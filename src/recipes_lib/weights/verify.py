@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError, RecipesError
-from recipes_lib.weights.base import check_whole, dtype_name, weight_hashes
+from recipes_lib.weights.base import check_whole, precision_name, weight_hashes
 from recipes_lib.weights.check import AsTrained, TensorCounts, free_memory, read_check, real_prompts
 from recipes_lib.weights.finished_run import (
     Family,
@@ -206,7 +206,7 @@ def _check_folded(
         family.model = None
         free_memory()
         family = Family([trained])
-    tokenizer, precision = family.tokenizer, dtype_name(family.model.dtype)
+    tokenizer, precision = family.tokenizer, precision_name(family.model.dtype)
     record = merge_record(trained)
     stale = why_stale(trained, record) if record else None
     if stale:
@@ -226,7 +226,7 @@ def _check_folded(
     comparison = compare_folded(trained, logits, folded, prompts, precision)
     result.numbers["merged"] = {
         "compared": what,
-        "dtype": dtype_name(folded.dtype),
+        "dtype": precision_name(folded.dtype),
         **comparison.as_dict(),
     }
     result.problems += [f"{what}: {problem}" for problem in comparison.problems]
