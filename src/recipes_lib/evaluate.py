@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +24,7 @@ from recipes_lib.config.lm_eval import add_flags, overrides_of
 from recipes_lib.config.loader import load_document
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.faults import explain_fault
+from recipes_lib.core.json_files import utc_now
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.manifest import command_line, git_state, library_versions
 from recipes_lib.core.project import shown_path
@@ -207,7 +207,7 @@ def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
     words = {
         "recipe": recipe.to_dict(),
-        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "written": utc_now(),
         "command": command_line(),
         "git": git_state(),
         "libraries": library_versions(),

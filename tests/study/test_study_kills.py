@@ -24,10 +24,10 @@ from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import Measurements, read_measurements
 from recipes_lib.compare.relabelling import relabelled
 from recipes_lib.compare.validity import check_validity
+from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
 from recipes_lib.study.conclusion import measured_runs, of_study
-from recipes_lib.study.graph import digest_of
 from recipes_lib.study.ledger import ledger_of, looked
 from recipes_lib.study.steps import build_graph
 

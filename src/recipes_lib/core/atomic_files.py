@@ -93,18 +93,19 @@ def publish(scratch: Path, final: Path, replace: bool = True) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of files below `folder` by name, several read at a time."""
-
-    def digest(name: str) -> str:
-        with (folder / name).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
+    """Return the SHA-256 of files below `folder` by name, several read at a time."""
     names = list(names)
-    with ThreadPoolExecutor(
-        max_workers=min(4, os.cpu_count() or 1)
-    ) as pool:  # hashing lets other threads run
-        return dict(zip(names, pool.map(digest, names), strict=True))
+    # hashing lets other threads run
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        hashes = pool.map(file_hash, [folder / name for name in names])
+        return dict(zip(names, hashes, strict=True))
 
 
 def sync_tree(folder: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.atomic_files import file_hash, write_json
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import cache_root
@@ -21,13 +21,15 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 _PLACES = ("base_model_name_or_path", "_name_or_path")  # where a base lies
 
 
+def digest_of(value: Any) -> str:
+    """Return the SHA-256 of a JSON-ready value."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
 def hash_of(*parts: Any) -> str:
     """Return the SHA-256 of JSON-ready values."""
-    return hashlib.sha256(
-        json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str).encode(
-            "utf-8", "surrogatepass"
-        )
-    ).hexdigest()
+    return digest_of(parts)
 
 
 def precision_of(dtype: Any, quantization: Any, base_precision: Any) -> list[Any]:
@@ -88,7 +90,6 @@ def _digest(path: Path) -> str:
     memory = cache_root() / "digests" / f"{hash_of(stamp)[:32]}.json"
     with suppress(RecipesError, KeyError):  # a memory that is damaged is made again
         return str(read_object(memory)["sha256"])
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = file_hash(path)
     write_json(memory, {"file": path.name, "sha256": digest})
     return digest

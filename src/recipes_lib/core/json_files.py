@@ -7,6 +7,7 @@ by file and line. Files of other programs have readers of their own.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import json
 import os
@@ -22,6 +23,11 @@ Row = dict[str, Any]
 BLOCK = 2**16
 _INVALID = re.compile("[\ud800-\udfff\x00]")
 _warn_once = functools.cache(warn)  # a file is often read several times by one command
+
+
+def utc_now() -> str:
+    """Return the time as our files note it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def valid_text(text: str) -> str:

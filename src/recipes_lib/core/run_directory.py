@@ -10,7 +10,6 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 
 from __future__ import annotations
 
-import datetime
 import os
 import shlex
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from typing import Any, Literal, TypedDict, cast, get_args
 
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.json_files import DamagedFile, read_object, utc_now
 from recipes_lib.core.project import check_run_name, runs_root
 from recipes_lib.core.run_lock import end_if_taken_over
 
@@ -200,7 +199,7 @@ class RunDirectory:
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
         end_if_taken_over(self.path)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        now = utc_now()
         old: Mapping[str, object] = (
             self.read_state()
             if self.exists()

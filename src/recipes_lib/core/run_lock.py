@@ -11,7 +11,6 @@ name in the note ends at once, so that never two of them write.
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import socket
@@ -27,7 +26,7 @@ from typing import TypedDict, cast
 from recipes_lib.core.atomic_files import named_in_errors
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
 from recipes_lib.core.faults import is_disk_full
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.json_files import object_or_none, utc_now
 from recipes_lib.core.terminal import say
 
 HEARTBEAT_S = 10.0
@@ -175,11 +174,10 @@ class _Holder:
     def __init__(self, note: Path) -> None:
         self.note = note
         self.token = uuid.uuid4().hex
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._facts: _Note = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "since": now,
+            "since": utc_now(),
             **_this_try(),
             "token": self.token,
         }

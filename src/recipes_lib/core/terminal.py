@@ -43,6 +43,17 @@ def shown_size(num_bytes: float) -> str:
     return f"{num_bytes / 2**10:,.0f} KiB"
 
 
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are.
+
+    Example:
+        >>> first_of(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

@@ -159,12 +159,16 @@ class JobPlan:
             prefetch`.
     """
 
-    path: Path
     jobs: tuple[Job, ...]
     handed: HandedOver
     models: tuple[ModelSection, ...]
     warnings: tuple[str, ...]
     evals: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> Path:
+        """The folder of the submission."""
+        return self.handed.folder
 
     @property
     def name(self) -> str:
@@ -369,8 +373,7 @@ def _plan_recipe(
             was not evaluated.
     """
     run, python, allowed = RunDirectory(recipe.name), _python(profile), _of_later_stages(flags)
-    path = jobs_folder(recipe.name)
-    handed = HandedOver(path, files)
+    handed = HandedOver(jobs_folder(recipe.name), files)
     handed.add_texts([recipe], evals)
     jobs: list[Job] = []
     warnings = _judges_nobody_starts(evals, profile)
@@ -411,7 +414,7 @@ def _plan_recipe(
             )
     models = (recipe.model, *(judge for one in evals for judge in judge_model(one)))
     shown = tuple(shown_path(one.path) for one in evals)
-    return JobPlan(path, tuple(jobs), handed, models, tuple(warnings), shown)
+    return JobPlan(tuple(jobs), handed, models, tuple(warnings), shown)
 
 
 # ---- A study ----
@@ -428,15 +431,14 @@ class _StudyPlanner:
     ) -> None:
         self.study, self.profile, self.flags = study, profile, flags
         self.python = _python(profile)
-        self.path = jobs_folder(study.name)
-        self.handed = HandedOver(self.path, files)
+        self.handed = HandedOver(jobs_folder(study.name), files)
         self.handed.add_texts((arm.recipe for arm in study.arms if arm.recipe), study.evals)
         if study.published:
             files.add_texts(study.published)
-        self.launches = {arm.name: arm.launch for arm in study.arms if arm.trained}
-        for launch in self.launches.values():
+        launches = [arm.launch for arm in study.arms if arm.trained]
+        for launch in launches:
             _check_gpus(launch, profile)
-        self.uses_gpus = not all(launch.config.use_cpu for launch in self.launches.values())
+        self.uses_gpus = not all(launch.config.use_cpu for launch in launches)
         self.graph = build_graph(study)
         self.state = self.graph.survey()
         # step -> label of the job that does it
@@ -475,7 +477,7 @@ class _StudyPlanner:
         models += [judge for one in study.evals for judge in judge_model(one)]
         asking = study.evals if "eval" in stages else ()
         warnings = tuple(_judges_nobody_starts(asking, self.profile))
-        return JobPlan(self.path, tuple(jobs), self.handed, tuple(models), warnings)
+        return JobPlan(tuple(jobs), self.handed, tuple(models), warnings)
 
     def _open(self, *kinds: str) -> list[Step]:
         return [step for step in self.graph.of_kind(*kinds) if not self.state[step.name].fresh]
@@ -488,7 +490,7 @@ class _StudyPlanner:
         groups: dict[tuple[JobSize, str], list[Step]] = {}
         for step in self.graph.of_kind("train"):
             if not (self.state[step.name].fresh and self.state[check_of[step.name]].fresh):
-                launch = self.launches[step.arm]
+                launch = self.study.arm(step.arm).launch
                 groups.setdefault((_size(launch), launch.config.path.stem), []).append(step)
         jobs: list[Job] = []
         for (size, config), steps in groups.items():
@@ -508,10 +510,12 @@ class _StudyPlanner:
 
     def _training(self, step: Step, check: str) -> Task:
         """Return the training of one arm and seed; it succeeded when its adapter check passed."""
-        arm, launch = self.study.arm(step.arm), self.launches[step.arm]
+        arm = self.study.arm(step.arm)
         assert step.seed is not None
         recipe = arm_recipe(self.study, arm, step.seed)
-        launcher, script = self.handed.training(f"{step.name}.json", recipe, launch, self.python)
+        launcher, script = self.handed.training(
+            f"{step.name}.json", recipe, arm.launch, self.python
+        )
         checked = (*self.python, *self._study_run([step.name, check]))
         return Task(launcher, (*script, *self.flags), checked, recipe.name)
 

@@ -368,10 +368,7 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
     ids: dict[str, str] = {}
     try:
         for job in plan.jobs:
-            flags = [word for line in _flags(job, plan.path, profile) for word in line]
-            done = run_slurm(_sbatch(job, folder, ids), without=_overruled(flags))
-            if done.returncode:
-                raise _refusal(done.stderr, profile, job.stage, flags)
+            done = _ask_sbatch(_sbatch(job, folder, ids), job, plan.path, profile)
             # --parsable prints ID or ID;cluster
             ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
             folder.write_jobs(plan.jobs, ids, profile.name)
@@ -450,27 +447,30 @@ def test_chain(plan: JobPlan, profile: SiteProfile) -> Iterator[tuple[str, str]]
     """
     refused: dict[str, RecipeError] = {}
     for job in plan.jobs:
-        flags = [word for line in _flags(job, plan.path, profile) for word in line]
         script = script_of(job, plan.path, profile)
-        done = run_slurm(["sbatch", "--test-only"], stdin=script, without=_overruled(flags))
-        if done.returncode == 0:  # --test-only answers on stderr
+        try:
+            done = _ask_sbatch(["sbatch", "--test-only"], job, plan.path, profile, script)
+        except RecipeError as error:
+            refused.setdefault(str(error), error)
+        else:  # --test-only answers on stderr
             yield job.label, done.stderr.strip().removeprefix("sbatch: ")
-            continue
-        error = _refusal(done.stderr, profile, job.stage, flags)
-        if not isinstance(error, RecipeError):
-            raise error
-        refused.setdefault(str(error), error)
     if refused:
         raise RecipeErrors(refused.values())
 
 
-def _overruled(flags: Sequence[str]) -> set[str]:
-    """Return the variables with which a shell would overrule what the script asks for: sbatch takes
-    them before #SBATCH lines.
-    """
+def _ask_sbatch(
+    argv: Sequence[str], job: Job, folder: Path, profile: SiteProfile, script: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run sbatch; raise what it refuses."""
+    flags = [word for line in _flags(job, folder, profile) for word in line]
+    # sbatch takes these variables of the shell before the #SBATCH lines
     names = [word.partition("=")[0].removeprefix("--") for word in flags]
     others = {"time": "timelimit", "mem": "mem-per-node", "array": "array-inx"}
-    return {f"SBATCH_{others.get(name, name).upper().replace('-', '_')}" for name in names}
+    without = {f"SBATCH_{others.get(name, name).upper().replace('-', '_')}" for name in names}
+    done = run_slurm(argv, stdin=script, without=without)
+    if done.returncode:
+        raise _refusal(done.stderr, profile, job.stage, flags)
+    return done
 
 
 def run_slurm(

@@ -22,14 +22,15 @@ from recipes_lib.compare.validity import check_validity
 from recipes_lib.compare.wording import count
 from recipes_lib.core.atomic_files import publish, write_json
 from recipes_lib.core.errors import DataError
+from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
-from recipes_lib.core.terminal import say
+from recipes_lib.core.terminal import first_of, say
 from recipes_lib.eval_recipe import UNJUDGED
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
-from recipes_lib.study.graph import Freshness, Graph, Step, digest_of
+from recipes_lib.study.graph import Freshness, Graph, Step
 from recipes_lib.study.ledger import ledger_of, looked
 
 if TYPE_CHECKING:
@@ -96,6 +97,28 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     return dataclasses.replace(measurements, arms=arms)
 
 
+def look_at(
+    study: Study, graph: Graph, by: str, *, whole_level: bool = False, keep: bool = True
+) -> tuple[Measurements, Comparison]:
+    """Return what was measured, and the comparison of the arms, whose look is recorded.
+
+    Args:
+        by: the command, for the ledger.
+        whole_level: whether each comparison is tested at the whole level, whatever was seen before.
+        keep: False to write nothing but the ledger.
+
+    Raises:
+        RecipesError: an evaluation's files are damaged.
+    """
+    measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
+    relabel = partial(relabelled_once, graph, keep=keep)
+    findings = check_validity(study, measurements)
+    make = partial(compare_arms, measurements, findings, study, relabel=relabel)
+    whole = make() if whole_level else None
+    ledger = ledger_of(study, graph, measurements, by)
+    return measurements, looked(ledger, lambda weigh: whole or make(weigh=weigh))
+
+
 def conclude(
     study: Study, graph: Graph, by: str = "study report", *, keep: bool = True
 ) -> Conclusion:
@@ -121,12 +144,7 @@ def conclude(
     known = graph.survey()
     statistics, report = graph.steps["statistics"], graph.steps["report"]
     complete = all(known[name].fresh for name in statistics.upstream)
-    measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
-    findings = check_validity(study, measurements)
-    relabel = partial(relabelled_once, graph, keep=keep)
-    make = partial(compare_arms, measurements, findings, study, relabel=relabel)
-    ledger = ledger_of(study, graph, measurements, by)
-    comparison = looked(ledger, lambda weigh: make(weigh=weigh))
+    measurements, comparison = look_at(study, graph, by, keep=keep)
     folder = study_folder(study) / "report"
     if not keep:
         return Conclusion(comparison, folder, complete)
@@ -174,6 +192,4 @@ def not_up_to_date(names: Sequence[str], known: Mapping[str, Freshness]) -> list
     behind = [f"{name} ({known[name].state})" for name in names if not known[name].fresh]
     if not behind:
         return []
-    more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
-    names = ", ".join(behind[:6])
-    return [f"Not up to date: {names}{more}. What follows is what was measured before."]
+    return [f"Not up to date: {first_of(behind, 6)}. What follows is what was measured before."]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import runs_root
@@ -26,7 +27,7 @@ from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
-from recipes_lib.study.graph import Graph, Step, digest_of, result_digest
+from recipes_lib.study.graph import Graph, Step, result_digest
 from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.registry import suite_of
 from recipes_lib.suites.suite import Asker

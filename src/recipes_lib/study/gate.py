@@ -10,18 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 
 from recipes_lib.compare.aims import is_named
-from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import Study
-from recipes_lib.compare.measurements import read_measurements
 from recipes_lib.compare.row import TableRow
-from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.study.conclusion import measured_runs, of_study, relabelled_once
+from recipes_lib.study.conclusion import look_at
 from recipes_lib.study.graph import Graph
-from recipes_lib.study.ledger import ledger_of, looked
 
 
 @dataclass(frozen=True)
@@ -71,11 +66,7 @@ def gate(study: Study, graph: Graph) -> Gate:
     known = graph.survey()
     upstream = graph.steps["statistics"].upstream
     missing = [f"{name} ({known[name].state})" for name in upstream if not known[name].fresh]
-    measurements = of_study(read_measurements(measured_runs(study, graph)), study, graph)
-    findings = check_validity(study, measurements)
-    relabel = partial(relabelled_once, graph, keep=False)
-    tested = compare_arms(measurements, findings, study, relabel=relabel)
-    comparison = looked(ledger_of(study, graph, measurements, "study gate"), lambda _: tested)
+    _, comparison = look_at(study, graph, "study gate", whole_level=True, keep=False)
     baseline = study.baseline
     rows = [row for row in comparison.rows if baseline in row.arms and not row.aside]
     arms = [arm.name for arm in study.arms if arm.name != baseline]

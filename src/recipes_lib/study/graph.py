@@ -8,7 +8,6 @@ contents are compared.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -19,9 +18,11 @@ from typing import Any, Literal
 
 from recipes_lib.config.handed import handed_text
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.atomic_files import file_hash, write_json
 from recipes_lib.core.errors import RecipeError, RecipesError
-from recipes_lib.core.json_files import read_object
+from recipes_lib.core.fingerprints import digest_of
+from recipes_lib.core.json_files import read_object, utc_now
+from recipes_lib.core.terminal import first_of
 
 _FORMAT_VERSION = 1
 # inputs of this name are hashes; None means that the content cannot be known here, and is not
@@ -117,8 +118,7 @@ class Freshness:
     @property
     def why(self) -> str:
         """The reasons in one line."""
-        more = f" and {len(self.reasons) - 3} more" if len(self.reasons) > 3 else ""
-        return ", ".join(self.reasons[:3]) + more
+        return first_of(self.reasons)
 
 
 class Graph:
@@ -225,7 +225,7 @@ class Graph:
             upstream={name: self.output(name) for name in step.upstream},
             output=output,
             files={name: file_record(path) for name, path in names.items()},
-            finished=_now(),
+            finished=utc_now(),
         )
         values = {"format_version": _FORMAT_VERSION, "step": step.name, **asdict(record)}
         del values["seconds"]  # one of the facts, where it is known
@@ -238,16 +238,12 @@ class Graph:
 
     def fail(self, step: Step, error: str, exit_code: int) -> None:
         """Note that a step failed; an earlier result stays what it is."""
-        failure = Failure(error, exit_code, _now())
+        failure = Failure(error, exit_code, utc_now())
         write_json(self.folder / step.name / "failed.json", asdict(failure))
 
 
 def _fits(name: str, word: str) -> bool:
     return f"{name}.".startswith(f"{word}.")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def changed_inputs(before: Inputs, now: Inputs) -> list[str]:
@@ -338,14 +334,7 @@ def content_of(path: Path) -> str | None:
         )
     if not path.is_file():
         return None
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON-ready value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return file_hash(path)
 
 
 def digest_of_files(folder: Path, files: Sequence[Path]) -> str:

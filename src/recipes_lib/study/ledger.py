@@ -11,7 +11,6 @@ out, and the next look takes its place.
 
 from __future__ import annotations
 
-import datetime
 import errno
 import hashlib
 import itertools
@@ -37,10 +36,12 @@ from recipes_lib.compare.table import is_tested
 from recipes_lib.compare.validity.case import SEED, changes_result
 from recipes_lib.compare.wording import count, sentence_list
 from recipes_lib.core.atomic_files import sync, write_json
+from recipes_lib.core.fingerprints import digest_of
+from recipes_lib.core.json_files import utc_now
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.statistics.looks import Look, last_planned, level_share
 from recipes_lib.study.arms import LEDGER_HEAD, run_names, study_folder
-from recipes_lib.study.graph import ONLY_SPEED, Freshness, Graph, digest_of
+from recipes_lib.study.graph import ONLY_SPEED, Freshness, Graph
 from recipes_lib.study.ledger_file import LEDGER_FORMAT, LedgerLine, ledger_place, read_ledger
 from recipes_lib.training.resume_guard import flatten
 
@@ -304,7 +305,7 @@ class Ledger:
         return {
             "format_version": LEDGER_FORMAT,
             "previous": self.hashes[-1] if self.hashes else "",
-            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "at": utc_now(),
             "by": self.viewed.by,
             "planned": study.looks if study else None,
             "results": digest_of(sorted([one["comparison"], one["results"]] for one in seen)),

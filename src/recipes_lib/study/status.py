@@ -17,7 +17,7 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
-from recipes_lib.core.terminal import aligned
+from recipes_lib.core.terminal import aligned, first_of
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.foresight import foresee
@@ -80,8 +80,7 @@ def _state(
     if failed := [name for name in waits if known[name].failure]:
         return "waiting", f"{failed[0]} failed"
     if waits:
-        more = f" and {len(waits) - 1} more" if len(waits) > 1 else ""
-        return "waiting", f"after {waits[0]}{more}"
+        return "waiting", f"after {first_of(waits, 1)}"
     if step.kind not in TRAININGS:
         return "running" if evaluating else "missing", ""
     run = RunDirectory(step.run)
@@ -117,11 +116,10 @@ def standstill(study: Study, graph: Graph) -> str | None:
     busy += [RunDirectory(step.run).path for step in failed if step.kind in TRAININGS]
     if not failed or len(stuck) < len(todo) or any(map(is_held, busy)):
         return None
-    names = ", ".join(step.name for step in failed[:3])
-    more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
+    names = first_of([step.name for step in failed])
     waiting = len(todo) - len(failed)
     need = f", what else is to do ({waiting}) needs that" if waiting else ""
-    return f"{names}{more} failed{need}, and no process works on it"
+    return f"{names} failed{need}, and no process works on it"
 
 
 def status_lines(rows: Sequence[StepRow], width: int) -> list[str]:

@@ -22,6 +22,7 @@ from recipes_lib.compare.design import BASE_ARM, Arm, Study
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED
 from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
@@ -36,7 +37,6 @@ from recipes_lib.study.graph import (
     Inputs,
     Step,
     content_of,
-    digest_of,
     digest_of_files,
 )
 from recipes_lib.training.resume_guard import flatten, guarded_values

@@ -24,11 +24,12 @@ from recipes_lib.compare.design import Study
 from recipes_lib.config.recipe import HANDED, RECIPE_FILE
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
 from recipes_lib.study.arms import arm_recipe, launch_words, move_aside, study_folder, train_words
-from recipes_lib.study.graph import Graph, Step, changed_inputs, digest_of
+from recipes_lib.study.graph import Graph, Step, changed_inputs
 from recipes_lib.study.tuning import validation_loss
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.base import weight_hashes

@@ -14,10 +14,11 @@ from typing import Any
 
 from recipes_lib.compare.design import Arm, Study, Tuning
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_rows
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.arms import choice_name, study_folder
-from recipes_lib.study.graph import Graph, Step, digest_of
+from recipes_lib.study.graph import Graph, Step
 
 
 def with_choices(study: Study) -> Study:
