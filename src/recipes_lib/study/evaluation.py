@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.core.atomic_files import write_json
-from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
@@ -27,7 +27,7 @@ from recipes_lib.evaluate import Done, evaluate
 from recipes_lib.generation.subjects import loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
-from recipes_lib.study.graph import Graph, Step, result_digest
+from recipes_lib.study.graph import Failure, Graph, Step, result_digest
 from recipes_lib.suites.judged import JudgedSuite
 from recipes_lib.suites.registry import suite_of
 from recipes_lib.suites.suite import Asker
@@ -48,7 +48,7 @@ Report = Callable[[str], None]
 
 
 class FailedSteps:
-    """Steps that failed in this attempt: `found` is name -> (error, exit code).
+    """Steps that failed in this attempt: `found` has them by name.
 
     Args:
         debug: raise what is not one of our errors.
@@ -56,7 +56,7 @@ class FailedSteps:
 
     def __init__(self, graph: Graph, debug: bool) -> None:
         self.graph, self.debug = graph, debug
-        self.found: dict[str, tuple[str, int]] = {}
+        self.found: dict[str, Failure] = {}
 
     @contextmanager
     def noted(self, steps: Sequence[Step]) -> Iterator[None]:
@@ -71,18 +71,17 @@ class FailedSteps:
         either.
         """
         if isinstance(error, RecipesError):
-            self.add(steps, str(error), int(error.exit_code))
+            self.add(steps, error)
             return
         if self.debug:
             raise error
         lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        self.add(steps, f"{type(error).__name__}: {lines[0]}", int(ExitCode.FAILED))
+        self.add(steps, f"{type(error).__name__}: {lines[0]}")
 
-    def add(self, steps: Sequence[Step], error: str, exit_code: int) -> None:
+    def add(self, steps: Sequence[Step], error: RecipesError | str) -> None:
         """Note a failure of steps."""
         for step in steps:
-            self.graph.fail(step, error, exit_code)
-            self.found[step.name] = (error, exit_code)
+            self.found[step.name] = self.graph.fail(step, error)
 
 
 def record_base_run(study: Study) -> None:
@@ -335,7 +334,7 @@ class Evaluation:
             if job is failed or isinstance(failed.suite, _AdapterChecks):
                 step = job.results.pop(run, None)
                 if step and step.name not in self.failures.found:
-                    self.failures.add([step], "its model failed above", int(ExitCode.FAILED))
+                    self.failures.add([step], "its model failed above")
             elif not isinstance(job.suite, _AdapterChecks) and (
                 job.suite.recipe.name == failed.suite.recipe.name
             ):

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from recipes_lib.config.handed import handed_text
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import file_hash, write_json
-from recipes_lib.core.errors import RecipeError, RecipesError
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_object, utc_now
 from recipes_lib.core.terminal import first_of
@@ -99,7 +99,7 @@ class Failure:
 
     error: str
     exit_code: int
-    at: str
+    at: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,10 +236,16 @@ class Graph:
         """Take back that a step is done."""
         (self.folder / name / "done.json").unlink(missing_ok=True)
 
-    def fail(self, step: Step, error: str, exit_code: int) -> None:
-        """Note that a step failed; an earlier result stays what it is."""
-        failure = Failure(error, exit_code, utc_now())
+    def fail(self, step: Step, error: RecipesError | str, exit_code: int | None = None) -> Failure:
+        """Note that a step failed; an earlier result stays what it is.
+
+        Args:
+            exit_code: None for the error's own.
+        """
+        code = error.exit_code if isinstance(error, RecipesError) else ExitCode.FAILED
+        failure = Failure(str(error), int(code if exit_code is None else exit_code), utc_now())
         write_json(self.folder / step.name / "failed.json", asdict(failure))
+        return failure
 
 
 def _fits(name: str, word: str) -> bool:

@@ -28,15 +28,15 @@ from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
 from recipes_lib.study.arms import study_folder
-from recipes_lib.study.graph import FOLLOWS, Freshness, Graph, Step
+from recipes_lib.study.graph import FOLLOWS, Failure, Freshness, Graph, Step
 from recipes_lib.study.leaks import refuse_leaks
 from recipes_lib.study.steps import build_graph
 from recipes_lib.study.trainings import Trainings
 from recipes_lib.study.tuning import choose, with_choices
 
 Say = Callable[[str], None]
-# Step -> why it failed, and the exit code.
-StepErrors = dict[str, tuple[str, int]]
+# Step -> why it failed.
+StepErrors = dict[str, Failure]
 _COPY = "# a copy of "
 
 
@@ -115,9 +115,10 @@ def run_study(
     if not failed:
         return int(ExitCode.DONE)
     say(f"\n{len(failed)} step{'s' * (len(failed) != 1)} failed:")
-    for name, (why, code) in failed.items():
-        say(f"  {name} (exit code {code}): {why.splitlines()[0]}")
-    only_missing = all(code == ExitCode.EVALUATION_INCOMPLETE for _, code in failed.values())
+    for name, one in failed.items():
+        say(f"  {name} (exit code {one.exit_code}): {one.error.splitlines()[0]}")
+    codes = {one.exit_code for one in failed.values()}
+    only_missing = codes == {ExitCode.EVALUATION_INCOMPLETE}
     return int(ExitCode.EVALUATION_INCOMPLETE if only_missing else ExitCode.FAILED)
 
 
@@ -191,7 +192,7 @@ def _left_over(study: Study, only: Sequence[str], failed: StepErrors) -> StepErr
     graph = build_graph(study)
     state = graph.survey()
     return {
-        step.name: (state[step.name].why or "was not done", int(ExitCode.FAILED))
+        step.name: Failure(state[step.name].why or "was not done", int(ExitCode.FAILED))
         for step in graph.todo(only)
         if step.name not in failed
     }
@@ -282,9 +283,8 @@ def _evaluate(
     try:
         record_base_run(study)
     except RecipesError as error:
-        for step in todo(graph):
-            graph.fail(step, str(error), int(error.exit_code))
-        return {"evaluation": (str(error), int(error.exit_code))}
+        failures = [graph.fail(step, error) for step in todo(graph)]
+        return {"evaluation": failures[0]}
     graph = build_graph(study)  # the base's run has its name now
     return Evaluation(study, graph, todo(graph), say, debug, remote_code).run().found
 
@@ -300,8 +300,7 @@ def _conclude(study: Study, only: Sequence[str], say: Say) -> StepErrors:
     try:
         conclusion = conclude(study, graph, "study run")
     except RecipesError as error:
-        graph.fail(graph.steps["statistics"], str(error), int(error.exit_code))
-        return {"statistics": (str(error), int(error.exit_code))}
+        return {"statistics": graph.fail(graph.steps["statistics"], error)}
     if not conclusion.complete:
         say("the report holds what there is; steps are missing (below)")
     return {}

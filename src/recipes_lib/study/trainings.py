@@ -29,7 +29,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
 from recipes_lib.study.arms import arm_recipe, launch_words, move_aside, study_folder, train_words
-from recipes_lib.study.graph import Graph, Step, changed_inputs
+from recipes_lib.study.graph import Failure, Graph, Step, changed_inputs
 from recipes_lib.study.tuning import validation_loss
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.base import weight_hashes
@@ -71,7 +71,7 @@ class Trainings:
     ) -> None:
         self.study, self.graph, self.jobs, self.say = study, graph, jobs, say
         self.flags = list(flags)
-        self.failed: dict[str, tuple[str, int]] = {}
+        self.failed: dict[str, Failure] = {}
         self.stopped: int | None = None
         self.signals: list[int] = []
         self.running: list[_Training] = []
@@ -154,7 +154,7 @@ class Trainings:
         try:
             self._clear_way(step, run)
         except RecipesError as error:
-            self._fail(step, str(error), int(error.exit_code))
+            self._fail(step, error)
             return
         if self.stopped is not None:
             return
@@ -244,7 +244,7 @@ class Trainings:
             where = f"its output is in {training.log}" if training.log else "its message is above"
             error = recorded or f"the training ended with exit code {code}"
             error += f"; {where}" if training.log or not recorded else ""
-            self._fail(step, error, code if code > 0 else int(ExitCode.FAILED))
+            self._fail(step, error, code if code > 0 else None)
 
     def _finish(self, step: Step, run: RunDirectory, seconds: float) -> None:
         """Record a finished training: its result is the hash of its weights and of the prompt
@@ -257,7 +257,7 @@ class Trainings:
         if step.kind == "tune":  # its weights are never read again
             loss = validation_loss(run, summary)
             if loss is None:
-                self._fail(step, "no validation loss was logged", int(ExitCode.FAILED))
+                self._fail(step, "no validation loss was logged")
                 return
             self.graph.finish(step, digest_of(loss), [], seconds=took, loss=loss)
         else:
@@ -268,10 +268,9 @@ class Trainings:
             self.graph.finish(step, result, files, seconds=took)
         self.say(f"{step.run}: trained" + ("" if seconds else " before"))
 
-    def _fail(self, step: Step, error: str, code: int) -> None:
-        self.graph.fail(step, error, code)
-        self.failed[step.name] = (error, code)
-        self.say(f"{step.run}: failed (exit code {code}); the other arms go on")
+    def _fail(self, step: Step, error: RecipesError | str, code: int | None = None) -> None:
+        self.failed[step.name] = failure = self.graph.fail(step, error, code)
+        self.say(f"{step.run}: failed (exit code {failure.exit_code}); the other arms go on")
 
 
 def free_devices(

@@ -18,7 +18,7 @@ from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import read_rows
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.arms import choice_name, study_folder
-from recipes_lib.study.graph import Graph, Step
+from recipes_lib.study.graph import Failure, Graph, Step
 
 
 def with_choices(study: Study) -> Study:
@@ -38,7 +38,7 @@ def with_choices(study: Study) -> Study:
 
 def choose(
     study: Study, graph: Graph, steps: Sequence[Step], say: Callable[[str], None]
-) -> dict[str, tuple[str, int]]:
+) -> dict[str, Failure]:
     """Choose for each of these steps whose trainings are done, and record it; return the failures.
 
     The lowest validation loss wins, of equal ones the value that stands first in the grid. A
@@ -53,8 +53,7 @@ def choose(
         finite = [loss for loss in losses if loss is not None]
         if not finite:
             why = f"arm '{arm.name}': its training diverged at every {grid.key} of {grid.grid}"
-            graph.fail(step, why, int(ExitCode.NUMERICS))
-            failed[step.name] = (why, int(ExitCode.NUMERICS))
+            failed[step.name] = graph.fail(step, why, ExitCode.NUMERICS)
             continue
         best = grid.values[losses.index(min(finite))]
         graph.finish(step, digest_of(best), [], chosen=best, losses=losses)
