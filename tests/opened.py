@@ -34,7 +34,7 @@ def run_and_watch(
     """Run a command; return how it ended, and every YAML file that it or a process below it
     read.
     """
-    (folder / "hook").mkdir()
+    (folder / "hook").mkdir(exist_ok=True)
     (folder / "hook" / "sitecustomize.py").write_text(HOOK)
     log, places = folder / "opened", [str(folder / "hook")]
     places += filter(None, [os.environ.get("PYTHONPATH")])

@@ -176,14 +176,15 @@ def test_jobs_without_what_they_were_handed_say_so_in_one_line(
 def test_no_process_of_a_job_parses_yaml(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, gpus: str
 ) -> None:
-    """The scripts of a study with bash: its arms train and are checked, one on two ranks."""
+    """The scripts of a study with bash: an arm trains on one or two ranks, is checked, answers."""
     study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     launch = ["--accelerate", "ddp_cpu", "--gpus", gpus] if gpus != "1" else []
     launch += ["train.per_device_train_batch_size=2"]
-    assert cli.main(["launch", str(study), "--prepare", "--stages", "train", *launch]) == 0
+    assert cli.main(["launch", str(study), "--prepare", "--stages", "train,eval", *launch]) == 0
     for path in (tmp_path / "mine").rglob("*.yaml"):
-        path.unlink()
+        if path.parent.name != "lm_eval":  # tasks are data
+            path.unlink()
     script = tmp_path / "runs/tiny/slurm/train.sbatch"
     variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "SLURM_ARRAY_TASK_ID": "0"}
     done, opened = run_and_watch(["bash", str(script)], tmp_path, **variables)
@@ -196,6 +197,12 @@ def test_no_process_of_a_job_parses_yaml(
     own = [one for one in opened if "site-packages" not in one.path.parts]
     assert {one.path for one in own} == ({script.parent / "ddp_cpu.yaml"} if gpus == "2" else set())
     assert all(one.words.startswith("-m accelerate.commands.launch") for one in own)
+    if gpus == "1":
+        answers = ["bash", str(script.with_name("eval-r4.sbatch"))]
+        done, opened = run_and_watch(answers, tmp_path, **variables)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        folders = {one.path.parent.name for one in opened if "site-packages" not in one.path.parts}
+        assert folders == {"lm_eval"}
 
 
 def test_a_study_that_an_earlier_release_copied_for_its_jobs_is_refused_in_one_line(

@@ -1,8 +1,6 @@
 """Files as they were when jobs were submitted: one JSON file that their processes read in place of
-YAML, prompts and templates, so that a later edit changes nothing of what was submitted.
-
-`recording` notes what the submitting process reads and accepts. A process that finds
-RECIPES_HANDED_FILES takes from there what was noted; everything else it reads where it lies.
+YAML, prompts and templates; what it does not hold they read where it lies. Warnings were said when
+it was written.
 """
 
 from __future__ import annotations
@@ -15,10 +13,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
-from recipes_lib.config.kinds import kind_named
+from recipes_lib.config.kinds import KINDS
 from recipes_lib.config.loader import Document, Origin
 from recipes_lib.core.atomic_files import write_json
-from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import DamagedFile, Row, read_object
 
 HANDED_FILES = "RECIPES_HANDED_FILES"
@@ -67,7 +64,6 @@ def note(document: Document, overrides: Sequence[str]) -> None:
             "kind": document.kind.name,
             "values": document.values,
             "origins": [[list(key), str(at)] for key, at in document.origins.items()],
-            "warnings": [[one.what, one.hints, one.file, one.line] for one in document.warnings],
             "text": document.text,
         }
 
@@ -83,20 +79,11 @@ def handed_document(path: str | Path, overrides: Sequence[str]) -> Document | No
         stored = _handed(place).documents.get(_key(path, *overrides))
         if stored is None:
             return None
-        kind = kind_named(stored["kind"])
-        assert kind is not None
-        return Document(
-            Path(stored["path"]),
-            kind,
-            stored["values"],
-            origins={tuple(key): Origin.of(at) for key, at in stored["origins"]},
-            warnings=[
-                RecipeError(what, *hints, file=file, line=line)
-                for what, hints, file, line in stored["warnings"]
-            ],
-            text=stored["text"],
-        )
-    except (AttributeError, KeyError, TypeError, ValueError, AssertionError) as error:
+        (kind,) = (one for one in KINDS if one.name == stored["kind"])
+        origins = {tuple(key): Origin.of(at) for key, at in stored["origins"]}
+        values, text = stored["values"], stored["text"]
+        return Document(Path(stored["path"]), kind, values, origins=origins, text=text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"is damaged, or of another version: {type(error).__name__}: {error}"
         raise DamagedFile(what, _REMEDY, file=place) from None
 

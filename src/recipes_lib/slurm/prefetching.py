@@ -14,7 +14,7 @@ from pathlib import Path
 from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.model_files import TOKENIZER_FILES
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.json_files import object_or_none
@@ -79,15 +79,12 @@ def prefetch_needs(
         recipes, evals = [], [load_eval(path, overrides)]
     else:
         recipes, evals = [load_recipe(word, overrides)], []
-    found = [need for recipe in recipes for need in _of_recipe(recipe)]
-    found += [need for one in evals for need in _of_eval(one, remote_code)]
+    found = []
+    for recipe in recipes:
+        found += [_model(recipe.model), *map(_data, listed_sources(recipe.data))]
+    for one in evals:
+        found += _of_eval(one, remote_code)
     return list(dict.fromkeys(found))
-
-
-def _of_recipe(recipe: Recipe) -> Iterator[Need]:
-    yield _model(recipe.model)
-    for source in listed_sources(recipe.data):
-        yield _data(source)
 
 
 def _data(source: Source) -> Need:

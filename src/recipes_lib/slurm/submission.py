@@ -170,16 +170,14 @@ class LaunchFolder:
 
 def all_launches() -> list[LaunchFolder]:
     """Return everything that was launched, by name."""
-    files = sorted(runs_root().resolve().glob("*/slurm/jobs.json"))
-    return [folder for file in files if _was_launched(folder := LaunchFolder(file.parent))]
-
-
-def _was_launched(folder: LaunchFolder) -> bool:
-    try:
-        return bool(folder.read_jobs())
-    except DamagedFile as error:  # it costs only its own line
-        warn(f"{str(error).splitlines()[0]}; left out")
-        return False
+    launched = []
+    for file in sorted(runs_root().resolve().glob("*/slurm/jobs.json")):
+        try:
+            if (folder := LaunchFolder(file.parent)).read_jobs():
+                launched.append(folder)
+        except DamagedFile as error:  # it costs only its own line
+            warn(f"{str(error).splitlines()[0]}; left out")
+    return launched
 
 
 # ---- The script of a job ----

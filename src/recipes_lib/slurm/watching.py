@@ -57,14 +57,14 @@ _REASONS = {
 _NO_ANSWER = "Slurm gives no answer"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskState:
     """One task as it stands. `state` is Slurm's word, or `done`, `failed`, `unknown` where only
     files tell.
     """
 
-    label: str
-    job: str
+    label: str = ""
+    job: str = ""
     state: str
     what: str = ""
     reason: str = ""
@@ -129,7 +129,7 @@ def states_of(folder: LaunchFolder) -> list[TaskState]:
             if found is None:
                 state = "unknown" if code is None else "done" if code == 0 else "failed"
                 reason = "" if answered else _NO_ANSWER
-                found = TaskState("", "", state, reason=reason, source="files")
+                found = TaskState(state=state, reason=reason, source="files")
             elif found.state == "FAILED" and code is None and not folder.log(label).is_file():
                 reason = f"does its node see {folder.path}? (directories.runs of the profile)"
                 found = dataclasses.replace(found, reason=f"left no log: {reason}")
@@ -177,8 +177,6 @@ def _from_scontrol(job: str) -> tuple[_Known, bool]:
         elif code is not None:
             code = int(code) >> 8
         known[None if not in_array else _number(task) if is_task else "waiting"] = TaskState(
-            label="",
-            job=job,
             state=(ending or states)[0],
             reason=str(record.get("state_reason") or ""),
             nodes=str(record.get("nodes") or ""),
@@ -203,8 +201,6 @@ def _from_sacct(job: str) -> _Known:
         number, state, code, nodes = match.groups()
         task = None if number is None else int(number) if number.isdigit() else "waiting"
         known[task] = TaskState(
-            label="",
-            job=job,
             state=state.split()[0],  # CANCELLED by 1000
             nodes="" if nodes == "None assigned" else nodes,
             tries=known[task].tries + 1 if task in known else 1,  # -D: a line for each try

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.atomic_files import file_hash, write_json
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
 from recipes_lib.core.fingerprints import digest_of
-from recipes_lib.core.json_files import read_object, utc_now
+from recipes_lib.core.json_files import object_or_none, utc_now
 from recipes_lib.core.terminal import first_of
 
 _FORMAT_VERSION = 1
@@ -145,7 +144,10 @@ class Graph:
         """
         found: dict[str, Step] = {}
         for word in only:
-            fitting = {name: self.steps[name] for name in self.steps if _fits(name, word)}
+            beginning = f"{word}."
+            fitting = {
+                name: one for name, one in self.steps.items() if f"{name}.".startswith(beginning)
+            }
             if not fitting:
                 raise RecipeError(
                     f"--only {word}: no such step",
@@ -162,7 +164,7 @@ class Graph:
 
     def read(self, name: str, file: str) -> dict[str, Any] | None:
         """Return a JSON file in a step's folder, or None where there is none."""
-        return _read(self.folder / name / file)
+        return object_or_none(self.folder / name / file) or None
 
     def record(self, name: str) -> DoneRecord | None:
         """Return what is recorded of a step; None where it was never done by this version of the
@@ -248,10 +250,6 @@ class Graph:
         return failure
 
 
-def _fits(name: str, word: str) -> bool:
-    return f"{name}.".startswith(f"{word}.")
-
-
 def changed_inputs(before: Inputs, now: Inputs) -> list[str]:
     """Return one phrase per input that differs.
 
@@ -299,8 +297,8 @@ def file_record(path: Path, first: int | None = None) -> FileRecord:
         first: for a .jsonl store, how many bytes count; None for all.
     """
     stat = path.stat()
-    result = _read(path) if path.suffix == ".json" and path.name.startswith("result") else None
-    if result is not None:
+    is_result = path.suffix == ".json" and path.name.startswith("result")
+    if is_result and (result := object_or_none(path)):
         digest = result_digest(result, _VOLATILE | _OF_COMPANY)
     elif path.suffix == ".jsonl":
         with path.open("rb") as stream:
@@ -347,12 +345,6 @@ def digest_of_files(folder: Path, files: Sequence[Path]) -> str:
     """Return the SHA-256 of files with their names below a folder."""
     pairs = [[file.relative_to(folder).as_posix(), content_of(file)] for file in sorted(files)]
     return digest_of(pairs)
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    with suppress(RecipesError):
-        return read_object(path) or None
-    return None
 
 
 def _shown(value: Any) -> str:
