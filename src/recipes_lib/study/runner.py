@@ -86,14 +86,23 @@ def run_study(
         refuse_leaks(study, todo, fetch=True)
         failed: StepErrors = {}
         stopped = None
+
+        def train(kind: str) -> int | None:
+            """Do the trainings of a kind; return the exit code where somebody asked to stop."""
+            graph = build_graph(study)
+            trainings = Trainings(study, graph, jobs, say, flags)
+            trainings.run(_ready(kind, graph, only))
+            failed.update(trainings.failed)
+            return trainings.stopped
+
         try:
             with _terminated():
-                stopped = _train("tune", study, only, jobs, say, flags, failed)
+                stopped = train("tune")
                 if stopped is None:
                     graph = build_graph(study)
                     failed |= choose(study, graph, _ready("choose", graph, only), say)
                     study = with_choices(study)
-                    stopped = _train("train", study, only, jobs, say, flags, failed)
+                    stopped = train("train")
                 if stopped is None and (not failed or _anything_trained(study)):
                     failed |= _evaluate(study, only, say, debug, "--trust-remote-code" in flags)
                     failed |= _conclude(study, only, say)
@@ -127,25 +136,6 @@ def _ready(kind: str, graph: Graph, only: Sequence[str]) -> list[Step]:
     known = graph.survey()
     todo = [step for step in graph.todo(only) if step.kind == kind]
     return [step for step in todo if all(known[name].fresh for name in step.upstream)]
-
-
-def _train(
-    kind: str,
-    study: Study,
-    only: Sequence[str],
-    jobs: int,
-    say: Say,
-    flags: Sequence[str],
-    failed: StepErrors,
-) -> int | None:
-    """Do the trainings of a kind, add their failures, and return the exit code where somebody asked
-    to stop.
-    """
-    graph = build_graph(study)
-    trainings = Trainings(study, graph, jobs, say, flags)
-    trainings.run(_ready(kind, graph, only))
-    failed |= trainings.failed
-    return trainings.stopped
 
 
 def _say_stale(todo: Sequence[Step], state: Mapping[str, Freshness], say: Say) -> None:

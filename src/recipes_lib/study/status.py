@@ -20,7 +20,7 @@ from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned, first_of
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import launch_words, study_folder, train_words
-from recipes_lib.study.foresight import foresee
+from recipes_lib.study.foresight import Foresight, foresee
 from recipes_lib.study.graph import TRAININGS, DoneRecord, Freshness, Graph, Step
 from recipes_lib.study.ledger_file import read_ledger
 from recipes_lib.suites.questions import local_questions
@@ -189,10 +189,8 @@ def study_plan_object(
     study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
 ) -> dict[str, object]:
     """Return the plan for --json; `estimates` says per arm what one training takes."""
-    turns = {recipe.name: _count_turns(recipe) for recipe in study.evals}
-    rows = _with_costs(study, graph, steps, estimates, turns)
+    rows, power = _planned(study, graph, steps, estimates)
     todo = [row for row, _ in rows if row.state != "fresh"]
-    power = foresee(study, turns)
     return {
         "study": study.name,
         "question": study.question,
@@ -215,14 +213,13 @@ def study_plan_lines(
     Args:
         estimates: per arm, what one training takes.
     """
-    turns = {recipe.name: _count_turns(recipe) for recipe in study.evals}
-    rows = _with_costs(study, graph, steps, estimates, turns)
+    rows, power = _planned(study, graph, steps, estimates)
     todo = [(row, cost) for row, cost in rows if row.state != "fresh"]
     arms = f"{len(study.arms)} arms{' and their base' if study.include_base else ''}"
     yield question_text(study.question)
     yield f"{arms}; {len(study.evals)} evals; seeds {', '.join(map(str, study.seeds))}"
     yield from tuning_lines(study)
-    if power := foresee(study, turns):
+    if power:
         yield from power.lines()
     yield ""
     if not todo:
@@ -251,14 +248,13 @@ def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
-def _with_costs(
-    study: Study,
-    graph: Graph,
-    steps: Sequence[Step],
-    estimates: Mapping[str, str],
-    turns: Mapping[str, int | None],
-) -> list[tuple[StepRow, str]]:
-    """Return the rows of steps, and what each step takes, counted from its inputs."""
+def _planned(
+    study: Study, graph: Graph, steps: Sequence[Step], estimates: Mapping[str, str]
+) -> tuple[list[tuple[StepRow, str]], Foresight | None]:
+    """Return the rows of steps with what each step takes, counted from its inputs, and what the
+    study can find.
+    """
+    turns = {recipe.name: _count_turns(recipe) for recipe in study.evals}
     evals = {recipe.name: (recipe, turns[recipe.name]) for recipe in study.evals}
     found = []
     for row in step_rows(study, graph):
@@ -273,7 +269,7 @@ def _with_costs(
         elif step.kind == "check":
             cost = "loads the adapter"
         found.append((row, cost))
-    return found
+    return found, foresee(study, turns)
 
 
 def _eval_cost(kind: str, recipe: EvalRecipe, turns: int | None) -> str:
