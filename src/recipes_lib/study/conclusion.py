@@ -97,7 +97,7 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     return dataclasses.replace(measurements, arms=arms)
 
 
-def look_at(
+def compare_study(
     study: Study, graph: Graph, by: str, *, whole_level: bool = False, keep: bool = True
 ) -> tuple[Measurements, Comparison]:
     """Return what was measured, and the comparison of the arms, whose look is recorded.
@@ -144,7 +144,7 @@ def conclude(
     known = graph.survey()
     statistics, report = graph.steps["statistics"], graph.steps["report"]
     complete = all(known[name].fresh for name in statistics.upstream)
-    measurements, comparison = look_at(study, graph, by, keep=keep)
+    measurements, comparison = compare_study(study, graph, by, keep=keep)
     folder = study_folder(study) / "report"
     if not keep:
         return Conclusion(comparison, folder, complete)

@@ -15,7 +15,7 @@ from recipes_lib.compare.aims import is_named
 from recipes_lib.compare.design import Study
 from recipes_lib.compare.row import TableRow
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.study.conclusion import look_at
+from recipes_lib.study.conclusion import compare_study
 from recipes_lib.study.graph import Graph
 
 
@@ -66,7 +66,7 @@ def gate(study: Study, graph: Graph) -> Gate:
     known = graph.survey()
     upstream = graph.steps["statistics"].upstream
     missing = [f"{name} ({known[name].state})" for name in upstream if not known[name].fresh]
-    _, comparison = look_at(study, graph, "study gate", whole_level=True, keep=False)
+    _, comparison = compare_study(study, graph, "study gate", whole_level=True, keep=False)
     baseline = study.baseline
     rows = [row for row in comparison.rows if baseline in row.arms and not row.aside]
     arms = [arm.name for arm in study.arms if arm.name != baseline]
