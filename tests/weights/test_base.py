@@ -5,11 +5,14 @@ package.
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
 
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.weights.base import _silence, default_attention, device_with_room
+from recipes_lib.weights.finished_run import finished_run
 
 
 @pytest.mark.parametrize(
@@ -69,3 +72,20 @@ def test_making_the_model_folder_leaves_the_terminal_to_our_own_lines(capfd):
         modeling_gguf_pytorch_utils.tqdm,
     ) == before
     assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_recorded_no_recipe_json_finds_its_data_where_its_recipe_lay(
+    tmp_path: Path,
+) -> None:
+    run = RunDirectory("old", tmp_path / "runs")
+    (run.path / "adapter").mkdir(parents=True)
+    (run.path / "resolved.yaml").write_text(
+        "model: {name_or_path: a/b}\nlora: {}\nrun: {name: old}\n"
+        "data: {source: rows.jsonl, prompt_format: chat, chat_template: t.jinja}\n"
+    )
+    folders = [str(tmp_path / "data"), str(tmp_path / "templates")]
+    run.write_state("finished", data_folders=folders)
+    recipe = finished_run(run).recipe
+    assert recipe.data.source == str(tmp_path / "data/rows.jsonl")
+    assert recipe.data.chat_template == str(tmp_path / "templates/t.jinja")
+    assert recipe.to_dict()["data"]["source"] == "rows.jsonl"

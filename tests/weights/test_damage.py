@@ -103,6 +103,18 @@ def test_a_flipped_bit_in_the_newest_checkpoint_is_named_and_the_one_before_it_i
     assert_same(killed, trained[1])
 
 
+def test_a_marker_of_an_older_version_without_hashes_is_still_resumed(
+    killed: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = killed / "checkpoints" / "checkpoint-8" / "COMPLETE.json"
+    content = json.loads(marker.read_text())
+    del content["sha256"], content["guard"]
+    marker.write_text(json.dumps(content))
+    assert main([str(trained[0])]) == 0
+    assert "resuming checkpoint-8" in capsys.readouterr().out
+    assert_same(killed, trained[1])
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -271,6 +283,18 @@ def test_damaged_settings_of_a_finished_run_are_named_and_training_it_again_writ
     assert main([str(trained[0])]) == 0
     assert [file.read_bytes() for file in (*settings, *made_by)] == whole
     assert recipes("compare", "tiny")[2].find("resolved.yaml") == -1
+
+
+def test_a_finished_run_of_an_earlier_release_stays_as_it_was_when_it_is_trained_again(
+    run: Path, trained: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "recipe.json").unlink()
+    state = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**state, "data_folders": [str(trained[0].parent)]}))
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    assert main([str(trained[0])]) == 0
+    assert "written again" not in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
 
 
 @pytest.mark.parametrize(

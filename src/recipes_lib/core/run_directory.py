@@ -55,6 +55,7 @@ class RunState(TypedDict, total=False):
     base_fingerprint: str | None
     prompt_format_hash: str
     stand_in: Mapping[str, Any]  # the sections of a base's recipe
+    data_folders: list[str]  # of earlier releases
     sources: list[Mapping[str, str]]
     lacks: list[str]
 

@@ -98,11 +98,13 @@ class Attempt:
 
     def _restore_settings(self) -> None:
         """Write the settings of a finished run again where a disk damaged them. The command and the
-        environment that trained it stay.
+        environment that trained it stay; an earlier release recorded no recipe.json.
         """
+        recorded = self.run.path / RECIPE_FILE
         try:
             load_recipe(self.run.path / "resolved.yaml")
-            Recipe.read(self.run.path / RECIPE_FILE)
+            if recorded.exists() or "data_folders" not in self.earlier:
+                Recipe.read(recorded)
         except (RecipeError, DamagedFile) as error:
             say(f"{error}; written again")
             write_settings(self.run, self.recipe)

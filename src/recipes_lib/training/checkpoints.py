@@ -81,7 +81,8 @@ def what_is_missing(checkpoint: Path) -> str | None:
     try:
         marker = read_marker(checkpoint)
         files = dict(marker["files"])
-        if set(marker["sha256"]) != set(files):
+        # versions without hashes recorded no guard either
+        if "guard" in marker and set(marker["sha256"]) != set(files):
             return f"{MARKER} is damaged"
     except FileNotFoundError:
         return f"no {MARKER}: the save was interrupted"
@@ -97,8 +98,10 @@ def what_is_missing(checkpoint: Path) -> str | None:
 
 
 def what_is_damaged(checkpoint: Path) -> str | None:
-    """Return which files of a complete checkpoint changed since; None for none."""
-    recorded = read_marker(checkpoint)["sha256"]
+    """Return which files of a complete checkpoint changed since; None where its marker has no
+    hashes.
+    """
+    recorded = read_marker(checkpoint).get("sha256", {})
     found = file_hashes(checkpoint, recorded)
     changed = [name for name, sha256 in recorded.items() if found[name] != sha256]
     if not changed:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
+from recipes_lib.config.loader import Origin
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, recipe_from
+from recipes_lib.config.validation import load
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
@@ -89,11 +91,7 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:
         recorded_by = run.path / RECIPE_FILE
-        recipe = (
-            Recipe.read(recorded_by)
-            if recorded_by.exists()
-            else load_recipe(run.path / "resolved.yaml")
-        )
+        recipe = Recipe.read(recorded_by) if recorded_by.exists() else _recipe_before_json(run)
     except (RecipeError, DamagedFile) as error:
         what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
         raise EnvironmentFault(what, f"write them again: {run.train_command()}") from None
@@ -106,6 +104,17 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     if not trained.weights.is_dir():
         raise _lost(run, f"{trained.weights.name}/ is gone")
     return trained
+
+
+def _recipe_before_json(run: RunDirectory) -> Recipe:
+    """Return the recipe of a run that recorded none but resolved.yaml, whose relative paths mean
+    the folders in run.json.
+    """
+    document = load(run.path / "resolved.yaml", "recipe")
+    folders = run.read_state().get("data_folders") or []
+    for key, folder in zip(("source", "chat_template"), folders[:1] + folders[-1:], strict=False):
+        document.origins["data", key] = Origin(str(Path(folder) / "recipe.yaml"))
+    return recipe_from(document)
 
 
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
