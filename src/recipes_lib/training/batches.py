@@ -154,7 +154,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     }
 
 
-def name_rows(rows: Sequence[int], ids: Sequence[str]) -> str:
+def name_rows(rows: Sequence[int], ids: Sequence[str], at_most: int = 12) -> str:
     """Return the ids of rows, shortened.
 
     Example:
@@ -163,8 +163,8 @@ def name_rows(rows: Sequence[int], ids: Sequence[str]) -> str:
     """
     if not rows:
         return "examples not known (packed rows)"
-    names = ", ".join(ids[row] for row in rows[:12])
-    return f"examples {names}{' ...' if len(rows) > 12 else ''}"
+    names = ", ".join(ids[row] for row in rows[:at_most])
+    return f"examples {names}{' ...' if len(rows) > at_most else ''}"
 
 
 # ---- The passes of a step ----

@@ -126,7 +126,12 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         return f"{folder.name}/ is gone"
     try:
         check_whole(folder)
-        recorded = run.read_state().get("weights_check", {}).get("sha256", {})
+        if not full and not read_object(folder / "adapter_config.json"):
+            return f"{folder.name}/adapter_config.json is gone"
+        recorded = run.read_state().get("weights_check", {}).get("sha256")
+        if recorded is None:
+            check = read_check(folder)
+            recorded = check.sha256 if check else {}
         gone = [name for name in recorded if not (folder / name).is_file()]
         if gone or not any(folder.glob("*.safetensors")):
             return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
