@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,13 @@ def test_a_grade_that_was_changed_is_noticed(tmp_path: Path) -> None:
     items.write_text(items.read_text().replace('"value": 4.0', '"value": 5.0'))
     with pytest.raises(DataError, match="its mean is over 4 grades, the stored ones are 4"):
         read_evals(tmp_path)
+
+
+def test_a_result_of_an_earlier_version_says_to_evaluate_again(tmp_path: Path) -> None:
+    file = written(tmp_path, "counts differ").with_name("result.json")
+    result = json.loads(file.read_text())
+    del result["measures"]
+    file.write_text(json.dumps(result))
+    with pytest.raises(DataError, match="is of an earlier version") as told:
+        read_evals(tmp_path)
+    assert told.value.file == file and "evaluate the run again" in told.value.hints[0]

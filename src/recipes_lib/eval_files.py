@@ -66,6 +66,12 @@ def _read_result(name: str, file: Path, seen: set[tuple[Any, ...]]) -> EvalLog:
     first.
     """
     result = read_object(file)
+    if "suite" in result and "measures" not in result and result["suite"] != "lm_eval":
+        raise DataError(
+            "is of an earlier version, which kept its items in other files",
+            "evaluate the run again: its answers and judgments count, nothing is asked twice",
+            file=file,
+        )
     measures = []
     try:
         reader = _lm_eval if result["suite"] == "lm_eval" and "measures" not in result else _items

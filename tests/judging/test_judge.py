@@ -228,6 +228,24 @@ def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: 
     assert (again.asked, again.failed.total) == (8, 0)
 
 
+def test_errors_that_an_earlier_version_stored_as_verdicts_are_asked_again(tmp_path: Path) -> None:
+    store = JudgmentStore(tmp_path / "j.jsonl")
+    for request in build_requests(_pairs(2), _plan(), "fake"):
+        store.append(
+            {
+                "key": request.key,
+                "kind": "relative",
+                "question_id": request.item.id,
+                "order": request.order,
+                "status": "error",
+            }
+        )
+    store = JudgmentStore(store.path)
+    assert len(store) == 0 and stored_rows(store.path) == []
+    assert judge_items(_pairs(2), FakeJudge(longer), store, _plan()).asked == 4
+    assert {row["status"] for row in stored_rows(store.path)} == {"ok"}
+
+
 def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) -> None:
     path, seen = tmp_path / "j.jsonl", []
 

@@ -4,7 +4,8 @@ A line is written by a single `os.write` on an O_APPEND descriptor and synced be
 returns; lines that arrived together are synced together. Each key, a hash of everything that makes
 a judgment, occurs once. A kill or a power cut leaves at most a damaged end, which the next writer
 cuts; a damaged line anywhere else is an error that names it. Several processes may append to one
-file: each append takes the file's lock and first reads what the others wrote.
+file: each append takes the file's lock and first reads what the others wrote. A line with status
+`error`, which earlier versions stored for a refused request, is passed over and asked again.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def _take_rows(
         if key in rows:
             twice = f"{what} {key[:12]} occurs twice"
             raise DataError(twice, "keep one of the two lines", file=path, line=number)
-        rows[key] = row
+        if row.get("status") != "error":
+            rows[key] = row
     return number, end
 
 
