@@ -235,7 +235,7 @@ def test_errors_that_an_earlier_version_stored_as_verdicts_are_asked_again(tmp_p
             {
                 "key": request.key,
                 "kind": "relative",
-                "question_id": request.item.id,
+                "question_id": request.item.question_id,
                 "order": request.order,
                 "status": "error",
             }
