@@ -44,6 +44,10 @@ class FaultyServer(ThreadingHTTPServer):
         threading.Thread(target=lambda: self.serve_forever(poll_interval=0.02), daemon=True).start()
         return self
 
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exception(), ConnectionError):  # a client that is gone is no error
+            super().handle_error(request, client_address)
+
     def __exit__(self, *_):
         self.stopping.set()
         self.shutdown()

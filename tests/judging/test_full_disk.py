@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from recipes_lib.core.json_files import Row
 from recipes_lib.judging.store import stored_rows
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
+ANSWER_TOKENS = 7  # a number that no judge is asked with
 ANSWER = "A is fuller. " * 150 + "[RESULT] A"
 
 
@@ -62,13 +64,24 @@ def test_what_was_written_stays_and_the_same_command_asks_the_rest(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with FaultyServer(answer=ANSWER) as server:
+    def judgments_wait(number: int) -> None:
+        """As judging begins while answers arrive, they could fill the disk for the last answer."""
+        is_answer = ANSWER_TOKENS in server.bodies[number - 1].values()
+        end = time.monotonic() + 20
+        while kib > 12 and not is_answer and time.monotonic() < end:
+            files = list((tmp_path / "small/runs").glob("*/evals/*/generations.jsonl"))
+            if files and len(stored_rows(files[0])) == 6:
+                break
+            time.sleep(0.01)
+
+    with FaultyServer(answer=ANSWER, faults=judgments_wait) as server:
         recipe = tmp_path / "served.yaml"
         recipe.write_text(
             "suite: {name: alpaca_eval}\n"
             f"data: {{questions: {EVALS}/quickstart/alpaca_eval/questions.json,"
             " max_questions: 6}\n"
-            f"generation: {{engine: openai, base_url: '{server.url}', max_new_tokens: 4}}\n"
+            f"generation: {{engine: openai, base_url: '{server.url}',"
+            f" max_new_tokens: {ANSWER_TOKENS}}}\n"
             f"judge: {{model: {MODEL}, engine: openai, base_url: '{server.url}',"
             f" relative_prompt: {EVALS}/prompts/prometheus-relative.txt,"
             f" rubric: {EVALS}/rubrics/helpfulness.txt}}\n"
