@@ -103,11 +103,6 @@ class Pairing:
     opponents: dict[str, AnswerSet]
 
 
-def is_answer_file(word: str) -> bool:
-    """Whether a word of the command line is a file of answers."""
-    return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
-
-
 def answer_questions(
     recipe: EvalRecipe,
     subject: Subject,

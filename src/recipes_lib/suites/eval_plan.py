@@ -53,7 +53,6 @@ from recipes_lib.suites.answer_costs import (
     loss_batches,
     loss_tokens,
 )
-from recipes_lib.suites.answering import is_answer_file
 from recipes_lib.suites.eval_times import (
     ANSWER_SHARE,
     FEEDBACK,
@@ -67,6 +66,7 @@ from recipes_lib.suites.questions import (
     MT_BENCH_PACKAGE,
     NEEDS_REFERENCE,
     Question,
+    is_answer_file,
     load_questions,
 )
 

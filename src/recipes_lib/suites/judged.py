@@ -59,10 +59,9 @@ from recipes_lib.suites.answering import (
     Pairing,
     answer_questions,
     answers_in_file,
-    is_answer_file,
     reference_answers,
 )
-from recipes_lib.suites.questions import Question, QuestionSet, load_questions
+from recipes_lib.suites.questions import Question, QuestionSet, is_answer_file, load_questions
 from recipes_lib.suites.suite import Asker, Suite
 from recipes_lib.weights.merge import RECORD as MERGE_RECORD
 

@@ -316,6 +316,11 @@ class ForeignAnswers(dict[tuple[str, int], str]):
     generator = ""
 
 
+def is_answer_file(word: str) -> bool:
+    """Whether a word of the command line is a file of answers."""
+    return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
+
+
 def read_answer_file(path: Path, questions: Sequence[Question]) -> ForeignAnswers:
     """Return a file's answers to these questions: alpaca_eval's model_outputs.json, or FastChat's
     model_answer JSON lines.
