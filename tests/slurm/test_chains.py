@@ -337,7 +337,9 @@ def test_a_script_that_is_edited_and_submitted_by_hand_trains_and_is_known_to_st
             ).strip()
         )
         script = folder / "train.sbatch"
-        script.write_text(script.read_text().replace("train.max_steps=2", "train.max_steps=3"))
+        written = script.read_text()
+        assert written.count("\nrun ") == 1
+        script.write_text(written.replace("\nrun ", "\necho edited by hand\nrun "))
         job = cluster.call(
             "sbatch", "--parsable", "-t", "15", "-c", "1", str(script)
         ).stdout.strip()
@@ -350,7 +352,8 @@ def test_a_script_that_is_edited_and_submitted_by_hand_trains_and_is_known_to_st
                 else f"no log among {[file.name for file in folder.iterdir()]}"
             ),
         )
-        assert "step 3/3" in log.read_text() and "exit code 0" in log.read_text(), log.read_text()
+        said = log.read_text()
+        assert "edited by hand" in said and "step 2/2" in said and "exit code 0" in said, said
         assert (
             json.loads(cluster.recipes("launch", "status", "plain", "--json").stdout)["plain"][0][
                 "state"
