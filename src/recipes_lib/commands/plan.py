@@ -12,7 +12,6 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from recipes_lib.commands.show import launch_line
 from recipes_lib.compare.design import load_study, study_file
@@ -23,9 +22,9 @@ from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import at_least, next_step, print_json, say
 from recipes_lib.eval_recipe import find_eval, load_eval
-from recipes_lib.planning.advice import advise
+from recipes_lib.planning.advice import Advice, advise
 from recipes_lib.planning.as_json import plan_json
-from recipes_lib.planning.plan import plan_recipe
+from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.hours import study_hours, study_json, study_lines
 from recipes_lib.study.leaks import refuse_leaks
@@ -34,10 +33,6 @@ from recipes_lib.study.tuning import with_choices
 from recipes_lib.suites.eval_plan import plan_eval
 from recipes_lib.suites.eval_plan_text import eval_plan_json, eval_plan_lines
 from recipes_lib.suites.eval_times import eval_times, usual_evals
-
-if TYPE_CHECKING:
-    from recipes_lib.planning.advice import Advice
-    from recipes_lib.planning.plan import Plan
 
 _OF_A_RECIPE = ("gpus", "nodes", "accelerate", "evals")
 

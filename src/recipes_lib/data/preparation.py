@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.ranks import say_once
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     import pyarrow
     from datasets import Dataset
 
-    from recipes_lib.config.recipe import Recipe
 
 NUM_ROWS_WORTH_A_LINE = 20_000
 # Numbers that are kept of each tokenised example; see `Encoded`, and `turn_counts` for the rest.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -25,12 +25,9 @@ from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.examples import BadRows, message_texts, place
 from recipes_lib.data.files import count_rows
 from recipes_lib.data.prompts import prompt_and_completion
-from recipes_lib.data.rows import filter_rows, first_in_hash_order, read_data
+from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
 from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import split_rows
-
-if TYPE_CHECKING:
-    from recipes_lib.data.rows import Rows
 
 COUNTED = 2000
 LARGEST_FILE = 20_000_000  # bytes; of larger data, the first rows are read and the others counted

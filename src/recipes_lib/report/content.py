@@ -7,12 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from recipes_lib.compare.claims import remaining_sentences
-from recipes_lib.compare.published import load_published
+from recipes_lib.compare.claims import Comparison, remaining_sentences
+from recipes_lib.compare.design import Study
+from recipes_lib.compare.measurements import Measurements
+from recipes_lib.compare.published import Published, load_published
 from recipes_lib.compare.row import TableRow, corrected_values, measures_of, values_of
 from recipes_lib.compare.table import Score
 from recipes_lib.compare.wording import count
@@ -33,12 +34,6 @@ from recipes_lib.report.runs import (
 )
 from recipes_lib.report.samples import SampleSet, collect_samples
 from recipes_lib.report.surfaces import Surface, surfaces
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.claims import Comparison
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.measurements import Measurements
-    from recipes_lib.compare.published import Published
 
 # Points (step, value) by curve, arm and seed.
 Curves = dict[str, dict[str, dict[int | None, list[tuple[float, float]]]]]

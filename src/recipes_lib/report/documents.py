@@ -25,16 +25,14 @@ from recipes_lib.compare import wording
 from recipes_lib.compare.answers import ANSWERS_HEAD
 from recipes_lib.core.atomic_files import write_bytes, write_text
 from recipes_lib.core.terminal import printable, say
-from recipes_lib.report.figures import draw_comparison
-from recipes_lib.report.numbers import numbers_csv, numbers_json
+from recipes_lib.report.content import Content
+from recipes_lib.report.figures import Figure, draw_comparison
+from recipes_lib.report.numbers import Number, numbers_csv, numbers_json
+from recipes_lib.report.samples import SampleSet
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from recipes_lib.report.content import Content
-    from recipes_lib.report.figures import Figure
-    from recipes_lib.report.numbers import Number
-    from recipes_lib.report.samples import SampleSet
 
 TEMPLATES = Path(__file__).parent / "templates"
 COMPILE_TIMEOUT_S = 120

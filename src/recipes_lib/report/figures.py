@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recipes_lib.report.content import CURVES
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.row import TableRow
-    from recipes_lib.report.breakdowns import Breakdown
-    from recipes_lib.report.content import Content
-    from recipes_lib.report.numbers import Number
-    from recipes_lib.report.runs import Tuned
-    from recipes_lib.report.surfaces import Cell, Surface
+from recipes_lib.compare.row import TableRow
+from recipes_lib.report.breakdowns import Breakdown
+from recipes_lib.report.content import CURVES, Content
+from recipes_lib.report.numbers import Number
+from recipes_lib.report.runs import Tuned
+from recipes_lib.report.surfaces import Cell, Surface
 
 COLORS = ("#0b6e99", "#c4511b", "#4b7f3a", "#7b4fa3", "#a8872c", "#8a8a8a", "#b03a6a", "#2f4f7f")
 _MARKERS = "os^Dv<>P"

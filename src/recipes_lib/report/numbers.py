@@ -14,11 +14,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.compare.answers import ANSWER_FAULTS
+from recipes_lib.compare.relabelling import Relabelling
 from recipes_lib.compare.row import json_value
 from recipes_lib.statistics.intervals import wilson
 
 if TYPE_CHECKING:
-    from recipes_lib.compare.relabelling import Relabelling
     from recipes_lib.report.content import Content
     from recipes_lib.report.surfaces import Surface
 

@@ -7,14 +7,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recipes_lib.compare.design import Study
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
+from recipes_lib.compare.published import Published
 from recipes_lib.core.project import project_root, runs_root
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
-    from recipes_lib.compare.published import Published
 
 _PYTHON = re.compile(r"(?<!\S)\S*python[\d.]* -m (recipes_lib\.\w+)")
 _PATH = re.compile(

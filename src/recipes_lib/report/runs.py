@@ -5,12 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from recipes_lib.compare.design import Study
 from recipes_lib.compare.measurements import Measurements, RunMeasurements
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
 
 
 @dataclass(frozen=True)

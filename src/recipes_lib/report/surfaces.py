@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from recipes_lib.compare.claims import Comparison
+from recipes_lib.compare.design import Study
 from recipes_lib.compare.validity.grid import Grid, grid_of
 from recipes_lib.compare.wording import metric_text
 
 if TYPE_CHECKING:
-    from recipes_lib.compare.claims import Comparison
-    from recipes_lib.compare.design import Study
     from recipes_lib.report.runs import Training
 
 MOST_SURFACES = 6

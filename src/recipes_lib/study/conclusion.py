@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recipes_lib.compare.claims import compare_arms
+from recipes_lib.compare.claims import Comparison, compare_arms
 from recipes_lib.compare.design import BASE_ARM, Study
-from recipes_lib.compare.measurements import read_measurements
-from recipes_lib.compare.relabelling import Relabelling, relabelled, table_hash
+from recipes_lib.compare.measurements import Measurements, RunMeasurements, read_measurements
+from recipes_lib.compare.relabelling import Relabelling, VerdictOf, relabelled, table_hash
+from recipes_lib.compare.row import TableRow
 from recipes_lib.compare.validity import check_validity
 from recipes_lib.compare.wording import count
 from recipes_lib.core.atomic_files import publish, write_json
@@ -32,12 +33,6 @@ from recipes_lib.report.documents import write_report
 from recipes_lib.study.arms import base_run, run_names, study_folder
 from recipes_lib.study.graph import Freshness, Graph, Step
 from recipes_lib.study.ledger import ledger_of, looked
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.claims import Comparison
-    from recipes_lib.compare.measurements import Measurements, RunMeasurements
-    from recipes_lib.compare.relabelling import VerdictOf
-    from recipes_lib.compare.row import TableRow
 
 
 @dataclass(frozen=True)

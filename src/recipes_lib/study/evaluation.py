@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
 
 from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.core.atomic_files import write_json
@@ -22,9 +21,10 @@ from recipes_lib.core.json_files import read_object
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.eval_log import EvalLog, Scorecard
 from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe
 from recipes_lib.evaluate import Done, evaluate
-from recipes_lib.generation.subjects import loaded
+from recipes_lib.generation.subjects import Subject, loaded
 from recipes_lib.generation.targets import Asking, Target, base_target, find_targets
 from recipes_lib.study.arms import base_arm, base_record, base_run, move_aside
 from recipes_lib.study.graph import Failure, Graph, Step, result_digest
@@ -38,10 +38,6 @@ from recipes_lib.weights.verify import (
     check_answers_as_trained,
     check_weight_files,
 )
-
-if TYPE_CHECKING:
-    from recipes_lib.eval_log import EvalLog, Scorecard
-    from recipes_lib.generation.subjects import Subject
 
 EVALUATION_STEPS = ("check", "answers", "judgments", "comparison", *UNJUDGED)
 Report = Callable[[str], None]

@@ -6,17 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from recipes_lib.compare.design import Study
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.plan import Plan, card_for, plan_launched
 from recipes_lib.planning.text import clock, cost, spread, stand_in
 from recipes_lib.suites.eval_times import eval_times
-
-if TYPE_CHECKING:
-    from recipes_lib.compare.design import Study
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import at
+from recipes_lib.eval_log import EvalLog
 from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe
 from recipes_lib.generation.targets import Target, asking_of, find_targets
 
 if TYPE_CHECKING:
-    from recipes_lib.eval_log import EvalLog
     from recipes_lib.generation.subjects import Subject
     from recipes_lib.statistics.intervals import StoredInterval
 

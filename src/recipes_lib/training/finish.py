@@ -9,14 +9,20 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
+from recipes_lib.config.launch import Active
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.atomic_files import publish, sync, sync_tree
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.ranks import on_main_rank
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.data.preparation import PreparedData
 from recipes_lib.planning.gate import Planned
+from recipes_lib.training.attempt import Resumption
 from recipes_lib.training.build import count_quantized
 from recipes_lib.training.metrics import draw_figures, first_and_last, peak_memory_gib
 from recipes_lib.training.stopping import EXIT_CODES
+from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights import check as weights_check
 from recipes_lib.weights.base import model_path, recorded_hashes
 from recipes_lib.weights.card import write_card
@@ -26,12 +32,6 @@ from recipes_lib.weights.export import push_finished_run
 if TYPE_CHECKING:
     from transformers import TrainerState
 
-    from recipes_lib.config.launch import Active
-    from recipes_lib.config.recipe import Recipe
-    from recipes_lib.core.run_directory import RunDirectory
-    from recipes_lib.data.preparation import PreparedData
-    from recipes_lib.training.attempt import Resumption
-    from recipes_lib.training.trainer import RecipeTrainer
 
 NUM_PROBES, PROBE_TOKENS = 4, 128
 

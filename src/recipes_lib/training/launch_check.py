@@ -14,15 +14,13 @@ import os
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes_lib.config.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.config.launch import Active
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.ranks import agree_on_largest
-
-if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
 
 EXPECT_VARIABLE = "RECIPES_EXPECT"
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"

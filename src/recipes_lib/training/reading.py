@@ -13,7 +13,13 @@ import os
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.launch import READS_ONCE_VARIABLE, reads_once_is_asked, why_each_rank_reads
+from recipes_lib.config.launch import (
+    READS_ONCE_VARIABLE,
+    Active,
+    reads_once_is_asked,
+    why_each_rank_reads,
+)
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.ranks import (
@@ -29,9 +35,6 @@ from recipes_lib.weights.base import load_model
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from recipes_lib.config.launch import Active
-    from recipes_lib.config.recipe import Recipe
 
 
 def read_model(

@@ -8,17 +8,15 @@ import dataclasses
 import functools
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import (
     DataSection,
     ModelSection,
     RunSection,
 )
 from recipes_lib.core.errors import RecipeError
-
-if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
 
 # Keys of `train` that may change between attempts: they decide what is written, shown or sent, not
 # what is learnt. `eval_steps` is not among them: an evaluation draws from the random state that

@@ -26,6 +26,7 @@ from recipes_lib.config.check import check_upstream
 from recipes_lib.config.constraints import VARLEN
 from recipes_lib.config.model_files import DEQUANTIZED, broken_shard, local_folder, no_tokenizer
 from recipes_lib.config.model_names import attention_refused
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.atomic_files import file_hashes, publish, write_json
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from recipes_lib.config.recipe import Recipe
 
 
 PREFIX = "package:"

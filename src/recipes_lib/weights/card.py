@@ -6,17 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.models.architectures import auto_class
-
-if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
 
 
 def write_card(

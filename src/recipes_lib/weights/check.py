@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from recipes_lib.config.recipe import Recipe
     from recipes_lib.weights.finished_run import TrainedRun
 
 

@@ -14,31 +14,28 @@ import secrets
 import shutil
 import tempfile
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.atomic_files import publish
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError
 from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.weights.base import RECORDED, is_packaged
 from recipes_lib.weights.card import is_hub_id, write_card
 from recipes_lib.weights.finished_run import (
+    TrainedRun,
     check_base_of,
     check_tensors,
     check_weights,
     finished_run,
 )
 from recipes_lib.weights.merge import merge_record, why_stale
-
-if TYPE_CHECKING:
-    from recipes_lib.config.recipe import Recipe
-    from recipes_lib.core.run_directory import RunDirectory
-    from recipes_lib.weights.finished_run import TrainedRun
-
 
 # What a folder of weights may hold; everything else (training_args.bin, our own records) stays
 # where it is.

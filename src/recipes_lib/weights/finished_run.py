@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from recipes_lib.config.loader import Origin
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, recipe_from
+from recipes_lib.config.sections import DataSection
 from recipes_lib.config.validation import load
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -34,7 +35,6 @@ from recipes_lib.weights.check import TensorCounts, autocast, check_files, read_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from recipes_lib.config.sections import DataSection
 
 TRUST = "allow code that ships with the model, if the run's recipe asks for it too"
 BASE = "base"
