@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -247,3 +248,26 @@ def test_training_sends_no_telemetry_unless_somebody_allows_it():
         for more in ({}, {"HF_HUB_DISABLE_TELEMETRY": "0"})
     ]
     assert said == ["True", "False"]
+
+
+def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "my files"
+    folder.mkdir()
+    word = "train.eval_strategy='no'"
+    (folder / "study.yaml").write_text(
+        f'question: q\narms:\n  a: {{recipe: {RECIPE}, overrides: ["{word}"]}}\nseeds: [1]\n'
+        f"evals: [{project_root()}/evals/quickstart/house_style.yaml]\n"
+    )
+    assert cli.main(["study", "plan", "my files/study.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    training = next(line for line in lines if line.startswith("$ recipes train"))
+    assert word in shlex.split(training)
+    assert shlex.split(lines[-1])[-1] == "my files/study.yaml"
+
+
+def test_eval_names_the_judgments_that_are_there(tmp_path):
+    from recipes_lib.commands.eval import judgments_beside
+
+    result = tmp_path / "my-results/evals/alpaca_eval/result.against-base.json"
+    assert judgments_beside(result) == str(result.with_name("judgments.against-base.jsonl"))

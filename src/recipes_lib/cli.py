@@ -65,7 +65,7 @@ _GROUPS = {
         "plan": "what a training, study or evaluation needs: memory, steps, time, what to change",
         "train": "train a recipe, or continue it",
         "status": "the state of runs",
-        "chat": "talk to runs beside their base model",
+        "chat": "talk to runs and their base model",
     },
     "weights": {
         "merge": "fold an adapter into its base model",

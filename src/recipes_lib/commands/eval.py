@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.config.lm_eval import add_flags, overrides_of
@@ -79,12 +81,10 @@ def _next(eval_word: str, logs: Sequence[EvalLog]) -> None:
     elif len(alpaca) > 1 and all(log.against == "reference" for log in alpaca):
         next_step(f"recipes eval {eval_word} {alpaca[1].target} --against {alpaca[0].target}")
     else:
-        next_step(f"recipes judge audit {_judgments(shown_path(judged[0].file))}")
+        next_step(f"recipes judge audit {shlex.quote(judgments_beside(judged[0].file))}")
 
 
-def _judgments(result_file: str) -> str:
-    return (
-        result_file.replace("result", "judgments").replace(".json", ".jsonl")
-        if "against" in result_file
-        else result_file.replace("result.json", "judgments.jsonl")
-    )
+def judgments_beside(result_file: Path) -> str:
+    """Return the judgments beside a result: `judgments.jsonl` beside `result.json`."""
+    name = result_file.stem.replace("result", "judgments", 1)
+    return shown_path(result_file.with_name(f"{name}.jsonl"))

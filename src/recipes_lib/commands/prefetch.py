@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     if code == ExitCode.DONE:
         first = next((word for word in words if not _is_eval(word)), None)
         launch = f"recipes launch {first} --profile {args.profile or 'P'}"
-        next_step(launch if first else f"recipes eval {' '.join(words)} RUN")
+        next_step(launch if first else f"recipes eval {shlex.join(words)} RUN")
     return code
 
 

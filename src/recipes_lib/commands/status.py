@@ -63,7 +63,7 @@ def _row(one: RunDirectory) -> _Row:
     """The line of one run; a run.json that cannot be read costs only its own line."""
     try:
         found, last = one.read_state(), _last_values(one)
-        state, updated = true_state(one, found["state"]), found["updated"]
+        state, updated = true_state(one, found["state"]), found.get("updated", "")
     except RecipesError:
         state, updated, last = "unreadable", "", {}
     return {

@@ -1,77 +1,92 @@
-"""What a token or a password looks like, and stars in its place: no record, log or message repeats
-one.
+"""Secrets are masked in whatever is recorded or printed: what has the form of a token, passwords in
+URLs, and the values of variables whose names say that they are secret.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 MASK = "***"
-_WORDS = r"token|secret|passw(?:or)?d|passphrase|pwd|credentials?|(?:api|access|private|secret|ssh|signing|encryption)[_-]?key"  # noqa: E501
+SHORTEST_SECRET = 8  # a shorter value may be a word of any sentence
 _NAME = re.compile(
-    rf"(?:{_WORDS}|(?:^|[_.-])(?:pass|auth|authorization|cookie)|(?-i:_KEY))[_-]?\d*$",
+    r"(?:^|[_.-])(?:token|secret|password|passwd|(?:api|access|private)[_-]?key|(?-i:KEY))$",
     re.IGNORECASE,
 )
-_TOKENIZER_NAME = re.compile(
-    r"(?:^|[_.-])(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video|special|stop)_token$",
-    re.IGNORECASE,
-)
-_SHAPES = "|".join(
-    (
-        # a user, with or without a password, before the host
-        r"(?:https?|ftp)://[^/\s?#'\"@]+(?:@[^/\s?#'\"@]+)*(?=@)",
-        r"(?<=://)[^/\s:?#'\"@]*:[^/\s?#'\"]+(?=@)",
-        # parameters of a URL
-        rf"(?<=[?&;])(?i:[\w.%-]*(?:{_WORDS}|key|auth|sig|signature))=[^&;\s#'\"]+",
-        r"\bBearer\s+[\w.~+/-]{12,}=*",
-        r"-----BEGIN [A-Z ]*PRIVATE KEY(?:-----[\s\S]*?-----END [A-Z ]*PRIVATE KEY-----)?",
-        r"\bhf_[A-Za-z0-9]{12,}",  # Hugging Face
-        r"\bsk-[A-Za-z0-9_-]{12,}|\bgsk_[A-Za-z0-9]{16,}|\bxai-[A-Za-z0-9]{20,}|\br8_[A-Za-z0-9]{20,}|\btgp_v1_[\w-]{16,}|\bnvapi-[\w-]{16,}",
-        r"\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}|\bglpat-[\w-]{16,}|\bpypi-[\w-]{24,}|\bnpm_[A-Za-z0-9]{24,}",
-        r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b|\bAIza[\w-]{30,}|\bya29\.[\w-]{16,}|\bxox[abprs]-[\w-]{10,}|\bSG\.[\w-]{16,}\.[\w-]{16,}",
-        r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}(?:\.[\w-]*)?",  # a JSON web token
+# train.eos_token, train.pad_token and their kind name a word of the vocabulary
+_VOCABULARY = re.compile(r"(?:^|[_.-])(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video)_token$")
+_SHAPES = re.compile(
+    "|".join(
+        (
+            r"\bhf_[A-Za-z0-9]{12,}",
+            r"\bgithub_pat_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}",
+            r"\bsk-[\w-]*[A-Za-z0-9]{20,}[\w-]*",  # a run named sk-baseline-lora-r8 is none
+            r"\bBearer\s+[\w.~+/-]{12,}=*",
+            r"(?<=://)[^/\s:?#'\"@]*:[^/\s?#'\"]+(?=@)",  # user:password@host
+            r"(?:(?<=http://)|(?<=https://))[^/\s?#'\"@]+(?=@)",  # token@host
+            r"(?<=[?&])(?i:[\w.-]*(?:token|secret|password|signature)|(?:api_?|access_)?key)"
+            r"=[^&\s#'\"]+",
+        )
     )
 )
-_SECRET = re.compile(_SHAPES)
+_remembered: set[str] = set()
 
 
 def is_secret_name(name: str) -> bool:
     """Return whether a key, variable or option of this name holds a secret.
 
     Example:
-        >>> [is_secret_name(name) for name in ("HF_TOKEN", "hub_token", "WANDB_API_KEY", "SSH_KEY", "eos_token", "max_new_tokens")]
-        [True, True, True, True, False, False]
-    """  # noqa: E501
-    return bool(_NAME.search(name)) and not _TOKENIZER_NAME.search(name)
+        >>> [is_secret_name(name) for name in ("HF_TOKEN", "hub_token", "SSH_KEY", "eos_token")]
+        [True, True, True, False]
+    """
+    return bool(_NAME.search(name)) and not _VOCABULARY.search(name)
+
+
+def remember_secret(value: str) -> str:
+    """Mask this value from now on, whatever form it has, and return it: a server may repeat the key
+    that it was sent.
+    """
+    if _is_long_enough(value):
+        _remembered.add(value)
+    return value
 
 
 def holds_secret(text: str) -> bool:
     """Return whether a text has something in it that looks like a secret."""
-    return bool(_SECRET.search(text))
+    return bool(_SHAPES.search(text))
 
 
 def mask_secrets(text: str) -> str:
-    """Return a text with stars for whatever in it looks like a secret.
+    """Return a text with stars for each secret in it.
 
     Example:
         >>> mask_secrets("GET https://me:pw@host/x?api_key=12&n=3")
         'GET https://***@host/x?api_key=***&n=3'
     """
-    return _SECRET.sub(_stars, text)
+    for value in _known_values():
+        text = text.replace(value, MASK)
+    return _SHAPES.sub(_stars, text)
+
+
+def _known_values() -> list[str]:
+    """Secrets of this process, the longest first, so that none hides a part of another."""
+    names = [name for name in os.environ if is_secret_name(name)]
+    values = {os.environ[name] for name in names} | _remembered
+    return sorted(filter(_is_long_enough, values), key=len, reverse=True)
+
+
+def _is_long_enough(value: str) -> bool:
+    return len(value) >= SHORTEST_SECRET
 
 
 def _stars(match: re.Match[str]) -> str:
-    """Stars for one secret; a URL keeps its scheme and a parameter its name."""
-    found = match.group()
-    if "://" in found:
-        return f"{found.partition('://')[0]}://{MASK}"
+    """Stars for one secret; a parameter of a URL keeps its name."""
     before = match.string[match.start() - 1 : match.start()]
-    return (
-        f"{found.partition('=')[0]}={MASK}" if before in ("?", "&", ";") and "=" in found else MASK
-    )
+    name, separator, _ = match.group().partition("=")
+    return f"{name}={MASK}" if separator and before in ("?", "&") else MASK
 
 
 def masked(value: Any, name: str = "") -> Any:
@@ -98,22 +113,16 @@ def masked_command(words: Sequence[str]) -> str:
         >>> masked_command(["run", "--token", "abc", "train.api_key=abc", "train.eos_token=<end>"])
         "run --token '***' 'train.api_key=***' 'train.eos_token=<end>'"
     """
-    shown, option = [], ""
+    shown = []
+    after_secret_option = False
     for word in words:
         name, separator, value = word.partition("=")
-        if option and not word.startswith("-"):
+        is_option = word.startswith("-")
+        if after_secret_option and not is_option:
             shown.append(MASK)
+        elif separator and "://" not in name:
+            shown.append(f"{name}={masked(value, name)}")
         else:
-            shown.append(
-                f"{name}={masked(value, name)}"
-                if separator and "://" not in name
-                else mask_secrets(word)
-            )
-        option = (
-            word
-            if word.startswith("-")
-            and not separator
-            and is_secret_name(word.lstrip("-").replace("-", "_"))
-            else ""
-        )
+            shown.append(mask_secrets(word))
+        after_secret_option = is_option and not separator and is_secret_name(word.lstrip("-"))
     return shlex.join(shown)

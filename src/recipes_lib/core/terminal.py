@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 from recipes_lib.core.redaction import mask_secrets
 
+PLAIN = "\n\t\u200c\u200d"  # the last two: zero width non-joiner and joiner
+
 
 def printable(text: str) -> str:
     """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed, and
-    stars for secrets.
+    stars for secrets. The joiners of Persian, Hindi and emoji stay.
 
     Example:
         >>> printable("a\\x1b[31mb\\tc")
@@ -24,7 +26,7 @@ def printable(text: str) -> str:
     """
     return "".join(
         char
-        if char in "\n\t" or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
+        if char in PLAIN or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
         else char.encode("unicode_escape").decode()
         for char in mask_secrets(text)
     )

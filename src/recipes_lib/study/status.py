@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -241,7 +242,7 @@ def study_plan_lines(
         if arm.tuning and arm.tuning.chosen is None:  # its command is known once it is chosen
             continue
         words = [*train_words(study, arm, step.seed or 0), *launch_words(arm)]
-        yield f"$ recipes train {' '.join(words)}"
+        yield f"$ {shlex.join(['recipes', 'train', *words])}"
 
 
 def _cut(text: str, width: int) -> str:

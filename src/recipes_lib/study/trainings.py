@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -172,7 +173,7 @@ class Trainings:
         recipe = self.graph.folder / step.name / RECIPE_FILE
         arm_recipe(self.study, arm, step.seed).write(recipe)
         environment = {**os.environ, HANDED: str(recipe)}
-        shown = " ".join(["recipes", "train", *words])
+        shown = shlex.join(["recipes", "train", *words])
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
             shown = f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shown}"
