@@ -58,8 +58,6 @@ EXTRAS = {
         "pytest-timeout>=2.4",
         "pytest-xdist>=3.8",
         "hypothesis>=6.100",
-        # Fused adapters' kernels are interpreted and compiled in tests; it needs no GPU.
-        "triton>=3.5; sys_platform == 'linux'",
         "statsmodels>=0.14",  # the reference that the statistics are tested against
         "ruff>=0.17",
         "mypy>=2",

@@ -211,49 +211,6 @@ def test_varlen_attention_needs_rows_that_say_where_an_example_ends(write, train
     assert error.startswith("r.yaml:4: model.attn_implementation ") and words in error
 
 
-def test_fused_adapters_need_adapters_that_can_be_fused(write):
-    text = "model: {name_or_path: a, lora_implementation: fused}\ndata: {source: b}\n"
-    [error] = errors_of(write(text))
-    assert error.startswith("r.yaml:1: model.lora_implementation fused: this recipe trains no ad")
-    lora = "lora: {target_modules: all-linear, use_dora: true}\n"
-    document = load_document(write(text + lora))
-    assert not list(validate(document))
-    [warning] = document.warnings
-    assert "fused does nothing: lora.use_dora is left to PEFT" in str(warning)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (
-            "",
-            "weights in FP8 are frozen, and this recipe trains no adapter",
-        ),
-        ("lora: {r: 8}\nquantization: {load_in_4bit: true}", "fp8 and a quantization section"),
-        (
-            "lora: {r: 8}\ntrain: {bf16: false}",
-            "under bfloat16 alone, and train.bf16 says otherwise",
-        ),
-        ("lora: {use_dora: true}", "lora.use_dora reads the weights as numbers"),
-        ("lora: {target_parameters: [experts.down_proj]}", "lora.target_parameters reads the"),
-        (
-            "lora: {init_lora_weights: pissa}",
-            "lora.init_lora_weights pissa starts from the weights",
-        ),
-    ],
-)
-def test_a_base_in_fp8_is_for_plain_adapters_in_bf16(write, text, words):
-    fp8 = "model: {name_or_path: a, dtype: bfloat16, base_precision: fp8}\ndata: {source: b}\n"
-    [error] = errors_of(write(fp8 + text))
-    assert words in error and error.startswith("r.yaml:")
-    assert not errors_of(write(fp8 + "lora: {init_lora_weights: gaussian}"))
-    for dtype in ("float16", "float32", "auto"):
-        [error] = errors_of(write(fp8.replace("bfloat16", dtype) + "lora: {r: 8}"))
-        assert f"answer in bfloat16, and model.dtype is {dtype}" in error
-    [error] = errors_of(write(fp8.replace("fp8", "fp4") + "lora: {r: 8}"))
-    assert "model.base_precision" in error and "fp8" in error
-
-
 def test_quantized_weights_need_an_adapter(write):
     text = "model: {name_or_path: a}\ndata: {source: b}\nquantization: {load_in_4bit: true}\n"
     assert "cannot be trained without an adapter" in "\n".join(errors_of(write(text)))

@@ -64,22 +64,6 @@ def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) ->
         assert plain == pytest.approx(compiled, rel=SUM_ORDER)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_fused_adapters_train_as_pefts(launcher, compared, config: str) -> None:
-    from safetensors.torch import load
-
-    name = f"fused-{config}"
-    said = launcher.train(f"run.name={name}", "model.lora_implementation=fused", config=config)
-    assert "lora: 4 layers fused in 2 groups\n" in said
-    for key in ("loss", "eval_loss", "grad_norm", "tokens"):
-        plain, fused = launcher.series(config, key), launcher.series(name, key)
-        assert plain == pytest.approx(fused, rel=SUM_ORDER)
-    one, two = load(launcher.adapter(config)), load(launcher.adapter(name))
-    assert one.keys() == two.keys()
-    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-4
-
-
 def test_the_start_up_line_says_what_is_really_active(compared) -> None:
     assert "DDP, world size 2" in compared["ddp_cpu"]
     assert "FSDP, world size 2" in compared["fsdp_cpu"]
@@ -188,29 +172,11 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
     assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
 
 
-def test_a_base_in_fp8_trains_under_ddp_as_in_one_process_and_is_refused_under_fsdp2(
-    launcher,
-) -> None:
-    fp8 = ["model.base_precision=fp8", "model.dtype=bfloat16", "train.bf16=true"]
-    for config in ("cpu", "ddp_cpu"):
-        launcher.train(f"run.name=fp8-{config}", *fp8, "train.max_steps=3", config=config)
-        state = launcher.state(f"fp8-{config}")
-        assert state["base_precision"].startswith("FP8 in 14 layers")
-        assert state["weights_check"]["reload"]["agrees"]
-    one, two = (launcher.series(f"fp8-{config}", "loss") for config in ("cpu", "ddp_cpu"))
-    # micro-batches and gradients are rounded to bf16 in another order
-    assert one == pytest.approx(two, rel=2e-3)
-    command = launcher.command("run.name=fp8-fsdp", *fp8, config="fsdp_cpu")
-    code, said = launcher.wait(launcher.start(command))
-    assert code != 0 and said.count("FSDP would part the weights from their scales") == 1
-    assert not launcher.run("fp8-fsdp").exists() or "step 1" not in said
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [[], [NF4, "train.bf16=true"], ["model.lora_implementation=fused"]],
-    ids=["lora", "qlora", "fused"],
+    [[], [NF4, "train.bf16=true"]],
+    ids=["lora", "qlora"],
 )
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(

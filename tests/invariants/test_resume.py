@@ -41,7 +41,6 @@ WAYS = {
     "bf16": ["train.bf16=true"],
     "bf16-weights": ["train.bf16=true", "model.dtype=bfloat16"],
     "qlora-bf16": [NF4, "train.bf16=true", "model.dtype=bfloat16"],
-    "fp8-bf16": ["model.base_precision=fp8", "train.bf16=true", "model.dtype=bfloat16"],
     "qlora-float32": [NF4_IN_FLOAT32],
     "qlora-dora": [NF4, "train.bf16=true", "model.dtype=bfloat16", "lora.use_dora=true"],
     "qlora-best": [

@@ -25,8 +25,6 @@ NF4 = (
 )
 BF16 = ("model.dtype=bfloat16", "train.bf16=true")
 ALL = "lora.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
-FUSED = "model.lora_implementation=fused"
-FP8 = "model.base_precision=fp8"
 WORDS = {
     "fp32": (),
     "fp32, dropout": ("lora.lora_dropout=0.1",),
@@ -39,10 +37,6 @@ WORDS = {
     "bf16, packed": (*BF16, ALL, "train.packing=true"),
     "QLoRA": (NF4, *BF16, ALL),
     "QLoRA, dropout": (NF4, *BF16, ALL, "lora.lora_dropout=0.05"),
-    "fused": (FUSED, *BF16, ALL, "lora.lora_dropout=0.05"),
-    "fused QLoRA": (FUSED, NF4, *BF16, ALL, "lora.lora_dropout=0.05"),
-    "FP8": (FP8, *BF16, ALL, "lora.lora_dropout=0.05"),
-    "fused FP8": (FUSED, FP8, *BF16, ALL, "lora.lora_dropout=0.05"),
     "full fp32": ("lora=null",),
     "full bf16": ("lora=null", *BF16),
     "full bf16, checkpointing": ("lora=null", *BF16, "train.activation_checkpointing=true"),
@@ -54,8 +48,6 @@ SLOW = {
     "fp32, checkpointing",
     "bf16, packed",
     "QLoRA, dropout",
-    "fused QLoRA",
-    "fused FP8",
     "full bf16, checkpointing",
     "full fp32",
 }

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.planning.advice import advise, method_rows
 from recipes_lib.planning.cards import CARDS, card_named, cpu_card
 from recipes_lib.planning.memory import (
     CPU_PROCESS_GIB,
@@ -82,44 +81,6 @@ def test_llama_2_7b_in_bf16_and_in_nf4_weighs_what_is_known() -> None:
     assert plan(QLORA).memory.weights == pytest.approx(
         3.6, abs=0.1
     )  # 3.3 GiB of NF4, 0.5 GiB of embeddings and head
-
-
-def test_weights_in_fp8_take_what_is_stored(tiny_recipe: Path) -> None:
-    from recipes_lib.weights.base import load_model, load_tokenizer
-
-    recipe = load_recipe(
-        tiny_recipe, ["model.base_precision=fp8", "model.dtype=bfloat16", "train.bf16=true"]
-    )
-    parameters = list(load_model(recipe, load_tokenizer(recipe)).parameters())
-    stored = sum(one.numel() * one.element_size() for one in parameters)
-    counted = weight_gib(plan_recipe(recipe, gpu="h100").settings) * GIB
-    assert counted == pytest.approx(stored, rel=1e-9)
-
-
-def test_a_base_in_fp8_is_counted_with_its_scales_and_is_not_planned_in_shards() -> None:
-    linear, rows = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 32 * (5 * 4096 + 2 * 11008)
-    plain, fp8 = plan(LORA), plan(LORA, "model.base_precision=fp8")
-    assert fp8.memory.weights == pytest.approx(
-        (linear + 4 * rows + (6_738_415_616 - linear) * 2) / GIB
-    )
-    assert fp8.memory.adapter == pytest.approx(plain.memory.adapter / 2)  # bf16, not float32
-    assert host_gib(fp8.settings) == host_gib(plain.settings)  # read in bf16, then quantized
-    text = "\n".join(plan_lines(fp8, advise(fp8)))
-    assert "base weights (FP8 linear layers)" in text
-    assert [row.strategy for row in method_rows(fp8) if row.method == "LoRA FP8"] == [
-        "one",
-        *["DDP"] * 3,
-    ]
-    assert "assumed: start and end, disks and links, FP8 no faster than bf16" in text
-    small = plan(LORA, "model.base_precision=fp8", gpu="rtx-4090-24gb")
-    assert not any("fsdp" in item.setting for item in advise(small))
-
-
-def test_a_plan_over_fp8_promises_no_speed_that_nobody_measured() -> None:
-    words = ("train.torch_compile=true", "model.lora_implementation=fused")
-    plain, fp8 = (plan(LORA, *words, *more) for more in ((), ("model.base_precision=fp8",)))
-    gained = fp8.duration.tokens_per_second / plain.duration.tokens_per_second
-    assert gained == pytest.approx(1, rel=0.02)
 
 
 def test_full_fine_tuning_under_fsdp_keeps_float32_and_shares_it_out() -> None:

@@ -628,7 +628,7 @@ def test_one_loaded_base_serves_the_base_and_every_adapter_unchanged(runs: Runs)
     assert not torch.equal(expected["lora.chat"], expected["lora_chat"])
 
 
-def test_runs_with_another_base_precision_or_method_are_families_of_their_own(runs: Runs) -> None:
+def test_runs_with_another_precision_or_method_are_families_of_their_own(runs: Runs) -> None:
     from recipes_lib.core.run_directory import open_run
     from recipes_lib.weights.finished_run import families, finished_run
 

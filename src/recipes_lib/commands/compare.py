@@ -150,7 +150,7 @@ def _bases_of(run: RunDirectory) -> list[RunDirectory]:
         record = read_object(path)
         told = record.get("stand_in") or {}
         model = told.get("model") or {}
-        alike = ("name_or_path", "revision", "dtype", "base_precision")
+        alike = ("name_or_path", "revision", "dtype")
         same = all(model.get(key) == ours.get(key) for key in alike)
         quantization = told.get("quantization") == resolved.get("quantization")
         if same and quantization and prompt in (None, record.get("prompt_format_hash")):

@@ -328,8 +328,7 @@ def method(values: Mapping[str, Any]) -> str:
     if not lora:
         return "full"
     kind = "DoRA" if lora.get("use_dora") else "LoRA"
-    fp8 = " fp8" if values.get("model", {}).get("base_precision") else ""
-    return f"{'Q' if values.get('quantization') else ''}{kind} r={lora.get('r', 8)}{fp8}"
+    return f"{'Q' if values.get('quantization') else ''}{kind} r={lora.get('r', 8)}"
 
 
 def _name(file: Path) -> str:

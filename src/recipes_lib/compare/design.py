@@ -85,7 +85,6 @@ LOSS_TOKENS = (
 )
 LOSS_PRECISION = (
     "model.dtype",
-    "model.base_precision",
     "train.bf16",
     "train.fp16",
     "train.bf16_full_eval",

@@ -198,13 +198,10 @@ def _check_sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) ->
     """FSDP shards tensors of one floating type: 4-bit weights must be stored in the type the
     adapter has, and be gathered in it.
     """
-    quantization, key = recipe.quantization or {}, "model.base_precision"
+    quantization = recipe.quantization or {}
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if recipe.base_format is None or not (asked or accelerate.distributed_type == "FSDP"):
         return []
-    if recipe.model.base_precision is not None:
-        what = f"{key} fp8: FSDP would part the weights from their scales"
-        return [recipe.error(key, what, "launch with ddp, or set a quantization section of 4 bits")]
     if quantization.get("load_in_8bit"):
         what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
         hint = "set load_in_4bit: true with bfloat16 storage, or launch with ddp"

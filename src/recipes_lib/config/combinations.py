@@ -9,9 +9,7 @@ from typing import Any
 from recipes_lib.config.accelerate_config import load_accelerate_config, precision_conflict
 from recipes_lib.config.batch import WITHOUT_WARMUP, solve_batch
 from recipes_lib.config.constraints import (
-    NOT_FUSED,
     NOT_IN_MODEL_KWARGS,
-    STARTS_WITHOUT_WEIGHTS,
     VARLEN,
 )
 from recipes_lib.config.kinds import SECTIONS
@@ -172,15 +170,6 @@ def _of_a_recipe(
             " refuses"
         )
         yield "model.dtype", what, f"set model.dtype: {half}"
-    if model.get("base_precision") == "fp8":
-        yield from _fp8_base(train, model, quantization, lora)
-    if model.get("lora_implementation") == "fused" and not lora:
-        key = "model.lora_implementation"
-        yield (
-            key,
-            f"{key} fused: this recipe trains no adapter",
-            f"add a lora section, or remove {key}",
-        )
     if model.get("attn_implementation") == VARLEN:
         key = "model.attn_implementation"
         if train.get("packing") and train.get("packing_strategy") == "wrapped":
@@ -201,35 +190,6 @@ def _of_a_recipe(
         yield "train.eval_strategy", what, hint
     if train.get("load_best_model_at_end") is True and train.get("save_strategy") != "best":
         yield from _best_model(train, strategy, train.get("save_strategy", "steps"))
-
-
-def _fp8_base(
-    train: _Section, model: _Section, quantization: _Section, lora: _Section
-) -> Iterator[tuple[str, ...]]:
-    """What reads the frozen weights as numbers, trains them or computes in another precision."""
-    key, dtype = "model.base_precision", model.get("dtype", "auto")
-    remove = f"remove it, or remove {key}"
-    if not lora:
-        what = f"{key} fp8: weights in FP8 are frozen, and this recipe trains no adapter"
-        yield key, what, f"add a lora section, or remove {key}"
-    if quantization:
-        what = f"{key} fp8 and a quantization section; weights have one precision"
-        yield key, what, "remove one of them"
-    if dtype != "bfloat16":
-        what = f"{key} fp8: layers in FP8 answer in bfloat16, and model.dtype is {dtype}"
-        yield "model.dtype", what, "set model.dtype: bfloat16"
-    if train.get("fp16") is True or train.get("bf16", True) is False:
-        wrong = "train.fp16" if train.get("fp16") is True else "train.bf16"
-        what = f"{key} fp8 trains under bfloat16 alone, and {wrong} says otherwise"
-        yield wrong, what, "set train.bf16: true, without train.fp16"
-    start = lora.get("init_lora_weights", True)
-    if start not in STARTS_WITHOUT_WEIGHTS:
-        what = f"lora.init_lora_weights {start} starts from the weights, which are in FP8"
-        yield "lora.init_lora_weights", what, remove
-    for name in ("use_dora", "target_parameters"):
-        if lora.get(name):
-            what = f"lora.{name} reads the weights as numbers, and they are in FP8"
-            yield f"lora.{name}", what, remove
 
 
 def _selective(train: _Section, how: _Section, model: _Section) -> Iterator[tuple[str, ...]]:
@@ -336,12 +296,6 @@ def _warnings(
     *, train: _Section, run: _Section, model: _Section, **others: _Section
 ) -> Iterator[tuple[str, str, str]]:
     """Yield combinations that are legal but rarely meant."""
-    left = [
-        f"{name}.{one}" for name in NOT_FUSED for one in NOT_FUSED[name] if others[name].get(one)
-    ]
-    if model.get("lora_implementation") == "fused" and left:
-        key = "model.lora_implementation"
-        yield key, f"{key} fused does nothing: {left[0]} is left to PEFT", f"remove {key}"
     steps: Any = train.get("max_steps")
     warmup: Any = train.get("warmup_steps")
     if "num_train_epochs" in train and isinstance(steps, int) and steps > 0:

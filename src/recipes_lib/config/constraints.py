@@ -33,11 +33,6 @@ VARLEN = "varlen"
 # the weights of the base.
 STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
-# adapters that `model.lora_implementation: fused` leaves to PEFT
-NOT_FUSED = {
-    "lora": ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"),
-    "quantization": ("load_in_8bit",),
-}
 _FLASH = "flash_attention_2 flash_attention_3 flash_attention_4"
 _KERNELS = f"sdpa eager {VARLEN} {_FLASH} flex_attention"
 _ATTENTION: JsonSchema = {

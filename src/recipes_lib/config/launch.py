@@ -137,7 +137,7 @@ def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | Non
         return "each of them needs them whole"
     if not asked:
         return f"{READS_ONCE_KEY} is false"
-    if recipe.quantization or recipe.model.base_precision:
+    if recipe.quantization:
         return "quantized weights cannot be handed on"
     if recipe.model.resize_embeddings:
         return "model.resize_embeddings computes new rows from the others"

@@ -27,11 +27,9 @@ from recipes_lib.core.errors import RecipeError, one_line
 from recipes_lib.models.architectures import (
     auto_class,
     converted,
-    fp8_layers,
     language_modules,
     needs_of,
     settle_targets,
-    why_not_fp8,
     why_not_varlen,
     why_rows_apart,
 )
@@ -62,8 +60,6 @@ def check_names(
         return
     yield from _check_causal(recipe, model)
     yield from _check_attention(recipe, model)
-    if recipe.model.base_precision is not None:
-        yield from _check_fp8(recipe, model)
     if recipe.lora is not None:
         named = list(_check_lora(recipe, model))
         yield from named or _check_injection(recipe, model)
@@ -154,19 +150,6 @@ def _check_attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
         else:
             if asked == VARLEN and (why := why_not_varlen(tried)):
                 yield varlen_refused(recipe, why)
-
-
-def _check_fp8(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Yield an error where a model has nothing for FP8, or a layer in it would be trained."""
-    key = "model.base_precision"
-    if why := why_not_fp8(model):
-        yield recipe.error(key, f"{key} fp8: {type(model).__name__} {why}", f"remove {key}")
-    saved = (recipe.lora or {}).get("modules_to_save") or []
-    for name in saved:
-        parts = [{*layer.split(".")} for layer in fp8_layers(model)]
-        if any({*str(name).split(".")} <= one for one in parts):
-            what = f"lora.modules_to_save: '{name}' would be trained, and its weights are in FP8"
-            yield recipe.error("lora.modules_to_save", what, f"leave it out, or remove {key}")
 
 
 def varlen_refused(recipe: Recipe, why: str) -> RecipeError:

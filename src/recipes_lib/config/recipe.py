@@ -71,11 +71,9 @@ class Recipe:
 
     @property
     def base_format(self) -> str | None:
-        """What the base's linear layers are quantized to: 4-bit, 8-bit or FP8; None where they are
-        in `model.dtype`.
+        """What the base's linear layers are quantized to: 4-bit or 8-bit; None where they are in
+        `model.dtype`.
         """
-        if self.model.base_precision is not None:
-            return self.model.base_precision.upper()
         if self.quantization is None:
             return None
         return "8-bit" if self.quantization.get("load_in_8bit") else "4-bit"

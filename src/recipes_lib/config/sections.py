@@ -93,17 +93,6 @@ class ModelSection:
         " flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest"
         " one that is installed. When set, it is used or refused, never replaced."
     )
-    lora_implementation: Literal["peft", "fused"] = key(
-        "What computes the adapters in training. peft: its modules, layer by layer. fused: layers"
-        " that read the same input together, with one dropout mask for them; what that cannot take"
-        " stays PEFT's, with the reason said. The saved adapter is PEFT's either way.",
-        "peft",
-    )
-    base_precision: Literal["fp8"] | None = key(
-        "fp8: the linear layers of the decoder blocks are held in FP8 (float8_e4m3fn, a scale for"
-        " each row), frozen under bfloat16 adapters, and their inputs are quantized for each token."
-        " Absent: in model.dtype, or as the quantization section says."
-    )
     trust_remote_code: bool = key(
         "Run Python code that ships with the model. Also needs --trust-remote-code on the command"
         " line.",

@@ -32,13 +32,6 @@ def hash_of(*parts: Any) -> str:
     return digest_of(parts)
 
 
-def precision_of(dtype: Any, quantization: Any, base_precision: Any) -> list[Any]:
-    """Return what of a model's precision its answers depend on, for `hash_of`; hashes of an earlier
-    release, which knew no base in FP8, stay what they are.
-    """
-    return [dtype, quantization, *([base_precision] if base_precision else [])]
-
-
 def folder_fingerprint(folder: Path) -> str:
     """Return a hash of a folder's weights and configuration; it does not depend on where the folder
     lies.

@@ -46,8 +46,6 @@ class RunState(TypedDict, total=False):
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
     step: int
-    base_precision: str
-    lora_implementation: str
     tokens_per_pass: int
     summary: Mapping[str, Any] | None  # training.finish.TrainingSummary
     weights_check: Mapping[str, Any]  # training.finish.WeightsCheck

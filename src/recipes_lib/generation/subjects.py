@@ -23,7 +23,6 @@ from recipes_lib.core.fingerprints import (
     folder_fingerprint,
     hash_of,
     model_fingerprint,
-    precision_of,
 )
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
@@ -229,7 +228,7 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     if recipe.name == "auto" and not getattr(tokenizer, "chat_template", None):
         section = dataclasses.replace(section, prompt_format="dolly")
     prompts = PromptFormat(section, tokenizer)
-    precision = precision_of(recipe.model.dtype, recipe.quantization, recipe.model.base_precision)
+    precision = [recipe.model.dtype, recipe.quantization]
     if target.trained and recipe.lora is None:
         fingerprint = hash_of(folder_fingerprint(target.trained.weights), precision)
     else:

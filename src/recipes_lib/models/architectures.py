@@ -48,7 +48,6 @@ class Architecture:
     source: str
 
 
-_FP8_WIDTH = 16  # torch._scaled_mm takes widths that are multiples of it
 _READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter by"
 _MAMBA_1 = Architecture(
     left_out=("out_proj", "x_proj", "dt_proj"),
@@ -172,34 +171,6 @@ def not_quantized(config: Any) -> list[str]:
     plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
     plain += [rf".*\.{part}" for part in images_of(config)]
     return ["lm_head", *plain] if plain else []
-
-
-def fp8_layers(model: Any) -> list[str]:
-    """Return the names of the layers that `model.base_precision: fp8` quantizes: linear layers of
-    the decoder blocks, of widths that a product in FP8 takes.
-    """
-    import torch
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    found, needs = [], needs_of(model)
-    blocks: tuple[str, ...] = ()
-    for name, module in language_modules(model):
-        if isinstance(module, GradientCheckpointingLayer):
-            blocks = (*blocks, f"{name}.")
-        elif type(module) is torch.nn.Linear and name.startswith(blocks):
-            reads = needs.because == _READS_WEIGHT and name.rpartition(".")[2] in needs.left_out
-            if not (reads or module.in_features % _FP8_WIDTH or module.out_features % _FP8_WIDTH):
-                found.append(name)
-    return found
-
-
-def why_not_fp8(model: Any) -> str | None:
-    """Return why `model.base_precision: fp8` is not for a model, as the end of a sentence about it;
-    None where it is.
-    """
-    if describe_experts(model, 0.0):
-        return "has experts, which are parameters and no linear layers"
-    return None if fp8_layers(model) else "has no linear layers in its decoder blocks to quantize"
 
 
 def why_rows_apart(model: Any) -> str | None:

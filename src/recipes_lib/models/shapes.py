@@ -137,14 +137,6 @@ class ModelShape:
             for block, count in self.kinds
         )
 
-    @cached_property
-    def linear_rows(self) -> int:
-        """Outputs of the same layers."""
-        return sum(
-            count * sum(matrix.outputs for matrix in block.matrices if matrix.linear)
-            for block, count in self.kinds
-        )
-
     @property
     def embedding_parameters(self) -> int:
         """Input embeddings and LM head, counted once where they are one matrix."""

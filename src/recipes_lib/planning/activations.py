@@ -196,7 +196,7 @@ def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
     if noise := _noise_bytes(settings):
         return ranks + widths * (s + noise)
     other_half = settings.weight_bytes == 2 and settings.half not in (None, settings.dtype)
-    if adapter.fused or (settings.trained_bytes == s and not casts and not other_half):
+    if settings.trained_bytes == s and not casts and not other_half:
         widths = shared
     # else cast to the adapter's type and back: a copy for each layer
     return ranks + s * widths
@@ -204,9 +204,9 @@ def _linear_inputs(settings: Settings, layer: Block, targets: Adapted) -> float:
 
 def _noise_bytes(settings: Settings) -> int:
     """Bytes per element of dropout's mask: CUDA's kernel keeps booleans, the CPU's a number of the
-    adapter's type; fused adapters draw it again.
+    adapter's type.
     """
-    if settings.adapter is None or not settings.adapter.dropout or settings.adapter.fused:
+    if settings.adapter is None or not settings.adapter.dropout:
         return 0
     return 1 if settings.device == "gpu" else settings.trained_bytes
 

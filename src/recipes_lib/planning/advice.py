@@ -175,7 +175,7 @@ def _to_fit(plan: Plan) -> Iterator[_Lever]:
         sizes = divided(batches.examples_per_step, size, settings.world_size) if size else None
         if sizes and sizes["per_device"] < settings.per_device:
             yield "smaller micro-batches of the same step", True, plan.with_settings(**sizes)
-    for count in COUNTS[1:] if settings.device == "gpu" and not settings.fp8 else ():
+    for count in COUNTS[1:] if settings.device == "gpu" else ():
         sizes = divided(batches.examples_per_step, settings.per_device, count)
         if sizes and count >= settings.world_size + settings.sharded:
             why = f"weights, gradients and optimizer shared out over {count} GPUs"
@@ -185,7 +185,7 @@ def _to_fit(plan: Plan) -> Iterator[_Lever]:
                 changed = other.with_settings(world_size=count, per_machine=count, **shared)
                 yield why, True, changed
     adapter = settings.adapter
-    if adapter is not None and adapter.dropout and not adapter.fused:
+    if adapter is not None and adapter.dropout:
         without = replace(adapter, dropout=0.0)
         yield "no masks to keep", False, plan.with_settings(adapter=without)
     if adapter is not None and settings.bits is None:
@@ -220,8 +220,7 @@ def method_rows(plan: Plan) -> list[MethodRow]:
         reshard = own.reshard if own.sharded and own.bits == bits else bits is None
         for count in COUNTS if own.device == "gpu" else (1,):
             sizes = divided(plan.batches.examples_per_step, own.per_device, count)
-            shares = ("DDP",) if changed.settings.fp8 else ("DDP", "FSDP2")
-            for strategy in shares if count > 1 else ("one",):
+            for strategy in ("DDP", "FSDP2") if count > 1 else ("one",):
                 other = None
                 if sizes is not None:
                     other = changed.with_settings(world_size=count, per_machine=count, **sizes)
@@ -229,8 +228,7 @@ def method_rows(plan: Plan) -> list[MethodRow]:
                     if strategy == "FSDP2":
                         other = other.with_settings(reshard=reshard)
                 same = other is not None and other.settings == own
-                name = "LoRA FP8" if changed.settings.fp8 else method
-                rows.append(MethodRow(name, count, strategy, same, other))
+                rows.append(MethodRow(method, count, strategy, same, other))
     return rows
 
 
@@ -240,12 +238,10 @@ def _as_method(plan: Plan, method: str) -> Plan:
     usual = {"r": DEFAULT_RANK, "target_modules": "all-linear"}
     adapter = settings.adapter or adapter_of(usual, settings.shape)
     if method == "full":
-        return plan.with_settings(adapter=None, bits=None, fp8=False)
+        return plan.with_settings(adapter=None, bits=None)
     if method == "QLoRA":
-        quantized = plan.with_settings(adapter=adapter, bits=4, fp8=False, double_quantized=True)
+        quantized = plan.with_settings(adapter=adapter, bits=4, double_quantized=True)
         return plan if settings.bits == 4 else quantized
-    if settings.fp8:
-        return plan
     dtype = "bfloat16" if settings.device == "gpu" else settings.dtype
     return plan.with_settings(adapter=adapter, bits=None, dtype=dtype)
 

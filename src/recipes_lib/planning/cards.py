@@ -83,9 +83,8 @@ DEFAULT = "h100-80gb"
 # Tokens per CPU second of LoRA training, SmolLM2-135M, one thread of a server CPU with AVX512-BF16,
 # torch 2.13 (2026-11-24, n=1 each): 4bit counted over the steps, the others from whole runs less an
 # estimated start, so good to a fifth. As 4N operations per token. Another CPU, above all one
-# without bf16 instructions, is slower. fp8 is bf16's times 0.64: a pass of 300
-# tokens forward and backward in one thread of a busy machine (n=2, 2026-11-26).
-_TOKENS_PER_CPU_SECOND = {"bf16": 400.0, "fp32": 155.0, "4bit": 305.0, "fp8": 255.0}
+# without bf16 instructions, is slower.
+_TOKENS_PER_CPU_SECOND = {"bf16": 400.0, "fp32": 155.0, "4bit": 305.0}
 MEASURED_PARAMETERS = 134_515_008  # SmolLM2-135M's
 SCALING = 0.85  # threads of one process share caches and memory
 
@@ -256,5 +255,5 @@ def _meminfo(key: str) -> float:
 
 
 def core_tflops(kind: str) -> float:
-    """Return what one core reaches in a precision: bf16, fp32, 4bit or fp8."""
+    """Return what one core reaches in a precision: bf16, fp32 or 4bit."""
     return 4 * MEASURED_PARAMETERS * _TOKENS_PER_CPU_SECOND[kind] / 1e12

@@ -100,7 +100,6 @@ def training_duration(
     n, layers = settings.shape.active_parameters, settings.shape.layers
     if on_cpu:  # the processes share the cores
         kind = "4bit" if settings.bits else "bf16" if settings.compute_bytes == 2 else "fp32"
-        kind = "fp8" if settings.fp8 else kind
         tflops = card.tflops * core_tflops(kind) / core_tflops("bf16") / settings.per_machine
         costs, launch = StepCosts(kernels=layers), CPU_LAYER_PASS_S
     else:  # float32 goes without the half precision of tensor cores
@@ -147,10 +146,8 @@ def _attention(settings: Settings, context: float) -> float:
 
 
 def _dequantising(settings: Settings, card: Card) -> float:
-    """Seconds per pass to write quantized weights out as bf16 and read them again; none for FP8,
-    which takes as long as bf16 until a GPU has measured it.
-    """
-    if not settings.bits or settings.fp8 or settings.device == "cpu":
+    """Seconds per pass to write quantized weights out as bf16 and read them again."""
+    if not settings.bits or settings.device == "cpu":
         return 0.0
     moved = (3 if settings.checkpointing else 2) * 4.5 * settings.shape.linear_parameters
     return moved / (card.bandwidth * 1e9 * BANDWIDTH_REACHED)

@@ -1,5 +1,5 @@
-"""Speeds that were measured on GPUs: `benchmarks/gpu_check.py` writes them, and a plan for the same
-card, method, attention and compiler has its counted time longer or shorter by what those were.
+"""Speeds that were measured on GPUs: a plan for the same card, method, attention and compiler has
+its counted time longer or shorter by what those were.
 """
 
 from __future__ import annotations
@@ -56,10 +56,8 @@ class Measured:
 def counted_path(settings: Settings) -> str:
     """Return what of the settings decides how fast a step of a given size is."""
     method = "full" if settings.adapter is None else "QLoRA" if settings.bits else "LoRA"
-    method = "LoRA over FP8" if settings.fp8 else method
     compiled = ", compiled" if settings.compiled else ""
-    fused = ", fused" if settings.adapter is not None and settings.adapter.fused else ""
-    return f"{method}, {settings.attention}{compiled}{fused}"
+    return f"{method}, {settings.attention}{compiled}"
 
 
 @lru_cache(maxsize=1)

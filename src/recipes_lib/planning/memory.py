@@ -117,8 +117,7 @@ def weight_gib(settings: Settings) -> float:
         per_weight = 0.5 + scale / BLOCK_4BIT
     quantized = shape.linear_parameters  # of linear layers alone, whoever quantizes
     rest = shape.parameters - quantized
-    scales = 4 * shape.linear_rows if settings.fp8 else 0  # a float32 for each row
-    return (quantized * per_weight + scales + rest * settings.weight_bytes) / GIB
+    return (quantized * per_weight + rest * settings.weight_bytes) / GIB
 
 
 def host_gib(settings: Settings) -> float:
@@ -128,8 +127,7 @@ def host_gib(settings: Settings) -> float:
     """
     full = settings.adapter is None
     width = settings.trained_bytes if full else settings.weight_bytes
-    one_by_one = settings.bits and not settings.fp8
-    whole = 0.0 if one_by_one else settings.shape.parameters * width / GIB
+    whole = 0.0 if settings.bits else settings.shape.parameters * width / GIB
     readers = 1 if settings.reads_once else settings.per_machine
     return readers * whole + settings.per_machine * CPU_PROCESS_GIB
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps, written_sync
-from recipes_lib.config.constraints import COMPILE_KEYS, NOT_FUSED, VARLEN
+from recipes_lib.config.constraints import COMPILE_KEYS, VARLEN
 from recipes_lib.config.launch import READS_ONCE_KEY, Launch, why_each_rank_reads
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
@@ -40,7 +40,6 @@ class Adapter:
         targets: the matrices of each layer it sits on, last those in no layer, with their ranks.
         extra_parameters: of modules that are trained in full.
         vectors: trained numbers per output of an adapted matrix: DoRA's lengths, LoRA's bias.
-        fused: whether layers that read the same input keep one copy of it, and no masks.
     """
 
     rank: int
@@ -48,7 +47,6 @@ class Adapter:
     targets: tuple[Adapted, ...]
     extra_parameters: int = 0
     vectors: int = 0
-    fused: bool = False
 
     @cached_property
     def parameters(self) -> int:
@@ -68,7 +66,6 @@ class Settings:
     Args:
         dtype: precision of the base weights in memory.
         bits: 4 or 8 for quantized linear layers, None for none.
-        fp8: whether the 8 bits are FP8 (`model.base_precision`), which the products are in, too.
         half: the autocast type, float16 (which scales the loss) or bfloat16; None for no autocast.
         adapter: None for full fine-tuning.
         attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
@@ -103,7 +100,6 @@ class Settings:
     grouped: bool
     world_size: int
     sharded: bool
-    fp8: bool = False
     compiled: bool = False
     reshard: bool = True
     selective: bool = False
@@ -188,7 +184,6 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     train, fsdp = recipe.train, launch.config.fsdp
     quantization = recipe.quantization or {}
     bits = {"load_in_4bit": 4, "load_in_8bit": 8}
-    fp8 = recipe.model.base_precision == "fp8"
     written = recipe.model.dtype  # auto is the checkpoint's own; bf16 where the plan cannot see it
     dtype = next((name for name in (written, shape.dtype) if name in BYTES), "bfloat16")
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
@@ -208,8 +203,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     return Settings(
         shape=shape,
         dtype=dtype,
-        bits=8 if fp8 else next((bits[key] for key in bits if quantization.get(key)), None),
-        fp8=fp8,
+        bits=next((bits[key] for key in bits if quantization.get(key)), None),
         double_quantized=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         half=half,
         adapter=_adapter(recipe, shape),
@@ -269,11 +263,7 @@ def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:
     lora = recipe.lora
     if lora is None:
         return None
-    asked = {"lora": lora, "quantization": recipe.quantization or {}}
-    fused = recipe.model.lora_implementation == "fused" and not any(
-        asked[section].get(key) for section, keys in NOT_FUSED.items() for key in keys
-    )
-    adapter = replace(adapter_of(lora, shape), fused=fused)
+    adapter = adapter_of(lora, shape)
     if not any(adapter.targets):
         linear = dict.fromkeys(
             matrix.last_name

@@ -1,9 +1,8 @@
 """What a forward and backward pass costs a GPU beside the products of large matrices: kernels that
 the processor launches, and bytes that pass through the GPU's memory.
 
-Counted, not measured: in a block like Llama's every count is a sum over widths, these are its
-terms, and `tests/benchmarks/test_step_budget.py` holds the sum to the real trainer's micro-batch
-over tensors without data. Other families are taken to be like it, with their widths and norms.
+Counted, not measured: in a block like Llama's every count is a sum over widths, and these are its
+terms. Other families are taken to be like it, with their widths and norms.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from recipes_lib.planning.settings import Settings
 
 # of a pass, in kernels and bytes: what activation checkpointing does once more
-FORWARD, FUSED_FORWARD = 0.4, 0.35
+FORWARD = 0.4
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,7 @@ class _Block:
 @dataclass(frozen=True)
 class _Adapter:
     """Of one adapted matrix: bytes of a token for each input (and more with dropout), output and
-    rank, bytes of a pass for each trained weight, kernels (and more with dropout, of the first
-    matrix of a fused group, and of the copies and seeds that a block makes for all its groups).
+    rank, bytes of a pass for each trained weight, kernels (and more with dropout).
     """
 
     inputs: float
@@ -63,8 +61,6 @@ class _Adapter:
     weights: float
     kernels: float
     dropout: float
-    group: float = 0
-    block: float = 0
 
 
 _EAGER = _Block(hidden=282, query=63, key=33, inner=28, norm=140, kernels=107, norm_kernels=25)
@@ -78,15 +74,6 @@ _COMPILED_ADAPTERS = {
     4: _Adapter(8.5, 4, 12, 4, 19, kernels=11, dropout=0),
     2: _Adapter(8.5, 4, 12, 4, 6, kernels=7, dropout=0),
 }
-# `model.lora_implementation: fused`, where a group has its input once
-_FUSED = {
-    4: _Adapter(8, 0, 6.5, 15, 14, kernels=-1, dropout=0, group=6, block=2),
-    2: _Adapter(8, 0, 6.5, 15, 12, kernels=-1, dropout=0, group=7, block=2),
-}
-_COMPILED_FUSED = {
-    4: _Adapter(8, 0, 7.8, 15, 14, kernels=0, dropout=0, group=5.6, block=2),
-    2: _Adapter(8, 0, 7.8, 15, 12, kernels=0, dropout=0, group=6.4, block=2),
-}
 # trained norms of a block, for each number of the residual stream; and their kernels
 _NORMS, _NORM_KERNELS = 16, 11
 _AROUND, _TRAINED_AROUND = 44, 84  # kernels outside the blocks, with adapters and without
@@ -98,10 +85,8 @@ def step_costs(settings: Settings) -> StepCosts:
     """Return what one pass of these settings costs."""
     shape, adapter = settings.shape, settings.adapter
     block = _COMPILED if settings.compiled else _EAGER
-    fused = adapter is not None and adapter.fused
-    plain, compiled = (_FUSED, _COMPILED_FUSED) if fused else (_ADAPTERS, _COMPILED_ADAPTERS)
-    terms = (compiled if settings.compiled else plain)[settings.trained_bytes]
-    share = FUSED_FORWARD if fused else FORWARD
+    terms = (_COMPILED_ADAPTERS if settings.compiled else _ADAPTERS)[settings.trained_bytes]
+    share = FORWARD
     again = 1 + share * settings.checkpointing
     kernels = per_token = constant = 0.0
     for layer, targets, count in settings.layers:
@@ -116,21 +101,16 @@ def step_costs(settings: Settings) -> StepCosts:
             own_kernels += block.norm_kernels * (len(layer.norms) - 2)
         if adapter is None:
             own_kernels, own = own_kernels + _NORM_KERNELS, own + _NORMS * shape.hidden
-        seen: set[str] = set()  # what fused groups read
         for matrix, rank in targets:
             dropped = bool(adapter and adapter.dropout)
-            first = not fused or matrix.reads not in seen
-            seen.add(matrix.reads)
-            own_kernels += terms.kernels + terms.dropout * dropped + terms.group * first
-            each = (terms.inputs + terms.dropped * dropped) * matrix.inputs * first
+            own_kernels += terms.kernels + terms.dropout * dropped
+            each = (terms.inputs + terms.dropped * dropped) * matrix.inputs
             own += matrix.active * (each + terms.outputs * matrix.outputs + terms.rank * rank)
             weights = rank * max(matrix.experts, 1) * (matrix.inputs + matrix.outputs)
             constant += count * terms.weights * weights
-        if settings.bits and not settings.fp8:
+        if settings.bits:
             own_kernels += _DEQUANTISING * sum(one.linear for one in layer.matrices)
-        # each group makes copies and seeds itself where it computes twice, both times
-        made = (2 * len(seen) if settings.checkpointing else bool(seen)) * terms.block
-        kernels += count * (again * own_kernels + made)
+        kernels += count * again * own_kernels
         per_token += count * own
     if adapter is None:
         constant += _TRAINED_HEAD * shape.embedding_parameters / (1 if shape.tied else 2)

@@ -71,7 +71,7 @@ def _parts(plan: Plan) -> list[tuple[str, str, float]]:
     """Return what the needed memory is made of: in short, in full, and in GiB."""
     memory, settings = plan.memory, plan.settings
     kinds = {4: "NF4 linear layers", 8: "8-bit linear layers", None: settings.dtype}
-    kind = "FP8 linear layers" if settings.fp8 else kinds[settings.bits]
+    kind = kinds[settings.bits]
     precision = f"{kind}, shard" if settings.sharded else kind
     trained = {2: "bf16", 4: "float32"}[settings.trained_bytes]
     rank = f"r={settings.adapter.rank}, " if settings.adapter else ""
@@ -196,8 +196,7 @@ def _time(plan: Plan) -> Iterator[str]:
             f" {LAUNCH_S * 1e6:.0f} us each; {costs.per_token / 1e6:.0f} MB per token at"
             f" {bandwidth:,.0f} GB/s, products at {tflops:,.0f} TFLOP/s"
         )
-        fp8 = ", FP8 no faster than bf16" if settings.fp8 else ""
-        yield f"        assumed: start and end, disks and links{fp8}"
+        yield "        assumed: start and end, disks and links"
     if device == "cpu":
         yield (
             "        the longer time is that of an older processor, or one that has other work:"

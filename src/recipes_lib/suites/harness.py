@@ -231,8 +231,6 @@ def plain_command(recipe: EvalRecipe, target: Target) -> str:
         line = f"(cd {shlex.quote(place)} && {line})"
     without = [name for name in suite.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
     notes = [f"lm_eval has no flag for {', '.join(without)}"] if without else []
-    if target.recipe.model.base_precision is not None:
-        notes.append("lm_eval has no base in FP8: it asks the adapter on the base as published")
     if target.trained and (target.recipe.lora or {}).get("modules_to_save"):
         notes.append(
             "on a base with tied embeddings lm_eval ties the trained ones again: give it the merged"

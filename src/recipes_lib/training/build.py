@@ -41,13 +41,11 @@ from recipes_lib.models.architectures import (
     why_not_varlen,
     why_rows_apart,
 )
-from recipes_lib.models.fp8 import describe_fp8
 from recipes_lib.training import varlen
 from recipes_lib.training.batches import ROW, with_fillers
 from recipes_lib.training.checkpoints import MarkerFacts
 from recipes_lib.training.compiled import compile_blocks
 from recipes_lib.training.cpu import attention as cpu_attention
-from recipes_lib.training.fused_lora import fuse_lora
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.reading import prepare_to_share
 from recipes_lib.training.stopping import StopRequest
@@ -148,13 +146,6 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
-    if recipe.model.base_precision is not None:  # as TRL makes those of a 4-bit base
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
-    if recipe.model.lora_implementation == "fused":
-        trainer.fused_lora = fuse_lora(trainer.model, half)
-        trainer.add_callback(trainer.fused_lora)
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         trainer.add_callback(compile_blocks(trainer.model, recipe.train, run.path / "compiled"))
     prepare_to_share(trainer.model)
@@ -271,13 +262,7 @@ def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | N
 
 def settled(trainer: RecipeTrainer) -> dict[str, str | int]:
     """Return what run.json keeps of the choices that only the trainer makes."""
-    fused = trainer.fused_lora
-    facts: dict[str, str | int | None] = {
-        "base_precision": describe_fp8(trainer.model),
-        "lora_implementation": None if fused is None else fused.line(),
-        "tokens_per_pass": trainer.max_tokens,
-    }
-    return {key: value for key, value in facts.items() if value is not None}
+    return {} if trainer.max_tokens is None else {"tokens_per_pass": trainer.max_tokens}
 
 
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
@@ -320,8 +305,6 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     lines += [f"schedule: {schedule}", f"trains: {describe_trainable(model, raised=raised)}"]
     if isinstance(model, PeftModel):
         lines.append(describe_targets(model))
-    if trainer.fused_lora:
-        lines.append(trainer.fused_lora.line())
     weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
     if experts := describe_experts(model, weight):
         lines.append(experts)
@@ -357,6 +340,6 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
     if raised and not quantized and precision != "float32":
         precision = f"float32 (FSDP2 keeps the {precision} weights so)"
     frozen = {precision_name(one.dtype) for one in parameters if not one.requires_grad}
-    kind = describe_fp8(model) or ", ".join(sorted(frozen - {"uint8"}))
+    kind = ", ".join(sorted(frozen - {"uint8"}))
     kind = f"NF4 in {quantized} layers" if quantized else kind
     return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {kind}" if kind else "")

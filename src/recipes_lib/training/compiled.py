@@ -37,9 +37,6 @@ def compile_blocks(model: Any, train: Mapping[str, Any], cache: Path) -> Compile
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    if hasattr(torch._dynamo.config, kept := "skip_fwd_side_effects_in_bwd_under_checkpoint"):
-        # what fused adapters note for the next layer of a block is gone when the block ends
-        setattr(torch._dynamo.config, kept, True)
     blocks = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
     for block in blocks:
         # not `block.compile()`, which takes hooks along: FSDP2 gathers weights in one

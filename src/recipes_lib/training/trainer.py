@@ -53,7 +53,6 @@ from recipes_lib.training.batches import (
     to_device,
     with_training_filler,
 )
-from recipes_lib.training.fused_lora import FusedLora
 from recipes_lib.training.loss import add_token_loss, can_score_itself
 from recipes_lib.training.metrics import has_evaluation
 from recipes_lib.training.resume_guard import differences
@@ -113,7 +112,6 @@ class RecipeTrainer(SFTTrainer):
         self.data_collator = RowTrackingCollator(self.data_collator)
         self.recent_rows: list[int] = []
         self.without_rows = False
-        self.fused_lora: FusedLora | None = None
         self.passes: list[Batch] = []
         self.evaluation_due = False
         self._unlogged_before: Unlogged | None = None

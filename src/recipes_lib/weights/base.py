@@ -38,7 +38,7 @@ from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel
-from recipes_lib.models.architectures import auto_class, fp8_layers, not_quantized
+from recipes_lib.models.architectures import auto_class, not_quantized
 
 if TYPE_CHECKING:
     import torch
@@ -300,8 +300,6 @@ def load_model(
     import torch
     import transformers
 
-    from recipes_lib.models.fp8 import quantize_layers
-
     section = recipe.model
     on_main_rank(lambda: announce_weights(recipe))
     attention = section.attn_implementation or default_attention(section.dtype)
@@ -359,8 +357,6 @@ def load_model(
                 "set model.resize_embeddings: true",
             )
         model.resize_token_embeddings(entries)
-    if section.base_precision is not None:
-        quantize_layers(model, fp8_layers(model))
     return model
 
 

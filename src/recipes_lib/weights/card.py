@@ -151,11 +151,6 @@ def _loading_adapter(recipe: Recipe) -> str:
             "The adapter was trained on the quantized base and belongs on it; on the base as"
             " published it answers differently."
         )
-    if recipe.base_format == "FP8":
-        notes.append(
-            "The adapter was trained on the base in FP8, with inputs quantized for each token; on"
-            " the base as published it answers without what FP8 rounds."
-        )
     if base.startswith("package:"):
         imports += "\nfrom recipes_lib.weights.base import materialise"
     code = LOADING_ADAPTER.format(more_imports=imports, prepare=prepare, arguments=source)

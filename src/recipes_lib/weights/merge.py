@@ -146,14 +146,6 @@ def with_transposed_layers(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def over_published_base(trained: TrainedRun) -> TrainedRun:
-    """Return a run over its base as it was published, not in FP8: an adapter is merged into
-    that.
-    """
-    section = dataclasses.replace(trained.recipe.model, base_precision=None)
-    return TrainedRun(trained.run, dataclasses.replace(trained.recipe, model=section))
-
-
 def load_merged(
     folder: Path, trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: str
 ) -> PreTrainedModel:
@@ -345,14 +337,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     family = Family([trained])
     tokenizer = family.tokenizer
     prompts = real_prompts(trained, tokenizer)
-    logits = as_trained = adapter_logits(family, trained, prompts)
-    if recipe.model.base_precision is not None:
-        report("the adapter was trained over the base in FP8; it is merged into the published one")
-        del family
-        free_memory()
-        trained = over_published_base(trained)
-        family = Family([trained])
-        logits = adapter_logits(family, trained, prompts)
+    logits = adapter_logits(family, trained, prompts)
     before, precision = size_of(family.model.get_base_model()), precision_name(family.model.dtype)
     model = fold(trained, family, getattr(torch, dtype) if dtype else None)
     written, size = precision_name(model.dtype), size_of(model)
@@ -370,14 +355,6 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     free_memory()
     report("loading what was written, to compare it with the adapter ...")
     again = load_merged(scratch, trained, tokenizer, written)
-    if recipe.model.base_precision is not None:
-        apart = compare_logits(as_trained.adapter, logits_on(again, prompts.rows), 0.0)
-        bare = compare_logits(as_trained.base, logits.base, 0.0)
-        report(
-            f"over the base in FP8 its logits are {apart.mean:.3g} from these on average, those of"
-            f" the bare base {bare.mean:.3g}; the most likely next token is the same at"
-            f" {apart.same_top_token:.1%} of the positions"
-        )
     comparison = compare_folded(trained, logits, again, prompts, precision)
     del again
     free_memory()

@@ -26,7 +26,6 @@ from recipes_lib.weights.merge import (
     fold,
     load_merged,
     merge_record,
-    over_published_base,
     why_stale,
 )
 
@@ -82,7 +81,6 @@ def verify(trained: TrainedRun, num_prompts: int) -> Verification:
         EnvironmentFault: files are missing or truncated, or the base cannot be had.
     """
     adapter = "LoRA" if trained.recipe.quantization is None else "QLoRA"
-    adapter += " over a base in FP8" if trained.recipe.model.base_precision else ""
     kind = "full fine-tuning" if trained.full else adapter
     result = Verification(trained.run.name, kind)
     _check_weights(trained, result)
@@ -201,11 +199,6 @@ def _check_folded(
     trained: TrainedRun, family: Family, num_prompts: int, result: Verification
 ) -> None:
     """`merged/` gives the adapter's logits; without one, a merge in memory does."""
-    if trained.recipe.model.base_precision is not None:
-        trained = over_published_base(trained)
-        family.model = None
-        free_memory()
-        family = Family([trained])
     tokenizer, precision = family.tokenizer, precision_name(family.model.dtype)
     record = merge_record(trained)
     stale = why_stale(trained, record) if record else None

@@ -11,7 +11,7 @@ from recipes_lib.compare.findings import NOT_AUDITED, Finding, found
 from recipes_lib.compare.measurements import RunMeasurements
 from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, pairs, run_place
 from recipes_lib.compare.wording import count, sentence_list
-from recipes_lib.core.fingerprints import folder_fingerprint, hash_of, precision_of
+from recipes_lib.core.fingerprints import folder_fingerprint, hash_of
 from recipes_lib.core.json_files import read_object
 from recipes_lib.eval_log import AnswerFacts, EvalLog, JudgeFacts, Measure, Sample, Scorecard
 from recipes_lib.suites.alpaca_eval import own_length_controlled
@@ -199,8 +199,7 @@ def _kinship(log: EvalLog, run: RunMeasurements) -> str:
     trained = prints.pop("adapter", None)
     if weights and weights in prints.values():
         return "its own weights"
-    own = section.get("dtype"), run.resolved.get("quantization"), section.get("base_precision")
-    precision = precision_of(*own)
+    precision = [section.get("dtype"), run.resolved.get("quantization")]
     if weights and log.answers.fingerprint == hash_of(weights, precision, trained):
         return "its base" if trained else "itself"
     return ""

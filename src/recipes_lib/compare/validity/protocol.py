@@ -47,7 +47,7 @@ _FREE = (
 )
 _HOW_FAST = ("batch_size", "model_args")  # the same, of another program's protocol
 _SHOTS = ": few-shot"
-_PRECISION = ("quantization", "quantization.load_in_4bit", "model.dtype", "model.base_precision")
+_PRECISION = ("quantization", "quantization.load_in_4bit", "model.dtype")
 Arms = tuple[str, str]
 # What a check of two results gives: the evidence, and what the finding's texts name.
 _Seen = tuple[Sequence[str], dict[str, str]]
