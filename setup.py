@@ -25,6 +25,7 @@ INSTALL = [
     "numpy>=2",
     "scipy>=1.13",
     "pyyaml>=6",
+    "pydantic>=2.12",
     "jsonschema>=4.20",
     "tqdm>=4.66",
     "matplotlib>=3.9",

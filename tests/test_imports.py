@@ -20,6 +20,7 @@ ORDER = (
     ("planning",),
     ("weights",),
     ("training",),
+    ("evals",),
     ("eval_log", "engine"),
     ("judging",),
     ("eval_files", "eval_recipe"),

@@ -1,0 +1,1 @@
+"""Evaluation: models answer, judges and rules decide, and every result is an `EvalLog`."""

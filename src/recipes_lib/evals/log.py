@@ -1,0 +1,542 @@
+"""The evaluation log: what one evaluation of one model says, and how it lies on disk.
+
+    runs/<run>/evals/<eval>/result.json    who answered, who judged, and every metric
+                            items.jsonl    one `Sample` a line: what the metrics are means of
+                            earlier/<key>/ the same two files of other settings
+
+The declarations here are the reader, the writer and the schema of both files. A suite makes logs;
+comparison and report read them and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from recipes_lib.core.atomic_files import write_bytes, write_json
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
+from recipes_lib.data.leaks import Leaks
+
+ORDERS = ("AB", "BA")
+SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+UNRESOLVED = "unresolved"
+# the opponent of a result that was judged against the questions' own reference answers
+REFERENCE = "reference"
+RESULT_VERSION = 2
+AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One value of a metric: an answer with its verdict, a row with its loss, a task's item.
+
+    Samples of one `id` (turns, and several draws of one question) are not independent. `value` is
+    1, 0.5 or 0 for a pair, a grade, or a task's score; None where there is no verdict: `outcome` is
+    "unresolved" then. `verdicts` are what was said in order AB and BA (a grade alone in grading),
+    or why there is none; `raws` are the texts behind them. `lengths` are characters: the answer's,
+    then its opponent's. `cut` says that the answer reached the token limit. `same_as` is the id of
+    the first sample with the same text, where no `input` shows it.
+    """
+
+    id: str
+    turn: int = 1
+    draw: int = 1
+    category: str = "all"
+    value: float | None = None
+    outcome: str = UNRESOLVED
+    verdicts: tuple[str, ...] = ()
+    by_rule: bool = False
+    lengths: tuple[int, ...] = ()
+    cut: bool = False
+    same_as: str = ""
+    input: str | None = field(default=None, repr=False)
+    answer: str | None = field(default=None, repr=False)
+    opponent: str | None = field(default=None, repr=False)
+    raws: tuple[str | None, ...] = field(default=(), repr=False)
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Its question and turn."""
+        return self.id, self.turn
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What pairs this sample with the same one of another model."""
+        return self.id, self.turn, self.draw
+
+    @property
+    def resolved(self) -> bool:
+        """Whether there is an outcome."""
+        return self.outcome != UNRESOLVED
+
+    @property
+    def flip(self) -> bool:
+        """Whether the judge named the same place in both orders, so that its verdict turned."""
+        return not self.by_rule and self.verdicts in (("A", "A"), ("B", "B"))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric of one evaluation. In result.json the samples and the last three are left out.
+
+    `value` is what is reported, with its 95% interval over questions; `n` counts the samples with a
+    value. A metric without samples (a perplexity of lm-eval, a table of another program) is shown
+    and never tested. `parts` are the tasks and groups below a group of lm-eval, whose samples are
+    those of its tasks. `instead_of` names the metric of this evaluation that is compared in its
+    place where two models share that one.
+    """
+
+    metric: str
+    label: str
+    samples: tuple[Sample, ...] = field(default=(), repr=False)
+    task: str = ""
+    opponent: str | None = None
+    unit: Literal["share", "grade", "number"] = "share"
+    higher_is_better: bool | None = True  # None: the files do not say it, so nothing is ranked
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    instead_of: str = ""
+    parts: tuple[str, ...] = ()
+    num_fewshot: int | None = None
+    version: str | None = None  # of the task
+    eval: str = ""
+    suite: str = ""
+    file: Path = Path()
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the same metric of another model has too; the opponent may be that other model."""
+        return self.eval, self.task, self.metric
+
+    @property
+    def name(self) -> str:
+        """The key as one word: `alpaca_eval/win_rate`, `lm_eval/arc_easy/acc_norm`."""
+        return "/".join(part for part in self.key if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFaults:
+    """What is wrong with the answers of one model.
+
+    `identical` counts the most frequent text among those that answer more than one question, where
+    it stands more than once. `cut` is None where a file does not say.
+    """
+
+    n: int = 0
+    empty: int = 0
+    cut: int | None = None
+    identical: int = 0
+    loops: int = 0
+
+    @classmethod
+    def of(
+        cls, texts: Sequence[str], cut: int | None, questions: Sequence[str] | None = None
+    ) -> AnswerFaults:
+        """Return what is wrong with answers.
+
+        Args:
+            cut: how many reached the token limit.
+            questions: what each one answers; None where each answers another question.
+        """
+        stripped = [text.strip() for text in texts]
+        counts = Counter(stripped)
+        asked: dict[str, set[object]] = defaultdict(set)
+        for text, question in zip(stripped, questions or range(len(stripped)), strict=True):
+            asked[text].add(question)
+        often = max((counts[text] for text, ids in asked.items() if len(ids) > 1), default=0)
+        return cls(
+            n=len(texts),
+            empty=counts[""],
+            cut=cut,
+            identical=often,
+            loops=sum(map(ends_in_loop, texts)),
+        )
+
+
+def ends_in_loop(answer: str) -> bool:
+    """Whether an answer ends in a phrase of two words or more that stands there three times; its
+    last word may be cut.
+
+    Source: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration", whose repetition
+        is the same.
+
+    Example:
+        >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
+        (True, False)
+    """
+    words = answer.split()
+    for end in (words, words[:-1]):
+        for size in range(2, len(end) // 3 + 1):
+            if end[-1] != end[-1 - size]:  # most places need no copy
+                continue
+            if end[-size:] == end[-2 * size : -size] == end[-3 * size : -2 * size]:
+                return True
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFacts:
+    """Who answered and how.
+
+    `models` are the names of the weights behind the answers, `fingerprint` their hash. `tokens` are
+    those of all answers; `new_tokens` in `seconds` those of the last command.
+    """
+
+    name: str = ""
+    models: tuple[str, ...] = ()
+    fingerprint: str = ""
+    prompt_format: str | None = None
+    prompt_format_hash: str | None = None
+    decoding: dict[str, Any] | None = None
+    dtype: str | None = None
+    quantized: bool | None = None
+    faults: AnswerFaults | None = None
+    tokens: int | None = None
+    new_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeFacts:
+    """Who judged. `weak` is why its numbers mean little; `weights` is the hash of its weights where
+    they are here, `run` the run of ours that it was merged from.
+    """
+
+    name: str = ""
+    fingerprint: str = ""
+    model: str = ""
+    revision: str | None = None
+    engine: str | None = None
+    mode: str | None = None
+    prompt_style: str | None = None
+    temperature: float | None = None
+    max_new_tokens: int | None = None
+    max_context_tokens: int | None = None
+    weak: str | None = None
+    weights: str | None = None
+    run: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One number of a judge's audit with its 95% interval; `needs` is empty where it is only
+    described. A check without data is "not measured".
+    """
+
+    check: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    needs: str = ""
+    result: Literal["pass", "fail", "described", "not measured"] = "not measured"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorecard:
+    """The audit of a judge: counts of what it was asked, and its checks."""
+
+    judge: str = ""  # its fingerprint
+    judgments: int = 0
+    asked: int = 0
+    by_rule: int = 0
+    reasked: int = 0
+    cut: int = 0
+    statuses: dict[str, int] = field(default_factory=dict)
+    checks: tuple[Check, ...] = ()
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that the judge failed."""
+        return tuple(check for check in self.checks if check.result == "fail")
+
+    def value(self, name: str) -> Check:
+        """Return the check of a name; one that is not measured where there is none."""
+        return next((one for one in self.checks if one.check == name), Check(check=name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalLog:
+    """One evaluation of one model.
+
+    `key` is the hash of all that decides the result: weights, questions, sampling, judge, prompts
+    and the version of this code. `against` is None for a suite without an opponent. `banners` must
+    be read before the numbers, heaviest first; `notes` are remarks. `leaks` is what the training
+    rows hold of the questions, None where nobody looked. `source` is the program that wrote the
+    files, where it was not this one. `file` is result.json.
+    """
+
+    suite: str
+    eval: str
+    target: str = ""
+    against: str | None = None
+    key: str = ""
+    n: int = 0
+    subset: str | None = None
+    banners: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    metrics: tuple[Metric, ...] = ()
+    answers: AnswerFacts = field(default_factory=AnswerFacts)
+    opponent: AnswerFacts | None = None
+    judge: JudgeFacts | None = None
+    audit: Scorecard | None = None
+    leaks: Leaks | None = None
+    recipe: dict[str, Any] = field(default_factory=dict, repr=False)
+    written: str = ""
+    command: str = ""
+    lm_eval_command: str | None = None
+    git: dict[str, Any] = field(default_factory=dict)
+    libraries: dict[str, Any] = field(default_factory=dict, repr=False)
+    source: str = ""
+    file: Path = Path()
+
+    @property
+    def place(self) -> str:
+        """The result file inside the runs folder: <run>/evals/<eval>/result.json."""
+        return "/".join(self.file.parts[-4:])
+
+    @property
+    def is_imported(self) -> bool:
+        """Whether another program wrote the files."""
+        return bool(self.source)
+
+
+_OF_LOG = {"samples", "eval", "suite", "file"}  # what a metric takes from its log and its items
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def log_schema() -> dict[str, Any]:
+    """Return the JSON Schema of result.json, and under `$defs/Sample` that of a line of items.jsonl
+    (which also has `metric` and `task`).
+    """
+    schema: dict[str, Any] = _adapter(EvalLog).json_schema()
+    return schema
+
+
+# ---- writing ----
+
+
+def log_file(run: Path, name: str, against: str | None) -> Path:
+    """Return where the result of an evaluation against an opponent lies in a run's folder."""
+    suffix = "" if against in (None, REFERENCE) else f".against-{against}"
+    return run / "evals" / name / f"result{suffix}.json"
+
+
+def items_file(result: Path) -> Path:
+    """Return the file of samples beside a result."""
+    return result.with_name(f"items{result.name.removeprefix('result')}l")
+
+
+def write_log(log: EvalLog) -> None:
+    """Write a log: first its samples, then result.json, which makes it one. A result of other
+    settings that stands there is kept in earlier/.
+    """
+    _keep_earlier(log)
+    rows = (
+        {"metric": metric.metric, **({"task": metric.task} if metric.task else {}), **_row(sample)}
+        for metric in log.metrics
+        if not metric.parts
+        for sample in metric.samples
+    )
+    write_lines(items_file(log.file), rows)
+    write_json(log.file, to_json(log))
+
+
+def _keep_earlier(log: EvalLog) -> None:
+    """Move what stands in the place of a log aside, where it is of another key."""
+    try:
+        key = str(read_object(log.file).get("key") or "")
+    except DamagedFile:
+        return
+    if key and key != log.key:
+        folder = log.file.parent / "earlier" / key[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (items_file(log.file), log.file):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _row(sample: Sample) -> dict[str, object]:
+    """The fields of a sample that have not their usual value."""
+    return {
+        one.name: value
+        for one in fields(sample)
+        if (value := getattr(sample, one.name)) != one.default
+    }
+
+
+def to_json(log: EvalLog) -> dict[str, object]:
+    """Return the content of result.json."""
+    values: dict[str, Any] = asdict(
+        replace(log, metrics=tuple(replace(one, samples=()) for one in log.metrics))
+    )
+    del values["file"]
+    for metric in values["metrics"]:
+        for name in _OF_LOG:
+            del metric[name]
+    return {"format_version": RESULT_VERSION, **values}
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_bytes(path, text.encode("utf-8", "surrogatepass"))
+
+
+# ---- reading ----
+
+
+def read_eval_logs(
+    run: Path, report: Callable[[DamagedFile], None] | None = None
+) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
+    """Return a run's finished evaluations, and the names of those that were begun and have no
+    result.
+
+    Args:
+        run: its folder.
+        report: is called with each result that is damaged, which is then left out; None to raise
+            the error.
+
+    Raises:
+        DataError: a file is damaged, or a result's numbers do not agree with its items.
+    """
+    logs: list[EvalLog] = []
+    unfinished: list[str] = []
+    for folder in sorted(path for path in (run / "evals").glob("*") if path.is_dir()):
+        files = sorted(folder.glob("result*.json"), key=lambda file: (len(file.name), file.name))
+        if not files and any(folder.glob("*.jsonl")):
+            unfinished.append(folder.name)
+        grades: set[tuple[str, str]] = set()
+        for file in files:
+            try:
+                log = read_eval_log(file)
+            except DamagedFile as error:
+                if report is None:
+                    raise
+                report(error)
+                unfinished.append(folder.name)
+                continue
+            # A grade has no opponent, and stands in the result against each of them.
+            metrics = [one for one in log.metrics if one.opponent or one.key[1:] not in grades]
+            grades |= {one.key[1:] for one in metrics if not one.opponent}
+            logs.append(replace(log, metrics=tuple(metrics)))
+    return tuple(logs), tuple(unfinished)
+
+
+def read_eval_log(file: Path) -> EvalLog:
+    """Return the log of a result file with its samples.
+
+    Raises:
+        DamagedFile: a file is damaged or of another version.
+        DataError: the samples are not those that the result was made of.
+    """
+    row = read_object(file)
+    if row.pop("format_version", None) != RESULT_VERSION:
+        raise DamagedFile("is of another version of this project", AGAIN, file=file)
+    try:
+        log: EvalLog = _adapter(EvalLog).validate_python({**row, "file": file})
+    except ValidationError as error:
+        raise DamagedFile(f"is damaged: {_first(error)}", AGAIN, file=file) from None
+    samples = _read_samples(items_file(file))
+    metrics = [
+        replace(
+            one,
+            samples=tuple(samples.get((one.metric, one.task), ())),
+            eval=file.parent.name,
+            suite=log.suite,
+            file=file,
+        )
+        for one in log.metrics
+    ]
+    for metric in metrics:
+        check_samples(metric)
+    return replace(log, eval=file.parent.name, metrics=tuple(with_groups(metrics)))
+
+
+def _read_samples(file: Path) -> dict[tuple[str, str], list[Sample]]:
+    """The samples of each metric and task."""
+    found: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    read = _adapter(Sample).validate_python
+    for number, row in enumerate(read_rows(file), 1):
+        try:
+            place = str(row.pop("metric")), str(row.pop("task", ""))
+            found[place].append(read(row))
+        except (KeyError, ValidationError) as error:
+            what = _first(error) if isinstance(error, ValidationError) else "it names no metric"
+            raise DamagedFile(f"not a sample: {what}", AGAIN, file=file, line=number) from None
+    return found
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in a line."""
+    details = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, details['loc']))}: {details['msg']}"
+
+
+def check_samples(metric: Metric) -> None:
+    """Refuse a metric whose samples are not those that its numbers were made of.
+
+    Raises:
+        DataError: a sample stands twice, or their number or mean is another.
+    """
+    if not metric.samples and (metric.unit == "number" or metric.parts or not metric.n):
+        return
+    name = metric.task or metric.metric
+    twice = len(metric.samples) - len({one.key for one in metric.samples})
+    values = [one.value for one in metric.samples if one.value is not None]
+    if twice:
+        raise DataError(f"{name}: {twice} samples stand twice", AGAIN, file=metric.file)
+    if len(values) != metric.n:
+        what = f"{name}: the result is of {metric.n} samples, {len(values)} are stored"
+        raise DataError(what, AGAIN, file=metric.file)
+    mean = math.fsum(values) / len(values) if values else metric.value
+    if metric.unit != "number" and abs((mean or 0.0) - (metric.value or 0.0)) > 1e-6:
+        what = f"{name}: the result is {metric.value}, the mean of the stored samples {mean}"
+        raise DataError(what, AGAIN, file=metric.file)
+
+
+def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
+    """Yield metrics, a group of lm-eval tasks with the samples of its tasks: one mean that can be
+    tested.
+
+    The items weigh as in the value that lm-eval reported, all alike or all tasks alike; a group of
+    which neither gives that value keeps it alone.
+    """
+    for group in metrics:
+        tasks = [
+            one
+            for one in metrics
+            if one.task in group.parts and one.metric == group.metric and not one.parts
+        ]
+        sizes = [len(one.samples) for one in tasks]
+        if not tasks or not all(sizes):
+            yield group
+            continue
+        for weights in ([1.0] * len(tasks), [sum(sizes) / len(tasks) / size for size in sizes]):
+            samples = tuple(
+                replace(sample, id=f"{one.task}/{sample.id}", value=(sample.value or 0.0) * weight)
+                for one, weight in zip(tasks, weights, strict=True)
+                for sample in one.samples
+            )
+            mean = sum(sample.value or 0.0 for sample in samples) / len(samples)
+            if group.value is not None and abs(mean - group.value) <= 1e-6:
+                yield replace(group, samples=samples)
+                break
+        else:
+            yield group
