@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.weights.base import recorded_hashes
+from recipes_lib.weights.saved import recorded_hashes
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]

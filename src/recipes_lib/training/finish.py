@@ -24,10 +24,11 @@ from recipes_lib.training.metrics import draw_figures, first_and_last, peak_memo
 from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights import check as weights_check
-from recipes_lib.weights.base import model_path, recorded_hashes
+from recipes_lib.weights.base import model_path
 from recipes_lib.weights.card import write_card
 from recipes_lib.weights.check import StoredComparison, TensorCounts
 from recipes_lib.weights.export import push_finished_run
+from recipes_lib.weights.saved import recorded_hashes
 
 if TYPE_CHECKING:
     from transformers import TrainerState

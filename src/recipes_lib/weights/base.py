@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel
 from recipes_lib.models.architectures import auto_class, not_quantized
+from recipes_lib.weights.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
 
 if TYPE_CHECKING:
     import torch
@@ -494,23 +495,6 @@ def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-# What decides how a model computes and reads text.
-RECORDED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    ADAPTER_CONFIG,
-    "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
 SAMPLES, SAMPLE_BYTES = 64, 4096
 _SPARE = 1.1  # free memory asked for, as a multiple of the weights
 _LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
@@ -543,45 +527,6 @@ def fingerprint(folder: Path) -> str:
 def weight_hashes(folder: Path) -> dict[str, str]:
     """Return the sha256 of every weight file."""
     return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
-
-
-def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the sha256 of the weights and of every other file that decides what the model answers.
-
-    That of an adapter's settings is without the base's name and revision: a base may be moved, and
-    has a check of its own.
-    """
-    if names is None:
-        names = sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
-    hashes = file_hashes(folder, names)
-    if ADAPTER_CONFIG in hashes:
-        settings = adapter_config(folder)
-        for key in ("base_model_name_or_path", "revision"):
-            settings.pop(key, None)
-        text = json.dumps(settings, sort_keys=True)
-        hashes[ADAPTER_CONFIG] = hashlib.sha256(text.encode()).hexdigest()
-    return hashes
-
-
-def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
-    """Return which of the files of `recorded_hashes` are not what they were, those that are gone
-    first.
-    """
-    gone = [name for name in recorded if not (folder / name).is_file()]
-    found = recorded_hashes(folder, [name for name in recorded if name not in gone])
-    return gone + [name for name, sha256 in found.items() if recorded[name] != sha256]
-
-
-def adapter_config(adapter: Path) -> dict[str, Any]:
-    """Return the settings of an adapter.
-
-    Raises:
-        DamagedFile: they are not readable, or name no base.
-    """
-    settings = read_object(adapter / ADAPTER_CONFIG)
-    if not isinstance(settings.get("base_model_name_or_path"), str):
-        raise DamagedFile("does not name its base model", file=adapter / ADAPTER_CONFIG)
-    return settings
 
 
 def check_adapter_files(adapter: Path) -> None:

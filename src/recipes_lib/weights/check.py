@@ -23,7 +23,6 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.base import (
-    adapter_config,
     attach,
     base_fingerprint,
     device_with_room,
@@ -31,6 +30,7 @@ from recipes_lib.weights.base import (
     load_model,
     weight_hashes,
 )
+from recipes_lib.weights.saved import adapter_config
 
 if TYPE_CHECKING:
     import torch

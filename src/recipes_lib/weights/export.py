@@ -26,7 +26,7 @@ from recipes_lib.core.faults import check_space
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.redaction import holds_secret
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.weights.base import RECORDED, is_packaged
+from recipes_lib.weights.base import is_packaged
 from recipes_lib.weights.card import is_hub_id, write_card
 from recipes_lib.weights.finished_run import (
     TrainedRun,
@@ -36,6 +36,7 @@ from recipes_lib.weights.finished_run import (
     finished_run,
 )
 from recipes_lib.weights.merge import merge_record, why_stale
+from recipes_lib.weights.saved import RECORDED
 
 # What a folder of weights may hold; everything else (training_args.bin, our own records) stays
 # where it is.

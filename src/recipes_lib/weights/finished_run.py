@@ -21,16 +21,15 @@ from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.weights.base import (
-    adapter_config,
     attach,
     base_fingerprint,
-    changed_files,
     check_adapter_files,
     check_whole,
     load_base,
     model_path,
 )
 from recipes_lib.weights.check import TensorCounts, autocast, check_files, read_check, reload
+from recipes_lib.weights.saved import adapter_config, changed_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -21,16 +21,7 @@ from recipes_lib.core.faults import check_space, explain_fault
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import shown_size
-from recipes_lib.weights.base import (
-    ADAPTER_WEIGHTS,
-    attach,
-    changed_files,
-    load_base,
-    precision_name,
-    recorded_hashes,
-    size_of,
-    weight_hashes,
-)
+from recipes_lib.weights.base import attach, load_base, precision_name, size_of, weight_hashes
 from recipes_lib.weights.card import write_card
 from recipes_lib.weights.check import (
     EXACT_TOLERANCE,
@@ -52,6 +43,7 @@ from recipes_lib.weights.finished_run import (
     check_base_of,
     check_weights,
 )
+from recipes_lib.weights.saved import ADAPTER_WEIGHTS, changed_files, recorded_hashes
 
 if TYPE_CHECKING:
     import torch
