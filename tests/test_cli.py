@@ -55,7 +55,7 @@ def in_a_process(*argv: str, code: str = "", **options) -> subprocess.CompletedP
         ["show", RECIPE, "--flat"],
         ["check", "recipes"],
         ["explain", "train"],
-        ["diff", RECIPE, RECIPE],
+        ["show", RECIPE, "--diff", RECIPE],
         ["status"],
     ]
     + [[verb.name, "--help"] for verb in cli.VERBS],
@@ -102,7 +102,7 @@ def test_every_verb_can_be_configured_and_documents_itself(capsys):
         (["show"], ["recipes show: ", "RECIPE", "usage:"]),
         (["show", RECIPE, "--flatt"], ["unknown option '--flatt'", "did you mean --flat?"]),
         (["ls", "--flat"], ["unknown option '--flat'"]),
-        (["diff", RECIPE, RECIPE, "train.seed=1"], ["unknown argument 'train.seed'"]),
+        (["explain", "train", "train.seed=1"], ["unknown argument 'train.seed'"]),
         (["show", RECIPE, "--learning_rate", "3"], ["write train.learning_rate=VALUE"]),
         (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate=3"]),
         (

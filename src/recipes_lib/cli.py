@@ -53,8 +53,7 @@ _GROUPS = {
     "recipes": {
         "ls": "list recipes: method, model, launch, planned memory and time, tags",
         "new": "start a recipe of your own from an existing one",
-        "show": "a resolved recipe, with the file and line of every value",
-        "diff": "what differs between two recipes",
+        "show": "a resolved recipe, with the file and line of every value; --diff OTHER",
         "check": "check recipes and configs, files or folders",
         "explain": "what a key means, its type and default",
         "migrate": "turn a flat TRL config into a recipe",

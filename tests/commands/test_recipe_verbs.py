@@ -1,4 +1,4 @@
-"""The verbs about recipes, through the real entry: ls, new, show, diff, explain, check."""
+"""The verbs about recipes, through the real entry: ls, new, show, explain, check."""
 
 from __future__ import annotations
 
@@ -316,7 +316,7 @@ def test_show_flat_prints_a_plain_config(capsys):
 
 
 def test_diff_shows_only_what_differs_with_origins(capsys):
-    out = said(capsys, "diff", QUICKSTART, "quickstart/lora-r32")
+    out = said(capsys, "show", QUICKSTART, "--diff", "quickstart/lora-r32")
     keys = [line.split()[0] for line in out.splitlines()[1:-1]]
     assert keys == ["lora.r", "lora.lora_alpha", "run.tags"]
     assert "lora-r32.yaml:" in out
@@ -324,11 +324,11 @@ def test_diff_shows_only_what_differs_with_origins(capsys):
 
 
 def test_diff_of_a_recipe_with_itself_is_nothing(capsys):
-    assert said(capsys, "diff", QUICKSTART, QUICKSTART).startswith("no difference")
+    assert said(capsys, "show", QUICKSTART, "--diff", QUICKSTART).startswith("no difference")
 
 
 def test_diff_shows_a_section_that_only_one_side_has(capsys):
-    out = said(capsys, "diff", "llama2-7b-dolly/qlora-r8", "llama2-7b-dolly/lora-bf16-r8")
+    out = said(capsys, "show", "llama2-7b-dolly/qlora-r8", "--diff", "llama2-7b-dolly/lora-bf16-r8")
     assert [
         line.split()[-1]
         for line in out.splitlines()

@@ -28,7 +28,7 @@ README = PAGES[0].read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run for real, in a copy of the folders they read. Of the others only the words are checked: they
 # need a model or finished runs.
-RUN = {"ls", "show", "diff", "explain", "check", "new", "migrate", "plan"}
+RUN = {"ls", "show", "explain", "check", "new", "migrate", "plan"}
 IMPORTED: set[str] = set()  # runs that an import line of a page makes
 LAUNCHER_FLAGS = {
     "--config_file",

@@ -1,24 +1,24 @@
 """recipes show: a resolved recipe, with the place every value was written; `--flat` as a plain TRL
-config.
+config; `--diff OTHER`: what differs between two.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from recipes_lib.config.flat import flat_text
+from recipes_lib.config.flat import flat_text, leaves
 from recipes_lib.config.launch import DEFAULT_PORT, Launch, plan_launch
 from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
 from recipes_lib.config.vocabulary import subschema
 from recipes_lib.config.yaml_source import KeyPath
-from recipes_lib.config.yaml_text import join_lines, yaml_lines
+from recipes_lib.config.yaml_text import join_lines, value_text, yaml_lines
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.project import recipe_path, shown_path
-from recipes_lib.core.terminal import say
+from recipes_lib.core.terminal import aligned, next_step, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--flat", action="store_true", help=flat)
     everything = "also print the values nobody wrote, with upstream's defaults"
     add("--all", action="store_true", help=everything)
+    add("--diff", metavar="OTHER", help="print only what differs from another recipe")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     for warning in recipe.warnings:
         print_error(warning)
     file = shown_path(recipe_path(args.recipe))
+    if args.diff:
+        return _show_difference(recipe, file, args.diff)
     if args.flat:
         say(flat_text(recipe, file))
         say("# next: save this as FILE, then: trl sft --config FILE")
@@ -47,6 +50,41 @@ def run(args: argparse.Namespace) -> int:
     say(join_lines(yaml_lines(values, lambda path: _comment(recipe, path))))
     say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
     return ExitCode.DONE
+
+
+def _show_difference(recipe: Recipe, file: str, other_file: str) -> int:
+    """Print the values that differ between two recipes, each with its origin."""
+    rows = list(different_values(recipe, load_recipe(other_file)))
+    other_file = shown_path(recipe_path(other_file))
+    if not rows:
+        say("no difference: every resolved value is the same")
+    for line in aligned([("", file, other_file), *rows]) if rows else ():
+        say(line)
+    next_step(shlex.join(["recipes", "show", other_file]))
+    return ExitCode.DONE
+
+
+def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
+    """Yield (key, value of a with origin, value of b with origin) where the resolved values differ.
+
+    A run's derived name differs by nature and is left out.
+    """
+    # an absent section has no keys
+    left, right = (
+        {key: value for key, value in leaves(recipe.to_dict()) if "." in key or value is not None}
+        for recipe in (a, b)
+    )
+    for key in dict.fromkeys([*left, *right]):
+        derived_name = key == "run.name" and a.run.name is None and b.run.name is None
+        absent_on_one_side = (key in left) != (key in right)
+        if not derived_name and (absent_on_one_side or left[key] != right[key]):
+            yield key, _cell(a, key, left), _cell(b, key, right)
+
+
+def _cell(recipe: Recipe, key: str, values: dict[str, Any]) -> str:
+    if key not in values:
+        return "-"
+    return f"{value_text(values[key])}  ({recipe.origin_of(key)})"
 
 
 def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
