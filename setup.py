@@ -27,6 +27,7 @@ INSTALL = [
     "pyyaml>=6",
     "pydantic>=2.12",
     "jsonschema>=4.20",
+    "pydantic>=2.12",
     "tqdm>=4.66",
     "matplotlib>=3.9",
     "filelock>=3.15",

@@ -16,7 +16,7 @@ from recipes_lib.config.accelerate_config import AccelerateConfig
 from recipes_lib.config.combinations import check_combinations, check_here
 from recipes_lib.config.constraints import NOT_IN_RECIPES
 from recipes_lib.config.json_schema import JsonSchema
-from recipes_lib.config.kinds import SECTIONS
+from recipes_lib.config.kinds import SECTIONS, wrong_kind
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.loader import Document
 from recipes_lib.config.model_files import KEY, check_model_files, lacks_tokenizer, local_folder
@@ -36,7 +36,6 @@ from recipes_lib.config.validation import (
     dotted,
     translate,
     validator_of,
-    wrong_kind,
 )
 from recipes_lib.config.vocabulary import RENAMES, dotted_names, subschema
 from recipes_lib.config.yaml_source import KeyPath
@@ -126,7 +125,7 @@ class FlatRules(KindRules):
 
     def between_keys(self, document: Document) -> Iterator[RecipeError]:
         """Yield what the file is."""
-        yield wrong_kind(document, "recipe")
+        yield wrong_kind(document.kind, "recipe", document.file)
 
 
 def check_upstream(

@@ -249,3 +249,13 @@ def kind_of(values: Any, text: str, file: str) -> Kind:
         )
     is_base = kind.name == "recipe" and PurePath(file).name.startswith("_")
     return _BASE if is_base else kind
+
+
+def wrong_kind(kind: Kind, expected: str, file: str) -> RecipeError:
+    """Return the error for a file of another kind than was asked for."""
+    what, wanted = f"is {kind.title}", kind_named(expected)
+    title_says_it = expected == "recipe" and what.endswith("recipe")
+    if wanted is not None and not title_says_it:
+        what += f", not {wanted.title}"
+    use = [kind.use] if expected != "accelerate" else []
+    return RecipeError(what, *use, file=file)

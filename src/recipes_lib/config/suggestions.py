@@ -17,7 +17,7 @@ def near_names(word: str, names: Iterable[str], at_most: int = 1) -> list[str]:
     return [
         plain[near]
         for near in difflib.get_close_matches(
-            word.replace("-", "_").lower(), plain, n=at_most, cutoff=0.6
+            word.replace("-", "_").lower(), plain, n=at_most, cutoff=0.7
         )
     ]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.handed import handed_document, note
 from recipes_lib.config.json_schema import JsonSchema, types_of
-from recipes_lib.config.kinds import KINDS, kind_named
+from recipes_lib.config.kinds import KINDS, wrong_kind
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.vocabulary import SHORT_DTYPES, load_schema, subschema
@@ -110,7 +110,7 @@ def load(path: str | Path, kind: str, overrides: Sequence[str] = ()) -> Document
     if document is None:
         document = load_document(path, overrides, keep_going=True)
         if document.kind.name != kind:
-            raise wrong_kind(document, kind)
+            raise wrong_kind(document.kind, kind, document.file)
         if errors := validate(document):
             raise RecipeErrors(errors)
         note(document, overrides)
@@ -154,16 +154,6 @@ def check(document: Document, full: bool) -> list[RecipeError]:
     """
     errors, sound = _validate(document)
     return errors + document.kind.rules().further(document, full and not errors, sound)
-
-
-def wrong_kind(document: Document, expected: str) -> RecipeError:
-    """Return the error for a file of another kind than was asked for."""
-    what, wanted = f"is {document.kind.title}", kind_named(expected)
-    title_says_it = expected == "recipe" and what.endswith("recipe")
-    if wanted is not None and not title_says_it:
-        what += f", not {wanted.title}"
-    use = [document.kind.use] if expected != "accelerate" else []
-    return RecipeError(what, *use, file=document.file)
 
 
 @lru_cache(maxsize=len(KINDS))
