@@ -14,7 +14,7 @@ WORKERS ?= 2
 # The slow tests wait for other processes a third of their time.
 SLOW_WORKERS ?= 3
 
-.PHONY: help setup quickstart test test-slow check style schema
+.PHONY: help setup quickstart test test-slow test-nightly check style schema
 
 help:  ## this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,13 @@ quickstart: setup  ## train two small adapters on this machine and compare them
 	@$(BIN)/python -m recipes_lib.quickstart
 
 test: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not slurm and not browser and not latex and not gpu" -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow and not nightly and not slurm and not browser and not gpu" -n $(WORKERS) --dist worksteal
 
 test-slow: setup  ## the tests that take minutes or start several processes
-	@$(BIN)/python -m pytest -m "slow or slurm or browser or latex" -n $(SLOW_WORKERS) --dist loadfile --no-loadscope-reorder || { code=$$?; \
-	    [ $$code -eq 5 ] && echo "test-slow: there is no slow test" || exit $$code; }
+	$(BIN)/python -m pytest -m "(slow or slurm or browser) and not nightly" -n $(SLOW_WORKERS) --dist worksteal
+
+test-nightly: setup  ## grids of model families, kill moments, disks and simulations; not in CI
+	$(BIN)/python -m pytest -m nightly -n $(SLOW_WORKERS) --dist worksteal
 
 check: setup  ## style, types, every YAML, schema up to date
 	$(BIN)/ruff check .

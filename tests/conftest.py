@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.launch import Forks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,21 +21,6 @@ TINY_TEXT = (
     PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl",
     PROJECT / "LICENSE",
 )
-
-
-@pytest.hookimpl(trylast=True)  # after `-m` has chosen
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Start with the files whose tests have the longest time limits.
-
-    A file stays with one worker (`--dist loadfile --no-loadscope-reorder`): a long one that comes
-    last would keep one worker busy and the others waiting.
-    """
-    limits: dict[Path, list[float]] = {}
-    for item in items:
-        marker = item.get_closest_marker("timeout")
-        limit = marker.args[0] if marker else float(config.getini("timeout"))
-        limits.setdefault(item.path, []).append(limit)
-    items.sort(key=lambda item: (-max(limits[item.path]), -len(limits[item.path])))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,6 +35,14 @@ def imports_are_not_searched_for_garbage() -> None:
 def pytest_unconfigure() -> None:
     """Let go of what was frozen: Triton reports what the end of a process leaves."""
     gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
+    """Starts trainings, on one or several ranks, as forks of one process (tests/launch.py)."""
+    server = Forks(tmp_path_factory.mktemp("forks"))
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

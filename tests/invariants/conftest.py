@@ -15,64 +15,65 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from tests.launch import TIME_LIMIT_S, Child, Forks
 
 PROJECT = Path(__file__).resolve().parents[2]
-TIME_LIMIT_S = 150
 
 
 class Launcher:
     """Starts trainings of one recipe in its folder."""
 
-    def __init__(self, recipe: Path) -> None:
-        self.recipe = recipe
-        self.environment = {
-            **os.environ,
-            "RECIPES_RUNS_ROOT": str(recipe.parent / "runs"),
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
+    def __init__(self, recipe: Path, forks: Forks) -> None:
+        self.recipe, self.forks = recipe, forks
+        self.environment = {"RECIPES_RUNS_ROOT": str(recipe.parent / "runs")}
 
-    def command(self, *overrides: str, config: str | Path | None = None) -> list[str]:
-        script = ["-m", "recipes_lib.train", str(self.recipe), *overrides]
-        if config is None:
-            return [sys.executable, *script]
-        path = (
-            config
-            if isinstance(config, Path)
-            else PROJECT / "accelerate_configs" / f"{config}.yaml"
-        )
-        return [
-            str(Path(sys.executable).with_name("accelerate")),
-            "launch",
-            "--config_file",
-            str(path),
-            *script,
-        ]
+    def start(
+        self,
+        *overrides: str,
+        config: str | Path | None = None,
+        script: Path | None = None,
+        **environment: str,
+    ) -> Child:
+        """Start a training as forked ranks (tests/launch.py); `script` in place of the package."""
+        words = [self.recipe, *overrides]
+        variables = self.environment | environment
+        return self.forks.start(words, config, script=script, **variables)
 
-    def start(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+    def start_really(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
+        """Start a command line as a user does."""
         return subprocess.Popen(
             command,
-            env={**self.environment, **environment},
+            env={**os.environ, **self.environment, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def wait(self, child: subprocess.Popen[str]) -> tuple[int, str]:
+    def command(self, *overrides: str, config: str | Path | None = None) -> list[str]:
+        """Return what a user types: python, or `accelerate launch` with a config."""
+        script = ["-m", "recipes_lib.train", str(self.recipe), *overrides]
+        if config is None:
+            return [sys.executable, *script]
+        accelerate = str(Path(sys.executable).with_name("accelerate"))
+        path = str(PROJECT / "accelerate_configs" / f"{config}.yaml")
+        path = str(config) if isinstance(config, Path) else path
+        return [accelerate, "launch", "--config_file", path, *script]
+
+    def wait(self, child: Child | subprocess.Popen[str]) -> tuple[int, str]:
+        if isinstance(child, Child):
+            return child.wait()
         try:
-            said, _ = child.communicate(timeout=TIME_LIMIT_S)
+            output, _ = child.communicate(timeout=TIME_LIMIT_S)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
             self.end_ranks()
-            said, _ = child.communicate()
-            pytest.fail(f"no end after {TIME_LIMIT_S} s:\n{said[-3000:]}")
+            output, _ = child.communicate()
+            pytest.fail(f"no end after {TIME_LIMIT_S} s:\n{output[-3000:]}")
         finally:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # no rank is left behind
-            except ProcessLookupError:
-                pass
-        return child.returncode, said
+        return child.returncode, output
 
     def end_ranks(self) -> None:
         """End every process of this recipe: torch's launcher gives ranks sessions of their own, and
@@ -88,24 +89,23 @@ class Launcher:
     def train(self, *overrides: str, config: str | Path | None = None, **environment: str) -> str:
         """Train to the end: without a config in this process, which has imported everything."""
         if config is not None:
-            command = self.command(*overrides, config=config)
-            code, said = self.wait(self.start(command, **environment))
+            code, output = self.start(*overrides, config=config, **environment).wait()
         else:
-            code, said = self.train_here(*overrides, **environment)
-        assert code == 0, said[-4000:]
-        return said
+            code, output = self.train_here(*overrides, **environment)
+        assert code == 0, output[-4000:]
+        return output
 
     def train_here(self, *overrides: str, **environment: str) -> tuple[int, str]:
         from recipes_lib.train import main
 
-        told = io.StringIO()
+        output = io.StringIO()
         with (
-            mock.patch.dict(os.environ, {**self.environment, **environment}),
-            contextlib.redirect_stdout(told),
-            contextlib.redirect_stderr(told),
+            mock.patch.dict(os.environ, self.environment | environment),
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
         ):
             code = main([str(self.recipe), *overrides])
-        return code, told.getvalue()
+        return code, output.getvalue()
 
     def run(self, name: str) -> Path:
         return self.recipe.parent / "runs" / name
@@ -128,10 +128,11 @@ def launcher(
     tiny_model_dir: Path,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_recipe_text: Callable[[Path], str],
+    forks: Forks,
 ) -> Launcher:
     """One folder of runs for all tests of a module, so that they can share the runs they compare
     with.
     """
     recipe = tmp_path_factory.mktemp("launched") / "tiny.yaml"
     recipe.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
-    return Launcher(recipe)
+    return Launcher(recipe, forks)

@@ -1,5 +1,5 @@
-"""Run a training that kills itself at a named moment: python kill_at.py MOMENT STEP RECIPE
-[override ...].
+"""Run a training that kills itself at the moment KILL_MOMENT of the step KILL_STEP: python
+kill_at.py RECIPE [override ...].
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def kill_in(owner: Any, name: str, when: str, condition: Callable[..., bool]) ->
 
 
 def main() -> int:
-    moment, step, *arguments = sys.argv[1:]
+    moment, step = os.environ["KILL_MOMENT"], os.environ["KILL_STEP"]
     from transformers import Trainer
 
     from recipes_lib.train import main as train
@@ -82,7 +82,7 @@ def main() -> int:
         "after the final rename": (finish, "publish", "after", always),
     }
     kill_in(*moments[moment])
-    return train(arguments)
+    return train(sys.argv[1:])
 
 
 if __name__ == "__main__":

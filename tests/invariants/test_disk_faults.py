@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.tiers import in_ci
 
 pytestmark = pytest.mark.slow
 
@@ -94,13 +95,13 @@ PARTS = (
 )
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", in_ci(PARTS, "a later checkpoint"))
 def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(
     launcher, whole: Path, tmpfs: Callable[[str], Path], part: str
 ) -> None:
     runs = tmpfs(f"size={bytes_at(whole)[part] // 4096 * 4096}")
     name = "run.name=small"
-    code, said = launcher.wait(launcher.start(launcher.command(name), RECIPES_RUNS_ROOT=str(runs)))
+    code, said = launcher.start(name, RECIPES_RUNS_ROOT=str(runs)).wait()
     assert code == 5, said[-3000:]
     assert_told(said)
     tmpfs("size=64m")
@@ -108,14 +109,13 @@ def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(
     assert_same(runs / "small", whole)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("inodes", [6, 40])
 def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(
     launcher, whole: Path, tmpfs: Callable[[str], Path], inodes: int
 ) -> None:
     runs = tmpfs(f"size=64m,nr_inodes={inodes}")
-    code, said = launcher.wait(
-        launcher.start(launcher.command("run.name=small"), RECIPES_RUNS_ROOT=str(runs))
-    )
+    code, said = launcher.start("run.name=small", RECIPES_RUNS_ROOT=str(runs)).wait()
     assert code == 5, said[-3000:]
     assert_told(said)
     tmpfs("size=64m,nr_inodes=100000")
@@ -127,6 +127,7 @@ def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(
 SIZE_LIMITS = {"a record": 512, "the optimizer's state": 20 * 1024, "the plot of losses": 30 * 1024}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("limit", SIZE_LIMITS.values(), ids=SIZE_LIMITS)
 def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
     launcher, whole: Path, limit: int
@@ -134,7 +135,7 @@ def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
     name = f"limit-{limit}"
     child = subprocess.Popen(
         launcher.command(f"run.name={name}"),
-        env=launcher.environment,
+        env={**os.environ, **launcher.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -152,6 +153,7 @@ def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
 BATCH = ("train.per_device_train_batch_size", "run.global_batch_size")
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("gib", "larger"),
     [(0.3, []), (2.0, []), (4.0, [f"{key}=304" for key in BATCH])],
@@ -164,7 +166,7 @@ def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(
     command = launcher.command(f"run.name=memory-{gib}", *larger)
     child = subprocess.Popen(
         command,
-        env=launcher.environment,
+        env={**os.environ, **launcher.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -238,6 +240,7 @@ def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4: Ext4) -> None:
     assert not (after / "lost").is_file() or (after / "lost").read_bytes() != b"l" * 9000
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("after_s", [0.0, 1.0])
 def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
     launcher, whole: Path, ext4: Ext4, after_s: float
@@ -253,13 +256,11 @@ def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
         ), file.name
 
 
-@pytest.mark.parametrize("step", [2, 6])
+@pytest.mark.parametrize("step", in_ci((2, 6), 6))
 def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
     launcher, whole: Path, ext4: Ext4, step: int
 ) -> None:
-    child = launcher.start(
-        launcher.command("run.name=cut"), RECIPES_RUNS_ROOT=str(ext4.place / "runs")
-    )
+    child = launcher.start("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     marker = ext4.place / "runs" / "cut" / "checkpoints" / f"checkpoint-{step}" / "COMPLETE.json"
     deadline = time.monotonic() + 120
     while not marker.is_file() and child.poll() is None and time.monotonic() < deadline:
@@ -275,11 +276,12 @@ def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
     assert_same(place / "runs" / "cut", whole)
 
 
+@pytest.mark.nightly
 def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(
     launcher, whole: Path, ext4: Ext4
 ) -> None:
     root = ext4.place / "runs"
-    child = launcher.start(launcher.command("run.name=ro"), RECIPES_RUNS_ROOT=str(root))
+    child = launcher.start("run.name=ro", RECIPES_RUNS_ROOT=str(root))
     deadline = time.monotonic() + 120
     while (
         not (root / "ro" / "checkpoints" / "checkpoint-2" / "COMPLETE.json").is_file()

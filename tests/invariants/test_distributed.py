@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 from tests.families import build_family
+from tests.tiers import in_ci
 
 NF4 = (
     "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
     " bnb_4bit_quant_storage: bfloat16}"
 )
+pytestmark = pytest.mark.slow
 # Each config trains through accelerate's own code path; loss per step differs only by the order of
 # float32 sums.
 SUM_ORDER = 2e-5
@@ -52,8 +54,7 @@ def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) ->
     assert launcher.adapter("ddp_cpu") == launcher.adapter("fsdp_cpu")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+@pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) -> None:
     name = f"compiled-{config}"
     lever = "train.torch_compile_backend=aot_eager"
@@ -84,7 +85,6 @@ def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> 
     assert not all((loss * 2**8).is_integer() for loss in fsdp)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [["lora.r=4"], ["lora=null", "train.learning_rate=1e-3"]], ids=["lora", "full"]
 )
@@ -100,8 +100,7 @@ def test_float32_weights_are_checked_in_the_arithmetic_that_fsdp2_trained_them_i
     assert reload["agrees"] and reload["largest"] <= 1e-5 * reload["scale"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["gemma4_text", "gemma3"])
+@pytest.mark.parametrize("family", in_ci(["gemma4_text", "gemma3"], "gemma3"))
 def test_a_model_whose_class_lists_blocks_that_it_does_not_have_is_sharded(
     launcher, tiny_model_dir: Path, tmp_path: Path, family: str
 ) -> None:
@@ -111,7 +110,7 @@ def test_a_model_whose_class_lists_blocks_that_it_does_not_have_is_sharded(
     assert launcher.state(family)["weights_check"]["reload"]["agrees"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
@@ -125,17 +124,14 @@ def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
         words, own = ["lora=null", "train.learning_rate=1e-3"], f"own-full-{config}"
         launcher.train(f"run.name={own}", *words, config=config)
     name = f"fused-{kind}-{config}"
-    command = launcher.command(f"run.name={name}", *words, config=config)
-    script = str(Path(__file__).with_name("fused_head.py"))
-    command[command.index("-m") : command.index("-m") + 2] = [script]
-    code, said = launcher.wait(launcher.start(command))
+    script = Path(__file__).with_name("fused_head.py")
+    code, said = launcher.start(f"run.name={name}", *words, config=config, script=script).wait()
     assert code == 0 and "fused head: torch.float32" in said, said[-3000:]
     for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
         ours, fused = launcher.series(own, key), launcher.series(name, key)
         assert len(ours) and ours == pytest.approx(fused, rel=SUM_ORDER)
 
 
-@pytest.mark.slow
 def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(launcher) -> None:
     """In float32 it would use no tensor cores: FSDP2 must not cast what the layers hand to it."""
     for config in ("ddp_cpu", "fsdp_cpu"):
@@ -145,11 +141,8 @@ def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(lau
             "train.max_steps=4",
             f"run.name=fused-bf16-{config}",
         ]
-        command = launcher.command(*overrides, config=config)
-        command[command.index("-m") : command.index("-m") + 2] = [
-            str(Path(__file__).with_name("fused_head.py"))
-        ]
-        code, said = launcher.wait(launcher.start(command))
+        script = Path(__file__).with_name("fused_head.py")
+        code, said = launcher.start(*overrides, config=config, script=script).wait()
         assert (
             code == 0
             and "fused head: torch.bfloat16" in said
@@ -161,7 +154,7 @@ def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(lau
     assert ddp == pytest.approx(fsdp, rel=SUM_ORDER)
 
 
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+@pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> None:
     said = launcher.train(
         f"run.name=qlora-{config}", NF4, "train.bf16=true", "train.max_steps=3", config=config
@@ -172,13 +165,12 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
     assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [[], [NF4, "train.bf16=true"]],
     ids=["lora", "qlora"],
 )
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+@pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(
     launcher, config: str, method: list[str], request: pytest.FixtureRequest
 ) -> None:
@@ -192,11 +184,11 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
         "train.logging_steps=3",
     ]
     launcher.train("run.name=whole-" + name, *overrides, config=config)
-    child = launcher.start(launcher.command(f"run.name=broken-{name}", *overrides, config=config))
+    child = launcher.start(f"run.name=broken-{name}", *overrides, config=config)
     metrics = launcher.run(f"broken-{name}") / "metrics.jsonl"
     wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
-    os.kill(worker(child.pid, rank=1), signal.SIGTERM)
-    _, said = launcher.wait(child)
+    os.kill(child.ranks()[1], signal.SIGTERM)
+    _, said = child.wait()
     state = launcher.state(f"broken-{name}")
     assert (state["state"], state["exit_code"]) == ("preempted", 75), said[-3000:]
     saved = sorted(
@@ -218,7 +210,7 @@ def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launc
         "train.learning_rate=1e30",
         "train.lr_scheduler_type=constant",
     ]
-    code, said = launcher.wait(launcher.start(launcher.command(*overrides, config="ddp_cpu")))
+    code, said = launcher.start(*overrides, config="ddp_cpu").wait()
     assert code != 0 and said.count("gradient norm is nan") == 1, said[-3000:]
     assert launcher.state("explodes")["exit_code"] == 3
 
@@ -230,21 +222,6 @@ def wait_for(condition, seconds: float = 90) -> None:
         time.sleep(0.02)
 
 
-def worker(launcher_pid: int, rank: int) -> int:
-    """The process id of a rank below a launcher."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                variables = (entry / "environ").read_bytes().split(b"\0")
-            except (OSError, ValueError, IndexError):
-                continue
-            if parent == launcher_pid and f"RANK={rank}".encode() in variables:
-                return int(entry.name)
-    raise AssertionError(json.dumps({"launcher": launcher_pid, "no rank": rank}))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
 def test_passes_filled_up_to_a_cap_make_ranks_meet_and_change_no_loss(
     launcher, compared, config: str
@@ -259,30 +236,24 @@ def test_passes_filled_up_to_a_cap_make_ranks_meet_and_change_no_loss(
         )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
+@pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finished(
     launcher, config: str
 ) -> None:
     name = f"slow-check-{config}"
-    command = launcher.command(
-        f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20", config=config
-    )
-    command[command.index("-m") : command.index("-m") + 2] = [
-        str(Path(__file__).with_name("slow_check.py"))
-    ]
-    code, said = launcher.wait(launcher.start(command, SLOW_CHECK_S="35"))
+    words = [f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20"]
+    script = Path(__file__).with_name("slow_check.py")
+    child = launcher.start(*words, config=config, script=script, SLOW_CHECK_S="35")
+    code, said = child.wait()
     assert code == 0 and "finished: " in said, said[-3000:]
     assert launcher.state(name)["state"] == "finished"
 
 
 def train_watched(launcher, name: str, *overrides: str) -> str:
     """Train under FSDP2 on two ranks, and return what they said."""
-    command = launcher.command(f"run.name={name}", *overrides, config="fsdp_cpu")
-    command[command.index("-m") : command.index("-m") + 2] = [
-        str(Path(__file__).with_name("watched.py"))
-    ]
-    code, said = launcher.wait(launcher.start(command))
+    script = Path(__file__).with_name("watched.py")
+    child = launcher.start(f"run.name={name}", *overrides, config="fsdp_cpu", script=script)
+    code, said = child.wait()
     assert code == 0, said[-3000:]
     return said
 
@@ -294,7 +265,6 @@ def watched(launcher, name: str, *overrides: str) -> dict[int, tuple[int, list[i
     return {int(rank): (int(exchanges), json.loads(passes)) for rank, exchanges, passes in found}
 
 
-@pytest.mark.slow
 def test_under_fsdp2_ranks_with_unlike_numbers_of_passes_meet_and_share_adapter_gradients_out_once_per_step(  # noqa: E501
     launcher,
 ) -> None:
@@ -331,7 +301,6 @@ def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches_and_the_plan_knows(  # noqa: E501
     launcher, larger_model

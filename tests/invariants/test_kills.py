@@ -4,14 +4,13 @@ byte for byte.
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from tests.tiers import in_ci
 
 pytestmark = pytest.mark.slow
 
@@ -48,22 +47,24 @@ def whole(launcher) -> bytes:
     return launcher.adapter("whole")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+def killed(launcher, moment: str, *words: str) -> tuple[int, str]:
+    """Train in a process that kills itself at a moment of step 6."""
+    script = Path(__file__).with_name("kill_at.py")
+    return launcher.start(*words, script=script, KILL_MOMENT=moment, KILL_STEP="6").wait()
+
+
+IN_CI = (
+    *("in a step", "in the weights", "before the marker", "in the rotation"),
+    *("before the final save", "before the final rename"),
+)
+
+
+@pytest.mark.parametrize("moment", in_ci(MOMENTS, *IN_CI))
 def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
     launcher, whole: bytes, moment: str
 ) -> None:
     name = "killed-" + moment.replace(" ", "-")
-    killer = str(Path(__file__).with_name("kill_at.py"))
-    command = [
-        sys.executable,
-        killer,
-        moment,
-        "6",
-        str(launcher.recipe),
-        f"run.name={name}",
-        *OVERRIDES,
-    ]
-    code, said = launcher.wait(launcher.start(command))
+    code, said = killed(launcher, moment, f"run.name={name}", *OVERRIDES)
     assert code == -signal.SIGKILL, said[-3000:]
     assert launcher.state(name)["state"] == "running"
     reached = 0 if "preparation" in moment else max(launcher.series(name, "step"))
@@ -77,12 +78,15 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
 
 @pytest.mark.parametrize(
     ("dtype", "moment"),
-    [
-        ("bfloat16", "in a step"),
+    in_ci(
+        (
+            ("bfloat16", "in a step"),
+            ("bfloat16", "in the optimizer"),
+            ("bfloat16", "before the final save"),
+            ("float32", "in the optimizer"),
+        ),
         ("bfloat16", "in the optimizer"),
-        ("bfloat16", "before the final save"),
-        ("float32", "in the optimizer"),
-    ],
+    ),
 )
 def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> None:
     """TRL trains the adapters of a 4-bit base in bf16, which loading them does not keep."""
@@ -99,16 +103,7 @@ def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> N
     whole, name = f"qlora-{dtype}", f"qlora-{dtype}-{moment.replace(' ', '-')}"
     if not launcher.run(whole).exists():
         launcher.train(f"run.name={whole}", *words)
-    command = [
-        sys.executable,
-        str(Path(__file__).with_name("kill_at.py")),
-        moment,
-        "6",
-        str(launcher.recipe),
-        f"run.name={name}",
-        *words,
-    ]
-    code, said = launcher.wait(launcher.start(command))
+    code, said = killed(launcher, moment, f"run.name={name}", *words)
     assert code == -signal.SIGKILL, said[-3000:]
     launcher.train(f"run.name={name}", *words)
     assert launcher.adapter(name) == launcher.adapter(whole)
@@ -116,6 +111,7 @@ def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> N
         assert launcher.series(name, key) == launcher.series(whole, key)
 
 
+@pytest.mark.nightly
 def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(
     launcher, whole: bytes
 ) -> None:
@@ -126,12 +122,12 @@ def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(
     deadline = time.monotonic() + 280
     while kills < 10 and time.monotonic() < deadline:
         name = f"random-{attempt}"
-        child = launcher.start(launcher.command(f"run.name={name}", *OVERRIDES))
-        time.sleep(moments.uniform(3.0, 11.0))
+        child = launcher.start(f"run.name={name}", *OVERRIDES)
+        time.sleep(moments.uniform(0.5, 4.0))
         if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
+            child.signal(signal.SIGKILL)
             kills += 1
-        launcher.wait(child)
+        child.wait()
         if launcher.run(name).exists() and launcher.state(name)["state"] == "finished":
             assert launcher.adapter(name) == whole
             attempt += 1

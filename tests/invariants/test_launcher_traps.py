@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.tiers import in_ci
 
 SHORT = ("train.max_steps=1", "train.eval_strategy='no'")
 
 
+@pytest.mark.slow
 def test_cpu_with_two_processes_is_one_process_and_is_refused(launcher) -> None:
     accelerate = str(Path(sys.executable).with_name("accelerate"))
     command = [
@@ -25,21 +27,21 @@ def test_cpu_with_two_processes_is_one_process_and_is_refused(launcher) -> None:
         str(launcher.recipe),
         "run.name=trap-cpu",
     ]
-    code, said = launcher.wait(launcher.start(command))
+    code, said = launcher.wait(launcher.start_really(command))
     assert code != 0
     assert "asked for 2 processes, but 1 is training" in said and "ddp_cpu.yaml" in said
     assert not launcher.run("trap-cpu").exists()
 
 
+@pytest.mark.nightly
 def test_multi_cpu_is_refused_with_the_remedy(launcher, tmp_path: Path) -> None:
     config = tmp_path / "multi_cpu.yaml"
     config.write_text(
         "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines:"
         " 1\nmixed_precision: 'no'\n"
     )
-    code, said = launcher.wait(
-        launcher.start(launcher.command("run.name=trap-multi", config=config))
-    )
+    command = launcher.command("run.name=trap-multi", config=config)
+    code, said = launcher.wait(launcher.start_really(command))
     assert code != 0
     assert (
         "multi_cpu.yaml:1: distributed_type 'MULTI_CPU' is not supported" in said
@@ -47,6 +49,7 @@ def test_multi_cpu_is_refused_with_the_remedy(launcher, tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_multi_gpu_on_a_cpu_trains_once_on_two_ranks_not_twice(launcher, tmp_path: Path) -> None:
     config = tmp_path / "multi_gpu.yaml"
     config.write_text(
@@ -57,11 +60,7 @@ def test_multi_gpu_on_a_cpu_trains_once_on_two_ranks_not_twice(launcher, tmp_pat
     assert said.count("DDP, world size 2") == 1 and said.count("step 1/1  loss") == 1
 
 
-def test_fsdp_on_a_cpu_is_fsdp_not_ddp(launcher) -> None:
-    said = launcher.train("run.name=trap-fsdp", *SHORT, config="fsdp_cpu")
-    assert "FSDP, world size 2" in said
-
-
+@pytest.mark.nightly
 def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> None:
     """The same launch without the patch: what accelerate does by itself."""
     script = tmp_path / "unpatched.py"
@@ -69,24 +68,18 @@ def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> Non
         "import sys\nfrom recipes_lib.training.cpu import fsdp\nfsdp.install = lambda: None\n"
         "from recipes_lib.train import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    config = str(Path(__file__).resolve().parents[2] / "accelerate_configs" / "fsdp_cpu.yaml")
-    command = [
-        accelerate,
-        "launch",
-        "--config_file",
-        config,
-        str(script),
-        str(launcher.recipe),
-        "run.name=trap-fallback",
-        *SHORT,
-    ]
-    code, said = launcher.wait(launcher.start(command))
+    command = launcher.command("run.name=trap-fallback", *SHORT, config="fsdp_cpu")
+    start = command.index("-m")
+    command[start : start + 2] = [str(script)]
+    code, said = launcher.wait(launcher.start_really(command))
     assert code != 0 and "asked for FSDP, but DDP is active" in said
     assert launcher.state("trap-fallback")["exit_code"] == 2
 
 
-@pytest.mark.parametrize("way", ["config file", "command line", "environment"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way", in_ci(("config file", "command line", "environment"), "config file", "environment")
+)
 def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_step(
     launcher, tmp_path: Path, way: str
 ) -> None:
@@ -94,21 +87,19 @@ def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_s
     float32 logits were compared.
     """
     config = tmp_path / "foreign.yaml"
-    precision = "bf16" if way == "config file" else "'no'"
     config.write_text(
         "distributed_type: 'NO'\nuse_cpu: true\nnum_processes: 1\nnum_machines:"
-        f" 1\nmixed_precision: {precision}\n"
+        " 1\nmixed_precision: bf16\n"
     )
-    command = launcher.command("run.name=trap-precision", *SHORT, config=config)
+    words = ["run.name=trap-precision", *SHORT]
     if way == "command line":
+        command = launcher.command(*words, config="cpu")
         command[2:2] = ["--mixed_precision", "bf16"]
-    environment = {}
-    if way == "environment":
-        command, environment = (
-            launcher.command("run.name=trap-precision", *SHORT),
-            {"ACCELERATE_MIXED_PRECISION": "bf16"},
-        )
-    code, said = launcher.wait(launcher.start(command, **environment))
+        code, said = launcher.wait(launcher.start_really(command))
+    elif way == "environment":
+        code, said = launcher.start(*words, ACCELERATE_MIXED_PRECISION="bf16").wait()
+    else:
+        code, said = launcher.start(*words, config=config).wait()
     assert (
         code != 0
         and "asks for mixed_precision bf16, but the recipe for none (train.bf16: false)" in said

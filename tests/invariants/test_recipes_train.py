@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.tiers import in_ci
 
 pytestmark = pytest.mark.slow
 LONG = ("train.max_steps=400", "train.save_steps=400", "train.eval_strategy='no'")
@@ -28,7 +29,7 @@ def wait_for_step(launcher, name: str, child) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("config", ["cpu", "ddp_cpu"])
+@pytest.mark.parametrize("config", in_ci(("cpu", "ddp_cpu"), "ddp_cpu"))
 def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(
     launcher, config: str
 ) -> None:
@@ -38,7 +39,9 @@ def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(
         "train.lr_scheduler_type=constant",
         f"run.name=explodes-{config}",
     ]
-    code, said = launcher.wait(launcher.start(verb(launcher, "--accelerate", config, *words)))
+    code, said = launcher.wait(
+        launcher.start_really(verb(launcher, "--accelerate", config, *words))
+    )
     assert code == 3
     assert (
         said.count("gradient norm is nan") == 1
@@ -53,20 +56,23 @@ CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
 @pytest.mark.parametrize(
     ("config", "number", "code"),
     # SIGTERM takes the same path under FSDP2 as under DDP
-    [
-        ("cpu", *CTRL_C),
-        ("cpu", *TERM),
+    in_ci(
+        (
+            ("cpu", *CTRL_C),
+            ("cpu", *TERM),
+            ("ddp_cpu", *CTRL_C),
+            ("ddp_cpu", *TERM),
+            ("fsdp_cpu", *CTRL_C),
+        ),
         ("ddp_cpu", *CTRL_C),
-        ("ddp_cpu", *TERM),
-        ("fsdp_cpu", *CTRL_C),
-    ],
+    ),
 )
 def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(
     launcher, config: str, number: int, code: int
 ) -> None:
     name = f"stopped-{config}-{code}"
     words = ["--accelerate", config, f"run.name={name}"]
-    child = launcher.start(verb(launcher, *words, *LONG))
+    child = launcher.start_really(verb(launcher, *words, *LONG))
     wait_for_step(launcher, name, child)
     os.kill(child.pid, number)
     stopped, said = launcher.wait(child)
@@ -78,6 +84,7 @@ def test_a_signal_ends_in_a_checkpoint_that_the_same_command_resumes(
     assert "Traceback" not in said, said[-3000:]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("seconds", [1, 4])
 @pytest.mark.parametrize("start", ["cpu", "ddp_cpu", "without recipes train"])
 def test_ctrl_c_while_a_training_starts_is_one_line_and_130(
@@ -90,7 +97,7 @@ def test_ctrl_c_while_a_training_starts_is_one_line_and_130(
         if start == "without recipes train"
         else verb(launcher, "--accelerate", start, *words)
     )
-    child = launcher.start(command)
+    child = launcher.start_really(command)
     time.sleep(seconds)
     started = (launcher.run(name) / "metrics.jsonl").is_file()
     os.kill(child.pid, signal.SIGINT)
@@ -114,10 +121,8 @@ def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_comma
         "train.per_device_eval_batch_size=1",
     ]
     launcher.train("run.name=patient", *words)
-    script = str(Path(__file__).with_name("slow_validation.py"))
-    child = launcher.start(
-        [sys.executable, script, str(launcher.recipe), *words, "run.name=hurried"]
-    )
+    script = Path(__file__).with_name("slow_validation.py")
+    child = launcher.start(*words, "run.name=hurried", script=script)
     checkpoint, end = (
         launcher.run("hurried") / "checkpoints" / "checkpoint-4",
         time.monotonic() + 90,
@@ -154,9 +159,7 @@ def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_t
     last step.
     """
     name = f"group-{code}"
-    child = launcher.start(
-        launcher.command(f"run.name={name}", "train.dataloader_num_workers=2", *LONG)
-    )
+    child = launcher.start(f"run.name={name}", "train.dataloader_num_workers=2", *LONG)
     wait_for_step(launcher, name, child)
     os.killpg(child.pid, number)
     stopped, said = launcher.wait(child)
@@ -165,6 +168,7 @@ def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_t
     assert "Traceback" not in said
 
 
+@pytest.mark.nightly
 def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -174,13 +178,14 @@ def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
         except OSError:
             pass  # somebody else holds torchrun's usual port, which is as good
         code, said = launcher.wait(
-            launcher.start(
+            launcher.start_really(
                 verb(launcher, "--accelerate", "ddp_cpu", "run.name=port", "train.max_steps=2")
             )
         )
     assert code == 0, said[-2000:]
 
 
+@pytest.mark.nightly
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     """Steps of about two seconds: a short one would be over, and the training ended well, before
     the second Ctrl-C.
@@ -189,7 +194,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         "impatient",
         ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64"),
     )
-    child = launcher.start(
+    child = launcher.start_really(
         verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG, *long_steps)
     )
     wait_for_step(launcher, name, child)  # the next one has only begun
@@ -217,11 +222,12 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.nightly
 def test_a_second_training_of_the_same_run_is_told_who_holds_it(launcher) -> None:
-    child = launcher.start(verb(launcher, "run.name=held", *LONG))
+    child = launcher.start_really(verb(launcher, "run.name=held", *LONG))
     try:
         wait_for_step(launcher, "held", child)
-        code, said = launcher.wait(launcher.start(verb(launcher, "run.name=held", *LONG)))
+        code, said = launcher.wait(launcher.start_really(verb(launcher, "run.name=held", *LONG)))
         assert code == 5 and "held is in use by process" in said and "on host" in said
     finally:
         os.kill(child.pid, signal.SIGTERM)
@@ -229,7 +235,7 @@ def test_a_second_training_of_the_same_run_is_told_who_holds_it(launcher) -> Non
 
 
 def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
-    child = launcher.start(verb(launcher, "run.name=gone", *LONG))
+    child = launcher.start_really(verb(launcher, "run.name=gone", *LONG))
     wait_for_step(launcher, "gone", child)
     worker = next(
         int(pid.name)
@@ -263,7 +269,8 @@ def test_two_machines_train_as_one_and_both_end_with_the_training_s_code(launche
     ]
     words = [*place, "run.name=machines", "train.max_steps=2", "train.eval_strategy='no'"]
     machines = [
-        launcher.start(verb(launcher, "--machine-rank", str(rank), *words)) for rank in (0, 1)
+        launcher.start_really(verb(launcher, "--machine-rank", str(rank), *words))
+        for rank in (0, 1)
     ]
     (first, said), (second, silent) = map(launcher.wait, machines)
     assert (first, second) == (0, 0), said + silent

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.tiers import in_ci
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
@@ -149,7 +150,14 @@ def broken_off(step: int) -> Callable[..., Any]:
     return on_pre_optimizer_step
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way",
+    in_ci(
+        WAYS,
+        *("bf16", "qlora-bf16", "full", "dora", "adam-8bit", "plateau", "best", "packing"),
+        *("epoch-saves", "workers"),
+    ),
+)
 def test_stopped_or_killed_and_resumed_equals_uninterrupted(
     tiny_recipe: Path, way: str, resumed: Callable[..., int]
 ) -> None:
