@@ -37,7 +37,9 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 quickstart: setup  ## train two small adapters on this machine and compare them
-	@$(BIN)/python -m recipes_lib.quickstart
+	@$(BIN)/recipes study run recipes/studies/quickstart.yaml
+	@echo "the report, for a browser: $${RECIPES_RUNS_ROOT:-runs}/quickstart/report/report.html"
+	@echo "next: . $(BIN)/activate && recipes chat quickstart--r8 quickstart--r32"
 
 test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m "not slow and not nightly and not slurm and not browser and not gpu" -n $(WORKERS) --dist worksteal

@@ -32,8 +32,7 @@ ORDER = (
     ("report",),
     ("study",),
     ("slurm",),
-    ("diagnosis",),
-    ("commands", "quickstart", "cli"),
+    ("commands", "cli"),
 )
 # What stands inside functions: libraries that take seconds to import, where a quick verb shares the
 # module. It may only become smaller.

@@ -1,16 +1,24 @@
-"""recipes doctor: is this machine ready? One line per finding, with the remedy."""
+"""`recipes doctor`: is this machine ready? One line per finding, with the remedy."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
-from functools import partial
+import platform
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from recipes_lib import diagnosis
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.manifest import installed_version
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import next_step, say
+
+OK, NOTE, WARN, FAIL = "ok", "note", "warn", "fail"
+REINSTALL = "make setup"
+DISK_GIB = 15  # Llama-2-7B takes 13
+DoctorLine = tuple[str, str, str]  # level, what is so, what to do
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -19,29 +27,119 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the findings; exit 5 when something cannot work."""
-    del args
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    folders = {"runs": (runs_root(), 5), "Hub cache (Llama-2-7B takes 13)": (hub, 15)}
-    findings = diagnosis.diagnose(
-        {
-            "python": diagnosis.check_python,
-            "versions": partial(diagnosis.check_versions, project_root() / "constraints.txt"),
-            "gpu": diagnosis.check_devices,
-            "bf16": diagnosis.check_bf16,
-            "attention": diagnosis.check_attention,
-            "optional": diagnosis.check_optional,
-            "bitsandbytes": diagnosis.check_bitsandbytes,
-            "quickstart": diagnosis.check_quickstart_model,
-            "hub": diagnosis.check_hub,
-            "disk": partial(diagnosis.check_disk, folders),
-            "launcher": diagnosis.check_launcher,
-        }
+    failed = []
+    for check in DOCTOR_CHECKS:
+        topic = check.__name__.removeprefix("check_")
+        try:
+            findings = list(check())
+        except Exception as error:  # a broken installation fails in its own ways
+            findings = [(FAIL, f"{type(error).__name__}: {error}", REINSTALL)]
+        for level, text, remedy in findings:
+            say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
+            if level == FAIL:
+                failed.append(remedy)
+    next_step(f"{failed[0]}; then recipes doctor" if failed else "recipes ls")
+    return int(ExitCode.ENVIRONMENT if failed else ExitCode.DONE)
+
+
+def check_versions() -> Iterator[DoctorLine]:
+    """Installed packages against the tested versions."""
+    from packaging.requirements import Requirement
+
+    constraints = project_root() / "constraints.txt"
+    lines = constraints.read_text("utf-8").splitlines() if constraints.is_file() else []
+    ours = map(Requirement, importlib.metadata.requires("recipes-lib") or [])
+    required = {package.name for package in ours if not package.marker}
+    same, other = 0, []
+    for line in (line.split("#")[0].strip() for line in lines):
+        package = Requirement(line) if line else None
+        version = installed_version(package.name) if package else None
+        if package and version and package.specifier.contains(version, prereleases=True):
+            same += 1
+        elif package and (version or package.name in required):
+            other.append(f"{package.name} {version or 'is missing'} (tested {package.specifier})")
+    if other:
+        yield FAIL if "is missing" in str(other) else WARN, ", ".join(other), REINSTALL
+    yield OK, f"Python {platform.python_version()}, {same} packages as tested", ""
+
+
+def check_device() -> Iterator[DoctorLine]:
+    """GPUs with their memory and bf16, or the CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+            built = torch.version.cuda or "none"
+            remedy = "nvidia-smi shows the driver's CUDA version; install the torch build for it"
+            yield FAIL, f"a GPU is here, torch (built for CUDA {built}) cannot use it", remedy
+        else:
+            yield NOTE, f"no GPU; {os.cpu_count()} CPU cores: the quickstart trains here", ""
+        return
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        yield OK, f"{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB", ""
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        yield WARN, "this GPU has no bf16", "train.bf16=false train.fp16=true model.dtype=float16"
+
+
+def check_bitsandbytes() -> Iterator[DoctorLine]:
+    """A 4-bit layer computes something close to what its weights say."""
+    import bitsandbytes
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layer = bitsandbytes.nn.Linear4bit(
+        64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4"
     )
-    for finding in findings:
-        say(str(finding))
-    broken = [finding for finding in findings if finding.level == "fail"]
-    if broken:
-        next_step(f"{broken[0].remedy or 'mend the first failure'}; then recipes doctor")
-        return int(ExitCode.ENVIRONMENT)
-    next_step("recipes ls")
-    return int(ExitCode.DONE)
+    weight = layer.weight.data.clone().float()
+    row = torch.linspace(-1, 1, 64)[None]
+    with torch.no_grad():
+        exact = row @ weight.T
+        error = float(
+            (layer.to(device)(row.to(device)).float().cpu() - exact).norm() / exact.norm()
+        )
+    right = layer.weight.numel() < weight.numel() and error < 0.3
+    level, remedy = (OK, "") if right else (FAIL, REINSTALL)
+    yield level, f"{bitsandbytes.__version__}, NF4 on the {device} is off by {error:.0%}", remedy
+
+
+def check_hub() -> Iterator[DoctorLine]:
+    """Token and offline mode."""
+    from huggingface_hub import constants, get_token
+
+    if get_token():
+        yield OK, "a token is set", ""
+    else:
+        yield NOTE, "no token: gated models cannot be downloaded", "hf auth login"
+    if constants.HF_HUB_OFFLINE:
+        yield NOTE, "offline: only what is cached or local is found", "unset HF_HUB_OFFLINE"
+
+
+def check_disk() -> Iterator[DoctorLine]:
+    """Free space where runs and downloads go."""
+    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    for name, folder in (("runs", runs_root()), ("Hub cache", hub)):
+        place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(place).free / 2**30
+        if not os.access(place, os.W_OK):
+            yield FAIL, f"{name}: {folder} cannot be written", "set RECIPES_RUNS_ROOT or HF_HOME"
+        else:
+            level, remedy = (OK, "") if free > DISK_GIB else (WARN, "free some space")
+            yield level, f"{name}: {free:.0f} GiB free", remedy
+
+
+def check_launcher() -> Iterator[DoctorLine]:
+    """Variables that silently change how a training is launched."""
+    begin = ("ACCELERATE_", "FSDP_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
+    if left := [name for name in os.environ if name.startswith(begin)]:
+        yield WARN, f"left in the environment: {', '.join(left)}", f"unset {' '.join(left)}"
+
+
+DOCTOR_CHECKS = (
+    check_versions,
+    check_device,
+    check_bitsandbytes,
+    check_hub,
+    check_disk,
+    check_launcher,
+)

@@ -39,11 +39,15 @@ def library_versions() -> dict[str, str | None]:
     """Return the installed version of each library that can change a result; None where one is
     absent. Imports none of them.
     """
-    versions: dict[str, str | None] = dict.fromkeys(PACKAGES)
-    for package in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[package] = importlib.metadata.version(package)
-    return versions
+    return {package: installed_version(package) for package in PACKAGES}
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 class GitState(TypedDict):

@@ -1,0 +1,59 @@
+"""`recipes doctor` names what is missing, with the remedy, and its exit code tells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recipes_lib.cli import main
+from recipes_lib.commands import doctor
+
+
+def test_each_topic_has_its_line_and_no_token_is_printed(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "hf_plantedplantedplanted")
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("packages as tested", "device", "NF4 on the", "a token is set", "GiB free"):
+        assert word in out
+    assert "planted" not in out and out.splitlines()[-1] == "next: recipes ls"
+
+
+def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, capsys):
+    def check_broken():
+        raise ImportError("libtorch.so is damaged")
+
+    monkeypatch.setattr(doctor, "DOCTOR_CHECKS", (check_broken, doctor.check_disk))
+    assert main(["doctor"]) == 5
+    out = capsys.readouterr().out
+    assert "fail  broken" in out and "libtorch.so is damaged" in out and "GiB free" in out
+    assert out.splitlines()[-1] == "next: make setup; then recipes doctor"
+
+
+def test_other_and_missing_packages_are_named(monkeypatch):
+    real = doctor.installed_version
+    versions = {"trl": None, "peft": "0.0.1"}
+    monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name, real(name)))
+    (level, text, _), *_ = doctor.check_versions()
+    assert level == doctor.FAIL and "trl is missing" in text and "peft 0.0.1" in text
+
+
+def test_a_4_bit_layer_that_computes_nonsense_is_a_failure(monkeypatch):
+    import bitsandbytes
+
+    monkeypatch.setattr(
+        bitsandbytes.nn.Linear4bit, "forward", lambda self, row: torch.ones(1, 64) * 100
+    )
+    assert next(iter(doctor.check_bitsandbytes()))[0] == doctor.FAIL
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"])
+def test_a_variable_left_by_an_earlier_launch_is_named(monkeypatch, name):
+    monkeypatch.setenv(name, "2")
+    ((level, text, remedy),) = doctor.check_launcher()
+    assert level == doctor.WARN and name in text and remedy.startswith("unset ")
+
+
+def test_a_folder_that_cannot_be_written_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setattr(doctor.os, "access", lambda place, mode: place != tmp_path)
+    assert next(iter(doctor.check_disk()))[0] == doctor.FAIL
