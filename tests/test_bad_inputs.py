@@ -537,8 +537,6 @@ def test_a_bad_command_line_gets_one_answer(
         ["train", "tiny.yaml", "data.source=pipe.jsonl"],
         ["plan", "tiny.yaml", "data.source=pipe.parquet"],
         ["new", "mine", "--from", "tiny.yaml", "--data", "pipe.jsonl", "--output", "mine.yaml"],
-        ["import", "pipe.json", "--as", "theirs"],
-        ["judge", "replay", "pipe.jsonl"],
         ["judge", "audit", "--judge", "pipe.yaml", "--labels", "pipe.json"],
     ],
     ids=lambda words: " ".join(words[:2]),

@@ -27,7 +27,6 @@ ORDER = (
     ("generation",),
     ("suites",),
     ("evaluate", "train"),
-    ("foreign",),
     ("compare",),
     ("report",),
     ("study",),

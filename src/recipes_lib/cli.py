@@ -75,8 +75,7 @@ _GROUPS = {
     },
     "evaluation": {
         "eval": "answer, judge and benchmark runs and models",
-        "judge": "replay foreign judgments, or audit a judge",
-        "import": "make a run from another program's answers, judgments, benchmarks and logs",
+        "judge": "audit a judge: its scorecard",
     },
     "studies": {
         "study": "compare variants: plan, run, status, report, diff",

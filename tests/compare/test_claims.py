@@ -20,7 +20,7 @@ from recipes_lib.eval_files import with_groups
 from recipes_lib.eval_log import EvalLog, Measure, Sample
 
 
-def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
+def arm(name, measures, *, runs=1, folder=Path("runs"), **lora):
     """An arm whose runs have the given measures: one list for all runs, or one per run. `r8` is of
     rank 8 unless `lora` says otherwise.
     """
@@ -46,7 +46,7 @@ def arm(name, measures, *, runs=1, imported=False, folder=Path("runs"), **lora):
         resolved = (
             {"lora": {**rank, **lora}, "train": {"seed": 42 + number}} if rank or lora else {}
         )
-        state = {"state": "imported" if imported else "finished"}
+        state = {"state": "finished"}
         made.append(
             RunMeasurements(
                 run, folder / run, state, resolved, {}, {}, (), results, seed=42 + number
@@ -85,7 +85,7 @@ def study(*names, trained=True, factors=("rank",)):
             overrides=(),
             launch=None,
             seeds=(42,),
-            imported=None if trained else name,
+            published_only=not trained,
         )  # type: ignore[arg-type]
         for name in names
     )
@@ -681,11 +681,11 @@ def test_published_numbers_alone_are_shown_and_never_tested():
         for name, value in (("r8", 0.41), ("r32", 0.42))
     )
     published = Published(Path("p.yaml"), "a report", "somewhere", numbers, {"t": "table"})
-    measured = of(arm("r8", [rates(BAD)], imported=True), ArmMeasurements("r32", ()))
+    measured = of(arm("r8", [rates(BAD)]), ArmMeasurements("r32", ()))
     (row,) = compare_arms(measured, (), study("r8", "r32", trained=False), published).rows
     assert row.verdict == "cannot be tested" and row.tested is None
     assert row.published_first == "42.0% (n 800)" and row.published_second == "41.0% (n 800)"
-    assert "cannot be compared" in row.sentence and "r8 imported" in row.flags
+    assert "cannot be compared" in row.sentence
 
 
 def test_published_values_stand_beside_ours():

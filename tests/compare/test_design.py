@@ -242,12 +242,6 @@ BAD = [
     ),
     (
         "  r4: r4.yaml",
-        "  r4: {imported: theirs, tune: {train.learning_rate: [1, 2]}}",
-        6,
-        ["arm 'r4' is not trained here: nothing to tune"],
-    ),
-    (
-        "  r4: r4.yaml",
         "  r4: {recipe: r4.yaml, seeds: [1042], tune: {train.learning_rate: [1, 2]}}",
         6,
         ["seed 1042 is that of its tuning"],
@@ -406,36 +400,6 @@ def test_a_seed_that_is_added_later_leaves_the_first_ones_run_where_it_is(
     ]
 
 
-def test_what_the_study_says_for_all_arms_changes_no_arm_that_was_trained_elsewhere(
-    study_folder: Path,
-) -> None:
-    file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8").replace(
-        "r4: r4.yaml", "r4: {imported: theirs, recipe: r4.yaml}"
-    )
-    file.write_text(
-        text.replace(
-            "seeds: [42]", "seeds: [1, 2]\noverrides: [train.max_steps=3]\naccelerate: cpu"
-        ),
-        encoding="utf-8",
-    )
-    study = load_study(file, ["train.learning_rate=5.0e-3"])
-    theirs, ours = (study.arm(name).resolved() for name in ("r4", "r8"))
-    assert (theirs["train.learning_rate"], theirs["train.max_steps"], theirs["train.seed"]) == (
-        0.01,
-        4,
-        42,
-    )
-    assert (ours["train.learning_rate"], ours["train.max_steps"], ours["train.seed"]) == (
-        0.005,
-        3,
-        [1, 2],
-    )
-    with pytest.raises(
-        RecipeErrors,
-        match=r"train.learning_rate=1e-4 changes nothing: no arm of this study is trained here",
-    ):
-        load_study("published-lora-rank", ["train.learning_rate=1e-4"])
 
 
 def test_an_override_of_an_arm_wins_over_the_studys_and_loses_to_the_command_lines(

@@ -74,38 +74,6 @@ def test_a_damaged_item_is_named_by_its_line(run):
     assert (caught.value.file, caught.value.line) == (file, 3)
 
 
-def test_imported_items_are_read_as_they_are(tmp_path):
-    folder = tmp_path / "foreign"
-    place = folder / "evals" / "alpaca_eval"
-    synthetic_runs.write_json(
-        folder / "run.json",
-        {"format_version": 1, "name": "foreign", "state": "imported", "updated": "x"},
-    )
-    measures = [{"metric": "win_rate", "label": "AlpacaEval win rate", "opponent": "reference"}]
-    synthetic_runs.write_json(
-        place / "result.json",
-        {
-            "suite": "alpaca_eval",
-            "eval": "alpaca_eval",
-            "against": "reference",
-            "measures": measures,
-        },
-    )
-    rows = [
-        {"metric": "win_rate", "question_id": n, "value": None if n == 0 else 1.0, "outcome": "win"}
-        for n in range(8)
-    ]
-    synthetic_runs.write_lines(place / "items.jsonl", rows)
-    measurements = read_measurements({"theirs": [folder]})
-    assert measurements.arms["theirs"].imported
-    (score,) = build_scores(measurements)
-    assert (score.n, score.unresolved, score.value, score.lowest, score.highest) == (
-        8,
-        1,
-        1.0,
-        0.875,
-        1.0,
-    )
 
 
 def test_an_opponent_is_called_by_its_arm(run, tmp_path):

@@ -698,7 +698,7 @@ def test_a_training_whose_results_are_gone_is_missed_as_the_training_is(root, ra
     assert finding.severity == "error" and finding.metrics == ("alpaca_eval/win_rate",)
 
 
-@pytest.mark.parametrize("state", ["finished", "failed", "imported"])
+@pytest.mark.parametrize("state", ["finished", "failed"])
 def test_a_recorded_training_without_weights_is_named_unless_its_answers_are_there(root, state):
     curves = ({"step": 10, "loss": 2.0}, {"step": 450, "loss": 1.0})
     parts = {"curves": curves, "state": {"state": state}}
@@ -870,24 +870,6 @@ def test_a_missing_turn_is_named(root):
     assert finding.arms == ("a",) and "question 82 turn 2" in finding.title
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "unparsed-as-tie",
-        "unparsed-left-out",
-        "empty-answer-wins",
-        "turn-without-context",
-        "repeated-judgments",
-        "constant-answer",
-        "not-in-the-judges-format",
-    ],
-)
-def test_what_a_foreign_source_made_of_its_verdicts_is_said(root, name):
-    replays = [{"findings": [{"name": name, "message": "9 judgments are strange", "count": 9}]}]
-    finding = found(
-        check_validity(None, arms(a=run(root, "a", evaluated(root / "a", replays=replays)))), name
-    )
-    assert "a: 9 judgments" in finding.evidence[0] and finding.severity == "warning"
 
 
 def unmeasured(*checks: str, measured: Sequence[str] = ()) -> dict[str, Any]:
@@ -1260,15 +1242,6 @@ def test_validation_losses_over_other_tokens_or_in_other_precision_are_not_compa
     assert "enable_thinking" in str(found(asked, "loss-of-other-tokens").evidence)
 
 
-def test_an_imported_arm_says_what_its_files_lack(root):
-    state = {
-        "state": "imported",
-        "sources": [{"file": "x.csv", "sha256": "s"}],
-        "lacks": ["alpaca_eval: the second order was never judged"],
-    }
-    finding = found(check_validity(None, arms(a=run(root, "a", state=state))), "imported")
-    assert finding.severity == "warning" and "run a: x.csv" in finding.evidence
-    assert any("second order" in line for line in finding.evidence)
 
 
 def test_published_numbers_alone_cannot_be_tested():
@@ -1284,13 +1257,6 @@ def test_published_numbers_alone_cannot_be_tested():
     )
 
 
-def test_an_arm_whose_files_were_not_imported_says_so():
-    finding = next(
-        one
-        for one in check_validity(load_study("published-lora-rank"), arms())
-        if one.code == "not-imported"
-    )
-    assert finding.remedy == "recipes import FILE... --as original-base"
 
 
 def test_findings_that_sort_alike_keep_the_order_in_which_they_were_found() -> None:

@@ -174,9 +174,7 @@ def check_words(name: str, rest: list[str], command: str) -> None:
     for path in [*getattr(args, "paths", []), *([args.eval] if "eval" in args else [])]:
         assert Path(path).exists(), command
     runs = [*getattr(args, "runs", []), *([args.run] if getattr(args, "run", None) else [])]
-    if name == "import":
-        IMPORTED.update(runs)
-    assert set(runs) <= runs_of_recipes() | IMPORTED, command
+    assert set(runs) <= runs_of_recipes(), command
 
 
 def runs_of_recipes() -> set[str]:

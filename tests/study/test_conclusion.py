@@ -148,24 +148,3 @@ def test_copies_of_a_study_are_measured_once_and_again_when_its_data_change(
     assert asked("2", row, row) == own and len(calls) == 4
 
 
-def test_a_report_says_how_often_it_would_be_wrong_and_measures_that_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
-    monkeypatch.setenv("PATH", "")  # no TeX
-    for name, skill in (("now", 0.3), ("next", 0.8)):
-        synthetic_runs.write_lm_eval(synthetic_runs.write_run(tmp_path / "runs", name), skill=skill)
-    file = tmp_path / "swap.yaml"
-    file.write_text(
-        "# yaml-language-server: $schema=study.schema.json\nquestion: Is next better?\n"
-        "arms: {now: {imported: now}, next: {imported: next}}\n"
-    )
-    assert main(["study", "report", str(file)]) == 0
-    said = capsys.readouterr().out
-    assert "measuring how often this report would be wrong: copies of 1 comparison" in said
-    line = next(line for line in said.splitlines() if "data with arms relabelled" in line)
-    kept = json.loads((tmp_path / "runs/swap/steps/statistics/comparison.json").read_text())
-    assert kept["relabelling"]["sentence"] == line
-    assert main(["study", "report", str(file)]) == 0
-    again = capsys.readouterr().out
-    assert line in again and "measuring" not in again

@@ -401,12 +401,6 @@ def test_a_run_that_a_cluster_job_finished_is_taken_over_without_training(
     assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
 
 
-def test_an_imported_run_is_never_trained_over(study: Study) -> None:
-    RunDirectory("tiny--r4").write_state("imported")
-    said: list[str] = []
-    assert run_study(study, said.append, only=["train"]) == ExitCode.FAILED
-    assert any("was imported" in line for line in said)
-    assert states(study) == {"train.r4": "missing", "train.r8": "fresh"}
 
 
 HOLD = (
@@ -480,17 +474,6 @@ def test_a_killed_runner_leaves_no_training_behind(study: Study, study_folder: P
     assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
 
 
-def test_imported_runs_that_are_not_there_are_all_named_at_their_lines(study_folder: Path) -> None:
-    file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8")
-    for arm in ("r4", "r8"):
-        text = text.replace(f"{arm}: {arm}.yaml", f"{arm}: {{imported: original--{arm}}}")
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(RecipeErrors) as refused:
-        run_study(load_study(file), lambda line: None)
-    assert [error.line for error in refused.value.errors] == [6, 7]
-    assert "arm 'r4' stands for run 'original--r4'" in str(refused.value)
-    assert "recipes import FILE... --as original--r4" in str(refused.value)
 
 
 def test_a_step_that_does_not_exist_is_refused(study: Study) -> None:

@@ -90,17 +90,6 @@ def test_our_score_and_the_librarys_win_rate_are_the_same_number():
     assert numbers["win_rate"] == pytest.approx(100 * summarise(outcomes).score.estimate)
 
 
-def test_our_annotations_can_be_replayed_with_both_their_orders(tmp_path):
-    from recipes_lib.foreign.replay import replay_files
-
-    verdicts = [("A", "B"), ("A", "A"), ("B", "A"), ("A", "B"), (None, "B")]
-    numbers, annotations = library_numbers(rows_with(verdicts), "m", "r", "j")
-    path = tmp_path / "annotations.json"
-    path.write_text(annotations_text(annotations))
-    report = replay_files([path])
-    assert (report["order"]["judged"], report["order"]["flips"]) == ("both", 1)
-    assert report["alpaca_eval"]["win_rate"] == numbers["win_rate"]
-    assert [finding["name"] for finding in report["findings"]] == ["unparsed-left-out"]
 
 
 def test_items_without_a_verdict_leave_the_library_count_and_all_missing_does_not_crash():

@@ -201,8 +201,3 @@ def test_one_pair_with_two_labels_is_refused_beside_stored_judgments_too(labels,
     assert "two labels" in capsys.readouterr().err
 
 
-def test_judgments_of_another_program_are_sent_to_the_replay(tmp_path, capsys):
-    path = tmp_path / "annotations.json"
-    path.write_text("[\n]\n")
-    assert main(["judge", "audit", str(path)]) == 4
-    assert f"recipes judge replay {path}" in capsys.readouterr().err

@@ -136,30 +136,6 @@ def test_limits_of_a_mean_stay_on_the_scale():
     assert 1 <= score["low"] <= score["estimate"] <= score["high"] <= 5
 
 
-def test_fastchat_lines_can_be_replayed(tmp_path):
-    import json
-
-    from recipes_lib.foreign.replay import replay_files
-
-    rows = [grade("7:1", 5), grade("7:2", 3), grade("8:1", 1), grade("8:2", None, "unparsed")]
-    path = tmp_path / "single.jsonl"
-    path.write_text("".join(json.dumps(_single(row, "mine", "judge", 0.0)) + "\n" for row in rows))
-    report = replay_files([path])
-    assert report["format"] == "fastchat-single" and report["recorded"]["scale"] == "1..5"
-    assert (report["bounds"]["all_lost"], report["bounds"]["all_won"]) == (10 / 4, 14 / 4), (
-        "our grades end at 5, FastChat's at 10"
-    )
-    pairs = [
-        {"kind": "relative", "question_id": "7:1", "order": order, "status": "ok", "value": value}
-        for order, value in (("AB", "A"), ("BA", "A"))
-    ]
-    (line,) = _pairs(pairs, "mine", "other", "judge", 0.0)
-    assert (line["g1_winner"], line["g2_winner"], line["turn"], line["question_id"]) == (
-        "model_1",
-        "model_2",
-        1,
-        7,
-    )
 
 
 def test_the_figure_of_grades_is_the_same_bytes_for_the_same_numbers_and_copes_with_missing_grades(

@@ -1,7 +1,6 @@
-"""`recipes judge replay FILE...`: what foreign judgments rest on. `recipes judge audit`: the
-scorecard of a judge.
+"""`recipes judge audit`: the scorecard of a judge.
 
-A replay, and the audit of stored judgments, need no model. `audit --judge J --labels F` asks the
+The audit of stored judgments needs no model. `audit --judge J --labels F` asks the
 judge about pairs that people labelled.
 """
 
@@ -24,14 +23,8 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    """Add the verb's two actions."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="replay|audit")
-    what = "recompute foreign judgments and name what is wrong with them"
-    add = actions.add_parser("replay", help=what, allow_abbrev=False).add_argument
-    files = "original study's CSV or JSONL, alpaca_eval annotations.json, FastChat gpt-4_*.jsonl"
-    add("files", nargs="+", metavar="FILE", help=files)
-    as_json = "print one JSON object (schema/judge_replay.schema.json)"
-    add("--json", action="store_true", help=as_json)
+    """Add the verb's action."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="audit")
     what = "scorecard of the judge behind stored judgments"
     add = actions.add_parser("audit", help=what, allow_abbrev=False).add_argument
     judgments = "a judgments.jsonl; without it the judge is asked about --labels"
@@ -54,24 +47,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run one action."""
-    return _replay(args) if args.action == "replay" else _audit(args)
-
-
-def _replay(args: argparse.Namespace) -> int:
-    """Print the report of each file, then findings about them together."""
-    from recipes_lib.foreign.replay import replay_files, report_lines
-
-    report = replay_files(args.files)
-    if args.json:
-        return say_json(report)
-    for line in report_lines(report):
-        say(line)
-    next_step(f"recipes judge replay {args.files[0]} --json")
-    return int(ExitCode.DONE)
-
-
-def _audit(args: argparse.Namespace) -> int:
     """Print the scorecard of stored judgments, or of a judge that is asked."""
     from recipes_lib.judging.audit import scorecard_markdown
 
@@ -115,7 +90,7 @@ def _stored_card(args: argparse.Namespace) -> Scorecard:
         if error.line == 1:  # not one line of ours before it
             raise DataError(
                 "these are not judgments of this project",
-                f"of another program: recipes judge replay {args.judgments}",
+                "a file of alpaca_eval: recipes compare FILE FILE",
                 file=args.judgments,
             ) from None
         raise

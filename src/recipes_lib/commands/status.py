@@ -104,7 +104,6 @@ def _show_one(one: RunDirectory, as_json: bool) -> int:
     steps = {
         "finished": f"recipes chat {one.name}",
         "running": f"touch {one.stop_file}   (checkpoint and stop)",
-        "imported": f"recipes compare {one.name} OTHER_RUN",
     }
     next_step(steps.get(now, f"the command in {one.path / 'command.txt'} resumes it"))
     return ExitCode.DONE

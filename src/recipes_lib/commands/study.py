@@ -22,7 +22,7 @@ from recipes_lib.slurm.submission import LaunchFolder
 from recipes_lib.slurm.watching import goes_on
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.leaks import refuse_leaks
-from recipes_lib.study.runner import check_imported, run_study, study_lock
+from recipes_lib.study.runner import run_study, study_lock
 from recipes_lib.study.status import (
     diff_rows,
     number_of_looks,
@@ -100,7 +100,6 @@ def typed(study: Study) -> str:
 
 
 def _plan(study: Study, args: argparse.Namespace) -> int:
-    check_imported(study)
     graph = build_graph(study)
     steps = graph.wanted(args.only)
     refuse_leaks(study, graph.todo(args.only))
@@ -199,7 +198,6 @@ def _report(study: Study, args: argparse.Namespace) -> int:
     folder = study_folder(study)
     kept = not folder.is_dir() or os.access(folder, os.W_OK)
     with study_lock(study) if kept else nullcontext():
-        check_imported(study)
         conclusion = conclude(study, build_graph(study), keep=kept)
     comparison = conclusion.comparison
     for sentence in comparison.answer:
@@ -221,7 +219,6 @@ def _report(study: Study, args: argparse.Namespace) -> int:
 def _gate(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.study.gate import gate
 
-    check_imported(study)
     found = gate(study, build_graph(study))
     if args.json:
         print_json(found.to_dict())

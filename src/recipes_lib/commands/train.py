@@ -103,7 +103,7 @@ def _check_plan(recipe: Recipe, launch: Launch) -> None:
         EnvironmentFault: with the arithmetic.
     """
     run = RunDirectory(recipe.name)
-    if run.exists() and run.read_state()["state"] in ("finished", "imported"):
+    if run.exists() and run.read_state()["state"] == "finished":
         return
     plan = plan_for_here(recipe, launch)
     warning = None if plan is None else refuse_what_cannot_fit(plan)

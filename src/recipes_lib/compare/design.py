@@ -135,11 +135,6 @@ class ArmSection(LaunchKeys):
     cell: dict[str, str] = key(
         "The arm's level of each factor; with one factor it may be absent.", factory=dict
     )
-    imported: str | None = key(
-        "Name of a run made by `recipes import`: its answers and judgments stand for the arm, and"
-        " nothing is trained. A recipe beside it says what was trained, for the list of"
-        " differences."
-    )
     published_only: bool = key(
         "Nothing but the published numbers stands for this arm: nothing is run, and nothing can be"
         " tested.",
@@ -252,7 +247,7 @@ class Arm:
     """One variant.
 
     `recipe` has the overrides applied, and the chosen value of a tuned arm once there is one; it is
-    None for an imported or published arm that names none. `launch` is as it will be.
+    None for a published arm that names none. `launch` is as it will be.
     """
 
     name: str
@@ -261,7 +256,6 @@ class Arm:
     launch: Launch
     seeds: tuple[int, ...]
     cell: Mapping[str, str] = field(default_factory=dict)
-    imported: str | None = None
     published_only: bool = False
     tuning: Tuning | None = None
 
@@ -283,7 +277,7 @@ class Arm:
     @property
     def trained(self) -> bool:
         """Whether the study trains this arm itself."""
-        return self.imported is None and not self.published_only
+        return not self.published_only
 
     def resolved(self) -> Mapping[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
@@ -543,13 +537,11 @@ def _wrong_names(
 def _wrong_arm(
     document: Document, study: StudySection, name: str, arm: ArmSection
 ) -> Iterator[RecipeError]:
-    """What stands for an arm: one of a recipe to train, an imported run, published numbers."""
-    path, trained = ("arms", name), not arm.imported and not arm.published_only
+    """What stands for an arm: one of a recipe to train, or published numbers."""
+    path, trained = ("arms", name), not arm.published_only
     alone = (*path, "published_only")
-    if arm.imported and arm.published_only:
-        yield document.error(alone, f"arm '{name}' is imported and published_only; one of them")
     if not arm.recipe and trained:
-        hint = "name one, or `imported: RUN`, or `published_only: true`"
+        hint = "name one, or `published_only: true`"
         yield document.error(path, f"arm '{name}' has no recipe", hint)
     if arm.published_only and not study.published:
         what = f"arm '{name}' is published_only, and the study names no published file"
@@ -708,7 +700,7 @@ class _Reader:
 
     def _arm(self, name: str, section: ArmSection) -> Arm | None:
         """Return an arm, or None where its recipe or launch cannot be had."""
-        trained = section.imported is None and not section.published_only
+        trained = not section.published_only
         # What the study says for all arms; of one that was trained elsewhere it changes nothing, or
         # its differences could be hidden.
         study = self.own if trained else LaunchKeys()
@@ -739,7 +731,6 @@ class _Reader:
             launch=launch,
             seeds=tuple(section.seeds or study.seeds or ()),
             cell=dict(section.cell),
-            imported=section.imported,
             published_only=section.published_only,
         )
         arm = arm if arm.seeds else dataclasses.replace(arm, seeds=(arm.own_seed,))
@@ -858,10 +849,10 @@ class _Reader:
         return self._try(load_eval, path) if path else None
 
     def _aims(self, evals: Sequence[EvalRecipe]) -> Aims:
-        """Return what is asked of the table; a run that was imported may bring any metric."""
+        """Return what is asked of the table."""
         own = self.own
         primary = own.primary or (known_metrics(evals[0])[0] if evals else None)
-        if own.primary and not any(arm.imported for arm in self.sections.values()):
+        if own.primary:
             found = [name for one in evals if (name := full_name(one, own.primary))]
             if len(found) == 1:
                 primary = found[0]
@@ -875,13 +866,12 @@ class _Reader:
 
     def _margins(self, evals: Sequence[EvalRecipe]) -> Iterator[tuple[str, Margin]]:
         """Yield every margin that can be one of its metric."""
-        imported = any(arm.imported for arm in self.sections.values())
         for word, value in self.own.margins.items():
             margin = Margin.read(value)
             metrics = [name for one in evals if (name := full_name(one, word))]
             if margin is None:
                 wrong = [f"must be a number above 0, or one like '2 points', got {shown(value)}"]
-            elif not metrics and not imported:
+            elif not metrics:
                 wrong = ["no eval of this study measures it"]
             else:
                 wrong = [why for name in metrics if (why := margin.fits(name))]

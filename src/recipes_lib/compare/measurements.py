@@ -34,11 +34,6 @@ class RunMeasurements:
     seed: int | None = None
 
     @property
-    def imported(self) -> bool:
-        """Whether the run's files come from another program (`recipes import`)."""
-        return self.state.get("state") == "imported"
-
-    @property
     def is_base(self) -> bool:
         """Whether this is a model without a run."""
         return self.name.startswith("base--")
@@ -60,11 +55,6 @@ class ArmMeasurements:
     def logs(self) -> list[EvalLog]:
         """Every evaluation of every run."""
         return [log for run in self.runs for log in run.evals]
-
-    @property
-    def imported(self) -> bool:
-        """Whether any run of the arm is imported."""
-        return any(run.imported for run in self.runs)
 
     @property
     def is_base(self) -> bool:

@@ -64,7 +64,7 @@ def _alone(
     """
     there = {(frozenset(row.arms), row.metric) for row in rows}
     alone = {name for name, arm in measurements.arms.items() if not arm.runs}
-    foreign = alone | {name for name, arm in measurements.arms.items() if arm.imported}
+    foreign = alone
     for position, first in enumerate(measurements.arms):
         for second in list(measurements.arms)[:position]:
             pair = {first, second}

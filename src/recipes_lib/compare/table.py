@@ -299,8 +299,6 @@ def _score_interval(table: ItemValues, questions: Sequence[str]) -> Interval:
 def with_flags(row: TableRow, measurements: Measurements) -> TableRow:
     """Return the row with flags about how its numbers came to be."""
     flags = ["primary question"] * row.primary + list(row.flags)
-    arms = [measurements.arms[name] for name in row.arms if name in measurements.arms]
-    flags += [f"{arm.name} imported" for arm in arms if arm.imported]
     logs = {log.file: log for arm in measurements.arms.values() for log in arm.logs}
     for measure in row.measures:
         if measure.file in logs:

@@ -132,7 +132,7 @@ def training_speed_rows(measurements: Measurements, first: str, second: str) -> 
     ]
     arms = [[_read(run) for run in runs] for runs in trained]
     known = any(run.times for runs in arms for run in runs)
-    if not all(arms) or not (known or all(run.imported for runs in trained for run in runs)):
+    if not all(arms) or not (known):
         return
     fewer = min(map(len, arms))
     uneven = f"{count(fewer, 'seed')} of {len(arms[0])} and {len(arms[1])}"

@@ -23,13 +23,13 @@ from recipes_lib.core.json_files import DamagedFile, read_object, utc_now
 from recipes_lib.core.project import check_run_name, runs_root
 from recipes_lib.core.run_lock import end_if_taken_over
 
-State = Literal["created", "running", "preempted", "failed", "finished", "imported"]
+State = Literal["created", "running", "preempted", "failed", "finished"]
 FORMAT_VERSION = 1
 
 
 class RunState(TypedDict, total=False):
     """run.json. Only `state` is in each; the others as far as the run came, and by its kind: of a
-    training, of a `base` that is evaluated, of answers or evaluations that were imported.
+    training, of a `base` that is evaluated, of answers of a file.
     """
 
     format_version: int
@@ -116,7 +116,7 @@ class RunDirectory:
         return self.path / ("model" if full_finetuning else "adapter")
 
     def exists(self) -> bool:
-        """Whether this run was ever started or imported."""
+        """Whether this run was ever started."""
         return self.state_file.is_file()
 
     def train_command(self) -> str:

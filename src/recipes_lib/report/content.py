@@ -73,7 +73,6 @@ class Content:
     commands: tuple[tuple[str, tuple[str, ...]], ...]
     provenance: tuple[tuple[str, str], ...]
     banners: tuple[str, ...]
-    imported: tuple[str, ...]
     published: Published | None
     curves: Curves = field(repr=False, default_factory=dict)
     tunings: tuple[Tuned, ...] = ()
@@ -140,7 +139,6 @@ def gather(
         commands=tuple(commands(measurements, study)),
         provenance=tuple(provenance(measurements, study, published)),
         banners=(*banners, *_banners(measurements)),
-        imported=tuple(arm for arm, one in measurements.arms.items() if one.imported),
         published=published,
         curves=_curves(measurements),
         tunings=tuple(tunings(study)) if study else (),

@@ -123,7 +123,7 @@ def tunings(study: Study) -> list[Tuned]:
 
 
 def trainings(measurements: Measurements) -> list[Training]:
-    """Return one line per run that was trained (or whose training log was imported)."""
+    """Return one line per run that was trained."""
     return [
         _training(name, run)
         for name, arm in measurements.arms.items()

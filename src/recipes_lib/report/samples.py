@@ -108,7 +108,7 @@ def _add(
     title += f" against {opponent}" if opponent else f", {how}"
     folder = "/".join(log.file.parent.parts[-3:])
     found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
-    turns = log.is_imported or log.suite == "mt_bench"
+    turns = log.suite == "mt_bench"
     draws = any(one.draw > 1 for one in samples)
     for one in samples[::step]:
         if found.is_full():
@@ -121,7 +121,7 @@ def _add(
             for order, word, raw in zip(orders, one.verdicts, one.raws, strict=False)
         )
         theirs = None if one.opponent is None else found.text(one.opponent)
-        unknown = "" if log.is_imported else f"question {place}"
+        unknown = f"question {place}"
         asked = unknown if one.input is None else one.input
         found.samples.append(
             Shown(
@@ -139,9 +139,6 @@ def _add(
 
 
 def _shown(log: EvalLog) -> list[Sample]:
-    """The samples to read, those that hold a text: all of a foreign evaluation, the comparisons of
-    our own, or its grades.
-    """
+    """The samples to read, those that hold a text: the comparisons, or the grades."""
     measures = sorted(log.measures, key=lambda measure: measure.opponent is None)
-    some = log.measures if log.is_imported else measures[:1]
-    return [one for measure in some for one in measure.samples if one.answer or one.raws]
+    return [one for measure in measures[:1] for one in measure.samples if one.answer or one.raws]

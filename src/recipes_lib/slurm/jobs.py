@@ -386,7 +386,7 @@ def _plan_recipe(
         jobs.append(Job("train", "train", (task,), _size(launch), seconds=seconds))
     else:
         state = run.read_state()["state"] if run.exists() else "not there"
-        if state not in ("finished", "imported"):
+        if state != "finished":
             raise RecipeError(
                 f"run '{recipe.name}' is {state}, so there is nothing to evaluate",
                 "add the stage: --stages train,eval,report",

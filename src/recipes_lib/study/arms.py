@@ -43,8 +43,6 @@ def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
 
     A name depends on no other seed, so that a seed that is added later trains nothing again.
     """
-    if arm.imported:
-        return arm.imported
     seed = arm.seeds[0] if seed is None else seed
     return f"{study.name}--{arm.name}" + ("" if seed == arm.own_seed else f"--seed{seed}")
 

@@ -61,7 +61,7 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
     """Return the measurements without what is not the study's: other evals of the same runs, and
     results that are out of date.
 
-    An evaluation whose result is left out counts as unfinished. Imported runs keep everything.
+    An evaluation whose result is left out counts as unfinished.
     """
     known = graph.survey()
     to_base = {recipe.name for recipe in study.evals if recipe.metrics.against == BASE_ARM}
@@ -71,11 +71,8 @@ def of_study(measurements: Measurements, study: Study, graph: Graph) -> Measurem
         if step.kind == "judgments" and step.eval in to_base:
             against = base_run(study) or BASE_ARM
         results[step.run, step.eval, against] = known[step.name].fresh
-    imported = {arm.imported for arm in study.arms if arm.imported}
 
     def kept(run: RunMeasurements) -> RunMeasurements:
-        if run.name in imported:
-            return run
         evals = []
         for one in run.evals:
             against = "" if one.against in (None, "reference") else str(one.against)

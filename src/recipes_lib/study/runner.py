@@ -20,12 +20,10 @@ from recipes_lib.core.errors import (
     EnvironmentFault,
     ExitCode,
     RecipeError,
-    RecipeErrors,
     RecipesError,
 )
 from recipes_lib.core.faults import is_disk_full
 from recipes_lib.core.project import runs_root, shown_path
-from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.graph import FOLLOWS, Failure, Freshness, Graph, Step
@@ -62,7 +60,7 @@ def run_study(
 
     Raises:
         EnvironmentFault: another process runs this study, or the disk is full.
-        RecipeErrors: imported runs are not there, or an arm would be trained on rows that hold
+        RecipeErrors: an arm would be trained on rows that hold
             questions of its evals.
         RecipeError: `only` names no step, or the folder is another study's.
     """
@@ -73,7 +71,6 @@ def run_study(
             locks.enter_context(study_lock(study))
         for step in graph.wanted(only):
             locks.enter_context(run_lock(graph.folder / step.name))
-        check_imported(study)
         _check_folder(study)
         words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
         copy = f"{_COPY}{study.path.resolve()}\n{words}{study.text}"
@@ -206,26 +203,6 @@ def study_lock(study: Study) -> Iterator[None]:
         yield
 
 
-def check_imported(study: Study) -> None:
-    """Refuse a study that names imported runs which are not there.
-
-    Raises:
-        RecipeErrors: one for each, placed where the run is named.
-    """
-    errors = []
-    for arm in study.arms:
-        if arm.imported and not RunDirectory(arm.imported).exists():
-            origin = study.origins.get(("arms", arm.name, "imported"))
-            what = (
-                f"arm '{arm.name}' stands for run '{arm.imported}', which is not in {runs_root()}"
-            )
-            hint = f"make it from the foreign files: recipes import FILE... --as {arm.imported}"
-            file, line = (origin.file, origin.line) if origin else (study.path, None)
-            errors.append(RecipeError(what, hint, file=file, line=line))
-    if errors:
-        raise RecipeErrors(errors)
-
-
 def _check_folder(study: Study) -> None:
     """Refuse a study whose folder is a run, or holds another study of the same name; both would
     undo each other's steps.
@@ -252,9 +229,7 @@ def _anything_trained(study: Study) -> bool:
     """Whether there is an arm to evaluate."""
     graph = build_graph(study)
     trained = {step.name for step in graph.of_kind("train")}
-    return any(arm.imported for arm in study.arms) or not trained <= {
-        step.name for step in graph.todo()
-    }
+    return not trained <= {step.name for step in graph.todo()}
 
 
 def _evaluate(

@@ -23,8 +23,6 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.fingerprints import digest_of
-from recipes_lib.core.json_files import read_object
-from recipes_lib.core.project import runs_root
 from recipes_lib.data.sources import data_files, find_path, listed_sources
 from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE, REQUIREMENT
@@ -124,7 +122,7 @@ def _steps(study: Study) -> Iterator[Step]:
         yield from of_eval
         measured += of_eval
     upstream = (*trained, *(step.name for step in measured if step.kind != "answers"))
-    readers = ("compare", "eval_files.py", "eval_log.py", "foreign", "statistics", "study")
+    readers = ("compare", "eval_files.py", "eval_log.py", "statistics", "study")
     version = source_version(*readers, "statistics")
     yield Step("statistics", "statistics", report_inputs(study), upstream, version)
     version = source_version(*readers, "report")
@@ -316,8 +314,8 @@ def _question_files(recipe: EvalRecipe, key: str) -> Inputs:
 
 
 def report_inputs(study: Study) -> Inputs:
-    """Return what the report says beside what was measured: the study's own words, published
-    numbers, imported files.
+    """Return what the report says beside what was measured: the study's own words and published
+    numbers.
     """
     values: dict[str, object] = {"question": study.question, "include_base": study.include_base}
     values |= {"primary": study.aims.primary, "test_subtasks": study.aims.subtasks}
@@ -326,7 +324,6 @@ def report_inputs(study: Study) -> Inputs:
     for arm in study.arms:
         values[f"arms.{arm.name}"] = {
             "cell": dict(arm.cell),
-            "imported": arm.imported,
             "published_only": arm.published_only,
         }
         if tuning := arm.tuning:
@@ -334,24 +331,9 @@ def report_inputs(study: Study) -> Inputs:
             values[f"{CONTENT}tuning of {arm.name}"] = digest_of(tried)
         if not arm.trained and arm.recipe is not None:
             values[f"arms.{arm.name}.recipe"] = digest_of(arm.resolved())
-        if arm.imported:
-            values[f"{CONTENT}imported run {arm.imported}"] = _imported_content(
-                runs_root() / arm.imported
-            )
     if study.published:
         values[f"{CONTENT}published numbers"] = content_of(study.published)
     return values
-
-
-def _imported_content(folder: Path) -> str | None:
-    """What an imported run holds; when and by which command it was imported is not part of it."""
-    if not folder.is_dir():
-        return None
-    state = read_object(folder / "run.json")
-    state = {key: value for key, value in state.items() if key not in ("created", "updated")}
-    left_out = ("run.json", "command.txt", ".lock")
-    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in left_out]
-    return digest_of([state, digest_of_files(folder, files)])
 
 
 @lru_cache(maxsize=4)

@@ -24,7 +24,7 @@ from typing import IO
 from recipes_lib.compare.design import Study
 from recipes_lib.config.recipe import HANDED, RECIPE_FILE
 from recipes_lib.core.atomic_files import write_json
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError
+from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
@@ -198,20 +198,12 @@ class Trainings:
     def _clear_way(self, step: Step, run: RunDirectory) -> None:
         """Note what is going to be trained; a run of other settings or other data is moved into the
         study's folder first.
-
-        Raises:
-            RecipeError: the run was imported.
         """
         note = self.graph.folder / step.name / "started.json"
         if run.exists():
             other: list[str] = []
             begun = self.graph.read(step.name, "started.json")
             state = run.read_state()
-            if state["state"] == "imported":
-                raise RecipeError(
-                    f"run '{run.name}' was imported, and arm '{step.arm}' is to be trained",
-                    "remove the run or rename the study",
-                )
             if begun:
                 other = changed_inputs(begun["inputs"], step.inputs)
                 if (before := begun.get("version", 1)) != step.version:

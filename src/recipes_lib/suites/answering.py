@@ -226,7 +226,7 @@ def answers_in_file(path: Path, questions: Sequence[Question]) -> AnswerSet:
     run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
     if not run.exists():
         run.write_state(
-            "imported",
+            "finished",
             kind="answers",
             source={"file": path.name, "sha256": digest, "generator": found.generator},
         )

@@ -83,9 +83,9 @@ class Attempt:
                 f"run '{self.run.name}' is finished, but {damage}; going on from its newest whole"
                 " checkpoint, or from the beginning where there is none"
             )
-        if self.earlier.get("state") == "imported":
+        if self.earlier.get("kind") == "answers":
             raise RecipeError(
-                f"run '{self.run.name}' was imported and cannot be trained",
+                f"run '{self.run.name}' holds answers of a file and cannot be trained",
                 "start a new run with run.name=OTHER",
             )
         # one that nobody took away asked an attempt that is over
@@ -188,7 +188,7 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
     recorded while the run is still ours, and all ranks leave together.
 
     Raises:
-        RecipeError: the run is finished with other settings, or was imported.
+        RecipeError: the run is finished with other settings, or holds answers of a file.
         EnvironmentFault: another process holds the run.
     """
     this = Attempt(run, recipe, StopRequest(run.stop_file))

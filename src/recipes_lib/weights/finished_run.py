@@ -80,12 +80,12 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         EnvironmentFault: its weights are gone.
     """
     recorded = run.read_state()
+    if recorded.get("kind") == "answers":
+        raise RecipeError(
+            f"run '{run.name}' holds answers of a file and has no weights",
+            f"what it has: recipes compare {run.name} OTHER_RUN",
+        )
     if recorded["state"] != "finished":
-        if recorded["state"] == "imported":
-            raise RecipeError(
-                f"run '{run.name}' was imported and has no weights",
-                f"what it has: recipes compare {run.name} OTHER_RUN",
-            )
         what = f"run '{run.name}' is {recorded['state']}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:

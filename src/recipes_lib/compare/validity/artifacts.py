@@ -1,4 +1,4 @@
-"""The same thing under two names: imported files, adapters, answers and judgments of two arms, and
+"""The same thing under two names: adapters, answers and judgments of two arms, and
 answers of another arm's weights.
 
 Files are read only where cheap facts agree: equal sizes of adapters, equal verdicts or close
@@ -7,7 +7,6 @@ lengths of most items.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,10 @@ from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.measurements import ArmMeasurements
 from recipes_lib.compare.validity.case import Case, metrics_of, pairs, run_place
 from recipes_lib.core.fingerprints import folder_fingerprint
-from recipes_lib.data.leaks import words_of
 from recipes_lib.eval_files import stored_weights
 from recipes_lib.eval_log import EvalLog
-from recipes_lib.foreign.run import imported_files, same_rows
 
-# A copy whose rows were edited: most of the texts that are long enough to tell are nearly the same.
-EDITED_COPY = 0.8
-FEWEST_EDITED = 5
-FEWEST_WORDS = 8
+EDITED_COPY = 1.0
 
 
 def check_artifacts(case: Case) -> Iterator[Finding]:
@@ -38,41 +32,9 @@ def check_artifacts(case: Case) -> Iterator[Finding]:
             yield found("identical-runs", [f"runs/{name}" for name in shared], (first, second))
         folders = [{run.folder.resolve() for run in arm.runs} for arm in (one, other)]
         if not folders[0] & folders[1]:
-            yield from _same_files(one, other)
             yield from _same_adapters(one, other)
             yield from _same_results(one, other)
             yield from _same_weights(one, other)
-
-
-def _same_files(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """One foreign file that both arms were imported from; it touches the metrics from it."""
-    sources = {
-        same_rows(source): (run, source)
-        for run in other.runs
-        for source in imported_files(run.state)
-        if source.get("sha256")
-    }
-    for run in one.runs:
-        for source in imported_files(run.state):
-            twin = sources.get(same_rows(source))
-            if twin is None or source.get("format") == "adapter-config":
-                continue
-            name, theirs, sha256 = str(source["file"]), str(twin[1]["file"]), source["sha256"]
-            metrics = metrics_of(
-                log for log in run.evals if any(file.sha256 == sha256 for file in log.imported)
-            )
-            if metrics or str(source.get("becomes", "")).startswith("metrics"):
-                yield found(
-                    "identical-imported-file",
-                    [
-                        f"sha256 {sha256}",
-                        f"run {run.name}: {name}",
-                        f"run {twin[0].name}: {theirs}",
-                    ],
-                    (one.name, other.name),
-                    metrics or ("validation_loss",),
-                    file=name if name == theirs else f"{name} and {theirs}",
-                )
 
 
 def _adapters(arm: ArmMeasurements) -> dict[Path, int]:
@@ -124,34 +86,6 @@ def _same_results(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
             if both and all(text == same for text, same in both):
                 yield found(code, places, arms, metrics, eval=log.eval)
                 break
-            edited, telling = _edited(both)
-            if telling >= FEWEST_EDITED and edited >= EDITED_COPY * telling:
-                told = (
-                    f"{edited:,} of {telling:,} differ by at most a word or a tenth of their words"
-                )
-                yield found(f"{code}/edited", [*places, told], arms, metrics, eval=log.eval)
-                break
-
-
-def _edited(both: Sequence[tuple[str, str]]) -> tuple[int, int]:
-    """How many pairs of texts are nearly the same, and how many can tell: those of a few words
-    cannot, nor those that are nearly the same as the text before (a template around every answer).
-    """
-    edited = telling = 0
-    before: list[str] = []
-    for one, other in both:
-        words = words_of(one)
-        if len(words) >= FEWEST_WORDS and not _nearly_same(words, before):
-            telling += 1
-            edited += _nearly_same(words, words_of(other))
-        before = words
-    return edited, telling
-
-
-def _nearly_same(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether two texts differ by at most one word or a tenth of their words."""
-    longer = max(len(one), len(other))
-    return longer - (Counter(one) & Counter(other)).total() <= max(1, longer // 10)
 
 
 def _alike(one: EvalLog, other: EvalLog) -> bool:
@@ -199,8 +133,7 @@ def _judgments(log: EvalLog) -> Mapping[Any, str]:
 
 
 def _fingerprints(arm: ArmMeasurements) -> set[str]:
-    known = {log.answers.fingerprint or "" for log in arm.logs} - {""}
-    return {print_ for print_ in known if not print_.startswith("imported:")}
+    return {log.answers.fingerprint or "" for log in arm.logs} - {""}
 
 
 def _same_weights(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
@@ -221,15 +154,12 @@ def _same_weights(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         yield found(code, places, (one.name, other.name))
     for arm, twin in ((one, other), (other, one)):
         yield from _foreign_rows(arm, twin)
-        yield from _former_opponent(arm, twin)
 
 
 def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
     """Evaluations whose stored answers all come from the other arm's weights."""
     theirs = _fingerprints(other) - _fingerprints(arm)
     for log in arm.logs if theirs else ():
-        if log.is_imported:
-            continue
         file, models = stored_weights(log)
         own = str(log.answers.fingerprint)
         if own not in models and models & theirs:
@@ -239,25 +169,3 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
             )
             words = {"eval": log.eval, "other": other.name}
             yield found("answers-of-another-arm/stored", evidence, (arm.name,), **words)
-
-
-def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
-    """Verdicts against answers of a run that has other weights now."""
-    runs = {run.name: run for run in other.runs}
-    for log in (log for log in arm.logs if log.against in runs):
-        told = log.opponent.fingerprint if log.opponent else None
-        own = [one for one in runs[str(log.against)].evals if one.eval == log.eval]
-        now = {weights for one in own if (weights := one.answers.fingerprint)}
-        if told and now and told not in now:
-            yield found(
-                "answers-of-another-arm/opponent",
-                (
-                    f"{run_place(log.file)}: weights {str(told)[:12]}",
-                    f"{run_place(own[0].file)}: weights {min(now)[:12]}",
-                ),
-                (arm.name, other.name),
-                [measure.name for measure in log.measures if measure.opponent is not None],
-                eval=log.eval,
-                run=log.file.parents[2].name,
-                against=log.against,
-            )

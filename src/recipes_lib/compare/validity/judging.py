@@ -60,7 +60,6 @@ def check_judging(case: Case) -> Iterator[Finding]:
         yield from _longer(case, mine)
         yield from _one_order(mine)
         yield from _missing_turns(mine)
-        yield from _replayed(mine)
 
 
 def _judge(log: EvalLog) -> JudgeFacts:
@@ -190,7 +189,7 @@ def _kinship(log: EvalLog, run: RunMeasurements) -> str:
     section = run.resolved.get("model") or {}
     names = (section.get("name_or_path"), *log.answers.models)
     if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:
-        return "itself" if run.is_base or run.imported else "its base"
+        return "itself" if run.is_base else "its base"
     prints = {
         name: folder_fingerprint(run.folder / name)
         for name in (("merged", "model", "adapter") if weights else ())
@@ -215,7 +214,7 @@ def _degenerate(case: Case, logs: Logs) -> Iterator[Finding]:
     # By arm, the first file that tells each share.
     told: dict[str, dict[tuple[str, str], tuple[float, str]]] = defaultdict(dict)
     for name, log in logs:
-        if log.judge is None and not log.is_imported:
+        if log.judge is None:
             continue
         opponent = case.measurements.opponent_name(log.against)
         sides: list[tuple[str, AnswerFacts | None]] = [(name, log.answers)]
@@ -253,7 +252,7 @@ def _longer(case: Case, logs: Logs) -> Iterator[Finding]:
     """Two arms of which one writes half as much again, with the win rates at equal length."""
     measures: dict[str, list[Measure]] = defaultdict(list)
     for name, log in logs:
-        if log.judge is not None or log.is_imported:
+        if log.judge is not None:
             measures[name] += [one for one in log.measures if any(it.lengths for it in one.samples)]
     lengths = {
         name: [item.lengths[0] for one in mine for item in one.samples if item.lengths]
@@ -375,15 +374,3 @@ def _missing_turns(logs: Logs) -> Iterator[Finding]:
                 eval=log.eval,
                 missing=", ".join(f"question {asked} turn {turn}" for asked, turn in missing[:5]),
             )
-
-
-def _replayed(logs: Logs) -> Iterator[Finding]:
-    """What `recipes judge replay` found in the files that arms were imported from."""
-    lines: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, log in logs:
-        for report in log.replays:
-            for one in report.get("findings") or ():
-                lines[one["name"]][name] = f"{name}: {one['message']} ({run_place(log.file)})"
-    for code, by_arm in lines.items():
-        if code in _REPLAYED:
-            yield from _per_arm(code, logs, by_arm, _metrics(logs))

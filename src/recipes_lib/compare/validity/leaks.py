@@ -26,8 +26,7 @@ def check_leaks(case: Case) -> Iterator[Finding]:
                 continue
             leaks, metrics = log.leaks, metrics_of(one for one in arm.logs if one.eval == log.eval)
             if leaks is None or leaks.why:
-                imported = "it was trained elsewhere" if log.is_imported else ""
-                why = (leaks.why if leaks else "") or imported or "its result does not say it"
+                why = (leaks.why if leaks else "") or "its result does not say it"
                 unknown[f"{name}: {why}"].append(log)
             elif leaks.found:
                 leaked[log.eval] = found(

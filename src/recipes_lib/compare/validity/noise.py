@@ -93,8 +93,6 @@ def _missing(case: Case, trained: list[str]) -> Finding:
     if study is not None and any(arm.trained for arm in study.arms):
         seeds = sorted({seed for arm in study.arms for seed in arm.seeds}) or [42]
         how = f"recipes study run {shown_path(study.path)} 'seeds=[{seeds[0]}, {seeds[-1] + 1}]'"
-    elif run.imported:
-        how = "train and evaluate one of the recipes twice, with two seeds"
     else:
         how = (
             f"recipes train RECIPE train.seed={(run.seed or 42) + 1} run.name={run.name}-again,"

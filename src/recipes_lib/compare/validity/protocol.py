@@ -25,7 +25,6 @@ from recipes_lib.compare.validity.case import (
 )
 from recipes_lib.core.project import shown_path
 from recipes_lib.eval_log import EvalLog, Measure
-from recipes_lib.foreign.run import imported_files
 from recipes_lib.training.resume_guard import flatten
 
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
@@ -111,8 +110,6 @@ def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen
     """Items of one id that were about another question, or another answer of the opponent."""
     # Each against the other, or a seed of it, has no opponent in common.
     opponents = one.against == other.against
-    # A foreign file holds what the judge was shown.
-    prompts = not one.is_imported and not other.is_imported
     theirs = {
         (measure.key, item.key): item for measure in other.measures for item in measure.samples
     }
@@ -121,7 +118,7 @@ def _texts_differ(case: Case, arms: Arms, one: EvalLog, other: EvalLog) -> _Seen
     for measure in one.measures:
         for item in measure.samples:
             twin = theirs.get((measure.key, item.key), item)
-            if prompts and _differ(item.input, twin.input):
+            if _differ(item.input, twin.input):
                 asked.add(item.id)
             elif opponents and _differ(item.opponent, twin.opponent):
                 opposed.add(item.id)
@@ -143,7 +140,7 @@ def _differ(one: str | None, other: str | None) -> bool:
 
 
 def _settings(log: EvalLog) -> Mapping[str, Any]:
-    """How an evaluation asked, by dotted key; what a foreign file does not tell is left out."""
+    """How an evaluation asked, by dotted key."""
     recipe = flatten(
         {key: value for key, value in log.recipe.items() if key not in ("judge", "thresholds")}
     )
@@ -159,7 +156,7 @@ def _settings(log: EvalLog) -> Mapping[str, Any]:
     told = {key: log.protocol[key] for key in log.protocol if key not in _HOW_FAST}
     values |= {f"protocol.{key}": value for key, value in told.items()}
     # In a result of ours a setting that is not there was left at its default.
-    kept = () if log.is_imported else ("suite.", "data.", "protocol.")
+    kept = ("suite.", "data.", "protocol.")
     known = {key: value for key, value in values.items() if value is not None}
     return known | {key: None for key in values if key.startswith(kept) and key not in known}
 
@@ -241,7 +238,7 @@ def _subsets(logs: Mapping[str, EvalLog]) -> Iterator[Finding]:
 
 def check_presence(case: Case) -> Iterator[Finding]:
     """Yield evaluations that other arms have or that were not finished, trainings whose weights are
-    lost, what imported files do not hold, and arms without runs.
+    lost, and arms without runs.
     """
     every = {log.eval for _, log in case.logs}
     opposing = {(log.eval, log.against) for _, log in case.logs}
@@ -271,10 +268,6 @@ def check_presence(case: Case) -> Iterator[Finding]:
             if done and not weights and not answered:
                 told = f"{done[0]} in metrics.jsonl; no adapter/, model/ or evaluation"
                 yield found("lost-weights", [*place, told], (name,))
-            if run.imported:
-                files = [str(source["file"]) for source in imported_files(run.state)]
-                lacks = [f"not carried over: {lack}" for lack in run.state.get("lacks") or ()]
-                yield found("imported", [f"run {run.name}: {', '.join(files)}", *lacks], (name,))
     if case.study:
         for declared in case.study.arms:
             yield from _absent(case, case.study, declared)
@@ -285,9 +278,6 @@ def _absent(case: Case, study: Study, arm: Arm) -> Iterator[Finding]:
     place, runs = shown_path(study.path), case.arms[arm.name].runs if arm.name in case.arms else ()
     if arm.published_only:
         yield found("published-only", _published(study, arm.name), (arm.name,))
-    elif arm.imported and not runs:
-        evidence = f"{place}: arms.{arm.name}.imported: {arm.imported}"
-        yield found("not-imported", [evidence], (arm.name,), run=arm.imported)
     if not arm.trained:
         return
     seeds, wanted = f"seeds {', '.join(map(str, arm.seeds))}", len(arm.seeds)
