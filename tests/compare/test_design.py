@@ -400,8 +400,6 @@ def test_a_seed_that_is_added_later_leaves_the_first_ones_run_where_it_is(
     ]
 
 
-
-
 def test_an_override_of_an_arm_wins_over_the_studys_and_loses_to_the_command_lines(
     study_folder: Path,
 ) -> None:

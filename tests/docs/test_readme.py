@@ -29,7 +29,6 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run for real, in a copy of the folders they read. Of the others only the words are checked: they
 # need a model or finished runs.
 RUN = {"ls", "show", "explain", "check", "new", "migrate", "plan"}
-IMPORTED: set[str] = set()  # runs that an import line of a page makes
 LAUNCHER_FLAGS = {
     "--config_file",
     "--num_processes",

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.cli import main
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
 from recipes_lib.compare.relabelling import Relabelling
@@ -24,8 +23,6 @@ from recipes_lib.study.graph import Graph, Step
 from recipes_lib.study.steps import build_graph
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import synthetic_runs
 
 
 def measured(name: str, *evals: tuple[str, str | None]) -> ArmMeasurements:
@@ -146,5 +143,3 @@ def test_copies_of_a_study_are_measured_once_and_again_when_its_data_change(
     assert asked("2", row, row) == own and len(calls) == 3
     file.write_text("{torn", encoding="utf-8")
     assert asked("2", row, row) == own and len(calls) == 4
-
-

@@ -21,7 +21,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.compare.design import Study, load_study
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipeErrors
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.study import conclusion, leaks, runner, steps, trainings
@@ -401,8 +401,6 @@ def test_a_run_that_a_cluster_job_finished_is_taken_over_without_training(
     assert states(study) == {"train.r4": "fresh", "train.r8": "fresh"}
 
 
-
-
 HOLD = (
     "import sys, time\nfrom pathlib import Path\nfrom recipes_lib.core.run_lock import run_lock\nwith"  # noqa: E501
     " run_lock(Path(sys.argv[1])):\n"
@@ -472,8 +470,6 @@ def test_a_killed_runner_leaves_no_training_behind(study: Study, study_folder: P
     process.wait()
     process.stdout.read()  # ends when the last writer, the training, has ended
     assert states(study) == {"train.r4": "missing", "train.r8": "missing"}
-
-
 
 
 def test_a_step_that_does_not_exist_is_refused(study: Study) -> None:

@@ -16,7 +16,6 @@ from recipes_lib.eval_log import Sample
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.suites.alpaca_eval import (
     AlpacaEval,
-    annotations_text,
     is_alpaca_eval,
     library_numbers,
     own_length_controlled,
@@ -88,8 +87,6 @@ def test_our_score_and_the_librarys_win_rate_are_the_same_number():
         for n, pair in enumerate(verdicts)
     ]
     assert numbers["win_rate"] == pytest.approx(100 * summarise(outcomes).score.estimate)
-
-
 
 
 def test_items_without_a_verdict_leave_the_library_count_and_all_missing_does_not_crash():

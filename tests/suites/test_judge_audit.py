@@ -199,5 +199,3 @@ def test_one_pair_with_two_labels_is_refused_beside_stored_judgments_too(labels,
         == 4
     )
     assert "two labels" in capsys.readouterr().err
-
-

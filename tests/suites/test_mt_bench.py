@@ -9,8 +9,6 @@ import pytest
 from recipes_lib.engine import Completion
 from recipes_lib.suites.answering import AnswerSet
 from recipes_lib.suites.mt_bench import (
-    _pairs,
-    _single,
     conversation,
     draw_grades,
     grading_items,
@@ -134,8 +132,6 @@ def test_limits_of_a_mean_stay_on_the_scale():
     rows = [grade("7:1", 5), grade("7:2", 1), grade("8:1", 5), grade("8:2", 4)]
     score = summary([MATH, TALK], rows)["score"]
     assert 1 <= score["low"] <= score["estimate"] <= score["high"] <= 5
-
-
 
 
 def test_the_figure_of_grades_is_the_same_bytes_for_the_same_numbers_and_copes_with_missing_grades(

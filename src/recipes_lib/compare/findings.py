@@ -157,11 +157,6 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     ),
     # One thing under two names
     "identical-runs": ("error", "{first} and {second} are one run under two names", _ANEW),
-    "identical-imported-file": (
-        "error",
-        "{first} and {second} were imported from the same file, {file}",
-        _ANEW,
-    ),
     "identical-adapters": (
         "error",
         "{first} and {second} have the same {folder} under two names",
@@ -171,18 +166,6 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
     "identical-judgments": (
         "error",
         "{first} and {second} have the same judgments in {eval}",
-        _ANEW,
-    ),
-    "identical-answers/edited": (
-        "error",
-        "{first} and {second} gave nearly the same answers in {eval}: one set may be an edited copy"
-        " of the other",
-        _ANEW,
-    ),
-    "identical-judgments/edited": (
-        "error",
-        "{first} and {second} have nearly the same judgments in {eval}: one set may be an edited"
-        " copy of the other",
         _ANEW,
     ),
     "identical-models": ("error", "{first} and {second} are the same model", _ANEW),
@@ -284,43 +267,6 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "{turns} of {first} in {eval} {have} no judgment: {missing}",
         "judge it: a turn that is left out leaves the mean too high or too low",
     ),
-    # What `recipes judge replay` found in the files of an imported arm
-    "unparsed-as-tie": (
-        "warning",
-        "Judgments without a verdict were counted as ties in {eval}",
-        "here they have no value and widen the interval; the published number counts them",
-    ),
-    "unparsed-left-out": (
-        "warning",
-        "Judgments without a verdict were left out of the published numbers in {eval}",
-        "here they have no value and widen the interval",
-    ),
-    "empty-answer-wins": (
-        "warning",
-        "Empty answers were counted as wins in {eval}",
-        "judge again: an empty answer loses",
-    ),
-    "turn-without-context": (
-        "warning",
-        "Second turns were judged without the first turn of their conversation in {eval}",
-        "judge again with the conversation in front of the judge (recipes eval"
-        " evals/mt_bench.yaml)",
-    ),
-    "repeated-judgments": (
-        "warning",
-        "Questions were judged twice in {eval}",
-        "keep one judgment per question",
-    ),
-    "constant-answer": (
-        "warning",
-        "One answer was given to many questions in {eval}",
-        "look at the answers: one text for many questions wins or loses them all at once",
-    ),
-    "not-in-the-judges-format": (
-        "warning",
-        "Verdicts were read from texts that do not end in the judge's verdict format in {eval}",
-        "judge again: a verdict read from a text that ends in none is a guess",
-    ),
     # Questions and settings
     "protocol-differs": (
         "error",
@@ -420,21 +366,10 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "more seeds per arm make the floor lower; until then this is no effect of the factor",
     ),
     # Arms that were not made here
-    "imported": (
-        "warning",
-        "{first} is imported: how its answers and verdicts came to be is what its files say",
-        "train and evaluate it here where the claim matters",
-    ),
     "published-only": (
         "error",
         "{first} stands for published numbers alone, and cannot be tested",
-        "import its answers and judgments (recipes import FILE... --as RUN), or train it: remove"
-        " published_only",
-    ),
-    "not-imported": (
-        "error",
-        "{first} has no files: run '{run}' was not imported",
-        "recipes import FILE... --as {run}",
+        "train it: remove published_only",
     ),
     "confound-missing-runs": (
         "error",

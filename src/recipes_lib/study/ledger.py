@@ -156,11 +156,11 @@ class Viewed:
 
 
 def _recipe_of(arm: ArmMeasurements) -> str:
-    """A hash of what an arm's trainings were made of; of a base and of what was imported, which
+    """A hash of what an arm's trainings were made of; of a base, which
     run it is.
     """
     run = arm.runs[0]
-    if run.is_base or run.imported:
+    if run.is_base:
         return run.name
     values = flatten(dict(run.resolved))
     left_out = (SEED, "run.name", "run.notes", "run.tags")

@@ -154,6 +154,7 @@ def _same_weights(one: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
         yield found(code, places, (one.name, other.name))
     for arm, twin in ((one, other), (other, one)):
         yield from _foreign_rows(arm, twin)
+        yield from _former_opponent(arm, twin)
 
 
 def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
@@ -169,3 +170,25 @@ def _foreign_rows(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Find
             )
             words = {"eval": log.eval, "other": other.name}
             yield found("answers-of-another-arm/stored", evidence, (arm.name,), **words)
+
+
+def _former_opponent(arm: ArmMeasurements, other: ArmMeasurements) -> Iterator[Finding]:
+    """Verdicts against answers of a run that has other weights now."""
+    runs = {run.name: run for run in other.runs}
+    for log in (log for log in arm.logs if log.against in runs):
+        told = log.opponent.fingerprint if log.opponent else None
+        own = [one for one in runs[str(log.against)].evals if one.eval == log.eval]
+        now = {weights for one in own if (weights := one.answers.fingerprint)}
+        if told and now and told not in now:
+            yield found(
+                "answers-of-another-arm/opponent",
+                (
+                    f"{run_place(log.file)}: weights {str(told)[:12]}",
+                    f"{run_place(own[0].file)}: weights {min(now)[:12]}",
+                ),
+                (arm.name, other.name),
+                [measure.name for measure in log.measures if measure.opponent is not None],
+                eval=log.eval,
+                run=log.file.parents[2].name,
+                against=log.against,
+            )

@@ -25,16 +25,6 @@ _CHECKS = {
     "judgments without a verdict": "unparsed-share",
     _OWN_WORDS: "contradictory-verdicts",
 }
-# Findings of `recipes judge replay` that are said here too.
-_REPLAYED = (
-    "unparsed-as-tie",
-    "unparsed-left-out",
-    "empty-answer-wins",
-    "turn-without-context",
-    "repeated-judgments",
-    "constant-answer",
-    "not-in-the-judges-format",
-)
 Logs = list[tuple[str, EvalLog]]  # with their arms
 Cards = list[tuple[Path, Scorecard]]  # with their files
 
