@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.config.kinds import FOREIGN, KINDS, kind_of
+from recipes_lib.config.kinds import KINDS, kind_of
 from recipes_lib.config.validation import KindRules
 from recipes_lib.core.errors import RecipeError
 
@@ -41,6 +41,18 @@ def test_an_unknown_schema_is_an_error_even_when_the_keys_are_known():
 
 
 def test_every_kind_has_rules_and_says_what_it_is_for():
-    for kind in (*KINDS, *FOREIGN):
+    for kind in KINDS:
         assert isinstance(kind.rules(), KindRules)
         assert kind.use
+
+
+@pytest.mark.parametrize(
+    ("values", "whose"),
+    [
+        ({"base_model": "a", "sequence_len": 1, "learning_rate": 1}, "axolotl"),
+        ({"model_name_or_path": "a", "finetuning_type": "lora"}, "LLaMA-Factory"),
+        ({"model_name_or_path": "a", "beta": 0.1}, "DPO or GRPO"),
+    ],
+)
+def test_files_of_other_programs_are_named(values, whose):
+    assert whose in kind_of(values, "", "r.yaml").title

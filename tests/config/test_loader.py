@@ -44,17 +44,6 @@ def test_later_parents_win_and_a_diamond_applies_its_top_once(write):
     assert document.levels == 2
 
 
-def test_a_third_level_is_refused_with_the_chain(write):
-    write("lora: {r: 8}\n", "_a.yaml")
-    write("extends: _a.yaml\n", "_b.yaml")
-    write("extends: _b.yaml\n", "_c.yaml")
-    write("extends: _c.yaml\n")
-    with pytest.raises(
-        RecipeError, match=r"deeper than 2 levels: r.yaml -> _c.yaml -> _b.yaml -> _a.yaml"
-    ):
-        load_document("r.yaml")
-
-
 def test_parents_are_found_from_the_file_that_names_them(write):
     write("lora: {r: 8}\n", "shared/_b.yaml")
     write("extends: ../shared/_b.yaml\n", "sub/r.yaml")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.migrate import keys_behind, migrate
-from recipes_lib.config.new_recipe import schema_line
+from recipes_lib.config.new import schema_line
 from recipes_lib.config.validation import check
 from recipes_lib.config.yaml_source import read_yaml
 from recipes_lib.core.atomic_files import write_text

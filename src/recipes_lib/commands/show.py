@@ -1,19 +1,17 @@
-"""recipes show: a resolved recipe, with the place every value was written; `--flat` as a plain TRL
-config; `--diff OTHER`: what differs between two.
+"""recipes show: a resolved recipe, with the place every value was written; `--diff OTHER`: what
+differs between two.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from recipes_lib.config.flat import flat_text, leaves
 from recipes_lib.config.launch import DEFAULT_PORT, Launch, plan_launch
 from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
-from recipes_lib.config.vocabulary import subschema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.config.yaml_text import join_lines, value_text, yaml_lines
 from recipes_lib.core.errors import ExitCode, print_error
@@ -25,29 +23,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="path or name of a recipe")
-    flat = "print a plain TRL config, for: trl sft --config FILE"
-    add("--flat", action="store_true", help=flat)
-    everything = "also print the values nobody wrote, with upstream's defaults"
-    add("--all", action="store_true", help=everything)
     add("--diff", metavar="OTHER", help="print only what differs from another recipe")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the recipe as YAML, so that the output is a recipe (or a TRL config) again."""
+    """Print the recipe as YAML, so that the output is a recipe again."""
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:
         print_error(warning)
     file = shown_path(recipe_path(args.recipe))
     if args.diff:
         return _show_difference(recipe, file, args.diff)
-    if args.flat:
-        say(flat_text(recipe, file))
-        say("# next: save this as FILE, then: trl sft --config FILE")
-        return ExitCode.DONE
     say(f"# {recipe.name}: {file}")
     say(f"#   {launch_line(plan_launch(recipe.launch), file, args.overrides)}")
-    values = _all_values(recipe) if args.all else recipe.written_values()
-    say(join_lines(yaml_lines(values, lambda path: _comment(recipe, path))))
+    say(join_lines(yaml_lines(recipe.written_values(), lambda path: _comment(recipe, path))))
     say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
     return ExitCode.DONE
 
@@ -96,14 +85,13 @@ def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
     return shlex.join(["accelerate", "launch", *launch.launcher_words(), *script])
 
 
-def _all_values(recipe: Recipe) -> dict[str, Any]:
-    values = recipe.to_dict()
-    for section in ("train", "lora", "quantization"):
-        if values[section] is not None:
-            known = (subschema(section) or {})["properties"]
-            defaults = {key: schema.get("default") for key, schema in known.items()}
-            values[section] = {**defaults, **values[section]}
-    return values
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted keys of nested mappings with their values."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _comment(recipe: Recipe, path: KeyPath) -> str:

@@ -150,63 +150,25 @@ KINDS = (
 )
 
 
-def _foreign(name: str, title: str, keys: str, renamed: str) -> Kind:
-    use = (
-        "nothing here reads it; start a recipe (recipes new NAME --from quickstart/lora-r8 --data"
-        f" FILE) and write {renamed}"
-    )
-    return _kind(name, title, keys, use, "config.check:FlatRules")
-
-
-# Files of other training programs; `keys` are top-level keys that no other kind has.
-FOREIGN = (
-    _foreign(
-        "torchtune",
-        "a torchtune config",
-        "",
-        "batch_size as train.per_device_train_batch_size, epochs as train.num_train_epochs",
-    ),
-    _foreign(
-        "oumi",
-        "an oumi config",
-        "",
-        "model.model_name as model.name_or_path, model.model_max_length as train.max_length,"
-        " training.* as train.*, peft.lora_r as lora.r",
-    ),
-    _foreign(
-        "llama_factory",
-        "a LLaMA-Factory config",
-        "finetuning_type stage cutoff_len lora_target lora_rank dataset_dir quantization_bit",
-        "model_name_or_path as model.name_or_path, cutoff_len as train.max_length, lora_rank as"
-        " lora.r, quantization_bit as a quantization section, lora_target as lora.target_modules;"
-        " most other keys go to train as they are",
-    ),
-    _foreign(
-        "axolotl",
-        "an axolotl config",
-        "base_model sequence_len micro_batch_size sample_packing val_set_size lora_target_linear"
-        " dataset_prepared_path",
-        "base_model as model.name_or_path, sequence_len as train.max_length, micro_batch_size as"
-        " train.per_device_train_batch_size, num_epochs as train.num_train_epochs, sample_packing"
-        " as train.packing, lora_r as lora.r",
-    ),
-)
+# Top-level keys by which configs of other training programs are known.
+_FOREIGN = {
+    "an axolotl": ("base_model", "sequence_len", "micro_batch_size", "val_set_size"),
+    "a LLaMA-Factory": ("finetuning_type", "cutoff_len", "lora_target", "dataset_dir"),
+    "a DPO or GRPO": ("beta", "num_generations", "max_prompt_length", "reward_funcs"),
+    "an oumi": ("peft",),
+    "a torchtune": ("tokenizer", "optimizer", "checkpointer"),
+}
 
 
 def foreign_kind(values: dict[str, Any]) -> Kind | None:
     """Return whose config file this is, where it belongs to another training program."""
-    torchtune, oumi, *by_key = FOREIGN
     if values.keys() & {"extends", "train", "lora", "quantization", "run", "launch"}:
         return None
-    if any(isinstance(value, dict) and "_component_" in value for value in values.values()):
-        return torchtune
-    model, training = (
-        section if isinstance(section, dict) else {}
-        for section in (values.get("model"), values.get("training"))
-    )
-    if "model_name" in model or "trainer_type" in training:
-        return oumi
-    return next((kind for kind in by_key if kind.keys & values.keys()), None)
+    use = "nothing here reads it; start a recipe: recipes new NAME --from quickstart/lora-r8"
+    for whose, keys in _FOREIGN.items():
+        if values.keys() & set(keys):
+            return _kind("flat", f"{whose} config", "", use, "config.check:FlatRules")
+    return None
 
 
 def kind_named(name: str) -> Kind | None:

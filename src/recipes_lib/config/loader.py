@@ -21,7 +21,6 @@ from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, shown_path
 
 COMMAND_LINE = "command line"
-MAX_LEVELS = 2
 
 
 @dataclass(frozen=True)
@@ -145,14 +144,10 @@ def _with_parents(path: Path, source: YamlSource) -> tuple[list[YamlSource], int
         stack = (*stack, _real(path))
         for name, line in _parents(source):
             parent = Path(os.path.normpath(path.parent / name))
-            way = " -> ".join(step.name for step in (*stack, parent))
             if _real(parent) in stack:
                 steps = (*stack[stack.index(_real(parent)) :], _real(parent))
                 circle = " -> ".join(step.name for step in steps)
                 what = f"extends goes in a circle: {circle}"
-                raise RecipeError(what, file=source.file, line=line)
-            if len(stack) > MAX_LEVELS:
-                what = f"extends goes deeper than {MAX_LEVELS} levels: {way}"
                 raise RecipeError(what, file=source.file, line=line)
             visit(parent, _read_parent(parent, name, source, line), stack)
         ordered.setdefault(_real(path), source)

@@ -1,0 +1,107 @@
+"""The text of a new recipe: it extends an existing one and writes out what is different."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import OwnRows
+from recipes_lib.core.project import project_root, shown_path
+
+Method = Literal["lora", "qlora", "full"]
+_NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+    "bnb_4bit_quant_storage": "bfloat16",  # FSDP shards one floating type
+}
+_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+_LORA_TO_FULL_RATE = 0.1
+
+
+def new_recipe(
+    name: str,
+    target: Path,
+    origin: Recipe,
+    *,
+    model: str | None = None,
+    rows: OwnRows | None = None,
+    method: Method | None = None,
+) -> str:
+    """Return the text of a recipe called `name` that extends `origin` and will lie at `target`.
+
+    Args:
+        model: another base model. Template, end of a turn and names of layers that the origin has
+            for its own model are taken back.
+        rows: the user's own rows. Validations and checkpoints become shares of the training: the
+            origin's steps were chosen for other rows.
+        method: what is trained. Where it changes between adapter and full, so does the learning
+            rate, by ten.
+    """
+    values: dict[str, Any] = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
+    if model is not None:
+        values["model"]["name_or_path"] = model
+        values["data"] |= {"chat_template": None} if origin.data.chat_template else {}
+        values["train"] |= {"eos_token": None} if origin.train.get("eos_token") else {}
+        named = origin.lora is not None and origin.lora.get("target_modules") != "all-linear"
+        values["lora"] |= {"target_modules": "all-linear"} if named else {}
+    if rows is not None:
+        values["data"] |= {"source": _relative(target, rows.file), **rows.keys}
+        if origin.data.prompt_format not in rows.prompt_formats:
+            values["data"]["prompt_format"] = rows.prompt_formats[0]
+        values["train"] |= _shares(origin)
+        if rows.whole_text and origin.train.get("completion_only_loss"):
+            values["train"]["completion_only_loss"] = None
+    if method is not None:
+        _change_method(values, origin, method)
+    values["run"] = {"name": name, "tags": []}
+    written = {key: value for key, value in values.items() if value is None or value}
+    extends = _relative(target, origin.path)
+    head = [
+        schema_line(target),
+        f"# {name}: starts from {extends}. All values: recipes show {shown_path(target)}",
+        f"extends: {extends}",
+    ]
+    return "\n".join([*head, yaml.safe_dump(written, sort_keys=False, allow_unicode=True)])
+
+
+def schema_line(target: Path) -> str:
+    """Return the first line of a recipe at `target`, by which editors find its schema."""
+    schema = _relative(target, project_root() / "schema" / "recipe.schema.json")
+    return f"# yaml-language-server: $schema={schema}"
+
+
+def _relative(target: Path, file: Path) -> str:
+    """Return the path of a file as one that will lie at `target` must write it."""
+    return Path(os.path.relpath(file.resolve(), target.resolve().parent)).as_posix()
+
+
+def _shares(origin: Recipe) -> dict[str, Any]:
+    train = origin.train
+    values: dict[str, Any] = {"max_steps": -1} if train.get("max_steps", -1) > 0 else {}
+    if train.get("eval_strategy") == "steps":
+        values["eval_steps"] = 0.2
+    if train.get("save_strategy", "steps") == "steps":
+        # the best model is chosen among checkpoints
+        values["save_steps"] = 0.2 if train.get("load_best_model_at_end") else 0.05
+    return values
+
+
+def _change_method(values: dict[str, Any], origin: Recipe, method: Method) -> None:
+    had_adapter, gets_adapter = origin.lora is not None, method != "full"
+    if not gets_adapter:
+        values["lora"] = None
+    elif not had_adapter:
+        values["lora"] = dict(_LORA)
+    if method == "qlora":
+        values["quantization"] = origin.quantization or dict(_NF4)
+    elif origin.quantization is not None:
+        values["quantization"] = None
+    if had_adapter != gets_adapter and (rate := origin.train.get("learning_rate")):
+        factor = 1 / _LORA_TO_FULL_RATE if gets_adapter else _LORA_TO_FULL_RATE
+        values["train"]["learning_rate"] = float(f"{rate * factor:.3g}")
