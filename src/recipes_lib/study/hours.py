@@ -13,7 +13,6 @@ from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.lengths import Lengths
 from recipes_lib.planning.plan import Plan, card_for, plan_launched
 from recipes_lib.planning.text import clock, cost, spread, stand_in
-from recipes_lib.suites.eval_times import eval_times
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,9 @@ def study_hours(study: Study, gpu: str | None = None, price: float | None = None
             for one in (arm.tuning.candidates if arm.tuning else ())
             if one.recipe is not None
         }
-        evals = eval_times(study.evals, plan.settings.shape, card)
-        plan = replace(plan, evals=evals, price=price)
+        plan = replace(plan, price=price)
         arms.append(ArmPlan(arm.name, plan, max(1, len(arm.seeds)), tuning))
-        if study.include_base and evals:
+        if study.include_base and plan.evals:
             bases[arm.recipe.model.name_or_path] = plan.evaluation
     pairs = len(arms) * (len(arms) - 1) // 2 + (len(arms) if study.include_base else 0)
     pairs *= max((arm.seeds for arm in arms), default=0)

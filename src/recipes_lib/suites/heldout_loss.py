@@ -39,10 +39,12 @@ from recipes_lib.generation.subjects import Subject
 from recipes_lib.generation.targets import Target
 from recipes_lib.generation.transformers_engine import batches
 from recipes_lib.statistics.intervals import StoredInterval, mean_interval
-from recipes_lib.suites.answer_costs import loss_tokens
 from recipes_lib.suites.suite import Suite, interval, number
 
 LOSS = "loss"
+# Padded tokens of a forward pass, on a CPU and on a GPU. Their float32 logits take four bytes for
+# each token and entry of the vocabulary.
+FORWARD_TOKENS = {False: 1024, True: 16384}
 
 
 class _Rows(TypedDict):
@@ -272,7 +274,7 @@ def row_losses(
     order = sorted(range(len(input_ids)), key=lambda row: -len(input_ids[row]))
     losses = [0.0] * len(order)
     with torch.inference_mode():
-        limit = loss_tokens(on_gpu=device.type != "cpu")
+        limit = FORWARD_TOKENS[device.type != "cpu"]
         for batch in batches(order, lambda row: len(input_ids[row]), limit, most=len(order)):
             width = len(input_ids[batch[0]])
             ids = torch.zeros(len(batch), width, dtype=torch.long)
