@@ -23,7 +23,7 @@ ORDER = (
     ("evals",),
     ("eval_log", "engine"),
     ("judging",),
-    ("eval_files", "eval_recipe"),
+    ("eval_files", "eval_key", "eval_recipe"),
     ("generation",),
     ("suites",),
     ("evaluate", "train"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
+from recipes_lib.core.json_files import DamagedFile, object_or_none, read_object, read_rows
 from recipes_lib.eval_log import REFERENCE, EvalLog, Measure, Sample, TaskScore
 
 _SHARE = re.compile(
@@ -95,7 +95,17 @@ def log_file(run: Path, name: str, against: str | None) -> Path:
 
 
 def write_log(log: EvalLog) -> None:
-    """Write a log: first its samples, then result.json, which makes it one."""
+    """Write a log: first its samples, then result.json, which makes it one.
+
+    A result of other settings that lies there is kept, in `earlier/<its key>/` beside it.
+    """
+    before = object_or_none(log.file) or {}
+    if before and before.get("key", "") != log.key:
+        kept = log.file.parent / "earlier" / (str(before.get("key") or "")[:12] or "no-key")
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in (log.file, _items_file(log.file)):
+            if file.is_file():
+                file.replace(kept / file.name)
     rows = (
         sample.to_dict(measure.metric, measure.task)
         for measure in log.measures

@@ -470,7 +470,8 @@ class EvalLog:
     `protocol` are lm-eval's. `leaks` is what the target's training rows hold of the questions, None
     where it has none or nobody looked. `banners` must be read before the numbers, heaviest first.
     `replays` are what `recipes judge replay` says about imported files of judgments, `lacks` what
-    they do not hold, `flags` how they were judged. `file` is result.json.
+    they do not hold, `flags` how they were judged. `key` is the hash of everything that the result
+    depends on (`eval_key.result_key`). `file` is result.json.
     """
 
     suite: str
@@ -496,6 +497,7 @@ class EvalLog:
     lacks: list[str] = field(default_factory=list)
     replays: list[dict[str, Any]] = field(default_factory=list)
     recipe: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    key: str = ""
     written: str | None = None
     command: str | None = None
     git: Mapping[str, Any] = field(default_factory=dict)

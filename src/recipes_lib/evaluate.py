@@ -31,7 +31,8 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.ranks import leave_together
 from recipes_lib.core.redaction import masked
 from recipes_lib.eval_files import write_log
-from recipes_lib.eval_log import EvalLog
+from recipes_lib.eval_key import result_key
+from recipes_lib.eval_log import REFERENCE, EvalLog
 from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval, no_opponent
 from recipes_lib.generation.judges import OpenJudge, opened
 from recipes_lib.generation.subjects import Subject, grouped, loaded
@@ -213,7 +214,9 @@ def write_result(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
         "libraries": library_versions(),
     }
     banners += log.banners
-    log = dataclasses.replace(log, leaks=leaks, banners=banners, **masked(words))
+    opponent = log.opponent.fingerprint if log.opponent and log.against != REFERENCE else None
+    key = result_key(recipe, log.answers.fingerprint, opponent)
+    log = dataclasses.replace(log, leaks=leaks, banners=banners, key=key, **masked(words))
     write_log(log)
     return log
 

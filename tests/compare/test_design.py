@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from recipes_lib.study.steps import build_graph
 
 from recipes_lib.cli import main
 from recipes_lib.compare.design import load_study
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.study.arms import arm_recipe, launch_words, run_names, train_words
-from recipes_lib.study.steps import build_graph
 
 PROJECT = Path(__file__).resolve().parents[2]
 STUDIES = sorted((PROJECT / "recipes" / "studies").glob("*.yaml"))

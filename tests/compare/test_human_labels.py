@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from recipes_lib.study.ledger import _results_of
 
 from recipes_lib.compare.claims import compare_arms, numbers_text
 from recipes_lib.compare.measurements import Measurements
@@ -19,7 +20,6 @@ from recipes_lib.eval_log import Measure, Sample
 from recipes_lib.report.content import _seed_means
 from recipes_lib.statistics.labels import random_choice_p, rectified
 from recipes_lib.statistics.paired import Array
-from recipes_lib.study.ledger import _results_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

@@ -322,8 +322,9 @@ def test_nothing_in_a_report_is_a_secret(make_content, monkeypatch, tmp_path):
 
 
 def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
-    from recipes_lib.study.conclusion import not_up_to_date
     from recipes_lib.study.graph import Freshness
+
+    from recipes_lib.study.conclusion import not_up_to_date
 
     lines = not_up_to_date(("judgments.a",), {"judgments.a": Freshness("missing")})
     text = report_html(replace(make_content(), banners=tuple(lines)), ())

@@ -13,6 +13,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from recipes_lib.study.steps import build_graph, judgment_inputs
 from tests.opened import Opened, run_and_watch
 from tests.study.study_files import write_tiny_study
 
@@ -26,7 +27,6 @@ from recipes_lib.eval_recipe import load_eval
 from recipes_lib.slurm.jobs import HandedOver, Job, Task
 from recipes_lib.slurm.profile import load_profile
 from recipes_lib.slurm.submission import all_launches, script_of
-from recipes_lib.study.steps import build_graph, judgment_inputs
 from recipes_lib.suites.harness import load_tasks
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -128,3 +128,26 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
     study = folder / "tiny.yaml"
     study.write_text(STUDY, encoding="utf-8")
     return study
+
+
+TOO_LONG = (
+    "My neighbour's apple tree hangs over our fence and drops its fruit on the path every autumn;"
+    " may I pick what hangs on my side, and what should I say to him first?"
+)
+
+
+def leak_questions(folder: Path) -> None:
+    """Put five questions of the study's AlpacaEval into lines 3 to 7 of its rows; all train."""
+    questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    questions[0]["instruction"] = TOO_LONG
+    (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
+    rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    for line, question in enumerate(questions[:5], 2):
+        row = {"instruction": question["instruction"], "context": "", "response": "So."}
+        rows[line] = json.dumps(row | {"category": "leaked"})
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    for name in ("r4", "r8"):
+        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        text = text.replace("split: {validation: 0.1}, max_examples: 60", "split: {method: none}")
+        text = text.replace("eval_strategy: steps", "eval_strategy: 'no'")
+        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")

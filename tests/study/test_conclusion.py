@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from recipes_lib.study.graph import Graph, Step
+from recipes_lib.study.steps import build_graph
 
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, RunMeasurements
@@ -19,8 +21,6 @@ from recipes_lib.eval_log import EvalLog
 from recipes_lib.study import conclusion
 from recipes_lib.study.arms import base_record
 from recipes_lib.study.conclusion import conclude, measured_runs, of_study
-from recipes_lib.study.graph import Graph, Step
-from recipes_lib.study.steps import build_graph
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

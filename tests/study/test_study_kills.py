@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recipes_lib.study.ledger import ledger_of, looked
+from recipes_lib.study.steps import build_graph
 from tests.study.study_files import write_tiny_study
 
 from recipes_lib.compare.claims import compare_arms
@@ -28,8 +30,6 @@ from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
 from recipes_lib.study.conclusion import measured_runs, of_study
-from recipes_lib.study.ledger import ledger_of, looked
-from recipes_lib.study.steps import build_graph
 
 KILLS = 10
 SEED = 20

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,10 +41,8 @@ def run(args: argparse.Namespace) -> int:
     # numpy, which `recipes compare --help` does without
     from recipes_lib.compare.claims import compare_arms
     from recipes_lib.compare.measurements import read_measurements
-    from recipes_lib.compare.relabelling import relabelled
     from recipes_lib.compare.table_lines import comparison_lines
     from recipes_lib.compare.validity import check_validity
-    from recipes_lib.study.ledger import ledger_of_runs, looked
 
     folders = run_folders(args.runs)
     damaged: list[DamagedFile] = []
@@ -56,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
         warn(f"an evaluation is damaged and left out: {error}")
     aims = Aims(margins=dict(map(_margin, args.margin)))
     findings = check_validity(None, measurements)
-    make = partial(compare_arms, measurements, findings, aims=aims, relabel=relabelled)
-    ledger = ledger_of_runs(measurements)
-    comparison = looked(ledger, lambda weigh: make(weigh=weigh)) if ledger else make()
+    comparison = compare_arms(measurements, findings, aims=aims)
     if not comparison.scores and (damaged or not comparison.rows):
         if damaged:
             raise damaged[0]

@@ -22,10 +22,10 @@ from recipes_lib.planning.advice import Advice, advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
-from recipes_lib.study.hours import study_hours, study_json, study_lines
-from recipes_lib.study.leaks import refuse_leaks
-from recipes_lib.study.steps import build_graph
-from recipes_lib.study.tuning import with_choices
+from recipes_lib.study.needs import refuse_unmet
+from recipes_lib.study.status import plan_lines as study_lines
+from recipes_lib.study.status import plan_object as study_object
+from recipes_lib.study.tune import with_choices
 
 _OF_A_RECIPE = ("gpus", "nodes", "accelerate")
 
@@ -100,11 +100,10 @@ def _study(args: argparse.Namespace, path: Path) -> int:
     why = "a study says itself how its arms are launched and evaluated"
     _refuse_flags(args, _OF_A_RECIPE, why, shown_path(path))
     study = with_choices(load_study(path, args.overrides))
-    refuse_leaks(study, build_graph(study).todo())
-    plan = study_hours(study, args.gpu, args.price)
+    refuse_unmet(study)
     if args.json:
-        return print_json(study_json(plan))
-    for line in study_lines(plan):
+        return print_json(study_object(study, args.gpu))
+    for line in study_lines(study, args.gpu):
         say(line)
     next_step(f"recipes study run {shown_path(path)}")
     return ExitCode.DONE

@@ -1,5 +1,5 @@
-"""`recipes study plan|run|status|report|gate|diff STUDY`: variants compared. Only `run`, `report`
-and `gate` import what is heavy.
+"""`recipes study plan|run|status|report STUDY`: variants compared. Only `run` and `report` import
+what is heavy.
 """
 
 from __future__ import annotations
@@ -7,45 +7,27 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
-import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 
 from recipes_lib.compare.design import Study, load_study
 from recipes_lib.compare.wording import count
-from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
-from recipes_lib.core.json_files import read_object
+from recipes_lib.core.errors import ExitCode, print_error
+from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import aligned, flag_words, next_step, print_json, say
-from recipes_lib.slurm.submission import LaunchFolder
-from recipes_lib.slurm.watching import goes_on
+from recipes_lib.core.terminal import at_least, flag_words, next_step, print_json, say
 from recipes_lib.study.arms import study_folder
-from recipes_lib.study.leaks import refuse_leaks
-from recipes_lib.study.runner import run_study, study_lock
-from recipes_lib.study.status import (
-    diff_rows,
-    number_of_looks,
-    standstill,
-    status_lines,
-    step_rows,
-    study_plan_lines,
-    study_plan_object,
-    summary_line,
-    tuning_lines,
-)
-from recipes_lib.study.steps import build_graph
-from recipes_lib.study.tuning import with_choices
+from recipes_lib.study.needs import refuse_unmet
+from recipes_lib.study.run import run_study, study_lock
+from recipes_lib.study.status import plan_lines, plan_object, status_lines, status_rows
+from recipes_lib.study.tune import with_choices
 
 _ACTIONS = {
-    "plan": "what would be done, why, and what it costs; nothing is touched",
-    "run": "do every step that is not fresh; the same command continues after any interruption",
-    "status": "every step with its state",
-    "report": "statistics and report of what was measured, without training or evaluating anything",
-    "gate": "for CI: exit code 1 if an arm is worse than its baseline, 6 if results are missing",
-    "diff": "what differs between the arms, and whether a factor declares it",
+    "plan": "what is to be done and what it takes; nothing is touched",
+    "run": "train, evaluate and report what is not done yet; the same command continues",
+    "status": "every training and result that is not done",
+    "report": "the report of what was measured, without training or evaluating anything",
 }
-WATCH_S = 2.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -58,22 +40,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name, help in _ACTIONS.items():
         add = actions.add_parser(name, help=help, allow_abbrev=False).add_argument
         add("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
-        if name in ("plan", "status", "gate"):
+        if name != "run":
             add("--json", action="store_true", help="print one JSON object")
-        if name == "status":
-            watch = "show it again every two seconds until everything is done, or nothing goes on"
-            add("--watch", action="store_true", help=watch)
+        if name == "report":
+            gate = "exit code 1 if an arm is worse than its baseline, 6 if results are missing"
+            add("--gate", action="store_true", help=f"for CI, without a report: {gate}")
         if name == "run":
-            jobs = "trainings at the same time (default 1)"
-            add("--jobs", type=int, default=1, metavar="N", help=jobs)
-            anyway = "train also what the plan says cannot fit this machine"
-            add("--no-plan", action="store_true", help=anyway)
+            jobs = "trainings at the same time, each with GPUs of its own (default 1)"
+            add("--jobs", type=at_least(1), default=1, metavar="N", help=jobs)
+            no_train = "train nothing: evaluate what is trained, and report"
+            add("--no-train", action="store_true", help=no_train)
             trust = "allow code that ships with a model, if the recipe asks for it"
             add("--trust-remote-code", action="store_true", help=trust)
-            add("--dry-run", action="store_true", help="the same as plan")
-        if name in ("run", "plan"):
-            only = "these steps alone, by name or its beginning: train"
-            add("--only", nargs="+", default=[], metavar="STEP", help=only)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,16 +59,7 @@ def run(args: argparse.Namespace) -> int:
     study = with_choices(load_study(args.study, args.overrides))
     for warning in study.warnings:
         print_error(warning)
-    if args.action == "run" and args.dry_run:
-        args.action, args.json = "plan", False
-    actions = {
-        "plan": _plan,
-        "run": _run,
-        "status": _status,
-        "report": _report,
-        "gate": _gate,
-        "diff": _diff,
-    }
+    actions = {"plan": _plan, "run": _run, "status": _status, "report": _report}
     return actions[args.action](study, args)
 
 
@@ -100,94 +69,37 @@ def typed(study: Study) -> str:
 
 
 def _plan(study: Study, args: argparse.Namespace) -> int:
-    graph = build_graph(study)
-    steps = graph.wanted(args.only)
-    refuse_leaks(study, graph.todo(args.only))
+    refuse_unmet(study)
     if args.json:
-        return print_json(study_plan_object(study, graph, steps, _estimates(study)))
-    for line in study_plan_lines(study, graph, steps, _estimates(study)):
+        return print_json(plan_object(study))
+    for line in plan_lines(study):
         say(line)
-    say("estimated times and memory, and where they come from: recipes plan " + typed(study))
     next_step(f"recipes study run {typed(study)}")
     return ExitCode.DONE
 
 
-def _estimates(study: Study) -> dict[str, str]:
-    """What one training of each arm takes, as `recipes plan` estimates it; nothing for arms it
-    cannot plan.
-    """
-    from recipes_lib.planning.text import spread
-    from recipes_lib.study.hours import study_hours
-
-    with suppress(RecipesError):
-        plans = {
-            name: plan
-            for arm in study_hours(study).arms
-            for name, plan in {arm.name: arm.plan, **arm.tuning}.items()
-        }
-        return {
-            name: (
-                f"about {spread(plan.duration.total, plan.settings.device)} on"
-                f" {plan.card.title}{' (assumed)' * plan.card.stands_in}"
-            )
-            for name, plan in plans.items()
-        }
-    return {}
-
-
 def _run(study: Study, args: argparse.Namespace) -> int:
-    if args.jobs < 1:
-        raise RecipeError(f"--jobs must be at least 1, got {args.jobs}")
     started = time.monotonic()
-    flags = flag_words(args, ("no_plan", "trust_remote_code"))
-    code = run_study(study, say, args.jobs, args.only, args.debug, flags)
-    if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-        next_step(f"recipes study run {typed(study)}")
-        return code
-    took = f"{time.monotonic() - started:.0f} s"
-    say(
-        f"\nstudy '{study.name}'" + (f" took {took}" if code else f": every step is fresh ({took})")
-    )
-    report = study_folder(study) / "report" / "report.html"
-    if report.is_file():
-        # The report's answer, as it was written.
-        comparison = read_object(study_folder(study) / "steps" / "statistics" / "comparison.json")
-        for sentence in comparison.get("answer", []):
+    flags = flag_words(args, ("trust_remote_code",))
+    code = run_study(study, say, args.jobs, flags, not args.no_train, args.debug)
+    if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+        say(f"\nstudy '{study.name}' took {time.monotonic() - started:.0f} s")
+        folder = study_folder(study)
+        for sentence in (object_or_none(folder / "comparison.json") or {}).get("answer", []):
             say(sentence)
-        for part in ("looks", "relabelling"):
-            if own := comparison.get(part):
-                say(own["sentence"])
-        say(f"report: {shown_path(report)}")
-    next_step(f"recipes study {'status' if code else 'diff'} {typed(study)}")
+        if (folder / "report" / "report.html").is_file():
+            say(f"report: {shown_path(folder / 'report' / 'report.html')}")
+    next_step(f"recipes study {'run' if code else 'report'} {typed(study)}")
     return code
 
 
 def _status(study: Study, args: argparse.Namespace) -> int:
-    shown = ""
-    while True:
-        graph = build_graph(study)
-        rows, looks = step_rows(study, graph), number_of_looks(study)
-        if args.json:
-            steps = [row.to_dict() for row in rows]
-            return print_json({"study": study.name, "looks": looks, "steps": steps})
-        terminal = sys.stdout.isatty()
-        if args.watch and terminal:
-            print("\x1b[H\x1b[2J", end="")
-        if terminal or not shown:
-            width = shutil.get_terminal_size((160, 24)).columns if terminal else 10_000
-            for line in status_lines(rows, width):
-                say(line)
-        if (summary := summary_line(rows, looks)) != shown or terminal:
-            say(summary)
-        shown = summary
-        done = all(row.state == "fresh" for row in rows)
-        if not args.watch or done:
-            break
-        still = standstill(study, graph)
-        if still and not goes_on(LaunchFolder(study_folder(study) / "slurm")):
-            say(still)
-            break
-        time.sleep(WATCH_S)
+    rows = status_rows(study)
+    if args.json:
+        return print_json({"study": study.name, "rows": [vars(row) for row in rows]})
+    for line in status_lines(rows):
+        say(line)
+    done = all(row.state == "done" for row in rows)
     next_step(f"recipes study {'report' if done else 'run'} {typed(study)}")
     return ExitCode.DONE
 
@@ -195,31 +107,28 @@ def _status(study: Study, args: argparse.Namespace) -> int:
 def _report(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.study.conclusion import conclude
 
+    if args.gate:
+        return _gate(study, args)
     folder = study_folder(study)
     kept = not folder.is_dir() or os.access(folder, os.W_OK)
     with study_lock(study) if kept else nullcontext():
-        conclusion = conclude(study, build_graph(study), keep=kept)
-    comparison = conclusion.comparison
-    for sentence in comparison.answer:
+        conclusion = conclude(study, keep=kept)
+    if args.json:
+        return print_json(conclusion.comparison.to_dict())
+    for sentence in conclusion.comparison.answer:
         say(sentence)
-    if looks := comparison.looks:
-        say(looks.sentence)
-    if own := comparison.relabelling:
-        say(own.sentence)
-    if not kept:
-        say(f"\n{shown_path(folder)} is read-only: no report was written")
-        return ExitCode.DONE
-    if not conclusion.complete:
+    if conclusion.missing:
         say("not everything is measured yet: the report holds what there is")
-    say(f"\nreport: {shown_path(conclusion.folder / 'report.html')}")
-    next_step(f"recipes study {'diff' if conclusion.complete else 'run'} {typed(study)}")
+    report = shown_path(conclusion.folder / "report.html")
+    say(f"\nreport: {report}" if kept else f"\n{shown_path(folder)} is read-only: no report")
+    next_step(f"recipes study {'run' if conclusion.missing else 'status'} {typed(study)}")
     return ExitCode.DONE
 
 
 def _gate(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.study.gate import gate
 
-    found = gate(study, build_graph(study))
+    found = gate(study)
     if args.json:
         print_json(found.to_dict())
         return found.code
@@ -229,8 +138,6 @@ def _gate(study: Study, args: argparse.Namespace) -> int:
         say(f"worse: {one.sentence}")
     for one in found.not_shown:
         say(f"not shown within its margin: {one.sentence}")
-    if found.unrecorded:
-        say(f"this look could not be recorded: {found.unrecorded}")
     if found.missing:
         last = f"not decided: {count(len(found.missing), 'result')} missing"
     elif found.code:
@@ -244,29 +151,3 @@ def _gate(study: Study, args: argparse.Namespace) -> int:
     say(f"{last} ({count(found.comparisons, 'comparison')})")
     next_step(f"recipes study {'run' if found.missing else 'report'} {typed(study)}")
     return found.code
-
-
-def _diff(study: Study, args: argparse.Namespace) -> int:
-    arms = [arm.name for arm in study.arms if arm.recipe is not None]
-    rows = list(diff_rows(study))
-    without = [arm.name for arm in study.arms if arm.recipe is None]
-    if rows:
-        lines = [(key, *values, factor or "none declared") for key, values, factor in rows]
-        say("\n".join(aligned([("key", *arms, "factor"), *lines])))
-    elif len(arms) > 1:
-        say("no difference: every resolved value is the same in all arms")
-    else:
-        say("there are no two arms with a recipe")
-    for line in tuning_lines(study):
-        say(line)
-    confounds = [key for key, _, factor in rows if not factor]
-    if confounds:
-        say(
-            f"\n{len(confounds)} of {len(rows)} differences belong to no declared factor: each may"
-            " be the cause of what is measured"
-        )
-    if without:
-        say(f"without a recipe, so nothing is known of how they were made: {', '.join(without)}")
-    refuse_leaks(study, build_graph(study).wanted())
-    next_step(f"recipes study plan {typed(study)}")
-    return ExitCode.DONE

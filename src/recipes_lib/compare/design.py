@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from recipes_lib.compare.aims import Aims, Margin, full_name, known_metrics
 from recipes_lib.compare.published import load_published
@@ -163,6 +163,11 @@ class StudySection(LaunchKeys):
         "The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k."
         " Its comparisons are tested before everything else. Absent: the first eval's first"
         " metric."
+    )
+    pairs: Literal["baseline", "all"] = key(
+        "alpaca_eval: whom the answers are compared with head to head: each arm with the baseline,"
+        " or with every other arm (the judge is asked as often as there are pairs).",
+        "baseline",
     )
     margins: dict[str, float | str] = key(
         "Metric -> the difference that does not matter, in its unit or as '2 points'. Adds the"
@@ -321,6 +326,7 @@ class Study:
     words: tuple[str, ...] = ()
     aims: Aims = Aims()
     baseline: str = BASE_ARM
+    pairs: str = "baseline"
     looks: int = 1
     text: str = field(default="", repr=False)
 
@@ -678,6 +684,7 @@ class _Reader:
             origins=document.origins,
             aims=self._aims(evals),
             baseline=own.baseline or (BASE_ARM if with_base or own_base else first),
+            pairs=own.pairs,
             looks=own.looks,
             text=document.text,
         )

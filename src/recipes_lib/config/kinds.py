@@ -98,7 +98,7 @@ KINDS = (
         " published accelerate gpus nodes overrides looks tune",
         "run it: recipes study run",
         "compare.design:StudyRules",
-        "study.leaks:check_study_rows",
+        "study.needs:check_study_needs",
     ),
     _kind(
         "profile",

@@ -37,7 +37,7 @@ def folder_fingerprint(folder: Path) -> str:
     lies.
     """
     files = sorted(path for pattern in _WEIGHTS for path in folder.glob(pattern))
-    parts: list[Any] = [[path.name, _digest(path)] for path in files]
+    parts: list[Any] = [[path.name, file_digest(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         if (folder / name).is_file():
             values = {
@@ -76,8 +76,10 @@ def model_fingerprint(path: str, revision: str | None) -> str:
     return hash_of(path, Path(cached).parent.name if isinstance(cached, str) else revision)
 
 
-def _digest(path: Path) -> str:
-    """The SHA-256 of a file, remembered in the cache folder by path, size and modification time."""
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, remembered in the cache folder by path, size and modification
+    time.
+    """
     stat = path.stat()
     stamp = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
     memory = cache_root() / "digests" / f"{hash_of(stamp)[:32]}.json"

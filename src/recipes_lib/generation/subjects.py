@@ -19,15 +19,12 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED, DataSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.fingerprints import (
-    folder_fingerprint,
-    hash_of,
-    model_fingerprint,
-)
+from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.supervision import prompt_ids
+from recipes_lib.eval_key import model_key
 from recipes_lib.generation.targets import Target
 from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.weights.base import base_fingerprint, load_model, load_tokenizer, model_path
@@ -228,14 +225,7 @@ def _subject(target: Target, tokenizer: Any, model: Any, using: Any) -> Subject:
     if recipe.name == "auto" and not getattr(tokenizer, "chat_template", None):
         section = dataclasses.replace(section, prompt_format="dolly")
     prompts = PromptFormat(section, tokenizer)
-    precision = [recipe.model.dtype, recipe.quantization]
-    if target.trained and recipe.lora is None:
-        fingerprint = hash_of(folder_fingerprint(target.trained.weights), precision)
-    else:
-        base = model_fingerprint(model_path(recipe.model), recipe.model.revision)
-        fingerprint = hash_of(
-            base, precision, folder_fingerprint(target.trained.weights) if target.trained else None
-        )
+    fingerprint = model_key(recipe, target.trained.weights if target.trained else None)
     if target.trained:
         check_format(target.trained, prompts)
         return Subject(target, target.trained.run, fingerprint, prompts, model, using)

@@ -112,7 +112,7 @@ def tunings(study: Study) -> list[Tuned]:
             loss=loss,
             chosen=value == tuning.chosen,
             seed=candidate.seeds[0],
-            file=f"{study.name}/steps/choose.{arm.name}/done.json",
+            file=f"{study.name}/choices.json",
         )
         for arm in study.arms
         if (tuning := arm.tuning)

@@ -22,15 +22,13 @@ from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.eval_recipe import UNJUDGED, EvalRecipe, load_eval
+from recipes_lib.eval_recipe import EvalRecipe, load_eval
 from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.plan import plan_launched
 from recipes_lib.slurm.prefetching import judge_model
 from recipes_lib.slurm.profile import STAGES, EnvironmentSection, SiteProfile
-from recipes_lib.study.arms import arm_recipe
-from recipes_lib.study.graph import Step
-from recipes_lib.study.leaks import refuse_leaks
-from recipes_lib.study.steps import build_graph
+from recipes_lib.study.needs import refuse_unmet
+from recipes_lib.study.runs import Training, is_trained, missing_of, trainings
 from recipes_lib.suites.leaks import refuse_leaks_of
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
@@ -421,9 +419,9 @@ def _plan_recipe(
 
 
 class _StudyPlanner:
-    """The jobs of a study: arms that are equally large train as one array, each answers and is
-    benchmarked once its adapter passed its check, then one judge judges them all (its audit is
-    about all of them), then the report. What is fresh already is left out.
+    """The jobs of a study: arms that are equally large train as one array, then one job runs the
+    study, which evaluates what is trained and writes the report. What is trained already is left
+    out.
     """
 
     def __init__(
@@ -433,16 +431,10 @@ class _StudyPlanner:
         self.python = _python(profile)
         self.handed = HandedOver(jobs_folder(study.name), files)
         self.handed.add_texts((arm.recipe for arm in study.arms if arm.recipe), study.evals)
-        if study.published:
-            files.add_texts(study.published)
         launches = [arm.launch for arm in study.arms if arm.trained]
         for launch in launches:
             _check_gpus(launch, profile)
         self.uses_gpus = not all(launch.config.use_cpu for launch in launches)
-        self.graph = build_graph(study)
-        self.state = self.graph.survey()
-        # step -> label of the job that does it
-        self.owner: dict[str, str] = {}
 
     def plan(self, stages: Sequence[str], throttle: int | None) -> JobPlan:
         """Return the jobs.
@@ -451,96 +443,59 @@ class _StudyPlanner:
             throttle: arms that train at the same time; None is no limit.
 
         Raises:
-            RecipeError: nothing is left to do, or a stage needs one that was neither asked for nor
-                done.
+            RecipeError: nothing is left to do, or the stages need a training that is not done.
         """
         study = self.study
-        if "train" in stages:
-            refuse_leaks(study, self._open("train"))
-        jobs = self._trainings(throttle) if "train" in stages else []
-        if "eval" in stages:
-            asked: dict[str, list[str]] = {}  # of each arm and seed, and of the base
-            for step in self._open("answers", *UNJUDGED):
-                word = step.name.removeprefix(f"{step.kind}.{step.eval}.")
-                asked.setdefault(f"eval-{word}", []).append(step.name)
-            jobs += [self._steps_job(label, names) for label, names in asked.items()]
-            if judged := self._open("judgments", "comparison"):
-                judge = _with_judge(study.evals, self.profile)
-                jobs.append(self._steps_job("eval-judge", [step.name for step in judged], judge))
-        if "report" in stages and (last := self._open("statistics", "report")):
-            jobs.append(self._steps_job("report", [step.name for step in last]))
+        refuse_unmet(study)
+        left = [one for one in trainings(study) if not is_trained(study, one)]
+        if left and "train" not in stages:
+            what = f"{left[0].run} is not trained"
+            raise RecipeError(what, "add the stage: --stages train,eval")
+        jobs = self._trainings(left, throttle)
+        if {"eval", "report"} & set(stages) and missing_of(study):
+            words = (
+                *CLI_MODULE,
+                "study",
+                "run",
+                shown_path(study.path),
+                "--no-train",
+                *study.words,
+            )
+            words += tuple(_of_later_stages(self.flags))
+            launcher = (*_with_judge(study.evals, self.profile), *self.python)
+            size = JobSize(uses_gpus=self.uses_gpus)
+            trained = tuple(job.label for job in jobs)
+            task = Task(launcher, words, what="study run")
+            # also where an arm failed: the others are evaluated
+            jobs.append(Job("eval", "eval", (task,), size, after_any=trained))
         if not jobs:
-            what = f"study '{study.name}': every step of {', '.join(stages)} is fresh"
-            raise RecipeError(what, f"look at it: recipes study status {shown_path(study.path)}")
-        self._check_order()
+            what = f"study '{study.name}': everything is done"
+            raise RecipeError(what, f"look at it: recipes study report {shown_path(study.path)}")
         models = [arm.recipe.model for arm in study.arms if arm.trained and arm.recipe]
         models += [judge for one in study.evals for judge in judge_model(one)]
-        asking = study.evals if "eval" in stages else ()
-        warnings = tuple(_judges_nobody_starts(asking, self.profile))
+        warnings = tuple(_judges_nobody_starts(study.evals, self.profile))
         return JobPlan(tuple(jobs), self.handed, tuple(models), warnings)
 
-    def _open(self, *kinds: str) -> list[Step]:
-        return [step for step in self.graph.of_kind(*kinds) if not self.state[step.name].fresh]
-
-    def _trainings(self, throttle: int | None) -> list[Job]:
-        """Return the trainings with their checks: one job for the arms and seeds of one size, an
-        array where there are several.
+    def _trainings(self, left: Sequence[Training], throttle: int | None) -> list[Job]:
+        """Return the trainings: one job for the arms and seeds of one size, an array where there
+        are several.
         """
-        check_of = {step.upstream[0]: step.name for step in self.graph.of_kind("check")}
-        groups: dict[tuple[JobSize, str], list[Step]] = {}
-        for step in self.graph.of_kind("train"):
-            if not (self.state[step.name].fresh and self.state[check_of[step.name]].fresh):
-                launch = self.study.arm(step.arm).launch
-                groups.setdefault((_size(launch), launch.config.path.stem), []).append(step)
+        groups: dict[tuple[JobSize, str], list[Training]] = {}
+        for one in left:
+            launch = one.arm.launch
+            groups.setdefault((_size(launch), launch.config.path.stem), []).append(one)
         jobs: list[Job] = []
-        for (size, config), steps in groups.items():
+        for (size, config), group in groups.items():
             label = f"train-{config}-{size.nodes}x{size.processes}" if len(groups) > 1 else "train"
-            tasks = tuple(self._training(step, check_of[step.name]) for step in steps)
-            arms = [self.study.arm(name) for name in dict.fromkeys(step.arm for step in steps)]
-            planned = [
-                planned_seconds(arm.recipe, arm.launch, self.profile) for arm in arms if arm.recipe
-            ]
-            seconds = max(filter(None, planned)) if all(planned) else None
             # groups one after another, or together they would exceed the limit
             before = (jobs[-1].label,) if jobs and throttle else ()
-            jobs.append(Job(label, "train", tasks, size, (), before, throttle, seconds))
-            for step, task in zip(steps, task_labels(label, len(tasks)), strict=True):
-                self.owner |= {step.name: task, check_of[step.name]: task}
+            tasks = tuple(map(self._training, group))
+            jobs.append(Job(label, "train", tasks, size, (), before, throttle))
         return jobs
 
-    def _training(self, step: Step, check: str) -> Task:
-        """Return the training of one arm and seed; it succeeded when its adapter check passed."""
-        arm = self.study.arm(step.arm)
-        assert step.seed is not None
-        recipe = arm_recipe(self.study, arm, step.seed)
+    def _training(self, one: Training) -> Task:
+        recipe = one.recipe(self.study)
         launcher, script = self.handed.training(
-            f"{step.name}.json", recipe, arm.launch, self.python
+            f"{one.run}.json", recipe, one.arm.launch, self.python
         )
-        checked = (*self.python, *self._study_run([step.name, check]))
-        return Task(launcher, (*script, *self.flags), checked, recipe.name)
-
-    def _study_run(self, steps: Sequence[str]) -> tuple[str, ...]:
-        """Return the command that does steps of the study."""
-        study, allowed = shown_path(self.study.path), _of_later_stages(self.flags)
-        return (*CLI_MODULE, "study", "run", study, *self.study.words, *allowed, "--only", *steps)
-
-    def _steps_job(self, label: str, steps: Sequence[str], before: tuple[str, ...] = ()) -> Job:
-        """Return one job for steps; it waits for the jobs that do what they need."""
-        self.owner |= dict.fromkeys(steps, label)
-        needed = [above for name in steps for above in self.graph.steps[name].upstream]
-        after = dict.fromkeys(self.owner.get(name, label) for name in needed)
-        after.pop(label, None)
-        stage = label.partition("-")[0]
-        size = JobSize(uses_gpus=self.uses_gpus and stage == "eval")
-        task = Task((*before, *self.python), self._study_run(steps), what=label)
-        return Job(label, stage, (task,), size, tuple(after))
-
-    def _check_order(self) -> None:
-        """Refuse jobs whose steps need steps that are neither fresh nor part of the chain."""
-        for name in self.owner:
-            for above in self.graph.steps[name].upstream:
-                if above not in self.owner and not self.state[above].fresh:
-                    raise RecipeError(
-                        f"{name} needs {above}, which is not done",
-                        "add its stage: --stages train,eval,report",
-                    )
+        return Task(launcher, (*script, *self.flags), what=recipe.name)

@@ -5,36 +5,17 @@ torch.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from contextlib import suppress
 from pathlib import Path
 
-from recipes_lib.compare.design import BASE_ARM, Arm, Study
+from recipes_lib.compare.design import Arm, Study
 from recipes_lib.config.loader import COMMAND_LINE, Origin
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.json_files import read_object
 from recipes_lib.core.project import runs_root, shown_path
-
-# What the ledger of a study holds, in short: its last line, and how many looks there were.
-LEDGER_HEAD = Path("steps", "statistics", "ledger.json")
 
 
 def study_folder(study: Study) -> Path:
     """Return runs/<study>, where steps, logs and the report lie."""
     return runs_root() / study.name
-
-
-def move_aside(study: Study, path: Path) -> str:
-    """Move what is out of date into the study's folder and return where it lies now; what was moved
-    there before is never replaced.
-    """
-    place = study_folder(study) / "replaced" / path.relative_to(runs_root())
-    others = (place.with_name(f"{place.name}--{number}") for number in range(2, 10_000))
-    away = next(name for name in itertools.chain([place], others) if not name.exists())
-    away.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(away)
-    return shown_path(away)
 
 
 def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
@@ -47,35 +28,9 @@ def arm_run(study: Study, arm: Arm, seed: int | None = None) -> str:
     return f"{study.name}--{arm.name}" + ("" if seed == arm.own_seed else f"--seed{seed}")
 
 
-def choice_name(arm: Arm) -> str:
-    """Return the step that chooses the value of an arm."""
-    return f"choose.{arm.name}"
-
-
-def run_names(study: Study) -> dict[str, list[str]]:
-    """Return arm -> names of its runs under `runs_root()`, the base model's under `base`.
-
-    The base's run is named after its weights, so it is known once the base was evaluated; before
-    that `base` is absent. Arms that published numbers alone stand for have no run.
-    """
-    base = base_run(study)
-    names = {BASE_ARM: [base]} if study.include_base and base else {}
-    for arm in study.arms:
-        runs = dict.fromkeys(arm_run(study, arm, seed) for seed in arm.seeds)
-        names[arm.name] = [] if arm.published_only else list(runs)
-    return names
-
-
 def base_record(study: Study) -> Path:
     """Return the file in which the runner notes the base's run."""
     return study_folder(study) / "base.json"
-
-
-def base_run(study: Study) -> str | None:
-    """Return the run of the base model, once it is known."""
-    with suppress(RecipesError, KeyError):  # damaged: the runner notes it again
-        return str(read_object(base_record(study))["run"])
-    return None
 
 
 def base_arm(study: Study) -> Arm | None:

@@ -221,7 +221,7 @@ def _earlier(study: Study, primary: str) -> tuple[Spread, int, int] | None:
     """The widest spread that the study measured on its primary metric, with its questions and
     seeds.
     """
-    file = study_folder(study) / "steps" / "statistics" / "comparison.json"
+    file = study_folder(study) / "comparison.json"
     rows: list[dict[str, Any]] = (object_or_none(file) or {}).get("rows", [])
     found = []
     for row in rows:

@@ -1,8 +1,6 @@
 """`recipes study gate`: may these arms stand in for their baseline? One answer for CI, from files.
 
-Every sentence is a row's own, as `compare/claims` wrote it, and at the whole level: each answer is
-about what would be released now, and a gate whose level was used up would let everything through.
-Its looks stand in the ledger, where they count for the report. An arm that tested as worse fails
+Every sentence is a row's own, as `compare/claims` wrote it. An arm that tested as worse fails
 also where a finding stops the claim: a gate that opens because its judge failed would be none.
 """
 
@@ -16,7 +14,7 @@ from recipes_lib.compare.design import Study
 from recipes_lib.compare.row import TableRow
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.study.conclusion import compare_study
-from recipes_lib.study.graph import Graph
+from recipes_lib.study.runs import missing_of
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,6 @@ class Gate:
     missing: tuple[str, ...]
     worse: tuple[Refusal, ...]
     not_shown: tuple[Refusal, ...]
-    looks: int = 0
-    unrecorded: str = ""
 
     @property
     def code(self) -> ExitCode:
@@ -56,17 +52,15 @@ class Gate:
         return {**asdict(self), "passed": not self.code, "exit_code": int(self.code)}
 
 
-def gate(study: Study, graph: Graph) -> Gate:
+def gate(study: Study) -> Gate:
     """Return whether an arm is worse than the baseline or, where there is a margin, not shown to be
     not worse within it.
 
     Raises:
         RecipesError: an evaluation's files are damaged.
     """
-    known = graph.survey()
-    upstream = graph.steps["statistics"].upstream
-    missing = [f"{name} ({known[name].state})" for name in upstream if not known[name].fresh]
-    _, comparison = compare_study(study, graph, "study gate", whole_level=True, keep=False)
+    missing = missing_of(study)
+    _, comparison = compare_study(study)
     baseline = study.baseline
     rows = [row for row in comparison.rows if baseline in row.arms and not row.aside]
     arms = [arm.name for arm in study.arms if arm.name != baseline]
@@ -86,7 +80,6 @@ def gate(study: Study, graph: Graph) -> Gate:
             if row.verdict == ("worse" if row.second == baseline else "better")
         ),
         tuple(_not_shown(study, rows, arms)),
-        *((looks.number, looks.unrecorded) if (looks := comparison.looks) else ()),
     )
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.compare.test_claims import BAD, GOOD, arm, of, rates
-from tests.study.test_runner import TRAIN
+from tests.study.stand_in import COMMAND
 
 from recipes_lib.cli import main
 from recipes_lib.compare.claims import Comparison, compare_arms
@@ -23,40 +24,23 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.report.content import gather
 from recipes_lib.report.documents import write_report
-from recipes_lib.study import runner, trainings
-from recipes_lib.study.runner import run_study
-from recipes_lib.study.steps import build_graph
-from recipes_lib.study.tuning import choose, validation_loss, with_choices
+from recipes_lib.study import conclusion, pool
+from recipes_lib.study.run import run_study
+from recipes_lib.study.tune import validation_loss, with_choices
 
 RATES = {"0.001": 2.5, "0.01": 2.0, "0.1": 2.2}
-# What the stand-in's trainings of a rate come to; one of no loss diverges.
-LOSSES = """
-import json, os, sys
-rate = next((word for word in sys.argv if word.startswith("train.learning_rate=")), "").partition("=")[2]
-loss = json.loads(os.environ["LOSSES"]).get(rate, 3.0)
-if loss is None:
-    from recipes_lib.core.run_directory import RunDirectory
-    name = next(word for word in sys.argv if word.startswith("run.name=")).partition("=")[2]
-    RunDirectory(name).write_state("failed", exit_code=3, error="loss is nan at step 2")
-    sys.exit(3)
-"""  # noqa: E501
+GRID = "tune: {train.learning_rate: [0.001, 0.01, 0.1]}"
 
 
 @pytest.fixture
 def tuned(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The file of a study whose two arms try three learning rates."""
-    program = LOSSES + TRAIN.replace(
-        '{"seconds": 12.5}', '{"seconds": 12.5, "last_validation_loss": loss}'
-    )
+    """The file of a study whose two arms try three learning rates; `LOSSES` decides."""
     monkeypatch.setenv("LOSSES", json.dumps(RATES))
-    monkeypatch.setattr(
-        trainings, "train_command", lambda words: [sys.executable, "-c", program, *words]
-    )
-    monkeypatch.setattr(runner, "_evaluate", lambda *args: {})
-    monkeypatch.setattr(runner, "_conclude", lambda *args: {})
+    monkeypatch.setattr(pool, "train_command", lambda words: [*COMMAND, *words])
+    monkeypatch.setattr(conclusion, "conclude", lambda study: None)
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8")
-    file.write_text(f"{text}tune: {{train.learning_rate: [0.001, 0.01, 0.1]}}\n", encoding="utf-8")
+    text = file.read_text(encoding="utf-8").partition("evals:")[0]
+    file.write_text(f"{text}include_base: false\n{GRID}\n", encoding="utf-8")
     return file
 
 
@@ -68,19 +52,16 @@ def alone(tuned: Path) -> Path:
     return tuned
 
 
-STEPS = ("tune", "choose", "train")
-
-
 def run(file: Path, code: int = ExitCode.DONE) -> list[str]:
-    """Do the trainings, and return what was said."""
+    """Run the study, and return what was said."""
     said: list[str] = []
-    assert run_study(load_study(file), said.append, only=STEPS) == code
+    assert run_study(load_study(file), said.append) == code, said
     return said
 
 
 def trained(said: list[str]) -> list[str]:
     """The runs that were trained, in order, each with its learning rate."""
-    words = [line.split() for line in said if "$ recipes train" in line]
+    words = [shlex.split(line) for line in said if "$ recipes train" in line]
     keys = ("run.name=", "train.learning_rate=")
     return [
         " ".join(word.partition("=")[2] for key in keys for word in line if word.startswith(key))
@@ -97,33 +78,26 @@ def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_value_that_is_record
     said = run(tuned)
     assert trained(said) == [*wanted, "tiny--r4 0.01", "tiny--r8 0.01"]
     losses = "validation loss of 0.001: 2.5000, 0.01: 2.0000, 0.1: 2.2000"
-    assert f"choose.r8: train.learning_rate 0.01 ({losses})" in said
+    assert f"r8: train.learning_rate 0.01 ({losses})" in said
     study = with_choices(load_study(tuned))
     assert {arm.recipe.train["learning_rate"] for arm in study.arms if arm.recipe} == {0.01}
-    tries = [step.run for step in build_graph(study).of_kind("tune")]
-    others = {step.run for step in build_graph(study) if step.kind != "tune"}
-    assert len(tries) == 6 and not others & {*tries}
-    for name in tries:  # what was chosen is not chosen again from other files
-        shutil.rmtree(RunDirectory(name).path)
-    assert run(tuned) == []
+    for word in wanted:  # what was chosen is not chosen again
+        shutil.rmtree(RunDirectory(word.split()[0]).path)
+    assert trained(run(tuned)) == []
 
 
-def test_a_wider_grid_tries_what_is_new_and_chooses_again_in_one_line(
+def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_again(
     alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(alone)
     text = alone.read_text(encoding="utf-8")
     alone.write_text(text.replace("0.1]", "0.1, 1.0]"), encoding="utf-8")
-    said = run(alone)  # 1.0 is worse: the arm stays as it is
-    assert trained(said) == ["tiny--r4--tune-1.0--seed1042 1.0"]
-    assert [line for line in said if "again" in line] == [
-        "choose.r4 is done again: train.learning_rate [0.001, 0.01, 0.1] -> [0.001, 0.01, 0.1, 1.0]"
-    ]
+    assert trained(run(alone)) == ["tiny--r4--tune-1.0--seed1042 1.0"]  # 1.0 is worse
     monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))
     alone.write_text(text.replace("0.1]", "0.1, 2.0]"), encoding="utf-8")
     said = run(alone)
     assert trained(said) == ["tiny--r4--tune-2.0--seed1042 2.0", "tiny--r4 2.0"]
-    assert any("train.learning_rate 0.01 -> 2.0): moved to" in line for line in said)
+    assert any("train.learning_rate 0.01 -> 2.0" in line and "moved to" in line for line in said)
 
 
 def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
@@ -131,19 +105,14 @@ def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
 ) -> None:
     monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
     said = run(alone)
-    assert trained(said)[-1] == "tiny--r4 0.001"
-    assert "tiny--r4--tune-0.1--seed1042: diverged; this value cannot be chosen" in said
-    assert any("0.1: diverged)" in line for line in said) and run(alone) == []
-
-
-def test_an_arm_whose_every_value_diverged_is_not_trained(
-    alone: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    assert trained(said)[-1] == "tiny--r4 0.001" and any("0.1: diverged" in line for line in said)
+    assert trained(run(alone)) == []
+    shutil.rmtree(RunDirectory("tiny").path)
     monkeypatch.setenv("LOSSES", json.dumps(dict.fromkeys(RATES)))
+    for name in ("r4", *(f"r4--tune-{rate}--seed1042" for rate in RATES)):
+        shutil.rmtree(RunDirectory(f"tiny--{name}").path)
     said = run(alone, ExitCode.FAILED)
-    assert len(trained(said)) == 3
-    why = "its training diverged at every train.learning_rate of 0.001, 0.01, 0.1"
-    assert f"  choose.r4 (exit code 3): arm 'r4': {why}" in said
+    assert len(trained(said)) == 3 and any("diverged at every" in line for line in said)
 
 
 def test_a_try_that_failed_or_was_stopped_holds_its_arm_back_until_it_is_done(
@@ -163,36 +132,26 @@ def test_the_loss_that_counts_is_that_of_the_weights_that_were_kept(tmp_path: Pa
     kept.path.mkdir()
     lines = ({"step": step, "eval_loss": loss} for step, loss in ((1, 2.5), (2, 1.5), (3, 2.0)))
     kept.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-    assert validation_loss(kept, {"last_validation_loss": 2.0}) == 2.0
-    assert validation_loss(kept, {"last_validation_loss": 2.0, "best_step": 2}) == 1.5
-    assert validation_loss(kept, {"last_validation_loss": None}) is None
+    found = []
+    for summary in (
+        {"last_validation_loss": 2.0},
+        {"last_validation_loss": 2.0, "best_step": 2},
+        {},
+    ):
+        kept.write_state("finished", summary=summary)
+        found.append(validation_loss(kept))
+    assert found == [2.0, 1.5, None]
 
 
-def test_plan_status_and_diff_show_the_tuning(
-    tuned: Path, capsys: pytest.CaptureFixture[str]
+def test_plan_and_status_show_the_tuning(
+    tuned: Path, recipes: Callable[..., tuple[int, str, str]]
 ) -> None:
-    line = "train.learning_rate is tuned over 0.001, 0.01, 0.1, 3 trainings with seed 1042"
-    assert main(["study", "run", "--dry-run", str(tuned)]) == ExitCode.DONE
-    said = capsys.readouterr().out
-    assert f"r4: {line}; not yet chosen" in said and said.count("$ recipes train") == 6
-    main(["study", "status", str(tuned)])
-    said = capsys.readouterr().out
-    assert "tune.r8.0.1" in said and "choose.r8" in said and "after choose.r8" in said
-    graph = build_graph(load_study(tuned))
-    for step in graph.of_kind("tune"):
-        loss = 1.0 if step.name in ("tune.r4.0.001", "tune.r8.0.01") else 2.0
-        graph.finish(step, str(loss), [], loss=loss)
-    choose(load_study(tuned), graph, graph.of_kind("choose"), lambda line: None)
-    main(["study", "diff", str(tuned)])
-    said = capsys.readouterr().out
-    assert "train.learning_rate  0.001  0.01  (tuned)" in said and "none declared" not in said
-    text = tuned.read_text(encoding="utf-8")
-    own = text.replace("r4: r4.yaml", "r4: {recipe: r4.yaml, tune: {train.learning_rate: [1, 2]}}")
-    tuned.write_text(own, encoding="utf-8")
-    main(["study", "diff", str(tuned)])
-    assert "tune.train.learning_rate  [1, 2]  [0.001, 0.01, 0.1]  none declared" in (
-        capsys.readouterr().out
-    )
+    _, said, _ = recipes("study", "plan", tuned)
+    assert "train.learning_rate is tuned over 0.001, 0.01, 0.1; not chosen yet" in said
+    assert "trainings: 8 of 8 to do" in said
+    run(tuned)
+    _, said, wrong = recipes("study", "status", tuned)
+    assert "2 of 2" in said, wrong
 
 
 def test_a_tuned_study_is_not_launched_as_arrays(
@@ -201,9 +160,6 @@ def test_a_tuned_study_is_not_launched_as_arrays(
     assert main(["launch", str(tuned), "--profile", "example", "--dry-run"]) == ExitCode.USAGE
     said = capsys.readouterr().err
     assert "study 'tiny' tunes its arms" in said and f"recipes study run {tuned}" in said
-
-
-# ---- What may be said ----
 
 
 def compared(study: Study) -> tuple[Comparison, list[Finding]]:

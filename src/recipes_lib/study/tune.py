@@ -1,0 +1,112 @@
+"""Which value of its grid an arm is trained with: chosen once, by the validation loss of a training
+of each value, and recorded in runs/<study>/choices.json.
+
+The trainings of the grid have a seed of their own and stand for nothing else: the arm's seeds are
+trained anew, and no eval sees the others. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.compare.design import Arm, Study, Tuning
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.fingerprints import digest_of
+from recipes_lib.core.json_files import object_or_none, read_rows
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.study.arms import study_folder
+from recipes_lib.study.pool import Failure
+from recipes_lib.study.runs import candidates, data_contents, has_diverged, is_trained
+from recipes_lib.training.resume_guard import guarded_values
+
+
+def with_choices(study: Study) -> Study:
+    """Return the study with the values that were chosen for its arms, as they are recorded; a
+    choice of another grid, or of other settings, does not count.
+    """
+    if not any(arm.tuning for arm in study.arms):
+        return study
+    choices = object_or_none(_record(study)) or {}
+
+    def chosen(arm: Arm) -> Arm:
+        record = choices.get(arm.name) if arm.tuning else None
+        if record is None or record["of"] != _asked(arm):
+            return arm
+        return arm.tuned(record["chosen"], record["losses"])
+
+    return dataclasses.replace(study, arms=tuple(map(chosen, study.arms)))
+
+
+def choose(study: Study, say: Callable[[str], None]) -> dict[str, Failure]:
+    """Choose for each arm whose trainings have all ended, and record it; return the failures by
+    arm.
+
+    The lowest validation loss wins, of equal ones the value that stands first in the grid. A
+    training that diverged has none and cannot win.
+    """
+    failed = {}
+    for arm in study.arms:
+        tuning = arm.tuning
+        if tuning is None or tuning.chosen is not None:
+            continue
+        tried = candidates(study, arm)
+        if not all(is_trained(study, one) or has_diverged(study, one) for one in tried):
+            continue
+        losses = [
+            None if has_diverged(study, one) else validation_loss(one.directory) for one in tried
+        ]
+        finite = [loss for loss in losses if loss is not None]
+        if not finite:
+            error = (
+                f"arm '{arm.name}': its training diverged at every {tuning.key} of {tuning.grid}"
+            )
+            failed[arm.name] = Failure(error, int(ExitCode.NUMERICS))
+            continue
+        best = tuning.values[losses.index(min(finite))]
+        choices = object_or_none(_record(study)) or {}
+        record = {"of": _asked(arm), "key": tuning.key, "chosen": best, "losses": losses}
+        write_json(_record(study), {**choices, arm.name: record})
+        say(f"{arm.name}: {choice_text(arm.tuned(best, losses).tuning)}")
+    return failed
+
+
+def choice_text(tuning: Tuning | None) -> str:
+    """Return what was chosen, by which losses."""
+    assert tuning is not None
+    losses = (
+        f"{value}: {'diverged' if loss is None else f'{loss:.4f}'}"
+        for value, loss in zip(tuning.values, tuning.losses, strict=True)
+    )
+    return f"{tuning.key} {tuning.chosen} (validation loss of {', '.join(losses)})"
+
+
+def validation_loss(run: RunDirectory) -> float | None:
+    """Return the validation loss of the weights that a training kept: of the checkpoint it chose,
+    else of its end. None where there is no finite one.
+    """
+    summary: Mapping[str, Any] = run.read_state().get("summary") or {}
+    loss, best = summary.get("last_validation_loss"), summary.get("best_step")
+    for row in read_rows(run.metrics, skip_damaged=True) if best is not None else ():
+        if row.get("step") == best and "eval_loss" in row:
+            loss = row["eval_loss"]
+    return float(loss) if loss is not None and math.isfinite(loss) else None
+
+
+def _record(study: Study) -> Path:
+    return study_folder(study) / "choices.json"
+
+
+def _asked(arm: Arm) -> str:
+    """A hash of what a choice depends on: the settings and the data of the grid's trainings."""
+    assert arm.tuning is not None
+    values: list[object] = [arm.tuning.key, list(arm.tuning.values)]
+    for one in arm.tuning.candidates:
+        assert one.recipe is not None
+        world = one.launch.world_size
+        values += [guarded_values(one.recipe, "", world, "", {}), data_contents(one.recipe)]
+    return digest_of(values)

@@ -1,0 +1,198 @@
+"""All evaluations of a study in one process, with the real libraries: what is loaded, what is asked
+again, which arm fails alone, which results are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.generation.conftest import make_run, runs_folder  # noqa: F401
+from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
+from tests.test_evaluate_all import loads  # noqa: F401
+
+from recipes_lib.cli import main
+from recipes_lib.compare.design import load_study
+from recipes_lib.compare.measurements import read_run
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.json_files import read_object
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.study.run import run_study
+from recipes_lib.study.runs import base_run, missing_of
+from recipes_lib.train import main as train
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def trained(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """The tiny study, its two arms trained by somebody else."""
+    make_run("tiny--r4", 1, "chat"), make_run("tiny--r8", 2, "chat")
+    return write_tiny_study(tmp_path / "study", tiny_model_dir)
+
+
+def run(file: Path, code: int = ExitCode.DONE) -> list[str]:
+    said: list[str] = []
+    assert run_study(load_study(file), said.append, train=False) == code, said
+    return said
+
+
+def rows_of(kind: str) -> dict[str, int]:
+    """Lines of every store of a kind."""
+    root = RunDirectory("x").root
+    return {
+        str(file.relative_to(root)): len(file.read_text(encoding="utf-8").splitlines())
+        for file in root.glob(f"*/evals/*/{kind}.jsonl")
+    }
+
+
+def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everything(
+    trained: Path,
+    loads: list[str],  # noqa: F811
+) -> None:
+    loads.clear()
+    run(trained)
+    assert len(loads) == 2  # the base, then the judge
+    assert missing_of(load_study(trained)) == []
+    asked = rows_of("generations"), rows_of("judgments")
+    run(trained)
+    assert len(loads) == 2 and (rows_of("generations"), rows_of("judgments")) == asked
+
+
+def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) -> None:
+    file = RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    said = run(trained, ExitCode.FAILED)
+    assert any(line.startswith("failed: tiny--r4") for line in said), said
+    missing = missing_of(load_study(trained))
+    assert missing and all("tiny--r4" in one for one in missing), missing
+    assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
+
+
+def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(
+    trained: Path,
+) -> None:
+    def grades() -> list[float | None]:
+        return [
+            item.value
+            for one in read_run(RunDirectory("tiny--r8").path).measures()
+            if one.metric == "grade"
+            for item in one.samples
+        ]
+
+    judge, rubric = trained.with_name("judge.yaml"), trained.with_name("mine.txt")
+    first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text(encoding="utf-8")
+    judge.write_text(
+        judge.read_text(encoding="utf-8").replace(
+            f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name
+        ),
+        encoding="utf-8",
+    )
+    seen, rows = [], []
+    for text in (first, first.replace("?", ", and funny?", 1), first):
+        rubric.write_text(text, encoding="utf-8")
+        run(trained)
+        seen.append(grades())
+        rows.append((rows_of("judgments"), rows_of("generations")))
+    assert seen[0] == seen[2] and rows[0][1] == rows[2][1]
+    assert rows[1][0] == rows[2][0] and sum(rows[1][0].values()) > sum(rows[0][0].values())
+    questions = trained.with_name("mt_bench.yaml")
+    questions.write_text(
+        questions.read_text(encoding="utf-8").replace("data: {", "data: {max_questions: 2, "),
+        encoding="utf-8",
+    )
+    run(trained)
+    assert len(grades()) == 4 and rows_of("judgments") == rows[2][0]
+
+
+def test_a_base_that_was_evaluated_with_other_settings_keeps_both_results(trained: Path) -> None:
+    run(trained)
+    base = RunDirectory(base_run(load_study(trained))).path / "evals" / "study--mt_bench"
+    before = (base / "result.json").read_bytes(), (base / "items.jsonl").read_bytes()
+    eval = trained.with_name("mt_bench.yaml")
+    text = eval.read_text(encoding="utf-8")
+    eval.write_text(text.replace("max_new_tokens: 12", "max_new_tokens: 5"), encoding="utf-8")
+    run(trained)
+    (kept,) = base.glob("earlier/*/")
+    assert ((kept / "result.json").read_bytes(), (kept / "items.jsonl").read_bytes()) == before
+    assert (base / "result.json").read_bytes() != before[0]
+
+
+def test_an_eval_against_another_run_is_part_of_the_comparison(
+    trained: Path,
+    make_run: Callable[..., Path],  # noqa: F811
+) -> None:
+    make_run("sparring", 3, "chat")
+    eval = trained.with_name("alpaca_eval.yaml")
+    text = eval.read_text(encoding="utf-8")
+    eval.write_text(text.replace("probe_pairs: 1", "probe_pairs: 1, against: sparring"), "utf-8")
+    trained.write_text(
+        trained.read_text(encoding="utf-8").replace(", mt_bench.yaml, lm_eval.yaml", ""), "utf-8"
+    )
+    run(trained)
+    comparison = json.loads((RunDirectory("tiny").path / "comparison.json").read_text())
+    assert any("sparring" in json.dumps(row) for row in comparison["rows"]), comparison["rows"]
+
+
+def test_two_studies_share_the_results_of_their_base(
+    make_run: Callable[..., Path],  # noqa: F811
+    tiny_model_dir: Path,
+    tmp_path: Path,
+) -> None:
+    make_run("a--r4", 1, "chat"), make_run("b--r8", 2, "chat")
+    file = write_tiny_study(tmp_path / "study", tiny_model_dir)
+    text = file.read_text(encoding="utf-8")
+    studies = []
+    for name, other in (("a", "r8"), ("b", "r4")):
+        studies.append(file.with_name(f"{name}.yaml"))
+        studies[-1].write_text(text.replace(f"  {other}: {other}.yaml\n", ""), encoding="utf-8")
+    for study in studies:
+        run(study)
+    assert [missing_of(load_study(study)) for study in studies] == [[], []]
+    name = base_run(load_study(studies[0]))
+    assert name == base_run(load_study(studies[1]))
+    eval = str(file.with_name("mt_bench.yaml"))
+    assert main(["eval", eval, name, "generation.batch_tokens=512"]) == ExitCode.DONE
+    assert missing_of(load_study(studies[0])) == []
+
+
+def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_that_arm(
+    tiny_recipe: Path, tmp_path: Path, recipes: Callable[..., tuple[int, str, str]]
+) -> None:
+    source = Path(__file__).resolve().parents[2] / "recipes/quickstart/data/instructions.jsonl"
+    rows = [json.loads(line) for line in source.read_text().splitlines()[:40]]
+    for name, texts in {"clean": [], "dirty": [TOO_LONG]}.items():
+        more = [{"instruction": text, "context": "", "response": "So."} for text in texts]
+        lines = (json.dumps(row) + "\n" for row in [*rows, *more])
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+        words = [f"data.source={tmp_path}/{name}.jsonl", "data.split.method=none"]
+        words += ["train.eval_strategy='no'", "train.max_steps=1", f"run.name={name}"]
+        assert train([str(tiny_recipe), *words]) == 0
+    prompts = [TOO_LONG, *(f"What comes after {number}?" for number in range(7))]
+    checks = ({"prompt": text, "check": "min_words", "expected": 0} for text in prompts)
+    (tmp_path / "checks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in checks))
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "suite: {name: checks}\ndata: {questions: checks.jsonl}\ngeneration: {max_new_tokens: 4}\n"
+    )
+    (tmp_path / "clean.jsonl").rename(tmp_path / "gone.jsonl")
+    code, out, err = recipes("eval", mine, "clean", "dirty")
+    assert code == 0, err
+    assert "! dirty: 1 of 8 questions of" in out
+    place = f"evals/{tmp_path.name}--mine/result.json"
+    told = read_object(tmp_path / "runs/dirty" / place)["leaks"]
+    assert told["leaked_rows"] == 1 and told["rows"] == 41
+    assert told["found"][0]["place"].endswith("dirty.jsonl:41")
+    assert "no such file" in read_object(tmp_path / "runs/clean" / place)["leaks"]["why"]
+    code, out, err = recipes("compare", "clean", "dirty")
+    assert "error: dirty was trained on what it was asked: 1 of 8" in out, err
+    assert "No claim about dirty and clean on answers that pass: dirty was trained on what" in out
+    assert "warning: Whether training rows hold questions of" in out
+    (tmp_path / "gone.jsonl").rename(tmp_path / "clean.jsonl")
+    assert recipes("eval", mine, "clean")[0] == 0
+    assert read_object(tmp_path / "runs/clean" / place)["leaks"]["rows"] == 40
+    (tmp_path / "clean.jsonl").write_text((tmp_path / "dirty.jsonl").read_text())
+    assert recipes("eval", mine, "clean")[0] == 0  # the same rows are there, and one more
+    assert read_object(tmp_path / "runs/clean" / place)["leaks"]["rows"] == 40

@@ -1,0 +1,288 @@
+"""`recipes study run`: what is trained again and what is not, arms that fail alone, one runner at a
+time. Trainings are stand-ins, and nothing is evaluated here.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.study.stand_in import COMMAND
+
+from recipes_lib.cli import main
+from recipes_lib.compare.design import load_study
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.study import conclusion, pool
+from recipes_lib.study.run import run_study, study_lock
+from recipes_lib.study.runs import REPLACED, is_trained, trainings
+
+Run = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a study of two arms without evals."""
+    monkeypatch.setattr(pool, "train_command", lambda words: [*COMMAND, *words])
+    monkeypatch.setattr(conclusion, "conclude", lambda study: None)
+    file = study_folder / "tiny.yaml"
+    text = file.read_text(encoding="utf-8").partition("evals:")[0]
+    file.write_text(f"{text}include_base: false\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def run(study: Path) -> Run:
+    """Run the study as its file is now; return the code and what was said."""
+
+    def ran(**options: object) -> tuple[int, list[str]]:
+        said: list[str] = []
+        return run_study(load_study(study), said.append, **options), said  # type: ignore[arg-type]
+
+    return ran
+
+
+def trained(study: Path) -> list[str]:
+    loaded = load_study(study)
+    return [one.run for one in trainings(loaded) if is_trained(loaded, one)]
+
+
+def change(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def commands(said: list[str]) -> list[str]:
+    return [line for line in said if "$ recipes train" in line or " recipes train" in line]
+
+
+def test_every_arm_is_trained_once_and_a_second_run_trains_nothing(study: Path, run: Run) -> None:
+    code, said = run()
+    assert (code, trained(study), len(commands(said))) == (0, ["tiny--r4", "tiny--r8"], 2)
+    code, said = run()
+    assert (code, commands(said)) == (0, [])
+
+
+def test_the_printed_command_keeps_its_quotes(study: Path, run: Run) -> None:
+    with study.open("a", encoding="utf-8") as stream:
+        stream.write("overrides: [\"train.eval_strategy='no'\"]\n")
+    (printed, _) = commands(run()[1])
+    assert "train.eval_strategy='no'" in shlex.split(printed)
+
+
+def test_a_failing_arm_stops_no_other_and_is_trained_again_by_the_same_command(
+    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "r4")
+    code, said = run()
+    assert (code, trained(study)) == (ExitCode.FAILED, ["tiny--r8"])
+    assert "failed: tiny--r4 (exit code 1): no memory" in said
+    monkeypatch.delenv("FAIL")
+    assert (run()[0], trained(study)) == (0, ["tiny--r4", "tiny--r8"])
+
+
+def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(
+    study: Path, run: Run
+) -> None:
+    run()
+    weights = RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors"
+    kept = RunDirectory("tiny--r4").root / REPLACED
+    changes = [
+        ("r4.yaml", "1.0e-2", "2.0e-2", ["tiny--r4"]),
+        ("rows.jsonl", "the", "The", ["tiny--r4", "tiny--r8"]),
+        ("r4.yaml", "  max_length: 192\n", "  max_length: 192\n  logging_first_step: true\n", []),
+    ]
+    wrong = []
+    for name, old, new, again in changes:
+        before = weights.read_bytes()
+        change(study.with_name(name), old, new)
+        said = run()[1]
+        moved = [line.split()[0] for line in said if "moved to" in line]
+        if moved != again or len(commands(said)) != len(again):
+            wrong.append((name, new, said))
+        if "tiny--r4" in again and before not in [
+            file.read_bytes() for file in kept.glob("tiny--r4*/adapter/*.safetensors")
+        ]:
+            wrong.append((name, new, "the run before was lost"))
+    assert not wrong
+    assert sorted(path.name for path in kept.iterdir()) == ["tiny--r4", "tiny--r4--2", "tiny--r8"]
+
+
+def test_another_number_of_processes_or_lost_weights_train_again(study: Path, run: Run) -> None:
+    run()
+    shutil.rmtree(RunDirectory("tiny--r8").path / "adapter")
+    change(
+        study,
+        "r4: r4.yaml",
+        "r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 2,"
+        " overrides: [train.per_device_train_batch_size=2]}",
+    )
+    assert trained(study) == []
+    assert (run()[0], trained(study)) == (0, ["tiny--r4", "tiny--r8"])
+
+
+def test_a_run_that_a_cluster_trained_counts_and_is_not_trained_again(
+    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run()
+    shutil.rmtree(RunDirectory("tiny").path)
+    monkeypatch.setattr(pool, "train_command", lambda words: pytest.fail("it is trained already"))
+    assert run()[0] == 0
+
+
+def test_a_stopped_training_ends_the_study_with_its_code_and_is_no_failure(
+    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "r4")
+    monkeypatch.setenv("CODE", "75")
+    code, said = run()
+    assert (code, trained(study), said[-1]) == (75, [], "stopped; the same command continues")
+
+
+def test_trainings_at_the_same_time_never_share_a_gpu(
+    study: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(
+        study, "seeds: [42]", "seeds: [42, 43]\noverrides: [train.per_device_train_batch_size=1]"
+    )
+    change(study, "r4: r4.yaml", "r4: {recipe: r4.yaml, accelerate: single_gpu, gpus: 1}")
+    change(study, "r8: r8.yaml", "r8: {recipe: r8.yaml, accelerate: ddp, gpus: 2}")
+    seen = tmp_path / "seen"
+    seen.mkdir()
+    monkeypatch.setenv("SEEN", str(seen))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-b,7")
+    _, said = run(jobs=3)
+    notes = {file.stem: json.loads(file.read_text()) for file in seen.glob("*.json")}
+    assert {name: len(devices.split(",")) for name, (devices, _) in notes.items()} == {
+        "tiny--r4": 1,
+        "tiny--r4--seed43": 1,
+        "tiny--r8": 2,
+        "tiny--r8--seed43": 2,
+    }
+    assert not any(shared for _, shared in notes.values())
+    ports = [line.split("--main-process-port ")[1].split()[0] for line in said if "-port" in line]
+    assert len(ports) == 2 and all(int(port) < 32_768 for port in ports)
+    logs = RunDirectory("tiny").path / "logs"
+    assert (logs / "tiny--r4.log").read_text() == "training tiny--r4\n"
+
+
+HOLD = (
+    "import sys, time; from pathlib import Path; from recipes_lib.core.run_lock import run_lock\n"
+    "with run_lock(Path(sys.argv[1])):\n"
+    "    print('held', flush=True); time.sleep(float(sys.argv[2]))\n"
+)
+
+
+def holding(folder: Path, seconds: float) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", HOLD, str(folder), str(seconds)]
+    other = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    return other
+
+
+def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_for(
+    study: Path, run: Run
+) -> None:
+    other = holding(RunDirectory("tiny").path, 60)
+    with pytest.raises(EnvironmentFault, match=f"process {other.pid}"):
+        run()
+    assert main(["study", "status", str(study)]) == ExitCode.DONE
+    other.kill()
+    other.wait()
+    other = holding(RunDirectory("tiny--r4").path, 1.5)
+    code, said = run()
+    assert code == 0 and other.wait() == 0
+    assert any(f"tiny--r4 is being trained by process {other.pid}" in line for line in said)
+
+
+def in_a_process(study: Path, **environment: str) -> subprocess.Popen[str]:
+    program = (
+        "from recipes_lib.study import pool; from tests.study.stand_in import COMMAND\n"
+        "pool.train_command = lambda words: [*COMMAND, *words]\n"
+        "from recipes_lib.cli import main\nimport sys\n"
+        "sys.exit(main(['study', 'run', sys.argv[1]]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(study)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "training tiny--r4" not in process.stdout.readline():
+        pass
+    return process
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the children of a killed one")
+def test_a_killed_runner_leaves_no_training_behind(study: Path, run: Run) -> None:
+    process = in_a_process(study, TRAIN_SECONDS="60")
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.read()  # ends when the last writer, the training, has ended
+    assert trained(study) == []
+
+
+def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study: Path, run: Run) -> None:
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+        process = in_a_process(study, TRAIN_SECONDS="60")
+        process.send_signal(number)
+        assert process.stdout is not None
+        said = process.stdout.read()
+        assert process.wait() == code and "the same command continues" in said, said
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_continues(
+    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(study: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conclusion, "conclude", full)
+    with pytest.raises(EnvironmentFault, match="the disk is full") as refused:
+        run()
+    assert "the same command continues" in str(refused.value)
+    monkeypatch.setattr(conclusion, "conclude", lambda study: None)
+    assert run()[0] == 0
+
+
+def test_two_studies_of_one_name_and_a_run_of_that_name_are_refused(
+    study: Path, run: Run, tmp_path: Path
+) -> None:
+    run()
+    shutil.copytree(study.parent, tmp_path / "copy")
+    other = load_study(tmp_path / "copy" / "tiny.yaml")
+    with pytest.raises(RecipeError, match="belongs to another study of this name"):
+        run_study(other, lambda line: None)
+    study.unlink()  # moved, not copied
+    assert run_study(other, lambda line: None) == 0
+    RunDirectory("tiny").write_state("finished")
+    with pytest.raises(RecipeError, match="is a run"):
+        run_study(other, lambda line: None)
+
+
+def test_in_a_cluster_job_nothing_is_trained_and_what_is_not_trained_is_named(
+    study: Path, run: Run
+) -> None:
+    code, said = run(train=False)
+    assert code == ExitCode.FAILED and commands(said) == []
+    assert any("tiny--r4" in line and "not trained" in line for line in said)
+
+
+def test_the_lock_is_free_again_afterwards(study: Path, run: Run) -> None:
+    run()
+    started = time.monotonic()
+    with study_lock(load_study(study)):
+        assert time.monotonic() - started < 5
