@@ -74,31 +74,13 @@ def test_every_shipped_recipe_has_a_sensible_plan(path: Path, plan: Plan) -> Non
     assert len(memory["methods"]) == (3 if on_cpu else 21)
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
-def test_every_shipped_study_has_sums(path: Path, plan: Plan) -> None:
-    code, out, _ = plan(path, "--json", "--price", 2)
-    assert code == 0
-    made = json.loads(out)
-    SCHEMA.validate(made)
-    arms, total = made["arms"], made["total"]
-    assert arms or made["not_trained_here"]
-    runs = {name: arm["seeds"] + arm.get("tuning", 0) for name, arm in arms.items()}
-    assert total["runs"] == sum(runs.values())
-    assert total["train_s"] == pytest.approx(
-        sum(runs[name] * arm["time"]["train_total_s"] for name, arm in arms.items()), abs=1
-    )
-    seeds = max((arm["seeds"] for arm in arms.values()), default=0)
-    judged = "alpaca_eval" in path.read_text(encoding="utf-8")
-    assert total["comparisons"] == judged * seeds * (
-        len(arms) * (len(arms) - 1) // 2 + len(arms)
-    )  # each shipped study that compares answers includes its base
-    assert total["cost"] == pytest.approx(2 * total["gpu_hours"], abs=0.01)
-    code, out, _ = plan(path)
-    assert (
-        code == 0
-        and "card hours" in out
-        and out.splitlines()[-1].startswith("next: recipes study run ")
-    )
+def test_every_shipped_study_is_planned_in_fifteen_lines(plan: Plan) -> None:
+    wrong = []
+    for path in STUDIES:
+        code, out, err = plan(path, "--gpu", "h100")
+        if code or len(out.splitlines()) > 15 or "judge requests: " not in out:
+            wrong.append((path.stem, out, err))
+    assert not wrong
 
 
 def test_the_json_has_the_published_figures_of_llama_2_7b(plan: Plan) -> None:
@@ -149,14 +131,12 @@ def test_a_card_that_nobody_named_on_a_machine_without_one_is_told(
     cards.cards_here.cache_clear()
     assumed = "no GPU on this machine, so H100 80GB SXM is assumed; your card: --gpu CARD"
     assert plan(LORA)[1].splitlines()[1].startswith(assumed)
-    assert assumed in plan("lora-rank")[1]
     assert json.loads(plan(LORA, "--json")[1])["memory"]["card_stands_in"] is True
     assert json.loads(plan(LORA, "--json", "--gpu", "h100")[1])["memory"]["card_stands_in"] is False
     for words in (
         (LORA, "--gpu", "h100"),
         (LORA, "--gpu", "cpu"),
         ("quickstart/lora-r8",),
-        ("lora-rank", "--gpu", "h100"),
     ):
         assert "assumed; your card" not in plan(*words)[1]
 
@@ -334,38 +314,3 @@ def test_a_plan_imports_no_torch() -> None:
         check=True,
     )
     assert done.stdout.splitlines()[-1] == "HEAVY []"
-
-
-def test_the_plan_of_a_study_counts_the_trainings_that_tune_its_arms(plan: Plan) -> None:
-    said = plan("lora-rank-tuned", "--gpu", "h100")[1]
-    assert "in all 12 trainings (6 of them to tune)" in said
-    made = json.loads(plan("lora-rank-tuned", "--json", "--gpu", "h100")[1])
-    SCHEMA.validate(made)
-    assert made["total"]["runs"] == 12 and made["arms"]["r8"]["tuning"] == 3
-    once = json.loads(plan("lora-rank", "--json", "--gpu", "h100")[1])
-    assert "tuning" not in once["arms"]["r8"]
-    assert made["total"]["train_s"] == pytest.approx(2 * once["total"]["train_s"], rel=1e-3)
-
-
-def test_a_study_with_an_arm_whose_model_nobody_can_see_is_planned_without_it(
-    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "other.yaml").write_text(
-        f"extends: {ROOT / 'recipes' / LORA}.yaml\nmodel: {{name_or_path: nobody/nothing}}\n"
-    )
-    study = (ROOT / "recipes/studies/lora-rank.yaml").read_text(encoding="utf-8")
-    study = study.replace("../llama2-7b-dolly/qlora-r8.yaml", "other.yaml").replace(
-        "../llama2-7b", f"{ROOT}/recipes/llama2-7b"
-    )
-    study = study.replace("include_base: true", "include_base: false").replace(
-        "published: ", "# published: "
-    )
-    study = study.replace("../../evals", str(ROOT / "evals"))
-    (tmp_path / "study.yaml").write_text(study, encoding="utf-8")
-    code, out, err = plan(tmp_path / "study.yaml", "--gpu", "h100")
-    assert code == 0, err
-    assert "no plan: 'nobody/nothing' is not on this machine" in out and "in all 3 trainings" in out
-    made = json.loads(plan(tmp_path / "study.yaml", "--json", "--gpu", "h100")[1])
-    SCHEMA.validate(made)
-    assert list(made["arms"]) == ["r32"] and list(made["not_planned"]) == ["r8"]

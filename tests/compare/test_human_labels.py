@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recipes_lib.study.ledger import _results_of
 
 from recipes_lib.compare.claims import compare_arms, numbers_text
 from recipes_lib.compare.measurements import Measurements
@@ -208,10 +207,3 @@ def test_copies_of_the_study_are_corrected_anew_each(
     if judge == "rarely wrong":
         assert own.planted is not None
         assert 0.75 <= own.planted.found / own.planted.copies <= 0.9
-
-
-def test_labels_that_come_after_a_look_are_other_results() -> None:
-    def result(labels: int) -> str:
-        return _results_of(row_of(head_to_head(labels)), str)
-
-    assert result(0) == result(19) != result(60) == result(60) != result(61)

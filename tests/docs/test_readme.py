@@ -20,7 +20,7 @@ from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError
-from recipes_lib.study.arms import run_names
+from recipes_lib.study.runs import run_names
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]

@@ -321,14 +321,9 @@ def test_nothing_in_a_report_is_a_secret(make_content, monkeypatch, tmp_path):
         assert b"hf_abcdefghijklmnop" not in Path(path).read_bytes()
 
 
-def test_what_is_not_up_to_date_stands_on_top(make_content, tmp_path):
-    from recipes_lib.study.graph import Freshness
-
-    from recipes_lib.study.conclusion import not_up_to_date
-
-    lines = not_up_to_date(("judgments.a",), {"judgments.a": Freshness("missing")})
-    text = report_html(replace(make_content(), banners=tuple(lines)), ())
-    assert text.index("Not up to date: judgments.a (missing)") < text.index('id="table"')
+def test_what_is_not_measured_stands_on_top(make_content, tmp_path):
+    text = report_html(replace(make_content(), banners=("Not measured yet: a.",)), ())
+    assert text.index("Not measured yet: a.") < text.index('id="table"')
 
 
 def test_a_reason_and_a_warning_are_said_once(make_content):

@@ -13,15 +13,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from recipes_lib.study.steps import build_graph, judgment_inputs
 from tests.opened import Opened, run_and_watch
 from tests.study.study_files import write_tiny_study
 
 from recipes_lib import cli
-from recipes_lib.compare.design import load_study
 from recipes_lib.config.handed import FILES_FILE, HANDED_FILES, recording
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.slurm.jobs import HandedOver, Job, Task
@@ -82,45 +79,6 @@ def test_a_resolved_recipe_takes_no_overrides_and_one_that_is_not_there_is_said(
     assert code == 4 and "is damaged, or of another version" in err
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "quickstart/alpaca_eval",
-        "quickstart/mt_bench",
-        "quickstart/lm_eval",
-        "alpaca_eval",
-        "mt_bench",
-    ],
-)
-def test_an_eval_with_its_judge_prompts_and_rubrics_is_what_it_was_when_it_was_launched(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(PROJECT / "evals", tmp_path / "evals")
-    path = tmp_path / "evals" / f"{name}.yaml"
-
-    def content() -> list[object]:
-        one, texts = load_eval(path), []
-        if one.judge:
-            texts = [one.judge.template(kind) for kind in ("relative", "absolute")]
-            texts += [one.judge.rubric(reference) for reference in (False, True)]
-        inputs = judgment_inputs(one) if one.judge else {}
-        return [one.name, one.to_dict(), one.path, texts, inputs]
-
-    before = content()
-    with recording() as files:
-        one = load_eval(path)
-    given = HandedOver(tmp_path, files)
-    given.add_texts([], [one])
-    given.write()
-    edit_everything(tmp_path / "evals")
-    handed(monkeypatch, tmp_path)
-    assert content() == before
-    with pytest.raises(
-        RecipeError, match="unknown kind"
-    ):  # what was not handed is read where it lies
-        load_eval(path, ["data.max_questions=1"])
-
-
 def test_the_tasks_of_an_eval_are_found_from_where_the_job_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,31 +89,6 @@ def test_the_tasks_of_an_eval_are_found_from_where_the_job_stands(
     HandedOver(tmp_path, files).write()
     handed(monkeypatch, tmp_path)
     assert load_tasks(load_eval(path)) == load_tasks(before) == 80
-
-
-def test_a_study_is_what_it_was_when_it_was_launched_though_its_files_are_gone(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
-    study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
-    before = load_study(study)
-    inputs = {step.name: step.inputs for step in build_graph(before)}
-    assert cli.main(["launch", str(study), "--prepare"]) == 0
-    folder = tmp_path / "runs/tiny/slurm"
-    for arm in before.arms:
-        trained = Recipe.read(folder / f"train.{arm.name}.json")
-        assert (
-            arm.recipe and trained.lora == arm.recipe.lora and trained.name == f"tiny--{arm.name}"
-        )
-    for path in (tmp_path / "mine").rglob("*.yaml"):
-        if path.parent.name != "lm_eval":  # tasks are data
-            path.unlink()
-    handed(monkeypatch, folder)
-    after = load_study(study)
-    assert after.text == before.text and [arm.resolved() for arm in after.arms] == [
-        arm.resolved() for arm in before.arms
-    ]
-    assert {step.name: step.inputs for step in build_graph(after)} == inputs
 
 
 def test_jobs_without_what_they_were_handed_say_so_in_one_line(
@@ -208,35 +141,6 @@ def test_no_process_of_a_job_parses_yaml(
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         # whose first line says whose folder it is
         assert {one.path for one in ours(opened)} == {tmp_path / "runs/tiny/study.yaml"}
-
-
-def test_a_study_that_an_earlier_release_copied_for_its_jobs_is_refused_in_one_line(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, recipes
-) -> None:
-    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
-    copy = write_tiny_study(tmp_path / "runs/tiny/slurm/snapshot/mine", tiny_model_dir)
-    code, _, err = recipes("study", "run", str(copy), "--only", "statistics")
-    assert code == 2 and "made by an earlier release" in err and "launch it again" in err
-
-
-def test_a_study_goes_on_here_after_its_jobs_and_in_jobs_after_here(
-    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
-    study = write_tiny_study(tmp_path / "mine", tiny_model_dir)
-    assert cli.main(["launch", str(study), "--prepare"]) == 0
-    other = write_tiny_study(tmp_path / "another", tiny_model_dir)
-    for in_job in (False, True, False):
-        monkeypatch.delenv(HANDED_FILES, raising=False)
-        if in_job:
-            handed(monkeypatch, tmp_path / "runs/tiny/slurm")
-        capsys.readouterr()
-        for path, refused in ((study, False), (other, True)):
-            cli.main(["study", "run", str(path), "--only", "statistics"])
-            assert ("belongs to another study of this name" in capsys.readouterr().err) is refused
-            assert (
-                (tmp_path / "runs/tiny/study.yaml").read_text().startswith(f"# a copy of {study}\n")
-            )
 
 
 def test_the_environment_is_quoted_and_in_order(

@@ -23,8 +23,7 @@ from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.needs import refuse_unmet
-from recipes_lib.study.status import plan_lines as study_lines
-from recipes_lib.study.status import plan_object as study_object
+from recipes_lib.study.status import study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices
 
 _OF_A_RECIPE = ("gpus", "nodes", "accelerate")
@@ -102,8 +101,8 @@ def _study(args: argparse.Namespace, path: Path) -> int:
     study = with_choices(load_study(path, args.overrides))
     refuse_unmet(study)
     if args.json:
-        return print_json(study_object(study, args.gpu))
-    for line in study_lines(study, args.gpu):
+        return print_json(study_plan_object(study, args.gpu))
+    for line in study_plan_lines(study, args.gpu):
         say(line)
     next_step(f"recipes study run {shown_path(path)}")
     return ExitCode.DONE

@@ -19,7 +19,7 @@ from recipes_lib.core.terminal import at_least, flag_words, next_step, print_jso
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.run import run_study, study_lock
-from recipes_lib.study.status import plan_lines, plan_object, status_lines, status_rows
+from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices
 
 _ACTIONS = {
@@ -71,8 +71,8 @@ def typed(study: Study) -> str:
 def _plan(study: Study, args: argparse.Namespace) -> int:
     refuse_unmet(study)
     if args.json:
-        return print_json(plan_object(study))
-    for line in plan_lines(study):
+        return print_json(study_plan_object(study))
+    for line in study_plan_lines(study):
         say(line)
     next_step(f"recipes study run {typed(study)}")
     return ExitCode.DONE

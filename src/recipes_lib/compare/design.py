@@ -181,8 +181,9 @@ class StudySection(LaunchKeys):
         minimum=1,
     )
     baseline: str | None = key(
-        "The arm that no other may be worse than (`recipes study gate`). Absent: base where it is"
-        " evaluated, else the first arm."
+        "The arm that no other may be worse than (`recipes study report --gate`), and that"
+        " alpaca_eval compares the others with. Absent: base where it is evaluated, else the first"
+        " arm."
     )
     test_subtasks: bool = key(
         "Test the tasks of an lm-eval group (mmlu) too. They are shown in any case, and their"

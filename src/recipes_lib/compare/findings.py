@@ -18,7 +18,6 @@ INSIDE_NOISE = "inside-noise-floor"
 LONGER_ANSWERS = "longer-answers"  # its title follows the sentences that it touches
 CONFOUNDED = "confound"  # codes that start so leave no cause, errors among them an association
 FALSE_CLAIMS = "false-claims"
-LEVEL_USED, LEDGER_DAMAGED = "level-used", "ledger-damaged"
 ONE_MODEL = "identical"  # codes that start so leave nothing to compare
 
 _ANEW = (
@@ -380,19 +379,6 @@ FINDING_TEXTS: dict[str, tuple[Severity, str, str]] = {
         "error",
         "{first} has results of {there} of {wanted} trainings in {eval}",
         _ALL_SEEDS,
-    ),
-    LEVEL_USED: (
-        "error",
-        "The whole 5% for {first} and {second} was used at look {look} ({was}), and these are other"
-        " results ({now})",
-        "ask it in a new study, of seeds or questions that nobody has looked at; a study that is"
-        " to grow says so before its first look (looks: 2)",
-    ),
-    LEDGER_DAMAGED: (
-        "error",
-        "The ledger of the looks at this study was changed: {how}",
-        "restore it from a copy, or ask in a new study; how often results were looked at is not"
-        " known without it",
     ),
     "lost-weights": (
         "warning",

@@ -95,7 +95,7 @@ KINDS = (
         "study",
         "a study",
         "question factors arms seeds evals primary margins baseline test_subtasks include_base"
-        " published accelerate gpus nodes overrides looks tune",
+        " published accelerate gpus nodes overrides looks pairs tune",
         "run it: recipes study run",
         "compare.design:StudyRules",
         "study.needs:check_study_needs",

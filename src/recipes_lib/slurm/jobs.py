@@ -28,7 +28,7 @@ from recipes_lib.planning.plan import plan_launched
 from recipes_lib.slurm.prefetching import judge_model
 from recipes_lib.slurm.profile import STAGES, EnvironmentSection, SiteProfile
 from recipes_lib.study.needs import refuse_unmet
-from recipes_lib.study.runs import Training, is_trained, missing_of, trainings
+from recipes_lib.study.runs import StudyRun, is_trained, missing_of, study_trainings
 from recipes_lib.suites.leaks import refuse_leaks_of
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
@@ -447,7 +447,7 @@ class _StudyPlanner:
         """
         study = self.study
         refuse_unmet(study)
-        left = [one for one in trainings(study) if not is_trained(study, one)]
+        left = [one for one in study_trainings(study) if not is_trained(study, one)]
         if left and "train" not in stages:
             what = f"{left[0].run} is not trained"
             raise RecipeError(what, "add the stage: --stages train,eval")
@@ -476,11 +476,11 @@ class _StudyPlanner:
         warnings = tuple(_judges_nobody_starts(study.evals, self.profile))
         return JobPlan(tuple(jobs), self.handed, tuple(models), warnings)
 
-    def _trainings(self, left: Sequence[Training], throttle: int | None) -> list[Job]:
+    def _trainings(self, left: Sequence[StudyRun], throttle: int | None) -> list[Job]:
         """Return the trainings: one job for the arms and seeds of one size, an array where there
         are several.
         """
-        groups: dict[tuple[JobSize, str], list[Training]] = {}
+        groups: dict[tuple[JobSize, str], list[StudyRun]] = {}
         for one in left:
             launch = one.arm.launch
             groups.setdefault((_size(launch), launch.config.path.stem), []).append(one)
@@ -493,7 +493,7 @@ class _StudyPlanner:
             jobs.append(Job(label, "train", tasks, size, (), before, throttle))
         return jobs
 
-    def _training(self, one: Training) -> Task:
+    def _training(self, one: StudyRun) -> Task:
         recipe = one.recipe(self.study)
         launcher, script = self.handed.training(
             f"{one.run}.json", recipe, one.arm.launch, self.python

@@ -24,7 +24,7 @@ from recipes_lib.study.runs import (
     is_evaluated,
     is_trained,
     missing_of,
-    trainings,
+    study_trainings,
 )
 
 COMPARISON_FILE = "comparison.json"
@@ -43,7 +43,7 @@ def measured_runs(study: Study) -> dict[str, list[Path]]:
     """Return arm -> folders of the runs that are trained as the study has it now."""
     base = base_run(study)
     measured = {BASE_ARM: [runs_root() / base]} if base else {}
-    for one in trainings(study):
+    for one in study_trainings(study):
         if is_trained(study, one):
             measured.setdefault(one.arm.name, []).append(one.directory.path)
     return measured

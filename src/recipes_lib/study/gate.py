@@ -1,4 +1,4 @@
-"""`recipes study gate`: may these arms stand in for their baseline? One answer for CI, from files.
+"""`recipes study report --gate`: may these arms stand in for their baseline? For CI, from files.
 
 Every sentence is a row's own, as `compare/claims` wrote it. An arm that tested as worse fails
 also where a finding stops the claim: a gate that opens because its judge failed would be none.

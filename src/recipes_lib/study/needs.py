@@ -23,7 +23,7 @@ from recipes_lib.data.leaks import Leaks
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE
-from recipes_lib.study.runs import is_trained, trainings, tunings
+from recipes_lib.study.runs import runs_left
 from recipes_lib.suites.leaks import leak_error, search_recipe
 from recipes_lib.suites.questions import local_questions
 
@@ -42,14 +42,11 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     Raises:
         RecipeErrors: everything that is wrong.
     """
-    open_arms = [
-        one.arm.name for one in (*tunings(study), *trainings(study)) if not is_trained(study, one)
-    ]
+    left = {one.arm.name for one in runs_left(study)}
     arms = [
         arm
         for arm in study.arms
-        if {arm.name, *(one.name for one in (arm.tuning.candidates if arm.tuning else ()))}
-        & set(open_arms)
+        if left & {arm.name, *(one.name for one in (arm.tuning.candidates if arm.tuning else ()))}
     ]
     errors, remarks = leaks_of_study(study, arms, fetch)
     errors += unmet(study)

@@ -26,11 +26,11 @@ from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.planning.cards import devices_here
 from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.runs import (
-    Training,
-    differences,
+    StudyRun,
     forget_data,
+    move_aside,
     note_data,
-    set_aside,
+    settings_changed,
     weights_of,
 )
 
@@ -49,7 +49,7 @@ class Failure:
 class _Process:
     """One `recipes train` that runs."""
 
-    training: Training
+    training: StudyRun
     process: subprocess.Popen[bytes]
     devices: tuple[str, ...]
     log: Path | None
@@ -79,7 +79,7 @@ class Pool:
         self._announced: set[str] = set()
         self._devices = devices_here() if jobs > 1 else []
 
-    def run(self, trainings: Sequence[Training]) -> None:
+    def run(self, trainings: Sequence[StudyRun]) -> None:
         """Train all of them. A signal is handed on to each once: `recipes train` writes a
         checkpoint and ends.
         """
@@ -108,7 +108,7 @@ class Pool:
         self.stopped = int(ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED)
         self._signals.append(number)
 
-    def _start_next(self, waiting: list[Training]) -> None:
+    def _start_next(self, waiting: list[StudyRun]) -> None:
         """Start what there is room for, in order: small trainings do not keep a large one
         waiting.
         """
@@ -123,7 +123,7 @@ class Pool:
             waiting.remove(training)
             self._start(training, devices)
 
-    def _next(self, waiting: Sequence[Training]) -> Training | None:
+    def _next(self, waiting: Sequence[StudyRun]) -> StudyRun | None:
         """The first run that no other process is training."""
         for training in waiting:
             folder = training.directory.path
@@ -135,7 +135,7 @@ class Pool:
                 self.say(f"{training.run} is being trained{holder}: waiting for it")
         return None
 
-    def _start(self, training: Training, devices: tuple[str, ...]) -> None:
+    def _start(self, training: StudyRun, devices: tuple[str, ...]) -> None:
         """Start one training, unless another process finished it meanwhile; a run of other settings
         is moved away first.
         """
@@ -174,17 +174,17 @@ class Pool:
         )
         self._running.append(_Process(training, process, devices, log, stream))
 
-    def _clear_way(self, training: Training) -> bool:
+    def _clear_way(self, training: StudyRun) -> bool:
         """Move a run of other settings away, and note the data; True where the run is finished."""
         run = training.directory
         if run.exists():
             state = run.read_state()
             finished = state["state"] == "finished"
-            other = differences(self.study, training, state)
+            other = settings_changed(self.study, training, state)
             if finished and weights_of(run) is None:
                 other.append("its weights are gone")
             if other:
-                place = set_aside(run)
+                place = move_aside(run)
                 forget_data(self.study, training.run)
                 self.say(
                     f"{training.run} had other settings ({', '.join(other[:3])}): moved to {place}"
@@ -194,7 +194,7 @@ class Pool:
         note_data(self.study, training)
         return False
 
-    def _own_port(self, training: Training) -> list[str]:
+    def _own_port(self, training: StudyRun) -> list[str]:
         """A port for the ranks, where two launchers that start together would take the usual one.
 
         A port below the range that Linux hands out to others.
@@ -222,12 +222,12 @@ class Pool:
             error += f"; {where}" if ended.log or not said else ""
             self._fail(training, error, code if code > 0 else int(ExitCode.FAILED))
 
-    def _fail(self, training: Training, error: str, code: int) -> None:
+    def _fail(self, training: StudyRun, error: str, code: int) -> None:
         self.failed[training.run] = Failure(error, code)
         self.say(f"{training.run}: failed (exit code {code}); the other trainings go on")
 
 
-def _gpus_wanted(training: Training) -> int:
+def _gpus_wanted(training: StudyRun) -> int:
     """How many GPUs a training takes; a launch for the CPU takes none."""
     launch = training.arm.launch
     on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")

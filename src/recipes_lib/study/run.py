@@ -27,7 +27,7 @@ from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.pool import Failure, Pool
 from recipes_lib.study.runs import (
     Evaluation,
-    Training,
+    StudyRun,
     base_asked,
     base_run,
     evaluations,
@@ -35,8 +35,8 @@ from recipes_lib.study.runs import (
     is_evaluated,
     is_trained,
     note_data,
-    trainings,
-    tunings,
+    study_trainings,
+    study_tunings,
 )
 from recipes_lib.study.tune import choose, with_choices
 
@@ -109,7 +109,7 @@ def _train_and_evaluate(
     """Return the failures, and the exit code where somebody asked to stop."""
     failed: dict[str, Failure] = {}
 
-    def train_all(runs: Sequence[Training]) -> int | None:
+    def train_all(runs: Sequence[StudyRun]) -> int | None:
         todo = [one for one in runs if not is_trained(study, one)]
         if not train:
             failed.update({one.run: Failure("is not trained") for one in todo})
@@ -120,7 +120,7 @@ def _train_and_evaluate(
         return pool.stopped
 
     # tune
-    tried = tunings(study)
+    tried = study_tunings(study)
     stopped = train_all([one for one in tried if not has_diverged(study, one)])
     if stopped is not None:
         return failed, stopped
@@ -131,7 +131,9 @@ def _train_and_evaluate(
     study = with_choices(study)
     # train
     ready = [
-        one for one in trainings(study) if not one.arm.tuning or one.arm.tuning.chosen is not None
+        one
+        for one in study_trainings(study)
+        if not one.arm.tuning or one.arm.tuning.chosen is not None
     ]
     for one in ready:
         if is_trained(study, one):
@@ -216,7 +218,7 @@ def _evaluate(
 
 def _of_study(study: Study, run: str) -> bool:
     """Whether an opponent is one of the study's own: its runs, or the base."""
-    return run == BASE_ARM or run in {one.run for one in trainings(study)}
+    return run == BASE_ARM or run in {one.run for one in study_trainings(study)}
 
 
 def _together(

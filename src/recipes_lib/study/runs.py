@@ -38,7 +38,7 @@ REPLACED = ".replaced"
 
 
 @dataclass(frozen=True)
-class Training:
+class StudyRun:
     """One run that a study trains: an arm, or one value of its grid, with one seed."""
 
     arm: Arm
@@ -81,17 +81,17 @@ class Evaluation:
 # ---- Trainings ----
 
 
-def trainings(study: Study) -> list[Training]:
+def study_trainings(study: Study) -> list[StudyRun]:
     """Return the runs of all arms and seeds, in order."""
     return [
-        Training(arm, seed, arm_run(study, arm, seed))
+        StudyRun(arm, seed, arm_run(study, arm, seed))
         for arm in study.arms
         if arm.trained
         for seed in dict.fromkeys(arm.seeds)
     ]
 
 
-def tunings(study: Study) -> list[Training]:
+def study_tunings(study: Study) -> list[StudyRun]:
     """Return the trainings that choose the values of arms which have none yet."""
     return [
         training
@@ -101,33 +101,42 @@ def tunings(study: Study) -> list[Training]:
     ]
 
 
-def candidates(study: Study, arm: Arm) -> list[Training]:
+def runs_left(study: Study) -> list[StudyRun]:
+    """Return every training that is not done, those that tune first."""
+    return [
+        one
+        for one in (*study_tunings(study), *study_trainings(study))
+        if not is_trained(study, one)
+    ]
+
+
+def candidates(study: Study, arm: Arm) -> list[StudyRun]:
     """Return the training of each value of an arm's grid."""
     tried = arm.tuning.candidates if arm.tuning else ()
-    return [Training(one, one.seeds[0], arm_run(study, one, one.seeds[0])) for one in tried]
+    return [StudyRun(one, one.seeds[0], arm_run(study, one, one.seeds[0])) for one in tried]
 
 
-def is_trained(study: Study, training: Training) -> bool:
+def is_trained(study: Study, training: StudyRun) -> bool:
     """Whether a run is finished, with its weights, the study's settings and its data."""
     run = training.directory
     if not run.exists():
         return False
     state = run.read_state()
     finished = state["state"] == "finished" and weights_of(run) is not None
-    return finished and not differences(study, training, state)
+    return finished and not settings_changed(study, training, state)
 
 
-def has_diverged(study: Study, training: Training) -> bool:
+def has_diverged(study: Study, training: StudyRun) -> bool:
     """Whether a training of these settings ended because its loss was no number."""
     run = training.directory
     if not run.exists():
         return False
     state = run.read_state()
     diverged = state["state"] == "failed" and state.get("exit_code") == 3
-    return diverged and not differences(study, training, state)
+    return diverged and not settings_changed(study, training, state)
 
 
-def differences(study: Study, training: Training, state: RunState) -> list[str]:
+def settings_changed(study: Study, training: StudyRun, state: RunState) -> list[str]:
     """Return what of a run is not as the study has it now, a phrase for each."""
     guard = state.get("guard") or {}
     changed = recipe_differences(training.recipe(study), guard) if guard else {}
@@ -146,7 +155,7 @@ def differences(study: Study, training: Training, state: RunState) -> list[str]:
     return phrases
 
 
-def note_data(study: Study, training: Training) -> None:
+def note_data(study: Study, training: StudyRun) -> None:
     """Note the data that a run is trained on; a note that is there stays."""
     noted = _noted(study)
     if training.run not in noted:
@@ -195,7 +204,7 @@ def weights_of(run: RunDirectory) -> Path | None:
     return next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
 
 
-def set_aside(run: RunDirectory) -> str:
+def move_aside(run: RunDirectory) -> str:
     """Move a run to runs/.replaced/ and return where it lies now; nothing there is overwritten."""
     folder = runs_root() / REPLACED
     numbered = (folder / f"{run.name}--{number}" for number in itertools.count(2))
@@ -233,7 +242,7 @@ def run_names(study: Study) -> dict[str, list[str]]:
     """
     base = base_run(study)
     names = {BASE_ARM: [base]} if base else {}
-    for one in trainings(study):
+    for one in study_trainings(study):
         names.setdefault(one.arm.name, []).append(one.run)
     return names
 
@@ -250,7 +259,7 @@ def evaluations(study: Study) -> list[Evaluation]:
     """
     base = base_run(study) or BASE_ARM
     runs = {BASE_ARM: {0: base}} if study.include_base else {}
-    for training in trainings(study):
+    for training in study_trainings(study):
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
     found: dict[tuple[str, str, str], Evaluation] = {}
     for recipe in study.evals:
@@ -314,7 +323,7 @@ def model_of(study: Study, run: str) -> str:
 
 def missing_of(study: Study) -> list[str]:
     """Return what is not measured yet, a phrase for each training and result."""
-    trained = {one.run: is_trained(study, one) for one in trainings(study)}
+    trained = {one.run: is_trained(study, one) for one in study_trainings(study)}
     missing = [f"training {run}" for run, done in trained.items() if not done]
     return missing + [
         one.title

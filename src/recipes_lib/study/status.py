@@ -22,19 +22,20 @@ from recipes_lib.study.arms import study_folder
 from recipes_lib.study.foresight import foresee
 from recipes_lib.study.runs import (
     Evaluation,
-    Training,
+    StudyRun,
     evaluations,
     has_diverged,
     is_evaluated,
     is_trained,
-    trainings,
-    tunings,
+    runs_left,
+    study_trainings,
+    study_tunings,
 )
 from recipes_lib.suites.questions import local_questions
 
 
 @dataclass(frozen=True)
-class Row:
+class StatusRow:
     """A training or a result, and how it stands: done, running, stopped, failed or missing."""
 
     what: str
@@ -43,17 +44,17 @@ class Row:
     detail: str = ""
 
 
-def status_rows(study: Study) -> list[Row]:
+def status_rows(study: Study) -> list[StatusRow]:
     """Return every training and every result with its state."""
-    rows = [_training_row(study, one) for one in (*tunings(study), *trainings(study))]
+    rows = [_training_row(study, one) for one in (*study_tunings(study), *study_trainings(study))]
     evaluating = is_held(study_folder(study)) and all(row.state == "done" for row in rows)
     for one in evaluations(study):
         state = "done" if is_evaluated(study, one) else "running" if evaluating else "missing"
-        rows.append(Row("result", one.title, state))
+        rows.append(StatusRow("result", one.title, state))
     return rows
 
 
-def status_lines(rows: list[Row]) -> list[str]:
+def status_lines(rows: list[StatusRow]) -> list[str]:
     """Return the table of what is not done, under one line of counts."""
     done = sum(row.state == "done" for row in rows)
     lines = [f"{done} of {count(len(rows), 'training and result', 'trainings and results')} done"]
@@ -61,23 +62,25 @@ def status_lines(rows: list[Row]) -> list[str]:
     return [*lines, *(aligned(left) if left else [])]
 
 
-def _training_row(study: Study, training: Training) -> Row:
+def _training_row(study: Study, training: StudyRun) -> StatusRow:
     run = training.directory
     if is_trained(study, training):
-        return Row("training", training.run, "done")
-    if has_diverged(study, training) and training in tunings(study):
-        return Row("training", training.run, "done", "diverged")
+        return StatusRow("training", training.run, "done")
+    if has_diverged(study, training) and training in study_tunings(study):
+        return StatusRow("training", training.run, "done", "diverged")
     if is_held(run.path):
         holder = describe_holder(run.path / "lock.json")
-        return Row("training", training.run, "running", f"{_reached(run)}{holder}")
+        return StatusRow("training", training.run, "running", f"{_reached(run)}{holder}")
     if not run.exists():
-        return Row("training", training.run, "missing")
+        return StatusRow("training", training.run, "missing")
     state = run.read_state()
     if state["state"] == "failed":
-        return Row("training", training.run, "failed", str(state.get("error")).splitlines()[0])
+        return StatusRow(
+            "training", training.run, "failed", str(state.get("error")).splitlines()[0]
+        )
     if state["state"] == "finished":
-        return Row("training", training.run, "missing", "trained with other settings or data")
-    return Row("training", training.run, "stopped", _reached(run))
+        return StatusRow("training", training.run, "missing", "trained with other settings or data")
+    return StatusRow("training", training.run, "stopped", _reached(run))
 
 
 def _reached(run: RunDirectory) -> str:
@@ -93,13 +96,13 @@ def _reached(run: RunDirectory) -> str:
 # ---- The plan ----
 
 
-def plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
+def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     """Yield what the study takes, in at most 15 lines.
 
     Args:
         gpu: the card for the estimate; None for this machine's.
     """
-    plan = plan_object(study, gpu)
+    plan = study_plan_object(study, gpu)
     arms = f"{count(len(study.arms), 'arm')}{' and their base' if study.include_base else ''}"
     yield question_text(study.question)
     yield f"{arms}, seeds {', '.join(map(str, study.seeds))}, {count(len(study.evals), 'eval')}"
@@ -109,7 +112,11 @@ def plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
             state = "not chosen yet" if chosen is None else f"chosen: {chosen}"
             yield f"{arm.name}: {arm.tuning.key} is tuned over {arm.tuning.grid}; {state}"
             break  # a line for the first one; the others are tuned alike or stand in the file
-    left = [one.run for one in (*tunings(study), *trainings(study)) if not is_trained(study, one)]
+    left = [
+        one.run
+        for one in (*study_tunings(study), *study_trainings(study))
+        if not is_trained(study, one)
+    ]
     names = f": {first_of(left)}" if left else ""
     yield f"trainings: {plan['trainings_to_do']} of {plan['trainings']} to do{names}"
     yield f"results: {plan['results_to_do']} of {plan['results']} to do"
@@ -118,14 +125,17 @@ def plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     hours = plan["device_hours"]
     if hours is not None:
         yield f"device hours of the trainings: about {hours:.2g} (estimated, not measured)"
+    undeclared = [key for key in study.differing() if study.factor_of(key) is None]
+    if undeclared:
+        yield f"differences that no factor declares: {first_of(undeclared, 4)}"
     power = foresee(study, {one.name: _turns(one) for one in study.evals})
     if power is not None:
         yield "; ".join(line.strip() for line in power.lines()[:2])
 
 
-def plan_object(study: Study, gpu: str | None = None) -> dict[str, object]:
+def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, object]:
     """Return the plan for --json: what is counted, and what the trainings are estimated to take."""
-    runs = [*tunings(study), *trainings(study)]
+    runs = [*study_tunings(study), *study_trainings(study)]
     results = evaluations(study)
     turns = {one.name: _turns(one) for one in study.evals}
     unknown = [name for name, number in turns.items() if number is None]
@@ -177,9 +187,7 @@ def _requests(one: Evaluation, turns: int) -> int:
 def _device_hours(study: Study, gpu: str | None) -> float | None:
     """Hours of all trainings that are not done, times their devices; None where it is not known."""
     hours = 0.0
-    for training in (*tunings(study), *trainings(study)):
-        if is_trained(study, training):
-            continue
+    for training in runs_left(study):
         try:
             launch = training.arm.launch
             plan = plan_launched(training.recipe(study), launch, card_for(launch, gpu))

@@ -25,7 +25,7 @@ from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import conclusion, pool
 from recipes_lib.study.run import run_study, study_lock
-from recipes_lib.study.runs import REPLACED, is_trained, trainings
+from recipes_lib.study.runs import REPLACED, is_trained, study_trainings
 
 Run = Callable[..., tuple[int, list[str]]]
 
@@ -54,7 +54,7 @@ def run(study: Path) -> Run:
 
 def trained(study: Path) -> list[str]:
     loaded = load_study(study)
-    return [one.run for one in trainings(loaded) if is_trained(loaded, one)]
+    return [one.run for one in study_trainings(loaded) if is_trained(loaded, one)]
 
 
 def change(file: Path, old: str, new: str) -> None:

@@ -36,7 +36,6 @@ def test_plan_and_status_touch_nothing_and_import_nothing_heavy(
 def test_the_plan_counts_trainings_answers_and_judge_requests_in_fifteen_lines(
     study_folder: Path, recipes: Recipes
 ) -> None:
-    study_folder.with_name("no-model").mkdir()
     code, out, err = recipes("study", "plan", study_folder / "tiny.yaml")
     assert code == ExitCode.DONE and len(out.splitlines()) <= 15, out + err
     _, out, _ = recipes("study", "plan", study_folder / "tiny.yaml", "--json")
