@@ -17,7 +17,7 @@ from recipes_lib.compare.claims import compare_arms
 from recipes_lib.compare.design import load_study
 from recipes_lib.compare.measurements import ArmMeasurements, Measurements, read_measurements
 from recipes_lib.compare.validity import check_validity
-from recipes_lib.study.arms import run_names
+from recipes_lib.study.runs import run_names
 
 QUESTIONS = 60
 
