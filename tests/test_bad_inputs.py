@@ -598,8 +598,7 @@ def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(
     """The padding token becomes the end token, which must keep its loss."""
     assert train([str(tiny_recipe), "train.max_steps=1"]) == 0
     audit = json.loads((tmp_path / "runs" / "tiny" / "supervision.json").read_text())
-    end = audit["end_token_supervised"]
-    assert end["of_which_supervised"] == end["untruncated_rows"] > 0
+    assert not audit["without_end_token"]["count"] and audit["end_tokens"]["</s>"] > 0
 
 
 def test_a_grown_vocabulary_trains_when_the_recipe_says_so(

@@ -11,6 +11,7 @@ complete checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -43,9 +44,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         )
         from recipes_lib.core.manifest import library_versions
         from recipes_lib.core.ranks import keep_alive, on_main_rank, say_once
-        from recipes_lib.data.audit import describe_template, warnings_of
-        from recipes_lib.data.preparation import prepare_data
-        from recipes_lib.data.prompts import chat_template
+        from recipes_lib.data.prepare import prepare_data
+        from recipes_lib.data.prompts import chat_template, template_date
         from recipes_lib.planning.gate import plan_of_active
         from recipes_lib.training import launch_check
         from recipes_lib.training.attempt import attempt
@@ -94,12 +94,18 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         check_trackers(recipe, args)
         check_packages(recipe)
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
+        # A template that prints the date prints that of the run's first day in every attempt.
+        date = on_main_rank(
+            lambda: template_date(recipe.data, tokenizer, this.earlier.get("template_date"))
+        )
+        dated = dataclasses.replace(recipe.data, template_date=date)
+        recipe = this.recipe = dataclasses.replace(recipe, data=dated)
         data = prepare_data(recipe, tokenizer)
         if recipe.data.prompt_format == "chat":
             # so that the tokenizer beside the weights carries the template that renders prompts
             tokenizer.chat_template = chat_template(recipe.data, tokenizer)
-        audited = (f"warning: {warning}" for warning in warnings_of(data.audit))
-        for line in (*describe_template(data.audit), *map(str, recipe.warnings), *audited):
+        audited = (f"warning: {warning}" for warning in data.audit.warnings())
+        for line in (*data.audit.describe(), *map(str, recipe.warnings), *audited):
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a
@@ -115,7 +121,13 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         planned = on_main_rank(lambda: plan_of_active(recipe, active, data, free))
         resumption = on_main_rank(
             lambda: this.continue_or_start(
-                data, guard, active, options, launch=launch_line, planned=planned
+                data,
+                guard,
+                active,
+                options,
+                launch=launch_line,
+                planned=planned,
+                template_date=date,
             )
         )
 

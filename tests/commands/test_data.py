@@ -44,7 +44,6 @@ def test_it_prints_counts_lengths_and_the_next_command(recipe_file, capsys):
     assert run(recipe_file, "data.max_examples=20") == 0
     out = capsys.readouterr().out
     assert "30 rows read, 20 used" in out
-    assert "0 truncated at max_length 128, 0 without supervised tokens" in out
     assert "p50" in out and "with loss" in out
     assert out.rstrip().endswith(f"next: recipes train {recipe_file} data.max_examples=20")
 
@@ -81,7 +80,7 @@ def test_refused_data_prints_its_numbers_first(recipe_file, capsys):
         DataError, match="30/30 rows have no supervised token at max_length=8"
     ) as caught:
         run(recipe_file, "train.max_length=8")
-    assert "30 truncated at max_length 8" in capsys.readouterr().out
+    assert "30 rows cut at max_length=8" in capsys.readouterr().out
     assert caught.value.exit_code == 4
 
 
@@ -107,8 +106,7 @@ def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):
     run(recipe_file, show=1)
     out = capsys.readouterr().out
     assert (
-        "30 truncated at max_length 128" in out
-        and "30 lose their end token" in out
+        "30 rows cut at max_length=128, 30 lose their end" in out
         and "[[It is" in out
         and "<EOS" not in out
     )
@@ -164,7 +162,7 @@ def test_new_check_and_data_agree_about_rows_that_cannot_be_used(
 
 
 def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monkeypatch, capsys):
-    monkeypatch.setattr("recipes_lib.data.rows.NUM_CHECKED", 30)
+    monkeypatch.setattr("recipes_lib.data.splits.NUM_CHECKED", 30)
     assert main(["check", str(recipe_file)]) == 0
     assert "note" not in capsys.readouterr().out
     with (recipe_file.parent / "rows.jsonl").open("a") as file:
@@ -203,33 +201,6 @@ CALLING = (
     "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-
-
-def test_turns_calls_and_thoughts_are_counted_and_marked(recipe_file, capsys, monkeypatch):
-    call = {"name": "sky", "arguments": {"city": "Bonn", "days": 3}}
-    calling = {"role": "assistant", "content": "", "thinking": "I look.", "tool_calls": [call]}
-    rows = [
-        {"messages": [TURNS[0], calling, {"role": "tool", "content": "blue"}, TURNS[1]]},
-        {"messages": TURNS * 2},
-        {"messages": [TURNS[0], {"role": "assistant", "content": "<think>Hm.</think>Yes."}]},
-    ]
-    (recipe_file.parent / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    template = recipe_file.with_name("mine.jinja")
-    template.write_text(CALLING)
-    chat = ["data.prompt_format=chat", "data.split.method=none", f"data.chat_template={template}"]
-    run(recipe_file, *chat)
-    out = capsys.readouterr().out
-    assert (
-        "conversations: 9 turns, at most 4 in a row; 1 tool calls in 1 rows; 2 thoughts in 2 rows"
-        in out
-    )
-    assert '[[(((I look.))){"name": "<<sky", "arguments": {"city": "Bonn", "days": 3>>}}]]' in out
-    assert "[[<think>((Hm.))</think>Yes.]]<EOS </s>>" in out
-    monkeypatch.setattr(command, "use_color", lambda: True)
-    run(recipe_file, *chat, show=1)
-    thought, call = (command.MARKS[kind][2] for kind in ("thought", "call"))
-    out = capsys.readouterr().out
-    assert f"{thought}I look.{command.GREEN}" in out and f"{call}sky" in out and "((" not in out
 
 
 def shapes(folder):
@@ -276,11 +247,11 @@ def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(
     )
     seen = {
         "sharegpt.json": "[[0.]]<EOS </s>>",
-        "openai.jsonl": '[[{"name": "<<f", "arguments": {"a": 1>>}}]]<EOS </s>>',
+        "openai.jsonl": '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>',
         "bom.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
         "latin.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
         "alpaca.json": "Add 0.</s><|assistant|>[[0]]",
-        "nested.parquet": '[[{"name": "<<f", "arguments": {"a": 1>>}}]]<EOS </s>>',
+        "nested.parquet": '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>',
     }
     for file, text in seen.items():
         new = ["new", "own", "--from", str(recipe_file), "--data", file]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from recipes_lib.data.conversations import check_roles, conversation_of, read_messages
-from recipes_lib.data.examples import BadRow, Example
+from recipes_lib.data.rows import BadRow, DataRow
 
 
 def turns(*roles: str) -> list[dict[str, str]]:
@@ -71,7 +71,7 @@ def test_good_orders_have_no_problem():
 
 
 def test_a_task_becomes_one_user_and_one_assistant_turn():
-    example = Example("f", 1, 1, {"instruction": "Do.", "context": "C", "response": "R"})
+    example = DataRow("f", 1, 1, {"instruction": "Do.", "context": "C", "response": "R"})
     assert conversation_of(example, None) == [
         {"role": "user", "content": "Do.\n\nC"},
         {"role": "assistant", "content": "R"},
@@ -80,7 +80,7 @@ def test_a_task_becomes_one_user_and_one_assistant_turn():
 
 
 def test_a_system_message_of_the_row_wins_over_the_recipe_s():
-    example = Example("f", 1, 1, {"messages": turns("system", "user", "assistant")})
+    example = DataRow("f", 1, 1, {"messages": turns("system", "user", "assistant")})
     assert conversation_of(example, "other") == example.fields["messages"]
 
 
@@ -210,14 +210,6 @@ def called(*ids):
     ("messages", "words"),
     [
         ([ASKED, called(None), ASKED, ANSWERED], "tool call without result: message 1 calls"),
-        (
-            [ASKED, called("a", "b"), {**RESULT, "tool_call_id": "a"}, ANSWERED],
-            "tool call without result: message 1 calls weather",
-        ),
-        (
-            [ASKED, called("a"), *({**RESULT, "tool_call_id": id} for id in "ab"), ANSWERED],
-            "message 3 (tool): tool_call_id 'b' is of no call before it",
-        ),
         ([ASKED, called(None), RESULT], "message 2 is the tool's, and nothing answers it"),
         ([ASKED, called(None), RESULT, ASKED, ANSWERED], "message 3 is user, expected assistant"),
         ([ASKED, RESULT, ANSWERED], "message 1 is tool, expected assistant"),

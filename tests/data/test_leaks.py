@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.data.examples import Example
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
+from recipes_lib.data.rows import DataRow
 
 LONG = (
     "A farmer has 17 sheep, 3 dogs and 2 barns; all but 9 of the sheep run away in the night."
@@ -13,9 +13,9 @@ LONG = (
 )
 
 
-def rows(*texts: str) -> list[Example]:
+def rows(*texts: str) -> list[DataRow]:
     return [
-        Example("rows.jsonl", number, number, {"instruction": "Say it.", "response": text}, id=text)
+        DataRow("rows.jsonl", number, number, {"instruction": "Say it.", "response": text}, id=text)
         for number, text in enumerate(texts, 1)
     ]
 
@@ -101,5 +101,5 @@ def test_every_leaked_answer_is_named_and_very_short_ones_are_no_sign() -> None:
 
 def test_messages_of_a_conversation_are_texts_of_a_row() -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": LONG}]
-    row = Example("rows.jsonl", 1, 1, {"messages": turns}, id="a")
+    row = DataRow("rows.jsonl", 1, 1, {"messages": turns}, id="a")
     assert find_leaks([row], {"eval": asked(LONG)})["eval"].is_error

@@ -9,15 +9,14 @@ import pytest
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.conversations import read_messages, read_tools
-from recipes_lib.data.examples import Example, SettingError
 from recipes_lib.data.prompts import (
     chat_template,
-    check_template_kwargs,
     format_hash,
     generation_prompt,
     render_chat,
     task_prompt,
 )
+from recipes_lib.data.rows import DataRow, SettingError
 from recipes_lib.data.supervision import render_turns
 
 
@@ -145,7 +144,7 @@ def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(t
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     own = {"messages": turns, "chat_template_kwargs": '{"enable_thinking": true}'}
     texts = [
-        render_turns(Example("f", 1, 1, fields), fast, tiny_tokenizer, THINKING)[0]
+        render_turns(DataRow("f", 1, 1, fields), fast, tiny_tokenizer, THINKING)[0]
         for fields in ({"messages": turns}, own)
     ]
     assert texts[0].startswith(prompts[1]) and texts[1].startswith(prompts[0])
@@ -175,16 +174,9 @@ def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenize
     assert [word for word in said if word not in text] == []
 
 
-def test_an_argument_that_the_template_does_not_read_names_the_nearest_that_it_does():
-    with pytest.raises(SettingError, match="does not read 'enable_thinkng'") as caught:
-        check_template_kwargs(section("chat", chat_template_kwargs={"enable_thinkng": 1}), THINKING)
-    assert [*caught.value.hints] == ["did you mean enable_thinking?"]
-    check_template_kwargs(section("chat", chat_template_kwargs={"enable_thinking": 1}), THINKING)
-
-
 def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = {"messages": [turns[0], {**turns[1], "tool_calls": [call]}]}
-    bad = render_turns(Example("f", 1, 1, row), section("chat"), tiny_tokenizer, THINKING)
+    bad = render_turns(DataRow("f", 1, 1, row), section("chat"), tiny_tokenizer, THINKING)
     assert bad.drop == ("messages.tool_calls",) and "not rendered by the chat template" in bad.what

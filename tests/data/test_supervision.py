@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.data.examples import Example, SettingError
 from recipes_lib.data.prompts import task_prompt
+from recipes_lib.data.rows import DataRow, SettingError
 from recipes_lib.data.supervision import (
     Supervision,
     check_settings,
@@ -20,18 +20,18 @@ from recipes_lib.data.supervision import (
 BOS, EOS = 1, 2
 
 
-def task(instruction: str, response: str, context: str = "") -> Example:
-    return Example(
+def task(instruction: str, response: str, context: str = "") -> DataRow:
+    return DataRow(
         "f", 1, 1, {"instruction": instruction, "context": context, "response": response}
     )
 
 
-def pair(prompt: str, completion: str) -> Example:
-    return Example("f", 1, 1, {"prompt": prompt, "completion": completion})
+def pair(prompt: str, completion: str) -> DataRow:
+    return DataRow("f", 1, 1, {"prompt": prompt, "completion": completion})
 
 
 def encode_one(
-    example: Example,
+    example: DataRow,
     tokenizer,
     *,
     prompt_format: str = "dolly",
@@ -67,7 +67,7 @@ def test_no_prompt_token_carries_loss_and_the_completion_comes_back(
     for token, label in enumerate(item.labels):
         assert (label != -100) == (offsets[token][1] > len(prompt))
     assert supervised_text(item, tiny_tokenizer).removesuffix("</s>").endswith(response)
-    if not item.boundary_merge:
+    if not item.other_prompt_ids:
         assert supervised_text(item, tiny_tokenizer) == response + "</s>"
 
 
@@ -84,10 +84,12 @@ def test_the_whole_text_carries_loss_when_asked(tiny_tokenizer):
 
 def test_a_token_across_the_boundary_belongs_to_the_completion(tiny_tokenizer):
     item = encode_one(pair("Answer: th", "e answer"), tiny_tokenizer, prompt_format="raw")
-    assert item.boundary_merge and supervised_text(item, tiny_tokenizer).endswith("the answer</s>")
+    assert item.other_prompt_ids and supervised_text(item, tiny_tokenizer).endswith(
+        "the answer</s>"
+    )
     assert not encode_one(
         pair("Answer:", " the"), tiny_tokenizer, prompt_format="raw"
-    ).boundary_merge
+    ).other_prompt_ids
 
 
 def test_an_empty_completion_leaves_the_end_token_alone(tiny_tokenizer):
@@ -183,7 +185,7 @@ def test_assistant_only_loss_without_chat_is_refused(tiny_tokenizer):
 
 def test_text_rows_carry_loss_on_every_token(tiny_tokenizer):
     item = encode_one(
-        Example("f", 1, 1, {"text": "Once upon"}), tiny_tokenizer, prompt_format="raw"
+        DataRow("f", 1, 1, {"text": "Once upon"}), tiny_tokenizer, prompt_format="raw"
     )
     assert (item.labels == item.ids).all() and item.prompt_tokens == 0
 

@@ -15,8 +15,8 @@ from conversation_samples import TURNS
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.conversations import with_arguments_as_text
-from recipes_lib.data.examples import BadRow, Example
 from recipes_lib.data.prompts import twin_of
+from recipes_lib.data.rows import BadRow, DataRow
 from recipes_lib.data.supervision import Supervision, encode
 
 FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"
@@ -84,8 +84,6 @@ THINKS_FIRST = {
 PROMPT_THINKS = {
     **dict.fromkeys(CASES, "unlike"),
     **dict.fromkeys(NO_THOUGHTS, "changed, unlike"),  # they stand in the content
-    "tools": "other text, unlike",  # the tag behind the results is learned, too
-    "tools, long": "earlier, unlike",
 }
 PHI = {
     **NO_THOUGHTS,
@@ -156,7 +154,7 @@ def happens(case, tokenizer) -> str:
     )
     settings = Supervision.of(section, {"max_length": 4096}, tokenizer)
     tools = {"tools": json.dumps(case["tools"])} if "tools" in case else {}
-    row, twin = Example("f", 1, 1, {"messages": messages, **tools}), twin_of(section, tokenizer)
+    row, twin = DataRow("f", 1, 1, {"messages": messages, **tools}), twin_of(section, tokenizer)
     [item] = encode([row], settings, tokenizer, tokenizer.chat_template, twin)
     if isinstance(item, BadRow):
         return "refused"
@@ -169,6 +167,7 @@ def happens(case, tokenizer) -> str:
     words = {"unlike"} if item.unlike_prompt else set()
     words |= {"changed"} if item.changed else set()
     for text, index in zip(learned, answers, strict=True):
+        assert not text.startswith(("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"))  # no role tags
         assert messages[index]["content"] in text or item.changed
         assert not text[-1].isspace()
         assert not any(one["content"] in text for one in messages if one["role"] != "assistant")

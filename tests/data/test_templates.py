@@ -11,13 +11,13 @@ from conversation_samples import MARKED, TURNS
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.data.examples import BadRow, BadRows, Example, SettingError
 from recipes_lib.data.prompts import Twin, chat_template, twin_of
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError
 from recipes_lib.data.supervision import Supervision, encode, turn_beginning
 
 
-def conversation(messages=TURNS, line=1) -> Example:
-    return Example("rows.jsonl", line, line, {"messages": messages})
+def conversation(messages=TURNS, line=1) -> DataRow:
+    return DataRow("rows.jsonl", line, line, {"messages": messages})
 
 
 def encode_chat(examples, tokenizer, *, template=None, train=None, twin=None, **keys):

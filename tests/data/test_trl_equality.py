@@ -12,7 +12,7 @@ from conversation_samples import MARKED, TURNS
 from tokenizers import Tokenizer, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from recipes_lib.data.preparation import prepare_data
+from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.prompts import task_prompt
 
 NO_SPLIT = {"method": "none"}
@@ -107,7 +107,7 @@ def test_rows_are_equal_for_a_tokenizer_of_llama_2_s_kind(recipe_for, write_json
     assert data.train.select_columns(["input_ids", "labels"]).to_list() == trl_rows(
         pairs(rows), tokenizer
     )
-    assert data.audit["boundary_merges"] > 0  # the case is really there
+    assert data.audit.other_prompt_ids.count > 0  # the case is really there
 
 
 def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(
@@ -140,9 +140,9 @@ def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(
 ):
     parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
     data = prepare_data(recipe_for(parts, split=NO_SPLIT), smollm2_tokenizer)
-    bare = data.audit["no_supervised_tokens"]
-    assert data.audit["rows"]["read"] == 15_011 and len(data.train) == 15_011 - 128
-    assert bare["count"] == len(set(bare["ids"])) == len(bare["places"]) == 128
+    bare = data.audit.no_supervised_tokens
+    assert data.audit.rows["read"] == 15_011 and len(data.train) == 15_011 - 128
+    assert bare.count == len(set(bare.ids)) == len(bare.places) == 128
 
 
 def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(
@@ -158,7 +158,4 @@ def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(
             recipe_for(parts, split=split, train={"completion_only_loss": False}), smollm2_tokenizer
         )
         assert (len(data.train), len(data.validation), len(data.test)) == sizes
-        assert (
-            data.audit["duplicates"]["across_splits"]
-            and not data.audit["duplicates"]["moved_to_train"]
-        )
+        assert data.audit.duplicates_across

@@ -112,7 +112,7 @@ def losses_of_a_plain_loop(recipe_path: Path, *words: str) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     from recipes_lib.config.recipe import load_recipe
-    from recipes_lib.data.preparation import prepare_data
+    from recipes_lib.data.prepare import prepare_data
     from recipes_lib.weights.base import load_tokenizer
 
     recipe = load_recipe(recipe_path, words)

@@ -8,17 +8,13 @@ written to supervision.json.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.core.errors import DataError, RecipeErrors
+from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import next_step, printable, say, use_color
-from recipes_lib.data.conversations import Message, conversation_of, thoughts_of
-from recipes_lib.data.examples import Example
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.suites.leaks import leak_error, search_recipe
@@ -29,9 +25,6 @@ if TYPE_CHECKING:
     from recipes_lib.data.supervision import DecodedSpan
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
-# What opens and closes a thought or a tool call in a pipe, and its colour on a terminal.
-MARKS = {"thought": ("((", "))", "\x1b[36m"), "call": ("<<", ">>", "\x1b[33m")}
-Mark = tuple[str, re.Pattern[str]]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
         DataError: the data cannot be used; when it was read, its numbers are printed before.
         RecipeErrors: the rows hold questions or answers of an eval.
     """
-    from recipes_lib.data.preparation import prepare_data
+    from recipes_lib.data.audit import RefusedData
+    from recipes_lib.data.prepare import prepare_data
 
     # an override may follow the evals
     overrides = [*args.overrides, *(word for word in args.against if "=" in word)]
@@ -60,18 +54,13 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(recipe)
     try:
         data = prepare_data(recipe, tokenizer)
-    except DataError as error:
-        if (audit := getattr(error, "audit", None)) is not None:
-            say("\n".join(_summary(audit)))
+    except RefusedData as error:
+        say("\n".join(_summary(error.audit)))
         raise
     say("\n".join(_summary(data.audit, data.splits["method"])))
     _say_leaks(recipe, evals)
-    shown = data.train.select(range(min(args.show, len(data.train))))
-    wanted = set(shown["example_id"])
-    at = [index for index, example in enumerate(data.rows.examples) if example.id in wanted]
-    examples = {example.id: example for example in data.rows.take(at).with_texts()}
-    for row in shown:
-        _show_example(row, tokenizer, examples[row["example_id"]], color=use_color())
+    for row in data.train.select(range(min(args.show, len(data.train)))):
+        _show_row(row, tokenizer, color=use_color())
     say()
     next_step(shlex.join(["recipes", "train", str(args.recipe), *overrides]))
     return 0
@@ -95,123 +84,73 @@ def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
 
 def _summary(audit: DataAudit, method: str | None = None) -> list[str]:
     """Return the audit as lines for the terminal."""
-    from recipes_lib.data.audit import describe_conversations, describe_template, warnings_of
-
-    rows = audit["rows"]
-    filtered = "".join(f", {count} filtered by {name}" for name, count in rows["filtered"].items())
+    rows = audit.rows
+    filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
     split = f" (split: {method})" if method else ""
     lines = [
         f"{rows['read']} rows read{filtered}, {rows['used']} used",
         f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}",
-        (
-            f"{audit['truncated']['count']} truncated at max_length {audit['max_length']}, "
-            f"{audit['no_supervised_tokens']['count']} without supervised tokens, "
-            f"{audit['special_token_injections']['num_rows']} with special tokens in the text, "
-            f"{audit['duplicates']['exact_rows']} exact duplicates"
-        ),
         *_mixture(audit),
-        f"prompt format {audit['prompt_format']}, loss on the {audit['loss_on']}",
-        *describe_conversations(audit),
-        *describe_template(audit),
+        f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}",
+        *audit.describe(),
         "",
         f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
     ]
     for title, of in (
-        ("prompt", audit["prompt_tokens"]),
-        ("completion", audit["completion_tokens"]),
-        ("row, as trained", audit["tokens"]),
-        ("with loss", audit["supervised_tokens"]),
+        ("prompt", audit.prompt_tokens),
+        ("row, as trained", audit.tokens),
+        ("with loss", audit.supervised_tokens),
     ):
         columns = f"{of['p5']:>8}{of['p50']:>8}{of['p95']:>8}{of['max']:>8}"
         lines.append(f"{title:<18}{of['total']:>12,}{columns}")
-    notes = warnings_of(audit)
+    notes = audit.warnings()
     return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
 
 
 def _mixture(audit: DataAudit) -> list[str]:
     """Return a table of what each source gives; nothing for a single source."""
-    sources = audit["sources"]
+    sources = audit.sources
     if len(sources) < 2:
         return []
-    total = sum(source["supervised"] for source in sources)
-    width = max(18, *(len(source["source"]) + 2 for source in sources))
+    total = sum(source.supervised for source in sources)
+    width = max(18, *(len(source.source) + 2 for source in sources))
     lines = [
         "",
         f"{'source':<{width}}{'rows':>10}{'weight':>8}{'used':>10}{'train':>10}{'validation':>12}"
         f"{'test':>8}{'tokens with loss':>20}",
     ]
     for source in sources:
-        share = f"{source['supervised']:,} ({source['supervised'] / (total or 1):.1%})"
+        share = f"{source.supervised:,} ({source.supervised / (total or 1):.1%})"
         lines.append(
-            f"{source['source']:<{width}}{source['rows']:>10,}{source['weight']:>8g}"
-            f"{source['used']:>10,}{source['train']:>10,}{source['validation']:>12,}"
-            f"{source['test']:>8,}{share:>20}"
+            f"{source.source:<{width}}{source.rows:>10,}{source.weight:>8g}{source.used:>10,}"
+            f"{source.train:>10,}{source.validation:>12,}{source.test:>8,}{share:>20}"
         )
     return [*lines, ""]
 
 
-def _show_example(row: Mapping[str, Any], tokenizer: Any, example: Example, *, color: bool) -> None:
-    """Print one training row: prompt grey, text with loss green (or in [[...]]), thoughts and tool
-    calls in it in colours of their own (or in ((...)) and <<...>>), the end token marked.
+def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
+    """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token
+    marked.
     """
     from recipes_lib.data.supervision import IGNORED, decoded_spans
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
-    head = f"-- {row['example_id']} ({example.place}): {len(row['input_ids'])} tokens"
-    say(f"\n{head}, {num_supervised} with loss")
+    say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     if not spans[-1]["text"].strip():
         spans.pop()  # a newline that the template puts after the last turn
-    chat = any(isinstance(value, list) for value in example.fields.values())
-    marks = _marks(conversation_of(example, None)) if chat else []
-    print("".join(_painted(span, marks, color) for span in spans), flush=True)
+    print("".join(_painted(span, color) for span in spans), flush=True)
 
 
-def _painted(span: DecodedSpan, marks: list[Mark], color: bool) -> str:
-    """Return a span for the terminal; the marks found in it are taken off the list."""
+def _painted(span: DecodedSpan, color: bool) -> str:
+    """Return a span for the terminal."""
     end = span.get("end_token", "")
-    text = span["text"].removesuffix(end)
-    end = printable(end)
+    text, end = printable(span["text"].removesuffix(end)), printable(end)
     if not span["supervised"]:
-        return f"{GREY}{printable(text)}{RESET}" if color else printable(text)
-    parts, behind = [], 0
-    for mark in list(marks):
-        kind, pattern = mark
-        if found := pattern.search(text, behind):
-            opened, closed, paint = MARKS[kind]
-            words = printable(found[0])
-            marked = f"{paint}{words}{GREEN}" if color else f"{opened}{words}{closed}"
-            parts += [printable(text[behind : found.start()]), marked]
-            behind = found.end()
-            marks.remove(mark)
-    shown = "".join([*parts, printable(text[behind:])])
+        return f"{GREY}{text}{RESET}" if color else text
     if color:
-        return f"{GREEN}{shown}{REVERSE}{end}{RESET}"
-    return f"[[{shown}]]" + (f"<EOS {end}>" if end else "")
-
-
-def _marks(messages: Sequence[Message]) -> list[Mark]:
-    """Return how the assistant's thoughts and tool calls look in the text, in order: a call goes
-    from its name to its last argument, whatever the template puts between.
-    """
-    marks: list[Mark] = []
-    for message in messages:
-        if message["role"] == "assistant":
-            marks += [("thought", re.compile(re.escape(one))) for one in thoughts_of(message)]
-            for call in message.get("tool_calls", ()):
-                name, arguments = call["function"]["name"], call["function"]["arguments"]
-                words = "".join(f".*?{re.escape(leaf)}" for leaf in _leaves(arguments))
-                pattern = f"{re.escape(name)}(?:{words})?"
-                marks.append(("call", re.compile(pattern, re.DOTALL)))
-    return marks
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _leaves(inner)
-    else:
-        yield json.dumps(value, ensure_ascii=False).strip('"')
+        return f"{GREEN}{text}{REVERSE}{end}{RESET}"
+    return f"[[{text}]]" + (f"<EOS {end}>" if end else "")
 
 
 def _count(text: str) -> int:

@@ -12,8 +12,8 @@ from recipes_lib.core.errors import DataError, ExitCode, RecipeError
 from recipes_lib.core.project import check_run_name, shown_path
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.columns import look_at
-from recipes_lib.data.examples import place
-from recipes_lib.data.rows import check_local_rows
+from recipes_lib.data.rows import place
+from recipes_lib.data.splits import check_local_rows
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

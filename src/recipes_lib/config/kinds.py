@@ -73,7 +73,7 @@ RECIPE = _kind(
     f"extends {' '.join(SECTIONS)}",
     "train it: recipes train",
     "config.check:RecipeRules",
-    "data.rows:check_rows",
+    "data.splits:check_rows",
 )
 _BASE = _kind(
     "base",

@@ -188,6 +188,11 @@ class DataSection:
         " in training, and when the run is asked. A row's own (a column of this name) win.",
         factory=dict,
     )
+    template_date: str | None = key(
+        "For `chat`: the date, as 2026-11-28, that a template prints as today's (gpt-oss, Llama"
+        " 3.2, SmolLM3). Absent: the day the run is created, kept in every resume, chat and"
+        " evaluation."
+    )
     system_prompt: str | None = key(
         "For `chat`: a system message put before conversations that have none."
     )
@@ -214,7 +219,13 @@ class DataSection:
 
 
 # The keys of `data` that say how a model is asked.
-ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_prompt")
+ASKED = (
+    "prompt_format",
+    "chat_template",
+    "chat_template_kwargs",
+    "template_date",
+    "system_prompt",
+)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class RunState(TypedDict, total=False):
     fingerprint: str
     base_fingerprint: str | None
     prompt_format_hash: str
+    template_date: str | None  # data.prompts.template_date
     stand_in: Mapping[str, Any]  # the sections of a base's recipe
     data_folders: list[str]  # of earlier releases
     sources: list[Mapping[str, str]]

@@ -1,4 +1,4 @@
-"""From the columns of a file to the fields of an example.
+"""From the columns of a file to the fields of a row.
 
 A prompt format reads a fixed set of fields (`prompts.PROMPT_FORMATS`); `data.columns` says which
 column each one is. Every value is checked here once: nothing after this module meets None, a number
@@ -7,13 +7,12 @@ or a lone surrogate where text should be. `recipes new --data` asks here too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.sections import OwnRows
+from recipes_lib.config.sections import TEXT_FORMATS, OwnRows, data_format
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.json_files import refuse_pipe
@@ -28,21 +27,19 @@ from recipes_lib.data.conversations import (
     unread_keys,
     without_nulls,
 )
-from recipes_lib.data.examples import (
+from recipes_lib.data.files import Table, other_delimiter, read_file
+from recipes_lib.data.prompts import CHAT, PAIR, PROMPT_FORMATS, TASK, TEXT, FieldShape
+from recipes_lib.data.rows import (
     BadRow,
     BadRows,
-    Example,
+    DataRow,
     SettingError,
     listed,
     lone_surrogate,
     shown_real_path,
     type_name,
 )
-from recipes_lib.data.files import Table, guessed_delimiter, guessed_encoding, read_file
-from recipes_lib.data.prompts import CHAT, PAIR, PROMPT_FORMATS, TASK, TEXT, FieldShape
 from recipes_lib.data.sources import data_files
-
-IDS_HINT = "set data.columns.id to '' to name rows by a hash of their content instead"
 
 OUR_NAMES = (
     *("id", "instruction", "context", "response", "category"),
@@ -73,7 +70,7 @@ _SYNONYMS = {
 
 @dataclass(frozen=True)
 class Reading:
-    """How the rows of one source become examples, decided once from its column names.
+    """How the rows of one source become `DataRow`s, decided once from its column names.
 
     Args:
         names: our field -> column of the file.
@@ -114,29 +111,23 @@ class Reading:
         """
         found = next((table.columns for table in tables if table.columns), [])
         if not found:
-            bad = BadRows()  # the lines that are not rows, in files without a single row
+            bad = BadRows()
             for table in tables:
-                for number, (line, row) in enumerate(table, 1):
+                for number, (line, row) in enumerate(table.numbered, 1):
                     if isinstance(row, BadRow):
-                        bad.add(Example(table.file, line, number, {}), row)
+                        bad.add(DataRow(table.file, line, number, {}), row)
             if bad.found:
                 raise bad.error()
             raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
-        for name in dropped:
-            if name.startswith("messages.") and name.removeprefix("messages.") in MESSAGE_KEYS:
-                what = (
-                    f"data.drop_columns: {name} cannot be left out: it says who speaks, what, or"
-                    " whether it carries loss"
-                )
-                raise SettingError("data.drop_columns", what)
-        _check_mapping(columns, found)
+        _check_mapping(columns, found, dropped)
         found = [name for name in found if name not in dropped]
         shape, names = _choose_shape(prompt_format, columns, found)
         category, identity = _column("category", columns, found), _column("id", columns, found)
         rest = [name for name in found if name not in (*names.values(), category, identity)]
         spellings = ("messages", ALIASES["messages"])
         others = [name for name in rest if name in spellings and "messages" not in columns]
-        rest = [name for name in rest if name not in others or "messages" not in names]
+        others = others if "messages" in names else []
+        rest = [name for name in rest if name not in spellings or "messages" not in names]
         meaningful = tuple(name for name in rest if name in MEANINGFUL and columns.get(name) != "")
         return cls(
             prompt_format,
@@ -144,78 +135,82 @@ class Reading:
             shape.optional,
             category,
             identity,
-            tuple(others) if "messages" in names else (),
+            tuple(others),
             meaningful,
             unused=tuple(name for name in rest if name not in meaningful),
             dropped=tuple(dropped),
         )
 
-    def examples(self, table: Table, bad: BadRows) -> Iterator[Example]:
-        """The usable rows of a file; the others are added to `bad`."""
-        for number, (line, row) in enumerate(table, 1):
-            example = Example(table.file, line, number, {})
+    def rows(self, table: Table, source: int, bad: BadRows) -> Iterator[DataRow]:
+        """Yield the usable rows of a file; the others are added to `bad`."""
+        for number, (line, values) in enumerate(table.numbered, 1):
+            row = DataRow(table.file, line, number, {}, source=source)
             try:
-                if isinstance(row, BadRow):
-                    raise row
-                self._fill(example, row, table.columnar)
+                if isinstance(values, BadRow):
+                    raise values
+                self._fill(row, values, table.columnar)
             except BadRow as reason:
-                bad.add(example, reason)
+                bad.add(row, reason)
             else:
-                yield example
+                yield row
 
-    def _fill(self, example: Example, row: Mapping[str, Any], columnar: bool) -> None:
-        """Put the row's values into the example."""
-        twice = [name for name in self.other_conversations if not is_blank(row.get(name))]
-        if twice and not is_blank(row.get(self.names["messages"])):
-            chosen = self.names["messages"]
-            what = f"columns '{chosen}' and '{twice[0]}' both hold a conversation"
-            raise BadRow(what, f"say which one is read: data.columns: {{messages: {chosen}}}")
-        unread = [name for name in self.meaningful if not is_blank(row.get(name))]
-        chat, fields = self.prompt_format == "chat", example.fields
-        for name in ("messages", "prompt", "completion") if chat else ():
-            unread += unread_keys(row.get(self.names.get(name, "")), self.dropped)
-        if unread := list(dict.fromkeys(unread)):
-            what = (
-                f"{', '.join(unread)}: not supported, and the row would be another one without"
-                f" {'it' if len(unread) == 1 else 'them'}"
-            )
-            raise BadRow(what, drop=unread)
+    def _fill(self, row: DataRow, values: Mapping[str, Any], columnar: bool) -> None:
+        """Put a file's values into the row."""
+        self._refuse_unread(values)
+        is_chat = self.prompt_format == "chat"
         for name, column in self.names.items():
-            value = row.get(column)
+            value = values.get(column)
             if columnar and isinstance(value, dict | list):
                 value = without_nulls(value)
             if name == "messages" or (
-                chat and name in ("prompt", "completion") and isinstance(value, list)
+                is_chat and name in ("prompt", "completion") and isinstance(value, list)
             ):
-                fields[name] = read_messages(value, column, self.dropped)
-                continue
-            if name in _STRUCTURED:
+                row.fields[name] = read_messages(value, column, self.dropped)
+            elif name in _STRUCTURED:
                 if not is_blank(value):
-                    fields[name] = _STRUCTURED[name](value, column)
-                continue
-            if value is None and name in self.optional:
-                value = ""
-            if not isinstance(value, str):
-                missing = "" if column in row else " (the column is missing in this row)"
-                raise BadRow(f"column '{column}': expected text, found {type_name(value)}{missing}")
-            if what := lone_surrogate(value):
-                raise BadRow(f"column '{column}': {what}, which has no UTF-8 form")
-            fields[name] = value
-        if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
+                    row.fields[name] = _STRUCTURED[name](value, column)
+            else:
+                if value is None and name in self.optional:
+                    value = ""
+                row.fields[name] = _text(value, column, is_missing=column not in values)
+        prompt, completion = row.fields.get("prompt"), row.fields.get("completion")
+        if isinstance(prompt, list) != isinstance(completion, list):
             raise BadRow("prompt and completion: one is text, the other a list of messages")
-        if chat:
-            messages = conversation_of(example, None)
-            if (system := fields.get("system")) and messages[0]["content"] != system:
+        if is_chat:
+            messages = conversation_of(row, None)
+            if (system := row.fields.get("system")) and messages[0]["content"] != system:
                 column = self.names["system"]
                 raise BadRow(f"a system message and another text in column '{column}'")
             check_roles(messages)
-        kind = row.get(self.category) if self.category else None
-        example.category = kind if kind is None else str(kind)
-        if self.identity:
-            example.explicit_id = value = row.get(self.identity)
-            if value is None or value == "" or isinstance(value, (float, bool, list, dict)):
-                found = "empty text" if value == "" else type_name(value)
-                raise BadRow(f"column '{self.identity}': no usable id, found {found}", IDS_HINT)
+        kind = values.get(self.category) if self.category else None
+        row.category = kind if kind is None else str(kind)
+        identity = values.get(self.identity) if self.identity else None
+        row.id = str(identity) if isinstance(identity, str | int) else ""
+
+    def _refuse_unread(self, values: Mapping[str, Any]) -> None:
+        """Refuse a row that says something in a column or a message's key that nothing reads."""
+        twice = [name for name in self.other_conversations if not is_blank(values.get(name))]
+        if twice and not is_blank(values.get(self.names["messages"])):
+            chosen = self.names["messages"]
+            what = f"columns '{chosen}' and '{twice[0]}' both hold a conversation"
+            raise BadRow(what, f"say which one is read: data.columns: {{messages: {chosen}}}")
+        unread = [name for name in self.meaningful if not is_blank(values.get(name))]
+        if self.prompt_format == "chat":
+            for name in ("messages", "prompt", "completion"):
+                unread += unread_keys(values.get(self.names.get(name, "")), self.dropped)
+        if unread := list(dict.fromkeys(unread)):
+            them = "it" if len(unread) == 1 else "them"
+            what = f"{', '.join(unread)}: not supported, and the row would be another one without"
+            raise BadRow(f"{what} {them}", drop=unread)
+
+
+def _text(value: Any, column: str, is_missing: bool) -> str:
+    if not isinstance(value, str):
+        missing = " (the column is missing in this row)" if is_missing else ""
+        raise BadRow(f"column '{column}': expected text, found {type_name(value)}{missing}")
+    if what := lone_surrogate(value):
+        raise BadRow(f"column '{column}': {what}")
+    return value
 
 
 def look_at(data: Path) -> OwnRows:
@@ -231,12 +226,22 @@ def look_at(data: Path) -> OwnRows:
         raise DataError("no such file", hint, file=shown)
     refuse_pipe(data, shown)
     file = data_files(data, "train")[0] if data.is_dir() else data
-    delimiter, encoding = guessed_delimiter(file), guessed_encoding(file)
+    encoding, delimiter = _guessed_encoding(file), None
+    if data_format(file) == ".csv" and file.suffix != ".gz":
+        with file.open(encoding=encoding or "utf-8") as stream:
+            delimiter = other_delimiter(stream.readline(100_000).split(",")) or None
     rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter).rows
-    own_rows = partial(OwnRows, data, delimiter=delimiter, encoding=encoding)
     names = list(rows[0]) if rows else []
     if not names:
         raise DataError("has no row with named columns", file=shown_real_path(file))
+
+    def own_rows(
+        prompt_formats: tuple[str, ...],
+        columns: dict[str, str] | None = None,
+        whole_text: bool = False,
+    ) -> OwnRows:
+        return OwnRows(data, prompt_formats, columns or {}, whole_text, delimiter, encoding)
+
     for shape, prompt_formats in ((CHAT, ("chat",)), (PAIR, ("raw", "chat")), (TEXT, ("raw",))):
         if {*shape.required} <= {*names} and "response" not in names:
             return own_rows(prompt_formats, whole_text=shape is TEXT)
@@ -257,19 +262,27 @@ def look_at(data: Path) -> OwnRows:
     return own_rows(("dolly", "alpaca", "chat"), columns)
 
 
-def check_dropped_are_there(dropped: Sequence[str], found: Collection[str]) -> None:
-    """Raise a SettingError for a `data.drop_columns` that names no column of any source."""
+def _guessed_encoding(file: Path) -> str | None:
+    """Return latin-1 or cp1252 for a text file that is not UTF-8, else None."""
+    if data_format(file) not in TEXT_FORMATS or file.suffix == ".gz":
+        return None
+    content = file.read_bytes()
+    try:
+        content.decode("utf-8")
+    except UnicodeDecodeError:
+        if b"\0" in content:  # UTF-16, whose reading says what is wrong
+            return None
+        return "cp1252" if any(0x80 <= byte < 0xA0 for byte in content) else "latin-1"
+    return None
+
+
+def _check_mapping(
+    columns: Mapping[str, str], found: Sequence[str], dropped: Sequence[str]
+) -> None:
     for name in dropped:
-        if not name.startswith("messages.") and name not in found:
-            columns = f"columns are {', '.join(found)}; keys of messages are written messages.KEY"
-            raise SettingError(
-                "data.drop_columns",
-                f"data.drop_columns: the data has no column '{name}'",
-                *(did_you_mean(name, found) or [columns]),
-            )
-
-
-def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:
+        if name.startswith("messages.") and name.removeprefix("messages.") in MESSAGE_KEYS:
+            what = f"data.drop_columns: {name} cannot be left out: it says who speaks, or what"
+            raise SettingError("data.drop_columns", what)
     for name, column in columns.items():
         if name not in OUR_NAMES:
             hints = did_you_mean(name, OUR_NAMES) or [f"names: {', '.join(OUR_NAMES)}"]
@@ -281,7 +294,7 @@ def _check_mapping(columns: Mapping[str, str], found: Sequence[str]) -> None:
 
 
 def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str | None:
-    """The file's column for one of our names: mapped, of the same name, or a well-known other."""
+    """Return the file's column for one of our names: mapped, of the same name, or an alias."""
     if name in columns:
         return columns[name] or None
     return next((known for known in (name, ALIASES.get(name, name)) if known in found), None)
@@ -290,15 +303,15 @@ def _column(name: str, columns: Mapping[str, str], found: Sequence[str]) -> str 
 def _choose_shape(
     prompt_format: str, columns: Mapping[str, str], found: Sequence[str]
 ) -> tuple[FieldShape, dict[str, str]]:
-    """The first set of fields of the format that the columns can fill, and each field's column."""
+    """Return the first set of fields of the format that the columns can fill, and their columns."""
 
     def can_fill(shape: FieldShape) -> bool:
         return all(_column(name, columns, found) for name in shape.required)
 
-    for shape in filter(can_fill, PROMPT_FORMATS[prompt_format].shapes):
+    shapes = PROMPT_FORMATS[prompt_format].shapes
+    for shape in filter(can_fill, shapes):
         names = {name: _column(name, columns, found) for name in (*shape.required, *shape.optional)}
         return shape, {name: column for name, column in names.items() if column}
-    shapes = PROMPT_FORMATS[prompt_format].shapes
     expected = " / ".join("+".join(shape.required) for shape in shapes)
     task = "alpaca" if "input" in found else "dolly"
     fitting = [

@@ -6,18 +6,11 @@ own and are kept as JSON, so that a row is made of texts.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import takewhile
+from itertools import pairwise
 from typing import Any, NotRequired, TypedDict, cast
 
-from recipes_lib.data.examples import (
-    BadRow,
-    Example,
-    lone_surrogate,
-    message_texts,
-    type_name,
-)
+from recipes_lib.data.rows import BadRow, DataRow, lone_surrogate, message_texts, type_name
 
 
 class CalledFunction(TypedDict):
@@ -52,7 +45,7 @@ class Message(TypedDict):
 # Other names of the roles: ShareGPT's, as its `from` key has them, and OpenAI's.
 ROLES = {
     "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("gpt", "model"), "assistant"),
     **dict.fromkeys(("observation", "function"), "tool"),
     "developer": "system",
 }
@@ -76,28 +69,6 @@ RESERVED = {
 RESERVED_HINT = "messages and tools have columns of their own; the others are set by the program"
 # What a list or an object that says nothing becomes as JSON in a text column.
 BLANK_TEXTS = ("", "[]", "{}", "null")
-
-
-_THOUGHT = re.compile(r"<think>\s*(\S.*?)\s*</think>", re.DOTALL)
-
-
-def thoughts_of(message: Message) -> list[str]:
-    """The thoughts of a message, in a key of their own or in the text.
-
-    Example:
-        >>> thoughts_of({"role": "assistant", "content": "<think>Hm.</think>Yes. <think></think>"})
-        ['Hm.']
-    """
-    own = message.get("reasoning_content", "").strip()
-    return [*([own] if own else []), *_THOUGHT.findall(message["content"])]
-
-
-def turn_counts(messages: Sequence[Message]) -> tuple[int, int, int]:
-    """How many turns user and assistant take, and how many tool calls and thoughts are in them."""
-    spoken = [message for message in messages if message["role"] in ("user", "assistant")]
-    calls = sum(len(message.get("tool_calls", ())) for message in spoken)
-    thoughts = (thoughts_of(one) for one in spoken if one["role"] == "assistant")
-    return len(spoken), calls, sum(map(len, thoughts))
 
 
 def is_blank(value: Any) -> bool:
@@ -318,11 +289,11 @@ def _json_text(value: Any, column: str) -> str:
     return text
 
 
-def template_values(example: Example, given: Mapping[str, Any]) -> dict[str, Any]:
+def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:
     """What the template gets beside the messages: the row's tools, and the arguments `given`
     (`data.chat_template_kwargs`), over which the row's own win.
     """
-    fields = example.fields
+    fields = row.fields
     values = {**given, **json.loads(fields.get("chat_template_kwargs") or "{}")}
     return values | ({"tools": json.loads(fields["tools"])} if fields.get("tools") else {})
 
@@ -359,11 +330,11 @@ def _joined(parts: list[Any], place: str) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def conversation_of(example: Example, system_prompt: str | None) -> list[Message]:
-    """The example as a conversation: its messages, or one user and one assistant turn. A system
+def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
+    """The row as a conversation: its messages, or one user and one assistant turn. A system
     message or a `system` column of the row wins over the recipe's `system_prompt`.
     """
-    fields = example.fields
+    fields = row.fields
     if "messages" in fields:
         messages = fields["messages"]
     elif "prompt" in fields and isinstance(fields["prompt"], list):
@@ -416,9 +387,14 @@ def check_roles(messages: Sequence[Message]) -> None:
             f" {roles[-1]}'s, and nothing answers it"
         )
         raise BadRow(what, "cut the conversation after its last assistant turn")
-    for index, message in enumerate(messages[:-1]):
-        if message.get("tool_calls"):
-            _check_results(index, messages)
+    for index, (message, following) in enumerate(pairwise(messages)):
+        if message.get("tool_calls") and following["role"] != "tool":
+            names = ", ".join(call["function"]["name"] for call in message["tool_calls"])
+            raise BadRow(
+                f"tool call without result: message {index} calls {names}",
+                "put a message of role tool with the result after it, or end the conversation"
+                " there",
+            )
     answers = [index for index, role in enumerate(roles) if role == "assistant"]
     learned = [index for index in answers if messages[index].get("weight") != 0]
     if not learned:
@@ -430,24 +406,3 @@ def check_roles(messages: Sequence[Message]) -> None:
             f"message {silent[0]} (assistant) is empty: no text, no thought, no tool call",
             "cut it out of the conversation, or give it weight: 0",
         )
-
-
-def _check_results(index: int, messages: Sequence[Message]) -> None:
-    """Refuse a call without a result, one message may hold those of several, and a result of no
-    call.
-    """
-    results = list(takewhile(lambda one: one["role"] == "tool", messages[index + 1 :]))
-    calls = messages[index]["tool_calls"]
-    by_id = {call.get("id"): call["function"]["name"] for call in calls}
-    answered = [result.get("tool_call_id") for result in results]
-    named = None not in by_id and None not in answered
-    missing = [name for id, name in by_id.items() if id not in answered] if named else []
-    if missing or not results:
-        names = ", ".join(missing or [call["function"]["name"] for call in calls])
-        raise BadRow(
-            f"tool call without result: message {index} calls {names}",
-            "put a message of role tool with the result after it, or end the conversation there",
-        )
-    for place, id in enumerate(answered, index + 1):
-        if named and id not in by_id:
-            raise BadRow(f"message {place} (tool): tool_call_id {id!r} is of no call before it")

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from recipes_lib.data.examples import Example
+from recipes_lib.data.rows import DataRow
 
 GRAM = 13
 SHARE = 0.5
@@ -129,7 +129,7 @@ class Leaks:
 
 
 def find_leaks(
-    rows: Iterable[Example], evals: Mapping[str, Sequence[EvalText]]
+    rows: Iterable[DataRow], evals: Mapping[str, Sequence[EvalText]]
 ) -> dict[str, Leaks]:
     """Return what rows hold of the texts of each evaluation, in the order of the rows.
 

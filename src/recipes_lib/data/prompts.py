@@ -1,4 +1,4 @@
-"""Prompt formats: how an example becomes the text that the model reads and the text that it must
+"""Prompt formats: how a row becomes the text that the model reads and the text that it must
 learn to write, in training and generation alike.
 
 `dolly` and `alpaca` put headings around instruction, context and response; `raw` takes prompt and
@@ -7,12 +7,13 @@ completion (or text) as they are; `chat` leaves the form to a chat template.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from recipes_lib.data.conversations import (
     with_arguments_as_text,
     with_system_prompt,
 )
-from recipes_lib.data.examples import Example, SettingError
+from recipes_lib.data.rows import BadRow, DataRow, SettingError
 
 # Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
 DOLLY = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -42,6 +43,8 @@ ALPACA_WITH_CONTEXT = (
     " Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
 )
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template calls for the date of the day (gpt-oss, Llama 3.2, SmolLM3).
+TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\)""")
 Span = tuple[int, int]
 
 
@@ -91,9 +94,9 @@ def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
     return heading.format(instruction=instruction, context=context)
 
 
-def prompt_and_completion(example: Example, prompt_format: str) -> tuple[str | None, str]:
-    """The two texts of an example in a plain format; the prompt is None for a text without one."""
-    fields = example.fields
+def prompt_and_completion(row: DataRow, prompt_format: str) -> tuple[str | None, str]:
+    """The two texts of a row in a plain format; the prompt is None for a text without one."""
+    fields = row.fields
     if PROMPT_FORMATS[prompt_format].headings:
         prompt = task_prompt(prompt_format, fields["instruction"], fields.get("context", ""))
         return prompt, fields["response"]
@@ -181,11 +184,15 @@ def render_chat(
 
 def chat_template(section: DataSection, tokenizer: Any) -> str:
     """The template of the `chat` format: the given one (inline, a file, or one of TRL's), else the
-    tokenizer's own.
+    tokenizer's own; with the run's date in it, if it prints one.
 
     Raises:
         SettingError: there is no template, or its file does not exist.
     """
+    return _with_date(_plain_template(section, tokenizer), section.template_date)
+
+
+def _plain_template(section: DataSection, tokenizer: Any) -> str:
     given = section.chat_template
     if given is None:
         own = getattr(tokenizer, "chat_template", None)
@@ -221,14 +228,37 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
         raise SettingError("data.chat_template", what, "save it as UTF-8") from None
 
 
-def check_template_kwargs(section: DataSection, template: str) -> None:
-    """Raise a SettingError for an argument of the recipe that its template does not name."""
+def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
+    """Return the date that a run's template prints: the recipe's, the one recorded when the run was
+    created, or today; None where the template prints none.
+    """
+    if section.prompt_format != "chat" or not TODAY.search(_plain_template(section, tokenizer)):
+        return section.template_date
+    return section.template_date or recorded or datetime.date.today().isoformat()
+
+
+def _with_date(template: str, date: str | None) -> str:
+    """Return the template with a fixed date in place of the day it is rendered on.
+
+    Example:
+        >>> _with_date("It is {{ strftime_now('%d %b %Y') }}.", "2026-11-28")
+        "It is {{ '28 Nov 2026' }}."
+    """
+    if date is None:
+        return template
+    day = datetime.datetime.fromisoformat(date)
+    return TODAY.sub(lambda found: repr(day.strftime(found["form"])), template)
+
+
+def check_template_kwargs(names: Iterable[str], template: str) -> None:
+    """Raise a BadRow for a template argument that the chat template does not name."""
     words = set(re.findall(r"[A-Za-z_]\w*", template))
-    for name in section.chat_template_kwargs:
+    for name in names:
         if name not in words:
-            what = f"data.chat_template_kwargs: the chat template does not read '{name}'"
             hints = did_you_mean(name, sorted(words)) or ["remove it, or choose another template"]
-            raise SettingError("data.chat_template_kwargs", what, *hints)
+            raise BadRow(
+                f"chat_template_kwargs: the chat template does not read '{name}'", hints[0]
+            )
 
 
 @dataclass(frozen=True)
@@ -258,8 +288,9 @@ def twin_of(section: DataSection, tokenizer: Any) -> Twin | None:
     given = section.chat_template
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
         return None
-    template = chat_template(section, tokenizer)
-    return None if GENERATION.search(template) else trl_twins().get(template)
+    template = _plain_template(section, tokenizer)
+    twin = None if GENERATION.search(template) else trl_twins().get(template)
+    return twin and replace(twin, text=_with_date(twin.text, section.template_date))
 
 
 @functools.cache

@@ -1,354 +1,204 @@
-"""The rows of a recipe's data: what identifies each of them, where it stands, and how to read its
-texts again: a million rows fit because texts are not kept. The files are read once to check and
-name every row, and again, batch by batch, for the rows that are used.
+"""One row of training data after its columns were mapped, and the errors that name rows by file and
+line, or a key of the recipe.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.loader import Document
-from recipes_lib.config.recipe import recipe_from
-from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import say
-from recipes_lib.data.columns import IDS_HINT, Reading
-from recipes_lib.data.examples import (
-    BadRow,
-    BadRows,
-    Example,
-    SettingError,
-    message_texts,
-    place,
-)
-from recipes_lib.data.files import Table
-from recipes_lib.data.sources import (
-    Source,
-    is_on_hub,
-    listed_sources,
-    load_tables,
-    unread_files,
-)
 
-NUM_CHECKED = 20_000
-_NO_TEXTS: dict[str, Any] = {}  # one for all rows: an empty dict takes 64 bytes
+if TYPE_CHECKING:
+    from recipes_lib.config.recipe import Recipe
+
+NUM_LISTED = 10
 
 
-@dataclass
-class Rows:
-    """The usable rows of all sources in file order.
+@dataclass(slots=True)
+class DataRow:
+    """One row: where it stands, its texts and its identity.
 
     Args:
-        examples: without their texts; their ids are unique.
-        tables: each file, how it is read, and the position of its source in the mixture.
-        sources: each source of the mixture, and how many usable rows it has.
-        num_read: rows in the files, those that cannot be used included.
-        unread: files of the sources' folders that are not read, per folder.
+        file: path or Hub id, as the user would type it.
+        line: counted from 1; None where the format has no lines.
+        number: counted from 1 within the file.
+        fields: our names -> text (or a list of messages); tools and template arguments are JSON.
+        category: of the category column, None without one.
+        source: position of its source in the mixture.
+        id: unique name in splits.json and supervision.json; the file's, or a hash of the content.
+        content: SHA-256 of the normalised texts, which alone decides the side of the split.
     """
 
-    examples: list[Example] = field(default_factory=list)
-    tables: list[tuple[Table, Reading, int]] = field(default_factory=list)
-    sources: list[tuple[Source, int]] = field(default_factory=list)
-    num_read: int = 0
-    unread: dict[str, list[str]] = field(default_factory=dict)
+    file: str
+    line: int | None
+    number: int
+    fields: dict[str, Any]
+    category: str | None = None
+    source: int = 0
+    id: str = ""
+    content: bytes = b""
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    @property
+    def place(self) -> str:
+        """`file:line`, or `file row N` where the format has no lines."""
+        return f"{self.file} row {self.number}" if self.line is None else f"{self.file}:{self.line}"
 
-    def __getitem__(self, index: int) -> Example:
-        return self.examples[index]
-
-    def take(self, indices: Sequence[int]) -> Rows:
-        """Some of the rows, in the order given."""
-        return replace(self, examples=[self.examples[index] for index in indices])
-
-    def source_of(self, index: int) -> int:
-        """Position of a row's source in the mixture."""
-        return self.tables[self[index].table][2]
-
-    def repeated(self, indices: Sequence[int], seed: int) -> list[int]:
-        """Training rows as often as the weights of their sources say: whole times all of them, and
-        the first in hash order once more.
-        """
-        times: dict[int, int] = {}
-        for number, (source, _) in enumerate(self.sources):
-            whole, part = divmod(source.weight, 1)
-            if source.weight > 1:
-                own = [index for index in indices if self.source_of(index) == number]
-                examples = [self[index] for index in own]
-                more = {*first_in_hash_order(examples, round(part * len(own)), seed)}
-                times |= {index: int(whole) + (at in more) for at, index in enumerate(own)}
-        return [index for index in indices for _ in range(times.get(index, 1))]
-
-    def num_texts(self) -> int:
-        """Rows that are one text each."""
-        return sum("text" in self.tables[example.table][1].names for example in self.examples)
-
-    def unused_columns(self) -> dict[str, list[str]]:
-        """The columns that nothing reads, per file that has one."""
-        found: dict[tuple[str, ...], list[str]] = {}
-        for table, reading, _ in self.tables:
-            if reading.unused:
-                found.setdefault(reading.unused, []).append(table.file)
-        return {
-            files[0] if len(files) == 1 else f"{files[0]} and {len(files) - 1} more": list(names)
-            for names, files in found.items()
-        }
-
-    def with_texts(self) -> Iterator[Example]:
-        """The rows with their texts, read from the files again.
-
-        Raises:
-            SettingError: a file changed since the rows were named.
-        """
-        index, ignored = 0, BadRows()
-        while index < len(self):
-            number = self[index].table
-            table, reading, _ = self.tables[number]
-            for found in reading.examples(table, ignored):
-                if found.row == self[index].row:
-                    found.id = self[index].id
-                    yield found
-                    index += 1
-                    if index == len(self) or self[index].table != number:
-                        break
+    @property
+    def texts(self) -> list[str]:
+        """All texts, of conversations all that each message says."""
+        found: list[str] = []
+        for value in self.fields.values():
+            if isinstance(value, str):
+                found.append(value)
             else:
-                raise SettingError(
-                    "data.source",
-                    f"{table.file} changed while it was read",
-                    "run the command again",
-                )
+                found += [text for message in value for text in message_texts(message)]
+        return found
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the text that the row should teach is empty."""
+        for name in ("response", "completion", "text"):
+            if isinstance(self.fields.get(name), str):
+                return not self.fields[name].strip()
+        messages = self.fields.get("messages") or self.fields.get("completion") or []
+        answers = (one for one in messages if one["role"] == "assistant")
+        return not any(text.strip() for answer in answers for text in message_texts(answer))
 
 
-def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
-    """Read, check and name the rows of all sources, at most `max_rows` of each file; rows that
-    cannot be used are added to `bad`.
-
-    Raises:
-        DataError: see `sources` and `columns`.
-    """
-    sources = listed_sources(section)
-    rows = Rows()
-    for number, source in enumerate(sources):
-        tables = load_tables(source, max_rows)
-        reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
-        examples: list[Example] = []
-        before = len(bad.found)
-        first: tuple[str, str] | None = None  # the type of the first id, and where it stands
-        for table in tables:
-            rows.tables.append((table, reading, number))
-            for example in reading.examples(table, bad):
-                if example.explicit_id is not None:
-                    kind = type(example.explicit_id).__name__
-                    first = first or (kind, example.place)
-                    if kind != first[0]:
-                        what = f"ids of mixed types: {kind} here, {first[0]} at {first[1]}"
-                        bad.add(example, BadRow(what, IDS_HINT))
-                        continue
-                identify(example, len(rows.tables) - 1)
-                examples.append(example)
-        rows.num_read += len(examples) + len(bad.found) - before
-        examples = named_uniquely(examples, bad)
-        if unread := unread_files(source):
-            rows.unread[shown_path(Path(source.source))] = unread
-        taken = source.num_taken(len(examples))
-        if examples and not taken and max_rows is None:
-            what = (
-                f"data.source[{number}].weight: {source.weight} of {len(examples)} rows is no row"
-            )
-            raise SettingError("data.source", what, "raise it, or remove the source")
-        rows.sources.append((source, len(examples)))
-        chosen = first_in_hash_order(examples, taken, section.split.seed)
-        rows.examples += [examples[index] for index in chosen]
-    if len(sources) > 1:
-        _name_apart(rows)
-    return rows
+def message_texts(message: Mapping[str, Any]) -> list[str]:
+    """Return all that a message says: its thoughts, its content, and its tool calls as JSON."""
+    calls = message.get("tool_calls", ())
+    return [
+        *([message["reasoning_content"]] if "reasoning_content" in message else []),
+        message["content"],
+        *(json.dumps(call["function"], ensure_ascii=False) for call in calls),
+    ]
 
 
-def identify(example: Example, table: int) -> None:
-    """Hash the texts and let them go; the id is the explicit one or a hash, not yet unique."""
-    fields, example.fields = example.fields, _NO_TEXTS
-    normal = _normalised_fields(fields)
-    example.table, example.empty = table, _is_empty(fields)
-    example.content = hashlib.sha256(json.dumps(normal, ensure_ascii=False).encode()).digest()
-    example.loose = hashlib.blake2b(_loose_text(fields).encode(), digest_size=16).digest()
-    explicit = example.explicit_id
-    example.id = example.content[:8].hex() if explicit is None else str(explicit)
+class SettingError(DataError):
+    """A data error that a key of the recipe causes."""
+
+    def __init__(self, key: str, what: str, *hints: str) -> None:
+        super().__init__(what, *hints)
+        self.key = key
 
 
-def named_uniquely(examples: Sequence[Example], bad: BadRows) -> list[Example]:
-    """Return the rows, those of equal texts with different ids; equal explicit ids are bad."""
-    first: dict[str, Example] = {}
-    times = Counter[str]()
-    kept = []
-    for example in examples:
-        if (earlier := first.setdefault(example.id, example)) is not example:
-            if example.explicit_id is not None:
-                what = f"id {example.id!r} appears again (first at {earlier.place})"
-                bad.add(example, BadRow(what, IDS_HINT))
-                continue
-            times[example.id] += 1
-            example.id += f"#{times[example.id] + 1}"
-        kept.append(example)
-    return kept
+def place(recipe: Recipe, error: DataError) -> DataError:
+    """Give an error without a file the place of its key, or of `data.source`, in the recipe."""
+    if error.file is None:
+        at = recipe.error(getattr(error, "key", "data.source"), error.what)
+        error.file, error.line = at.file, at.line
+    return error
 
 
-def _name_apart(rows: Rows) -> None:
-    """Make ids unique over a mixture: explicit ones get the position of their source before them,
-    others are numbered.
-    """
-    times = Counter[str]()
-    for example in rows.examples:
-        name = example.id.partition("#")[0]
-        if example.explicit_id is not None:
-            example.explicit_id = name = f"{rows.tables[example.table][2]}:{example.id}"
-        times[name] += 1
-        example.id = name if times[name] == 1 else f"{name}#{times[name]}"
-
-
-def filter_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
-    """Leave out rows by category and empty completion.
-
-    Returns:
-        The rows kept, and per filter how many it left out.
-
-    Raises:
-        DataError: no row has a category, or nothing is left.
-    """
-    if bad.found and not len(rows):
-        raise bad.error(rows.num_read)
-    filters, filtered = section.filters, {}
-    kept = rows.examples
-    if filters.categories is not None:
-        categories = {example.category for example in kept if example.category is not None}
-        key = "data.filters.categories"
-        if not categories:
-            what = f"{key} needs a category column"
-            raise SettingError(key, what, "name it: data.columns.category")
-        if unknown := sorted(set(filters.categories) - categories):
-            what = f"no row has the category {', '.join(unknown)}"
-            raise SettingError(key, what, f"categories: {', '.join(sorted(categories))}")
-        kept = [example for example in kept if example.category in filters.categories]
-        filtered["categories"] = len(rows) - len(kept)
-    if filters.drop_empty_completions:
-        before = len(kept)
-        kept = [example for example in kept if not example.empty]
-        filtered["drop_empty_completions"] = before - len(kept)
-    if not kept:
-        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
-    return replace(rows, examples=kept), filtered
-
-
-def check_rows(document: Document, full: bool) -> list[DataError]:
-    """Return what is wrong with a recipe's local rows, for `recipes check`; the files of which not
-    all rows were read are printed.
-    """
-    recipe, most = recipe_from(document), None if full else NUM_CHECKED
-    try:
-        for file in check_local_rows(recipe.data, most):
-            looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
-            say(f"note: {looked}; --full reads all")
-    except DataError as error:
-        return [place(recipe, error)]
-    return []
-
-
-def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:
-    """Read local files as training would, without a tokenizer.
+class BadRow(Exception):
+    """Why one row cannot be used.
 
     Args:
-        max_rows: no more than these of each file.
-
-    Returns:
-        The files that have more rows.
-
-    Raises:
-        DataError: a file is missing or damaged, or one of its rows cannot be used.
+        what: what is wrong with it.
+        hint: what to do, where the words do not say it.
+        drop: entries of `data.drop_columns` with which the row could be used.
     """
-    entries = [section.source] if isinstance(section.source, str) else section.source
-    sources = zip(entries, listed_sources(section), strict=True)
-    local = [entry for entry, source in sources if not is_on_hub(source)]
-    if not local:
-        return []
-    bad, limit = BadRows(), None if max_rows is None else max_rows + 1
-    rows = read_data(replace(section, source=local), bad, max_rows=limit)
-    if bad.found and (section.on_bad_row == "error" or not len(rows)):
-        raise bad.error(rows.num_read)
-    longer = {example.table for example in rows.examples if example.row == limit}
-    return [rows.tables[number][0].file for number in sorted(longer)]
+
+    def __init__(self, what: str, hint: str = "", drop: Sequence[str] = ()) -> None:
+        super().__init__(what)
+        self.what, self.hint, self.drop = what, hint, tuple(drop)
 
 
-def unit_interval(key: str, salt: str) -> float:
-    """A number in [0, 1) that depends on the key and the salt alone.
+class BadRows:
+    """The rows that cannot be used, of every stage, so that all are named at once."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[str, int | None, str, BadRow]] = []
+
+    def add(self, row: DataRow, reason: BadRow) -> None:
+        """Note a row; its texts are not kept."""
+        at = row.file if row.line is not None else f"{row.file} row {row.number}"
+        self.found.append((at, row.line, row.place, reason.with_traceback(None)))
+
+    def error(self, num_rows: int | None = None) -> DataError:
+        """Return one error for all of them: the first at its place, the others by what is wrong.
+
+        Args:
+            num_rows: rows read; None where that is not known.
+        """
+        file, line, _, reason = self.found[0]
+        first, *others = self._by_reason().values()
+        lines = [f"{len(first) - 1} more: {listed(first[1:])}"] if len(first) > 1 else []
+        reasons = list(self._by_reason())[1:]
+        for what, places in list(zip(reasons, others, strict=True))[:NUM_LISTED]:
+            count = "" if len(places) == 1 else f"{len(places)} rows, "
+            lines.append(f"{count}{listed(places, 3)}: {what}")
+        if rest := others[NUM_LISTED:]:
+            lines.append(f"{sum(map(len, rest))} more rows with {len(rest)} other problems")
+        lines += dict.fromkeys(bad.hint for *_, bad in self.found if bad.hint)
+        if drop := sorted({name for *_, bad in self.found for name in bad.drop}):
+            lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
+        if num_rows is not None and len(self.found) < num_rows:
+            lines.append(
+                f"to leave out bad rows ({len(self.found)} of {num_rows}): data.on_bad_row: skip"
+            )
+        return DataError(reason.what, *lines, file=file, line=line)
+
+    @property
+    def places(self) -> list[str]:
+        """Where they stand."""
+        return [place for _, _, place, _ in self.found]
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """How many rows there are of each reason."""
+        return {what: len(places) for what, places in self._by_reason().items()}
+
+    def _by_reason(self) -> dict[str, list[str]]:
+        """The places by what is wrong, numbers in the words left aside."""
+        kinds: dict[str, tuple[str, list[str]]] = {}
+        for _, _, place, reason in self.found:
+            words = re.sub(r"0x\w+|\d+|\\u\w{4}", "#", reason.what)
+            kinds.setdefault(words, (reason.what, []))[1].append(place)
+        return dict(kinds.values())
+
+
+def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
+    """Return the first names of a list, and how many there are more.
 
     Example:
-        >>> round(unit_interval("row-1", "42"), 3), round(unit_interval("row-1", "43"), 3)
-        (0.501, 0.853)
+        >>> listed(range(5), limit=3)
+        '0, 1, 2, ... (2 more)'
     """
-    return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
+    names = [str(name) for name in names]
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f", ... ({rest} more)" if rest > 0 else "")
 
 
-def first_in_hash_order(rows: Sequence[Example], limit: int | None, seed: int) -> Sequence[int]:
-    """Positions of the `limit` rows that come first in hash order, in file order. The salt is not
-    the split's, so that they fall on all sides.
+def type_name(value: Any) -> str:
+    """Return the type of a value in a user's words: `None`, `nan`, `int`, `list`."""
+    if value is None:
+        return "None"
+    return "float nan" if isinstance(value, float) and value != value else type(value).__name__
+
+
+def lone_surrogate(text: str) -> str:
+    """Return where a text has half of a UTF-16 pair, or a byte that was not UTF-8 when it was read
+    with `surrogateescape`; '' where it has none.
     """
-    if limit is None or len(rows) <= limit:
-        return range(len(rows))
-
-    def order(index: int) -> tuple[float, str]:
-        return unit_interval(rows[index].split_key, f"order:{seed}"), rows[index].id
-
-    return sorted(sorted(range(len(rows)), key=order)[:limit])
-
-
-def _is_empty(fields: dict[str, Any]) -> bool:
-    """Whether the text that the fields should teach is empty."""
-    for name in ("response", "completion", "text"):
-        if isinstance(fields.get(name), str):
-            return not fields[name].strip()
-    messages = fields.get("messages") or fields.get("completion") or []
-    answers = (message_texts(message) for message in messages if message["role"] == "assistant")
-    return not any(text.strip() for texts in answers for text in texts)
-
-
-def _loose_text(fields: dict[str, Any]) -> str:
-    """Texts as compared for near duplicates: no case, one space between words."""
-    parts = []
-    for name, value in fields.items():
-        if not isinstance(value, str):
-            value = "\n".join(f"{m['role']}: {' '.join(message_texts(m))}" for m in value)
-        parts.append(f"{name} {value}")
-    return " ".join("\n".join(parts).casefold().split())
-
-
-def _normalised_fields(fields: dict[str, Any]) -> list[Any]:
-    """What the content hash sees: whatever the prompt format and the order of columns; empty
-    fields leave no trace.
-    """
-    parts: list[Any] = []
-    for name in sorted(fields):
-        value = fields[name]
-        if isinstance(value, list):
-            turns = [
-                [m["role"], *map(_normalised, message_texts(m)), *([0] if "weight" in m else [])]
-                for m in value
-            ]
-            parts.append([name, turns])
-        elif value := _normalised(value):
-            parts.append([name, value])
-    return parts
-
-
-def _normalised(text: str) -> str:
-    """Text as compared for exact duplicates: Unicode NFC, newlines as \\n, stripped."""
     if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            char = text[error.start]
+            if "\udc80" <= char <= "\udcff":
+                return f"byte 0x{ord(char) - 0xDC00:02x} is not UTF-8 (data.encoding may say more)"
+            return f"lone surrogate {char!r} at character {error.start}"
+    return ""
+
+
+def shown_real_path(path: Path) -> str:
+    """Return a path, symbolic links followed, relative when it lies under the working directory."""
+    real, here = path.resolve(), Path.cwd().resolve()
+    return str(real.relative_to(here)) if real.is_relative_to(here) else str(path)

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from recipes_lib.core.errors import DataError, first_line
 from recipes_lib.core.json_files import refuse_pipe
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
-from recipes_lib.data.examples import SettingError, listed, shown_real_path, type_name
-from recipes_lib.data.files import COLUMNAR_ROWS, Numbered, Table, read_file
+from recipes_lib.data.files import Table, read_file
+from recipes_lib.data.rows import SettingError, listed, shown_real_path, type_name
 
 SPLIT_IN_NAME = re.compile(
     r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)"
@@ -32,10 +31,8 @@ SPLIT_NAMES = {
     "testing": "test",
     **dict.fromkeys(("valid", "val", "dev", "eval"), "validation"),
 }
-NOTES = {"", ".md", ".py"}  # a README, a licence, the script that made the data
-MOST_UNREAD = 1000
+# Files that `datasets` writes beside the rows.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
-CONNECT_TIMEOUT_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ class Source:
     weight: float = 1
 
     def num_taken(self, num_rows: int) -> int:
-        """How many of its rows are used.
+        """Return how many of its rows are used.
 
         Example:
             >>> Source(source="a", columns={}, weight=0.5, max_examples=30).num_taken(100)
@@ -80,7 +77,7 @@ _OF_CHAT = ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss
 
 
 def listed_sources(section: DataSection) -> list[Source]:
-    """The sources that `data.source` names.
+    """Return the sources that `data.source` names.
 
     Raises:
         SettingError: an entry of a mixture has an unknown key or a value of the wrong type, or a
@@ -125,32 +122,38 @@ def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
         if name not in _TYPES:
             hints = did_you_mean(str(name), _TYPES) or [f"keys: {', '.join(_TYPES)}"]
             raise SettingError("data.source", f"unknown key '{name}' in {key}", *hints)
-        wanted = _TYPES[name]
         if name == "weight":
-            right = isinstance(value, int | float) and 0 < value < math.inf
+            is_right = isinstance(value, int | float) and 0 < value < math.inf
         else:
-            right = isinstance(value, wanted) and not (isinstance(value, int) and value < 1)
-        if not right or isinstance(value, bool):
-            expected = "a number above 0" if name == "weight" else wanted.__name__
+            is_right = isinstance(value, _TYPES[name])
+            is_right = is_right and not (isinstance(value, int) and value < 1)
+        if not is_right or isinstance(value, bool):
+            expected = "a number above 0" if name == "weight" else _TYPES[name].__name__
             what = f"{key}.{name}: expected {expected}, found {value!r}"
-            hints = ["0.5 takes half of its rows, 2 has each training row twice"]
-            raise SettingError("data.source", what, *(hints if name == "weight" else []))
+            raise SettingError("data.source", what)
     if "source" not in entry:
         raise SettingError("data.source", f"{key} names no `source`")
     return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})
 
 
 def is_on_hub(source: Source) -> bool:
-    """Whether nothing here has a source's name, and it is not named like a file."""
-    here = find_path(source.source) is not None or data_format(Path(source.source))
-    return not here and bool(HUB_ID.fullmatch(source.source))
+    """Return whether nothing here has a source's name, and it is not named like a file."""
+    is_here = find_path(source.source) is not None or data_format(Path(source.source))
+    return not is_here and bool(HUB_ID.fullmatch(source.source))
+
+
+def find_path(name: str) -> Path | None:
+    """Return the file or folder `name`; None where there is none, as for a Hub id."""
+    path = Path(name).expanduser()
+    return path if path.exists() else None
 
 
 def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
-    """The rows of one source, at most `max_rows` of each file; all files have the same columns.
+    """Return the rows of one source, at most `max_rows` of each file.
 
     Raises:
-        DataError: the file, folder or data set is missing, damaged or mixed.
+        DataError: the file, folder or data set is missing or damaged, or its files have different
+            columns.
     """
     if is_on_hub(source):
         return [_load_from_hub(source)]
@@ -158,13 +161,19 @@ def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
         read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter)
         for file in source_files(source)
     ]
+    first = tables[0]
     for table in tables[1:]:
-        _check_same_columns(tables[0], table)
+        if table.columns and first.columns and {*table.columns} != {*first.columns}:
+            name = min({*table.columns} ^ {*first.columns})
+            where = first.file if name in table.columns else table.file
+            what = f"column '{name}' is not in {where}"
+            hint = "give files of other columns as sources of their own: data.source: [...]"
+            raise DataError(what, hint, file=table.file)
     return tables
 
 
 def source_files(source: Source) -> list[Path]:
-    """The files of a local source.
+    """Return the files of a local source.
 
     Raises:
         DataError: there is nothing of this name, or no data file of the split in the folder.
@@ -180,14 +189,9 @@ def source_files(source: Source) -> list[Path]:
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
 
 
-def find_path(name: str) -> Path | None:
-    """The file or folder `name`; None where there is none, as for a Hub id."""
-    path = Path(name).expanduser()
-    return path if path.exists() else None
-
-
 def data_files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder in name order; those of `split` where names tell splits apart.
+    """Return the data files of a folder in name order; those of `split` where names tell splits
+    apart.
 
     Raises:
         DataError: the folder has no data file, or none of this split.
@@ -215,115 +219,64 @@ def data_files(folder: Path, split: str) -> list[Path]:
     return wanted or rest
 
 
-def unread_files(source: Source) -> list[str]:
-    """What else lies in the folder of a source, but for notes: other splits, formats, folders."""
-    folder = None if is_on_hub(source) else find_path(source.source)
-    if folder is None or folder.is_file():
-        return []
-    read = set(data_files(folder, source.source_split))
-    others = (
-        path.relative_to(folder)
-        for path in folder.rglob("*")
-        if path not in read
-        and path.name not in NOT_DATA
-        and path.suffix.lower() not in NOTES
-        and path.is_file()
-    )
-    names = islice(others, MOST_UNREAD)
-    return sorted(str(name) for name in names if not any(part[0] == "." for part in name.parts))
-
-
-def _check_same_columns(first: Table, other: Table) -> None:
-    if not (first.columns and other.columns):
-        return
-    if more := [column for column in other.columns if column not in first.columns]:
-        hint = f"there the columns are {', '.join(first.columns)}"
-        raise DataError(f"column '{more[0]}' is not in {first.file}", hint, file=other.file)
-    if missing := [column for column in first.columns if column not in other.columns]:
-        hint = f"here the columns are {', '.join(other.columns)}"
-        raise DataError(f"column '{missing[0]}' of {first.file} is missing", hint, file=other.file)
-
-
 def _load_from_hub(source: Source) -> Table:
-    """Read a Hub data set through `datasets`, from its cache when the machine is offline.
-
-    Raises:
-        DataError: not cached and offline, not there, or access refused.
-    """
-    name = source.source
-    not_here = SettingError(
-        "data.source",
-        f"offline: put a file at {name}/train.jsonl or set data.source to a path",
-        f"'{name}' is neither a file or folder here nor in the cache of Hub data sets",
-    )
-    offline = offline_by_environment()
-    if offline and not _perhaps_cached(name):
-        raise not_here
+    """Read a Hub data set through `datasets`, from its cache where the Hub does not answer."""
     import datasets
 
-    offline = offline or not hub_answers()
+    name = source.source
+    is_offline = offline_by_environment() or not hub_answers()
     try:
-        with _offline_mode(offline):
-            dataset = datasets.load_dataset(
+        with _offline_mode(is_offline):
+            found = datasets.load_dataset(
                 name, source.subset, split=source.source_split, revision=source.revision
             )
-    except Exception as error:
-        # the Hub client has many exception types; each becomes one line with the client's own words
-        if offline and not isinstance(error, ValueError):
-            raise not_here from error
+    except Exception as error:  # the Hub's client raises many types; each becomes one line
         missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
-        if missing or "Repository Not Found" in str(error):
+        if is_offline and not isinstance(error, ValueError):
+            what = f"offline, and '{name}' is no file or folder here and not in the Hub's cache"
+            hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
+        elif missing or "Repository Not Found" in str(error):
             what = f"the Hub has no data set '{name}', or it is not open to you"
             hint = "check the name; for a private or gated data set: hf auth login"
-            raise SettingError("data.source", what, hint) from error
-        reason = first_line(error)
-        raise SettingError("data.source", f"cannot load '{name}' from the Hub: {reason}") from error
-
-    def rows() -> Numbered:
-        for batch in dataset.with_format("arrow").iter(COLUMNAR_ROWS):
-            yield from ((None, row) for row in batch.to_pylist())
-
-    return Table(name, rows, dataset.column_names, columnar=True)
+        else:
+            what, hint = f"cannot load '{name}' from the Hub: {first_line(error)}", ""
+        raise SettingError("data.source", what, *filter(None, [hint])) from error
+    return Table(name, [(None, row) for row in found], columnar=True)
 
 
 def offline_by_environment() -> bool:
-    """Whether a variable tells the Hub's libraries to stay offline."""
+    """Return whether a variable tells the Hub's libraries to stay offline."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
 
 
-def _perhaps_cached(name: str) -> bool:
-    """Whether a cache folder of this data set exists; importing `datasets` would take a second."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    home = Path(os.environ.get("HF_HOME") or cache / "huggingface")
-    prepared = Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets")
-    downloaded = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    names = (
-        prepared / name.replace("/", "___"),
-        downloaded / f"datasets--{name.replace('/', '--')}",
-    )
-    return any(folder.exists() for folder in names)
-
-
 def hub_answers() -> bool:
-    """Whether the Hub can be reached at all: one request with a short time limit."""
+    """Return False only where no connection to the Hub can be made, tried twice: its client would
+    try for 46 seconds. A slow answer, a proxy's or a certificate's refusal is for the client to
+    tell: none of them means offline.
+    """
     from huggingface_hub import constants, get_session
 
-    try:
-        get_session().head(constants.ENDPOINT, timeout=CONNECT_TIMEOUT_S)
-    except Exception:  # whatever failed: use the cache, or say that we are offline
-        return False
-    return True
+    for timeout in (3.0, 15.0):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=timeout)
+        except Exception as error:
+            kinds = {kind.__name__ for kind in type(error).__mro__}
+            if not kinds & {"ConnectError", "ConnectTimeout"} or "CERTIFICATE" in str(error):
+                return True
+        else:
+            return True
+    return False
 
 
 @contextmanager
-def _offline_mode(offline: bool) -> Iterator[None]:
-    """Tell the Hub client for a moment not to try the network, which would retry for minutes."""
+def _offline_mode(is_offline: bool) -> Iterator[None]:
+    """Tell the Hub's client for a moment not to try the network."""
     import datasets.config
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if offline:
+    if is_offline:
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield

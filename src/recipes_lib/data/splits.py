@@ -1,175 +1,191 @@
-"""Which rows train, which validate, which test; and what happens to duplicates.
+"""The rows of a recipe: read from all its sources and named, chosen, and divided into those that
+train, validate and test.
 
-The hash split looks at one example at a time (its explicit id, else its content): its side depends
-on fractions and seed, not on the order of the file or on other rows.
+The hash split looks at the content of one row alone: equal rows fall on one side, and the side does
+not depend on ids, on the place of a source in a mixture, or on other rows. Validation rows come
+from the low end of the hash and test rows from the high end, so that a test split that is added
+later, or a larger validation split, takes its rows from training.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from recipes_lib.config.loader import Document
+from recipes_lib.config.recipe import recipe_from
 from recipes_lib.config.sections import DataSection, SplitSection
-from recipes_lib.data.examples import BadRows, Example, SettingError
-from recipes_lib.data.rows import (
-    Rows,
-    filter_rows,
-    first_in_hash_order,
-    read_data,
-    unit_interval,
-)
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.terminal import say
+from recipes_lib.data.columns import Reading
+from recipes_lib.data.rows import BadRows, DataRow, SettingError, message_texts, place
+from recipes_lib.data.sources import Source, is_on_hub, listed_sources, load_tables
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
+NUM_CHECKED = 20_000
 
 
 @dataclass
-class Splits:
-    """The rows of each split in file order, and what was found out about duplicates.
+class Rows:
+    """The usable rows of all sources in file order.
 
     Args:
-        rows: split name -> positions of its rows.
-        exact_groups: groups of ids with the same normalised content.
-        across: those groups that reached more than one split before anything was moved.
-        moved: ids that were moved into training for that reason.
-        near_groups: groups of ids that differ only in case and white space.
+        rows: with their texts; their ids are unique.
+        sources: each source of the mixture, and how many usable rows it has.
+        num_read: rows in the files, those that cannot be used included.
+        unused: the columns that nothing reads, by the first file that has them.
+        longer: files of which `max_rows` left rows out.
     """
 
-    rows: dict[str, list[int]]
-    exact_groups: list[list[str]]
-    across: list[list[str]]
-    moved: list[str]
-    near_groups: list[list[str]]
+    rows: list[DataRow] = field(default_factory=list)
+    sources: list[tuple[Source, int]] = field(default_factory=list)
+    num_read: int = 0
+    unused: dict[str, list[str]] = field(default_factory=dict)
+    longer: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """Return some of the rows, in the order given."""
+        return replace(self, rows=[self.rows[index] for index in indices])
+
+    def repeated(self, indices: Sequence[int], seed: int) -> list[int]:
+        """Return training rows as often as the weights of their sources say: whole times all of
+        them, and the first in hash order once more.
+        """
+        times: dict[int, int] = {}
+        for number, (source, _) in enumerate(self.sources):
+            whole, part = divmod(source.weight, 1)
+            if source.weight > 1:
+                own = [index for index in indices if self.rows[index].source == number]
+                rows = [self.rows[index] for index in own]
+                more = {*first_in_hash_order(rows, round(part * len(own)), seed)}
+                times |= {index: int(whole) + (at in more) for at, index in enumerate(own)}
+        return [index for index in indices for _ in range(times.get(index, 1))]
 
 
-def split_rows(examples: Sequence[Example], section: SplitSection) -> Splits:
-    """Divide the rows, and keep exact duplicates on one side.
+def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
+    """Read, check and name the rows of all sources, at most `max_rows` of each file; rows that
+    cannot be used are added to `bad`.
 
-    Duplicates with different ids that the hash split separates are moved into training. The
-    published split only reports them: its sizes are part of what it repeats.
+    Raises:
+        DataError: see `sources` and `columns`.
+    """
+    found, columns = Rows(), list[str]()
+    for number, source in enumerate(listed_sources(section)):
+        tables = load_tables(source, None if max_rows is None else max_rows + 1)
+        reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
+        columns += tables[0].columns
+        if reading.unused:
+            found.unused[tables[0].file] = list(reading.unused)
+        rows: list[DataRow] = []
+        for table in tables:
+            if max_rows is not None and len(table.numbered) > max_rows:
+                found.longer.append(table.file)
+                table.numbered.pop()
+            found.num_read += len(table.numbered)
+            rows += reading.rows(table, number, bad)
+        taken = source.num_taken(len(rows))
+        if rows and not taken and max_rows is None:
+            what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is no row"
+            raise SettingError("data.source", what, "raise it, or remove the source")
+        found.sources.append((source, len(rows)))
+        for row in rows:
+            row.content = content_hash(row.fields)
+        found.rows += [
+            rows[index] for index in first_in_hash_order(rows, taken, section.split.seed)
+        ]
+    for name in section.drop_columns:
+        if not name.startswith("messages.") and name not in columns:
+            raise SettingError(
+                "data.drop_columns",
+                f"data.drop_columns: the data has no column '{name}'",
+                *(did_you_mean(name, columns) or [f"columns are {', '.join(columns)}"]),
+            )
+    _name(found.rows)
+    return found
+
+
+def select_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
+    """Leave out rows by category, empty completion and `max_examples`.
+
+    Returns:
+        The rows kept, and per filter how many it left out.
+
+    Raises:
+        DataError: no row has a category, or nothing is left.
+    """
+    if bad.found and not len(rows):
+        raise bad.error(rows.num_read)
+    filters, filtered, kept = section.filters, {}, rows.rows
+    if filters.categories is not None:
+        categories = {row.category for row in kept if row.category is not None}
+        key = "data.filters.categories"
+        if not categories:
+            what = f"{key} needs a category column"
+            raise SettingError(key, what, "name it: data.columns.category")
+        if unknown := sorted(set(filters.categories) - categories):
+            what = f"no row has the category {', '.join(unknown)}"
+            raise SettingError(key, what, f"categories: {', '.join(sorted(categories))}")
+        kept = [row for row in kept if row.category in filters.categories]
+        filtered["categories"] = len(rows) - len(kept)
+    if filters.drop_empty_completions:
+        before = len(kept)
+        kept = [row for row in kept if not row.is_empty]
+        filtered["drop_empty_completions"] = before - len(kept)
+    if not kept:
+        raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
+    chosen = first_in_hash_order(kept, section.max_examples, section.split.seed)
+    return replace(rows, rows=[kept[index] for index in chosen]), filtered
+
+
+def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[int]]:
+    """Return the positions of the rows of each split, in file order.
 
     Raises:
         SettingError: the fractions leave no training rows.
     """
     if section.method != "none" and section.validation + section.test >= 1:
-        what = (
-            f"validation {section.validation} + test {section.test} leaves no training rows; the"
-            " sum must be below 1"
-        )
-        raise SettingError("data.split", what)
-    groups = _groups([example.content for example in examples])
-    sides = [TRAIN] * len(examples)
+        what = f"validation {section.validation} + test {section.test} leaves no training rows"
+        raise SettingError("data.split", what, "their sum must be below 1")
+    sides = [TRAIN] * len(rows)
     if section.method == "published":
         _publish(sides, section)
-    positions: list[float] = []
-    if section.method == "hash":
-        positions = [unit_interval(example.split_key, str(section.seed)) for example in examples]
-        held_out = section.test + section.validation
-        sides = [
-            TEST if position < section.test else VALIDATION if position < held_out else TRAIN
-            for position in positions
-        ]
-    across = [group for group in groups if len({sides[i] for i in group}) > 1]
-    moved = []
-    if section.method == "hash":
-        for group in across:
-            moved += [examples[i].id for i in group if sides[i] != TRAIN]
-            for i in group:
-                sides[i] = TRAIN
-        _fill_empty(sides, positions, groups, section)
+    elif section.method == "hash":
+        places = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
+        for index, at in enumerate(places):
+            if at < section.validation:
+                sides[index] = VALIDATION
+            elif at >= 1 - section.test:
+                sides[index] = TEST
+        if section.validation and VALIDATION not in sides:
+            _move_all_equal(sides, places, min(places), VALIDATION)
+        if section.test and TEST not in sides:
+            _move_all_equal(sides, places, max(places), TEST)
     divided = {name: [i for i, side in enumerate(sides) if side == name] for name in SPLITS}
     if not divided[TRAIN]:
-        what = f"the split leaves 0 of {len(examples)} rows for training"
+        what = f"the split leaves 0 of {len(rows)} rows for training"
         hint = "lower data.split.validation and test, or use data.split.method none"
         raise SettingError("data.split", what, hint)
-
-    def ids(groups: Iterable[Sequence[int]]) -> list[list[str]]:
-        return [[examples[i].id for i in group] for group in groups]
-
-    near = _groups([example.loose for example in examples])
-    near = [group for group in near if len({examples[i].content for i in group}) > 1]
-    return Splits(divided, ids(groups), ids(across), moved, ids(near))
+    return divided
 
 
-class SplitPart(TypedDict):
-    """One split in splits.json; `without_supervision` are the ids that nothing is learnt from."""
-
-    count: int
-    ids: list[str]
-    without_supervision: list[str]
-
-
-class SplitRecord(TypedDict):
-    """splits.json; of the rows before those without supervised tokens are dropped."""
-
-    method: str
-    seed: int
-    fractions: dict[str, float]
-    train: SplitPart
-    validation: SplitPart
-    test: SplitPart
-    duplicates_across: list[list[str]]
-    duplicates_moved: list[str]
-
-
-def training_rows(section: DataSection) -> Rows:
-    """Return the usable rows that a training on this section learns from, without a tokenizer:
-    those that `filters.max_tokens` leaves out are among them.
-
-    Raises:
-        DataError: a source is missing or damaged, or no row is left.
+def _move_all_equal(sides: list[str], places: list[float], at: float, side: str) -> None:
+    """Where no row fell on a side of a small data set, it gets the rows nearest to it, unless too
+    few different ones train.
     """
-    bad = BadRows()
-    rows, _ = filter_rows(read_data(section, bad), section, bad)
-    rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
-    return rows.take(split_rows(rows.examples, section.split).rows[TRAIN])
-
-
-def recorded_rows(section: DataSection, splits: Mapping[str, Any], fingerprint: str) -> Rows | None:
-    """Return the rows that a run was trained on, or None where they are not what is read now.
-
-    Args:
-        splits: the run's splits.json.
-        fingerprint: of its data, as it was recorded.
-
-    Raises:
-        DataError: the data is not there, or damaged.
-    """
-    rows = read_data(section, BadRows())
-    position = {example.id: index for index, example in enumerate(rows.examples)}
-    try:
-        parts = {name: [position[id] for id in splits[name]["ids"]] for name in SPLITS}
-    except KeyError:
-        return None
-    same = fingerprint_of(rows, parts) == fingerprint
-    return rows.take(list(dict.fromkeys(parts[TRAIN]))) if same else None
-
-
-def fingerprint_of(rows: Rows, parts: Mapping[str, Sequence[int]]) -> str:
-    """sha256 over split, id and content of all rows used, in order."""
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        for index in parts[name]:
-            digest.update(f"{name}\t{rows[index].id}\t{rows[index].content.hex()}\n".encode())
-    return digest.hexdigest()
-
-
-def _fill_empty(
-    sides: list[str],
-    positions: Sequence[float],
-    groups: Sequence[Sequence[int]],
-    section: SplitSection,
-) -> None:
-    """Where no row is below a threshold, take the training row nearest to it."""
-    repeated = {i for group in groups for i in group}
-    for name, fraction in ((VALIDATION, section.validation), (TEST, section.test)):
-        if fraction > 0 and name not in sides and len(sides) - len(repeated) + len(groups) > 2:
-            alone = [i for i, side in enumerate(sides) if side == TRAIN and i not in repeated]
-            if alone:
-                sides[min(alone, key=positions.__getitem__)] = name
+    if len({place for place, now in zip(places, sides, strict=True) if now == TRAIN}) > 1:
+        for index, place in enumerate(places):
+            if place == at and sides[index] == TRAIN:
+                sides[index] = side
 
 
 def _publish(sides: list[str], section: SplitSection) -> None:
@@ -184,7 +200,7 @@ def _publish(sides: list[str], section: SplitSection) -> None:
         return
 
     def part(rows: datasets.Dataset, fraction: float) -> datasets.DatasetDict:
-        # a fraction of the rows is rounded up; a sum like 0.1 + 0.2 must not add a row to that
+        # A fraction of the rows is rounded up; a sum like 0.1 + 0.2 must not add a row to that.
         size = math.ceil(round(len(rows) * fraction, 6))
         return rows.train_test_split(test_size=size, seed=section.seed)
 
@@ -199,10 +215,147 @@ def _publish(sides: list[str], section: SplitSection) -> None:
             sides[index] = name
 
 
-def _groups(keys: Sequence[bytes]) -> list[list[int]]:
-    """Positions that share a key, in the order of the first of them."""
-    groups: dict[bytes, list[int]] = {key: [] for key, n in Counter(keys).items() if n > 1}
-    for index, key in enumerate(keys):
-        if key in groups:
-            groups[key].append(index)
-    return list(groups.values())
+def training_rows(section: DataSection) -> list[DataRow]:
+    """Return the usable rows that a training on this section learns from, without a tokenizer:
+    those that `filters.max_tokens` leaves out are among them.
+
+    Raises:
+        DataError: a source is missing or damaged, or no row is left.
+    """
+    bad = BadRows()
+    rows, _ = select_rows(read_data(section, bad), section, bad)
+    return rows.take(split_rows(rows.rows, section.split)[TRAIN]).rows
+
+
+def recorded_rows(
+    section: DataSection, splits: Mapping[str, Any], fingerprint: str
+) -> list[DataRow] | None:
+    """Return the rows that a run was trained on, or None where they are not what is read now.
+
+    Args:
+        splits: the run's splits.json.
+        fingerprint: of its data, as it was recorded.
+
+    Raises:
+        DataError: the data is not there, or damaged.
+    """
+    by_id = {row.id: row for row in read_data(section, BadRows()).rows}
+    try:
+        parts = {name: [by_id[id] for id in splits[name]["ids"]] for name in SPLITS}
+    except KeyError:
+        return None
+    is_same = fingerprint_of(parts) == fingerprint
+    return list({row.id: row for row in parts[TRAIN]}.values()) if is_same else None
+
+
+def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
+    """Return a SHA-256 over split, id and content of all rows used, in order."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        for row in parts[name]:
+            digest.update(f"{name}\t{row.id}\t{row.content.hex()}\n".encode())
+    return digest.hexdigest()
+
+
+def check_rows(document: Document, full: bool) -> list[DataError]:
+    """Return what is wrong with a recipe's local rows, for `recipes check`; the files of which not
+    all rows were read are printed.
+    """
+    recipe, most = recipe_from(document), None if full else NUM_CHECKED
+    try:
+        for file in check_local_rows(recipe.data, most):
+            looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
+            say(f"note: {looked}; --full reads all")
+    except DataError as error:
+        return [place(recipe, error)]
+    return []
+
+
+def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:
+    """Read local files as training would, without a tokenizer.
+
+    Args:
+        max_rows: no more than these of each file.
+
+    Returns:
+        The files that have more rows.
+
+    Raises:
+        DataError: a file is missing or damaged, or one of its rows cannot be used.
+    """
+    entries = [section.source] if isinstance(section.source, str) else section.source
+    sources = zip(entries, listed_sources(section), strict=True)
+    local = [entry for entry, source in sources if not is_on_hub(source)]
+    if not local:
+        return []
+    bad = BadRows()
+    rows = read_data(replace(section, source=local), bad, max_rows=max_rows)
+    if bad.found and (section.on_bad_row == "error" or not len(rows)):
+        raise bad.error(rows.num_read)
+    return rows.longer
+
+
+def unit_interval(key: str, salt: str) -> float:
+    """Return a number in [0, 1) that depends on the key and the salt alone.
+
+    Example:
+        >>> round(unit_interval("row-1", "42"), 3), round(unit_interval("row-1", "43"), 3)
+        (0.501, 0.853)
+    """
+    return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
+
+
+def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -> Sequence[int]:
+    """Return the positions of the `limit` rows that come first in hash order, in file order. The
+    salt is not the split's, so that they fall on all sides.
+    """
+    if limit is None or len(rows) <= limit:
+        return range(len(rows))
+    places = [unit_interval(row.content.hex(), f"order:{seed}") for row in rows]
+    return sorted(sorted(range(len(rows)), key=places.__getitem__)[:limit])
+
+
+def _name(rows: Sequence[DataRow]) -> None:
+    """Give each row a unique name: the file's id or a hash of its content. Where one id names rows
+    of different content, a hash is put behind it; equal rows are numbered.
+    """
+    for row in rows:
+        row.id = row.id or row.content[:8].hex()
+    contents: dict[str, set[bytes]] = defaultdict(set)
+    for row in rows:
+        contents[row.id].add(row.content)
+    times = Counter[str]()
+    for row in rows:
+        name = row.id
+        if len(contents[name]) > 1:
+            name += f"#{row.content[:4].hex()}"
+        times[name] += 1
+        row.id = name if times[name] == 1 else f"{name}#{times[name]}"
+
+
+def content_hash(fields: Mapping[str, Any]) -> bytes:
+    """Return the SHA-256 of a row's texts, whatever the prompt format and the order of columns:
+    Unicode NFC, newlines as \\n, stripped; empty fields leave no trace.
+    """
+    parts: list[Any] = []
+    for name in sorted(fields):
+        value = fields[name]
+        if isinstance(value, list):
+            turns = [
+                [
+                    one["role"],
+                    *map(_normalised, message_texts(one)),
+                    *([0] if "weight" in one else []),
+                ]
+                for one in value
+            ]
+            parts.append([name, turns])
+        elif value := _normalised(value):
+            parts.append([name, value])
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
+
+
+def _normalised(text: str) -> str:
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()

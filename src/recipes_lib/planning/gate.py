@@ -21,7 +21,7 @@ from recipes_lib.planning.plan import Plan, plan_launched
 from recipes_lib.planning.text import gain, refusal_lines
 
 if TYPE_CHECKING:
-    from recipes_lib.data.preparation import PreparedData
+    from recipes_lib.data.prepare import PreparedData
 
 
 def plan_for_here(recipe: Recipe, launch: Launch) -> Plan | None:

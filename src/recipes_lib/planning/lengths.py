@@ -22,12 +22,11 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.data.conversations import conversation_of
-from recipes_lib.data.examples import BadRows, message_texts, place
 from recipes_lib.data.files import count_rows
 from recipes_lib.data.prompts import prompt_and_completion
-from recipes_lib.data.rows import Rows, filter_rows, first_in_hash_order, read_data
+from recipes_lib.data.rows import BadRows, message_texts, place
 from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
-from recipes_lib.data.splits import split_rows
+from recipes_lib.data.splits import Rows, first_in_hash_order, read_data, select_rows, split_rows
 
 COUNTED = 2000
 LARGEST_FILE = 20_000_000  # bytes; of larger data, the first rows are read and the others counted
@@ -152,8 +151,8 @@ def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
     rows = read_data(section, bad, max_rows=COUNTED if large else None)
     if bad.found and section.on_bad_row == "error":
         raise bad.error(rows.num_read)
-    rows, _ = filter_rows(rows, section, bad)
-    some = rows.take(first_in_hash_order(rows.examples, COUNTED, section.split.seed))
+    rows, _ = select_rows(rows, section, bad)
+    some = rows.take(first_in_hash_order(rows.rows, COUNTED, section.split.seed))
     tokens, how = _tokens(recipe, vocabulary, some, tokenize)
     total, about = len(rows), ""
     if large:  # as many are filtered and skipped as among the first
@@ -167,8 +166,7 @@ def _counted(recipe: Recipe, vocabulary: int, tokenize: bool) -> Lengths | None:
     if large or section.filters.max_tokens is not None:
         times = len(rows.repeated(range(len(rows)), section.split.seed)) / len(rows)
         return _split(recipe, tokens, total, source_text, counted=True, times=times)
-    rows = rows.take(first_in_hash_order(rows.examples, section.max_examples, section.split.seed))
-    sides = split_rows(rows.examples, section.split).rows
+    sides = split_rows(rows.rows, section.split)
     train = len(rows.repeated(sides["train"], section.split.seed))
     held_out = len(sides["validation"]), len(sides["test"])
     return Lengths(tuple(tokens), train, held_out[0], source_text, True, held_out[1])
@@ -186,16 +184,16 @@ def needed_length(recipe: Recipe, vocabulary: int) -> int | None:
 def _tokens(recipe: Recipe, vocabulary: int, rows: Rows, tokenize: bool) -> tuple[list[int], str]:
     """Return the length of each row as the loss will see it, and how it was counted."""
     texts, around = [], []
-    for example in rows.with_texts():
+    for row in rows.rows:
         if recipe.data.prompt_format == "chat":
-            messages, tools = conversation_of(example, None), example.fields.get("tools")
+            messages, tools = conversation_of(row, None), row.fields.get("tools")
             texts.append("\n".join(text for one in messages for text in message_texts(one)))
             around.append(TEMPLATE_TOKENS + TURN_TOKENS * max(len(messages) - 2, 0))
             if tools:
                 texts[-1] += str(tools)
                 around[-1] += TOOLS_TOKENS
         else:
-            parts = prompt_and_completion(example, recipe.data.prompt_format)
+            parts = prompt_and_completion(row, recipe.data.prompt_format)
             texts.append("".join(part or "" for part in parts))
             around.append(1)
     tokens, how = text_tokens(recipe, vocabulary, texts, tokenize=tokenize)

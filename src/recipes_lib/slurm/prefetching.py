@@ -20,7 +20,7 @@ from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import say
-from recipes_lib.data.files import BadRow
+from recipes_lib.data.rows import BadRow
 from recipes_lib.data.sources import (
     Source,
     hub_answers,
@@ -91,7 +91,7 @@ def _data(source: Source) -> Need:
     def check() -> str:
         rows = 0
         for table in load_tables(source):
-            for line, row in table:  # one at a time: a data set may be larger than the memory
+            for line, row in table.numbered:
                 if isinstance(row, BadRow):
                     hints = filter(None, [row.hint])
                     raise DataError(row.what, *hints, file=table.file, line=line)

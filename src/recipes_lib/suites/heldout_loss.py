@@ -30,7 +30,7 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.core.terminal import aligned
-from recipes_lib.data.preparation import prepare_data
+from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.splits import TEST, TRAIN, VALIDATION
 from recipes_lib.eval_files import log_file
 from recipes_lib.eval_log import AnswerFacts, EvalLog, Measure, Sample

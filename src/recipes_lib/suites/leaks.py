@@ -14,11 +14,10 @@ from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import read_object, read_rows
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import conversation_of
-from recipes_lib.data.examples import NUM_LISTED, BadRows
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
-from recipes_lib.data.rows import read_data
+from recipes_lib.data.rows import NUM_LISTED, BadRows
 from recipes_lib.data.sources import is_on_hub, listed_sources
-from recipes_lib.data.splits import SPLITS, recorded_rows, training_rows
+from recipes_lib.data.splits import SPLITS, read_data, recorded_rows, training_rows
 from recipes_lib.eval_log import EvalLog
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.suites.questions import ASKED_HERE, Question, load_questions, local_questions
@@ -68,7 +67,7 @@ def search_recipe(
         if away or not texts:
             why = f"the rows are {_OF_HUB}"
             return found | {name: Leaks(why=why) for name in texts}
-        return found | find_leaks(training_rows(recipe.data).with_texts(), texts)
+        return found | find_leaks(training_rows(recipe.data), texts)
     except RecipesError as error:  # the training's own error
         return found | {name: Leaks(why=error.what) for name in texts}
 
@@ -140,7 +139,7 @@ def _search_run(folder: Path, fingerprint: str, texts: Sequence[EvalText]) -> Le
     rows = recorded_rows(section, read_object(folder / "splits.json"), fingerprint)
     if rows is None:
         return Leaks(why="the data is not what it was when the run was trained")
-    return find_leaks(rows.with_texts(), {"": texts})[""]
+    return find_leaks(rows, {"": texts})[""]
 
 
 def _texts(questions: Sequence[Question]) -> Iterator[EvalText]:
@@ -161,7 +160,7 @@ def _row_texts(one: EvalRecipe, recipe: Recipe) -> Iterator[EvalText]:
     often alike ("Summarize this text.") without being a sign of anything.
     """
     file = str(one.resolve("data.questions", str(one.data.questions)))
-    for row in read_data(recipe.reading(file).data, BadRows()).with_texts():
+    for row in read_data(recipe.reading(file).data, BadRows()).rows:
         if "text" in row.fields:
             yield EvalText(row.id, "answer", row.fields["text"])
             continue

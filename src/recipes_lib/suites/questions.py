@@ -18,8 +18,8 @@ from recipes_lib.config.loader import Document
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, EnvironmentFault, first_line
 from recipes_lib.core.json_files import Row, valid_texts
-from recipes_lib.data.examples import NUM_LISTED
 from recipes_lib.data.files import Table, read_file
+from recipes_lib.data.rows import NUM_LISTED
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe, load_eval
@@ -131,10 +131,8 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
 def _read(path: Path) -> Table:
     """The rows of a file, their texts such that every later reader takes them."""
     table = read_file(path)
-    return Table(
-        table.file,
-        lambda: ((line, valid_texts(row) if isinstance(row, dict) else row) for line, row in table),
-    )
+    rows = ((line, valid_texts(r) if isinstance(r, dict) else r) for line, r in table.numbered)
+    return Table(table.file, list(rows))
 
 
 def _fetch(recipe: EvalRecipe, key: str, fetch: bool) -> Path:

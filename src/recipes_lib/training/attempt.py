@@ -22,7 +22,7 @@ from recipes_lib.core.ranks import leave_together, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import say
-from recipes_lib.data.preparation import PreparedData
+from recipes_lib.data.prepare import PreparedData
 from recipes_lib.training import checkpoints, metrics
 from recipes_lib.training.resume_guard import check_resume, recipe_differences
 from recipes_lib.training.stopping import StopRequest
@@ -161,10 +161,11 @@ class Attempt:
         if self.earlier:
             fields["attempts"] = self.earlier.get("attempts", 0) + 1
             write_provenance(self.run, self.recipe)
+        write_settings(self.run, self.recipe)  # now with the date that its template prints
         weights = self.run.weights(self.recipe.lora is None)
         if self.earlier.get("state") == "finished" and weights.is_dir():
             checkpoints.set_aside(weights, ".damaged")
-        write_json(self.run.path / "supervision.json", data.audit)
+        write_json(self.run.path / "supervision.json", data.audit.to_dict())
         write_json(self.run.path / "splits.json", data.splits)
         self.run.write_state("running", exit_code=None, error=None, **fields)
         self.is_ours = True

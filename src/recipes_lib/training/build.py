@@ -1,6 +1,6 @@
 """Puts model, data and recipe together into a trainer, and says what came out.
 
-TRL's dataset preparation is skipped: `data.preparation` has tokenised, masked, truncated and
+TRL's dataset preparation is skipped: `data.prepare` has tokenised, masked, truncated and
 audited the rows, so that nothing is dropped without being named. Packing is TRL's `pack_dataset`.
 """
 
@@ -32,7 +32,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.ranks import say_once
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.data.preparation import PreparedData
+from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models.architectures import (
     describe_experts,
     describe_targets,

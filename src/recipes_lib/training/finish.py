@@ -16,7 +16,7 @@ from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.data.preparation import PreparedData
+from recipes_lib.data.prepare import PreparedData
 from recipes_lib.planning.gate import Planned
 from recipes_lib.training.attempt import Resumption
 from recipes_lib.training.build import count_quantized

@@ -59,6 +59,8 @@ def recipe_differences(
 
 def _recipe_values(recipe: Recipe) -> dict[str, object]:
     sections = recipe.to_dict()
+    # The date is the run's own, and part of `prompt_format_hash`.
+    sections["data"].pop("template_date", None)
     relevant: dict[str, object] = {
         name: sections.get(name) for name in ("model", "quantization", "lora", "data")
     }

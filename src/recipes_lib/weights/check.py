@@ -335,7 +335,7 @@ def real_prompts(
     """Return prompts of the run's own kind: validation rows as its recipe prepares them; where the
     data is gone the rows recorded beside the weights, or four questions.
     """
-    from recipes_lib.data.preparation import prepare_data
+    from recipes_lib.data.prepare import prepare_data
     from recipes_lib.data.supervision import prompt_ids
 
     limit = min(MAX_TOKENS, max(MIN_TOKENS, MAX_LOGITS // (max(count, 1) * len(tokenizer))))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from recipes_lib.compare.findings import Finding, found
 from recipes_lib.compare.validity.case import Case, evals_of, metrics_of, run_place
 from recipes_lib.compare.wording import sentence_list
-from recipes_lib.data.examples import NUM_LISTED
+from recipes_lib.data.rows import NUM_LISTED
 from recipes_lib.eval_log import EvalLog
 from recipes_lib.suites.leaks import is_searched
 

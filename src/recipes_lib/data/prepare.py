@@ -1,0 +1,363 @@
+"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with the audit of
+supervision.json. What was prepared is kept under `.cache/rows`, so that a resume, an evaluation and
+the other ranks read it instead of making it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.atomic_files import file_hash, publish, write_json
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.project import cache_root, shown_path
+from recipes_lib.core.ranks import on_main_rank, say_once
+from recipes_lib.data.audit import DataAudit, SourceCounts
+from recipes_lib.data.prompts import (
+    Twin,
+    chat_template,
+    check_template_kwargs,
+    format_hash,
+    twin_of,
+)
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, place
+from recipes_lib.data.sources import is_on_hub, listed_sources, source_files
+from recipes_lib.data.splits import (
+    SPLITS,
+    TRAIN,
+    VALIDATION,
+    Rows,
+    fingerprint_of,
+    read_data,
+    select_rows,
+    split_rows,
+)
+from recipes_lib.data.supervision import (
+    BATCH_ROWS,
+    Encoded,
+    Supervision,
+    check_settings,
+    encode,
+    render_turns,
+)
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+NUM_ROWS_WORTH_A_LINE = 20_000
+MOST_PREPARED = 12  # prepared data sets in the cache
+_RECORD = "prepared.json"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What training needs and what the run directory records.
+
+    The data sets have the columns `input_ids`, `labels` (-100 where there is no loss) and
+    `example_id`. They are truncated, and rows without supervised tokens are dropped.
+
+    Args:
+        audit: supervision.json, where all dropped rows are named.
+        splits: content of splits.json.
+        fingerprint: `splits.fingerprint_of`.
+        prompt_format_hash: `prompts.format_hash`.
+        twin: what the conversations were rendered with in place of the tokenizer's chat template.
+    """
+
+    train: Dataset
+    validation: Dataset | None
+    test: Dataset | None
+    audit: DataAudit
+    splits: dict[str, Any]
+    fingerprint: str
+    prompt_format_hash: str
+    twin: Twin | None = None
+
+
+def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
+    """Read, split, tokenise and audit the data of a recipe; every rank has to call.
+
+    Raises:
+        DataError: rows, files, columns or settings that cannot be used; with file and line.
+    """
+    try:
+        folder = on_main_rank(lambda: _made(recipe, tokenizer))
+        kept = _read(folder, recipe, tokenizer) if folder else None
+        return kept or _prepare(recipe, tokenizer)
+    except DataError as error:
+        raise place(recipe, error) from error.__cause__
+
+
+# ---- the cache ----
+
+
+def _made(recipe: Recipe, tokenizer: Any) -> Path | None:
+    """Return the folder of the prepared data, made now where it is not there; None where it cannot
+    be kept (a Hub data set, whose content has no hash here, or a full disk).
+    """
+    key = _key(recipe, tokenizer)
+    if key is None:
+        return None
+    folder = cache_root() / "rows" / key
+    if (folder / _RECORD).is_file():
+        folder.touch()
+        return folder
+    data = _prepare(recipe, tokenizer)
+    scratch = folder.with_name(f".{key}.tmp")
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        _write(data, scratch)
+        publish(scratch, folder)
+        _forget_oldest(folder.parent)
+    except OSError:
+        shutil.rmtree(scratch, ignore_errors=True)
+        return None
+    return folder
+
+
+def _key(recipe: Recipe, tokenizer: Any) -> str | None:
+    """Return a hash of all that decides what is prepared: rows, settings, tokenizer, our code."""
+    import tokenizers
+    import transformers
+
+    sources = listed_sources(recipe.data)
+    if any(map(is_on_hub, sources)) or not getattr(tokenizer, "is_fast", False):
+        return None
+    files = [file for source in sources for file in source_files(source)]
+    code = sorted(Path(__file__).parent.glob("*.py"))
+    names = (
+        *("max_length", "truncation_mode", "eos_token", "packing", "packing_strategy"),
+        *("completion_only_loss", "assistant_only_loss", "eval_strategy"),
+    )
+    template = None
+    if recipe.data.prompt_format == "chat":
+        template = chat_template(recipe.data, tokenizer)
+    twin = twin_of(recipe.data, tokenizer)
+    parts = [
+        dataclasses.asdict(recipe.data),
+        {name: recipe.train.get(name) for name in names},
+        [template, twin.hash if twin else None, tokenizer.special_tokens_map],
+        tokenizer.backend_tokenizer.to_str(),
+        [tokenizers.__version__, transformers.__version__],
+        [[str(file), file_hash(file)] for file in (*files, *code)],
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
+
+
+def _write(data: PreparedData, folder: Path) -> None:
+    import pyarrow
+
+    for name in SPLITS:
+        if (rows := getattr(data, name)) is not None:
+            table = rows.with_format("arrow")[:]
+            with pyarrow.ipc.new_stream(folder / f"{name}.arrow", table.schema) as stream:
+                stream.write_table(table)
+    names = ("splits", "fingerprint", "prompt_format_hash")
+    record = {name: getattr(data, name) for name in names}
+    write_json(folder / _RECORD, {"audit": data.audit.to_dict(), **record})
+
+
+def _read(folder: Path, recipe: Recipe, tokenizer: Any) -> PreparedData | None:
+    """Return what `_write` wrote; None on a machine that does not see the folder."""
+    from datasets import Dataset
+    from datasets.table import MemoryMappedTable
+
+    try:
+        record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        parts: dict[str, Any] = dict.fromkeys(SPLITS)
+        for name in SPLITS:
+            if (file := folder / f"{name}.arrow").is_file():
+                table = MemoryMappedTable.from_file(str(file))
+                parts[name] = Dataset(table, fingerprint=f"{folder.name}{name}")
+        audit = DataAudit.from_dict(record.pop("audit"))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return PreparedData(**parts, **record, audit=audit, twin=twin_of(recipe.data, tokenizer))
+
+
+def _forget_oldest(folder: Path) -> None:
+    kept = [path for path in folder.iterdir() if (path / _RECORD).is_file()]
+    for path in sorted(kept, key=lambda path: path.stat().st_mtime)[:-MOST_PREPARED]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# ---- the work ----
+
+
+def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
+    section, bad = recipe.data, BadRows()
+
+    # files -> rows
+    rows = read_data(section, bad)
+    twin = twin_of(section, tokenizer)
+    template = chat_template(section, tokenizer) if section.prompt_format == "chat" else None
+    if bad.found and section.on_bad_row == "error":
+        for row in rows.rows if template else ():  # name those too that the template refuses
+            if isinstance(
+                reason := render_turns(row, section, tokenizer, template or "", twin), BadRow
+            ):
+                bad.add(row, reason)
+        raise bad.error(rows.num_read)
+    rows, filtered = select_rows(rows, section, bad)
+
+    # rows -> tokens
+    num_texts = sum("text" in row.fields for row in rows.rows)
+    check_settings(num_texts, section, recipe.train, tokenizer)
+    settings = Supervision.of(section, recipe.train, tokenizer)
+    if template is not None:
+        _check_recipe_kwargs(section, twin.text if twin else template)
+    if len(rows) >= NUM_ROWS_WORTH_A_LINE:
+        say_once(f"data: tokenising {len(rows):,} of {rows.num_read:,} rows ...")
+    rows, encoded = _encode(rows, settings, tokenizer, template, twin, bad)
+    if bad.found and (section.on_bad_row == "error" or not encoded):
+        raise bad.error(rows.num_read)
+    if (limit := section.filters.max_tokens) is not None:
+        fitting = [i for i, item in enumerate(encoded) if item.tokens_before <= limit]
+        filtered["max_tokens"] = len(rows) - len(fitting)
+        if not fitting:
+            what = f"0 rows: all {len(rows)} rows are longer than {limit} tokens"
+            raise SettingError("data.filters.max_tokens", what)
+        rows, encoded = rows.take(fitting), [encoded[i] for i in fitting]
+
+    # tokens -> splits -> data sets
+    parts = split_rows(rows.rows, section.split)
+    parts[TRAIN] = rows.repeated(parts[TRAIN], section.split.seed)
+    audit = _audit(rows, encoded, parts, settings, tokenizer, twin)
+    audit.rows["filtered"], audit.unused_columns = filtered, rows.unused
+    audit.rows["bad"] = len(bad.found)
+    audit.bad_rows = {"count": len(bad.found), "places": bad.places, "reasons": bad.reasons}
+    evaluates = recipe.train.get("eval_strategy", "no") != "no"
+    audit.check(section.max_unsupervised_fraction, evaluates=evaluates)
+    sets = {
+        name: _dataset([(rows.rows[i], encoded[i]) for i in indices if encoded[i].supervised])
+        for name, indices in parts.items()
+    }
+    return PreparedData(
+        **sets,
+        audit=audit,
+        splits=_split_record(rows, parts, section, {*audit.no_supervised_tokens.ids}),
+        fingerprint=fingerprint_of(
+            {name: [rows.rows[index] for index in indices] for name, indices in parts.items()}
+        ),
+        prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
+        twin=twin,
+    )
+
+
+def _check_recipe_kwargs(section: DataSection, template: str) -> None:
+    try:
+        check_template_kwargs(section.chat_template_kwargs, template)
+    except BadRow as reason:
+        key = "data.chat_template_kwargs"
+        raise SettingError(key, f"data.{reason.what}", reason.hint) from None
+
+
+def _encode(
+    rows: Rows,
+    settings: Supervision,
+    tokenizer: Any,
+    template: str | None,
+    twin: Twin | None,
+    bad: BadRows,
+) -> tuple[Rows, list[Encoded]]:
+    usable, encoded = [], []
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = rows.rows[start : start + BATCH_ROWS]
+        for index, item in enumerate(encode(batch, settings, tokenizer, template, twin), start):
+            if isinstance(item, BadRow):
+                bad.add(rows.rows[index], item)
+            else:
+                usable.append(index)
+                encoded.append(item)
+    return rows.take(usable), encoded
+
+
+def _audit(
+    rows: Rows,
+    encoded: Sequence[Encoded],
+    parts: Mapping[str, Sequence[int]],
+    settings: Supervision,
+    tokenizer: Any,
+    twin: Twin | None,
+) -> DataAudit:
+    audit = DataAudit.of(settings)
+    audit.count(rows.rows, encoded, tokenizer)
+    if twin is not None:
+        audit.training_template = {"file": twin.file.name, "sha256": twin.hash}
+    audit.rows = {"read": rows.num_read, "used": len(rows)}
+    audit.rows |= {name: len(indices) for name, indices in parts.items()}
+    audit.rows["trained"] = sum(encoded[i].supervised > 0 for i in parts[TRAIN])
+    audit.supervised_validation = sum(encoded[i].supervised for i in parts[VALIDATION])
+    times = Counter(row.content for row in rows.rows)
+    audit.duplicates = len(rows) - len(times)
+    sides = Counter(one for part in parts.values() for one in {rows.rows[i].content for i in part})
+    audit.duplicates_across = sum(number > 1 for number in sides.values())
+    for number, (source, num_rows) in enumerate(rows.sources):
+        own = {n: [i for i in p if rows.rows[i].source == number] for n, p in parts.items()}
+        counts = SourceCounts(
+            source=shown_path(Path(source.source)),
+            weight=source.weight,
+            max_examples=source.max_examples,
+            rows=num_rows,
+            used=sum(row.source == number for row in rows.rows),
+            **{name: len(indices) for name, indices in own.items()},
+            supervised=sum(encoded[i].supervised for i in own[TRAIN]),
+        )
+        audit.sources.append(counts)
+    return audit
+
+
+def _dataset(items: Sequence[tuple[DataRow, Encoded]]) -> Dataset | None:
+    """Return tokenised rows as a data set, or None for no rows. It is named by a hash of its bytes:
+    without a fingerprint, `datasets` would pickle the table, in three times its memory.
+    """
+    import datasets
+    import numpy as np
+    import pyarrow
+
+    if not items:
+        return None
+    ends = pyarrow.array(np.cumsum([0, *(item.length for _, item in items)], dtype=np.int32))
+
+    def tokens(arrays: list[np.ndarray]) -> pyarrow.ListArray:
+        return pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.concatenate(arrays)))
+
+    columns = {
+        "input_ids": tokens([item.ids for _, item in items]),
+        "labels": tokens([item.labels for _, item in items]),
+        "example_id": pyarrow.array([row.id for row, _ in items], pyarrow.string()),
+    }
+    table = pyarrow.table(columns)
+    digest = hashlib.blake2b(digest_size=8)
+    for column in table.columns:
+        for chunk in column.chunks:
+            for buffer in chunk.buffers():
+                digest.update(buffer or b"")
+    return datasets.Dataset(table, fingerprint=digest.hexdigest())
+
+
+def _split_record(
+    rows: Rows, parts: Mapping[str, Sequence[int]], section: DataSection, bare: set[str]
+) -> dict[str, Any]:
+    split = section.split
+    record: dict[str, Any] = {
+        "method": split.method,
+        "seed": split.seed,
+        "fractions": {"validation": split.validation, "test": split.test},
+    }
+    for name, indices in parts.items():
+        ids = [rows.rows[index].id for index in indices]
+        without = [id for id in ids if id in bare]
+        record[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
+    return record

@@ -1,0 +1,441 @@
+"""From files and a recipe to the rows that train: what is used, held out, refused, warned of and
+kept for the next start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conversation_samples import MARKED
+
+from recipes_lib.core.errors import DataError, ExitCode
+from recipes_lib.data import prepare as preparing
+from recipes_lib.data.audit import RefusedData
+from recipes_lib.data.prepare import prepare_data
+from recipes_lib.data.prompts import Twin, generation_prompt, template_date
+from recipes_lib.data.rows import SettingError
+from recipes_lib.data.splits import recorded_rows, training_rows
+
+NO_SPLIT = {"method": "none"}
+TURNS = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of this test's prepared rows."""
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "rows"
+
+
+@pytest.fixture
+def prepare(recipe_for, tiny_tokenizer):
+    def prepare(source, **keys):
+        return prepare_data(recipe_for(source, **keys), tiny_tokenizer)
+
+    return prepare
+
+
+def test_the_data_sets_have_the_columns_that_training_reads(prepare, write_jsonl, tasks):
+    data = prepare(write_jsonl(tasks(60)), split={"validation": 0.2, "test": 0.1})
+    assert data.train.column_names == ["input_ids", "labels", "example_id"]
+    assert len(data.train) + len(data.validation) + len(data.test) == 60
+    row = data.train[0]
+    assert len(row["input_ids"]) == len(row["labels"]) and row["labels"][0] == -100
+    assert row["labels"][-1] == row["input_ids"][-1]
+    audit = data.audit
+    total = sum(sum(map(len, part["input_ids"])) for part in (data.train, data.validation))
+    assert audit.tokens["total"] == total + sum(map(len, data.test["input_ids"]))
+    assert audit.end_tokens == {"</s>": 60}
+    assert audit.rows["train"] == data.splits["train"]["count"] == len(data.train)
+
+
+# ---- held-out rows ----
+
+
+def test_a_mixture_never_trains_on_rows_that_one_of_its_sources_holds_out_alone(
+    prepare, write_jsonl, tasks
+):
+    first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(200))], "x.jsonl")
+    other = [{"id": i, "instruction": f"Name {i}.", "response": "A"} for i in range(200)]
+    second = write_jsonl(other, "y.jsonl")
+
+    def texts(data, tokenizer_rows):
+        return {tuple(ids) for ids in tokenizer_rows["input_ids"]}
+
+    split = {"validation": 0.1, "test": 0.1}
+    alone = prepare(first, split=split)
+    held_out = texts(alone, alone.validation) | texts(alone, alone.test)
+    assert len(held_out) > 20
+    for source in ([str(first), str(second)], [str(second), str(first)]):
+        assert not held_out & texts(alone, prepare(source, split=split).train)
+
+
+def test_a_test_split_takes_its_rows_from_training(prepare, write_jsonl, tasks):
+    path = write_jsonl(tasks(300))
+    before = prepare(path, split={"validation": 0.15})
+    after = prepare(path, split={"validation": 0.15, "test": 0.15})
+    assert before.splits["validation"]["ids"] == after.splits["validation"]["ids"]
+    assert {*after.splits["test"]["ids"]} < {*before.splits["train"]["ids"]}
+    larger = prepare(path, split={"validation": 0.3, "test": 0.15})
+    assert larger.splits["test"]["ids"] == after.splits["test"]["ids"]
+
+
+def test_equal_rows_fall_on_one_side_whatever_their_ids_and_are_counted(
+    prepare, write_jsonl, tasks
+):
+    rows = [{**row, "id": i} for i, row in enumerate([*tasks(100), *tasks(100)])]
+    data = prepare(write_jsonl(rows), split={"validation": 0.2, "test": 0.2})
+    assert data.audit.duplicates == 100 and data.audit.duplicates_across == 0
+    assert "100 exact duplicates" in "\n".join(data.audit.warnings())
+
+
+def test_the_side_of_a_row_depends_on_nothing_but_its_content(prepare, write_jsonl, tasks):
+    split = {"validation": 0.2}
+    whole = prepare(write_jsonl(tasks(80)), split=split).splits
+    for keys in (
+        {"prompt_format": "alpaca"},
+        {"prompt_format": "chat"},
+        {"train": {"max_length": 300, "completion_only_loss": False}},
+    ):
+        assert prepare(write_jsonl(tasks(80)), split=split, **keys).splits == whole
+    turned = prepare(write_jsonl(tasks(80)[::-1]), split=split).splits
+    assert {*turned["validation"]["ids"]} == {*whole["validation"]["ids"]}
+    part = prepare(write_jsonl(tasks(40)), split=split).splits
+    assert {*part["validation"]["ids"]} <= {*whole["validation"]["ids"]}
+
+
+def test_a_small_data_set_still_has_a_validation_row_and_fractions_of_one_are_refused(
+    prepare, write_jsonl, tasks
+):
+    assert len(prepare(write_jsonl(tasks(4)), split={"validation": 0.01}).validation) == 1
+    data = prepare(write_jsonl(tasks(9)), split={"validation": 0})
+    assert data.validation is None and data.test is None and len(data.train) == 9
+    with pytest.raises(SettingError, match="leaves no training rows"):
+        prepare(write_jsonl(tasks(9)), split={"validation": 0.5, "test": 0.5})
+
+
+def test_the_published_split_repeats_two_calls_of_train_test_split(prepare, write_jsonl, tasks):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"i": range(100)})
+    first = rows.train_test_split(test_size=0.3, seed=42)
+    second = first["test"].train_test_split(test_size=2 / 3, seed=42)
+    named = write_jsonl([{**row, "id": f"r{i}"} for i, row in enumerate(tasks(100))])
+    split = {"method": "published", "validation": 0.1, "test": 0.2, "seed": 42}
+    splits = prepare(named, split=split).splits
+    parts = {"train": first["train"], "validation": second["train"], "test": second["test"]}
+    for name, part in parts.items():
+        assert {*splits[name]["ids"]} == {f"r{i}" for i in part["i"]}
+
+
+def test_ids_of_the_file_are_names_that_stay_unique(prepare, write_jsonl, tasks):
+    first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(5))], "a.jsonl")
+    second = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(9)[4:])], "b.jsonl")
+    ids = prepare([str(first), str(second)], split=NO_SPLIT).train["example_id"]
+    assert len({*ids}) == 10 and all(name[0] in "01234" for name in ids)
+
+
+# ---- mixtures ----
+
+
+def test_weights_take_a_share_of_a_source_or_repeat_its_training_rows_alone(prepare, write_jsonl):
+    def rows(name, count):
+        return [
+            {"id": f"{name}{i}", "instruction": f"{name} {i}?", "response": f"{i}"}
+            for i in range(count)
+        ]
+
+    source = [
+        {"source": str(write_jsonl(rows("half", 40), "half.jsonl")), "weight": 0.25},
+        {"source": str(write_jsonl(rows("more", 20), "more.jsonl")), "weight": 2.5},
+    ]
+    data = prepare(source, split={"validation": 0.1})
+    half, more = data.audit.sources
+    assert (half.rows, half.used, more.used) == (40, 10, 20)
+    times = Counter(data.train["example_id"])
+    repeated = [count for name, count in times.items() if name.startswith("more")]
+    assert {*repeated} == {2, 3} and sum(repeated) == round(2.5 * len(repeated))
+    assert not {*data.validation["example_id"]} & {*times}
+    assert half.train + more.train == len(data.train)
+    with pytest.raises(DataError, match="is no row"):
+        prepare([source[1], {**source[0], "weight": 0.001}])
+
+
+def test_the_rows_of_a_run_are_found_again_as_long_as_they_are_what_they_were(
+    recipe_for, tiny_tokenizer, write_jsonl, tasks
+):
+    recipe = recipe_for(write_jsonl(tasks(60)))
+    data = prepare_data(recipe, tiny_tokenizer)
+    found = recorded_rows(recipe.data, data.splits, data.fingerprint)
+    assert [row.id for row in found] == data.train["example_id"][:]
+    assert {row.id for row in training_rows(recipe.data)} == {row.id for row in found}
+    changed = tasks(60)
+    changed[7]["response"] += " Yes."
+    write_jsonl(changed)
+    assert recorded_rows(recipe.data, data.splits, data.fingerprint) is None
+
+
+# ---- rows that cannot be used or teach nothing ----
+
+
+def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_jsonl):
+    rows = [{"messages": [{"role": "user", "content": f"{i}?"}, TURNS[1]]} for i in range(20)]
+    bad = [
+        {"messages": TURNS[:1]},
+        {"messages": TURNS, "history": [["Nought?", "None."]]},
+        {"messages": TURNS[:1]},
+    ]
+    path = write_jsonl([*rows, *bad])
+    with path.open("a") as file:
+        file.write("{torn\n")
+    with pytest.raises(DataError, match="no assistant turn") as caught:
+        prepare(path, prompt_format="chat")
+    said = str(caught.value)
+    assert caught.value.line == 21 and "1 more: " in said and "rows.jsonl:23" in said
+    assert "rows.jsonl:22: history" in said and "(4 of 24): data.on_bad_row: skip" in said
+    audit = prepare(path, prompt_format="chat", on_bad_row="skip").audit
+    assert (audit.rows["read"], audit.rows["bad"], audit.rows["used"]) == (24, 4, 20)
+    assert audit.bad_rows["reasons"]["no assistant turn"] == 2
+    assert "4 of 24 rows cannot be used" in "\n".join(audit.warnings())
+
+
+def test_rows_that_the_reader_and_rows_that_the_template_refuses_are_named_together(
+    prepare, write_jsonl
+):
+    system = [{"role": "system", "content": "Be brief."}, *TURNS]
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    path = write_jsonl([{"messages": TURNS}, {"messages": TURNS[:1]}, {"messages": system}])
+    with pytest.raises(DataError) as caught:
+        prepare(path, prompt_format="chat", chat_template=template + MARKED)
+    assert "rows.jsonl:2: no assistant turn" in str(caught.value)
+    assert "rows.jsonl:3: the chat template refuses" in str(caught.value)
+
+
+def test_a_misspelt_template_argument_is_named_in_the_recipe_and_in_a_row(prepare, write_jsonl):
+    template = "{{ 'think' if enable_thinking }}" + MARKED
+    rows = [{"messages": TURNS, "chat_template_kwargs": {"enable_thinking": True}}] * 3
+    misspelt = {"messages": TURNS, "chat_template_kwargs": {"enable_thinkng": True}}
+    keys = {"prompt_format": "chat", "chat_template": template, "split": NO_SPLIT}
+    assert len(prepare(write_jsonl(rows), **keys).train) == 3
+    with pytest.raises(DataError, match="does not read 'enable_thinkng'") as caught:
+        prepare(write_jsonl([*rows, misspelt]), **keys)
+    assert caught.value.line == 4 and "did you mean enable_thinking?" in str(caught.value)
+    with pytest.raises(SettingError, match=r"data\.chat_template_kwargs: .*'thinking'"):
+        prepare(write_jsonl(rows), **keys, chat_template_kwargs={"thinking": True})
+
+
+def test_data_that_cannot_teach_what_the_recipe_asks_is_refused_with_its_numbers(
+    prepare, write_jsonl, tasks
+):
+    long = {"instruction": "long " * 300, "response": "b"}
+    endless = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    silent = [*TURNS, TURNS[0], {**TURNS[1], "weight": 0}]
+    chat = {"prompt_format": "chat"}
+    for rows, keys, key, words in (
+        ([long] * 3, {"train": {"max_length": 16}}, "train.max_length", "3/3 rows have no superv"),
+        ([*tasks(10), long], {"train": {"max_length": 200}}, "train.max_length", "1/11 rows"),
+        ([{"text": ""}] * 4, {"prompt_format": "raw"}, "data.source", "4/4 rows have an empty"),
+        (tasks(9), {**chat, "chat_template": endless}, "data.chat_template", "9/9 rows do not end"),
+        ([{"messages": silent}], {**chat, "chat_loss": "last"}, "data.chat_loss", "weight 0"),
+        (
+            tasks(9),
+            {"train": {"eval_strategy": "steps"}, "split": NO_SPLIT},
+            "data.split.validation",
+            "asks for a validation loss",
+        ),
+    ):
+        with pytest.raises(RefusedData, match=words) as caught:
+            prepare(write_jsonl(rows), **keys)
+        assert caught.value.key == key and caught.value.exit_code == ExitCode.DATA
+        assert caught.value.audit.rows["used"] == len(rows)
+
+
+def test_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
+    rows = [*tasks(40), {"instruction": "long " * 300, "response": "b"}]
+    data = prepare(write_jsonl(rows), train={"max_length": 200}, split=NO_SPLIT)
+    bare = data.audit.no_supervised_tokens
+    assert bare.count == 1 and bare.places[0].endswith("rows.jsonl:41")
+    assert data.splits["train"]["without_supervision"] == bare.ids
+    assert len(data.train) == 40 and bare.ids[0] not in data.train["example_id"]
+    assert data.audit.truncated.ids == bare.ids and data.audit.lost_end == 1
+    assert "rows.jsonl:41" in "\n".join(data.audit.warnings())
+
+
+def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, write_jsonl, tasks):
+    long = {"instruction": "long " * 300, "response": " ", "category": "open_qa"}
+    path = write_jsonl([*tasks(30), long])
+    for filters, left in (
+        ({"categories": ["open_qa", "closed_qa"]}, 21),
+        ({"drop_empty_completions": True}, 30),
+        ({"max_tokens": 200}, 30),
+    ):
+        audit = prepare(path, filters=filters).audit
+        assert audit.rows["used"] == left
+        assert [*audit.rows["filtered"].values()] == [31 - left]
+    assert prepare(path, max_examples=12).audit.rows["used"] == 12
+    for filters, words in (
+        ({"categories": ["poetry"]}, "no row has the category poetry"),
+        ({"categories": []}, "filters leave none"),
+        ({"max_tokens": 2}, "all 31 rows are longer than 2 tokens"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            prepare(path, filters=filters)
+
+
+# ---- what is counted and warned of ----
+
+
+def test_texts_that_could_act_as_special_tokens_are_counted(prepare, write_jsonl, tasks):
+    odd = {"instruction": "What is </s>?", "response": "### Response: [INST] </s> </s>"}
+    audit = prepare(write_jsonl([*tasks(20), odd])).audit
+    assert audit.special_tokens.count == audit.markers.count == 1
+    assert audit.found_texts == {"</s>": 3, "### Response:": 1, "[INST]": 1}
+    assert "read as text" in "\n".join(audit.warnings())
+    audit = prepare(write_jsonl([*tasks(20), odd]), prompt_format="chat").audit
+    assert "ACTING as special tokens" in "\n".join(audit.warnings())
+
+
+def test_a_prompt_whose_ids_are_no_prefix_of_the_row_is_named(prepare, write_jsonl, tasks):
+    rows = [{"prompt": f"What is {i}?\nAnswer: ", "completion": "the answer"} for i in range(20)]
+    audit = prepare(write_jsonl(rows), prompt_format="raw").audit
+    assert audit.other_prompt_ids.count == 20
+    [line] = [line for line in audit.warnings() if "other token ids" in line]
+    assert "20 rows" in line and "rows.jsonl:1" in line
+    assert prepare(write_jsonl(tasks(20))).audit.other_prompt_ids.count == 0
+    space = MARKED.replace("<|assistant|>\n", "<|assistant|> ")
+    audit = prepare(write_jsonl(tasks(20)), prompt_format="chat", chat_template=space).audit
+    assert audit.other_prompt_ids.count + audit.unlike_prompt.count >= 20
+
+
+def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_jsonl, tasks):
+    def warned(template, rows=None):
+        keys = {"prompt_format": "chat", "chat_template": template}
+        audit = prepare(write_jsonl(rows or tasks(20)), **keys).audit
+        return audit, "\n".join(audit.warnings())
+
+    thinks = MARKED.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
+    rows = tasks(20)
+    rows[4]["response"] = "<think>Hmm.</think>Four."
+    audit, said = warned(thinks, rows)
+    assert audit.unlike_prompt.count == 19 and "19 rows" in said and "enable_thinking" in said
+    ends = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<unk>{% endfor %}"
+    _, said = warned(ends + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    assert "set train.eos_token" in said
+    other = "{% elif message['role'] == 'user' %}{{ message['content'] }}"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, TURNS[1]], "score": i} for i in range(9)
+    ]
+    rows[4]["messages"].insert(0, {"role": "system", "content": "Be brief."})
+    audit, said = warned(MARKED.replace("{% else %}{{ message['content'] }}", other), rows)
+    assert audit.changed_by_template.count == 1 and "rows.jsonl:5" in said
+    assert "columns that are not used: score" in said
+
+
+def test_the_audit_says_what_the_rows_were_rendered_with(
+    prepare, write_jsonl, tasks, tiny_tokenizer, monkeypatch
+):
+    rows = write_jsonl(tasks(20))
+    before = prepare(rows, prompt_format="chat")
+    twin, own = Twin(Path("tiny_training.jinja"), MARKED), tiny_tokenizer.chat_template
+    monkeypatch.setattr("recipes_lib.data.prompts.trl_twins", lambda: {own: twin})
+    data = prepare(rows, prompt_format="chat")
+    assert data.train.to_list() == before.train.to_list()
+    assert data.prompt_format_hash == before.prompt_format_hash
+    assert data.audit.training_template == {"file": "tiny_training.jinja", "sha256": twin.hash}
+    assert "tiny_training.jinja" in data.audit.describe()[0] and before.audit.describe() == []
+
+
+# ---- the date that a template prints ----
+
+DATED = "{{ strftime_now('%d %B %Y') }}\n" + MARKED
+
+
+def test_a_date_that_a_template_prints_is_the_recipe_s_in_rows_hash_and_prompt(
+    recipe_for, tiny_tokenizer, write_jsonl, tasks
+):
+    keys = {"prompt_format": "chat", "chat_template": DATED, "split": NO_SPLIT}
+    path, found = write_jsonl(tasks(9)), {}
+    for date in ("2026-11-28", "2026-11-29"):
+        recipe = recipe_for(path, **keys, template_date=date)
+        found[date] = prepare_data(recipe, tiny_tokenizer)
+        day = f"{date[-2:]} November 2026"
+        assert day in tiny_tokenizer.decode(found[date].train[0]["input_ids"])
+        assert day in generation_prompt(recipe.data, tiny_tokenizer, instruction="Hi")
+        assert date in "\n".join(found[date].audit.describe())
+    first, second = found.values()
+    assert first.prompt_format_hash != second.prompt_format_hash
+
+
+def test_a_run_keeps_the_date_it_was_created_with(recipe_for, tiny_tokenizer):
+    section = recipe_for("x", prompt_format="chat", chat_template=DATED).data
+    assert template_date(section, tiny_tokenizer, "2020-01-02") == "2020-01-02"
+    assert template_date(section, tiny_tokenizer, None) > "2026-01-01"
+    fixed = dataclasses.replace(section, template_date="2021-01-02")
+    assert template_date(fixed, tiny_tokenizer, "2020-01-02") == "2021-01-02"
+    plain = dataclasses.replace(section, chat_template=MARKED)
+    assert template_date(plain, tiny_tokenizer, None) is None
+
+
+# ---- the second start ----
+
+
+def test_a_second_start_reads_the_rows_that_the_first_one_kept(
+    prepare, write_jsonl, tasks, cache, monkeypatch
+):
+    path = write_jsonl(tasks(60))
+    first = prepare(path, split={"test": 0.1})
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_prepare", None)  # nothing is read or tokenised again
+        again = prepare(path, split={"test": 0.1})
+    for name in ("splits", "fingerprint", "prompt_format_hash", "audit"):
+        assert getattr(again, name) == getattr(first, name)
+    for name in ("train", "validation", "test"):
+        assert getattr(again, name).to_list() == getattr(first, name).to_list()
+    assert json.dumps(again.audit.to_dict()) == json.dumps(first.audit.to_dict())
+
+
+def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, cache, monkeypatch):
+    prepare(write_jsonl(tasks(60)))
+    rows = tasks(60)
+    rows[7]["response"] = rows[7]["response"].replace("14", "15")  # as long as it was
+    for keys in ({}, {"train": {"max_length": 99}}, {"prompt_format": "alpaca"}):
+        prepare(write_jsonl(rows), **keys)
+    assert len([*cache.glob("[!.]*")]) == 4
+    monkeypatch.setattr(preparing, "MOST_PREPARED", 2)
+    prepare(write_jsonl(rows), max_examples=20)
+    assert len([*cache.glob("[!.]*")]) == 2
+
+
+def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(
+    prepare, write_jsonl, tasks, cache, monkeypatch
+):
+    path = write_jsonl(tasks(60))
+    first = prepare(path)
+    [folder] = cache.iterdir()
+    (folder / "prepared.json").write_text("{")
+    assert prepare(path).train.to_list() == first.train.to_list()
+    monkeypatch.setenv("RECIPES_CACHE", "/dev/null")
+    assert prepare(path).train.to_list() == first.train.to_list()
+
+
+def test_trl_packs_the_prepared_rows(prepare, write_jsonl, tasks):
+    from trl import pack_dataset
+
+    data = prepare(write_jsonl(tasks(40)), train={"max_length": 256}, split=NO_SPLIT)
+    packed = pack_dataset(data.train.select_columns(["input_ids", "labels"]), 256, "bfd")
+    assert len(packed) < 40 and sum(map(len, packed["labels"])) == data.audit.tokens["total"]
+
+
+def test_errors_about_a_key_stand_at_the_recipe_and_errors_about_a_row_at_the_file(
+    prepare, write_jsonl
+):
+    with pytest.raises(DataError) as caught:
+        prepare("nowhere.jsonl")
+    assert str(caught.value).startswith("recipe.yaml:1: no such file or folder: nowhere.jsonl")
+    with pytest.raises(DataError) as caught:
+        prepare(write_jsonl([{"instruction": "a", "response": 1}]))
+    assert caught.value.file.endswith("rows.jsonl") and caught.value.line == 1

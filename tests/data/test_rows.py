@@ -1,0 +1,354 @@
+"""Files, folders and mixtures as rows: every format is read alike, and whatever cannot be used is
+named by file and line, all at once.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from recipes_lib.config.sections import DataSection
+from recipes_lib.core.errors import DataError
+from recipes_lib.data import sources
+from recipes_lib.data.columns import look_at
+from recipes_lib.data.conversations import conversation_of, template_values
+from recipes_lib.data.files import count_rows, read_file
+from recipes_lib.data.rows import BadRows, SettingError, message_texts
+from recipes_lib.data.sources import Source, data_files, listed_sources
+from recipes_lib.data.splits import read_data
+
+TASK = {"instruction": "Größe?", "response": 'Say "é",\nthen stop.'}
+TASKS = [{**TASK, "instruction": f"{i}?"} for i in range(3)]
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def rows_of(source, prompt_format="dolly", **keys):
+    """The rows of a source, or the error for those that cannot be used."""
+    bad = BadRows()
+    source = source if isinstance(source, list) else str(source)
+    found = read_data(DataSection(source=source, prompt_format=prompt_format, **keys), bad)
+    if bad.found:
+        raise bad.error(found.num_read)
+    return found.rows
+
+
+@pytest.fixture
+def read(write_jsonl):
+    """Write rows to a file and read them."""
+    return lambda rows, *args, **keys: rows_of(write_jsonl(rows), *args, **keys)
+
+
+def write_all(folder: Path, rows: list[dict[str, str]]) -> dict[str, Path]:
+    """Write the same rows in every format."""
+    import csv
+
+    files = {name: folder / f"rows.{name}" for name in ("jsonl", "json", "csv", "tsv", "parquet")}
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    files["jsonl"].write_text(lines)
+    files["json"].write_text(json.dumps(rows))
+    for name, sign in (("csv", ","), ("tsv", "\t")):
+        with files[name].open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, [*rows[0]], delimiter=sign)
+            writer.writeheader()
+            writer.writerows(rows)
+    table = pyarrow.Table.from_pylist(rows)
+    parquet.write_table(table, files["parquet"])
+    for name, new in (("arrow", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
+        files[name] = folder / f"{name}.arrow"
+        with new(str(files[name]), table.schema) as stream:
+            stream.write_table(table)
+    (folder / "inside.json").write_text(json.dumps({"data": rows}, indent=1))
+    (folder / "lines.json").write_text(lines)
+    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (folder / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (folder / "old.csv").write_bytes(files["csv"].read_text().encode("latin-1"))
+    names = ("inside.json", "lines.json", "rows.jsonl.gz", "bom.jsonl", "old.csv")
+    return files | {name: folder / name for name in names}
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    for name, file in write_all(tmp_path, TASKS).items():
+        encoding = {"encoding": "latin-1"} if name == "old.csv" else {}
+        found = [row.fields for row in rows_of(file, **encoding)]
+        assert found == TASKS, name
+        if name not in ("csv", "tsv", "old.csv"):  # a text with line ends counts as more
+            assert count_rows(file) == 3, name
+
+
+def test_nothing_is_converted(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,response\nNA,007\nnull,1e3\n")
+    found = [row.fields for row in rows_of(tmp_path / "a.csv")]
+    assert found == [
+        {"instruction": "NA", "response": "007"},
+        {"instruction": "null", "response": "1e3"},
+    ]
+
+
+def test_a_damaged_file_is_named_with_its_line(tmp_path):
+    good = json.dumps(TASK)
+    for name, content, line, words in (
+        ("a.jsonl", f"{good}\n{{torn\n", 2, "not a JSON object"),
+        ("a.jsonl", f"{good}\n[1]\n", 2, "expected an object with columns, found list"),
+        ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "is not UTF-8"),
+        ("a.jsonl", f'{good}\n{{"instruction": "x\\ud83dy", "response": ""}}', 2, "lone surrogate"),
+        ("a.json", "[\n{]", 2, "not JSON"),
+        ("a.json", '{"a": [{}],\n "b": 2}', 1, "expected a list of objects"),
+        ("a.csv", "instruction,response\na\n", 2, "1 fields, but the header has 2"),
+        ("a.csv", 'instruction,response\na,"b', 2, "not CSV"),
+        ("a.csv", "instruction;response\na;b\n", 1, "separated by ';'"),
+        ("a.csv", "a,a\nb,c\n", 1, "column names appear twice: a"),
+        ("a.csv", "instruction,response\na,\xe9\n".encode("latin-1"), 2, "is not UTF-8"),
+        ("a.parquet", b"PAR1", None, "cannot be read as parquet"),
+        ("a.jsonl.gz", gzip.compress(good.encode() * 99)[:-9], None, "gzip"),
+        ("a.jsonl.gz", b"text", None, "not a gzip file"),
+        ("a.txt", "text", None, "not a data file"),
+        ("a.jsonl", "", None, "0 rows in"),
+    ):
+        file = tmp_path / name
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(DataError) as caught:
+            rows_of(file)
+        assert caught.value.line == line and words in caught.value.what, (content, caught.value)
+
+
+def test_a_folder_is_its_files_of_the_split(tmp_path):
+    for name in ("b-train.jsonl", "a-train.jsonl", "test.jsonl", "notes.md", ".hidden.jsonl"):
+        (tmp_path / name).write_text(json.dumps(TASK) + "\n")
+    names = [file.name for file in data_files(tmp_path, "train")]
+    assert names == ["a-train.jsonl", "b-train.jsonl"]
+    assert [file.name for file in data_files(tmp_path, "test")] == ["test.jsonl"]
+    assert len(rows_of(tmp_path)) == 2
+    with pytest.raises(SettingError, match="no file of the split"):
+        data_files(tmp_path, "validation")
+    (tmp_path / "c-train.jsonl").write_text('{"other": "x"}\n')
+    with pytest.raises(DataError, match="column 'instruction' is not in"):
+        rows_of(tmp_path)
+
+
+def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(TASK))
+    with pytest.raises(SettingError, match="no such file or folder") as caught:
+        rows_of(tmp_path / "row.jsonl")
+    assert "rows.jsonl" in caught.value.hints[0]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SettingError, match="offline, and 'nobody/nothing' is no file"):
+        rows_of("nobody/nothing")
+
+
+def test_the_hub_is_away_only_where_no_connection_can_be_made(monkeypatch):
+    import huggingface_hub
+
+    class ConnectError(Exception):
+        pass
+
+    class ReadTimeout(Exception):
+        pass
+
+    tries = []
+
+    def session(error):
+        class Session:
+            def head(self, *args, **keys):
+                tries.append(keys["timeout"])
+                if error:
+                    raise error
+
+        return Session
+
+    for error, answers, times in (
+        (None, True, 1),
+        (ReadTimeout("slow"), True, 1),
+        (ConnectError("CERTIFICATE_VERIFY_FAILED"), True, 1),
+        (ConnectError("Name or service not known"), False, 2),
+    ):
+        tries.clear()
+        monkeypatch.setattr(huggingface_hub, "get_session", session(error))
+        assert sources.hub_answers() == answers and len(tries) == times, error
+
+
+def test_a_mixture_says_what_is_wrong_with_its_entries():
+    for source, words in (
+        ([], "the mixture is empty"),
+        ([3], "expected a mapping"),
+        ([{"weight": 1}], "names no `source`"),
+        ([{"source": "a", "wieght": 1}], "unknown key 'wieght'"),
+        ([{"source": "a", "weight": 0}], "expected a number above 0"),
+        ([{"source": "a", "max_examples": 0}], "expected int"),
+        ([{"source": "a", "encoding": "utf-7x"}], "knows no text encoding"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            listed_sources(DataSection(source=source))
+    for keys, words in (
+        ({"system_prompt": "Be brief."}, "data.system_prompt acts in prompt_format chat alone"),
+        ({"prompt_format": "chat", "chat_template_kwargs": {"tools": 1}}, "no template argument"),
+        ({"delimiter": "::"}, "expected one character"),
+    ):
+        with pytest.raises(SettingError, match=words):
+            listed_sources(DataSection(source="a", **keys))
+    assert Source(source="a", columns={}, weight=0.5).num_taken(9) == 4
+
+
+# ---- columns ----
+
+
+def test_columns_are_mapped_by_name_alias_and_recipe(read):
+    task = {"instruction": "a", "response": "b", "context": "c"}
+    for row, columns in (
+        (task, {}),
+        ({"instruction": "a", "output": "b", "input": "c"}, {}),
+        ({"q": "a", "answer": "b", "context": "c"}, {"instruction": "q", "response": "answer"}),
+    ):
+        assert read([row], columns=columns)[0].fields == task
+    [row] = read([{**task, "context": None}])
+    assert row.fields["context"] == ""
+
+
+def test_columns_of_another_format_name_the_format_to_try(read):
+    for row, prompt_format, suggestion in (
+        ({"instruction": "", "context": "", "response": ""}, "raw", "dolly"),
+        ({"instruction": "", "input": "", "output": ""}, "raw", "alpaca"),
+        ({"messages": []}, "dolly", "chat"),
+        ({"prompt": "", "completion": ""}, "dolly", "raw"),
+        ({"question": "", "answer": ""}, "dolly", "data.columns"),
+    ):
+        with pytest.raises(SettingError, match="columns are ") as caught:
+            read([row], prompt_format)
+        assert suggestion in "\n".join(caught.value.hints)
+    for keys, words in (
+        ({"columns": {"respons": "answer"}}, "unknown name 'respons'"),
+        ({"columns": {"response": "answr"}}, "no column 'answr'"),
+        ({"drop_columns": ["categry"]}, "no column 'categry'"),
+    ):
+        with pytest.raises(SettingError, match=words) as caught:
+            read([{**TASK, "category": "", "answer": "b"}], **keys)
+        assert caught.value.hints[0].startswith("did you mean ")
+
+
+def test_a_value_that_is_not_text_names_line_column_and_type(read):
+    good = {"instruction": "a", "response": "b", "text": "c"}
+    for value, found in ((None, "None"), (3, "int"), (float("nan"), "float nan"), (["a"], "list")):
+        for prompt_format, column in (("dolly", "response"), ("chat", "response"), ("raw", "text")):
+            with pytest.raises(DataError) as caught:
+                read([good, {**good, column: value}, good, {**good, column: value}], prompt_format)
+            assert caught.value.line == 2 and "rows.jsonl:4" in caught.value.hints[0]
+            assert f"column '{column}': expected text, found {found}" in caught.value.what
+    with pytest.raises(DataError, match="missing in this row"):
+        read([good, {"instruction": "a"}])
+
+
+def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read):
+    named = {**TURNS[1], "name": "Ann"}
+    for row, prompt_format, name in (
+        ({**TASK, "history": [["earlier", "turn"]]}, "dolly", "history"),
+        ({**TASK, "system": "Be brief."}, "alpaca", "system"),
+        ({"messages": TURNS, "documents": [{"title": "t"}]}, "chat", "documents"),
+        ({"messages": [TURNS[0], named]}, "chat", "messages.name"),
+    ):
+        with pytest.raises(DataError, match=f"{name}: not supported") as caught:
+            read([row], prompt_format)
+        assert f"to train without it: data.drop_columns: [{name}]" in caught.value.hints
+        assert len(read([row], prompt_format, drop_columns=[name])) == 1
+    for nothing in (None, "", [], {}, [None], {"name": None}, "[]", "null", " "):
+        row = {"messages": TURNS, "tools": nothing, "history": nothing}
+        assert len(read([row], "chat")) == 1
+
+
+def test_a_system_column_is_the_system_message_of_its_row(read):
+    for row in ({"messages": TURNS, "system": "Be brief."}, {**TASK, "system_prompt": "Be brief."}):
+        [found] = read([row], "chat")
+        assert conversation_of(found, "the recipe's")[0]["content"] == "Be brief."
+    [found] = read([{**TASK, "system": None}], "chat")
+    assert conversation_of(found, "the recipe's")[0]["content"] == "the recipe's"
+    other = [{"role": "system", "content": "Be long."}, *TURNS]
+    with pytest.raises(DataError, match="a system message and another text"):
+        read([{"messages": other, "system": "Be brief."}], "chat")
+
+
+def test_tools_and_template_arguments_have_columns_of_their_own(read):
+    tool = {"name": "weather", "parameters": {"type": "object", "properties": {}}}
+    wrapped = [{"type": "function", "function": tool}]
+    row = {"messages": TURNS, "tools": [tool], "chat_template_kwargs": {"a": 1, "b": None}}
+    text = {"messages": TURNS, "functions": json.dumps(wrapped), "chat_template_kwargs": '{"a": 1}'}
+    for one in (row, text):
+        [found] = read([one], "chat")
+        assert template_values(found, {"a": 0, "c": 2}) == {"a": 1, "c": 2, "tools": wrapped}
+    for more, words in (
+        ({"tools": tool}, "expected a list of tools, found dict"),
+        ({"tools": "weather"}, "not JSON"),
+        ({"tools": ["weather"]}, "no function with a name"),
+        ({"chat_template_kwargs": [1]}, "expected an object, found list"),
+        ({"chat_template_kwargs": {"tools": "f"}}, "tools is no template argument"),
+        ({"conversations": TURNS}, "both hold a conversation"),
+    ):
+        with pytest.raises(DataError, match=words):
+            read([{"messages": TURNS, **more}], "chat")
+    both = {"messages": TURNS, "conversations": TURNS[:1]}
+    for keys in ({"columns": {"messages": "messages"}}, {"drop_columns": ["conversations"]}):
+        assert read([both], "chat", **keys)[0].fields["messages"] == TURNS
+
+
+def test_what_arrow_fills_in_with_null_is_not_there(tmp_path):
+    calls = [
+        {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": {name: 1}}]}
+        for name in "fg"
+    ]
+    rows = [{"messages": [TURNS[0], one]} for one in (*calls, TURNS[1])]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = rows_of(tmp_path / "rows.parquet", "chat")
+    assert [message_texts(row.fields["messages"][1])[1:] for row in found] == [
+        ['{"name": "f", "arguments": {"f": 1}}'],
+        ['{"name": "g", "arguments": {"g": 1}}'],
+        [],
+    ]
+
+
+def test_the_content_of_a_row_is_its_texts_whatever_surrounds_them(read):
+    def contents(*rows, prompt_format="chat"):
+        return [row.content for row in read([*rows], prompt_format)]
+
+    first, second = contents({**TASK, "instruction": "a "}, {**TASK, "instruction": "a", "x": 1})
+    assert first == second == contents({**TASK, "instruction": "a"}, prompt_format="dolly")[0]
+    silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS]
+    others = [{"messages": TURNS * 2}, {"messages": TURNS * 2, "system": "s"}, {"messages": silent}]
+    assert len({*contents(*others)}) == 3
+
+
+def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
+    three = ("dolly", "alpaca", "chat")
+    for row, formats, columns in (
+        (TASK, three, {}),
+        (
+            {"question": "a", "answer": "b"},
+            ("dolly", "alpaca", "chat"),
+            {"instruction": "question", "response": "answer"},
+        ),
+        ({"messages": TURNS}, ("chat",), {}),
+        ({"conversations": TURNS}, ("chat",), {"messages": "conversations"}),
+        ({"prompt": "a", "completion": "b"}, ("raw", "chat"), {}),
+        ({"text": "a"}, ("raw",), {}),
+    ):
+        found = look_at(write_jsonl([row]))
+        assert (found.prompt_formats, found.columns) == (formats, columns)
+    file = tmp_path / "old.csv"
+    file.write_bytes("instruction;response\nGröße?;é\n".encode("latin-1"))
+    assert look_at(file).keys == {"delimiter": ";", "encoding": "latin-1"}
+    for content, words in (('{"a": "b"}', "columns a are not understood"), ("", "has no row")):
+        (tmp_path / "odd.jsonl").write_text(content)
+        with pytest.raises(DataError, match=words):
+            look_at(tmp_path / "odd.jsonl")
+    with pytest.raises(DataError, match="no such file"):
+        look_at(tmp_path / "nowhere.jsonl")
+
+
+def test_all_rows_of_a_file_at_once_or_the_line_that_is_none(tmp_path, write_jsonl):
+    path = write_jsonl(TASKS)
+    assert read_file(path).rows == TASKS and len(read_file(path, max_rows=2).rows) == 2
+    path.write_text(path.read_text() + "{torn")
+    with pytest.raises(DataError) as caught:
+        _ = read_file(path).rows
+    assert caught.value.line == 4
