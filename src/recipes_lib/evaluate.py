@@ -28,7 +28,7 @@ from recipes_lib.core.json_files import utc_now
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.manifest import command_line, git_state, library_versions
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.ranks import leave_together
+from recipes_lib.core.ranks import meet
 from recipes_lib.core.redaction import masked
 from recipes_lib.eval_files import write_log
 from recipes_lib.eval_key import result_key
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if results:
             say_results(results)
-        leave_together()
+        meet()
     except Exception as error:
         told = error if isinstance(error, RecipesError) else explain_fault(error)
         if told is None:

@@ -19,7 +19,7 @@ from recipes_lib.config.launch import add_train_flags
 from recipes_lib.config.recipe import Recipe, handed_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import importing, quiet_libraries
-from recipes_lib.core.ranks import on_first_rank
+from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
 from recipes_lib.training.process import end_process, ending_at_once, exit_status, report
@@ -43,7 +43,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             check_packages,
         )
         from recipes_lib.core.manifest import library_versions
-        from recipes_lib.core.ranks import keep_alive, on_main_rank, say_once
+        from recipes_lib.core.ranks import keep_alive, say_once
         from recipes_lib.data.prepare import prepare_data
         from recipes_lib.data.prompts import chat_template, template_date
         from recipes_lib.planning.gate import plan_of_active
@@ -165,7 +165,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.
-        this.stop.wait_for_step()
+        this.begin_steps()
         seconds = trainer.train_until_stop(resumption.checkpoint if resumption else None)
         if this.stop.agreed:
             return on_main_rank(lambda: record_stop(run, trainer.state, this.stop.agreed))
@@ -193,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_at_once():
             # one process resolves it, and all train the same
-            recipe = on_first_rank(lambda: handed_recipe(options.recipe, overrides))
+            recipe = on_main_rank(lambda: handed_recipe(options.recipe, overrides))
             code = train(recipe, RunDirectory(recipe.name), options)
     except Exception as error:
         if options.debug:

@@ -1,87 +1,106 @@
-"""`recipes train` as the parent of a training, where the disk does not take what it writes."""
+"""`recipes train` as the parent of a training: signals, exit codes, and no process left behind."""
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 from tests.opened import run_and_watch
 
-from recipes_lib.commands import train as train_verb
-from recipes_lib.commands.train import _ask_to_stop, _kill_all, _reported, supervise
-from recipes_lib.config.launch import plan_launch
-from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import project_root
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.training.process import EXIT_CODE_FILE
 
-WAITS = (
-    "import signal, sys, time; signal.signal(signal.SIGINT, lambda *_: sys.exit(7)); print('ready',"
-    " flush=True); time.sleep(60)"
-)
+# A launcher, and below it a rank with a session of its own, as torch's launcher starts it.
+LAUNCHER = """
+import os, pathlib, subprocess, sys, time
+from recipes_lib.core.run_directory import RunDirectory
+run = RunDirectory("tiny")
+rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
+pathlib.Path("rank").write_text(str(rank.pid))
+run.write_state("running", **({"steps_began": "now"} if "stepping" in sys.argv else {}))
+if "dies" in sys.argv:
+    os.kill(os.getpid(), 9)
+for _ in range(600):
+    if run.stop_file.exists() and "deaf" not in sys.argv:
+        pathlib.Path(os.environ["RECIPES_EXIT_CODE_FILE"]).write_text("130")
+        sys.exit(1)
+    time.sleep(0.1)
+"""
+SUPERVISOR = """
+import sys
+from recipes_lib.commands.train import supervise
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.recipe import load_recipe
+recipe = load_recipe(sys.argv[1])
+sys.exit(supervise([sys.executable, "-c", *sys.argv[2:]], recipe, plan_launch(recipe.launch)))
+"""
 
 
-@pytest.mark.parametrize("is_rank", [True, False])
-def test_where_no_stop_file_can_be_written_each_rank_gets_the_signal_and_the_launcher_does_not(
-    tmp_path: Path, is_rank: bool
+def supervised(recipe: Path, *words: str) -> subprocess.Popen[str]:
+    """Start `recipes train`'s part on a launcher that only waits, and return when it does."""
+    command = [sys.executable, "-c", SUPERVISOR, str(recipe), LAUNCHER, *words]
+    child = subprocess.Popen(command, cwd=recipe.parent, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (RunDirectory("tiny").exists() and (recipe.parent / "rank").exists()):
+        assert child.poll() is None and time.monotonic() < end
+        time.sleep(0.05)
+    return child
+
+
+def rank_is_gone(folder: Path) -> bool:
+    """Whether the rank's process ended."""
+    pid = int((folder / "rank").read_text())
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_first_signal_asks_for_a_checkpoint_and_the_reported_code_is_returned(
+    tiny_recipe: Path,
 ) -> None:
-    run, report = RunDirectory("one", tmp_path), tmp_path / "exit_code"
-    run.stop_file.mkdir(parents=True)  # a rename onto it fails, as any write does on a full disk
-    environment = {
-        **os.environ,
-        EXIT_CODE_FILE: str(report),
-        **({"LOCAL_RANK": "1"} if is_rank else {}),
-    }
-    child = subprocess.Popen(
-        [sys.executable, "-c", WAITS],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert child.stdout is not None and child.stdout.readline() == "ready\n"
-        _ask_to_stop(run, signal.SIGINT, report)
-        if is_rank:
-            assert child.wait(timeout=20) == 7
-        else:
-            with pytest.raises(subprocess.TimeoutExpired):
-                child.wait(timeout=1)
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    child = supervised(tiny_recipe, "stepping")
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == 130 and "stopping in a checkpoint" in said
+    assert RunDirectory("tiny").stop_file.read_text() == "INT"
+    assert rank_is_gone(tiny_recipe.parent)  # none outlives its launcher
 
 
-def test_one_ctrl_c_more_while_the_end_is_recorded_does_not_keep_it_from_that(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_before_the_first_step_a_signal_ends_everything_at_once(
+    tiny_recipe: Path, number: int, code: int
 ) -> None:
-    recipe = load_recipe(tiny_recipe)
-    run = RunDirectory(recipe.name)
-    run.path.mkdir(parents=True)
-    run.write_state("running")
-    killed = _kill_all
+    child = supervised(tiny_recipe)
+    child.send_signal(number)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == code and "before the first step" in said
+    assert "the same command starts from the beginning" in said
+    state = RunDirectory("tiny").read_state()
+    assert (state["state"], state["exit_code"]) == ("preempted", code)
+    assert rank_is_gone(tiny_recipe.parent)
 
-    def kill_and_interrupt(*words: Any) -> None:
-        killed(*words)
-        os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(train_verb, "_kill_all", kill_and_interrupt)
-    command = [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
-    try:
-        code = supervise(command, recipe, plan_launch(recipe.launch))
-    except KeyboardInterrupt:  # pytest would end at it
-        pytest.fail("the interrupt was not handled")
-    assert code == ExitCode.FAILED
-    state = run.read_state()
-    assert (state["state"], state["error"]) == ("failed", "the process ended without a word")
-    assert "the training ended without a word" in capsys.readouterr().out
+def test_a_second_ctrl_c_ends_at_once_where_the_first_is_not_heard(tiny_recipe: Path) -> None:
+    child = supervised(tiny_recipe, "stepping", "deaf")
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == 130 and "interrupted at once" in said
+    assert rank_is_gone(tiny_recipe.parent)
+
+
+def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: Path) -> None:
+    child = supervised(tiny_recipe, "stepping", "dies")
+    said, _ = child.communicate(timeout=60)
+    assert child.returncode == ExitCode.FAILED and "ended without a word" in said
+    assert RunDirectory("tiny").read_state()["state"] == "failed"
+    assert rank_is_gone(tiny_recipe.parent)
 
 
 @pytest.mark.parametrize("launch", ["cpu", "ddp_cpu"])
@@ -129,22 +148,3 @@ def test_what_is_wrong_with_a_recipe_is_said_once_by_a_bare_launch_of_two_ranks(
     assert (report.read_text() if reported else str(done.returncode)) == ("2" if reported else "1")
     assert ("Traceback" in said) is not reported  # torch's launcher has its own
     assert not RunDirectory("tiny").exists()
-
-
-def test_a_stop_file_is_whole_when_a_rank_sees_it(tmp_path: Path) -> None:
-    run = RunDirectory("one", tmp_path)
-    run.path.mkdir()
-    _ask_to_stop(run, signal.SIGINT, tmp_path / "exit_code")
-    assert run.stop_file.read_text() == "INT"
-    _ask_to_stop(run, signal.SIGTERM, tmp_path / "exit_code")
-    assert run.stop_file.read_text() == ""
-
-
-@pytest.mark.parametrize(("content", "code"), [("75", 75), ("", None), (None, None)])
-def test_a_report_that_a_full_disk_left_empty_is_no_report(
-    tmp_path: Path, content: str | None, code: int | None
-) -> None:
-    report = tmp_path / "exit_code"
-    if content is not None:
-        report.write_text(content)
-    assert _reported(report) == code

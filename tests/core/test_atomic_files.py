@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.core.atomic_files import publish, write_json, write_text
-from recipes_lib.core.run_lock import run_lock
+from recipes_lib.core.files import publish, write_json, write_text
+from recipes_lib.core.lock import run_lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -74,7 +74,7 @@ def test_nothing_else_renames_what_others_read() -> None:
         for file in SOURCE.rglob("*.py")
         for line in file.read_text(encoding="utf-8").splitlines()
         if re.search(r"os\.(replace|rename)\(|\.rename\(|shutil\.move\(|\.replace\([a-z_]+\)", line)
-        and file.name != "atomic_files.py"
+        and file.name != "files.py"
     }
     assert found == {
         "study/arms.py: path.rename(away)",

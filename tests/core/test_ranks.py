@@ -2,128 +2,116 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
+import os
+import socket
 import sys
-import textwrap
+import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from recipes_lib.core import ranks
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
-from recipes_lib.core.ranks import on_main_rank
 
 
-@pytest.fixture
-def sent(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What rank 0 of a group hands to the others."""
-    handed: list[Any] = []
+def fork_two(folder: Path, work: Callable[[], str]) -> list[str]:
+    """Run `work` on two ranks and return what each returns."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    children = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            os.environ.update(
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+            )
+            code = 1
+            try:
+                (folder / str(rank)).write_text(work())
+                ranks.meet()
+                code = 0
+            except BaseException:
+                traceback.print_exc(file=sys.__stderr__)
+            finally:
+                os._exit(code)
+        children.append(pid)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    assert codes == [0, 0]
+    return [(folder / str(rank)).read_text() for rank in range(2)]
 
-    class Store:
-        def set(self, key: str, value: bytes) -> None:
-            handed.append(pickle.loads(value))
 
-        def add(self, key: str, amount: int) -> int:
-            return 1  # the other rank has read it
-
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_rank", lambda: 0)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(distributed_c10d, "_get_default_store", Store)
-    return handed
+def outcome(work: Callable[[], object]) -> str:
+    """Return what `on_main_rank` gave, or the error it raised with its code."""
+    try:
+        return str(ranks.on_main_rank(work))
+    except Exception as error:
+        assert error.on_every_rank  # type: ignore[attr-defined]
+        return f"{type(error).__name__}: {error} ({getattr(error, 'exit_code', None)!r})"
 
 
-def test_a_call_within_a_call_is_not_sent_or_the_other_ranks_take_it_for_the_outer_result(
-    sent: list[Any],
+class Stubborn(Exception):
+    """Cannot be made again from its pickle."""
+
+    def __init__(self, message: str, *, response: object) -> None:
+        super().__init__(message)
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group(
+    tmp_path: Path,
 ) -> None:
-    assert on_main_rank(lambda: on_main_rank(lambda: "inner") + " and outer") == "inner and outer"
-    assert sent == [("inner and outer", None)]
+    def work() -> str:
+        said = [
+            outcome(lambda: f"made by rank {ranks.rank()}"),
+            # a call within a call is not sent, or the other ranks take it for the outer result
+            outcome(lambda: ranks.on_main_rank(lambda: "inner") + " and outer"),
+            outcome(lambda: fail(ValueError("no"))),
+            outcome(lambda: fail(RecipeErrors([RecipeError("b", line=2), RecipeError("a")]))),
+            outcome(lambda: 1),
+        ]
+        return "\n".join(said)
 
-
-def test_an_error_reaches_every_rank_and_the_next_call_is_sent_again(sent: list[Any]) -> None:
-    def fail() -> None:
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no") as caught:
-        on_main_rank(fail)
-    assert caught.value.on_every_rank  # type: ignore[attr-defined]
-    assert on_main_rank(lambda: 1) == 1
-    assert [type(error) for _, error in sent] == [ValueError, type(None)]
+    first, second = fork_two(tmp_path, work)
+    assert first == second
+    assert first.splitlines()[:3] == ["made by rank 0", "inner and outer", "ValueError: no (None)"]
+    assert "RecipeErrors: a\nb" in first and repr(ExitCode.USAGE) in first
+    assert first.endswith("\n1")
 
 
 def test_an_error_that_cannot_be_made_again_on_another_rank_reaches_it_as_text(
-    sent: list[Any],
+    tmp_path: Path,
 ) -> None:
-    class Stubborn(Exception):
-        def __init__(self, message: str, *, response: object) -> None:
-            super().__init__(message)
-
-    def fail() -> None:
-        raise Stubborn("the Hub said no", response=object())
-
-    with pytest.raises(Stubborn):
-        on_main_rank(fail)
-    assert str(sent[0][1]) == "Stubborn: the Hub said no"
-
-
-def test_several_errors_of_a_recipe_reach_every_rank_with_their_places_and_their_code(
-    sent: list[Any],
-) -> None:
-    errors = [RecipeError(f"wrong {key}", "a hint", file="r.yaml", line=key) for key in (2, 1)]
-
-    def fail() -> None:
-        raise RecipeErrors(errors)
-
-    with pytest.raises(RecipeErrors) as caught:
-        on_main_rank(fail)
-    assert str(sent[0][1]) == str(caught.value) and "r.yaml:1: wrong 1" in str(sent[0][1])
-    assert sent[0][1].exit_code == ExitCode.USAGE and sent[0][1].on_every_rank
+    said = fork_two(
+        tmp_path, lambda: outcome(lambda: fail(Stubborn("the Hub said no", response=object())))
+    )
+    assert said[0].startswith("Stubborn: the Hub said no")
+    assert said[1].startswith("RuntimeError: Stubborn: the Hub said no")
 
 
 @pytest.mark.slow
 def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path) -> None:
-    """Two processes whose collectives end after 2 s: what rank 0 does for 6 s, and the files it
-    writes for 6 s, end nothing.
+    """The collectives end after 1 s: what rank 0 does for 3 s, and the files it writes for 3 s, end
+    nothing.
     """
-    script = tmp_path / "patient.py"
-    script.write_text(
-        textwrap.dedent("""
-            import datetime, time
-            import torch.distributed as dist
-            from recipes_lib.training.process import end_process
-            from recipes_lib.core.ranks import meet, on_main_rank
 
-            dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+    def work() -> str:
+        import datetime
+        import time
 
-            def slow():
-                time.sleep(6)
-                return "checked"
+        dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
+        said = outcome(lambda: time.sleep(3) or "checked")
+        time.sleep(3 * (ranks.rank() == 0))
+        ranks.meet()
+        return f"{said} {ranks.agree_on_largest(ranks.rank())}"
 
-            assert on_main_rank(slow) == "checked"
-            if dist.get_rank() == 0:
-                time.sleep(6)
-            meet()
-            try:
-                on_main_rank(lambda: 1 / 0)
-            except ZeroDivisionError as error:
-                print(f"rank {dist.get_rank()} knows:", error, error.on_every_rank, flush=True)
-            end_process(0)
-        """),
-        encoding="utf-8",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(script),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert {f"rank {number} knows: division by zero True" for number in (0, 1)} <= set(
-        done.stdout.splitlines()
-    )
+    assert fork_two(tmp_path, work) == ["checked 1", "checked 1"]

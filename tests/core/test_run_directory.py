@@ -13,9 +13,9 @@ import pytest
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.lock import is_held, run_lock
 from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
-from recipes_lib.core.run_lock import is_held, run_lock
 from recipes_lib.training.resume_guard import check_resume, differences
 
 
@@ -95,7 +95,7 @@ def test_a_run_of_another_format_version_is_refused_with_what_to_do(tmp_path: Pa
 
 def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
     holder = textwrap.dedent(f"""
-        import sys; from pathlib import Path; from recipes_lib.core.run_lock import run_lock
+        import sys; from pathlib import Path; from recipes_lib.core.lock import run_lock
         with run_lock(Path({str(tmp_path / "mine")!r})):
             print("held", flush=True); sys.stdin.read()
     """)

@@ -52,3 +52,10 @@ def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(
         assert os.waitpid(worker, 0)[1] == 0
         assert stop.requested == NOTHING != INTERRUPT
     assert capfd.readouterr().err == ""
+
+
+def test_a_stop_file_is_seen_before_the_first_step(tmp_path: Path) -> None:
+    with StopRequest(tmp_path / "STOP").listening() as stop:
+        (tmp_path / "STOP").write_text("INT")
+        with pytest.raises(Interrupted, match="before the first step"):
+            stop.wait_for_step()

@@ -8,17 +8,19 @@ the launcher would lose.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import shlex
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from recipes_lib.config.launch import (
     TRAIN_FLAGS,
@@ -28,18 +30,18 @@ from recipes_lib.config.launch import (
     plan_launch_of,
 )
 from recipes_lib.config.recipe import HANDED, RECIPE_FILE, Recipe, handed_recipe
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import ExitCode, print_error
-from recipes_lib.core.ranks import SEEN, STAGE_FILE
-from recipes_lib.core.run_directory import RunDirectory, State
-from recipes_lib.core.run_lock import is_held
+from recipes_lib.core.files import object_or_none, write_text
+from recipes_lib.core.lock import is_held
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import at_least, flag_words, next_step, say
 from recipes_lib.planning.cards import cards_here
 from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
-from recipes_lib.training.process import EXIT_CODE_FILE, handling
+from recipes_lib.training.process import EXIT_CODE_FILE, STOPPING, handling
 
-LETTING_GO_S = 5.0
+LETTING_GO_S = 5.0  # a killed rank takes a moment to let go of the run
+PR_SET_CHILD_SUBREAPER = 36
 OPTIONS = ("accelerate", "gpus", "nodes")
 PLACE = ("machine_rank", "main_process_ip", "main_process_port")
 FLAGS = (*TRAIN_FLAGS, "debug")
@@ -123,85 +125,114 @@ def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
-    """Run the command in its own process group and return what the training script reported.
+    """Run the command in a session of its own and return what the training script reported.
 
-    A first Ctrl-C or SIGTERM asks for a checkpoint, a second Ctrl-C ends everything at once; so
-    does the first before the first step, when there is nothing to save.
+    A first Ctrl-C or SIGTERM asks for a checkpoint through the STOP file: the launcher would kill
+    its ranks 30 s after a signal. A second Ctrl-C ends everything at once; so does the first before
+    the first step, when there is nothing to save.
     """
     run = RunDirectory(recipe.name)
     expected = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
-        stage_file = Path(folder) / "stage"
         recipe.write(Path(folder) / RECIPE_FILE)
-        environment = {**os.environ, EXIT_CODE_FILE: str(report), STAGE_FILE: str(stage_file)}
+        environment = {**os.environ, EXIT_CODE_FILE: str(report)}
         environment[HANDED] = str(Path(folder) / RECIPE_FILE)
         environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
             # one process is started without accelerate launch, which would say it
             environment["ACCELERATE_USE_CPU"] = "true"
-        child: subprocess.Popen[bytes] | None = None
-        asked: list[int] = []
-        at_once, ended = "", False
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            asked.append(number)
-            if child is not None and not ended:
-                answer(child, number)
-
-        def answer(child: subprocess.Popen[bytes], number: int) -> None:
-            nonlocal at_once
-            stage = _read_stage(stage_file)
-            if at_once:
-                return
-            if stage is None or asked.count(signal.SIGINT) > 1:
-                at_once = "before the first step" if stage is None else "at once"
-                _kill_all(child.pid, report)
-                return
-            if launch.world_size == 1:
-                child.send_signal(number)
-            else:
-                # the launcher would kill its workers after 30 s: ask them through the file instead
-                _ask_to_stop(run, number, report)
-            say(SEEN[stage])
-
-        with handling(forward):
-            child = subprocess.Popen(command, env=environment, start_new_session=True)
-            if asked:  # while it was being started
-                answer(child, asked[-1])
-            child.wait()
-            # What is left is to record the end: one Ctrl-C more must not keep it from that.
-            ended = True
-            _kill_all(child.pid, report)  # no rank outlives its launcher
+        training = LaunchedTraining(run)
+        with handling(training.on_signal):
+            status = training.wait(
+                subprocess.Popen(command, env=environment, start_new_session=True)
+            )
             reported = _reported(report)
-            code = child.returncode if reported is None else reported
-            if at_once and reported is None:
-                code = ExitCode.INTERRUPTED if signal.SIGINT in asked else ExitCode.PREEMPTED
-                what = "interrupted" if signal.SIGINT in asked else "stopped"
-                if not launch.rank:
-                    note_end(run, "preempted", code, f"{what} {at_once}")
-                    say(f"{what} {at_once}: {how_to_go_on(run)}")
-            elif (
-                reported is None
-                and not launch.rank
-                and note_end(run, "failed", ExitCode.FAILED, "the process ended without a word")
-            ):
-                say(f"the training ended without a word (exit {code}); what it saved is kept")
-                next_step(how_to_go_on(run))
-    return ExitCode.FAILED if code < 0 else code
+            if not launch.rank and reported is None:
+                _record_end(run, training, status)
+    if reported is not None:
+        return reported
+    if training.killed:
+        return training.exit_code
+    return ExitCode.FAILED if status < 0 else status
 
 
-def note_end(run: RunDirectory, state: State, code: ExitCode, error: str) -> bool:
-    """Record how a training that was killed ended, which left run.json `running`; return whether it
-    had. A run that another process holds is that one's; a killed rank takes a moment to let go.
+class LaunchedTraining:
+    """The processes of a training as `recipes train` sees them.
+
+    `killed` says how they were ended where a signal ended them at once.
     """
-    end = time.monotonic() + LETTING_GO_S
-    while is_held(run.path) and time.monotonic() < end:
-        time.sleep(0.1)
-    if not run.exists() or run.read_state()["state"] != "running" or is_held(run.path):
-        return False
-    run.write_state(state, exit_code=int(code), error=error)
-    return True
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.killed = ""
+        self._signals: list[int] = []
+        self._ended = False
+        self._others = psutil.Process().children()
+        self._began = _steps_began(run)
+        # a rank whose launcher died becomes a child of this process, and can be found
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """What a signal that ended the training at once means."""
+        interrupted = signal.SIGINT in self._signals
+        return ExitCode.INTERRUPTED if interrupted else ExitCode.PREEMPTED
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Ask for a checkpoint, or end everything."""
+        self._signals.append(number)
+        if self._ended or self.killed:
+            return
+        what = "interrupted" if signal.SIGINT in self._signals else "stopped"
+        if self._signals.count(signal.SIGINT) > 1:
+            self.killed = f"{what} at once"
+        elif _steps_began(self.run) == self._began:
+            self.killed = f"{what} before the first step"
+        if self.killed:
+            self._kill()
+            return
+        try:
+            write_text(self.run.stop_file, "INT" if number == signal.SIGINT else "")
+            say(STOPPING)
+        except OSError as error:
+            say(f"no checkpoint can be asked for: {error}; Ctrl-C again ends it at once")
+
+    def wait(self, launcher: subprocess.Popen[bytes]) -> int:
+        """Wait for the end, and let no rank outlive its launcher; return the launcher's status."""
+        if self.killed:  # by a signal that came while it was being started
+            self._kill()
+        status = launcher.wait()
+        self._ended = True  # what is left is to record it: a Ctrl-C more does not keep us from that
+        psutil.wait_procs(self._kill(), timeout=LETTING_GO_S)
+        return status
+
+    def _kill(self) -> list[psutil.Process]:
+        """Kill every process below this one that was not there before."""
+        below = psutil.Process().children(recursive=True)
+        processes = [process for process in below if process not in self._others]
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return processes
+
+
+def _record_end(run: RunDirectory, training: LaunchedTraining, status: int) -> None:
+    """Say and record how a training ended that could not do so itself. A run that another process
+    holds is that one's.
+    """
+    goes_on = how_to_go_on(run)
+    mine = run.exists() and run.read_state()["state"] == "running" and not is_held(run.path)
+    if training.killed:
+        if mine:
+            code = int(training.exit_code)
+            run.write_state("preempted", exit_code=code, error=training.killed)
+        say(f"{training.killed}: {goes_on}")
+    elif mine:
+        what = "the process ended without a word"
+        run.write_state("failed", exit_code=int(ExitCode.FAILED), error=what)
+        say(f"the training ended without a word (exit {status}); what it saved is kept")
+        next_step(goes_on)
 
 
 def how_to_go_on(run: RunDirectory) -> str:
@@ -212,11 +243,10 @@ def how_to_go_on(run: RunDirectory) -> str:
     return "there is no complete checkpoint, the same command starts from the beginning"
 
 
-def _read_stage(file: Path) -> str | None:
-    try:
-        return file.read_text(encoding="utf-8") or None
-    except FileNotFoundError:
-        return None
+def _steps_began(run: RunDirectory) -> str | None:
+    """Return when the newest attempt's first step began; None where none has."""
+    state = object_or_none(run.state_file) or {}
+    return state.get("steps_began") if state.get("state") == "running" else None
 
 
 def _reported(report: Path) -> int | None:
@@ -225,36 +255,3 @@ def _reported(report: Path) -> int | None:
         return int(report.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _ask_to_stop(run: RunDirectory, number: int, report: Path) -> None:
-    """Ask all ranks through the STOP file; where the disk does not take one, each with the signal
-    itself.
-    """
-    try:
-        if not run.path.is_dir():
-            raise FileNotFoundError(run.path)
-        write_text(run.stop_file, "INT" if number == signal.SIGINT else "")
-    except OSError:
-        for process, environment in _processes_of(report):
-            if any(entry.startswith(b"LOCAL_RANK=") for entry in environment):
-                os.kill(process, number)
-
-
-def _kill_all(launcher: int, report: Path) -> None:
-    """End the launcher and every rank at once. torch's launcher gives each rank a session of its
-    own: they are known by the report file in their environment.
-    """
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(launcher, signal.SIGKILL)
-    for process, _ in _processes_of(report):
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(process, signal.SIGKILL)
-
-
-def _processes_of(report: Path) -> Iterator[tuple[int, list[bytes]]]:
-    mark = f"{EXIT_CODE_FILE}={report}".encode()
-    for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if mark in (environment := (process / "environ").read_bytes().split(b"\0")):
-                yield int(process.name), environment

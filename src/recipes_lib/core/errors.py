@@ -9,13 +9,16 @@ internal error, and `--debug` shows its traceback.
 from __future__ import annotations
 
 import enum
+import errno
+import re
+import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from recipes_lib.core.redaction import mask_secrets
-from recipes_lib.core.terminal import printable
+from recipes_lib.core.terminal import printable, shown_size
 
 
 class ExitCode(enum.IntEnum):
@@ -134,21 +137,14 @@ def one_line(error: BaseException) -> str:
     nothing.
 
     Example:
-        >>> one_line(ValueError("a must match b, but found\\n- a: 1\\n- b: 2")), one_line(KeyError())
-        ('a must match b, but found - a: 1 - b: 2', 'KeyError')
-    """  # noqa: E501
+        >>> one_line(ValueError("a must match b, but found\\n- a: 1")), one_line(KeyError())
+        ('a must match b, but found - a: 1', 'KeyError')
+    """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of another library's error; its type where it says nothing.
-
-    Example:
-        >>> first_line(ValueError("gated\\nlog in")), first_line(KeyError())
-        ('gated', 'KeyError')
-    """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+first_line = one_line
 
 
 def print_error(error: BaseException) -> None:
@@ -156,3 +152,121 @@ def print_error(error: BaseException) -> None:
     characters.
     """
     print(printable(str(error)), file=sys.stderr, flush=True)
+
+
+# Faults of the machine
+
+RESUME = (
+    "run the same command again: a training resumes from its newest complete checkpoint, and"
+    " nothing that was complete is lost"
+)
+# Numbers of an OSError, what tokenizers, safetensors, torch and datasets say in errors of their
+# own, what it is, what to do.
+_FULL = (
+    (errno.ENOSPC, errno.EDQUOT),
+    r"No space left on device|Disk quota exceeded|unexpected pos \d+|PytorchStreamWriter failed|"
+    r"StorageFull|not enough (disk )?space",
+    "disk full",
+    "free some space",
+)
+_LIMIT = (
+    (errno.EFBIG,),
+    "File too large",
+    "the limit on the size of a file is reached",
+    "raise it (ulimit -f unlimited)",
+)
+_MEMORY = (
+    (errno.ENOMEM,),
+    r"Cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|could not allocate|"
+    r"failed to map segment|can't start new thread|Unable to allocate|failed to create thread",
+    "out of memory",
+    "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
+)
+_READ_ONLY = (
+    (errno.EROFS,),
+    "Read-only file system",
+    "the file system is read-only",
+    "make it writable again",
+)
+_BROKEN = (
+    (errno.EIO,),
+    "Input/output error",
+    "the disk does not read or write",
+    "see the system's log (dmesg), or move to another disk",
+)
+# These say it only where they are the error itself: they may be what was tried before something
+# else failed.
+_REFUSED = (
+    (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP),
+    "",
+    "cannot read or write",
+    "make it accessible again",
+)
+_IN_THE_WAY = (
+    (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+    "",
+    "a file or folder is in the way",
+    "move it away",
+)
+
+
+def explain_fault(error: BaseException) -> EnvironmentFault | None:
+    """Return what to do about a disk that is full or refuses, or about memory that ran out; None
+    when it is another error.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
+        if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+            return EnvironmentFault(
+                f"out of GPU memory: {one_line(cause)}",
+                "halve train.per_device_train_batch_size (the examples per step stay, accumulation"
+                " doubles)",
+                "or set train.activation_checkpointing: true, or use a QLoRA recipe",
+            )
+        fault = _fault_of(cause)
+        if fault and (fault not in (_REFUSED, _IN_THE_WAY) or cause is error):
+            reason = getattr(cause, "strerror", None) or one_line(cause)
+            place = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
+            where = f" ({place})" if place else ""
+            return EnvironmentFault(f"{fault[2]}: {reason}{where}", f"{fault[3]}, then {RESUME}")
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that a disk, a quota or a file's limit is full."""
+    return not isinstance(error, RecipesError) and _fault_of(error) in (_FULL, _LIMIT)
+
+
+def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
+    """Refuse to write what will not fit.
+
+    Args:
+        needed: bytes.
+        what: what is written, as the message names it.
+        remedy: what follows "free some space".
+
+    Raises:
+        EnvironmentFault: less than 1.2 times `needed` is free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < 1.2 * needed:
+        raise EnvironmentFault(
+            f"disk full: {what} needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are"
+            f" free in {folder}",
+            f"free some space{remedy}",
+        )
+
+
+_Fault = tuple[tuple[int, ...], str, str, str]
+
+
+def _fault_of(error: BaseException) -> _Fault | None:
+    """Return the fault that one error is, whatever it was raised from."""
+    if isinstance(error, MemoryError):
+        return _MEMORY
+    faults = (_FULL, _LIMIT, _MEMORY, _READ_ONLY, _BROKEN, _REFUSED, _IN_THE_WAY)
+    if isinstance(error, OSError) and error.errno is not None:
+        return next((fault for fault in faults if error.errno in fault[0]), None)
+    text = str(error)
+    return next((fault for fault in faults if fault[1] and re.search(fault[1], text)), None)

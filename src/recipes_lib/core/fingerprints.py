@@ -10,9 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.atomic_files import file_hash, write_json
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.json_files import read_object
+from recipes_lib.core.files import file_hash, hash_of, read_object, write_json
 from recipes_lib.core.project import cache_root
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
@@ -25,11 +24,6 @@ def digest_of(value: Any) -> str:
     """Return the SHA-256 of a JSON-ready value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def hash_of(*parts: Any) -> str:
-    """Return the SHA-256 of JSON-ready values."""
-    return digest_of(parts)
 
 
 def folder_fingerprint(folder: Path) -> str:

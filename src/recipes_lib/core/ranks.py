@@ -1,5 +1,8 @@
 """Work that one rank does for all: the result, or the error, reaches every rank, so that all go on
 or all stop.
+
+It goes through the store in which the processes met, not through a collective: `train.ddp_timeout`
+would end that while a large model is hashed, and before the recipe is read there is no group.
 """
 
 from __future__ import annotations
@@ -9,32 +12,18 @@ import os
 import pickle
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, TypeVar
 
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.libraries import importing
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
-STAGE_FILE = "RECIPES_STAGE_FILE"  # where `recipes train` reads how far the training is
-STEPS, CLOSING = "steps", "closing"
-SEEN = {  # what a first Ctrl-C is answered, by stage
-    STEPS: (
-        "stopping in a checkpoint after this step or validation batch (Ctrl-C again ends it at"
-        " once) ..."
-    ),
-    CLOSING: (
-        "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at"
-        " once) ..."
-    ),
-}
+STORE_POLL_S = 0.05
 LAST_WORDS_S = 60.0  # that a failing rank 0 waits for the others to read why
 
 _working_alone = False
-_meetings = itertools.count()
+_calls = itertools.count()
 _kept: list[object] = []
 
 
@@ -43,53 +32,32 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def tell_stage(stage: str) -> None:
-    """Leave a word for `recipes train`: a Ctrl-C before the first step has nothing to save, one
-    after the last has nothing to stop.
-    """
-    file = os.environ.get(STAGE_FILE)
-    if file and os.environ.get("LOCAL_RANK", "0") == "0":
-        with suppress(OSError):
-            write_text(
-                Path(file), stage
-            )  # whole whenever it is read: an empty one would say that nothing can be saved
+def world_size() -> int:
+    """Return the number of processes as the launcher set it; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say_once(text: str) -> None:
+    """Print from rank 0."""
+    if rank() == 0:
+        say(text)
 
 
 def on_main_rank(work: Callable[[], T]) -> T:
     """Run `work` on rank 0 and return its result on every rank, however long it takes.
 
-    The result goes through the store that the processes met in: `train.ddp_timeout` would end a
-    collective while a large model is hashed or reloaded. Inside `work` a further call just runs:
-    the other ranks wait for the outer result.
+    Every rank must call this at the same points. Inside `work` a further call just runs: the other
+    ranks wait for the outer result.
 
     Raises:
         Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
     """
-    import torch.distributed as dist
-
-    if _working_alone or not (dist.is_available() and dist.is_initialized()):
-        return work()
-    return _hand_out(work, *_meeting(), dist.get_rank(), dist.get_world_size())
-
-
-def on_first_rank(work: Callable[[], T]) -> T:
-    """As `on_main_rank`, before there is a process group, which can be made only with what the
-    recipe says (`train.ddp_timeout`): through the store in which the processes meet to make it.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
-        return work()
-    with importing():
-        from torch.distributed.rendezvous import rendezvous
-
-    store, *_ = next(rendezvous("env://"))
-    _kept.append(store)  # of a launch without torch's launcher it serves the others
-    return _hand_out(work, store, "recipes/first", rank(), size)
-
-
-def _hand_out(work: Callable[[], T], store: Any, key: str, here: int, size: int) -> T:
     global _working_alone
-    if here == 0:
+    store = None if _working_alone else _store()
+    if store is None:
+        return work()
+    key = f"recipes/{next(_calls)}"
+    if rank() == 0:
         _working_alone = True
         try:
             outcome: tuple[T | None, Exception | None] = (work(), None)
@@ -98,15 +66,24 @@ def _hand_out(work: Callable[[], T], store: Any, key: str, here: int, size: int)
         finally:
             _working_alone = False
         store.set(key, _pickled(outcome))
-        if outcome[1] is not None:  # this process ends now, and the store perhaps with it
-            _wait(lambda: store.add(f"{key}/read", 0) == size - 1, LAST_WORDS_S)
     else:
         _wait(lambda: store.check([key]))
         outcome = pickle.loads(store.get(key))
-        store.add(f"{key}/read", 1)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]  # type: ignore[return-value]
+    result, raised = outcome
+    if raised is not None:
+        _let_all_read(store, key)
+        raise raised
+    return result  # type: ignore[return-value]
+
+
+def meet() -> None:
+    """Wait until every rank is here, however long one of them reads or writes files."""
+    store = None if _working_alone else _store()
+    if store is not None:
+        key = f"recipes/{next(_calls)}"
+        store.add(key, 1)
+        _wait(lambda: store.add(key, 0) == world_size())
+        _let_all_read(store, key)
 
 
 def of_every_rank(error: E) -> E:
@@ -115,57 +92,12 @@ def of_every_rank(error: E) -> E:
     return error
 
 
-def meet() -> None:
-    """Wait until every rank is here, however long one of them reads or writes files: a barrier
-    would end after `train.ddp_timeout`.
-    """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized() and not _working_alone:
-        store, key = _meeting()
-        store.add(key, 1)
-        _wait(lambda: store.add(key, 0) == dist.get_world_size())
-
-
-def _meeting() -> tuple[Any, str]:
-    """Return the store that all processes share, and this meeting's name: every rank counts its
-    calls.
-    """
-    from torch.distributed.distributed_c10d import _get_default_store
-
-    return _get_default_store(), f"recipes/{next(_meetings)}"
-
-
-def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
-    """Ask again and again, so that signals are handled meanwhile."""
-    end, pause = time.monotonic() + seconds, 0.001
-    while not arrived() and time.monotonic() < end:
-        time.sleep(pause)
-        pause = min(2 * pause, 0.25)
-
-
-def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
-    """Return what the other ranks can read: an error that cannot be made again there becomes its
-    text.
-    """
-    error = outcome[1]
-    try:
-        data = pickle.dumps(outcome)
-        pickle.loads(data)
-    except Exception:
-        if error is None:
-            raise
-        text = RuntimeError(f"{type(error).__name__}: {error}")
-        return pickle.dumps((None, of_every_rank(text)))
-    return data
-
-
 def agree_on_largest(value: int) -> int:
     """Return the largest `value` of all ranks, on every rank."""
     import torch
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     device = "cpu" if dist.get_backend() == "gloo" else "cuda"
     largest = torch.tensor(value, dtype=torch.int32, device=device)
@@ -179,21 +111,51 @@ def keep_alive(trainer: object) -> None:
     Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank
     was faster (seen in one of three stops on two ranks). `process.end_process` ends without it.
     """
-    import torch.distributed as dist
-
-    if dist.is_available() and dist.is_initialized():
+    if world_size() > 1:
         _kept.append(trainer)
 
 
-def leave_together() -> None:
-    """Wait until every rank is done; by now everything is on the disk."""
-    import torch.distributed as dist
+def _store() -> Any:
+    """Return the store that all processes share; None for one process.
 
-    if dist.is_available() and dist.is_initialized():
-        dist.barrier()
+    Before there is a process group it is the one of the rendezvous, which the group uses later.
+    """
+    if world_size() == 1 or not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
+        return None
+    if not _kept:
+        with importing():
+            from torch.distributed.rendezvous import rendezvous
+
+        store, *_ = next(rendezvous("env://"))
+        _kept.append(store)  # of a launch without torch's launcher it serves the others
+    return _kept[0]
 
 
-def say_once(text: str) -> None:
-    """Print from rank 0."""
+def _let_all_read(store: Any, key: str) -> None:
+    """Rank 0 may end now, and the store with it: it waits until the others have read."""
+    store.add(f"{key}/read", 1)
     if rank() == 0:
-        say(text)
+        _wait(lambda: store.add(f"{key}/read", 0) == world_size(), LAST_WORDS_S)
+
+
+def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
+    """Ask again and again, so that signals are handled meanwhile."""
+    end = time.monotonic() + seconds
+    while not arrived() and time.monotonic() < end:
+        time.sleep(STORE_POLL_S)
+
+
+def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
+    """Return what the other ranks can read: an error that cannot be made again there becomes its
+    text.
+    """
+    error = outcome[1]
+    try:
+        data = pickle.dumps(outcome)
+        if error is not None:
+            pickle.loads(data)
+        return data
+    except Exception:
+        if error is None:
+            raise
+        return pickle.dumps((None, of_every_rank(RuntimeError(f"{type(error).__name__}: {error}"))))

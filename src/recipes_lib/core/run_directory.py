@@ -21,7 +21,6 @@ from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object, utc_now
 from recipes_lib.core.project import check_run_name, runs_root
-from recipes_lib.core.run_lock import end_if_taken_over
 
 State = Literal["created", "running", "preempted", "failed", "finished"]
 FORMAT_VERSION = 1
@@ -42,6 +41,7 @@ class RunState(TypedDict, total=False):
     exit_code: int | None
     error: str | None
     launch: str
+    steps_began: str  # absent until the first step of the first attempt
     planned: Mapping[str, Any]  # planning.gate.Planned
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
@@ -198,7 +198,6 @@ class RunDirectory:
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
-        end_if_taken_over(self.path)
         now = utc_now()
         old: Mapping[str, object] = (
             self.read_state()

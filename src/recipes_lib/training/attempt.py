@@ -16,9 +16,9 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.core.faults import explain_fault
-from recipes_lib.core.json_files import DamagedFile
+from recipes_lib.core.json_files import DamagedFile, utc_now
 from recipes_lib.core.manifest import command_line, environment
-from recipes_lib.core.ranks import leave_together, on_main_rank, rank
+from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
 from recipes_lib.core.run_lock import run_lock
 from recipes_lib.core.terminal import say
@@ -170,6 +170,13 @@ class Attempt:
         self.run.write_state("running", exit_code=None, error=None, **fields)
         self.is_ours = True
 
+    def begin_steps(self) -> None:
+        """Every rank: from now on a signal asks for a checkpoint. `recipes train` reads in run.json
+        that there is something to save.
+        """
+        self.stop.wait_for_step()
+        on_main_rank(lambda: self.run.write_state("running", steps_began=utc_now()))
+
     def record_failure(self, code: int, error: str) -> None:
         """Note in run.json how this attempt ended. On a full disk the note may be lost, the error
         itself must not be.
@@ -203,7 +210,7 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
         try:
             this.finished = on_main_rank(begin)
             yield this
-            leave_together()
+            meet()
         except RecipesError as error:
             this.record_failure(int(error.exit_code), str(error))
             raise

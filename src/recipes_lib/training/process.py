@@ -26,15 +26,19 @@ from recipes_lib.core.errors import (
     Preempted,
     RecipeError,
     RecipesError,
+    explain_fault,
     print_error,
 )
-from recipes_lib.core.faults import explain_fault
 from recipes_lib.core.ranks import rank
 
 # where `recipes train` and a cluster job read the exit code, which launchers lose
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 # torch's launcher ends rank 0 as soon as another rank has failed: rank 0 has to say why first
 RANK_0_FIRST_S = 2.0
+STOPPING = (
+    "stopping in a checkpoint after this step or validation batch (Ctrl-C again ends it at once)"
+    " ..."
+)
 
 
 @contextmanager

@@ -22,19 +22,19 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.ranks import (
-    CLOSING,
-    SEEN,
-    STAGE_FILE,
-    STEPS,
-    agree_on_largest,
-    rank,
-    tell_stage,
-)
-from recipes_lib.training.process import before_first_step, handling
+from recipes_lib.core.ranks import agree_on_largest, rank
+from recipes_lib.training.process import STOPPING, before_first_step, handling
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
+STEPS, CLOSING = "steps", "closing"
+ANSWERS = {  # to a first Ctrl-C, by stage
+    STEPS: STOPPING,
+    CLOSING: (
+        "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at"
+        " once) ..."
+    ),
+}
 
 
 class EvaluationStopped(Exception):
@@ -57,21 +57,20 @@ class StopRequest:
         self.process = os.getpid()
 
     def wait_for_step(self) -> None:
-        """From now on a request is noted and acted on at the end of a step.
+        """From now on a request is noted and acted on at the end of a step; every rank must call
+        this.
 
         Raises:
-            Preempted, Interrupted: a signal came before, and what it raised was lost inside a
-                library.
+            Preempted, Interrupted: the STOP file is there, or a signal came before and what it
+                raised was lost inside a library.
         """
-        if self.requested != NOTHING:
-            raise before_first_step(self.requested == INTERRUPT)
+        if self.agree() != NOTHING:
+            raise before_first_step(self.agreed == INTERRUPT)
         self.stage = STEPS
-        tell_stage(STEPS)
 
     def close(self) -> None:
         """From now on there is nothing to stop: what remains is to save and check the weights."""
         self.stage = CLOSING
-        tell_stage(CLOSING)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -93,9 +92,8 @@ class StopRequest:
         self.requested = max(self.requested, request)
         if not self.stage:
             raise before_first_step(request == INTERRUPT)
-        # else `recipes train` says it
-        if request == INTERRUPT and rank() == 0 and STAGE_FILE not in os.environ:
-            os.write(2, f"{SEEN[self.stage]}\n".encode())  # print may be in the middle of a line
+        if request == INTERRUPT and rank() == 0:
+            os.write(2, f"{ANSWERS[self.stage]}\n".encode())  # print may be in the middle of a line
 
     def agree(self) -> int:
         """Return the largest request of any rank; every rank must call this at the same point."""

@@ -36,7 +36,6 @@ from recipes_lib.core.atomic_files import sync
 from recipes_lib.core.errors import EnvironmentFault, NumericsError
 from recipes_lib.core.faults import check_space, explain_fault
 from recipes_lib.core.ranks import agree_on_largest, meet, of_every_rank, on_main_rank
-from recipes_lib.core.run_lock import end_if_taken_over
 from recipes_lib.models.architectures import adds_router_loss, training_settings, with_settings
 from recipes_lib.training import checkpoints
 from recipes_lib.training.batches import (
@@ -593,7 +592,6 @@ class RecipeTrainer(SFTTrainer):
         """Rank 0, before a save: the run is still ours, and there is room for a save as large as
         the last one, else for the trained weights and two optimizer moments in float32.
         """
-        end_if_taken_over(root.parent)
         if earlier := checkpoints.list_checkpoints(root):
             files = (file for file in earlier[-1].rglob("*") if file.is_file())
             needed = sum(file.stat().st_size for file in files)

@@ -12,8 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
-from recipes_lib.core.faults import check_space, explain_fault, is_disk_full
+from recipes_lib.core.errors import (
+    EnvironmentFault,
+    ExitCode,
+    RecipeError,
+    check_space,
+    explain_fault,
+    is_disk_full,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +53,7 @@ from recipes_lib.core.faults import check_space, explain_fault, is_disk_full
             "move it away, then run",
         ),
         (errno.EIO, "the disk does not read or write: reason (/a/file)", "dmesg"),
-        (errno.ELOOP, "a symbolic link leads to itself: reason (/a/file)", "remove it"),
+        (errno.ELOOP, "cannot read or write: reason (/a/file)", "make it accessible"),
         (errno.ENOMEM, "out of memory: reason (/a/file)", "ulimit -v"),
     ],
 )
@@ -61,7 +67,6 @@ def test_an_error_with_a_number_says_what_to_do(number: int, what: str, remedy: 
     ("error", "what"),
     [
         (Exception("No space left on device (os error 28)"), "disk full"),
-        (RuntimeError("Symlink loop from '/a/loop'"), "a symbolic link leads to itself"),
         (
             RuntimeError(
                 "[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324"
@@ -88,7 +93,6 @@ def test_an_error_with_a_number_says_what_to_do(number: int, what: str, remedy: 
     ],
     ids=[
         "tokenizers",
-        "pathlib",
         "torch",
         "safetensors",
         "read-only",

@@ -1,0 +1,116 @@
+"""Who may write into a folder: never two, and a Slurm job that was queued again waits for its
+earlier try.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.core import lock
+from recipes_lib.core.errors import EnvironmentFault
+
+HOLDER = """
+    import sys, time; from pathlib import Path; from recipes_lib.core.lock import run_lock
+    folder = Path(sys.argv[1])
+    with run_lock(folder):
+        print("held", flush=True)
+        while not (folder / "STOP").exists() or "deaf" in sys.argv:
+            time.sleep(0.05)
+"""
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a process that holds `mine` until it is asked to stop."""
+    children = []
+
+    def begin(*words: str, **environment: str) -> subprocess.Popen[str]:
+        argv = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "mine"), *words]
+        plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        child = subprocess.Popen(
+            argv, stdout=subprocess.PIPE, text=True, env={**plain, **environment}
+        )
+        children.append(child)
+        assert child.stdout is not None and child.stdout.readline() == "held\n"
+        return child
+
+    yield begin
+    for child in children:
+        child.kill()
+        child.communicate()
+
+
+def queued_again(monkeypatch: pytest.MonkeyPatch, job: str, count: int) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(count))
+
+
+def test_a_job_that_was_queued_again_asks_its_earlier_try_to_stop_and_waits_for_its_end(
+    start, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    child = start(SLURM_JOB_ID="7")
+    queued_again(monkeypatch, "7", 1)
+    with lock.run_lock(tmp_path / "mine"):
+        assert child.wait(timeout=10) == 0
+        note = json.loads((tmp_path / "mine" / "lock.json").read_text())
+        assert (note["pid"], note["job"], note["restarts"]) == (os.getpid(), "7", 1)
+    assert f"still held by process {child.pid} on host" in capsys.readouterr().out
+    assert not (tmp_path / "mine" / "lock.json").exists()
+
+
+def test_an_earlier_try_that_lives_is_never_taken_over(start, tmp_path: Path, monkeypatch) -> None:
+    child = start("deaf", SLURM_JOB_ID="7")
+    child.send_signal(signal.SIGSTOP)  # nothing is heard of it, and it may wake at any time
+    queued_again(monkeypatch, "7", 1)
+    monkeypatch.setattr(lock, "REQUEUE_WAIT_S", 1.0)
+    with (
+        pytest.raises(lock.LockHeld, match=f"by process {child.pid} .*Slurm job 7"),
+        lock.run_lock(tmp_path / "mine"),
+    ):
+        pass
+    assert lock.is_held(tmp_path / "mine")
+    assert json.loads((tmp_path / "mine" / "lock.json").read_text())["pid"] == child.pid
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [({"SLURM_JOB_ID": "7"}, ("7", 0)), ({"SLURM_JOB_ID": "6"}, ("7", 1)), ({}, ("7", 1))],
+)
+def test_another_job_and_another_shell_of_one_job_are_refused_at_once(
+    start, tmp_path: Path, monkeypatch, theirs, mine
+) -> None:
+    child = start(**theirs)
+    queued_again(monkeypatch, *mine)
+    with (
+        pytest.raises(EnvironmentFault, match=f"in use by process {child.pid}") as caught,
+        lock.run_lock(tmp_path / "mine"),
+    ):
+        pass
+    assert "rm " in caught.value.hints[-1]
+    assert not (tmp_path / "mine" / "STOP").exists() and child.poll() is None
+
+
+def test_a_killed_holder_keeps_nothing_and_the_next_one_waits_where_it_may(
+    start, tmp_path: Path, capsys
+) -> None:
+    child = start()
+    child.kill()
+    child.wait()
+    with lock.run_lock(tmp_path / "mine"):
+        assert lock.is_held(tmp_path / "mine")
+    assert not lock.is_held(tmp_path / "mine")
+    child = start()
+    (tmp_path / "mine" / "STOP").touch()
+    with lock.waiting_lock(tmp_path / "mine"):
+        assert child.wait(timeout=10) == 0
+    assert "waiting for it" in capsys.readouterr().out
