@@ -13,7 +13,7 @@ import recipes_lib
 
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
-    ("core", "statistics"),
+    ("core", "statistics", "analysis.stats"),
     ("models",),
     ("config",),
     ("data",),
@@ -29,6 +29,7 @@ ORDER = (
     ("evaluate", "train"),
     ("compare",),
     ("report",),
+    ("analysis",),
     ("study",),
     ("slurm",),
     ("commands", "cli"),
@@ -81,7 +82,7 @@ def imports() -> list[Import]:
 
 
 def top(module: str) -> str:
-    return module.split(".")[0]
+    return module if module in LEVEL else module.split(".")[0]
 
 
 def test_every_package_has_a_place_in_the_order() -> None:

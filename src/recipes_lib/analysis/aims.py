@@ -1,0 +1,158 @@
+"""What a study asks of its table, and what it says about its arms. Needs no numpy.
+
+Metrics are named by as much of their name as is enough: `win_rate`, `alpaca_eval/win_rate`,
+`lm_eval/gsm8k`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+# Metrics that are no share between 0 and 1.
+NO_SHARES = ("grade", "loss", "bits_per_byte")
+SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
+WIDEST_MARGIN = 0.25  # of the scale
+_SEPARATOR = re.compile("/|--")
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The smallest difference that matters on a metric, in its unit; of shares in points of a
+    hundred where `points`.
+
+    Example:
+        >>> Margin.read("2 points"), Margin.read(0.005), Margin.read("little")
+        (Margin(size=0.02, points=True), Margin(size=0.005, points=False), None)
+    """
+
+    size: float
+    points: bool = False
+
+    @classmethod
+    def read(cls, value: object) -> Margin | None:
+        """Return a margin as it is written; None where it is none."""
+        match = re.fullmatch(r"([0-9.eE+-]+)( ?points?)?", str(value).strip())
+        with suppress(ValueError):
+            if match and 0 < (size := float(match[1])) < math.inf:
+                return cls(size / 100, True) if match[2] else cls(size)
+        return None
+
+    def fits(self, metric: str, unit: str | None = None) -> str:
+        """Return why the margin cannot be one of a metric, or nothing.
+
+        Args:
+            unit: None to go by the metric's name.
+        """
+        last = metric.rpartition("/")[2]
+        if unit is None:
+            unit = "grade" if last == "grade" else "number" if last in NO_SHARES else "share"
+        if unit == "share" and self.size >= 1:
+            return f"{metric} is a share: write points ('2 points') or a number below 1 (0.02)"
+        if self.points and unit != "share":
+            return f"{metric} is no share and has no points: write a number in its unit"
+        scale = SCALES.get(unit)
+        if scale and self.size > WIDEST_MARGIN * (scale[1] - scale[0]):
+            return f"{metric}: a margin of more than a quarter of the scale says nothing"
+        return ""
+
+
+def is_named(word: str, metric: str) -> bool:
+    """Return whether a word means a metric: its parts stand in the metric's name in their order.
+
+    Example:
+        >>> is_named("win_rate", "quickstart--alpaca_eval/win_rate")
+        True
+        >>> is_named("lm_eval/acc", "lm_eval/arc_easy/acc_norm")
+        False
+    """
+    parts = iter(_SEPARATOR.split(metric))
+    return all(part in parts for part in _SEPARATOR.split(word))
+
+
+@dataclass(frozen=True)
+class TunedArm:
+    """The grid an arm's key was chosen from by validation loss; a loss of None is a training that
+    diverged.
+    """
+
+    key: str
+    values: tuple[Any, ...]
+    chosen: Any = None
+    losses: tuple[float | None, ...] = ()
+    seed: int | None = None
+
+    @property
+    def edge(self) -> str:
+        """Which end of the values the chosen one is; nothing inside, and of what is no number."""
+        numbers = [value for value in self.values if isinstance(value, int | float)]
+        if self.chosen is None or len(numbers) < len(self.values):
+            return ""
+        return {min(numbers): "smallest", max(numbers): "largest"}.get(self.chosen, "")
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What is asked of a table. Without a primary metric all comparisons are one family.
+
+    Args:
+        subtasks: test the tasks of a group of lm-eval too, and not only their mean.
+        baseline: the arm that every other is compared with; None to compare every two arms.
+    """
+
+    primary: str | None = None
+    subtasks: bool = False
+    margins: Mapping[str, Margin] = field(default_factory=dict)
+    baseline: str | None = None
+
+    def asks_for(self, name: str) -> bool:
+        """Return whether a task or metric is asked for by its own name."""
+        words = (*([self.primary] if self.primary else ()), *self.margins)
+        return any(name in _SEPARATOR.split(word) for word in words)
+
+    def margin_of(self, metric: str) -> Margin | None:
+        """Return the margin of a metric: that of the longest name it has here."""
+        words = [word for word in self.margins if is_named(word, metric)]
+        return self.margins[max(words, key=len)] if words else None
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a study declares, as far as conclusions depend on it. `recipes compare` has none.
+
+    Args:
+        values: of each arm, every resolved value by dotted key.
+        missing: what is declared and not there yet; no verdict is given before it is.
+        changed: what differs from the design of an earlier report with verdicts.
+        reference: published numbers, {arm: {metric: value}}; shown and never tested.
+        command: what runs the study, as it is typed.
+    """
+
+    name: str
+    question: str
+    factors: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tuned: Mapping[str, TunedArm] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    command: str = ""
+
+    def factor_of(self, key: str) -> str | None:
+        """Return the factor that may change a dotted key; None where a difference is a confound."""
+        made_by_launch = ("launch.distributed_type", "launch.mixed_precision")
+        for factor, prefixes in self.factors.items():
+            for prefix in prefixes:
+                follows = prefix == "launch.accelerate" and key in made_by_launch
+                if key == prefix or key.startswith(f"{prefix}.") or follows:
+                    return factor
+        return None
+
+    def declares(self, *keys: str) -> bool:
+        """Return whether a factor may change one of these keys, or an arm is tuned by one."""
+        tuned = {tuned.key for tuned in self.tuned.values()}
+        return bool(tuned & {*keys}) or any(map(self.factor_of, keys))

@@ -1,0 +1,790 @@
+"""Reasons not to believe a comparison: one small function each, in `CHECKS`.
+
+An `error` stops the sentences that it touches, never the table. A `confound` leaves a sentence and
+takes its cause away. A `warning` stands beside it, a `note` informs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from recipes_lib.analysis.aims import Design
+from recipes_lib.analysis.differences import SEED, base_weights, differences
+from recipes_lib.analysis.runs import Arm, Arms, Run, question_of, run_place
+from recipes_lib.analysis.table import TableRow
+from recipes_lib.analysis.text import count, sentence_list, setting_text
+from recipes_lib.core.fingerprints import folder_fingerprint
+from recipes_lib.core.json_files import read_object
+from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.training.resume_guard import flatten
+
+Severity = Literal["error", "confound", "warning", "note"]
+SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
+DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
+LONGER = 1.5
+MANY_ARMS = 5
+FEWEST_LETTERS = 20  # a shorter text may be the answer to many questions
+_SPACE_AND_DIGITS = re.compile(r"[\d\W_]+")
+# Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
+# check of its own.
+_FREE = re.compile(
+    r"name|kind|judge\..*|thresholds\..*|metrics\..*|suite\.batch_size|generation\.(engine|batch_tokens"
+    r"|base_url|served_name|api_key_variable|concurrency|timeout_s|max_retries|num_processes)"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found about a comparison.
+
+    `title` says it in one sentence, `evidence` holds what was seen, a line each, and `remedy` what
+    to do. `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them.
+    """
+
+    code: str
+    severity: Severity
+    title: str
+    evidence: tuple[str, ...] = ()
+    remedy: str = ""
+    arms: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = ()
+    opponent: str = ""
+
+    def touches(self, row: TableRow) -> bool:
+        """Return whether a row is concerned: a finding of two arms or more concerns the rows
+        between them, one of a single arm every row with that arm.
+        """
+        if self.metrics and row.metric not in self.metrics:
+            return False
+        if self.opponent and row.opponent != self.opponent:
+            return False
+        return not self.arms or len({*row.arms} & {*self.arms}) >= min(2, len({*self.arms}))
+
+
+def find(arms: Arms, design: Design | None = None) -> list[Finding]:
+    """Return what every check found, the heaviest first."""
+    found = dict.fromkeys(finding for check in CHECKS for finding in check(arms, design))
+    order = {severity: number for number, severity in enumerate(SEVERITIES)}
+    return sorted(found, key=lambda one: (order[one.severity], one.code, one.arms, one.title))
+
+
+def same_text(text: str) -> str:
+    """Return what makes two answers one and the same: letters alone, where there are enough of
+    them to tell.
+
+    Example:
+        >>> same_text("This is answer number 17.") == same_text("This is answer number 18")
+        True
+        >>> same_text(" 42 ")
+        '42'
+    """
+    letters = _SPACE_AND_DIGITS.sub("", text).casefold()
+    return letters if len(letters) >= FEWEST_LETTERS else text.strip()
+
+
+def _pairs(arms: Arms) -> Iterator[tuple[Arm, Arm]]:
+    return itertools.combinations(arms, 2)
+
+
+def _metrics(logs: Iterable[EvalLog]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(metric.name for log in logs for metric in log.metrics))
+
+
+def _by_eval(arms: Arms) -> dict[str, list[tuple[str, EvalLog]]]:
+    found: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
+    for name, log in arms.logs:
+        found[log.eval].append((name, log))
+    return found
+
+
+# ---- One thing under two names ----
+
+
+def check_same_model(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield arms that share runs, weights, or all of their answers."""
+    del design
+    remedy = "find out which arm it belongs to, and make the other's anew"
+    for first, second in _pairs(arms):
+        both, names = (first.name, second.name), f"{first.name} and {second.name}"
+        shared = sorted({run.name for run in first.runs} & {run.name for run in second.runs})
+        weights = _same_files(first, second)
+        prints = _fingerprints(first) & _fingerprints(second)
+        if shared:
+            lines = tuple(f"runs/{name}" for name in shared)
+            yield Finding("same-model", "error", f"{names} are one run", lines, remedy, both)
+        elif weights:
+            title = f"{names} have the same final weights, byte for byte"
+            yield Finding("same-model", "error", title, tuple(weights), remedy, both)
+        elif prints:
+            lines = tuple(
+                f"{run_place(log.file)}: weights {log.answers.fingerprint[:12]}"
+                for log in (*first.logs, *second.logs)
+                if log.answers.fingerprint in prints
+            )
+            title = f"The same weights answered for {names}"
+            yield Finding("same-model", "error", title, lines, remedy, both)
+        else:
+            yield from _same_answers(first, second)
+            yield from _former_opponent(first, second)
+            yield from _former_opponent(second, first)
+
+
+def _weights(arm: Arm) -> dict[Path, int]:
+    """Folders of final weights with the bytes in them."""
+    folders = (run.folder / name for run in arm.runs for name in ("adapter", "model"))
+    sizes = {
+        folder: sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        for folder in folders
+    }
+    return {folder: size for folder, size in sizes.items() if size}
+
+
+def _same_files(first: Arm, second: Arm) -> list[str]:
+    theirs = _weights(second)
+    return [
+        f"{run_place(folder)} and {run_place(other)}"
+        for folder, size in _weights(first).items()
+        for other, its_size in theirs.items()
+        if size == its_size and folder_fingerprint(folder) == folder_fingerprint(other)
+    ]
+
+
+def _fingerprints(arm: Arm) -> set[str]:
+    return {log.answers.fingerprint for log in arm.logs} - {""}
+
+
+def _same_answers(first: Arm, second: Arm) -> Iterator[Finding]:
+    """Answers or judge's texts of one evaluation that are all the same in both arms."""
+    theirs = {(log.eval, log.against): log for log in second.logs}
+    seen = set()
+    for log in first.logs:
+        other = theirs.get((log.eval, log.against))
+        if other is None or log.eval in seen:
+            continue
+        for what, read in (("answers", _answers), ("judge's texts", _judge_texts)):
+            one, two = read(log), read(other)
+            both = [(text, two[key]) for key, text in one.items() if key in two]
+            if len(both) > 1 and all(a.split() == b.split() for a, b in both):
+                seen.add(log.eval)
+                yield Finding(
+                    "same-answers",
+                    "error",
+                    f"All {what} of {first.name} and {second.name} in {log.eval} are the same",
+                    (run_place(log.file), run_place(other.file)),
+                    "equal models give equal answers; else one set is a copy: make it anew",
+                    (first.name, second.name),
+                    _metrics((log, other)),
+                )
+                break
+
+
+def _answers(log: EvalLog) -> Mapping[Any, str]:
+    samples = (sample for metric in log.metrics for sample in metric.samples)
+    return {sample.key: sample.answer for sample in samples if sample.answer is not None}
+
+
+def _judge_texts(log: EvalLog) -> Mapping[Any, str]:
+    """What the judge wrote; nothing of one that gives probabilities, and of rules."""
+    if log.judge is None or log.judge.mode == "logits":
+        return {}
+    return {
+        (metric.metric, *sample.key): "\n".join(raw or "" for raw in sample.raws)
+        for metric in log.metrics
+        for sample in metric.samples
+        if any(sample.raws) and not sample.by_rule
+    }
+
+
+def _former_opponent(arm: Arm, other: Arm) -> Iterator[Finding]:
+    """Verdicts against answers of a run that has other weights now."""
+    runs = {run.name: run for run in other.runs}
+    for log in (log for log in arm.logs if log.against in runs and log.opponent):
+        judged = log.opponent.fingerprint if log.opponent else ""
+        own = [one for one in runs[str(log.against)].evals if one.eval == log.eval]
+        now = {one.answers.fingerprint for one in own} - {""}
+        if judged and now and judged not in now:
+            yield Finding(
+                "former-opponent",
+                "error",
+                f"{arm.name} was judged in {log.eval} against former answers of {other.name}",
+                (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}"),
+                f"recipes eval EVAL {log.file.parents[2].name} --against {log.against}",
+                (arm.name, other.name),
+                tuple(metric.name for metric in log.metrics if metric.opponent),
+                opponent=other.name,
+            )
+
+
+def check_same_seeds(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield trainings of one arm with several seeds that ended with the same weights."""
+    del design
+    for arm in arms:
+        folders = _weights(arm) if len(arm.runs) > 1 else {}
+        prints: dict[str, list[Path]] = defaultdict(list)
+        for folder, size in folders.items():
+            if list(folders.values()).count(size) > 1:
+                prints[folder_fingerprint(folder)].append(folder)
+        for same in (same for same in prints.values() if len(same) > 1):
+            yield Finding(
+                "same-seeds",
+                "error",
+                f"{len(same)} trainings of {arm.name} ended with the same weights",
+                tuple(map(run_place, same)),
+                "one training must not count twice: did the seed reach the training?",
+                (arm.name,),
+            )
+
+
+# ---- The judge ----
+
+
+def check_judges(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield audits that failed or are not there, judges that differ, are weak or judge themselves,
+    and comparisons of one order.
+    """
+    del design
+    runs = {log.file: run for arm in arms for run in arm.runs for log in run.evals}
+    failed: dict[str, list[str]] = defaultdict(list)  # by the judge's fingerprint
+    for name, log in arms.logs:
+        if log.judge and log.audit:
+            for check in log.audit.failed:
+                value = "n/a" if check.value is None else f"{check.value:.3f}"
+                line = f"{name}, {log.eval}: {check.check} {value}, needs {check.needs}"
+                failed[log.judge.fingerprint].append(line)
+    for file, card in _labelled_audits(arms):
+        for check in card.get("checks") or ():
+            if check.get("result") == "fail":
+                line = f"{file.parent.name}: {check['check']} {check.get('value')}"
+                failed[str(card["judge"])].append(f"{line}, needs {check.get('needs')}")
+    for name, judged in _by_eval(arms).items():
+        logs = [(arm, log) for arm, log in judged if log.suite != "lm_eval"]
+        with_judge = [(arm, log) for arm, log in logs if log.judge]
+        if not with_judge:
+            continue
+        metrics = _metrics(log for _, log in logs)
+        prints = dict.fromkeys(log.judge.fingerprint for _, log in with_judge if log.judge)
+        lines = [line for key in prints for line in failed.get(key, ())]
+        if lines:
+            title = f"The judge of {name} failed its audit: {lines[0].partition(': ')[2]}"
+            remedy = "use a stronger judge: recipes judge audit --judge JUDGE.yaml --labels FILE"
+            yield Finding(
+                "judge-failed-audit",
+                "error",
+                title,
+                tuple(dict.fromkeys(lines)),
+                remedy,
+                (),
+                metrics,
+            )
+        yield from _different_judges(name, logs, metrics)
+        weak = dict.fromkeys(
+            str(log.judge.weak) for _, log in with_judge if log.judge and log.judge.weak
+        )
+        if weak:
+            title = f"The judge of {name} is a weak one"
+            yield Finding(
+                "weak-judge", "warning", title, tuple(weak), "use a stronger judge", (), metrics
+            )
+        for arm, log in with_judge:
+            if kin := _kinship(log, runs[log.file]):
+                yield Finding(
+                    "self-judged",
+                    "error",
+                    f"{arm} was judged by {kin} in {name}",
+                    (run_place(log.file),),
+                    "judge with a model of another family",
+                    (arm,),
+                    metrics,
+                )
+        yield from _one_order(name, with_judge)
+
+
+def _labelled_audits(arms: Arms) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """Every scorecard of a judge on labelled pairs that lies beside the runs."""
+    roots = {run.folder.parent for arm in arms for run in arm.runs}
+    for file in sorted(file for root in roots for file in root.glob("judge--*/*/judge_audit.json")):
+        card = read_object(file)
+        if card.get("judge"):
+            yield file, card
+
+
+def _different_judges(
+    name: str, logs: Sequence[tuple[str, EvalLog]], metrics: tuple[str, ...]
+) -> Iterator[Finding]:
+    judges: dict[str, dict[str, None]] = defaultdict(dict)
+    for arm, log in logs:
+        judge = log.judge
+        known = f"{judge.name} {judge.fingerprint[:12]}".strip() if judge else "not recorded"
+        judges[known][arm] = None
+    if len(judges) > 1:
+        lines = tuple(f"{judge}: {', '.join(by)}" for judge, by in judges.items())
+        title = f"Different judges judged the arms in {name}"
+        remedy = "evaluate all arms with one judge"
+        yield Finding("judges-differ", "error", title, lines, remedy, (), metrics)
+
+
+def _kinship(log: EvalLog, run: Run) -> str:
+    """What the judge is to the run whose answers it judged; empty where they are strangers."""
+    judge = log.judge
+    if judge is None or not judge.model:
+        return ""
+    model, home = judge.model.rstrip("/"), run.folder.resolve()
+    path = Path(model)
+    if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(home):
+        return "its own weights"
+    if run.name in (model, judge.run):
+        return "itself"
+    names = ((run.resolved.get("model") or {}).get("name_or_path"), *log.answers.models)
+    if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:
+        return "itself" if run.is_base else "its base"
+    own = {
+        folder_fingerprint(run.folder / name)
+        for name in (("merged", "model") if judge.weights else ())
+        if (run.folder / name).is_dir()
+    }
+    if judge.weights in own:
+        return "its own weights"
+    base = base_weights(run).get("weights of the base")
+    return "its base" if judge.weights and base == judge.weights[:12] else ""
+
+
+def _one_order(name: str, logs: Sequence[tuple[str, EvalLog]]) -> Iterator[Finding]:
+    """Comparisons of which each has one verdict only: a judge's preference for a position is part
+    of the rate.
+    """
+    for arm, log in logs:
+        for metric in log.metrics:
+            single = sum(len(one.verdicts) == 1 and not one.by_rule for one in metric.samples)
+            if single and metric.opponent is not None:
+                yield Finding(
+                    "one-order",
+                    "error",
+                    f"{single} comparisons of {arm} in {name} were judged in one order only",
+                    (run_place(log.file),),
+                    "judge both orders (recipes eval does)",
+                    (arm,),
+                    (metric.name,),
+                )
+
+
+# ---- The answers ----
+
+
+def check_answers(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield arms whose answers are often one text, empty, cut or in a loop, and arms that write
+    much more than another.
+    """
+    del design
+    for name, logs in _by_eval(arms).items():
+        lengths: dict[str, list[int]] = defaultdict(list)
+        worst: dict[tuple[str, str], tuple[float, int, int, EvalLog]] = {}
+        for arm, log in logs:
+            for metric in log.metrics[:1]:
+                lengths[arm] += [one.lengths[0] for one in metric.samples if one.lengths]
+            for what, (times, n) in answer_faults(log).items():
+                share = times / n if n else 0.0
+                if times > 2 and share > max(SOME_DEGENERATE, worst.get((arm, what), (0.0,))[0]):
+                    worst[arm, what] = share, times, n, log
+        for (arm, what), (_, times, n, log) in worst.items():
+            yield _faulty(arm, log, what, times, n)
+        means = {arm: sum(some) / len(some) for arm, some in lengths.items() if some}
+        judged = any(log.judge for _, log in logs)
+        for pair in itertools.combinations(means, 2) if judged else ():
+            short, long = sorted(pair, key=means.__getitem__)
+            if means[long] >= LONGER * means[short] > 0:
+                yield Finding(
+                    "longer-answers",
+                    "warning",
+                    f"{long}'s answers in {name} are {means[long] / means[short]:.1f} times as long"
+                    f" as {short}'s, and judges prefer long ones",
+                    tuple(
+                        f"{arm}: {means[arm]:,.0f} characters on average" for arm in (long, short)
+                    ),
+                    "",
+                    (long, short),
+                    _metrics(log for _, log in logs),
+                )
+
+
+def _faulty(arm: str, log: EvalLog, what: str, times: int, n: int) -> Finding:
+    """That many answers are no answers, and the command that helps where they are cut."""
+    remedy = "read some of the answers"
+    if what == "hit the token limit":
+        limit = ((log.recipe.get("generation") or {}).get("max_new_tokens")) or 0
+        to = f"generation.max_new_tokens={2 * limit}" if limit else "generation.max_new_tokens=N"
+        remedy = f"recipes eval EVAL {log.target or 'RUN'} {to}"
+    return Finding(
+        "degenerate-answers",
+        "error" if times / n > DEGENERATE else "warning",
+        f"{times} of {n} {arm} answers in {log.eval} {what}",
+        (run_place(log.file),),
+        remedy,
+        (arm,),
+        _metrics((log,)),
+    )
+
+
+def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
+    """Return what is wrong with the answers of a log, in words, as (how many, of how many)."""
+    if log.suite in ("lm_eval", "heldout_loss"):
+        return {}
+    samples = list({one.key: one for metric in log.metrics for one in metric.samples}.values())
+    answered = [one for one in samples if one.answer is not None]
+    faults = log.answers.faults
+    found: dict[str, tuple[int, int]] = {}
+    if faults:
+        found["are empty"] = faults.empty, faults.n
+        found["end in a loop"] = faults.loops, faults.n
+        if faults.cut is not None:
+            found["hit the token limit"] = faults.cut, faults.n
+    if answered:
+        found["are one and the same"] = _one_and_the_same(answered), len(answered)
+    elif faults:
+        found["are one and the same"] = faults.identical, faults.n
+    return found
+
+
+def _one_and_the_same(samples: Sequence[Sample]) -> int:
+    """How often the most frequent text stands there that answers more than one question. One of a
+    few letters is an answer like any other.
+    """
+    counts: Counter[str] = Counter()
+    asked: dict[str, set[str]] = defaultdict(set)
+    for sample in samples:
+        text = same_text(sample.answer or "")
+        if len(text) >= FEWEST_LETTERS:
+            counts[text] += 1
+            asked[text].add(sample.id)
+    return max((counts[text] for text, ids in asked.items() if len(ids) > 1), default=0)
+
+
+# ---- What was asked, and how ----
+
+
+def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield what differs between the evaluations of two arms."""
+    for name, logs in _by_eval(arms).items():
+        by_arm: dict[str, list[EvalLog]] = defaultdict(list)
+        for arm, log in logs:
+            by_arm[arm].append(log)
+        for first, second in itertools.combinations(by_arm, 2):
+            pairs = list(itertools.product(by_arm[first], by_arm[second]))
+            alike = [
+                (one, two)
+                for one, two in pairs
+                if arms.opponent(one.against) in (arms.opponent(two.against), first, second)
+                or (one.against in arms.of_run and two.against in arms.of_run)
+            ]
+            yield from _first_of(_settings_differ(first, second, *pair, design) for pair in alike)
+            yield from _first_of(_texts_differ(first, second, *pair) for pair in alike)
+            yield from _first_of(_facts_differ(first, second, *pair, design) for pair in alike)
+        subsets = {f"{arm}: {log.subset}": None for arm, log in logs if log.subset}
+        if subsets:
+            title = f"{name} asked a part of its questions"
+            metrics = _metrics(log for _, log in logs)
+            yield Finding(
+                "subset", "warning", title, tuple(subsets), "ask all of them", (), metrics
+            )
+        yield from _repeated(name, [log for _, log in logs])
+
+
+def _first_of(found: Iterable[Finding | None]) -> Iterator[Finding]:
+    """The first finding of several pairs of results: each seed says the same again."""
+    first = next((finding for finding in found if finding), None)
+    if first:
+        yield first
+
+
+def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
+    """How an evaluation asked, by dotted key."""
+    values = {
+        key: value for key, value in flatten(dict(log.recipe)).items() if not _FREE.fullmatch(key)
+    }
+    for metric in log.metrics:
+        if metric.num_fewshot is not None:
+            values.pop("suite.num_fewshot", None)  # asked for, or the task's own: it is known
+            values[f"{metric.task}: few-shot"] = metric.num_fewshot
+        if metric.version is not None:
+            values[f"{metric.task}: task version"] = metric.version
+    for key, value in (log.answers.decoding or {}).items():
+        values[f"decoding.{key}"] = value
+    if of_prompt and log.answers.prompt_format_hash:
+        values["prompt format"] = log.answers.prompt_format_hash[:12]
+    return values
+
+
+def _settings_differ(
+    first: str, second: str, one: EvalLog, other: EvalLog, design: Design | None
+) -> Finding | None:
+    of_prompt = design is None or not design.declares("data.prompt_format", "data")
+    mine, theirs = _settings(one, of_prompt), _settings(other, of_prompt)
+    known = {*mine} & {*theirs} if one.source or other.source else {*mine} | {*theirs}
+    keys = [key for key in dict.fromkeys([*mine, *theirs]) if key in known]
+    keys = [key for key in keys if mine.get(key) != theirs.get(key)]
+    if not keys:
+        return None
+    lines = (
+        f"{key}: {first} {setting_text(mine.get(key))}, {second} {setting_text(theirs.get(key))}"
+        for key in keys
+    )
+    title = f"{first} and {second} were asked differently in {one.eval}: {sentence_list(keys, 3)}"
+    remedy = "evaluate both with one eval recipe"
+    arms, metrics = (first, second), _metrics((one, other))
+    return Finding("protocol-differs", "error", title, tuple(lines), remedy, arms, metrics)
+
+
+def _texts_differ(first: str, second: str, one: EvalLog, other: EvalLog) -> Finding | None:
+    """Items of one id that were about another question, or another answer of one opponent."""
+    theirs = {(metric.key, item.key): item for metric in other.metrics for item in metric.samples}
+    asked: set[str] = set()
+    opposed: set[str] = set()
+    for metric in one.metrics:
+        for item in metric.samples:
+            same = theirs.get((metric.key, item.key))
+            if same is None:
+                continue
+            if _differ(item.input, same.input):
+                asked.add(item.id)
+            elif one.against == other.against and _differ(item.opponent, same.opponent):
+                opposed.add(item.id)
+    kinds = (("the question", asked), (f"the answer of {one.against}", opposed))
+    lines = [f"{what} differs for {len(ids)} ids, {min(ids)} is one" for what, ids in kinds if ids]
+    if not lines:
+        return None
+    return Finding(
+        "texts-differ",
+        "error",
+        f"{first} and {second} were asked other texts under the same ids in {one.eval}",
+        tuple(lines),
+        "evaluate both with one file of questions and one of reference answers",
+        (first, second),
+        _metrics((one, other)),
+    )
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and one.strip() != other.strip()
+
+
+def _facts_differ(
+    first: str, second: str, one: EvalLog, other: EvalLog, design: Design | None
+) -> Finding | None:
+    """Precision of the answers, versions and code of two evaluations."""
+    facts = []
+    for log in (one, other):
+        precision = {
+            "precision of the answers": log.answers.dtype,
+            "quantized": log.answers.quantized,
+        }
+        declared = design and design.declares(
+            "quantization", "quantization.load_in_4bit", "model.dtype"
+        )
+        code = str(log.git.get("commit") or "")[:12] or None
+        dirty = f"{code} with changes" if code and log.git.get("dirty") else code
+        facts.append({**({} if declared else precision), **log.libraries, "code": dirty})
+    keys = [
+        key
+        for key in facts[0]
+        if None not in (facts[0][key], facts[1].get(key)) and facts[0][key] != facts[1][key]
+    ]
+    if not keys:
+        return None
+    lines = (f"{key}: {first} {facts[0][key]}, {second} {facts[1][key]}" for key in keys)
+    return Finding(
+        "evaluated-differently",
+        "confound",
+        f"{first} and {second} were evaluated with other {sentence_list(keys, 3)} in {one.eval}",
+        tuple(lines),
+        "evaluate both again with one version",
+        (first, second),
+        _metrics((one, other)),
+    )
+
+
+def _repeated(name: str, logs: Sequence[EvalLog]) -> Iterator[Finding]:
+    """Questions that one evaluation asks more than once under several ids."""
+    same: dict[str, str] = {}
+    for metric in (metric for log in logs for metric in log.metrics if not metric.parts):
+        same |= question_of(metric.samples)
+    lines = [f"{one} is {other} again" for one, other in same.items() if one != other]
+    if lines:
+        title = f"{len(lines)} of {count(len(same), 'question')} of {name} repeat another one"
+        more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+        metrics = _metrics(logs)
+        yield Finding("repeated-questions", "note", title, (*lines[:5], *more), "", (), metrics)
+
+
+# ---- Trainings ----
+
+
+def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield what differs between two trained arms and no factor declares."""
+    for first, second in _pairs(arms):
+        found = differences(first, second, design)
+        both = (first.name, second.name)
+        confounds = [one for one in found if one.level == "confound"]
+        lines = tuple(one.line(*both) for one in confounds)
+        names = sentence_list([one.what for one in confounds], 4)
+        idle = tuple(one.line(*both) for one in found if one.level == "note" and one.what != SEED)
+        if design is None and confounds:
+            title = f"{first.name} and {second.name} differ in {names}"
+            remedy = "a study declares what is meant to differ, so that a cause can be named"
+            yield Finding("differences", "note", title, lines, remedy, both)
+        elif confounds:
+            title = (
+                f"{first.name} and {second.name} also differ in {names}, which no factor declares"
+            )
+            remedy = "give both the same values, or declare them under factors"
+            yield Finding("undeclared-difference", "confound", title, lines, remedy, both)
+        if idle:
+            title = f"{first.name} and {second.name} differ in {count(len(idle), 'idle key')}"
+            yield Finding("idle-differences", "note", title, idle, "", both)
+
+
+def check_base(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield arms that were trained on other weights than their base was evaluated with."""
+    del design
+    for base, arm in itertools.permutations(arms, 2):
+        if not base.is_base or arm.is_base:
+            continue
+        now, then = (
+            {value for run in one.runs for value in base_weights(run).values()}
+            for one in (base, arm)
+        )
+        if now and then and now != then:
+            lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then)}",)
+            title = f"{arm.name} was trained on other weights than {base.name} has"
+            remedy = "evaluate the base that it was trained on"
+            yield Finding("other-base", "error", title, lines, remedy, (arm.name, base.name))
+
+
+def check_leaks(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield arms that were trained on questions of an evaluation, and those nobody searched."""
+    del design
+    unknown: dict[str, dict[str, None]] = defaultdict(dict)
+    for arm in arms:
+        seen = set()
+        for log in arm.logs if not arm.is_base else ():
+            if log.eval in seen or log.suite == "heldout_loss" or not log.metrics:
+                continue
+            seen.add(log.eval)
+            metrics = _metrics(one for one in arm.logs if one.eval == log.eval)
+            if log.leaks is None or log.leaks.why:
+                unknown[log.eval][arm.name] = None
+            elif log.leaks.found:
+                yield Finding(
+                    "leaked-questions",
+                    "error" if log.leaks.is_error else "warning",
+                    f"{arm.name}: {log.leaks.summary(log.eval)}",
+                    (*log.leaks.lines(5), run_place(log.file)),
+                    "train without these rows, or ask other questions",
+                    (arm.name,),
+                    metrics,
+                )
+    for name, who in unknown.items():
+        title = (
+            f"Nobody searched the training rows of {sentence_list([*who])} for questions of {name}"
+        )
+        yield Finding(
+            "leaks-not-searched", "warning", title, (), "", tuple(who)[:1] if len(who) == 1 else ()
+        )
+
+
+def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield values and checkpoints that were chosen by what is compared, or at the edge of a grid,
+    and studies of many arms.
+    """
+    trained = [arm.name for arm in arms if not arm.is_base]
+    if len(trained) >= MANY_ARMS:
+        title = f"The best of {len(trained)} arms looks better than it is"
+        lines = (f"arms: {', '.join(trained)}", "Holm's correction does not shrink the lead itself")
+        yield Finding(
+            "best-of-many", "warning", title, lines, "train the best one again with new seeds"
+        )
+    on_validation = tuple(
+        dict.fromkeys(
+            metric.name
+            for _, log in arms.logs
+            if (log.recipe.get("data") or {}).get("questions") == "validation"
+            for metric in log.metrics
+        )
+    )
+    for arm in arms:
+        tuned = design.tuned.get(arm.name) if design else None
+        best = any(
+            (run.resolved.get("train") or {}).get("load_best_model_at_end") for run in arm.runs
+        )
+        if tuned and tuned.edge:
+            title = f"{arm.name} is best at the {tuned.edge} {tuned.key} that was tried"
+            line = f"{tuned.key}: {tuned.chosen} of {', '.join(map(str, tuned.values))}"
+            remedy = "its best may lie beyond: add a value there to the grid of every arm"
+            yield Finding("tuned-at-edge", "confound", title, (line,), remedy, (arm.name,))
+        if (tuned or best) and on_validation:
+            what = tuned.key if tuned else "checkpoint"
+            title = f"The validation rows chose the {what} of {arm.name}"
+            remedy = "a loss on them is too good: compare on data.questions: test"
+            yield Finding(
+                "chosen-on-validation", "warning", title, (), remedy, (arm.name,), on_validation
+            )
+    for first, second in _pairs(arms) if design else ():
+        one, two = (
+            (design.tuned.get(arm.name) for arm in (first, second)) if design else (None, None)
+        )
+        grids = [(tuned.key, tuned.values) if tuned else None for tuned in (one, two)]
+        if grids[0] != grids[1] and not (first.is_base or second.is_base):
+            title = f"{first.name} and {second.name} were not tuned over the same values"
+            remedy = "tune under the study's own key, not under an arm's"
+            names = (first.name, second.name)
+            yield Finding("tuned-differently", "confound", title, (), remedy, names)
+
+
+def check_presence(arms: Arms, design: Design | None) -> Iterator[Finding]:
+    """Yield trainings that are not finished, and evaluations that only some arms have."""
+    del design
+    every = dict.fromkeys(log.eval for _, log in arms.logs)
+    for arm in arms:
+        for run in arm.runs:
+            place = (run_place(run.folder),)
+            state = run.state.get("state")
+            if state in ("failed", "preempted", "running", "created") and run.evals:
+                title = f"{run.name} is {state}, not finished, and was evaluated"
+                yield Finding(
+                    "not-finished",
+                    "error",
+                    title,
+                    place,
+                    "finish it, and evaluate again",
+                    (arm.name,),
+                )
+            if run.unfinished:
+                title = (
+                    f"{arm.name} has no result of {sentence_list(run.unfinished)}, which was begun"
+                )
+                remedy = "the same recipes eval command finishes it and asks nothing twice"
+                yield Finding("unfinished-evaluation", "warning", title, place, remedy, (arm.name,))
+            missing = [name for name in every if name not in {log.eval for log in run.evals}]
+            missing = [name for name in missing if name not in run.unfinished]
+            if missing and run.evals:
+                title = f"{arm.name} was not evaluated with {sentence_list(missing)}"
+                yield Finding("missing-evaluation", "note", title, place, "", (arm.name,))
+
+
+Check = Callable[[Arms, Design | None], Iterator[Finding]]
+CHECKS: tuple[Check, ...] = (
+    check_same_model,
+    check_same_seeds,
+    check_judges,
+    check_answers,
+    check_protocol,
+    check_differences,
+    check_base,
+    check_leaks,
+    check_selection,
+    check_presence,
+)

@@ -1,0 +1,347 @@
+"""What may be said: a verdict for every row of the table, and its sentence.
+
+A claim is data; its text is made last and nothing reads it. What is never said: a verdict before
+everything declared is there or after the design was changed, one that a finding stops, "better" of
+one training of each arm, a cause where anything but the declared keys differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
+
+from recipes_lib.analysis.aims import Aims, Design
+from recipes_lib.analysis.checks import Finding, find
+from recipes_lib.analysis.differences import Difference, differences
+from recipes_lib.analysis.runs import Arms
+from recipes_lib.analysis.stats import ALPHA
+from recipes_lib.analysis.table import Table, TableRow, build_table
+from recipes_lib.analysis.text import (
+    count,
+    difference_text,
+    interval_text,
+    metric_text,
+    p_text,
+    question_text,
+    sentence_list,
+)
+
+Verdict = Literal["better", "worse", "higher", "lower", "not shown", "no verdict", "not tested"]
+Within = Literal["", "equivalent", "not worse", "not better"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a row shows. `verdict` and `within` are of the first arm against the second; "higher"
+    and "lower" are about two trainings and no more.
+
+    `stopped_by` are the findings that leave no verdict, `descriptive` why nothing of this table has
+    one. `cause` are the declared keys that alone differ, `no_cause` why none is named.
+    """
+
+    row: TableRow
+    verdict: Verdict
+    within: Within = ""
+    stopped_by: tuple[Finding, ...] = ()
+    descriptive: str = ""
+    one_recipe: bool = False
+    cause: tuple[Difference, ...] = ()
+    no_cause: str = ""
+
+    @property
+    def says(self) -> str:
+        """The verdict in a word or two, for tables."""
+        if self.verdict == "not shown" and self.within:
+            return self.within
+        return f"{self.verdict}, {self.within}" if self.within else self.verdict
+
+    def worse_than(self, arm: str) -> bool:
+        """Return whether the other arm tests as worse than `arm`, whatever stops the sentence."""
+        return _direction(self.row) == (-1 if self.row.second == arm else 1)
+
+    def not_worse_than(self, arm: str) -> bool:
+        """Return whether the other arm is shown not to be worse than `arm` within the margin."""
+        first = self.row.second == arm
+        better = self.verdict in (("better", "higher") if first else ("worse", "lower"))
+        return better or self.within in ("equivalent", "not worse" if first else "not better")
+
+    @property
+    def sentence(self) -> str:
+        """The claim as a sentence."""
+        return _sentence(self)
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """Everything that a report says: table, findings, and a claim for every row."""
+
+    question: str
+    table: Table
+    findings: tuple[Finding, ...]
+    claims: tuple[Claim, ...]
+    descriptive: str = ""
+
+    @property
+    def answer(self) -> list[str]:
+        """One sentence for each pair of arms, about the primary metric."""
+        first: dict[tuple[str, str], Claim] = {}
+        for claim in self.claims:
+            if not claim.row.aside:
+                first.setdefault(claim.row.arms, claim)
+        return [claim.sentence for claim in first.values()]
+
+    @property
+    def cannot_say(self) -> list[str]:
+        """What stands in the way of a verdict, each with what would mend it."""
+        lines = dict.fromkeys(
+            f"{finding.title}. {f'Fix: {finding.remedy}.' if finding.remedy else ''}".strip()
+            for claim in self.claims
+            for finding in claim.stopped_by
+        )
+        return [*([self.descriptive] if self.descriptive else []), *lines]
+
+    def to_dict(self) -> dict[str, object]:
+        """Return everything as plain values, for JSON."""
+        rows = [
+            claim.row.to_dict()
+            | {
+                "verdict": claim.verdict,
+                "within": claim.within,
+                "stopped_by": [finding.code for finding in claim.stopped_by],
+                "cause": [difference.what for difference in claim.cause],
+                "sentence": claim.sentence,
+            }
+            for claim in self.claims
+        ]
+        return {
+            "question": self.question,
+            "answer": self.answer,
+            "cannot_say": self.cannot_say,
+            "alpha": ALPHA,
+            "tests": self.table.tests,
+            "rows": rows,
+            "scores": [asdict(score) for score in self.table.scores],
+            "findings": [asdict(finding) for finding in self.findings],
+        }
+
+
+def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None) -> Conclusion:
+    """Return the table with its findings, and what may be said.
+
+    Args:
+        aims: the primary metric and the margins.
+        design: what a study declares; None for `recipes compare`, which names no cause.
+    """
+    table = build_table(arms, aims)
+    findings = tuple(find(arms, design))
+    descriptive = why_descriptive(design)
+    between = {
+        row.arms: differences(arms[row.first], arms[row.second], design) for row in table.rows
+    }
+    claims = tuple(
+        judge(row, findings, between[row.arms], design, descriptive) for row in table.rows
+    )
+    names = sentence_list([arm.name for arm in arms])
+    question = question_text(design.question) if design else f"How do {names} compare?"
+    return Conclusion(question, table, findings, claims, descriptive)
+
+
+def why_descriptive(design: Design | None) -> str:
+    """Return why no row of a study has a verdict, or nothing."""
+    if design is None:
+        return ""
+    if design.changed:
+        changes = sentence_list(design.changed, 3)
+        remedy = "a new study name, with new seeds or questions, can have verdicts again"
+        return f"Exploratory: the design changed after results were seen ({changes}); {remedy}."
+    if design.missing:
+        remedy = f" Fix: {design.command}." if design.command else ""
+        return f"Interim: {sentence_list(design.missing, 3)} still missing.{remedy}"
+    return ""
+
+
+def judge(
+    row: TableRow,
+    findings: Sequence[Finding],
+    between: Sequence[Difference],
+    design: Design | None = None,
+    descriptive: str = "",
+) -> Claim:
+    """Return what a row shows.
+
+    Args:
+        between: what differs between its arms.
+    """
+    if row.aside:
+        return Claim(row, "not tested")
+    touching = [finding for finding in findings if finding.touches(row)]
+    stopped_by = tuple(finding for finding in touching if finding.severity == "error")
+    if not row.is_tested or stopped_by or descriptive:
+        return Claim(row, "no verdict", "", stopped_by, descriptive)
+    direction, within = _direction(row), _within(row)
+    if not direction:
+        return Claim(row, "not shown", within)
+    same = [one for one in between if one.level != "note"]
+    trained = min(row.trainings) > 0
+    if trained and design is not None and not same:
+        return Claim(row, "higher" if direction > 0 else "lower", within, one_recipe=True)
+    if row.trainings == (1, 1):
+        return Claim(row, "higher" if direction > 0 else "lower", within)
+    claim = Claim(row, "better" if direction > 0 else "worse", within)
+    if not trained or design is None:
+        return claim
+    confounds = [one.what for one in between if one.level == "confound"]
+    others = [finding for finding in touching if finding.severity == "confound"]
+    others = [finding for finding in others if finding.code != "undeclared-difference"]
+    why = f"they also differ in {sentence_list(confounds, 4)}" if confounds else ""
+    why = "; ".join([*([why] if why else []), *(_inside(finding.title) for finding in others)])
+    if why:
+        return replace(claim, no_cause=why)
+    return replace(claim, cause=tuple(one for one in between if one.level in ("cause", "tuned")))
+
+
+def _direction(row: TableRow) -> int:
+    """1 where the first arm tests as better, -1 where it tests as worse, 0 where neither is."""
+    interval = row.interval
+    if not row.is_tested or row.p is None or row.p > ALPHA or not row.difference or not interval:
+        return 0
+    return 1 if (row.difference > 0) == bool(row.higher_is_better) else -1
+
+
+def _within(row: TableRow) -> Within:
+    """What is shown about the margin."""
+    if row.p_margin is None:
+        return ""
+    not_worse, not_better = (p <= ALPHA for p in row.p_margin)
+    if not_worse and not_better:
+        return "equivalent"
+    return "not worse" if not_worse else "not better" if not_better else ""
+
+
+# ---- The text ----
+
+
+def _sentence(claim: Claim) -> str:
+    row = claim.row
+    first, second, where = row.first, row.second, where_text(row)
+    if claim.verdict == "not tested":
+        return f"{first} and {second} are not tested on {where}: {row.aside}."
+    if claim.descriptive and row.test is not None:
+        kind = claim.descriptive.partition(":")[0]
+        return f"{kind}: {first} and {second} on {where}: {_values(row)}, no verdict."
+    if claim.verdict == "no verdict":
+        why = _inside(claim.stopped_by[0].title) if claim.stopped_by else row.why_not
+        shown = f" ({_values(row)})" if row.first_value is not None else ""
+        return f"No verdict about {first} and {second} on {where}{shown}: {why}."
+    numbers = f"{_values(row)}, {_evidence(row)}"
+    if claim.verdict == "not shown":
+        return _not_shown(claim, numbers)
+    inside = " The difference lies within the margin." if claim.within == "equivalent" else ""
+    if claim.verdict in ("higher", "lower"):
+        score = "scored better" if claim.verdict == "higher" else "scored worse"
+        why = (
+            "Both are trainings of one recipe, so chance alone took them apart."
+            if claim.one_recipe
+            else "One training each: this is about these two models, and another seed may turn it."
+        )
+        return f"The {first} run {score} than the {second} run on {where}: {numbers}.{inside} {why}"
+    return f"{first} is {claim.verdict} than {second} on {where}: {numbers}.{inside}{_cause(claim)}"
+
+
+def _not_shown(claim: Claim, numbers: str) -> str:
+    row = claim.row
+    first, second, where = row.first, row.second, where_text(row)
+    margin = difference_text(row.margin, row.unit, signed=False)
+    if row.head_to_head and row.margin is not None:
+        margin = f"{margin} of an even win rate"
+    models = " One training each: this is about these two models." * (row.trainings == (1, 1))
+    if claim.within == "equivalent":
+        return f"{first} and {second} are equivalent within {margin} on {where}: {numbers}.{models}"
+    if claim.within:
+        word = "worse" if claim.within == "not worse" else "better"
+        what = f"{first} is not {word} than {second} by more than {margin} on {where}"
+        return f"{what}: {numbers}.{models}"
+    alone = row.test.p if row.test else 1.0
+    if alone <= ALPHA:
+        return (
+            f"Not enough for a verdict about {first} and {second} on {where}: {numbers}."
+            f" Alone it has {p_text(alone)}; this table has {count(row.tests, 'test')}."
+        )
+    power = ""
+    if row.mde is not None:
+        size = difference_text(row.mde, row.unit, signed=False)
+        what = (
+            "a win rate that far from 50%" if row.head_to_head else "a true difference that large"
+        )
+        power = f" It finds {size} in 80% of studies ({what})."
+    return f"No difference shown between {first} and {second} on {where}: {numbers}.{power}"
+
+
+def _cause(claim: Claim) -> str:
+    row = claim.row
+    if claim.no_cause:
+        return f" No cause is named: {claim.no_cause}."
+    own = [one for one in claim.cause if one.level == "cause"]
+    if not own:
+        return ""
+    what = sentence_list([one.text for one in own], 4)
+    verb, whose = ("differs", "its") if len(own) == 1 else ("differ", "their joint")
+    tuned = [one.text for one in claim.cause if one.level == "tuned"]
+    best = f", each at its best {sentence_list(tuned)}" if tuned else ""
+    seeds = count(min(row.trainings), "training seed")
+    return f" Only {what} {verb} between them{best}, so this is {whose} effect over {seeds}."
+
+
+def where_text(row: TableRow) -> str:
+    """Return the metric of a row inside a sentence."""
+    if row.head_to_head:
+        return f"{row.label}, head to head"
+    opponent = "the reference answers" if row.opponent == "reference" else row.opponent
+    return f"{row.label} against {opponent}" if opponent else row.label
+
+
+def effect_text(row: TableRow) -> str:
+    """Return the effect of a row: a difference, head to head the win rate."""
+    if row.head_to_head:
+        return metric_text(row.first_value, row.unit)
+    return difference_text(row.difference, row.unit)
+
+
+def limits_text(row: TableRow) -> str:
+    """Return the interval of `effect_text`; nothing where there is none."""
+    interval = row.interval
+    if interval is None:
+        return ""
+    if row.head_to_head:
+        return interval_text((interval[0] + 0.5, interval[1] + 0.5), row.unit, signed=False)
+    return interval_text(interval, row.unit)
+
+
+def _values(row: TableRow) -> str:
+    if row.head_to_head:
+        return f"win rate {effect_text(row)} {limits_text(row)}".strip()
+    both = " against ".join(
+        metric_text(value, row.unit) for value in (row.first_value, row.second_value)
+    )
+    if row.test is None:
+        return both
+    return f"{both}, difference {effect_text(row)} {limits_text(row)}".strip()
+
+
+def _evidence(row: TableRow) -> str:
+    assert row.test is not None
+    corrected = f"{p_text(row.p)} (Holm)" if row.tests > 1 else p_text(row.p)
+    n = count(row.test.resolved.questions, "row" if row.suite == "heldout_loss" else "question")
+    unresolved = f", {row.test.unresolved} without a verdict" if row.test.unresolved else ""
+    seeds = [trainings for trainings in row.trainings if trainings]
+    trained = (
+        f", {count(max(seeds), 'training')} each" if len(seeds) == 2 and max(seeds) > 1 else ""
+    )
+    return f"{corrected}, n = {n}{unresolved}{trained}"
+
+
+def _inside(title: str) -> str:
+    """A title inside a sentence: its first word small unless it is a name."""
+    starts = ("The ", "All ", "Different ", "Nobody ")
+    return title[0].lower() + title[1:] if title.startswith(starts) else title

@@ -1,0 +1,261 @@
+"""What differs between two arms: keys of their recipes, and what their runs recorded.
+
+Each difference has a level. A `cause` is a key that a factor declares, `tuned` a key of which each
+arm has its best value of one grid, a `confound` anything else that may change what is learnt, and a
+`note` what changes no result. Without a study nothing is declared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from recipes_lib.analysis.aims import Design
+from recipes_lib.analysis.runs import Arm, Run
+from recipes_lib.analysis.text import setting_text
+from recipes_lib.config.vocabulary import subschema
+from recipes_lib.core.fingerprints import hash_of
+from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.training.resume_guard import FREE_KEYS, flatten
+
+Level = Literal["cause", "tuned", "confound", "note"]
+Values = Mapping[str, Any]  # by dotted key
+SEED = "train.seed"
+EXAMPLES_PER_STEP = "launch.examples_per_step"
+OF_RUN = ("run.name", "run.notes", "run.tags")  # they say nothing of what is learnt
+_BEST = "train.load_best_model_at_end"
+_CHECKPOINT_CHOICE = ("eval_steps", "save_steps", "eval_strategy", "save_strategy", "eval_on_start")
+# They decide how the same mathematics is cut into pieces, or where a job runs.
+_SAME_MATHEMATICS = (
+    "train.activation_checkpointing",
+    "train.activation_checkpointing_kwargs",
+    "train.gradient_checkpointing",
+    "train.gradient_checkpointing_kwargs",
+    "train.per_device_train_batch_size",
+    "train.per_device_eval_batch_size",
+    "train.gradient_accumulation_steps",
+    "train.eval_accumulation_steps",
+    "train.ddp_find_unused_parameters",
+    "train.torch_compile",
+    "launch.accelerate",
+    "launch.gpus",
+    "launch.nodes",
+)
+_OF_BATCH = (
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+    "launch.world_size",
+)
+_GLOBAL_BATCH = "run.global_batch_size"
+_DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters")
+_LAUNCH = ("launch", "launch.accelerate", "launch.gpus", "launch.world_size")
+_OF_STEPS = (
+    *_DATA,
+    *_OF_BATCH,
+    _GLOBAL_BATCH,
+    "train.num_train_epochs",
+    "train.max_steps",
+    "train.max_length",
+    "train.packing",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that two arms have differently."""
+
+    what: str
+    first: str
+    second: str
+    level: Level
+
+    def line(self, first: str, second: str) -> str:
+        """Return the difference with the arms' names."""
+        return f"{self.what}: {first} {self.first}, {second} {self.second}"
+
+    @property
+    def text(self) -> str:
+        """The difference inside a sentence."""
+        return f"{self.what} ({self.first} against {self.second})"
+
+
+def differences(first: Arm, second: Arm, design: Design | None = None) -> list[Difference]:
+    """Return what differs between two trained arms, first the recipes' keys."""
+    if first.is_base or second.is_base:
+        return []
+    one, other = (_with_batch(arm_values(arm, design)) for arm in (first, second))
+    found = _of_recipes(one, other, design) if one and other else []
+    for read, keys in _FACTS:
+        if design is not None and design.declares(*keys):
+            continue
+        mine, theirs = (_recorded(arm, read) for arm in (first, second))
+        for what in (what for what in mine if what in theirs and mine[what] != theirs[what]):
+            found.append(Difference(what, mine[what], theirs[what], "confound"))
+    return found
+
+
+def arm_values(arm: Arm, design: Design | None) -> Values:
+    """Return the values of an arm by dotted key: as the study resolves them, else as recorded."""
+    if design is not None and design.values.get(arm.name):
+        return design.values[arm.name]
+    resolved = [run.resolved for run in arm.runs if run.resolved]
+    if not resolved:
+        return {}
+    values = {key: value for key, value in flatten(dict(resolved[0])).items() if key not in OF_RUN}
+    world_size = (arm.runs[0].state.get("guard") or {}).get("launch.world_size")
+    if world_size is not None:
+        values["launch.world_size"] = world_size
+    seeds = sorted({run.seed for run in arm.runs if run.seed is not None})
+    if len(seeds) > 1:
+        values[SEED] = seeds
+    return values
+
+
+def _of_recipes(one: Values, other: Values, design: Design | None) -> list[Difference]:
+    keys = [key for key in dict.fromkeys([*one, *other]) if _value(key, one) != _value(key, other)]
+    return [
+        Difference(
+            key,
+            setting_text(_value(key, one)),
+            setting_text(_value(key, other)),
+            _level(key, one, other, design),
+        )
+        for key in keys
+        if not key.startswith("tune.")
+    ]
+
+
+def _level(key: str, one: Values, other: Values, design: Design | None) -> Level:
+    if not changes_result(key, one, other):
+        return "note"
+    grid = f"tune.{key}"
+    if grid in one and one.get(grid) == other.get(grid):
+        return "tuned"
+    if design is None:
+        return "confound"
+    if key != EXAMPLES_PER_STEP:
+        return "cause" if design.factor_of(key) else "confound"
+    sources = [
+        source for source in (_GLOBAL_BATCH, *_OF_BATCH) if one.get(source) != other.get(source)
+    ]
+    return "cause" if sources and all(map(design.factor_of, sources)) else "confound"
+
+
+def changes_result(key: str, one: Values, other: Values) -> bool:
+    """Return whether a key can change what is learnt.
+
+    How often is evaluated and saved changes nothing, unless the best checkpoint is chosen among
+    those that were.
+    """
+    section, _, name = key.partition(".")
+    if key == SEED:
+        return False  # chance, and no cause
+    if section == "train" and name in _CHECKPOINT_CHOICE:
+        return bool(one.get(_BEST) or other.get(_BEST))
+    return key not in _SAME_MATHEMATICS and not (section == "train" and FREE_KEYS.match(name))
+
+
+def _with_batch(values: Values) -> Values:
+    """The values with the examples per optimizer step, which follow from several keys."""
+    if not values:
+        return values
+    if values.get(_GLOBAL_BATCH) is not None:
+        return {**values, EXAMPLES_PER_STEP: int(values[_GLOBAL_BATCH])}
+    factors = [_value(key, values) for key in _OF_BATCH]
+    if all(isinstance(factor, int) for factor in factors):
+        return {**values, EXAMPLES_PER_STEP: math.prod(factors)}
+    return values
+
+
+def _value(key: str, values: Values) -> Any:
+    """The value of a key, its default where it is absent; None in a section that is absent."""
+    section = key.partition(".")[0]
+    if values.get(key) is not None or not any(name.startswith(f"{section}.") for name in values):
+        return values.get(key)
+    schema = subschema(*key.split("."))
+    return schema.get("default") if schema else None
+
+
+# ---- What runs recorded ----
+
+_Facts = Mapping[str, Any]
+
+
+def _recorded(arm: Arm, read: Callable[[Run], _Facts]) -> dict[str, str]:
+    """What an arm's runs recorded: the values, each once."""
+    seen: dict[str, set[str]] = {}
+    for run in arm.runs:
+        for what, value in read(run).items():
+            seen.setdefault(what, set()).add(setting_text(value))
+    return {what: " and ".join(sorted(values)) for what, values in seen.items()}
+
+
+def _guard(name: str, what: str) -> Callable[[Run], _Facts]:
+    def read(run: Run) -> _Facts:
+        value = (run.state.get("guard") or {}).get(name)
+        return {} if value is None else {what: str(value)[:12]}
+
+    return read
+
+
+def base_weights(run: Run) -> _Facts:
+    """Return the hash of the weights that a training began with; of a base, of those it is."""
+    known = run.state.get("base_fingerprint")
+    known = known or (run.state.get("weights_check") or {}).get("base_fingerprint")
+    for name in ("adapter", "model"):
+        with suppress(DamagedFile):
+            record = read_object(run.folder / name / "weights_check.json")
+            known = known or record.get("base_fingerprint")
+    return {"weights of the base": str(known)[:12]} if known else {}
+
+
+def _rows(run: Run) -> _Facts:
+    return {
+        f"{name} rows": f"{part['count']} ({hash_of(sorted(map(str, part.get('ids', []))))[:12]})"
+        for name, part in run.splits.items()
+        if isinstance(part, dict) and "count" in part
+    }
+
+
+def _steps(run: Run) -> _Facts:
+    steps = (run.state.get("summary") or {}).get("steps")
+    return {} if steps is None else {"optimizer steps": steps}
+
+
+def _devices(run: Run) -> _Facts:
+    """The class of hardware: the kinds of devices, whatever their number and memory."""
+    devices = run.environment.get("devices") or []
+    kinds = sorted({str(device).partition(",")[0] for device in devices})
+    return {"hardware": "; ".join(kinds)} if kinds else {}
+
+
+def _libraries(run: Run) -> _Facts:
+    libraries = run.environment.get("libraries") or {}
+    return {name: version for name, version in libraries.items() if version}
+
+
+def _code(run: Run) -> _Facts:
+    git = run.environment.get("git") or {}
+    changes = f" with changes of {run.name}" if git.get("dirty") else ""
+    return {"code": f"{str(git['commit'])[:12]}{changes}"} if git.get("commit") else {}
+
+
+# What is read of a run, and the keys by which a factor declares it.
+_FACTS: tuple[tuple[Callable[[Run], _Facts], tuple[str, ...]], ...] = (
+    (_guard("data_fingerprint", "training data"), _DATA),
+    (base_weights, ("model", "model.name_or_path", "model.revision")),
+    (_rows, _DATA),
+    (
+        _guard("prompt_format_hash", "prompt format"),
+        ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs"),
+    ),
+    (_guard("launch.world_size", "processes"), _LAUNCH),
+    (_guard("launch.distribution", "distribution"), _LAUNCH),
+    (_steps, _OF_STEPS),
+    (_devices, ()),
+    (_libraries, ()),
+    (_code, ()),
+)

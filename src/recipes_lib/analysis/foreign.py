@@ -1,0 +1,286 @@
+"""Results of other programs as arms: a folder of lm-eval with its samples, and annotations of
+alpaca_eval. Nothing is written; what the files do not say is not made up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.analysis.runs import Run
+from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.fingerprints import digest_of
+from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.evals.log import AnswerFacts, EvalLog, JudgeFacts, Metric, Sample, with_groups
+
+_NO_METRICS = ("alias", "name", "sample_len", "sample_count")
+# Metrics of lm-eval that are means of values between 0 and 1.
+_SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
+_MODEL = re.compile(r"^(pretrained|peft|path|model|tokenizer|delta|revision)=")
+_AGAIN = "run lm-eval again with --log_samples and --output_path"
+
+
+def read_foreign(path: Path) -> Run | None:
+    """Return what a folder or a file of another program holds; None where it is none.
+
+    Raises:
+        DataError: it is one, and damaged or not complete.
+    """
+    if path.is_dir():
+        results = sorted(path.glob("results*.json")) or sorted(path.glob("*/results*.json"))
+        if results:
+            return _lm_eval(path, results[-1])
+        annotations = sorted(path.glob("annotations*.json"))
+        return _alpaca_eval(annotations[0]) if annotations else None
+    if not path.is_file() or path.suffix != ".json":
+        return None
+    content = _json(path)
+    if isinstance(content, Mapping) and "results" in content and "configs" in content:
+        return _lm_eval(path.parent, path)
+    rows = isinstance(content, list) and bool(content) and isinstance(content[0], Mapping)
+    if rows and {"instruction", "preference", "output_2"} <= content[0].keys():
+        return _alpaca_eval(path)
+    raise DataError(
+        "neither results of lm-eval nor annotations of alpaca_eval",
+        "lm-eval: the folder of --output_path; alpaca_eval: its annotations.json",
+        file=path,
+    )
+
+
+def _json(path: Path) -> Any:
+    refuse_pipe(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"is no JSON: {error}", file=path) from None
+
+
+def _run(name: str, folder: Path, log: EvalLog) -> Run:
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or folder.name
+    return Run(clean, folder, state={"kind": "answers"}, evals=(log,), foreign=True)
+
+
+# ---- alpaca_eval ----
+
+
+def _alpaca_eval(path: Path) -> Run:
+    """Annotations: preference 1 is the first output, 2 the second, 0 and 1.5 a draw, anything
+    between them a weighted verdict.
+    """
+    rows = _json(path)
+    names = {key: {str(row.get(key)) for row in rows} for key in ("generator_2", "annotator")}
+    for key, values in names.items():
+        if len(values) > 1:
+            what = f"holds several of {key}: {', '.join(sorted(values)[:3])}"
+            raise DataError(what, "one file is one model and one judge", file=path)
+    rivals = sorted({str(row.get("generator_1") or "reference") for row in rows})
+    samples = []
+    for number, row in enumerate(rows, 1):
+        try:
+            samples.append(_annotation(row))
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"annotation {number} cannot be read: {type(error).__name__} {error}"
+            raise DataError(what, file=path) from None
+    if len({sample.id for sample in samples}) < len(samples):
+        raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
+    model, judge = min(names["generator_2"]), min(names["annotator"])
+    metric = _metric(
+        "win_rate", "AlpacaEval win rate", samples, path, opponent=" and ".join(rivals)
+    )
+    log = EvalLog(
+        suite="alpaca_eval",
+        eval="alpaca_eval",
+        target=model,
+        against=metric.opponent,
+        n=len(samples),
+        metrics=(metric,),
+        answers=AnswerFacts(name=model, models=(model,)),
+        judge=JudgeFacts(name=judge, fingerprint=judge, model=judge),
+        notes=("each pair was judged once, its order at random",),
+        source="alpaca_eval",
+        file=path,
+    )
+    return _run(model, path.parent, log)
+
+
+def _annotation(row: Mapping[str, Any]) -> Sample:
+    preference = None if row["preference"] is None else float(row["preference"])
+    if preference is not None and preference != 0 and not 1 <= preference <= 2:
+        raise ValueError(f"preference {preference}")
+    value = None if preference is None else 0.5 if preference == 0 else preference - 1
+    outcomes = {None: "unresolved", 1.0: "win", 0.5: "tie", 0.0: "loss"}
+    answer, opponent = str(row["output_2"]), str(row["output_1"])
+    return Sample(
+        id=hashlib.sha256(str(row["instruction"]).encode("utf-8", "replace")).hexdigest()[:16],
+        category=str(row.get("dataset") or "all"),
+        value=value,
+        outcome=outcomes.get(value, "scored"),
+        lengths=(len(answer), len(opponent)),
+        input=str(row["instruction"]),
+        answer=answer,
+        opponent=opponent,
+    )
+
+
+def _metric(name: str, label: str, samples: Sequence[Sample], file: Path, **values: Any) -> Metric:
+    known = [sample.value for sample in samples if sample.value is not None]
+    values.setdefault("value", sum(known) / len(known) if known else None)
+    values.setdefault("eval", "alpaca_eval")
+    values.setdefault("suite", values["eval"])
+    return Metric(name, label, tuple(samples), n=len(known), file=file, **values)
+
+
+# ---- lm-eval ----
+
+
+def _lm_eval(folder: Path, path: Path) -> Run:
+    """The results of one lm-eval command, with the samples of the same date."""
+    content = _json(path)
+    if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
+        raise DataError("holds no results of lm-eval", _AGAIN, file=path)
+    stamp = path.stem.removeprefix("results")
+    metrics = list(with_groups(list(_tasks(content, path, stamp))))
+    if not any(metric.samples for metric in metrics):
+        raise DataError("no samples lie beside it, so nothing can be paired", _AGAIN, file=path)
+    config = content.get("config") or {}
+    arguments = _arguments(config.get("model_args"))
+    model = str(content.get("model_name") or arguments.get("pretrained") or path.parent.name)
+    settings = {key: config.get(key) for key in ("limit", "gen_kwargs") if config.get(key)}
+    free = {key: value for key, value in arguments.items() if not _MODEL.match(f"{key}=")}
+    facts = {
+        "lm_eval": content.get("lm_eval_version"),
+        "transformers": content.get("transformers_version"),
+        "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)),
+        "chat template": content.get("chat_template_sha") or "none",
+        "prompts": digest_of(sorted(_prompts(path, stamp)))[:12],
+    }
+    log = EvalLog(
+        suite="lm_eval",
+        eval="lm_eval",
+        target=model,
+        n=sum(metric.n for metric in metrics if not metric.parts),
+        subset=f"limit {config['limit']}" if config.get("limit") else None,
+        metrics=tuple(metrics),
+        answers=AnswerFacts(name=model, models=(model,), dtype=free.get("dtype")),
+        recipe={"suite": settings},
+        libraries={key: value for key, value in facts.items() if value},
+        git={"commit": content.get("git_hash")},
+        source="lm-eval",
+        file=path,
+    )
+    return _run(model, folder, log)
+
+
+def _arguments(text: Any) -> dict[str, str]:
+    """lm-eval's model_args, a text or a mapping."""
+    if isinstance(text, Mapping):
+        return {str(key): str(value) for key, value in text.items()}
+    parts = (part.partition("=") for part in str(text or "").split(",") if "=" in part)
+    return {key.strip(): value.strip() for key, _, value in parts}
+
+
+def _sample_files(path: Path, stamp: str) -> dict[str, Path]:
+    """The file of samples of each task, those of the same command."""
+    files = sorted(path.parent.glob(f"samples_*{stamp}.jsonl"))
+    return {file.stem.removeprefix("samples_").removesuffix(stamp): file for file in files}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                row["doc_id"]
+            except (ValueError, KeyError, TypeError):
+                raise DataError("is no sample of lm-eval", _AGAIN, file=path, line=number) from None
+            yield row
+
+
+def _prompts(path: Path, stamp: str) -> Iterator[str]:
+    for file in _sample_files(path, stamp).values():
+        for row in _rows(file):
+            yield f"{row['doc_id']} {row.get('prompt_hash')}"
+
+
+def _tasks(content: Mapping[str, Any], path: Path, stamp: str) -> Iterator[Metric]:
+    """Yield one metric per task, metric and filter."""
+    files = _sample_files(path, stamp)
+    subtasks = content.get("group_subtasks") or {}
+    for task, values in content["results"].items():
+        parts = tuple(_below(task, subtasks))
+        samples = list(_rows(files[task])) if task in files else []
+        higher = (content.get("higher_is_better") or {}).get(task) or {}
+        for key, value in values.items():
+            name, _, pipeline = key.partition(",")
+            if name in _NO_METRICS or "_stderr" in name or not isinstance(value, int | float):
+                continue
+            mine = [row for row in samples if row.get("filter", "none") == pipeline]
+            items = [item for row in mine if (item := _item(row, name, task))]
+            kept = items if _is_mean(items, value) else []
+            share = bool(_SHARE.search(name)) and 0 <= value <= 1
+            yield _metric(
+                name if pipeline in ("none", "") else f"{name},{pipeline}",
+                f"{task} {name}" if pipeline in ("none", "") else f"{task} {name}, {pipeline}",
+                kept,
+                path,
+                eval="lm_eval",
+                task=task,
+                unit="share" if share else "number",
+                higher_is_better=higher.get(name),
+                value=float(value),
+                parts=parts,
+                num_fewshot=(content.get("n-shot") or {}).get(task),
+                version=str((content.get("versions") or {}).get(task)),
+            )
+
+
+def _below(group: str, subtasks: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for task in subtasks.get(group) or ():
+        if task != group:
+            yield task
+            yield from _below(task, subtasks)
+
+
+def _is_mean(items: Sequence[Sample], value: float) -> bool:
+    """Whether a metric is the mean of its samples, and not a perplexity or a corpus score."""
+    values = [item.value or 0.0 for item in items]
+    return bool(values) and abs(sum(values) / len(values) - value) <= 1e-6
+
+
+def _item(row: Mapping[str, Any], metric: str, task: str) -> Sample | None:
+    value = row.get(metric)
+    if not isinstance(value, int | float):
+        return None
+    doc = row.get("doc") or {}
+    return Sample(
+        id=f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
+        category=str(doc.get("subject") or doc.get("category") or task),
+        value=float(value),
+        outcome={1.0: "right", 0.0: "wrong"}.get(float(value), "scored"),
+    )
+
+
+def unique_names(runs: Sequence[Run]) -> dict[str, Run]:
+    """Return runs by name; two of one name are told apart by their folders.
+
+    Raises:
+        RecipeError: one is named twice.
+    """
+    by_name: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        by_name[run.name].append(run)
+    found: dict[str, Run] = {}
+    for run in runs:
+        name = run.name if len(by_name[run.name]) == 1 else f"{run.name}-{run.folder.name}"
+        if name in found:
+            hint = "a run compared with itself shows nothing"
+            raise RecipeError(f"'{name}' is named twice", hint)
+        found[name] = run
+    return found

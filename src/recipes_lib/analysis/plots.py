@@ -1,0 +1,141 @@
+"""The two figures of a report as SVG: differences with their intervals, and training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from recipes_lib.analysis.claims import Claim, where_text
+from recipes_lib.analysis.runs import Arms
+from recipes_lib.analysis.text import difference_text, plain_number
+from recipes_lib.core.terminal import printable
+
+WIDTH, LEFT, RIGHT, LINE = 760, 330, 20, 26
+MOST_ROWS = 40
+COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
+_CURVES = {
+    "loss": "training loss",
+    "eval_loss": "validation loss",
+    "learning_rate": "learning rate",
+    "tokens_per_second": "tokens per second",
+}
+
+
+def forest(claims: Sequence[Claim]) -> str:
+    """Return every tested difference with its 95% interval, a panel for each unit; nothing where
+    there is none.
+    """
+    shown = [claim for claim in claims if claim.row.interval and not claim.row.aside][:MOST_ROWS]
+    parts: list[str] = []
+    top = 0
+    for unit in dict.fromkeys(claim.row.unit for claim in shown):
+        mine = [claim for claim in shown if claim.row.unit == unit]
+        ends = [end for claim in mine for end in claim.row.interval or ()]
+        reach = max(abs(end) for end in ends) * 1.05 or 1.0
+        middle, half = LEFT + (WIDTH - LEFT - RIGHT) / 2, (WIDTH - LEFT - RIGHT) / 2
+        height = LINE * len(mine)
+        parts.append(_line(middle, top + 4, middle, top + height + 4, "#999"))
+        for number, claim in enumerate(mine):
+            parts += _forest_row(claim, top + LINE * number + LINE / 2 + 4, middle, half / reach)
+        top += height + 8
+        for value, anchor in ((-reach, "start"), (0.0, "middle"), (reach, "end")):
+            place = middle + value * half / reach
+            parts.append(_text(place, top + 12, difference_text(value, unit), anchor, 11))
+        top += 30
+    return _svg(WIDTH, top, parts, "differences with 95% intervals") if shown else ""
+
+
+def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str]:
+    row = claim.row
+    low, high = row.interval or (0.0, 0.0)
+    color = {"better": "#2c7a43", "worse": "#b03a1e"}.get(claim.verdict, "#555")
+    label = f"{row.first} − {row.second}: {where_text(row)}"
+    label = label if len(label) <= 52 else f"{label[:51]}…"
+    x = middle + (row.difference or 0.0) * scale
+    return [
+        _text(LEFT - 12, y + 4, label, "end", 12, bold=row.primary),
+        _line(middle + low * scale, y, middle + high * scale, y, color, 2),
+        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>',
+    ]
+
+
+def curves(arms: Arms) -> str:
+    """Return the training curves of all runs, a panel for each kind; nothing without one."""
+    colors = {arm.name: COLORS[number % len(COLORS)] for number, arm in enumerate(arms)}
+    panels = [
+        (title, series)
+        for name, title in _CURVES.items()
+        if (
+            series := [
+                (arm.name, run.curves[name].shown())
+                for arm in arms
+                for run in arm.runs
+                if name in run.curves
+            ]
+        )
+    ]
+    if not panels:
+        return ""
+    width, height, parts = 370, 200, []
+    for number, (title, series) in enumerate(panels):
+        x, y = (number % 2) * (width + 20), (number // 2) * (height + 50) + 20
+        parts.append(_text(x, y - 6, title, "start", 12, bold=True))
+        parts += _panel(series, colors, x, y, width, height)
+    rows = (len(panels) + 1) // 2
+    bottom = rows * (height + 50) + 10
+    trained = [arm.name for arm in arms if any(run.curves for run in arm.runs)]
+    for number, name in enumerate(trained[:8]):
+        x, y = (number % 4) * 190, bottom + 20 * (number // 4)
+        parts.append(_line(x, y, x + 18, y, colors[name], 3))
+        parts.append(_text(x + 24, y + 4, name, "start", 11))
+    return _svg(WIDTH, bottom + 40, parts, "training curves by optimizer step")
+
+
+def _panel(
+    series: Sequence[tuple[str, list[tuple[float, float]]]],
+    colors: dict[str, str],
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+) -> list[str]:
+    points = [point for _, line in series for point in line]
+    last = max(step for step, _ in points) or 1
+    low, high = min(value for _, value in points), max(value for _, value in points)
+    span = (high - low) or abs(high) or 1.0
+    parts = [
+        _line(x, y + height, x + width, y + height, "#999"),
+        _line(x, y, x, y + height, "#999"),
+        _text(x + 4, y + 12, plain_number(high, 4 if high < 10 else 0), "start", 10),
+        _text(x + 4, y + height - 4, plain_number(low, 4 if high < 10 else 0), "start", 10),
+        _text(x + width, y + height + 14, f"step {last:,.0f}", "end", 10),
+    ]
+    for name, line in series:
+        path = " ".join(
+            f"{x + width * step / last:.1f},{y + height - height * (value - low) / span:.1f}"
+            for step, value in line
+        )
+        parts.append(
+            f'<polyline points="{path}" fill="none" stroke="{colors[name]}" stroke-width="1.4"/>'
+        )
+    return parts
+
+
+def _text(x: float, y: float, text: str, anchor: str, size: int, bold: bool = False) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="{size}"{weight}>'
+        f"{escape(printable(text))}</text>"
+    )
+
+
+def _line(x: float, y: float, x2: float, y2: float, color: str, width: float = 1) -> str:
+    ends = f'x1="{x:.1f}" y1="{y:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+    return f'<line {ends} stroke="{color}" stroke-width="{width}"/>'
+
+
+def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img"'
+        f' aria-label="{escape(title)}" font-family="sans-serif" fill="#222">{"".join(parts)}</svg>'
+    )

@@ -1,0 +1,76 @@
+"""A conclusion as lines of text: what the terminal shows, and report.md."""
+
+from __future__ import annotations
+
+from recipes_lib.analysis.checks import Finding
+from recipes_lib.analysis.claims import Claim, Conclusion, effect_text, limits_text, where_text
+from recipes_lib.analysis.text import NONE, interval_text, metric_text, p_text
+from recipes_lib.core.terminal import aligned, printable
+
+
+def conclusion_lines(conclusion: Conclusion) -> list[str]:
+    """Return the answer, what cannot be said, the table by pairs of arms, and the findings."""
+    lines = [printable(sentence) for sentence in conclusion.answer]
+    if not conclusion.claims:
+        lines = score_lines(conclusion)
+    if conclusion.cannot_say:
+        lines += ["", "What cannot be said:"]
+        lines += [f"- {printable(line)}" for line in conclusion.cannot_say]
+    pairs = list(dict.fromkeys(claim.row.arms for claim in conclusion.claims))
+    for pair in pairs:
+        claims = [claim for claim in conclusion.claims if claim.row.arms == pair]
+        lines += ["", f"{pair[0]} against {pair[1]}", *pair_lines(claims)]
+    return [*lines, *finding_lines(conclusion.findings)]
+
+
+def pair_lines(claims: list[Claim]) -> list[str]:
+    """Return the table of one pair of arms."""
+    first, second = claims[0].row.arms
+    table = [("metric", first, second, "effect [95%]", "p (Holm)", "n", "verdict", "")]
+    for claim in claims:
+        row = claim.row
+        test = row.test
+        unresolved = f" ({test.unresolved} open)" if test and test.unresolved else ""
+        p = p_text(row.p).removeprefix("p ").removeprefix("= ") if row.is_tested else NONE
+        table.append(
+            (
+                where_text(row) + " (primary)" * row.primary,
+                metric_text(row.first_value, row.unit),
+                metric_text(row.second_value, row.unit),
+                f"{effect_text(row)} {limits_text(row)}".strip(),
+                p,
+                f"{row.n:,}{unresolved}" if test else NONE,
+                claim.says,
+                ", ".join(row.flags),
+            )
+        )
+    return [f"  {line}".rstrip() for line in aligned(table)]
+
+
+def score_lines(conclusion: Conclusion) -> list[str]:
+    """Return the scores of arms that have nothing to be compared with."""
+    table = [("run", "metric", "value [95%]", "n", "without a verdict")]
+    for score in conclusion.table.scores:
+        opponent = f" against {score.opponent}" if score.opponent else ""
+        limits = interval_text(score.interval, score.unit, signed=False)
+        value = f"{metric_text(score.value, score.unit)} {limits}".removesuffix(f" {NONE}")
+        table.append(
+            (score.arm, score.label + opponent, value, f"{score.n:,}", str(score.unresolved))
+        )
+    return aligned(table)
+
+
+def finding_lines(findings: tuple[Finding, ...]) -> list[str]:
+    """Return the findings with their remedies; the evidence is in the report and in --json."""
+    lines = [""] if findings else []
+    for finding in findings:
+        lines.append(f"{finding.severity}: {printable(finding.title)}")
+        if finding.severity != "note" and finding.remedy:
+            lines.append(f"  {printable(finding.remedy)}")
+    return lines
+
+
+def report_markdown(conclusion: Conclusion) -> str:
+    """Return report.md: the question, the answer, and the table as it stands in the terminal."""
+    body = "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion))
+    return f"# {' '.join(printable(conclusion.question).split())}\n\n{body}\n"

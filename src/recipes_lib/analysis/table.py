@@ -1,0 +1,601 @@
+"""The tested table: every two arms on every metric that both have, and every arm's own scores.
+
+A row is the paired difference of two arms on the same questions. Head to head it is the first arm's
+win rate against one half. What cannot be tested says why. No sentence is written here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipes_lib.analysis.aims import SCALES, Aims, is_named
+from recipes_lib.analysis.runs import Arm, Arms, Run, question_of
+from recipes_lib.analysis.stats import (
+    ALPHA,
+    Comparison,
+    Limits,
+    adjust,
+    compare,
+    estimate,
+    mean_interval,
+    wilson,
+)
+from recipes_lib.analysis.text import count
+from recipes_lib.evals.log import Metric
+
+FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
+FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
+MANY_TESTS, FEWEST_OF_MANY = 20, 30
+Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
+Item = tuple[str, int, int]  # question, turn, draw
+Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training
+Values: TypeAlias = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableRow:
+    """Two arms on one metric. `why_not` says why a row has no verdict, `aside` why it is shown and
+    not tested; `trainings` are those of each arm that it is of, 0 of a model not trained here.
+
+    `p` and `p_margin` (of not being worse, of not being better) are corrected over the table, `mde`
+    is the difference that the row finds with 80% probability.
+    """
+
+    metric: str
+    label: str
+    eval: str
+    suite: str
+    first: str
+    second: str
+    unit: str
+    higher_is_better: bool | None
+    opponent: str | None = None
+    head_to_head: bool = False
+    first_value: float | None = None
+    second_value: float | None = None
+    test: Comparison | None = None
+    n: int = 0
+    trainings: tuple[int, int] = (0, 0)
+    why_not: str = ""
+    aside: str = ""
+    primary: bool = False
+    margin: float | None = None
+    p: float | None = None
+    p_margin: Limits | None = None
+    mde: float | None = None
+    tests: int = 0
+    flags: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+
+    @property
+    def arms(self) -> tuple[str, str]:
+        """Both arms."""
+        return self.first, self.second
+
+    @property
+    def is_tested(self) -> bool:
+        """Whether the row is one of the tests of the table."""
+        return self.test is not None and not self.why_not and not self.aside
+
+    @property
+    def difference(self) -> float | None:
+        """The first arm minus the second; head to head its win rate minus one half."""
+        return self.test.resolved.value if self.test else None
+
+    @property
+    def interval(self) -> Limits | None:
+        """The 95% interval of the difference."""
+        return self.test.interval() if self.test else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as plain values."""
+        values = asdict(replace(self, test=None))
+        test, interval = self.test, self.interval
+        del values["test"]
+        return values | {
+            "difference": self.difference,
+            "low": interval[0] if interval else None,
+            "high": interval[1] if interval else None,
+            "p_alone": test.p if test and self.is_tested else None,
+            "questions": test.resolved.questions if test else None,
+            "unresolved": test.unresolved if test else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One arm on one metric: the mean with its interval. `n` counts items, `unresolved` those
+    without a verdict.
+    """
+
+    arm: str
+    metric: str
+    label: str
+    opponent: str | None
+    unit: str
+    value: float | None
+    interval: Limits | None
+    n: int
+    unresolved: int
+    trainings: int
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """All rows, by pair of arms and with the primary one first, and all scores."""
+
+    rows: tuple[TableRow, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def tests(self) -> int:
+        """How many tests are corrected together."""
+        return sum(row.is_tested for row in self.rows)
+
+
+def build_table(arms: Arms, aims: Aims | None = None) -> Table:
+    """Return the tested table.
+
+    Args:
+        aims: the primary metric, margins, and what else is tested; None for everything alike.
+    """
+    aims = aims or Aims()
+    measured = {arm.name: measured_metrics(arms, arm) for arm in arms}
+    rows = [
+        row
+        for first, second in pairs_of(arms, aims)
+        for row in _rows(arms[first], arms[second], measured)
+    ]
+    rows = _with_asides(rows, arms, aims)
+    rows = _with_margins(_with_primary(_without_small(rows), aims), aims)
+    pairs = list(dict.fromkeys(row.arms for row in rows))
+    rows = sorted(
+        _corrected(rows), key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside))
+    )
+    scores = [
+        _score(arm.name, opponent, metrics, arm)
+        for arm in arms
+        for (_, opponent), metrics in measured[arm.name].items()
+    ]
+    return Table(tuple(rows), tuple(scores))
+
+
+def pairs_of(arms: Arms, aims: Aims) -> list[tuple[str, str]]:
+    """Return the pairs of arms, the later one first; those with a base model come last."""
+    pairs = []
+    for first, second in itertools.combinations(arms.by_name, 2):
+        if aims.baseline in arms.by_name and aims.baseline not in (first, second):
+            continue
+        base = arms[second].is_base and not arms[first].is_base
+        last = base or second == aims.baseline
+        pairs.append((first, second) if last else (second, first))
+    return sorted(pairs, key=lambda pair: any(arms[name].is_base for name in pair))
+
+
+def measured_metrics(arms: Arms, arm: Arm) -> dict[Key, Measured]:
+    """Return an arm's metrics by name and opponent, with the trainings that have them."""
+    found: dict[Key, Measured] = defaultdict(list)
+    for run in arm.runs:
+        for metric in run.metrics:
+            found[metric.key, arms.opponent(metric.opponent)].append((run, metric))
+    return dict(found)
+
+
+# ---- One row ----
+
+
+def _rows(
+    first: Arm, second: Arm, measured: Mapping[str, dict[Key, Measured]]
+) -> Iterator[TableRow]:
+    """Yield the rows of two arms: first what was judged head to head, then what both have."""
+    mine, theirs = measured[first.name], measured[second.name]
+    direct = set()
+    for (key, opponent), metrics in mine.items():
+        if opponent == second.name:
+            direct.add(key)
+            yield _head_to_head(first, second, metrics, turned=False)
+    for (key, opponent), metrics in theirs.items():
+        if opponent == first.name and key not in direct:
+            direct.add(key)
+            yield _head_to_head(first, second, metrics, turned=True)
+    both = {(key[0], key[2]) for key, _ in mine.keys() & theirs.keys()}  # eval and metric
+    for (key, opponent), metrics in mine.items():
+        other = theirs.get((key, opponent))
+        through_an_arm = opponent in measured
+        shown = not (through_an_arm and (key in direct or opponent in (first.name, second.name)))
+        if other and shown and (key[0], metrics[0][1].instead_of) not in both:
+            yield _side_by_side(first, second, opponent, metrics, other)
+
+
+def _row(first: Arm, second: Arm, metrics: Sequence[Metric], **values: Any) -> TableRow:
+    """A row with what its metrics say."""
+    metric = metrics[0]
+    units = {one.unit for one in metrics}
+    directions = {one.higher_is_better for one in metrics}
+    direction = directions.pop() if len(directions) == 1 else None
+    return TableRow(
+        metric=metric.name,
+        label=metric.label,
+        eval=metric.eval,
+        suite=metric.suite,
+        first=first.name,
+        second=second.name,
+        unit=metric.unit if len(units) == 1 else "number",
+        higher_is_better=direction,
+        files=_files(metrics),
+        **values,
+    )
+
+
+def _side_by_side(
+    first: Arm, second: Arm, opponent: str | None, mine: Measured, other: Measured
+) -> TableRow:
+    """Both arms on the same items; a turn that only one of them has counts as without a verdict."""
+    pairs, flags = _paired_trainings(first, second, mine, other)
+    sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    draws = [_draws(side) for side in sides]
+    if draws[0] != draws[1]:
+        flags.append(f"{count(min(draws), 'answer')} per question of {draws[0]} and {draws[1]}")
+    metrics = [*sides[0], *sides[1]]
+    asked = [{sample.id for metric in side for sample in metric.samples} for side in sides]
+    items = _items(metrics, asked[0] & asked[1], min(draws))
+    row = _row(
+        first,
+        second,
+        metrics,
+        opponent=opponent,
+        n=len(items),
+        trainings=_trainings(first, second, [run for run, _ in mine], [run for run, _ in other]),
+    )
+    if not items:
+        why = "only totals are known, not the items behind them"
+        values = [_mean_reported(side) for side in sides]
+        return replace(
+            row,
+            first_value=values[0],
+            second_value=values[1],
+            why_not="the two arms answered different questions" if all(asked) else why,
+        )
+    if len(asked[0] & asked[1]) < max(map(len, asked)):
+        flags.append(f"{len(asked[0] & asked[1])} common questions of {max(map(len, asked))}")
+    first_values, second_values = (_values(side, items) for side in sides)
+    scale = _scale(row.unit, first_values, second_values)
+    missing = int((np.isnan(first_values) | np.isnan(second_values)).any(axis=0).sum())
+    row = replace(row, flags=tuple(flags))
+    if scale is None and missing:
+        return replace(row, why_not=f"{count(missing, 'row')} without a value")
+    test = compare(first_values, second_values, _questions(metrics, items), scale)
+    known = ~(np.isnan(first_values) | np.isnan(second_values)).any(axis=0)
+    row = replace(row, test=test, first_value=_mean(first_values[:, known]))
+    row = replace(row, second_value=_mean(second_values[:, known]))
+    return replace(row, why_not=_why_not(row, bounded=scale is not None))
+
+
+def _head_to_head(first: Arm, second: Arm, measured: Measured, turned: bool) -> TableRow:
+    """The first arm's win rate against the second. `turned` where the second one was the target."""
+    target, rival = (second, first) if turned else (first, second)
+    kept = _each_training_once(measured, target, rival)
+    metrics = [metric for _, metric in kept]
+    items = _items(metrics, None, _draws(metrics))
+    values = _values(metrics, items)
+    values = 1 - values if turned else values
+    test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
+    left_out = len(measured) - len(kept)
+    trainings = tuple(0 if arm.is_base else len(kept) for arm in (first, second))
+    known = ~np.isnan(values).any(axis=0)
+    rate = _mean(values[:, known])
+    row = _row(
+        first,
+        second,
+        metrics,
+        head_to_head=True,
+        opponent=second.name,
+        first_value=rate,
+        second_value=None if rate is None else 1 - rate,
+        test=test,
+        n=len(items),
+        trainings=(trainings[0], trainings[1]),
+        flags=(f"{count(left_out, 'pair')} of trainings left out",) if left_out else (),
+    )
+    return replace(row, higher_is_better=True, why_not=_why_not(row, bounded=True))
+
+
+def _each_training_once(measured: Measured, target: Arm, rival: Arm) -> Measured:
+    """The results in which no training stands twice: two seeds against one training are not two
+    pairs of seeds.
+    """
+    kept: Measured = []
+    seen: set[tuple[str, str]] = set()
+    for run, metric in measured:
+        sides = ((target, run.name), (rival, str(metric.opponent)))
+        trained = {(arm.name, name) for arm, name in sides if not arm.is_base}
+        if not trained & seen:
+            seen |= trained
+            kept.append((run, metric))
+    return kept
+
+
+def _paired_trainings(
+    first: Arm, second: Arm, mine: Measured, other: Measured
+) -> tuple[list[tuple[Metric, Metric]], list[str]]:
+    """Pair the trainings of two arms by seed, and say what is left out. A model that was not
+    trained here stands beside every training.
+    """
+    if second.is_base or first.is_base:
+        longer = max(len(mine), len(other))
+        if len(other) == 1 and second.is_base:
+            other = other * longer
+        elif len(mine) == 1 and first.is_base:
+            mine = mine * longer
+        return [(a, b) for (_, a), (_, b) in zip(mine, other, strict=False)], []
+    by_seed = [{run.seed: metric for run, metric in side} for side in (mine, other)]
+    common = [seed for seed in by_seed[0] if seed in by_seed[1] and seed is not None]
+    if common:
+        left_out = max(len(mine), len(other)) - len(common)
+        flags = [f"{count(left_out, 'seed')} without a partner left out"] if left_out else []
+        return [(by_seed[0][seed], by_seed[1][seed]) for seed in common], flags
+    pairs = [(a, b) for (_, a), (_, b) in zip(mine, other, strict=False)]
+    left_out = max(len(mine), len(other)) - len(pairs)
+    flags = [f"{count(left_out, 'training')} left out"] if left_out else []
+    seeds = [run.seed for run, _ in (*mine[: len(pairs)], *other[: len(pairs)])]
+    if None not in seeds and not any(run.foreign for run, _ in mine):
+        flags.append("other seeds in each arm")
+    return pairs, flags
+
+
+def _trainings(
+    first: Arm, second: Arm, mine: Sequence[Run], other: Sequence[Run]
+) -> tuple[int, int]:
+    """How many trainings of each arm a row is of."""
+    fewest = min(
+        (len(runs) for arm, runs in ((first, mine), (second, other)) if not arm.is_base), default=0
+    )
+    return (0 if first.is_base else fewest, 0 if second.is_base else fewest)
+
+
+def _draws(metrics: Sequence[Metric]) -> int:
+    """How many answers per question all of these metrics have."""
+    return min(
+        (max(item.draw for item in metric.samples) for metric in metrics if metric.samples),
+        default=1,
+    )
+
+
+def _items(metrics: Sequence[Metric], questions: set[str] | None, draws: int) -> list[Item]:
+    """The items of these metrics, each once, of some questions and so many answers to each."""
+    keys = (
+        sample.key
+        for metric in metrics
+        for sample in metric.samples
+        if (questions is None or sample.id in questions) and sample.draw <= draws
+    )
+    return list(dict.fromkeys(keys))
+
+
+def _values(metrics: Sequence[Metric], items: Sequence[Item]) -> Values:
+    """The values of metrics by item; NaN where there is none."""
+    place = {item: number for number, item in enumerate(items)}
+    values = np.full((len(metrics), len(items)), np.nan)
+    for row, metric in enumerate(metrics):
+        for sample in metric.samples:
+            number = place.get(sample.key)
+            if number is not None and sample.value is not None:
+                values[row, number] = sample.value
+    return values
+
+
+def _questions(metrics: Sequence[Metric], items: Sequence[Item]) -> list[str]:
+    """The question of each item: ids of one text are one."""
+    same = question_of([sample for metric in metrics for sample in metric.samples])
+    return [same.get(item[0], item[0]) for item in items]
+
+
+def _why_not(row: TableRow, bounded: bool) -> str:
+    """Why a test cannot carry a verdict, or nothing."""
+    test = row.test
+    if test is None or row.n == 0:
+        return "there is no item to compare"
+    questions = test.resolved.questions
+    if test.unresolved == row.n:
+        return "no item has a verdict"
+    if row.higher_is_better is None:
+        return "its files do not say whether more or less of it is better"
+    if questions < FEWEST_QUESTIONS:
+        return f"{count(questions, 'question')} cannot reach p <= {ALPHA:g}, whatever they say"
+    if not bounded and questions < FEWEST_LOSSES:
+        return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
+    if not bounded and test.resolved.tail_against:
+        return "a few rows differ far more than the others, the other way"
+    if bounded and row.first_value == row.second_value and row.unit == "share":
+        ends = {0.0: "nothing", 1.0: "everything"}
+        if row.first_value in ends and not test.unresolved:
+            return f"both arms have {ends[row.first_value]} right: the questions cannot tell them"
+    return ""
+
+
+def _scale(unit: str, *values: Values) -> Limits | None:
+    """The ends of a metric's scale; the weighted items of a group of tasks may lie beyond one."""
+    scale = SCALES.get(unit)
+    seen = np.concatenate([side[~np.isnan(side)] for side in values])
+    if scale is None or not seen.size:
+        return scale
+    return min(scale[0], float(seen.min())), max(scale[1], float(seen.max()))
+
+
+def _mean(values: Values) -> float | None:
+    return float(values.mean()) if values.size else None
+
+
+def _mean_reported(metrics: Sequence[Metric]) -> float | None:
+    values = [metric.value for metric in metrics if metric.value is not None]
+    return sum(values) / len(values) if values else None
+
+
+def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys("/".join(metric.file.parts[-4:]) for metric in metrics))
+
+
+# ---- The whole table ----
+
+
+def _with_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> list[TableRow]:
+    """Return the rows with those marked that are shown and not tested: tasks below a group that is
+    tested as one mean, and further metrics of a task that is tested by another one.
+    """
+    metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
+    groups = {
+        (row.arms, row.eval, part): metrics[row.metric].task
+        for row in reversed(rows)
+        if row.is_tested
+        for part in metrics[row.metric].parts
+    }
+    first: dict[object, TableRow] = {}
+    for row in sorted(
+        (row for row in rows if row.suite == "lm_eval" and row.is_tested),
+        key=lambda row: (
+            not any(is_named(word, row.metric) for word in (aims.primary, *aims.margins) if word),
+            "acc_norm" not in row.metric,
+        ),
+    ):
+        first.setdefault(_measured_alike(row, metrics[row.metric]), row)
+    marked = []
+    for row in rows:
+        metric = metrics[row.metric]
+        group = groups.get((row.arms, row.eval, metric.task))
+        tested = first.get(_measured_alike(row, metric))
+        if group and not aims.subtasks and not aims.asks_for(metric.task):
+            row = replace(row, aside=f"it is a part of {group}, which is tested as one mean")
+        elif row.is_tested and tested is not None and tested.metric != row.metric:
+            row = replace(row, aside=f"{tested.label} is tested of the same answers")
+        marked.append(row)
+    return marked
+
+
+def _measured_alike(row: TableRow, metric: Metric) -> object:
+    """What rows of one task share whose metrics are forms of each other."""
+    name = metric.metric.partition(",")[0]
+    name = "acc" if name.startswith("acc_") else name
+    return row.arms, row.opponent, row.eval, metric.task, name
+
+
+def _without_small(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Return the rows with those of few questions left untested in a table of many tests."""
+    if sum(row.is_tested for row in rows) < MANY_TESTS:
+        return list(rows)
+    return [
+        replace(
+            row, why_not=f"{row.test.resolved.questions} questions are too few among many tests"
+        )
+        if row.is_tested and row.test and row.test.resolved.questions < FEWEST_OF_MANY
+        else row
+        for row in rows
+    ]
+
+
+def _with_primary(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
+    """Return the rows with those marked that answer the primary question: of every two arms the
+    first tested one of its metric, which is the one head to head where there is one.
+    """
+    first: dict[tuple[str, str], TableRow] = {}
+    for tested in (True, False):
+        for row in rows:
+            named = aims.primary and is_named(aims.primary, row.metric) and not row.aside
+            if named and row.is_tested == tested:
+                first.setdefault(row.arms, row)
+    return [replace(row, primary=first.get(row.arms) is row) for row in rows]
+
+
+def _with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
+    """Return the rows with their margins; one that is none of its row's metric is a flag. Head to
+    head a difference of x points between two rates is one of x / 2 from one half.
+    """
+    found = []
+    for row in rows:
+        margin = aims.margin_of(row.metric)
+        if margin and not row.aside:
+            wrong = margin.fits(row.metric, row.unit)
+            size = margin.size / 2 if row.head_to_head else margin.size
+            flags = (*row.flags, f"no margin: {wrong}") if wrong else row.flags
+            row = replace(row, margin=None if wrong else size, flags=flags)
+        found.append(row)
+    return found
+
+
+def _corrected(rows: Sequence[TableRow]) -> list[TableRow]:
+    """Return the rows with p corrected over the table, and what each would find."""
+    tested = [row for row in rows if row.is_tested]
+    adjusted = iter(
+        adjust([row.test.p for row in tested if row.test], [row.primary for row in tested])
+    )
+    primary = sum(row.primary for row in tested)
+    both = 0 < primary < len(tested)
+    found = []
+    for row in rows:
+        if row.test is None or not row.is_tested:
+            found.append(replace(row, tests=len(tested)))
+            continue
+        size = (primary if row.primary else len(tested) - primary) if both else len(tested)
+        share = (0.8 if row.primary else 0.2) if both else 1.0
+        mde = row.test.mde(ALPHA * share / size)
+        found.append(
+            replace(
+                row,
+                p=next(adjusted),
+                p_margin=_margin_ps(row, size / share),
+                mde=mde if mde < (0.5 if row.head_to_head else np.inf) else None,
+                tests=len(tested),
+            )
+        )
+    return found
+
+
+def _margin_ps(row: TableRow, factor: float) -> Limits | None:
+    """The corrected p of not being worse, and of not being better, than the margin allows."""
+    if row.margin is None or row.test is None:
+        return None
+    low, high = (min(1.0, factor * p) for p in row.test.p_within(row.margin))
+    return (low, high) if row.higher_is_better else (high, low)
+
+
+# ---- Scores ----
+
+
+def _score(arm: str, opponent: str | None, measured: Measured, whole: Arm) -> Score:
+    metrics = [metric for _, metric in measured]
+    metric = metrics[0]
+    items = _items(metrics, None, _draws(metrics))
+    values = _values(metrics, items)
+    known = ~np.isnan(values).any(axis=0)
+    table, questions = values[:, known], list(itertools.compress(_questions(metrics, items), known))
+    return Score(
+        arm=arm,
+        metric=metric.name,
+        label=metric.label,
+        opponent=opponent,
+        unit=metric.unit,
+        value=_mean(table) if items else _mean_reported(metrics),
+        interval=score_interval(table, questions, metric.unit) if table.size else None,
+        n=len(items) or metric.n,
+        unresolved=int((~known).sum()),
+        trainings=0 if whole.is_base else len(metrics),
+        files=_files(metrics),
+    )
+
+
+def score_interval(table: Values, questions: Sequence[str], unit: str) -> Limits | None:
+    """Return the 95% interval of one arm's mean: Wilson's for plain shares."""
+    scale = _scale(unit, table)
+    shares = len(table) == 1 and scale == (0.0, 1.0) and len(set(questions)) == table.shape[1]
+    if shares and np.isin(table, (0.0, 1.0)).all():
+        return wilson(float(table.sum()), table.shape[1])
+    if scale is None:
+        return estimate(table, questions).interval()
+    return mean_interval(table, questions, scale)

@@ -1,0 +1,150 @@
+"""Numbers as text, one form each: shares in percent, their differences in points, p, counts.
+Report, terminal and sentences all use these.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from recipes_lib.analysis.stats import Limits
+
+MINUS = "\N{MINUS SIGN}"
+NONE = "n/a"
+# A full sentence, a p, an interval: what states something instead of asking.
+_STATEMENT = re.compile(
+    r"[.!]\s+[A-Z][a-z]|[.!]\Z|\bp\s*[<>=\u2264\u2265]|\[\s*[+\u2212-]?\d[^\]]*,|\bCI\b"
+)
+
+
+def question_text(question: str) -> str:
+    """Return a study's question as a heading; one that states something is marked as untested.
+
+    Example:
+        >>> question_text("Is DDP vs. FSDP a wash?"), question_text("Which rate (1e-4, 2e-4)?")
+        ('Is DDP vs. FSDP a wash?', 'Which rate (1e-4, 2e-4)?')
+        >>> question_text("rank 32 beats rank 8 (p < 0.001)")
+        'Question, in the words of the study and not tested: rank 32 beats rank 8 (p < 0.001)'
+    """
+    text = " ".join(question.split())
+    asks = text.endswith("?") and not _STATEMENT.search(text)
+    return text if asks else f"Question, in the words of the study and not tested: {text}"
+
+
+def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> str:
+    """Return a plain number.
+
+    Example:
+        >>> plain_number(-0.25, 2), plain_number(0.25, 2, signed=True), plain_number(None)
+        ('−0.25', '+0.25', 'n/a')
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    text = f"{abs(value):,.{digits}f}"
+    zero = float(text.replace(",", "")) == 0
+    sign = "" if zero else MINUS if value < 0 else "+" if signed else ""
+    return sign + text
+
+
+def metric_text(value: float | None, unit: str) -> str:
+    """Return a metric's value: a share in percent.
+
+    Example:
+        >>> metric_text(0.625, "share"), metric_text(4.0, "grade")
+        ('62.5%', '4.00')
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    if unit == "share":
+        return f"{plain_number(100 * value, 1)}%"
+    return plain_number(value, _digits(value, unit))
+
+
+def difference_text(value: float | None, unit: str, signed: bool = True) -> str:
+    """Return a difference: of shares in percentage points.
+
+    Example:
+        >>> difference_text(-0.125, "share"), difference_text(0.25, "grade", signed=False)
+        ('−12.5 points', '0.25')
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    if unit == "share":
+        return f"{plain_number(100 * value, 1, signed)} points"
+    return plain_number(value, _digits(value, unit), signed)
+
+
+def interval_text(interval: Limits | None, unit: str, signed: bool = True) -> str:
+    """Return the limits of an interval in the metric's unit, without the unit's name.
+
+    Example:
+        >>> interval_text((-0.01, 0.2), "share"), interval_text(None, "share")
+        ('[−1.0, +20.0]', 'n/a')
+    """
+    if interval is None:
+        return NONE
+    low, high = interval
+    digits = _digits(max(abs(low), abs(high)), unit)
+    if unit == "share":
+        low, high, digits = 100 * low, 100 * high, 1
+    return f"[{plain_number(low, digits, signed)}, {plain_number(high, digits, signed)}]"
+
+
+def p_text(p: float | None) -> str:
+    """Return p with its sign of equality.
+
+    Example:
+        >>> p_text(0.0321), p_text(0.00001), p_text(None), p_text(1.0)
+        ('p = 0.032', 'p < 0.001', 'no p', 'p = 1')
+    """
+    if p is None:
+        return "no p"
+    if p < 0.001:
+        return "p < 0.001"
+    return "p = 1" if p >= 0.9995 else f"p = {p:.3f}"
+
+
+def count(n: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun.
+
+    Example:
+        >>> count(1, "item"), count(1200, "item"), count(2, "entry", "entries")
+        ('1 item', '1,200 items', '2 entries')
+    """
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def sentence_list(names: Sequence[str], most: int = 0) -> str:
+    """Return names as a list in a sentence, of many the first `most`.
+
+    Example:
+        >>> sentence_list(["a"]), sentence_list(["a", "b", "c"]), sentence_list(list("abcd"), 2)
+        ('a', 'a, b and c', 'a, b and 2 more')
+    """
+    shown = list(names)
+    if most and len(shown) > most:
+        shown = [*shown[:most], f"{len(shown) - most} more"]
+    *before, last = shown or [""]
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def setting_text(value: Any) -> str:
+    """Return a value of a recipe as text of at most 60 characters.
+
+    Example:
+        >>> setting_text(None), setting_text(True), setting_text(0.0002)
+        ('absent', 'true', '0.0002')
+    """
+    words = {None: "absent", True: "true", False: "false"}
+    named = value is None or isinstance(value, bool)
+    text = words[value] if named else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _digits(value: float, unit: str) -> int:
+    """Digits after the point: two for grades, three significant ones for plain numbers."""
+    if unit == "grade" or value == 0:
+        return 2
+    return max(0, min(6, 2 - math.floor(math.log10(abs(value)))))

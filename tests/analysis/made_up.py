@@ -1,0 +1,229 @@
+"""Run folders as trainings and evaluations leave them, made up: nothing was trained or judged."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.evals.log import (
+    REFERENCE,
+    SCORE,
+    AnswerFacts,
+    AnswerFaults,
+    Check,
+    EvalLog,
+    JudgeFacts,
+    Metric,
+    Sample,
+    Scorecard,
+    log_file,
+    write_log,
+)
+
+JUDGE = JudgeFacts(
+    name="prometheus-7b-v2", fingerprint="f" * 64, model="prometheus-eval/prometheus-7b-v2.0"
+)
+CARD = Scorecard(
+    judge="f" * 64,
+    asked=100,
+    checks=(
+        Check(check="swap consistency", value=0.9, n=100, needs="at least 0.6", result="pass"),
+        Check(check="agreement with labels", needs="at least 0.6"),
+    ),
+)
+CATEGORIES = ("open_qa", "closed_qa", "summarization")
+Text = Callable[[str, str], str]
+
+
+def plain_text(who: str, question: str) -> str:
+    """An answer of ordinary length."""
+    letters = random.Random(who + question).choices("abcdefghijklmnopqrstuvwxyz", k=60)
+    words = " ".join("".join(letters[start : start + 6]) for start in range(0, 60, 6))
+    return f"{who} answers question {question} as follows: {words}."
+
+
+def write_run(
+    root: Path, name: str, *, seed: int = 42, rank: int = 8, steps: int = 40, **resolved: Any
+) -> Path:
+    """Write a trained run without evaluations, and return its folder."""
+    folder = root / name
+    rng = random.Random(f"{name}{seed}")
+    summary = {
+        "steps": steps,
+        "training_rows": 1200,
+        "last_training_loss": 1.2,
+        "last_validation_loss": 1.3,
+        "seconds": 310.5,
+        "tokens_per_second": 1288.3,
+        "peak_memory_gib": 11.2,
+        "world_size": 1,
+    }
+    state = {
+        "format_version": 1,
+        "name": name,
+        "state": "finished",
+        "guard": {"data_fingerprint": "d" * 64, "prompt_format_hash": "p" * 64},
+        "summary": summary,
+    }
+    write_json(folder / "run.json", state)
+    environment = {
+        "libraries": {"torch": "2.13.0", "trl": "1.16.0"},
+        "git": {"commit": "c" * 40, "dirty": False},
+        "devices": ["NVIDIA H100 80GB HBM3, 79 GiB"],
+    }
+    write_json(folder / "environment.json", environment)
+    values = {
+        "model": {"name_or_path": "some/model", "dtype": "bfloat16"},
+        "lora": {"r": rank},
+        "train": {"seed": seed},
+    }
+    (folder / "resolved.yaml").write_text(json.dumps(values | resolved))
+    (folder / "command.txt").write_text(
+        f"recipes train recipes/some/r{rank}.yaml run.name={name}\n"
+    )
+    lines = [
+        {"step": step, "loss": 2.1 - 0.9 * step / steps + rng.gauss(0, 0.03), "learning_rate": 1e-4}
+        for step in range(1, steps + 1)
+    ]
+    write_lines(folder / "metrics.jsonl", [*lines, {"step": steps, "eval_loss": 1.3}])
+    return folder
+
+
+def write_judged(
+    folder: Path,
+    n: int,
+    *,
+    against: str = REFERENCE,
+    skill: float = 0.5,
+    flips: float = 0.1,
+    unresolved: float = 0.0,
+    text: Text = plain_text,
+    values: Sequence[float] | None = None,
+    name: str = "alpaca_eval",
+    **facts: Any,
+) -> Path:
+    """Write a pairwise comparison of a run's answers, and return its result file.
+
+    Args:
+        skill: chance that a pair is won.
+        values: the outcomes, in place of chance.
+    """
+    rng = random.Random(f"{folder.name}{against}{n}{name}")
+    outcomes = {value: outcome for outcome, value in SCORE.items()}
+    samples = []
+    for number in range(n):
+        value: float | None = 1.0 if rng.random() < skill else 0.0
+        value = 0.5 if rng.random() < flips else value
+        value = None if rng.random() < unresolved else value
+        value = values[number] if values is not None else value
+        verdicts = {1.0: ("A", "B"), 0.0: ("B", "A"), 0.5: ("A", "A"), None: ("unparsed", "A")}[
+            value
+        ]
+        question = f"q{number:05d}"
+        answer, other = text(folder.name, question), text(against, question)
+        samples.append(
+            Sample(
+                id=question,
+                category=CATEGORIES[number % len(CATEGORIES)],
+                value=value,
+                outcome="unresolved" if value is None else outcomes[value],
+                verdicts=verdicts,
+                lengths=(len(answer), len(other)),
+                input=f"What about {question}?",
+                answer=answer,
+                opponent=other,
+                raws=tuple(f"{word} is better. [RESULT] {word}" for word in verdicts),
+            )
+        )
+    metric = Metric("win_rate", "AlpacaEval win rate", tuple(samples), opponent=against)
+    facts = {"judge": JUDGE, "audit": CARD, "against": against} | facts
+    return write_eval(folder, name, "alpaca_eval", [metric], **facts)
+
+
+def write_values(
+    folder: Path,
+    values: Sequence[float | None],
+    *,
+    name: str = "checks",
+    suite: str = "checks",
+    metric: str = "pass_rate",
+    unit: Any = "share",
+    higher: bool | None = True,
+    inputs: Sequence[str] | None = None,
+    turns: int = 1,
+    **facts: Any,
+) -> Path:
+    """Write one metric with these values, a question for each (or for each `turns`)."""
+    samples = [
+        Sample(
+            id=f"q{number // turns:05d}",
+            turn=1 + number % turns,
+            value=value,
+            outcome="unresolved" if value is None else "scored",
+            input=inputs[number] if inputs else f"Question {number}?",
+        )
+        for number, value in enumerate(values)
+    ]
+    made = Metric(
+        metric, metric.replace("_", " "), tuple(samples), unit=unit, higher_is_better=higher
+    )
+    return write_eval(folder, name, suite, [made], **facts)
+
+
+def write_eval(
+    folder: Path, name: str, suite: str, metrics: Iterable[Metric], **facts: Any
+) -> Path:
+    """Write an evaluation of these metrics, and return its result file."""
+    whole = []
+    for metric in metrics:
+        values = [one.value for one in metric.samples if one.value is not None]
+        mean = sum(values) / len(values) if values else metric.value
+        whole.append(replace(metric, value=mean, n=len(values)))
+    answers = AnswerFacts(
+        name=folder.name,
+        models=("some/model",),
+        fingerprint=f"weights of {folder.name}",
+        faults=AnswerFaults(n=len(whole[0].samples) if whole else 0, cut=0),
+    )
+    against = facts.get("against")
+    log = EvalLog(
+        suite=suite,
+        eval=name,
+        target=folder.name,
+        metrics=tuple(whole),
+        recipe={"suite": {"name": suite}},
+        command=f"recipes eval evals/{name}.yaml {folder.name}",
+        file=log_file(folder, name, against),
+    )
+    log = replace(log, **({"answers": answers} | facts))
+    write_log(log)
+    return log.file
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8", errors="surrogatepass")
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def change(file: Path, how: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a JSON file."""
+    value = json.loads(file.read_text())
+    how(value)
+    file.write_text(json.dumps(value))
+
+
+def change_lines(file: Path, how: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Change every line of a JSON-lines file."""
+    rows = [how(json.loads(line)) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,213 @@
+"""The report answers first, opens offline, shows model output as text, and has every number."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from tests.analysis.made_up import (
+    change_lines,
+    plain_text,
+    write_judged,
+    write_lines,
+    write_run,
+    write_values,
+)
+
+from recipes_lib.analysis.aims import Aims, Design, TunedArm
+from recipes_lib.analysis.claims import conclude
+from recipes_lib.analysis.report import portable_command, report_html, write_report
+from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
+from recipes_lib.analysis.summary import conclusion_lines
+from recipes_lib.analysis.text import question_text
+from recipes_lib.evals.log import read_eval_log, write_log
+
+HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} </script><img src=x onerror=alert(2)> \x1b[31m"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, list[Path]]:
+    made = {}
+    for arm, rank, skill in (("r8", 8, 0.4), ("r32", 32, 0.8)):
+        folder = write_run(tmp_path, f"study--{arm}", rank=rank)
+        write_judged(folder, 60, skill=skill)
+        write_values(folder, [float(n % 10 < 10 * skill) for n in range(50)])
+        made[arm] = [folder]
+    return made
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def test_the_answer_stands_before_everything_else(folders: dict[str, list[Path]]) -> None:
+    arms = load_arms(folders)
+    conclusion = conclude(arms, Aims("win_rate"), Design("study", "Does rank matter?"))
+    page = report_html(conclusion, arms, Design("study", "Does rank matter?"))
+    places = [page.index(f'id="{name}"') for name in ("answer", "table", "findings", "training")]
+    assert places == sorted(places)
+    assert "The r32 run scored better than the r8 run" in page[places[0] : places[1]]
+    for sentence in conclusion.answer:
+        assert re.search(r"\d.*\[.*\].*n = ", sentence)  # a number, its interval, its n
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(tmp_path: Path) -> None:
+    folders = {}
+    for arm in ("a", "b"):
+        folder = write_run(tmp_path, arm)
+        write_judged(
+            folder, 30, text=lambda who, question: f"{HOSTILE} {plain_text(who, question)}"
+        )
+        change_lines(
+            folder / "evals/alpaca_eval/items.jsonl",
+            lambda row: row | {"category": HOSTILE, "raws": [HOSTILE]},
+        )
+        folders[arm] = [folder]
+    arms = load_arms(folders)
+    design = Design(HOSTILE, HOSTILE)
+    page = report_html(conclude(arms, design=design), arms, design)
+    tags = Tags(page).found
+    assert not [tag for tag in tags if tag[0] in ("img", "link", "iframe") or "src" in tag[1]]
+    assert sum(tag == "script" for tag, _ in tags) == 2 and "http://" not in page.replace(
+        "http://www.w3.org", ""
+    )
+    assert "default-src 'none'" in page and "\x1b" not in page and "49" not in page[:500]
+    assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
+
+
+def test_every_number_has_its_n_and_its_file(
+    folders: dict[str, list[Path]], tmp_path: Path
+) -> None:
+    arms = load_arms(folders)
+    conclusion = conclude(arms)
+    written = write_report(tmp_path / "report", conclusion, arms)
+    assert [path.name for path in written] == [
+        "numbers.json", "numbers.csv", "report.md", "report.html",
+    ]  # fmt: skip
+    rows = json.loads((tmp_path / "report/numbers.json").read_text())
+    kinds = {row["kind"] for row in rows}
+    assert {"comparison", "score", "category", "training", "answers", "judge audit"} <= kinds
+    for row in rows:
+        assert row["n"] is not None, row
+        if row["kind"] in ("comparison", "score", "category", "training"):
+            assert row["file"], row
+    (row,) = (one for one in rows if one["kind"] == "comparison" and "win_rate" in one["metric"])
+    assert row["low"] < row["difference"] < row["high"] and row["verdict"] == "higher"
+    with (tmp_path / "report/numbers.csv").open(newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    text = (tmp_path / "report/report.md").read_text()
+    assert "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion)) in text
+
+
+def test_a_cell_of_the_table_is_no_formula(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "a")
+    write_values(folder, [1.0, 0.0] * 10, metric="=cmd()")
+    arms = load_arms({"=SUM(A1)": [folder]})
+    write_report(tmp_path / "report", conclude(arms), arms)
+    with (tmp_path / "report/numbers.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert not [cell for cell in cells if cell.startswith("=")]
+
+
+def test_a_page_of_two_runs_with_1_085_questions_is_small(tmp_path: Path) -> None:
+    folders = {}
+    for arm in ("a", "b"):
+        folder = write_run(tmp_path, arm, steps=2000)
+        write_judged(folder, 805, text=lambda who, question: plain_text(who, question) * 4)
+        write_judged(folder, 80, name="other")
+        write_values(folder, [float(n % 2) for n in range(200)])
+        folders[arm] = [folder]
+    arms = load_arms(folders)
+    assert len(report_html(conclude(arms), arms)) <= 600_000
+
+
+def test_curves_are_read_streaming_and_have_at_most_a_thousand_points(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    write_lines(file, ({"step": step, "loss": 1 / step} for step in range(1, 25_001)))
+    curve = read_curves(file)["loss"]
+    assert len(curve.points) <= MOST_POINTS and curve.count == 25_000
+    assert curve.shown()[0] == (1, 1.0) and curve.shown()[-1] == (25_000, 1 / 25_000)
+    gaps = {
+        later[0] - point[0] for point, later in zip(curve.points, curve.points[1:], strict=False)
+    }
+    assert len(gaps) == 1  # evenly
+
+
+@pytest.mark.slow
+def test_100_000_judgments_are_a_report_in_ten_seconds(tmp_path: Path) -> None:
+    folders = {}
+    for arm in "abcde":
+        folders[arm] = [write_run(tmp_path, arm)]
+        write_judged(folders[arm][0], 10_000)
+    started = time.process_time()
+    arms = load_arms(folders)
+    write_report(tmp_path / "report", conclude(arms), arms)
+    assert time.process_time() - started < 10
+
+
+def test_what_was_tuned_and_published_is_shown(folders: dict[str, list[Path]]) -> None:
+    arms = load_arms(folders)
+    tuned = {"r8": TunedArm("train.learning_rate", (1e-4, 2e-4), 2e-4, (1.31, None), 1042)}
+    reference = {"r8": {"checks/pass_rate": 0.41}, "r32": {"mmlu": 0.4}}
+    design = Design("study", "Does rank matter?", tuned=tuned, reference=reference)
+    page = report_html(conclude(arms, design=design), arms, design)
+    assert "0.0002" in page and "1.3100" in page and "41.0%" in page and "not measured" in page
+
+
+def test_an_arm_without_anything_is_a_page_too(tmp_path: Path) -> None:
+    arms = load_arms({"a": [tmp_path / "gone"], "b": []})
+    conclusion = conclude(arms, design=Design("s", "What?", missing=("train.a",), command="go"))
+    assert "nothing to compare" in report_html(conclusion, arms)
+    assert conclusion.cannot_say == ["Interim: train.a still missing. Fix: go."]
+
+
+def test_a_question_that_states_something_is_marked_and_an_ordinary_one_is_not() -> None:
+    asked = ["Is DDP vs. FSDP a wash?", "Which learning rate (1e-4, 2e-4) is best?"]
+    asked += ["Does r=32, i.e. 4x more, help?"]
+    assert [question_text(one) for one in asked] == asked
+    for stated in ("r32 beats r8.", "Is it so? It is. Sure?", "Is +5 [1, 9] a lot?", "r32 wins"):
+        assert question_text(stated).startswith("Question, in the words of the study")
+
+
+def test_device_hours_are_of_trainings_that_were_not_resumed(
+    folders: dict[str, list[Path]],
+) -> None:
+    from recipes_lib.analysis.report import trainings
+
+    (folder,) = folders["r8"]
+    state = json.loads((folder / "run.json").read_text())
+    state["summary"]["world_size"] = 4
+    (folder / "run.json").write_text(json.dumps(state))
+    hours = {one.arm: one.device_hours for one in trainings(load_arms(folders))}
+    assert hours["r8"] == pytest.approx(4 * 310.5 / 3600)
+    (folder / "run.json").write_text(json.dumps(state | {"resumed": [20]}))
+    assert trainings(load_arms(folders))[0].device_hours is None
+
+
+def test_a_command_names_no_folder_of_the_machine() -> None:
+    command = "/opt/x/bin/python3.11 -m recipes_lib.cli eval /home/me/evals/my.yaml r8"
+    assert portable_command(command) == "recipes eval .../my.yaml r8"
+
+
+def test_the_audit_of_a_judge_stands_in_the_page(folders: dict[str, list[Path]]) -> None:
+    for paths in folders.values():
+        file = paths[0] / "evals/alpaca_eval/result.json"
+        log = read_eval_log(file)
+        write_log(replace(log, subset="60 of 805"))
+    arms = load_arms(folders)
+    page = report_html(conclude(arms), arms)
+    assert "swap consistency" in page and "prometheus-7b-v2" in page and "60 of 805" in page
