@@ -85,7 +85,11 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"recipes_lib.report": ["templates/*"], "recipes_lib.planning": ["measured.json"]},
+    package_data={
+        "recipes_lib.analysis": ["templates/*"],
+        "recipes_lib.report": ["templates/*"],
+        "recipes_lib.planning": ["measured.json"],
+    },
     python_requires=">=3.11,<3.14",
     install_requires=INSTALL,
     extras_require=EXTRAS,
