@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.differences import SEED, base_weights, differences
+from recipes_lib.analysis.differences import SEED, arm_differences, base_weights
 from recipes_lib.analysis.runs import Arm, Arms, Run, question_of, run_place
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import count, sentence_list, setting_text
@@ -626,7 +626,7 @@ def _repeated(name: str, logs: Sequence[EvalLog]) -> Iterator[Finding]:
 def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield what differs between two trained arms and no factor declares."""
     for first, second in _pairs(arms):
-        found = differences(first, second, design)
+        found = arm_differences(first, second, design)
         both = (first.name, second.name)
         confounds = [one for one in found if one.level == "confound"]
         lines = tuple(one.line(*both) for one in confounds)
@@ -775,8 +775,8 @@ def check_presence(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 yield Finding("missing-evaluation", "note", title, place, "", (arm.name,))
 
 
-Check = Callable[[Arms, Design | None], Iterator[Finding]]
-CHECKS: tuple[Check, ...] = (
+_Check = Callable[[Arms, Design | None], Iterator[Finding]]
+CHECKS: tuple[_Check, ...] = (
     check_same_model,
     check_same_seeds,
     check_judges,

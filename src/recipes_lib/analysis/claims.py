@@ -13,10 +13,10 @@ from typing import Literal
 
 from recipes_lib.analysis.aims import Aims, Design
 from recipes_lib.analysis.checks import Finding, find
-from recipes_lib.analysis.differences import Difference, differences
+from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.stats import ALPHA
-from recipes_lib.analysis.table import Table, TableRow, build_table
+from recipes_lib.analysis.table import TableRow, TestedTable, build_table
 from recipes_lib.analysis.text import (
     count,
     difference_text,
@@ -77,7 +77,7 @@ class Conclusion:
     """Everything that a report says: table, findings, and a claim for every row."""
 
     question: str
-    table: Table
+    table: TestedTable
     findings: tuple[Finding, ...]
     claims: tuple[Claim, ...]
     descriptive: str = ""
@@ -137,10 +137,10 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
     findings = tuple(find(arms, design))
     descriptive = why_descriptive(design)
     between = {
-        row.arms: differences(arms[row.first], arms[row.second], design) for row in table.rows
+        row.arms: arm_differences(arms[row.first], arms[row.second], design) for row in table.rows
     }
     claims = tuple(
-        judge(row, findings, between[row.arms], design, descriptive) for row in table.rows
+        judge_row(row, findings, between[row.arms], design, descriptive) for row in table.rows
     )
     names = sentence_list([arm.name for arm in arms])
     question = question_text(design.question) if design else f"How do {names} compare?"
@@ -161,7 +161,7 @@ def why_descriptive(design: Design | None) -> str:
     return ""
 
 
-def judge(
+def judge_row(
     row: TableRow,
     findings: Sequence[Finding],
     between: Sequence[Difference],

@@ -22,7 +22,7 @@ from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
 
 Level = Literal["cause", "tuned", "confound", "note"]
-Values = Mapping[str, Any]  # by dotted key
+KeyValues = Mapping[str, Any]  # by dotted key
 SEED = "train.seed"
 EXAMPLES_PER_STEP = "launch.examples_per_step"
 OF_RUN = ("run.name", "run.notes", "run.tags")  # they say nothing of what is learnt
@@ -82,7 +82,7 @@ class Difference:
         return f"{self.what} ({self.first} against {self.second})"
 
 
-def differences(first: Arm, second: Arm, design: Design | None = None) -> list[Difference]:
+def arm_differences(first: Arm, second: Arm, design: Design | None = None) -> list[Difference]:
     """Return what differs between two trained arms, first the recipes' keys."""
     if first.is_base or second.is_base:
         return []
@@ -97,7 +97,7 @@ def differences(first: Arm, second: Arm, design: Design | None = None) -> list[D
     return found
 
 
-def arm_values(arm: Arm, design: Design | None) -> Values:
+def arm_values(arm: Arm, design: Design | None) -> KeyValues:
     """Return the values of an arm by dotted key: as the study resolves them, else as recorded."""
     if design is not None and design.values.get(arm.name):
         return design.values[arm.name]
@@ -114,7 +114,7 @@ def arm_values(arm: Arm, design: Design | None) -> Values:
     return values
 
 
-def _of_recipes(one: Values, other: Values, design: Design | None) -> list[Difference]:
+def _of_recipes(one: KeyValues, other: KeyValues, design: Design | None) -> list[Difference]:
     keys = [key for key in dict.fromkeys([*one, *other]) if _value(key, one) != _value(key, other)]
     return [
         Difference(
@@ -128,7 +128,7 @@ def _of_recipes(one: Values, other: Values, design: Design | None) -> list[Diffe
     ]
 
 
-def _level(key: str, one: Values, other: Values, design: Design | None) -> Level:
+def _level(key: str, one: KeyValues, other: KeyValues, design: Design | None) -> Level:
     if not changes_result(key, one, other):
         return "note"
     grid = f"tune.{key}"
@@ -144,7 +144,7 @@ def _level(key: str, one: Values, other: Values, design: Design | None) -> Level
     return "cause" if sources and all(map(design.factor_of, sources)) else "confound"
 
 
-def changes_result(key: str, one: Values, other: Values) -> bool:
+def changes_result(key: str, one: KeyValues, other: KeyValues) -> bool:
     """Return whether a key can change what is learnt.
 
     How often is evaluated and saved changes nothing, unless the best checkpoint is chosen among
@@ -158,7 +158,7 @@ def changes_result(key: str, one: Values, other: Values) -> bool:
     return key not in _SAME_MATHEMATICS and not (section == "train" and FREE_KEYS.match(name))
 
 
-def _with_batch(values: Values) -> Values:
+def _with_batch(values: KeyValues) -> KeyValues:
     """The values with the examples per optimizer step, which follow from several keys."""
     if not values:
         return values
@@ -170,7 +170,7 @@ def _with_batch(values: Values) -> Values:
     return values
 
 
-def _value(key: str, values: Values) -> Any:
+def _value(key: str, values: KeyValues) -> Any:
     """The value of a key, its default where it is absent; None in a section that is absent."""
     section = key.partition(".")[0]
     if values.get(key) is not None or not any(name.startswith(f"{section}.") for name in values):

@@ -10,9 +10,9 @@ from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.text import difference_text, plain_number
 from recipes_lib.core.terminal import printable
 
-WIDTH, LEFT, RIGHT, LINE = 760, 330, 20, 26
-MOST_ROWS = 40
-COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
+_WIDTH, _LEFT, _RIGHT, _LINE = 760, 330, 20, 26
+_MOST_ROWS = 40
+_COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
 _CURVES = {
     "loss": "training loss",
     "eval_loss": "validation loss",
@@ -25,24 +25,24 @@ def forest(claims: Sequence[Claim]) -> str:
     """Return every tested difference with its 95% interval, a panel for each unit; nothing where
     there is none.
     """
-    shown = [claim for claim in claims if claim.row.interval and not claim.row.aside][:MOST_ROWS]
+    shown = [claim for claim in claims if claim.row.interval and not claim.row.aside][:_MOST_ROWS]
     parts: list[str] = []
     top = 0
     for unit in dict.fromkeys(claim.row.unit for claim in shown):
         mine = [claim for claim in shown if claim.row.unit == unit]
         ends = [end for claim in mine for end in claim.row.interval or ()]
         reach = max(abs(end) for end in ends) * 1.05 or 1.0
-        middle, half = LEFT + (WIDTH - LEFT - RIGHT) / 2, (WIDTH - LEFT - RIGHT) / 2
-        height = LINE * len(mine)
+        middle, half = _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2, (_WIDTH - _LEFT - _RIGHT) / 2
+        height = _LINE * len(mine)
         parts.append(_line(middle, top + 4, middle, top + height + 4, "#999"))
         for number, claim in enumerate(mine):
-            parts += _forest_row(claim, top + LINE * number + LINE / 2 + 4, middle, half / reach)
+            parts += _forest_row(claim, top + _LINE * number + _LINE / 2 + 4, middle, half / reach)
         top += height + 8
         for value, anchor in ((-reach, "start"), (0.0, "middle"), (reach, "end")):
             place = middle + value * half / reach
             parts.append(_text(place, top + 12, difference_text(value, unit), anchor, 11))
         top += 30
-    return _svg(WIDTH, top, parts, "differences with 95% intervals") if shown else ""
+    return _svg(_WIDTH, top, parts, "differences with 95% intervals") if shown else ""
 
 
 def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str]:
@@ -53,7 +53,7 @@ def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str
     label = label if len(label) <= 52 else f"{label[:51]}…"
     x = middle + (row.difference or 0.0) * scale
     return [
-        _text(LEFT - 12, y + 4, label, "end", 12, bold=row.primary),
+        _text(_LEFT - 12, y + 4, label, "end", 12, bold=row.primary),
         _line(middle + low * scale, y, middle + high * scale, y, color, 2),
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{color}"/>',
     ]
@@ -61,7 +61,7 @@ def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str
 
 def curves(arms: Arms) -> str:
     """Return the training curves of all runs, a panel for each kind; nothing without one."""
-    colors = {arm.name: COLORS[number % len(COLORS)] for number, arm in enumerate(arms)}
+    colors = {arm.name: _COLORS[number % len(_COLORS)] for number, arm in enumerate(arms)}
     panels = [
         (title, series)
         for name, title in _CURVES.items()
@@ -88,7 +88,7 @@ def curves(arms: Arms) -> str:
         x, y = (number % 4) * 190, bottom + 20 * (number // 4)
         parts.append(_line(x, y, x + 18, y, colors[name], 3))
         parts.append(_text(x + 24, y + 4, name, "start", 11))
-    return _svg(WIDTH, bottom + 40, parts, "training curves by optimizer step")
+    return _svg(_WIDTH, bottom + 40, parts, "training curves by optimizer step")
 
 
 def _panel(

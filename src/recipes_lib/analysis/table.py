@@ -33,10 +33,10 @@ from recipes_lib.evals.log import Metric
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06
 FEWEST_LOSSES = 50  # below, a long tail may lie outside of the sample
 MANY_TESTS, FEWEST_OF_MANY = 20, 30
-Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
-Item = tuple[str, int, int]  # question, turn, draw
-Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training
-Values: TypeAlias = NDArray[np.float64]
+_Key = tuple[tuple[str, str, str], str | None]  # eval, task, metric; opponent
+_Item = tuple[str, int, int]  # question, turn, draw
+_Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training
+_Values: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +129,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Table:
+class TestedTable:
     """All rows, by pair of arms and with the primary one first, and all scores."""
 
     rows: tuple[TableRow, ...]
@@ -141,7 +141,7 @@ class Table:
         return sum(row.is_tested for row in self.rows)
 
 
-def build_table(arms: Arms, aims: Aims | None = None) -> Table:
+def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     """Return the tested table.
 
     Args:
@@ -165,7 +165,7 @@ def build_table(arms: Arms, aims: Aims | None = None) -> Table:
         for arm in arms
         for (_, opponent), metrics in measured[arm.name].items()
     ]
-    return Table(tuple(rows), tuple(scores))
+    return TestedTable(tuple(rows), tuple(scores))
 
 
 def pairs_of(arms: Arms, aims: Aims) -> list[tuple[str, str]]:
@@ -180,9 +180,9 @@ def pairs_of(arms: Arms, aims: Aims) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: any(arms[name].is_base for name in pair))
 
 
-def measured_metrics(arms: Arms, arm: Arm) -> dict[Key, Measured]:
+def measured_metrics(arms: Arms, arm: Arm) -> dict[_Key, _Measured]:
     """Return an arm's metrics by name and opponent, with the trainings that have them."""
-    found: dict[Key, Measured] = defaultdict(list)
+    found: dict[_Key, _Measured] = defaultdict(list)
     for run in arm.runs:
         for metric in run.metrics:
             found[metric.key, arms.opponent(metric.opponent)].append((run, metric))
@@ -193,7 +193,7 @@ def measured_metrics(arms: Arms, arm: Arm) -> dict[Key, Measured]:
 
 
 def _rows(
-    first: Arm, second: Arm, measured: Mapping[str, dict[Key, Measured]]
+    first: Arm, second: Arm, measured: Mapping[str, dict[_Key, _Measured]]
 ) -> Iterator[TableRow]:
     """Yield the rows of two arms: first what was judged head to head, then what both have."""
     mine, theirs = measured[first.name], measured[second.name]
@@ -236,7 +236,7 @@ def _row(first: Arm, second: Arm, metrics: Sequence[Metric], **values: Any) -> T
 
 
 def _side_by_side(
-    first: Arm, second: Arm, opponent: str | None, mine: Measured, other: Measured
+    first: Arm, second: Arm, opponent: str | None, mine: _Measured, other: _Measured
 ) -> TableRow:
     """Both arms on the same items; a turn that only one of them has counts as without a verdict."""
     pairs, flags = _paired_trainings(first, second, mine, other)
@@ -279,7 +279,7 @@ def _side_by_side(
     return replace(row, why_not=_why_not(row, bounded=scale is not None))
 
 
-def _head_to_head(first: Arm, second: Arm, measured: Measured, turned: bool) -> TableRow:
+def _head_to_head(first: Arm, second: Arm, measured: _Measured, turned: bool) -> TableRow:
     """The first arm's win rate against the second. `turned` where the second one was the target."""
     target, rival = (second, first) if turned else (first, second)
     kept = _each_training_once(measured, target, rival)
@@ -308,11 +308,11 @@ def _head_to_head(first: Arm, second: Arm, measured: Measured, turned: bool) -> 
     return replace(row, higher_is_better=True, why_not=_why_not(row, bounded=True))
 
 
-def _each_training_once(measured: Measured, target: Arm, rival: Arm) -> Measured:
+def _each_training_once(measured: _Measured, target: Arm, rival: Arm) -> _Measured:
     """The results in which no training stands twice: two seeds against one training are not two
     pairs of seeds.
     """
-    kept: Measured = []
+    kept: _Measured = []
     seen: set[tuple[str, str]] = set()
     for run, metric in measured:
         sides = ((target, run.name), (rival, str(metric.opponent)))
@@ -324,7 +324,7 @@ def _each_training_once(measured: Measured, target: Arm, rival: Arm) -> Measured
 
 
 def _paired_trainings(
-    first: Arm, second: Arm, mine: Measured, other: Measured
+    first: Arm, second: Arm, mine: _Measured, other: _Measured
 ) -> tuple[list[tuple[Metric, Metric]], list[str]]:
     """Pair the trainings of two arms by seed, and say what is left out. A model that was not
     trained here stands beside every training.
@@ -369,7 +369,7 @@ def _draws(metrics: Sequence[Metric]) -> int:
     )
 
 
-def _items(metrics: Sequence[Metric], questions: set[str] | None, draws: int) -> list[Item]:
+def _items(metrics: Sequence[Metric], questions: set[str] | None, draws: int) -> list[_Item]:
     """The items of these metrics, each once, of some questions and so many answers to each."""
     keys = (
         sample.key
@@ -380,7 +380,7 @@ def _items(metrics: Sequence[Metric], questions: set[str] | None, draws: int) ->
     return list(dict.fromkeys(keys))
 
 
-def _values(metrics: Sequence[Metric], items: Sequence[Item]) -> Values:
+def _values(metrics: Sequence[Metric], items: Sequence[_Item]) -> _Values:
     """The values of metrics by item; NaN where there is none."""
     place = {item: number for number, item in enumerate(items)}
     values = np.full((len(metrics), len(items)), np.nan)
@@ -392,7 +392,7 @@ def _values(metrics: Sequence[Metric], items: Sequence[Item]) -> Values:
     return values
 
 
-def _questions(metrics: Sequence[Metric], items: Sequence[Item]) -> list[str]:
+def _questions(metrics: Sequence[Metric], items: Sequence[_Item]) -> list[str]:
     """The question of each item: ids of one text are one."""
     same = question_of([sample for metric in metrics for sample in metric.samples])
     return [same.get(item[0], item[0]) for item in items]
@@ -421,7 +421,7 @@ def _why_not(row: TableRow, bounded: bool) -> str:
     return ""
 
 
-def _scale(unit: str, *values: Values) -> Limits | None:
+def _scale(unit: str, *values: _Values) -> Limits | None:
     """The ends of a metric's scale; the weighted items of a group of tasks may lie beyond one."""
     scale = SCALES.get(unit)
     seen = np.concatenate([side[~np.isnan(side)] for side in values])
@@ -430,7 +430,7 @@ def _scale(unit: str, *values: Values) -> Limits | None:
     return min(scale[0], float(seen.min())), max(scale[1], float(seen.max()))
 
 
-def _mean(values: Values) -> float | None:
+def _mean(values: _Values) -> float | None:
     return float(values.mean()) if values.size else None
 
 
@@ -568,7 +568,7 @@ def _margin_ps(row: TableRow, factor: float) -> Limits | None:
 # ---- Scores ----
 
 
-def _score(arm: str, opponent: str | None, measured: Measured, whole: Arm) -> Score:
+def _score(arm: str, opponent: str | None, measured: _Measured, whole: Arm) -> Score:
     metrics = [metric for _, metric in measured]
     metric = metrics[0]
     items = _items(metrics, None, _draws(metrics))
@@ -590,7 +590,7 @@ def _score(arm: str, opponent: str | None, measured: Measured, whole: Arm) -> Sc
     )
 
 
-def score_interval(table: Values, questions: Sequence[str], unit: str) -> Limits | None:
+def score_interval(table: _Values, questions: Sequence[str], unit: str) -> Limits | None:
     """Return the 95% interval of one arm's mean: Wilson's for plain shares."""
     scale = _scale(unit, table)
     shares = len(table) == 1 and scale == (0.0, 1.0) and len(set(questions)) == table.shape[1]
