@@ -71,6 +71,12 @@ EXTRAS = {
     "tracking": ["tensorboard>=2.20", "trackio>=0.40", "wandb>=0.25"],
 }
 
+# An installed package brings recipes/ and what they name; a checkout has them at its root.
+SHIPPED = {
+    f"recipes_lib.shipped.{folder}": folder
+    for folder in ("recipes", "evals", "accelerate_configs", "launch", "schema")
+}
+
 setup(
     name="recipes-lib",
     version=VERSION,
@@ -83,9 +89,10 @@ setup(
     ),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    package_dir={"": "src"},
-    packages=find_packages("src"),
+    package_dir={"": "src", **SHIPPED},
+    packages=[*find_packages("src"), *SHIPPED],
     package_data={
+        **{package: ["**/*"] for package in SHIPPED},
         "recipes_lib.analysis": ["templates/*"],
         "recipes_lib.report": ["templates/*"],
         "recipes_lib.planning": ["measured.json"],

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from recipes_lib.core import project
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import (
     cache_root,
@@ -30,9 +33,6 @@ def test_ordinary_run_names_are_accepted(name):
         "/abs",
         "a/b",
         "a" * 101,
-        "CON",
-        "nul.txt",
-        "com1",
         "run\n",
         "ru\nn",
         "é",
@@ -72,3 +72,29 @@ def test_paths_are_shown_as_the_user_would_type_them(monkeypatch, tmp_path):
     assert shown_path(tmp_path / "a/b.yaml") == "a/b.yaml"
     assert shown_path(Path("a/../b.yaml")) == "b.yaml"
     assert shown_path(tmp_path.parent / "c.yaml") == str(tmp_path.parent / "c.yaml")
+
+
+def test_an_installed_package_brings_its_recipes(monkeypatch, tmp_path):
+    """A wheel has no checkout around it: what is shipped lies inside the package."""
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path],
+        cwd=project_root(),
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    package = tmp_path / "recipes_lib"
+    shipped = package / "shipped"
+    names = ("recipes/quickstart/lora-r8.yaml", "evals/quickstart/alpaca_eval.yaml")
+    rows = "recipes/quickstart/data/instructions.jsonl"
+    for name in (*names, rows, "accelerate_configs/ddp.yaml", "launch/job.sbatch.jinja"):
+        assert (shipped / name).is_file(), name
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(project, "PACKAGE", package)
+    project_root.cache_clear()
+    try:
+        assert project_root() == shipped
+        assert recipe_path("quickstart/lora-r8") == shipped / "recipes/quickstart/lora-r8.yaml"
+        assert cache_root() == Path.home() / ".cache/recipes"
+    finally:
+        project_root.cache_clear()

@@ -1,11 +1,10 @@
-"""The large libraries under this project: how they are imported, the memory they need, and what
-they print.
-"""
+"""The large libraries under this project: how they are imported and what they print."""
 
 from __future__ import annotations
 
 import atexit
 import gc
+import resource
 import sys
 import warnings
 from collections.abc import Iterator
@@ -14,21 +13,20 @@ from contextlib import contextmanager
 from recipes_lib.core.errors import EnvironmentFault
 
 LIBRARIES_GIB = 2.5  # what a training of a model of 1 MB maps on two cores
+# PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern among
+# modules, where no parameter is.
+_EXPERTS = r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]"
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import large libraries without a search for garbage among their objects, now or later.
-
-    They make millions of objects that live as long as the process. Searching them takes a quarter
-    of the time of the import, and 0.4 s in every collection that frees memory afterwards.
+    """Import large libraries without a search for garbage among their millions of objects: that is
+    a quarter of the time of the import, and 0.4 s in every collection afterwards.
 
     Raises:
         EnvironmentFault: a limit on memory (`ulimit -v`) that the libraries alone go over: OpenBLAS
             waits for ever for memory it does not get.
     """
-    import resource  # not on every system
-
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < LIBRARIES_GIB * 2**30:
         raise EnvironmentFault(
@@ -57,12 +55,7 @@ def quiet_libraries() -> None:
         import transformers
 
     warnings.filterwarnings("ignore", "", FutureWarning, r"(transformers|trl|peft|torch)\.")
-    # PEFT doubles the rank for the experts' two fused matrices, and then looks for the pattern
-    # among modules, where no parameter is
-    experts = (
-        r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*\.gate_up_proj'\]"
-    )
-    warnings.filterwarnings("ignore", experts)
+    warnings.filterwarnings("ignore", _EXPERTS)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()

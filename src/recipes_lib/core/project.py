@@ -1,4 +1,4 @@
-"""Where things lie: the project's folders, the runs, the cache, and which names a run may have.
+"""Where things lie: what is shipped, the runs, the cache, and which names a run may have.
 
 Nothing here creates a folder or reads a recipe.
 """
@@ -13,31 +13,16 @@ from pathlib import Path
 from recipes_lib.core.errors import RecipeError
 
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
-_DEVICE_NAMES = {
-    "con",
-    "prn",
-    "aux",
-    "nul",
-    *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10)),
-}
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 @lru_cache(maxsize=1)
 def project_root() -> Path:
-    """Return the checkout that holds recipes/, accelerate_configs/ and schema/.
-
-    That is the checkout this library runs from. For a library that was installed elsewhere it is
-    the nearest folder at or above the working directory that has an accelerate_configs/, else the
-    working directory.
+    """Return the folder that holds recipes/, evals/, accelerate_configs/ and launch/: the checkout
+    this library runs from, or what an installed package brings (setup.py).
     """
-    checkout = Path(__file__).resolve().parents[3]
-    if (checkout / "src" / "recipes_lib").is_dir():
-        return checkout
-    here = Path.cwd()
-    return next(
-        (folder for folder in (here, *here.parents) if (folder / "accelerate_configs").is_dir()),
-        here,
-    )
+    checkout = PACKAGE.parents[1]
+    return checkout if (checkout / "recipes").is_dir() else PACKAGE / "shipped"
 
 
 def runs_root() -> Path:
@@ -46,25 +31,25 @@ def runs_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder for materialised models: RECIPES_CACHE, default `.cache` in the
-    checkout.
+    """Return the folder for materialised models: RECIPES_CACHE, default `.cache` in the checkout,
+    or in the user's cache folder for an installed package.
     """
-    return Path(os.environ.get("RECIPES_CACHE") or project_root() / ".cache")
+    root = project_root()
+    usual = Path.home() / ".cache/recipes" if root.parent == PACKAGE else root / ".cache"
+    return Path(os.environ.get("RECIPES_CACHE") or usual)
 
 
 def recipe_path(name: str | Path) -> Path:
     """Return the file a recipe's path or short name means: `quickstart/lora-r8` is
     recipes/quickstart/lora-r8.yaml.
 
-    Short names are looked for in recipes/ of the working directory, then of the project. A name
+    Names are looked for in the working directory, its recipes/, and the shipped recipes. A name
     that is found nowhere is returned as it is, so that reading it says so.
     """
     path = Path(name)
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return path
-    places = (
-        folder / f"{name}.yaml" for folder in (Path(), Path("recipes"), project_root() / "recipes")
-    )
+    file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
+    folders = (Path(), Path("recipes"), project_root() / "recipes")
+    places = (path, *(folder / file for folder in folders))
     return next((place for place in places if place.is_file()), path)
 
 
@@ -74,23 +59,17 @@ def shown_path(path: Path) -> str:
     Symbolic links are not followed, so the name stays the one that was given.
     """
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
-    return (
-        str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(path)
-    )
+    inside = absolute.is_relative_to(Path.cwd())
+    return str(absolute.relative_to(Path.cwd()) if inside else path)
 
 
 def check_run_name(name: str, file: str | Path | None = None, line: int | None = None) -> str:
-    """Return `name` if a run may have it: one folder name that is legal on every system.
+    """Return `name` if a run may have it.
 
     Raises:
-        RecipeError: the name is empty, too long, has other characters, ends with a dot, or is a
-            Windows device name.
+        RecipeError: the name is empty, too long, has other characters or ends with a dot.
     """
-    if (
-        not RUN_NAME.match(name)
-        or name.endswith(".")
-        or name.split(".")[0].lower() in _DEVICE_NAMES
-    ):
+    if not RUN_NAME.match(name) or name.endswith("."):
         raise RecipeError(
             f"run.name {name!r} cannot be a folder name",
             "use 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit and not"

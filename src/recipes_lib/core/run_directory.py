@@ -17,9 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
-from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.core.json_files import DamagedFile, read_object, utc_now
+from recipes_lib.core.files import DamagedFile, read_object, utc_now, write_json
 from recipes_lib.core.project import check_run_name, runs_root
 
 State = Literal["created", "running", "preempted", "failed", "finished"]
@@ -28,7 +27,7 @@ FORMAT_VERSION = 1
 
 class RunState(TypedDict, total=False):
     """run.json. Only `state` is in each; the others as far as the run came, and by its kind: of a
-    training, of a `base` that is evaluated, of answers of a file.
+    training, of a `base` that is evaluated, of `answers` of a file.
     """
 
     format_version: int
@@ -41,22 +40,19 @@ class RunState(TypedDict, total=False):
     exit_code: int | None
     error: str | None
     launch: str
-    steps_began: str  # absent until the first step of the first attempt
-    planned: Mapping[str, Any]  # planning.gate.Planned
+    steps_began: str  # when the newest attempt began its first step
+    planned: Mapping[str, Any]
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
     step: int
-    tokens_per_pass: int
     summary: Mapping[str, Any] | None  # training.finish.TrainingSummary
-    weights_check: Mapping[str, Any]  # training.finish.WeightsCheck
+    weights_check: Mapping[str, Any]  # weights.saved.SavedWeights
     fingerprint: str
     base_fingerprint: str | None
     prompt_format_hash: str
     template_date: str | None  # data.prompts.template_date
     stand_in: Mapping[str, Any]  # the sections of a base's recipe
     data_folders: list[str]  # of earlier releases
-    sources: list[Mapping[str, str]]
-    lacks: list[str]
 
 
 class RunDirectory:

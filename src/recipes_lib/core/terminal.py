@@ -83,18 +83,15 @@ def say(text: str = "") -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def say_json(value: object) -> int:
-    """Print one JSON value, what `--json` asks for, and return the exit code of a verb that is
-    done.
-    """
-    say(json.dumps(value, indent=2))
-    return 0
-
-
 def print_json(value: object) -> int:
-    """Print one JSON value as `say_json` does, with the letters of every language as they are."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Print one JSON value, what `--json` asks for, with the letters of every language as they are;
+    return the exit code of a verb that is done.
+    """
+    print(mask_secrets(json.dumps(value, indent=2, ensure_ascii=False)), flush=True)
     return 0
+
+
+say_json = print_json
 
 
 def warn(text: str) -> None:
