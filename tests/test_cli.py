@@ -57,7 +57,7 @@ def in_a_process(*argv: str, code: str = "", **options) -> subprocess.CompletedP
         ["show", RECIPE, "--diff", RECIPE],
         ["status"],
     ]
-    + [[verb.name, "--help"] for verb in cli.VERBS],
+    + [[verb, "--help"] for verb in cli.VERBS],
     ids=" ".join,
 )
 def test_a_light_verb_imports_nothing_heavy(argv):
@@ -79,19 +79,17 @@ def test_check_imports_only_what_the_kind_of_its_file_needs():
 def test_without_arguments_the_verbs_are_listed_in_groups(capsys):
     assert cli.main([]) == 0
     out = capsys.readouterr().out
-    assert "\nrecipes\n  ls " in out
-    assert "\ntraining\n" in out
+    assert "\nstart here\n  new " in out and "\nmore\n  ls " in out
     assert out.splitlines()[-1] == "next: recipes ls"
-    headings = [line for line in out.splitlines()[1:-1] if line and " " not in line]
-    assert sorted(headings) == sorted({verb.group for verb in cli.VERBS})
+    assert len(cli.VERBS) <= 21
 
 
 def test_every_verb_can_be_configured_and_documents_itself(capsys):
-    for verb in cli.VERBS:
-        assert cli.main([verb.name, "--help"]) == 0
+    for verb, text in cli.VERBS.items():
+        assert cli.main([verb, "--help"]) == 0
         out = capsys.readouterr().out
-        assert f"recipes {verb.name}" in out
-        assert verb.help[1:] in " ".join(out.split()), out  # names keep their capitals
+        assert f"recipes {verb}" in out
+        assert text[1:] in " ".join(out.split()), out  # names keep their capitals
 
 
 @pytest.mark.parametrize(
@@ -165,7 +163,7 @@ def test_a_bug_is_one_line_unless_debug_is_asked_for(failing, capsys):
     failing(RuntimeError("broken\ndeep down"))
     assert cli.main(["ls"]) == ExitCode.FAILED
     assert capsys.readouterr().err.startswith(
-        "internal error: RuntimeError: broken\n  this is a bug"
+        "internal error: RuntimeError: broken deep down\n  this is a bug"
     )
     with pytest.raises(RuntimeError):
         cli.main(["ls", "--debug"])
