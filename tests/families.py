@@ -317,11 +317,11 @@ def write_own_evals(folder: Path) -> list[Path]:
 
 
 def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `StopCallback.on_step_end` that asks for a stop after the second step."""
+    """Return `RunCallback.on_step_end` that asks for a stop after the second step."""
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step == 2:
-            self.request.requested = 1
+            self.stop.requested = 1
         return honest(self, args, state, control, **kwargs)
 
     return on_step_end

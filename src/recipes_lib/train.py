@@ -46,17 +46,9 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         from recipes_lib.core.ranks import keep_alive, say_once
         from recipes_lib.data.prepare import prepare_data
         from recipes_lib.data.prompts import chat_template, template_date
-        from recipes_lib.planning.gate import plan_of_active
-        from recipes_lib.training import launch_check
+        from recipes_lib.training import fsdp_cpu, launch_check
         from recipes_lib.training.attempt import attempt
-        from recipes_lib.training.build import (
-            build_trainer,
-            check_trackers,
-            settled,
-            start_up_lines,
-        )
-        from recipes_lib.training.cpu import fsdp
-        from recipes_lib.training.cpu.attention import refuse_flex_attention
+        from recipes_lib.training.build import build_trainer, check_extras, start_up_lines
         from recipes_lib.training.finish import (
             record_finish,
             record_stop,
@@ -73,8 +65,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     # leaves no run behind.
     launch_check.check_gpus(torch.cuda.device_count())
     launch_check.check_precision(recipe)
-    if fsdp.is_wanted():
-        fsdp.install()
+    if fsdp_cpu.is_wanted():
+        fsdp_cpu.install()
     args = build_sft_config(
         recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
@@ -91,7 +83,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
 
         # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from
         # stop the run in `prepare_data`.
-        check_trackers(recipe, args)
+        check_extras(recipe, args)
         check_packages(recipe)
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         # A template that prints the date prints that of the run's first day in every attempt.
@@ -116,27 +108,15 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         guard["prompt_format_hash"] = data.prompt_format_hash
         if data.twin is not None:
             guard["training_template_hash"] = data.twin.hash
-        # to stand beside what is measured
-        free = launch_check.free_gpu_gib()
-        planned = on_main_rank(lambda: plan_of_active(recipe, active, data, free))
         resumption = on_main_rank(
             lambda: this.continue_or_start(
-                data,
-                guard,
-                active,
-                options,
-                launch=launch_line,
-                planned=planned,
-                template_date=date,
+                data, guard, active, options, launch=launch_line, template_date=date
             )
         )
 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
-        refuse_flex_attention(recipe, active)
         model = read_model(recipe, tokenizer, active)
-        # a resumed training goes on in passes as it began, wherever it is now
-        chosen = (resumption.marker if resumption else planned).get("tokens_per_pass")
         trainer = build_trainer(
             recipe,
             args,
@@ -146,22 +126,14 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             run,
             this.stop,
             {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard},
-            tokens_per_pass=chosen,
         )
-        # the trainer lets go of it before the saved weights are reloaded, and they need its memory
-        del model
         keep_alive(trainer)
         launch_check.check_launch(
             asked, launch_check.what_runs(trainer.accelerator)
         )  # what was promised before the model was loaded
-        if resumption is not None:
-            accepted = resumption.changes or options.allow_partial_resume
-            trainer.resume_facts(resumption.marker, exactly=not accepted)
         say_once(f"run {run.path}")
         for line in start_up_lines(trainer, launch_line):
             say_once(line)
-        if chosen_here := settled(trainer):
-            on_main_rank(lambda: run.write_state("running", **chosen_here))
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.
@@ -171,14 +143,10 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             return on_main_rank(lambda: record_stop(run, trainer.state, this.stop.agreed))
         this.stop.close()
         summary = on_main_rank(
-            lambda: summarise_training(
-                trainer, data, run.metrics, active, resumption, planned, seconds
-            )
+            lambda: summarise_training(trainer, data, run.metrics, active, resumption, seconds)
         )
-        say_once(
-            "saving the weights, and reloading them to check that they are what was trained ..."
-        )
-        check = save_and_check(trainer, recipe, data, run, summary)
+        say_once("saving the weights, and comparing them with the trained ones ...")
+        check = save_and_check(trainer, recipe, run, summary)
         on_main_rank(lambda: record_finish(run, weights, summary, check, push_to))
         return ExitCode.DONE
 

@@ -116,6 +116,10 @@ class Launcher:
     def adapter(self, name: str) -> bytes:
         return (self.run(name) / "adapter" / "adapter_model.safetensors").read_bytes()
 
+    def weights(self, name: str) -> dict[str, bytes]:
+        files = self.run(name).glob("*/*.safetensors")
+        return {file.name: file.read_bytes() for file in files}
+
     def series(self, name: str, key: str) -> list[float]:
         lines = [
             json.loads(line) for line in (self.run(name) / "metrics.jsonl").read_text().splitlines()

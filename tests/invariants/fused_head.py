@@ -12,9 +12,9 @@ def main() -> int:
     from trl.kernels import ChunkedLogProbFunction
 
     from recipes_lib.train import main as train
-    from recipes_lib.training import loss
+    from recipes_lib.training import trainer
 
-    loss.gradient_is_made_at_once = lambda device: False
+    trainer.score_supervised_positions = lambda model: None
     function: Any = ChunkedLogProbFunction
     original, seen = function.forward, set[str]()
 

@@ -55,14 +55,14 @@ def main() -> int:
         return True
 
     moments = {
-        "in a step": (RecipeTrainer, "training_step", "before", at_step),
-        "before the weights": (RecipeTrainer, "_save", "before", at_step),
-        "in the weights": (RecipeTrainer, "_save", "torn", at_step),
-        "after the weights": (RecipeTrainer, "_save", "after", at_step),
+        "in a step": (RecipeTrainer, "_get_grad_norm", "before", at_step),
+        "before the weights": (Trainer, "_save", "before", at_step),
+        "in the weights": (Trainer, "_save", "torn", at_step),
+        "after the weights": (Trainer, "_save", "after", at_step),
         "in the optimizer": (Trainer, "_save_optimizer_and_scheduler", "torn", at_step),
         "after the optimizer": (Trainer, "_save_optimizer_and_scheduler", "after", at_step),
         "in the random state": (Trainer, "_save_rng_state", "torn", at_step),
-        "before the marker": (RecipeTrainer, "_seal", "before", at_step),
+        "before the marker": (RecipeTrainer, "seal", "before", at_step),
         "before the rotation": (
             checkpoints,
             "rotate",
@@ -77,7 +77,7 @@ def main() -> int:
         ),
         "in the preparation of the data": (Attempt, "continue_or_start", "before", always),
         "before the final save": (finish, "save_and_check", "before", always),
-        "before the check of the weights": (finish.weights_check, "check_files", "before", always),
+        "before the check of the weights": (finish, "check_saved", "before", always),
         "before the final rename": (finish, "publish", "before", always),
         "after the final rename": (finish, "publish", "after", always),
     }

@@ -12,15 +12,15 @@ from typing import Any
 def main() -> int:
     from recipes_lib.train import main as train
     from recipes_lib.training import metrics
-    from recipes_lib.training.trainer import RecipeTrainer
+    from recipes_lib.training.trainer import RunCallback
 
-    original: Any = RecipeTrainer.prediction_step
+    original: Any = RunCallback.on_prediction_step
 
-    def prediction_step(*args: Any, **kwargs: Any) -> Any:
+    def on_prediction_step(*args: Any, **kwargs: Any) -> Any:
         time.sleep(1)
         return original(*args, **kwargs)
 
-    RecipeTrainer.prediction_step = prediction_step
+    RunCallback.on_prediction_step = on_prediction_step
     metrics.SAY_EVERY_S = 1.0
     return train(sys.argv[1:])
 

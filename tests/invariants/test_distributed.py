@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tests.families import build_family
 from tests.tiers import in_ci
 
+PROJECT = Path(__file__).resolve().parents[2]
 NF4 = (
     "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
     " bnb_4bit_quant_storage: bfloat16}"
@@ -57,12 +59,58 @@ def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) ->
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) -> None:
     name = f"compiled-{config}"
-    lever = "train.torch_compile_backend=aot_eager"
-    said = launcher.train(f"run.name={name}", lever, config=config)
-    assert re.search(r"^compiled: \d+ graphs of one kind of blocks", said, re.M)
+    launcher.train(f"run.name={name}", "train.torch_compile_backend=aot_eager", config=config)
     for key in ("loss", "eval_loss", "grad_norm", "tokens"):
         plain, compiled = launcher.series(config, key), launcher.series(name, key)
         assert plain == pytest.approx(compiled, rel=SUM_ORDER)
+
+
+@pytest.mark.parametrize("way", in_ci(["random", "group_by_length", "packed"], "group_by_length"))
+def test_rows_that_fill_no_step_are_left_out_alike_on_any_number_of_ranks(
+    launcher, way: str
+) -> None:
+    """30 of 32 training rows fill steps of 12; 11 validation rows fill no batch of two ranks."""
+    words = ["data.max_examples=43", "data.split.validation=0.25", "run.global_batch_size=12"]
+    words += ["train.per_device_train_batch_size=3", "train.per_device_eval_batch_size=4"]
+    words += ["train.max_steps=-1", "train.num_train_epochs=2", "lora.lora_dropout=0"]
+    words += (
+        ["train.packing=true", "run.global_batch_size=6"]
+        if way == "packed"
+        else [f"train.train_sampling_strategy={way}"]
+    )
+    said = launcher.train(f"run.name=one-{way}", *words, config="cpu")
+    assert way == "packed" or "each epoch leaves out" in said
+    for config in ("ddp_cpu", "fsdp_cpu"):
+        launcher.train(f"run.name={config}-{way}", *words, config=config)
+        for key in ("loss", "grad_norm", "eval_loss"):
+            alone, ranks = (launcher.series(f"{n}-{way}", key) for n in ("one", config))
+            assert len(alone) >= 1 and alone == pytest.approx(ranks, rel=SUM_ORDER)
+        tokens = (launcher.series(f"{n}-{way}", "tokens") for n in ("one", config))
+        assert next(tokens) == next(tokens)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("method", in_ci(["lora", "full"], "lora"))
+def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(
+    launcher, tmp_path: Path, method: str
+) -> None:
+    """DDP rebuilds its buckets after the first backward pass of a process; the probe makes it."""
+    four = tmp_path / "four.yaml"
+    config = (PROJECT / "accelerate_configs/ddp_cpu.yaml").read_text()
+    four.write_text(config.replace("num_processes: 2", "num_processes: 4"))
+    words = ["train.per_device_train_batch_size=2", "train.eval_strategy='no'"]
+    words += (
+        ["lora.lora_dropout=0.2", "lora.r=8"]
+        if method == "lora"
+        else ["lora=null", "train.learning_rate=1e-3"]
+    )
+    launcher.train(f"run.name=whole-{method}", *words, config=four)
+    script = Path(__file__).with_name("kill_at.py")
+    name, moment = f"run.name=broken-{method}", {"KILL_MOMENT": "in a step", "KILL_STEP": "5"}
+    launcher.start(name, *words, config=four, script=script, **moment).wait()
+    assert (launcher.run(f"broken-{method}") / "checkpoints/checkpoint-4").is_dir()
+    launcher.train(f"run.name=broken-{method}", *words, config=four)
+    assert launcher.weights(f"broken-{method}") == launcher.weights(f"whole-{method}")
 
 
 def test_the_start_up_line_says_what_is_really_active(compared) -> None:
@@ -85,19 +133,19 @@ def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> 
     assert not all((loss * 2**8).is_integer() for loss in fsdp)
 
 
-@pytest.mark.parametrize(
-    "method", [["lora.r=4"], ["lora=null", "train.learning_rate=1e-3"]], ids=["lora", "full"]
-)
-def test_float32_weights_are_checked_in_the_arithmetic_that_fsdp2_trained_them_in(
-    launcher, method: list[str]
-) -> None:
-    """FSDP2 computes with weights rounded to bf16, autocast with float32 ones between the products:
-    compared across the two, right weights were 0.7% apart here, and 5% at logits of 40.
+def test_fsdp2_sums_gradients_in_float32(launcher) -> None:
+    """With beta1 = 0 Adam's first moment is the gradient. Summed in bf16, every one of its numbers
+    would be a bf16 number.
     """
-    name = f"checked-{'full' if 'lora=null' in method else 'lora'}"
-    launcher.train(f"run.name={name}", *method, "train.bf16=true", config="fsdp_cpu")
-    reload = launcher.state(name)["weights_check"]["reload"]
-    assert reload["agrees"] and reload["largest"] <= 1e-5 * reload["scale"]
+    words = ["train.bf16=true", "train.adam_beta1=0.0", "train.max_grad_norm=0"]
+    words += ["train.max_steps=1", "train.warmup_steps=0", "run.name=summed"]
+    launcher.train(*words, config="fsdp_cpu")
+    states = torch.load(
+        launcher.run("summed") / "checkpoints/checkpoint-1/optimizer.bin", weights_only=True
+    )["state"]
+    gradients = torch.cat([state["exp_avg"].flatten() for state in states.values()])
+    assert gradients.count_nonzero() > 100
+    assert not torch.equal(gradients, gradients.bfloat16().float())
 
 
 @pytest.mark.parametrize("family", in_ci(["gemma4_text", "gemma3"], "gemma3"))
@@ -107,7 +155,7 @@ def test_a_model_whose_class_lists_blocks_that_it_does_not_have_is_sharded(
     folder = build_family(family, tmp_path / family, tiny_model_dir)
     words = [f"model.name_or_path={folder}", "train.max_steps=2", f"run.name={family}"]
     assert "FSDP, world size 2" in launcher.train(*words, config="fsdp_cpu")
-    assert launcher.state(family)["weights_check"]["reload"]["agrees"]
+    assert launcher.state(family)["weights_check"]["tensors"] > 0
 
 
 @pytest.mark.nightly
@@ -161,7 +209,7 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
     )
     assert "NF4 in 14 layers" in said
     check = launcher.state(f"qlora-{config}")["weights_check"]
-    assert check["reload"]["agrees"] and check["tensors"] == 8
+    assert check["tensors"] == 8 and check["autocast"] == "bfloat16"
     assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
 
 
@@ -199,8 +247,8 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
     assert f"checkpoint-{state['step']}" in saved
     launcher.train(f"run.name=broken-{name}", *overrides, config=config)
     assert launcher.adapter(f"broken-{name}") == launcher.adapter(f"whole-{name}")
-    for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
-        assert launcher.series(f"broken-{name}", key) == launcher.series(f"whole-{name}", key)
+    validated = (launcher.series(f"{run}-{name}", "eval_loss") for run in ("broken", "whole"))
+    assert next(validated) == next(validated)
 
 
 def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launcher) -> None:
@@ -220,20 +268,6 @@ def wait_for(condition, seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
-
-
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_passes_filled_up_to_a_cap_make_ranks_meet_and_change_no_loss(
-    launcher, compared, config: str
-) -> None:
-    """Of four micro-batches of one row each, where the others have one of four."""
-    words = ["train.per_device_train_batch_size=1", "run.max_tokens_per_micro_batch=300"]
-    said = launcher.train(f"run.name=filled-{config}", *words, config=config)
-    assert "the rows of a step go together, up to 300 tokens a pass" in said
-    for key in ("loss", "grad_norm"):
-        assert launcher.series(f"filled-{config}", key) == pytest.approx(
-            launcher.series(config, key), rel=1e-6 if key == "loss" else SUM_ORDER
-        )
 
 
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
@@ -258,28 +292,14 @@ def train_watched(launcher, name: str, *overrides: str) -> str:
     return said
 
 
-def watched(launcher, name: str, *overrides: str) -> dict[int, tuple[int, list[int]]]:
-    """Return how often each rank shared gradients out, and the passes of each of its steps."""
-    said = train_watched(launcher, name, *overrides)
-    found = re.findall(r"rank (\d): (\d+) exchanges; passes (\[.*?\])", said)
-    return {int(rank): (int(exchanges), json.loads(passes)) for rank, exchanges, passes in found}
-
-
-def test_under_fsdp2_ranks_with_unlike_numbers_of_passes_meet_and_share_adapter_gradients_out_once_per_step(  # noqa: E501
-    launcher,
-) -> None:
-    accumulating = [
-        "train.per_device_train_batch_size=2",
-        "train.max_steps=6",
-    ]  # two micro-batches per step
-    whole = watched(launcher, "uncapped", *accumulating)
-    passes = watched(launcher, "filled", *accumulating, "run.max_tokens_per_micro_batch=270")
-    assert any(first != second for first, second in zip(passes[0][1], passes[1][1], strict=True))
-    assert passes[0][0] == passes[1][0] == whole[0][0] == whole[1][0] > 0
-    for key in ("loss", "grad_norm"):
-        assert launcher.series("filled", key) == pytest.approx(
-            launcher.series("uncapped", key), rel=SUM_ORDER
-        )
+def test_fsdp2_shares_adapter_gradients_out_once_per_step(launcher) -> None:
+    words = ["train.max_steps=6", "train.eval_strategy='no'"]
+    exchanges = []
+    for size in (4, 2):  # one micro-batch per step and rank, and two
+        more = f"train.per_device_train_batch_size={size}"
+        said = train_watched(launcher, f"exchanged-{size}", *words, more)
+        exchanges.append(re.findall(r"rank \d: (\d+) exchanges", said))
+    assert exchanges[0] == exchanges[1] and len(exchanges[0]) == 2
 
 
 @pytest.fixture(scope="module")
@@ -302,15 +322,12 @@ def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.timeout(600)
-def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches_and_the_plan_knows(  # noqa: E501
+def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches(
     launcher, larger_model
 ) -> None:
     """Counted on the tensors of each rank, byte by byte, against a training that is told to share
     gradients out once per step.
     """
-    from recipes_lib.config.recipe import load_recipe
-    from recipes_lib.planning.plan import plan_recipe
-
     once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
     overrides = [
         f"model.name_or_path={larger_model}",
@@ -318,22 +335,20 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
         "train.per_device_train_batch_size=1",
         "run.global_batch_size=4",
         "train.max_steps=2",
+        "train.eval_strategy='no'",
+        "train.save_strategy='no'",
     ]
-    overrides += ["train.logging_steps=1", "train.eval_strategy='no'", "train.save_strategy='no'"]
-    largest, after, planned = {}, {}, {}
+    largest, after = {}, {}
     for name, more in (("each", []), ("once", [once])):
         said = train_watched(launcher, f"shared-{name}", *overrides, *more)
-        assert ("each rank keeps its share" in said) is (name == "each"), said
         found = re.findall(r"rank \d: gradients (\d+) at most; after (\[.*?\])", said)
         assert len(found) == 2 and found[0] == found[1], said[-3000:]
         largest[name], after[name] = int(found[0][0]), json.loads(found[0][1])
-        recipe = load_recipe(launcher.recipe, [*overrides, *more])
-        planned[name] = plan_recipe(recipe, accelerate="fsdp_cpu").memory.gradients * 2**30
     whole = 4 * sum(parameter.numel() for parameter in load_model(larger_model).parameters())
     share = whole // 2  # two ranks
-    # two steps of two micro-batches: once shared out, there are shares and no whole ones
-    assert after == {"each": [share] * 4, "once": [whole, share] * 2}
-    assert planned == pytest.approx({"each": share, "once": whole}, rel=0.001)
+    # the probe's two passes and two steps of two micro-batches: once shared out, there are shares
+    # and no whole ones
+    assert after == {"each": [share] * 6, "once": [whole, share] * 3}
     assert largest["once"] == whole
     assert share < largest["each"] < whole  # and one group's on its way to be shared out
     assert launcher.series("shared-once", "loss") == pytest.approx(

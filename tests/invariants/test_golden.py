@@ -49,8 +49,8 @@ def test_the_losses_are_those_of_the_recorded_run(tiny_recipe: Path, name: str) 
 
 
 def record() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from conftest import PROJECT, TINY_RECIPE, build_tiny_model
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from tests.conftest import PROJECT, TINY_RECIPE, build_tiny_model
 
     from recipes_lib.core.manifest import describe_devices, library_versions
 

@@ -65,7 +65,7 @@ def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> Non
     """The same launch without the patch: what accelerate does by itself."""
     script = tmp_path / "unpatched.py"
     script.write_text(
-        "import sys\nfrom recipes_lib.training.cpu import fsdp\nfsdp.install = lambda: None\n"
+        "import sys\nfrom recipes_lib.training import fsdp_cpu\nfsdp_cpu.install = lambda: None\n"
         "from recipes_lib.train import main\nsys.exit(main(sys.argv[1:]))\n"
     )
     command = launcher.command("run.name=trap-fallback", *SHORT, config="fsdp_cpu")
@@ -111,18 +111,18 @@ def test_a_precision_that_the_recipe_does_not_have_is_refused_before_the_first_s
 def test_the_patch_does_nothing_without_an_fsdp_launch(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.training.cpu import fsdp
+    from recipes_lib.training import fsdp_cpu
 
     monkeypatch.setenv(name, "0")
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    assert not fsdp.is_wanted()
+    assert not fsdp_cpu.is_wanted()
 
 
 def test_the_patch_refuses_a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from recipes_lib.training.cpu import fsdp
+    from recipes_lib.training import fsdp_cpu
 
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     with pytest.raises(RuntimeError, match="accelerator"):
-        fsdp.install()
+        fsdp_cpu.install()

@@ -4,13 +4,13 @@ to train that has a state of its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.tiers import in_ci
 
 from recipes_lib.core.errors import ExitCode
@@ -27,15 +27,7 @@ EPOCHS = [
     "train.max_steps=-1",
     "train.num_train_epochs=2",
 ]
-# of the machine, not of the training
-MEASURED = (
-    "tokens_per_second",
-    "peak_memory_gib",
-    "step_seconds",
-    "step_tokens",
-    "others_cpu",
-    "other_gpu_processes",
-)
+MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine, not of the training
 
 WAYS = {
     "float32": [],
@@ -72,11 +64,9 @@ WAYS = {
     "best": ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
     "wrapped": ["train.packing=true", "train.packing_strategy=wrapped"],
     "packing": ["train.packing=true"],
-    "token-cap": ["run.max_tokens_per_micro_batch=300"],
     "checkpointing": ["train.activation_checkpointing=true"],
     "length-groups": [*EPOCHS, "train.train_sampling_strategy=group_by_length"],
-    "rebalanced": [*EPOCHS, "train.train_sampling_strategy=batch_rebalance"],
-    "dropped": [*EPOCHS, "train.dataloader_drop_last=true", "data.max_examples=45"],
+    "left-out": [*EPOCHS, "data.max_examples=45"],
     "epoch-saves": [*EPOCHS, "train.save_strategy=epoch", "train.eval_strategy=epoch"],
     "epoch-evaluations": [*EPOCHS, "train.save_strategy=steps", "train.eval_strategy=epoch"],
     "workers": [*EPOCHS, "train.dataloader_num_workers=1"],
@@ -108,7 +98,7 @@ def resumed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
     """A function that trains `whole` without a break, and `name` with one at a step, and returns
     the exit code of resuming it.
     """
-    from recipes_lib.training.stopping import StopCallback
+    from recipes_lib.training.trainer import RunCallback
 
     def resume(*words: str, step: int, crash: bool = False, name: str = "broken") -> int:
         words = (str(tiny_recipe), "train.lr_scheduler_type=constant", *words)
@@ -116,12 +106,10 @@ def resumed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             assert main([*words, "run.name=whole"]) == 0
         with monkeypatch.context() as patch:
             if crash:
-                patch.setattr(
-                    StopCallback, "on_pre_optimizer_step", broken_off(step), raising=False
-                )
+                patch.setattr(RunCallback, "on_pre_optimizer_step", broken_off(step), raising=False)
             else:
                 patch.setattr(
-                    StopCallback, "on_step_end", asked_to_stop(step, StopCallback.on_step_end)
+                    RunCallback, "on_step_end", asked_to_stop(step, RunCallback.on_step_end)
                 )
             assert main([*words, f"run.name={name}"]) == (
                 ExitCode.FAILED if crash else ExitCode.PREEMPTED
@@ -134,7 +122,7 @@ def resumed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
 def asked_to_stop(step: int, honest: Callable[..., Any]) -> Callable[..., Any]:
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step == step:
-            self.request.requested = 1
+            self.stop.requested = 1
         return honest(self, args, state, control, **kwargs)
 
     return on_step_end
@@ -155,7 +143,7 @@ def broken_off(step: int) -> Callable[..., Any]:
     in_ci(
         WAYS,
         *("bf16", "qlora-bf16", "full", "dora", "adam-8bit", "plateau", "best", "packing"),
-        *("epoch-saves", "workers"),
+        *("epoch-saves", "workers", "logs-between-saves"),
     ),
 )
 def test_stopped_or_killed_and_resumed_equals_uninterrupted(
@@ -165,50 +153,133 @@ def test_stopped_or_killed_and_resumed_equals_uninterrupted(
     assert resumed(*words, step=5, name="stopped") == 0
     assert resumed(*words, step=7, crash=True, name="killed") == 0
     whole, metrics = written(tiny_recipe, "whole")
-    for name in ("stopped", "killed"):
-        weights, metrics_again = written(tiny_recipe, name)
-        assert whole and whole == weights, name
-        assert metrics == metrics_again, name
+    weights, metrics_again = written(tiny_recipe, "killed")
+    assert whole and whole == weights and metrics == metrics_again
+    weights, metrics_again = written(tiny_recipe, "stopped")
+    assert whole == weights and validations(metrics) == validations(metrics_again)
 
 
-def test_an_evaluation_after_the_save_of_its_step_is_made_again_by_a_run_that_was_killed_after_it(
+def validations(lines: list[dict[str, float]]) -> list[dict[str, float]]:
+    """A stop saves, and a save ends the window that a training loss is averaged over."""
+    return [line for line in lines if "eval_loss" in line]
+
+
+EACH_STEP = [
+    "lora.lora_dropout=0.2",
+    "data.max_examples=28",
+    "data.split.validation=0.2",
+    "train.max_steps=-1",
+    "train.num_train_epochs=2",
+    "train.eval_strategy=epoch",
+]
+
+
+def test_a_stop_at_any_step_of_an_epoch_that_is_evaluated_at_its_end_changes_nothing(
     tiny_recipe: Path, resumed: Callable[..., int]
 ) -> None:
-    """An epoch is evaluated after its last step was saved: the checkpoint knows nothing of the
-    random numbers that were drawn there.
-    """
-    words = [*WAYS["epoch-evaluations"], "lora.lora_dropout=0.2", "train.save_steps=5"]
-    assert resumed(*words, step=7, crash=True) == 0
+    assert resumed(*EACH_STEP, step=1, name="step-1") == 0
+    whole, metrics = written(tiny_recipe, "whole")
+    last = metrics[-1]["step"]
+    assert last >= 4 and len(validations(metrics)) == 2
+    failures = []
+    for step in range(1, int(last)):
+        if step > 1:
+            assert resumed(*EACH_STEP, step=step, name=f"step-{step}") == 0
+        if written(tiny_recipe, f"step-{step}") != (whole, metrics):
+            failures.append(step)
+    assert not failures
+
+
+def test_an_evaluation_after_the_save_of_its_step_is_made_up_after_a_kill(
+    tiny_recipe: Path, resumed: Callable[..., int]
+) -> None:
+    """An epoch is evaluated after its last step was saved."""
+    words = [*WAYS["epoch-evaluations"], "lora.lora_dropout=0.2", "train.save_steps=4"]
+    assert resumed(*words, step=5, crash=True) == 0
     assert written(tiny_recipe, "whole") == written(tiny_recipe, "broken")
 
 
-def test_weights_that_would_go_on_in_another_precision_are_refused(
-    resumed: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """PEFT loads adapters as float32; here nobody gives those of a 4-bit base their
-    bfloat16 back.
-    """
-    from recipes_lib.training import trainer
-
-    monkeypatch.setattr(trainer, "kept_precision", contextlib.nullcontext)
-    assert resumed(*WAYS["qlora-bf16"], step=5) == ExitCode.ENVIRONMENT
-    said = capsys.readouterr().err
-    assert "checkpoint-5 would go on in another precision than it was saved in" in said
-    assert "weights bfloat16: 8 tensors when it was saved, 0 now" in said
-
-
-def test_persistent_workers_cannot_be_switched_on_in_the_middle(
+def test_a_checkpoint_that_only_a_stop_wrote_is_never_the_best_model(
     tiny_recipe: Path, resumed: Callable[..., int]
 ) -> None:
-    assert resumed(*EPOCHS, "lora.lora_dropout=0.2", "train.dataloader_num_workers=1", step=5) == 0
-    switched = [
-        str(tiny_recipe),
-        *EPOCHS,
-        "train.lr_scheduler_type=constant",
-        "lora.lora_dropout=0.2",
-        "train.dataloader_num_workers=1",
+    """Step 2 is evaluated and not saved; with a falling learning rate it stays the best one."""
+    words = [
+        "train.load_best_model_at_end=true",
+        "train.eval_steps=2",
+        "train.save_steps=4",
+        "train.metric_for_best_model=loss",
+        "train.greater_is_better=true",  # so that the first one is the best
     ]
-    assert (
-        main([*switched, "train.dataloader_persistent_workers=true", "run.name=broken"])
-        == ExitCode.USAGE
-    )
+    assert resumed(*words, step=2) == 0
+    assert written(tiny_recipe, "whole")[0] == written(tiny_recipe, "broken")[0]
+
+
+def test_a_stop_inside_a_validation_leaves_the_random_state_as_the_step_left_it(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each batch of the validation draws random numbers, and dropout goes on after it."""
+    from recipes_lib.training.trainer import RunCallback
+
+    honest, asked = RunCallback.on_prediction_step, []
+
+    def drawing(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        torch.rand(3)
+        if asked and state.global_step == 4:
+            self.stop.requested = 1
+            asked.clear()
+        honest(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunCallback, "on_prediction_step", drawing)
+    words = [str(tiny_recipe), "lora.lora_dropout=0.3", "train.per_device_eval_batch_size=4"]
+    assert main([*words, "run.name=whole"]) == 0
+    asked.append(True)
+    assert main([*words, "run.name=cut"]) == ExitCode.PREEMPTED
+    assert main([*words, "run.name=cut"]) == 0
+    assert written(tiny_recipe, "whole") == written(tiny_recipe, "cut")
+
+
+def test_an_emptied_metrics_file_is_written_anew_from_the_checkpoint(
+    tiny_recipe: Path, resumed: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.training.trainer import RunCallback
+
+    words = [str(tiny_recipe), "train.lr_scheduler_type=constant"]
+    assert resumed(step=5, name="other") == 0  # trains `whole`
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
+        assert main([*words, "run.name=emptied"]) == ExitCode.PREEMPTED
+    (tiny_recipe.parent / "runs/emptied/metrics.jsonl").write_text("")
+    assert main([*words, "run.name=emptied"]) == 0
+    assert "metrics.jsonl lacks 6 lines" in capsys.readouterr().out
+    assert written(tiny_recipe, "emptied") == written(tiny_recipe, "whole")
+
+
+def test_a_refused_resume_changes_nothing_on_the_disk(
+    tiny_recipe: Path, resumed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.training.trainer import RunCallback
+
+    words = [str(tiny_recipe), "run.name=refused"]
+    monkeypatch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
+    assert main(words) == ExitCode.PREEMPTED
+    run = tiny_recipe.parent / "runs/refused"
+    (run / "checkpoints/checkpoint-5/optimizer.pt").write_bytes(b"torn")
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert main([*words, "train.learning_rate=3e-3"]) == ExitCode.USAGE
+    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    held = {path for path in before if "lock" not in path.name}
+    assert {path: after.get(path) for path in held} == {path: before[path] for path in held}
+
+
+def test_what_decides_which_checkpoint_is_the_best_cannot_change(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.training.trainer import RunCallback
+
+    words = [str(tiny_recipe), "train.load_best_model_at_end=true", "train.save_steps=4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
+        assert main([*words, "run.name=best"]) == ExitCode.PREEMPTED
+        assert main([str(tiny_recipe), "run.name=last"]) == ExitCode.PREEMPTED
+    assert main([*words, "run.name=best", "train.save_steps=8"]) == ExitCode.USAGE
+    assert main([str(tiny_recipe), "run.name=last", "train.save_steps=8"]) == 0

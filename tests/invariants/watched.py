@@ -1,6 +1,5 @@
-"""Train and say at the end, on each rank, how often gradients were shared out, into how many passes
-each step was cut, and how many bytes of gradients there were at most, and after each
-micro-batch: python watched.py RECIPE [override ...].
+"""Train and say at the end, on each rank, how often gradients were shared out, and how many bytes
+of gradients there were at most, and after each micro-batch: python watched.py RECIPE [...].
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ def main() -> int:
     from recipes_lib.train import main as train
     from recipes_lib.training import trainer
 
-    exchanges, passes = 0, []
+    exchanges = 0
     groups: list[Any] = []  # of parameters that are gathered and shared out together
     most, after = 0, []
-    reduce, cut = _fsdp_param_group.foreach_reduce, trainer.passes_of
+    reduce = _fsdp_param_group.foreach_reduce
     group, model = _fsdp_param_group.FSDPParamGroup, trainer.RecipeTrainer
     made, backward, trained = group.__init__, group.post_backward, model.training_step
 
@@ -27,11 +26,6 @@ def main() -> int:
         nonlocal exchanges
         exchanges += 1
         return reduce(*args)
-
-    def passes_of(*args: Any) -> list[dict[str, Any]]:
-        found = cut(*args)
-        passes.append(len(found))
-        return found
 
     def remembered(self: Any, *args: Any, **options: Any) -> None:
         made(self, *args, **options)
@@ -51,9 +45,8 @@ def main() -> int:
     group.__init__, group.post_backward = remembered, measured
     model.training_step = training_step
     _fsdp_param_group.foreach_reduce = foreach_reduce
-    trainer.passes_of = passes_of
     code = train(sys.argv[1:])
-    print(f"rank {rank()}: {exchanges} exchanges; passes {passes}", flush=True)
+    print(f"rank {rank()}: {exchanges} exchanges", flush=True)
     print(f"rank {rank()}: gradients {most} at most; after {after}", flush=True)
     return code
 

@@ -80,46 +80,6 @@ def test_packing_fills_rows_and_padding_free_pads_nothing() -> None:
     assert free.steps == 636
 
 
-def test_the_cap_bounds_the_largest_forward_pass() -> None:
-    name, padded = "llama2-7b-dolly/lora-bf16-r32", "model.attn_implementation=sdpa"
-    capped = plan(name, padded, "run.max_tokens_per_micro_batch=2048").batches
-    assert capped.largest <= 2048
-    assert capped.forward_passes > capped.accumulation
-    assert capped.padding < plan(name, padded).batches.padding
-    joined = plan(name, "run.max_tokens_per_micro_batch=2048").batches
-    assert joined.largest <= 2048 and joined.forward_passes < capped.accumulation
-
-
-def test_passes_of_joined_rows_are_filled_as_the_card_has_room_for_and_the_step_stays() -> None:
-    name, words = "llama2-7b-dolly/lora-bf16-r32", list[str]()
-    filled = plan(name, *words)
-    micro_batches = plan(name, *words, "run.global_batch_size=4").batches  # a step is one of them
-    assert filled.batches.accumulation == 16 and filled.batches.forward_passes < 4
-    assert micro_batches.largest < filled.batches.largest <= (filled.tokens_per_pass or 0) <= 8192
-    assert filled.memory.needed < 0.81 * filled.card.memory_gib
-    assert filled.batches.tokens == pytest.approx(16 * micro_batches.tokens, rel=0.01)
-    assert plan(name, *words, gpu="a100-40gb").tokens_per_pass < (filled.tokens_per_pass or 0)
-    padded = "model.attn_implementation=sdpa"
-    for other in ([padded], [padded, "train.padding_free=true"], ["run.global_batch_size=4"]):
-        assert plan(name, *other).tokens_per_pass is None
-
-
-def test_a_card_needs_room_for_the_longest_row_and_passes_take_what_more_there_is() -> None:
-    name = "llama2-7b-dolly/lora-bf16-r32"
-    tight, roomy = plan(name, gpu="rtx-4090-24gb"), plan(name)
-    assert tight.fits and tight.tokens_per_pass == tight.longest == 1024
-    assert roomy.least == tight.least == tight.memory.needed < roomy.memory.needed
-    too_small = plan(name, gpu="h100-mig-2g.20gb")
-    assert not too_small.fits and too_small.least == tight.least
-    padded = plan(name, "model.attn_implementation=sdpa")
-    assert padded.least == padded.memory.needed
-
-
-def test_a_processor_fills_no_passes_by_itself() -> None:
-    name, words = "llama2-7b-dolly/lora-bf16-r32", list[str]()
-    assert plan(name, *words, gpu="cpu").tokens_per_pass is None
-
-
 def test_the_histogram_is_dollys(shared_data: Path) -> None:
     rows = [
         json.loads(line)

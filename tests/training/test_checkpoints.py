@@ -32,7 +32,7 @@ def make_checkpoint(folder: Path, step: int, complete: bool = True) -> Path:
 def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_path: Path) -> None:
     for step in (8, 100, 20):
         make_checkpoint(tmp_path, step)
-    assert checkpoints.newest_complete(tmp_path, report=print) == tmp_path / "checkpoint-100"
+    assert checkpoints.find_newest(tmp_path) == (tmp_path / "checkpoint-100", {})
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -45,10 +45,9 @@ def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(
         (bad / name).unlink()
     else:
         (bad / name).write_bytes((bad / name).read_bytes()[:-3])
-    said: list[str] = []
-    assert checkpoints.newest_complete(tmp_path, said.append) == good
-    assert len(said) == 1 and "checkpoint-10" in said[0] and name in said[0]
-    assert (tmp_path / "checkpoint-10.incomplete").is_dir() and not bad.exists()
+    found, broken = checkpoints.find_newest(tmp_path)
+    assert found == good and [*broken] == [bad] and name in broken[bad]
+    assert bad.is_dir()
 
 
 DAMAGED_MARKERS = [
@@ -69,13 +68,12 @@ def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(
     if content is not None:
         (checkpoint / checkpoints.MARKER).write_text(content)
     assert checkpoints.what_is_missing(checkpoint)
-    assert checkpoints.newest_complete(tmp_path, report=lambda line: None) is None
+    assert checkpoints.find_newest(tmp_path)[0] is None
 
 
 def test_what_was_set_aside_twice_is_kept_twice(tmp_path: Path) -> None:
     for _ in range(2):
-        make_checkpoint(tmp_path, 5, complete=False)
-        checkpoints.newest_complete(tmp_path, report=lambda line: None)
+        checkpoints.set_aside(make_checkpoint(tmp_path, 5, complete=False), ".incomplete")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoint-5.incomplete",
         "checkpoint-5.incomplete-2",
@@ -140,3 +138,14 @@ def test_the_marker_lists_every_file_with_its_size(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path, 5)
     marker = json.loads((checkpoint / checkpoints.MARKER).read_text())
     assert marker["step"] == 5 and marker["files"] == {name: len(name) * 10 for name in FILES}
+
+
+def test_a_flipped_byte_is_found_and_files_above_the_limit_are_known_by_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "HASHED_UP_TO", 200)
+    checkpoint = make_checkpoint(tmp_path, 5)
+    assert FILES[0] not in checkpoints.read_marker(checkpoint)["sha256"]  # 250 bytes
+    optimizer = checkpoint / "optimizer.pt"
+    optimizer.write_bytes(b"x" + optimizer.read_bytes()[1:])
+    assert "optimizer.pt" in str(checkpoints.what_is_damaged(checkpoint))

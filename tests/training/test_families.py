@@ -42,7 +42,6 @@ def write_recipe(
     """
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     # half of the time, and the same for every architecture
-    monkeypatch.setattr("recipes_lib.training.finish.draw_figures", lambda *words: None)
     monkeypatch.setattr("recipes_lib.weights.check.gc.collect", lambda: 0)
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "this machine")
 
@@ -73,7 +72,7 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from recipes_lib.training.stopping import StopCallback
+    from recipes_lib.training.trainer import RunCallback
 
     recipe, run = write_recipe(family, METHODS[method]), tmp_path / "runs" / "run"
     code, _, err = recipes("check", "--full", recipe)
@@ -88,7 +87,7 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
     assert code == 0
     assert main([str(recipe), "run.name=whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(StopCallback, "on_step_end", asked_to_stop(StopCallback.on_step_end))
+        patch.setattr(RunCallback, "on_step_end", asked_to_stop(RunCallback.on_step_end))
         assert main([str(recipe), "run.name=run"]) == ExitCode.PREEMPTED
     assert main([str(recipe), "run.name=run"]) == 0
     assert weights_of(run) and weights_of(run) == weights_of(run.with_name("whole"))

@@ -4,8 +4,11 @@ what is written, shown or sent.
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.vocabulary import section_keys
-from recipes_lib.training.resume_guard import FREE_KEYS, differences
+from recipes_lib.training.resume_guard import FREE_KEYS, differences, guarded_values
 
 FREE = {
     "dataloader_num_workers",
@@ -33,11 +36,6 @@ FREE = {
     "report_to",
     "restore_callback_states_from_checkpoint",
     "run_name",
-    "save_on_each_node",
-    "save_only_model",
-    "save_steps",
-    "save_strategy",
-    "save_total_limit",
     "skip_memory_metrics",
     "trackio_bucket_id",
     "trackio_space_id",
@@ -53,11 +51,18 @@ def test_exactly_the_keys_that_change_no_result_may_change_between_attempts() ->
     assert free <= FREE, free - FREE
 
 
-def test_a_run_of_a_release_without_a_key_resumes_with_its_default_and_with_nothing_else() -> None:
-    """`data.encoding` came later; a run begun before it read its files as utf-8."""
-    assert (
-        differences({"data.format": "dolly"}, {"data.format": "dolly", "data.encoding": "utf-8"})
-        == {}
-    )
-    changed = differences({}, {"data.encoding": "latin-1", "train.seed": 1})
-    assert changed == {"data.encoding": ("utf-8", "latin-1"), "train.seed": (None, 1)}
+def test_what_a_validation_decides_by_is_guarded_where_it_chooses_the_weights_or_the_rate(
+    tiny_recipe: Path,
+) -> None:
+    for words, guarded in (
+        ([], False),
+        (["train.load_best_model_at_end=true", "train.save_steps=4"], True),
+        (["train.lr_scheduler_type=reduce_lr_on_plateau"], True),
+    ):
+        values = guarded_values(load_recipe(tiny_recipe, words), "rows", 1, "one process", {})
+        assert ("train.eval_steps" in values) is ("train.save_steps" in values) is guarded
+
+
+def test_only_what_differs_is_told_and_a_key_of_one_side_counts_as_none() -> None:
+    changed = differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4})
+    assert changed == {"b": (2, 3), "c": (None, 4)}

@@ -59,11 +59,11 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
         "recipe.yaml recipe.json resolved.yaml command.txt environment.json run.json splits.json"
         " supervision.json"
     )
-    expected += " metrics.jsonl figures checkpoints adapter"
+    expected += " metrics.jsonl checkpoints adapter"
     assert names == set(expected.split())
     state = run_json(tiny_recipe)
     assert (state["state"], state["exit_code"], state["summary"]["steps"]) == ("finished", 0, 8)
-    assert state["weights_check"]["reload"]["largest"] == 0.0
+    assert state["weights_check"]["tensors"] == 8
     lines = metrics(tiny_recipe)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
@@ -78,17 +78,6 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
         "peak_memory_gib",
     } <= lines[0].keys()
     assert lines[-2]["loss"] < lines[0]["loss"]
-    logged = [line for line in lines if "loss" in line]
-    timed = [line["step_seconds"][0] is not None for line in logged]
-    # not the first, and none after a save (every second step)
-    assert timed == [False, True, False, True, False, True, False, True]
-    assert sum(line["step_tokens"][0] for line in logged) == logged[-1]["tokens"]
-    figures = {path.name for path in (run / "figures").iterdir()}
-    assert figures == {
-        f"{stem}.{kind}"
-        for stem in ("loss", "validation_perplexity", "learning_rate", "throughput", "memory")
-        for kind in ("svg", "png")
-    }
     card = (run / "adapter" / "README.md").read_text()
     assert "LoRA r=4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
 
@@ -144,7 +133,7 @@ def test_every_way_to_train_ends_with_weights_that_reload(
 ) -> None:
     assert main([str(tiny_recipe), *overrides]) == 0
     state = run_json(tiny_recipe)
-    assert state["state"] == "finished" and state["weights_check"]["reload"]["agrees"]
+    assert state["state"] == "finished" and state["weights_check"]["sha256"]
     assert (tiny_recipe.parent / "runs" / "tiny" / weights).is_dir()
     assert all(line["loss"] > 0 for line in metrics(tiny_recipe) if "loss" in line)
 
@@ -197,17 +186,6 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
     with monkeypatch.context() as patch:
         stop_at(patch, call=5 if when.startswith("at") else 7)
         assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
-    marker = json.loads(
-        (
-            tiny_recipe.parent
-            / "runs"
-            / "broken"
-            / "checkpoints"
-            / "checkpoint-4"
-            / "COMPLETE.json"
-        ).read_text()
-    )
-    assert marker["evaluation_pending"] is True
     assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
     assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
     whole, broken = (
@@ -312,9 +290,9 @@ def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
     with monkeypatch.context() as patch:
         stop_at(patch, call=3)
         main([str(tiny_recipe)])
-    from recipes_lib.training.checkpoints import mark_complete, newest_complete
+    from recipes_lib.training.checkpoints import find_newest, mark_complete
 
-    checkpoint = newest_complete(tiny_recipe.parent / "runs" / "tiny" / "checkpoints", report=print)
+    checkpoint = find_newest(tiny_recipe.parent / "runs" / "tiny" / "checkpoints")[0]
     assert checkpoint is not None
     (checkpoint / "optimizer.pt").unlink()
     mark_complete(checkpoint, step=int(checkpoint.name.split("-")[1]), world_size=1)
@@ -324,37 +302,66 @@ def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
     assert main([str(tiny_recipe), "--allow-partial-resume"]) == 0
 
 
-def test_weights_that_do_not_reload_as_trained_are_rejected_and_kept(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from recipes_lib.weights import check as weights_check
+    from recipes_lib.training.trainer import RecipeTrainer
 
-    honest = weights_check.logits_on
-    calls = iter(range(10))
-    monkeypatch.setattr(
-        weights_check, "logits_on", lambda model, probes: honest(model, probes) + 0.1 * next(calls)
-    )
-    assert main([str(tiny_recipe), "train.max_steps=2"]) == ExitCode.FAILED
+    honest = RecipeTrainer.save_model
+
+    def flip_a_bit(self: Any, folder: str, **options: Any) -> None:
+        honest(self, folder, **options)
+        file = Path(folder) / ADAPTER
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    monkeypatch.setattr(RecipeTrainer, "save_model", flip_a_bit)
+    assert main([str(tiny_recipe), "train.max_steps=1"]) == ExitCode.FAILED
+    assert "not the trained ones" in capsys.readouterr().err
     run = tiny_recipe.parent / "runs" / "tiny"
     assert not (run / "adapter").exists() and (run / "weights.rejected").is_dir()
     assert run_json(tiny_recipe)["state"] == "failed"
 
 
-def test_an_adapter_that_learnt_nothing_is_rejected(
+def test_one_step_of_warm_up_trains_nothing_and_is_a_warning(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tiny_recipe), "train.warmup_steps=1", "train.max_steps=1"]) == ExitCode.FAILED
-    assert "changes nothing" in capsys.readouterr().err
+    assert main([str(tiny_recipe), "train.warmup_steps=0.1", "train.max_steps=1"]) == 0
+    assert "warning: the only step is a warm-up step" in capsys.readouterr().out
 
 
-def test_weights_that_answer_nothing_are_rejected_although_every_loss_was_finite(
+def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main([str(tiny_recipe), "train.learning_rate=1e30", "train.lr_scheduler_type=constant"])
-        == ExitCode.FAILED
-    )
-    assert "all logits are zero" in capsys.readouterr().err
+    words = ["data.max_examples=20", "data.split.method=none", "train.eval_strategy='no'"]
+    assert main([str(tiny_recipe), *words, "run.global_batch_size=32"]) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert "20 training rows" in error and "run.global_batch_size to 20" in error
+
+
+def test_an_optimizer_whose_package_is_missing_is_one_line(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.optim=galore_adamw", "train.optim_target_modules=[q_proj]"]
+    assert main([str(tiny_recipe), *words]) == ExitCode.ENVIRONMENT
+    error = capsys.readouterr().err
+    assert "train.optim galore_adamw needs a package" in error and "internal" not in error
+
+
+def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Without mending, TRL asks PEFT's wrapper of the head for a bias that it does not have."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = yaml.safe_load(tiny_recipe.read_text())["model"]["name_or_path"]
+    tied = AutoModelForCausalLM.from_pretrained(source)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "tied")
+    words = [f"model.name_or_path={tmp_path / 'tied'}", "lora.trainable_token_indices=[3, 4, 5]"]
+    assert main([str(tiny_recipe), *words, "train.max_steps=2"]) == 0
+    assert run_json(tiny_recipe)["weights_check"]["tensors"] == 9
 
 
 def test_a_disk_that_fills_during_a_save_loses_nothing(
@@ -374,7 +381,7 @@ def test_a_disk_that_fills_during_a_save_loses_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
         assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "while saving checkpoint-6: disk full: " in capsys.readouterr().err
+    assert "disk full: " in capsys.readouterr().err
     assert main([str(tiny_recipe)]) == 0
     runs = tiny_recipe.parent / "runs"
     assert (runs / "tiny" / "checkpoints" / "checkpoint-6.incomplete").is_dir()
@@ -465,7 +472,6 @@ def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
         "train.optim=adamw_torch_fused",
         "train.per_device_train_batch_size=8",
         "train.dataloader_num_workers=1",
-        "run.max_tokens_per_micro_batch=300",
     ],
 )
 def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path, lever: str) -> None:
@@ -533,76 +539,6 @@ def test_selective_checkpointing_computes_attention_once_and_keeps_what_the_plan
     assert losses["plain"] == pytest.approx(losses["selective"], abs=1e-6)
 
 
-def test_rows_without_padding_share_passes_up_to_the_cap_and_no_loss_changes(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from recipes_lib.training.trainer import RecipeTrainer
-
-    tokens: dict[str, list[int]] = {"plain": [], "filled": [], "cut": []}
-    compute = RecipeTrainer.compute_loss
-
-    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        if model.training:
-            tokens[name].append(inputs["input_ids"].numel())
-        return compute(self, model, inputs, *args, **options)
-
-    monkeypatch.setattr(RecipeTrainer, "compute_loss", compute_loss)
-    losses = {}
-    for name, size, cap in (("plain", 1, None), ("filled", 1, 400), ("cut", 8, 400)):
-        words = [f"train.per_device_train_batch_size={size}", "train.eval_strategy='no'"]
-        words += [f"run.name={name}", f"run.max_tokens_per_micro_batch={cap or 'null'}"]
-        assert main([str(tiny_recipe), *words, "train.save_strategy='no'"]) == 0
-        lines = [line for line in metrics(tiny_recipe, name) if "loss" in line]
-        losses[name] = [(line["loss"], line["tokens"]) for line in lines]
-    passes = "passes: the rows of a step go together, up to 400 tokens a pass (the recipe's cap)"
-    assert capsys.readouterr().out.count(passes) == 2
-    assert run_json(tiny_recipe, "filled")["tokens_per_pass"] == 400
-    assert len(tokens["plain"]) == 8 * 8 and max(tokens["filled"]) <= 400
-    assert tokens["filled"] == tokens["cut"]  # micro-batches of one row or of eight
-    assert len(tokens["filled"]) <= 8 * 4 and sum(tokens["filled"]) == sum(tokens["plain"])
-    for name in ("filled", "cut"):
-        for found, expected in zip(losses[name], losses["plain"], strict=True):
-            assert found == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("attention", "overrides", "expected"),
-    [
-        ("flash_attention_2", [], True),
-        ("kernels-community/flash-attn3", [], True),
-        ("sdpa", [], False),
-        ("sdpa_by_document", [], True),
-        ("sdpa_by_document", ["train.padding_free=false"], False),
-        ("flash_attention_2", ["train.packing=true"], False),
-        ("flash_attention_2", ["train.padding_free=false"], False),
-        ("flash_attention_2", ["train.per_device_train_batch_size=1"], True),
-        (
-            "flash_attention_2",
-            ["train.per_device_train_batch_size=1", "run.global_batch_size=1"],
-            False,
-        ),
-        ("sdpa_by_document", ["train.per_device_train_batch_size=1"], False),
-    ],
-)
-def test_padding_is_dropped_only_where_the_attention_makes_it_free(
-    tiny_recipe: Path, tiny_model_dir: Path, attention: str, overrides: list[str], expected: bool
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    from recipes_lib.config.recipe import load_recipe
-    from recipes_lib.config.upstream import build_sft_config
-    from recipes_lib.training.build import padding_costs_nothing_to_drop
-
-    recipe = load_recipe(tiny_recipe, overrides)
-    args = build_sft_config(recipe, "unused", world_size=1)
-    assert (
-        padding_costs_nothing_to_drop(
-            recipe, args, AutoModelForCausalLM.from_pretrained(tiny_model_dir), attention
-        )
-        is expected
-    )
-
-
 def test_a_push_without_a_network_is_refused_before_anything_is_computed(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -636,26 +572,6 @@ def test_only_the_checked_weights_are_pushed_never_a_checkpoint(
     assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == 0
     assert len(pushed) == 1 and "adapter_model.safetensors" in pushed[0]
     assert not pushed[0] & {"optimizer.pt", "training_args.bin", "rng_state.pth"}
-
-
-def test_packed_rows_keep_their_documents_apart(tiny_recipe: Path) -> None:
-    """One step over all rows at learning rate 0: the loss per token is the same, packed
-    or padded.
-    """
-    losses = []
-    for name, overrides in {"padded": [], "packed": ["train.packing=true"]}.items():
-        one_step = [
-            "data.max_examples=24",
-            "data.split.method=none",
-            'train.eval_strategy="no"',
-            "train.num_train_epochs=1",
-            "train.max_steps=-1",
-            "run.global_batch_size=64",
-        ]
-        size = ["train.per_device_train_batch_size=64"]
-        main([str(tiny_recipe), f"run.name={name}", *one_step, *size, *overrides])
-        losses.append(metrics(tiny_recipe, name)[0]["loss"])
-    assert losses[0] == pytest.approx(losses[1], abs=2e-5)
 
 
 def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
@@ -729,7 +645,7 @@ def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
         patch.setattr(RecipeTrainer, "training_step", exhausted)
         assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
     said = capsys.readouterr().err
-    assert "out of GPU memory" in said and "train.activation_checkpointing" in said
+    assert "too little memory" in said and "train.activation_checkpointing" in said
     assert (
         main(
             [

@@ -36,7 +36,6 @@ from recipes_lib.core.lock import is_held
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import at_least, flag_words, next_step, say
 from recipes_lib.planning.cards import cards_here
-from recipes_lib.planning.gate import plan_for_here, refuse_what_cannot_fit
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
 from recipes_lib.training.process import EXIT_CODE_FILE, STOPPING, handling
 
@@ -65,8 +64,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     port = "with several machines: a free port of machine 0; default: the config's"
     add("--main-process-port", type=at_least(1), metavar="PORT", help=port)
     add("--dry-run", action="store_true", help="print the command and do nothing")
-    no_plan = "start although the plan says that memory will not do (see: recipes plan)"
-    add("--no-plan", action="store_true", help=no_plan)
     add_train_flags(parser)
 
 
@@ -88,29 +85,12 @@ def run(args: argparse.Namespace) -> int:
             print_error(warning)
         next_step(typed_command(args, (*OPTIONS, *PLACE)))
         return ExitCode.DONE
-    if not args.no_plan:
-        _check_plan(recipe, launch)
     if launch.rank:
         say(
             f"machine {launch.rank} of 0 to {launch.machines - 1}: what the training says is"
             " printed on machine 0"
         )
     return supervise(command, recipe, launch)
-
-
-def _check_plan(recipe: Recipe, launch: Launch) -> None:
-    """Stop here if the plan says that the training cannot fit the card that is there.
-
-    Raises:
-        EnvironmentFault: with the arithmetic.
-    """
-    run = RunDirectory(recipe.name)
-    if run.exists() and run.read_state()["state"] == "finished":
-        return
-    plan = plan_for_here(recipe, launch)
-    warning = None if plan is None else refuse_what_cannot_fit(plan)
-    if warning:
-        say(warning)
 
 
 def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
@@ -121,7 +101,7 @@ def typed_command(args: argparse.Namespace, options: Sequence[str]) -> str:
     for name in options:
         if getattr(args, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    return shlex.join([*words, *flag_words(args, (*FLAGS, "no_plan"))])
+    return shlex.join([*words, *flag_words(args, FLAGS)])
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:

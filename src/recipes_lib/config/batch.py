@@ -107,26 +107,6 @@ def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> l
     return hints
 
 
-def rows_per_epoch(
-    rows: int, *, per_device: int, accumulation: int, world_size: int, drop_last: bool = False
-) -> int:
-    """Return how many rows an epoch hands out to the processes: cut to whole steps, or filled so
-    that each has as many full micro-batches.
-
-    Args:
-        rows: training rows (packed ones, where they are packed).
-        drop_last: whether the rows that do not fill a last step are left out.
-
-    Example:
-        >>> [rows_per_epoch(305, per_device=4, accumulation=8 // 4 // ranks, world_size=ranks) for ranks in (1, 2)]
-        [305, 312]
-    """  # noqa: E501
-    share = per_device * world_size
-    if drop_last:
-        return rows // (share * accumulation) * share * accumulation
-    return rows if world_size == 1 else -(-rows // share) * share
-
-
 def planned_steps(
     rows: int,
     *,
@@ -135,21 +115,20 @@ def planned_steps(
     world_size: int,
     epochs: float,
     max_steps: int = -1,
-    drop_last: bool = False,
 ) -> tuple[int, int]:
-    """Return the optimizer steps of an epoch and of the run, counted as the Trainer counts them.
+    """Return the optimizer steps of an epoch and of the run. A step is a whole global batch; the
+    rows that do not fill one are left out of the epoch.
 
     Args:
         rows: training rows (packed ones, where they are packed).
         max_steps: wins over `epochs` when above 0.
-        drop_last: whether an incomplete last step is left out.
 
     Example:
         >>> planned_steps(305, per_device=8, accumulation=1, world_size=1, epochs=1.5)
-        (39, 59)
+        (38, 57)
     """
     examples = per_device * accumulation * world_size
-    per_epoch = max(rows // examples if drop_last else -(-rows // examples), 1)
+    per_epoch = max(rows // examples, 1)
     return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
 
 
@@ -162,37 +141,21 @@ def describe_batch(
         steps: what `planned_steps` returned.
 
     Example:
-        >>> describe_batch(12_008, (188, 564), per_device=4, accumulation=8, world_size=2)
-        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 188 steps per epoch, 564 steps'
+        >>> describe_batch(12_008, (187, 561), per_device=4, accumulation=8, world_size=2)
+        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 187 steps per epoch, 561 steps; each epoch leaves out 40 other examples, which fill no step'
     """  # noqa: E501
     examples = per_device * accumulation * world_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    return (
+    text = (
         f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per"
         f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
     )
-
-
-def describe_last_step(
-    rows: int, *, per_device: int, accumulation: int, world_size: int, drop_last: bool
-) -> str | None:
-    """Return what becomes of the rows that do not fill the last step of an epoch; None where there
-    are none.
-
-    Example:
-        >>> describe_last_step(305, per_device=4, accumulation=1, world_size=2, drop_last=False)
-        'the last step has 1 example; none is repeated to fill it, on any number of processes'
-    """
-    rest = rows % (per_device * accumulation * world_size)
-    examples = f"{rest} example{'s' * (rest != 1)}"
-    if not rest:
-        return None
-    if drop_last:
-        return (
-            f"{examples} that would not fill a last step left out (train.dataloader_drop_last), on"
-            " any number of processes"
-        )
-    return f"the last step has {examples}; none is repeated to fill it, on any number of processes"
+    rest = rows % examples
+    if not rest or steps[1] < steps[0]:
+        return text
+    if steps[1] == steps[0]:
+        return f"{text}; {rest} examples, which fill no step, are left out"
+    return f"{text}; each epoch leaves out {rest} other examples, which fill no step"
 
 
 def warmup_steps(value: float, steps: int) -> int:

@@ -178,6 +178,10 @@ def _of_a_recipe(
         elif train.get("padding_free") is False:
             what = f"{key} {VARLEN} is for rows without padding, and train.padding_free is false"
             yield key, what, "remove train.padding_free, or set attn_implementation: sdpa"
+    if train.get("train_sampling_strategy") == "batch_rebalance":
+        key = "train.train_sampling_strategy"
+        what = f"{key} batch_rebalance deals the rows of a step out by another number of processes"
+        yield key, what, "set group_by_length, which puts rows of like length into one step"
     checkpointing = train.get("activation_checkpointing_kwargs")
     if isinstance(checkpointing, dict) and checkpointing.get("selective") is True:
         yield from _selective(train, checkpointing, model)

@@ -271,13 +271,6 @@ class RunSection:
         " absent, it is per_device_train_batch_size x gradient_accumulation_steps x processes.",
         minimum=1,
     )
-    max_tokens_per_micro_batch: int | None = key(
-        "Most tokens of a forward pass, padding counted, so that a few long examples do not run out"
-        " of memory. Rows without padding fill passes up to it, across the micro-batches of a step;"
-        " padded micro-batches above it are cut. A longer row stays whole. Examples per step and"
-        " loss stay the same. Absent, a GPU chooses it for rows without padding.",
-        minimum=1,
-    )
     tags: list[str] = key("Labels for `recipes ls` and the report.", factory=list)
     notes: str | None = key("Free text, copied to the run.")
 

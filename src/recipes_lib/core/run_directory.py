@@ -41,7 +41,6 @@ class RunState(TypedDict, total=False):
     error: str | None
     launch: str
     steps_began: str  # when the newest attempt began its first step
-    planned: Mapping[str, Any]
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
     step: int

@@ -27,7 +27,6 @@ _FOUR_BITS = (
 _KEYS = {  # field of the settings -> the recipe's key
     "padding_free": "train.padding_free",
     "checkpointing": "train.activation_checkpointing",
-    "max_tokens": "run.max_tokens_per_micro_batch",
     "per_device": "train.per_device_train_batch_size",
     "eval_per_device": "train.per_device_eval_batch_size",
     "max_length": "train.max_length",
@@ -110,16 +109,9 @@ def _to_be_faster(plan: Plan) -> Iterator[_Lever]:
     settings, padding = plan.settings, plan.batches.padding
     if not settings.flattened and padding >= 1.05:
         flat = plan.with_settings(padding_free=True)
-        longest = settings.per_device * (settings.max_length or LONGEST_MASKED_ROW)
-        if settings.attention == "sdpa" and longest > LONGEST_MASKED_ROW:
-            cap = settings.max_tokens or LONGEST_MASKED_ROW
-            flat = flat.with_settings(max_tokens=min(cap, LONGEST_MASKED_ROW))
         yield f"padding is {1 - 1 / padding:.0%} of the computed tokens", True, flat
     if settings.checkpointing:
         kept = plan.with_settings(checkpointing=False)
-        cap = plan.largest(checkpointing=False) // 256 * 256
-        if not (kept.fits or settings.packing or cap < plan.longest):
-            kept = kept.with_settings(max_tokens=min(cap, settings.max_tokens or cap))
         yield "activations fit without computing them twice", True, kept
     if settings.sharded:
         why = "the model fits each GPU whole, so nothing has to be gathered"
@@ -156,18 +148,8 @@ def _to_fit(plan: Plan) -> Iterator[_Lever]:
     settings, batches, memory = plan.settings, plan.batches, plan.memory
     recomputed = plan.with_settings(checkpointing=True)
 
-    def capped(other: Plan) -> Plan | None:
-        """The plan with a cap on the micro-batch where that cuts one."""
-        most = max(plan.longest, other.largest() // 256 * 256)
-        cuts = not settings.packing and most < batches.largest
-        return other.with_settings(max_tokens=most) if cuts else None
-
-    if cut := capped(plan):
-        yield "cuts only the micro-batches that are too large", True, cut
     if not settings.checkpointing:
         yield "keeps the blocks' inputs only, and computes each block twice", True, recomputed
-        if cut := capped(recomputed):
-            yield "both of the above", True, cut
     if settings.eval_per_device > 1 and memory.validation > memory.activations + memory.moment:
         size = max(1, settings.eval_per_device // 4)
         yield "validation is what needs most", True, plan.with_settings(eval_per_device=size)

@@ -79,7 +79,6 @@ def batches_of(
         world_size=settings.world_size,
         epochs=float(train.get("num_train_epochs", 3)),
         max_steps=int(train.get("max_steps", -1)),
-        drop_last=bool(train.get("dataloader_drop_last")),
     )
     drawn_per_step = accumulation // joined
     scale = drawn_per_step * settings.world_size

@@ -27,8 +27,6 @@ from recipes_lib.planning.memory import Memory, largest_tokens, memory_of
 from recipes_lib.planning.settings import Settings, settings_of, uncounted
 
 # tokens of a pass that keeps a card busy; more gain nothing, and what is kept of them may not fit
-FULL_PASS = 8192
-ROOM = 0.8  # share of the card that a cap is chosen for: no GPU has measured a plan
 _MODEL_KEY = "model.name_or_path"
 # A launch on CPUs and its twin on GPUs.
 _TWINS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
@@ -62,17 +60,8 @@ class Plan:
 
     @cached_property
     def tokens_per_pass(self) -> int | None:
-        """The cap on the tokens of a forward pass: the recipe's; where rows of a step share passes,
-        what fits of a full pass or a larger micro-batch, at least the longest row; None for none.
-        """
-        settings = self.settings
-        if settings.max_tokens is not None or not settings.fills or self.accumulation == 1:
-            return settings.max_tokens
-        full = max(FULL_PASS, settings.per_device * self.longest)
-        several = replace(settings, accumulates=True)
-        card = replace(self.card, memory_gib=ROOM * self.card.memory_gib)
-        room = largest_tokens(several, card, self.longest, self.eval_tokens)
-        return max(self.longest, min(full, room))
+        """The cap on the tokens of a forward pass; None for none."""
+        return self.settings.max_tokens
 
     @cached_property
     def _validation(self) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from recipes_lib.config.batch import accumulation_steps, written_sync
+from recipes_lib.config.batch import written_sync
 from recipes_lib.config.constraints import COMPILE_KEYS, VARLEN
 from recipes_lib.config.launch import READS_ONCE_KEY, Launch, why_each_rank_reads
 from recipes_lib.config.recipe import Recipe
@@ -71,7 +71,7 @@ class Settings:
         attention: sdpa, flash, eager, or documents (sdpa example by example, on a CPU).
         per_device: examples per micro-batch and process.
         max_length: rows are cut there; None for no cut.
-        max_tokens: cap on the tokens of one forward pass (`run.max_tokens_per_micro_batch`).
+        max_tokens: cap on the tokens of one forward pass.
         selective: whether checkpointing keeps what attention returned.
         compiled: whether decoder blocks are compiled.
         reshard: under FSDP2, whether gathered weights are freed after the forward pass.
@@ -189,13 +189,10 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
     per_device = int(train.get("per_device_train_batch_size", 8))
     packing = bool(train.get("packing", False))
-    in_passes = accumulation_steps(recipe, launch.world_size) > 1
-    joined = packing or bool(train.get("padding_free")) or per_device > 1 or in_passes
-    attention = _attention(recipe, shape, on_cpu, joined and half is not None)
-    # rows of several micro-batches share a pass up to a cap, which a GPU chooses by itself
-    shared = in_passes and (attention == "flash" or recipe.run.max_tokens_per_micro_batch)
-    several = (per_device > 1 or shared) and not packing and not shape.carries_state
-    flat_by_itself = attention in ("flash", "documents") and several
+    attention = _attention(recipe, shape, on_cpu)
+    several = per_device > 1 and not packing and not shape.carries_state
+    apart = ("flash", "documents") if on_cpu else ("flash", "documents", "sdpa")
+    flat_by_itself = attention in apart and several
     validates = train.get("eval_strategy", "no") != "no"
     checkpointing = train.get("activation_checkpointing_kwargs") or {}
     sharded = launch.distributed_type == "FSDP" and launch.world_size > 1
@@ -216,7 +213,7 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
         per_device=per_device,
         eval_per_device=int(train.get("per_device_eval_batch_size", 8)) if validates else 0,
         max_length=train.get("max_length", MAX_LENGTH),
-        max_tokens=recipe.run.max_tokens_per_micro_batch,
+        max_tokens=None,
         compiled=any(train.get(key) for key in COMPILE_KEYS),
         padding_free=bool(train.get("padding_free", flat_by_itself)),
         packing=packing,
@@ -232,13 +229,8 @@ def settings_of(recipe: Recipe, launch: Launch, shape: ModelShape, *, on_cpu: bo
     )
 
 
-def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool, joined: bool) -> str:
-    """Return the kernel, as `training.build` chooses it.
-
-    Args:
-        joined: whether rows come together in half precision: a GPU takes `varlen` by itself then,
-            if the kernel passes its trial.
-    """
+def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool) -> str:
+    """Return the kernel, as `training.build` chooses it."""
     named, train = recipe.model.attn_implementation, recipe.train
     name = named or ("eager" if shape.lacks_sdpa else "sdpa")
     if name == "eager":
@@ -251,7 +243,7 @@ def _attention(recipe: Recipe, shape: ModelShape, on_cpu: bool, joined: bool) ->
     if on_cpu:
         apart = not shape.carries_state and shape.family != "llama4_text"  # chunks
         return "documents" if apart else "sdpa"
-    return "flash" if named is None and joined and shape.takes_varlen else "sdpa"
+    return "sdpa"
 
 
 def _adapter(recipe: Recipe, shape: ModelShape) -> Adapter | None:

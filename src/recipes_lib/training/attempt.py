@@ -16,7 +16,7 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.core.faults import explain_fault
-from recipes_lib.core.json_files import DamagedFile, utc_now
+from recipes_lib.core.json_files import DamagedFile, read_object, utc_now
 from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
@@ -128,26 +128,27 @@ class Attempt:
             RecipeError: guarded values differ.
             EnvironmentFault: the checkpoint lacks optimizer, scheduler or random state.
         """
-        run, resumption, step = self.run, None, -1
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        run, resumption, step = self.run, None, 0
         resumed = self.earlier.get("resumed", [])
-        if (found := checkpoints.newest_complete(run.checkpoints, report=say)) is not None:
+        found, broken = checkpoints.find_newest(run.checkpoints)
+        if found is not None:
             marker = checkpoints.read_marker(found)
-            changes = check_resume(
-                run.name,
-                self.earlier.get("guard") or marker.get("guard", guard),
-                guard,
-                options.resume_anyway,
-            )
+            begun = self.earlier.get("guard") or marker["guard"]
+            changes = check_resume(run.name, begun, guard, options.resume_anyway)
             if not options.allow_partial_resume:
                 checkpoints.check_resumable(found, active.world_size)
-            resumption, step = Resumption(found, marker, changes), int(found.name.split("-")[1])
+            resumption, step = Resumption(found, marker, changes), marker["step"]
             resumed = [
                 *resumed,
                 {"from": found.name, "changed": changes, "partial": options.allow_partial_resume},
             ]
-        pending = resumption is not None and resumption.marker.get("evaluation_pending", False)
-        metrics.forget_after(run.metrics, step, evaluated=not pending)
+        # nothing was refused: from here on the run's files are this attempt's
+        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        for checkpoint, reason in broken.items():
+            aside = checkpoints.set_aside(checkpoint, ".incomplete")
+            say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
+        history = [] if found is None else logged_before(found)
+        metrics.forget_after(run.metrics, step, history)
         self._take_over(data, guard=guard, resumed=resumed, **recorded)
         if resumption is not None:
             how = "recipe, data, versions unchanged"
@@ -221,6 +222,12 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
             if fault:
                 raise fault from error
             raise
+
+
+def logged_before(checkpoint: Path) -> list[dict[str, Any]]:
+    """Return what the Trainer had logged up to a checkpoint."""
+    state = read_object(checkpoint / "trainer_state.json")
+    return list(state.get("log_history", []))
 
 
 def stop_behind(error: BaseException | None) -> RecipesError | None:

@@ -20,7 +20,6 @@ from recipes_lib.config.accelerate_config import load_accelerate_config, precisi
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.ranks import agree_on_largest
 
 EXPECT_VARIABLE = "RECIPES_EXPECT"
 PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"
@@ -107,18 +106,6 @@ def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> No
             " accelerate launch",
             "of several MIG slices CUDA shows a process one only",
         )
-
-
-def free_gpu_gib() -> float | None:
-    """Return the memory that is free on the fullest GPU of a training that has not taken any; None
-    on a CPU. Every rank has to call.
-    """
-    import torch
-
-    if not torch.cuda.is_available():
-        return None
-    free, _ = torch.cuda.mem_get_info()
-    return -agree_on_largest(-(free >> 20)) / 1024
 
 
 def check_precision(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:

@@ -4,27 +4,27 @@ began.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import (
-    DataSection,
-    ModelSection,
-    RunSection,
-)
 from recipes_lib.core.errors import RecipeError
 
 # Keys of `train` that may change between attempts: they decide what is written, shown or sent, not
-# what is learnt. `eval_steps` is not among them: an evaluation draws from the random state that
-# dropout uses; nor is `dataloader_persistent_workers`: other loaders do too.
+# what is learnt.
 FREE_KEYS = re.compile(
-    r"^(logging_.*|log_.*|report_to|project|run_name|save_.*|push_to_hub|hub_.*|disable_tqdm|dataloader_num_workers|dataloader_prefetch_factor|"
-    r"dataloader_pin_memory|dataset_num_proc|skip_memory_metrics|include_.*|restore_callback_states_from_checkpoint|trackio_.*)$"
+    r"^(logging_.*|log_.*|report_to|project|run_name|push_to_hub|hub_.*|disable_tqdm|"
+    r"dataloader_num_workers|dataloader_prefetch_factor|dataloader_pin_memory|"
+    r"dataloader_persistent_workers|dataset_num_proc|skip_memory_metrics|include_.*|"
+    r"restore_callback_states_from_checkpoint|trackio_.*)$"
 )
+# So may these, unless a validation chooses the weights or the learning rate.
+FREE_WITHOUT_CHOICE = re.compile(r"^(save_.*|eval_.*|per_device_eval_batch_size)$")
+CHOOSING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
+# What of training itself changes the bytes that come out: whole global batches and a probe before
+# the first step of every process.
+TRAINING_PROTOCOL = 2
 
 
 def guarded_values(
@@ -32,12 +32,12 @@ def guarded_values(
     data_fingerprint: str,
     world_size: int,
     distribution: str,
-    versions: dict[str, str | None],
+    versions: Mapping[str, str | None],
 ) -> dict[str, object]:
     """Return every value that a resumed run must share with its beginning, by dotted key."""
     surroundings = {
         "launch": {"world_size": world_size, "distribution": distribution},
-        "version": dict(versions),
+        "version": {**versions, "training": TRAINING_PROTOCOL},
     }
     return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(surroundings)}
 
@@ -58,27 +58,22 @@ def recipe_differences(
 
 
 def _recipe_values(recipe: Recipe) -> dict[str, object]:
-    sections = recipe.to_dict()
+    sections, train = recipe.to_dict(), recipe.train
     # The date is the run's own, and part of `prompt_format_hash`.
     sections["data"].pop("template_date", None)
+    chooses = (
+        train.get("load_best_model_at_end") or train.get("lr_scheduler_type") in CHOOSING_SCHEDULES
+    )
     relevant: dict[str, object] = {
         name: sections.get(name) for name in ("model", "quantization", "lora", "data")
     }
     relevant["train"] = {
-        key: value for key, value in recipe.train.items() if not FREE_KEYS.match(key)
+        key: value
+        for key, value in train.items()
+        if not FREE_KEYS.match(key) and (chooses or not FREE_WITHOUT_CHOICE.match(key))
     }
-    relevant["run"] = {
-        key: getattr(recipe.run, key) for key in ("global_batch_size", "max_tokens_per_micro_batch")
-    }
+    relevant["run"] = {"global_batch_size": recipe.run.global_batch_size}
     return flatten(relevant)
-
-
-@functools.cache
-def _defaults() -> dict[str, object]:
-    # what has no default is in every record
-    model, data = ModelSection(name_or_path=""), DataSection(source="")
-    ours = {"model": dataclasses.asdict(model), "data": dataclasses.asdict(data)}
-    return flatten({**ours, "run": dataclasses.asdict(RunSection())})
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, object]:
@@ -99,10 +94,9 @@ def flatten(value: Any, prefix: str = "") -> dict[str, object]:
 def differences(
     before: Mapping[str, object], now: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
-    """Return {key: (before, now)} of the keys that differ; a key missing on one side counts as
-    None, and in `before` as our default: an earlier release did not have the key.
+    """Return {key: (before, now)} of the keys that differ; one missing on one side counts as
+    None.
     """
-    before = {key: value for key, value in _defaults().items() if key in now} | dict(before)
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 

@@ -17,9 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
-
-from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import agree_on_largest, rank
@@ -111,38 +108,3 @@ class StopRequest:
             # there is none, or the file server is away for a moment: asked again after the next
             # step
             return NOTHING
-
-
-class StopCallback(TrainerCallback):
-    """Turns an agreed request into a checkpoint and the end of the loop.
-
-    A due evaluation is put off (`evaluation_pending`): the resumed run makes it up, so that the
-    metrics of an interrupted run are those of an uninterrupted one.
-    """
-
-    def __init__(self, request: StopRequest) -> None:
-        self.request = request
-        self.evaluation_pending = False
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Agree with the other ranks; on a request, save now and stop."""
-        planned_end = state.global_step >= state.max_steps
-        if not planned_end and self.request.agree() != NOTHING:
-            self.evaluation_pending = control.should_evaluate
-            control.should_evaluate = False
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A request that arrived during a save needs no second checkpoint."""
-        if state.global_step < state.max_steps and self.request.agree() != NOTHING:
-            control.should_training_stop = True
-
-    def on_prediction_step(
-        self, args: Any, state: TrainerState, control: Any, **kwargs: Any
-    ) -> None:
-        """A request during an evaluation cuts it short, that of the last step too."""
-        if self.request.agree() != NOTHING:
-            raise EvaluationStopped

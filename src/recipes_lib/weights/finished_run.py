@@ -28,8 +28,8 @@ from recipes_lib.weights.base import (
     load_base,
     model_path,
 )
-from recipes_lib.weights.check import TensorCounts, autocast, check_files, read_check, reload
-from recipes_lib.weights.saved import adapter_config, changed_files
+from recipes_lib.weights.check import TensorCounts, autocast, check_files, reload
+from recipes_lib.weights.saved import SavedWeights, adapter_config, changed_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,10 +127,7 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         check_whole(folder)
         if not full and not read_object(folder / "adapter_config.json"):
             return f"{folder.name}/adapter_config.json is gone"
-        recorded = run.read_state().get("weights_check", {}).get("sha256")
-        if recorded is None:
-            check = read_check(folder)
-            recorded = check.sha256 if check else {}
+        recorded = SavedWeights.of(run.read_state()).sha256
         gone = [name for name in recorded if not (folder / name).is_file()]
         if gone or not any(folder.glob("*.safetensors")):
             return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
@@ -242,9 +239,8 @@ class Family:
         """As `using`, in the run's precision: without autocast the float32 adapters of a bf16 base
         would compute in float32. The base answers as it is loaded.
         """
-        weights = next((one.weights for one in self.runs if one.run.name == name), None)
-        check = read_check(weights) if weights else None
-        half = check.autocast if check else None
+        run = next((one.run for one in self.runs if one.run.name == name), None)
+        half = SavedWeights.of(run.read_state()).autocast if run else None
         with self.using(name) as model, autocast(half, model.device.type):
             yield model
 
@@ -292,14 +288,15 @@ def check_base_of(one: TrainedRun) -> None:
     name = recipe.model.name_or_path
     try:
         check_adapter_files(adapter)
-        trained_on, check = adapter_config(adapter)["base_model_name_or_path"], read_check(adapter)
+        trained_on = adapter_config(adapter)["base_model_name_or_path"]
     except (DamagedFile, EnvironmentFault) as error:
         raise _lost(one.run, str(error).splitlines()[0]) from None
     if Path(trained_on).name not in {Path(name).name, Path(model_path(recipe.model)).name}:
         raise RecipeError(
             f"{adapter} was trained on '{trained_on}', not on '{name}'", "load it on its own base"
         )
-    before, now = check.base_fingerprint if check else None, base_fingerprint(recipe)
+    before = SavedWeights.of(one.run.read_state()).base_fingerprint
+    now = base_fingerprint(recipe)
     if before and now and before != now:
         revision = f" at revision '{recipe.model.revision}'" if recipe.model.revision else ""
         raise RecipeError(

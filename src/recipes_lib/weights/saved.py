@@ -81,6 +81,7 @@ def check_saved(
     base: str,
     base_fingerprint: str | None = None,
     autocast: str | None = None,
+    may_change_nothing: bool = False,
 ) -> SavedWeights:
     """Prove that `folder` holds what was trained; every rank has to call.
 
@@ -89,6 +90,7 @@ def check_saved(
         folder: where `trainer.save_model` wrote it.
         base: what `adapter_config.json` has to name.
         base_fingerprint, autocast: see `SavedWeights`; only kept.
+        may_change_nothing: whether the training had no step with a learning rate above 0.
 
     Raises:
         RecipesError: a tensor is not in the file, differs from it, is not finite, or training
@@ -104,7 +106,7 @@ def check_saved(
                 f"the saved weights are not the trained ones: {'; '.join(problems[:NUM_NAMED])}"
                 + more
             )
-        if not comparison.changes_something:
+        if not (comparison.changes_something or may_change_nothing):
             raise RecipesError(
                 f"the adapter in {folder} changes nothing: every trained tensor is zero",
                 "was the learning rate 0 at every step? train more steps, or lower"

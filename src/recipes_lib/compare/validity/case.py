@@ -17,7 +17,7 @@ from recipes_lib.compare.measurements import ArmMeasurements, Measurements
 from recipes_lib.config.vocabulary import subschema
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.eval_log import EvalLog
-from recipes_lib.training.resume_guard import FREE_KEYS, flatten
+from recipes_lib.training.resume_guard import FREE_KEYS, FREE_WITHOUT_CHOICE, flatten
 
 Values = Mapping[str, Any]  # by dotted key
 # They decide how the same mathematics is cut into pieces, or where a job runs: rounding aside, the
@@ -223,14 +223,16 @@ def changes_result(key: str, first: Values, second: Values) -> bool:
     section, _, name = key.partition(".")
     if section == "train" and name in _CHECKPOINT_CHOICE:
         return bool(first.get(_BEST) or second.get(_BEST))
-    return key not in _CUT and not (section == "train" and FREE_KEYS.match(name))
+    free = FREE_KEYS.match(name) or FREE_WITHOUT_CHOICE.match(name)
+    return key not in _CUT and not (section == "train" and free)
 
 
 def _changes_no_time(key: str) -> bool:
     """Whether a key that changes no result leaves the time of a step alone too."""
     section, _, name = key.partition(".")
-    free = FREE_KEYS.match(name) and not name.startswith("dataloader")
-    return section == "train" and bool(free or name in _CHECKPOINT_CHOICE)
+    free = FREE_KEYS.match(name) or FREE_WITHOUT_CHOICE.match(name)
+    free_in_time = free and not name.startswith("dataloader")
+    return section == "train" and bool(free_in_time or name in _CHECKPOINT_CHOICE)
 
 
 def metrics_of(logs: Iterable[EvalLog]) -> tuple[str, ...]:

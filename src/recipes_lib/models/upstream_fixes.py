@@ -1,0 +1,129 @@
+"""Ways around bugs of the libraries, each with the version that has it and when it can go.
+
+Versions: torch 2.13, transformers 5.24, trl 1.16, peft 0.21, accelerate 1.15. A fix is deleted when
+its test in tests/models/test_upstream_fixes.py passes without it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.ranks import of_every_rank
+
+_ATTENTION_KERNELS = ("scaled_dot_product", "flash_attn", "varlen_attn")
+
+
+def prepare_head(model: Any, *, sharded: bool) -> None:
+    """Let the loss read the weight of a head that PEFT has wrapped; `model` is the causal language
+    model inside PEFT's wrapper.
+
+    trl 1.16 reads `lm_head.bias`, which peft 0.21's TrainableTokensWrapper does not have
+    (`lora.trainable_token_indices` on tied embeddings). Under FSDP2 no loss calls a trained head
+    (`lora.modules_to_save`), so nothing gathers it, and the gradient of its `full_tensor()` would
+    be each rank's own. Delete when TRL calls the head.
+    """
+    head = model.get_output_embeddings()
+    if not hasattr(head, "bias"):
+        head.bias = None
+
+    def gather(*_: Any) -> None:
+        head = model.get_output_embeddings()
+        if isinstance(head, FSDPModule) and any(one.requires_grad for one in head.parameters()):
+            head.unshard()
+
+    if sharded:
+        model.base_model.register_forward_hook(gather)
+
+
+def reduce_in_float32(accelerator: Any) -> None:
+    """Have FSDP2 sum gradients in float32, and leave the layers' outputs as they are.
+
+    accelerate 1.15 sums them in the autocast type, and casts the outputs to it, and with them the
+    logged loss: 1716.97 and 1717.25 become 1720. Delete when its plugin takes both types.
+    """
+    plugin = accelerator.state.fsdp_plugin
+    policy = plugin.mixed_precision_policy
+    if policy is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32
+        )
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Let go of gathered weights before others are loaded: a validation leaves the root's gathered,
+    and shards are what is loaded (transformers 5.24 `_load_best_model`).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def restore_precision(model: torch.nn.Module, before: Mapping[str, torch.dtype]) -> None:
+    """Give trained weights the precision they had before they were loaded: peft 0.21's
+    `load_adapter` makes every adapter float32. Delete when the Trainer passes
+    `autocast_adapter_dtype=False`.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != before.get(name, parameter.dtype):
+            parameter.data = parameter.data.to(before[name])
+
+
+def load_whole(model: Any, folder: Path) -> None:
+    """Load all of a fully trained model's weights from a checkpoint: transformers 5.24's Trainer
+    passes over experts, one parameter in memory and a matrix each in the file.
+
+    Raises:
+        EnvironmentFault: weights are missing in the checkpoint.
+    """
+    saved, report = type(model).from_pretrained(
+        folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    )
+    if lost := sorted(report["missing_keys"]):
+        raise of_every_rank(
+            EnvironmentFault(
+                f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them",
+                "remove it to go on from an earlier one",
+            )
+        )
+    model.load_state_dict(saved.state_dict())
+
+
+def keep_attention(model: Any) -> None:
+    """Have activation checkpointing keep what attention's kernel returns (`selective`): trl 1.16's
+    own is a method that transformers 5.24 does not call, and does not know `varlen`.
+    """
+    enable = model.activation_checkpointing_enable
+    contexts = functools.partial(create_selective_checkpoint_contexts, _attention_is_kept)
+
+    def enable_keeping(
+        activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
+    ) -> None:
+        how = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
+        enable(activation_checkpointing_kwargs={**how, "context_fn": contexts}, **more)
+
+    model.activation_checkpointing_enable = enable_keeping
+
+
+def _attention_is_kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if any(name in str(operator) for name in _ATTENTION_KERNELS):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
+    """Give parameters without memory addresses of their own: accelerate 1.15 puts shards into the
+    optimizer by the address of what they were made of, and on the meta device all have address 0,
+    so that every rank but the first would train one parameter only.
+    """
+    for number, parameter in enumerate(model.parameters(), 1):
+        if parameter.is_meta:
+            address = functools.partial(int, -number)
+            setattr(parameter, "data_ptr", address)  # noqa: B010

@@ -1,0 +1,100 @@
+"""Attention over a row that holds several examples end to end.
+
+sdpa takes a mask of (length)^2 for such a row and computes what the mask throws away. On a CPU each
+example gets its own causal call instead (`sdpa_by_document`). On a GPU sdpa with its mask is the
+default; `model.attn_implementation: varlen` takes torch's variable-length flash kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from recipes_lib.config.constraints import VARLEN
+from recipes_lib.models.architectures import ATTENTION_LAYERS
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+DOCUMENTS = "sdpa_by_document"
+
+
+@torch.compiler.disable  # reads the lengths of the examples
+def sdpa_by_document(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens, channels)
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' `sdpa_attention_forward`, example by example where `cu_seq_lens_q` tells
+    their bounds.
+    """
+    bounds = kwargs.get("cu_seq_lens_q")
+    one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    limited = kwargs.get("sliding_window") is not None or kwargs.get("position_bias") is not None
+    if bounds is None or not one_row or limited:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    kept = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
+    lengths = bounds.diff().tolist()
+    examples = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        sdpa_attention_forward(module, *example, None, is_causal=True, **kept)[0]
+        for example in examples
+    ]
+    return torch.cat(outputs, dim=1), None
+
+
+def use_document_attention(model: Any) -> bool:
+    """Switch a model from sdpa to `sdpa_by_document`; return whether it could."""
+    layers = {*(getattr(model.config.get_text_config(), "layer_types", None) or ())}
+    if getattr(model.config, "_attn_implementation", "") != "sdpa" or layers - ATTENTION_LAYERS:
+        return False
+    AttentionInterface.register(DOCUMENTS, sdpa_by_document)
+    AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)  # models with windows keep theirs
+    model.set_attn_implementation(DOCUMENTS)
+    return True
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens, channels)
+    key: torch.Tensor,  # (1, key heads, tokens, channels)
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`."""
+    bounds, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
+    kind = query.device.type
+    # torch casts what its own attention gets under autocast, and not what this kernel gets
+    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
+    rows = [one.squeeze(0).transpose(0, 1).to(half).contiguous() for one in (query, key, value)]
+    out = varlen_attn(
+        *rows,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        # how many tokens before it a token sees, and none after it
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out[None], None
+
+
+def use_varlen(model: Any) -> None:
+    """Switch a model from sdpa to `varlen`. No mask is registered under the name, so transformers
+    makes none.
+    """
+    AttentionInterface.register(VARLEN, varlen_attention)
+    model.set_attn_implementation(VARLEN)

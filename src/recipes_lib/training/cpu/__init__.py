@@ -1,1 +1,0 @@
-"""What exists only for machines without a GPU: nothing here runs where there is one."""

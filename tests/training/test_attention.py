@@ -1,0 +1,97 @@
+"""Rows that hold several examples end to end: each is as if it stood alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tests.families import build_family
+from transformers import AutoModelForCausalLM
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from recipes_lib.training import attention
+
+EXAMPLES = [
+    {"input_ids": ids, "labels": ids}
+    for ids in ([5, 6, 7, 8, 9], [10], [*range(20, 43)], [*range(50, 57)])
+]
+
+
+def joined_and_alone(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of one row of all examples, and of each in a row of its own."""
+    batch = DataCollatorForLanguageModeling(0, padding_free=True)(EXAMPLES)
+    batch.pop("labels")
+    with torch.no_grad():
+        joined = model(**batch, use_cache=False).logits[0]
+        alone = [
+            model(input_ids=torch.tensor([one["input_ids"]]), use_cache=False).logits[0]
+            for one in EXAMPLES
+        ]
+    return joined, torch.cat(alone)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("by_document", [True, False], ids=["by document", "sdpa"])
+def test_examples_in_one_row_are_kept_apart(
+    family: str, by_document: bool, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tiny_model_dir
+    if family != "llama":
+        folder = build_family(family, tmp_path / family, tiny_model_dir)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if by_document:
+        assert attention.use_document_attention(model)
+    joined, alone = joined_and_alone(model)
+    assert torch.allclose(joined, alone, atol=2e-5), (joined - alone).abs().max()
+
+
+def test_each_example_gets_a_call_of_its_own_with_the_gradient_of_one_mask() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1, 4, 12, 8, generator=generator).requires_grad_() for _ in range(3)]
+    bounds = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, 1
+    output, _ = attention.sdpa_by_document(module, *rows, None, cu_seq_lens_q=bounds)
+    grads = torch.autograd.grad(output.square().sum(), rows)
+    lengths = bounds.diff()
+    document = torch.repeat_interleave(torch.arange(3), lengths)
+    mask = (document[:, None] == document).tril()[None, None]
+    masked = torch.nn.functional.scaled_dot_product_attention(*rows, mask).transpose(1, 2)
+    expected = torch.autograd.grad(masked.square().sum(), rows)
+    assert torch.allclose(output, masked, atol=1e-6)
+    for one, other in zip(grads, expected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_varlen_hands_bounds_window_and_scale_to_torchs_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No GPU here: the kernel's arguments, checked against a stand-in."""
+    seen = {}
+
+    def kernel(query, key, value, first, second, longest, also, **options):
+        seen.update(options, longest=longest, shapes=(query.shape, key.shape), dtype=query.dtype)
+        return torch.zeros_like(query)
+
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    query, key = torch.zeros(1, 4, 12, 8), torch.zeros(1, 2, 12, 8)
+    bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = attention.varlen_attention(
+            torch.nn.Module(),
+            *(query, key, key, None),
+            scaling=0.5,
+            sliding_window=4,
+            cu_seq_lens_q=bounds,
+            max_length_q=7,
+        )
+    assert output.shape == (1, 12, 4, 8)
+    assert seen == {
+        "scale": 0.5,
+        "window_size": (3, 0),
+        "enable_gqa": True,
+        "longest": 7,
+        "shapes": ((12, 4, 8), (12, 2, 8)),
+        "dtype": torch.bfloat16,
+    }
