@@ -160,12 +160,12 @@ def check_words(name: str, rest: list[str], command: str) -> None:
     """The verb takes these arguments, and what they name exists here or was made by an earlier
     command of the page.
     """
-    verb = cli._find_verb(name)
+    assert name in cli.VERBS, command
     parser = cli._Parser(prog=name, allow_abbrev=False)
-    module = importlib.import_module(f"recipes_lib.commands.{verb.module}")
+    module = importlib.import_module(f"recipes_lib.commands.{name}")
     module.configure(parser)
     args, left = parser.parse_known_args(rest)
-    overrides = cli._overrides(verb, parser, left)
+    overrides = cli._overrides(name, parser, left)
     if getattr(args, "recipe", None):
         load_recipe(args.recipe, overrides)
     if getattr(args, "study", None):

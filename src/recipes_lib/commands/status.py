@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 from itertools import islice
-from typing import Any, TypedDict
+from typing import Any
 
 from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.json_files import rows_from_the_end
+from recipes_lib.core.files import rows_from_the_end
+from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
-from recipes_lib.core.run_lock import describe_holder, is_held
-from recipes_lib.core.terminal import aligned, next_step, say, say_json
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
 
-NEWEST = 10_000  # lines of metrics.jsonl to look for the newest value of each metric in
-_COLUMNS = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
+NEWEST = 1000  # lines of metrics.jsonl to look for the newest value of each metric in
+STATUS_KEYS = ("run", "state", "step", "loss", "validation", "tokens_per_second", "updated")
+STATUS_TITLES = ("run", "state", "step", "loss", "validation", "tokens/s", "updated (UTC)")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,61 +28,48 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table, or one run."""
     if args.run:
-        return _show_one(open_run(args.run), args.json)
-    runs = all_runs()
+        return _show(open_run(args.run), args.json)
+    rows = [_row(run) for run in all_runs()]
     if args.json:
-        return say_json([_row(one) for one in runs])
-    if not runs:
+        return print_json([dict(zip(STATUS_KEYS, row, strict=True)) for row in rows])
+    if not rows:
         say(f"no runs in {runs_root()}")
         next_step("recipes train recipes/quickstart/lora-r8.yaml")
         return ExitCode.DONE
-    rows = [[str(value) for value in _row(one).values()] for one in runs]
-    for line in aligned([_COLUMNS, *rows]):
+    for line in aligned([STATUS_TITLES, *rows]):
         say(line)
     next_step(f"recipes status {max(rows, key=lambda row: row[-1])[0]}")
     return ExitCode.DONE
 
 
-def true_state(one: RunDirectory, state: str) -> str:
-    """Return the state, or `died` for a run that says `running` while no process holds its lock."""
-    return "died" if state == "running" and not is_held(one.path) else state
-
-
-class _Row(TypedDict):
-    """The line of one run; what was not measured is `-`."""
-
-    run: str
-    state: str
-    step: int | str
-    loss: str
-    validation: str
-    tokens_per_second: str
-    updated: str
-
-
-def _row(one: RunDirectory) -> _Row:
+def _row(run: RunDirectory) -> tuple[str, ...]:
     """The line of one run; a run.json that cannot be read costs only its own line."""
     try:
-        found, last = one.read_state(), _last_values(one)
-        state, updated = true_state(one, found["state"]), found.get("updated", "")
+        recorded, last = run.read_state(), _last_values(run)
+        state = _true_state(run, recorded["state"])
     except RecipesError:
-        state, updated, last = "unreadable", "", {}
-    return {
-        "run": one.name,
-        "state": state,
-        "step": last.get("step", "-"),
-        "loss": _rounded(last.get("loss")),
-        "validation": _rounded(last.get("eval_loss")),
-        "tokens_per_second": _rounded(last.get("tokens_per_second"), 0),
-        "updated": updated.removesuffix("+00:00"),
-    }
+        return (run.name, "unreadable", *("-" * 4), "")
+    return (
+        run.name,
+        state,
+        str(last.get("step", "-")),
+        _rounded(last.get("loss")),
+        _rounded(last.get("eval_loss")),
+        _rounded(last.get("tokens_per_second"), 0),
+        recorded.get("updated", "").removesuffix("+00:00"),
+    )
 
 
-def _last_values(one: RunDirectory) -> dict[str, Any]:
-    """The newest value of each metric; times of single steps are none."""
+def _true_state(run: RunDirectory, state: str) -> str:
+    """Return the state, or `died` for a run that says `running` while no process holds its lock."""
+    return "died" if state == "running" and not is_held(run.path) else state
+
+
+def _last_values(run: RunDirectory) -> dict[str, Any]:
+    """The newest value of each metric."""
     newest: dict[str, Any] = {}
-    for _, row in islice(rows_from_the_end(one.metrics), NEWEST):
-        newest = {key: value for key, value in row.items() if not isinstance(value, list)} | newest
+    for _, row in islice(rows_from_the_end(run.metrics), NEWEST):
+        newest = {**row, **newest}
     return newest
 
 
@@ -89,21 +77,20 @@ def _rounded(value: float | None, digits: int = 4) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def _show_one(one: RunDirectory, as_json: bool) -> int:
-    state, last = one.read_state(), _last_values(one)
-    now = true_state(one, state["state"])
+def _show(run: RunDirectory, as_json: bool) -> int:
+    recorded, last = run.read_state(), _last_values(run)
+    state = _true_state(run, recorded["state"])
     if as_json:
-        return say_json({**state, "last": last, "state": now})
-    holder = describe_holder(one.path / "lock.json") if now == "running" else ""
-    say(f"{one.name}: {now}{holder}")
+        return print_json({**recorded, "last": last, "state": state})
+    say(f"{run.name}: {state}{describe_holder(run.path / LOCK_NOTE)}")
     for key in ("exit_code", "error", "launch", "attempts"):
-        if (recorded := state.get(key)) is not None:
-            say(f"  {key}: {recorded}")
-    for key, value in (state.get("summary") or last).items():
+        if (value := recorded.get(key)) is not None:
+            say(f"  {key}: {value}")
+    for key, value in (recorded.get("summary") or last).items():
         say(f"  {key}: {value if value is not None else 'not measured'}")
-    steps = {
-        "finished": f"recipes chat {one.name}",
-        "running": f"touch {one.stop_file}   (checkpoint and stop)",
+    next_steps = {
+        "finished": f"recipes chat {run.name}",
+        "running": f"touch {run.stop_file}   (checkpoint and stop)",
     }
-    next_step(steps.get(now, f"the command in {one.path / 'command.txt'} resumes it"))
+    next_step(next_steps.get(state, f"the command in {run.path / 'command.txt'} resumes it"))
     return ExitCode.DONE
