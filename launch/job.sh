@@ -5,12 +5,11 @@
 #   MAX_REQUEUES      how often a job that was stopped goes back into the queue
 # and after it they say
 #   run COMMAND       start it, hand signals on, wait for its end and find its true exit code
-#   check COMMAND     what must succeed too, where the first did
 #   finish            leave the exit code, or go back into the queue
 set -o pipefail
-[ -d "$FOLDER" ] || { echo "this node does not see $FOLDER: directories.runs of the profile" >&2; exit 5; }
+[ -d "$FOLDER" ] || { echo "this node does not see $FOLDER: env.RECIPES_RUNS_ROOT of the profile" >&2; exit 5; }
 TASK=$JOB${SLURM_ARRAY_TASK_ID:+.$SLURM_ARRAY_TASK_ID} TRY=${SLURM_RESTART_COUNT:-0}
-export REPORT=$FOLDER/$TASK.reported.$TRY RECIPES_RANK_ERRORS=$FOLDER/$TASK.errors
+export REPORT=$FOLDER/$TASK.reported.$TRY RECIPES_RANK_ERRORS=$FOLDER/$TASK.errors JUDGE_LOG=$FOLDER/$TASK.judge.log
 say() { printf '%(%F %T)T [%s job=%s try=%s] %s\n' -1 "$TASK" "${SLURM_JOB_ID:-none}" "$TRY" "$*"; }
 environment_failed() {
   say "the site's environment failed: line ${BASH_LINENO[0]} of $FOLDER/$JOB.sbatch"
@@ -18,7 +17,8 @@ environment_failed() {
 }
 
 # Where the ranks meet: the first node, by its address where compute nodes do not know each other's names, and a port of this job's own.
-export HEAD=127.0.0.1 PORT=$((20000 + ${SLURM_JOB_ID:-$$} % 20000))
+# Below 32768, from which Linux hands out ports to others.
+export HEAD=127.0.0.1 PORT=$((12000 + ${SLURM_JOB_ID:-$$} % 20000))
 if [ -n "$SLURM_JOB_ID" ]; then
   echo "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}" > "$FOLDER/$JOB.job"   # `recipes launch status` finds a job that was submitted by hand
   HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -66,8 +66,6 @@ run() {
   done
 }
 ask() { case $JOB in train*) kill -USR2 "$COMMAND" ;; *) kill -TERM "$COMMAND" ;; esac 2> /dev/null; }
-
-check() { [ "$CODE" != 0 ] || { ("$@"); CODE=$?; }; }
 
 finish() {
   if [ -n "$SLURM_JOB_ID" ] && later_try; then say "a later try of this job has taken over"; exit "$CODE"; fi

@@ -12,8 +12,7 @@ while [ "$1" != -- ]; do WORDS+=("$1"); shift; done
 shift
 # A port that is free now, and a name that only this server goes by: whoever else may answer there is not taken for it.
 read -r PORT NAME < <(python3 -c 'import secrets, socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1], "judge-" + secrets.token_hex(8))')
-LOG=${REPORT:-${TMPDIR:-/tmp}/judge-$PORT}
-LOG=${LOG%.reported}.judge.log
+LOG=${JUDGE_LOG:-${TMPDIR:-/tmp}/judge-$PORT.log}   # of all tries of a job: what a judge said before it failed stays
 WANTED=${LOG%.log}.wanted ANSWERED=''
 export RECIPES_JUDGE_WANTED=$WANTED RECIPES_JUDGE_URL=http://127.0.0.1:$PORT/v1 NO_PROXY="127.0.0.1,localhost${NO_PROXY:+,$NO_PROXY}"
 
@@ -42,7 +41,7 @@ rm -f "$WANTED" "$WANTED.answers"
 COMMAND=$!
 while kill -0 "$COMMAND" 2> /dev/null; do
   if [ -z "$SERVER" ] && [ -e "$WANTED" ]; then
-    "$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" > "$LOG" 2>&1 &
+    "$HERE/vllm_server.sh" "$MODEL" --host 127.0.0.1 --port "$PORT" "${WORDS[@]}" --served-model-name "$MODEL" "$NAME" >> "$LOG" 2>&1 &
     SERVER=$! SECONDS=0
     echo "judge: $MODEL starts at $RECIPES_JUDGE_URL (log: $LOG)"
   elif [ -n "$SERVER" ] && [ -z "$ANSWERED" ]; then

@@ -125,7 +125,7 @@ def perform(argv: list[str], command: str) -> bool:
             flags = [
                 word.replace("eval,", "train,eval,")
                 for word in rest
-                if word not in ("--dry-run", "--test-only", "--wait")
+                if word not in ("--dry-run", "--wait")
             ]
             assert cli.main(["launch", what, *flags, "--dry-run"]) == ExitCode.DONE, command
         case ["recipes", "train", *rest]:

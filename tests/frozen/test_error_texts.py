@@ -34,11 +34,9 @@ import test_bad_recipes
 import test_design
 import test_eval_recipe
 import test_frozen
-import test_profile
 import test_published
 
 good_with = runpy.run_path(str(TESTS / "config" / "conftest.py"))["good_with"]
-profile_with = runpy.run_path(str(TESTS / "slurm" / "conftest.py"))["profile_with"]
 OVERRIDES = [
     "max_steps=1",
     "train.max_steps",
@@ -72,24 +70,6 @@ def cases_of(kind: str) -> Iterator[tuple[str, str | bytes, str]]:
         )
     elif kind == "judge":
         yield from ((repr(text), text, "judge.yaml") for text, _, _ in test_eval_recipe.BAD_JUDGES)
-    elif kind == "profile":
-        yield from (
-            (str(lines), profile_with(*lines), "site.yaml")
-            for lines, _ in test_profile.BAD_PROFILES
-        )
-        for key in (
-            "partition",
-            "time",
-            "gres",
-            "cpus_per_gpu",
-            "memory_gib_per_gpu",
-            "environment",
-        ):
-            yield (
-                f"without {key}",
-                "\n".join(line for line in profile_with().splitlines() if not line.startswith(key)),
-                "site.yaml",
-            )
     elif kind == "accelerate":
         yield from (
             (repr(text), text, "acc.yaml") for text, _ in test_accelerate_config.BAD_CONFIGS
@@ -127,9 +107,7 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     return run
 
 
-@pytest.mark.parametrize(
-    "kind", ["recipe", "eval", "judge", "profile", "accelerate", "published", "study"]
-)
+@pytest.mark.parametrize("kind", ["recipe", "eval", "judge", "accelerate", "published", "study"])
 def test_a_bad_file_is_answered_with_the_recorded_words(
     kind: str, tmp_path: Path, answered
 ) -> None:
@@ -155,7 +133,6 @@ def test_a_file_of_another_kind_and_a_bad_override_are_answered_with_the_recorde
         "recipe": ["show"],
         "study": ["study", "plan"],
         "eval": ["eval"],
-        "profile": ["launch", "r4.yaml", "--dry-run", "--profile"],
         "accelerate": ["plan", "r4.yaml", "--accelerate"],
     }
     found = [

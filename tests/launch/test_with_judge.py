@@ -40,7 +40,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
         **os.environ,
         "VLLM": str(program),
         "PORT": "20001",
-        "REPORT": str(tmp_path / "eval a.reported"),
+        "JUDGE_LOG": str(tmp_path / "eval a.judge.log"),
     }
 
 
@@ -106,6 +106,11 @@ def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(
         and "no memory for the cache" in done.stderr
         and not (tmp_path / "ran").exists()
     )
+    log = tmp_path / "eval a.judge.log"
+    first = log.read_text()
+    subprocess.run([SCRIPT, "broken", "--", "sh", "-c", WAITS], env=environment, timeout=60)
+    # issue: the next try of a job deleted what the judge said before it failed
+    assert log.read_text().startswith(first) and len(log.read_text()) > len(first)
 
 
 def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.slurm.conftest import NEEDED, SANDBOX, free_ports, processes_of
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.nightly, pytest.mark.slurm, pytest.mark.timeout(600)]
 
 
 @pytest.fixture

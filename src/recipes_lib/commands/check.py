@@ -24,6 +24,7 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.slurm.profile import load_profile
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -55,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
         found: list[RecipesError] = []
         try:
             document = load_document(file, keep_going=True)
+            if document.kind.name == "profile":
+                load_profile(str(file))
+                continue
             found += check(document, args.full)
             if not found:
                 found += document.kind.check_rows(document, args.full)

@@ -12,10 +12,12 @@ from pathlib import Path
 from recipes_lib.config.launch import TRAIN_FLAGS, add_train_flags
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import at_least, flag_words, next_step, say
-from recipes_lib.slurm import submission, watching
-from recipes_lib.slurm.jobs import JobPlan, plan_target
+from recipes_lib.slurm import status
+from recipes_lib.slurm.jobs import Asked, JobPlan, plan_target
 from recipes_lib.slurm.prefetching import missing_models
 from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
+from recipes_lib.slurm.script import commands, directives
+from recipes_lib.slurm.submit import LaunchFolder, dry_run, prepare, submit_chain
 
 ACTIONS = ("status", "cancel", "logs")
 
@@ -39,20 +41,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--stages", metavar="LIST", help="of train,eval,report; default: all")
     evals = "what to evaluate a recipe on; default: the three of evals/"
     add("--evals", nargs="+", metavar="EVAL", help=evals)
-    arms = "arms of a study that train at the same time; default: the profile's"
-    add("--throttle", type=at_least(1), metavar="N", help=arms)
     how = parser.add_mutually_exclusive_group()
     for flag, help in (
         ("--dry-run", "print the sbatch lines and what the scripts ask and run, and do nothing"),
-        ("--test-only", "ask Slurm whether it would take the jobs; nothing is queued"),
         ("--prepare", "only write the scripts of the jobs, and print their folder"),
         ("--wait", "wait until the whole chain is over; its exit code"),
     ):
         how.add_argument(flag, action="store_true", help=help)
     add_train_flags(parser)
-    stage = "logs: the stage, for example train or eval-mt_bench; default: all"
-    add("--stage", metavar="S", help=stage)
-    lines = "logs: lines of each stage (default 40)"
+    add("--stage", metavar="S", help="logs: the task, for example train or eval-mt_bench")
+    lines = "logs: lines of each task (default 40)"
     add("--lines", type=at_least(1), default=40, metavar="N", help=lines)
     add("--json", action="store_true", help="status: print one JSON object")
 
@@ -64,105 +62,97 @@ def run(args: argparse.Namespace) -> int:
         if args.overrides:
             raise RecipeError(f"recipes launch {first}: unknown argument '{args.overrides[0]}'")
         if first == "status":
-            return watching.show_status(rest, as_json=args.json)
+            return status.show_status(rest, as_json=args.json)
         if first == "cancel":
-            return watching.cancel(rest)
-        return watching.show_logs(rest, args.stage, args.lines)
+            return status.cancel(rest)
+        return status.show_logs(rest, args.stage, args.lines)
     # --evals takes what follows it
     overrides = [*rest, *args.overrides, *(word for word in args.evals or () if "=" in word)]
     args.evals = [word for word in args.evals or () if "=" not in word]
     names = [word.partition("=")[0] for word in overrides]
     if flags := [name for name in names if name.startswith("-") and "." not in name]:
         raise RecipeError(
-            f"recipes launch: {flags[0]} is no option of recipes launch",
-            "what the site wants belongs into its profile,"
-            f" {args.profile or 'launch/profiles/NAME.yaml'}: its keys, or extra_sbatch",
+            f"recipes launch: {flags[0]} is not an option of recipes launch",
+            f"put options of the site into the profile, {args.profile or 'launch/profiles/...'}:"
+            " sbatch",
             "all options: recipes launch --help",
         )
     if strangers := [word for word in overrides if "=" not in word]:
-        raise RecipeError(
-            f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value",
-            "one recipe or study at a time",
-        )
-    if not args.profile and not args.prepare:
+        what = f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value"
+        raise RecipeError(what, "one recipe or study at a time")
+    if not args.profile:
         raise RecipeError(
             "recipes launch: --profile is missing",
-            f"there are {', '.join(profile_names())}; a new site: copy launch/profiles/example.yaml"
-            " and fill in six values",
+            f"there are {', '.join(profile_names())}",
+            "a new site: copy launch/profiles/example.yaml",
         )
     return _launch(args, first, overrides)
 
 
 def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     """Plan the jobs, then do what was asked with them."""
-    profile = load_profile(args.profile) if args.profile else None
-    if profile is not None:
-        profile.enter()
-    plan = plan_target(target, overrides, profile, args, flag_words(args, TRAIN_FLAGS))
+    profile = load_profile(args.profile)
+    profile.enter()
+    flags = flag_words(args, TRAIN_FLAGS)
+    asked = Asked(overrides, args.accelerate, args.gpus, args.nodes, args.stages, args.evals, flags)
+    plan = plan_target(target, profile, asked)
     if args.prepare:
-        submission.prepare(plan, profile)
-        print(plan.path)
+        print(prepare(plan, profile).path)
         return ExitCode.DONE
-    assert profile is not None
     words = sys.argv[2:] if sys.argv[1:2] == ["launch"] else [target]
     typed = shlex.join(["recipes", "launch", *words])
     fetch = shlex.join([target, *plan.evals, *overrides])
-    warnings = _warnings(plan, profile, f"recipes prefetch {fetch} --profile {args.profile}")
+    remarks = _remarks(plan, profile, f"recipes prefetch {fetch} --profile {args.profile}")
     if args.dry_run:
-        _show(plan, profile, typed, warnings)
+        _show(plan, profile, typed, remarks)
         return ExitCode.DONE
-    for warning in warnings:
-        say(warning)
-    if args.test_only:
-        for label, answer in submission.test_chain(plan, profile):
-            say(f"{label}: {answer}")
-        next_step(typed.replace(" --test-only", ""))
-        return ExitCode.DONE
-    folder = submission.LaunchFolder(plan.path)
-    watching.refuse_if_active(folder)
-    ids = submission.submit_chain(plan, profile)
+    for remark in remarks:
+        say(remark)
+    folder = LaunchFolder(plan.folder)
+    if folder.jobs_file.is_file():
+        status.refuse_if_active(folder)
+    ids = submit_chain(plan, profile)
     for job in plan.jobs:
         arms = f" ({len(job.tasks)} arms)" if job.is_array else ""
         waits = ", ".join([*job.after, *job.after_any])
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
     if args.wait:
-        return watching.wait(folder)
+        return status.wait(folder)
     next_step(f"recipes launch status {plan.name}")
     return ExitCode.DONE
 
 
-def _warnings(plan: JobPlan, profile: SiteProfile, prefetch: str) -> list[str]:
-    """Return what the plan warns of, and which models are not here yet, where the jobs cannot fetch
-    them.
+def _remarks(plan: JobPlan, profile: SiteProfile, prefetch: str) -> list[str]:
+    """Return what to say before: the plan's warnings, and which models are not here yet, where the
+    jobs cannot fetch them.
 
     Args:
+        plan: the jobs.
+        profile: the site.
         prefetch: the command that fetches everything.
     """
-    warnings = [f"warning: {warning}" for warning in plan.warnings]
+    remarks = list(plan.warnings)
     if profile.values.offline and (missing := missing_models(plan.models)):
         verb = "is" if len(missing) == 1 else "are"
-        warnings.append(
-            f"warning: {' and '.join(missing)} {verb} not on this machine, and jobs have no"
-            f" network: {prefetch}"
-        )
-    return warnings
+        what = f"{' and '.join(missing)} {verb} not on this machine, and jobs have no network"
+        remarks.append(f"warning: {what}: {prefetch}")
+    return remarks
 
 
-def _show(plan: JobPlan, profile: SiteProfile, typed: str, warnings: list[str]) -> None:
+def _show(plan: JobPlan, profile: SiteProfile, typed: str, remarks: list[str]) -> None:
     """Print commands that bash takes as they stand: the one that writes the scripts, and the sbatch
     line of each job; what its script asks for and runs are comments.
     """
-    for warning in warnings:
-        say(f"# {warning}")
+    for remark in remarks:
+        say(f"# {remark}")
     say("# bash takes these lines as they are; the first one writes the scripts")
     say(typed.replace(" --dry-run", " --prepare"))
-    for job, line in submission.dry_run(plan):
-        unit = "GPU" if job.shape.gpus and profile.values.gres else "process"
+    for job, line in dry_run(plan):
+        unit = "GPU" if job.size.gpus else "process"
         arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
-        say(f"# {job.label}: {arms}{job.shape.nodes} node x {job.shape.processes} {unit}")
+        say(f"# {job.label}: {arms}{job.size.nodes} node x {job.size.processes} {unit}")
         say(line)
-        work = [text for text in submission.job_commands(job, profile) if not text.startswith("#")]
-        shown = [*submission.directives(job, plan.path, profile), *work, "finish"]
-        for text in "\n".join(shown).split("\n"):
+        asked = directives(job, plan.folder, profile.values)
+        for text in "\n".join([*asked, *commands(job, profile.values)]).split("\n"):
             say(f"#     {text}")
-    say(f"# next: {typed.replace(' --dry-run', '')}   (submits; --test-only asks Slurm first)")
+    say(f"# next: {typed.replace(' --dry-run', '')}")

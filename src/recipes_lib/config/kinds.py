@@ -103,9 +103,8 @@ KINDS = (
     _kind(
         "profile",
         "a site profile",
-        "partition gres cpus_per_gpu memory_gib_per_gpu",
+        "sbatch stages signal_lead_s max_requeues max_concurrent_arms",
         "launch with it: recipes launch RECIPE --profile",
-        "slurm.profile:ProfileRules",
     ),
     _kind(
         "published",

@@ -1,0 +1,222 @@
+"""Jobs of a real Slurm, four made-up nodes of this machine (launch/sandbox.sh): chain, preemption,
+the time limit, cancelling, an array with a failing arm, pasted lines, two nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.study.study_files import write_tiny_study
+
+PROJECT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.slurm, pytest.mark.timeout(600)]
+# 400 steps take some 15 seconds: long enough for Slurm to preempt the job before it is done, whose
+# scheduler looks every few seconds.
+STEPS = (
+    "train.max_steps=400",
+    "train.save_steps=100",
+    "train.eval_steps=100",
+    "lora.lora_dropout=0.3",
+)
+ENDLESS = ("train.max_steps=100000", "train.eval_strategy='no'", "train.save_steps=100000")
+
+
+@pytest.fixture(scope="module")
+def profile(cluster) -> str:
+    return str(cluster.profile())
+
+
+@pytest.fixture(scope="module")
+def whole(cluster, tiny, profile) -> str:
+    """A run of one process that nothing disturbs."""
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=whole", *STEPS)
+    assert cluster.ended("whole")["train"]["state"] == "done", cluster.log("whole")
+    return "whole"
+
+
+def test_a_recipe_is_trained_judged_by_a_server_of_the_job_and_reported(
+    cluster, tiny, tiny_model_dir
+) -> None:
+    write_tiny_study(cluster.work / "served", tiny_model_dir, questions=3)
+    judge = cluster.work / "served" / "judge.yaml"
+    head, _, text = judge.read_text().partition("\n")
+    served = {"model": "org/judge", "engine": "openai", "base_url": "http://127.0.0.1:8000/v1"}
+    values = {**yaml.safe_load(text)["judge"], **served, "mode": "generate"}
+    judge.write_text(f"{head}\n{yaml.safe_dump({'judge': values})}")
+    vllm = cluster.work / "vllm"
+    server = PROJECT / "tests/launch/served_judge.py"
+    vllm.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{server}" "$@"\n')
+    vllm.chmod(0o755)
+    profile = cluster.profile("served", vllm=str(vllm))
+    words = ("--evals", "served/alpaca_eval.yaml", "run.name=judged", "train.max_steps=2")
+    cluster.launch("tiny.yaml", "--profile", str(profile), *words)
+    states = cluster.ended("judged")
+    logs = {label: cluster.log("judged", label) for label in states}
+    assert {state["state"] for state in states.values()} == {"done"}, logs
+    assert "world size 1" in logs["train"] and "not checked" not in logs["train"]
+    evaluated = next(label for label in states if label.startswith("eval-"))
+    assert "judge: answers after" in logs[evaluated]
+    judge_log = cluster.runs / "judged" / "slurm" / f"{evaluated}.judge.log"
+    assert "serve org/judge" in judge_log.read_text()
+    assert (cluster.runs / "judged" / "report.html").is_file()
+
+
+def test_a_preempted_job_saves_is_queued_again_and_ends_with_the_same_adapter(
+    cluster, tiny, profile, whole
+) -> None:
+    words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=preempted", *STEPS)
+    cluster.launch(*words)
+    cluster.wait_for(lambda: cluster.steps("preempted") >= 4, "the fourth step")
+    cluster.call("sbatch", "-p", "urgent", "-N4", "--exclusive", "--wrap", "sleep 1")
+    states = cluster.ended("preempted")
+    log = cluster.log("preempted")
+    assert states["train"]["state"] == "done", log
+    assert re.search(r"stopped at step \d+/400", log) and "resuming checkpoint-" in log, log
+    assert "try=0" in log and "try=1" in log  # one log, appended
+    assert cluster.adapter("preempted") == cluster.adapter(whole)
+
+
+def test_at_the_time_limit_a_job_saves_and_goes_back_into_the_queue_as_often_as_it_may(
+    cluster, tiny, profile, whole
+) -> None:
+    """USR2 is what Slurm sends before the limit; with no requeue left the code is 75."""
+    words = ("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=asked", *STEPS)
+    cluster.launch(*words)
+    cluster.wait_for(lambda: cluster.steps("asked") >= 4, "the fourth step")
+    cluster.call("scancel", "--batch", "--signal=USR2", cluster.jobs("asked")["train"])
+    states = cluster.ended("asked")
+    log = cluster.log("asked")
+    assert states["train"]["state"] == "done" and "back into the queue" in log, log
+    assert cluster.adapter("asked") == cluster.adapter(whole)
+    short = cluster.profile("short", sbatch={"time": "00:01:00"}, signal_lead_s=20, max_requeues=0)
+    words = ("tiny.yaml", "--profile", str(short), "--stages", "train", "run.name=limited")
+    cluster.launch(*words, *ENDLESS)
+    states = cluster.ended("limited")
+    assert states["train"]["exit_code"] == 75, cluster.log("limited")
+    assert cluster.run_state("limited")["state"] == "preempted"
+
+
+def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(
+    cluster, tiny, profile
+) -> None:
+    words = ("tiny.yaml", "--profile", profile, "run.name=cancelled", *ENDLESS)
+    evals = ("--evals", str(PROJECT / "evals/quickstart/house_style.yaml"))
+    cluster.launch(*words, *evals)
+    cluster.wait_for(lambda: cluster.steps("cancelled") >= 2, "the second step")
+    second = cluster.recipes("launch", *words, *evals)
+    assert second.returncode == 2 and "is launched already: train is running" in second.stderr
+    assert "cancelled" in cluster.recipes("launch", "cancel", "cancelled").stdout
+    states = cluster.ended("cancelled")
+    assert not any(state["active"] or state["state"] == "done" for state in states.values())
+    assert cluster.run_state("cancelled")["state"] == "preempted"  # it used Slurm's KillWait
+    assert cluster.queue() == []
+
+
+def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(
+    cluster, tiny_model_dir
+) -> None:
+    study = write_tiny_study(cluster.work / "study", tiny_model_dir, steps=4, questions=4)
+    text = study.read_text()
+    broken = "r16: {recipe: r8.yaml, overrides: [train.learning_rate=1e30, lora=null]}"
+    study.write_text(text.replace("  r8: r8.yaml", f"  r8: r8.yaml\n  {broken}"))
+    profile = cluster.profile("study", max_concurrent_arms=2)
+    said = cluster.launch(str(study), "--profile", str(profile))
+    assert re.search(r"train: job \d+ \(3 arms\)", said) and "eval: job" in said
+    states = cluster.ended("tiny", seconds=500)
+    logs = {label: cluster.log("tiny", label) for label in states}
+    found = {label: state["state"] for label, state in states.items()}
+    failed = {"train.2": "failed", "eval": "failed"}
+    assert found == {"train.0": "done", "train.1": "done", **failed}, logs
+    assert (
+        states["train.2"]["exit_code"] == 3 and "r16 (exit code 1): is not trained" in logs["eval"]
+    )
+    report = cluster.runs / "tiny" / "report"
+    assert (report / "report.html").is_file() and json.loads((report / "numbers.json").read_text())
+    status = cluster.recipes("study", "status", str(study)).stdout
+    assert "tiny--r16" in status and "tiny--r8" not in status
+
+
+def test_the_pasted_lines_of_a_dry_run_are_the_chain_and_known_to_status(cluster, tiny) -> None:
+    words = ("--profile", str(cluster.profile("paste")), "--stages", "train", "run.name=pasted")
+    said = cluster.launch("tiny.yaml", *words, "train.max_steps=2", "--dry-run")
+    assert not (cluster.runs / "pasted").exists()
+    recipes = f'recipes() {{ "{sys.executable}" -m recipes_lib.cli "$@"; }}'
+    done = cluster.call("bash", "-euc", f"{recipes}\n{said}\necho $train")
+    assert done.returncode == 0, done.stderr
+    cluster.over(done.stdout.split()[-1:], lambda: cluster.log("pasted"))
+    assert cluster.run_state("pasted")["state"] == "finished", cluster.log("pasted")
+    assert cluster.states("pasted")["train"]["state"] == "done"
+
+
+def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(
+    cluster, tiny, profile
+) -> None:
+    from safetensors.torch import load
+
+    plain = ("train.max_steps=6", "train.per_device_train_batch_size=2")
+    launch = ("tiny.yaml", "--profile", profile, "--stages", "train", *plain)
+    cluster.launch(*launch, "run.name=alone")
+    cluster.launch(
+        *launch, "--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "2", "run.name=four"
+    )
+    for name in ("alone", "four"):
+        assert cluster.ended(name)["train"]["state"] == "done", cluster.log(name)
+    log = cluster.log("four")
+    assert "2 node(s) x 2 process(es)" in log and "DDP, world size 4" in log
+    alone, four = load(cluster.adapter("alone")), load(cluster.adapter("four"))
+    assert max(float((alone[name] - four[name]).abs().max()) for name in alone) < 1e-4
+
+
+@pytest.mark.nightly
+def test_what_slurm_refuses_leaves_nothing_queued(cluster, tiny) -> None:
+    for flags, word in (({"partition": "nowhere"}, "partition"), ({"time": "9-00:00:00"}, "time")):
+        site = cluster.profile("refused", sbatch=flags)
+        done = cluster.recipes("launch", "tiny.yaml", "--profile", str(site), "--stages", "train")
+        assert done.returncode == 2 and word in done.stderr.lower(), done.stderr
+        assert f"{site.name}:2" in done.stderr and cluster.queue() == []
+
+
+@pytest.mark.nightly
+def test_a_failing_training_keeps_its_exit_code_and_cancels_what_waits_for_it(
+    cluster, tiny, profile
+) -> None:
+    explode = ("lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant")
+    evals = ("--evals", str(PROJECT / "evals/quickstart/house_style.yaml"))
+    launch = ("--accelerate", "ddp_cpu", "--gpus", "2", *evals, *explode, "run.name=explodes")
+    cluster.launch("tiny.yaml", "--profile", profile, *launch)
+    states = cluster.ended("explodes")
+    assert states["train"]["exit_code"] == 3, cluster.log("explodes")
+    assert [state["state"] for state in states.values()].count("done") == 0
+    assert cluster.queue() == []
+
+
+@pytest.mark.nightly
+def test_a_job_whose_node_is_lost_goes_on_elsewhere_and_never_two_tries_train(
+    cluster, tiny, profile, whole
+) -> None:
+    """The node's slurmd ends, its processes live on: Slurm queues the job again while the first try
+    still trains, and the second waits for it.
+    """
+    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=lost", *STEPS)
+    cluster.wait_for(lambda: cluster.steps("lost") >= 4, "the fourth step")
+    job = cluster.jobs("lost")["train"]
+    node = cluster.call("squeue", "-h", "-o", "%N", "-j", job).stdout.strip()
+    first = json.loads((cluster.runs / "lost" / "lock.json").read_text())
+    pid = (cluster.folder / "slurm" / "run" / f"slurmd-{node}.pid").read_text()
+    os.kill(int(pid), signal.SIGKILL)
+    try:
+        down = ("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        assert cluster.call(*down).returncode == 0
+        os.kill(first["pid"], 0)  # the first try is not gone with the node's daemon
+        states = cluster.ended("lost")
+    finally:
+        cluster.start_node(node)
+    assert states["train"]["state"] == "done", cluster.log("lost")
+    assert cluster.adapter("lost") == cluster.adapter(whole)
