@@ -13,10 +13,10 @@ from recipes_lib.config.launch import TRAIN_FLAGS, add_train_flags
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import at_least, flag_words, next_step, say
 from recipes_lib.slurm import status
-from recipes_lib.slurm.jobs import Asked, JobPlan, plan_target
+from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
 from recipes_lib.slurm.prefetching import missing_models
 from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
-from recipes_lib.slurm.script import commands, directives
+from recipes_lib.slurm.script import directives, job_commands
 from recipes_lib.slurm.submit import LaunchFolder, dry_run, prepare, submit_chain
 
 ACTIONS = ("status", "cancel", "logs")
@@ -94,7 +94,9 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
     profile = load_profile(args.profile)
     profile.enter()
     flags = flag_words(args, TRAIN_FLAGS)
-    asked = Asked(overrides, args.accelerate, args.gpus, args.nodes, args.stages, args.evals, flags)
+    asked = LaunchRequest(
+        overrides, args.accelerate, args.gpus, args.nodes, args.stages, args.evals, flags
+    )
     plan = plan_target(target, profile, asked)
     if args.prepare:
         print(prepare(plan, profile).path)
@@ -153,6 +155,6 @@ def _show(plan: JobPlan, profile: SiteProfile, typed: str, remarks: list[str]) -
         say(f"# {job.label}: {arms}{job.size.nodes} node x {job.size.processes} {unit}")
         say(line)
         asked = directives(job, plan.folder, profile.values)
-        for text in "\n".join([*asked, *commands(job, profile.values)]).split("\n"):
+        for text in "\n".join([*asked, *job_commands(job, profile.values)]).split("\n"):
             say(f"#     {text}")
     say(f"# next: {typed.replace(' --dry-run', '')}")

@@ -119,7 +119,7 @@ class JobPlan:
 
 
 @dataclass(frozen=True)
-class Asked:
+class LaunchRequest:
     """What the command line of `recipes launch` says beside the target; None is the default."""
 
     overrides: Sequence[str] = ()
@@ -144,7 +144,7 @@ def jobs_folder(name: str) -> Path:
     return folder
 
 
-def plan_target(target: str, profile: SiteProfile, asked: Asked) -> JobPlan:
+def plan_target(target: str, profile: SiteProfile, asked: LaunchRequest) -> JobPlan:
     """Return the jobs of a recipe or a study.
 
     Raises:
@@ -178,7 +178,7 @@ def _stages_of(text: str | None) -> tuple[str, ...]:
 
 
 def _plan_recipe(
-    recipe: Recipe, profile: SiteProfile, stages: Sequence[str], asked: Asked
+    recipe: Recipe, profile: SiteProfile, stages: Sequence[str], asked: LaunchRequest
 ) -> JobPlan:
     """Return the jobs of a recipe.
 

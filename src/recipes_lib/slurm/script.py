@@ -43,7 +43,7 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
         '[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed',
         *(f"{line} || environment_failed" for line in profile.setup),
         "",
-        *commands(job, profile),
+        *job_commands(job, profile),
         "finish",
     ]
     return "\n".join(lines) + "\n"
@@ -74,7 +74,7 @@ def sbatch_words(job: Job, folder: Path, profile: Profile) -> list[str]:
     ]
 
 
-def commands(job: Job, profile: Profile) -> list[str]:
+def job_commands(job: Job, profile: Profile) -> list[str]:
     """Return the lines of a script that do the work."""
     lines: list[str] = []
     if job.stage == "train":
