@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from recipes_lib.config.kinds import at
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.validation import check
 from recipes_lib.config.yaml_source import no_such_file
@@ -24,7 +25,6 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.slurm.profile import load_profile
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         try:
             document = load_document(file, keep_going=True)
             if document.kind.name == "profile":
-                load_profile(str(file))
+                at("slurm.profile:load_profile")(str(file))
                 continue
             found += check(document, args.full)
             if not found:
