@@ -21,7 +21,7 @@ from recipes_lib.training.resume_guard import check_resume, differences
 
 @pytest.mark.parametrize(
     "name",
-    ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "CON", "é", "run.", "a\nb", "-x", ".x", "🙂"],
+    ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "é", "run.", "a\nb", "-x", ".x", "🙂"],
 )
 def test_a_run_name_that_is_not_a_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError):

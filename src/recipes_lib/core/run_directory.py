@@ -10,6 +10,7 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 
 from __future__ import annotations
 
+import difflib
 import os
 import shlex
 from collections.abc import Mapping
@@ -71,41 +72,15 @@ class RunDirectory:
         self.name = name
         self.root = (root or runs_root()).resolve()
         self.path = self.root / name
+        self.state_file = self.path / "run.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.stop_file = self.path / "STOP"  # asks a running training to checkpoint and stop
         if self.path.resolve().parent != self.root:
             raise RecipeError(
                 f"run '{name}' leads out of {self.root}",
                 "remove the symbolic link, or choose another run.name",
             )
-
-    @property
-    def state_file(self) -> Path:
-        """run.json."""
-        return self.path / "run.json"
-
-    @property
-    def command_file(self) -> Path:
-        """command.txt, the command that began the run."""
-        return self.path / "command.txt"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the training checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        """metrics.jsonl, one line per log."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def figures(self) -> Path:
-        """Folder of the curves."""
-        return self.path / "figures"
-
-    @property
-    def stop_file(self) -> Path:
-        """A file of this name asks a running training to checkpoint and stop."""
-        return self.path / "STOP"
 
     def weights(self, full_finetuning: bool) -> Path:
         """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
@@ -121,12 +96,9 @@ class RunDirectory:
         """
         words: list[str] = []
         with suppress(OSError, ValueError):  # it is gone, or damaged
-            words = shlex.split(self.command_file.read_text(encoding="utf-8"))
+            words = shlex.split((self.path / "command.txt").read_text(encoding="utf-8"))
         if "recipes_lib.train" not in words:
-            return (
-                f"recipes train RECIPE run.name={self.name}, with the recipe and overrides that it"
-                " was trained with"
-            )
+            return f"recipes train RECIPE run.name={self.name}, with its recipe and overrides"
         return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
 
     def read_state(self) -> RunState:
@@ -134,32 +106,29 @@ class RunDirectory:
 
         Raises:
             RecipeError: there is no such run; similar names are listed.
-            EnvironmentFault: run.json is not readable, or was written by a newer version of the
-                format.
+            EnvironmentFault: run.json is damaged, or of another version of the format.
         """
         if not self.exists():
             raise RecipeError(
                 f"no run named '{self.name}' in {self.root}", *_similar_runs(self.name, self.root)
             )
         self.check_inside()
+        remedy = f"restore it, or move it away: mv {self.state_file} {self.state_file}.damaged"
+        if self.checkpoints.is_dir():
+            remedy += f"; the newest whole checkpoint then goes on: {self.train_command()}"
         try:
             state = read_object(self.state_file)
         except DamagedFile as error:
-            raise EnvironmentFault(
-                f"run.json {error.what}", *self._without_state(), file=self.state_file
-            ) from None
+            what = f"run.json {error.what}"
+            raise EnvironmentFault(what, remedy, file=self.state_file) from None
         if state.get("state") not in get_args(State):
-            raise EnvironmentFault(
-                "run.json does not say in which state the run is",
-                *self._without_state(),
-                file=self.state_file,
-            )
+            what = "run.json does not say in which state the run is"
+            raise EnvironmentFault(what, remedy, file=self.state_file)
         version = state.get("format_version", 0)
         if version != FORMAT_VERSION:
             raise EnvironmentFault(
                 f"run.json has format version {version}, this version reads {FORMAT_VERSION}",
-                "use the version of recipes_lib that is in environment.json of the run, or start"
-                " the run anew under another run.name",
+                "train the recipe again under another run.name",
                 file=self.state_file,
             )
         return cast(RunState, state)
@@ -178,28 +147,12 @@ class RunDirectory:
                     " RECIPES_RUNS_ROOT=FOLDER",
                 )
 
-    def _without_state(self) -> list[str]:
-        """How to go on with a run whose run.json is damaged."""
-        away = (
-            f"restore it from a backup, or move it away: mv {self.state_file}"
-            f" {self.state_file}.damaged"
-        )
-        if not self.checkpoints.is_dir():
-            return [away]
-        return [
-            away,
-            f"training then resumes from the newest whole checkpoint: {self.train_command()}",
-        ]
-
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
         now = utc_now()
-        old: Mapping[str, object] = (
-            self.read_state()
-            if self.exists()
-            else {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
-        )
-        write_json(self.state_file, {**old, "state": state, "updated": now, **fields})
+        begun = {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
+        known: Mapping[str, object] = self.read_state() if self.exists() else begun
+        write_json(self.state_file, {**known, "state": state, "updated": now, **fields})
 
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
@@ -223,21 +176,15 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
 def all_runs(root: Path | None = None) -> list[RunDirectory]:
     """Return every run under the runs root, by name."""
     root = root or runs_root()
-    return [
-        RunDirectory(file.parent.name, root)
-        for file in sorted(root.glob("*/run.json"))
-        if not file.parent.name.startswith(".")
-    ]
+    names = sorted(file.parent.name for file in root.glob("*/run.json"))
+    return [RunDirectory(name, root) for name in names if not name.startswith(".")]
 
 
 def _similar_runs(name: str, root: Path) -> list[str]:
-    import difflib
-
     names = [run.name for run in all_runs(root)]
     near = difflib.get_close_matches(name, names, n=3) or names[:5]
-    return (
-        [f"runs there: {', '.join(near)}"] if near else ["no run there yet: recipes train RECIPE"]
-    )
+    none = "no run there yet: recipes train RECIPE"
+    return [f"runs there: {', '.join(near)}" if near else none]
 
 
 def read_resolved(folder: Path) -> dict[str, Any]:
@@ -246,23 +193,21 @@ def read_resolved(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: the file is not a YAML mapping.
     """
-    path = folder / "resolved.yaml"
-    hint = (
-        "training the run's recipe again writes it anew, and trains nothing where the run is"
-        " finished"
-    )
-    if not path.is_file():
-        return {}
     import yaml
 
+    path = folder / "resolved.yaml"
+    if not path.is_file():
+        return {}
     try:
-        value = yaml.load(
-            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise DataError(
-            f"is damaged, not YAML: {str(error).splitlines()[0]}", hint, file=path
-        ) from None
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        value = None
     if not isinstance(value, dict):
-        raise DataError("is damaged: it holds no recipe", hint, file=path)
+        raise DataError(
+            "is damaged: it holds no recipe",
+            "training the run's recipe again writes it anew, and trains nothing where the run is"
+            " finished",
+            file=path,
+        )
     return value
