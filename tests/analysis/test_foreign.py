@@ -12,7 +12,7 @@ from tests.analysis.made_up import write_json, write_lines
 
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.foreign import read_foreign, unique_names
-from recipes_lib.analysis.runs import Arm, Arms, Run
+from recipes_lib.analysis.runs import ArmRuns, Arms, Run
 from recipes_lib.core.errors import DataError
 
 
@@ -63,7 +63,7 @@ def compared(*paths: Path) -> Any:
     runs = [read_foreign(path) for path in paths]
     assert all(runs)
     named = unique_names([run for run in runs if run])
-    return conclude(Arms({name: Arm(name, (run,)) for name, run in named.items()}))
+    return conclude(Arms({name: ArmRuns(name, (run,)) for name, run in named.items()}))
 
 
 def test_two_folders_of_lm_eval_are_compared_in_pairs(tmp_path: Path) -> None:

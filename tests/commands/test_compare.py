@@ -5,16 +5,13 @@ compared.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from tests.analysis import made_up
+from tests.analysis.test_foreign import annotations, lm_eval
 
 from recipes_lib.cli import main
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import synthetic_runs
 
 
 @pytest.fixture
@@ -22,13 +19,21 @@ def runs(tmp_path, monkeypatch):
     root = tmp_path / "runs"
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(root))
     monkeypatch.chdir(tmp_path)
-    synthetic_runs.write_study(root, ("r8", "r32"), 60)
+    for name, rank, skill in (("r8", 8, 0.4), ("r32", 32, 0.8)):
+        folder = made_up.write_run(root, name, rank=rank)
+        made_up.write_judged(folder, 60, skill=skill)
+        grades = [float(1 + n % 5) for n in range(80)]
+        made_up.write_values(
+            folder, grades, name="mt_bench", suite="mt_bench", metric="grade", unit="grade"
+        )
+        made_up.write_values(folder, [float(n % 3 == 0) for n in range(90)])
+    made_up.write_judged(root / "r32", 60, against="r8", skill=0.7)
     return root
 
 
 def make_base(root: Path, **changes) -> None:
     """The record of a base model as an evaluation leaves it."""
-    base = synthetic_runs.write_run(root, "base--model--12345678")
+    base = made_up.write_run(root, "base--model--12345678")
     model = {"name_or_path": "some/model", "revision": None, "dtype": "bfloat16"} | changes
     state = {
         "format_version": 1,
@@ -39,9 +44,9 @@ def make_base(root: Path, **changes) -> None:
         "stand_in": {"model": model, "quantization": None},
         "prompt_format_hash": "p" * 64,
     }
-    synthetic_runs.write_json(base / "run.json", state)
+    made_up.write_json(base / "run.json", state)
     (base / "metrics.jsonl").unlink()
-    synthetic_runs.write_lm_eval(base, skill=0.3)
+    made_up.write_values(base, [float(n % 4 == 0) for n in range(90)])
 
 
 def test_the_table_names_arms_effect_p_n_and_verdict(runs, capsys):
@@ -49,10 +54,10 @@ def test_the_table_names_arms_effect_p_n_and_verdict(runs, capsys):
     shown = capsys.readouterr().out
     assert (
         "r32 against r8" in shown
-        and "AlpacaEval win rate head to head" in shown
+        and "AlpacaEval win rate, head to head" in shown
         and "p (Holm)" in shown
     )
-    assert "arc_easy acc" in shown and "MT-Bench mean grade" in shown
+    assert "pass rate" in shown and "grade" in shown
     assert shown.rstrip().splitlines()[-1] == "next: recipes compare r8 r32 --html report.html"
 
 
@@ -62,15 +67,15 @@ def test_json_is_one_object(runs, capsys):
     assert {row["metric"] for row in value["rows"]} == {
         "alpaca_eval/win_rate",
         "mt_bench/grade",
-        "lm_eval/arc_easy/acc",
+        "checks/pass_rate",
     }
     assert "is its effect" not in json.dumps(value)
 
 
 def test_a_run_without_an_evaluation_is_said_to_have_none(runs, capsys):
-    synthetic_runs.write_run(runs, "bare")
+    made_up.write_run(runs, "bare")
     assert main(["compare", "bare"]) == 2
-    assert "the run has no evaluation with a result" in capsys.readouterr().err
+    assert "none of these has an evaluation with a result" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -86,10 +91,10 @@ def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsy
     assert {row["metric"] for row in json.loads(said.out)["rows"]} == {
         "alpaca_eval/win_rate",
         "mt_bench/grade",
-        "lm_eval/arc_easy/acc",
+        "checks/pass_rate",
     }
     assert (
-        said.err.count("\n") == 1 and "metrics.jsonl:45: the end of the file is damaged" in said.err
+        said.err.count("\n") == 1 and "metrics.jsonl:42: the end of the file is damaged" in said.err
     )
 
 
@@ -101,10 +106,10 @@ def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(
     said = capsys.readouterr()
     assert {row["metric"] for row in json.loads(said.out)["rows"]} == {
         "alpaca_eval/win_rate",
-        "lm_eval/arc_easy/acc",
+        "checks/pass_rate",
     }
     assert f"an evaluation is damaged and left out: {file}:2: this line is damaged" in said.err
-    for other in ("alpaca_eval", "lm_eval"):
+    for other in ("alpaca_eval", "checks"):
         (runs / "r8" / "evals" / other / "result.json").write_text("")
     assert main(["compare", "r8"]) == 4
 
@@ -145,37 +150,45 @@ def test_words_that_cannot_be_compared(runs, capsys, words, said):
 
 def test_runs_without_evaluations_say_what_to_type(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
-    synthetic_runs.write_run(tmp_path, "bare")
+    made_up.write_run(tmp_path, "bare")
     assert main(["compare", "bare"]) == 2
     assert "recipes eval" in capsys.readouterr().err
 
 
-def test_a_result_that_does_not_agree_with_its_judgments_is_refused(runs, capsys):
+def test_a_result_that_does_not_agree_with_its_samples_is_refused(runs, capsys):
     samples = runs / "r8" / "evals" / "alpaca_eval" / "items.jsonl"
     samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-3]))
-    result = json.loads((runs / "r8" / "evals" / "alpaca_eval" / "result.json").read_text())
-    assert result["pairs"]["n"] == 60
     assert main(["compare", "r8", "r32"]) == 4
-    assert "its counts differ from the stored judgments" in capsys.readouterr().err
-    samples.write_text(samples.read_text() + "not json\nmore\n")
-    assert main(["compare", "r8", "r32"]) == 4
-    assert "items.jsonl:58" in capsys.readouterr().err
+    assert "the result is of 60 samples, 57 are stored" in capsys.readouterr().err
+
+
+def test_results_of_other_programs_are_compared_and_nothing_is_written(tmp_path, capsys):
+    first = lm_eval(tmp_path / "a", [1.0] * 60 + [0.0] * 40)
+    second = lm_eval(tmp_path / "b", [1.0] * 90 + [0.0] * 10)
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["compare", str(first), str(second)]) == 0
+    shown = capsys.readouterr().out
+    assert "b is better than a" in shown or "a is worse than b" in shown
+    files = [str(annotations(tmp_path / f"{n}.json", n, [2.0, 1.0] * 40)) for n in ("x", "y")]
+    assert main(["compare", *files, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["n"] == 80
+    assert len(sorted(tmp_path.rglob("*"))) == len(before) + 2
 
 
 def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):
-    assert main(["compare", "r8", "r32", "--margin", "mt_bench=3", "--json"]) == 0
+    assert main(["compare", "r8", "r32", "--margin", "mt_bench/grade=1", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
     known = {row["label"]: (row["margin"], row["within"]) for row in rows}
-    assert known["MT-Bench mean grade, 1-5"] == (3.0, "equivalent")
-    assert all(value == (None, "") for label, value in known.items() if "MT-Bench" not in label)
-    assert main(["compare", "r8", "r32", "--margin", "mt_bench=3"]) == 0
-    assert "equivalent within 3.00" in capsys.readouterr().out
+    assert known["grade"] == (1.0, "equivalent")
+    assert all(value == (None, "") for label, value in known.items() if label != "grade")
+    assert main(["compare", "r8", "r32", "--margin", "mt_bench/grade=1"]) == 0
+    assert "equivalent within 1.00" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("rouge=0.1", "--margin rouge: these runs have no such metric in common"),
+        ("rouge=0.1", "--margin rouge: these have no such metric in common"),
         ("mt_bench", "--margin mt_bench: no margin"),
         ("mt_bench=little", "--margin mt_bench=little: no margin"),
     ],

@@ -23,18 +23,15 @@ from recipes_lib.train import main as train
 TESTS = Path(__file__).resolve().parents[1]
 PROJECT = TESTS.parent
 sys.path[:0] = [
-    str(TESTS / folder)
-    for folder in ("", "config", "suites", "slurm", "compare", "study", "frozen")
+    str(TESTS / folder) for folder in ("", "config", "suites", "slurm", "study", "frozen")
 ]
 
 import study_files
 import test_accelerate_config
 import test_bad_inputs
 import test_bad_recipes
-import test_design
 import test_eval_recipe
 import test_frozen
-import test_published
 
 good_with = runpy.run_path(str(TESTS / "config" / "conftest.py"))["good_with"]
 OVERRIDES = [
@@ -74,12 +71,6 @@ def cases_of(kind: str) -> Iterator[tuple[str, str | bytes, str]]:
         yield from (
             (repr(text), text, "acc.yaml") for text, _ in test_accelerate_config.BAD_CONFIGS
         )
-    elif kind == "published":
-        for old, new, _, _ in test_published.BAD_NUMBERS:
-            yield f"{old!r} -> {new!r}", test_published.MINIMAL.replace(old, new), "p.yaml"
-    else:
-        for old, new, _, _ in test_design.BAD:
-            yield f"{old!r} -> {new!r}", study_files.STUDY.replace(old, new), "tiny.yaml"
 
 
 @pytest.fixture
@@ -107,7 +98,7 @@ def answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capt
     return run
 
 
-@pytest.mark.parametrize("kind", ["recipe", "eval", "judge", "accelerate", "published", "study"])
+@pytest.mark.parametrize("kind", ["recipe", "eval", "judge", "accelerate"])
 def test_a_bad_file_is_answered_with_the_recorded_words(
     kind: str, tmp_path: Path, answered
 ) -> None:
@@ -131,7 +122,7 @@ def test_a_file_of_another_kind_and_a_bad_override_are_answered_with_the_recorde
     }
     verbs = {
         "recipe": ["show"],
-        "study": ["study", "plan"],
+        "study": ["plan"],
         "eval": ["eval"],
         "accelerate": ["plan", "r4.yaml", "--accelerate"],
     }

@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,12 +18,7 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.compare.claims import compare_arms
-from recipes_lib.compare.measurements import read_measurements
-from recipes_lib.compare.validity import check_validity
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.report.content import gather
-from recipes_lib.report.documents import write_report
 from recipes_lib.training.resume_guard import guarded_values
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -70,36 +64,3 @@ def test_every_shipped_recipe_resolves_to_the_recorded_values() -> None:
             *as_lines(guarded_values(recipe, "", 1, "one process", {})),
         ]
     held("recipe_values.txt", "\n".join(lines).replace(str(PROJECT), "PROJECT") + "\n")
-
-
-def test_a_comparison_and_its_report_are_the_recorded_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import synthetic_runs
-
-    monkeypatch.chdir(tmp_path)
-    folders = synthetic_runs.write_study(Path("runs"), ("r8", "r32"), 24, flips=0.2, unparsed=0.02)
-    measurements = read_measurements(folders)
-    comparison = compare_arms(measurements, check_validity(None, measurements))
-    held(
-        "comparison.json",
-        without_moment(json.dumps(comparison.to_dict(), indent=1, sort_keys=True)) + "\n",
-    )
-    write_report(tmp_path / "report", gather("frozen", measurements, comparison))
-    for name in ("report.md", "report.tex", "report.html"):
-        held(name, without_moment((tmp_path / "report" / name).read_text(encoding="utf-8")))
-
-
-def without_moment(text: str) -> str:
-    """A text without what the day, the machine (the last digits of a number) and the drawing
-    library decide.
-    """
-    text = re.sub(r"\d+\.\d{7,}(e-?\d+)?", lambda number: f"{float(number[0]):.6g}", text)
-    text = re.sub(
-        r"<(svg|style|script)\b(?! type=\"application/json\").*?</\1>",
-        r"<\1/>",
-        text,
-        flags=re.DOTALL,
-    )  # files of their own
-    text = re.sub(r"data:[a-z/+]+;base64,[A-Za-z0-9+/=]+", "data:", text)
-    return re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\+00:00| UTC)?", "WHEN", text)

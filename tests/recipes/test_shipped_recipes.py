@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.compare.published import load_published
 from recipes_lib.config.accelerate_config import load_accelerate_config
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.recipe import Recipe, load_recipe
@@ -164,34 +163,6 @@ def test_a_borrowed_recipe_is_short_and_says_licence_rate_and_what_was_published
             assert len(path.read_text(encoding="utf-8").splitlines()) <= 10, path.name
     readme = (ROOT / "recipes" / folder / "README.md").read_text(encoding="utf-8")
     assert "| number | value | n | source |" in readme and "gated" in readme
-
-
-def test_the_readmes_have_the_numbers_of_the_published_files():
-    for file, folders in (
-        ("tinker-tulu3", {"1b": "llama3.2-1b-tulu3", "8b": "llama3.1-8b-tulu3"}),
-        ("peft-metamathqa", {"": "llama3.2-3b-metamath"}),
-    ):
-        numbers = load_published(ROOT / f"recipes/studies/published/{file}.yaml").numbers
-        for start, folder in folders.items():
-            text = (ROOT / "recipes" / folder / "README.md").read_text(encoding="utf-8")
-            known = {f"{one.value:.{places}f}" for one in numbers for places in (3, 4)}
-            shown = set(re.findall(r"0\.\d{3,4}", text.partition("Published elsewhere")[2]))
-            assert shown and shown <= known, (start, folder, shown - known)
-
-
-def test_what_peft_s_table_allows_to_say_is_what_its_own_n_gives():
-    published = load_published(ROOT / "recipes/studies/published/peft-metamathqa.yaml")
-    shares = {one.arm: one.value for one in published.numbers if one.metric == "accuracy"}
-    p_values = {}
-    for left, right in itertools.combinations(shares.values(), 2):
-        spread = math.sqrt(sum(share * (1 - share) / 1319 for share in (left, right)))
-        p_values[left, right] = math.erfc(abs(left - right) / spread / math.sqrt(2))
-    below = sorted(p for p in p_values.values() if p < 0.05)
-    assert [round(p, 3) for p in below] == [0.024, 0.032, 0.042] and len(p_values) == 15
-    assert min(below) * len(p_values) > 0.05, "Holm's first step keeps the smallest"
-    for name in ("recipes/llama3.2-3b-metamath/README.md", str(published.path)):
-        text = " ".join((ROOT / name).read_text(encoding="utf-8").replace("#", "").split())
-        assert ".042, .032, .024" in text and "Holm" in text and "15" in text
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

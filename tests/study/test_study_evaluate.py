@@ -13,12 +13,12 @@ from tests.generation.conftest import make_run, runs_folder  # noqa: F401
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
 from tests.test_evaluate_all import loads  # noqa: F401
 
+from recipes_lib.analysis.runs import load_run
 from recipes_lib.cli import main
-from recipes_lib.compare.design import load_study
-from recipes_lib.compare.measurements import read_run
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.json_files import read_object
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.study.config import load_study
 from recipes_lib.study.run import run_study
 from recipes_lib.study.runs import base_run, missing_of
 from recipes_lib.train import main as train
@@ -77,7 +77,7 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
     def grades() -> list[float | None]:
         return [
             item.value
-            for one in read_run(RunDirectory("tiny--r8").path).measures()
+            for one in load_run(RunDirectory("tiny--r8").path).metrics
             if one.metric == "grade"
             for item in one.samples
         ]

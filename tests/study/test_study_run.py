@@ -20,10 +20,10 @@ import pytest
 from tests.study.stand_in import COMMAND
 
 from recipes_lib.cli import main
-from recipes_lib.compare.design import load_study
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import conclusion, pool
+from recipes_lib.study.config import load_study
 from recipes_lib.study.run import run_study, study_lock
 from recipes_lib.study.runs import REPLACED, is_trained, study_trainings
 
@@ -34,7 +34,7 @@ Run = Callable[..., tuple[int, list[str]]]
 def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a study of two arms without evals."""
     monkeypatch.setattr(pool, "train_command", lambda words: [*COMMAND, *words])
-    monkeypatch.setattr(conclusion, "conclude", lambda study: None)
+    monkeypatch.setattr(conclusion, "report_study", lambda study: None)
     file = study_folder / "tiny.yaml"
     text = file.read_text(encoding="utf-8").partition("evals:")[0]
     file.write_text(f"{text}include_base: false\n", encoding="utf-8")
@@ -250,11 +250,11 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(
     def full(study: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(conclusion, "conclude", full)
+    monkeypatch.setattr(conclusion, "report_study", full)
     with pytest.raises(EnvironmentFault, match="the disk is full") as refused:
         run()
     assert "the same command continues" in str(refused.value)
-    monkeypatch.setattr(conclusion, "conclude", lambda study: None)
+    monkeypatch.setattr(conclusion, "report_study", lambda study: None)
     assert run()[0] == 0
 
 

@@ -12,19 +12,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.compare.test_claims import BAD, GOOD, arm, of, rates
+from tests.analysis import made_up
 from tests.study.stand_in import COMMAND
 
+from recipes_lib.analysis.claims import Conclusion, conclude
+from recipes_lib.analysis.report import report_html
+from recipes_lib.analysis.runs import Arms, load_arms
 from recipes_lib.cli import main
-from recipes_lib.compare.claims import Comparison, compare_arms
-from recipes_lib.compare.design import Study, load_study
-from recipes_lib.compare.findings import Finding
-from recipes_lib.compare.validity import check_validity
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.report.content import gather
-from recipes_lib.report.documents import write_report
 from recipes_lib.study import conclusion, pool
+from recipes_lib.study.conclusion import design_of
+from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.run import run_study
 from recipes_lib.study.tune import validation_loss, with_choices
 
@@ -37,7 +36,7 @@ def tuned(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a study whose two arms try three learning rates; `LOSSES` decides."""
     monkeypatch.setenv("LOSSES", json.dumps(RATES))
     monkeypatch.setattr(pool, "train_command", lambda words: [*COMMAND, *words])
-    monkeypatch.setattr(conclusion, "conclude", lambda study: None)
+    monkeypatch.setattr(conclusion, "report_study", lambda study: None)
     file = study_folder / "tiny.yaml"
     text = file.read_text(encoding="utf-8").partition("evals:")[0]
     file.write_text(f"{text}include_base: false\n{GRID}\n", encoding="utf-8")
@@ -162,20 +161,16 @@ def test_a_tuned_study_is_not_launched_as_arrays(
     assert "study 'tiny' tunes its arms" in said and f"recipes study run {tuned}" in said
 
 
-def compared(study: Study) -> tuple[Comparison, list[Finding]]:
+def concluded(study: Study, root: Path) -> tuple[Arms, Conclusion]:
     """Arm r8 is better than r4 over two seeds."""
-    values = {"r4": BAD, "r8": GOOD}
-    measured = of(
-        *(
-            dataclasses.replace(
-                one := arm(name, [[rates(mine)], [rates([*mine[1:], mine[0]])]]),
-                runs=one.runs,
-            )
-            for name, mine in values.items()
-        )
-    )
-    findings = check_validity(study, measured)
-    return compare_arms(measured, findings, study), findings
+    folders: dict[str, list[Path]] = {"r4": [], "r8": []}
+    for name, right in (("r4", 0.4), ("r8", 0.8)):
+        for seed in (42, 43):
+            folder = made_up.write_run(root, f"{name}--seed{seed}", seed=seed)
+            made_up.write_values(folder, [float((n + seed) % 10 < 10 * right) for n in range(90)])
+            folders[name].append(folder)
+    arms = load_arms(folders)
+    return arms, conclude(arms, study.aims, design_of(study))
 
 
 def at(study: Study, **chosen: float) -> Study:
@@ -187,58 +182,28 @@ def at(study: Study, **chosen: float) -> Study:
     return dataclasses.replace(study, arms=tuple(arms))
 
 
-def test_arms_tuned_alike_are_compared_each_at_its_best(tuned: Path) -> None:
-    comparison, findings = compared(at(load_study(tuned), r4=0.01, r8=0.001))
-    (row,) = comparison.rows
-    assert row.sentence.endswith(
-        " Only lora.r (8 against 4) and lora.lora_alpha (16 against 8) differ between them, each at"
-        " its best train.learning_rate of 0.001, 0.01, 0.1 (0.001 against 0.01), so this is their"
-        " joint effect over 2 training seeds."
-    )
-    edges = [(one.arms, one.title) for one in findings if one.code == "tuned-at-edge"]
-    assert edges == [
-        (
-            ("r8",),
-            "r8 is best at the smallest train.learning_rate that was tried, so its best may lie"
-            " beyond",
-        )
-    ]
-    assert {one.arms for one in findings if one.code == "tuned-on-validation"} == {("r4",), ("r8",)}
+def test_arms_tuned_alike_are_compared_each_at_its_best(tuned: Path, tmp_path: Path) -> None:
+    study = at(load_study(tuned), r4=0.01, r8=0.01)
+    _, conclusion = concluded(study, tmp_path)
+    (claim,) = conclusion.claims
+    assert claim.verdict == "better" and "Only lora.r (8 against 4)" in claim.sentence
+    _, conclusion = concluded(at(load_study(tuned), r4=0.01, r8=0.001), tmp_path)
+    (claim,) = conclusion.claims
+    assert "No cause is named" in claim.sentence and "smallest" in claim.sentence
 
 
 @pytest.mark.parametrize("grid", ["{train.learning_rate: [0.01, 0.1]}", "{}"])
-def test_arms_tuned_unequally_have_no_named_cause(tuned: Path, grid: str) -> None:
+def test_arms_tuned_unequally_have_no_named_cause(tuned: Path, grid: str, tmp_path: Path) -> None:
     text = tuned.read_text(encoding="utf-8")
     own = f"r4: {{recipe: r4.yaml, tune: {grid}}}"
     tuned.write_text(text.replace("r4: r4.yaml", own), encoding="utf-8")
-    comparison, findings = compared(at(load_study(tuned), r8=0.001))
-    (found,) = [one for one in findings if one.code.startswith("confound")]
-    assert (found.code, found.severity) == ("confound-tuning", "error")
-    assert "tune.train.learning_rate: r4 " in found.evidence[-1] or found.evidence[0]
-    assert "an association, not an effect: r4 and r8 were not tuned over" in (
-        comparison.rows[0].sentence
-    )
+    _, conclusion = concluded(at(load_study(tuned), r8=0.01), tmp_path)
+    assert "tuned-differently" in {one.code for one in conclusion.findings}
+    assert "were not tuned over the same values" in conclusion.claims[0].sentence
 
 
 def test_the_report_shows_every_value_that_was_tried(tuned: Path, tmp_path: Path) -> None:
     study = at(load_study(tuned), r4=0.01, r8=0.01)
-    comparison, _ = compared(study)
-    measured = of(arm("r4", [rates(BAD)]), arm("r8", [rates(GOOD)]))
-    write_report(tmp_path / "report", gather("tiny", measured, comparison, study))
-    folder = tmp_path / "report"
-    assert (folder / "figures" / "tuning_1.svg").is_file()
-    for name in ("report.html", "report.md"):
-        text = (folder / name).read_text(encoding="utf-8")
-        assert "0.001: 2.5000, 0.01: 2.0000, 0.1: diverged" in text and "3, seed 1042" in text
-    assert "3, seed 1042" in (folder / "report.tex").read_text(encoding="utf-8")
-    numbers = json.loads((folder / "numbers.json").read_text(encoding="utf-8"))["numbers"]
-    tried = [
-        (one["group"], one.get("value"), one.get("verdict"))
-        for one in numbers
-        if one["kind"] == "tuning" and one["arm"] == "r8"
-    ]
-    assert tried == [
-        ("train.learning_rate=0.001", 2.5, None),
-        ("train.learning_rate=0.01", 2.0, "chosen"),
-        ("train.learning_rate=0.1", None, "diverged"),
-    ]
+    arms, conclusion = concluded(study, tmp_path)
+    page = report_html(conclusion, arms, design_of(study))
+    assert "0.001: 2.5000, 0.01: 2.0000, 0.1: n/a" in page and "seed 1042" in page

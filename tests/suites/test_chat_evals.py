@@ -17,8 +17,6 @@ import pytest
 import yaml
 from tests.results import results_of
 
-from recipes_lib.compare.measurements import read_run
-from recipes_lib.compare.published import load_published
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.eval_recipe import load_eval
 from recipes_lib.evaluate import evaluate_all
@@ -111,9 +109,6 @@ def test_the_metamath_eval_asks_in_the_words_that_its_recipes_train(gsm8k):
     prompt = samples[0]["arguments"][0][0]
     assert prompt == "Question: Two and 2,000? Think step by step.\nAnswer:"
     assert samples[0]["target"] == "2,002"
-    published = load_published(PROJECT / "recipes/studies/published/peft-metamathqa.yaml")
-    beside = {one.beside for one in published.numbers if one.beside}
-    assert beside == {one.name for one in read_run(Path("runs/one")).measures()}
 
 
 @pytest.mark.slow

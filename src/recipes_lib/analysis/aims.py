@@ -74,6 +74,11 @@ def is_named(word: str, metric: str) -> bool:
     return all(part in parts for part in _SEPARATOR.split(word))
 
 
+def metric_parts(word: str) -> list[str]:
+    """Return the parts of a metric's name."""
+    return _SEPARATOR.split(word)
+
+
 @dataclass(frozen=True)
 class TunedArm:
     """The grid an arm's key was chosen from by validation loss; a loss of None is a training that

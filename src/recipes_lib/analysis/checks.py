@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.differences import SEED, arm_differences, base_weights
-from recipes_lib.analysis.runs import Arm, Arms, Run, question_of, run_place
+from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of, run_place
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import count, sentence_list, setting_text
 from recipes_lib.core.fingerprints import folder_fingerprint
@@ -88,7 +88,7 @@ def same_text(text: str) -> str:
     return letters if len(letters) >= FEWEST_LETTERS else text.strip()
 
 
-def _pairs(arms: Arms) -> Iterator[tuple[Arm, Arm]]:
+def _pairs(arms: Arms) -> Iterator[tuple[ArmRuns, ArmRuns]]:
     return itertools.combinations(arms, 2)
 
 
@@ -135,7 +135,7 @@ def check_same_model(arms: Arms, design: Design | None) -> Iterator[Finding]:
             yield from _former_opponent(second, first)
 
 
-def _weights(arm: Arm) -> dict[Path, int]:
+def _weights(arm: ArmRuns) -> dict[Path, int]:
     """Folders of final weights with the bytes in them."""
     folders = (run.folder / name for run in arm.runs for name in ("adapter", "model"))
     sizes = {
@@ -145,7 +145,7 @@ def _weights(arm: Arm) -> dict[Path, int]:
     return {folder: size for folder, size in sizes.items() if size}
 
 
-def _same_files(first: Arm, second: Arm) -> list[str]:
+def _same_files(first: ArmRuns, second: ArmRuns) -> list[str]:
     theirs = _weights(second)
     return [
         f"{run_place(folder)} and {run_place(other)}"
@@ -155,11 +155,11 @@ def _same_files(first: Arm, second: Arm) -> list[str]:
     ]
 
 
-def _fingerprints(arm: Arm) -> set[str]:
+def _fingerprints(arm: ArmRuns) -> set[str]:
     return {log.answers.fingerprint for log in arm.logs} - {""}
 
 
-def _same_answers(first: Arm, second: Arm) -> Iterator[Finding]:
+def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
     """Answers or judge's texts of one evaluation that are all the same in both arms."""
     theirs = {(log.eval, log.against): log for log in second.logs}
     seen = set()
@@ -201,7 +201,7 @@ def _judge_texts(log: EvalLog) -> Mapping[Any, str]:
     }
 
 
-def _former_opponent(arm: Arm, other: Arm) -> Iterator[Finding]:
+def _former_opponent(arm: ArmRuns, other: ArmRuns) -> Iterator[Finding]:
     """Verdicts against answers of a run that has other weights now."""
     runs = {run.name: run for run in other.runs}
     for log in (log for log in arm.logs if log.against in runs and log.opponent):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.runs import Arm, Run
+from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
 from recipes_lib.config.vocabulary import subschema
 from recipes_lib.core.fingerprints import hash_of
@@ -82,7 +82,9 @@ class Difference:
         return f"{self.what} ({self.first} against {self.second})"
 
 
-def arm_differences(first: Arm, second: Arm, design: Design | None = None) -> list[Difference]:
+def arm_differences(
+    first: ArmRuns, second: ArmRuns, design: Design | None = None
+) -> list[Difference]:
     """Return what differs between two trained arms, first the recipes' keys."""
     if first.is_base or second.is_base:
         return []
@@ -97,7 +99,7 @@ def arm_differences(first: Arm, second: Arm, design: Design | None = None) -> li
     return found
 
 
-def arm_values(arm: Arm, design: Design | None) -> KeyValues:
+def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
     """Return the values of an arm by dotted key: as the study resolves them, else as recorded."""
     if design is not None and design.values.get(arm.name):
         return design.values[arm.name]
@@ -184,7 +186,7 @@ def _value(key: str, values: KeyValues) -> Any:
 _Facts = Mapping[str, Any]
 
 
-def _recorded(arm: Arm, read: Callable[[Run], _Facts]) -> dict[str, str]:
+def _recorded(arm: ArmRuns, read: Callable[[Run], _Facts]) -> dict[str, str]:
     """What an arm's runs recorded: the values, each once."""
     seen: dict[str, set[str]] = {}
     for run in arm.runs:

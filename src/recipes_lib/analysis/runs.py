@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.analysis.old_logs import read_old_logs
 from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import read_resolved
@@ -90,7 +91,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Arm:
+class ArmRuns:
     """One arm: one run per training seed."""
 
     name: str
@@ -116,12 +117,12 @@ class Arm:
 class Arms:
     """All arms by name, in the order of the study."""
 
-    by_name: Mapping[str, Arm]
+    by_name: Mapping[str, ArmRuns]
 
-    def __getitem__(self, name: str) -> Arm:
+    def __getitem__(self, name: str) -> ArmRuns:
         return self.by_name[name]
 
-    def __iter__(self) -> Iterator[Arm]:
+    def __iter__(self) -> Iterator[ArmRuns]:
         return iter(self.by_name.values())
 
     @cached_property
@@ -162,7 +163,7 @@ def load_arms(
     """
     return Arms(
         {
-            name: Arm(name, tuple(load_run(path, report) for path in paths if path.is_dir()))
+            name: ArmRuns(name, tuple(load_run(path, report) for path in paths if path.is_dir()))
             for name, paths in folders.items()
         }
     )
@@ -175,7 +176,8 @@ def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) 
         DataError: a file is damaged.
     """
     resolved = read_resolved(folder)
-    evals, unfinished = read_eval_logs(folder, report)
+    old = any(read_object(file).get("format_version") == 1 for file in _results(folder))
+    evals, unfinished = (read_old_logs if old else read_eval_logs)(folder, report)
     seed = (resolved.get("train") or {}).get("seed")
     return Run(
         name=folder.name,
@@ -189,6 +191,10 @@ def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) 
         unfinished=unfinished,
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
     )
+
+
+def _results(folder: Path) -> Iterator[Path]:
+    yield from (folder / "evals").glob("*/result*.json")
 
 
 def run_place(path: Path) -> str:

@@ -37,7 +37,7 @@ def _quantile(freedom: float, alpha: float) -> float:
 
 
 @lru_cache
-def _detectable(freedom: float, alpha: float) -> float:
+def detectable(freedom: float, alpha: float) -> float:
     """Return the difference, in estimated standard errors, that a t test finds with 80% power."""
     shown = math.sqrt(2 / freedom) * float(special.poch(freedom / 2, 0.5))  # of a true deviation
     return float(special.nctdtrinc(freedom, 1 - POWER, _quantile(freedom, alpha))) / shown
@@ -121,7 +121,7 @@ class Estimate:
         n, total = self.questions, self.questions + self.added
         if alpha < 2.0 ** (1 - n):
             return math.inf
-        t, s = _detectable(self.freedom, alpha), _detectable(max(1, self.seeds - 1), alpha)
+        t, s = detectable(self.freedom, alpha), detectable(max(1, self.seeds - 1), alpha)
         smallest = self._width(t, s, self.var_plain * (total / n) ** 2, alpha)
         if total == n:
             return smallest if smallest > 1e-12 else math.inf

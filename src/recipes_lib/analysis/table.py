@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipes_lib.analysis.aims import SCALES, Aims, is_named
-from recipes_lib.analysis.runs import Arm, Arms, Run, question_of
+from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of
 from recipes_lib.analysis.stats import (
     ALPHA,
     Comparison,
@@ -180,7 +180,7 @@ def pairs_of(arms: Arms, aims: Aims) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: any(arms[name].is_base for name in pair))
 
 
-def measured_metrics(arms: Arms, arm: Arm) -> dict[_Key, _Measured]:
+def measured_metrics(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
     """Return an arm's metrics by name and opponent, with the trainings that have them."""
     found: dict[_Key, _Measured] = defaultdict(list)
     for run in arm.runs:
@@ -193,7 +193,7 @@ def measured_metrics(arms: Arms, arm: Arm) -> dict[_Key, _Measured]:
 
 
 def _rows(
-    first: Arm, second: Arm, measured: Mapping[str, dict[_Key, _Measured]]
+    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, _Measured]]
 ) -> Iterator[TableRow]:
     """Yield the rows of two arms: first what was judged head to head, then what both have."""
     mine, theirs = measured[first.name], measured[second.name]
@@ -215,7 +215,7 @@ def _rows(
             yield _side_by_side(first, second, opponent, metrics, other)
 
 
-def _row(first: Arm, second: Arm, metrics: Sequence[Metric], **values: Any) -> TableRow:
+def _row(first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], **values: Any) -> TableRow:
     """A row with what its metrics say."""
     metric = metrics[0]
     units = {one.unit for one in metrics}
@@ -236,7 +236,7 @@ def _row(first: Arm, second: Arm, metrics: Sequence[Metric], **values: Any) -> T
 
 
 def _side_by_side(
-    first: Arm, second: Arm, opponent: str | None, mine: _Measured, other: _Measured
+    first: ArmRuns, second: ArmRuns, opponent: str | None, mine: _Measured, other: _Measured
 ) -> TableRow:
     """Both arms on the same items; a turn that only one of them has counts as without a verdict."""
     pairs, flags = _paired_trainings(first, second, mine, other)
@@ -279,7 +279,7 @@ def _side_by_side(
     return replace(row, why_not=_why_not(row, bounded=scale is not None))
 
 
-def _head_to_head(first: Arm, second: Arm, measured: _Measured, turned: bool) -> TableRow:
+def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: bool) -> TableRow:
     """The first arm's win rate against the second. `turned` where the second one was the target."""
     target, rival = (second, first) if turned else (first, second)
     kept = _each_training_once(measured, target, rival)
@@ -308,7 +308,7 @@ def _head_to_head(first: Arm, second: Arm, measured: _Measured, turned: bool) ->
     return replace(row, higher_is_better=True, why_not=_why_not(row, bounded=True))
 
 
-def _each_training_once(measured: _Measured, target: Arm, rival: Arm) -> _Measured:
+def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) -> _Measured:
     """The results in which no training stands twice: two seeds against one training are not two
     pairs of seeds.
     """
@@ -324,7 +324,7 @@ def _each_training_once(measured: _Measured, target: Arm, rival: Arm) -> _Measur
 
 
 def _paired_trainings(
-    first: Arm, second: Arm, mine: _Measured, other: _Measured
+    first: ArmRuns, second: ArmRuns, mine: _Measured, other: _Measured
 ) -> tuple[list[tuple[Metric, Metric]], list[str]]:
     """Pair the trainings of two arms by seed, and say what is left out. A model that was not
     trained here stands beside every training.
@@ -352,7 +352,7 @@ def _paired_trainings(
 
 
 def _trainings(
-    first: Arm, second: Arm, mine: Sequence[Run], other: Sequence[Run]
+    first: ArmRuns, second: ArmRuns, mine: Sequence[Run], other: Sequence[Run]
 ) -> tuple[int, int]:
     """How many trainings of each arm a row is of."""
     fewest = min(
@@ -568,7 +568,7 @@ def _margin_ps(row: TableRow, factor: float) -> Limits | None:
 # ---- Scores ----
 
 
-def _score(arm: str, opponent: str | None, measured: _Measured, whole: Arm) -> Score:
+def _score(arm: str, opponent: str | None, measured: _Measured, whole: ArmRuns) -> Score:
     metrics = [metric for _, metric in measured]
     metric = metrics[0]
     items = _items(metrics, None, _draws(metrics))

@@ -7,9 +7,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from recipes_lib.analysis.stats import Limits
+if TYPE_CHECKING:  # stats imports scipy, and quick verbs print counts
+    from recipes_lib.analysis.stats import Limits
 
 MINUS = "\N{MINUS SIGN}"
 NONE = "n/a"

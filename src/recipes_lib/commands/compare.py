@@ -1,15 +1,16 @@
-"""`recipes compare RUN RUN...`: the tested table of a study for any runs that were evaluated alike.
-Reads files only.
+"""`recipes compare A B...`: the tested table of runs, lm-eval folders or alpaca_eval annotations.
+
+Reads files only, and writes nothing but what --html names.
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.compare.aims import Aims, Margin, is_named
+from recipes_lib.analysis.aims import Aims, Margin, is_named
 from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.json_files import DamagedFile, read_object
@@ -18,8 +19,8 @@ from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
 from recipes_lib.core.terminal import next_step, say, say_json, warn
 
 if TYPE_CHECKING:
-    from recipes_lib.compare.claims import Comparison
-    from recipes_lib.compare.measurements import Measurements
+    from recipes_lib.analysis.claims import Conclusion
+    from recipes_lib.analysis.runs import Arms, Run
 
 _BASE = "base"
 
@@ -27,110 +28,108 @@ _BASE = "base"
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
-    runs = "runs that `recipes eval` evaluated; `base` is the base model of the others"
+    runs = (
+        "runs that `recipes eval` evaluated, `base` for the base model of the others, folders of"
+        " lm-eval with samples, annotations.json of alpaca_eval"
+    )
     add("runs", nargs="+", metavar="RUN", help=runs)
     margin = "the difference that does not matter on a metric: win_rate='2 points', loss=0.005"
     add("--margin", metavar="METRIC=M", action="append", default=[], help=margin)
-    html = "write the report of a study about these runs, one file that needs nothing else"
-    add("--html", metavar="FILE", help=html)
+    add("--html", metavar="FILE", help="write the report, one file that needs nothing else")
     add("--json", action="store_true", help="print one JSON object: rows, scores, findings")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and print."""
     # numpy, which `recipes compare --help` does without
-    from recipes_lib.compare.claims import compare_arms
-    from recipes_lib.compare.measurements import read_measurements
-    from recipes_lib.compare.table_lines import comparison_lines
-    from recipes_lib.compare.validity import check_validity
+    from recipes_lib.analysis.claims import conclude
+    from recipes_lib.analysis.summary import conclusion_lines
 
-    folders = run_folders(args.runs)
     damaged: list[DamagedFile] = []
-    measurements = read_measurements(
-        {name: [folder] for name, folder in folders.items()}, damaged.append
-    )
+    arms = load_words(args.runs, damaged)
     for error in damaged:
         warn(f"an evaluation is damaged and left out: {error}")
     aims = Aims(margins=dict(map(_margin, args.margin)))
-    findings = check_validity(None, measurements)
-    comparison = compare_arms(measurements, findings, aims=aims)
-    if not comparison.scores and (damaged or not comparison.rows):
+    conclusion = conclude(arms, aims)
+    if not conclusion.table.scores:
         if damaged:
             raise damaged[0]
         raise RecipeError(
-            f"{'none of these runs has an' if len(folders) > 1 else 'the run has no'} evaluation"
-            " with a result",
-            "evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml"
-            f" {shlex.join(args.runs)}",
+            "none of these has an evaluation with a result",
+            f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
         )
     for word in aims.margins:
-        if not any(is_named(word, row.metric) for row in comparison.rows):
-            known = ", ".join(dict.fromkeys(row.metric for row in comparison.rows))
-            raise RecipeError(
-                f"--margin {word}: these runs have no such metric in common",
-                f"metrics: {known or 'none'}",
-            )
+        if not any(is_named(word, row.metric) for row in conclusion.table.rows):
+            known = ", ".join(dict.fromkeys(row.metric for row in conclusion.table.rows))
+            what = f"--margin {word}: these have no such metric in common"
+            raise RecipeError(what, f"metrics: {known or 'none'}")
     if args.json:
-        say_json(comparison.to_dict())
+        say_json(conclusion.to_dict())
     else:
-        say("\n".join(comparison_lines(comparison)))
+        say("\n".join(conclusion_lines(conclusion)))
     if args.html:
-        _write_html(Path(args.html), comparison, measurements)
+        _write_html(Path(args.html), conclusion, arms)
     if args.json:
         return ExitCode.DONE
     if args.html:
         say(f"\nreport: {shown_path(Path(args.html))}")
-    if len(folders) == 1:
-        next_step(f"recipes compare {args.runs[0]} OTHER_RUN   (base works too)")
-    elif not args.html:
-        next_step(f"recipes compare {shlex.join(args.runs)} --html report.html")
+        next_step("a study declares what may differ, so that a cause can be named: docs/studies.md")
+    elif len(arms.by_name) == 1:
+        next_step(f"recipes compare {args.runs[0]} OTHER   (base works too)")
     else:
-        next_step(
-            "recipes study plan recipes/studies/quickstart.yaml   (declares what may differ, so"
-            " that a cause can be named)"
-        )
+        next_step(f"recipes compare {' '.join(args.runs)} --html report.html")
     return ExitCode.DONE
 
 
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
+    hint = "for example --margin win_rate='2 points' --margin loss=0.005"
     if margin is None or not metric:
-        raise RecipeError(
-            f"--margin {word}: no margin",
-            "for example --margin win_rate='2 points' --margin loss=0.005",
-        )
+        raise RecipeError(f"--margin {word}: no margin", hint)
+    if wrong := margin.fits(metric):
+        raise RecipeError(f"--margin {word}: {wrong}", hint)
     return metric, margin
 
 
-def run_folders(words: list[str]) -> dict[str, Path]:
-    """Return the folders of the runs by name, the base models first.
+def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
+    """Return what words on the command line name, base models first.
 
     Raises:
-        RecipeError: a word is no run, a run is named twice, or `base` is asked for and none of the
-            runs' bases was evaluated.
+        RecipeError: a word names nothing, a run is named twice, or `base` is asked for and none of
+            the runs' bases was evaluated.
     """
-    named: dict[str, RunDirectory] = {}
-    for one in (open_run(word) for word in words if word != _BASE):
-        if one.name in named:
-            raise RecipeError(
-                f"run '{one.name}' is named twice", "a run compared with itself shows nothing"
-            )
-        named[one.name] = one
-    if _BASE not in words:
-        return {name: one.path for name, one in named.items()}
-    if not named:
-        raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-    bases = {base.name: base for one in named.values() for base in _bases_of(one)}
+    from recipes_lib.analysis.foreign import read_foreign, unique_names
+    from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
+
+    foreign: dict[str, Run] = {}
+    for word in (word for word in words if word != _BASE):
+        path = Path(word)
+        is_run = path.is_dir() and (path / "run.json").is_file()
+        if path.exists() and not is_run and (run := read_foreign(path)):
+            foreign[word] = run
+    named = [open_run(word) for word in words if word != _BASE and word not in foreign]
+    runs = [load_run(one.path, damaged.append) for one in named]
+    if _BASE in words:
+        if not named:
+            raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
+        bases = [load_run(one.path, damaged.append) for one in _evaluated_bases(named)]
+        if len(bases) == 1:
+            bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
+        runs = [*bases, *runs]
+    known = unique_names([*runs, *foreign.values()])
+    return Arms({name: ArmRuns(name, (run,)) for name, run in known.items()})
+
+
+def _evaluated_bases(named: list[RunDirectory]) -> list[RunDirectory]:
+    bases = {base.name: base for one in named for base in _bases_of(one)}
     if not bases:
         raise RecipeError(
             "the base of these runs was never evaluated",
-            f"recipes eval EVAL {next(iter(named))} --against base evaluates it too; or name its"
-            " model: recipes eval EVAL MODEL",
+            f"recipes eval EVAL {named[0].name} --against base evaluates it too; or name its model:"
+            " recipes eval EVAL MODEL",
         )
-    if len(bases) == 1:
-        bases = {_BASE: next(iter(bases.values()))}
-    return {name: one.path for name, one in (bases | named).items()}
+    return list(bases.values())
 
 
 def _bases_of(run: RunDirectory) -> list[RunDirectory]:
@@ -138,32 +137,27 @@ def _bases_of(run: RunDirectory) -> list[RunDirectory]:
     another format are another subject.
     """
     resolved = read_resolved(run.path)
-    ours, wanted = resolved.get("model") or {}, run.read_state().get("guard", {})
-    prompt = wanted.get("prompt_format_hash")
+    ours = resolved.get("model") or {}
+    prompt = run.read_state().get("guard", {}).get("prompt_format_hash")
     found = []
     for path in sorted(run.root.glob("base--*/run.json")):
         record = read_object(path)
-        told = record.get("stand_in") or {}
-        model = told.get("model") or {}
-        alike = ("name_or_path", "revision", "dtype")
-        same = all(model.get(key) == ours.get(key) for key in alike)
-        quantization = told.get("quantization") == resolved.get("quantization")
+        asked = record.get("stand_in") or {}
+        model = asked.get("model") or {}
+        same = all(model.get(key) == ours.get(key) for key in ("name_or_path", "revision", "dtype"))
+        quantization = asked.get("quantization") == resolved.get("quantization")
         if same and quantization and prompt in (None, record.get("prompt_format_hash")):
             found.append(RunDirectory(path.parent.name, run.root))
     return found
 
 
-def _write_html(path: Path, comparison: Comparison, measurements: Measurements) -> None:
-    from recipes_lib.report.content import gather
-    from recipes_lib.report.documents import report_html
-    from recipes_lib.report.figures import draw_comparison
+def _write_html(path: Path, conclusion: Conclusion, arms: Arms) -> None:
+    from recipes_lib.analysis.report import report_html
 
-    content = gather("comparison", measurements, comparison)
     if path.is_dir():
-        raise RecipeError(
-            f"--html {path} is a folder", f"name a file: --html {path / 'report.html'}"
-        )
+        hint = f"name a file: --html {path / 'report.html'}"
+        raise RecipeError(f"--html {path} is a folder", hint)
     try:
-        write_text(path, report_html(content, draw_comparison(content, ("svg",))))
+        write_text(path, report_html(conclusion, arms))
     except OSError as error:
         raise EnvironmentFault(f"--html: {error.strerror}", file=path) from None

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from recipes_lib.commands.show import launch_line
-from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
@@ -22,6 +21,7 @@ from recipes_lib.planning.advice import Advice, advise
 from recipes_lib.planning.as_json import plan_json
 from recipes_lib.planning.plan import Plan, plan_recipe
 from recipes_lib.planning.text import plan_lines
+from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.status import study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices

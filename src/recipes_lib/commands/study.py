@@ -10,13 +10,13 @@ import shlex
 import time
 from contextlib import nullcontext
 
-from recipes_lib.compare.design import Study, load_study
-from recipes_lib.compare.wording import count
+from recipes_lib.analysis.text import count
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import at_least, flag_words, next_step, print_json, say
 from recipes_lib.study.arms import study_folder
+from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.run import run_study, study_lock
 from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
@@ -105,23 +105,21 @@ def _status(study: Study, args: argparse.Namespace) -> int:
 
 
 def _report(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.conclusion import conclude
+    from recipes_lib.analysis.summary import conclusion_lines
+    from recipes_lib.study.conclusion import report_study
 
     if args.gate:
         return _gate(study, args)
     folder = study_folder(study)
     kept = not folder.is_dir() or os.access(folder, os.W_OK)
     with study_lock(study) if kept else nullcontext():
-        conclusion = conclude(study, keep=kept)
+        report = report_study(study, keep=kept)
     if args.json:
-        return print_json(conclusion.comparison.to_dict())
-    for sentence in conclusion.comparison.answer:
-        say(sentence)
-    if conclusion.missing:
-        say("not everything is measured yet: the report holds what there is")
-    report = shown_path(conclusion.folder / "report.html")
-    say(f"\nreport: {report}" if kept else f"\n{shown_path(folder)} is read-only: no report")
-    next_step(f"recipes study {'run' if conclusion.missing else 'status'} {typed(study)}")
+        return print_json(report.conclusion.to_dict())
+    say("\n".join(conclusion_lines(report.conclusion)))
+    page = shown_path(report.folder / "report.html")
+    say(f"\nreport: {page}" if kept else f"\n{shown_path(folder)} is read-only: no report")
+    next_step(f"recipes study {'run' if report.missing else 'status'} {typed(study)}")
     return ExitCode.DONE
 
 

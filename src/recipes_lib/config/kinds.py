@@ -95,9 +95,9 @@ KINDS = (
         "study",
         "a study",
         "question factors arms seeds evals primary margins baseline test_subtasks include_base"
-        " published accelerate gpus nodes overrides looks pairs tune",
+        " reference accelerate gpus nodes overrides pairs tune",
         "run it: recipes study run",
-        "compare.design:StudyRules",
+        "study.config:StudyRules",
         "study.needs:check_study_needs",
     ),
     _kind(
@@ -105,13 +105,6 @@ KINDS = (
         "a site profile",
         "sbatch stages signal_lead_s max_requeues max_concurrent_arms",
         "launch with it: recipes launch RECIPE --profile",
-    ),
-    _kind(
-        "published",
-        "published numbers",
-        "publication tables source",
-        "name it in a study's published",
-        "compare.published:PublishedRules",
     ),
     _kind(
         "judge",

@@ -38,8 +38,7 @@ _ELSEWHERE = {
     "eval": "recipes_lib.suites.registry",
     "judge": "recipes_lib.eval_recipe",
     "eval_result": "recipes_lib.suites.registry",
-    "study": "recipes_lib.compare.design",
-    "published": "recipes_lib.compare.published",
+    "study": "recipes_lib.study.config",
     "profile": "recipes_lib.slurm.profile",
 }
 _OURS = {

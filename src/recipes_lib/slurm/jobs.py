@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.compare.design import Study, load_study, study_file
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.launch import Launch, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
@@ -28,6 +27,7 @@ from recipes_lib.planning.cards import card_named
 from recipes_lib.planning.plan import plan_launched
 from recipes_lib.slurm.prefetching import judge_model
 from recipes_lib.slurm.profile import STAGES, Profile, SiteProfile
+from recipes_lib.study.config import Study, load_study, study_file
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.runs import is_trained, missing_of, study_trainings
 from recipes_lib.suites.leaks import refuse_leaks_of

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes_lib.compare.design import load_study, study_file
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.model_files import TOKENIZER_FILES
 from recipes_lib.config.recipe import load_recipe
@@ -34,6 +33,7 @@ from recipes_lib.judging.prometheus import (
     prometheus_is_here,
     published_template,
 )
+from recipes_lib.study.config import load_study, study_file
 from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.weights.base import (
     check_whole,

@@ -1,7 +1,7 @@
 """`recipes study report --gate`: may these arms stand in for their baseline? For CI, from files.
 
-Every sentence is a row's own, as `compare/claims` wrote it. An arm that tested as worse fails
-also where a finding stops the claim: a gate that opens because its judge failed would be none.
+An arm that tests as worse fails also where a finding stops the sentence: a gate that opens because
+its judge failed would be none.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
-from recipes_lib.compare.aims import is_named
-from recipes_lib.compare.design import Study
-from recipes_lib.compare.row import TableRow
+from recipes_lib.analysis.aims import is_named
+from recipes_lib.analysis.claims import Claim
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.study.conclusion import compare_study
-from recipes_lib.study.runs import missing_of
+from recipes_lib.study.conclusion import conclude_study
+from recipes_lib.study.config import Study
 
 
 @dataclass(frozen=True)
@@ -28,7 +27,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Gate:
-    """The answer. `missing` are steps without a result, and arms without a tested comparison;
+    """The answer. `missing` are results that are not there, and arms without a tested comparison;
     `margins` the metrics that were held to one.
     """
 
@@ -59,50 +58,47 @@ def gate(study: Study) -> Gate:
     Raises:
         RecipesError: an evaluation's files are damaged.
     """
-    missing = missing_of(study)
-    _, comparison = compare_study(study)
-    baseline = study.baseline
-    rows = [row for row in comparison.rows if baseline in row.arms and not row.aside]
+    _, design, conclusion = conclude_study(study)
+    return judge_claims(study, conclusion.claims, design.missing)
+
+
+def judge_claims(study: Study, claims: Sequence[Claim], missing: Sequence[str]) -> Gate:
+    """Return the answer that claims give; `missing` are results that are not there."""
+    baseline, lacking = study.baseline, list(missing)
+    claims = [claim for claim in claims if baseline in claim.row.arms and not claim.row.aside]
     arms = [arm.name for arm in study.arms if arm.name != baseline]
     for arm in arms:
-        mine = [row for row in rows if arm in row.arms]
-        if not missing and not any(row.p_holm is not None for row in mine):
-            missing.append(f"no comparison of {arm} with {baseline} could be tested")
-    return Gate(
-        study.name,
-        baseline,
-        len(rows),
-        tuple(study.aims.margins),
-        tuple(missing),
-        tuple(
-            Refusal(_other(row, baseline), row.metric, row.sentence)
-            for row in rows
-            if row.verdict == ("worse" if row.second == baseline else "better")
-        ),
-        tuple(_not_shown(study, rows, arms)),
+        tested = any(claim.row.is_tested for claim in claims if arm in claim.row.arms)
+        if not missing and not tested:
+            lacking.append(f"a comparison of {arm} with {baseline} that can be tested")
+    worse = tuple(
+        Refusal(_other(claim, baseline), claim.row.metric, claim.sentence)
+        for claim in claims
+        if claim.worse_than(baseline)
     )
+    not_shown = tuple(_not_shown(study, claims, arms))
+    margins = tuple(study.aims.margins)
+    return Gate(study.name, baseline, len(claims), margins, tuple(lacking), worse, not_shown)
 
 
-def _not_shown(study: Study, rows: Sequence[TableRow], arms: Sequence[str]) -> Iterator[Refusal]:
+def _not_shown(study: Study, claims: Sequence[Claim], arms: Sequence[str]) -> Iterator[Refusal]:
     """Yield the margins within which an arm is not shown to be not worse, also those of metrics
     that it lacks.
     """
     baseline = study.baseline
-    for row in rows:
-        first = row.second == baseline
-        shown = row.verdict == ("better" if first else "worse") or (
-            row.within in ("equivalent", "not worse" if first else "not better")
-        )
-        worse = row.verdict == ("worse" if first else "better")
-        if row.margin is not None and not worse and (row.stopped or not shown):
-            yield Refusal(_other(row, baseline), row.metric, row.sentence)
+    for claim in claims:
+        shown = claim.not_worse_than(baseline)
+        if claim.row.margin is not None and not shown and not claim.worse_than(baseline):
+            yield Refusal(_other(claim, baseline), claim.row.metric, claim.sentence)
     for arm in arms:
         for word in study.aims.margins:
-            mine = [row for row in rows if arm in row.arms and is_named(word, row.metric)]
-            if not any(row.margin is not None for row in mine):
+            rows = [
+                one.row for one in claims if arm in one.row.arms and is_named(word, one.row.metric)
+            ]
+            if not any(row.margin is not None for row in rows):
                 what = f"{arm} and {baseline} have no comparison on {word}, which has a margin."
                 yield Refusal(arm, word, what)
 
 
-def _other(row: TableRow, baseline: str) -> str:
-    return row.first if row.second == baseline else row.second
+def _other(claim: Claim, baseline: str) -> str:
+    return claim.row.first if claim.row.second == baseline else claim.row.second

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from recipes_lib.compare.design import BASE_ARM, Arm, Study, load_study
-from recipes_lib.compare.wording import sentence_list
+from recipes_lib.analysis.text import sentence_list
 from recipes_lib.config.loader import Document
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, print_error
@@ -23,6 +22,7 @@ from recipes_lib.data.leaks import Leaks
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE
+from recipes_lib.study.config import BASE_ARM, Arm, Study, load_study
 from recipes_lib.study.runs import runs_left
 from recipes_lib.suites.leaks import leak_error, search_recipe
 from recipes_lib.suites.questions import local_questions

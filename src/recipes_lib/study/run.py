@@ -14,7 +14,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from recipes_lib.compare.design import BASE_ARM, Study
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
 from recipes_lib.core.faults import is_disk_full
@@ -23,6 +22,7 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import base_arm, base_record, study_folder
+from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.pool import Failure, Pool
 from recipes_lib.study.runs import (
@@ -275,11 +275,11 @@ def _record_base(study: Study) -> None:
 
 def _report(study: Study, say: Say) -> dict[str, Failure]:
     """Write the report, also of what there is where something failed."""
-    from recipes_lib.study.conclusion import conclude
+    from recipes_lib.study.conclusion import report_study
 
     say("\nstatistics and report ...")
     try:
-        conclude(study)
+        report_study(study)
     except RecipesError as error:
         return {"the report": Failure(str(error).splitlines()[0], int(error.exit_code))}
     return {}

@@ -15,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.compare.design import BASE_ARM, Arm, Study
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED
 from recipes_lib.core.atomic_files import write_json
@@ -30,6 +29,7 @@ from recipes_lib.eval_key import model_key, result_key
 from recipes_lib.eval_log import REFERENCE
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.study.arms import arm_recipe, arm_run, base_arm, base_record, study_folder
+from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.base import base_fingerprint
 from recipes_lib.weights.finished_run import finished_run

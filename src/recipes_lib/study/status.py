@@ -9,8 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from recipes_lib.compare.design import Study
-from recipes_lib.compare.wording import count, question_text
+from recipes_lib.analysis.text import count, question_text
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
@@ -19,6 +18,7 @@ from recipes_lib.core.terminal import aligned, first_of
 from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.planning.plan import card_for, plan_launched
 from recipes_lib.study.arms import study_folder
+from recipes_lib.study.config import Study
 from recipes_lib.study.foresight import foresee
 from recipes_lib.study.runs import (
     Evaluation,

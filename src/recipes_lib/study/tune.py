@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.compare.design import Arm, Study, Tuning
 from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.fingerprints import digest_of
 from recipes_lib.core.json_files import object_or_none, read_rows
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.arms import study_folder
+from recipes_lib.study.config import Arm, Study, Tuning
 from recipes_lib.study.pool import Failure
 from recipes_lib.study.runs import candidates, data_contents, has_diverged, is_trained
 from recipes_lib.training.resume_guard import guarded_values

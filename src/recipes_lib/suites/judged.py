@@ -53,7 +53,6 @@ from recipes_lib.judging.judge import Item, JudgePlan, JudgeRequest, JudgeRun, a
 from recipes_lib.judging.outcomes import StoredPairs
 from recipes_lib.judging.store import JudgmentStore, Row
 from recipes_lib.statistics.intervals import Interval, StoredInterval
-from recipes_lib.statistics.labels import FEWEST_LABELS
 from recipes_lib.suites.answering import (
     AnswerSet,
     Pairing,
@@ -128,6 +127,12 @@ JUDGED_NUMBERS: dict[str, JsonSchema] = {  # key of a result -> its schema
     },
 }
 _SAME_ANSWERS = "{} and {} gave the same answers: they are one model here and cannot be ranked"
+
+FEWEST_LABELS = 20
+
+FEWEST_LABELS = 20
+
+FEWEST_LABELS = 20
 
 
 class ScaledInterval(StoredInterval):

@@ -9,15 +9,14 @@ names, is reported at once. As in `config.sections`, each field of a section is 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from recipes_lib.compare.aims import Aims, Margin, full_name, known_metrics
-from recipes_lib.compare.published import load_published
+from recipes_lib.analysis.aims import Aims, Margin, is_named, metric_parts
+from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.check import check_upstream
 from recipes_lib.config.handed import handed_document
@@ -35,7 +34,7 @@ from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
-from recipes_lib.eval_recipe import EvalRecipe, load_eval
+from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:
@@ -57,7 +56,6 @@ _GIVEN = {
     ),
     "run.name": "a run of a study is named after the study, its arm and its seed",
 }
-OF_RUN = ("run.name", "run.notes", "run.tags")  # they say nothing of what is learnt
 # Keys that decide which tokens a validation loss is a mean over, and in which arithmetic.
 LOSS_TOKENS = (
     "model.name_or_path",
@@ -132,14 +130,6 @@ class ArmSection(LaunchKeys):
     """One variant. A bare path is short for `{recipe: path}`."""
 
     recipe: str | None = key("The arm's recipe, relative to the study file.")
-    cell: dict[str, str] = key(
-        "The arm's level of each factor; with one factor it may be absent.", factory=dict
-    )
-    published_only: bool = key(
-        "Nothing but the published numbers stands for this arm: nothing is run, and nothing can be"
-        " tested.",
-        False,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +141,7 @@ class StudySection(LaunchKeys):
     )
     factors: dict[str, list[str]] = key(
         "Factor -> the keys it may change (`lora.r`, `quantization`, ...). Every other difference"
-        " between arms is listed as a confound. Several factors make a factorial.",
+        " between arms is listed as a confound.",
         factory=dict,
     )
     include_base: bool = key(
@@ -174,12 +164,6 @@ class StudySection(LaunchKeys):
         " verdicts 'not worse' and 'equivalent' within it.",
         factory=dict,
     )
-    looks: int = key(
-        "How many times results are looked at, with seeds or questions added in between. The last"
-        " planned look keeps four fifths of the error rate or more.",
-        1,
-        minimum=1,
-    )
     baseline: str | None = key(
         "The arm that no other may be worse than (`recipes study report --gate`), and that"
         " alpaca_eval compares the others with. Absent: base where it is evaluated, else the first"
@@ -190,8 +174,10 @@ class StudySection(LaunchKeys):
         " mean is tested.",
         False,
     )
-    published: str | None = key(
-        "Numbers published elsewhere, shown beside ours with their protocol."
+    reference: dict[str, dict[str, float]] = key(
+        "Published numbers, arm -> metric -> value in the metric's unit (a share is 0.41). Shown"
+        " beside ours and never tested.",
+        factory=dict,
     )
 
 
@@ -261,8 +247,6 @@ class Arm:
     overrides: tuple[str, ...]
     launch: Launch
     seeds: tuple[int, ...]
-    cell: Mapping[str, str] = field(default_factory=dict)
-    published_only: bool = False
     tuning: Tuning | None = None
 
     def tuned(self, chosen: object, losses: Sequence[float | None]) -> Arm:
@@ -282,8 +266,8 @@ class Arm:
 
     @property
     def trained(self) -> bool:
-        """Whether the study trains this arm itself."""
-        return not self.published_only
+        """Whether the study trains this arm itself: all are."""
+        return True
 
     def resolved(self) -> Mapping[str, Any]:
         """Return every resolved value by dotted key, the launch as it will be among them.
@@ -321,14 +305,13 @@ class Study:
     seeds: tuple[int, ...]
     include_base: bool
     evals: tuple[EvalRecipe, ...]
-    published: Path | None
     origins: Mapping[KeyPath, Origin]
     warnings: tuple[RecipeError, ...] = ()
     words: tuple[str, ...] = ()
     aims: Aims = Aims()
     baseline: str = BASE_ARM
     pairs: str = "baseline"
-    looks: int = 1
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     text: str = field(default="", repr=False)
 
     def arm(self, name: str) -> Arm:
@@ -355,15 +338,6 @@ class Study:
                 if key == prefix or key.startswith(f"{prefix}.") or made:
                     return factor
         return None
-
-    def missing_cells(self) -> list[Mapping[str, str]]:
-        """Return the cells of the full factorial that no arm has."""
-        if len(self.factors) < 2:
-            return []
-        cells = [dict(arm.cell) for arm in self.arms if set(self.factors) <= set(arm.cell)]
-        levels = [dict.fromkeys(cell[factor] for cell in cells) for factor in self.factors]
-        every = (dict(zip(self.factors, one, strict=True)) for one in itertools.product(*levels))
-        return [cell for cell in every if cell not in cells]
 
     def differing(self) -> dict[str, Mapping[str, Any]]:
         """Return {dotted key: {arm: value}} of the keys whose values differ between arms with a
@@ -464,11 +438,8 @@ class StudyRules(KindRules):
             yield from _wrong_arm(document, study, name, arm)
             yield from _wrong_grid(document, study, ("arms", name, "tune"), arm.tune)
         yield from _wrong_grid(document, study, ("tune",), study.tune)
-        yield from _wrong_factors(document, study, arms)
-        if study.published:
-            path = document.folder(("published",)) / study.published
-            if not path.is_file():
-                yield document.error(("published",), f"published: no such file: {shown_path(path)}")
+        yield from _wrong_factors(document, study)
+        yield from _wrong_reference(document, study, arms)
 
     def further(self, document: Document, full: bool, sound: bool) -> list[RecipeError]:
         """Return what is wrong with the recipes and evals it names; `full` adds stage 2 of each
@@ -544,24 +515,17 @@ def _wrong_names(
 def _wrong_arm(
     document: Document, study: StudySection, name: str, arm: ArmSection
 ) -> Iterator[RecipeError]:
-    """What stands for an arm: one of a recipe to train, or published numbers."""
-    path, trained = ("arms", name), not arm.published_only
-    alone = (*path, "published_only")
-    if not arm.recipe and trained:
-        hint = "name one, or `published_only: true`"
-        yield document.error(path, f"arm '{name}' has no recipe", hint)
-    if arm.published_only and not study.published:
-        what = f"arm '{name}' is published_only, and the study names no published file"
-        yield document.error(alone, what)
-    if name == BASE_ARM and trained:
+    """An arm is a recipe that is trained."""
+    path = ("arms", name)
+    if not arm.recipe:
+        yield document.error(path, f"arm '{name}' has no recipe", "name one: recipe: FILE")
+    if name == BASE_ARM:
         what = f"'{BASE_ARM}' is the name of the base model's own arm"
         yield document.error(path, what, "choose another name")
     idle = [key for key in ("seeds", *_LAUNCH) if getattr(arm, key) and not arm.recipe]
     if idle:
         what = f"arm '{name}': {idle[0]} has no meaning without a recipe"
         yield document.error((*path, idle[0]), what)
-    if arm.tune and not trained:
-        yield document.error((*path, "tune"), f"arm '{name}' is not trained here: nothing to tune")
 
 
 def _wrong_grid(
@@ -593,10 +557,8 @@ def _wrong_grid(
                 yield document.error(place, what, "vary it between arms, or tune it in each arm")
 
 
-def _wrong_factors(
-    document: Document, study: StudySection, arms: Mapping[str, ArmSection]
-) -> Iterator[RecipeError]:
-    """Factors name keys that exist, and every arm says where it stands."""
+def _wrong_factors(document: Document, study: StudySection) -> Iterator[RecipeError]:
+    """Factors name keys that exist."""
     factors = study.factors
     for factor, prefixes in factors.items():
         path: KeyPath = ("factors", factor)
@@ -608,23 +570,17 @@ def _wrong_factors(
                 place = (*path, position)
                 hint = "all keys: recipes explain"
                 yield _no_key(document, place, f"factor '{factor}'", prefix, hint)
-    cells: dict[tuple[str, ...], str] = {}
-    for name, arm in arms.items():
-        cell, at = arm.cell, ("arms", name, "cell")
-        for factor in cell:
-            if factor not in factors:
-                what, near = f"arm '{name}': no factor '{factor}'", did_you_mean(factor, factors)
-                yield document.error((*at, factor), what, *near, f"factors: {_list(factors)}")
-        asked = factors if cell or len(factors) > 1 else ()
-        missing = [factor for factor in asked if factor not in cell]
-        if missing and name != BASE_ARM:
-            what = f"arm '{name}': its cell does not say {_list(missing)}"
-            yield document.error(at, what, f"cell: {{{missing[0]}: LEVEL, ...}}")
-        if cell and not missing:
-            twin = cells.setdefault(tuple(cell[factor] for factor in factors), name)
-            if twin != name:
-                what = f"arms '{twin}' and '{name}' are in the same cell"
-                yield document.error(at, what, "several seeds of one cell: seeds: [1, 2, 3]")
+
+
+def _wrong_reference(
+    document: Document, study: StudySection, arms: Mapping[str, ArmSection]
+) -> Iterator[RecipeError]:
+    """Published numbers are of arms that are there."""
+    known = [*arms, BASE_ARM]
+    for name in study.reference:
+        if name not in known:
+            near = did_you_mean(name, known)
+            yield document.error(("reference", name), f"reference: no arm '{name}'", *near)
 
 
 def _exists(key: str) -> bool:
@@ -661,17 +617,8 @@ class _Reader:
         document, own = self.document, self.own
         arms = tuple(filter(None, (self._arm(*item) for item in self.sections.items())))
         evals = tuple(filter(None, map(self._eval, range(len(own.evals)))))
-        published = None
-        if own.published:
-            published = document.folder(("published",)) / own.published
-            self._try(load_published, published)
-        trained = any(arm.trained for arm in arms)
-        if self.words and arms and not trained:
-            what = f"{self.words[0]} changes nothing: no arm of this study is trained here"
-            hint = "what was trained elsewhere is as its recipe says"
-            self.errors.append(RecipeError(what, hint, file=COMMAND_LINE))
         own_base = any(arm.name == BASE_ARM for arm in arms)
-        with_base, first = own.include_base and not own_base and trained, next(iter(self.sections))
+        with_base, first = own.include_base and not own_base, next(iter(self.sections))
         study = Study(
             path=document.path,
             name=document.path.stem,
@@ -681,12 +628,11 @@ class _Reader:
             seeds=tuple(dict.fromkeys(seed for arm in arms for seed in arm.seeds)),
             include_base=with_base,
             evals=evals,
-            published=published,
             origins=document.origins,
             aims=self._aims(evals),
             baseline=own.baseline or (BASE_ARM if with_base or own_base else first),
             pairs=own.pairs,
-            looks=own.looks,
+            reference=own.reference,
             text=document.text,
         )
         problems = _once(self.errors) or self._twice([one.name for one in evals])
@@ -708,10 +654,7 @@ class _Reader:
 
     def _arm(self, name: str, section: ArmSection) -> Arm | None:
         """Return an arm, or None where its recipe or launch cannot be had."""
-        trained = not section.published_only
-        # What the study says for all arms; of one that was trained elsewhere it changes nothing, or
-        # its differences could be hidden.
-        study = self.own if trained else LaunchKeys()
+        study = self.own
         for one in (*_LAUNCH, "seeds", "tune"):
             own, word = getattr(section, one), getattr(study, one)
             if own and word and own != word and self.document.origin((one,)).file == COMMAND_LINE:
@@ -720,7 +663,7 @@ class _Reader:
                 what = f"{told}, so {one}={word} on the command line does not reach it"
                 hint = "change the study file, or leave that word away"
                 self._wrong(("arms", name, one), what, hint)
-        words = [*study.overrides, *section.overrides, *(self.words if trained else [])]
+        words = [*study.overrides, *section.overrides, *self.words]
         for given in dict.fromkeys(map(_key_of, words)):
             if given in _GIVEN:
                 what = f"{given} cannot be overridden in a study"
@@ -738,8 +681,6 @@ class _Reader:
             overrides=tuple(words),
             launch=launch,
             seeds=tuple(section.seeds or study.seeds or ()),
-            cell=dict(section.cell),
-            published_only=section.published_only,
         )
         arm = arm if arm.seeds else dataclasses.replace(arm, seeds=(arm.own_seed,))
         grid = study.tune if section.tune is None else section.tune
@@ -799,8 +740,7 @@ class _Reader:
                 recipe.launch,
                 **{key: getattr(section, key) or getattr(study, key) for key in _LAUNCH},
             )
-            if study is self.own:
-                accumulation_steps(recipe, launch.world_size)
+            accumulation_steps(recipe, launch.world_size)
         except RecipeErrors as several:
             self.errors += several.errors
         except RecipeError as error:
@@ -928,22 +868,30 @@ class _Reader:
                 what = f"{_list(prefixes)} has one value in all arms"
                 warn(("factors", factor), f"factor '{factor}' changes nothing: {what}")
                 continue
-            for one, other in itertools.combinations(known, 2):
-                if factor not in one.cell or factor not in other.cell:
-                    continue
-                # The config's name may differ inside one strategy (fsdp, fsdp_qlora); what it does
-                # is launch.distributed_type.
-                changed = [
-                    key
-                    for key in keys
-                    if key != "launch.accelerate"
-                    and varying[key][one.name] != varying[key][other.name]
-                ]
-                if one.cell[factor] == other.cell[factor] and changed:
-                    both = f"arms '{one.name}' and '{other.name}' are both {factor}"
-                    what = f"{both}: {one.cell[factor]}, but {changed[0]} differs"
-                    warn(("arms", other.name), what)
-        for cell in study.missing_cells():
-            levels = ", ".join(f"{factor}: {level}" for factor, level in cell.items())
-            hint = "an effect of one factor cannot be told apart there"
-            warn(("factors",), f"no arm has the cell {levels}", hint)
+
+
+# ---- Metrics by name ----
+
+
+def known_metrics(recipe: EvalRecipe) -> list[str]:
+    """Return the metrics of an eval by the names that a study may use, the first one of its table
+    first.
+    """
+    known = SUITE_FACTS[recipe.suite.name].metrics or recipe.suite.tasks or ()
+    return [f"{recipe.name}/{metric}" for metric in known]
+
+
+def full_name(recipe: EvalRecipe, word: str) -> str | None:
+    """Return what a word means in an eval; None where it measures no such thing.
+
+    Of lm_eval the tasks are known and their metrics are not, so a word must name the eval or a task
+    (one of a group's begins as its group does).
+    """
+    known = next((name for name in known_metrics(recipe) if is_named(word, name)), None)
+    if known or recipe.suite.name != "lm_eval":
+        return known
+    tasks = [task.rstrip("*_") for task in recipe.suite.tasks or ()]
+    parts = metric_parts(word)
+    if any(part == task or part.startswith(f"{task}_") for part in parts for task in tasks):
+        return word if is_named(recipe.name, word) else f"{recipe.name}/{word}"
+    return None

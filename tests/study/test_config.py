@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.compare.design import load_study
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.study.arms import arm_recipe, launch_words, train_words
+from recipes_lib.study.config import load_study
 from recipes_lib.study.runs import evaluations, run_names, study_trainings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -40,14 +40,8 @@ def test_in_a_controlled_study_nothing_differs_but_the_declared_factors(name: st
     assert not study.warnings
 
 
-def test_the_two_by_two_has_all_its_cells_and_one_world_size() -> None:
+def test_the_two_by_two_has_one_world_size() -> None:
     study = load_study("distributed-strategy")
-    assert {tuple(arm.cell.values()) for arm in study.arms} == {
-        ("ddp", "qlora"),
-        ("ddp", "bf16"),
-        ("fsdp", "qlora"),
-        ("fsdp", "bf16"),
-    }
     assert {arm.launch.world_size for arm in study.arms} == {2}
     assert {arm.resolved()["launch.distributed_type"] for arm in study.arms} == {
         "MULTI_GPU",
@@ -123,27 +117,15 @@ BAD = [
         6,
         ["arms.r4.seeds.0 must be a whole number"],
     ),
-    ("  r4: r4.yaml", "  r4: {}", 6, ["arm 'r4' has no recipe", "published_only: true"]),
-    (
-        "  r4: r4.yaml",
-        "  r4: {published_only: true}",
-        6,
-        ["published_only", "names no published file"],
-    ),
+    ("  r4: r4.yaml", "  r4: {}", 6, ["arm 'r4' has no recipe"]),
     ("  r4: r4.yaml", "  base: r4.yaml", 6, ["'base' is the name of the base model's own arm"]),
     ("  r4: r4.yaml", "  ../r4: r4.yaml", 6, ["arm name '../r4'"]),
-    (
-        "  r4: r4.yaml",
-        "  r4: {recipe: r4.yaml, cell: {rnk: low}}",
-        6,
-        ["no factor 'rnk'", "did you mean rank?"],
-    ),
     ("  r4: r4.yaml", "  r8: r4.yaml", 7, ["duplicate key 'arms.r8'"]),
     (
         "  rank: [lora.r, lora.lora_alpha]",
         "  rank: [lora.rr]",
         4,
-        ["factor 'rank': there is no key 'lora.rr'", "did you mean lora.r"],
+        ["factor 'rank': there is no key 'lora.rr'"],
     ),
     (
         "  rank: [lora.r, lora.lora_alpha]",
@@ -152,19 +134,12 @@ BAD = [
         ["factors.rank must be a list of names"],
     ),
     ("  rank: [lora.r, lora.lora_alpha]", "  rank: []", 4, ["factor 'rank' names no key"]),
-    (
-        "  rank: [lora.r, lora.lora_alpha]",
-        "  rank: [lora.r]\n  other: [data]",
-        7,
-        ["its cell does not say rank, other"],
-    ),
+    ("seeds: [42]", "reference: {r5: {win_rate: 0.5}}", 8, ["no arm 'r5'"]),
     ("seeds: [42]", "seeds: []", 8, ["seeds is empty"]),
     ("seeds: [42]", "seeds: 42", 8, ["seeds must be a list"]),
     ("seeds: [42]", "overrides: [train.max_steps=many]", 8, ["train.max_steps", "whole number"]),
     ("mt_bench.yaml", "mt_bnch.yaml", 9, ["no such eval recipe"]),
     ("mt_bench.yaml", "r4.yaml", None, ["r4.yaml: is a recipe, not an eval recipe"]),
-    ("seeds: [42]", "published: nowhere.yaml", 8, ["published: no such file"]),
-    ("seeds: [42]", "published: r4.yaml", None, ["r4.yaml: is a recipe, not published numbers"]),
     (
         "seeds: [42]",
         "overrides: [train.seed=7]",
@@ -322,19 +297,14 @@ def raise_all(path: Path) -> None:
         raise RecipeError(str(error)) from None
 
 
-def test_a_missing_cell_and_a_factor_without_effect_are_warned_about(
+def test_a_factor_without_effect_is_warned_about(
     study_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8").replace(
-        "  r4: r4.yaml\n  r8: r8.yaml",
-        "  a: {recipe: r4.yaml, cell: {rank: low, size: s}}\n  b: {recipe: r8.yaml, cell: {rank:"
-        " high, size: l}}",
-    )
+    text = file.read_text(encoding="utf-8")
     file.write_text(text.replace("arms:", "  size: [data.max_examples]\narms:"), encoding="utf-8")
     assert main(["check", str(file)]) == 0
     said = capsys.readouterr().err
-    assert "no arm has the cell rank: low, size: l" in said
     assert "factor 'size' changes nothing" in said
 
 
