@@ -182,7 +182,7 @@ def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):
     assert known["grade"] == (1.0, "equivalent")
     assert all(value == (None, "") for label, value in known.items() if label != "grade")
     assert main(["compare", "r8", "r32", "--margin", "mt_bench/grade=1"]) == 0
-    assert "equivalent within 1.00" in capsys.readouterr().out
+    assert "equivalent" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
