@@ -19,7 +19,6 @@ from recipes_lib.eval_recipe import EvalRecipe
 from recipes_lib.planning.plan import card_for, plan_launched
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Study
-from recipes_lib.study.foresight import foresee
 from recipes_lib.study.runs import (
     Evaluation,
     StudyRun,
@@ -128,6 +127,8 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     undeclared = [key for key in study.differing() if study.factor_of(key) is None]
     if undeclared:
         yield f"differences that no factor declares: {first_of(undeclared, 4)}"
+    from recipes_lib.study.foresight import foresee  # scipy, which `status` does without
+
     power = foresee(study, {one.name: _turns(one) for one in study.evals})
     if power is not None:
         yield "; ".join(line.strip() for line in power.lines()[:2])
