@@ -71,8 +71,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     push_to = push_target(recipe)
-    active, asked = launch_check.what_will_run(), launch_check.what_was_asked()
-    launch_line = launch_check.check_launch(asked, active)
+    active = launch_check.what_will_run()
+    launch_line = launch_check.check_launch(active)
     weights = run.weights(recipe.lora is None)
 
     with attempt(run, recipe) as this:  # lock, signals, and the record of how it ended
@@ -128,9 +128,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard},
         )
         keep_alive(trainer)
-        launch_check.check_launch(
-            asked, launch_check.what_runs(trainer.accelerator)
-        )  # what was promised before the model was loaded
+        # what was promised before the model was loaded
+        launch_check.check_launch(launch_check.what_runs(trainer.accelerator))
         say_once(f"run {run.path}")
         for line in start_up_lines(trainer, launch_line):
             say_once(line)

@@ -4,33 +4,12 @@ asked.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from tests.tiers import in_ci
 
 SHORT = ("train.max_steps=1", "train.eval_strategy='no'")
-
-
-@pytest.mark.slow
-def test_cpu_with_two_processes_is_one_process_and_is_refused(launcher) -> None:
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
-    command = [
-        accelerate,
-        "launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "-m",
-        "recipes_lib.train",
-        str(launcher.recipe),
-        "run.name=trap-cpu",
-    ]
-    code, said = launcher.wait(launcher.start_really(command))
-    assert code != 0
-    assert "asked for 2 processes, but 1 is training" in said and "ddp_cpu.yaml" in said
-    assert not launcher.run("trap-cpu").exists()
 
 
 @pytest.mark.nightly
@@ -72,7 +51,7 @@ def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> Non
     start = command.index("-m")
     command[start : start + 2] = [str(script)]
     code, said = launcher.wait(launcher.start_really(command))
-    assert code != 0 and "asked for FSDP, but DDP is active" in said
+    assert code != 0 and "FSDP was asked for, but DDP is active" in said
     assert launcher.state("trap-fallback")["exit_code"] == 2
 
 

@@ -13,104 +13,47 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.training.launch_check import (
     Active,
-    Asked,
     check_gpus,
     check_launch,
     check_precision,
     leave_gpus_out,
     what_runs,
-    what_was_asked,
 )
 
 CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 
-def test_what_recipes_train_asked_for_wins_over_the_parent_process() -> None:
-    environment = {"RECIPES_EXPECT": json.dumps({"world_size": 2, "distributed_type": "FSDP"})}
-    assert what_was_asked(environment, ["accelerate", "launch", "--num_processes", "4"]) == Asked(
-        2, "FSDP", "recipes train"
-    )
-
-
-@pytest.mark.parametrize(
-    ("parent", "world_size", "kind"),
-    [
-        (
-            [
-                "python3",
-                "/x/bin/accelerate",
-                "launch",
-                "--config_file",
-                str(CONFIGS / "ddp_cpu.yaml"),
-                "-m",
-                "recipes_lib.train",
-            ],
-            2,
-            "MULTI_GPU",
-        ),
-        (
-            ["accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "recipes_lib.train"],
-            2,
-            None,
-        ),
-        (
-            [
-                "accelerate",
-                "launch",
-                f"--config_file={CONFIGS / 'fsdp_cpu.yaml'}",
-                "--num_processes=4",
-                "x.py",
-            ],
-            4,
-            "FSDP",
-        ),
-        (["python", "/x/bin/torchrun", "--nproc_per_node", "3", "x.py"], 3, None),
-        (
-            [
-                "python",
-                "-m",
-                "torch.distributed.run",
-                "--nnodes",
-                "2",
-                "--nproc-per-node=3",
-                "x.py",
-            ],
-            6,
-            None,
-        ),
-        (["bash"], None, None),
-        ([], None, None),
-    ],
-)
-def test_the_parent_command_tells_what_was_asked(
-    parent: list[str], world_size: int | None, kind: str | None
-) -> None:
-    asked = what_was_asked({}, parent)
-    assert (asked.world_size, asked.distributed_type) == (world_size, kind)
+def expecting(world_size: int, kind: str) -> dict[str, str]:
+    """The variables of a launch that says what it starts."""
+    return {"RECIPES_EXPECT": json.dumps({"world_size": world_size, "distributed_type": kind})}
 
 
 def test_one_process_where_two_were_asked_is_refused() -> None:
-    with pytest.raises(RecipeError, match="asked for 2 processes, but 1 is training") as caught:
-        check_launch(Asked(2, "MULTI_GPU", "accelerate launch"), Active(1, "one process", "cpu"))
+    with pytest.raises(RecipeError, match="2 processes were asked for, but 1 is") as caught:
+        check_launch(Active(1, "one process", "cpu"), expecting(2, "MULTI_GPU"))
     assert "ddp_cpu.yaml" in str(caught.value)
 
 
 def test_two_processes_that_train_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="each of them would train alone"):
-        check_launch(Asked(), Active(1, "one process", "cpu"))
+        check_launch(Active(1, "one process", "cpu"), {})
 
 
-def test_ddp_where_fsdp_was_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddp_where_fsdp_was_asked_and_fsdp_where_ddp_was_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="asked for FSDP, but DDP is active"):
-        check_launch(Asked(2, "FSDP", "accelerate launch"), Active(2, "DDP", "cpu"))
+    with pytest.raises(RecipeError, match="MULTI_GPU was asked for, but FSDP is active"):
+        check_launch(Active(2, "FSDP", "cpu"), expecting(2, "MULTI_GPU"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="FSDP was asked for, but DDP is active"):
+        check_launch(Active(2, "DDP", "cpu"), expecting(2, "FSDP"))
 
 
 def test_fsdp_of_one_process_is_one_process() -> None:
-    assert "one process" in check_launch(
-        Asked(1, "FSDP", "accelerate launch"), Active(1, "one process", "cpu")
-    )
+    line = check_launch(Active(1, "one process", "cpu"), expecting(1, "FSDP"))
+    assert line == "one process, world size 1, cpu"
 
 
 def test_a_launch_for_the_cpu_sees_no_gpu() -> None:
@@ -198,13 +141,6 @@ def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(
         assert ("fp8" in said) is (
             len(caught.value.hints) == 1
         )  # what cannot be trained is not recommended
-
-
-def test_what_cannot_be_known_is_said() -> None:
-    assert "not checked" in check_launch(Asked(), Active(1, "one process", "cpu"))
-    assert "not checked" not in check_launch(
-        Asked(1, "NO", "recipes train"), Active(1, "one process", "cpu")
-    )
 
 
 def test_accelerates_names_become_ours() -> None:

@@ -47,7 +47,6 @@ from recipes_lib.models.architectures import (
 from recipes_lib.training.attention import use_document_attention, use_varlen
 from recipes_lib.training.checkpoints import MarkerFacts
 from recipes_lib.training.metrics import MetricsCallback
-from recipes_lib.training.reading import prepare_to_share
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.base import precision_name
@@ -99,7 +98,6 @@ def build_trainer(
     """Return the trainer, with the adapter (if the recipe has one) already on the model.
 
     Raises:
-        EnvironmentFault: the ranks have unlike models.
         RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than
             autocast's; fewer rows than one step takes.
     """
@@ -143,7 +141,7 @@ def build_trainer(
         trainer.precision = dict.fromkeys(trainer.precision, torch.float32)
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         compile_blocks(trainer.model, recipe, run)
-    prepare_to_share(trainer.model)
+    upstream_fixes.tell_empty_parameters_apart(trainer.model)
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     return trainer
