@@ -1,8 +1,7 @@
 """Train and say on each rank, before the first step, how many bytes of weights it read and what its
 buffers are: python reads.py RECIPE [override ...].
 
-READS_BREAK=recipe lets rank 0 refuse the model after it has read it; READS_BREAK=unlike gives rank
-1 a model of another precision.
+READS_BREAK=recipe lets rank 0 refuse the model after it has read it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def main() -> int:
         model, how = loaded(*args, **options), os.environ.get("READS_BREAK")
         if how == "recipe" and rank() == 0:
             raise RecipeError("rank 0 cannot have this model")
-        return model.half() if how == "unlike" and rank() == 1 else model
+        return model
 
     def training_step(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal said

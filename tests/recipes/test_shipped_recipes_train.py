@@ -286,7 +286,7 @@ def check_launch(line: str, config: str) -> None:
 def check_weights(run: Path, state: dict[str, Any], lora: dict[str, Any] | None) -> None:
     from safetensors import safe_open
 
-    assert state["state"] == "finished" and state["weights_check"]["reload"]["agrees"]
+    assert state["state"] == "finished" and state["weights_check"]["sha256"]
     if lora is None:
         assert (run / "model" / "model.safetensors").is_file()
         return

@@ -1,8 +1,6 @@
-"""What particular architectures need that the common path does not give them: one table, each entry
-with its reason and source.
-
-What a class says of itself is read from the class, not written here: the attention it supports,
-whether its layers carry a state.
+"""What particular families need that the common path does not give them: one table, each entry with
+its reason and source. What a class says of itself (the attention it supports, whether its layers
+carry a state) is read from the class.
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.models.shapes import LARGEST_HEAD
@@ -24,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The needs of one architecture.
+    """The needs of one family.
 
     Args:
         left_out: last names of modules that take no adapter.
@@ -36,7 +33,6 @@ class Architecture:
         images: the parts of a checkpoint that reads images beside its language model, which is
             trained alone: text has no gradient for them.
         auto_class: the class of transformers that loads the model for text.
-        source: where this was read.
     """
 
     left_out: tuple[str, ...] = ()
@@ -45,31 +41,18 @@ class Architecture:
     num_experts: str | None = None
     images: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"
-    source: str
 
 
 _READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter by"
-_MAMBA_1 = Architecture(
-    left_out=("out_proj", "x_proj", "dt_proj"),
-    because=_READS_WEIGHT,
-    source=(
-        "transformers 5.24 modeling_mamba.py: mamba_inner_fn(x_proj.weight, dt_proj.weight,"
-        " out_proj.weight), dt_proj.weight @ ...; peft 0.21 _check_lora_target_modules_mamba"
-    ),
-)
-_MAMBA_2 = Architecture(
-    left_out=("out_proj",),
-    because=_READS_WEIGHT,
-    source=(
-        "transformers 5.24 modeling_mamba2.py:"
-        " mamba_split_conv1d_scan_combined(outproj_weight=out_proj.weight); peft 0.21"
-        " _check_lora_target_modules_mamba forbids it for some of these"
-    ),
-)
-_QWEN_3_5 = Architecture(
-    images=("visual",),
-    source="transformers 5.24 modeling_qwen3_5.py; Qwen3_5ForCausalLM does not load it at all",
-)
+# transformers 5.24 modeling_mamba.py: mamba_inner_fn(x_proj.weight, dt_proj.weight,
+# out_proj.weight); modeling_mamba2.py: mamba_split_conv1d_scan_combined(outproj_weight=...); peft
+# 0.21 _check_lora_target_modules_mamba forbids them for some of these
+_MAMBA_1 = Architecture(left_out=("out_proj", "x_proj", "dt_proj"), because=_READS_WEIGHT)
+_MAMBA_2 = Architecture(left_out=("out_proj",), because=_READS_WEIGHT)
+# transformers 5.24 modeling_qwen3_5.py; Qwen3_5ForCausalLM does not load it at all
+_QWEN_3_5 = Architecture(images=("visual",))
+# trl 1.16 add_fused_lm_head reads config.num_experts
+_LOCAL_EXPERTS = "num_local_experts"
 ARCHITECTURES: dict[str, Architecture] = {
     "mamba": _MAMBA_1,
     "falcon_mamba": _MAMBA_1,
@@ -80,53 +63,29 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron_h": _MAMBA_2,
     "zamba2": _MAMBA_2,
     "granitemoehybrid": Architecture(
-        left_out=("out_proj",),
-        because=_READS_WEIGHT,
-        num_experts="num_local_experts",
-        source=(
-            "transformers 5.24 modeling_granitemoehybrid.py as modeling_mamba2.py; trl 1.16"
-            " add_fused_lm_head reads config.num_experts"
-        ),
+        left_out=("out_proj",), because=_READS_WEIGHT, num_experts=_LOCAL_EXPERTS
     ),
-    "granitemoe": Architecture(
-        num_experts="num_local_experts",
-        source="trl 1.16 add_fused_lm_head reads config.num_experts, GraniteMoeConfig has none",
-    ),
-    "granitemoeshared": Architecture(num_experts="num_local_experts", source="as granitemoe"),
+    "granitemoe": Architecture(num_experts=_LOCAL_EXPERTS),
+    "granitemoeshared": Architecture(num_experts=_LOCAL_EXPERTS),
+    # transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of Llama4ForCausalLM
     "llama4_text": Architecture(
         left_out=("router",),
         because="it returns scores and logits, a LoRA layer one tensor",
         backbone="model",
-        num_experts="num_local_experts",
-        source=(
-            "transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of"
-            " Llama4ForCausalLM; trl as for granitemoe"
-        ),
+        num_experts=_LOCAL_EXPERTS,
     ),
-    "gemma3": Architecture(
-        images=("vision_tower", "multi_modal_projector"),
-        source="transformers 5.24 modeling_gemma3.py Gemma3Model",
-    ),
-    "gemma4": Architecture(
-        images=("vision_tower", "embed_vision", "audio_tower", "embed_audio"),
-        source="transformers 5.24 modeling_gemma4.py Gemma4Model",
-    ),
-    "llama4": Architecture(
-        images=("vision_model", "multi_modal_projector"),
-        source="transformers 5.24 modeling_llama4.py; Llama4ForCausalLM does not load them at all",
-    ),
+    # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal
+    # language model for Mistral 3, and Llama4ForCausalLM does not load what reads images at all
+    "gemma3": Architecture(images=("vision_tower", "multi_modal_projector")),
+    "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
+    "llama4": Architecture(images=("vision_model", "multi_modal_projector")),
     "mistral3": Architecture(
-        images=("vision_tower", "multi_modal_projector"),
-        auto_class="AutoModelForImageTextToText",
-        source=(
-            "transformers 5.24 modeling_mistral3.py Mistral3Model; modeling_auto.py has no causal"
-            " language model for it"
-        ),
+        images=("vision_tower", "multi_modal_projector"), auto_class="AutoModelForImageTextToText"
     ),
     "qwen3_5": _QWEN_3_5,
     "qwen3_5_moe": _QWEN_3_5,
 }
-_NONE = Architecture(source="")
+_NONE = Architecture()
 # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
 # once
 ROUTER = "gate.weight"
@@ -194,27 +153,28 @@ def why_not_varlen(model: Any) -> str | None:
     as the end of a sentence that begins with the kernel's name; None where it computes all.
     """
     config, name = model.config.get_text_config(), type(model).__name__
-    if getattr(model.config, "_attn_implementation", "") != "sdpa":
-        return f"takes the place of sdpa, which {name} does not have"
     if why := why_rows_apart(model):
         return f"is of no use to {name}, which {why}"
-    if others := sorted({*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS):
-        return f"does not compute {', '.join(others)}, which {name} has"
-    if not getattr(model, "_supports_flash_attn", False):
-        return f"is not for {name}: its class takes no flash attention"
-    if getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"has no cap on scores, which {name} has"
-    for key in ("attention_dropout", "attn_pdrop"):
-        if getattr(config, key, 0.0):
-            return f"has no dropout, which {name} has ({key})"
+    layers = {*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS
+    sizes = set()
     for layer in layer_configs(config):
         heads = getattr(layer, "num_attention_heads", 1)
         head = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-        if getattr(layer, "v_head_dim", None) not in (None, head):
-            return f"has keys and values of one size, {name} has two"
-        if head > LARGEST_HEAD or head % 8:
-            return f"has heads of up to {LARGEST_HEAD} channels, a multiple of 8; {name} has {head}"
-    return None
+        sizes |= {head, getattr(layer, "v_head_dim", None) or head}
+    lacks = {
+        "another attention than sdpa": getattr(model.config, "_attn_implementation", "") != "sdpa",
+        f"layers of {', '.join(sorted(layers))}": layers,
+        "a class that takes no flash attention": not getattr(model, "_supports_flash_attn", False),
+        "a cap on scores": getattr(config, "attn_logit_softcapping", None) is not None,
+        "dropout of attention": any(
+            getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")
+        ),
+        f"heads of {', '.join(map(str, sorted(sizes)))} channels": len(sizes) > 1
+        or max(sizes) > LARGEST_HEAD
+        or max(sizes) % 8,
+    }
+    has = next((what for what, there in lacks.items() if there), None)
+    return has and f"does not compute {name}, which has {has}"
 
 
 def layer_configs(config: Any) -> list[Any]:
@@ -289,25 +249,12 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def describe_targets(model: Any) -> str:
-    """Return which layers of a PEFT model have adapters, and which matrices have none and why."""
+    """Return which layers of a PEFT model have adapters, and which matrices have none."""
     adapted, plain = _matrices(model)
     text = f"adapters on {', '.join(adapted)}"
     if images := images_of(model.config):
         text += f", none on what reads images ({', '.join(images)})"
-    if not plain:
-        return text
-    needs = needs_of(model)
-    reasons = {needs.because: needs.left_out}
-    if any(
-        "gate_up_proj" in name for name in model.active_peft_config.rank_pattern
-    ):  # PEFT took layers for what became parameters
-        reasons["PEFT takes these names for the experts"] = ("gate_proj", "up_proj", "down_proj")
-    told = [
-        f"{', '.join(found)}: {why}"
-        for why, names in reasons.items()
-        if (found := [name for name in plain if name in names])
-    ]
-    return f"{text}; none on {', '.join(plain)}" + (f" ({'; '.join(told)})" if told else "")
+    return f"{text}; none on {', '.join(plain)}" if plain else text
 
 
 def _matrices(model: Any) -> tuple[list[str], list[str]]:
@@ -369,9 +316,9 @@ def prepare_for_training(model: Any) -> None:
     if needs.backbone is not None:
         model.base_model_prefix = needs.backbone
     if needs.num_experts is not None:
-        type(config).num_experts = property(
-            attrgetter(needs.num_experts)
-        )  # not an entry of the config: it is not saved
+        from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
+
+        upstream_fixes.name_experts(config, needs.num_experts)
 
 
 def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:

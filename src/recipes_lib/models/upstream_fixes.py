@@ -7,6 +7,7 @@ its test in tests/models/test_upstream_fixes.py passes without it.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -127,3 +128,10 @@ def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
         if parameter.is_meta:
             address = functools.partial(int, -number)
             setattr(parameter, "data_ptr", address)  # noqa: B010
+
+
+def name_experts(config: Any, attribute: str) -> None:
+    """Let trl 1.16's `add_fused_lm_head` find the number of experts, which it reads as
+    `num_experts`. On the class, because an entry of the config would be saved with the model.
+    """
+    type(config).num_experts = property(operator.attrgetter(attribute))
