@@ -37,16 +37,18 @@ class TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
         log_probs, entropy = torch.empty(2, len(hidden)).unbind()
-        is_top1 = torch.empty(len(hidden), dtype=torch.bool)
+        is_top1 = torch.zeros(len(hidden), dtype=torch.bool)
         for start in range(0, len(hidden), TOKENS_PER_TILE):
             tile = slice(start, start + TOKENS_PER_TILE)
             inputs, target = hidden[tile].to(dtype), targets[tile, None]
             logits = inputs @ weight_used.t()
-            is_top1[tile] = logits.argmax(-1) == target[:, 0]
-            shifted = logits.float() - logits.amax(-1, keepdim=True).float()
+            shifted = logits.float().sub_(logits.amax(-1, keepdim=True).float())
+            at_target = shifted.gather(1, target)[:, 0]
+            largest = at_target >= 0  # half precision has ties, of which argmax names the first
+            is_top1[tile][largest] = shifted[largest].argmax(-1) == target[largest, 0]
             exponentials = shifted.exp()
             total = exponentials.sum(-1)
-            log_probs[tile] = shifted.gather(1, target)[:, 0] - total.log()
+            log_probs[tile] = at_target - total.log()
             entropy[tile] = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
             if not (for_hidden or for_weight):
                 continue

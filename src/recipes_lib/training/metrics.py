@@ -116,7 +116,9 @@ class MetricsCallback(TrainerCallback):
         said = now if done in (0, batches) else said  # the first batch of a pass
         done = done % batches + 1
         if speaks := now - said >= SAY_EVERY_S and not self.quiet:
-            self._tell(f"step {state.global_step}  validation: {done:,} of {batches:,} batches")
+            self._tell(
+                f"step {state.global_step}/{state.max_steps}  validation: {done:,} of {batches:,}"
+            )
         self._validation = (done, now if speaks else said)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

@@ -195,9 +195,11 @@ class RecipeTrainer(SFTTrainer):
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationStopped:
-            # the resumed run makes the evaluation again, from this checkpoint of its step
-            self._save_checkpoint(self.model_wrapped, trial=None)
-            self.callback_handler.on_save(self.args, self.state, self.control)
+            # the resumed run makes the evaluation again, from the checkpoint of its step
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if on_main_rank(lambda: checkpoints.what_is_missing(folder)) is not None:
+                self._save_checkpoint(self.model_wrapped, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
         return time.monotonic() - began
 
     def _prepare_for_training(
@@ -333,7 +335,8 @@ class RunCallback(TrainerCallback):
         put off.
         """
         if state.global_step >= state.max_steps:
-            control.should_evaluate = args.eval_strategy != "no"
+            # after the save where there is one: the trained weights must not wait for it
+            control.should_evaluate = args.eval_strategy != "no" and not control.should_save
         elif self.stop.agree() != NOTHING:
             control.should_evaluate = False
             control.should_save = control.should_training_stop = True
@@ -357,10 +360,14 @@ class RunCallback(TrainerCallback):
             on_main_rank(self.trainer.check_place)
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Seal the checkpoint; a request that arrived meanwhile needs no second one."""
+        """Seal the checkpoint; a request that arrived meanwhile needs no second one. After the last
+        step the validation follows.
+        """
         meet()  # rank 0 may have written longer than `train.ddp_timeout`
         on_main_rank(self.trainer.seal)
-        if state.global_step < state.max_steps and self.stop.agree() != NOTHING:
+        if state.global_step >= state.max_steps:
+            self.trainer.make_up_evaluation()
+        elif self.stop.agree() != NOTHING:
             control.should_training_stop = True
 
     def on_prediction_step(
