@@ -47,7 +47,6 @@ MORE = {
     "migrate": "turn a flat TRL config into a recipe",
     "status": "the state of runs",
     "merge": "fold an adapter into its base model",
-    "verify": "compare the weights on disk with what was trained",
     "judge": "the scorecard of a judge",
     "compare": "the tested table for any runs, outside a study",
     "prefetch": "fetch models, data and judges for nodes without a network",

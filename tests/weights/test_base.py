@@ -1,91 +1,96 @@
-"""How a model is loaded: its attention kernel and its device, and models that travel in a PyPI
-package.
-"""
+"""How a base is loaded and told apart from others, and what is said where it cannot be had."""
 
 from __future__ import annotations
 
 import importlib.util
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.weights.base import _silence, default_attention, device_with_room
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.weights.base import (
+    attach,
+    check_whole,
+    default_attention,
+    device_with_room,
+    explain_load_failure,
+    fingerprint,
+)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "capability", "installed", "expected"),
-    [
+def test_why_a_model_cannot_be_had_is_said_by_the_hubs_status_and_not_by_digits() -> None:
+    request = "Request ID: Root=1-6940141f-401403404"
+    for text, revision, words in (
+        (f"404 Client Error. Entry Not Found ({request})", "v9", "no revision 'v9'"),
+        (f"404 Client Error. ({request})", None, "neither a folder here nor a model"),
+        (f"Repository Not Found, or gated, {request}", None, "has no model 'org/m'"),
+        (f"401 Client Error: Unauthorized ({request})", None, "is gated"),
+        (f"403 Client Error: Forbidden ({request})", None, "is gated"),
+        ("You are trying to access a gated repo.", None, "is gated"),
+        ("We couldn't connect to the Hub", None, "offline, and 'org/m' is not in the local cache"),
+    ):
+        section = ModelSection(name_or_path="org/m", revision=revision)
+        error = explain_load_failure(section, OSError(text))
+        assert words in error.what, text
+
+
+def test_flash_attention_is_taken_where_it_is_installed_and_runs(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for dtype, capability, installed, expected in (
         ("bfloat16", (9, 0), True, "flash_attention_2"),
-        ("float16", (8, 0), True, "flash_attention_2"),
         ("float16", (7, 5), True, None),  # Turing: installed, and refused at the first step
         ("float32", (9, 0), True, None),
         ("bfloat16", (9, 0), False, None),
-    ],
-)
-def test_flash_attention_is_taken_where_it_is_installed_and_runs_and_else_what_the_class_has(
-    dtype, capability, installed, expected, monkeypatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-    assert default_attention(dtype) == expected
+    ):
+        with monkeypatch.context() as patch:
+            spec = object() if installed else None
+            patch.setattr(torch.cuda, "get_device_capability", lambda *_, c=capability: c)
+            patch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+            assert default_attention(dtype) == expected, (dtype, capability)
 
 
-@pytest.mark.parametrize(("free_bytes", "expected"), [(4400, "cpu"), (4500, "cuda:1")])
-def test_weights_are_checked_on_the_cpu_where_one_gpu_does_not_hold_them(
-    free_bytes, expected, monkeypatch
-) -> None:
-    """What several GPUs trained in shards may not fit one, and the check at the end must not cost
-    the run.
-    """
+def test_a_model_that_one_gpu_does_not_hold_is_loaded_on_the_cpu(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free_bytes, 10**12))
     model = torch.nn.Linear(1000, 1, bias=False)  # 4,000 bytes
-    assert str(device_with_room(model)) == expected
+    for free, device in ((4400, "cpu"), (4500, "cuda:1")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda free=free: (free, 10**12))
+        assert str(device_with_room(model)) == device
 
 
-def test_making_the_model_folder_leaves_the_terminal_to_our_own_lines(capfd):
-    from transformers import modeling_gguf_pytorch_utils
-    from transformers.utils import logging as transformers_logging
-
-    def settings() -> tuple:
-        return (
-            transformers_logging.get_verbosity(),
-            transformers_logging.is_progress_bar_enabled(),
-            modeling_gguf_pytorch_utils.tqdm,
-        )
-
-    before = settings()
-    with _silence():
-        transformers_logging.get_logger("transformers.modeling_utils").warning(
-            "Loading a GGUF checkpoint ..."
-        )
-        list(modeling_gguf_pytorch_utils.tqdm([1, 2], desc="Converting"))
-        list(transformers_logging.tqdm([1, 2], desc="Loading weights"))
-    assert (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-        modeling_gguf_pytorch_utils.tqdm,
-    ) == before
-    assert capfd.readouterr().err == ""
-
-
-def test_a_run_that_recorded_no_recipe_json_finds_its_data_where_its_recipe_lay(
-    tmp_path: Path,
+def test_an_adapter_on_another_base_is_refused_by_the_name_of_a_layer(
+    tiny_model_dir: Path, runs: Callable[..., Path]
 ) -> None:
-    run = RunDirectory("old", tmp_path / "runs")
-    (run.path / "adapter").mkdir(parents=True)
-    (run.path / "resolved.yaml").write_text(
-        "model: {name_or_path: a/b}\nlora: {}\nrun: {name: old}\n"
-        "data: {source: rows.jsonl, prompt_format: chat, chat_template: t.jinja}\n"
-    )
-    folders = [str(tmp_path / "data"), str(tmp_path / "templates")]
-    run.write_state("finished", data_folders=folders)
-    recipe = finished_run(run).recipe
-    assert recipe.data.source == str(tmp_path / "data/rows.jsonl")
-    assert recipe.data.chat_template == str(tmp_path / "templates/t.jinja")
-    assert recipe.to_dict()["data"]["source"] == "rows.jsonl"
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    adapter = runs("lora") / "adapter"
+    config = LlamaConfig.from_pretrained(tiny_model_dir)
+    for change in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 32}):
+        config = LlamaConfig.from_pretrained(tiny_model_dir, **change)
+        with pytest.raises(RecipeError, match="its base") as caught:
+            attach(LlamaForCausalLM(config), {"default": adapter})
+        assert "another base model" in caught.value.hints[0], change
+    base = LlamaForCausalLM(LlamaConfig.from_pretrained(tiny_model_dir))
+    model = attach(base, {"one": adapter, "two": adapter})
+    assert {*model.peft_config} == {"one", "two"}
+
+
+def test_a_base_is_known_by_its_content_and_a_truncated_file_is_named(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    assert fingerprint(folder) == fingerprint(tiny_model_dir)
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(folder) != fingerprint(tiny_model_dir)
+    check_whole(folder)
+    file.write_bytes(content[:-9])
+    with pytest.raises(Exception, match="is truncated"):
+        check_whole(folder)

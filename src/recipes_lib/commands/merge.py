@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import asdict
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import quiet_libraries
@@ -14,7 +15,7 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, say_json
 from recipes_lib.weights.finished_run import TRUST, finished_run
-from recipes_lib.weights.merge import StoredFold, merge
+from recipes_lib.weights.merge import LOST_LIMIT, merge
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -33,31 +34,16 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         trained = finished_run(open_run(args.run), args.trust_remote_code)
         quiet_libraries()
-        done = merge(trained, args.dtype, report=say)
+        record, was_there = merge(trained, args.dtype, report=say)
     if args.json:
-        return say_json({"folder": str(done.folder), "already": done.already, **done.record})
-    what = "already merged, nothing to do" if done.already else "merged"
-    say(f"{what}: {shown_path(done.folder)} ({done.record['dtype']})")
-    say(merge_sentence(done.record["check"]))
+        return say_json({"folder": str(trained.merged), "already": was_there, **asdict(record)})
+    what = "already merged, nothing to do" if was_there else "merged"
+    say(f"{what}: {shown_path(trained.merged)} ({record.dtype})")
+    say(
+        f"on {record.prompts}: the adapter moves the base's logits by {record.effect:.3g} on"
+        f" average, merging moves them by {record.difference:.3g} ({record.lost:.1%} of that;"
+        f" allowed {LOST_LIMIT:.0%}); the most likely next token is the same at"
+        f" {record.same_top_token:.1%} of the positions"
+    )
     next_step(f"recipes export {args.run} --to DIR --merged")
     return ExitCode.DONE
-
-
-def merge_sentence(check: StoredFold) -> str:
-    """Return the lines that say how a folded adapter compares with the adapter on its base."""
-    difference, effect = check["difference"], check["adapter_effect"]
-    allowed = difference["tolerance"] * difference["scale"]
-    left_out = difference.get("left_out")
-    others = (
-        f"; the {left_out} positions furthest apart left out, where rounding may have chosen other"
-        " experts"
-    )
-    return (
-        f"on {check['prompts']}, computed in {check['computed_in']}:\n  the adapter moves the"
-        f" base's logits by {effect['mean']:.3g} on average, {effect['largest']:.3g} at most\n "
-        f" merging moves them by {difference['mean']:.3g} on average ({check['lost_share']:.1%} of"
-        f" that; allowed {check['lost_limit']:.0%}), {difference['largest']:.3g} at most (allowed"
-        f" {allowed:.3g} = {difference['tolerance']:g} of the largest logit)"
-        f"{others if left_out else ''}\n  the most likely next token is the same at"
-        f" {difference['same_top_token']:.1%} of the positions"
-    )

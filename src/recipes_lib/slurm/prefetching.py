@@ -35,13 +35,8 @@ from recipes_lib.judging.prometheus import (
 )
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
-from recipes_lib.weights.base import (
-    check_whole,
-    explain_load_failure,
-    is_packaged,
-    materialise,
-    packaged_folder,
-)
+from recipes_lib.weights.base import check_whole, explain_load_failure
+from recipes_lib.weights.packaged import is_packaged, materialise, packaged_folder
 
 _FETCH_IT = "where there is a network: recipes prefetch"
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]

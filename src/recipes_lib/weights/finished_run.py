@@ -1,5 +1,5 @@
 """Trained runs loaded for use: one base model serves the base and every adapter trained on it,
-without merging.
+without merging. Weights are compared with the hashes in run.json wherever they are read.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.config.loader import Origin
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe, recipe_from
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.config.sections import DataSection
-from recipes_lib.config.validation import load
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.architectures import ready_to_answer
 from recipes_lib.weights.base import (
     attach,
+    autocast,
     base_fingerprint,
-    check_adapter_files,
-    check_whole,
     load_base,
+    load_saved,
     model_path,
 )
-from recipes_lib.weights.check import TensorCounts, autocast, check_files, reload
 from recipes_lib.weights.saved import SavedWeights, adapter_config, changed_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 
 TRUST = "allow code that ships with the model, if the run's recipe asks for it too"
 BASE = "base"
@@ -62,6 +58,11 @@ class TrainedRun:
         return self.run.path / "merged"
 
     @property
+    def saved(self) -> SavedWeights:
+        """What run.json says of the weights."""
+        return SavedWeights.of(self.run.read_state())
+
+    @property
     def prompt_section(self) -> DataSection:
         """The recipe's data section for asking the run: its chat template was saved with its
         tokenizer.
@@ -77,20 +78,14 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
 
     Raises:
         RecipeError: the run is not finished, or its model needs code that was not allowed.
-        EnvironmentFault: its weights are gone.
+        EnvironmentFault: its weights or its settings are gone.
     """
-    recorded = run.read_state()
-    if recorded.get("kind") == "answers":
-        raise RecipeError(
-            f"run '{run.name}' holds answers of a file and has no weights",
-            f"what it has: recipes compare {run.name} OTHER_RUN",
-        )
-    if recorded["state"] != "finished":
-        what = f"run '{run.name}' is {recorded['state']}, not finished"
+    state = run.read_state()["state"]
+    if state != "finished":
+        what = f"run '{run.name}' is {state}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:
-        recorded_by = run.path / RECIPE_FILE
-        recipe = Recipe.read(recorded_by) if recorded_by.exists() else _recipe_before_json(run)
+        recipe = Recipe.read(run.path / RECIPE_FILE)
     except (RecipeError, DamagedFile) as error:
         what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
         raise EnvironmentFault(what, f"write them again: {run.train_command()}") from None
@@ -105,40 +100,25 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     return trained
 
 
-def _recipe_before_json(run: RunDirectory) -> Recipe:
-    """Return the recipe of a run that recorded none but resolved.yaml, whose relative paths mean
-    the folders in run.json.
-    """
-    document = load(run.path / "resolved.yaml", "recipe")
-    folders = run.read_state().get("data_folders") or []
-    for key, folder in zip(("source", "chat_template"), folders[:1] + folders[-1:], strict=False):
-        document.origins["data", key] = Origin(str(Path(folder) / "recipe.yaml"))
-    return recipe_from(document)
-
-
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
-    """Return what is wrong with a finished run's weights, or None where they are what was trained;
-    without recorded hashes only missing and truncated files are found.
+    """Return what is wrong with a finished run's weights, or None where they are what was
+    trained.
     """
     folder = run.weights(full)
+    recorded = SavedWeights.of(run.read_state()).sha256
     if not folder.is_dir():
         return f"{folder.name}/ is gone"
+    if not recorded:
+        return f"run.json has no hashes of {folder.name}/"
     try:
-        check_whole(folder)
-        if not full and not read_object(folder / "adapter_config.json"):
-            return f"{folder.name}/adapter_config.json is gone"
-        recorded = SavedWeights.of(run.read_state()).sha256
-        gone = [name for name in recorded if not (folder / name).is_file()]
-        if gone or not any(folder.glob("*.safetensors")):
-            return f"{folder.name}/{gone[0] if gone else '*.safetensors'} is gone"
-        if changed := changed_files(folder, recorded):
-            return (
-                f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs"
-                " from the recorded one"
-            )
-    except (DamagedFile, EnvironmentFault) as error:
+        changed = changed_files(folder, recorded)
+    except (DamagedFile, OSError) as error:
         return str(error).splitlines()[0]
-    return None
+    if not changed:
+        return None
+    if not (folder / changed[0]).is_file():
+        return f"{folder.name}/{changed[0]} is gone"
+    return f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs"
 
 
 def check_weights(trained: TrainedRun) -> None:
@@ -172,6 +152,33 @@ def check_base_run(name_or_path: str) -> None:
         )
 
 
+def check_base_of(trained: TrainedRun) -> None:
+    """Refuse a run whose base is another than it was; loads no model.
+
+    Raises:
+        RecipeError: another base, by name or by the content of its files.
+        EnvironmentFault: the adapter's settings are gone or damaged.
+    """
+    recipe, name = trained.recipe, trained.recipe.model.name_or_path
+    try:
+        trained_on = adapter_config(trained.weights)["base_model_name_or_path"]
+    except (DamagedFile, EnvironmentFault) as error:
+        raise _lost(trained.run, str(error).splitlines()[0]) from None
+    if Path(trained_on).name not in {Path(name).name, Path(model_path(recipe.model)).name}:
+        what = f"{trained.weights} was trained on '{trained_on}', not on '{name}'"
+        raise RecipeError(what, "load it on its own base")
+    before, now = trained.saved.base_fingerprint, base_fingerprint(recipe)
+    if before and now and before != now:
+        revision = f" at revision '{recipe.model.revision}'" if recipe.model.revision else ""
+        raise RecipeError(
+            f"the base '{name}'{revision} is not the one that run '{trained.run.name}' was trained"
+            " on: its weights differ",
+            f"recorded {before[:12]}, found {now[:12]}",
+            "restore the base, or set model.revision to the commit it was; an adapter means nothing"
+            " on another base",
+        )
+
+
 def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
     return EnvironmentFault(
         f"run '{run.name}' has no usable weights: {damage}",
@@ -194,33 +201,33 @@ class Family:
         from transformers import AutoTokenizer
 
         self.runs = list(runs)
-        for one in self.runs:
-            if not one.full:
-                check_base_of(one)
-            check_weights(one)
+        for run in self.runs:
+            if not run.full:
+                check_base_of(run)
+            check_weights(run)
         first = self.runs[0]
         self.recipe = first.recipe
         self.full = first.full
         self.tokenizers = {
-            one.run.name: AutoTokenizer.from_pretrained(one.weights) for one in self.runs
+            run.run.name: AutoTokenizer.from_pretrained(run.weights) for run in self.runs
         }
         self.tokenizer = self.tokenizers[first.run.name]
         if self.full:
-            model = reload(first.weights, self.recipe, self.full, self.tokenizer)
+            model = load_saved(first.weights, self.recipe, self.tokenizer)
         else:
-            adapters = {self._adapter_of(one.run.name): one.weights for one in self.runs}
+            adapters = {self._adapter_of(run.run.name): run.weights for run in self.runs}
             model = attach(load_base(self.recipe, self.tokenizer), adapters)
         self.model = ready_to_answer(model)
 
     @property
     def names(self) -> list[str]:
         """What can answer: the base (unless it was fine-tuned as a whole) and the runs."""
-        return [*([] if self.full else [BASE]), *(one.run.name for one in self.runs)]
+        return [*([] if self.full else [BASE]), *(run.run.name for run in self.runs)]
 
     def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
         """Return how `name` is asked: as it was trained; the base as the first run was."""
-        one = next((one for one in self.runs if one.run.name == name), self.runs[0])
-        return one.prompt_section, self.tokenizers[one.run.name]
+        run = next((run for run in self.runs if run.run.name == name), self.runs[0])
+        return run.prompt_section, self.tokenizers[run.run.name]
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[PreTrainedModel]:
@@ -239,70 +246,21 @@ class Family:
         """As `using`, in the run's precision: without autocast the float32 adapters of a bf16 base
         would compute in float32. The base answers as it is loaded.
         """
-        run = next((one.run for one in self.runs if one.run.name == name), None)
-        half = SavedWeights.of(run.read_state()).autocast if run else None
+        half = next((run.saved.autocast for run in self.runs if run.run.name == name), None)
         with self.using(name) as model, autocast(half, model.device.type):
             yield model
 
     def _adapter_of(self, name: str) -> str:
         """PEFT's name for it: a module's name must not contain the dots that a run's may."""
-        return f"run{[one.run.name for one in self.runs].index(name)}"
+        return f"run{[run.run.name for run in self.runs].index(name)}"
 
 
 def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
     """Group runs that one loaded base can serve; a full fine-tuning stands alone."""
     groups: dict[str, list[TrainedRun]] = {}
-    for one in runs:
-        recipe = one.recipe
+    for run in runs:
+        recipe = run.recipe
         shared = [dataclasses.asdict(recipe.model), recipe.quantization]
-        key = one.run.name if recipe.lora is None else json.dumps(shared, sort_keys=True)
-        groups.setdefault(key, []).append(one)
+        key = run.run.name if recipe.lora is None else json.dumps(shared, sort_keys=True)
+        groups.setdefault(key, []).append(run)
     return list(groups.values())
-
-
-def check_tensors(trained: TrainedRun, folder: Path) -> TensorCounts:
-    """Count what a run's weights, or its merged model, hold, once they are found whole and finite
-    and on the right base.
-
-    Raises:
-        RecipesError: a tensor is not finite, an adapter changes nothing, or its base is another.
-        EnvironmentFault: a file is missing or truncated.
-    """
-    if not trained.full:
-        check_base_of(trained)
-    check_whole(folder)
-    full = trained.full or folder == trained.merged
-    return check_files(
-        folder, full, "" if full else adapter_config(folder)["base_model_name_or_path"]
-    )
-
-
-def check_base_of(one: TrainedRun) -> None:
-    """Refuse a run whose adapter is damaged, or whose base is another; loads no model.
-
-    Raises:
-        RecipeError: another base, by name or by the content of its files; or pickled weights.
-        EnvironmentFault: a file of the adapter is missing or truncated.
-    """
-    adapter, recipe = one.weights, one.recipe
-    name = recipe.model.name_or_path
-    try:
-        check_adapter_files(adapter)
-        trained_on = adapter_config(adapter)["base_model_name_or_path"]
-    except (DamagedFile, EnvironmentFault) as error:
-        raise _lost(one.run, str(error).splitlines()[0]) from None
-    if Path(trained_on).name not in {Path(name).name, Path(model_path(recipe.model)).name}:
-        raise RecipeError(
-            f"{adapter} was trained on '{trained_on}', not on '{name}'", "load it on its own base"
-        )
-    before = SavedWeights.of(one.run.read_state()).base_fingerprint
-    now = base_fingerprint(recipe)
-    if before and now and before != now:
-        revision = f" at revision '{recipe.model.revision}'" if recipe.model.revision else ""
-        raise RecipeError(
-            f"the base '{name}'{revision} is not the one that run '{one.run.name}' was trained on:"
-            " its weights differ",
-            f"recorded {before[:12]}, found {now[:12]}",
-            "restore the base, or set model.revision to the commit it was; an adapter means nothing"
-            " on another base",
-        )
