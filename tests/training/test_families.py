@@ -42,7 +42,7 @@ def write_recipe(
     """
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     # half of the time, and the same for every architecture
-    monkeypatch.setattr("recipes_lib.weights.check.gc.collect", lambda: 0)
+    monkeypatch.setattr("recipes_lib.weights.base.gc.collect", lambda: 0)
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "this machine")
 
     def write(family: str, *changes: dict[str, Any]) -> Path:
@@ -93,15 +93,10 @@ def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_trainin
     assert weights_of(run) and weights_of(run) == weights_of(run.with_name("whole"))
 
     given = [tmp_path / "given"]
-    assert recipes("verify", "run")[0] == 0
     if method != "full":
         given.append(tmp_path / "given-merged")
-        assert (
-            recipes("merge", "run")[0]
-            == recipes("verify", "run")[0]
-            == recipes("export", "run", "--merged", "--to", given[1])[0]
-            == 0
-        )
+        assert recipes("merge", "run")[0] == 0
+        assert recipes("export", "run", "--merged", "--to", given[1])[0] == 0
     assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
     assert recipes("eval", *write_own_evals(tmp_path), "run")[0] == 0
     assert recipes("export", "run", "--to", given[0])[0] == 0
@@ -220,8 +215,7 @@ def test_experts_and_routers_that_are_asked_for_go_the_whole_way(
     recipe = write_recipe(family, {"lora": {**ALL_LINEAR, **experts, **lora}})
     assert recipes("check", "--full", recipe)[0] == 0
     assert main([str(recipe), "run.name=run"]) == 0
-    for words in (["verify", "run"], ["merge", "run"], ["verify", "run"]):
-        assert recipes(*words)[0] == 0
+    assert recipes("merge", "run")[0] == 0
     assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
     assert recipes("export", "run", "--merged", "--to", tmp_path / "given")[0] == 0
     assert_plain(tmp_path / "given", tmp_path / family)
@@ -267,7 +261,7 @@ def test_gpt_oss_trains_from_the_packed_experts_of_the_hub(
     file.write_text(json.dumps(json.loads(file.read_text()) | packed))
     assert recipes("check", "--full", recipe)[0] == 0
     assert main([str(recipe), "run.name=run"]) == 0
-    assert recipes("verify", "run")[0] == recipes("merge", "run")[0] == 0
+    assert recipes("merge", "run")[0] == 0
     assert "quantization_config" not in (tmp_path / "runs/run/merged/config.json").read_text()
 
 
@@ -303,12 +297,7 @@ def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_traine
         "qwen3", {"lora": {"modules_to_save": [module], "target_modules": ["q_proj", "v_proj"]}}
     )
     assert main([str(recipe), "run.name=run"]) == 0
-    assert (
-        recipes("verify", "run")[0]
-        == recipes("merge", "run")[0]
-        == recipes("verify", "run")[0]
-        == 0
-    )
+    assert recipes("merge", "run")[0] == 0
     merged = tmp_path / "given"
     assert recipes("export", "run", "--merged", "--to", merged)[0] == 0
     assert_plain(merged, tmp_path / "qwen3")
