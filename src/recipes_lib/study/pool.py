@@ -9,12 +9,10 @@ import functools
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -151,7 +149,7 @@ class Pool:
         recipe = study_folder(self.study) / "recipes" / f"{training.run}.json"
         training.recipe(self.study).write(recipe)
         words = [*train_words(self.study, training.arm, training.seed), *launch_words(training.arm)]
-        words += [*self.flags, *self._own_port(training)]
+        words += self.flags
         environment = {**os.environ, HANDED: str(recipe)}
         shown = shlex.join(["recipes", "train", *words])
         if devices:
@@ -193,16 +191,6 @@ class Pool:
                 return True
         note_data(self.study, training)
         return False
-
-    def _own_port(self, training: StudyRun) -> list[str]:
-        """A port for the ranks, where two launchers that start together would take the usual one.
-
-        A port below the range that Linux hands out to others.
-        """
-        launch = training.arm.launch
-        if self.jobs == 1 or launch.world_size == 1 or launch.machines > 1:
-            return []
-        return ["--main-process-port", str(free_port())]
 
     def _ended(self, ended: _Process) -> None:
         """Say how a training ended."""
@@ -251,15 +239,6 @@ def free_devices(
     wanted = min(wanted, len(devices))
     free = [device for device in devices if device not in taken]
     return tuple(free[:wanted]) if len(free) >= wanted else None
-
-
-def free_port() -> int:
-    """Return a port that nobody uses now, below the range from which Linux hands out ports."""
-    for port in range(20_000 + os.getpid() % 10_000, 32_000):
-        with suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no port between 20000 and 32000 is free")
 
 
 def train_command(words: Sequence[str]) -> list[str]:
