@@ -93,7 +93,7 @@ def _data(source: Source) -> Need:
                 rows += 1
         return f"{rows:,} rows"
 
-    return Need("data", shown_path(Path(source.source)), check, check)
+    return _need("data", shown_path(Path(source.source)), check)
 
 
 def _model(section: ModelSection, kind: str = "model") -> Need:
@@ -119,30 +119,29 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
     judging = recipe.judge.judge if recipe.judge else None
     if judging and PROMETHEUS_PACKAGE in (judging.relative_prompt, judging.absolute_prompt):
-        check = _unless_missing(PROMETHEUS_PACKAGE, prometheus_is_here, prompts)
-        yield Need("prompts", PROMETHEUS_PACKAGE, prompts, check)
+        yield _need("prompts", PROMETHEUS_PACKAGE, prompts, prometheus_is_here)
+    name = str(recipe.data.questions)
     if recipe.suite.name == "lm_eval":
-        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
-    elif recipe.suite.name == "heldout_loss":
-        return  # rows of the runs' own data, or a file
+        yield _need("tasks", ", ".join(recipe.suite.tasks or []), tasks)
     elif MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references):
-        check = _unless_missing(MT_BENCH_PACKAGE, mt_bench_is_here, questions)
-        yield Need("questions", str(recipe.data.questions), questions, check)
-    else:
-        yield Need("questions", str(recipe.data.questions), questions, questions)
+        yield _need("questions", name, questions, mt_bench_is_here)
+    elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
+        yield _need("questions", name, questions)
 
 
-def _unless_missing(
-    package: str, is_here: Callable[[], bool], look: Callable[[], str]
-) -> Callable[[], str]:
-    """Return a check of what a wheel brought, which does not fetch it as looking at it would."""
+def _need(
+    kind: str, name: str, look: Callable[[], str], is_here: Callable[[], bool] = lambda: True
+) -> Need:
+    """Return what is fetched by looking at it; a check asks first whether a wheel brought it, since
+    looking would fetch that.
+    """
 
     def check() -> str:
         if not is_here():
-            raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
+            raise EnvironmentFault(f"{name} is not on this machine", _FETCH_IT)
         return look()
 
-    return check
+    return Need(kind, name, look, check)
 
 
 def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
@@ -193,7 +192,7 @@ def check_model(section: ModelSection) -> str:
     Raises:
         EnvironmentFault: files are missing or cut.
     """
-    name = section.name_or_path
+    name, again = section.name_or_path, "fetch it again: recipes prefetch"
     if is_packaged(name):
         folder = packaged_folder(name)
     elif _is_folder(name):
@@ -205,21 +204,21 @@ def check_model(section: ModelSection) -> str:
         folder = Path(config).parent if isinstance(config, str) else None
     if folder is None or not (folder / "config.json").is_file():
         raise EnvironmentFault(f"'{name}' is not on this machine", _FETCH_IT)
-    again = "fetch it again: recipes prefetch"
-    if object_or_none(folder / "config.json") is None:
-        what = f"'{name}' has no readable config.json in {folder}"
-        raise EnvironmentFault(what, f"remove it, then {again}")
+    shards = sorted(folder.glob("*.safetensors"))
+    tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
+    lacks = {
+        "readable config.json": object_or_none(folder / "config.json") is not None,
+        "*.safetensors": bool(shards),
+        "tokenizer files": tokenizer,
+    }
+    for what, is_there in lacks.items():
+        if not is_there:
+            raise EnvironmentFault(f"'{name}' has no {what} in {folder}", again)
     try:
         check_whole(folder)
     except EnvironmentFault as error:
         what = f"'{name}': {error.what}"
         raise EnvironmentFault(what, f"remove a damaged file first, then {again}") from None
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        what = f"'{name}' has no *.safetensors in {folder}"
-        raise EnvironmentFault(what, f"{again}; other weight files are not read")
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
-        raise EnvironmentFault(f"'{name}' has no tokenizer files in {folder}", again)
     size = sum(shard.stat().st_size for shard in shards) / 2**30
     return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size:.2f} GiB, whole"
 
