@@ -34,23 +34,23 @@ from recipes_lib.core.errors import (
         ),
         (
             errno.EROFS,
-            "the file system is read-only: reason (/a/file)",
-            "make it writable again, then run",
+            "the disk does not read or write: reason (/a/file)",
+            "make it writable again",
         ),
         (
             errno.EACCES,
             "cannot read or write: reason (/a/file)",
-            "make it accessible again, then run",
+            "make it accessible again",
         ),
         (
             errno.ESTALE,
             "cannot read or write: reason (/a/file)",
-            "make it accessible again, then run",
+            "make it accessible again",
         ),
         (
             errno.EISDIR,
-            "a file or folder is in the way: reason (/a/file)",
-            "move it away, then run",
+            "cannot read or write: reason (/a/file)",
+            "move away what is in the way, then run",
         ),
         (errno.EIO, "the disk does not read or write: reason (/a/file)", "dmesg"),
         (errno.ELOOP, "cannot read or write: reason (/a/file)", "make it accessible"),
@@ -80,7 +80,7 @@ def test_an_error_with_a_number_says_what_to_do(number: int, what: str, remedy: 
             ),
             "limit on the size",
         ),
-        (Exception("Read-only file system (os error 30)"), "read-only"),
+        (Exception("Read-only file system (os error 30)"), "does not read or write"),
         (
             RuntimeError(
                 "[enforce fail at alloc_cpu.cpp:119] . DefaultCPUAllocator: can't allocate memory:"

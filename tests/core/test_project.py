@@ -87,7 +87,7 @@ def test_an_installed_package_brings_its_recipes(monkeypatch, tmp_path):
     shipped = package / "shipped"
     names = ("recipes/quickstart/lora-r8.yaml", "evals/quickstart/alpaca_eval.yaml")
     rows = "recipes/quickstart/data/instructions.jsonl"
-    for name in (*names, rows, "accelerate_configs/ddp.yaml", "launch/job.sbatch.jinja"):
+    for name in (*names, rows, "accelerate_configs/ddp.yaml", "launch/with_judge.sh"):
         assert (shipped / name).is_file(), name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(project, "PACKAGE", package)

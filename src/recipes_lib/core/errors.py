@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from recipes_lib.core.redaction import mask_secrets
 from recipes_lib.core.terminal import printable, shown_size
@@ -160,53 +160,51 @@ RESUME = (
     "run the same command again: a training resumes from its newest complete checkpoint, and"
     " nothing that was complete is lost"
 )
-# Numbers of an OSError, what tokenizers, safetensors, torch and datasets say in errors of their
-# own, what it is, what to do.
-_FULL = (
+
+
+class _Fault(NamedTuple):
+    numbers: tuple[int, ...]  # of an OSError
+    texts: str  # what tokenizers, safetensors, torch and datasets say in errors of their own
+    what: str
+    remedy: str
+
+
+_FULL = _Fault(
     (errno.ENOSPC, errno.EDQUOT),
     r"No space left on device|Disk quota exceeded|unexpected pos \d+|PytorchStreamWriter failed|"
     r"StorageFull|not enough (disk )?space",
     "disk full",
     "free some space",
 )
-_LIMIT = (
+_LIMIT = _Fault(
     (errno.EFBIG,),
     "File too large",
     "the limit on the size of a file is reached",
     "raise it (ulimit -f unlimited)",
 )
-_MEMORY = (
+_MEMORY = _Fault(
     (errno.ENOMEM,),
     r"Cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|could not allocate|"
     r"failed to map segment|can't start new thread|Unable to allocate|failed to create thread",
     "out of memory",
     "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
 )
-_READ_ONLY = (
-    (errno.EROFS,),
-    "Read-only file system",
-    "the file system is read-only",
-    "make it writable again",
-)
-_BROKEN = (
-    (errno.EIO,),
-    "Input/output error",
+_BROKEN = _Fault(
+    (errno.EROFS, errno.EIO),
+    "Read-only file system|Input/output error",
     "the disk does not read or write",
-    "see the system's log (dmesg), or move to another disk",
+    "make it writable again (dmesg shows what happened), or move to another disk",
 )
-# These say it only where they are the error itself: they may be what was tried before something
-# else failed.
-_REFUSED = (
-    (errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP),
-    "",
+# This counts only where it is the error itself: it may be what was tried before something else
+# failed.
+_REFUSED = _Fault(
+    (
+        *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP),
+        *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+    ),
+    "(?!)",
     "cannot read or write",
-    "make it accessible again",
-)
-_IN_THE_WAY = (
-    (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
-    "",
-    "a file or folder is in the way",
-    "move it away",
+    "make it accessible again, or move away what is in the way",
 )
 
 
@@ -224,11 +222,12 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
         fault = _fault_of(cause)
-        if fault and (fault not in (_REFUSED, _IN_THE_WAY) or cause is error):
+        if fault and (fault != _REFUSED or cause is error):
             reason = getattr(cause, "strerror", None) or one_line(cause)
             place = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
             where = f" ({place})" if place else ""
-            return EnvironmentFault(f"{fault[2]}: {reason}{where}", f"{fault[3]}, then {RESUME}")
+            what, remedy = f"{fault.what}: {reason}{where}", f"{fault.remedy}, then {RESUME}"
+            return EnvironmentFault(what, remedy)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
@@ -258,15 +257,12 @@ def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
         )
 
 
-_Fault = tuple[tuple[int, ...], str, str, str]
-
-
 def _fault_of(error: BaseException) -> _Fault | None:
     """Return the fault that one error is, whatever it was raised from."""
     if isinstance(error, MemoryError):
         return _MEMORY
-    faults = (_FULL, _LIMIT, _MEMORY, _READ_ONLY, _BROKEN, _REFUSED, _IN_THE_WAY)
-    if isinstance(error, OSError) and error.errno is not None:
-        return next((fault for fault in faults if error.errno in fault[0]), None)
-    text = str(error)
-    return next((fault for fault in faults if fault[1] and re.search(fault[1], text)), None)
+    number = error.errno if isinstance(error, OSError) else None
+    for fault in (_FULL, _LIMIT, _MEMORY, _BROKEN, _REFUSED):
+        if number in fault.numbers or (number is None and re.search(fault.texts, str(error))):
+            return fault
+    return None
