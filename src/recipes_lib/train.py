@@ -42,7 +42,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             build_sft_config,
             check_packages,
         )
-        from recipes_lib.core.manifest import library_versions
+        from recipes_lib.core.environment import library_versions
         from recipes_lib.core.ranks import keep_alive, say_once
         from recipes_lib.data.prepare import prepare_data
         from recipes_lib.data.prompts import chat_template, template_date

@@ -77,7 +77,7 @@ def test_nothing_else_renames_what_others_read() -> None:
         and file.name != "files.py"
     }
     assert found == {
-        "study/arms.py: path.rename(away)",
+        "study/runs.py: run.path.rename(place)",
         "weights/merge.py: os.replace(scratch, rejected)",
         "training/checkpoints.py: folder.rename(aside)",
         "training/finish.py: os.replace(scratch, rejected)",

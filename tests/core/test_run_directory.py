@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
+from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.lock import is_held, run_lock
-from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
 from recipes_lib.training.resume_guard import check_resume, differences
 

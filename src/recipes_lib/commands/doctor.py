@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from recipes_lib.core.environment import installed_version
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.manifest import installed_version
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import next_step, say
 
