@@ -13,7 +13,7 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
-from recipes_lib.core.terminal import next_step, say, say_json
+from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.weights.finished_run import TRUST, finished_run
 from recipes_lib.weights.merge import LOST_LIMIT, merge
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         quiet_libraries()
         record, was_there = merge(trained, args.dtype, report=say)
     if args.json:
-        return say_json({"folder": str(trained.merged), "already": was_there, **asdict(record)})
+        return print_json({"folder": str(trained.merged), "already": was_there, **asdict(record)})
     what = "already merged, nothing to do" if was_there else "merged"
     say(f"{what}: {shown_path(trained.merged)} ({record.dtype})")
     say(
