@@ -187,11 +187,11 @@ def test_data_that_is_not_there_is_refused_by_every_verb(source, argv, recipe_fi
 
 
 def test_a_large_file_is_planned_with_its_own_rows(recipe_file, monkeypatch, capsys):
-    monkeypatch.setattr("recipes_lib.planning.lengths.LARGEST_FILE", 1000)
-    monkeypatch.setattr("recipes_lib.planning.lengths.COUNTED", 10)
+    monkeypatch.setattr("recipes_lib.plan.steps.LARGEST_FILE", 1000)
+    monkeypatch.setattr("recipes_lib.plan.steps.SAMPLE", 10)
     assert main(["plan", str(recipe_file)]) == 0
     said = capsys.readouterr().out
-    assert "in 10 of about 30 rows" in said and "not on this machine" not in said
+    assert "of 10 of about 30 rows" in said and "not on this machine" not in said
 
 
 CALLING = (

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.families import FAMILIES, build_family, family_config
+from tests.families import build_family
 
 from recipes_lib.config.launch import why_each_rank_reads
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.models.shapes import KEEPS_BUFFERS
 from recipes_lib.weights.base import load_model, load_tokenizer
 
 
@@ -58,16 +57,3 @@ def test_a_model_without_weights_is_the_model_in_all_else(
     assert [name for name, _ in whole.named_parameters()] == [
         name for name, _ in empty.named_parameters()
     ]
-
-
-def test_the_plan_knows_which_models_keep_buffers_among_their_weights() -> None:
-    import torch
-    from transformers import AutoModel
-
-    for family in FAMILIES:
-        config = family_config(family)
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
-        loose = {name for name, _ in model.named_non_persistent_buffers()}
-        if any(name not in loose for name, _ in model.named_buffers()):
-            assert config.get_text_config().model_type in KEEPS_BUFFERS, family

@@ -8,8 +8,8 @@ import argparse
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from recipes_lib.commands.show import launch_line
 from recipes_lib.config.launch import plan_launch
@@ -17,23 +17,22 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import at_least, next_step, print_json, say
-from recipes_lib.planning.advice import Advice, advise
-from recipes_lib.planning.as_json import plan_json
-from recipes_lib.planning.plan import Plan, plan_recipe
-from recipes_lib.planning.text import plan_lines
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.status import study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices
 
-_OF_A_RECIPE = ("gpus", "nodes", "accelerate")
+if TYPE_CHECKING:
+    from recipes_lib.plan.plan import Plan
+
+_OF_A_RECIPE = ("gpus", "nodes", "accelerate", "tokens_per_row")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("recipe", metavar="RECIPE_OR_STUDY", help="path or name of a recipe, or a study file")
-    cards = "h100-80gb, a100-40gb, l40s-48gb, rtx-4090-24gb, h100-mig-3g.40gb, ... or cpu"
+    cards = "h100, a100-40gb, l40s, 4090, h100-mig-3g.40gb, ... or cpu; default: this machine's"
     add("--gpu", metavar="CARD", help=cards)
     processes = "processes on each machine; default: the recipe's launch"
     add("--gpus", type=at_least(1), metavar="N", help=processes)
@@ -41,9 +40,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--nodes", type=at_least(1), metavar="N", help=machines)
     config = "a file in accelerate_configs/ or a path; default: the recipe's"
     add("--accelerate", metavar="NAME", help=config)
+    tokens = "tokens of a row, for data that are not on this machine"
+    add("--tokens-per-row", type=at_least(1), metavar="N", help=tokens)
     price = "price of one card for one hour, in any currency"
     add("--price", type=_price, metavar="X", help=price)
-    add("--json", action="store_true", help="print one JSON object (schema/plan.schema.json)")
+    add("--table", action="store_true", help="other methods and numbers of cards too")
+    add("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,27 +53,40 @@ def run(args: argparse.Namespace) -> int:
     study = study_file(args.recipe)
     if study is not None:
         return _study(args, study)
+    # they import torch, and `--help` does not
+    from recipes_lib.plan.advice import advise
+    from recipes_lib.plan.plan import card_for, launch_for, plan_of
+    from recipes_lib.plan.show import lines, rows, table_lines
+
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:
         print_error(warning)
-    plan = plan_recipe(
-        recipe, gpu=args.gpu, gpus=args.gpus, nodes=args.nodes, accelerate=args.accelerate
-    )
-    plan = replace(plan, price=args.price)
-    if args.json:
-        return print_json(plan_json(plan))
+    launch = launch_for(recipe, args.gpu, args.gpus, args.nodes, args.accelerate)
+    plan = plan_of(recipe, launch, card_for(launch, args.gpu), args.tokens_per_row)
     advice = advise(plan)
-    for line in plan_lines(plan, advice):
+    if args.json:
+        return print_json(rows(plan, advice, args.price))
+    for line in lines(plan, advice, args.price):
         say(line)
-    say()
+    for line in table_lines(plan) if args.table else ():
+        say(line)
     file = shown_path(recipe.path)
     say(f"$ {launch_line(plan.launch, file, args.overrides)}")
-    next_step(shlex.join(_next(plan, advice, file, args)))
+    words = _launch_words(plan, args)
+    if plan.fits:
+        next_step(shlex.join(["recipes", "train", file, *words, *args.overrides]))
+    elif advice is not None:
+        card = ["--gpu", args.gpu] if args.gpu else []
+        words = [] if "launch." in advice.words else words  # a flag would win over it
+        command = shlex.join(["recipes", "plan", file, *card, *words, *args.overrides])
+        next_step(f"{command} {advice.words}")
+    else:
+        next_step("recipes ls")
     return ExitCode.DONE
 
 
-def _next(plan: Plan, advice: Sequence[Advice], file: str, args: argparse.Namespace) -> list[str]:
-    """Return the next command: of what fits, the training; else the plan of the best proposal."""
+def _launch_words(plan: Plan, args: argparse.Namespace) -> list[str]:
+    """Return the flags that give the plan's launch, where it is not the recipe's own."""
     launch, own, words = plan.launch, plan_launch(plan.recipe.launch), []
     if launch.config.path != own.config.path:
         words += ["--accelerate", args.accelerate or launch.config.path.stem]
@@ -79,20 +94,13 @@ def _next(plan: Plan, advice: Sequence[Advice], file: str, args: argparse.Namesp
         words += ["--gpus", str(launch.per_machine)]
     if launch.machines != own.machines:
         words += ["--nodes", str(launch.machines)]
-    if plan.fits:
-        return ["recipes", "train", file, *words, *args.overrides]
-    if not advice:
-        return ["recipes", "ls"]
-    best = advice[0].setting
-    card = ["--gpu", args.gpu] if args.gpu else []
-    words = [] if "launch." in best else words  # a flag would win over it
-    return ["recipes", "plan", file, *card, *words, *args.overrides, *best.split()]
+    return words
 
 
 def _refuse_flags(args: argparse.Namespace, flags: Sequence[str], why: str, file: str) -> None:
     for flag in flags:
         if getattr(args, flag) is not None:
-            raise RecipeError(f"--{flag} is for a recipe: {why}", file=file)
+            raise RecipeError(f"--{flag.replace('_', '-')} is for a recipe: {why}", file=file)
 
 
 def _study(args: argparse.Namespace, path: Path) -> int:

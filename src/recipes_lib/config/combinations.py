@@ -20,7 +20,7 @@ from recipes_lib.config.sections import TRL, LaunchSection, trl_templates
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.validation import PlacedError
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.models.known import named_shape
+from recipes_lib.models.known import widest
 
 _ROWS_OF_ACCELERATE = {
     "split_batches": True,
@@ -268,9 +268,9 @@ def check_here(document: Document) -> Iterator[RecipeError]:
     if isinstance(name, str) and (wrong := no_model_at(name)):
         yield document.error(path, *wrong)
     rank: Any = sections["lora"].get("r")
-    shape = named_shape(name) if isinstance(name, str) and type(rank) is int else None
-    if shape and rank > shape.widest:
-        yield document.error(("lora", "r"), *rank_too_large(rank, shape.widest))
+    width = widest(name) if isinstance(name, str) and type(rank) is int else None
+    if width is not None and rank > width:
+        yield document.error(("lora", "r"), *rank_too_large(rank, width))
     total: Any = run.get("global_batch_size")
     per_device = train.get("per_device_train_batch_size", 8)
     numbers = (total, per_device, launch.get("gpus") or 1, launch.get("nodes", 1))

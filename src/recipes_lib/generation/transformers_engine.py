@@ -18,12 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from recipes_lib.core.errors import RecipeError
 from recipes_lib.engine import Completion, Decoding, Request
 from recipes_lib.models.architectures import layer_configs
-from recipes_lib.models.blocks import Block
-from recipes_lib.models.shapes import ModelShape, shape_of_config
-from recipes_lib.planning.cards import available_gib
+from recipes_lib.plan.cards import available_gib
 
 if TYPE_CHECKING:
     import torch
@@ -265,32 +262,6 @@ def token_bytes(kept: int, hidden: int, intermediate: int, element_bytes: int) -
     return element_bytes * (kept + 8 * hidden + 3 * intermediate)
 
 
-def token_bytes_of(shape: ModelShape, element_bytes: int) -> int | None:
-    """Return `token_bytes` of a model; None where no layer has attention."""
-    kept = kept_per_token(shape)
-    inner = max(
-        sum(one.inputs * one.active for one in block.matrices if one.reads.endswith("inner"))
-        for block, _ in shape.kinds
-    )
-    return token_bytes(kept, shape.hidden, inner, element_bytes) if kept else None
-
-
-def kept_per_token(shape: ModelShape) -> int:
-    """Return the width of the keys and values of all layers together."""
-    return sum(count * _kept(block) for block, count in shape.kinds if block.heads)
-
-
-def _kept(block: Block) -> int:
-    """Return the width of what a layer keeps of a token: latent attention what keys and values are
-    made of.
-    """
-    for matrix in block.matrices:
-        if matrix.last_name == "kv_a_proj_with_mqa":
-            return matrix.outputs
-    # one matrix may make queries, keys and values (phi3): then they stand as one value
-    return block.key + block.value if block.key else block.value - block.query
-
-
 def tokens_per_batch(free_bytes: float, bytes_per_token: int, on_gpu: bool) -> int:
     """Return the padded tokens of a batch.
 
@@ -323,13 +294,7 @@ def tokens_with(per_token: int | None, free: float, on_gpu: bool) -> int:
 
 
 def _token_bytes_of_config(config: Any, element_bytes: int) -> int | None:
-    """Return `token_bytes` of a model: from its matrices where the planner knows the family, else
-    from the usual names in its config; None for another kind of model.
-    """
-    try:
-        return token_bytes_of(shape_of_config(config.to_dict(), "the model"), element_bytes)
-    except (RecipeError, AttributeError):  # not known how it is built
-        pass
+    """Return `token_bytes` of a model by the usual names in its config; None where it has none."""
     text = config.get_text_config()
     try:
         layers = int(text.num_hidden_layers)

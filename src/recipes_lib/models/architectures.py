@@ -13,8 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.models.shapes import LARGEST_HEAD
-
 if TYPE_CHECKING:
     from peft import LoraConfig
 
@@ -86,6 +84,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_5_moe": _QWEN_3_5,
 }
 _NONE = Architecture()
+LARGEST_HEAD = 256  # channels, in torch's flash kernels
 # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
 # once
 ROUTER = "gate.weight"

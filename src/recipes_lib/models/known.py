@@ -1,14 +1,15 @@
-"""Facts of models that people fine-tune, so that a plan needs neither the model nor the Hub: the
-numbers of a config.json, and where they were read.
+"""The configurations of models: of a folder, of the Hub, or of the models that people fine-tune, so
+that a plan needs neither weights nor the Hub.
 
-They stand in `recipes/FOLDER/model.json` for the folder's model, and in `recipes/models.jsonl`, one
-object a line, for others; also in a folder `recipes` of the working directory.
+Known ones stand in `recipes/FOLDER/model.json` for the folder's model, and in
+`recipes/models.jsonl`, one object a line, for others; also in a folder `recipes` of the working
+directory.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.models.shapes import ModelShape, shape_of_config
 
-_FORM = 'facts of a model are {"names": [...], "source": "...", "config": {"model_type": ...}}'
+_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "d_model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,32 +52,40 @@ def known_facts() -> dict[str, ModelFacts]:
 
 @lru_cache(maxsize=4)
 def _facts(folder: Path) -> tuple[ModelFacts, ...]:
-    return tuple(_read(folder))
-
-
-def _read(folder: Path) -> Iterator[ModelFacts]:
     others = folder / "models.jsonl"
     texts = [(file, file.read_text("utf-8")) for file in sorted(folder.glob("*/model.json"))]
     if others.is_file():
         texts += [(others, line) for line in others.read_text("utf-8").splitlines() if line]
+    found = []
     for file, text in texts:
         try:
-            found = json.loads(text)
-            facts = ModelFacts(**{**found, "names": tuple(map(str, found["names"]))})
+            values = json.loads(text)
+            facts = ModelFacts(**{**values, "names": tuple(map(str, values["names"]))})
         except (ValueError, TypeError, LookupError):
             facts = None
         if facts is None or not isinstance(facts.config, dict) or not facts.source:
-            raise RecipeError("cannot be read", _FORM, file=shown_path(file))
-        yield facts
+            form = '{"names": [...], "source": "...", "config": {"model_type": ...}}'
+            raise RecipeError("cannot be read", f"a model is {form}", file=shown_path(file))
+        found.append(facts)
+    return tuple(found)
 
 
-def named_shape(name: str) -> ModelShape | None:
-    """Return the shape of a model by its facts or a local folder's config.json, else None."""
+def known_config(name: str) -> Mapping[str, Any] | None:
+    """Return the config.json of a local folder or of a known model, else None."""
+    if Path(name).is_dir():
+        return object_or_none(Path(name) / "config.json")
     try:
         facts = known_facts().get(name)
-        local = object_or_none(Path(name) / "config.json") if Path(name).is_dir() else None
-        if facts is not None and local is None:
-            return shape_of_config(facts.config, name, facts.source)
-        return shape_of_config(local, name) if local else None
     except RecipeError:
         return None
+    return facts.config if facts is not None else None
+
+
+def widest(name: str) -> int | None:
+    """Return the largest width of a model's matrices, above which no LoRA rank makes sense."""
+    config = known_config(name)
+    if config is None:
+        return None
+    text = config.get("text_config") or config
+    widths = [text[key] for key in _WIDTHS if isinstance(text.get(key), int)]
+    return max(widths, default=None)

@@ -23,8 +23,7 @@ from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.eval_recipe import EvalRecipe, load_eval
-from recipes_lib.planning.cards import card_named
-from recipes_lib.planning.plan import plan_launched
+from recipes_lib.plan.cards import card_named
 from recipes_lib.slurm.prefetching import judge_model
 from recipes_lib.slurm.profile import STAGES, Profile, SiteProfile
 from recipes_lib.study.config import Study, load_study, study_file
@@ -331,16 +330,19 @@ def _estimate(recipe: Recipe, launch: Launch, profile: SiteProfile) -> list[str]
     """Return what a training is estimated to take, to stand beside the profile's time limit, which
     it never changes; nothing where nothing is known.
     """
+    if launch.config.use_cpu:
+        return []
+    from recipes_lib.plan.plan import plan_of  # imports torch
+
     try:
-        card = None if launch.config.use_cpu else card_named("h100-80gb")
-        minutes = plan_launched(recipe, launch, card).duration.total / 60 if card else 0
+        seconds = plan_of(recipe, launch, card_named("h100-80gb")).seconds
     except RecipesError:
         return []
-    if not minutes:
+    if seconds is None:
         return []
     flags = {**profile.values.sbatch, **profile.values.stages.get("train", {})}
     limit = f"; the time limit is {flags['time']}" if flags.get("time") else ""
-    return [f"note: a training takes about {minutes:.0f} min on an H100 (estimated){limit}"]
+    return [f"note: a training takes about {seconds / 60:.0f} min on an H100 (estimated){limit}"]
 
 
 def _allowed(flags: Sequence[str]) -> list[str]:

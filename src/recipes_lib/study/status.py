@@ -16,7 +16,6 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned, first_of
 from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.planning.plan import card_for, plan_launched
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Study
 from recipes_lib.study.runs import (
@@ -187,12 +186,17 @@ def _requests(one: Evaluation, turns: int) -> int:
 
 def _device_hours(study: Study, gpu: str | None) -> float | None:
     """Hours of all trainings that are not done, times their devices; None where it is not known."""
+    from recipes_lib.plan.plan import card_for, plan_of  # imports torch, and status does not
+
     hours = 0.0
     for training in runs_left(study):
         try:
             launch = training.arm.launch
-            plan = plan_launched(training.recipe(study), launch, card_for(launch, gpu))
+            plan = plan_of(training.recipe(study), launch, card_for(launch, gpu))
+            seconds = plan.seconds
         except RecipesError:
             return None
-        hours += plan.duration.total / 3600 * launch.world_size
+        if seconds is None:
+            return None
+        hours += seconds / 3600 * launch.world_size
     return hours

@@ -1,0 +1,312 @@
+"""Counts what a training keeps in memory by tracing the real model on fake tensors.
+
+No weights are read and nothing is computed. The model is built by transformers and PEFT, so every
+family and every option of LoRA is counted as it is; attention and dropout are replaced by what
+their CUDA kernels keep. Traces are cached by configuration, adapter, precision and versions.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from recipes_lib.core.atomic_files import write_json
+from recipes_lib.core.fingerprints import hash_of
+from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.project import cache_root
+from recipes_lib.models import shape
+from recipes_lib.models.architectures import not_quantized
+
+# Tokens of the two passes: what differs grows with the tokens, the rest is constant.
+FEW, MANY = 128, 256
+# Bytes of a 4-bit weight: the scale of each block of 64 is a float32, or with double quantization a
+# byte and a float32 for 256 scales.
+NF4, NF4_NESTED = 0.5 + 4 / 64, 0.5 + (1 + 4 / 256) / 64
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The types a training computes in.
+
+    Args:
+        weights: of the base.
+        half: autocast's, None for none.
+        bits: 4 or 8 for quantized linear layers.
+        nested: double quantization.
+    """
+
+    weights: str = "bfloat16"
+    half: str | None = "bfloat16"
+    bits: int | None = None
+    nested: bool = False
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of an activation that a matrix product makes."""
+        return getattr(torch, self.half or self.weights).itemsize
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Numbers of a model, and bytes of one forward pass.
+
+    Args:
+        active: parameters that multiply each token; of experts, those that it is sent to.
+        per_token: kept for the backward pass; `constant` does not grow with the tokens.
+        checkpointed: per token, where only the inputs of the blocks are kept.
+        block: per token, of the largest block: what recomputation brings back.
+        outside: parameters of embeddings, head and everything that is in no block.
+        attention: width that each token's scores and values have over all layers, for the time.
+        carries_state: layers that carry a state were traced as torch computes them; special
+            kernels keep less.
+    """
+
+    parameters: int
+    trained: int
+    active: int
+    weight_bytes: int
+    trained_bytes: int
+    per_token: float
+    constant: float
+    checkpointed: float
+    block: float
+    largest_layer: int
+    outside: int
+    layers: int
+    hidden: int
+    vocabulary: int
+    attention: int
+    carries_state: bool
+
+    @cached_property
+    def share_in_layers(self) -> float:
+        """The share of the parameters that lies in blocks."""
+        return (self.parameters - self.outside) / self.parameters
+
+
+def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Trace:
+    """Return what a training of this model keeps, from the cache if it was traced before.
+
+    Raises:
+        ValueError: transformers cannot build the model, or LoRA's targets are not in it.
+    """
+    adapter = lora and {
+        key: sorted(value) if isinstance(value, set) else str(value)
+        for key, value in lora.to_dict().items()
+    }
+    versions = [version(name) for name in ("torch", "transformers", "peft")]
+    stamp = hash_of(
+        [config.to_dict(), adapter, asdict(precision), versions, Path(__file__).read_text()]
+    )
+    file = cache_root() / "traces" / f"{stamp[:32]}.json"
+    if (
+        stored := object_or_none(file)
+    ) is not None and stored.keys() == Trace.__annotations__.keys():
+        return Trace(**stored)
+    found = trace_now(config, lora, precision)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(found))
+    except OSError:
+        pass  # a cache that cannot be written costs the next plan some seconds
+    return found
+
+
+def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Trace:
+    """Trace a model on fake tensors."""
+    dtype = getattr(torch, precision.weights)
+    model = shape.on_meta(config, dtype, lora, attention="traced")
+    if lora and precision.bits and precision.half == "bfloat16":
+        for parameter in model.parameters():  # TRL's adapters on a quantized base
+            parameter.data = parameter.data.to(dtype) if parameter.requires_grad else parameter.data
+    text = config.get_text_config()
+    blocks = shape.layers(model)
+    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+    base = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" not in name and "modules_to_save" not in name
+    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    packed = _quantized(model, config) if precision.bits else set()
+    per_weight = {4: NF4_NESTED if precision.nested else NF4, 8: 1.0}.get(precision.bits or 0, 0.0)
+    weight_bytes = sum(
+        parameter.numel() * (per_weight if parameter in packed else parameter.itemsize)
+        for parameter in base
+    )
+    numbers = {
+        "parameters": sum(parameter.numel() for parameter in base),
+        "trained": sum(parameter.numel() for parameter in trained),
+        "active": _active(model, text),
+        "weight_bytes": round(weight_bytes),
+        "trained_bytes": sum(parameter.nbytes for parameter in trained),
+        "outside": sum(one.numel() for one in base if id(one) not in in_blocks),
+        "largest_layer": max(sum(one.numel() for one in block.parameters()) for block in blocks),
+    }
+    with _as_on_a_gpu(getattr(torch, precision.half) if precision.half else None):
+        model = model.to_empty(device="cpu").train()
+        few, many = _kept(model, FEW), _kept(model, MANY)
+    per_token, checkpointed = (
+        (many[kind].total() - few[kind].total()) / (MANY - FEW) for kind in ("kept", "inputs")
+    )
+    block = max(many["kept"][place] - few["kept"][place] for place in range(len(blocks)))
+    return Trace(
+        **numbers,
+        per_token=per_token,
+        constant=max(few["kept"].total() - FEW * per_token, 0.0),
+        checkpointed=checkpointed,
+        block=block / (MANY - FEW),
+        layers=len(blocks),
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        attention=many["attention"].total() // MANY,
+        carries_state=any(isinstance(part, torch.nn.Conv1d) for part in model.modules()),
+    )
+
+
+def _quantized(model: Any, config: Any) -> set[torch.Tensor]:
+    """Return the weights that bitsandbytes quantizes: of linear layers, but those left alone."""
+    left_alone = {name.rpartition(".")[2] for name in not_quantized(config)} | {"lm_head"}
+    return {
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and "lora_" not in name
+        and not left_alone & {*name.split(".")}
+    }
+
+
+def _active(model: Any, text: Any) -> int:
+    """Return the parameters that multiply a token of text: without embeddings that are only looked
+    up, and of experts those that it is sent to.
+    """
+    chosen = next(
+        (getattr(text, name, None) for name in EXPERTS_PER_TOKEN if hasattr(text, name)), 1
+    )
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    used = {*shape.text_decoder(model).parameters(), *head.parameters()}
+    used -= {embeddings.weight} - {*head.parameters()}
+    names = {id(one) for name, one in model.named_parameters() if "lora_" in name}
+    return round(
+        sum(
+            one.numel() * (min(chosen / one.shape[0], 1.0) if one.ndim == 3 else 1)
+            for one in used
+            if id(one) not in names
+        )
+    )
+
+
+class _Kernel(torch.autograd.Function):
+    """A kernel that makes `output` and keeps that, its inputs, or more tensors. Forward only."""
+
+    @staticmethod
+    def forward(ctx: Any, keeps: str, output: Any, more: tuple[Any, ...], *given: Any) -> Any:
+        """Make the output and save what the kernel saves."""
+        made = [given[0].new_empty(size, dtype=dtype) for size, dtype in (output, *more)]
+        kept = made if "output" in keeps else made[1:]
+        ctx.save_for_backward(*kept, *(given if "inputs" in keeps else ()))
+        return made[0]
+
+
+_attended: list[int] = []  # the numbers in the queries of each layer
+
+
+def attention_as_flash(
+    module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any
+) -> tuple[Any, None]:
+    """Keep what flash attention keeps: its inputs, its output, and a float for each head."""
+    if torch.is_autocast_enabled("cpu"):
+        half = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(half), key.to(half), value.to(half)
+    _attended.append(query.numel())
+    output = (*query.transpose(1, 2).shape[:3], value.shape[-1]), value.dtype
+    sums = ((query.shape[:3], torch.float32),)
+    return _Kernel.apply("inputs output", output, sums, query, key, value), None
+
+
+def _dropout(given: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    """Keep a mask of booleans, as CUDA's dropout does; the CPU's keeps a number for each."""
+    if not p or not training:
+        return given
+    return _Kernel.apply("", (given.shape, given.dtype), ((given.shape, torch.bool),), given)
+
+
+transformers.AttentionInterface.register("traced", attention_as_flash)
+
+
+@contextmanager
+def _as_on_a_gpu(half: torch.dtype | None) -> Iterator[None]:
+    """Fake tensors, autocast, and stand-ins for kernels and for what reads values of tensors.
+
+    Fake tensors on "cuda" need a CUDA build of torch (2.13): they are on "cpu", with its autocast.
+    """
+    replaced: Mapping[str, Any] = {
+        "torch.nn.functional.dropout": _dropout,
+        "transformers.masking_utils.find_packed_sequence_indices": lambda positions: None,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.autocast("cpu", half, enabled=half is not None))
+        for path, stand_in in replaced.items():
+            stack.enter_context(mock.patch(path, stand_in))
+        yield
+
+
+def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
+    """Run a forward pass and count for each layer, and outside as -1: the bytes that autograd
+    keeps, what recomputation keeps instead, and the numbers that attention works on.
+    """
+    decoder, blocks = shape.text_decoder(model), shape.layers(model)
+    ids = torch.zeros(1, tokens, dtype=torch.long)
+    weights = (*model.parameters(), *model.buffers(), ids)
+    known = {tensor.untyped_storage()._cdata: tensor for tensor in weights}
+    kept: Counter[int] = Counter()
+    inputs: Counter[int] = Counter()
+    place = -1
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            known[storage._cdata] = tensor  # kept alive, so that no address is used twice
+            kept[place] += storage.nbytes()
+        return tensor
+
+    def enter(number: int, args: Any, named: Any) -> None:
+        nonlocal place
+        place = number
+        inputs[number] += (args[0] if args else named["hidden_states"]).nbytes
+
+    def leave(*_: Any) -> None:
+        nonlocal place
+        place = -1
+
+    def before(number: int) -> Callable[..., None]:
+        return lambda _, args, named: enter(number, args, named)
+
+    hooks = [
+        *(
+            block.register_forward_pre_hook(before(number), with_kwargs=True)
+            for number, block in enumerate(blocks)
+        ),
+        *(block.register_forward_hook(leave) for block in blocks),
+    ]
+    _attended.clear()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        pack(decoder(input_ids=ids, use_cache=False).last_hidden_state)  # the head's input
+    for hook in hooks:
+        hook.remove()
+    inputs[-1] = kept[-1]
+    return {"kept": kept, "inputs": inputs, "attention": Counter({-1: sum(_attended)})}

@@ -1,0 +1,135 @@
+"""The memory of a plan: parts that are known exactly, and what a CPU training really keeps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.families import build_family
+
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.plan.cards import CARDS, card_named
+from recipes_lib.plan.memory import memory_of
+from recipes_lib.plan.plan import Plan, card_for, launch_for, plan_of
+from recipes_lib.train import main
+
+# without windows: on a CPU those are masks, which a GPU's kernels do not keep
+FAMILIES = ("llama", "qwen3", "smollm3", "phi3", "granite", "qwen3_moe")
+
+
+def plan(recipe: str | Path, *words: str, gpu: str = "h100", gpus: int | None = None) -> Plan:
+    loaded = load_recipe(recipe, words)
+    accelerate = next((word.partition("=")[2] for word in words if "accelerate" in word), None)
+    launch = launch_for(loaded, gpu, gpus, None, accelerate)
+    return plan_of(loaded, launch, card_for(launch, gpu))
+
+
+def kept_in_a_step(recipe: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, int]:
+    """Train one step; return the tokens of its first micro-batch and the bytes autograd kept."""
+    import torch
+    from transformers import Trainer
+
+    passes: list[tuple[int, int]] = []
+    original = Trainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
+        weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+        seen: dict[int, torch.Tensor] = {}  # kept alive, so that no address is used twice
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            address = tensor.untyped_storage().data_ptr()
+            if address not in weights:
+                seen.setdefault(address, tensor)
+            return tensor
+
+        tokens = inputs["input_ids"].numel()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = original(self, model, inputs, *args, **options)
+        passes.append((tokens, sum(one.untyped_storage().nbytes() for one in seen.values())))
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "training_step", training_step)
+        assert main([str(recipe), "train.max_steps=1", *words]) == 0
+    return passes[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_training_on_a_cpu_keeps_what_is_planned_within_a_tenth(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = []
+    for family in FAMILIES:
+        folder = build_family(family, tmp_path / family, tiny_model_dir)
+        words = [f"model.name_or_path={folder}", "model.dtype=bfloat16", "train.bf16=true"]
+        words += ["lora.target_modules=all-linear", "train.eval_strategy='no'"]
+        words += ["train.per_device_train_batch_size=8", f"run.name={family}"]
+        tokens, kept = kept_in_a_step(tiny_recipe, monkeypatch, *words)
+        made = plan(tiny_recipe, *words, gpu="cpu")
+        planned = tokens * made.trace.per_token + made.trace.constant
+        if kept != pytest.approx(planned, rel=0.1):
+            wrong.append(f"{family}: {tokens} tokens keep {kept}, planned {planned:.0f}")
+    assert not wrong
+
+
+@pytest.fixture(scope="module")
+def llama() -> Plan:
+    """A small known model with LoRA, on one card."""
+    return plan(
+        "llama3.2-1b-tulu3/lora-r64",
+        "train.max_length=1024",
+        "train.activation_checkpointing=false",
+    )
+
+
+def test_weights_trained_weights_and_optimizer_are_exact(llama: Plan) -> None:
+    trained = llama.trace.trained
+    memory, gib = llama.memory, 2**30
+    assert llama.trace.parameters == 1_235_814_400
+    assert memory.weights == pytest.approx(2 * 1_235_814_400 / gib)
+    assert memory.trained == memory.gradients == pytest.approx(4 * trained / gib)
+    assert memory.optimizer == pytest.approx(8 * trained / gib)
+
+
+def test_sharding_shares_out_and_two_processes_of_ddp_need_more(llama: Plan) -> None:
+    ddp = llama.change(world_size=2, per_machine=2)
+    sharded = ddp.change(sharded=True)
+    assert sharded.memory.weights == pytest.approx(ddp.memory.weights / 2)
+    assert sharded.memory.optimizer == pytest.approx(ddp.memory.optimizer / 2)
+    assert sharded.memory.gathered > 0 == ddp.memory.gathered
+    assert ddp.memory.gradients == 2 * llama.memory.gradients
+
+
+def test_every_change_that_saves_memory_saves_it_in_the_plan(llama: Plan) -> None:
+    needed = llama.memory.needed
+    four_bits = replace(llama.setup.precision, bits=4, nested=True)
+    changes: tuple[dict[str, Any], ...] = (
+        {"checkpointing": True},
+        {"per_device": 1},
+        {"max_length": 256},
+        {"precision": four_bits},
+        {"optimizer": "adamw_8bit"},
+    )
+    assert not [change for change in changes if llama.change(**change).memory.needed >= needed]
+
+
+def test_the_largest_micro_batch_fits_and_one_token_more_does_not(llama: Plan) -> None:
+    largest = llama.largest_tokens
+    needed = [
+        memory_of(llama.trace, llama.setup, largest + more, largest + more) for more in (0, 1)
+    ]
+    assert needed[0].needed <= llama.card.memory_gib < needed[1].needed
+
+
+def test_a_larger_card_holds_a_larger_micro_batch(llama: Plan) -> None:
+    sizes = sorted((card.memory_gib, replace(llama, card=card).largest_tokens) for card in CARDS)
+    assert [tokens for _, tokens in sizes] == sorted(tokens for _, tokens in sizes)
+    assert replace(llama, card=card_named("h100-mig-1g.10gb")).largest_tokens < sizes[0][1]
+
+
+def test_processes_without_gpus_share_the_memory_of_the_machine(tiny_recipe: Path) -> None:
+    one, two = plan(tiny_recipe, gpu="cpu"), plan(tiny_recipe, gpu="cpu", gpus=2)
+    assert two.card.memory_gib == pytest.approx(one.card.memory_gib / 2, rel=0.2)

@@ -1,0 +1,79 @@
+"""Steps, tokens and validations are those that the training makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.plan.cards import cpu_card
+from recipes_lib.plan.plan import plan_of
+from recipes_lib.plan.steps import RowLengths, Steps, setup_of, steps_of, validations
+
+
+def steps_for(recipe: Path, rows: RowLengths, *words: str) -> Steps:
+    loaded = load_recipe(recipe, words)
+    setup = setup_of(loaded, plan_launch(loaded.launch), "float32", on_cpu=True)
+    return steps_of(setup, rows, loaded.train)
+
+
+def test_the_tokens_of_a_plan_are_those_of_the_rows_and_not_of_full_steps(
+    tiny_recipe: Path,
+) -> None:
+    """Of 97 rows in steps of 64 the second step has at most 33; steps x batch would be 32% more."""
+    rows = RowLengths((100,) * 97, 97, 0, "made up")
+    words = ("run.global_batch_size=64", "train.max_steps=-1", "train.num_train_epochs=3")
+    steps = steps_for(tiny_recipe, rows, *words)
+    assert steps.tokens <= 3 * 97 * 100
+
+
+@pytest.mark.slow
+def test_a_training_has_the_tokens_and_steps_of_its_plan(
+    tiny_recipe: Path, forks, tmp_path: Path
+) -> None:
+    words = ("train.max_steps=-1", "train.num_train_epochs=2", "run.name=planned")
+    recipe = load_recipe(tiny_recipe, words)
+    planned = plan_of(recipe, plan_launch(recipe.launch), cpu_card()).steps
+    runs = tmp_path / "runs"
+    code, output = forks.start([tiny_recipe, *words], RECIPES_RUNS_ROOT=str(runs)).wait()
+    assert code == 0, output
+    from recipes_lib.core.json_files import read_object
+
+    summary = read_object(runs / "planned" / "run.json")["summary"]
+    assert summary["steps"] == planned.steps
+    assert summary["tokens"] == pytest.approx(planned.tokens, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("train", "expected"),
+    [
+        ({"eval_strategy": "no"}, 0),
+        ({"eval_strategy": "epoch"}, 3),
+        ({"eval_strategy": "steps", "eval_steps": 50}, 6),
+        ({"eval_strategy": "steps", "logging_steps": 20}, 15),
+        ({"eval_strategy": "steps"}, 30),  # TRL logs and evaluates every 10 steps
+        ({"eval_strategy": "steps", "eval_steps": 0.1}, 10),
+        ({"eval_strategy": "steps", "eval_steps": 50, "eval_on_start": True}, 7),
+    ],
+)
+def test_validations_are_counted_as_the_trainer_makes_them(train: dict, expected: int) -> None:
+    assert validations(300, 100, train) == expected
+
+
+def test_padding_is_computed_and_joined_rows_have_none(tiny_recipe: Path) -> None:
+    rows = RowLengths((10, 100) * 50, 100, 0, "made up")
+    joined = steps_for(tiny_recipe, rows, "train.per_device_train_batch_size=4")
+    padded = steps_for(tiny_recipe, rows, "train.padding_free=false")
+    assert joined.computed == joined.tokens == padded.tokens
+    assert padded.computed > 1.5 * padded.tokens
+    assert joined.largest == 4 * 100 and joined.row == 400 and padded.row == 100
+
+
+def test_packed_rows_are_full(tiny_recipe: Path) -> None:
+    rows = RowLengths((48,) * 400, 400, 0, "made up")
+    words = ("train.packing=true", "train.max_steps=-1", "train.num_train_epochs=1")
+    steps = steps_for(tiny_recipe, rows, *words)
+    assert steps.steps in (12, 13)  # 100 rows of 192 tokens in steps of 8
+    assert steps.row == 4 * 192

@@ -1,0 +1,142 @@
+"""What a trace counts is what a real forward pass of the same model keeps, byte for byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import peft
+import pytest
+import torch
+from tests.families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family_config
+
+from recipes_lib.models import shape
+from recipes_lib.models.known import known_config
+from recipes_lib.plan.trace import Precision, trace, trace_now
+
+# Families that the tiny models of the other tests do not have, with what their configs need.
+MORE: dict[str, dict[str, Any]] = {
+    **{
+        family: {}
+        for family in (
+            *("mistral", "ministral3", "gemma", "gemma2", "olmo2", "exaone4"),
+            *("apertus", "hunyuan_v1_dense", "arcee", "cohere", "glm"),
+        )
+    },
+    **dict.fromkeys(("deepseek_v2", "glm4_moe_lite"), DEEPSEEK),
+    "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
+    "qwen3_5_text": LINEAR_ATTENTION,
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 64,
+    },
+    "lfm2_moe": {**EXPERTS, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+}
+# On purpose: CUDA's dropout keeps a mask of bytes, the CPU's a number for each.
+WITHOUT_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
+IN_CI = ("llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss", "deepseek_v3")
+LORA = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+PUBLISHED = {  # numbers of the models' cards (safetensors metadata)
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "microsoft/Phi-3.5-mini-instruct": 3_821_079_552,
+}
+
+
+def really_kept(config: Any, lora: peft.LoraConfig | None, tokens: int) -> int:
+    """Run a real forward pass on the CPU and return the bytes that autograd keeps of it."""
+    model = shape.on_meta(config, torch.bfloat16, lora, attention="traced").to_empty(device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    for buffer in model.buffers():
+        buffer.data.fill_(0 if buffer.dtype in (torch.int64, torch.bool) else 0.5)
+    ids = torch.arange(tokens)[None] % 500
+    addresses = {one.data_ptr() for one in (*model.parameters(), *model.buffers(), ids)}
+    seen: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in addresses:
+            seen.setdefault(address, tensor)
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        pack(shape.text_decoder(model.train())(input_ids=ids, use_cache=False).last_hidden_state)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def differences(families: list[str]) -> list[str]:
+    """Return for each family and method where trace and real forward pass are not the same."""
+    found = []
+    for family in families:
+        changes = MORE.get(family) or WITHOUT_DROPOUT.get(family) or {}
+        config = family_config(family, **changes)
+        for lora in (LORA, None):
+            traced = trace_now(config, lora, Precision())
+            few, many = (really_kept(config, lora, tokens) for tokens in (128, 256))
+            growth = (many - few) / 128
+            if growth != pytest.approx(traced.per_token, rel=0.001):
+                method = "LoRA" if lora else "full"
+                found.append(f"{family} {method}: traced {traced.per_token}, kept {growth}")
+    return found
+
+
+@pytest.mark.slow
+def test_six_families_keep_what_is_traced() -> None:
+    assert not differences([*IN_CI])
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(900)
+def test_every_family_keeps_what_is_traced() -> None:
+    assert not differences([*FAMILIES, *MORE])
+
+
+@pytest.mark.slow
+def test_models_have_the_parameters_of_their_cards() -> None:
+    found = {}
+    for name in PUBLISHED:
+        values = known_config(name)
+        assert values is not None, name
+        model = shape.on_meta(shape.configuration(values), torch.bfloat16)
+        found[name] = sum(parameter.numel() for parameter in model.parameters())
+    assert found == PUBLISHED
+
+
+def test_options_of_lora_are_counted_as_peft_makes_them() -> None:
+    config = family_config("llama")
+    plain = trace_now(config, LORA, Precision())
+    q_proj = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    assert trace_now(config, q_proj, Precision()).trained == 2 * 4 * (64 + 64)
+    saved = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    assert trace_now(config, saved, Precision()).trained == 2 * 4 * 128 + 64 * 520
+    every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    last = peft.LoraConfig(r=4, target_modules=every, layers_to_transform=[1])
+    # nothing before the first adapter is kept
+    assert trace_now(config, last, Precision()).per_token < 0.6 * plain.per_token
+    dora = peft.LoraConfig(r=4, target_modules="all-linear", use_dora=True)
+    assert trace_now(config, dora, Precision()).constant > 3 * plain.constant
+
+
+def test_four_bit_weights_take_half_a_byte_and_their_scales() -> None:
+    config = family_config("llama")
+    plain, packed = (trace_now(config, LORA, Precision(bits=bits)) for bits in (None, 4))
+    linear = 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96)
+    saved = plain.weight_bytes - packed.weight_bytes
+    assert saved == pytest.approx(linear * (2 - 0.5 - 4 / 64), abs=1)
+    assert packed.trained_bytes == plain.trained_bytes / 2  # TRL's adapters are bf16 there
+
+
+def test_a_trace_is_made_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
+    config = family_config("llama")
+    first = trace(config, LORA, Precision())
+    monkeypatch.setattr("recipes_lib.plan.trace.trace_now", lambda *_: pytest.fail("traced again"))
+    assert trace(config, LORA, Precision()) == first
