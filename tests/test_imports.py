@@ -13,21 +13,14 @@ import recipes_lib
 
 ROOT = Path(recipes_lib.__file__).parent
 ORDER = (
-    ("core", "statistics", "analysis.stats"),
+    ("core", "analysis.stats"),
     ("models",),
     ("config",),
     ("data",),
     ("weights",),
     ("training", "plan"),
     ("evals",),
-    ("eval_log", "engine"),
-    ("judging",),
-    ("eval_files", "eval_key", "eval_recipe"),
-    ("generation",),
-    ("suites",),
-    ("evaluate", "train"),
-    ("compare",),
-    ("report",),
+    ("train",),
     ("analysis",),
     ("study",),
     ("slurm",),

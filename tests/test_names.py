@@ -16,21 +16,8 @@ SHARED = {
     "main": "",
 }
 
-# Packages that are written anew in evals/: their names stand twice until they are deleted.
-REPLACED = (
-    "study/conclusion.py",
-    "compare/",
-    "statistics/",
-    "report/",
-    "eval_",
-    "suites/",
-    "judging/",
-    "generation/",
-    "evaluate.py",
-    "engine.py",
-)
 # Replaced by config/documents.py, kind by kind.
-REPLACED += ("config/loader.py", "config/yaml_source.py", "config/validation.py")
+REPLACED = ("config/loader.py", "config/yaml_source.py", "config/validation.py")
 
 
 def public_names(tree: ast.Module) -> set[str]:

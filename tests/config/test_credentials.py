@@ -20,7 +20,7 @@ from recipes_lib.core.redaction import (
     remember_secret,
 )
 from recipes_lib.core.terminal import say
-from recipes_lib.judging.judge_file import load_judge_file
+from recipes_lib.evals.recipe import load_judge_file
 
 SECRETS = {
     "a URL's password": ("https://me:PLANTED@host/x", "https://***@host/x"),

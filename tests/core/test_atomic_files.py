@@ -153,12 +153,12 @@ def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
     from recipes_lib.cli import main as verb
-    from recipes_lib.judging.store import JudgmentStore
+    from recipes_lib.evals.store import Store
     from recipes_lib.train import main
 
     assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
     assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
-    JudgmentStore(tmp_path / "runs" / "tiny" / "judgments.jsonl").append({"key": "k"})
+    Store(tmp_path / "runs" / "tiny" / "judgments.jsonl").append([{"key": "k"}])
     assert open_to_others(tmp_path / "runs") == [] == open_to_others(tmp_path / "given")
     assert not stat.S_IMODE((tmp_path / "given").stat().st_mode) & 0o077
 

@@ -361,7 +361,7 @@ def test_a_model_that_reads_images_says_what_stays_as_it_is_and_quantizes_only_t
 
 def test_layers_with_heads_of_several_sizes_are_answered_in_batches_too() -> None:
     """The config of Gemma 4 refuses to name one size."""
-    from recipes_lib.generation.transformers_engine import tokens_for
+    from recipes_lib.evals.engine_hf import tokens_for
 
     model = without_weights("gemma4")
     assert {layer.head_dim for layer in layer_configs(model.config.get_text_config())} == {16, 32}

@@ -9,9 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.generation.conftest import make_run, runs_folder  # noqa: F401
+from tests.evals.conftest import (  # noqa: F401
+    loads,
+    make_run,
+    runs_folder,
+)
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
-from tests.test_evaluate_all import loads  # noqa: F401
 
 from recipes_lib.analysis.runs import load_run
 from recipes_lib.cli import main

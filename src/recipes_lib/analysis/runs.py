@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.analysis.old_logs import read_old_logs
 from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import read_resolved
@@ -176,8 +175,7 @@ def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) 
         DataError: a file is damaged.
     """
     resolved = read_resolved(folder)
-    old = any(read_object(file).get("format_version") == 1 for file in _results(folder))
-    evals, unfinished = (read_old_logs if old else read_eval_logs)(folder, report)
+    evals, unfinished = read_eval_logs(folder, report)
     seed = (resolved.get("train") or {}).get("seed")
     return Run(
         name=folder.name,
@@ -191,10 +189,6 @@ def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) 
         unfinished=unfinished,
         seed=seed if isinstance(seed, int) and not isinstance(seed, bool) else None,
     )
-
-
-def _results(folder: Path) -> Iterator[Path]:
-    yield from (folder / "evals").glob("*/result*.json")
 
 
 def run_place(path: Path) -> str:

@@ -25,6 +25,8 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.evals.questions import local_questions
+from recipes_lib.evals.recipe import check_eval_file, load_eval
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -59,14 +61,26 @@ def run(args: argparse.Namespace) -> int:
             if document.kind.name == "profile":
                 at("slurm.profile:load_profile")(str(file))
                 continue
+            if document.kind.name in ("eval", "judge"):
+                wrong, notes = check_eval_file(file)
+                found += wrong
+                remarks += notes
+                if not found and document.kind.name == "eval":
+                    local_questions(load_eval(file))
+                continue
+            if document.kind.name == "lm_eval_task":
+                continue  # seen with the eval recipe that names it
             found += check(document, args.full)
             if not found:
                 found += document.kind.check_rows(document, args.full)
             remarks += document.warnings
         except RecipeError as error:
             found += error.errors
-        broken += bool(found)
-        errors |= {str(error): error for error in found}
+        except DataError as error:
+            found.append(error)
+        finally:
+            broken += bool(found)
+            errors |= {str(error): error for error in found}
     _print_remarks(remarks)
     if errors:
         for one in in_order(errors.values()):

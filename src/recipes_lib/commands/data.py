@@ -16,8 +16,8 @@ from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.leaks import NUM_KEPT
-from recipes_lib.eval_recipe import EvalRecipe, find_eval, load_eval
-from recipes_lib.suites.leaks import leak_error, search_recipe
+from recipes_lib.evals.leaks import leak_error, search_recipe
+from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.weights.base import load_tokenizer
 
 if TYPE_CHECKING:

@@ -88,8 +88,6 @@ KINDS = (
         "an eval recipe",
         "suite generation metrics",
         "run it: recipes eval EVAL RUN",
-        "eval_recipe:EvalRules",
-        "suites.questions:check_questions",
     ),
     _kind(
         "study",
@@ -111,14 +109,12 @@ KINDS = (
         "a judge",
         "judge thresholds",
         "name it in an eval recipe's judge.file",
-        "judging.judge_file:JudgeRules",
     ),
     _kind(
         "lm_eval_task",
         "a task of lm-eval",
         "task dataset_path output_type doc_to_text doc_to_target",
         "name it in an eval recipe's suite.tasks",
-        "eval_recipe:TaskRules",
     ),
     RECIPE,
     _BASE,

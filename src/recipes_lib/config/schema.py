@@ -35,9 +35,8 @@ NUMBER: JsonSchema = {"type": ["number", "null"]}
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
 # Kinds whose sections belong to a package above this one: module with a function <kind>_schema.
 _ELSEWHERE = {
-    "eval": "recipes_lib.suites.registry",
-    "judge": "recipes_lib.eval_recipe",
-    "eval_result": "recipes_lib.suites.registry",
+    "eval": "recipes_lib.evals.recipe",
+    "judge": "recipes_lib.evals.recipe",
     "study": "recipes_lib.study.config",
     "profile": "recipes_lib.slurm.profile",
 }

@@ -202,6 +202,7 @@ class AnswerFacts:
     decoding: dict[str, Any] | None = None
     dtype: str | None = None
     quantized: bool | None = None
+    server: str | None = None  # its version, where a server answered
     faults: AnswerFaults | None = None
     tokens: int | None = None
     new_tokens: int = 0
@@ -224,6 +225,7 @@ class JudgeFacts:
     temperature: float | None = None
     max_new_tokens: int | None = None
     max_context_tokens: int | None = None
+    server: str | None = None  # its version
     weak: str | None = None
     weights: str | None = None
     run: str | None = None
@@ -272,7 +274,8 @@ class EvalLog:
     """One evaluation of one model.
 
     `key` is the hash of all that decides the result: weights, questions, sampling, judge, prompts
-    and the version of this code. `against` is None for a suite without an opponent. `banners` must
+    and the version of this code; `settings` of what the eval recipe and its files alone decide.
+    `against` is None for a suite without an opponent. `banners` must
     be read before the numbers, heaviest first; `notes` are remarks. `leaks` is what the training
     rows hold of the questions, None where nobody looked. `source` is the program that wrote the
     files, where it was not this one. `file` is result.json.
@@ -283,6 +286,7 @@ class EvalLog:
     target: str = ""
     against: str | None = None
     key: str = ""
+    settings: str = ""
     n: int = 0
     subset: str | None = None
     banners: tuple[str, ...] = ()

@@ -22,14 +22,14 @@ from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.eval_recipe import EvalRecipe, load_eval
+from recipes_lib.evals.leaks import refuse_leaks_of
+from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.plan.cards import card_named
 from recipes_lib.slurm.prefetching import judge_model
 from recipes_lib.slurm.profile import STAGES, Profile, SiteProfile
 from recipes_lib.study.config import Study, load_study, study_file
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.runs import is_trained, missing_of, study_trainings
-from recipes_lib.suites.leaks import refuse_leaks_of
 
 DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
 _CLI = ("-m", "recipes_lib.cli")

@@ -27,14 +27,14 @@ from recipes_lib.data.sources import (
     load_tables,
     offline_by_environment,
 )
-from recipes_lib.eval_recipe import EvalRecipe, load_eval
-from recipes_lib.judging.prometheus import (
+from recipes_lib.evals.prompts import (
     PROMETHEUS_PACKAGE,
     prometheus_is_here,
     published_template,
 )
+from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
+from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.suites.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.weights.base import check_whole, explain_load_failure
 from recipes_lib.weights.packaged import is_packaged, materialise, packaged_folder
 
@@ -110,7 +110,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
     def tasks() -> str:
         # numpy and scipy, which `recipes launch --help` does without
-        from recipes_lib.suites.harness import load_tasks
+        from recipes_lib.evals.suites.lm_eval import load_tasks
 
         return f"{load_tasks(recipe, remote_code):,} items"
 

@@ -34,7 +34,7 @@ from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
-from recipes_lib.eval_recipe import SUITE_FACTS, EvalRecipe, load_eval
+from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 if TYPE_CHECKING:
@@ -877,7 +877,7 @@ def known_metrics(recipe: EvalRecipe) -> list[str]:
     """Return the metrics of an eval by the names that a study may use, the first one of its table
     first.
     """
-    known = SUITE_FACTS[recipe.suite.name].metrics or recipe.suite.tasks or ()
+    known = SUITES[recipe.suite.name].metrics or recipe.suite.tasks or ()
     return [f"{recipe.name}/{metric}" for metric in known]
 
 

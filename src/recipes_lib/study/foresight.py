@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from recipes_lib.analysis.aims import is_named
 from recipes_lib.analysis.stats import ALPHA, detectable
 from recipes_lib.analysis.text import count, difference_text
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import Study, full_name, known_metrics
 
 

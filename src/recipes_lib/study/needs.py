@@ -19,13 +19,12 @@ from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, print_
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.leaks import Leaks
-from recipes_lib.eval_log import REFERENCE
-from recipes_lib.eval_recipe import EvalRecipe
-from recipes_lib.judging.prometheus import PROMETHEUS_PACKAGE
+from recipes_lib.evals.leaks import leak_error, search_recipe
+from recipes_lib.evals.log import REFERENCE
+from recipes_lib.evals.questions import local_questions
+from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import BASE_ARM, Arm, Study, load_study
 from recipes_lib.study.runs import runs_left
-from recipes_lib.suites.leaks import leak_error, search_recipe
-from recipes_lib.suites.questions import local_questions
 
 _TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow")
 _HELD_OUT = ("test", "validation")
@@ -101,7 +100,7 @@ def _unmet(study: Study, recipe: EvalRecipe) -> Iterator[tuple[str, str]]:
             )
             yield what, f"set data.split.{split} in the recipe, or name a file of rows in the eval"
     elif recipe.suite.name == "heldout_loss" and split:
-        path = recipe.resolve("data.questions", split)
+        path = recipe.path_of("data.questions")
         if path.suffix and not path.exists():
             yield f"there is no {shown_path(path)}", "correct data.questions"
     else:
@@ -118,8 +117,7 @@ def _unmet(study: Study, recipe: EvalRecipe) -> Iterator[tuple[str, str]]:
     if recipe.judge is None:
         return
     for key, path in recipe.judge.texts().items():
-        packaged = getattr(recipe.judge.judge, key) == PROMETHEUS_PACKAGE
-        if not packaged and not path.is_file():
+        if not path.is_file():
             yield (
                 f"judge.{key}: there is no {shown_path(path)}",
                 "paths are meant from the judge's file",

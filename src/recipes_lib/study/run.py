@@ -20,7 +20,7 @@ from recipes_lib.core.faults import is_disk_full
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import base_arm, base_record, study_folder
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.needs import refuse_unmet
@@ -158,9 +158,7 @@ def _evaluate(
     """Evaluate what is trained and has no result yet: each base and each judge is loaded once.
     Return the failures.
     """
-    from recipes_lib.evaluate import Done, evaluate
-    from recipes_lib.suites.registry import suite_of
-    from recipes_lib.suites.suite import Asker
+    from recipes_lib.evals.run import EvalTask, evaluate_tasks
 
     remote_code = "--trust-remote-code" in flags
     failed: dict[str, Failure] = {}
@@ -193,26 +191,17 @@ def _evaluate(
     wanted = [one for one in wanted if not {one.run, one.against} & failed.keys()]
     todo = [one for one in todo if one in wanted]
     say(f"\nevaluating: {len(todo)} of {len(wanted)} results to do")
-    suites: dict[Asker, list[Evaluation]] = {}
-    for asked in _together(wanted, todo):
-        first = asked[0]
-        against = (first.against or None) if first.recipe.is_judged else None
+    asked = {}
+    for group in _together(wanted, todo):
+        first = group[0]
         recipe = _without_probes(first.recipe) if first.head_to_head else first.recipe
-        try:
-            runs = [one.run for one in asked]
-            suites[suite_of(recipe, runs, against, remote_code=remote_code)] = asked
-        except Exception as error:
-            note([one.title for one in asked], error)
+        against = (first.against or None) if first.recipe.is_judged else None
+        asked[EvalTask(recipe, tuple(one.run for one in group), against)] = group
 
-    def on_done(done: Done) -> None:
-        if done.error is None:
-            return
-        asked = suites[done.suite]
-        runs = {one.trained.run.name if one.trained else base for one in done.targets}
-        concerned = [one for one in asked if not runs or {one.run, one.against} & runs]
-        note([one.title for one in concerned], done.error)
+    def on_error(task: EvalTask, run: str, error: Exception) -> None:
+        note([one.title for one in asked[task] if run in ("", one.run)], error)
 
-    evaluate(list(suites), on_done)
+    evaluate_tasks(list(asked), remote_code=remote_code, on_error=on_error)
     return failed
 
 
@@ -245,7 +234,7 @@ def _together(
 
 def _without_probes(recipe: EvalRecipe) -> EvalRecipe:
     """The eval for a head-to-head comparison: its judge was probed with the answers already."""
-    return replace(recipe, metrics=replace(recipe.metrics, probe_pairs=0))
+    return replace(recipe, metrics=recipe.metrics.model_copy(update={"probe_pairs": 0}))
 
 
 def _unusable(run: str, remote_code: bool) -> dict[str, Failure]:
@@ -261,15 +250,14 @@ def _unusable(run: str, remote_code: bool) -> dict[str, Failure]:
 
 def _record_base(study: Study) -> None:
     """Find out under which name the base's results are kept, and note it; no weights are loaded."""
-    from recipes_lib.generation.subjects import loaded
-    from recipes_lib.generation.targets import base_target
+    from recipes_lib.evals.models import common_base
 
     arm = base_arm(study) if study.include_base else None
     if arm is None or arm.recipe is None or base_run(study):
         return
-    with loaded([base_target(arm.recipe)], weights=False) as subjects:
-        subjects[0].record()
-        known = {"run": subjects[0].name, "model": arm.recipe.model.name_or_path}
+    base = common_base([arm.recipe])
+    base.record()
+    known = {"run": base.name, "model": arm.recipe.model.name_or_path}
     write_json(base_record(study), {**known, "asked": base_asked(study)})
 
 

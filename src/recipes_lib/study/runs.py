@@ -24,10 +24,9 @@ from recipes_lib.core.json_files import object_or_none
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
 from recipes_lib.data.sources import data_files, find_path, listed_sources
-from recipes_lib.eval_files import log_file
-from recipes_lib.eval_key import model_key, result_key
-from recipes_lib.eval_log import REFERENCE
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.evals import keys
+from recipes_lib.evals.log import REFERENCE, log_file
+from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import arm_recipe, arm_run, base_arm, base_record, study_folder
 from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.training.resume_guard import recipe_differences
@@ -298,12 +297,11 @@ def is_evaluated(study: Study, one: Evaluation) -> bool:
     """Whether the result is there, and of the weights, questions and judge that the study has
     now.
     """
-    result = object_or_none(one.file)
-    if not result:
+    if not one.file.is_file():
         return False
     with suppress(RecipesError, OSError):  # a model that is not here
         opponent = model_of(study, one.against) if one.against else None
-        return result.get("key") == result_key(one.recipe, model_of(study, one.run), opponent)
+        return keys.is_current(one.file, one.recipe, model_of(study, one.run), opponent)
     return False
 
 
@@ -318,7 +316,7 @@ def model_of(study: Study, run: str) -> str:
     if known := state.get("fingerprint"):  # a model without a run
         return str(known)
     trained = finished_run(directory, remote_code=True)
-    return model_key(trained.recipe, trained.weights)
+    return keys.model_key(trained.recipe, trained.weights)
 
 
 def missing_of(study: Study) -> list[str]:

@@ -15,7 +15,8 @@ from recipes_lib.core.json_files import rows_from_the_end
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned, first_of
-from recipes_lib.eval_recipe import EvalRecipe
+from recipes_lib.evals.questions import local_questions
+from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Study
 from recipes_lib.study.runs import (
@@ -29,7 +30,6 @@ from recipes_lib.study.runs import (
     study_trainings,
     study_tunings,
 )
-from recipes_lib.suites.questions import local_questions
 
 
 @dataclass(frozen=True)

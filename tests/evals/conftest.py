@@ -1,0 +1,123 @@
+"""Finished runs made by hand: a tiny base, and adapters with random weights on it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+@pytest.fixture
+def runs_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def make_run(runs_folder, tiny_model_dir):
+    """A function that makes a finished LoRA run on the tiny base."""
+
+    def make(
+        name: str,
+        seed: int,
+        prompt_format: str = "dolly",
+        dtype: str = "float32",
+        recorded_hash: str | None = None,
+    ) -> Path:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        folder = runs_folder / name
+        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        model = get_peft_model(
+            model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        )
+        torch.manual_seed(seed)
+        for key, value in model.named_parameters():
+            if "lora_" in key:
+                torch.nn.init.normal_(value, std=0.5)
+        model.save_pretrained(folder / "adapter")
+        AutoTokenizer.from_pretrained(tiny_model_dir).save_pretrained(folder / "adapter")
+        recipe = {
+            "model": {"name_or_path": str(tiny_model_dir), "dtype": dtype},
+            "data": {"source": "unused.jsonl", "prompt_format": prompt_format},
+            "lora": {"r": 4, "lora_alpha": 8},
+            "run": {"name": name},
+        }
+        (folder / "resolved.yaml").write_text(yaml.safe_dump(recipe))
+        state = {
+            "format_version": 1,
+            "name": name,
+            "created": "",
+            "updated": "",
+            "state": "finished",
+        }
+        if recorded_hash:
+            state["guard"] = {"prompt_format_hash": recorded_hash}
+        (folder / "run.json").write_text(json.dumps(state))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def long_tiny_model_dir(tiny_model_dir, tmp_path_factory):
+    """The tiny model with a context that judge prompts fit into."""
+    folder = tmp_path_factory.mktemp("long") / "tiny-judge"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    return folder
+
+
+@pytest.fixture
+def judge_file(long_tiny_model_dir, tmp_path):
+    """A function that writes and loads a judge file for the tiny model; keyword arguments replace
+    its keys.
+    """
+    from recipes_lib.evals.recipe import load_judge_file
+
+    evals = Path(__file__).resolve().parents[2] / "evals"
+
+    def make(**keys):
+        values = {
+            "model": str(long_tiny_model_dir),
+            "dtype": "float32",
+            "mode": "logits",
+            "max_context_tokens": 4096,
+            "max_new_tokens": 8,
+        }
+        values |= {
+            "relative_prompt": str(evals / "prompts/prometheus-relative.txt"),
+            "rubric": str(evals / "rubrics/helpfulness.txt"),
+        }
+        values |= {
+            "absolute_prompt": str(evals / "prompts/prometheus-absolute.txt"),
+            "reference_rubric": str(evals / "rubrics/correctness.txt"),
+        }
+        path = tmp_path / "judge.yaml"
+        path.write_text(yaml.safe_dump({"judge": values | keys}))
+        return load_judge_file(path)
+
+    return make
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """A list that grows with each model that is loaded from disk."""
+    from transformers import AutoModelForCausalLM
+
+    found: list[str] = []
+    real = AutoModelForCausalLM.from_pretrained
+
+    def counting(path, *args, **kwargs):
+        found.append(Path(path).name)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counting)
+    return found

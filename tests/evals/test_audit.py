@@ -1,0 +1,172 @@
+"""Outcomes with bounds, and the audit that finds judges with a vice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.evals.fake_judges import (
+    FakeJudge,
+    always_a,
+    coin,
+    mumbles,
+    obeys_answers,
+    reply,
+    says,
+    sound,
+)
+
+from recipes_lib.core.errors import DataError
+from recipes_lib.evals.audit import (
+    FIRST,
+    HUMAN,
+    LONGER_WINS,
+    PROBES,
+    SWAP,
+    UNPARSED,
+    audit,
+    audit_banner,
+    audit_note,
+    pair_samples,
+    probe_items,
+    scorecard_lines,
+)
+from recipes_lib.evals.engine import Completion
+from recipes_lib.evals.judge import Item, JudgePlan, JudgeRequest, ask
+from recipes_lib.evals.log import Sample, Scorecard
+from recipes_lib.evals.outcomes import Rate, first_position, swap_consistency
+from recipes_lib.evals.prompts import load_rubric, load_template
+from recipes_lib.evals.store import Store
+from recipes_lib.evals.suites.alpaca_eval import at_equal_length
+
+EVALS = Path(__file__).resolve().parents[2] / "evals"
+PLAN = JudgePlan(
+    template=load_template(EVALS / "prompts/prometheus-relative.txt"),
+    rubric=load_rubric(EVALS / "rubrics/helpfulness.txt"),
+    max_reasks=0,
+)
+ITEMS = [
+    Item(
+        str(n),
+        "Name a planet.",
+        f"Mars is the fourth planet from the Sun, number {n}.",
+        f"A stone {n}.",
+        meta={"question": str(n)},
+    )
+    for n in range(20)
+]
+
+
+def card_of(answer, tmp_path: Path, labels=None, items=ITEMS) -> Scorecard:
+    from dataclasses import replace
+
+    store, judge = Store(tmp_path / "j.jsonl"), FakeJudge(answer)
+    ask(items, judge, store, PLAN)
+    ask(list(probe_items(items, 10)), judge, store, replace(PLAN, rules=False))
+    assert len(store) == 2 * len(items) + 4 * min(10, len(items))
+    return audit(list(store), None, labels)
+
+
+def results(card: Scorecard) -> dict[str, str]:
+    return {check.check: check.result for check in card.checks}
+
+
+def test_a_sound_judge_passes_and_what_was_not_measured_is_one_note(tmp_path: Path) -> None:
+    card = card_of(sound, tmp_path)
+    assert not card.failed and audit_banner(card) is None
+    assert results(card)[SWAP] == results(card)[PROBES["empty"]] == "pass"
+    assert results(card)[PROBES["injected"]] == "pass"
+    assert audit_note(card) == f"not measured of this judge: {HUMAN}"
+    assert card.value(LONGER_WINS).value == 1.0 and results(card)[LONGER_WINS] == "described"
+    assert len(scorecard_lines(card)) == 3 + len(card.checks)
+
+
+VICES = {
+    SWAP: always_a,
+    UNPARSED: mumbles,
+    PROBES["injected"]: obeys_answers,
+    PROBES["empty"]: always_a,
+}
+
+
+def test_every_vice_fails_its_check_and_is_named_in_the_banner(tmp_path: Path) -> None:
+    for number, (check, judge) in enumerate(VICES.items()):
+        card = card_of(judge, tmp_path / str(number))
+        assert results(card)[check] == "fail", check
+        banner = audit_banner(card)
+        assert banner is not None and check in banner and "not evidence" in banner
+    random = card_of(coin(3), tmp_path / "coin")
+    assert random.failed
+
+
+def test_agreement_with_people_is_a_check_where_pairs_are_labelled(tmp_path: Path) -> None:
+    win = {item.question_id: "win" for item in ITEMS}
+    assert results(card_of(sound, tmp_path / "a", win))[HUMAN] == "pass"
+    lost = dict.fromkeys(win, "loss")
+    assert results(card_of(sound, tmp_path / "b", lost))[HUMAN] == "fail"
+    few = dict.fromkeys(list(win)[:3], "win")
+    assert results(card_of(sound, tmp_path / "c", few))[HUMAN] == "not measured"
+
+
+def test_a_judge_of_a_german_or_wordless_text_is_audited_all_the_same(tmp_path: Path) -> None:
+    """No check reads the judge's prose."""
+
+    def german(request: JudgeRequest) -> Completion:
+        return reply(f"Die Antwort ist vollständiger. [RESULT] {sound(request).text[-1]}")
+
+    card = card_of(german, tmp_path)
+    assert not card.failed and {check.result for check in card.checks if check.n} <= {
+        "pass",
+        "described",
+    }
+
+
+def test_judgments_of_two_judges_or_of_another_program_are_refused(tmp_path: Path) -> None:
+    store = Store(tmp_path / "j.jsonl")
+    ask(ITEMS[:1], FakeJudge(sound), store, PLAN)
+    rows = [dict(row) for row in store]
+    with pytest.raises(DataError, match="2 judges"):
+        audit([rows[0], rows[1] | {"judge": "another"}])
+    with pytest.raises(DataError, match="no field"):
+        audit([{"key": "x"}])
+
+
+def test_outcomes_of_both_orders(tmp_path: Path) -> None:
+    verdicts = {"win": ("A", "B"), "loss": ("B", "A"), "tie": ("A", "A"), "unresolved": ("A", "?")}
+    for outcome, (first, second) in verdicts.items():
+        store = Store(tmp_path / f"{outcome}.jsonl")
+        both = {"AB": first, "BA": second}
+        judge = FakeJudge(lambda request, both=both: says(both[request.order]))
+        ask(ITEMS[:3], judge, store, PLAN)
+        samples = pair_samples(store)
+        assert {one.outcome for one in samples} == {outcome}
+        rate = Rate.of(samples)
+        json.dumps(rate.value, allow_nan=False)
+        if outcome == "unresolved":
+            assert (rate.value, rate.n, rate.lowest, rate.highest) == (None, 0, 0.0, 1.0)
+    assert Rate.of([]).value is None
+
+
+def pair(question: str, draw: int, value: float, lengths: tuple[int, int]) -> Sample:
+    outcome = {1.0: "win", 0.0: "loss", 0.5: "tie"}[value]
+    verdicts = {1.0: ("A", "B"), 0.0: ("B", "A"), 0.5: ("A", "A")}[value]
+    return Sample(
+        question, draw=draw, value=value, outcome=outcome, verdicts=verdicts, lengths=lengths
+    )
+
+
+def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:
+    """Four identical draws a question know as much as one."""
+    once = [
+        pair(f"q{n}", 1, (1.0, 0.0, 0.5)[n % 3], (100 + 37 * n % 90, 100 + 11 * n % 70))
+        for n in range(60)
+    ]
+    four = [
+        pair(one.id, draw, one.value or 0.0, one.lengths) for one in once for draw in (1, 2, 3, 4)
+    ]
+    for measure in (swap_consistency, first_position, at_equal_length, Rate.of):
+        single, many = measure(once), measure(four)
+        widths = [found.high - found.low for found in (single, many)]
+        assert widths[1] > 0.9 * widths[0], measure
+    assert first_position(once).estimate != 0.5 and FIRST

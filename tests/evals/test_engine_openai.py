@@ -1,0 +1,226 @@
+"""The engine behind an address: what may pass is tried again, what cannot pass ends at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from typing import Any
+
+import pytest
+from tests.evals.faulty_server import MODEL, FaultyServer
+
+from recipes_lib.core.errors import EnvironmentFault, RecipesError
+from recipes_lib.evals.engine import Completion, Request, Sampling
+from recipes_lib.evals.engine_openai import OpenAIEngine, ServerFault
+from recipes_lib.evals.recipe import GenerationSection
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("recipes_lib.evals.engine_openai.LONGEST_PAUSE_S", 0.0)
+
+
+def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> OpenAIEngine:
+    logprobs = settings.pop("logprobs", False)
+    usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 4, "base_url": server.url}
+    return OpenAIEngine(GenerationSection(**usual | settings), model, logprobs=logprobs)
+
+
+def ask(engine: OpenAIEngine, count: int = 1, **fields: Any) -> dict[str, Completion]:
+    fields = fields or {"prompt": "Hello there"}
+    sampling = fields.pop("sampling", Sampling())
+    requests = [Request(key=str(n), **fields) for n in range(count)]
+    return {done.key: done for done in engine.complete(requests, sampling)}
+
+
+def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
+    for fault in ("429:0", "500", "503", "drop", "hang", "nonsense"):
+        with FaultyServer(
+            faults=lambda number, fault=fault: fault if number == 1 else None
+        ) as server:
+            done = ask(engine_for(server, concurrency=1), 2)
+            assert [done[key].error for key in "01"] == [None, None], fault
+            assert done["0"].text == "echo: Hello there"
+    for fault in ("500", "hang", "drip", "nonsense", "drop"):
+        with FaultyServer(
+            faults=lambda number, fault=fault: fault if number < 4 else None
+        ) as server:
+            engine = engine_for(server, timeout_s=0.2, max_retries=0, concurrency=1)
+            server.faults = lambda number, fault=fault: fault if number == 1 else None
+            done = ask(engine, 2)
+            assert done["0"].error and not done["0"].refused, fault
+            assert done["1"].error is None, fault
+
+
+def test_the_pause_the_server_asks_for_is_kept():
+    with FaultyServer(faults=lambda number: "429:1" if number == 1 else None) as server:
+        engine = engine_for(server)
+        started = time.monotonic()
+        assert ask(engine)["0"].error is None
+    assert time.monotonic() - started >= 1.0
+
+
+def test_a_wrong_key_or_address_ends_everything_at_once_with_the_servers_words():
+    for status in ("401", "403", "404"):
+        with FaultyServer(faults=lambda number, status=status: status) as server:
+            with pytest.raises(ServerFault, match=f"made-up {status}") as caught:
+                ask(engine_for(server), 8)
+            assert len(server.bodies) <= 8 and caught.value.exit_code == 6
+
+
+def test_a_refused_body_is_the_requests_own_fault_and_not_tried_again():
+    for status in ("400", "402", "413", "422"):
+        with FaultyServer(faults=lambda number, status=status: status) as server:
+            done = ask(engine_for(server))["0"]
+            assert len(server.bodies) == 1
+        assert done.refused and done.error == f"{status}: made-up {status}"
+    with FaultyServer(faults=lambda number: "422") as server:
+        run = ask(engine_for(server), prompt="x", ids=(1, 2))["0"]
+        judge = ask(engine_for(server, logprobs=True), prompt="x")["0"]
+    assert "generation.engine=transformers" in str(run.error)
+    assert "judge.mode: generate" in str(judge.error)
+
+
+def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
+    def faults(number: int) -> bytes | None:
+        if "max_tokens" not in server.bodies[number - 1]:
+            return None
+        message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+        return b"400:" + json.dumps({"error": {"message": message}}).encode()
+
+    with FaultyServer(faults=faults) as server:
+        engine = engine_for(server, concurrency=1)
+        done = ask(engine, 3, messages=({"role": "user", "content": "hi"},))
+        assert not any(one.error for one in done.values())
+        assert [body.get("max_completion_tokens") for body in server.bodies] == [
+            None,
+            512,
+            512,
+            512,
+        ]
+
+
+def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
+    chat = ({"role": "user", "content": "hi"},)
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    with FaultyServer() as server:
+        plain, own = engine_for(server), engine_for(server, extra_body=extra)
+        assert plain.fingerprint != own.fingerprint
+        ask(own, messages=chat, sampling=Sampling(temperature=None))
+        ask(plain, prompt="x", ids=(1, 2, 3))
+        ask(plain, messages=chat, schema={"type": "object"})
+    assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "temperature" not in server.bodies[0]
+    assert server.bodies[1]["prompt"] == [1, 2, 3]
+    assert server.bodies[2]["response_format"]["json_schema"]["schema"] == {"type": "object"}
+
+
+def test_first_token_probabilities_come_from_both_endpoints():
+    expected = {" A": math.exp(-0.1), " B": math.exp(-2.5)}
+    chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "[RESULT]"})
+    with FaultyServer() as server:
+        engine = engine_for(server, logprobs=True)
+        assert ask(engine, prompt="x")["0"].probabilities == expected
+        assert ask(engine, messages=chat)["0"].probabilities == expected
+        assert server.bodies[1]["continue_final_message"] is True
+    none = "body:" + json.dumps({"choices": [{"text": "A", "logprobs": None}]})
+    with FaultyServer(faults=lambda number: none) as server:
+        engine = engine_for(server, logprobs=True, max_retries=0)
+        assert "judge.mode: generate" in str(ask(engine, prompt="x")["0"].error)
+
+
+HOSTILE = {
+    "lone surrogate": b'{"choices": [{"message": {"content": "fine \\ud800 [RESULT] A"}}]}',
+    "NUL": b'{"choices": [{"message": {"content": "fine \\u0000 [RESULT] A"}}]}',
+    "NaN in usage": (
+        b'{"choices": [{"message": {"content": "fine [RESULT] A"}}],'
+        b' "usage": {"completion_tokens": NaN}}'
+    ),
+    "a list of parts": (
+        b'{"choices": [{"message": {"content": [{"type": "text", "text": "fine [RESULT] A"}]}}]}'
+    ),
+    "a number for a reason": (
+        b'{"choices": [{"message": {"content": "fine [RESULT] A"}, "finish_reason": 3}],'
+        b' "usage": "none", "model": 7}'
+    ),
+}
+NO_REPLY = [
+    b"[" * 100_000,
+    b'{"choices": [{"text": {"a": 1}}]}',
+    b"null",
+    b"[1]",
+    b'{"choices": []}',
+]
+NO_REPLY += [
+    b'{"choices": 3}',
+    b"",
+    b"\xff\x00",
+    b'{"choices": [{"text": "a", "finish_reason": "abort"}]}',
+]
+
+
+def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
+    for what, body in HOSTILE.items():
+        with FaultyServer(faults=lambda number, body=body: b"200:" + body) as server:
+            done = ask(engine_for(server), messages=({"role": "user", "content": "hi"},))["0"]
+        assert (done.error, done.finish_reason, done.num_tokens) == (None, "stop", 0), what
+        assert done.text.startswith("fine ") and done.text.endswith("[RESULT] A"), what
+        done.text.encode()
+    for body in NO_REPLY:
+        faults = lambda number, body=body: b"200:" + body if number == 1 else None  # noqa: E731
+        with FaultyServer(faults=faults) as server:
+            done = ask(engine_for(server, concurrency=1, max_retries=0), 2)
+        assert done["0"].error and not done["0"].refused, body[:40]
+        assert done["1"].error is None, body[:40]
+    for choice in (b'{"message": {"content": null}}', b'{"text": null}', b"{}"):
+        reply = b'200:{"choices": [%b]}' % choice
+        with FaultyServer(faults=lambda number, reply=reply: reply) as server:
+            done = ask(engine_for(server))["0"]
+        assert (done.text, done.error) == ("", None), choice
+    for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
+        with FaultyServer(faults=lambda number, words=words: b"422:" + words) as server:
+            done = ask(engine_for(server))["0"]
+        assert done.refused and len(str(done.error)) < 400, words[:20]
+        str(done.error).encode()
+
+
+def test_another_model_or_no_server_is_refused_before_anything_is_asked():
+    with FaultyServer() as server:
+        with pytest.raises(EnvironmentFault, match=f"does not serve 'other'[^$]*{MODEL}"):
+            engine_for(server, model="other")
+        assert not server.bodies
+    with pytest.raises(ServerFault, match="does not answer") as caught:
+        OpenAIEngine(GenerationSection(base_url="http://127.0.0.1:9/v1", max_retries=0), MODEL)
+    assert caught.value.exit_code == 6
+    stranger = "body:" + json.dumps({"model": "stranger", "choices": [{"text": "A"}]})
+    with FaultyServer(faults=lambda number: stranger) as server:
+        engine = engine_for(server)
+        with pytest.raises(ServerFault, match="answered as 'stranger'"):
+            ask(engine)
+
+
+def test_a_key_that_the_server_echoes_is_masked(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "corp-zebra-violin-42")
+    echo = b'400:{"error": {"message": "Incorrect API key provided: corp-zebra-violin-42"}}'
+    with FaultyServer(faults=lambda number: echo) as server:
+        done = ask(engine_for(server, api_key_variable="MY_KEY"))["0"]
+    assert "corp-zebra-violin-42" not in str(RecipesError(f"missing: {done.error}"))
+    monkeypatch.delenv("MY_KEY")
+    with FaultyServer() as server, pytest.raises(EnvironmentFault, match="MY_KEY is not set"):
+        engine_for(server, api_key_variable="MY_KEY")
+
+
+def test_no_more_requests_than_allowed_are_in_flight():
+    active, most = [0], [0]
+
+    def faults(number: int) -> None:
+        active[0] += 1
+        most[0] = max(most[0], active[0])
+        time.sleep(0.05)
+        active[0] -= 1
+
+    with FaultyServer(faults=faults) as server:
+        assert len(ask(engine_for(server, concurrency=3), 12)) == 12
+    assert 1 < most[0] <= 3

