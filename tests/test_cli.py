@@ -69,7 +69,7 @@ def test_a_light_verb_imports_nothing_heavy(argv):
 
 
 def test_check_imports_only_what_the_kind_of_its_file_needs():
-    others = ("compare", "eval_recipe", "judging", "slurm", "study", "suites")
+    others = ("compare", "evals", "slurm", "study")
     code = f"print([name for name in {others!r} if f'recipes_lib.{{name}}' in sys.modules])"
     assert in_a_process("check", RECIPE, code=code).stdout.splitlines()[-1] == "[]"
     study = "recipes/studies/quickstart.yaml"

@@ -25,8 +25,6 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.evals.questions import local_questions
-from recipes_lib.evals.recipe import check_eval_file, load_eval
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -62,6 +60,9 @@ def run(args: argparse.Namespace) -> int:
                 at("slurm.profile:load_profile")(str(file))
                 continue
             if document.kind.name in ("eval", "judge"):
+                from recipes_lib.evals.questions import local_questions
+                from recipes_lib.evals.recipe import check_eval_file, load_eval
+
                 wrong, notes = check_eval_file(file)
                 found += wrong
                 remarks += notes

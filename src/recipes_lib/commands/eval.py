@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.core.errors import ExitCode, RecipeError
@@ -124,6 +125,10 @@ def _next(word: str, logs: Sequence[EvalLog]) -> None:
     elif len(pairs) > 1:
         next_step(f"recipes eval {word} {pairs[1].target} --against {pairs[0].target}")
     else:
-        file = judged[0].file
-        suffix = file.stem.removeprefix("result")
-        next_step(f"recipes judge audit {shown_path(file.with_name(f'judgments{suffix}.jsonl'))}")
+        next_step(f"recipes judge audit {judgments_beside(judged[0].file)}")
+
+
+def judgments_beside(result: Path) -> str:
+    """Return the file of judgments that a result was made of."""
+    suffix = result.stem.removeprefix("result")
+    return shown_path(result.with_name(f"judgments{suffix}.jsonl"))
