@@ -97,7 +97,7 @@ def test_a_number_of_rows_that_is_none_is_refused_by_its_name(text, capsys):
     command.configure(parser)
     with pytest.raises(SystemExit):
         parser.parse_args(["a.yaml", f"--show={text}"])
-    assert "expected a number of rows" in capsys.readouterr().err
+    assert "expected a whole number" in capsys.readouterr().err
 
 
 def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):

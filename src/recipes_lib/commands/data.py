@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import RecipeErrors
-from recipes_lib.core.terminal import next_step, printable, say, use_color
+from recipes_lib.core.terminal import aligned, at_least, next_step, printable, say, use_color
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval
@@ -34,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     rows = "print N training rows as the model sees them (default: 3)"
     against = "evals whose questions and answers must not be in the rows that train"
     add("--against", nargs="+", default=[], metavar="EVAL", help=against)
-    add("--show", type=_count, default=3, metavar="N", help=rows)
+    add("--show", type=at_least(0), default=3, metavar="N", help=rows)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,45 +87,43 @@ def _summary(audit: DataAudit, method: str | None = None) -> list[str]:
     rows = audit.rows
     filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
     split = f" (split: {method})" if method else ""
-    lines = [
+    lengths = [("tokens", "total", "p5", "p50", "p95", "max")]
+    for title, counts in (
+        ("prompt", audit.prompt_tokens),
+        ("row, as trained", audit.tokens),
+        ("with loss", audit.supervised_tokens),
+    ):
+        total, *others = (f"{counts[key]:,}" for key in ("total", "p5", "p50", "p95", "max"))
+        lengths.append((title, total, *others))
+    return [
         f"{rows['read']} rows read{filtered}, {rows['used']} used",
         f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}",
         *_mixture(audit),
         f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}",
         *audit.describe(),
         "",
-        f"{'tokens':<18}{'total':>12}{'p5':>8}{'p50':>8}{'p95':>8}{'max':>8}",
+        *aligned(lengths),
+        *(f"note: {note}" for note in audit.warnings()),
     ]
-    for title, of in (
-        ("prompt", audit.prompt_tokens),
-        ("row, as trained", audit.tokens),
-        ("with loss", audit.supervised_tokens),
-    ):
-        columns = f"{of['p5']:>8}{of['p50']:>8}{of['p95']:>8}{of['max']:>8}"
-        lines.append(f"{title:<18}{of['total']:>12,}{columns}")
-    notes = audit.warnings()
-    return [*lines, *([""] if notes else []), *(f"note: {note}" for note in notes)]
 
 
 def _mixture(audit: DataAudit) -> list[str]:
     """Return a table of what each source gives; nothing for a single source."""
-    sources = audit.sources
-    if len(sources) < 2:
+    if len(audit.sources) < 2:
         return []
-    total = sum(source.supervised for source in sources)
-    width = max(18, *(len(source.source) + 2 for source in sources))
-    lines = [
-        "",
-        f"{'source':<{width}}{'rows':>10}{'weight':>8}{'used':>10}{'train':>10}{'validation':>12}"
-        f"{'test':>8}{'tokens with loss':>20}",
-    ]
-    for source in sources:
-        share = f"{source.supervised:,} ({source.supervised / (total or 1):.1%})"
-        lines.append(
-            f"{source.source:<{width}}{source.rows:>10,}{source.weight:>8g}{source.used:>10,}"
-            f"{source.train:>10,}{source.validation:>12,}{source.test:>8,}{share:>20}"
+    total = sum(source.supervised for source in audit.sources) or 1
+    rows = [("source", "rows", "weight", "used", "train", "validation", "test", "tokens with loss")]
+    for source in audit.sources:
+        counts = (source.used, source.train, source.validation, source.test)
+        share = f"{source.supervised:,} ({source.supervised / total:.1%})"
+        rows.append(
+            (
+                *(source.source, f"{source.rows:,}", f"{source.weight:g}"),
+                *(f"{count:,}" for count in counts),
+                share,
+            )
         )
-    return [*lines, ""]
+    return ["", *aligned(rows), ""]
 
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
@@ -151,9 +149,3 @@ def _painted(span: DecodedSpan, color: bool) -> str:
     if color:
         return f"{GREEN}{text}{REVERSE}{end}{RESET}"
     return f"[[{text}]]" + (f"<EOS {end}>" if end else "")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number of rows, 0 or more, not '{text}'")
-    return int(text)

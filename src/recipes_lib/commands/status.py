@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         return print_json([dict(zip(STATUS_KEYS, row, strict=True)) for row in rows])
     if not rows:
         say(f"no runs in {runs_root()}")
-        next_step("recipes train recipes/quickstart/lora-r8.yaml")
+        next_step("recipes train quickstart/lora-r8")
         return ExitCode.DONE
     for line in aligned([STATUS_TITLES, *rows]):
         say(line)
