@@ -8,11 +8,13 @@ import io
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from recipes_lib.commands import chat
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.data.prompts import generation_prompt
 
 Verb = Callable[..., tuple[int, str, str]]
 Runs = Callable[..., Path]
@@ -130,12 +132,23 @@ def test_the_turns_before_and_the_system_prompt_are_read_again(
     assert read == [["Be brief.", "first"], ["Be brief.", "first", "answer 1", "second"]]
 
 
-def test_a_second_turn_and_a_system_prompt_reach_the_model(runs: Runs, recipes: Verb) -> None:
+def test_a_second_turn_and_a_system_prompt_reach_the_model(
+    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs("lora.chat")
-    words = ["chat", "lora.chat", "--prompt", "hi", "--max-new-tokens", "8"]
-    code, plain, _ = recipes(*words)
-    assert code == 0
-    assert recipes(*words, "--system", "Answer with numbers of rivers and mountains.")[1] != plain
+    prompts: list[str] = []
+
+    def recorded(*args: Any, **values: Any) -> str:
+        prompts.append(generation_prompt(*args, **values))
+        return prompts[-1]
+
+    monkeypatch.setattr(chat, "generation_prompt", recorded)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is gold?\nAnd silver?\n"))
+    words = ("--no-base", "--system", "Be brief.", "--max-new-tokens", "3")
+    assert recipes("chat", "lora.chat", *words)[0] == 0
+    first, second = prompts
+    assert "Be brief." in first and "What is gold?" in first
+    assert second.startswith(first) and second.index("And silver?") > len(first)
 
 
 def test_persian_hindi_and_emoji_are_printed_as_they_are(

@@ -87,7 +87,7 @@ def _summary(audit: DataAudit, method: str | None = None) -> list[str]:
     rows = audit.rows
     filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
     split = f" (split: {method})" if method else ""
-    lengths = [("tokens", "total", "p5", "p50", "p95", "max")]
+    lengths: list[Sequence[str]] = [("tokens", "total", "p5", "p50", "p95", "max")]
     for title, counts in (
         ("prompt", audit.prompt_tokens),
         ("row, as trained", audit.tokens),
@@ -112,7 +112,9 @@ def _mixture(audit: DataAudit) -> list[str]:
     if len(audit.sources) < 2:
         return []
     total = sum(source.supervised for source in audit.sources) or 1
-    rows = [("source", "rows", "weight", "used", "train", "validation", "test", "tokens with loss")]
+    rows: list[Sequence[str]] = [
+        ("source", "rows", "weight", "used", "train", "validation", "test", "tokens with loss")
+    ]
     for source in audit.sources:
         counts = (source.used, source.train, source.validation, source.test)
         share = f"{source.supervised:,} ({source.supervised / total:.1%})"
