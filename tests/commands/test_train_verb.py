@@ -23,7 +23,8 @@ from recipes_lib.core.run_directory import RunDirectory
 run = RunDirectory("tiny")
 rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
 pathlib.Path("rank").write_text(str(rank.pid))
-run.write_state("running", **({"steps_began": "now"} if "stepping" in sys.argv else {}))
+if "resuming" not in sys.argv:
+    run.write_state("running", steps_began="now" if "stepping" in sys.argv else None)
 if "dies" in sys.argv:
     os.kill(os.getpid(), 9)
 for _ in range(600):
@@ -82,6 +83,14 @@ def test_before_the_first_step_a_signal_ends_everything_at_once(
     state = RunDirectory("tiny").read_state()
     assert (state["state"], state["exit_code"]) == ("preempted", code)
     assert rank_is_gone(tiny_recipe.parent)
+
+
+def test_what_an_earlier_attempt_left_is_no_step_of_this_one(tiny_recipe: Path) -> None:
+    RunDirectory("tiny").write_state("running", steps_began="yesterday")  # it was killed
+    child = supervised(tiny_recipe, "resuming")
+    child.send_signal(signal.SIGINT)
+    said, _ = child.communicate(timeout=30)
+    assert child.returncode == 130 and "before the first step" in said
 
 
 def test_a_second_ctrl_c_ends_at_once_where_the_first_is_not_heard(tiny_recipe: Path) -> None:

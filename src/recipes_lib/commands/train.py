@@ -167,7 +167,7 @@ class LaunchedTraining:
         what = "interrupted" if signal.SIGINT in self._signals else "stopped"
         if self._signals.count(signal.SIGINT) > 1:
             self.killed = f"{what} at once"
-        elif _steps_began(self.run) == self._began:
+        elif _steps_began(self.run) in (None, self._began):
             self.killed = f"{what} before the first step"
         if self.killed:
             self._kill()

@@ -41,7 +41,7 @@ class RunState(TypedDict, total=False):
     exit_code: int | None
     error: str | None
     launch: str
-    steps_began: str  # when the newest attempt began its first step
+    steps_began: str | None  # when the newest attempt began its first step
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
     step: int

@@ -168,7 +168,8 @@ class Attempt:
             checkpoints.set_aside(weights, ".damaged")
         write_json(self.run.path / "supervision.json", data.audit.to_dict())
         write_json(self.run.path / "splits.json", data.splits)
-        self.run.write_state("running", exit_code=None, error=None, **fields)
+        fields |= {"exit_code": None, "error": None, "steps_began": None}
+        self.run.write_state("running", **fields)
         self.is_ours = True
 
     def begin_steps(self) -> None:
