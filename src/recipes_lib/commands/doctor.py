@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import os
 import platform
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes_lib.core.environment import installed_version
+from recipes_lib.core.environment import PACKAGES, installed_version
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import next_step, say
@@ -48,19 +47,17 @@ def check_versions() -> Iterator[DoctorLine]:
 
     constraints = project_root() / "constraints.txt"
     lines = constraints.read_text("utf-8").splitlines() if constraints.is_file() else []
-    ours = map(Requirement, importlib.metadata.requires("recipes-lib") or [])
-    required = {package.name for package in ours if not package.marker}
-    same, other = 0, []
-    for line in (line.split("#")[0].strip() for line in lines):
-        package = Requirement(line) if line else None
-        version = installed_version(package.name) if package else None
-        if package and version and package.specifier.contains(version, prereleases=True):
-            same += 1
-        elif package and (version or package.name in required):
-            other.append(f"{package.name} {version or 'is missing'} (tested {package.specifier})")
+    tested = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    other = []
+    for package in tested:
+        version = installed_version(package.name)
+        if version and not package.specifier.contains(version, prereleases=True):
+            other.append(f"{package.name} {version} (tested {package.specifier})")
+    if missing := [name for name in PACKAGES if installed_version(name) is None]:
+        yield FAIL, f"not installed: {', '.join(missing)}", REINSTALL
     if other:
-        yield FAIL if "is missing" in str(other) else WARN, ", ".join(other), REINSTALL
-    yield OK, f"Python {platform.python_version()}, {same} packages as tested", ""
+        yield WARN, f"other than tested: {', '.join(other)}", REINSTALL
+    yield OK, f"Python {platform.python_version()}, {len(tested) - len(other)} as tested", ""
 
 
 def check_device() -> Iterator[DoctorLine]:
@@ -88,16 +85,13 @@ def check_bitsandbytes() -> Iterator[DoctorLine]:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = bitsandbytes.nn.Linear4bit(
-        64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4"
-    )
+    layer = bitsandbytes.nn.Linear4bit(64, 64, False, torch.float32, quant_type="nf4")
     weight = layer.weight.data.clone().float()
     row = torch.linspace(-1, 1, 64)[None]
+    exact = row @ weight.T
     with torch.no_grad():
-        exact = row @ weight.T
-        error = float(
-            (layer.to(device)(row.to(device)).float().cpu() - exact).norm() / exact.norm()
-        )
+        answer = layer.to(device)(row.to(device)).float().cpu()
+    error = float((answer - exact).norm() / exact.norm())
     right = layer.weight.numel() < weight.numel() and error < 0.3
     level, remedy = (OK, "") if right else (FAIL, REINSTALL)
     yield level, f"{bitsandbytes.__version__}, NF4 on the {device} is off by {error:.0%}", remedy
@@ -128,18 +122,11 @@ def check_disk() -> Iterator[DoctorLine]:
             yield level, f"{name}: {free:.0f} GiB free", remedy
 
 
-def check_launcher() -> Iterator[DoctorLine]:
+def check_env() -> Iterator[DoctorLine]:
     """Variables that silently change how a training is launched."""
     begin = ("ACCELERATE_", "FSDP_", "MASTER_", "WORLD_SIZE", "RANK", "LOCAL_RANK")
     if left := [name for name in os.environ if name.startswith(begin)]:
         yield WARN, f"left in the environment: {', '.join(left)}", f"unset {' '.join(left)}"
 
 
-DOCTOR_CHECKS = (
-    check_versions,
-    check_device,
-    check_bitsandbytes,
-    check_hub,
-    check_disk,
-    check_launcher,
-)
+DOCTOR_CHECKS = (check_versions, check_device, check_bitsandbytes, check_hub, check_disk, check_env)
