@@ -19,6 +19,7 @@ from recipes_lib.core.terminal import say
 
 LOCK_NOTE = "lock.json"
 LOCK_POLL_S = 0.2
+PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
 # An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
 # minutes, and so does a file server until it gives up the locks of a machine that is lost.
 REQUEUE_WAIT_S = 600.0
@@ -53,10 +54,8 @@ def _acquire(folder: Path) -> FileLock:
     lock = FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if is_held(folder):
-            lock.acquire(timeout=_ask_earlier_try(folder), poll_interval=LOCK_POLL_S)
-        else:
-            lock.acquire(timeout=0)
+        wait_s = _ask_earlier_try(folder) if is_held(folder) else 0
+        lock.acquire(timeout=wait_s or PROBE_S, poll_interval=LOCK_POLL_S)
     except Timeout:
         raise LockHeld(
             f"{folder.name} is in use{describe_holder(folder / LOCK_NOTE)}",
