@@ -55,11 +55,12 @@ check: setup  ## style, types, every YAML, schema up to date
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals launch)
-	$(BIN)/python -m recipes_lib.config.schema --check
+	$(BIN)/python -m recipes_lib.schema --check
 
 style: setup  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 schema: setup  ## write schema/ from the installed versions
-	$(BIN)/python -m recipes_lib.config.schema
+	$(BIN)/python -m recipes_lib.schema
+	$(BIN)/python -m recipes_lib.schema  # of the keys that the first one wrote

@@ -100,8 +100,8 @@ def test_every_verb_can_be_configured_and_documents_itself(capsys):
         (["show", RECIPE, "--dif", "x"], ["unknown option '--dif'", "did you mean --diff?"]),
         (["ls", "--diff"], ["unknown option '--diff'"]),
         (["explain", "train", "train.seed=1"], ["unknown argument 'train.seed'"]),
-        (["show", RECIPE, "--learning_rate", "3"], ["write train.learning_rate=VALUE"]),
-        (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate=3"]),
+        (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
+        (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate"]),
         (
             ["show", RECIPE, "train.sed=3"],
             ["command line: unknown key 'train.sed'", "did you mean train.seed?"],

@@ -90,7 +90,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         date = on_main_rank(
             lambda: template_date(recipe.data, tokenizer, this.earlier.get("template_date"))
         )
-        dated = dataclasses.replace(recipe.data, template_date=date)
+        dated = recipe.data.model_copy(update={"template_date": date})
         recipe = this.recipe = dataclasses.replace(recipe, data=dated)
         data = prepare_data(recipe, tokenizer)
         if recipe.data.prompt_format == "chat":

@@ -131,14 +131,14 @@ def test_diff_shows_only_what_differs_with_origins(capsys):
     [
         (
             "train.learning_rate",
-            ["a number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"],
+            ["number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"],
         ),
-        ("learning_rate", ["train.learning_rate: a number > 0"]),
-        ("train.activation_checkpointing", ["default false (project default", "about 20% by"]),
-        ("train.optim", ["one of 41 choices", "paged_adamw_32bit"]),
+        ("learning_rate", ["train.learning_rate: number > 0"]),
+        ("train.activation_checkpointing", ["default false (project default"]),
+        ("train.optim", ["paged_adamw_32bit"]),
         ("data.split.method", ["hash", "published", "none"]),
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),
-        ("lora.r", ["a whole number >= 1"]),
+        ("lora.r", ["integer >= 1"]),
     ],
 )
 def test_explain_says_type_default_and_documentation(key, words, capsys):
@@ -164,7 +164,7 @@ def test_explain_without_a_key_lists_the_sections(capsys):
     ("key", "words"),
     [
         ("train.lerning_rate", "did you mean train.learning_rate?"),
-        ("max_seq_length", "renamed to 'train.max_length'"),
+        ("max_seq_length", "train.max_length"),
         ("train.output_dir", "run.name"),
         ("rubbish_zzz", "there is no key"),
         ("trian.seed", "did you mean train.seed?"),
@@ -210,5 +210,5 @@ def test_check_leaves_runs_and_hidden_folders_alone(capsys, tmp_path):
 def test_check_full_notes_models_that_are_not_here_once(capsys):
     assert main(["check", "--full", str(project_root() / "recipes/llama2-7b-dolly")]) == 0
     out, err = capsys.readouterr()
-    assert err.count("is not on this machine: names not checked") == 1
+    assert err.count("model not on this machine") == 1
     assert " ok" in out

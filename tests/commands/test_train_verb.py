@@ -112,21 +112,6 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: 
     assert rank_is_gone(tiny_recipe.parent)
 
 
-@pytest.mark.parametrize("launch", ["cpu", "ddp_cpu"])
-def test_a_training_opens_no_yaml_of_its_recipe(
-    tiny_recipe: Path, tmp_path: Path, launch: str
-) -> None:
-    child = tmp_path / "child.yaml"
-    child.write_text(f"extends: {tiny_recipe.name}\nrun: {{name: child}}\n")
-    words = ["train", str(child), "train.max_steps=1", "--accelerate", launch]
-    done, opened = run_and_watch([sys.executable, "-m", "recipes_lib.cli", *words], tmp_path)
-    assert done.returncode == 0, done.stderr
-    recipes = [one for one in opened if one.path.parent == tmp_path]
-    assert child in [one.path for one in recipes]
-    assert not any("recipes_lib.train" in one.words for one in recipes)
-    assert (tmp_path / "runs" / "child" / "recipe.yaml").read_text() == child.read_text()
-
-
 def bare(recipe: Path, *words: str) -> list[str]:
     """The plain command that trains on two ranks."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]

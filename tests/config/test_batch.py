@@ -1,48 +1,15 @@
+"""Batch, steps and warm-up, counted as the Trainer counts them."""
+
 from __future__ import annotations
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes_lib.config.batch import solve_batch
+from recipes_lib.config.batch import describe_schedule, planned_steps, solve_batch, warmup_steps
 from recipes_lib.core.errors import RecipeError
 
 SIZES = st.integers(min_value=1, max_value=64)
-
-
-def test_accumulation_fills_the_batch():
-    assert solve_batch(64, per_device=4, world_size=2) == 8
-    assert solve_batch(8, per_device=8, world_size=1) == 1
-
-
-@pytest.mark.parametrize(
-    ("batch", "per_device", "world_size", "words"),
-    [
-        (
-            64,
-            5,
-            1,
-            ["64 / (5 per device x 1 processes = 5) = 12.8", "run.global_batch_size 60 or 65", "4"],
-        ),
-        (
-            8,
-            8,
-            2,
-            [
-                "8 / (8 per device x 2 processes = 16) = 0.5",
-                "train.per_device_train_batch_size 1, 2, 4",
-                "run.global_batch_size 16",
-            ],
-        ),
-        (7, 2, 3, ["run.global_batch_size 6 or 12"]),
-    ],
-)
-def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values(
-    batch, per_device, world_size, words
-):
-    with pytest.raises(RecipeError) as caught:
-        solve_batch(batch, per_device, world_size)
-    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
 
 
 @given(batch=st.integers(min_value=1, max_value=512), per_device=SIZES, world_size=SIZES)
@@ -51,3 +18,50 @@ def test_the_solution_is_exact_or_refused(batch, per_device, world_size):
         assert solve_batch(batch, per_device, world_size) * per_device * world_size == batch
     except RecipeError:
         assert batch % (per_device * world_size)
+
+
+def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values():
+    for arguments, words in (
+        ((64, 5, 1), ["64 / (5 per device x 1 processes = 5) = 12.8", "60 or 65"]),
+        ((8, 8, 2), ["train.per_device_train_batch_size 1, 2, 4", "run.global_batch_size 16"]),
+    ):
+        with pytest.raises(RecipeError) as caught:
+            solve_batch(*arguments)
+        assert not [word for word in words if word not in str(caught.value)]
+
+
+def test_warmup_is_what_transformers_makes_of_it():
+    from transformers import TrainingArguments
+
+    for value in (0, 0.03, 0.1, 0.5, 1, 7):
+        args = TrainingArguments("unused", use_cpu=True, warmup_steps=value)
+        for steps in (1, 2, 33, 1128):
+            assert warmup_steps(value, steps) == args.get_warmup_steps(steps)
+
+
+@pytest.mark.parametrize(
+    ("rows", "accumulation", "epochs"), [(305, 1, 1), (305, 4, 1.5), (64, 8, 1)]
+)
+def test_steps_are_what_the_trainer_plans(rows, accumulation, epochs, tmp_path):
+    import torch
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=epochs,
+        report_to="none",
+        dataloader_drop_last=True,
+    )
+    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=[{"x": 0}] * rows)
+    loader = trainer.get_train_dataloader()
+    _, planned, *_, max_steps = trainer.set_initial_training_values(args, loader)
+    shape = {"per_device": 4, "accumulation": accumulation, "world_size": 1}
+    assert planned_steps(rows, **shape, epochs=epochs) == (planned, max_steps)
+
+
+def test_a_first_step_that_trains_nothing_is_said_to_do_so():
+    assert "trains nothing" in describe_schedule("cosine", 1e-3, 0.03, 2)
+    assert describe_schedule("constant", 1e-3, 0.03, 2).endswith("no warmup")

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.config.kinds import KINDS, kind_of
-from recipes_lib.config.validation import KindRules
+from recipes_lib.config.kinds import kind_of
 from recipes_lib.core.errors import RecipeError
 
 
@@ -38,12 +37,6 @@ def test_a_file_tells_its_kind_by_schema_line_or_keys(values, text, file, kind):
 def test_an_unknown_schema_is_an_error_even_when_the_keys_are_known():
     with pytest.raises(RecipeError, match="schema 'poem'"):
         kind_of({"model": {}}, "# yaml-language-server: $schema=poem.schema.json\n", "r.yaml")
-
-
-def test_every_kind_has_rules_and_says_what_it_is_for():
-    for kind in KINDS:
-        assert isinstance(kind.rules(), KindRules)
-        assert kind.use
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ kept for the next start.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -374,9 +373,9 @@ def test_a_run_keeps_the_date_it_was_created_with(recipe_for, tiny_tokenizer):
     section = recipe_for("x", prompt_format="chat", chat_template=DATED).data
     assert template_date(section, tiny_tokenizer, "2020-01-02") == "2020-01-02"
     assert template_date(section, tiny_tokenizer, None) > "2026-01-01"
-    fixed = dataclasses.replace(section, template_date="2021-01-02")
+    fixed = section.model_copy(update={"template_date": "2021-01-02"})
     assert template_date(fixed, tiny_tokenizer, "2020-01-02") == "2021-01-02"
-    plain = dataclasses.replace(section, chat_template=MARKED)
+    plain = section.model_copy(update={"chat_template": MARKED})
     assert template_date(plain, tiny_tokenizer, None) is None
 
 

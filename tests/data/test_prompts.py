@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -138,7 +137,7 @@ THINKING = (
 
 def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(tiny_tokenizer):
     without = section("chat", chat_template=THINKING)
-    fast = dataclasses.replace(without, chat_template_kwargs={"enable_thinking": False})
+    fast = without.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
     prompts = [generation_prompt(one, tiny_tokenizer, instruction="a") for one in (without, fast)]
     assert prompts[1] == "[fast]" + prompts[0]
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -252,9 +251,9 @@ def test_the_twin_is_the_one_that_trl_would_take(file, tiny_tokenizer):
     except ValueError:  # TRL has none
         expected = None
     assert (twin and twin.text) == expected
-    brought = dataclasses.replace(section, chat_template=template)
+    brought = section.model_copy(update={"chat_template": template})
     assert twin_of(brought, tokenizer) is None and chat_template(section, tokenizer) == template
-    named = dataclasses.replace(section, chat_template=f"trl:{file.stem}")
+    named = section.model_copy(update={"chat_template": f"trl:{file.stem}"})
     assert twin_of(named, tiny_tokenizer) == twin
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from recipes_lib import cli, train
-from recipes_lib.config.accelerate_config import load_accelerate_config
 from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.loader import load_document
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError

@@ -280,8 +280,8 @@ def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves_and_no
 def test_what_an_architecture_cannot_do_is_one_line_before_anything_is_loaded(
     family: str, override: str, said: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from recipes_lib.config.accelerate_config import AccelerateConfig
-    from recipes_lib.config.model_names import check_names
+    from recipes_lib.config.launch import AccelerateConfig
+    from recipes_lib.config.preflight import check_names
     from recipes_lib.config.recipe import load_recipe
 
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / family))
@@ -299,8 +299,8 @@ def test_what_an_architecture_cannot_do_is_one_line_before_anything_is_loaded(
 def test_each_architecture_has_no_complaint_about_a_plain_recipe(
     tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from recipes_lib.config.accelerate_config import AccelerateConfig
-    from recipes_lib.config.model_names import check_names
+    from recipes_lib.config.launch import AccelerateConfig
+    from recipes_lib.config.preflight import check_names
     from recipes_lib.config.recipe import load_recipe
 
     for family in (*FAMILIES, "gpt_neox"):  # its config says is_decoder: false, and it is causal
@@ -377,8 +377,8 @@ def test_layers_with_heads_of_several_sizes_are_answered_in_batches_too() -> Non
 def test_experts_alone_are_adapted_where_parameters_are_named_and_no_modules(
     lora: dict[str, Any], tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    from recipes_lib.config.accelerate_config import AccelerateConfig
-    from recipes_lib.config.model_names import check_names
+    from recipes_lib.config.launch import AccelerateConfig
+    from recipes_lib.config.preflight import check_names
     from recipes_lib.config.recipe import load_recipe
 
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "llama4_text"))

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.config.accelerate_config import load_accelerate_config
 from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.project import project_root
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from tests.families import build_family
 
-from recipes_lib.config.accelerate_config import load_accelerate_config
+from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.sections import trl_templates
 

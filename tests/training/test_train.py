@@ -56,7 +56,7 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
     run = tiny_recipe.parent / "runs" / "tiny"
     names = {path.name for path in run.iterdir()} - {".lock"}
     expected = (
-        "recipe.yaml recipe.json resolved.yaml command.txt environment.json run.json splits.json"
+        "recipe.yaml resolved.yaml command.txt environment.json run.json splits.json"
         " supervision.json"
     )
     expected += " metrics.jsonl checkpoints adapter"

@@ -109,9 +109,8 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(
 
 def test_a_merge_without_its_data_asks_general_questions(runs: Runs, recipes: Verb) -> None:
     run = runs("lora")
-    state = json.loads((run / "recipe.json").read_text())
-    text = json.dumps(state).replace("rows.jsonl", "gone.jsonl")
-    (run / "recipe.json").write_text(text)
+    resolved = run / "resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("rows.jsonl", "gone.jsonl"))
     code, out, _ = recipes("merge", "lora")
     assert code == 0 and "general questions" in out
 

@@ -1,5 +1,5 @@
-"""recipes check: recipes, bases and accelerate configs, files or whole folders, everything wrong at
-once.
+"""recipes check: recipes, bases and every other YAML of a project, files or whole folders,
+everything wrong at once.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.config.kinds import at
+from recipes_lib.config import validation
+from recipes_lib.config.documents import judge, no_such_file, read
+from recipes_lib.config.kinds import kind_of
+from recipes_lib.config.launch import AccelerateFile, accelerate_rules
 from recipes_lib.config.loader import load_document
-from recipes_lib.config.validation import check
-from recipes_lib.config.yaml_source import no_such_file
+from recipes_lib.config.recipe import Recipe, check_recipe, resolve
 from recipes_lib.core.errors import (
     DataError,
     ExitCode,
@@ -25,6 +27,7 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
+from recipes_lib.data.splits import check_rows
 
 _OVERRIDE = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 _SKIPPED_FOLDERS = {"runs", "node_modules"}
@@ -50,50 +53,91 @@ def run(args: argparse.Namespace) -> int:
     """
     files = list(dict.fromkeys(file for path in args.paths for file in _files(Path(path))))
     errors: dict[str, RecipesError] = {}
-    remarks: list[RecipeError] = []
-    broken = 0
+    remarks: dict[str, RecipeError] = {}
+    broken, alone = 0, len(files) == 1
     for file in files:
-        found: list[RecipesError] = []
-        try:
-            document = load_document(file, keep_going=True)
-            if document.kind.name == "profile":
-                at("slurm.profile:load_profile")(str(file))
-                continue
-            if document.kind.name in ("eval", "judge"):
-                from recipes_lib.evals.questions import local_questions
-                from recipes_lib.evals.recipe import check_eval_file, load_eval
-
-                wrong, notes = check_eval_file(file)
-                found += wrong
-                remarks += notes
-                if not found and document.kind.name == "eval":
-                    local_questions(load_eval(file))
-                continue
-            if document.kind.name == "lm_eval_task":
-                continue  # seen with the eval recipe that names it
-            found += check(document, args.full)
-            if not found:
-                found += document.kind.check_rows(document, args.full)
-            remarks += document.warnings
-        except RecipeError as error:
-            found += error.errors
-        except DataError as error:
-            found.append(error)
-        finally:
-            broken += bool(found)
-            errors |= {str(error): error for error in found}
-    _print_remarks(remarks)
+        found, notes = check_file(file, args.full)
+        remarks |= {
+            note.what if note.what.startswith("note:") else str(note): note for note in notes
+        }
+        broken += bool(found)
+        errors |= {str(error): error for error in found}
+    for remark in remarks.values():
+        print_error(remark)
+    count = f"{len(files)} file{'s' * (len(files) != 1)}"
     if errors:
-        for one in in_order(errors.values()):
-            print_error(one)
-        what = f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {_count(files)}"
+        for error in in_order(errors.values()):
+            print_error(error)
+        what = f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {count}"
         print(what, file=sys.stderr)
         of_data = all(isinstance(error, DataError) for error in errors.values())
         return ExitCode.DATA if of_data else ExitCode.USAGE
-    say(f"{_count(files)} ok")
-    alone = len(files) == 1 and document.kind.name == "recipe"
+    say(f"{count} ok")
     next_step(f"recipes data {shown_path(files[0])} --show 3" if alone else "recipes ls")
     return ExitCode.DONE
+
+
+def check_file(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeError]]:
+    """Return what is wrong with a file, and warnings and notes.
+
+    Args:
+        path: a YAML file of any kind.
+        full: whether upstream's classes, the model's files and all rows are asked too.
+    """
+    try:
+        document = read(path)
+        kind = kind_of(document.values, document.text, document.file)
+        if kind.name == "accelerate":
+            document = read(path, yaml_1_1=True)
+            _, errors = judge(AccelerateFile, document, accelerate_rules)
+            return [*errors], document.warnings
+        if kind.name == "flat":
+            return [RecipeError(f"is {kind.title}", kind.use, file=document.file)], []
+        if kind.name == "profile":
+            from recipes_lib.slurm.profile import load_profile
+
+            load_profile(str(path))
+            return [], []
+        if kind.name in ("eval", "judge"):
+            return _check_eval(path, kind.name)
+        if kind.name == "lm_eval_task":
+            return [], []  # seen with the eval recipe that names it
+        if kind.name not in ("recipe", "base"):
+            old = load_document(path, keep_going=True)
+            found: list[RecipesError] = [*validation.check(old, full)]
+            return found or old.kind.check_rows(old, full), old.warnings
+        file, errors = check_recipe(document)
+        if errors or file is None or kind.name == "base":
+            return [*errors], document.warnings
+        recipe, notes = resolve(file, document), document.warnings
+        found = [*_check_model(recipe, full, notes)]
+        return found or [*check_rows(recipe, full)], notes
+    except RecipeError as error:
+        return [*error.errors], []
+    except DataError as error:
+        return [error], []
+
+
+def _check_eval(path: Path, kind: str) -> tuple[list[RecipesError], list[RecipeError]]:
+    from recipes_lib.evals.questions import local_questions
+    from recipes_lib.evals.recipe import check_eval_file, load_eval
+
+    errors, notes = check_eval_file(path)
+    if not errors and kind == "eval":
+        local_questions(load_eval(path))
+    return [*errors], notes
+
+
+def _check_model(recipe: Recipe, full: bool, notes: list[RecipeError]) -> Iterable[RecipeError]:
+    """Return what is wrong with the model: a folder's files, and with `full` all that upstream
+    says.
+    """
+    folder = Path(recipe.model.name_or_path)
+    if not full and not folder.is_dir():
+        return []
+    from recipes_lib.config.preflight import check_model_files, check_upstream
+
+    return check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
 
 
 def _files(path: Path) -> Iterable[Path]:
@@ -105,15 +149,11 @@ def _files(path: Path) -> Iterable[Path]:
     if not path.is_dir():
         if _OVERRIDE.match(str(path)) and not path.exists():
             what = f"'{path}' is a value, and recipes check reads files"
-            raise RecipeError(
-                what,
-                f"try it out: recipes show RECIPE '{path}'",
-                f"of an eval or a study: recipes eval EVAL RUN '{path}', recipes study plan STUDY"
-                f" '{path}'",
-            )
+            hint = f"try it out: recipes show RECIPE '{path}', recipes eval EVAL RUN '{path}'"
+            raise RecipeError(what, hint)
         path = recipe_path(path)
         if not os.path.lexists(path):  # a link that leads nowhere is there
-            raise no_such_file(path, str(path))
+            raise no_such_file(path)
         return [path]
 
     def left_out(file: Path) -> bool:
@@ -125,20 +165,3 @@ def _files(path: Path) -> Iterable[Path]:
     if not files:
         raise RecipeError("holds no YAML file", file=path)
     return files
-
-
-def _print_remarks(remarks: list[RecipeError]) -> None:
-    """Print warnings once each; equal notes are counted instead of repeated."""
-    by_text: dict[str, list[RecipeError]] = {}
-    for one in remarks:
-        text = one.what if one.what.startswith("note:") else str(one)
-        by_text.setdefault(text, []).append(one)
-    for first, *more in by_text.values():
-        what = first.what
-        if more and what.startswith("note:"):
-            what += f" ({1 + len(more)} files)"
-        print_error(RecipeError(what, *first.hints, file=first.file, line=first.line))
-
-
-def _count(files: list[Path]) -> str:
-    return f"{len(files)} file{'s' * (len(files) != 1)}"

@@ -5,23 +5,15 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
+from typing import Any
 
-from recipes_lib.config.constraints import NOT_IN_RECIPES
-from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
-from recipes_lib.config.sections import TRAIN_DEFAULTS
-from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.validation import describe
-from recipes_lib.config.vocabulary import RENAMES, dotted_names, section_keys, subschema
+from recipes_lib.config.recipe import RecipeFile
+from recipes_lib.config.suggestions import near_names
+from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS, upstream_fields
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
-
-_CLASS = {
-    "train": "trl.SFTConfig",
-    "lora": "peft.LoraConfig",
-    "quantization": "transformers.BitsAndBytesConfig",
-}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -36,77 +28,100 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         RecipeError: there is no such key.
     """
-    if args.key is None:
-        _list("", list(SECTIONS))
-        next_step("recipes explain train")
+    keys = _all_keys()
+    name = _full_name(args.key, keys) if args.key else ""
+    inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
+    if not inner:
+        _explain(name, keys[name])
+        next_step(f"recipes explain {name.rpartition('.')[0]}")
         return ExitCode.DONE
-    key = _full_name(args.key)
-    keys = section_keys(*key.split("."))
-    schema = subschema(*key.split(".")) or {}
-    if keys:
-        say(f"{key}: {schema.get('description', '')}")
-        _list(f"{key}.", keys)
-        next_step(f"recipes explain {key}.{keys[0]}")
-    else:
-        _explain(key, schema)
-        next_step(f"recipes explain {key.rpartition('.')[0]}")
+    if name:
+        say(f"{name}: {keys[name].get('description', '')}")
+    width = max(map(len, inner)) - len(name)
+    room = max(30, shutil.get_terminal_size().columns - width - 5)
+    for key, schema in inner.items():
+        text = textwrap.shorten(schema.get("description") or "", room, placeholder=" ...")
+        say(f"  {key.removeprefix(f'{name}.'):<{width}}  {text}".rstrip())
+    next_step(f"recipes explain {next(iter(inner)) if name else 'train'}")
     return ExitCode.DONE
 
 
-def _full_name(key: str) -> str:
+def _all_keys() -> dict[str, dict[str, Any]]:
+    """Return dotted key -> JSON Schema of every section and key of a recipe."""
+    root = RecipeFile.model_json_schema()
+    found: dict[str, dict[str, Any]] = {}
+
+    def visit(schema: dict[str, Any], prefix: str) -> None:
+        for key, part in schema.get("properties", {}).items():
+            known = [one["$ref"] for one in (part, *part.get("anyOf", [])) if "$ref" in one]
+            inner = root["$defs"][known[0].rpartition("/")[2]] if len(known) == 1 else {}
+            found[f"{prefix}{key}"] = {**inner, **part}
+            visit(inner, f"{prefix}{key}.")
+
+    visit(root, "")
+    return {key: found[key] for section in SECTIONS for key in found if _is_in(key, section)}
+
+
+def _is_in(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
     """Return the dotted name of a key, completed where only one section has it.
 
     Raises:
-        RecipeError: no such key; says what it was renamed to, why it is not there, or what is near.
+        RecipeError: no such key; says what to write instead, or what is near.
     """
-    plain = key.replace("-", "_")
-    if subschema(*plain.split(".")) is not None:
-        return plain
+    plain = word.replace("-", "_")
+    ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
+    if plain in keys or len(ending) == 1:
+        return plain if plain in keys else ending[0]
     section, _, name = plain.rpartition(".")
-    if name in RENAMES:
-        rename = RENAMES[name]
-        now = f"recipes explain {rename.new}" if rename.new else ""
-        raise RecipeError(rename.message(key), *filter(None, (rename.note, now)))
-    reasons = [
-        f"{home}.{name}: {words[name]}"
-        for home, words in NOT_IN_RECIPES.items()
-        if name in words and section in ("", home)
-    ]
-    if reasons:
-        raise RecipeError(f"'{key}' is not a recipe's business", *reasons)
-    near = dotted_names(name) if not section or section not in SECTIONS else []
-    if not section and len(near) == 1 and near[0].rpartition(".")[2] == name:
-        return near[0]
+    for home in [section] if section in SECTIONS else SECTIONS:
+        models = RecipeFile.model_fields[home].annotation
+        for model in (models, *getattr(models, "__args__", ())):
+            if instead := getattr(model, "gone", {}).get(name):
+                raise RecipeError(f"'{home}.{name}' is not a key of recipes", instead)
+    near = ending or _near_keys(plain, keys)
     hints = [f"did you mean {' or '.join(near)}?"] if near else []
-    if section and not near:
-        hints = did_you_mean(name, section_keys(*section.split(".")), f"{section}.")
-    known = f"all keys: recipes explain {section if section in SECTIONS else ''}".rstrip()
-    raise RecipeError(f"there is no key '{key}'", *hints, known)
+    raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
 
 
-def _list(prefix: str, keys: list[str]) -> None:
-    width = max(len(key) for key in keys)
-    room = max(30, shutil.get_terminal_size().columns - width - 5)
-    for key in keys:
-        text = (subschema(*f"{prefix}{key}".split(".")) or {}).get("description", "")
-        short = textwrap.shorten(text, room, placeholder=" ...")
-        say(f"  {key:<{width}}  {short}".rstrip())
+def _near_keys(word: str, keys: dict[str, Any]) -> list[str]:
+    """Return the dotted keys nearest to a word, with or without its section."""
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    names = near_names(word, keys) or near_names(word.rpartition(".")[2], last)
+    return [last.get(name, name) for name in names]
 
 
-def _explain(key: str, schema: JsonSchema) -> None:
+def _explain(key: str, schema: dict[str, Any]) -> None:
     section, _, name = key.partition(".")
-    choices = schema.get("enum", [])
     say(f"{key}: {describe(schema)}")
-    if len(choices) > 1 and "choices" in describe(schema):
-        _wrapped(", ".join(str(choice) for choice in choices if choice is not None))
-    default = TRAIN_DEFAULTS.get(name) if section == "train" else None
-    if default:
-        why = f"project default, not TRL's: {default.reason}"
-        _wrapped(f"default {value_text(default.value)} ({why})")
+    if section in CLASSES:
+        default, whose = upstream_fields()[section].get(name, {}).get("default"), CLASSES[section]
+        if section == "train" and name in TRAIN_DEFAULTS:
+            default, whose = TRAIN_DEFAULTS[name], "project default, not TRL's"
+        _wrapped(f"default {value_text(default)} ({whose})")
     elif "default" in schema:
-        upstream = f" ({_CLASS[section]})" if section in _CLASS else ""
-        _wrapped(f"default {value_text(schema['default'])}{upstream}")
-    _wrapped(schema.get("description", "no documentation upstream"))
+        _wrapped(f"default {value_text(schema['default'])}")
+    _wrapped(schema.get("description") or "no documentation upstream")
+
+
+def describe(schema: dict[str, Any]) -> str:
+    """Return what a value must be, in words.
+
+    Example:
+        >>> describe({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
+        'integer >= 1 or null'
+    """
+    if "anyOf" in schema:
+        return " or ".join(dict.fromkeys(describe(part) for part in schema["anyOf"]))
+    if "enum" in schema or "const" in schema:
+        return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
+    bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    words = [f"{sign} {schema[word]:g}" for word, sign in bounds.items() if word in schema]
+    kind = {"array": "list", "object": "mapping", "string": "text"}.get(schema.get("type", ""))
+    return " ".join([kind or schema.get("type", "any value"), *words])
 
 
 def _wrapped(text: str) -> None:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from recipes_lib.config.loader import load_document
-from recipes_lib.config.migrate import keys_behind, migrate
+from recipes_lib.config.documents import read
+from recipes_lib.config.migrate import migrate
 from recipes_lib.config.new import schema_line
-from recipes_lib.config.validation import check
-from recipes_lib.config.yaml_source import read_yaml
 from recipes_lib.core.atomic_files import write_text
-from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.errors import DataError, ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
-
-_ROUNDS = 5
+from recipes_lib.data.columns import look_at
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -27,41 +24,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the recipe and list every change; values that the check refuses become comments.
+    """Write the recipe and list every change.
 
     Raises:
-        RecipeError: IN is no flat fine-tuning config, OUT exists, or the result has errors that
-            leaving keys out cannot mend.
+        RecipeError: IN is no flat fine-tuning config, a value of it cannot be in a recipe, or OUT
+            exists.
     """
-    source, output = Path(args.config), Path(args.output)
+    output = Path(args.output)
     if output.exists() and not args.force:
-        raise RecipeError(
-            "exists already", "add --force to replace it, or choose another --output", file=output
-        )
-    rejected: dict[str, str] = {}
-    for _ in range(_ROUNDS):
-        migration = migrate(source, schema_line(output), rejected)
-        write_text(output, migration.text())
-        errors = _errors(output)
-        refused = keys_behind(errors, migration, read_yaml(output).lines)
-        if not errors or not refused - rejected.keys():
-            break
-        for error in errors:
-            for key in keys_behind([error], migration, read_yaml(output).lines):
-                rejected.setdefault(key, error.what)
+        hint = "add --force to replace it, or choose another --output"
+        raise RecipeError("exists already", hint, file=output)
+    source = Path(args.config)
+    migration = migrate(source, schema_line(output), _prompt_formats(source))
+    write_text(output, migration.text())
     for change in migration.changes:
         say(change)
-    if errors:
-        raise RecipeErrors(errors)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
-    changes = f"{len(migration.changes)} changes, {lost} of them not carried over"
-    say(f"{output}: {f'{changes} (comments at its end)' if lost else 'nothing was lost'}")
+    say(f"{output}: {len(migration.changes)} changes, {lost} keys not carried over")
     next_step(f"recipes check --full {output}")
-    return 0
+    return ExitCode.DONE
 
 
-def _errors(path: Path) -> list[RecipeError]:
+def _prompt_formats(source: Path) -> tuple[str, ...] | None:
+    """Return how the rows that a flat file names can be read, where they are a file here."""
+    values = read(source, yaml_1_1=True).values
+    name = values.get("dataset_name") if isinstance(values, dict) else None
+    if not isinstance(name, str) or not Path(name).exists():
+        return None
     try:
-        return check(load_document(path), full=False)
-    except RecipeError as error:
-        return error.errors
+        return look_at(Path(name)).prompt_formats
+    except DataError:
+        return None

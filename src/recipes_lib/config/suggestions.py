@@ -13,11 +13,13 @@ def near_names(word: str, names: Iterable[str], at_most: int = 1) -> list[str]:
         >>> near_names("learning-rte", ["learning_rate", "seed"])
         ['learning_rate']
     """
+    if len(word) < 3:
+        return []
     plain = {name.replace("-", "_").lower(): name for name in names}
     return [
         plain[near]
         for near in difflib.get_close_matches(
-            word.replace("-", "_").lower(), plain, n=at_most, cutoff=0.7
+            word.replace("-", "_").lower(), plain, n=at_most, cutoff=0.65
         )
     ]
 

@@ -1,30 +1,286 @@
-"""Stage 2: the real SFTConfig, LoraConfig and BitsAndBytesConfig, so that upstream has the last
-word.
+"""The sections `train`, `lora` and `quantization`: TRL's, PEFT's and transformers' own classes.
 
-This module imports torch; everything else about recipes works without. What is derived here and
-nowhere else: the accumulation steps from the batch, `use_cpu` from the device, `max_length` where
-rows arrive truncated.
+Their keys, types, defaults and texts stand in `upstream.json`, which `make schema` writes from the
+installed versions, so that a recipe is checked without torch. The functions at the end build the
+real objects: upstream has the last word. What is derived there and nowhere else: the accumulation
+steps from the batch, `use_cpu` from the device, `max_length` where rows arrive truncated.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import inspect
+import json
 import os
 import re
 import typing
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+
+from pydantic import Field, create_model
 
 from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.constraints import COMPILE_KEYS
-from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.documents import Section
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
+
+    from recipes_lib.config.recipe import Recipe
+
+UPSTREAM_FILE = Path(__file__).with_name("upstream.json")
+CLASSES = {
+    "train": "trl.SFTConfig",
+    "lora": "peft.LoraConfig",
+    "quantization": "transformers.BitsAndBytesConfig",
+}
+COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+# Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
+# the weights of the base.
+STARTS_WITHOUT_WEIGHTS = (True, False, "gaussian", "orthogonal")
+# Project defaults for `train` that differ from TRL's; none changes the declared mathematics.
+TRAIN_DEFAULTS = {
+    # recomputing activations costs speed (about 20% by TRL's figure)
+    "activation_checkpointing": False,
+    # upstream replaces a NaN loss by an earlier mean, so that a broken run looks fine
+    "logging_nan_inf_filter": False,
+    # a LoRA step uses every trainable parameter; searching for unused ones costs time
+    "ddp_find_unused_parameters": False,
+}
+# Part of an optimizer's name -> the package that transformers imports for it, once it is made.
+_OPTIMIZER_PACKAGES = {
+    "galore": "galore_torch",
+    "apollo": "apollo_torch",
+    "lomo": "lomo_optim",
+    "grokadamw": "grokadamw",
+    "schedule_free": "schedulefree",
+    "adamw_torch_4bit": "torchao",
+    "adamw_torch_8bit": "torchao",
+}
+_LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
+_RECORD = "PEFT writes it into the saved adapter by itself"
+_MIGRATE = "; a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
+# Old key of `train` -> the key of today, by which `recipes migrate` renames.
+RENAMES = {
+    "max_seq_length": "max_length",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+    "neftune_alpha": "neftune_noise_alpha",
+    "push_to_hub_model_id": "hub_model_id",
+}
+# Keys that TRL or transformers removed -> what to know.
+REMOVED = {
+    "overwrite_output_dir": "a run directory is never overwritten; choose another run.name",
+    "logging_dir": "logs lie in the run directory",
+    "save_safetensors": "safetensors are always written",
+    "tokenizer": "the tokenizer comes with model.name_or_path",
+    "dataset_batch_size": "rows are prepared by recipes_lib.data",
+    "num_of_sequences": "rows are prepared by recipes_lib.data",
+    "chars_per_token": "rows are prepared by recipes_lib.data",
+    "push_to_hub_organization": "write train.hub_model_id: organisation/name",
+    "push_to_hub_token": "log in with 'hf auth login'",
+    "include_tokens_per_second": "tokens per second are always logged",
+    "use_mps_device": "the device is found by itself",
+}
+# Keys of upstream's classes that are not a recipe's business -> what to write instead.
+NOT_IN_TRAIN = {
+    "output_dir": "the run directory is runs/<run.name>; set run.name",
+    "run_name": "set run.name",
+    "resume_from_checkpoint": (
+        "the same command resumes from the newest complete checkpoint by itself"
+    ),
+    "do_train": "recipes train always trains",
+    "do_eval": "set train.eval_strategy",
+    "do_predict": "evaluation has its own verb: recipes eval",
+    "hub_token": "a secret never belongs in a file; log in with 'hf auth login'",
+    "model_init_kwargs": "use model.kwargs",
+    "trust_remote_code": "use model.trust_remote_code, and --trust-remote-code",
+    "chat_template_path": "use data.chat_template",
+    "dataset_text_field": "use data.columns: {text: NAME}",
+    "dataset_kwargs": "rows are tokenised and masked by recipes_lib.data",
+    "enable_jit_checkpoint": "runs stop safely on SIGTERM; upstream's leaves a half-trained model",
+    "local_rank": _LAUNCHER,
+    "fsdp": _LAUNCHER,
+    "fsdp_config": _LAUNCHER,
+    "deepspeed": "DeepSpeed is not supported; use launch.accelerate: fsdp",
+    "parallelism_config": _LAUNCHER,
+    "ignore_data_skip": "a resumed run sees the rows it would have seen",
+    "auto_find_batch_size": "it would change the examples per step behind the recipe's back",
+}
+NOT_IN_LORA = {
+    "peft_type": "it is always LORA",
+    "auto_mapping": _RECORD,
+    "peft_version": _RECORD,
+    "base_model_name_or_path": _RECORD,
+    "revision": _RECORD,
+    "inference_mode": "an adapter in training is never in inference mode",
+    "megatron_config": "Megatron is not supported",
+    "megatron_core": "Megatron is not supported",
+}
+_GONE = {
+    "train": {
+        **{old: f"it is train.{new} since TRL 1 / transformers 5" for old, new in RENAMES.items()},
+        **{old: f"was removed upstream: {why}" for old, why in REMOVED.items()},
+        "warmup_ratio": (
+            "it is train.warmup_steps since transformers 5; a number below 1 is a fraction"
+        ),
+        "group_by_length": "write train.train_sampling_strategy: group_by_length",
+        "torch_dtype": "write model.dtype",
+        "lr": "write train.learning_rate",
+        "epochs": "write train.num_train_epochs",
+        "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
+    },
+    "lora": {"alpha": "write lora.lora_alpha", "dropout": "write lora.lora_dropout"},
+    "quantization": {},
+}
+_NOT_IN = {"train": NOT_IN_TRAIN, "lora": NOT_IN_LORA, "quantization": {}}
+
+
+class CheckpointingKwargs(Section):
+    """What torch's and TRL's activation checkpointing take."""
+
+    use_reentrant: bool | None = None
+    preserve_rng_state: bool | None = None
+    determinism_check: Literal["default", "none"] | None = None
+    early_stop: bool | None = None
+    every_n_layers: int | None = Field(None, ge=1)
+    offload: bool | None = None
+    selective: bool | None = None
+
+
+_AtLeast1 = Annotated[int, Field(ge=1)]
+_Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
+_DType = Literal["float32", "bfloat16", "float16"]
+# Types that are narrower than upstream's annotation: what it accepts and cannot work with.
+_NARROWER: dict[str, dict[str, Any]] = {
+    "train": {
+        "per_device_train_batch_size": _AtLeast1,
+        "per_device_eval_batch_size": _AtLeast1,
+        "gradient_accumulation_steps": _AtLeast1,
+        "eval_accumulation_steps": _AtLeast1 | None,
+        "max_length": _AtLeast1 | None,
+        "save_total_limit": _AtLeast1 | None,
+        "dataset_num_proc": _AtLeast1 | None,
+        "max_steps": Literal[-1] | _AtLeast1,
+        "num_train_epochs": _Positive,
+        "learning_rate": _Positive,
+        "logging_steps": _Positive,
+        "eval_steps": _Positive | None,
+        "save_steps": _Positive,
+        "adam_epsilon": _Positive,
+        "adam_beta1": _Share,
+        "adam_beta2": _Share,
+        "label_smoothing_factor": _Share,
+        "warmup_steps": _NotNegative,
+        "weight_decay": _NotNegative,
+        "max_grad_norm": _NotNegative,
+        "neftune_noise_alpha": _NotNegative | None,
+        "router_aux_loss_coef": _NotNegative | None,
+        "seed": _Seed,
+        "data_seed": _Seed | None,
+        "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+        "activation_checkpointing_kwargs": CheckpointingKwargs | None,
+        # true hides the step on which the loss stopped being a number
+        "logging_nan_inf_filter": Literal[False],
+    },
+    "lora": {
+        "task_type": Literal["CAUSAL_LM"],
+        "r": Annotated[int, Field(ge=1, le=2**16)],  # wider than any layer
+        "lora_alpha": _AtLeast1,
+        "lora_dropout": _Share,
+        "init_lora_weights": bool
+        | Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]
+        | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
+    },
+    "quantization": {
+        "bnb_4bit_compute_dtype": _DType,
+        "bnb_4bit_quant_type": Literal["fp4", "nf4"],
+        "bnb_4bit_quant_storage": Literal[
+            "uint8", "int8", "float16", "bfloat16", "float32", "float64"
+        ],
+    },
+}
+
+
+@lru_cache(maxsize=1)
+def upstream_fields() -> dict[str, dict[str, Any]]:
+    """Return the keys of the three sections, each with its JSON Schema and default."""
+    fields: dict[str, dict[str, Any]] = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
+    return fields
+
+
+def upstream_default(section: str, key: str) -> Any:
+    """Return the value that a key has where a recipe does not say it.
+
+    Example:
+        >>> upstream_default("train", "per_device_train_batch_size")
+        8
+    """
+    ours = TRAIN_DEFAULTS if section == "train" else {}
+    return ours.get(key, upstream_fields()[section][key].get("default"))
+
+
+def _section(name: str) -> type[Section]:
+    """Return the model of a section."""
+    narrower, not_ours = _NARROWER[name], _NOT_IN[name]
+    fields: dict[str, Any] = {
+        key: (
+            narrower.get(key) or _type(schema, key),
+            Field(None, description=schema.get("description")),
+        )
+        for key, schema in upstream_fields()[name].items()
+        if key not in not_ours
+    }
+    model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
+    model.__doc__ = f"`{CLASSES[name]}`, key by key."
+    model.gone = {key: why + _MIGRATE for key, why in _GONE[name].items()} | not_ours
+    return model
+
+
+def _type(schema: dict[str, Any], name: str = "") -> Any:
+    """Return the annotation of a JSON Schema."""
+    if "anyOf" in schema:
+        return Union[tuple(_type(part, name) for part in schema["anyOf"])]  # noqa: UP007
+    if "enum" in schema:
+        return Literal[tuple(schema["enum"])]
+    if "properties" in schema:
+        inner: dict[str, Any] = {
+            key: (_type(part, key), None) for key, part in schema["properties"].items()
+        }
+        return create_model(name, __base__=Section, **inner)
+    kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
+    if schema.get("type") == "array":
+        return list[_type(schema["items"])] if "items" in schema else list[Any]  # type: ignore[misc]
+    return kinds.get(schema.get("type", ""), dict[str, Any])
+
+
+if TYPE_CHECKING:
+
+    class TrainSection(Section):
+        """Made of upstream.json."""
+
+    class LoraSection(Section):
+        """Made of upstream.json."""
+
+    class QuantizationSection(Section):
+        """Made of upstream.json."""
+
+else:
+    TrainSection = _section("train")
+    LoraSection = _section("lora")
+    QuantizationSection = _section("quantization")
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
@@ -137,6 +393,11 @@ def check_packages(recipe: Recipe) -> None:
         key = "train.use_liger_kernel"
         hint = f"pip install -c constraints.txt -e '.[gpu]' brings it; or {key}=false"
         raise recipe.fault(key, f"{key}: liger-kernel is not installed", hint)
+    optimizer = str(recipe.train.get("optim", ""))
+    for word, package in _OPTIMIZER_PACKAGES.items():
+        if word in optimizer and importlib.util.find_spec(package) is None:
+            what = f"train.optim: {optimizer} needs the package {package}, which is not installed"
+            raise recipe.fault("train.optim", what, "install it, or choose another: adamw_torch")
     if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
         key = "model.attn_implementation"
         wanted, found = kernels_wanted_and_found()

@@ -13,12 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.handed import handed_document, note
 from recipes_lib.config.json_schema import JsonSchema, types_of
 from recipes_lib.config.kinds import KINDS, wrong_kind
 from recipes_lib.config.loader import Document, load_document
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.vocabulary import SHORT_DTYPES, load_schema, subschema
+from recipes_lib.config.vocabulary import SHORT_DTYPES, load_schema
 from recipes_lib.config.yaml_source import KeyPath
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.redaction import holds_secret, is_secret_name, mask_secrets
@@ -106,14 +105,11 @@ def load(path: str | Path, kind: str, overrides: Sequence[str] = ()) -> Document
         RecipeError: no such file, no YAML, or a file of another kind.
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    document = handed_document(path, overrides)
-    if document is None:
-        document = load_document(path, overrides, keep_going=True)
-        if document.kind.name != kind:
-            raise wrong_kind(document.kind, kind, document.file)
-        if errors := validate(document):
-            raise RecipeErrors(errors)
-        note(document, overrides)
+    document = load_document(path, overrides, keep_going=True)
+    if document.kind.name != kind:
+        raise wrong_kind(document.kind, kind, document.file)
+    if errors := validate(document):
+        raise RecipeErrors(errors)
     return document
 
 
@@ -170,15 +166,10 @@ def _validator(kind: str) -> Draft202012Validator:
         is_one = isinstance(value, int | float) and not isinstance(value, bool)
         return is_one and math.isfinite(value)
 
-    schema = load_schema()["$defs"]["document"] if kind == "base" else load_schema(kind)
+    schema = load_schema(kind)
     types = {"integer": is_integer, "number": is_number}
     checker = Draft202012Validator.TYPE_CHECKER.redefine_many(types)
     return validators.extend(Draft202012Validator, type_checker=checker)(schema)
-
-
-def validator_of(schema: JsonSchema) -> Draft202012Validator:
-    """Return the validator of a part of the recipe's schema."""
-    return _validator("base").evolve(schema=schema)
 
 
 def translate(
@@ -323,7 +314,7 @@ def find_credentials(document: Document) -> dict[KeyPath, RecipeError]:
         key = str(path[-1]).replace("-", "_")
         holds = value not in (None, "") and not isinstance(value, dict | list | bool)
         # the schema has train.eos_token
-        named = is_secret_name(key) and holds and subschema(*map(str, path)) is None
+        named = is_secret_name(key) and holds
         if named or (isinstance(value, str) and holds_secret(value)):
             what = f"'{mask_secrets(dotted(path))}' looks like a secret; a recipe must not hold one"
             errors[path] = document.error(path, what, _SECRET_HINT)

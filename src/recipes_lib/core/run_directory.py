@@ -1,7 +1,7 @@
 """One run, one folder: where each file lies, and the state in run.json.
 
     runs/<name>/
-      recipe.yaml  recipe.json  resolved.yaml  command.txt  environment.json  splits.json
+      recipe.yaml  resolved.yaml  command.txt  environment.json  splits.json
       supervision.json  metrics.jsonl  figures/  checkpoints/checkpoint-N/  adapter/ or model/
       merged/  evals/  run.json
 

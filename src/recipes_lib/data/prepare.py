@@ -5,7 +5,6 @@ the other ranks read it instead of making it again.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import shutil
@@ -145,7 +144,7 @@ def _key(recipe: Recipe, tokenizer: Any) -> str | None:
         template = chat_template(recipe.data, tokenizer)
     twin = twin_of(recipe.data, tokenizer)
     parts = [
-        dataclasses.asdict(recipe.data),
+        recipe.data.model_dump(warnings=False),
         {name: recipe.train.get(name) for name in names},
         [template, twin.hash if twin else None, tokenizer.special_tokens_map],
         tokenizer.backend_tokenizer.to_str(),

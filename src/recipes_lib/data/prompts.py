@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.handed import read_text
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.project import shown_path
@@ -216,7 +215,7 @@ def _plain_template(section: DataSection, tokenizer: Any) -> str:
             raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *near)
         path = shipped[given]
     try:
-        return read_text(path)
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         if not path.is_file():
             hint = "give a .jinja file, or the template itself"

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from recipes_lib.config.loader import Document
-from recipes_lib.config.recipe import recipe_from
+from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection, SplitSection
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
@@ -257,11 +256,11 @@ def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
     return digest.hexdigest()
 
 
-def check_rows(document: Document, full: bool) -> list[DataError]:
+def check_rows(recipe: Recipe, full: bool) -> list[DataError]:
     """Return what is wrong with a recipe's local rows, for `recipes check`; the files of which not
     all rows were read are printed.
     """
-    recipe, most = recipe_from(document), None if full else NUM_CHECKED
+    most = None if full else NUM_CHECKED
     try:
         for file in check_local_rows(recipe.data, most):
             looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
@@ -289,7 +288,7 @@ def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -
     if not local:
         return []
     bad = BadRows()
-    rows = read_data(replace(section, source=local), bad, max_rows=max_rows)
+    rows = read_data(section.model_copy(update={"source": local}), bad, max_rows=max_rows)
     if bad.found and (section.on_bad_row == "error" or not len(rows)):
         raise bad.error(rows.num_read)
     return rows.longer

@@ -198,8 +198,8 @@ def _plan_recipe(
     jobs, recipes = list[Job](), dict[str, Recipe]()
     if "train" in stages:
         refuse_leaks_of(recipe, evals)
-        recipes["recipe.json"] = recipe
-        task = _training(folder / "recipe.json", recipe, launch, python, asked.flags)
+        recipes["resolved.yaml"] = recipe
+        task = _training(folder / "resolved.yaml", recipe, launch, python, asked.flags)
         jobs.append(Job("train", "train", (task,), _size(launch)))
         warnings += _estimate(recipe, launch, profile)
     elif not run.exists() or run.read_state()["state"] != "finished":
@@ -259,7 +259,7 @@ def _plan_study(
     for one in left:
         launch = one.arm.launch
         _refuse_gpus(launch, profile)
-        file = f"{one.run}.json"
+        file = f"{one.run}.yaml"
         recipes[file] = one.recipe(study)
         task = _training(folder / file, recipes[file], launch, python, flags)
         groups.setdefault((_size(launch), launch.config.path.stem), []).append(task)

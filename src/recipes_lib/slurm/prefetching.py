@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes_lib.config.loader import load_document
-from recipes_lib.config.model_files import TOKENIZER_FILES
+from recipes_lib.config.preflight import TOKENIZER_FILES
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import DataError, EnvironmentFault

@@ -64,7 +64,7 @@ def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
     return dataclasses.replace(
         arm.recipe,
         name=name,
-        run=dataclasses.replace(arm.recipe.run, name=name),
+        run=arm.recipe.run.model_copy(update={"name": name}),
         train={**arm.recipe.train, "seed": seed},
         origins={**arm.recipe.origins, "run.name": word, "train.seed": word},
     )

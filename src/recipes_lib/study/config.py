@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from recipes_lib.analysis.aims import Aims, Margin, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.check import check_upstream
-from recipes_lib.config.handed import handed_document
 from recipes_lib.config.json_schema import JsonSchema
 from recipes_lib.config.kinds import SECTIONS
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.loader import COMMAND_LINE, Document, Origin, load_document
+from recipes_lib.config.preflight import check_upstream
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.schema import fields_of, file_schema
 from recipes_lib.config.sections import LaunchSection, key
@@ -759,7 +758,7 @@ class _Reader:
     def _file(self, key: KeyPath, name: str, what: str) -> Path | None:
         """The file that a key names."""
         path = self.document.folder(key) / name
-        if path.is_file() or handed_document(path, ()):
+        if path.is_file():
             return path
         near = did_you_mean(path.name, [file.name for file in path.parent.glob("[!_]*.yaml")])
         self._wrong(key, f"{what}: {shown_path(path)}", *near)

@@ -16,7 +16,7 @@ from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import ExitCode, Interrupted, Preempted, RecipeError, RecipesError
 from recipes_lib.core.faults import explain_fault
-from recipes_lib.core.json_files import DamagedFile, read_object, utc_now
+from recipes_lib.core.json_files import read_object, utc_now
 from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
@@ -98,14 +98,11 @@ class Attempt:
 
     def _restore_settings(self) -> None:
         """Write the settings of a finished run again where a disk damaged them. The command and the
-        environment that trained it stay; an earlier release recorded no recipe.json.
+        environment that trained it stay.
         """
-        recorded = self.run.path / RECIPE_FILE
         try:
-            load_recipe(self.run.path / "resolved.yaml")
-            if recorded.exists() or "data_folders" not in self.earlier:
-                Recipe.read(recorded)
-        except (RecipeError, DamagedFile) as error:
+            load_recipe(self.run.path / RECIPE_FILE)
+        except RecipeError as error:
             say(f"{error}; written again")
             write_settings(self.run, self.recipe)
 
@@ -243,10 +240,9 @@ def stop_behind(error: BaseException | None) -> RecipesError | None:
 
 
 def write_settings(run: RunDirectory, recipe: Recipe) -> None:
-    """Write recipe.yaml as it was, recipe.json and resolved.yaml."""
+    """Write recipe.yaml as it was, and resolved.yaml."""
     write_text(run.path / "recipe.yaml", recipe.text)
     recipe.write(run.path / RECIPE_FILE)
-    write_text(run.path / "resolved.yaml", recipe.resolved_yaml())
 
 
 def write_provenance(run: RunDirectory, recipe: Recipe) -> None:

@@ -27,10 +27,10 @@ from recipes_lib.config.batch import (
     sync_each_batch,
     warmup_steps,
 )
-from recipes_lib.config.constraints import COMPILE_KEYS, VARLEN
-from recipes_lib.config.model_names import varlen_refused
+from recipes_lib.config.preflight import varlen_refused
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.upstream import build_lora_config
+from recipes_lib.config.sections import VARLEN
+from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config
 from recipes_lib.core.errors import one_line
 from recipes_lib.core.ranks import say_once
 from recipes_lib.core.run_directory import RunDirectory

@@ -12,8 +12,7 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from recipes_lib.config.accelerate_config import precision_conflict
-from recipes_lib.config.launch import Active
+from recipes_lib.config.launch import Active, precision_conflict
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.ranks import world_size

@@ -17,12 +17,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.config.check import check_upstream
-from recipes_lib.config.constraints import VARLEN
-from recipes_lib.config.model_files import DEQUANTIZED, broken_shard, local_folder, no_tokenizer
-from recipes_lib.config.model_names import attention_refused
+from recipes_lib.config.preflight import (
+    DEQUANTIZED,
+    attention_refused,
+    broken_shard,
+    check_upstream,
+    local_folder,
+    no_tokenizer,
+)
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import ModelSection
+from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, first_line
 from recipes_lib.core.files import read_object
@@ -257,8 +261,8 @@ def load_saved(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase)
     """Load a whole model (a full fine-tuning, or a merged one) from its folder alone, in the
     precision of its files.
     """
-    section = dataclasses.replace(
-        recipe.model, name_or_path=str(folder), revision=None, resize_embeddings=False
+    section = recipe.model.model_copy(
+        update={"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
     )
     model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
     return model.to(device_with_room(model))

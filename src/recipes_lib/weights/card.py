@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import HUB_ID
 from recipes_lib.core.errors import RecipesError

@@ -5,7 +5,6 @@ without merging. Weights are compared with the hashes in run.json wherever they 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class TrainedRun:
         """The recipe's data section for asking the run: its chat template was saved with its
         tokenizer.
         """
-        return dataclasses.replace(self.recipe.data, chat_template=None)
+        return self.recipe.data.model_copy(update={"chat_template": None})
 
 
 def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
@@ -260,7 +259,7 @@ def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
     groups: dict[str, list[TrainedRun]] = {}
     for run in runs:
         recipe = run.recipe
-        shared = [dataclasses.asdict(recipe.model), recipe.quantization]
+        shared = [recipe.model.model_dump(), recipe.quantization]
         key = run.run.name if recipe.lora is None else json.dumps(shared, sort_keys=True)
         groups.setdefault(key, []).append(run)
     return list(groups.values())

@@ -207,7 +207,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
 
 
 def _in_precision(recipe: Recipe, dtype: str) -> Recipe:
-    section = dataclasses.replace(recipe.model, dtype=dtype)  # type: ignore[arg-type]
+    section = recipe.model.model_copy(update={"dtype": dtype})
     return dataclasses.replace(recipe, model=section)
 
 

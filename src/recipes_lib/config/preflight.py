@@ -1,0 +1,489 @@
+"""What only the model's files and upstream's classes can say about a recipe, before anything is
+loaded: is it a model that can be trained, do the names in the recipe exist in it, does PEFT take
+the adapter. The architecture is built on the meta device: no weights, no memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.config.rules import no_model_at
+from recipes_lib.config.sections import VARLEN
+from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.upstream import (
+    build_lora_config,
+    build_quantization_config,
+    build_sft_config,
+    check_packages,
+    has_accelerator,
+    refused,
+    upstream_default,
+)
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
+from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.project import cache_root
+from recipes_lib.models.architectures import (
+    ARCHITECTURES,
+    auto_class,
+    converted,
+    language_modules,
+    needs_of,
+    settle_targets,
+    why_not_varlen,
+    why_rows_apart,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+KEY = "model.name_or_path"
+DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
+_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?)$")
+_AGAIN = "download the model again"
+_A_MODEL = "a model is a folder with config.json, safetensors and a tokenizer"
+
+
+def check_upstream(
+    recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None
+) -> list[RecipeError]:
+    """Return everything that upstream, the model's files and the default launch have against a
+    recipe.
+
+    Args:
+        remote_code: whether the command line allowed the model's own code; None where no model will
+            be loaded.
+        notes: is given what could not be checked.
+    """
+    # it warns about optional kernels as soon as PEFT imports it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    errors: list[RecipeError] = []
+    notes = [] if notes is None else notes
+
+    def collect(build: Callable[[], Any]) -> Any:
+        try:
+            return build()
+        except RecipeError as error:
+            errors.extend(error.errors)
+        except EnvironmentFault as error:
+            errors.append(RecipeError(error.what, *error.hints, file=error.file, line=error.line))
+        return None
+
+    launch = collect(lambda: plan_launch(recipe.launch))
+    launch = launch or Launch(AccelerateConfig(Path()), per_machine=1)
+    here = _for_this_machine(recipe, launch.config, notes)
+    collect(lambda: build_sft_config(here, "unused", launch.world_size))
+    collect(lambda: build_lora_config(recipe))
+    collect(lambda: build_quantization_config(recipe))
+    collect(lambda: check_packages(recipe))
+    errors += _sharded_quantization(recipe, launch.config)
+    before = len(errors)
+    folder = collect(lambda: local_folder(recipe))
+    if folder is not None:
+        errors += check_model_files(recipe, folder, remote_code=remote_code)
+    absent = folder is None or (_from_hub(recipe) and not _has_tokenizer(folder))
+    if len(errors) > before:
+        return errors
+    if folder is None or absent or recipe.model.trust_remote_code:
+        why = "model not on this machine" if absent else "the model brings its own code"
+        what = f"note: not checked against {recipe.model.name_or_path}: {why}"
+        notes.append(recipe.error(KEY, what))
+        return errors
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return errors + list(check_names(recipe, folder, launch.config))
+
+
+def _for_this_machine(
+    recipe: Recipe, accelerate: AccelerateConfig, notes: list[RecipeError]
+) -> Recipe:
+    """Return the recipe without what only a GPU can judge, when it is meant for one and this
+    machine has none.
+    """
+    if accelerate.use_cpu or has_accelerator():
+        return recipe
+    keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
+    if keys:
+        what = f"note: no GPU on this machine: train.{', train.'.join(keys)} not checked"
+        notes.append(recipe.error(f"train.{keys[0]}", what))
+    train = {key: value for key, value in recipe.train.items() if key not in keys}
+    return replace(recipe, train=train)
+
+
+def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> list[RecipeError]:
+    """FSDP shards tensors of one floating type: 4-bit weights must be stored in the type the
+    adapter has, and be gathered in it.
+    """
+    quantization = recipe.quantization
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if quantization is None or not (asked or accelerate.distributed_type == "FSDP"):
+        return []
+    if quantization.get("load_in_8bit"):
+        what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
+        hint = "set load_in_4bit: true with bfloat16 storage, or launch with ddp"
+        return [recipe.error("quantization.load_in_8bit", what, hint)]
+    # FSDP2 gathers every floating tensor in the compute type, packed 4-bit values too
+    if recipe.train.get("fp16"):
+        what = "QLoRA under FSDP cannot compute in fp16: packed 4-bit weights would be rounded"
+        hint = "set train.bf16: true and train.fp16: false, or launch with ddp"
+        return [recipe.error("train.fp16", what, hint)]
+    storage = quantization.get("bnb_4bit_quant_storage")
+    compute = quantization.get("bnb_4bit_compute_dtype")
+    if storage == compute == "bfloat16":
+        return []
+    key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
+    found = f"storage is {storage or 'uint8'}, compute {compute or 'float32'}"
+    what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16, the adapter's type: {found}"
+    hint = "set bnb_4bit_quant_storage and bnb_4bit_compute_dtype: bfloat16, or launch with ddp"
+    return [recipe.error(key, what, hint)]
+
+
+def local_folder(recipe: Recipe) -> Path | None:
+    """Return the folder with the model's files, or None when it is not on this machine.
+
+    A folder, a packaged model that was materialised, or a Hub repository in the local cache.
+
+    Raises:
+        RecipeError: there is nothing of this name here, and it cannot be a Hub id.
+    """
+    name = recipe.model.name_or_path
+    if name.startswith("package:"):
+        for note in (cache_root() / "models").glob("*/source.json"):
+            if (object_or_none(note) or {}).get("package") == name:
+                return note.parent
+        return None
+    if wrong := no_model_at(name):
+        raise recipe.error(KEY, *wrong)
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _from_hub(recipe: Recipe) -> bool:
+    """Whether a model lies in the Hub's cache, where what is missing is fetched when needed."""
+    name = recipe.model.name_or_path
+    return not name.startswith("package:") and not Path(name).is_dir()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
+    """Return the error for a model whose tokenizer cannot be read.
+
+    Args:
+        error: what transformers said.
+    """
+    folder = local_folder(recipe)
+    if folder is not None and object_or_none(folder / "config.json") is None:
+        return recipe.error(KEY, f"{folder} has no readable config.json", _A_MODEL)
+    hint = f"its files stand beside the weights: {', '.join(TOKENIZER_FILES)}"
+    if folder is not None and not _has_tokenizer(folder):
+        return recipe.error(KEY, f"{folder} has no tokenizer", hint)
+    return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
+
+
+def check_model_files(
+    recipe: Recipe, folder: Path, *, remote_code: bool | None = None
+) -> Iterator[RecipeError]:
+    """Yield what is wrong with a model's files.
+
+    Args:
+        remote_code: as for `check_upstream`.
+    """
+    config = object_or_none(folder / "config.json")
+    if config is None:
+        gguf = any(folder.glob("*.gguf"))
+        what = "holds GGUF weights" if gguf else "has no readable config.json"
+        hint = "quantized weights cannot be trained further; give the original model"
+        yield recipe.error(KEY, f"{folder} {what}", hint if gguf else _A_MODEL)
+        return
+    found = config.get("architectures")
+    names = [str(name) for name in found] if isinstance(found, list) else []
+    kind = ARCHITECTURES.get(str(config.get("model_type")))
+    if names and not any(name.endswith(_CAUSAL) for name in names) and not (kind and kind.images):
+        what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
+        yield recipe.error(KEY, what, "choose a model that generates text")
+    if "quantization_config" in config:
+        method = config["quantization_config"]
+        method = method.get("quant_method") if isinstance(method, dict) else method
+        if method != DEQUANTIZED or recipe.quantization is not None:
+            what = f"the model is already quantized ({method or 'a method of its own'})"
+            hint = "give the original model; for QLoRA add a quantization section"
+            if method == DEQUANTIZED:
+                hint = "remove the quantization section: it is trained in model.dtype"
+            yield recipe.error(KEY, what, hint)
+    if "auto_map" in config and remote_code is not True:
+        if not recipe.model.trust_remote_code:
+            what = "the model needs Python code that ships with it"
+            hint = "read that code; then set model.trust_remote_code: true and pass"
+            yield recipe.error(KEY, what, f"{hint} --trust-remote-code")
+        elif remote_code is False:
+            what = "the recipe asks to run the model's own code"
+            yield recipe.error("model.trust_remote_code", what, "pass --trust-remote-code as well")
+    yield from _weights(recipe, folder)
+
+
+def _weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
+    """Yield missing, damaged or pickled weight files; those of the Hub may be still to come."""
+    index = folder / "model.safetensors.index.json"
+    named = (object_or_none(index) or {}).get("weight_map", {})
+    if index.exists() and not (isinstance(named, dict) and named):
+        yield recipe.error(KEY, f"{index} has no weight_map", _AGAIN)
+        named = {}
+    shards = {folder / str(name) for name in named.values()} or {*folder.glob("*.safetensors")}
+    for shard in sorted(shards):
+        if shard.is_file():
+            if problem := broken_shard(shard):
+                yield recipe.error(KEY, f"{shard} {problem}", _AGAIN)
+        elif not _from_hub(recipe):
+            yield recipe.error(KEY, f"{shard} is missing; {index.name} names it", _AGAIN)
+    if not shards and not _from_hub(recipe):
+        hint = "only *.safetensors are read: a pickle can run code; GGUF cannot be trained further"
+        yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)", hint)
+
+
+def broken_shard(path: Path) -> str | None:
+    """Return what is wrong with a safetensors file; no weight is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np"):
+            return None
+    except (SafetensorError, OSError) as error:
+        return f"is damaged: {one_line(error)}"
+
+
+def check_names(
+    recipe: Recipe, folder: Path, accelerate: AccelerateConfig
+) -> Iterator[RecipeError]:
+    """Yield names in the recipe or its accelerate config that the model does not have."""
+    try:
+        model = architecture(folder)
+    except Exception as error:
+        # transformers raises many types here; whatever it is, the user's model cannot be built
+        yield recipe.error(KEY, f"transformers cannot build this model: {one_line(error)}")
+        return
+    yield from _causal(recipe, model)
+    yield from _attention(recipe, model)
+    if recipe.lora is not None:
+        unknown = list(_lora_names(recipe, model))
+        yield from unknown or _injection(recipe, model)
+    packs = "packing" if recipe.train.get("packing") else "padding_free"
+    wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
+    if recipe.train.get(packs) and not wrapped and (why := why_rows_apart(model)):
+        what = f"train.{packs}: {type(model).__name__} {why}"
+        yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
+    yield from _layer_classes(recipe, model, accelerate)
+    try:
+        entries = _tokenizer_size(folder)
+    except Exception as error:  # as above: any failure to read it is the user's to know
+        yield no_tokenizer(recipe, error)
+        return
+    rows = model.get_input_embeddings().weight.shape[0]
+    if entries > rows and not recipe.model.resize_embeddings:
+        what = f"the tokenizer has {entries:,} entries, the model embeds only {rows:,}"
+        hint = "set model.resize_embeddings: true, or use the model's own tokenizer"
+        yield recipe.error(KEY, what, hint)
+
+
+@lru_cache(maxsize=4)
+def architecture(folder: Path) -> PreTrainedModel:
+    """Return the model of a folder without weights. Code that ships with a model is not run."""
+    import torch
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        return getattr(transformers, auto_class(config.model_type)).from_config(config)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_size(folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+
+
+def _causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield an error for an encoder, which sees the tokens that it should predict, and for rows
+    longer than a table of positions.
+    """
+    import torch
+
+    # only the classes that ask for is_decoder depend on it
+    if "is_decoder=True" in inspect.getsource(type(model)) and not model.config.is_decoder:
+        what = f"{type(model).__name__} is an encoder here: it sees the tokens to predict"
+        yield recipe.error(KEY, what, "choose a causal language model")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
+    has_table = any(
+        isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
+        for name, module in language_modules(model)
+    )
+    if has_table and positions and (longest is None or longest > positions):
+        what = f"train.max_length {longest}: the model has a table of {positions:,} positions"
+        hint = f"set train.max_length: {positions} or less"
+        yield recipe.error("train.max_length", f"{what} and fails beyond", hint)
+
+
+def _attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield an error where the model's class does not have the attention asked for; flash attention
+    is left to the machine that has it.
+    """
+    import torch
+    import transformers
+
+    asked = recipe.model.attn_implementation
+    if asked not in ("sdpa", "eager", "flex_attention", VARLEN):
+        return
+    try:
+        with torch.device("meta"):
+            config = copy.deepcopy(model.config)
+            loader = getattr(transformers, auto_class(config.model_type))
+            kernel = "sdpa" if asked == VARLEN else asked
+            tried = loader.from_config(config, attn_implementation=kernel)
+    except (ValueError, ImportError) as error:
+        yield attention_refused(recipe, error)
+        return
+    if asked == VARLEN and (why := why_not_varlen(tried)):
+        yield varlen_refused(recipe, why)
+
+
+def varlen_refused(recipe: Recipe, why: str) -> RecipeError:
+    """Return the refusal of torch's variable-length attention.
+
+    Args:
+        why: the end of a sentence that begins with the kernel's name.
+    """
+    key = "model.attn_implementation"
+    hint = "leave the key out: the fastest that the model has is taken"
+    return recipe.error(key, f"{key}: {VARLEN} {why}", hint)
+
+
+def attention_refused(recipe: Recipe, error: Exception) -> RecipeError:
+    """Return transformers' refusal of `model.attn_implementation` in one line."""
+    key, reason = "model.attn_implementation", one_line(error).partition(". Please request")[0]
+    what = f"{key}: {recipe.model.attn_implementation} is not for this model: {reason}"
+    return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
+
+
+def _lora_names(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield LoRA names that match nothing: PEFT takes a list of which one name matches. And targets
+    that cannot work on this architecture, and layers that it does not have.
+    """
+    import torch
+
+    lora = recipe.lora or {}
+    modules = {name: module for name, module in language_modules(model) if name}
+    linear = {
+        name.rpartition(".")[2] for name, one in modules.items() if isinstance(one, torch.nn.Linear)
+    }
+    existing = {
+        "target_modules": sorted(linear - {"lm_head"}),
+        "modules_to_save": sorted({name.rpartition(".")[2] for name in modules}),
+    }
+    for key, names in existing.items():
+        given = lora.get(key)
+        for name in _unmatched(given, modules):
+            if key == "target_modules" and name in _former_layers(recipe, model):
+                continue
+            place = f"lora.{key}.{given.index(name)}" if isinstance(given, list) else f"lora.{key}"
+            hints = did_you_mean(name, names)
+            hints += [f"it has {', '.join(names)}"] if key == "target_modules" else []
+            yield recipe.error(place, f"lora.{key}: the model has no module '{name}'", *hints)
+    needs, given = needs_of(model), lora.get("target_modules")
+    for name in needs.left_out:
+        if isinstance(given, list) and name in given and name in linear:
+            what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
+            hint = "leave it out, or say all-linear, which does"
+            yield recipe.error("lora.target_modules", what, hint)
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    wanted = lora.get("layers_to_transform")
+    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
+        if layers is not None and not 0 <= layer < layers:
+            key = "lora.layers_to_transform"
+            what = f"{key}: the model has no layer {layer}"
+            yield recipe.error(key, what, f"it has layers 0 to {layers - 1}")
+
+
+def _former_layers(recipe: Recipe, model: Any) -> set[str]:
+    """Return the targets that PEFT takes for layers which are parameters of the experts now."""
+    try:
+        config = build_lora_config(recipe)
+        left = converted(config, model).target_modules if config else ()
+    except (ValueError, RecipeError):
+        left = ()
+    return set((recipe.lora or {}).get("target_modules") or ()) - set(left or ())
+
+
+def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:
+    """Return the names that PEFT would find nowhere: a list matches ends of module names, a text is
+    a regular expression.
+    """
+    if names is None or names == "all-linear":
+        return []
+    if isinstance(names, str):
+        return [] if any(re.fullmatch(names, module) for module in modules) else [names]
+    return [name for name in names if not any(f".{one}".endswith(f".{name}") for one in modules)]
+
+
+def _injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
+    """Yield what PEFT has against these adapters on this model: they are put on a copy without
+    weights.
+    """
+    import torch
+    from peft import get_peft_model
+
+    attention = "or adapt the attention: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+    try:
+        config = build_lora_config(recipe)
+        assert config is not None
+        start = config.init_lora_weights
+        config.init_lora_weights = False  # the initial values of some kinds need the weights
+        settled = settle_targets(config, model)
+        with torch.device("meta"):
+            get_peft_model(copy.deepcopy(model), settled)
+        needs_weights = isinstance(start, str) and start != "gaussian"
+        if needs_weights and converted(settled, model).target_parameters:
+            key = "lora.init_lora_weights"
+            what = f"{key}: {start} starts from weights of layers, and these are experts'"
+            yield recipe.error(key, what, "leave the key out", attention)
+    except RecipeError:  # of the config itself, which is reported where it is built
+        return
+    except (ValueError, TypeError, NotImplementedError) as error:
+        if "meta" in str(error):
+            return  # says something about tensors without values, nothing about the recipe
+        experts = ["that is how PEFT adapts experts: leave the setting out", attention]
+        yield refused(recipe, "lora", error, *(experts if "ParamWrapper" in str(error) else []))
+
+
+def _layer_classes(
+    recipe: Recipe, model: Any, accelerate: AccelerateConfig
+) -> Iterator[RecipeError]:
+    key = "fsdp_transformer_layer_cls_to_wrap"
+    classes = {type(module).__name__ for module in model.modules()}
+    stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
+    layers = sorted({type(child).__name__ for stack in stacks for child in stack})
+    for name in re.split(r"\s*,\s*", str(accelerate.fsdp.get(key) or "")):
+        if name and name not in classes:
+            what = f"{key} '{name}' of {accelerate.path.name} is not in the model"
+            hint = f"its layer classes: {', '.join(layers)}"
+            yield recipe.error("launch.accelerate", what, hint)

