@@ -92,5 +92,5 @@ def test_a_base_is_known_by_its_content_and_a_truncated_file_is_named(
     assert fingerprint(folder) != fingerprint(tiny_model_dir)
     check_whole(folder)
     file.write_bytes(content[:-9])
-    with pytest.raises(Exception, match="is truncated"):
+    with pytest.raises(Exception, match="is damaged"):
         check_whole(folder)
