@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from recipes_lib.config.launch import Launch, plan_launch
-from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config

@@ -10,7 +10,7 @@ from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps, planned_steps, sync_each_batch
 from recipes_lib.config.launch import Launch
-from recipes_lib.config.model_files import local_folder
+from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.data.files import count_rows
