@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.loader import COMMAND_LINE, Origin
-from recipes_lib.config.model_files import KEY as MODEL_KEY
+from recipes_lib.config.preflight import KEY as MODEL_KEY
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import (
     ASKED,
@@ -107,7 +107,7 @@ class Model:
             "finished",
             kind="base",
             stand_in={
-                "model": dataclasses.asdict(self.recipe.model),
+                "model": self.recipe.model.model_dump(),
                 "data": data | {"prompt_format": self.prompts.name},
                 "quantization": self.recipe.quantization,
             },
@@ -312,7 +312,7 @@ def _untrained(word: str, recipe: Recipe, auto: bool = False) -> Model:
         )
         raise RecipeError(f"'{word}' needs Python code that ships with it", hint) from None
     if auto and not tokenizer.chat_template:
-        data = dataclasses.replace(recipe.data, prompt_format="dolly")
+        data = recipe.data.model_copy(update={"prompt_format": "dolly"})
         recipe = dataclasses.replace(recipe, data=data)
     prompts = PromptFormat(recipe.data, tokenizer)
     path = model_path(recipe.model)
