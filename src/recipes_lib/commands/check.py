@@ -16,7 +16,7 @@ from recipes_lib.config.documents import judge, no_such_file, read
 from recipes_lib.config.kinds import kind_of
 from recipes_lib.config.launch import AccelerateFile, accelerate_rules
 from recipes_lib.config.loader import load_document
-from recipes_lib.config.recipe import Recipe, check_recipe, resolve
+from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
 from recipes_lib.core.errors import (
     DataError,
     ExitCode,
@@ -109,7 +109,7 @@ def check_file(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeE
         file, errors = check_recipe(document)
         if errors or file is None or kind.name == "base":
             return [*errors], document.warnings
-        recipe, notes = resolve(file, document), document.warnings
+        recipe, notes = recipe_of(file, document), document.warnings
         found = [*_check_model(recipe, full, notes)]
         return found or [*check_rows(recipe, full)], notes
     except RecipeError as error:

@@ -158,7 +158,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     document = read(path, overrides)
-    return resolve(parse(RecipeFile, document, base_rules, recipe_rules), document)
+    return recipe_of(parse(RecipeFile, document, base_rules, recipe_rules), document)
 
 
 def handed_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -174,7 +174,7 @@ def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeErro
     return judge(RecipeFile, document, base_rules, recipe_rules, machine_rules)
 
 
-def resolve(file: RecipeFile, document: Document) -> Recipe:
+def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     """Return the recipe of a document that was parsed.
 
     Raises:
