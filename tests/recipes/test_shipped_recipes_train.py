@@ -219,7 +219,7 @@ def shrunk(recipe: Recipe, model: Path, folder: Path) -> list[str]:
 
 
 def case(path: Path) -> Any:
-    marks = () if path.parent.name in QUICK else (pytest.mark.slow,)
+    marks = pytest.mark.slow if path.parent.name in QUICK else pytest.mark.nightly
     return pytest.param(path, marks=marks, id=f"{path.parent.name}/{path.stem}")
 
 

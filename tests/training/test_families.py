@@ -20,6 +20,7 @@ from tests.families import (
     write_family_recipe,
     write_own_evals,
 )
+from tests.tiers import in_ci
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
 from recipes_lib.models.architectures import auto_class, images_of
@@ -60,9 +61,15 @@ def weights_of(run: Path) -> dict[str, bytes]:
     }
 
 
+WHOLE_WAY = [(family, method) for family in FAMILIES for method in METHODS]
+WHOLE_WAY_IN_CI = [
+    (family, next(iter(METHODS)))
+    for family in ("llama", "qwen3", "gemma3_text", "qwen3_moe", "gpt_oss", "falcon_h1")
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("family", "method"), in_ci(WHOLE_WAY, *WHOLE_WAY_IN_CI))
 def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_training(
     family: str,
     method: str,
@@ -185,6 +192,7 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
     assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["mistral3", "gemma4", "qwen3_moe"])
 def test_models_that_read_images_and_experts_are_trained_merged_and_answer(
     family: str, write_recipe: Write, recipes: Verb, tmp_path: Path
@@ -199,6 +207,7 @@ def test_models_that_read_images_and_experts_are_trained_merged_and_answer(
     assert f"{loader}.from_pretrained(" in (tmp_path / "given/README.md").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "lora"),
@@ -240,6 +249,7 @@ def test_the_routers_loss_is_trained_and_is_in_no_validation_loss(
     assert weighed["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-4)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_gpt_oss_trains_from_the_packed_experts_of_the_hub(
     write_recipe: Write, recipes: Verb, tmp_path: Path
