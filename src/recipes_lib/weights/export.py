@@ -63,9 +63,6 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         for file in taken:
             shutil.copyfile(file, scratch / file.name)
         _explain(scratch, trained, merged)
-        for file in scratch.iterdir():
-            file.chmod(0o644)
-        scratch.chmod(0o755)
         publish(scratch, target, replace=False)
     except OSError as error:
         raise EnvironmentFault(
