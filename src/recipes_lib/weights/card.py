@@ -17,6 +17,7 @@ from recipes_lib.config.sections import HUB_ID
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.models.architectures import auto_class
+from recipes_lib.weights.packaged import PACKAGED_HUB_ID, is_packaged
 
 # What of a training's summary a card shows.
 NUMBERS = {
@@ -92,7 +93,7 @@ def card_text(
     if rows:
         parts.append(f"| | |\n|---|---|\n{rows}\n\nLosses are on this run's own rows alone.")
     loading = _loading_adapter(recipe, base) if is_adapter else LOADING_MODEL
-    loading = loading.replace("AutoModelForCausalLM", _auto_class(recipe), 1)
+    loading = loading.replace("AutoModelForCausalLM", _auto_class(recipe))
     parts += [f"## Loading\n\n{loading}", f"## Serving\n\n{_serving(recipe, base, is_adapter)}"]
     return "\n\n".join(parts) + "\n"
 
@@ -107,10 +108,12 @@ def public_name(recipe: Recipe) -> str:
     name = recipe.model.name_or_path
     if is_hub_id(name):
         return name
+    if is_packaged(name):
+        return PACKAGED_HUB_ID
     folder = _folder(recipe)
     source = object_or_none(folder / SOURCE) if folder else None
     known = (source or {}).get("hub_id")
-    return str(known) if known else f"./{Path(name).name.removeprefix('package:')}"
+    return str(known) if known else f"./{Path(name).name}"
 
 
 def licence_of(recipe: Recipe) -> str | None:

@@ -155,7 +155,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     del base
 
     # base + adapter -> merged model -> files
-    folded = model.merge_and_unload(safe_merge=True)
+    folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
     written, size = folded.dtype, size_of(folded)
     remedy = " and run the same command again; nothing was written"
     check_space(trained.run.path, size, "the merged model", remedy)
@@ -226,6 +226,24 @@ def _on_plain_base(
         if "lora_" in name:
             parameter.data = parameter.data.float()
     return model.eval()
+
+
+def _with_transposed_layers(model: Any) -> Any:
+    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the
+    class has them transposed (GPT-2).
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, layer in plain.named_modules():
+        found = model.get_submodule(name)
+        if isinstance(layer, Conv1D) and isinstance(found, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(found.weight.data.T.contiguous())
+            layer.bias = found.bias
+            model.set_submodule(name, layer)
+    return model
 
 
 def _refuse_shared_layers(trained: TrainedRun) -> None:
