@@ -74,6 +74,10 @@ def test_what_is_wrong_with_a_profile_is_said_at_its_line_all_at_once(
     words = ("not the long name of a flag", "is set by recipes launch", "write sbatch.gres", "1x")
     assert [word for word in (*words, "max_requeues") if word not in said] == [], said
     assert f"{path}:" in said and recipes("check", path)[0] == 2
+    old = path.with_name("old.yaml")
+    old.write_text("partition: gpu\ngres: gpu:{gpus}\nextra_sbatch: [--exclusive]\n")
+    code, _, err = recipes("launch", "quickstart/lora-r8", "--profile", old)
+    assert code == 2 and "old.yaml:1: " in err and "write sbatch.partition" in err, err
     code, _, err = recipes("launch", "quickstart/lora-r8", "--profile", "exampel")
     assert code == 2 and "example" in err
 

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
 
@@ -46,6 +48,16 @@ def test_the_plan_counts_trainings_answers_and_judge_requests_in_fifteen_lines(
     assert plan["judge_requests"] == 48 + 32 + 24
     _, out, _ = recipes("study", "plan", study_folder / "tiny.yaml", "pairs=all", "--json")
     assert json.loads(out)["judge_requests"] == 48 + 48 + 24
+
+
+def test_a_plan_counts_the_questions_of_known_sets_before_they_are_fetched(
+    tmp_path: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path))
+    plan = json.loads(recipes("study", "plan", "lora-rank", "--json")[1])
+    assert plan["answers"] == 7 * (805 + 160)  # two arms of three seeds, and the base
+    # against the reference, with the base, and MT-Bench's grades
+    assert plan["judge_requests"] == 7 * 805 * 2 + 6 * 805 * 2 + 7 * 160
 
 
 def test_the_status_shows_what_is_not_done_and_why(study_folder: Path, recipes: Recipes) -> None:

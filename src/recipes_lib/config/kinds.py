@@ -98,7 +98,7 @@ KINDS = (
     _kind(
         "profile",
         "a site profile",
-        "sbatch stages signal_lead_s max_requeues max_concurrent_arms",
+        "sbatch stages setup prefix srun signal_lead_s max_requeues partition gres cpus_per_gpu",
         "launch with it: recipes launch RECIPE --profile",
     ),
     _kind(

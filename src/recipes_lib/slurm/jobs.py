@@ -249,7 +249,7 @@ def _plan_study(
         what = f"study '{study.name}' tunes its arms: what they train is known only after that"
         hint = f"run it in one job: recipes study run {shown_path(study.path)} --jobs N"
         raise RecipeError(what, hint, file=shown_path(study.path))
-    refuse_unmet(study)
+    refuse_unmet(study, ask_judges=False)
     folder, python = jobs_folder(study.name), _python(profile.values)
     left = [one for one in study_trainings(study) if not is_trained(study, one)]
     if left and "train" not in stages:

