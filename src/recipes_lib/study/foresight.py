@@ -14,7 +14,7 @@ from recipes_lib.analysis.stats import ALPHA, detectable
 from recipes_lib.analysis.text import count, difference_text
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import Study, full_name, known_metrics
-from recipes_lib.study.status import QUESTION_SETS
+from recipes_lib.study.runs import QUESTION_SETS
 
 
 @dataclass(frozen=True)

