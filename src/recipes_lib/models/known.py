@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import project_root, shown_path
 
 _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "n_embd", "d_model")

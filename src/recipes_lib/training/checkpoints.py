@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from recipes_lib.core.atomic_files import file_hashes, sync, sync_tree, write_json
 from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.files import file_hashes, sync, sync_tree, write_json
 
 MARKER = "COMPLETE.json"
 STATE_FILES = ("trainer_state.json", "scheduler.pt")

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypedDict
 
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.atomic_files import publish, sync
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.files import publish, sync
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import next_step, say

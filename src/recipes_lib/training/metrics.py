@@ -11,8 +11,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
 
-from recipes_lib.core.atomic_files import write_text
-from recipes_lib.core.json_files import Row, read_rows, rows_from_the_end
+from recipes_lib.core.files import Row, read_rows, rows_from_the_end, write_text
 from recipes_lib.core.terminal import say
 from recipes_lib.training.probe import duration, peak_memory_gib
 

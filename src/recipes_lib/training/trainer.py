@@ -18,9 +18,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from recipes_lib.core.atomic_files import sync
-from recipes_lib.core.errors import NumericsError
-from recipes_lib.core.faults import check_space
+from recipes_lib.core.errors import NumericsError, check_space
+from recipes_lib.core.files import sync
 from recipes_lib.core.ranks import meet, of_every_rank, on_main_rank, say_once
 from recipes_lib.models import upstream_fixes
 from recipes_lib.models.architectures import (
