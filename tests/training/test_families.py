@@ -279,7 +279,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_pa
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
-    from recipes_lib.training.trainer import load_whole
+    from recipes_lib.models.upstream_fixes import load_whole
 
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "checkpoint-4"))
     tensors = load_file(folder / "model.safetensors")

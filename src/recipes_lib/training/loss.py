@@ -22,16 +22,11 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,  # (N, H)
-        weight: torch.Tensor,  # (V, H)
-        targets: torch.Tensor,  # (N,)
-        with_gradient: bool,
+        ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the three, (N,) each."""
-        dtype = (
-            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
-        )
+        """Return the three, (N,) each, of `hidden` (N, H) and `weight` (V, H)."""
+        half = torch.is_autocast_enabled("cpu")
+        dtype = torch.get_autocast_dtype("cpu") if half else weight.dtype
         weight_used = weight.to(dtype)
         for_hidden, for_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
@@ -50,10 +45,9 @@ class TokenLogProbs(torch.autograd.Function):
             total = exponentials.sum(-1)
             log_probs[tile] = at_target - total.log()
             entropy[tile] = total.log() - torch.linalg.vecdot(exponentials, shifted) / total
-            if not (for_hidden or for_weight):
-                continue
-            gradient = exponentials.div_(-total[:, None])  # of the log-probability
-            gradient = gradient.scatter_add_(1, target, torch.ones(target.shape)).to(dtype)
+            if for_hidden or for_weight:
+                gradient = exponentials.div_(-total[:, None])  # of the log-probability
+                gradient = gradient.scatter_add_(1, target, torch.ones(target.shape)).to(dtype)
             if grad_hidden is not None:
                 grad_hidden[tile] = gradient @ weight_used
             if grad_weight is not None:
@@ -74,9 +68,7 @@ class TokenLogProbs(torch.autograd.Function):
 
 
 def score_supervised_positions(model: Any) -> None:
-    """Replace what TRL's head computes, in the causal language model inside PEFT's wrapper, where
-    the head is a plain matrix.
-    """
+    """Replace what TRL's head computes, where the head of a causal language model is a matrix."""
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
@@ -87,11 +79,10 @@ def score_supervised_positions(model: Any) -> None:
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         mask, weight = labels != -100, self.get_output_embeddings().weight
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        log_probs, entropy, is_top1 = TokenLogProbs.apply(
+        found = TokenLogProbs.apply(
             hidden[:, :-1][mask], whole, labels[mask], torch.is_grad_enabled()
         )
-        return FusedCausalLMOutput(
-            log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask
-        )
+        values = dict(zip(("log_probs", "entropy", "is_top1"), found, strict=True))
+        return FusedCausalLMOutput(label_mask=mask, **values)
 
     model.forward = types.MethodType(forward, model)

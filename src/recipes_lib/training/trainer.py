@@ -84,7 +84,8 @@ class RecipeTrainer(SFTTrainer):
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
         on_cpu = self.args.device.type == "cpu" and self.args.loss_type == "nll"
-        if on_cpu and not self.aux_loss_enabled and has_plain_head(base):
+        without_bias = getattr(base.get_output_embeddings(), "bias", None) is None
+        if on_cpu and not self.aux_loss_enabled and has_plain_head(base) and without_bias:
             score_supervised_positions(base)
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
