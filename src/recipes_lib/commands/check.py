@@ -11,11 +11,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.config import validation
 from recipes_lib.config.documents import judge, no_such_file, read
-from recipes_lib.config.kinds import kind_of
+from recipes_lib.config.kinds import kind_of, wrong_kind
 from recipes_lib.config.launch import AccelerateFile, accelerate_rules
-from recipes_lib.config.loader import load_document
 from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
 from recipes_lib.core.errors import (
     DataError,
@@ -102,15 +100,15 @@ def check_file(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeE
             return _check_eval(path, kind.name)
         if kind.name == "lm_eval_task":
             return [], []  # seen with the eval recipe that names it
+        if kind.name == "study":
+            return _check_study(path, full)
         if kind.name not in ("recipe", "base"):
-            old = load_document(path, keep_going=True)
-            found: list[RecipesError] = [*validation.check(old, full)]
-            return found or old.kind.check_rows(old, full), old.warnings
+            return [wrong_kind(kind, "recipe", document.file)], []
         file, errors = check_recipe(document)
         if errors or file is None or kind.name == "base":
             return [*errors], document.warnings
         recipe, notes = recipe_of(file, document), document.warnings
-        found = [*_check_model(recipe, full, notes)]
+        found: list[RecipesError] = [*_check_model(recipe, full, notes)]
         return found or [*check_rows(recipe, full)], notes
     except RecipeError as error:
         return [*error.errors], []
@@ -125,6 +123,17 @@ def _check_eval(path: Path, kind: str) -> tuple[list[RecipesError], list[RecipeE
     errors, notes = check_eval_file(path)
     if not errors and kind == "eval":
         local_questions(load_eval(path))
+    return [*errors], notes
+
+
+def _check_study(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeError]]:
+    from recipes_lib.study.config import check_study
+    from recipes_lib.study.needs import check_study_needs
+
+    errors, notes = check_study(path, full)
+    if not errors:
+        errors, more = check_study_needs(path)
+        notes = [*notes, *more]
     return [*errors], notes
 
 

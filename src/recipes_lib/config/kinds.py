@@ -92,8 +92,6 @@ KINDS = (
         "question factors arms seeds evals primary margins baseline test_subtasks include_base"
         " reference accelerate gpus nodes overrides pairs tune",
         "run it: recipes study run",
-        "study.config:StudyRules",
-        "study.needs:check_study_needs",
     ),
     _kind(
         "profile",

@@ -275,13 +275,13 @@ def _plan_study(
         words = (*_CLI, "study", "run", shown_path(study.path), *study.words, "--no-train")
         launcher = (*_with_judge(study.evals, profile.values), *python)
         task = Task(launcher, (*words, *_allowed(flags)), "study run")
-        uses_gpus = not all(arm.launch.config.use_cpu for arm in study.arms if arm.trained)
+        uses_gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
         trained = tuple(job.label for job in jobs)
         jobs.append(Job("eval", "eval", (task,), JobSize(uses_gpus=uses_gpus), after_any=trained))
     if not jobs:
         what = f"study '{study.name}': everything is done"
         raise RecipeError(what, f"look at it: recipes study report {shown_path(study.path)}")
-    models = [arm.recipe.model for arm in study.arms if arm.trained and arm.recipe]
+    models = [arm.recipe.model for arm in study.arms]
     models += [judge for one in study.evals for judge in judge_model(one)]
     warnings += _judges_nobody_starts(study.evals, profile.values)
     return JobPlan(folder, tuple(jobs), recipes, tuple(models), tuple(warnings))

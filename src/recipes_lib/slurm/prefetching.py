@@ -68,7 +68,7 @@ def prefetch_needs(
     """
     if file := study_file(word):
         study = load_study(file, overrides)
-        recipes = [arm.recipe for arm in study.arms if arm.trained and arm.recipe]
+        recipes = [arm.recipe for arm in study.arms]
         evals: Sequence[EvalRecipe] = study.evals
     elif (path := recipe_path(word)).is_file() and load_document(path).kind.name == "eval":
         recipes, evals = [], [load_eval(path, overrides)]

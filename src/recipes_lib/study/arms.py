@@ -37,7 +37,7 @@ def base_arm(study: Study) -> Arm | None:
     """Return the arm whose recipe says how the base is asked: the first one without quantization,
     else the first.
     """
-    trained = [arm for arm in study.arms if arm.trained and arm.recipe is not None]
+    trained = list(study.arms)
     return next(
         (arm for arm in trained if arm.recipe and arm.recipe.base_format is None),
         trained[0] if trained else None,

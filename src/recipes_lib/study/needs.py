@@ -13,7 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from recipes_lib.analysis.text import sentence_list
-from recipes_lib.config.loader import Document
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, print_error
 from recipes_lib.core.project import shown_path
@@ -57,14 +56,14 @@ def refuse_unmet(study: Study, fetch: bool = False, ask_judges: bool = True) -> 
         raise RecipeErrors(errors)
 
 
-def check_study_needs(document: Document, full: bool) -> list[RecipeError]:
-    """Return the errors about a study's arms and evals, for `recipes check`; what could not be
-    searched is left to the training.
+def check_study_needs(path: Path) -> tuple[list[RecipeError], list[RecipeError]]:
+    """Return the errors about a study's arms and evals, and warnings, for `recipes check`; what
+    could not be searched is left to the training.
     """
-    study = load_study(document.path)
+    study = load_study(path)
     errors, remarks = leaks_of_study(study, study.arms)
-    document.warnings += [one for one in remarks if not one.what.startswith("note:")]
-    return [*errors, *unmet(study)]
+    warnings = [one for one in remarks if not one.what.startswith("note:")]
+    return [*errors, *unmet(study)], warnings
 
 
 # ---- What an evaluation needs ----
@@ -91,11 +90,7 @@ def _unmet(study: Study, recipe: EvalRecipe) -> Iterator[tuple[str, str]]:
     """Yield what one eval misses, and what to do."""
     split = recipe.data.questions
     if recipe.suite.name == "heldout_loss" and split in _HELD_OUT:
-        without = [
-            arm.name
-            for arm in study.arms
-            if arm.trained and arm.recipe and not getattr(arm.recipe.data.split, split)
-        ]
+        without = [arm.name for arm in study.arms if not getattr(arm.recipe.data.split, split)]
         if without:
             what = (
                 f"{sentence_list(without)} {'has' if len(without) == 1 else 'have'} no {split} rows"
@@ -185,7 +180,7 @@ def _by_data(arms: Sequence[Arm], train_key: str = "") -> list[tuple[Recipe, lis
     """
     found: dict[str, tuple[Recipe, list[str]]] = {}
     for arm in arms:
-        if arm.trained and arm.recipe is not None:
+        if arm.recipe:
             key = str(arm.recipe.train.get(train_key) if train_key else arm.recipe.data)
             found.setdefault(key, (arm.recipe, []))[1].append(arm.name)
     return list(found.values())

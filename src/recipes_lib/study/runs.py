@@ -87,7 +87,6 @@ def study_trainings(study: Study) -> list[StudyRun]:
     return [
         StudyRun(arm, seed, arm_run(study, arm, seed))
         for arm in study.arms
-        if arm.trained
         for seed in dict.fromkeys(arm.seeds)
     ]
 
