@@ -102,7 +102,7 @@ BAD = [
         "  r4: r4.yaml",
         "  r4: {recipe: r4.yaml, overrides: [learning_rate=1]}",
         6,
-        ["arm 'r4'", "train.learning_rate=1"],
+        ["arm 'r4'", "write train.learning_rate"],
     ),
     ("  r4: r4.yaml", "  r4: {recipe: r4.yaml, seeds: [1, 1]}", 6, ["seed 1 stands there twice"]),
     (

@@ -61,9 +61,15 @@ def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
     """Return the recipe of one arm and one seed, which `train_words` would make again."""
     assert arm.recipe is not None
     name, word = arm_run(study, arm, seed), Origin(COMMAND_LINE)
+    written = arm.recipe.values
     return dataclasses.replace(
         arm.recipe,
         name=name,
+        values={
+            **written,
+            "run": {**written.get("run", {}), "name": name},
+            "train": {**written.get("train", {}), "seed": seed},
+        },
         run=arm.recipe.run.model_copy(update={"name": name}),
         train={**arm.recipe.train, "seed": seed},
         origins={**arm.recipe.origins, "run.name": word, "train.seed": word},
