@@ -142,7 +142,7 @@ def describe_batch(
 
     Example:
         >>> describe_batch(12_008, (187, 561), per_device=4, accumulation=8, world_size=2)
-        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 187 steps per epoch, 561 steps; each epoch leaves out 40 other examples, which fill no step'
+        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 187 steps per epoch, 561 steps; left out of each epoch, others each time: 40'
     """  # noqa: E501
     examples = per_device * accumulation * world_size
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
@@ -154,8 +154,8 @@ def describe_batch(
     if not rest or steps[1] < steps[0]:
         return text
     if steps[1] == steps[0]:
-        return f"{text}; {rest} examples, which fill no step, are left out"
-    return f"{text}; each epoch leaves out {rest} other examples, which fill no step"
+        return f"{text}; left out, because they fill no step: {rest}"
+    return f"{text}; left out of each epoch, others each time: {rest}"
 
 
 def warmup_steps(value: float, steps: int) -> int:
