@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,8 @@ from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import count, sentence_list, setting_text
 from recipes_lib.core.fingerprints import folder_fingerprint
 from recipes_lib.core.json_files import read_object
-from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.leaks import is_searched
+from recipes_lib.evals.log import FEWEST_LETTERS, EvalLog, one_and_the_same
 from recipes_lib.training.resume_guard import flatten
 
 Severity = Literal["error", "confound", "warning", "note"]
@@ -29,8 +30,6 @@ SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 LONGER = 1.5
 MANY_ARMS = 5
-FEWEST_LETTERS = 20  # a shorter text may be the answer to many questions
-_SPACE_AND_DIGITS = re.compile(r"[\d\W_]+")
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
 _FREE = re.compile(
@@ -72,20 +71,6 @@ def find(arms: Arms, design: Design | None = None) -> list[Finding]:
     found = dict.fromkeys(finding for check in CHECKS for finding in check(arms, design))
     order = {severity: number for number, severity in enumerate(SEVERITIES)}
     return sorted(found, key=lambda one: (order[one.severity], one.code, one.arms, one.title))
-
-
-def same_text(text: str) -> str:
-    """Return what makes two answers one and the same: letters alone, where there are enough of
-    them to tell.
-
-    Example:
-        >>> same_text("This is answer number 17.") == same_text("This is answer number 18")
-        True
-        >>> same_text(" 42 ")
-        '42'
-    """
-    letters = _SPACE_AND_DIGITS.sub("", text).casefold()
-    return letters if len(letters) >= FEWEST_LETTERS else text.strip()
 
 
 def _pairs(arms: Arms) -> Iterator[tuple[ArmRuns, ArmRuns]]:
@@ -444,24 +429,13 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
         if faults.cut is not None:
             found["hit the token limit"] = faults.cut, faults.n
     if answered:
-        found["are one and the same"] = _one_and_the_same(answered), len(answered)
+        fewest = 0 if log.judge else FEWEST_LETTERS
+        texts, asked = [one.answer or "" for one in answered], [one.id for one in answered]
+        same = one_and_the_same(texts, asked, fewest)
+        found["are one and the same"] = same, len(answered)
     elif faults:
         found["are one and the same"] = faults.identical, faults.n
     return found
-
-
-def _one_and_the_same(samples: Sequence[Sample]) -> int:
-    """How often the most frequent text stands there that answers more than one question. One of a
-    few letters is an answer like any other.
-    """
-    counts: Counter[str] = Counter()
-    asked: dict[str, set[str]] = defaultdict(set)
-    for sample in samples:
-        text = same_text(sample.answer or "")
-        if len(text) >= FEWEST_LETTERS:
-            counts[text] += 1
-            asked[text].add(sample.id)
-    return max((counts[text] for text, ids in asked.items() if len(ids) > 1), default=0)
 
 
 # ---- What was asked, and how ----
@@ -671,7 +645,8 @@ def check_leaks(arms: Arms, design: Design | None) -> Iterator[Finding]:
     for arm in arms:
         seen = set()
         for log in arm.logs if not arm.is_base else ():
-            if log.eval in seen or log.suite == "heldout_loss" or not log.metrics:
+            questions = (log.recipe.get("data") or {}).get("questions")
+            if log.eval in seen or not log.metrics or not is_searched(log.suite, questions):
                 continue
             seen.add(log.eval)
             metrics = _metrics(one for one in arm.logs if one.eval == log.eval)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,8 @@ UNRESOLVED = "unresolved"
 # the opponent of a result that was judged against the questions' own reference answers
 REFERENCE = "reference"
 RESULT_VERSION = 2
+FEWEST_LETTERS = 20  # fewer do not tell whether two answers are one
+_NO_LETTERS = re.compile(r"[\d\W_]+")
 AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
 
 
@@ -150,19 +153,46 @@ class AnswerFaults:
             cut: how many reached the token limit.
             questions: what each one answers; None where each answers another question.
         """
-        stripped = [text.strip() for text in texts]
-        counts = Counter(stripped)
-        asked: dict[str, set[object]] = defaultdict(set)
-        for text, question in zip(stripped, questions or range(len(stripped)), strict=True):
-            asked[text].add(question)
-        often = max((counts[text] for text, ids in asked.items() if len(ids) > 1), default=0)
         return cls(
             n=len(texts),
-            empty=counts[""],
+            empty=sum(not text.strip() for text in texts),
             cut=cut,
-            identical=often,
+            identical=one_and_the_same(texts, questions or range(len(texts))),
             loops=sum(map(ends_in_loop, texts)),
         )
+
+
+def same_text(text: str) -> str:
+    """Return what makes two answers one and the same: letters alone, where there are enough of
+    them to tell.
+
+    Example:
+        >>> same_text("This is answer number 17.") == same_text("This is answer number 18")
+        True
+        >>> same_text(" 42 ")
+        '42'
+    """
+    letters = _NO_LETTERS.sub("", text).casefold()
+    return letters if len(letters) >= FEWEST_LETTERS else text.strip()
+
+
+def one_and_the_same(
+    texts: Sequence[str], questions: Iterable[object], fewest_letters: int = 0
+) -> int:
+    """Return how often the most frequent text stands there that answers more than one question.
+
+    Args:
+        fewest_letters: a shorter text does not count: where rules check the answers, one of a few
+            letters is the answer to many questions.
+    """
+    counts: Counter[str] = Counter()
+    asked: dict[str, set[object]] = defaultdict(set)
+    for answer, question in zip(texts, questions, strict=True):
+        text = same_text(answer)
+        if len(text) >= fewest_letters:
+            counts[text] += 1
+            asked[text].add(question)
+    return max((counts[text] for text, ids in asked.items() if len(ids) > 1), default=0)
 
 
 def ends_in_loop(answer: str) -> bool:
