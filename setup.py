@@ -29,7 +29,6 @@ INSTALL = [
     "jsonschema>=4.20",
     "pydantic>=2.12",
     "tqdm>=4.66",
-    "matplotlib>=3.9",
     "filelock>=3.15",
 ]
 

@@ -241,6 +241,21 @@ def test_a_judge_that_is_not_recorded_is_not_taken_for_the_known_one(
     assert claim_of(conclusion).verdict == "no verdict"
 
 
+def test_another_judge_of_a_third_arm_stops_nothing_between_the_others(
+    two: list[Path], tmp_path: Path
+) -> None:
+    third = write_run(tmp_path, "three", rank=64)
+    write_judged(third, 100, judge=JudgeFacts(name="other", fingerprint="o", model="o/o"))
+    conclusion = compared(one=[two[0]], two=[two[1]], three=[third])
+    verdicts = {
+        frozenset(claim.row.arms): claim.verdict
+        for claim in conclusion.claims
+        if claim.row.metric.endswith("win_rate")
+    }
+    assert verdicts[frozenset(("one", "two"))] == "higher"
+    assert verdicts[frozenset(("one", "three"))] == "no verdict"
+
+
 @pytest.mark.parametrize("model", ["two", "some/model", "Some/Model/"])
 def test_a_judge_never_ranks_itself_or_its_base(model: str, two: list[Path]) -> None:
     for folder in two:

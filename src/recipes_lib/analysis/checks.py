@@ -302,16 +302,23 @@ def _labelled_audits(arms: Arms) -> Iterator[tuple[Path, Mapping[str, Any]]]:
 def _different_judges(
     name: str, logs: Sequence[tuple[str, EvalLog]], metrics: tuple[str, ...]
 ) -> Iterator[Finding]:
-    judges: dict[str, dict[str, None]] = defaultdict(dict)
+    """Every two arms of other judges; one that is not recorded may be any."""
+    judges: dict[str, set[str]] = defaultdict(set)
     for arm, log in logs:
         judge = log.judge
         known = f"{judge.name} {judge.fingerprint[:12]}".strip() if judge else "not recorded"
-        judges[known][arm] = None
-    if len(judges) > 1:
-        lines = tuple(f"{judge}: {', '.join(by)}" for judge, by in judges.items())
-        title = f"Different judges judged the arms in {name}"
-        remedy = "evaluate all arms with one judge"
-        yield Finding("judges-differ", "error", title, lines, remedy, (), metrics)
+        judges[arm].add(known)
+    for first, second in itertools.combinations(judges, 2):
+        if len(judges[first] | judges[second]) > 1:
+            yield Finding(
+                "judges-differ",
+                "error",
+                f"Different judges judged {first} and {second} in {name}",
+                tuple(f"{arm}: {', '.join(sorted(judges[arm]))}" for arm in (first, second)),
+                "evaluate all arms with one judge",
+                (first, second),
+                metrics,
+            )
 
 
 def _kinship(log: EvalLog, run: Run) -> str:

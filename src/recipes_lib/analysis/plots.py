@@ -50,7 +50,7 @@ def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str
     low, high = row.interval or (0.0, 0.0)
     color = {"better": "#2c7a43", "worse": "#b03a1e"}.get(claim.verdict, "#555")
     label = f"{row.first} − {row.second}: {where_text(row)}"
-    label = label if len(label) <= 52 else f"{label[:51]}…"
+    label = label if len(label) <= 48 else f"{label[:47]}…"
     x = middle + (row.difference or 0.0) * scale
     return [
         _text(_LEFT - 12, y + 4, label, "end", 12, bold=row.primary),
