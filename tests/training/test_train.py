@@ -79,7 +79,7 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
     } <= lines[0].keys()
     assert lines[-2]["loss"] < lines[0]["loss"]
     card = (run / "adapter" / "README.md").read_text()
-    assert "LoRA r=4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    assert "LoRA (r 4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
 
 
 def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(

@@ -172,11 +172,12 @@ def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> l
     if asked.lower() in ("no", half):
         return []
     wanted = f"{half} (train.{half}: true)" if half else "none (train.bf16: false)"
+    other = [f"or set train.{asked.lower()}: true in the recipe"]
     return [
         f"{asked_by} asks for mixed_precision {asked}, but the recipe for {wanted}",
         "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no"
         " --mixed_precision, no ACCELERATE_MIXED_PRECISION",
-        f"or set train.{asked.lower()}: true in the recipe",
+        *(other if asked.lower() in ("fp16", "bf16") else []),  # others cannot be trained
     ]
 
 

@@ -332,6 +332,10 @@ def _causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
     if "is_decoder=True" in inspect.getsource(type(model)) and not model.config.is_decoder:
         what = f"{type(model).__name__} is an encoder here: it sees the tokens to predict"
         yield recipe.error(KEY, what, "choose a causal language model")
+    # transformers 5.24 modeling_doge.py says so itself
+    if model.config.model_type == "doge" and model.config.is_moe:
+        what = f"{type(model).__name__} with experts routes each token by tokens that come after it"
+        yield recipe.error(KEY, what, "choose a causal language model, or Doge without experts")
     positions = getattr(model.config, "max_position_embeddings", None)
     longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
     has_table = any(
