@@ -94,16 +94,12 @@ def test_what_cannot_be_merged_is_refused_before_anything_is_loaded(
     code, _, err = recipes("merge", "full")
     assert code == 2 and "nothing to merge" in err
 
-    class Shared(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first = torch.nn.Linear(2, 2)
-            self.second = self.first
+    from transformers import LlamaForCausalLM
 
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda config: Shared())
-    with pytest.raises(RecipeError, match="first and second are one"):
+    layers = [f"model.layers.{number}.self_attn.q_proj.weight" for number in (0, 1)]
+    tied = property(lambda self: {layers[1]: layers[0]}, lambda self, value: None)
+    monkeypatch.setattr(LlamaForCausalLM, "all_tied_weights_keys", tied, raising=False)
+    with pytest.raises(RecipeError, match="have one weight"):
         merging.merge(finished_run(open_run("lora")), None, print)
 
 

@@ -247,11 +247,12 @@ def _with_transposed_layers(model: Any) -> Any:
 
 
 def _refuse_shared_layers(trained: TrainedRun) -> None:
-    """Refuse a model that uses one layer at several places (Zamba2): what is folded into it at one
+    """Refuse an adapter of layers that share one weight (Zamba2): what is folded into it at one
     place would be there at all.
     """
     import torch
     import transformers
+    from safetensors import safe_open
 
     section = trained.recipe.model
     try:
@@ -264,12 +265,14 @@ def _refuse_shared_layers(trained: TrainedRun) -> None:
             model = getattr(transformers, auto_class(config.model_type)).from_config(config)
     except Exception:  # whatever it is, loading the base says it better
         return
-    names: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, torch.nn.Linear) and names.setdefault(id(module), name) != name:
+    with safe_open(trained.weights / ADAPTER_WEIGHTS, framework="pt") as file:
+        adapted = {name.removeprefix("base_model.model.") for name in file.keys()}  # noqa: SIM118
+    for name, other in model.all_tied_weights_keys.items():
+        layer = name.removesuffix(".weight")
+        if any(one.startswith(f"{layer}.lora_") for one in adapted):
             raise RecipeError(
-                f"an adapter of '{section.name_or_path}' cannot be merged: its layers"
-                f" {names[id(module)]} and {name} are one",
+                f"an adapter of '{section.name_or_path}' cannot be merged: {layer} and"
+                f" {other.removesuffix('.weight')} have one weight",
                 "use the adapter on its base: export, chat and eval take it",
             )
 
