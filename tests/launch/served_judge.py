@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "generation"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evals"))
 import faulty_server
 
 
