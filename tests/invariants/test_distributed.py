@@ -258,7 +258,7 @@ def test_a_resume_on_more_ranks_is_refused_or_goes_on_where_it_is_insisted_on(la
     launcher.start(*words, script=script, KILL_MOMENT="in a step", KILL_STEP="4").wait()
     assert (launcher.run("grows") / "checkpoints/checkpoint-3").is_dir()
     code, said = launcher.start(*words, config="ddp_cpu").wait()
-    assert code == 2 and "launch.world_size" in said, said[-2000:]
+    assert code != 0 and "launch.world_size" in said, said[-2000:]
     insisted = ["--resume-anyway", "--allow-partial-resume"]
     launcher.train(*words, *insisted, config="ddp_cpu")
     assert launcher.state("grows")["state"] == "finished"
