@@ -94,7 +94,6 @@ setup(
         **{package: ["**/*"] for package in SHIPPED},
         "recipes_lib.analysis": ["templates/*"],
         "recipes_lib.report": ["templates/*"],
-        "recipes_lib.planning": ["measured.json"],
     },
     python_requires=">=3.11,<3.14",
     install_requires=INSTALL,
