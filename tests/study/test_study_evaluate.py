@@ -9,28 +9,40 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.evals.conftest import (  # noqa: F401
-    loads,
-    make_run,
-    runs_folder,
-)
+from tests.evals.conftest import loads, runs_folder  # noqa: F401
+from tests.evals.conftest import make_run as make_bare_run  # noqa: F401
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
 
 from recipes_lib.analysis.runs import load_run
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.json_files import read_object
+from recipes_lib.core.files import read_object, write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.config import load_study
 from recipes_lib.study.run import run_study
 from recipes_lib.study.runs import base_run, missing_of
 from recipes_lib.train import main as train
+from recipes_lib.weights.saved import recorded_hashes
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def trained(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> Path:  # noqa: F811
+def make_run(make_bare_run: Callable[..., Path]) -> Callable[..., Path]:  # noqa: F811
+    """Makes a finished run whose weights have their hashes, as after a training."""
+
+    def make(*words: object) -> Path:
+        folder = make_bare_run(*words)
+        state = read_object(folder / "run.json")
+        hashes = recorded_hashes(folder / "adapter")
+        write_json(folder / "run.json", {**state, "weights_check": {"sha256": hashes}})
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def trained(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path) -> Path:
     """The tiny study, its two arms trained by somebody else."""
     make_run("tiny--r4", 1, "chat"), make_run("tiny--r8", 2, "chat")
     return write_tiny_study(tmp_path / "study", tiny_model_dir)
@@ -125,7 +137,7 @@ def test_a_base_that_was_evaluated_with_other_settings_keeps_both_results(traine
 
 def test_an_eval_against_another_run_is_part_of_the_comparison(
     trained: Path,
-    make_run: Callable[..., Path],  # noqa: F811
+    make_run: Callable[..., Path],
 ) -> None:
     make_run("sparring", 3, "chat")
     eval = trained.with_name("alpaca_eval.yaml")
@@ -140,7 +152,7 @@ def test_an_eval_against_another_run_is_part_of_the_comparison(
 
 
 def test_two_studies_share_the_results_of_their_base(
-    make_run: Callable[..., Path],  # noqa: F811
+    make_run: Callable[..., Path],
     tiny_model_dir: Path,
     tmp_path: Path,
 ) -> None:
@@ -190,9 +202,8 @@ def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_th
     assert told["found"][0]["place"].endswith("dirty.jsonl:41")
     assert "no such file" in read_object(tmp_path / "runs/clean" / place)["leaks"]["why"]
     code, out, err = recipes("compare", "clean", "dirty")
-    assert "error: dirty was trained on what it was asked: 1 of 8" in out, err
-    assert "No claim about dirty and clean on answers that pass: dirty was trained on what" in out
-    assert "warning: Whether training rows hold questions of" in out
+    assert "error: dirty: 1 of 8 questions of" in out and "No verdict about dirty" in out, out
+    assert "warning: Nobody searched the training rows of clean" in out
     (tmp_path / "gone.jsonl").rename(tmp_path / "clean.jsonl")
     assert recipes("eval", mine, "clean")[0] == 0
     assert read_object(tmp_path / "runs/clean" / place)["leaks"]["rows"] == 40
