@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from recipes_lib.weights.saved import recorded_hashes
+
 
 @pytest.fixture
 def runs_folder(tmp_path, monkeypatch):
@@ -56,6 +58,7 @@ def make_run(runs_folder, tiny_model_dir):
             "created": "",
             "updated": "",
             "state": "finished",
+            "weights_check": {"sha256": recorded_hashes(folder / "adapter")},
         }
         if recorded_hash:
             state["guard"] = {"prompt_format_hash": recorded_hash}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from recipes_lib.config.documents import Document, Section, no_such_file, parse, read
+from recipes_lib.config.documents import Document, QuickSection, no_such_file, parse, read
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
@@ -43,7 +43,7 @@ _REFUSED = {
 }
 
 
-class FsdpConfig(Section):
+class FsdpConfig(QuickSection):
     """`fsdp_config`, of which accelerate takes any key unread. The last five are of FSDP1, without
     effect here; `accelerate config` writes them.
     """
@@ -64,7 +64,7 @@ class FsdpConfig(Section):
     fsdp_sharding_strategy: Any = None
 
 
-class AccelerateFile(Section):
+class AccelerateFile(QuickSection):
     """What a launch reads of an accelerate config; other keys are accelerate's to refuse."""
 
     model_config = ConfigDict(extra="allow")

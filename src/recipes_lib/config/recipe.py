@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import Field
 
-from recipes_lib.config.documents import Document, Origin, Section, dotted, judge, parse, read
+from recipes_lib.config.documents import Document, Origin, QuickSection, dotted, judge, parse, read
 from recipes_lib.config.rules import base_rules, machine_rules, recipe_rules
 from recipes_lib.config.sections import (
     DataSection,
@@ -40,7 +40,7 @@ PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
 
 
-class RecipeFile(Section):
+class RecipeFile(QuickSection):
     """A fine-tuning recipe."""
 
     kind: ClassVar = "recipe"

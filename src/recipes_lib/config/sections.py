@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from recipes_lib.config.documents import IsPath, Section
+from recipes_lib.config.documents import IsPath, QuickSection
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
@@ -81,7 +81,7 @@ _COLUMNS = Literal[
 ]
 
 
-class ModelSection(Section):
+class ModelSection(QuickSection):
     """The base model, passed to `from_pretrained`."""
 
     gone: ClassVar = {
@@ -131,7 +131,7 @@ class ModelSection(Section):
     kwargs: dict[str, Any] = Field({}, description="Further arguments for `from_pretrained`.")
 
 
-class SplitSection(Section):
+class SplitSection(QuickSection):
     """How rows are divided into train, validation and test."""
 
     method: Literal["hash", "published", "none"] = Field(
@@ -145,7 +145,7 @@ class SplitSection(Section):
     seed: int = Field(42, ge=0, description="Seed of the published split; salt of the hash split.")
 
 
-class FiltersSection(Section):
+class FiltersSection(QuickSection):
     """Rows to leave out, counted in the audit."""
 
     categories: list[str] | None = Field(
@@ -163,7 +163,7 @@ class FiltersSection(Section):
     )
 
 
-class SourcePart(Section):
+class SourcePart(QuickSection):
     """One source of a mixture; what it leaves out comes from `data`."""
 
     source: _Source = Field(description="Hub id, file or folder.")
@@ -185,7 +185,7 @@ else:
     _Sources = Annotated[list[_Source | SourcePart], Field(min_length=1)]
 
 
-class DataSection(Section):
+class DataSection(QuickSection):
     """The training data and how a row becomes a prompt and a completion."""
 
     source: _Source | _Sources = Field(
@@ -282,7 +282,7 @@ class DataSection(Section):
         ]
 
 
-class RunSection(Section):
+class RunSection(QuickSection):
     """The run: its name and its batch in examples."""
 
     name: str | None = Field(
@@ -299,7 +299,7 @@ class RunSection(Section):
     notes: str | None = Field(None, description="Free text, copied to the run.")
 
 
-class LaunchSection(Section):
+class LaunchSection(QuickSection):
     """The default way to launch; never part of the mathematics."""
 
     accelerate: Annotated[str, IsPath(unless=_is_config_name)] = Field(

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, create_model
 
 from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.documents import Section
+from recipes_lib.config.documents import QuickSection
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ _GONE = {
 _NOT_IN = {"train": NOT_IN_TRAIN, "lora": NOT_IN_LORA, "quantization": {}}
 
 
-class CheckpointingKwargs(Section):
+class CheckpointingKwargs(QuickSection):
     """What torch's and TRL's activation checkpointing take."""
 
     use_reentrant: bool | None = None
@@ -232,7 +232,7 @@ def upstream_default(section: str, key: str) -> Any:
     return ours.get(key, upstream_fields()[section][key].get("default"))
 
 
-def _section(name: str) -> type[Section]:
+def _section(name: str) -> type[QuickSection]:
     """Return the model of a section."""
     narrower, not_ours = _NARROWER[name], _NOT_IN[name]
     fields: dict[str, Any] = {
@@ -243,7 +243,7 @@ def _section(name: str) -> type[Section]:
         for key, schema in upstream_fields()[name].items()
         if key not in not_ours
     }
-    model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
+    model = create_model(f"{name.capitalize()}Section", __base__=QuickSection, **fields)
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
     model.gone = {key: why + _MIGRATE for key, why in _GONE[name].items()} | not_ours
     return model
@@ -259,7 +259,7 @@ def _type(schema: dict[str, Any], name: str = "") -> Any:
         inner: dict[str, Any] = {
             key: (_type(part, key), None) for key, part in schema["properties"].items()
         }
-        return create_model(name, __base__=Section, **inner)
+        return create_model(name, __base__=QuickSection, **inner)
     kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
     if schema.get("type") == "array":
         return list[_type(schema["items"])] if "items" in schema else list[Any]  # type: ignore[misc]
@@ -268,13 +268,13 @@ def _type(schema: dict[str, Any], name: str = "") -> Any:
 
 if TYPE_CHECKING:
 
-    class TrainSection(Section):
+    class TrainSection(QuickSection):
         """Made of upstream.json."""
 
-    class LoraSection(Section):
+    class LoraSection(QuickSection):
         """Made of upstream.json."""
 
-    class QuantizationSection(Section):
+    class QuantizationSection(QuickSection):
         """Made of upstream.json."""
 
 else:
