@@ -235,10 +235,11 @@ def upstream_default(section: str, key: str) -> Any:
 def _section(name: str) -> type[QuickSection]:
     """Return the model of a section."""
     narrower, not_ours = _NARROWER[name], _NOT_IN[name]
+    defaults = TRAIN_DEFAULTS if name == "train" else {}
     fields: dict[str, Any] = {
         key: (
             narrower.get(key) or _type(schema, key),
-            Field(None, description=schema.get("description")),
+            Field(defaults.get(key, schema.get("default")), description=schema.get("description")),
         )
         for key, schema in upstream_fields()[name].items()
         if key not in not_ours
