@@ -67,9 +67,7 @@ def stores(root: Path) -> dict[str, dict[str, Any]]:
 
 
 def findings(root: Path) -> dict[str, Any]:
-    """What a study found: its weights, its answers and judgments, and every number about answers
-    (how long a training took is another number each time).
-    """
+    """What a study found: its weights, its answers and judgments, every number and sentence."""
     comparison = json.loads((root / "tiny" / "comparison.json").read_text(encoding="utf-8"))
     return {
         "weights": {
@@ -77,14 +75,7 @@ def findings(root: Path) -> dict[str, Any]:
         },
         "stores": stores(root),
         "scores": without_rounding(comparison["scores"]),
-        "rows": [
-            {
-                key: row[key]
-                for key in ("metric", "first", "second", "difference", "p_holm", "verdict")
-            }
-            for row in without_rounding(comparison["rows"])
-            if "speed" not in row["metric"]
-        ],
+        "rows": without_rounding(comparison["rows"]),
         "answer": comparison["answer"],
     }
 
