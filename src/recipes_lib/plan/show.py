@@ -117,7 +117,7 @@ def walltime(seconds: float) -> float:
 
     Example:
         >>> walltime(100), walltime(3600)
-        (900, 5400)
+        (900.0, 5400.0)
     """
     return -(-seconds * 1.5 // 900) * 900
 
