@@ -33,7 +33,7 @@ INSTALL = [
 ]
 
 # The evaluation suites. alpaca_eval imports pkg_resources, which setuptools 82 removed.
-EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "httpx2>=2.12", "setuptools<82"]
+EVAL = ["alpaca-eval>=0.6.6,<0.7", "lm-eval>=0.4.13,<0.5", "openai>=3.57,<4", "setuptools<82"]
 # What the code of lm-eval's tasks ifeval and minerva_math imports; it takes one antlr4 alone.
 CHAT_EVALS = [
     "langdetect>=1.0.9",
