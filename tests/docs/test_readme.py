@@ -15,8 +15,8 @@ import pytest
 
 from recipes_lib import cli, train
 from recipes_lib.config.batch import accumulation_steps
+from recipes_lib.config.documents import read
 from recipes_lib.config.launch import load_accelerate_config
-from recipes_lib.config.loader import load_document
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.study.config import load_study
@@ -178,7 +178,7 @@ def check_words(name: str, rest: list[str], command: str) -> None:
 
 def runs_of_recipes() -> set[str]:
     """The runs that training a recipe or running a study makes."""
-    kinds = {path: load_document(path).kind.name for path in Path("recipes").rglob("*.yaml")}
+    kinds = {path: read(path).kind for path in Path("recipes").rglob("*.yaml")}
     studies = [run_names(load_study(path)) for path, kind in kinds.items() if kind == "study"]
     trained = {name for names in studies for runs in names.values() for name in runs}
     return trained | {load_recipe(path).name for path, kind in kinds.items() if kind == "recipe"}

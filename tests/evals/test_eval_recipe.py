@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.config.loader import load_document
+from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.evals.recipe import SUITES, load_eval
 from recipes_lib.evals.suites import SUITE_CLASSES
@@ -118,8 +118,8 @@ def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path):
         load_eval(PROJECT / "recipes/quickstart/lora-r8.yaml")
     (tmp_path / "e.yaml").write_text("suite: {name: lm_eval, tasks: [x]}\ndata: {folder: .}\n")
     (tmp_path / "j.yaml").write_text("judge: {model: x}\n")
-    assert load_document(tmp_path / "e.yaml").kind.name == "eval"
-    assert load_document(tmp_path / "j.yaml").kind.name == "judge"
+    assert read(tmp_path / "e.yaml").kind == "eval"
+    assert read(tmp_path / "j.yaml").kind == "judge"
 
 
 def test_a_suite_is_one_file_with_a_class_and_its_facts():

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
-from recipes_lib.config.vocabulary import subschema
+from recipes_lib.config.recipe import recipe_keys
 from recipes_lib.core.fingerprints import hash_of
 from recipes_lib.core.json_files import DamagedFile, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
@@ -177,8 +177,7 @@ def _value(key: str, values: KeyValues) -> Any:
     section = key.partition(".")[0]
     if values.get(key) is not None or not any(name.startswith(f"{section}.") for name in values):
         return values.get(key)
-    schema = subschema(*key.split("."))
-    return schema.get("default") if schema else None
+    return recipe_keys().get(key, {}).get("default")
 
 
 # ---- What runs recorded ----

@@ -8,9 +8,8 @@ import textwrap
 from typing import Any
 
 from recipes_lib.config.kinds import SECTIONS
-from recipes_lib.config.recipe import RecipeFile
-from recipes_lib.config.suggestions import near_names
-from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS, upstream_fields
+from recipes_lib.config.recipe import RecipeFile, near_keys, recipe_keys
+from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
@@ -28,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         RecipeError: there is no such key.
     """
-    keys = _all_keys()
+    keys = recipe_keys()
     name = _full_name(args.key, keys) if args.key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
@@ -44,26 +43,6 @@ def run(args: argparse.Namespace) -> int:
         say(f"  {key.removeprefix(f'{name}.'):<{width}}  {text}".rstrip())
     next_step(f"recipes explain {next(iter(inner)) if name else 'train'}")
     return ExitCode.DONE
-
-
-def _all_keys() -> dict[str, dict[str, Any]]:
-    """Return dotted key -> JSON Schema of every section and key of a recipe."""
-    root = RecipeFile.model_json_schema()
-    found: dict[str, dict[str, Any]] = {}
-
-    def visit(schema: dict[str, Any], prefix: str) -> None:
-        for key, part in schema.get("properties", {}).items():
-            known = [one["$ref"] for one in (part, *part.get("anyOf", [])) if "$ref" in one]
-            inner = root["$defs"][known[0].rpartition("/")[2]] if len(known) == 1 else {}
-            found[f"{prefix}{key}"] = {**inner, **part}
-            visit(inner, f"{prefix}{key}.")
-
-    visit(root, "")
-    return {key: found[key] for section in SECTIONS for key in found if _is_in(key, section)}
-
-
-def _is_in(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
 
 
 def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
@@ -82,26 +61,18 @@ def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
         for model in (models, *getattr(models, "__args__", ())):
             if instead := getattr(model, "gone", {}).get(name):
                 raise RecipeError(f"'{home}.{name}' is not a key of recipes", instead)
-    near = ending or _near_keys(plain, keys)
+    near = near_keys(plain)
     hints = [f"did you mean {' or '.join(near)}?"] if near else []
     raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
-
-
-def _near_keys(word: str, keys: dict[str, Any]) -> list[str]:
-    """Return the dotted keys nearest to a word, with or without its section."""
-    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    names = near_names(word, keys) or near_names(word.rpartition(".")[2], last)
-    return [last.get(name, name) for name in names]
 
 
 def _explain(key: str, schema: dict[str, Any]) -> None:
     section, _, name = key.partition(".")
     say(f"{key}: {describe(schema)}")
     if section in CLASSES:
-        default, whose = upstream_fields()[section].get(name, {}).get("default"), CLASSES[section]
-        if section == "train" and name in TRAIN_DEFAULTS:
-            default, whose = TRAIN_DEFAULTS[name], "project default, not TRL's"
-        _wrapped(f"default {value_text(default)} ({whose})")
+        ours = section == "train" and name in TRAIN_DEFAULTS
+        whose = "project default, not TRL's" if ours else CLASSES[section]
+        _wrapped(f"default {value_text(schema.get('default'))} ({whose})")
     elif "default" in schema:
         _wrapped(f"default {value_text(schema['default'])}")
     _wrapped(schema.get("description") or "no documentation upstream")

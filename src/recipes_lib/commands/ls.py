@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.loader import load_document
+from recipes_lib.config.documents import read
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, say, say_json
@@ -81,11 +81,12 @@ def _entry(file: Path) -> dict[str, Any] | None:
         if file.absolute().is_relative_to(folder):
             name = file.absolute().relative_to(folder).with_suffix("").as_posix()
     try:
-        document = load_document(file)
+        document = read(file)
+        kind = document.kind
     except RecipesError:
         why = f"cannot be read: recipes check {shown_path(file)}"
         return {"name": name, "model": why, "method": "-", "launch": "-", "tags": []}
-    if document.kind.name != "recipe":
+    if kind != "recipe":
         return None
     sections: dict[str, Any] = {
         key: value if isinstance(value, dict) else {} for key, value in document.values.items()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.config.loader import load_document
+from recipes_lib.config.documents import read
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.slurm.profile import load_profile
@@ -99,7 +99,7 @@ def _meant_for(word: str, words: Sequence[str], overrides: Sequence[str]) -> lis
 
 
 def _is_eval(word: str) -> bool:
-    return Path(word).is_file() and load_document(word).kind.name == "eval"
+    return Path(word).is_file() and read(word).kind == "eval"
 
 
 def _look(need: Need) -> None:

@@ -102,6 +102,11 @@ class Document:
         """The path as a user would type it."""
         return shown_path(self.path)
 
+    @property
+    def kind(self) -> str:
+        """The kind of file, as in `kinds`."""
+        return kind_of(self.values, self.text, self.file).name
+
     def origin(self, key: str | KeyPath) -> Origin:
         """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest above."""
         path = tuple(key.split(".")) if isinstance(key, str) else key

@@ -1,23 +1,17 @@
 """The kinds of YAML files in a project, and how a file tells which kind it is.
 
 A file says it by its first comment, `# yaml-language-server: $schema=.../<kind>.schema.json`, or by
-its top-level keys; a recipe whose name starts with `_` is a base. A later kind (study, published,
-profile) is one more line in `KINDS`.
+its top-level keys; a recipe whose name starts with `_` is a base.
 """
 
 from __future__ import annotations
 
-import importlib
 import re
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from recipes_lib.core.errors import RecipeError, RecipesError
-
-if TYPE_CHECKING:
-    from recipes_lib.config.loader import Document
-    from recipes_lib.config.validation import KindRules
+from recipes_lib.core.errors import RecipeError
 
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
 _SCHEMA_LINE = re.compile(
@@ -29,42 +23,17 @@ _SCHEMA_LINE = re.compile(
 class Kind:
     """One kind of YAML file.
 
-    `keys` are top-level keys that give it away, `use` says what a file of this kind is for,
-    `rules_at` is `module:class` of what it adds to the check of every file
-    (`validation.KindRules`), `rows_at` is `module:function` of what `recipes check` does with the
-    rows that a sound file names. Both lie in the package that reads the kind, and are imported when
-    a file of the kind is checked.
+    `keys` are top-level keys that give it away, `use` says what a file of this kind is for.
     """
 
     name: str
     title: str
     keys: frozenset[str] = frozenset()
     use: str = ""
-    rules_at: str = ""
-    rows_at: str = ""
-
-    def rules(self) -> KindRules:
-        """Return what the kind adds to the check of every file."""
-        return at(self.rules_at)()
-
-    def check_rows(self, document: Document, full: bool) -> list[RecipesError]:
-        """Return what is wrong with the rows that a sound file names; what is only a remark is
-        added to the document's warnings.
-
-        Args:
-            full: whether all rows are read, however many there are.
-        """
-        return at(self.rows_at)(document, full) if self.rows_at else []
 
 
-def at(place: str) -> Any:
-    """Return what stands at `module:name` in this package, imported now."""
-    module, name = place.split(":")
-    return getattr(importlib.import_module(f"recipes_lib.{module}"), name)
-
-
-def _kind(name: str, title: str, keys: str = "", use: str = "", *places: str) -> Kind:
-    return Kind(name, title, frozenset(keys.split()), use, *places)
+def _kind(name: str, title: str, keys: str = "", use: str = "") -> Kind:
+    return Kind(name, title, frozenset(keys.split()), use)
 
 
 RECIPE = _kind(

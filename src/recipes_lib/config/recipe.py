@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from recipes_lib.config.sections import (
     RunSection,
     SplitSection,
 )
+from recipes_lib.config.suggestions import near_names
 from recipes_lib.config.upstream import (
     TRAIN_DEFAULTS,
     LoraSection,
@@ -58,6 +60,34 @@ class RecipeFile(QuickSection):
     train: TrainSection = Field(TrainSection(), description="`trl.SFTConfig`, key by key.")
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
+
+
+@lru_cache(maxsize=1)
+def recipe_keys() -> dict[str, dict[str, Any]]:
+    """Return dotted key -> JSON Schema, with text and default, of every section and key."""
+    root = RecipeFile.model_json_schema()
+    found: dict[str, dict[str, Any]] = {}
+
+    def visit(schema: dict[str, Any], prefix: str) -> None:
+        for key, part in schema.get("properties", {}).items():
+            known = [one["$ref"] for one in (part, *part.get("anyOf", [])) if "$ref" in one]
+            inner = root["$defs"][known[0].rpartition("/")[2]] if len(known) == 1 else {}
+            found[f"{prefix}{key}"] = {**inner, **part}
+            visit(inner, f"{prefix}{key}.")
+
+    visit(root, "")
+    return found
+
+
+def near_keys(word: str) -> list[str]:
+    """Return the dotted keys that a word such as `learning_rate` means, or else is nearest to."""
+    keys, plain = recipe_keys(), word.replace("-", "_")
+    ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
+    if ending:
+        return ending
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    names = near_names(plain, keys) or near_names(plain.rpartition(".")[2], last)
+    return [last.get(name, name) for name in names]
 
 
 @dataclass(frozen=True)

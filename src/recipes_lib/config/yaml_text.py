@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.yaml_source import KeyPath
+from recipes_lib.config.documents import KeyPath
 
 
 def value_text(value: Any) -> str:

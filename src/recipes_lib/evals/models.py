@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.loader import COMMAND_LINE, Origin
+from recipes_lib.config.documents import COMMAND_LINE, Origin
 from recipes_lib.config.preflight import KEY as MODEL_KEY
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.loader import COMMAND_LINE
+from recipes_lib.config.documents import COMMAND_LINE
 from recipes_lib.core.errors import (
     DataError,
     EnvironmentFault,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from recipes_lib.config.loader import load_document
+from recipes_lib.config.documents import read
 from recipes_lib.config.preflight import TOKENIZER_FILES
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
@@ -70,7 +70,7 @@ def prefetch_needs(
         study = load_study(file, overrides)
         recipes = [arm.recipe for arm in study.arms]
         evals: Sequence[EvalRecipe] = study.evals
-    elif (path := recipe_path(word)).is_file() and load_document(path).kind.name == "eval":
+    elif (path := recipe_path(word)).is_file() and read(path).kind == "eval":
         recipes, evals = [], [load_eval(path, overrides)]
     else:
         recipes, evals = [load_recipe(word, overrides)], []

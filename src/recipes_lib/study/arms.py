@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from recipes_lib.config.loader import COMMAND_LINE, Origin
+from recipes_lib.config.documents import COMMAND_LINE, Origin
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.study.config import Arm, Study

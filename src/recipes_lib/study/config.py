@@ -32,9 +32,8 @@ from recipes_lib.config.documents import (
 from recipes_lib.config.kinds import SECTIONS, kind_of, wrong_kind
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.preflight import check_upstream
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import Recipe, load_recipe, near_keys, recipe_keys
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.vocabulary import dotted_names, subschema
 from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
@@ -459,14 +458,14 @@ def _exists(key: str) -> bool:
         return True
     parts = key.split(".")
     for length in range(len(parts), 0, -1):
-        schema = subschema(*parts[:length])
+        schema = recipe_keys().get(".".join(parts[:length]))
         if schema is not None:
             return length == len(parts) or "properties" not in schema
     return False
 
 
 def _no_key(document: Document, path: KeyPath, place: str, key: str) -> RecipeError:
-    near = [f"did you mean {name}?" for name in dotted_names(key)[:1]]
+    near = [f"did you mean {name}?" for name in near_keys(key)[:1]]
     what = f"{place}: there is no key '{key}'"
     return document.error(path, what, *near, "all keys: recipes explain")
 
