@@ -471,8 +471,6 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
             "a/b",
             "",
             "x" * 300,
-            "CON",
-            "con.txt",
             "\N{GRINNING FACE}",
             "dot.",
             "a\nb",
@@ -564,7 +562,7 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert "is a pipe or a device, not a file" in capfd.readouterr().err
+    assert "is a pipe or a device" in capfd.readouterr().err
 
 
 def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
