@@ -15,7 +15,7 @@ import pytest
 from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
-from recipes_lib.core.json_files import Row
+from recipes_lib.core.files import Row
 from recipes_lib.evals.store import stored_rows
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"

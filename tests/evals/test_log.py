@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import DamagedFile
+from recipes_lib.core.files import DamagedFile
 from recipes_lib.evals.log import (
     AnswerFacts,
     AnswerFaults,

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.core.errors import DataError, EnvironmentFault
-from recipes_lib.core.json_files import valid_text
+from recipes_lib.core.files import valid_text
 from recipes_lib.evals.audit import audit
 from recipes_lib.evals.store import Store, stored_rows, text_hash
 

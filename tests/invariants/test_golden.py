@@ -52,7 +52,7 @@ def record() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tests.conftest import PROJECT, TINY_RECIPE, build_tiny_model
 
-    from recipes_lib.core.manifest import describe_devices, library_versions
+    from recipes_lib.core.environment import describe_devices, library_versions
 
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RECIPES_RUNS_ROOT"] = f"{folder}/runs"

@@ -39,7 +39,7 @@ def test_a_training_has_the_tokens_and_steps_of_its_plan(
     runs = tmp_path / "runs"
     code, output = forks.start([tiny_recipe, *words], RECIPES_RUNS_ROOT=str(runs)).wait()
     assert code == 0, output
-    from recipes_lib.core.json_files import read_object
+    from recipes_lib.core.files import read_object
 
     summary = read_object(runs / "planned" / "run.json")["summary"]
     assert summary["steps"] == planned.steps

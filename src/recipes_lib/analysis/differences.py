@@ -17,8 +17,7 @@ from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.runs import ArmRuns, Run
 from recipes_lib.analysis.text import setting_text
 from recipes_lib.config.recipe import recipe_keys
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.files import DamagedFile, hash_of, read_object
 from recipes_lib.training.resume_guard import FREE_KEYS, flatten
 
 Level = Literal["cause", "tuned", "confound", "note"]

@@ -14,8 +14,7 @@ from typing import Any
 
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError, RecipeError
-from recipes_lib.core.fingerprints import digest_of
-from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.core.files import hash_of, refuse_pipe
 from recipes_lib.evals.log import AnswerFacts, EvalLog, JudgeFacts, Metric, Sample, with_groups
 
 _NO_METRICS = ("alias", "name", "sample_len", "sample_count")
@@ -157,7 +156,7 @@ def _lm_eval(folder: Path, path: Path) -> Run:
         "transformers": content.get("transformers_version"),
         "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)),
         "chat template": content.get("chat_template_sha") or "none",
-        "prompts": digest_of(sorted(_prompts(path, stamp)))[:12],
+        "prompts": hash_of(sorted(_prompts(path, stamp)))[:12],
     }
     log = EvalLog(
         suite="lm_eval",

@@ -36,7 +36,7 @@ from recipes_lib.analysis.samples import collect_samples
 from recipes_lib.analysis.stats import Limits
 from recipes_lib.analysis.summary import report_markdown
 from recipes_lib.analysis.table import Score, score_interval
-from recipes_lib.core.atomic_files import write_text
+from recipes_lib.core.files import write_text
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import printable
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
+from recipes_lib.core.files import DamagedFile, read_object, read_rows
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import read_resolved
 from recipes_lib.evals.log import REFERENCE, EvalLog, Metric, Sample, read_eval_logs

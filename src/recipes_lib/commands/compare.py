@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.files import DamagedFile, read_object, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
-from recipes_lib.core.terminal import next_step, say, say_json, warn
+from recipes_lib.core.terminal import next_step, print_json, say, warn
 
 if TYPE_CHECKING:
     from recipes_lib.analysis.claims import Conclusion
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             what = f"--margin {word}: these have no such metric in common"
             raise RecipeError(what, f"metrics: {known or 'none'}")
     if args.json:
-        say_json(conclusion.to_dict())
+        print_json(conclusion.to_dict())
     else:
         say("\n".join(conclusion_lines(conclusion)))
     if args.html:

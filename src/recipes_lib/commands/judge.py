@@ -11,7 +11,7 @@ from pathlib import Path
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError
 from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import at_least, next_step, say, say_json
+from recipes_lib.core.terminal import at_least, next_step, print_json, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         labels = Path(args.labels)
         card, kept = audit_on_labels(args.judge, labels, args.limit, args.probe_pairs)
     if args.json:
-        return say_json(asdict(card))
+        return print_json(asdict(card))
     if banner := audit_banner(card):
         say(f"! {banner}\n")
     say("\n".join(scorecard_lines(card)))

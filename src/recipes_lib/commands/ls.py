@@ -10,7 +10,7 @@ from typing import Any
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.core.terminal import aligned, next_step, say, say_json
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
 
 _START = "start-here"
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
         models[entry["model"]] |= _START in entry["tags"]
     found.sort(key=lambda entry: (not models[entry["model"]], entry["model"], entry["name"]))
     if args.json:
-        return say_json(found)
+        return print_json(found)
     if not found:
         say(f"no recipes match {' '.join(words)}" if words else "no recipes here")
         next_step("recipes ls" if words else "recipes new my-first --from quickstart/lora-r8")

@@ -8,8 +8,8 @@ from pathlib import Path
 from recipes_lib.config.documents import read
 from recipes_lib.config.migrate import migrate
 from recipes_lib.config.new import schema_line
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.columns import look_at
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from recipes_lib.config.new import new_recipe
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, shown_path
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.columns import look_at

@@ -12,7 +12,7 @@ from contextlib import nullcontext
 
 from recipes_lib.analysis.text import count
 from recipes_lib.core.errors import ExitCode, print_error
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import at_least, flag_words, next_step, print_json, say
 from recipes_lib.study.arms import study_folder

@@ -32,7 +32,7 @@ from recipes_lib.config.upstream import (
     upstream_default,
 )
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import cache_root
 from recipes_lib.models.architectures import (
     ARCHITECTURES,

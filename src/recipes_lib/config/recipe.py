@@ -32,8 +32,8 @@ from recipes_lib.config.upstream import (
     QuantizationSection,
     TrainSection,
 )
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
 
 RECIPE_FILE = "resolved.yaml"

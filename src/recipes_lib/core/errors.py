@@ -144,9 +144,6 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
-first_line = one_line
-
-
 def print_error(error: BaseException) -> None:
     """Print an error for the user: its message on stderr, no traceback, no terminal control
     characters.

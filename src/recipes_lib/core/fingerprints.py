@@ -4,8 +4,6 @@ are remembered by size and time.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,14 +14,7 @@ from recipes_lib.core.project import cache_root
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
-
 _PLACES = ("base_model_name_or_path", "_name_or_path")  # where a base lies
-
-
-def digest_of(value: Any) -> str:
-    """Return the SHA-256 of a JSON-ready value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -91,9 +91,6 @@ def print_json(value: object) -> int:
     return 0
 
 
-say_json = print_json
-
-
 def warn(text: str) -> None:
     """Print a warning on stderr, where it does not get into what --json prints."""
     print(printable(f"warning: {text}"), file=sys.stderr, flush=True)

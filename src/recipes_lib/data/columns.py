@@ -15,7 +15,7 @@ from typing import Any
 from recipes_lib.config.sections import TEXT_FORMATS, OwnRows, data_format
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.core.files import refuse_pipe
 from recipes_lib.data.conversations import (
     MESSAGE_KEYS,
     check_roles,

@@ -21,7 +21,7 @@ from typing import Any, TextIO
 
 from recipes_lib.config.sections import DATA_FORMATS, data_format
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import Row, refuse_pipe
+from recipes_lib.core.files import Row, refuse_pipe
 from recipes_lib.data.rows import BadRow, lone_surrogate, shown_real_path, type_name
 
 ENCODING_HINT = "convert it with iconv, or say what it is: data.encoding (latin-1, cp1252, utf-16)"

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection
-from recipes_lib.core.atomic_files import file_hash, publish, write_json
 from recipes_lib.core.errors import DataError
+from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.project import cache_root, shown_path
 from recipes_lib.core.ranks import on_main_rank, say_once
 from recipes_lib.data.audit import DataAudit, SourceCounts

@@ -16,8 +16,8 @@ from typing import Any
 
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.errors import DataError, first_line
-from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.core.errors import DataError, one_line
+from recipes_lib.core.files import refuse_pipe
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
 from recipes_lib.data.files import Table, read_file
@@ -239,7 +239,7 @@ def _load_from_hub(source: Source) -> Table:
             what = f"the Hub has no data set '{name}', or it is not open to you"
             hint = "check the name; for a private or gated data set: hf auth login"
         else:
-            what, hint = f"cannot load '{name}' from the Hub: {first_line(error)}", ""
+            what, hint = f"cannot load '{name}' from the Hub: {one_line(error)}", ""
         raise SettingError("data.source", what, *filter(None, [hint])) from error
     return Table(name, [(None, row) for row in found], columnar=True)
 

@@ -23,7 +23,7 @@ import jinja2
 import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
-from recipes_lib.core.errors import first_line
+from recipes_lib.core.errors import one_line
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, conversation_of, template_values, without_key
 from recipes_lib.data.prompts import (
@@ -366,7 +366,7 @@ def render_turns(
         raise SettingError("data.chat_template", what) from None
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
         return BadRow(
-            f"the chat template refuses the conversation: {first_line(error)}",
+            f"the chat template refuses the conversation: {one_line(error)}",
             "change the rows, or choose another template (data.chat_template)",
         )
 

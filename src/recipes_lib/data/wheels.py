@@ -12,8 +12,8 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from recipes_lib.core.atomic_files import write_bytes
 from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.files import write_bytes
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.terminal import say
 

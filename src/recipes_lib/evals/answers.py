@@ -18,10 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.json_files import Row
+from recipes_lib.core.files import Row, hash_of
+from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.engine import (
     MAX_FAILURES_IN_A_ROW,

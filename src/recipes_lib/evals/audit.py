@@ -21,7 +21,7 @@ from typing import Any
 
 from recipes_lib.analysis.stats import wilson
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import Row
+from recipes_lib.core.files import Row
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.judge import Item
 from recipes_lib.evals.log import Check, Sample, Scorecard

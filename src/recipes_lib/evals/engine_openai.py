@@ -18,8 +18,7 @@ from typing import Any
 import openai
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.json_files import valid_text
+from recipes_lib.core.files import hash_of, valid_text
 from recipes_lib.core.redaction import remember_secret
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Request, Sampling
 from recipes_lib.evals.recipe import ServerSection

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, Protocol
 
-from recipes_lib.core.json_files import Row
+from recipes_lib.core.files import Row
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Failures
 from recipes_lib.evals.prompts import (
     CountTokens,

@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.json_files import Row
-from recipes_lib.core.run_lock import waiting_lock
+from recipes_lib.core.files import Row
+from recipes_lib.core.lock import waiting_lock
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items
 from recipes_lib.evals.judge import Item, JudgePlan, ask, build_requests

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.atomic_files import file_hash
-from recipes_lib.core.fingerprints import folder_fingerprint, hash_of, model_fingerprint
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import file_hash, hash_of, object_or_none
+from recipes_lib.core.fingerprints import folder_fingerprint, model_fingerprint
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.weights.base import model_path
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors, RecipesError
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.json_files import read_object, read_rows
+from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import conversation_of
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks

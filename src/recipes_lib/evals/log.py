@@ -23,9 +23,8 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from recipes_lib.core.atomic_files import write_bytes, write_json
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.json_files import DamagedFile, read_object, read_rows
+from recipes_lib.core.files import DamagedFile, read_object, read_rows, write_bytes, write_json
 from recipes_lib.data.leaks import Leaks
 
 ORDERS = ("AB", "BA")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.core.json_files import refuse_pipe
+from recipes_lib.core.files import refuse_pipe
 from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.evals.store import text_hash
 

@@ -19,9 +19,9 @@ from recipes_lib.core.errors import (
     EnvironmentFault,
     RecipeError,
     RecipeErrors,
-    first_line,
+    one_line,
 )
-from recipes_lib.core.json_files import Row, valid_texts
+from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.rows import NUM_LISTED
@@ -220,7 +220,7 @@ def _fetch(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
             hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline)
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = "offline, and it is not in the local cache" if offline else first_line(error)
+        reason = "offline, and it is not in the local cache" if offline else one_line(error)
         raise EnvironmentFault(
             f"cannot fetch {file} of {repository} from the Hub: {reason}",
             f"put the file somewhere and set data.{key}=PATH",

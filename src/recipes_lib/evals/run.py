@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.core.environment import command_line, git_state, library_versions
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.json_files import utc_now
+from recipes_lib.core.files import utc_now
 from recipes_lib.core.libraries import quiet_libraries
-from recipes_lib.core.manifest import command_line, git_state, library_versions
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.redaction import masked
 from recipes_lib.core.terminal import say

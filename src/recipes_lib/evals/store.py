@@ -17,9 +17,8 @@ from pathlib import Path
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
-from recipes_lib.core.atomic_files import sync
 from recipes_lib.core.errors import DataError, EnvironmentFault
-from recipes_lib.core.json_files import Row, numbered_rows
+from recipes_lib.core.files import Row, numbered_rows, sync
 
 _DAMAGED = (
     "the file is damaged in its middle, which no killed writer does: restore it, or delete this"

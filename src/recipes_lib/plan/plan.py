@@ -19,9 +19,8 @@ from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config
-from recipes_lib.core.errors import first_line
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.errors import one_line
+from recipes_lib.core.files import hash_of, object_or_none
 from recipes_lib.core.project import runs_root
 from recipes_lib.models.known import known_config, known_facts
 from recipes_lib.models.shape import configuration
@@ -64,7 +63,7 @@ class Plan:
             return trace(self.config, lora, self.setup.precision)
         except ValueError as error:
             key = "lora.target_modules" if lora else _MODEL_KEY
-            raise self.recipe.error(key, f"{key}: {first_line(error)}") from None
+            raise self.recipe.error(key, f"{key}: {one_line(error)}") from None
 
     @cached_property
     def steps(self) -> Steps:
@@ -215,7 +214,7 @@ def model_config(recipe: Recipe) -> Any:
             )
             values = object_or_none(Path(file))
         except Exception as error:  # gated, offline, no such model: each has its own message
-            why += f", and the Hub gives no config.json: {first_line(error)}"
+            why += f", and the Hub gives no config.json: {one_line(error)}"
     if not values:
         hints = did_you_mean(name, known_facts())
         raise recipe.fault(
@@ -224,7 +223,7 @@ def model_config(recipe: Recipe) -> Any:
     try:
         return configuration(values)
     except (ValueError, KeyError, TypeError) as error:
-        raise recipe.error(_MODEL_KEY, f"no plan: {first_line(error)}") from None
+        raise recipe.error(_MODEL_KEY, f"no plan: {one_line(error)}") from None
 
 
 def measured_speed(plan: Plan) -> tuple[float, str] | None:

@@ -22,9 +22,7 @@ import torch
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from recipes_lib.core.atomic_files import write_json
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import hash_of, object_or_none, write_json
 from recipes_lib.core.project import cache_root
 from recipes_lib.models import shape
 from recipes_lib.models.architectures import not_quantized

@@ -16,7 +16,7 @@ from recipes_lib.config.preflight import TOKENIZER_FILES
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import DataError, EnvironmentFault
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import say
 from recipes_lib.data.rows import BadRow

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.project import runs_root, shown_path
-from recipes_lib.core.terminal import aligned, next_step, say, say_json
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.slurm.jobs import jobs_folder
 from recipes_lib.slurm.submit import ASK_SINFO, LaunchFolder, all_launches, run_slurm, scancel
 
@@ -107,7 +107,7 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
     known = {folder: states_of(folder) for folder in folders}
     if as_json:
         rows = {one.name: list(map(dataclasses.asdict, states)) for one, states in known.items()}
-        return say_json(rows)
+        return print_json(rows)
     if not folders:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")

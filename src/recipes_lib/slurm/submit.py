@@ -14,9 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipes_lib.core.atomic_files import write_json, write_text
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.files import DamagedFile, read_object, write_json, write_text
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.terminal import warn
 from recipes_lib.slurm.jobs import Job, JobPlan

@@ -18,9 +18,7 @@ from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.analysis.text import sentence_list
-from recipes_lib.core.atomic_files import publish, write_json
-from recipes_lib.core.fingerprints import digest_of
-from recipes_lib.core.json_files import object_or_none, utc_now
+from recipes_lib.core.files import hash_of, object_or_none, publish, utc_now, write_json
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.evals.log import REFERENCE
 from recipes_lib.study.arms import study_folder
@@ -146,10 +144,10 @@ def design_of(study: Study, missing: tuple[str, ...] = ()) -> Design:
 def locked_design(study: Study) -> dict[str, Any]:
     """Return what must not change once verdicts were seen."""
     return {
-        "arms": {arm.name: digest_of(_of_arm(arm.resolved())) for arm in study.arms},
+        "arms": {arm.name: hash_of(_of_arm(arm.resolved())) for arm in study.arms},
         "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
         "base": study.include_base,
-        "evals": {recipe.name: digest_of(_of_eval(recipe.to_dict())) for recipe in study.evals},
+        "evals": {recipe.name: hash_of(_of_eval(recipe.to_dict())) for recipe in study.evals},
         "primary": study.aims.primary,
         "margins": {word: margin.size for word, margin in study.aims.margins.items()},
         "pairs": study.pairs,

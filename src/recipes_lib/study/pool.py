@@ -19,7 +19,7 @@ from typing import IO
 
 from recipes_lib.config.recipe import HANDED
 from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.run_lock import describe_holder, is_held
+from recipes_lib.core.lock import describe_holder, is_held
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.arms import launch_words, study_folder, train_words
 from recipes_lib.study.config import Study

@@ -14,12 +14,17 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from recipes_lib.core.atomic_files import write_json, write_text
-from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
-from recipes_lib.core.faults import is_disk_full
+from recipes_lib.core.errors import (
+    EnvironmentFault,
+    ExitCode,
+    RecipeError,
+    RecipesError,
+    is_disk_full,
+)
+from recipes_lib.core.files import write_json, write_text
+from recipes_lib.core.lock import LockHeld, describe_holder, run_lock
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.run_lock import LockHeld, describe_holder, run_lock
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import base_arm, base_record, study_folder
 from recipes_lib.study.config import BASE_ARM, Study

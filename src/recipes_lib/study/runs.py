@@ -17,10 +17,9 @@ from pathlib import Path
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED
-from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.fingerprints import digest_of, file_digest
-from recipes_lib.core.json_files import object_or_none
+from recipes_lib.core.files import hash_of, object_or_none, write_json
+from recipes_lib.core.fingerprints import file_digest
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
 from recipes_lib.data.sources import data_files, find_path, listed_sources
@@ -225,7 +224,7 @@ def base_asked(study: Study) -> str:
     known = data_contents(recipe)
     asked = {key: data[key] for key in ASKED}
     parts = [recipe.to_dict()["model"], recipe.quantization, asked]
-    return digest_of([*parts, known.get("base model"), known.get("chat template")])
+    return hash_of([*parts, known.get("base model"), known.get("chat template")])
 
 
 def base_run(study: Study) -> str:

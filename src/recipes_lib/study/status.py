@@ -11,9 +11,9 @@ from itertools import islice
 
 from recipes_lib.analysis.text import count, question_text
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.json_files import rows_from_the_end
+from recipes_lib.core.files import rows_from_the_end
+from recipes_lib.core.lock import describe_holder, is_held
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.run_lock import describe_holder, is_held
 from recipes_lib.core.terminal import aligned, first_of
 from recipes_lib.evals.questions import local_questions
 from recipes_lib.evals.recipe import EvalRecipe

@@ -13,10 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.atomic_files import write_json
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.fingerprints import digest_of
-from recipes_lib.core.json_files import object_or_none, read_rows
+from recipes_lib.core.files import hash_of, object_or_none, read_rows, write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Arm, Study, Tuning
@@ -109,4 +107,4 @@ def _asked(arm: Arm) -> str:
         assert one.recipe is not None
         world = one.launch.world_size
         values += [guarded_values(one.recipe, "", world, "", {}), data_contents(one.recipe)]
-    return digest_of(values)
+    return hash_of(values)

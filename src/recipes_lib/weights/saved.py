@@ -16,9 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.core.atomic_files import file_hashes
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.json_files import DamagedFile, read_object
+from recipes_lib.core.files import DamagedFile, file_hashes, read_object
 from recipes_lib.core.ranks import on_main_rank, rank
 
 if TYPE_CHECKING:

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes_lib.core.atomic_files import write_text
-from recipes_lib.core.json_files import Row
+from recipes_lib.core.files import Row, write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item

@@ -23,8 +23,8 @@ from typing import Any
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.fingerprints import hash_of
-from recipes_lib.core.run_lock import waiting_lock
+from recipes_lib.core.files import hash_of
+from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.splits import TRAIN

@@ -18,17 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.atomic_files import write_text
 from recipes_lib.core.errors import (
     EnvironmentFault,
     RecipeError,
     RecipesError,
-    first_line,
     one_line,
 )
-from recipes_lib.core.fingerprints import hash_of
+from recipes_lib.core.files import hash_of, write_text
+from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.run_lock import waiting_lock
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, log_file, write_lines
 from recipes_lib.evals.models import Loaded, Model
@@ -148,12 +146,12 @@ class LMEval:
                 "offline: set data.folder to a folder that holds the data sets under their Hub"
                 " names"
             )
-            what = f"a task's data cannot be loaded: {first_line(error)}"
+            what = f"a task's data cannot be loaded: {one_line(error)}"
             raise EnvironmentFault(what, hint) from None
         except ImportError as error:
             names = ", ".join(suite.tasks or ())
             hint = "IFEval and MATH: pip install -c constraints.txt -e '.[chat-evals]'"
-            raise EnvironmentFault(f"{names}: {first_line(error)}", hint) from None
+            raise EnvironmentFault(f"{names}: {one_line(error)}", hint) from None
         except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
             raise _explained(recipe, error) from error
         return dict(found)
@@ -449,7 +447,7 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
         try:
             tasks = _task_manager(recipe).load(list(recipe.suite.tasks or []))["tasks"]
         except ImportError as error:
-            raise EnvironmentFault(first_line(error), "pip install -e '.[chat-evals]'") from None
+            raise EnvironmentFault(one_line(error), "pip install -e '.[chat-evals]'") from None
         return sum(len(task.eval_docs) for task in tasks.values())
 
 

@@ -1,3 +1,0 @@
-"""Moved to `core.environment`."""
-
-from recipes_lib.core.environment import *  # noqa: F403
