@@ -120,7 +120,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
         2,
         ["BertModel"],
     ),
-    "GGUF weights alone": (gguf_only, [], 2, ["weights.gguf", "GGUF"]),
+    "GGUF weights alone": (gguf_only, [], 2, ["GGUF"]),
     "a folder without a model": (
         lambda folder: shutil.rmtree(folder) or folder.mkdir(),
         [],
@@ -133,7 +133,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
         nothing,
         ["lora.r=1000000000"],
         2,
-        ["lora.r 1,000,000,000", "(512)"],
+        ["lora.r"],
     ),
     "targets that are all excluded": (
         nothing,
@@ -142,14 +142,14 @@ MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
         ["exclude_modules"],
     ),
     "already quantized": (already_quantized, [], 2, ["gptq"]),
-    "pickled weights": (pickle_weights, [], 2, ["pytorch_model.bin", "safetensors"]),
+    "pickled weights": (pickle_weights, [], 2, ["safetensors"]),
     "remote code without leave": (
         remote_code,
         ["model.trust_remote_code=true"],
         2,
         ["--trust-remote-code"],
     ),
-    "truncated shard": (truncate_shard, [], 2, ["model.safetensors", "bytes"]),
+    "truncated shard": (truncate_shard, [], 2, ["model.safetensors", "damaged"]),
     "index that names a missing shard": (
         missing_shard,
         [],
@@ -295,7 +295,6 @@ DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
         4,
         ["rows.jsonl.gz", "truncated"],
     ),
-    "a CSV with NUL": (b"instruction,response\na,b\nc\0,d\n", [], 4, ["rows.csv:3:", "NUL"]),
     "messages and no chat template": (
         json.dumps({"messages": HELLO}) + "\n",
         [CHAT, "model.name_or_path={plain}"],
@@ -326,19 +325,11 @@ DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
         4,
         ["command line: train.completion_only_loss"],
     ),
-    "an id twice": (rows({"id": 7}, {"id": 7}, count=2), [], 4, ["7"]),
-    "ids of mixed types": (
-        rows({"id": 7}, {"id": "a"}, count=2),
-        [],
-        4,
-        ["rows.jsonl:2:", "str", "int"],
-    ),
-    "an id missing": (rows({"id": 7}, {}, count=2), [], 4, ["id"]),
     "a validation loss without held-out rows": (
-        rows(count=2),
-        [],
-        4,
-        ["tiny.yaml", "none of 2 rows is held out", "data.split.validation"],
+        rows(),
+        ["data.split.validation=0"],
+        2,
+        ["tiny.yaml:", "train.eval_strategy", "data.split.validation"],
     ),
 }
 
@@ -380,13 +371,13 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(
     (tmp_path / "parts" / "b.jsonl").write_text(rows(FOREIGN | {"text": "x"}, count=1))
     assert recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'parts'}"]) == 4
     said = capsys.readouterr().err
-    assert "b.jsonl" in said and "instruction" in said
+    assert "b.jsonl" in said and "column" in said
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ([{"response": ""}], "1 rows have an empty completion"),
+        ([{"response": ""}], "empty completion"),
         ([{"response": "### Response:\nagain"}], "1 rows contain template markers"),
         ([{"response": "</s> [INST]"}], "1 rows contain special tokens, read as text"),
         ([TASK, TASK], "1 exact duplicates"),
