@@ -67,7 +67,7 @@ def bare_loop(recipe: Path, steps: int) -> float:
     from recipes_lib.config.recipe import load_recipe
     from recipes_lib.config.upstream import build_lora_config
     from recipes_lib.data.prepare import prepare_data
-    from recipes_lib.weights.base import load_model, load_tokenizer
+    from recipes_lib.weights.load import load_model, load_tokenizer
 
     loaded = load_recipe(recipe, words_of(steps))
     tokenizer = load_tokenizer(loaded)

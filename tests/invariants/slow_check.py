@@ -12,15 +12,15 @@ from typing import Any
 
 def main() -> int:
     from recipes_lib.train import main as train
-    from recipes_lib.weights import saved
+    from recipes_lib.weights import check
 
-    original = saved.recorded_hashes
+    original = check.recorded_hashes
 
     def recorded_hashes(*arguments: Any) -> dict[str, str]:
         time.sleep(float(os.environ["SLOW_CHECK_S"]))
         return original(*arguments)
 
-    saved.recorded_hashes = recorded_hashes
+    check.recorded_hashes = recorded_hashes
     return train(sys.argv[1:])
 
 

@@ -22,7 +22,7 @@ from recipes_lib.study.config import load_study
 from recipes_lib.study.run import run_study
 from recipes_lib.study.runs import base_run, missing_of
 from recipes_lib.train import main as train
-from recipes_lib.weights.saved import recorded_hashes
+from recipes_lib.weights.check import recorded_hashes
 
 pytestmark = pytest.mark.slow
 

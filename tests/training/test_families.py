@@ -23,7 +23,7 @@ from tests.families import (
 from tests.tiers import in_ci
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
-from recipes_lib.models.architectures import auto_class, images_of
+from recipes_lib.models.families import auto_class, images_of
 from recipes_lib.train import main
 
 Verb = Callable[..., tuple[int, str, str]]
@@ -43,7 +43,7 @@ def write_recipe(
     """
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     # half of the time, and the same for every architecture
-    monkeypatch.setattr("recipes_lib.weights.base.gc.collect", lambda: 0)
+    monkeypatch.setattr("recipes_lib.weights.load.gc.collect", lambda: 0)
     monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "this machine")
 
     def write(family: str, *changes: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.weights.base import explain_load_failure
+from recipes_lib.weights.load import explain_load_failure
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"

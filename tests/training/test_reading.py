@@ -9,7 +9,7 @@ from tests.families import build_family
 
 from recipes_lib.config.launch import why_each_rank_reads
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.weights.base import load_model, load_tokenizer
+from recipes_lib.weights.load import load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_full_fine_tuning_and_another_base_stand_beside(runs: Runs, recipes: V
 def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) -> None:
     from recipes_lib.core.run_directory import open_run
     from recipes_lib.data.prompts import generation_prompt
-    from recipes_lib.weights.finished_run import Family, finished_run
+    from recipes_lib.weights.runs import Family, finished_run
 
     runs("lora", "lora.chat")
     family = Family([finished_run(open_run(name)) for name in ("lora", "lora.chat")])
@@ -86,7 +86,7 @@ def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path
 
     from recipes_lib.core.run_directory import open_run
     from recipes_lib.train import main
-    from recipes_lib.weights.finished_run import Family, finished_run
+    from recipes_lib.weights.runs import Family, finished_run
 
     words = ["run.name=half", "train.bf16=true", "train.max_steps=3", "train.eval_strategy='no'"]
     assert main([str(tiny_recipe), *words]) == 0

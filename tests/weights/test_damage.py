@@ -10,7 +10,7 @@ import pytest
 
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.weights.finished_run import check_base_run, weights_damage
+from recipes_lib.weights.runs import check_base_run, weights_damage
 
 ADAPTER = "adapter/adapter_model.safetensors"
 

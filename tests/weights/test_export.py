@@ -19,7 +19,7 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.weights import export as exporting
 from recipes_lib.weights.card import public_name
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.runs import finished_run
 
 Runs = Callable[..., Path]
 Verb = Callable[..., tuple[int, str, str]]

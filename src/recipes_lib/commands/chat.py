@@ -15,7 +15,7 @@ from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.weights.finished_run import BASE, TRUST, Family, families, finished_run
+from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

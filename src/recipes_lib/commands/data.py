@@ -18,7 +18,7 @@ from recipes_lib.core.terminal import aligned, at_least, next_step, printable, s
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval
-from recipes_lib.weights.base import load_tokenizer
+from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
     from recipes_lib.data.audit import DataAudit

@@ -9,7 +9,7 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.weights.export import check_repo, export, push
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.runs import finished_run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

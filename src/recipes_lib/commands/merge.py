@@ -14,8 +14,8 @@ from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, print_json, say
-from recipes_lib.weights.finished_run import TRUST, finished_run
 from recipes_lib.weights.merge import LOST_LIMIT, merge
+from recipes_lib.weights.runs import TRUST, finished_run
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -33,8 +33,7 @@ from recipes_lib.config.upstream import (
 )
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
-from recipes_lib.core.project import cache_root
-from recipes_lib.models.architectures import (
+from recipes_lib.models.families import (
     ARCHITECTURES,
     auto_class,
     converted,
@@ -44,6 +43,7 @@ from recipes_lib.models.architectures import (
     why_not_varlen,
     why_rows_apart,
 )
+from recipes_lib.models.packaged import is_packaged, packaged_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -160,11 +160,8 @@ def local_folder(recipe: Recipe) -> Path | None:
         RecipeError: there is nothing of this name here, and it cannot be a Hub id.
     """
     name = recipe.model.name_or_path
-    if name.startswith("package:"):
-        for note in (cache_root() / "models").glob("*/source.json"):
-            if (object_or_none(note) or {}).get("package") == name:
-                return note.parent
-        return None
+    if is_packaged(name):
+        return packaged_folder()
     if wrong := no_model_at(name):
         raise recipe.error(KEY, *wrong)
     if Path(name).is_dir():
@@ -178,7 +175,7 @@ def local_folder(recipe: Recipe) -> Path | None:
 def _from_hub(recipe: Recipe) -> bool:
     """Whether a model lies in the Hub's cache, where what is missing is fetched when needed."""
     name = recipe.model.name_or_path
-    return not name.startswith("package:") and not Path(name).is_dir()
+    return not is_packaged(name) and not Path(name).is_dir()
 
 
 def _has_tokenizer(folder: Path) -> bool:

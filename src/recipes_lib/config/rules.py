@@ -18,6 +18,7 @@ from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import upstream_default
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import check_run_name
+from recipes_lib.models.packaged import is_packaged
 
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import RecipeFile
@@ -282,7 +283,7 @@ def no_model_at(name: str) -> _Finding | None:
     folder and for a Hub id.
     """
     path = Path(name)
-    if name.startswith("package:") or path.is_dir():
+    if is_packaged(name) or path.is_dir():
         return None
     if name.endswith(".gguf"):
         what = f"'{name}' is a GGUF file; quantized weights cannot be trained further"

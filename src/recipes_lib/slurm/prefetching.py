@@ -34,9 +34,9 @@ from recipes_lib.evals.prompts import (
 )
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
+from recipes_lib.models.packaged import is_packaged, materialise, packaged_folder
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.weights.base import check_whole, explain_load_failure
-from recipes_lib.weights.packaged import is_packaged, materialise, packaged_folder
+from recipes_lib.weights.load import check_whole, explain_load_failure
 
 _FETCH_IT = "where there is a network: recipes prefetch"
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
@@ -164,7 +164,7 @@ def fetch_model(section: ModelSection) -> None:
     """
     name = section.name_or_path
     if is_packaged(name):
-        materialise(name)
+        materialise()
         return
     if _is_folder(name):
         return
@@ -194,7 +194,7 @@ def check_model(section: ModelSection) -> str:
     """
     name, again = section.name_or_path, "fetch it again: recipes prefetch"
     if is_packaged(name):
-        folder = packaged_folder(name)
+        folder = packaged_folder()
     elif _is_folder(name):
         folder = Path(name)
     else:

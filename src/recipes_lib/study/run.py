@@ -244,7 +244,7 @@ def _without_probes(recipe: EvalRecipe) -> EvalRecipe:
 
 def _unusable(run: str, remote_code: bool) -> dict[str, Failure]:
     """Return why a trained run cannot be evaluated, its weights damaged say; empty where it can."""
-    from recipes_lib.weights.finished_run import check_weights, finished_run
+    from recipes_lib.weights.runs import check_weights, finished_run
 
     try:
         check_weights(finished_run(RunDirectory(run), remote_code))

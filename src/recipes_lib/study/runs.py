@@ -29,8 +29,8 @@ from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import arm_recipe, arm_run, base_arm, base_record, study_folder
 from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.training.resume_guard import recipe_differences
-from recipes_lib.weights.base import base_fingerprint
-from recipes_lib.weights.finished_run import finished_run
+from recipes_lib.weights.load import base_fingerprint
+from recipes_lib.weights.runs import finished_run
 
 REPLACED = ".replaced"
 # Questions of sets whose files may not be here yet; each of MT-Bench has two turns.

@@ -31,7 +31,7 @@ from recipes_lib.data.prepare import PreparedData
 from recipes_lib.training import checkpoints, metrics
 from recipes_lib.training.resume_guard import check_resume, recipe_differences
 from recipes_lib.training.stopping import StopRequest
-from recipes_lib.weights.finished_run import weights_damage
+from recipes_lib.weights.runs import weights_damage
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from recipes_lib.config.sections import VARLEN
-from recipes_lib.models.architectures import ATTENTION_LAYERS
+from recipes_lib.models.families import ATTENTION_LAYERS
 
 try:
     from torch.nn.attention.varlen import varlen_attn

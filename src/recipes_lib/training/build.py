@@ -36,7 +36,7 @@ from recipes_lib.core.ranks import say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import upstream_fixes
-from recipes_lib.models.architectures import (
+from recipes_lib.models.families import (
     describe_experts,
     describe_targets,
     prepare_for_training,
@@ -49,7 +49,7 @@ from recipes_lib.training.checkpoints import MarkerFacts
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.base import precision_name
+from recipes_lib.weights.load import precision_name
 
 NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
 # graphs of one kind of block (with and without gradients, windows, the first length and any); at as

@@ -23,10 +23,10 @@ from recipes_lib.training.metrics import first_and_last
 from recipes_lib.training.probe import peak_memory_gib
 from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.base import base_fingerprint, model_path
 from recipes_lib.weights.card import write_card
+from recipes_lib.weights.check import SavedWeights, check_saved
 from recipes_lib.weights.export import push_finished_run
-from recipes_lib.weights.saved import SavedWeights, check_saved
+from recipes_lib.weights.load import base_fingerprint, model_path
 
 if TYPE_CHECKING:
     from transformers import TrainerState

@@ -20,7 +20,7 @@ from recipes_lib.config.launch import (
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.ranks import meet, on_main_rank, rank, say_once
-from recipes_lib.weights.base import load_model
+from recipes_lib.weights.load import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from recipes_lib.core.errors import NumericsError, check_space
 from recipes_lib.core.files import sync
 from recipes_lib.core.ranks import meet, of_every_rank, on_main_rank, say_once
 from recipes_lib.models import upstream_fixes
-from recipes_lib.models.architectures import (
+from recipes_lib.models.families import (
     adds_router_loss,
     has_plain_head,
     training_settings,

@@ -16,8 +16,9 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import HUB_ID
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import object_or_none
-from recipes_lib.models.architectures import auto_class
-from recipes_lib.weights.packaged import PACKAGED_HUB_ID, is_packaged
+from recipes_lib.models.families import auto_class
+from recipes_lib.models.packaged import HUB_ID as PACKAGED_HUB_ID
+from recipes_lib.models.packaged import is_packaged
 
 # What of a training's summary a card shows.
 NUMBERS = {

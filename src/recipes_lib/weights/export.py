@@ -20,14 +20,14 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError, check_space
 from recipes_lib.core.files import publish, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.weights.card import is_hub_id, public_name, write_card
-from recipes_lib.weights.finished_run import (
+from recipes_lib.weights.check import ADAPTER_CONFIG, RECORDED
+from recipes_lib.weights.merge import merge_record
+from recipes_lib.weights.runs import (
     TrainedRun,
     check_base_of,
     check_weights,
     finished_run,
 )
-from recipes_lib.weights.merge import merge_record
-from recipes_lib.weights.saved import ADAPTER_CONFIG, RECORDED
 
 # What a folder of weights may hold; everything else (training_args.bin, our own records) stays
 # where it is.

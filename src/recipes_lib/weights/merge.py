@@ -29,8 +29,10 @@ from recipes_lib.core.files import publish, read_object, write_json
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.terminal import shown_size
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.models.architectures import auto_class
-from recipes_lib.weights.base import (
+from recipes_lib.models.families import auto_class
+from recipes_lib.weights.card import write_card
+from recipes_lib.weights.check import ADAPTER_WEIGHTS, changed_files, recorded_hashes
+from recipes_lib.weights.load import (
     attach,
     free_memory,
     load_base,
@@ -39,9 +41,7 @@ from recipes_lib.weights.base import (
     precision_name,
     size_of,
 )
-from recipes_lib.weights.card import write_card
-from recipes_lib.weights.finished_run import TrainedRun, check_base_of, check_weights
-from recipes_lib.weights.saved import ADAPTER_WEIGHTS, changed_files, recorded_hashes
+from recipes_lib.weights.runs import TrainedRun, check_base_of, check_weights
 
 if TYPE_CHECKING:
     import torch

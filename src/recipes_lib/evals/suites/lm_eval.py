@@ -34,7 +34,7 @@ from recipes_lib.evals.outcomes import metric_of, number
 from recipes_lib.evals.questions import check_allowed
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.task_files import ALLOW, own_tasks, wrong_in_tasks
-from recipes_lib.weights.base import model_path
+from recipes_lib.weights.load import model_path
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.data.wheels import files_of_wheel, wheel_is_here
+from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
 EXPECTED = {"data/questions.jsonl": hashlib.sha256(b"questions").hexdigest()}
 

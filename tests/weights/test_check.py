@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.weights.saved import (
+from recipes_lib.weights.check import (
     SavedWeights,
     changed_files,
     check_saved,

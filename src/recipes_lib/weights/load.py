@@ -34,9 +34,9 @@ from recipes_lib.core.libraries import importing
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.models.architectures import auto_class, not_quantized
-from recipes_lib.weights.packaged import is_packaged, materialise
-from recipes_lib.weights.saved import ADAPTER_WEIGHTS
+from recipes_lib.models.families import auto_class, not_quantized
+from recipes_lib.models.packaged import is_packaged, materialise
+from recipes_lib.weights.check import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def model_path(section: ModelSection) -> str:
     packaged model.
     """
     if is_packaged(section.name_or_path):
-        return str(on_main_rank(lambda: materialise(section.name_or_path)))
+        return str(on_main_rank(lambda: materialise()))
     return section.name_or_path
 
 

@@ -16,8 +16,9 @@ from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import DamagedFile, read_object
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.models.architectures import ready_to_answer
-from recipes_lib.weights.base import (
+from recipes_lib.models.families import ready_to_answer
+from recipes_lib.weights.check import SavedWeights, adapter_config, changed_files
+from recipes_lib.weights.load import (
     attach,
     autocast,
     base_fingerprint,
@@ -25,7 +26,6 @@ from recipes_lib.weights.base import (
     load_saved,
     model_path,
 )
-from recipes_lib.weights.saved import SavedWeights, adapter_config, changed_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

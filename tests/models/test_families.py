@@ -14,7 +14,7 @@ import torch
 from tests.conftest import PROJECT
 from tests.families import FAMILIES, family_config
 
-from recipes_lib.models.architectures import (
+from recipes_lib.models.families import (
     ARCHITECTURES,
     adds_router_loss,
     auto_class,

@@ -12,7 +12,7 @@ import torch
 
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.weights.base import (
+from recipes_lib.weights.load import (
     attach,
     check_whole,
     default_attention,

