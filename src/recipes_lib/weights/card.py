@@ -17,8 +17,7 @@ from recipes_lib.config.sections import HUB_ID
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.models.families import auto_class
-from recipes_lib.models.packaged import HUB_ID as PACKAGED_HUB_ID
-from recipes_lib.models.packaged import is_packaged
+from recipes_lib.models.packaged import PACKAGED_HUB_ID, is_packaged
 
 # What of a training's summary a card shows.
 NUMBERS = {
@@ -35,7 +34,6 @@ NUMBERS = {
     "peak_memory_gib": "peak memory, GiB",
     "world_size": "processes",
 }
-SOURCE = "source.json"  # beside a model folder that was made of a package: where it is from
 
 
 def write_card(
