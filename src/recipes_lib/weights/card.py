@@ -17,7 +17,7 @@ from recipes_lib.config.sections import HUB_ID
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.models.families import auto_class
-from recipes_lib.models.packaged import PACKAGED_HUB_ID, is_packaged
+from recipes_lib.models.packaged import PACKAGED_HUB_ID, SOURCE, is_packaged
 
 # What of a training's summary a card shows.
 NUMBERS = {
