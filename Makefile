@@ -54,7 +54,7 @@ check: setup  ## style, types, every YAML, schema up to date
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals launch)
+	$(BIN)/recipes check --full $(wildcard recipes accelerate_configs evals launch examples)
 	$(BIN)/python -m recipes_lib.schema --check
 
 style: setup  ## format the code

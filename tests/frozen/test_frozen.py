@@ -19,9 +19,12 @@ GOLDEN = Path(__file__).parent / "golden" / "recipe_values.txt"
 
 def test_every_shipped_recipe_resolves_to_the_recorded_values() -> None:
     lines: list[str] = []
-    for path in sorted((PROJECT / "recipes").glob("*/*.yaml")):
-        if path.name.startswith("_") or path.parent.name == "studies":
-            continue
+    recipes = [
+        path
+        for path in (*PROJECT.glob("recipes/*/*.yaml"), *PROJECT.glob("examples/*/*-r*.yaml"))
+        if not path.name.startswith("_") and path.parent.name != "studies"
+    ]
+    for path in sorted(recipes):
         values = guarded_values(load_recipe(path), "", 1, "one process", {})
         lines += [f"## {path.relative_to(PROJECT)}"]
         lines += [f"{key} = {json.dumps(value, sort_keys=True)}" for key, value in values.items()]

@@ -84,12 +84,6 @@ def test_every_yaml_passes_the_check_through_the_real_entry(path, capsys, monkey
 def test_the_folders_hold_the_promised_recipes():
     assert {path.stem for path in RECIPES if path.parent.name == "llama2-7b-dolly"} == {
         *("qlora-r8", "qlora-r32", "lora-bf16-r8", "lora-bf16-r32", "full-bf16"),
-        *(
-            "published-qlora-r8",
-            "published-qlora-r32",
-            "published-ddp-qlora-r32",
-            "published-fsdp-bf16-r32",
-        ),
     }
     assert {path.stem for path in RECIPES if path.parent.name == "smollm2-135m-dolly"} == {
         "lora-r8",
@@ -228,8 +222,9 @@ def test_the_quickstart_reads_its_own_data_and_says_where_to_start():
 
 # The original study, numbers from its report
 
+STUDIED = ROOT / "examples" / "original-study"
 PUBLISHED = {
-    "published-qlora-r8": {
+    "qlora-r8": {
         "lora": (8, 16),
         "lr": 2e-4,
         "order": "random",
@@ -243,7 +238,7 @@ PUBLISHED = {
         "rows": 10_507,
         "steps": 987,
     },
-    "published-qlora-r32": {
+    "qlora-r32": {
         "lora": (32, 64),
         "lr": 1e-4,
         "order": "group_by_length",
@@ -257,7 +252,7 @@ PUBLISHED = {
         "rows": 12_008,
         "steps": 1_128,
     },
-    "published-ddp-qlora-r32": {
+    "ddp-qlora-r32": {
         "lora": (32, 64),
         "lr": 1e-4,
         "order": "group_by_length",
@@ -271,7 +266,7 @@ PUBLISHED = {
         "rows": 12_008,
         "steps": 564,
     },
-    "published-fsdp-bf16-r32": {
+    "fsdp-bf16-r32": {
         "lora": (32, 64),
         "lr": 1e-4,
         "order": "group_by_length",
@@ -290,7 +285,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_twin_repeats_the_originals_hyperparameters(name):
-    one, original = recipe(f"llama2-7b-dolly/{name}"), PUBLISHED[name]
+    one, original = load_recipe(STUDIED / f"{name}.yaml"), PUBLISHED[name]
     train, split = one.train, one.data.split
     assert (one.lora["r"], one.lora["lora_alpha"], one.lora["lora_dropout"]) == (
         *original["lora"],
@@ -328,7 +323,7 @@ def test_a_published_twin_repeats_the_originals_hyperparameters(name):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_twin_quantizes_as_the_original_did(name):
-    quantization = recipe(f"llama2-7b-dolly/{name}").quantization
+    quantization = load_recipe(STUDIED / f"{name}.yaml").quantization
     if PUBLISHED[name]["quantized"]:
         kind = {
             "load_in_4bit": True,
@@ -339,12 +334,12 @@ def test_a_published_twin_quantizes_as_the_original_did(name):
         assert quantization == kind
     else:
         assert quantization is None
-        assert recipe(f"llama2-7b-dolly/{name}").model.dtype == "bfloat16"
+        assert load_recipe(STUDIED / f"{name}.yaml").model.dtype == "bfloat16"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_twin_takes_as_many_steps_as_the_original(name):
-    one, original = recipe(f"llama2-7b-dolly/{name}"), PUBLISHED[name]
+    one, original = load_recipe(STUDIED / f"{name}.yaml"), PUBLISHED[name]
     accelerate, processes = original["launch"]
     config = load_accelerate_config(accelerate)
     assert one.launch.accelerate == accelerate
@@ -364,9 +359,7 @@ def test_warmup_below_1_is_a_fraction_of_all_steps_in_the_installed_transformers
 
 
 def test_the_sharded_twin_declares_its_deviation_in_the_header():
-    text = (ROOT / "recipes/llama2-7b-dolly/published-fsdp-bf16-r32.yaml").read_text(
-        encoding="utf-8"
-    )
+    text = (STUDIED / "fsdp-bf16-r32.yaml").read_text(encoding="utf-8")
     assert "Deviation: FSDP2 instead of FSDP1" in text
 
 

@@ -25,8 +25,8 @@ from recipes_lib.config.sections import trl_templates
 PROJECT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(
     path
-    for path in (PROJECT / "recipes").glob("*/*.yaml")
-    if not path.name.startswith("_") and path.parent.name not in {"studies", "published"}
+    for path in (*PROJECT.glob("recipes/*/*.yaml"), *PROJECT.glob("examples/*/*-r*.yaml"))
+    if not path.name.startswith("_") and path.parent.name != "studies"
 )
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 TIME_LIMIT_S = 200
