@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 
 from recipes_lib.config.launch import add_train_flags
-from recipes_lib.config.recipe import Recipe, handed_recipe
+from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.libraries import importing, quiet_libraries
 from recipes_lib.core.ranks import on_main_rank
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with ending_at_once():
             # one process resolves it, and all train the same
-            recipe = on_main_rank(lambda: handed_recipe(options.recipe, overrides))
+            recipe = on_main_rank(lambda: load_recipe(options.recipe, overrides))
             code = train(recipe, RunDirectory(recipe.name), options)
     except Exception as error:
         if options.debug:

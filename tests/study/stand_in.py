@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from recipes_lib.config.recipe import HANDED, Recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.resume_guard import guarded_values
 
@@ -19,7 +19,7 @@ COMMAND = [sys.executable, "-m", "tests.study.stand_in"]
 
 
 def main() -> int:
-    handed = Path(os.environ[HANDED])
+    handed = Path(sys.argv[1])
     recipe = Recipe.read(handed)
     run = RunDirectory(recipe.name)
     world = 2 if any(word.startswith("ddp") for word in sys.argv) else 1
@@ -37,7 +37,7 @@ def main() -> int:
     if loss is None or (failing and run.name.endswith(failing)):
         run.write_state("preempted" if code == 75 else "failed", exit_code=code, error="no memory")
         return code
-    shutil.copy(handed, run.path / handed.name)
+    shutil.copy(handed, run.path / RECIPE_FILE)
     (run.path / "adapter").mkdir()
     (run.path / "adapter" / "adapter_model.safetensors").write_bytes(
         b"weights of " + str(recipe).encode()

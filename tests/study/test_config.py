@@ -10,7 +10,7 @@ import pytest
 from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.study.arms import arm_recipe, launch_words, train_words
+from recipes_lib.study.arms import arm_recipe, launch_words
 from recipes_lib.study.config import load_study
 from recipes_lib.study.runs import evaluations, run_names, study_trainings
 
@@ -316,10 +316,11 @@ def test_words_of_the_command_line_change_the_study_or_every_arm(study_folder: P
         "r4": ["tiny--r4--seed1", "tiny--r4--seed2"],
         "r8": ["tiny--r8--seed1", "tiny--r8--seed2"],
     }
-    words = train_words(study, study.arm("r4"), 2)
-    assert words[1:] == ["train.max_steps=3", "run.name=tiny--r4--seed2", "train.seed=2"]
     assert launch_words(study.arm("r4")) == ["--accelerate", "cpu"]
-    resolved, loaded = arm_recipe(study, study.arm("r4"), 2), load_recipe(words[0], words[1:])
+    resolved = arm_recipe(study, study.arm("r4"), 2)
+    words = ["train.max_steps=3", "run.name=tiny--r4--seed2", "train.seed=2"]
+    assert study.arm("r4").recipe is not None
+    loaded = load_recipe(study.arm("r4").recipe.path, words)
     assert resolved == dataclasses.replace(loaded, path=resolved.path)
 
 

@@ -19,6 +19,7 @@ from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import report_html
 from recipes_lib.analysis.runs import Arms, load_arms
 from recipes_lib.cli import main
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import conclusion, pool
@@ -60,12 +61,9 @@ def run(file: Path, code: int = ExitCode.DONE) -> list[str]:
 
 def trained(said: list[str]) -> list[str]:
     """The runs that were trained, in order, each with its learning rate."""
-    words = [shlex.split(line) for line in said if "$ recipes train" in line]
-    keys = ("run.name=", "train.learning_rate=")
-    return [
-        " ".join(word.partition("=")[2] for key in keys for word in line if word.startswith(key))
-        for line in words
-    ]
+    files = [shlex.split(line)[3] for line in said if "$ recipes train" in line]
+    recipes = [load_recipe(file) for file in files]
+    return [f"{recipe.name} {recipe.train['learning_rate']}" for recipe in recipes]
 
 
 def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_value_that_is_recorded(

@@ -29,7 +29,7 @@ from recipes_lib.config.launch import (
     place_machine,
     plan_launch_of,
 )
-from recipes_lib.config.recipe import Recipe, handed_recipe
+from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.files import object_or_none, write_text
 from recipes_lib.core.lock import is_held
@@ -69,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Launch, wait, and return the training's own exit code."""
-    recipe = handed_recipe(args.recipe, args.overrides)
+    recipe = load_recipe(args.recipe, args.overrides)
     launch = plan_launch_of(recipe, args.accelerate, args.gpus, args.nodes)
     place = (args.machine_rank, args.main_process_ip, args.main_process_port)
     launch = place_machine(launch, *place, typed=typed_command(args, OPTIONS))

@@ -6,7 +6,6 @@ absolute paths and no `extends`, and is what jobs, resumed runs and evaluations 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -37,7 +36,6 @@ from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
 
 RECIPE_FILE = "resolved.yaml"
-HANDED = "RECIPES_HANDED_RECIPE"  # the resolved recipe of a process that another one started
 PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
 
@@ -189,12 +187,6 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     document = read(path, overrides)
     return recipe_of(parse(RecipeFile, document, base_rules, recipe_rules), document)
-
-
-def handed_recipe(path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe as the process that started this one resolved it; else as `load_recipe`."""
-    handed = os.environ.get(HANDED)
-    return load_recipe(handed) if handed else load_recipe(path, overrides)
 
 
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:

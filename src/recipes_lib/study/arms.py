@@ -44,21 +44,8 @@ def base_arm(study: Study) -> Arm | None:
     )
 
 
-def train_words(study: Study, arm: Arm, seed: int) -> list[str]:
-    """Return recipe and overrides that train one arm with one seed: what follows `recipes train` or
-    `-m recipes_lib.train`.
-    """
-    assert arm.recipe is not None
-    return [
-        shown_path(arm.recipe.path),
-        *arm.overrides,
-        f"run.name={arm_run(study, arm, seed)}",
-        f"train.seed={seed}",
-    ]
-
-
 def arm_recipe(study: Study, arm: Arm, seed: int) -> Recipe:
-    """Return the recipe of one arm and one seed, which `train_words` would make again."""
+    """Return the recipe of one arm and one seed."""
     assert arm.recipe is not None
     name, word = arm_run(study, arm, seed), Origin(COMMAND_LINE)
     written = arm.recipe.values

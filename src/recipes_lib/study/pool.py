@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from recipes_lib.config.recipe import HANDED
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.lock import describe_holder, is_held
+from recipes_lib.core.project import shown_path
 from recipes_lib.plan.cards import devices_here
-from recipes_lib.study.arms import launch_words, study_folder, train_words
+from recipes_lib.study.arms import launch_words, study_folder
 from recipes_lib.study.config import Study
 from recipes_lib.study.runs import (
     StudyRun,
@@ -146,11 +146,10 @@ class Pool:
             return
         if self.stopped is not None:
             return
-        recipe = study_folder(self.study) / "recipes" / f"{training.run}.json"
+        recipe = study_folder(self.study) / "recipes" / f"{training.run}.yaml"
         training.recipe(self.study).write(recipe)
-        words = [*train_words(self.study, training.arm, training.seed), *launch_words(training.arm)]
-        words += self.flags
-        environment = {**os.environ, HANDED: str(recipe)}
+        words = [shown_path(recipe), *launch_words(training.arm), *self.flags]
+        environment = dict(os.environ)
         shown = shlex.join(["recipes", "train", *words])
         if devices:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
