@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -72,13 +71,6 @@ def test_every_arm_is_trained_once_and_a_second_run_trains_nothing(study: Path, 
     assert (code, trained(study), len(commands(said))) == (0, ["tiny--r4", "tiny--r8"], 2)
     code, said = run()
     assert (code, commands(said)) == (0, [])
-
-
-def test_the_printed_command_keeps_its_quotes(study: Path, run: Run) -> None:
-    with study.open("a", encoding="utf-8") as stream:
-        stream.write("overrides: [\"train.eval_strategy='no'\"]\n")
-    (printed, _) = commands(run()[1])
-    assert "train.eval_strategy='no'" in shlex.split(printed)
 
 
 def test_a_failing_arm_stops_no_other_and_is_trained_again_by_the_same_command(
