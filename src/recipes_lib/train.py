@@ -17,8 +17,8 @@ from collections.abc import Sequence
 
 from recipes_lib.config.launch import add_train_flags
 from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.core.environment import importing, quiet_libraries
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.libraries import importing, quiet_libraries
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out

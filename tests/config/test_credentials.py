@@ -11,15 +11,15 @@ import yaml
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeErrors, print_error
-from recipes_lib.core.redaction import (
+from recipes_lib.core.terminal import (
     holds_secret,
     is_secret_name,
     mask_secrets,
     masked,
     masked_command,
     remember_secret,
+    say,
 )
-from recipes_lib.core.terminal import say
 from recipes_lib.evals.recipe import load_judge_file
 
 SECRETS = {

@@ -1,31 +1,17 @@
-"""Run names, states and locks."""
+"""Runs: their states, how they are found, and what is recorded of the machine."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from recipes_lib.cli import main
-from recipes_lib.core.environment import command_line, environment
+from recipes_lib.core.environment import environment
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.core.lock import is_held, run_lock
 from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
-from recipes_lib.training.resume_guard import check_resume, differences
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../../etc", "/tmp/x", "a/b", "", "a" * 101, "é", "run.", "a\nb", "-x", ".x", "🙂"],
-)
-def test_a_run_name_that_is_not_a_plain_folder_name_is_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError):
-        RunDirectory(name, tmp_path)
 
 
 def test_a_run_that_is_a_link_out_of_the_runs_root_is_refused(tmp_path: Path) -> None:
@@ -88,32 +74,8 @@ def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_one
 def test_a_run_of_another_format_version_is_refused_with_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "run.json").write_text(json.dumps({"state": "finished"}))
-    with pytest.raises(EnvironmentFault, match="format version 0"):
+    with pytest.raises(EnvironmentFault, match=r"format version 1 \(it has 0\)"):
         open_run("old", tmp_path)
-
-
-def test_the_second_process_is_told_who_holds_the_run(tmp_path: Path) -> None:
-    holder = textwrap.dedent(f"""
-        import sys; from pathlib import Path; from recipes_lib.core.lock import run_lock
-        with run_lock(Path({str(tmp_path / "mine")!r})):
-            print("held", flush=True); sys.stdin.read()
-    """)
-    child = subprocess.Popen(
-        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert child.stdout is not None and child.stdout.readline() == "held\n"
-        assert is_held(tmp_path / "mine")
-        with (
-            pytest.raises(EnvironmentFault, match=f"process {child.pid} on host"),
-            run_lock(tmp_path / "mine"),
-        ):
-            pass
-    finally:
-        child.kill()
-        child.wait()
-    with run_lock(tmp_path / "mine"):  # a killed holder does not keep the lock
-        assert is_held(tmp_path / "mine")
 
 
 def test_no_secret_gets_into_the_record_of_the_environment() -> None:
@@ -137,21 +99,6 @@ def test_no_secret_gets_into_the_record_of_the_environment() -> None:
         "NCCL_NET_KEY": "***",
         "ACCELERATE_CONFIG_URL": "https://***@host/config.yaml",
         "NCCL_HEADER": "***",
-    }
-    assert "hf_verysecretvalue" not in command_line(["train", "x=hf_verysecretvalue"])
-
-
-def test_a_changed_value_is_shown_and_refused_unless_insisted() -> None:
-    before, now = (
-        {"train.learning_rate": 1e-4, "train.seed": 42, "lora.r": 8},
-        {"train.learning_rate": 2e-4, "train.seed": 42},
-    )
-    assert differences(before, now) == {"train.learning_rate": (1e-4, 2e-4), "lora.r": (8, None)}
-    with pytest.raises(RecipeError, match=r"0.0001 -> 0.0002"):
-        check_resume("mine", before, now, anyway=False)
-    assert check_resume("mine", before, now, anyway=True) == {
-        "train.learning_rate": [1e-4, 2e-4],
-        "lora.r": [8, None],
     }
 
 

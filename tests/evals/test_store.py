@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.core.errors import DataError, EnvironmentFault
-from recipes_lib.core.files import valid_text
+from recipes_lib.core.files import valid_texts
 from recipes_lib.evals.audit import audit
 from recipes_lib.evals.store import Store, stored_rows, text_hash
 
@@ -115,7 +115,7 @@ def test_reading_leaves_the_torn_tail_alone_and_writing_cuts_it(tmp_path: Path) 
 def test_any_text_survives_the_round_trip(tmp_path: Path, text: str) -> None:
     store = Store(tmp_path / "j.jsonl")
     store.append([_row(1, raw=text)])
-    assert stored_rows(store.path)[0]["raw"] == valid_text(text)
+    assert stored_rows(store.path)[0]["raw"] == valid_texts(text)
     assert len(text_hash(text)) == 64
 
 

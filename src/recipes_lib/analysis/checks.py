@@ -19,8 +19,7 @@ from recipes_lib.analysis.differences import SEED, arm_differences, base_weights
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of, run_place
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import count, sentence_list, setting_text
-from recipes_lib.core.files import read_object
-from recipes_lib.core.fingerprints import folder_fingerprint
+from recipes_lib.core.files import folder_fingerprint, read_object
 from recipes_lib.evals.leaks import is_searched
 from recipes_lib.evals.log import FEWEST_LETTERS, EvalLog, one_and_the_same
 from recipes_lib.training.resume_guard import flatten

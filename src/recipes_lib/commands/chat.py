@@ -9,8 +9,8 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError
-from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.conversations import Message

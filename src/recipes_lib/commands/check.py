@@ -20,7 +20,6 @@ from recipes_lib.core.errors import (
     ExitCode,
     RecipeError,
     RecipesError,
-    in_order,
     print_error,
 )
 from recipes_lib.core.project import recipe_path, shown_path
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         print_error(remark)
     count = f"{len(files)} file{'s' * (len(files) != 1)}"
     if errors:
-        for error in in_order(errors.values()):
+        for error in sorted(errors.values(), key=lambda error: (str(error.file), error.line or 0)):
             print_error(error)
         what = f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {count}"
         print(what, file=sys.stderr)

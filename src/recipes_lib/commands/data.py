@@ -12,9 +12,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.commands import at_least
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import RecipeErrors
-from recipes_lib.core.terminal import aligned, at_least, next_step, printable, say, use_color
+from recipes_lib.core.terminal import aligned, next_step, printable, say, use_color
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval

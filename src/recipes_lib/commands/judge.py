@@ -8,10 +8,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from recipes_lib.commands import at_least
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError
-from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import at_least, next_step, print_json, say
+from recipes_lib.core.terminal import next_step, print_json, say
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -9,9 +9,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from recipes_lib.commands import at_least, flag_words
 from recipes_lib.config.launch import TRAIN_FLAGS, add_train_flags
 from recipes_lib.core.errors import ExitCode, RecipeError
-from recipes_lib.core.terminal import at_least, flag_words, next_step, say
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
 from recipes_lib.slurm.prefetching import missing_models

@@ -9,8 +9,8 @@ import contextlib
 import sys
 from dataclasses import asdict
 
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, print_json, say

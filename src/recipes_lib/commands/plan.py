@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from recipes_lib.commands import at_least
 from recipes_lib.commands.show import launch_line
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import at_least, next_step, print_json, say
+from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.needs import refuse_unmet
 from recipes_lib.study.status import study_plan_lines, study_plan_object

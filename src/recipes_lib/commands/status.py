@@ -68,7 +68,7 @@ def _true_state(run: RunDirectory, state: str) -> str:
 def _last_values(run: RunDirectory) -> dict[str, Any]:
     """The newest value of each metric."""
     newest: dict[str, Any] = {}
-    for _, row in islice(rows_from_the_end(run.metrics), NEWEST):
+    for row in islice(rows_from_the_end(run.metrics), NEWEST):
         newest = {**row, **newest}
     return newest
 

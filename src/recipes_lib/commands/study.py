@@ -11,10 +11,11 @@ import time
 from contextlib import nullcontext
 
 from recipes_lib.analysis.text import count
+from recipes_lib.commands import at_least, flag_words
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import at_least, flag_words, next_step, print_json, say
+from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.needs import refuse_unmet

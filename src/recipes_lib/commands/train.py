@@ -22,6 +22,7 @@ from types import FrameType
 
 import psutil
 
+from recipes_lib.commands import at_least, flag_words
 from recipes_lib.config.launch import (
     TRAIN_FLAGS,
     Launch,
@@ -34,7 +35,7 @@ from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.files import object_or_none, write_text
 from recipes_lib.core.lock import is_held
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.terminal import at_least, flag_words, next_step, say
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.plan.cards import cards_here
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
 from recipes_lib.training.process import EXIT_CODE_FILE, STOPPING, handling

@@ -26,7 +26,7 @@ from recipes_lib.config.kinds import kind_of, wrong_kind
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import project_root, recipe_path, shown_path
-from recipes_lib.core.redaction import holds_secret
+from recipes_lib.core.terminal import holds_secret
 
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "command line"

@@ -20,7 +20,7 @@ from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.rules import base_rules, recipe_rules
 from recipes_lib.config.upstream import NOT_IN_TRAIN, REMOVED, RENAMES, upstream_fields
 from recipes_lib.core.errors import RecipeError, RecipeErrors
-from recipes_lib.core.redaction import is_secret_name
+from recipes_lib.core.terminal import is_secret_name
 
 MOVES = {
     "model_name_or_path": "model.name_or_path",

@@ -1,9 +1,8 @@
 """What goes wrong for a user: one exception hierarchy, one message format, one table of exit codes.
 
-A user-facing error is raised as a `RecipesError` (or a subclass), never printed where it happens.
-The entry points (`recipes` and `python -m recipes_lib.train`) print it once, without a traceback,
-and exit with its code. A programming error stays an ordinary exception; the entry points call it an
-internal error, and `--debug` shows its traceback.
+A user-facing error is raised as a `RecipesError`, never printed where it happens. The entry points
+(`recipes` and `python -m recipes_lib.train`) print it once, without a traceback, and exit with its
+code. Any other exception is a defect; `--debug` shows its traceback.
 """
 
 from __future__ import annotations
@@ -15,16 +14,12 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
-from recipes_lib.core.redaction import mask_secrets
-from recipes_lib.core.terminal import printable, shown_size
+from recipes_lib.core.terminal import mask_secrets, printable, shown_size
 
 
 class ExitCode(enum.IntEnum):
-    """Exit codes of `recipes <verb>` and `python -m recipes_lib.train`; run.json records the same
-    numbers.
-    """
+    """Exit codes of `recipes VERB` and `python -m recipes_lib.train`; run.json records the same."""
 
     DONE = 0
     FAILED = 1
@@ -59,12 +54,9 @@ class RecipesError(Exception):
         self.line = line
 
     def __str__(self) -> str:
-        places = [str(place) for place in (self.file, self.line) if place is not None]
-        first = ": ".join([":".join(places), self.what]) if self.file is not None else self.what
+        place = f"{self.file}:{self.line}" if self.line is not None else self.file
+        first = self.what if self.file is None else f"{place}: {self.what}"
         return mask_secrets("\n  ".join([first.strip(), *self.hints]))
-
-
-AnyError = TypeVar("AnyError", bound=RecipesError)
 
 
 class RecipeError(RecipesError):
@@ -78,17 +70,13 @@ class RecipeError(RecipesError):
         return [self]
 
 
-def in_order(errors: Iterable[AnyError]) -> list[AnyError]:
-    """Return errors in the order of file and line."""
-    return sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
-
-
 class RecipeErrors(RecipeError):
     """Several recipe errors reported together, in the order of file and line."""
 
     def __init__(self, errors: Iterable[RecipeError]) -> None:
-        self._errors = in_order(errors)
+        self._errors = sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
         super().__init__(f"{len(self._errors)} errors")
+        self.args = (self._errors,)  # what pickle makes it from again, on the other ranks
 
     @property
     def errors(self) -> list[RecipeError]:
@@ -97,9 +85,6 @@ class RecipeErrors(RecipeError):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))
-
-    def __reduce__(self) -> tuple[type, tuple[list[RecipeError]], dict[str, object]]:
-        return type(self), (self._errors,), self.__dict__  # to be raised on other ranks too
 
 
 class NumericsError(RecipesError):
@@ -133,8 +118,8 @@ class Interrupted(RecipesError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return another library's error on one line of at most 300 characters; its type where it says
-    nothing.
+    """Return another library's error on one line of at most 300 characters; its type if it is
+    empty.
 
     Example:
         >>> one_line(ValueError("a must match b, but found\\n- a: 1")), one_line(KeyError())
@@ -145,64 +130,38 @@ def one_line(error: BaseException) -> str:
 
 
 def print_error(error: BaseException) -> None:
-    """Print an error for the user: its message on stderr, no traceback, no terminal control
-    characters.
-    """
+    """Print an error for the user on stderr, without a traceback."""
     print(printable(str(error)), file=sys.stderr, flush=True)
 
 
-# Faults of the machine
-
-RESUME = (
-    "run the same command again: a training resumes from its newest complete checkpoint, and"
-    " nothing that was complete is lost"
-)
-
-
-class _Fault(NamedTuple):
-    numbers: tuple[int, ...]  # of an OSError
-    texts: str  # what tokenizers, safetensors, torch and datasets say in errors of their own
-    what: str
-    remedy: str
-
-
-_FULL = _Fault(
-    (errno.ENOSPC, errno.EDQUOT),
-    r"No space left on device|Disk quota exceeded|unexpected pos \d+|PytorchStreamWriter failed|"
-    r"StorageFull|not enough (disk )?space",
+# Faults of the machine: number of an OSError, what tokenizers, safetensors, torch and datasets say
+# in errors of their own, what it is and what to do.
+_Fault = tuple[tuple[int, ...], str, str, str]
+_FULL: _Fault = (
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
+    "|PytorchStreamWriter",
     "disk full",
-    "free some space",
+    "free some space, or raise the limit (a quota, ulimit -f)",
 )
-_LIMIT = _Fault(
-    (errno.EFBIG,),
-    "File too large",
-    "the limit on the size of a file is reached",
-    "raise it (ulimit -f unlimited)",
-)
-_MEMORY = _Fault(
-    (errno.ENOMEM,),
-    r"Cannot allocate memory|can't allocate memory|not enough memory|bad_alloc|could not allocate|"
-    r"failed to map segment|can't start new thread|Unable to allocate|failed to create thread",
-    "out of memory",
-    "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
-)
-_BROKEN = _Fault(
-    (errno.EROFS, errno.EIO),
-    "Read-only file system|Input/output error",
-    "the disk does not read or write",
-    "make it writable again (dmesg shows what happened), or move to another disk",
-)
-# This counts only where it is the error itself: it may be what was tried before something else
-# failed.
-_REFUSED = _Fault(
+_FAULTS: tuple[_Fault, ...] = (
+    _FULL,
     (
-        *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.ELOOP),
-        *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
+        (errno.ENOMEM,),
+        "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc"
+        "|failed to map segment|can't start new thread",
+        "out of memory",
+        "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
     ),
-    "(?!)",
-    "cannot read or write",
-    "make it accessible again, or move away what is in the way",
+    (
+        (errno.EROFS, errno.EIO),
+        "Read-only file system|Input/output error",
+        "the disk does not read or write",
+        "make it writable again (dmesg shows what happened), or move to another disk",
+    ),
 )
+_REFUSED = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_RESUME = "run the same command again: a training resumes from its newest complete checkpoint"
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
@@ -218,20 +177,30 @@ def explain_fault(error: BaseException) -> EnvironmentFault | None:
                 " doubles)",
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
-        fault = _fault_of(cause)
-        if fault and (fault != _REFUSED or cause is error):
+        what, remedy = (_fault_of(cause) or ("", "", "", ""))[2:]
+        if isinstance(error, _REFUSED):
+            what, remedy = "cannot read or write", "make it accessible, or move it away"
+        if what:
             reason = getattr(cause, "strerror", None) or one_line(cause)
             place = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
             where = f" ({place})" if place else ""
-            what, remedy = f"{fault.what}: {reason}{where}", f"{fault.remedy}, then {RESUME}"
-            return EnvironmentFault(what, remedy)
+            return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then {_RESUME}")
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether an error says that a disk, a quota or a file's limit is full."""
-    return not isinstance(error, RecipesError) and _fault_of(error) in (_FULL, _LIMIT)
+    return not isinstance(error, RecipesError) and _fault_of(error) == _FULL
+
+
+def _fault_of(error: BaseException) -> _Fault | None:
+    """Return the fault that one error is, whatever it was raised from."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    for fault in _FAULTS:
+        if number in fault[0] or (number is None and re.search(fault[1], str(error))):
+            return fault
+    return None
 
 
 def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
@@ -252,14 +221,3 @@ def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
             f" free in {folder}",
             f"free some space{remedy}",
         )
-
-
-def _fault_of(error: BaseException) -> _Fault | None:
-    """Return the fault that one error is, whatever it was raised from."""
-    if isinstance(error, MemoryError):
-        return _MEMORY
-    number = error.errno if isinstance(error, OSError) else None
-    for fault in (_FULL, _LIMIT, _MEMORY, _BROKEN, _REFUSED):
-        if number in fault.numbers or (number is None and re.search(fault.texts, str(error))):
-            return fault
-    return None

@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.errors import DataError, EnvironmentFault, RecipesError
+from recipes_lib.core.project import cache_root
 from recipes_lib.core.terminal import warn
 
 Row = dict[str, Any]
@@ -44,8 +45,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        # created as any file is, so that the user's umask decides who may read it
-        with temporary.open("xb") as stream:
+        with temporary.open("xb") as stream:  # so that the user's umask decides who may read it
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -97,9 +97,8 @@ def publish(scratch: Path, final: Path, replace: bool = True) -> None:
 def sync_tree(folder: Path) -> None:
     """Flush every file and every folder below `folder`, and `folder` itself, to the disk."""
     for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
+        for name in (*names, "."):
             sync(Path(parent, name))
-        sync(Path(parent))
 
 
 def sync(path: Path) -> None:
@@ -111,32 +110,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# Hashes
-
-
-def hash_of(*parts: Any) -> str:
-    """Return the SHA-256 of JSON-ready values."""
-    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the SHA-256 of files below `folder` by name."""
-    return {name: file_hash(folder / name) for name in names}
-
-
-# Reading
-
-
 def utc_now() -> str:
     """Return the time as our files note it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+# Reading
 
 
 def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
@@ -163,12 +142,13 @@ def read_object(path: Path, remedy: str = "restore it, or run the step again tha
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        what = "is empty" if not path.stat().st_size else f"is damaged, not JSON: {error}"
-        raise DamagedFile(what, remedy, file=path) from None
+        content = path.read_bytes()
+        value = json.loads(content.decode())
     except OSError as error:
         raise EnvironmentFault(f"cannot be read: {error.strerror}", file=path) from None
+    except (ValueError, RecursionError) as error:
+        what = f"is damaged, not JSON: {error}" if content else "is empty"
+        raise DamagedFile(what, remedy, file=path) from None
     if not isinstance(value, dict):
         raise DamagedFile(f"holds {type(value).__name__}, not an object", remedy, file=path)
     return value
@@ -178,117 +158,128 @@ def object_or_none(path: Path) -> Row | None:
     """Return a JSON object, or None if the file is missing or damaged."""
     try:
         return read_object(path) if path.is_file() else None
-    except (DamagedFile, EnvironmentFault):
+    except RecipesError:
         return None
 
 
 def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
-    """Yield the objects of a JSON-lines file; an absent file has none. Lines that a crash damaged
-    at its end are left out, with one warning.
+    """Yield the objects of a JSON-lines file; an absent file has none. A crash may have cut the
+    last line: it is left out, with a warning.
 
     Args:
-        skip_damaged: leave out damaged lines in the middle too, each with a warning: for logs,
-            where a line less changes no result.
+        skip_damaged: leave out damaged lines anywhere, each with a warning: for logs, where a line
+            less changes no result.
 
     Raises:
-        DamagedFile: a line before the end is damaged, or a line is not an object.
+        DamagedFile: a line before the last one is not a JSON object.
     """
-    if path.is_file():
-        with path.open("rb") as stream:
-            for _, _, row in numbered_rows(stream, path, skip_damaged=skip_damaged):
-                yield row
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        row = parsed_line(line)
+        if row is not None:
+            yield row
+        elif line.strip() and not skip_damaged and number < len(lines):
+            what, remedy = "this line is damaged: not a JSON object", "restore or delete it"
+            raise DamagedFile(what, remedy, file=path, line=number)
+        elif line.strip():
+            _warn_once(f"{path}:{number}: this line is damaged and left out")
 
 
-def numbered_rows(
-    lines: Iterable[bytes],
-    path: Path,
-    first: int = 1,
-    what: str = "a JSON object",
-    remedy: str = "",
-    skip_damaged: bool = False,
-    appended: bool = False,
-) -> Iterator[tuple[int, int, Row]]:
-    """Yield number, end (bytes from the start of `lines`) and object of each line; `read_rows` says
-    what happens to damaged ones.
-
-    Args:
-        lines: with their line ends, as a file opened in binary gives them.
-        path: for messages.
-        first: number of the first line.
-        what: what a line holds, for messages.
-        remedy: what to do about a damaged line that is not at the end.
-        skip_damaged: as for `read_rows`.
-        appended: lines are appended to this file, so a last line without a line end was cut, even
-            where it is whole JSON.
-    """
-    hints = [remedy] if remedy else []
-    end = damaged = last = 0
-    good = first > 1
-    for number, line in enumerate(lines, first):
-        end += len(line)
-        if not line.strip():
-            continue
-        last = number
-        row = _parsed(line)
-        if row is None or (appended and not line.endswith(b"\n")):
-            damaged = damaged or number
-            continue
-        if damaged and not skip_damaged:
-            break
-        if damaged:
-            _warn_once(f"{path}:{damaged}: this line is damaged and left out")
-            damaged = 0
-        if not isinstance(row, dict):
-            holds = f"this line holds {type(row).__name__}, not {what}"
-            raise DamagedFile(holds, *hints, file=path, line=number)
-        good = True
-        yield number, end, row
-    else:
-        if damaged and (good or last == damaged):
-            _warn_once(f"{path}:{damaged}: the end of the file is damaged and left out")
-            return
-    if damaged:
-        raise DamagedFile(f"this line is damaged: not {what}", *hints, file=path, line=damaged)
-
-
-def rows_from_the_end(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield end (in bytes) and object of each whole line, the last one first; damaged lines are
-    left out. An absent file has none.
-    """
+def rows_from_the_end(path: Path) -> Iterator[Row]:
+    """Yield the object of each whole line, the last one first. An absent file has none."""
     content = path.read_bytes() if path.is_file() else b""
-    end = len(content)
-    for line in reversed(content.splitlines(keepends=True)):
-        row = _parsed(line) if line.endswith(b"\n") else None
-        if isinstance(row, dict):
-            yield end, row
-        end -= len(line)
-
-
-def valid_text(text: str) -> str:
-    """Return a text that every later reader takes: lone surrogates and NUL become the replacement
-    character.
-
-    Example:
-        >>> valid_text("a\\ud800b") == "a\\ufffdb"
-        True
-    """
-    return _NOT_TEXT.sub("\ufffd", text)
+    yield from filter(None, map(parsed_line, reversed(content.splitlines())))
 
 
 def valid_texts(value: Any) -> Any:
-    """Return a JSON value with `valid_text` in place of every text."""
+    """Return a JSON value whose texts every later reader takes: lone surrogates and NUL become the
+    replacement character.
+
+    Example:
+        >>> valid_texts({"text": "a\\ud800b"}) == {"text": "a\\ufffdb"}
+        True
+    """
     if isinstance(value, dict):
-        return {valid_text(key): valid_texts(item) for key, item in value.items()}
+        return {valid_texts(key): valid_texts(item) for key, item in value.items()}
     if isinstance(value, list):
         return [valid_texts(item) for item in value]
-    return valid_text(value) if isinstance(value, str) else value
+    return _NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
 
 
-def _parsed(line: bytes) -> Any:
-    """Return the JSON value of one line, None where it has none."""
+def parsed_line(line: bytes) -> Row | None:
+    """Return the JSON object of a line, None for anything else."""
     try:
         value = json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         return None
+    if not isinstance(value, dict):
+        return None
     # an escape, or the first byte of a surrogate
     return valid_texts(value) if b"\\u" in line or b"\xed" in line else value
+
+
+# Hashes
+
+
+def hash_of(*parts: Any) -> str:
+    """Return the SHA-256 of JSON-ready values."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files below `folder` by name."""
+    return {name: file_hash(folder / name) for name in names}
+
+
+def remembered_hash(path: Path) -> str:
+    """Return the SHA-256 of a large file, remembered in the cache folder by path, size and
+    modification time.
+    """
+    stat = path.stat()
+    stamp = hash_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
+    memory = cache_root() / "digests" / f"{stamp[:32]}.json"
+    known = object_or_none(memory) or {}
+    if "sha256" not in known:
+        known = {"file": path.name, "sha256": file_hash(path)}
+        write_json(memory, known)
+    return str(known["sha256"])
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """Return a hash of a model folder's weights and settings; it does not depend on where the
+    folder lies, or where its base does.
+    """
+    patterns = ("*.safetensors", "*.bin", "*.gguf")
+    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    parts: list[Any] = [[path.name, remembered_hash(path)] for path in files]
+    for name in ("config.json", "adapter_config.json", "generation_config.json"):
+        settings = read_object(folder / name)
+        for key in ("base_model_name_or_path", "_name_or_path"):
+            settings.pop(key, None)
+        for key in ("target_modules", "exclude_modules"):
+            if isinstance(settings.get(key), list):
+                settings[key].sort()  # PEFT writes a set, in another order each time
+        parts.append([name, settings])
+    return hash_of(parts)
+
+
+def model_fingerprint(path: str, revision: str | None) -> str:
+    """Return a hash of a base model: its files if they are local, else its Hub name and commit.
+
+    Args:
+        path: what `from_pretrained` took.
+        revision: as asked for.
+    """
+    if Path(path).is_dir():
+        return folder_fingerprint(Path(path))
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(path, "config.json", revision=revision or "main")
+    return hash_of(path, Path(cached).parent.name if isinstance(cached, str) else revision)

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import os
 import socket
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -30,38 +29,34 @@ class LockHeld(EnvironmentFault):
 
 
 @contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path, wait_s: float = PROBE_S) -> Iterator[None]:
     """Hold `folder` for this process.
 
     A Slurm job that was queued again asks its earlier try to stop and waits for it; anybody else's
     hold is refused at once.
 
+    Args:
+        wait_s: how long to wait for another holder; -1 is for ever.
+
     Raises:
         LockHeld: another process holds it (the message says which, where and since when).
         EnvironmentFault: the folder cannot be made.
     """
-    lock = _acquire(folder)
-    try:
-        write_json(folder / LOCK_NOTE, _note())
-        yield
-    finally:
-        with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
-            (folder / LOCK_NOTE).unlink(missing_ok=True)
-        lock.release()
-
-
-def _acquire(folder: Path) -> FileLock:
-    lock = FileLock(folder / ".lock")
+    lock, note = FileLock(folder / ".lock"), folder / LOCK_NOTE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        wait_s = _ask_earlier_try(folder) if is_held(folder) else 0
-        lock.acquire(timeout=wait_s or PROBE_S, poll_interval=LOCK_POLL_S)
+        if wait_s >= 0 and is_held(folder) and _is_earlier_try(object_or_none(note) or {}):
+            holder = f"{describe_holder(note)}, an earlier try of this job"
+            wait_s = REQUEUE_WAIT_S
+            say(f"{folder.name} is still held{holder}: waiting up to {wait_s / 60:.0f} minutes")
+            with suppress(OSError):
+                (folder / "STOP").touch()
+        lock.acquire(timeout=wait_s, poll_interval=LOCK_POLL_S)
     except Timeout:
         raise LockHeld(
-            f"{folder.name} is in use{describe_holder(folder / LOCK_NOTE)}",
+            f"{folder.name} is in use{describe_holder(note)}",
             f"wait for it, or stop it: touch {folder / 'STOP'}",
-            "only if that process or its machine is gone for good:"
-            f" rm {folder / '.lock'} {folder / LOCK_NOTE}",
+            f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
         ) from None
     except OSError as error:
         if is_disk_full(error):
@@ -71,27 +66,24 @@ def _acquire(folder: Path) -> FileLock:
             f" {error.strerror or error}",
             "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER",
         ) from None
-    return lock
+    try:
+        write_json(note, _note())
+        yield
+    finally:
+        with suppress(OSError):  # a disk that refuses: what went wrong before must not be hidden
+            note.unlink(missing_ok=True)
+        lock.release()
 
 
 @contextmanager
 def waiting_lock(folder: Path) -> Iterator[None]:
     """Hold `folder` after whoever holds it now: what that process makes is found there and not made
     twice.
-
-    Raises:
-        EnvironmentFault: the folder cannot be made.
     """
     if is_held(folder):
         holder = describe_holder(folder / LOCK_NOTE)
         say(f"{'/'.join(folder.parts[-3:])} is in use{holder}: waiting for it")
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(run_lock(folder))
-                break
-            except LockHeld:
-                time.sleep(LOCK_POLL_S)
+    with run_lock(folder, wait_s=-1):
         yield
 
 
@@ -101,9 +93,9 @@ def is_held(folder: Path) -> bool:
     """
     if not (folder / ".lock").exists():
         return False
-    lock = FileLock(folder / ".lock", timeout=0)
+    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire()
+        lock.acquire(timeout=0)
     except Timeout:
         return True
     lock.release()
@@ -111,9 +103,7 @@ def is_held(folder: Path) -> bool:
 
 
 def describe_holder(note: Path) -> str:
-    """Return ` by process 4711 on host gpu3 since ...`, or an empty string where nobody left a
-    note.
-    """
+    """Return ` by process 4711 on host gpu3 since ...`, or an empty string if there is no note."""
     holder = object_or_none(note) or {}
     if not {"pid", "host", "since"} <= holder.keys():
         return ""
@@ -132,17 +122,7 @@ def _note() -> dict[str, object]:
     }
 
 
-def _ask_earlier_try(folder: Path) -> float:
-    """Ask an earlier try of this Slurm job to stop; return how long to wait for the lock."""
-    holder, this = object_or_none(folder / LOCK_NOTE) or {}, _note()
-    same_job = this["job"] is not None and holder.get("job") == this["job"]
-    if not same_job or holder.get("restarts", 0) >= this["restarts"]:
-        return 0
-    by = describe_holder(folder / LOCK_NOTE)
-    say(
-        f"{folder.name} is still held{by}, an earlier try of this job:"
-        f" waiting up to {REQUEUE_WAIT_S / 60:.0f} minutes for its end"
-    )
-    with suppress(OSError):
-        (folder / "STOP").touch()
-    return REQUEUE_WAIT_S
+def _is_earlier_try(holder: dict[str, object]) -> bool:
+    note = _note()
+    same_job = note["job"] is not None and holder.get("job") == note["job"]
+    return same_job and int(str(holder.get("restarts", 0))) < int(str(note["restarts"]))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from recipes_lib.core.errors import RecipeError
 
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")
 PACKAGE = Path(__file__).resolve().parents[1]
 
 
@@ -31,8 +30,8 @@ def runs_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder for materialised models: RECIPES_CACHE, default `.cache` in the checkout,
-    or in the user's cache folder for an installed package.
+    """Return the folder for what can be made again: RECIPES_CACHE, default `.cache` in the
+    checkout, or in the user's cache folder for an installed package.
     """
     root = project_root()
     usual = Path.home() / ".cache/recipes" if root.parent == PACKAGE else root / ".cache"
@@ -41,10 +40,9 @@ def cache_root() -> Path:
 
 def recipe_path(name: str | Path) -> Path:
     """Return the file a recipe's path or short name means: `quickstart/lora-r8` is
-    recipes/quickstart/lora-r8.yaml.
+    recipes/quickstart/lora-r8.yaml of the working directory or of this project.
 
-    Names are looked for in the working directory, its recipes/, and the shipped recipes. A name
-    that is found nowhere is returned as it is, so that reading it says so.
+    A name that is found nowhere is returned as it is, so that reading it says so.
     """
     path = Path(name)
     file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
@@ -54,9 +52,8 @@ def recipe_path(name: str | Path) -> Path:
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` as a user would type it: relative to the working directory when it lies inside.
-
-    Symbolic links are not followed, so the name stays the one that was given.
+    """Return `path` as a user would type it: relative to the working directory if it lies inside.
+    Symbolic links are not followed.
     """
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
     inside = absolute.is_relative_to(Path.cwd())
@@ -67,9 +64,9 @@ def check_run_name(name: str, file: str | Path | None = None, line: int | None =
     """Return `name` if a run may have it.
 
     Raises:
-        RecipeError: the name is empty, too long, has other characters or ends with a dot.
+        RecipeError: the name cannot be the name of a folder everywhere.
     """
-    if not RUN_NAME.match(name) or name.endswith("."):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
         raise RecipeError(
             f"run.name {name!r} cannot be a folder name",
             "use 1 to 100 letters, digits, '.', '_' or '-', starting with a letter or digit and not"

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from recipes_lib.core.libraries import importing
+from recipes_lib.core.environment import importing
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ LAST_WORDS_S = 60.0  # that a failing rank 0 waits for the others to read why
 
 _working_alone = False
 _calls = itertools.count()
-_kept: list[object] = []
+_kept: list[object] = []  # the store first, which serves the other ranks
 
 
 def rank() -> int:
@@ -50,30 +51,34 @@ def on_main_rank(work: Callable[[], T]) -> T:
     ranks wait for the outer result.
 
     Raises:
-        Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set.
+        Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set; an error
+            of another library is its text on the other ranks.
     """
     global _working_alone
     store = None if _working_alone else _store()
     if store is None:
         return work()
     key = f"recipes/{next(_calls)}"
-    if rank() == 0:
-        _working_alone = True
-        try:
-            outcome: tuple[T | None, Exception | None] = (work(), None)
-        except Exception as error:
-            outcome = (None, of_every_rank(error))
-        finally:
-            _working_alone = False
-        store.set(key, _pickled(outcome))
-    else:
+    if rank() != 0:
         _wait(lambda: store.check([key]))
-        outcome = pickle.loads(store.get(key))
-    result, raised = outcome
-    if raised is not None:
+        result, error = pickle.loads(store.get(key))
+        if error is not None:
+            _let_all_read(store, key)
+            raise of_every_rank(error)
+        return result
+    _working_alone = True
+    try:
+        result = work()
+    except Exception as error:
+        known = isinstance(error, RecipesError)
+        sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
+        store.set(key, pickle.dumps((None, sent)))
         _let_all_read(store, key)
-        raise raised
-    return result  # type: ignore[return-value]
+        raise of_every_rank(error)  # noqa: B904 (it is that error)
+    finally:
+        _working_alone = False
+    store.set(key, pickle.dumps((result, None)))
+    return result
 
 
 def meet() -> None:
@@ -106,7 +111,7 @@ def agree_on_largest(value: int) -> int:
 
 
 def keep_alive(trainer: object) -> None:
-    """Keep what holds the model from ever being freed, where there are several ranks.
+    """Keep what holds the model from ever being freed, if there are several ranks.
 
     Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank
     was faster (seen in one of three stops on two ranks). `process.end_process` ends without it.
@@ -126,8 +131,7 @@ def _store() -> Any:
         with importing():
             from torch.distributed.rendezvous import rendezvous
 
-        store, *_ = next(rendezvous("env://"))
-        _kept.append(store)  # of a launch without torch's launcher it serves the others
+        _kept.append(next(rendezvous("env://"))[0])
     return _kept[0]
 
 
@@ -143,19 +147,3 @@ def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
     end = time.monotonic() + seconds
     while not arrived() and time.monotonic() < end:
         time.sleep(STORE_POLL_S)
-
-
-def _pickled(outcome: tuple[Any, Exception | None]) -> bytes:
-    """Return what the other ranks can read: an error that cannot be made again there becomes its
-    text.
-    """
-    error = outcome[1]
-    try:
-        data = pickle.dumps(outcome)
-        if error is not None:
-            pickle.loads(data)
-        return data
-    except Exception:
-        if error is None:
-            raise
-        return pickle.dumps((None, of_every_rank(RuntimeError(f"{type(error).__name__}: {error}"))))

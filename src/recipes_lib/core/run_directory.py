@@ -2,7 +2,7 @@
 
     runs/<name>/
       recipe.yaml  resolved.yaml  command.txt  environment.json  splits.json
-      supervision.json  metrics.jsonl  figures/  checkpoints/checkpoint-N/  adapter/ or model/
+      supervision.json  metrics.jsonl  checkpoints/checkpoint-N/  adapter/ or model/
       merged/  evals/  run.json
 
 run.json is the only truth about how a run ended: exit codes do not survive `accelerate launch`.
@@ -11,10 +11,8 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 from __future__ import annotations
 
 import difflib
-import os
 import shlex
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
@@ -46,7 +44,7 @@ class RunState(TypedDict, total=False):
     resumed: list[Mapping[str, object]]
     step: int
     summary: Mapping[str, Any] | None  # training.finish.TrainingSummary
-    weights_check: Mapping[str, Any]  # weights.check.SavedWeights
+    weights_check: Mapping[str, Any]  # weights.saved.SavedWeights
     fingerprint: str
     base_fingerprint: str | None
     prompt_format_hash: str
@@ -76,11 +74,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.stop_file = self.path / "STOP"  # asks a running training to checkpoint and stop
-        if self.path.resolve().parent != self.root:
-            raise RecipeError(
-                f"run '{name}' leads out of {self.root}",
-                "remove the symbolic link, or choose another run.name",
-            )
+        self._refuse_link(self.path)
 
     def weights(self, full_finetuning: bool) -> Path:
         """Folder of the final weights: `model/` for full fine-tuning, `adapter/` otherwise."""
@@ -94,12 +88,12 @@ class RunDirectory:
         """Return the command that trains this run, as it was typed: it continues what was stopped,
         and makes lost weights again.
         """
-        words: list[str] = []
-        with suppress(OSError, ValueError):  # it is gone, or damaged
+        try:
             words = shlex.split((self.path / "command.txt").read_text(encoding="utf-8"))
-        if "recipes_lib.train" not in words:
+            typed = words[words.index("recipes_lib.train") + 1 :]
+        except (OSError, ValueError):  # it is gone, or damaged
             return f"recipes train RECIPE run.name={self.name}, with its recipe and overrides"
-        return shlex.join(["recipes", "train", *words[words.index("recipes_lib.train") + 1 :]])
+        return shlex.join(["recipes", "train", *typed])
 
     def read_state(self) -> RunState:
         """Return the content of run.json.
@@ -109,28 +103,19 @@ class RunDirectory:
             EnvironmentFault: run.json is damaged, or of another version of the format.
         """
         if not self.exists():
-            raise RecipeError(
-                f"no run named '{self.name}' in {self.root}", *_similar_runs(self.name, self.root)
-            )
+            raise _no_such_run(f"no run named '{self.name}' in {self.root}", self.name, self.root)
         self.check_inside()
-        remedy = f"restore it, or move it away: mv {self.state_file} {self.state_file}.damaged"
+        remedy = f"move it away: mv {self.state_file} {self.state_file}.damaged"
         if self.checkpoints.is_dir():
             remedy += f"; the newest whole checkpoint then goes on: {self.train_command()}"
         try:
             state = read_object(self.state_file)
         except DamagedFile as error:
-            what = f"run.json {error.what}"
-            raise EnvironmentFault(what, remedy, file=self.state_file) from None
-        if state.get("state") not in get_args(State):
-            what = "run.json does not say in which state the run is"
-            raise EnvironmentFault(what, remedy, file=self.state_file)
+            raise EnvironmentFault(error.what, remedy, file=self.state_file) from None
         version = state.get("format_version", 0)
-        if version != FORMAT_VERSION:
-            raise EnvironmentFault(
-                f"run.json has format version {version}, this version reads {FORMAT_VERSION}",
-                "train the recipe again under another run.name",
-                file=self.state_file,
-            )
+        if version != FORMAT_VERSION or state.get("state") not in get_args(State):
+            what = f"is not a run.json of format version {FORMAT_VERSION} (it has {version})"
+            raise EnvironmentFault(what, remedy, file=self.state_file)
         return cast(RunState, state)
 
     def check_inside(self) -> None:
@@ -139,13 +124,15 @@ class RunDirectory:
         Raises:
             RecipeError: it names the link.
         """
-        for entry in os.scandir(self.path) if self.path.is_dir() else ():
-            if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(self.root):
-                raise RecipeError(
-                    f"{entry.path} is a symbolic link that leads out of {self.root}",
-                    "remove it, or put the whole runs root on the other disk:"
-                    " RECIPES_RUNS_ROOT=FOLDER",
-                )
+        for entry in self.path.iterdir() if self.path.is_dir() else ():
+            self._refuse_link(entry)
+
+    def _refuse_link(self, path: Path) -> None:
+        if path.is_symlink() and not path.resolve().is_relative_to(self.root):
+            raise RecipeError(
+                f"{path} is a symbolic link that leads out of {self.root}",
+                "remove it, or put the whole runs root on the other disk: RECIPES_RUNS_ROOT=FOLDER",
+            )
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
@@ -163,12 +150,11 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
         RecipeError: there is no such run.
     """
     path = Path(name)
-    if len(path.parts) > 1 and (path / "run.json").is_file():
-        run = RunDirectory(path.resolve().name, path.resolve().parent)
-    elif len(path.parts) > 1 and not path.is_dir():
-        raise RecipeError(f"no such run: {name}", *_similar_runs(path.name, root or runs_root()))
-    else:
-        run = RunDirectory(path.name if path.is_dir() or len(path.parts) == 1 else name, root)
+    if len(path.parts) > 1:
+        if not path.is_dir():
+            raise _no_such_run(f"no such run: {name}", path.name, root or runs_root())
+        root = path.resolve().parent
+    run = RunDirectory(path.name, root)
     run.read_state()
     return run
 
@@ -180,11 +166,11 @@ def all_runs(root: Path | None = None) -> list[RunDirectory]:
     return [RunDirectory(name, root) for name in names if not name.startswith(".")]
 
 
-def _similar_runs(name: str, root: Path) -> list[str]:
+def _no_such_run(what: str, name: str, root: Path) -> RecipeError:
     names = [run.name for run in all_runs(root)]
     near = difflib.get_close_matches(name, names, n=3) or names[:5]
-    none = "no run there yet: recipes train RECIPE"
-    return [f"runs there: {', '.join(near)}" if near else none]
+    hint = f"runs there: {', '.join(near)}" if near else "no run there yet: recipes train RECIPE"
+    return RecipeError(what, hint)
 
 
 def read_resolved(folder: Path) -> dict[str, Any]:
@@ -199,15 +185,10 @@ def read_resolved(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise DataError(
-            "is damaged: it holds no recipe",
-            "training the run's recipe again writes it anew, and trains nothing where the run is"
-            " finished",
-            file=path,
-        )
+        remedy = "train the run's recipe again: a finished run only writes this file anew"
+        raise DataError("is damaged: it holds no recipe", remedy, file=path)
     return value

@@ -1,19 +1,109 @@
-"""Text for the terminal: no control characters from model or data, the closing line that names the
-next command; numbers typed there.
+"""Text that people read and records that stay: no secrets and no control characters in them.
+
+Masked is what has the form of a token, passwords in URLs, and the values of variables, keys and
+options whose names say that they are secret.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
+import re
+import shlex
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
-from recipes_lib.core.redaction import mask_secrets
+MASK = "***"
+_SHORTEST_SECRET = 8  # a shorter value may be a word of any sentence
+_SECRET_NAME = re.compile(
+    r"(?:^|[_.-])(?:token|secret|password|passwd|(?:api|access|private)[_-]?key|(?-i:KEY))$",
+    re.IGNORECASE,
+)
+_VOCABULARY = re.compile(r"(?:^|[_.-])(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video)_token$")
+_SECRETS = re.compile(
+    r"\bhf_[A-Za-z0-9]{12,}"
+    r"|\bgithub_pat_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
+    r"|\bsk-[\w-]*[A-Za-z0-9]{20,}[\w-]*"  # and not a run named sk-baseline-lora-r8
+    r"|\bBearer\s+[\w.~+/-]{12,}=*"
+    r"|(?<=://)[^/\s:?#'\"@]*:[^/\s?#'\"]+(?=@)"  # user:password@host
+    r"|(?:(?<=http://)|(?<=https://))[^/\s?#'\"@]+(?=@)"  # token@host
+    r"|(?P<name>[?&](?i:[\w.-]*(?:token|secret|password|signature)|(?:api_?|access_)?key)=)"
+    r"[^&\s#'\"]+"
+)
+_JOINERS = "\u200c\u200d"  # of Persian, Hindi and emoji
+_remembered: set[str] = set()
 
-PLAIN = "\n\t\u200c\u200d"  # the last two: zero width non-joiner and joiner
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a key, variable or option of this name holds a secret.
+
+    Example:
+        >>> [is_secret_name(name) for name in ("HF_TOKEN", "hub_token", "SSH_KEY", "eos_token")]
+        [True, True, True, False]
+    """
+    return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.search(name)
+
+
+def remember_secret(value: str) -> str:
+    """Mask this value from now on, whatever form it has, and return it: a server may repeat the key
+    that it was sent.
+    """
+    _remembered.add(value)
+    return value
+
+
+def holds_secret(text: str) -> bool:
+    """Return whether a text has something in it that looks like a secret."""
+    return bool(_SECRETS.search(text))
+
+
+def mask_secrets(text: str) -> str:
+    """Return a text with stars for each secret in it.
+
+    Example:
+        >>> mask_secrets("GET https://me:pw@host/x?api_key=12&n=3")
+        'GET https://***@host/x?api_key=***&n=3'
+    """
+    values = {value for name, value in os.environ.items() if is_secret_name(name)} | _remembered
+    for value in sorted(values, key=len, reverse=True):  # so that none hides a part of another
+        if len(value) >= _SHORTEST_SECRET:
+            text = text.replace(value, MASK)
+    return _SECRETS.sub(rf"\g<name>{MASK}", text)
+
+
+def masked(value: Any, name: str = "") -> Any:
+    """Return a JSON-ready value with stars for secrets.
+
+    Args:
+        name: the key or variable that holds the value.
+    """
+    if isinstance(value, dict):
+        return {key: masked(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [masked(item, name) for item in value]
+    if isinstance(value, str):
+        return MASK if value and is_secret_name(name) else mask_secrets(value)
+    return value
+
+
+def masked_command(words: Sequence[str]) -> str:
+    """Return a command, quoted for a shell, with stars for secrets.
+
+    Example:
+        >>> masked_command(["run", "--token", "abc", "train.api_key=abc", "train.eos_token=<end>"])
+        "run --token '***' 'train.api_key=***' 'train.eos_token=<end>'"
+    """
+    shown, option = [], ""
+    for word in words:
+        name, separator, value = word.partition("=")
+        if is_secret_name(option):
+            shown.append(MASK)
+        else:
+            shown.append(mask_secrets(f"{name}={masked(value, name)}" if separator else word))
+        option = word.lstrip("-") if word.startswith("--") and not separator else ""
+    return shlex.join(shown)
 
 
 def printable(text: str) -> str:
@@ -26,34 +116,15 @@ def printable(text: str) -> str:
     """
     return "".join(
         char
-        if char in PLAIN or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
+        if char in "\n\t" + _JOINERS or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
         else char.encode("unicode_escape").decode()
         for char in mask_secrets(text)
     )
 
 
 def shown_size(num_bytes: float) -> str:
-    """Return a size with a unit that leaves something of it to see.
-
-    Example:
-        >>> shown_size(1_234_567), shown_size(310_000), shown_size(5e9)
-        ('1.2 MiB', '303 KiB', '4.7 GiB')
-    """
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.{1 if num_bytes < 10 * size else 0}f} {unit}"
-    return f"{num_bytes / 2**10:,.0f} KiB"
-
-
-def first_of(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, and how many more there are.
-
-    Example:
-        >>> first_of(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    """Return a size as text."""
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -74,7 +145,7 @@ def use_color() -> bool:
 def say(text: str = "") -> None:
     """Print one line (or several) on stdout at once, control characters shown.
 
-    Where nobody reads any more (`| head`), the rest is dropped: a training must not end because its
+    When nobody reads any more (`| head`), the rest is dropped: a training must not end because its
     log is not read.
     """
     try:
@@ -84,8 +155,8 @@ def say(text: str = "") -> None:
 
 
 def print_json(value: object) -> int:
-    """Print one JSON value, what `--json` asks for, with the letters of every language as they are;
-    return the exit code of a verb that is done.
+    """Print one JSON value, what `--json` asks for, and return the exit code of a verb that is
+    done.
     """
     print(mask_secrets(json.dumps(value, indent=2, ensure_ascii=False)), flush=True)
     return 0
@@ -99,24 +170,3 @@ def warn(text: str) -> None:
 def next_step(command: str) -> None:
     """Print the closing line that names the next command to type."""
     say(f"next: {command}")
-
-
-def flag_words(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """Return the flags of these names that were given, as they are typed."""
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, False)]
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers for argparse that says what it expected.
-
-    Example:
-        >>> at_least(1)("12")
-        12
-    """
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, got {text!r}")
-        return int(text)
-
-    return number

@@ -18,8 +18,8 @@ from typing import Any
 import openai
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import hash_of, valid_text
-from recipes_lib.core.redaction import remember_secret
+from recipes_lib.core.files import hash_of, valid_texts
+from recipes_lib.core.terminal import remember_secret
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Request, Sampling
 from recipes_lib.evals.recipe import ServerSection
 
@@ -133,7 +133,7 @@ class OpenAIEngine:
                 reason = str(error)
             except (openai.OpenAIError, OSError, ValueError, RecursionError) as error:
                 cause = error.__cause__ or error
-                reason = f"{type(cause).__name__}: {valid_text(str(cause))[:200]}"
+                reason = f"{type(cause).__name__}: {valid_texts(str(cause))[:200]}"
                 if isinstance(error, openai.APIConnectionError):
                     break  # the client tried again already
         return Completion(key=request.key, error=reason)
@@ -195,13 +195,13 @@ class OpenAIEngine:
         name = getattr(reply, "model", None)
         if isinstance(name, str) and name and not is_version_of(name, self.model):
             raise ServerFault(
-                f"{self.server.address} answered as '{valid_text(name)[:100]}', not as"
+                f"{self.server.address} answered as '{valid_texts(name)[:100]}', not as"
                 f" '{self.model}'",
                 "is it another server? If the name stands for this model, set it as the name",
             )
         choices = getattr(reply, "choices", None)
         if not isinstance(choices, list) or not choices:
-            raise _Unusable(f"the reply has no choices: {valid_text(str(reply))[:80]!r}")
+            raise _Unusable(f"the reply has no choices: {valid_texts(str(reply))[:80]!r}")
         choice = choices[0]
         message = getattr(choice, "message", None)
         text = getattr(message, "content", None) if message else getattr(choice, "text", None)
@@ -215,8 +215,8 @@ class OpenAIEngine:
         tokens = getattr(getattr(reply, "usage", None), "completion_tokens", 0)
         return Completion(
             key=request.key,
-            text=valid_text(text or "").strip(),
-            finish_reason=valid_text(finish) if isinstance(finish, str) and finish else "stop",
+            text=valid_texts(text or "").strip(),
+            finish_reason=valid_texts(finish) if isinstance(finish, str) and finish else "stop",
             num_tokens=tokens if isinstance(tokens, int) and 0 <= tokens < 2**31 else 0,
             probabilities=_first_token(choice) if self.logprobs else None,
         )
@@ -239,7 +239,7 @@ class OpenAIEngine:
                 raise ServerFault(what, hint) from None
             if self.model not in listed:
                 what = f"{self.server.address} does not serve '{self.model}'"
-                names = ", ".join(valid_text(str(name)) for name in listed[:8])
+                names = ", ".join(valid_texts(str(name)) for name in listed[:8])
                 raise EnvironmentFault(what, f"it serves {names or 'nothing'}")
             try:  # vLLM's
                 root = str(client.base_url).rstrip("/").removesuffix("/v1")
@@ -308,4 +308,4 @@ def _words(error: openai.APIError) -> str:
         if isinstance(found, dict) and found.get(name):
             found = found[name]
     text = found if isinstance(found, str) else json.dumps(found, default=str)
-    return valid_text(" ".join(text[:3000].split())[:300])
+    return valid_texts(" ".join(text[:3000].split())[:300])

@@ -21,8 +21,7 @@ from typing import Any
 
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import hash_of, read_object
-from recipes_lib.core.fingerprints import model_fingerprint
+from recipes_lib.core.files import hash_of, model_fingerprint, read_object
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.engine import Completion, Request, Sampling
 from recipes_lib.evals.engine_hf import HFEngine

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.files import file_hash, hash_of, object_or_none
-from recipes_lib.core.fingerprints import folder_fingerprint, model_fingerprint
+from recipes_lib.core.files import (
+    file_hash,
+    folder_fingerprint,
+    hash_of,
+    model_fingerprint,
+    object_or_none,
+)
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.weights.load import model_path
 

@@ -28,8 +28,7 @@ from recipes_lib.config.sections import (
 )
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import hash_of
-from recipes_lib.core.fingerprints import folder_fingerprint, model_fingerprint
+from recipes_lib.core.files import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.environment import command_line, git_state, library_versions
+from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import utc_now
-from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.redaction import masked
-from recipes_lib.core.terminal import say
+from recipes_lib.core.terminal import masked, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_all, log_of
 from recipes_lib.evals.judges import Judge, opened

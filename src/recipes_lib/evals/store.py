@@ -18,7 +18,8 @@ from pathlib import Path
 from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from recipes_lib.core.errors import DataError, EnvironmentFault
-from recipes_lib.core.files import Row, numbered_rows, sync
+from recipes_lib.core.files import DamagedFile, Row, parsed_line, sync
+from recipes_lib.core.terminal import warn
 
 _DAMAGED = (
     "the file is damaged in its middle, which no killed writer does: restore it, or delete this"
@@ -56,16 +57,24 @@ def _take_rows(
     """Add the rows of whole lines to `rows`; return the number of the last line that holds one, and
     its end in bytes.
     """
-    number, end = before, 0
-    found = numbered_rows(lines, path, before + 1, "a stored row", _DAMAGED, appended=True)
-    for number, end, row in found:  # noqa: B007 (the last ones are returned)
+    number, end, size, damaged = before, 0, 0, 0
+    for line_number, line in enumerate(lines, before + 1):
+        size += len(line)
+        row = parsed_line(line) if line.endswith(b"\n") else None
+        if row is None:
+            damaged = damaged or line_number
+            continue
         key = row.get("key")
-        if not isinstance(key, str):
-            raise DataError("this line is not a stored row", _DAMAGED, file=path, line=number)
+        if damaged or not isinstance(key, str):
+            what = "this line is damaged: not a stored row"
+            raise DamagedFile(what, _DAMAGED, file=path, line=damaged or line_number)
         if key in rows:
             what = f"the row {key[:12]} occurs twice"
-            raise DataError(what, "keep one of the two lines", file=path, line=number)
+            raise DataError(what, "keep one of the two lines", file=path, line=line_number)
         rows[key] = row
+        number, end = line_number, size
+    if damaged:
+        warn(f"{path}:{damaged}: the end of the file is damaged and left out")
     return number, end
 
 

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
 
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import publish, write_bytes, write_json
-from recipes_lib.core.libraries import quiet_libraries
 from recipes_lib.core.project import cache_root
 from recipes_lib.core.terminal import say
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.files import hash_of, object_or_none, write_json
-from recipes_lib.core.fingerprints import file_digest
+from recipes_lib.core.files import hash_of, object_or_none, remembered_hash, write_json
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
 from recipes_lib.data.sources import data_files, find_path, listed_sources
@@ -188,10 +187,10 @@ def data_contents(recipe: Recipe) -> dict[str, str | None]:
             if path is None:
                 continue
             for file in [path] if path.is_file() else data_files(path, source.source_split):
-                contents[f"data {number} {file.name}"] = file_digest(file)
+                contents[f"data {number} {file.name}"] = remembered_hash(file)
     template = recipe.data.chat_template
     if template and template.endswith(".jinja") and Path(template).is_file():
-        contents["chat template"] = file_digest(Path(template))
+        contents["chat template"] = remembered_hash(Path(template))
     with suppress(RecipesError):
         contents["base model"] = base_fingerprint(recipe)
     return contents

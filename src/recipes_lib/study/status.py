@@ -4,7 +4,7 @@ Reads files only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +14,7 @@ from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import rows_from_the_end
 from recipes_lib.core.lock import describe_holder, is_held
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.terminal import aligned, first_of
+from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.questions import local_questions
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import study_folder
@@ -85,7 +85,7 @@ def _training_row(study: Study, training: StudyRun) -> StatusRow:
 def _reached(run: RunDirectory) -> str:
     """The last step and loss that a training wrote."""
     with suppress(OSError):
-        rows = [row for _, row in islice(rows_from_the_end(run.metrics), 2)]  # one may be eval
+        rows = list(islice(rows_from_the_end(run.metrics), 2))  # one may be eval
         losses = [f", loss {row['loss']:.3f}" for row in rows if isinstance(row.get("loss"), float)]
         if rows:
             return f"step {rows[0]['step']}{''.join(losses[:1])}"
@@ -132,6 +132,17 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     power = foresee(study, {one.name: _turns(one) for one in study.evals})
     if power is not None:
         yield "; ".join(line.strip() for line in power.lines()[:2])
+
+
+def first_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, and how many more there are.
+
+    Example:
+        >>> first_of(["a", "b", "c"], 2)
+        'a, b and 1 more'
+    """
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, object]:

@@ -24,7 +24,7 @@ def first_and_last(path: Path, key: str) -> tuple[float | None, float | None]:
     where it has none.
     """
     first = next((row[key] for row in read_rows(path, skip_damaged=True) if key in row), None)
-    return first, next((row[key] for _, row in rows_from_the_end(path) if key in row), None)
+    return first, next((row[key] for row in rows_from_the_end(path) if key in row), None)
 
 
 def forget_after(path: Path, step: int, history: list[Row]) -> None:

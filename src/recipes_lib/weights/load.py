@@ -28,9 +28,9 @@ from recipes_lib.config.preflight import (
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
+from recipes_lib.core.environment import importing
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import read_object
-from recipes_lib.core.libraries import importing
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment

@@ -1,0 +1,103 @@
+"""Files that a crash damaged: the end is left out with one warning, all else is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from recipes_lib.core.errors import DataError
+from recipes_lib.core.files import (
+    folder_fingerprint,
+    read_object,
+    read_rows,
+    refuse_pipe,
+    rows_from_the_end,
+    write_json,
+)
+
+LINES = [json.dumps({"step": step, "text": "é" * step}).encode() + b"\n" for step in range(1, 6)]
+TAILS = [
+    b'{"step": 6, "te',
+    b"\0" * 9000,
+    b'{"step": 6, "t\0\0\0\0',
+    b"\xff\xfe\n",
+    b'{"step": "\xff"}\n',
+    b"[" * 5000,
+]
+
+
+def write(path: Path, *parts: bytes) -> Path:
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def steps(path: Path, **options: bool) -> list[int]:
+    return [row["step"] for row in read_rows(path, **options)]
+
+
+def test_a_damaged_last_line_is_left_out_with_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, tail in enumerate(TAILS):
+        path = write(tmp_path / f"{number}.jsonl", *LINES, tail)
+        assert steps(path) == steps(path) == [1, 2, 3, 4, 5]
+        said = capsys.readouterr()
+        assert (said.out, said.err.count("\n")) == ("", 1)
+        assert f"warning: {path}:6: this line is damaged" in said.err
+        assert [row["step"] for row in rows_from_the_end(path)] == [5, 4, 3, 2, 1]
+
+
+def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, damage in enumerate((b"nonsense\n", b"\xff\n", b"\0\0\0\n", b'{"st\n', b"[1]\n")):
+        path = write(tmp_path / f"{number}.jsonl", *LINES[:2], damage, *LINES[3:])
+        with pytest.raises(DataError, match="this line is damaged") as caught:
+            steps(path)
+        assert (caught.value.file, caught.value.line) == (path, 3)
+        assert steps(path, skip_damaged=True) == [1, 2, 4, 5]
+        assert f"{path}:3: this line is damaged and left out" in capsys.readouterr().err
+
+
+def test_an_absent_file_has_no_rows(tmp_path: Path) -> None:
+    assert steps(tmp_path / "no.jsonl") == [] == list(rows_from_the_end(tmp_path / "no.jsonl"))
+    assert read_object(tmp_path / "no.json") == {}
+
+
+def test_texts_that_no_tokenizer_takes_are_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", b'{"text": "a\\ud800b\\u0000"}\n')
+    assert next(read_rows(path)) == {"text": "a\ufffdb\ufffd"}
+
+
+def test_a_damaged_object_is_one_line_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "one.json"
+    for content, words in {"": "is empty", "{": "not JSON", "\0": "damaged", "[1]": "list"}.items():
+        path.write_text(content)
+        with pytest.raises(DataError, match=words) as caught:
+            read_object(path)
+        assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match="pipe"):
+        refuse_pipe(tmp_path / "rows.jsonl")
+
+
+def test_a_fingerprint_is_of_weights_and_settings_and_not_of_their_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
+    for name, modules in {"a": ["q", "v"], "b": ["v", "q"]}.items():
+        settings = {"base_model_name_or_path": name, "target_modules": modules, "r": 8}
+        write_json(tmp_path / name / "adapter_config.json", settings)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")
+    same = folder_fingerprint(tmp_path / "a")
+    assert folder_fingerprint(tmp_path / "b") == same
+    (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"others")
+    assert folder_fingerprint(tmp_path / "b") != same
+    write_json(tmp_path / "a" / "adapter_config.json", {"target_modules": ["q", "v"], "r": 16})
+    assert folder_fingerprint(tmp_path / "a") != same
