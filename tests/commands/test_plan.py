@@ -46,7 +46,7 @@ def test_every_shipped_recipe_has_a_sensible_plan(plan: Run) -> None:
         on_cpu = path.parent.name in ("quickstart", "smollm2-135m-dolly")
         sensible = [
             (made["card"] == "cpu") == on_cpu,
-            made["peak_gib"] < made["needed_gib"] < (16 if on_cpu else 80),
+            made["peak_gib"] < made["needed_gib"] < (8 if on_cpu else 80),
             made["fits"],
             20 < made["seconds"] < 4 * 3600,
             made["steps"] > 30,
@@ -66,7 +66,7 @@ def test_a_plan_has_at_most_fifteen_lines_and_the_numbers_of_its_json(plan: Run)
     assert needed == pytest.approx(made["needed_gib"], abs=0.06) and "MFU" in out
     assert lines[-1].startswith("next: recipes train ") and lines[-2].startswith("$ ")
     table = plan(LORA, "--gpu", "h100", "--table")[1]
-    assert "FSDP2" in table and "QLoRA" in table
+    assert "fsdp" in table and "QLoRA" in table
 
 
 def test_the_advice_typed_as_it_stands_keeps_its_word(plan: Run) -> None:
@@ -90,9 +90,9 @@ def test_a_card_without_a_known_peak_has_memory_and_no_time(
     plan: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recipes_lib.plan import plan as plan_module
-    from recipes_lib.plan.cards import recognised
+    from recipes_lib.plan.cards import card_named
 
-    monkeypatch.setattr(plan_module, "cards_here", lambda: (recognised("Tesla T4", 15360),))
+    monkeypatch.setattr(plan_module, "cards_here", lambda: [card_named("Tesla T4", 14.6)])
     made = planned(plan, LORA)
     assert made["card"] == "Tesla T4" and made["card_gib"] == 14.6
     assert made["seconds"] is None and "not estimated" in plan(LORA)[1]

@@ -11,7 +11,6 @@ from tests.families import build_family
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.plan.cards import CARDS, card_named
-from recipes_lib.plan.memory import memory_of
 from recipes_lib.plan.plan import Plan, card_for, launch_for, plan_of
 from recipes_lib.train import main
 
@@ -75,14 +74,13 @@ def test_a_training_on_a_cpu_keeps_what_is_planned_within_a_tenth(
     assert not wrong
 
 
+LLAMA = ("llama3.2-1b-tulu3/lora-r64", "train.max_length=1024")
+
+
 @pytest.fixture(scope="module")
 def llama() -> Plan:
     """A small known model with LoRA, on one card."""
-    return plan(
-        "llama3.2-1b-tulu3/lora-r64",
-        "train.max_length=1024",
-        "train.activation_checkpointing=false",
-    )
+    return plan(*LLAMA, "train.activation_checkpointing=false")
 
 
 def test_weights_trained_weights_and_optimizer_are_exact(llama: Plan) -> None:
@@ -95,8 +93,8 @@ def test_weights_trained_weights_and_optimizer_are_exact(llama: Plan) -> None:
 
 
 def test_sharding_shares_out_and_two_processes_of_ddp_need_more(llama: Plan) -> None:
-    ddp = llama.change(world_size=2, per_machine=2)
-    sharded = ddp.change(sharded=True)
+    words = (*LLAMA, "train.activation_checkpointing=false")
+    ddp, sharded = (plan(*words, f"launch.accelerate={name}", gpus=2) for name in ("ddp", "fsdp"))
     assert sharded.memory.weights == pytest.approx(ddp.memory.weights / 2)
     assert sharded.memory.optimizer == pytest.approx(ddp.memory.optimizer / 2)
     assert sharded.memory.gathered > 0 == ddp.memory.gathered
@@ -104,24 +102,22 @@ def test_sharding_shares_out_and_two_processes_of_ddp_need_more(llama: Plan) -> 
 
 
 def test_every_change_that_saves_memory_saves_it_in_the_plan(llama: Plan) -> None:
-    needed = llama.memory.needed
-    four_bits = replace(llama.setup.precision, bits=4, nested=True)
-    changes: tuple[dict[str, Any], ...] = (
-        {"checkpointing": True},
-        {"per_device": 1},
-        {"max_length": 256},
-        {"precision": four_bits},
-        {"optimizer": "adamw_8bit"},
+    changes = (
+        "train.activation_checkpointing=true",
+        "train.per_device_train_batch_size=1",
+        "train.max_length=256",
+        "quantization={load_in_4bit: true}",
+        "train.optim=adamw_8bit",
     )
-    assert not [change for change in changes if llama.change(**change).memory.needed >= needed]
+    words = (*LLAMA, "train.activation_checkpointing=false")
+    needed = {change: plan(*words, change).memory.needed for change in changes}
+    assert not [change for change, gib in needed.items() if gib >= llama.memory.needed]
 
 
 def test_the_largest_micro_batch_fits_and_one_token_more_does_not(llama: Plan) -> None:
     largest = llama.largest_tokens
-    needed = [
-        memory_of(llama.trace, llama.setup, largest + more, largest + more) for more in (0, 1)
-    ]
-    assert needed[0].needed <= llama.card.memory_gib < needed[1].needed
+    fits, too_large = (llama.memory_for(largest + more, largest + more) for more in (0, 1))
+    assert fits.needed <= llama.card.memory_gib < too_large.needed
 
 
 def test_a_larger_card_holds_a_larger_micro_batch(llama: Plan) -> None:
@@ -131,5 +127,5 @@ def test_a_larger_card_holds_a_larger_micro_batch(llama: Plan) -> None:
 
 
 def test_processes_without_gpus_share_the_memory_of_the_machine(tiny_recipe: Path) -> None:
-    one, two = plan(tiny_recipe, gpu="cpu"), plan(tiny_recipe, gpu="cpu", gpus=2)
-    assert two.card.memory_gib == pytest.approx(one.card.memory_gib / 2, rel=0.2)
+    alone, two = plan(tiny_recipe, gpu="cpu"), plan(tiny_recipe, gpu="cpu", gpus=2)
+    assert two.card.memory_gib == pytest.approx(alone.card.memory_gib / 2, rel=0.2)

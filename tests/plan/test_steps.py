@@ -8,22 +8,21 @@ import pytest
 
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.plan.cards import cpu_card
-from recipes_lib.plan.plan import plan_of
-from recipes_lib.plan.steps import RowLengths, Steps, setup_of, steps_of, validations
+from recipes_lib.core.files import read_object
+from recipes_lib.plan.plan import card_for, plan_of
+from recipes_lib.plan.steps import RowLengths, Steps, steps_of, validations
 
 
 def steps_for(recipe: Path, rows: RowLengths, *words: str) -> Steps:
     loaded = load_recipe(recipe, words)
-    setup = setup_of(loaded, plan_launch(loaded.launch), "float32", on_cpu=True)
-    return steps_of(setup, rows, loaded.train)
+    return steps_of(loaded, plan_launch(loaded.launch).world_size, rows)
 
 
 def test_the_tokens_of_a_plan_are_those_of_the_rows_and_not_of_full_steps(
     tiny_recipe: Path,
 ) -> None:
     """Of 97 rows in steps of 64 the second step has at most 33; steps x batch would be 32% more."""
-    rows = RowLengths((100,) * 97, 97, 0, "made up")
+    rows = RowLengths((100,) * 97, 97, 0, "made up", counted=True)
     words = ("run.global_batch_size=64", "train.max_steps=-1", "train.num_train_epochs=3")
     steps = steps_for(tiny_recipe, rows, *words)
     assert steps.tokens <= 3 * 97 * 100
@@ -35,12 +34,11 @@ def test_a_training_has_the_tokens_and_steps_of_its_plan(
 ) -> None:
     words = ("train.max_steps=-1", "train.num_train_epochs=2", "run.name=planned")
     recipe = load_recipe(tiny_recipe, words)
-    planned = plan_of(recipe, plan_launch(recipe.launch), cpu_card()).steps
+    launch = plan_launch(recipe.launch)
+    planned = plan_of(recipe, launch, card_for(launch, "cpu")).steps
     runs = tmp_path / "runs"
     code, output = forks.start([tiny_recipe, *words], RECIPES_RUNS_ROOT=str(runs)).wait()
     assert code == 0, output
-    from recipes_lib.core.files import read_object
-
     summary = read_object(runs / "planned" / "run.json")["summary"]
     assert summary["steps"] == planned.steps
     assert summary["tokens"] == pytest.approx(planned.tokens, rel=0.02)
@@ -63,7 +61,7 @@ def test_validations_are_counted_as_the_trainer_makes_them(train: dict, expected
 
 
 def test_padding_is_computed_and_joined_rows_have_none(tiny_recipe: Path) -> None:
-    rows = RowLengths((10, 100) * 50, 100, 0, "made up")
+    rows = RowLengths((10, 100) * 50, 100, 0, "made up", counted=True)
     joined = steps_for(tiny_recipe, rows, "train.per_device_train_batch_size=4")
     padded = steps_for(tiny_recipe, rows, "train.padding_free=false")
     assert joined.computed == joined.tokens == padded.tokens
@@ -72,7 +70,7 @@ def test_padding_is_computed_and_joined_rows_have_none(tiny_recipe: Path) -> Non
 
 
 def test_packed_rows_are_full(tiny_recipe: Path) -> None:
-    rows = RowLengths((48,) * 400, 400, 0, "made up")
+    rows = RowLengths((48,) * 400, 400, 0, "made up", counted=True)
     words = ("train.packing=true", "train.max_steps=-1", "train.num_train_epochs=1")
     steps = steps_for(tiny_recipe, rows, *words)
     assert steps.steps in (12, 13)  # 100 rows of 192 tokens in steps of 8

@@ -55,21 +55,20 @@ def run(args: argparse.Namespace) -> int:
     if study is not None:
         return _study(args, study)
     # they import torch, and `--help` does not
-    from recipes_lib.plan.advice import advise
+    from recipes_lib.plan.advice import advise, lines, table, to_dict
     from recipes_lib.plan.plan import card_for, launch_for, plan_of
-    from recipes_lib.plan.show import lines, rows, table_lines
 
     recipe = load_recipe(args.recipe, args.overrides)
     for warning in recipe.warnings:
         print_error(warning)
     launch = launch_for(recipe, args.gpu, args.gpus, args.nodes, args.accelerate)
     plan = plan_of(recipe, launch, card_for(launch, args.gpu), args.tokens_per_row)
-    advice = advise(plan)
+    advice = advise(plan, args.overrides)
     if args.json:
-        return print_json(rows(plan, advice, args.price))
+        return print_json(to_dict(plan, advice, args.price))
     for line in lines(plan, advice, args.price):
         say(line)
-    for line in table_lines(plan) if args.table else ():
+    for line in table(plan, args.overrides) if args.table else ():
         say(line)
     file = shown_path(recipe.path)
     say(f"$ {launch_line(plan.launch, file, args.overrides)}")

@@ -36,7 +36,7 @@ from recipes_lib.core.files import object_or_none, write_text
 from recipes_lib.core.lock import is_held
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import next_step, say
-from recipes_lib.plan.cards import cards_here
+from recipes_lib.plan.cards import devices_here
 from recipes_lib.training.checkpoints import list_checkpoints, what_is_missing
 from recipes_lib.training.process import EXIT_CODE_FILE, STOPPING, handling
 
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     flags = flag_words(args, FLAGS)
     script = ["-m", "recipes_lib.train", args.recipe, *args.overrides, *flags]
     command = launch.command(script)
-    if launch.config.use_cpu and launch.world_size == 1 and cards_here():
+    if launch.config.use_cpu and launch.world_size == 1 and devices_here():
         # `python -m` alone would take the GPU
         command = ["env", "ACCELERATE_USE_CPU=true", *command]
     say(f"$ {shlex.join(command)}")

@@ -1,44 +1,85 @@
 """The plan of one recipe on one kind of card: memory, steps and time, put together.
 
-Time is work over speed: the speed that an earlier training of this model measured on such a card,
+Time is tokens over speed: the speed that an earlier training of this model measured on such a card,
 else the operations of a token over an assumed share of the card's peak.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import yaml
+import psutil
+import torch
+from transformers import AutoConfig
 
+from recipes_lib.config.batch import sync_each_batch
+from recipes_lib.config.documents import read
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config
-from recipes_lib.core.errors import one_line
+from recipes_lib.core.errors import RecipesError, one_line
 from recipes_lib.core.files import hash_of, object_or_none
 from recipes_lib.core.project import runs_root
 from recipes_lib.models.known import known_config, known_facts
-from recipes_lib.models.packaged import is_packaged
 from recipes_lib.models.shape import configuration
-from recipes_lib.plan.cards import DEFAULT, Card, card_named, cards_here, cpu_card, recognised
-from recipes_lib.plan.memory import GIB, Memory, largest_tokens, memory_of
-from recipes_lib.plan.steps import RowLengths, Setup, Steps, rows_of, setup_of, steps_of
-from recipes_lib.plan.trace import Trace, trace
+from recipes_lib.plan.cards import DEFAULT, Card, card_named
+from recipes_lib.plan.steps import RowLengths, Steps, rows_of, steps_of
+from recipes_lib.plan.trace import Precision, Trace, trace
 
 # Assumed shares of a card's peak (MFU). LoRA: a published bf16 LoRA of Llama-3-8B on an H100 runs
 # at 12,473 tokens/s, 40% of its peak with 4N operations. The others: nobody has measured them here.
 MFU = {"LoRA": 0.40, "full": 0.40, "QLoRA": 0.25, "LoRA on 8 bits": 0.15}
-NETWORK = 25.0  # GB/s per GPU between machines, assumed
+# TFLOP/s of a core with AVX512-BF16 in a LoRA training of SmolLM2-135M, by bytes of an activation
+CORE_TFLOPS = {2: 0.18, 4: 0.083}
 AROUND_S = {True: 30.0, False: 120.0}  # start, loading and saving, on a CPU and on a GPU, assumed
+GIB = 2**30
+CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
+# Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
+CPU_PROCESS_GIB = 0.8
+TILE = 128  # tokens of the loss whose logits are there at once
+TYPES = ("float32", "float16", "bfloat16")
 # the arms of a study have the same rows, which take longest to count
 _counted: dict[str, RowLengths] = {}
 _MODEL_KEY = "model.name_or_path"
-_CPU_TWINS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
+_ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
+_ON_CPU = {on_gpu: on_cpu for on_cpu, on_gpu in _ON_GPUS.items()}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one process.
+
+    Args:
+        weights: of the base; the shard under FSDP2.
+        gathered: FSDP2's whole layers beside the shards.
+        activations: kept for the backward pass.
+        temporary: logits, or what one block needs while it is computed again and differentiated.
+        context: CUDA, communication and gaps of the allocator.
+    """
+
+    weights: float
+    trained: float
+    gradients: float
+    optimizer: float
+    gathered: float
+    activations: float
+    temporary: float
+    context: float = 0.0
+
+    @property
+    def needed(self) -> float:
+        """What the card must have."""
+        return sum(asdict(self).values())
+
+    @property
+    def peak(self) -> float:
+        """What `torch.cuda.max_memory_allocated` will show."""
+        return self.needed - self.context
 
 
 @dataclass(frozen=True)
@@ -49,8 +90,42 @@ class Plan:
     launch: Launch
     card: Card
     config: Any
-    setup: Setup
     rows: RowLengths
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no GPU is used."""
+        return self.card.name == "cpu"
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 shares the weights out."""
+        return self.launch.distributed_type == "FSDP"
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether the blocks are computed again in the backward pass."""
+        train, fsdp = self.recipe.train, self.launch.config.fsdp
+        asked = train.get("activation_checkpointing", train.get("gradient_checkpointing"))
+        return bool(asked or fsdp.get("fsdp_activation_checkpointing"))
+
+    @cached_property
+    def precision(self) -> Precision:
+        """The types it computes in."""
+        train, quantization = self.recipe.train, self.recipe.quantization or {}
+        bits = 4 if quantization.get("load_in_4bit") else 8 if quantization else None
+        half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
+        own = str(getattr(self.config.get_text_config(), "dtype", "")).removeprefix("torch.")
+        dtype = next((name for name in (self.recipe.model.dtype, own) if name in TYPES), TYPES[-1])
+        nested = bool(quantization.get("bnb_4bit_use_double_quant"))
+        return Precision(str(dtype), half, bits, nested)
+
+    @property
+    def method(self) -> str:
+        """The way to train, in a word."""
+        if self.recipe.lora is None:
+            return "full"
+        return {4: "QLoRA", 8: "LoRA on 8 bits"}.get(self.precision.bits or 0, "LoRA")
 
     @cached_property
     def trace(self) -> Trace:
@@ -59,9 +134,9 @@ class Plan:
         Raises:
             RecipeError: LoRA's targets are not in the model.
         """
-        lora = None if self.setup.full else build_lora_config(self.recipe)
+        lora = build_lora_config(self.recipe)
         try:
-            return trace(self.config, lora, self.setup.precision)
+            return trace(self.config, lora, self.precision)
         except ValueError as error:
             key = "lora.target_modules" if lora else _MODEL_KEY
             raise self.recipe.error(key, f"{key}: {one_line(error)}") from None
@@ -69,12 +144,69 @@ class Plan:
     @cached_property
     def steps(self) -> Steps:
         """Steps, tokens and the largest micro-batch."""
-        return steps_of(self.setup, self.rows, self.recipe.train)
+        return steps_of(self.recipe, self.launch.world_size, self.rows)
 
     @cached_property
     def memory(self) -> Memory:
         """GiB of one process."""
-        return memory_of(self.trace, self.setup, self.steps.largest, self.steps.row)
+        return self.memory_for(self.steps.largest, self.steps.row)
+
+    def memory_for(self, tokens: int, row: int) -> Memory:
+        """Return the memory for a micro-batch of `tokens` tokens in rows of `row`."""
+        traced, train, full = self.trace, self.recipe.train, self.recipe.lora is None
+        wide, processes = self.precision.compute_bytes, self.launch.world_size
+        shards = processes if self.sharded else 1
+        trained, base = traced.trained_bytes, traced.weight_bytes
+        if full:
+            base -= trained
+            if self.sharded and self.precision.half:
+                trained = 4 * traced.trained  # FSDP2 under autocast keeps them in float32
+        gradients = trained / shards
+        several = self.steps.accumulation > 1
+        if self.sharded and several and not sync_each_batch(self.recipe):
+            gradients = 4 * traced.trained  # whole until the step's last backward pass
+        elif processes > 1 and not self.sharded:
+            gradients *= 2  # DDP's buckets hold a copy
+        kept, block = traced.per_token, traced.block
+        attention = self.recipe.model.attn_implementation or "sdpa"
+        # on a CPU, and by kernels that know where a row ends, each example is attended alone
+        alone = self.on_cpu or self.steps.per_device == 1
+        if not alone and attention in ("sdpa", "eager"):
+            # sdpa makes its mask anew in each block and keeps it
+            kept, block = kept + traced.layers * row * wide, block + row * wide
+        activations = tokens * kept + traced.constant
+        at_work = tokens * (4 + 2 * wide) * traced.hidden
+        if self.checkpointing:
+            activations = tokens * traced.checkpointed
+            at_work += tokens * block + traced.constant / traced.layers
+        # a tile of logits with its gradient; in float32 the gradients of the head's input and of it
+        logits = TILE * traced.vocabulary * (wide + 8) + 4 * tokens * traced.hidden
+        logits += 4 * traced.vocabulary * traced.hidden if full and not self.sharded else 0
+        per_weight = _optimizer_bytes(str(train.get("optim", "")), trained / traced.trained)
+        memory = Memory(
+            weights=base / shards / GIB,
+            trained=trained / shards / GIB,
+            gradients=gradients / GIB,
+            optimizer=traced.trained / shards * per_weight / GIB,
+            gathered=self._gathered() / GIB if self.sharded else 0.0,
+            activations=activations / GIB,
+            temporary=max(logits, at_work) / GIB,
+        )
+        context = CONTEXT_GIB + NCCL_GIB * (processes > 1) + GAPS * memory.needed
+        return replace(memory, context=CPU_PROCESS_GIB if self.on_cpu else context)
+
+    def _gathered(self) -> float:
+        """Bytes of whole layers under FSDP2: embeddings and head, and this block and the next, or
+        all without resharding. Full fine-tuning adds gradients that are not shared out yet.
+        """
+        traced = self.trace
+        blocks = traced.parameters - traced.outside
+        if self.launch.config.fsdp.get("fsdp_reshard_after_forward", True):
+            blocks = min(2 * traced.largest_layer, blocks)
+        gathered = traced.outside * self.precision.compute_bytes
+        gathered += blocks * traced.weight_bytes / traced.parameters
+        own = 4 * (traced.largest_layer + traced.outside)
+        return gathered + (own if self.recipe.lora is None else 0)
 
     @property
     def fits(self) -> bool:
@@ -84,7 +216,14 @@ class Plan:
     @property
     def largest_tokens(self) -> int:
         """The largest micro-batch in tokens that fits."""
-        return largest_tokens(self.trace, self.setup, self.card, self.steps.row)
+        low, high = 0, 1 << 24
+        while low < high:
+            middle = (low + high + 1) // 2
+            row = middle if self.steps.joined else min(self.steps.row, middle)
+            memory = self.memory_for(middle, row)
+            fits = memory.needed <= self.card.memory_gib
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
 
     @cached_property
     def speed(self) -> tuple[float, str] | None:
@@ -93,44 +232,37 @@ class Plan:
         """
         if measured := measured_speed(self):
             return measured
+        operations = (6 if self.recipe.lora is None else 4) + (2 if self.checkpointing else 0)
+        operations *= self.trace.active * self.steps.computed / self.steps.tokens
+        processes = self.launch.world_size
+        if self.on_cpu:
+            cores = torch.get_num_threads() * CORE_TFLOPS[self.precision.compute_bytes]
+            where = "of one core as SmolLM2-135M showed it on another machine"
+            return cores * 1e12 / operations, where
         if self.card.tflops is None:
             return None
-        setup, traced, steps = self.setup, self.trace, self.steps
-        passes = (6 if setup.full else 4) + (2 if setup.checkpointing else 0)
-        operations = passes * traced.active + 6 * traced.attention * steps.context
-        operations += 0 if setup.full else 6 * traced.trained
-        share = 1.0 if setup.on_cpu else MFU[setup.method]
-        share *= 1.0 if setup.on_cpu or setup.precision.compute_bytes == 2 else 0.25
-        computed = steps.computed / steps.steps / setup.world_size
-        seconds = computed * operations / (self.card.tflops * 1e12 * share)
-        seconds = max(seconds, self._exchange_s)
-        speed = steps.tokens / steps.steps / seconds
-        if setup.on_cpu:
-            return speed, "of one core as SmolLM2-135M showed it on another machine"
+        share = MFU[self.method]
+        speed = self.card.tflops * 1e12 * share * processes / operations
         return speed, f"at an assumed {share:.0%} of the card's peak (MFU)"
-
-    @property
-    def _exchange_s(self) -> float:
-        """Seconds of a step to gather FSDP2's shards and to exchange gradients."""
-        setup, traced = self.setup, self.trace
-        link = self.card.link if setup.world_size <= setup.per_machine else NETWORK
-        share = (setup.world_size - 1) / setup.world_size
-        gradients = 4 * traced.trained * (1 if setup.sharded else 2)
-        gathers = setup.accumulation * (2 if setup.reshard else 1) if setup.sharded else 0
-        return share * (gathers * traced.weight_bytes + gradients) / (link * 1e9)
 
     @property
     def seconds(self) -> float | None:
         """Seconds from start to end, None where the speed is not known."""
         if self.speed is None:
             return None
-        validation = self.steps.validation / (3 if self.setup.full else 2)
+        validation = self.steps.validation / (3 if self.recipe.lora is None else 2)
         work = (self.steps.tokens + validation) / self.speed[0]
-        return work + AROUND_S[self.setup.on_cpu] + self.trace.weight_bytes / GIB
+        return work + AROUND_S[self.on_cpu] + self.trace.weight_bytes / GIB
 
-    def change(self, **changes: Any) -> Plan:
-        """Return the plan with another setup."""
-        return replace(self, setup=replace(self.setup, **changes))
+
+def _optimizer_bytes(name: str, trained_bytes: float) -> float:
+    """Return the optimizer's state in bytes per trained weight; an unknown name counts as AdamW."""
+    if "sgd" in name or "adafactor" in name:
+        return 0.1
+    moments = 1 if "lion" in name or "rmsprop" in name else 2
+    if "8bit" in name:
+        return 1.05 * moments
+    return moments * (4.0 if "paged" in name or "bnb" in name else trained_bytes)
 
 
 def plan_of(recipe: Recipe, launch: Launch, card: Card, tokens_per_row: int | None = None) -> Plan:
@@ -141,17 +273,13 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, tokens_per_row: int | No
         EnvironmentFault: the model's configuration cannot be had.
     """
     config = model_config(recipe)
-    own = str(getattr(config.get_text_config(), "dtype", "")).removeprefix("torch.")
-    setup = setup_of(recipe, launch, own, on_cpu=card.name == "cpu")
-    if setup.on_cpu:
-        kind = f"{setup.precision.bits}-bit" if setup.precision.bits == 4 else ""
-        kind = kind or ("bf16" if setup.precision.compute_bytes == 2 else "float32")
-        card = cpu_card(kind, launch.per_machine)
+    if card.name == "cpu":
+        card = replace(card, memory_gib=card.memory_gib / launch.per_machine)
     values = recipe.to_dict()
-    key = hash_of(values["data"], values["model"], setup.max_length, tokens_per_row)
+    key = hash_of(values["data"], values["model"], recipe.train.get("max_length"), tokens_per_row)
     if key not in _counted:
         _counted[key] = rows_of(recipe, tokens_per_row)
-    return Plan(recipe, launch, card, config, setup, _counted[key])
+    return Plan(recipe, launch, card, config, _counted[key])
 
 
 def card_for(launch: Launch, gpu: str | None) -> Card:
@@ -161,34 +289,34 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
     Raises:
         RecipeError: unknown card.
     """
-    if gpu is None and launch.config.use_cpu:
-        return cpu_card()
+    if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
+        return Card("cpu", psutil.virtual_memory().available / GIB)
     if gpu:
         return card_named(gpu)
-    here = cards_here()[: launch.per_machine]
-    if here:
+    if here := cards_here()[: launch.per_machine]:
         return min(here, key=lambda card: card.memory_gib)
     return replace(card_named(DEFAULT), assumed=True)
+
+
+def cards_here() -> list[Card]:
+    """Return the GPUs that a training may use here, as CUDA numbers them."""
+    count = torch.cuda.device_count()
+    devices = [torch.cuda.get_device_properties(number) for number in range(count)]
+    return [card_named(device.name, device.total_memory / GIB) for device in devices]
 
 
 def launch_for(
     recipe: Recipe, gpu: str | None, gpus: int | None, nodes: int | None, accelerate: str | None
 ) -> Launch:
-    """Return the recipe's launch with flags that win over it: several GPUs for one process mean
-    DDP, and a card means no CPU launch.
+    """Return the recipe's launch with flags that win over it: a card means no CPU launch, and
+    several processes mean DDP where the recipe has one.
     """
     own = recipe.launch
     chosen = accelerate or own.accelerate
-    if accelerate is None:
-        if gpu not in (None, "cpu"):
-            chosen = _CPU_TWINS.get(chosen, chosen)
-        elif gpu == "cpu" and not chosen.endswith("cpu"):
-            twins = {on_gpu: on_cpu for on_cpu, on_gpu in _CPU_TWINS.items()}
-            chosen = twins.get(chosen, "fsdp_cpu" if "fsdp" in chosen else "ddp_cpu")
-        if (gpus or 1) * (nodes or 1) > 1:
-            chosen = {"cpu": "ddp_cpu", "single_gpu": "ddp"}.get(chosen, chosen)
-        elif gpus == 1 and (nodes or own.nodes) == 1 and chosen not in ("cpu", "single_gpu"):
-            return plan_launch(own, "cpu" if chosen.endswith("cpu") else "single_gpu", 1, None)
+    if accelerate is None and gpu:
+        chosen = (_ON_CPU if gpu == "cpu" else _ON_GPUS).get(chosen, chosen)
+    if accelerate is None and (gpus or 1) * (nodes or 1) > 1:
+        chosen = {"cpu": "ddp_cpu", "single_gpu": "ddp"}.get(chosen, chosen)
     if chosen == own.accelerate:
         return plan_launch(own, None, gpus, nodes)
     return plan_launch(own, chosen, gpus or own.gpus, nodes)
@@ -202,27 +330,20 @@ def model_config(recipe: Recipe) -> Any:
         EnvironmentFault: nothing is known of the name, and the Hub does not answer.
     """
     name = recipe.model.name_or_path
-    values: Mapping[str, Any] | None = known_config(name)
-    why = f"'{name}' is not on this machine and not among the known models"
+    values = known_config(name)
     if values is None and (folder := local_folder(recipe)) is not None:
         values = object_or_none(folder / "config.json")
-    elif values is None and not is_packaged(name):
-        from huggingface_hub import hf_hub_download
-
-        try:
-            file = hf_hub_download(
-                name, "config.json", revision=recipe.model.revision, etag_timeout=5
-            )
-            values = object_or_none(Path(file))
-        except Exception as error:  # gated, offline, no such model: each has its own message
-            why += f", and the Hub gives no config.json: {one_line(error)}"
-    if not values:
-        hints = did_you_mean(name, known_facts())
-        raise recipe.fault(
-            _MODEL_KEY, f"no plan: {why}", *hints, f"online: hf download {name} config.json"
-        )
+        if values is None:
+            raise recipe.error(_MODEL_KEY, f"no plan: {folder} has no readable config.json")
     try:
-        return configuration(values)
+        if values is not None:
+            return configuration(values)
+        return AutoConfig.from_pretrained(name, revision=recipe.model.revision)
+    except OSError as error:  # gated, offline, no such model: each has its own message
+        why = f"no plan: '{name}' is not on this machine and not among the known models"
+        hints = [*did_you_mean(name, known_facts()), f"online: hf download {name} config.json"]
+        what = f"{why}, and the Hub says: {one_line(error)}"
+        raise recipe.fault(_MODEL_KEY, what, *hints) from None
     except (ValueError, KeyError, TypeError) as error:
         raise recipe.error(_MODEL_KEY, f"no plan: {one_line(error)}") from None
 
@@ -231,36 +352,31 @@ def measured_speed(plan: Plan) -> tuple[float, str] | None:
     """Return the tokens per second of the newest finished training of this model and method on as
     many cards of this kind, and the run's name.
     """
-    found = []
+    own, measured = _decides_speed(plan.recipe.to_dict()), []
     for file in sorted(runs_root().glob("*/run.json")):
         state = object_or_none(file) or {}
         summary = state.get("summary") or {}
-        speed, device = summary.get("tokens_per_second"), str(summary.get("device", ""))
-        if state.get("state") != "finished" or not speed:
-            continue
-        name = "cpu" if device.lower().startswith("cpu") else recognised(device, 0.0).name
-        if name.partition("-")[0] != plan.card.name.partition("-")[0]:
-            continue
-        if summary.get("world_size") != plan.setup.world_size:
+        speed, device = summary.get("tokens_per_second"), str(summary.get("device"))
+        card = device if device == "cpu" else card_named(device, 0.0).name
+        of_this_kind = card.partition("-")[0] == plan.card.name.partition("-")[0]
+        if not speed or not of_this_kind or summary["world_size"] != plan.launch.world_size:
             continue
         try:
-            values = yaml.safe_load((file.parent / "resolved.yaml").read_text(encoding="utf-8"))
-            same = values["model"]["name_or_path"] == plan.recipe.model.name_or_path
-            same &= _way(values) == _way(plan.recipe.to_dict())
-        except (OSError, LookupError, TypeError, yaml.YAMLError):
+            same = _decides_speed(read(file.with_name("resolved.yaml")).values) == own
+        except (RecipesError, LookupError, TypeError):
             continue
         if same:
-            found.append((str(state.get("updated", "")), float(speed), file.parent.name))
-    if not found:
+            measured.append((str(state.get("updated")), float(speed), file.parent.name))
+    if not measured:
         return None
-    _, speed, run = max(found)
+    _, speed, run = max(measured)
     return speed, f"measured by the run {run}"
 
 
-def _way(values: Mapping[str, Any]) -> list[object]:
-    """Return what of a recipe decides about its speed, besides model and card."""
-    train = values.get("train") or {}
+def _decides_speed(values: Mapping[str, Any]) -> list[object]:
+    """Return what of a recipe decides about its speed on a card."""
+    train, lora = values.get("train") or {}, values.get("lora") or {}
     keys = ("bf16", "fp16", "activation_checkpointing", "packing", "per_device_train_batch_size")
-    lora, quantization = values.get("lora"), values.get("quantization") or {}
-    rank = lora and lora.get("r")
-    return [rank, bool(quantization.get("load_in_4bit")), *(train.get(key) for key in keys)]
+    bits = (values.get("quantization") or {}).get("load_in_4bit")
+    name = values["model"]["name_or_path"]
+    return [name, lora.get("r"), bool(bits), *(train.get(key) for key in keys)]

@@ -8,10 +8,10 @@ their CUDA kernels keep. Traces are cached by configuration, adapter, precision 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,6 @@ class Trace:
         checkpointed: per token, where only the inputs of the blocks are kept.
         block: per token, of the largest block: what recomputation brings back.
         outside: parameters of embeddings, head and everything that is in no block.
-        attention: width that each token's scores and values have over all layers, for the time.
         carries_state: layers that carry a state were traced as torch computes them; special
             kernels keep less.
     """
@@ -86,13 +85,7 @@ class Trace:
     layers: int
     hidden: int
     vocabulary: int
-    attention: int
     carries_state: bool
-
-    @cached_property
-    def share_in_layers(self) -> float:
-        """The share of the parameters that lies in blocks."""
-        return (self.parameters - self.outside) / self.parameters
 
 
 def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Trace:
@@ -106,52 +99,47 @@ def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Tr
         for key, value in lora.to_dict().items()
     }
     versions = [version(name) for name in ("torch", "transformers", "peft")]
-    stamp = hash_of(
-        [config.to_dict(), adapter, asdict(precision), versions, Path(__file__).read_text()]
-    )
+    code = Path(__file__).read_text(encoding="utf-8")
+    stamp = hash_of(config.to_dict(), adapter, asdict(precision), versions, code)
     file = cache_root() / "traces" / f"{stamp[:32]}.json"
-    if (
-        stored := object_or_none(file)
-    ) is not None and stored.keys() == Trace.__annotations__.keys():
+    if stored := object_or_none(file):
         return Trace(**stored)
-    found = trace_now(config, lora, precision)
-    try:
+    traced = trace_now(config, lora, precision)
+    with suppress(OSError):  # a cache that cannot be written costs the next plan some seconds
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(found))
-    except OSError:
-        pass  # a cache that cannot be written costs the next plan some seconds
-    return found
+        write_json(file, asdict(traced))
+    return traced
 
 
 def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Trace:
     """Trace a model on fake tensors."""
     dtype = getattr(torch, precision.weights)
     model = shape.on_meta(config, dtype, lora, attention="traced")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if lora and precision.bits and precision.half == "bfloat16":
-        for parameter in model.parameters():  # TRL's adapters on a quantized base
-            parameter.data = parameter.data.to(dtype) if parameter.requires_grad else parameter.data
-    text = config.get_text_config()
-    blocks = shape.layers(model)
-    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
-    base = [
-        parameter
+        for parameter in trained:  # TRL's adapters on a quantized base
+            parameter.data = parameter.data.to(dtype)
+    text, blocks = config.get_text_config(), shape.layers(model)
+    base = {
+        name: parameter
         for name, parameter in model.named_parameters()
         if "lora_" not in name and "modules_to_save" not in name
-    ]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    }
+    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
     packed = _quantized(model, config) if precision.bits else set()
-    per_weight = {4: NF4_NESTED if precision.nested else NF4, 8: 1.0}.get(precision.bits or 0, 0.0)
+    packed_bytes = NF4_NESTED if precision.nested else NF4
+    packed_bytes = packed_bytes if precision.bits == 4 else 1.0
     weight_bytes = sum(
-        parameter.numel() * (per_weight if parameter in packed else parameter.itemsize)
-        for parameter in base
+        parameter.numel() * (packed_bytes if parameter in packed else parameter.itemsize)
+        for parameter in base.values()
     )
     numbers = {
-        "parameters": sum(parameter.numel() for parameter in base),
+        "parameters": sum(parameter.numel() for parameter in base.values()),
         "trained": sum(parameter.numel() for parameter in trained),
         "active": _active(model, text),
         "weight_bytes": round(weight_bytes),
         "trained_bytes": sum(parameter.nbytes for parameter in trained),
-        "outside": sum(one.numel() for one in base if id(one) not in in_blocks),
+        "outside": sum(one.numel() for one in base.values() if id(one) not in in_blocks),
         "largest_layer": max(sum(one.numel() for one in block.parameters()) for block in blocks),
     }
     with _as_on_a_gpu(getattr(torch, precision.half) if precision.half else None):
@@ -170,7 +158,6 @@ def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -
         layers=len(blocks),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
-        attention=many["attention"].total() // MANY,
         carries_state=any(isinstance(part, torch.nn.Conv1d) for part in model.modules()),
     )
 
@@ -219,9 +206,6 @@ class _Kernel(torch.autograd.Function):
         return made[0]
 
 
-_attended: list[int] = []  # the numbers in the queries of each layer
-
-
 def attention_as_flash(
     module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any
 ) -> tuple[Any, None]:
@@ -229,7 +213,6 @@ def attention_as_flash(
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(half), key.to(half), value.to(half)
-    _attended.append(query.numel())
     output = (*query.transpose(1, 2).shape[:3], value.shape[-1]), value.dtype
     sums = ((query.shape[:3], torch.float32),)
     return _Kernel.apply("inputs output", output, sums, query, key, value), None
@@ -247,25 +230,23 @@ transformers.AttentionInterface.register("traced", attention_as_flash)
 
 @contextmanager
 def _as_on_a_gpu(half: torch.dtype | None) -> Iterator[None]:
-    """Fake tensors, autocast, and stand-ins for kernels and for what reads values of tensors.
+    """Fake tensors, autocast, and stand-ins for dropout and for what reads values of tensors.
 
     Fake tensors on "cuda" need a CUDA build of torch (2.13): they are on "cpu", with its autocast.
     """
-    replaced: Mapping[str, Any] = {
-        "torch.nn.functional.dropout": _dropout,
-        "transformers.masking_utils.find_packed_sequence_indices": lambda positions: None,
-    }
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(torch.autocast("cpu", half, enabled=half is not None))
-        for path, stand_in in replaced.items():
-            stack.enter_context(mock.patch(path, stand_in))
+    packing = "transformers.masking_utils.find_packed_sequence_indices"
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.autocast("cpu", half, enabled=half is not None),
+        mock.patch("torch.nn.functional.dropout", _dropout),
+        mock.patch(packing, lambda positions: None),
+    ):
         yield
 
 
 def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
-    """Run a forward pass and count for each layer, and outside as -1: the bytes that autograd
-    keeps, what recomputation keeps instead, and the numbers that attention works on.
+    """Run a forward pass and count for each layer, and outside as -1, the bytes that autograd
+    keeps (`kept`) and what recomputation keeps instead (`inputs`).
     """
     decoder, blocks = shape.text_decoder(model), shape.layers(model)
     ids = torch.zeros(1, tokens, dtype=torch.long)
@@ -282,7 +263,7 @@ def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
             kept[place] += storage.nbytes()
         return tensor
 
-    def enter(number: int, args: Any, named: Any) -> None:
+    def enter(number: int, block: Any, args: Any, named: Any) -> None:
         nonlocal place
         place = number
         inputs[number] += (args[0] if args else named["hidden_states"]).nbytes
@@ -291,20 +272,12 @@ def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
         nonlocal place
         place = -1
 
-    def before(number: int) -> Callable[..., None]:
-        return lambda _, args, named: enter(number, args, named)
-
-    hooks = [
-        *(
-            block.register_forward_pre_hook(before(number), with_kwargs=True)
-            for number, block in enumerate(blocks)
-        ),
-        *(block.register_forward_hook(leave) for block in blocks),
-    ]
-    _attended.clear()
+    hooks = [block.register_forward_hook(leave) for block in blocks]
+    for number, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(partial(enter, number), with_kwargs=True))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pack(decoder(input_ids=ids, use_cache=False).last_hidden_state)  # the head's input
     for hook in hooks:
         hook.remove()
     inputs[-1] = kept[-1]
-    return {"kept": kept, "inputs": inputs, "attention": Counter({-1: sum(_attended)})}
+    return {"kept": kept, "inputs": inputs}
