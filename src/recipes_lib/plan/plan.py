@@ -175,7 +175,7 @@ class Plan:
             # sdpa makes its mask anew in each block and keeps it
             kept, block = kept + traced.layers * row * wide, block + row * wide
         activations = tokens * kept + traced.constant
-        at_work = tokens * (4 + 2 * wide) * traced.hidden
+        at_work = float(tokens * (4 + 2 * wide) * traced.hidden)
         if self.checkpointing:
             activations = tokens * traced.checkpointed
             at_work += tokens * block + traced.constant / traced.layers
@@ -203,10 +203,10 @@ class Plan:
         blocks = traced.parameters - traced.outside
         if self.launch.config.fsdp.get("fsdp_reshard_after_forward", True):
             blocks = min(2 * traced.largest_layer, blocks)
-        gathered = traced.outside * self.precision.compute_bytes
-        gathered += blocks * traced.weight_bytes / traced.parameters
+        whole = blocks * traced.weight_bytes / traced.parameters
+        whole += traced.outside * self.precision.compute_bytes
         own = 4 * (traced.largest_layer + traced.outside)
-        return gathered + (own if self.recipe.lora is None else 0)
+        return whole + (own if self.recipe.lora is None else 0)
 
     @property
     def fits(self) -> bool:
@@ -232,8 +232,8 @@ class Plan:
         """
         if measured := measured_speed(self):
             return measured
-        operations = (6 if self.recipe.lora is None else 4) + (2 if self.checkpointing else 0)
-        operations *= self.trace.active * self.steps.computed / self.steps.tokens
+        passes = (6 if self.recipe.lora is None else 4) + (2 if self.checkpointing else 0)
+        operations = passes * self.trace.active * self.steps.computed / self.steps.tokens
         processes = self.launch.world_size
         if self.on_cpu:
             cores = torch.get_num_threads() * CORE_TFLOPS[self.precision.compute_bytes]
