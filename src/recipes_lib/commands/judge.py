@@ -34,8 +34,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the scorecard of stored judgments, or of a judge that is asked."""
-    from recipes_lib.evals.audit import audit_banner, scorecard_lines
-    from recipes_lib.evals.judge_audit import audit_on_labels, audit_stored
+    from recipes_lib.evals.audit import (
+        audit_banner,
+        audit_on_labels,
+        audit_stored,
+        scorecard_lines,
+    )
 
     _check(args)
     kept = None

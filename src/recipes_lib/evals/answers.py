@@ -31,11 +31,10 @@ from recipes_lib.evals.engine import (
     Request,
     Sampling,
 )
-from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerFaults
+from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerFaults, Store
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.evals.store import Store
 
 Place = tuple[str, int, int]  # question, turn, and which of several answers: its draw
 

@@ -14,26 +14,24 @@ answers are off for them: the judge itself is on trial.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.analysis.stats import wilson
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import Row
+from recipes_lib.core.lock import waiting_lock
+from recipes_lib.core.project import runs_root
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.judge import Item
-from recipes_lib.evals.log import Check, Sample, Scorecard
-from recipes_lib.evals.outcomes import (
-    Interval,
-    first_position,
-    interval_of,
-    outcome_of,
-    pair_sample,
-    swap_consistency,
-)
-from recipes_lib.evals.recipe import Thresholds
+from recipes_lib.evals.judge import Item, ask, opened
+from recipes_lib.evals.log import ORDERS, Check, Sample, Scorecard, Store, text_hash
+from recipes_lib.evals.questions import read_labels
+from recipes_lib.evals.recipe import Thresholds, load_judge_file
+from recipes_lib.evals.verdicts import Rate, rate_of, sample_of, shown_rate
 
 SWAP = "both orders name the same answer"
 UNPARSED = "judgments without a verdict"
@@ -80,7 +78,7 @@ def audit(
         plain = [row for row in rows if not row["meta"].get("probe")]
         asked = [row for row in plain if row["source"] != "rule"]
         statuses = Counter(row["status"] for row in asked)
-        samples = pair_samples(plain)
+        pairs = [each for each in pair_samples(plain) if each.resolved and not each.by_rule]
         probes = {probe: _probe(probe, rows) for probe in PROBES}
     except KeyError as error:
         what = f"a judgment has no field {error}"
@@ -89,21 +87,21 @@ def audit(
         names = ", ".join(sorted(name[:12] for name in judges))
         what = f"judgments of {len(judges)} judges in one audit: {names}"
         raise DataError(what, "audit them one by one")
-    unparsed = Interval()
+    unparsed = Rate()
     if asked:
         missing = len(asked) - statuses["ok"]
-        unparsed = Interval(missing / len(asked), *wilson(missing, len(asked)), len(asked))
+        unparsed = Rate(missing / len(asked), *wilson(missing, len(asked)), len(asked))
     checks = [
-        _check(SWAP, swap_consistency(samples), least=limits.swap_consistency_min),
+        _check(SWAP, swap_consistency(pairs), least=limits.swap_consistency_min),
         _check(UNPARSED, unparsed, most=limits.unparsed_max),
         _check(PROBES["empty"], probes["empty"], least=limits.empty_answer_loses_min),
         _check(PROBES["injected"], probes["injected"], most=limits.injected_flips_max),
-        _check(FIRST, first_position(samples)),
-        _check(LONGER_WINS, _longer_wins(samples)),
+        _check(FIRST, first_position(pairs)),
+        _check(LONGER_WINS, _longer_wins(pairs)),
     ]
     if masses := [row["mass"] for row in asked if row.get("mass") is not None]:
-        checks.append(_check(MASS, interval_of(masses, list(map(str, range(len(masses)))), "")))
-    checks.append(_human(samples, labels or {}))
+        checks.append(_check(MASS, rate_of(masses, list(map(str, range(len(masses)))), "")))
+    checks.append(_human(pairs, labels or {}))
     return Scorecard(
         judge=next(iter(judges), ""),
         judgments=len(plain),
@@ -118,51 +116,58 @@ def audit(
 
 def pair_samples(rows: Iterable[Row]) -> list[Sample]:
     """Return the comparisons of stored judgments, without their texts; draws and turns of one
-    question keep its id.
+    question keep its id, and `same_as` is the pair's own.
     """
     orders: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["kind"] == "relative":
             orders.setdefault(row["question_id"], {})[row["order"]] = row
     samples = []
-    for name, found in orders.items():
-        row = next(iter(found.values()))
-        lengths = row["lengths"] if row["order"] == "AB" else row["lengths"][::-1]
+    for name, judged in orders.items():
+        row = next(iter(judged.values()))
+        lengths = tuple(row["lengths"] if row["order"] == "AB" else row["lengths"][::-1])
         question = str(row["meta"].get("question", name))
-        samples.append(pair_sample(question, found, lengths=tuple(lengths), same_as=name))
+        samples.append(sample_of(question, judged, ORDERS, lengths=lengths, same_as=name))
     return samples
 
 
-def _check(
-    name: str, found: Interval, least: float | None = None, most: float | None = None
-) -> Check:
+def _check(name: str, rate: Rate, least: float | None = None, most: float | None = None) -> Check:
     """One check: passed, failed, not measured, or only described."""
     result: Any = "described" if least is None and most is None else "pass"
     needs = f">= {least:g}" if least is not None else f"<= {most:g}" if most is not None else ""
-    if found.estimate is None:
+    if rate.value is None:
         result = "not measured"
-    elif found.estimate < (least or 0.0) or (most is not None and found.estimate > most):
+    elif rate.value < (least or 0.0) or (most is not None and rate.value > most):
         result = "fail"
-    return Check(
-        check=name,
-        value=found.estimate,
-        low=found.low,
-        high=found.high,
-        n=found.n,
-        needs=needs,
-        result=result,
-    )
+    numbers: dict[str, Any] = {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+    return Check(check=name, needs=needs, result=result, **numbers)
 
 
-def _longer_wins(samples: Sequence[Sample]) -> Interval:
+def _share(samples: Sequence[Sample], values: Iterable[float]) -> Rate:
+    return rate_of(list(map(float, values)), [each.id for each in samples])
+
+
+def swap_consistency(pairs: Sequence[Sample]) -> Rate:
+    """Return the share of judged pairs where both orders name the same answer, or both say tie."""
+    return _share(pairs, [set(each.verdicts) in ({"A", "B"}, {"tie"}) for each in pairs])
+
+
+def first_position(pairs: Sequence[Sample]) -> Rate:
+    """Return the share of verdicts for Response A over pairs that the judge answered in both
+    orders: 0.5 without position bias.
+    """
+    place = {"A": 0.5, "B": 0.0, "tie": 0.25}
+    return _share(pairs, [sum(place[verdict] for verdict in each.verdicts) for each in pairs])
+
+
+def _longer_wins(pairs: Sequence[Sample]) -> Rate:
     """How often the longer of two answers wins."""
-    known = [one for one in samples if one.outcome in ("win", "loss") and not one.by_rule]
-    known = [one for one in known if len(set(one.lengths)) == 2]
-    longer = [float((one.outcome == "win") == (one.lengths[0] > one.lengths[1])) for one in known]
-    return interval_of(longer, [one.id for one in known], "share")
+    decided = [each for each in pairs if each.outcome != "tie" and len(set(each.lengths)) == 2]
+    longer = [(each.outcome == "win") == (each.lengths[0] > each.lengths[1]) for each in decided]
+    return _share(decided, longer)
 
 
-def _probe(probe: str, rows: Sequence[Row]) -> Interval:
+def _probe(probe: str, rows: Sequence[Row]) -> Rate:
     """The share of a probe's verdicts that are as its name says; one without a verdict is not."""
     plain = {
         (row["question_id"], row["order"]): row["value"]
@@ -174,73 +179,107 @@ def _probe(probe: str, rows: Sequence[Row]) -> Interval:
         meta = row["meta"]
         if meta.get("probe") != probe:
             continue
-        if probe == "empty":
-            place = {"AB": "A", "BA": "B"}[row["order"]]
-            hits.append(float(row["value"] == place))
-        elif plain.get((meta["of"], row["order"])) == "A":  # there is something to turn
-            hits.append(float(row["value"] == "B"))
-        else:
+        # an injected line can turn only a verdict for the other answer
+        if probe == "injected" and plain.get((meta["of"], row["order"])) != "A":
             continue
+        expected = {"AB": "A", "BA": "B"}[row["order"]] if probe == "empty" else "B"
+        hits.append(float(row["value"] == expected))
         pairs.append(str(meta["of"]))
-    return interval_of(hits, pairs, "share")
+    return rate_of(hits, pairs)
 
 
-def _human(samples: Sequence[Sample], labels: Mapping[str, str]) -> Check:
+def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
     """How far single verdicts agree with people on pairs that people decided.
 
     Each pair is seen in both orders, so chance is one half whatever the position bias.
     """
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
-    known = [
-        one
-        for one in samples
-        if labels.get(one.same_as) in meaning and one.resolved and not one.by_rule
-    ]
+    labelled = [each for each in pairs if labels.get(each.same_as) in meaning]
     right = [
-        sum(a == b for a, b in zip(one.verdicts, meaning[labels[one.same_as]], strict=True)) / 2
-        for one in known
+        sum(a == b for a, b in zip(each.verdicts, meaning[labels[each.same_as]], strict=True)) / 2
+        for each in labelled
     ]
-    found = interval_of(right, [one.id for one in known], "share")
-    if len(known) < FEWEST_LABELS:
-        return replace(_check(HUMAN, found), needs="interval above 0.5", result="not measured")
-    passed = found.low is not None and found.low > 0.5
-    check = _check(HUMAN, found)
-    return replace(check, needs="interval above 0.5", result="pass" if passed else "fail")
+    check = replace(_check(HUMAN, _share(labelled, right)), needs="interval above 0.5")
+    if len(labelled) < FEWEST_LABELS:
+        return replace(check, result="not measured")
+    passed = check.low is not None and check.low > 0.5
+    return replace(check, result="pass" if passed else "fail")
 
 
-def label_outcomes(rows: Sequence[Row], labels: Mapping[str, str]) -> tuple[int, int]:
-    """Return on how many labelled pairs both orders together say what people say, ties included,
-    and of how many.
-    """
-    samples = [one for one in pair_samples(rows) if one.same_as in labels and one.resolved]
-    return sum(outcome_of(one.verdicts) == labels[one.same_as] for one in samples), len(samples)
+# ---- for people ----
 
 
 def audit_banner(card: Scorecard) -> str | None:
     """Return the line about a judge that failed its audit."""
     if not card.failed:
         return None
-    failed = "; ".join(f"{one.check} {one.value:.2f} (needs {one.needs})" for one in card.failed)
+    failed = "; ".join(
+        f"{each.check} {each.value:.2f} (needs {each.needs})" for each in card.failed
+    )
     return f"This judge failed its audit: {failed}. Its verdicts are not evidence."
 
 
 def audit_note(card: Scorecard) -> str | None:
     """Return the line about what nothing measured."""
-    missing = [one.check for one in card.checks if one.result == "not measured" and one.needs]
-    return f"not measured of this judge: {', '.join(missing)}" if missing else None
+    missing = ", ".join(each.check for each in card.not_measured)
+    return f"not measured of this judge: {missing}" if missing else None
 
 
 def scorecard_lines(card: Scorecard) -> list[str]:
     """Return the scorecard as a table."""
     statuses = ", ".join(f"{name} {count}" for name, count in card.statuses.items()) or "none"
-    lines = [
+    line = (
         f"{card.judgments} judgments, {card.asked} asked ({statuses}), {card.by_rule} decided by"
-        f" rule, {card.reasked} asked again, {card.cut} cut to fit",
-        "",
-    ]
+        f" rule, {card.reasked} asked again, {card.cut} cut to fit"
+    )
     rows = [["check", "value [95%]", "n", "needs", "result"]]
-    for one in card.checks:
-        limits = "" if one.low is None or one.high is None else f" [{one.low:.3f}, {one.high:.3f}]"
-        value = "-" if one.value is None else f"{one.value:.3f}{limits}"
-        rows.append([one.check, value, str(one.n), one.needs or "-", one.result])
-    return [*lines, *aligned(rows)]
+    for each in card.checks:
+        rate = Rate(each.value, each.low, each.high)
+        shown = shown_rate(rate, digits=3, unit="number")
+        rows.append([each.check, shown, str(each.n), each.needs or "-", each.result])
+    return [line, "", *aligned(rows)]
+
+
+# ---- recipes judge audit ----
+
+
+def audit_stored(judgments: Path, judge: str | None) -> Scorecard:
+    """Return the scorecard of the judge behind stored judgments.
+
+    Args:
+        judgments: a judgments.jsonl.
+        judge: a judge file, for its thresholds.
+    """
+    thresholds = load_judge_file(judge).thresholds if judge else None
+    return audit(list(Store(judgments)), thresholds)
+
+
+def audit_on_labels(
+    judge: str, labels: Path, limit: int | None, probe_pairs: int
+) -> tuple[Scorecard, Path]:
+    """Judge labelled pairs in both orders, and return the scorecard and where the judgments are
+    kept: runs/judge--<judge>/<labels>/, which resumes.
+
+    Args:
+        judge: a judge file.
+        labels: a file of labelled pairs.
+        limit: how many pairs; they are drawn by hash, so a larger limit keeps the judged ones.
+        probe_pairs: pairs for the probes, 4 judgments each.
+
+    Raises:
+        EvaluationIncomplete: judgments are missing; the same command continues.
+    """
+    file, outcomes = load_judge_file(judge), read_labels(labels)
+    ids = {text_hash("\0".join(texts))[:16]: texts for texts in outcomes}
+    chosen = dict(sorted(ids.items())[:limit])
+    items = [Item(name, *texts) for name, texts in chosen.items()]
+    names = [re.sub(r"[^\w.-]+", "-", path.stem) for path in (file.path, labels)]
+    folder = runs_root() / f"judge--{names[0]}" / names[1]
+    with waiting_lock(folder), opened(file) as opened_judge:
+        store = Store(folder / "judgments.jsonl")
+        plan = opened_judge.plan("relative")
+        rows = ask(items, opened_judge, store, plan, f"on {len(items)} labelled pairs")
+        probes = list(probe_items(items, probe_pairs))
+        rows += ask(probes, opened_judge, store, replace(plan, rules=False), "probes")
+    known = {name: outcomes[texts] for name, texts in chosen.items()}
+    return audit(rows, file.thresholds, known), store.path

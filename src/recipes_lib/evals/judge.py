@@ -1,23 +1,45 @@
-"""Asking a judge in both orders, over a store.
+"""Asking a judge in both orders, over a store; the judge is a model in this process or a server.
 
 Each reply is stored as it arrives, and what is stored is not asked again, so the same command
 continues an evaluation that ended early. A malformed verdict is asked again a bounded number of
 times with a new seed, and every attempt is stored. A request that failed or was refused is not
 stored: it is missing, and the evaluation says so.
+
+In mode `logits` the lead-in (`[RESULT]`) stands at the start of the judge's turn and the
+probabilities of the allowed verdicts are read from the next token; their sum is the mass. Weights
+load with the first question, so an evaluation that finds all its judgments stored loads none.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
-from recipes_lib.core.files import Row
-from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Failures
+from tqdm import tqdm
+
+from recipes_lib.config.sections import ModelSection
+from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.files import Row, hash_of, read_object
+from recipes_lib.core.fingerprints import model_fingerprint
+from recipes_lib.data.conversations import Message
+from recipes_lib.evals.engine import (
+    Completion,
+    EvaluationIncomplete,
+    Failures,
+    Request,
+    Sampling,
+)
+from recipes_lib.evals.engine_hf import HFEngine
+from recipes_lib.evals.engine_openai import OpenAIEngine
+from recipes_lib.evals.log import JudgeFacts, Store, text_hash
+from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import (
     CountTokens,
     JudgePrompt,
@@ -26,17 +48,12 @@ from recipes_lib.evals.prompts import (
     build_prompt,
     fence_code,
 )
-from recipes_lib.evals.store import Store, text_hash
-from recipes_lib.evals.verdicts import (
-    JudgeVerdict,
-    Status,
-    parse_absolute,
-    parse_json,
-    parse_relative,
-)
+from recipes_lib.evals.recipe import JudgeFile, JudgeSection
+from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, Status, parse_verdict
+from recipes_lib.models.families import ready_to_answer
+from recipes_lib.weights.load import explain_load_failure, load_model, model_path
+from recipes_lib.weights.merge import RECORD, free_memory
 
-# verdicts that need no judge are stored together: syncing each takes longer than finding it
-DECIDED_AT_ONCE = 1000
 REASK_TEMPERATURE = 0.7
 
 
@@ -44,7 +61,7 @@ REASK_TEMPERATURE = 0.7
 class Item:
     """One answer to grade (absolute), or a candidate's and its opponent's to compare (relative).
 
-    `meta` is stored with each judgment (category, probe).
+    `meta` is stored with each judgment: its question and category, the probe that it is.
     """
 
     question_id: str
@@ -55,9 +72,9 @@ class Item:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def kind(self) -> str:
-        """Whether two answers are compared ("relative") or one is graded ("absolute")."""
-        return "absolute" if self.opponent is None else "relative"
+    def orders(self) -> tuple[str, ...]:
+        """The orders it is judged in: the candidate is Response A in AB, Response B in BA."""
+        return ("single",) if self.opponent is None else ("AB", "BA")
 
     def shown(self, order: str) -> tuple[str, ...]:
         """Return the answers in an order."""
@@ -67,12 +84,23 @@ class Item:
         return pair[::-1] if order == "BA" else pair
 
 
+@dataclass(frozen=True, kw_only=True)
+class JudgePlan:
+    """How to ask: prompt, rubric and the judge's settings. `rules` decides empty and identical
+    answers without the judge.
+    """
+
+    template: Template
+    rubric: Rubric
+    section: JudgeSection
+    count_tokens: CountTokens | None = None
+    rules: bool = True
+
+
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One question to the judge about an item.
-
-    `order` is "AB" when the candidate is Response A, "BA" when it is Response B, and "single" in
-    absolute grading. `seed` and `temperature` change with each attempt.
+    """One question to the judge about an item in an order. `seed` and `temperature` change with
+    each attempt; `attempts` are those before.
     """
 
     key: str
@@ -81,7 +109,7 @@ class JudgeRequest:
     prompt: JudgePrompt
     seed: int = 0
     temperature: float = 0.0
-    attempt: int = 1
+    attempts: tuple[Row, ...] = ()
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -91,111 +119,81 @@ class JudgeRequest:
     @property
     def allowed(self) -> tuple[str, ...]:
         """The verdicts that there are."""
-        return ("A", "B") if self.item.kind == "relative" else ("1", "2", "3", "4", "5")
+        return GRADES if self.item.opponent is None else CHOICES
 
 
-class AsksJudge(Protocol):
-    """A judge: a model, a server, or a test's fake."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of weights (or served model), decoding and verdict mode."""
-
-    def complete(self, requests: Iterable[JudgeRequest]) -> Iterator[Completion]:
-        """Yield the reply to each request as it arrives, in any order; errors are replies.
-
-        Args:
-            requests: at least one, all of one temperature; taken as there is room for them.
-        """
+# ---- asking ----
 
 
-@dataclass(frozen=True, kw_only=True)
-class JudgePlan:
-    """How to ask: prompt, rubric, budget, re-asks, and when to give up.
-
-    `rules` decides empty and identical answers without the judge; `mode` says how a text is read.
-    """
-
-    template: Template
-    rubric: Rubric
-    seed: int = 0
-    mode: str = "generate"
-    max_reasks: int = 2
-    max_consecutive_failures: int = 20
-    count_tokens: CountTokens | None = None
-    max_prompt_tokens: int | None = None
-    rules: bool = True
-
-    @property
-    def kind(self) -> str:
-        """Whether the template compares ("relative") or grades ("absolute")."""
-        return "relative" if "{answer_2}" in self.template.user else "absolute"
-
-
-@dataclass
-class JudgeRun:
-    """How many judgments were asked and stored, decided by rule, already there, asked again, and
-    are missing (failed).
-    """
-
-    asked: int = 0
-    by_rule: int = 0
-    stored_before: int = 0
-    reasked: int = 0
-    failed: Failures = field(default_factory=Failures)
-
-    def check_complete(self) -> None:
-        """Refuse a run with missing judgments.
-
-        Raises:
-            EvaluationIncomplete: with each reason and how often it was given.
-        """
-        if self.failed.total:
-            what = f"{self.failed.total} judgments are missing: {self.failed}"
-            raise EvaluationIncomplete(what, self.failed.remedy())
-
-
-def judgment_key(
-    question_id: str, order: str, judge: str, prompt_hash: str, answer_hashes: Sequence[str]
-) -> str:
-    """Return the key of a judgment.
+def ask(
+    items: Iterable[Item], judge: Judge, store: Store, plan: JudgePlan, name: str = ""
+) -> list[Row]:
+    """Have items judged, store the verdicts as they arrive, and return all rows of these items;
+    what the store holds is not asked.
 
     Args:
-        order: as in `JudgeRequest`.
-        judge: its fingerprint.
-        prompt_hash: of the prompt as sent.
-        answer_hashes: of the answers before they are cut, in the prompt's order.
+        name: stands beside the progress bar.
+
+    Raises:
+        EvaluationIncomplete: judgments are missing, or `max_consecutive_failures` requests in a row
+            failed; the same command continues.
     """
-    return text_hash(json.dumps([question_id, order, judge, prompt_hash, list(answer_hashes)]))
+    requests = {request.key: request for request in build_requests(items, plan, judge.fingerprint)}
+    waiting = {key: request for key, request in requests.items() if key not in store}
+    decided = [_decided(request, plan, judge.fingerprint) for request in waiting.values()]
+    store.append([row for row in decided if row is not None])
+    waiting = {key: request for key, request in waiting.items() if key not in store}
+    failed = Failures()
+    with tqdm(total=len(waiting), desc=f"judgments {name}", disable=not waiting) as bar:
+        while waiting:
+            again: dict[str, JudgeRequest] = {}
+            with closing(judge.complete(list(waiting.values()))) as replies:
+                for reply in replies:
+                    failed.add(reply)
+                    if failed.in_a_row >= plan.section.max_consecutive_failures:
+                        what = f"the judge failed {failed.in_a_row} times in a row: {failed}"
+                        hint = f"{len(store)} judgments are stored; {failed.remedy()}"
+                        raise EvaluationIncomplete(what, hint, file=store.path)
+                    if reply.error is not None:
+                        continue
+                    request = waiting[reply.key]
+                    verdict = read_reply(request, reply, plan.section.mode)
+                    malformed = verdict.status in (Status.UNPARSED, Status.EMPTY)
+                    attempts_left = plan.section.max_reasks - len(request.attempts)
+                    if malformed and reply.probabilities is None and attempts_left > 0:
+                        again[request.key] = _with_new_seed(request, verdict, reply)
+                        continue
+                    store.append([_row(request, verdict, judge.fingerprint, "judge", reply)])
+                    bar.update()
+            waiting = again
+    if missing := sum(key not in store for key in requests):
+        raise EvaluationIncomplete(f"{missing} judgments are missing: {failed}", failed.remedy())
+    return [row for key in requests if (row := store.get(key))]
 
 
 def build_requests(
     items: Iterable[Item], plan: JudgePlan, fingerprint: str
 ) -> Iterator[JudgeRequest]:
     """Yield the requests of each item: both orders of a pair, or the one of a single answer."""
+    section = plan.section
     for item in items:
-        for order in ("single",) if item.opponent is None else ("AB", "BA"):
-            yield _request(item, order, plan, fingerprint)
-
-
-def _request(item: Item, order: str, plan: JudgePlan, fingerprint: str) -> JudgeRequest:
-    """Return one request."""
-    shown = item.shown(order)
-    # what a rule decides is not sent, so its prompt may be too long
-    decided = plan.rules and rule_verdict(shown) is not None
-    prompt = build_prompt(
-        plan.template,
-        plan.rubric,
-        item.instruction,
-        shown,
-        item.reference,
-        code=fence_code(item.question_id, shown, str(plan.seed)),
-        count_tokens=None if decided else plan.count_tokens,
-        max_tokens=plan.max_prompt_tokens,
-    )
-    hashes = list(map(text_hash, shown))
-    key = judgment_key(item.question_id, order, fingerprint, prompt.hash, hashes)
-    return JudgeRequest(key, item, order, prompt, plan.seed)
+        for order in item.orders:
+            shown = item.shown(order)
+            # what a rule decides is not sent, so its prompt may be too long
+            is_sent = not plan.rules or rule_verdict(shown) is None
+            prompt = build_prompt(
+                plan.template,
+                plan.rubric,
+                item.instruction,
+                shown,
+                item.reference,
+                code=fence_code(item.question_id, shown, str(section.seed)),
+                count_tokens=plan.count_tokens if is_sent else None,
+                max_tokens=section.max_prompt_tokens,
+            )
+            # answers as they were before they are cut
+            parts = [item.question_id, order, fingerprint, prompt.hash, [*map(text_hash, shown)]]
+            yield JudgeRequest(text_hash(json.dumps(parts)), item, order, prompt, section.seed)
 
 
 def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
@@ -212,117 +210,39 @@ def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
     return None
 
 
+def _decided(request: JudgeRequest, plan: JudgePlan, fingerprint: str) -> Row | None:
+    """The row of a request that is not sent."""
+    if plan.rules and (verdict := rule_verdict(request.answers)):
+        return _row(request, verdict, fingerprint, "rule")
+    if request.prompt.fits:
+        return None
+    reason = "the prompt does not fit the judge, even with its answers cut"
+    verdict = JudgeVerdict(Status.TRUNCATED, reason=reason)
+    return _row(request, verdict, fingerprint, "limit")
+
+
 def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate") -> JudgeVerdict:
     """Return the verdict of a reply, from its probabilities where it has them, else from its
     text.
     """
-    relative, shares = request.item.kind == "relative", reply.probabilities
-    if shares is None and mode == "json":
-        return parse_json(reply.text, request.allowed, reply.finish_reason)
+    shares = reply.probabilities
     if shares is None:
-        return (parse_relative if relative else parse_absolute)(reply.text, reply.finish_reason)
+        return parse_verdict(reply.text, request.allowed, reply.finish_reason, mode == "json")
     if not all(map(math.isfinite, shares.values())):
         return JudgeVerdict(Status.UNPARSED, reason="the judge's probabilities are not finite")
     best, second, *_ = sorted(request.allowed, key=lambda token: -shares.get(token, 0.0))
     if shares.get(best, 0.0) <= shares.get(second, 0.0):
         return JudgeVerdict(Status.UNPARSED, reason="the two likeliest verdicts are equally likely")
-    return JudgeVerdict(Status.OK, best if relative else int(best))
+    return JudgeVerdict(Status.OK, int(best) if best.isdigit() else best)
 
 
-_Waiting = dict[str, tuple[JudgeRequest, list[Row]]]  # a request, and its attempts so far
-
-
-def ask(
-    items: Iterable[Item],
-    judge: AsksJudge,
-    store: Store,
-    plan: JudgePlan,
-    progress: Callable[[int], None] = lambda number: None,
-) -> JudgeRun:
-    """Have items judged and store the verdicts; what the store holds is not asked.
-
-    Args:
-        progress: is called with the number of verdicts that were added.
-
-    Raises:
-        EvaluationIncomplete: after `max_consecutive_failures` failures in a row.
-    """
-    run, waiting = JudgeRun(), _Waiting()
-    decided: list[Row] = []  # verdicts that need no judge, until they are stored with the next one
-    requests = build_requests(items, plan, judge.fingerprint)
-    source = _to_ask(requests, waiting, decided, store, plan, judge.fingerprint, run)
-    while first := next(source, None):
-        again: _Waiting = {}
-        with closing(judge.complete(chain([first], source))) as replies:  # type: ignore[type-var]
-            for reply in replies:
-                request, attempts = waiting.pop(reply.key)
-                run.failed.add(reply)
-                if run.failed.in_a_row >= plan.max_consecutive_failures:
-                    store.append(decided)
-                    what = f"the judge failed {run.failed.in_a_row} times in a row: {run.failed}"
-                    hint = f"{len(store)} judgments are stored; {run.failed.remedy()}"
-                    raise EvaluationIncomplete(what, hint, file=store.path)
-                if reply.error is not None:
-                    continue
-                verdict = read_reply(request, reply, plan.mode)
-                malformed = verdict.status in (Status.UNPARSED, Status.EMPTY)
-                if malformed and reply.probabilities is None and request.attempt <= plan.max_reasks:
-                    again[request.key] = _with_new_seed(request, attempts, verdict, reply)
-                    run.reasked += 1
-                    continue
-                row = _row(request, verdict, judge.fingerprint, "judge", reply, attempts)
-                run.asked += 1
-                store.append([*decided, row])
-                progress(1 + len(decided))
-                decided.clear()
-        if waiting:
-            raise ValueError(f"the judge left {len(waiting)} requests without a reply")
-        waiting.update(again)
-        source = iter([request for request, _ in again.values()])
-    store.append(decided)
-    progress(len(decided))
-    return run
-
-
-def _with_new_seed(
-    request: JudgeRequest, attempts: Sequence[Row], verdict: JudgeVerdict, reply: Completion
-) -> tuple[JudgeRequest, list[Row]]:
+def _with_new_seed(request: JudgeRequest, verdict: JudgeVerdict, reply: Completion) -> JudgeRequest:
     """Return a request to be asked again, at a temperature where the seed matters."""
     attempt = {"seed": request.seed, "status": verdict.status.value, "raw": reply.text}
-    seed = int(text_hash(f"{request.seed}:{request.attempt}:{request.key}")[:8], 16)
-    new = replace(request, seed=seed, temperature=REASK_TEMPERATURE, attempt=request.attempt + 1)
-    return new, [*attempts, attempt]
-
-
-def _to_ask(
-    requests: Iterable[JudgeRequest],
-    waiting: _Waiting,
-    decided: list[Row],
-    store: Store,
-    plan: JudgePlan,
-    fingerprint: str,
-    run: JudgeRun,
-) -> Iterator[JudgeRequest]:
-    """Yield the requests for the judge, put among the waiting; others are counted, or decided on
-    the way.
-    """
-    for request in requests:
-        if request.key in store or request.key in waiting:
-            run.stored_before += 1
-        elif plan.rules and (verdict := rule_verdict(request.answers)):
-            decided.append(_row(request, verdict, fingerprint, "rule"))
-            run.by_rule += 1
-        elif not request.prompt.fits:
-            reason = "the prompt does not fit the judge, even with its answers cut"
-            verdict = JudgeVerdict(Status.TRUNCATED, reason=reason)
-            decided.append(_row(request, verdict, fingerprint, "limit"))
-            run.asked += 1
-        else:
-            waiting[request.key] = request, []
-            yield request
-        if len(decided) == DECIDED_AT_ONCE:
-            store.append(decided)
-            decided.clear()
+    number = len(request.attempts) + 1
+    seed = int(text_hash(f"{request.seed}:{number}:{request.key}")[:8], 16)
+    attempts = (*request.attempts, attempt)
+    return replace(request, seed=seed, temperature=REASK_TEMPERATURE, attempts=attempts)
 
 
 def _row(
@@ -331,12 +251,11 @@ def _row(
     fingerprint: str,
     source: str,
     reply: Completion | None = None,
-    attempts: Sequence[Row] = (),
 ) -> Row:
     """The stored line. `lengths` are characters of the answers in the prompt's order."""
     row = {
         "key": request.key,
-        "kind": request.item.kind,
+        "kind": "absolute" if request.item.opponent is None else "relative",
         "question_id": request.item.question_id,
         "order": request.order,
         "status": verdict.status.value,
@@ -350,7 +269,7 @@ def _row(
         "cut": request.prompt.cut,
         "seed": request.seed,
         "temperature": request.temperature,
-        "attempts": list(attempts),
+        "attempts": list(request.attempts),
         "meta": dict(request.item.meta),
     }
     if reply is None:
@@ -358,6 +277,225 @@ def _row(
     row["finish_reason"] = reply.finish_reason
     if reply.probabilities is None:
         return row | {"raw": reply.text}
-    finite = {token: one for token, one in reply.probabilities.items() if math.isfinite(one)}
+    finite = {token: share for token, share in reply.probabilities.items() if math.isfinite(share)}
     mass = sum(finite.get(token, 0.0) for token in request.allowed)
     return row | {"raw": None, "probabilities": finite, "mass": mass}
+
+
+# ---- the judge ----
+
+
+class Judge:
+    """The judge of a file.
+
+    Attributes:
+        fingerprint: hash of weights (or served model), decoding and verdict mode.
+        weights: hash of its weights, None where they are not here.
+
+    Raises:
+        EnvironmentFault: its tokenizer cannot be had.
+    """
+
+    def __init__(self, file: JudgeFile) -> None:
+        from transformers import AutoTokenizer
+
+        self.file, self.section = file, file.judge
+        section = file.judge
+        self.served = section.engine == "openai"
+        self._engine: Any = None
+        self.source = ModelSection(
+            name_or_path=section.model, revision=section.revision, dtype=section.dtype
+        )
+        path = section.model if self.served else model_path(self.source)
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(
+                path, revision=section.revision or "main", local_files_only=self.served
+            )
+        except (OSError, ValueError) as error:
+            if not self.served:
+                raise explain_load_failure(self.source, OSError(str(error))) from None
+            self.tokenizer = None  # the server has it
+        self.weights = None if self.served else model_fingerprint(path, section.revision)
+        own = [self.weights, section.dtype] if self.weights else [section.extra_body]
+        names = ("model", "revision", "engine", "mode", "temperature", "max_new_tokens", "seed")
+        names += ("prompt_style", "lead_in")
+        self.fingerprint = hash_of(*own, *(getattr(section, name) for name in names))
+
+    def plan(self, kind: str, reference: bool = False) -> JudgePlan:
+        """Return how to ask: the prompt of a kind ("relative" or "absolute") and a rubric.
+
+        Args:
+            reference: whether the questions come with a reference answer that must be met.
+        """
+        return JudgePlan(
+            template=self.file.template(kind),
+            rubric=self.file.rubric(reference),
+            section=self.section,
+            count_tokens=self.count_tokens,
+        )
+
+    def facts(self) -> JudgeFacts:
+        """Return what a log says about the judge."""
+        names = ("model", "revision", "engine", "mode", "prompt_style", "temperature")
+        names += ("max_new_tokens", "max_context_tokens", "weak")
+        return JudgeFacts(
+            name=self.file.path.stem,
+            fingerprint=self.fingerprint,
+            server=getattr(self._engine, "version", None),
+            weights=self.weights,
+            run=read_object(Path(self.section.model) / RECORD).get("run"),  # a run of ours, merged
+            **{name: getattr(self.section, name) for name in names},
+        )
+
+    def count_tokens(self, text: str) -> int:
+        """Return the tokens of a text, or a careful guess."""
+        if self.tokenizer is None:
+            return guessed_tokens(text)
+        return len(self.tokenizer.encode(text))
+
+    def complete(self, requests: Sequence[JudgeRequest]) -> Iterator[Completion]:
+        """Yield the reply to each request as it arrives, in any order; errors are replies.
+
+        Args:
+            requests: at least one, all of one kind and temperature.
+        """
+        if self._engine is None:
+            self._engine = self._reach() if self.served else self._load()
+        allowed, section = requests[0].allowed, self.section
+        lead_in: list[int] = []
+        if section.mode == "logits" and not self.served:
+            lead_in, tokens = verdict_tokens(self.tokenizer, section.lead_in, allowed)
+            yield from self._engine.verdicts([self._render(r, lead_in) for r in requests], tokens)
+            return
+        temperature = section.temperature
+        if temperature is not None:
+            temperature = max(temperature, requests[0].temperature)
+        sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=temperature)
+        for done in self._engine.complete(map(self._render, requests), sampling):
+            if done.probabilities is not None:
+                found = dict.fromkeys(allowed, 0.0)
+                for token, share in done.probabilities.items():
+                    if token.strip() in found:
+                        found[token.strip()] += share
+                done = replace(done, probabilities=found)
+            yield done
+
+    def _reach(self) -> OpenAIEngine:
+        """Return what asks the server; one that the job starts late is waited for
+        (launch/with_judge.sh ends this process where it does not start).
+        """
+        if self.section.served_here and "RECIPES_JUDGE_WANTED" in os.environ:
+            wanted = Path(os.environ["RECIPES_JUDGE_WANTED"])
+            wanted.touch()
+            while not wanted.with_name(f"{wanted.name}.answers").exists():
+                time.sleep(0.1)
+        logprobs = self.section.mode == "logits"
+        return OpenAIEngine(self.section, self.section.model, logprobs=logprobs)
+
+    def _load(self) -> HFEngine:
+        import torch
+
+        model = ready_to_answer(load_model(bare_recipe(self.source), self.tokenizer))
+        model = model.to("cuda") if torch.cuda.is_available() else model
+        return HFEngine(model, self.tokenizer, self.fingerprint, self.section.batch_tokens)
+
+    def _render(self, request: JudgeRequest, lead_ids: Sequence[int] = ()) -> Request:
+        """Return a request as the engine takes it: token ids in this process, text or messages for
+        a server.
+        """
+        section, prompt = self.section, request.prompt
+        made = Request(key=request.key, seed=request.seed)
+        lead_in = section.lead_in if section.mode == "logits" else ""
+        if section.prompt_style == "prometheus":
+            text = prompt.instruct_text()
+            if self.served:
+                return replace(made, prompt=f"{text} {lead_in}".rstrip(" "))
+            return replace(made, ids=(*self.tokenizer.encode(text), *lead_ids))
+        messages = [Message(role="user", content=f"{prompt.system}\n{prompt.user}")]
+        if section.system_role:
+            system = Message(role="system", content=prompt.system)
+            messages = [system, Message(role="user", content=prompt.user)]
+        if not self.served:
+            return replace(made, ids=(*self._chat_ids(messages), *lead_ids))
+        if section.mode == "json":
+            return replace(made, messages=tuple(messages), schema=_schema(request.allowed))
+        if lead_in:
+            messages.append(Message(role="assistant", content=lead_in))
+        return replace(made, messages=tuple(messages))
+
+    def _chat_ids(self, messages: list[Message]) -> list[int]:
+        """The token ids of a conversation, up to where the judge starts to write."""
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise what they like
+            what = f"the judge's chat template refuses the prompt: {str(error).splitlines()[0]}"
+            hint = "without a system role (Gemma 2): judge.system_role: false"
+            other = "a judge without a chat template: judge.prompt_style: prometheus"
+            raise EnvironmentFault(what, hint, other) from None
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+
+@contextmanager
+def opened(file: JudgeFile) -> Iterator[Judge]:
+    """Give the judge of a file; afterwards its memory is free again.
+
+    Raises:
+        EnvironmentFault: the judge's tokenizer or weights cannot be had, or its server serves
+            another model.
+    """
+    judge = Judge(file)
+    try:
+        yield judge
+    finally:
+        judge._engine = None
+        free_memory()
+
+
+def guessed_tokens(text: str) -> int:
+    """Return a careful guess of a text's tokens where the tokenizer is only on the server; a prompt
+    that is too long would be refused.
+
+    Three ASCII characters to a token; other scripts cost up to a token per byte in vocabularies
+    made for English.
+
+    Example:
+        >>> guessed_tokens("twelve chars"), guessed_tokens("\u4f60\u597d")
+        (4, 6)
+    """
+    ascii_characters = sum(map(str.isascii, text))
+    return ascii_characters // 3 + len(text.encode("utf-8", "surrogatepass")) - ascii_characters
+
+
+def _schema(allowed: Sequence[str]) -> dict[str, Any]:
+    """The JSON that a judge answers in mode json."""
+    result = {"type": "string", "enum": list(allowed)}
+    return {
+        "type": "object",
+        "properties": {"feedback": {"type": "string"}, "result": result},
+        "required": ["feedback", "result"],
+        "additionalProperties": False,
+    }
+
+
+def verdict_tokens(
+    tokenizer: Any, lead_in: str, allowed: Sequence[str]
+) -> tuple[list[int], dict[str, set[int]]]:
+    """Return the lead-in's token ids and, per verdict, the ids of the token that means it.
+
+    A verdict follows after a space; where the tokenizer makes the space a token of its own, as some
+    do before digits, it becomes part of the lead-in.
+
+    Raises:
+        EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell
+            them apart.
+    """
+    ids = [tokenizer.encode(f"{lead_in} {each}", add_special_tokens=False) for each in allowed]
+    columns = enumerate(zip(*ids, strict=False))
+    common = next((place for place, column in columns if len(set(column)) > 1), None)
+    if common is None or len({each[common] for each in ids}) < len(allowed):
+        what = f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token"
+        raise EnvironmentFault(what, "set judge.mode: generate")
+    tokens = {verdict: {each[common]} for verdict, each in zip(allowed, ids, strict=True)}
+    return list(ids[0][:common]), tokens

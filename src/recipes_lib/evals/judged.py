@@ -4,35 +4,31 @@ of them, its audit with two probes, and the logs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-from tqdm import tqdm
+from typing import Any
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import Row
+from recipes_lib.core.files import Row, hash_of
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items
-from recipes_lib.evals.judge import Item, JudgePlan, ask, build_requests
-from recipes_lib.evals.judges import Judge
-from recipes_lib.evals.log import REFERENCE, EvalLog, Metric, Scorecard, log_file
-from recipes_lib.evals.outcomes import percent
-from recipes_lib.evals.questions import QuestionSet, pair_texts
+from recipes_lib.evals.judge import Item, Judge, ask
+from recipes_lib.evals.log import EvalLog, Metric, Sample, Store, log_file
+from recipes_lib.evals.questions import Question, QuestionSet, pair_texts
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.evals.store import Store
-
-_SAME_ANSWERS = "{} and {} gave the same answers: they are one model here and cannot be ranked"
+from recipes_lib.evals.verdicts import metric_of, percent, sample_of
 
 
 @dataclass(frozen=True)
-class ToJudge:
-    """Items that are judged alike, and the name that is shown with the progress."""
+class Asked:
+    """What the judge is asked about one answer: to a question, in a turn, of several draws."""
 
-    items: Sequence[Item]
-    plan: JudgePlan
-    name: str
+    item: Item
+    question: Question
+    turn: int = 1
+    draw: int = 1
 
 
 @dataclass
@@ -41,107 +37,136 @@ class Judged:
 
     answers: Answers
     opponent: Answers | None
+    compared: Sequence[Asked] = ()
+    graded: Sequence[Asked] = ()
     rows: list[Row] = field(default_factory=list)
-    card: Scorecard = field(default_factory=Scorecard)
+
+    def samples(self, asked: Sequence[Asked], opponent: Answers | None = None) -> list[Sample]:
+        """Return what was compared with an opponent, or graded, as samples."""
+        by_item: dict[str, dict[str, Row]] = defaultdict(dict)
+        for row in self.rows:
+            by_item[row["question_id"]][row["order"]] = row
+        samples = []
+        for each in asked:
+            place = each.question.id, each.turn, each.draw
+            text = self.answers.text(*place)
+            other = opponent.text(*place) if opponent else None
+            known: dict[str, Any] = {
+                "turn": each.turn,
+                "draw": each.draw,
+                "category": each.question.category or "all",
+                "input": each.question.turns[each.turn - 1],
+                "answer": text,
+                "opponent": other,
+                "lengths": tuple(
+                    len(one_text) for one_text in (text, other) if one_text is not None
+                ),
+                "cut": self.answers.is_cut(*place),
+            }
+            rows = by_item[each.item.question_id]
+            samples.append(sample_of(each.question.id, rows, each.item.orders, **known))
+        return samples
 
 
 class JudgedSuite:
-    """A suite that a judge decides. A suite says what is to be judged (`to_judge`, `pair_items`)
-    and what the verdicts mean (`metrics`, `table`).
+    """A suite that a judge decides: it says what is compared and what is graded.
+
+    Attributes:
+        title: what a metric is called after where the questions are the published ones.
+        metric_order: the first metric of its table first.
+        graded_by_reference: whether an answer whose question has a reference is graded by the
+            rubric for references.
     """
 
     title = ""
+    metric_order: tuple[str, ...] = ("win_rate", "grade")
+    graded_by_reference = False
 
     def __init__(self, recipe: EvalRecipe, chosen: QuestionSet) -> None:
         self.recipe, self.chosen = recipe, chosen
 
-    def pair_items(self, answers: Answers, opponent: Answers) -> list[Item]:
-        """Return what is to be compared."""
+    def compared(self, answers: Answers, opponent: Answers) -> list[Asked]:
+        """Return what is compared with an opponent."""
         raise NotImplementedError
 
-    def to_judge(
-        self, answers: Answers, opponent: Answers | None, judge: Judge
-    ) -> Iterator[ToJudge]:
-        """Yield what the judge is asked about one model's answers."""
+    def graded(self, answers: Answers) -> list[Asked]:
+        """Return what is graded 1-5."""
         raise NotImplementedError
 
     def metrics(self, judged: Judged) -> list[Metric]:
-        """Return the metrics of one model, and write what other programs read."""
-        raise NotImplementedError
-
-    def name_of(self, metric: str) -> str:
-        """Return what a metric is called: after the suite where the questions are the published
-        ones, else after the eval.
-        """
+        """Return the metrics of one model."""
+        after = f" on {self.recipe.name}"
+        before = ""
         if self.chosen.published:
-            return f"{self.title} {metric}"
-        return f"{metric} on {self.recipe.name}"
+            before, after = f"{self.title} ", ""
+        found = {}
+        if judged.opponent is not None and judged.compared:
+            samples = judged.samples(judged.compared, judged.opponent)
+            label = f"{before}win rate{after}"
+            found["win_rate"] = metric_of("win_rate", label, samples, opponent=judged.opponent.name)
+        if judged.graded:
+            samples = judged.samples(judged.graded)
+            label = f"{before}mean grade, 1-5{after}"
+            found["grade"] = metric_of("grade", label, samples, "grade")
+        return [found[name] for name in self.metric_order if name in found]
 
 
-def judge_all(
+def judge_models(
     suite: JudgedSuite, pairs: Sequence[tuple[Answers, Answers | None]], judge: Judge
-) -> list[Judged]:
-    """Have a judge give every verdict that is missing, and audit it on them.
+) -> list[EvalLog]:
+    """Have a judge give every verdict that is missing, audit it on them, and return the logs, in
+    the order of the pairs.
+
+    Args:
+        pairs: the answers of each model, and of its opponent where it has one.
 
     Raises:
         EvaluationIncomplete: judgments are missing; the same command continues.
     """
-    recipe, found = suite.recipe, []
+    recipe = suite.recipe
+    everyone: list[Judged] = []
     probes: list[Row] = []
     for answers, opponent in pairs:
-        judged = Judged(answers, opponent)
+        judged = Judged(answers, opponent, graded=suite.graded(answers))
+        if opponent is not None:
+            judged.compared = suite.compared(answers, opponent)
         folder = answers.folder(recipe.name)
         with waiting_lock(folder):
-            store = Store(judgments_file(folder, opponent.name if opponent else REFERENCE))
-            for part in suite.to_judge(answers, opponent, judge):
-                judged.rows += ask_all(part.items, judge, part.plan, store, part.name)
-            if opponent is not None and not probes and recipe.metrics.probe_pairs:
-                items = suite.pair_items(answers, opponent)
+            against = f".against-{opponent.name}" if opponent and opponent.run else ""
+            store = Store(folder / f"judgments{against}.jsonl")
+            _ask_about(judged, suite, judge, store)
+            pairs_to_probe = 0 if probes else recipe.metrics.probe_pairs
+            if items := list(probe_items((each.item for each in judged.compared), pairs_to_probe)):
                 plan = replace(judge.plan("relative"), rules=False)
-                chosen = list(probe_items(items, recipe.metrics.probe_pairs))
-                probes = ask_all(chosen, judge, plan, store, "probes")
-        found.append(judged)
-    for judged in found:
-        labels = labels_of(judged, suite)
-        limits = judge.file.thresholds
-        judged.card = audit([*judged.rows, *probes], limits, labels)
-    return found
+                probes = ask(items, judge, store, plan, "probes")
+        everyone.append(judged)
+    return [_log_of(suite, judged, everyone, probes, judge) for judged in everyone]
 
 
-def ask_all(
-    items: Sequence[Item], judge: Judge, plan: JudgePlan, store: Store, name: str
-) -> list[Row]:
-    """Ask what is missing, with a progress bar, and return all rows of these items.
-
-    Raises:
-        EvaluationIncomplete: judgments are missing; the same command continues.
-    """
-    keys = [request.key for request in build_requests(items, plan, judge.fingerprint)]
-    missing = sum(key not in store for key in keys)
-    with tqdm(total=missing, desc=f"judgments {name}", unit="", disable=not missing) as bar:
-        ask(items, judge, store, plan, bar.update).check_complete()
-    return [row for key in keys if (row := store.get(key))]
-
-
-def judgments_file(folder: Path, against: str) -> Path:
-    """Return the file of judgments against one opponent."""
-    suffix = "" if against == REFERENCE else f".against-{against}"
-    return folder / f"judgments{suffix}.jsonl"
+def _ask_about(judged: Judged, suite: JudgedSuite, judge: Judge, store: Store) -> None:
+    """Ask for all verdicts about one model's answers."""
+    name = judged.answers.name
+    for by_reference in (False, True):
+        items = [
+            each.item
+            for each in judged.graded
+            if (suite.graded_by_reference and each.item.reference is not None) == by_reference
+        ]
+        plan = judge.plan("absolute", by_reference)
+        judged.rows += ask(items, judge, store, plan, f"{name} 1-5")
+    items = [each.item for each in judged.compared]
+    judged.rows += ask(items, judge, store, judge.plan("relative"), name)
 
 
-def labels_of(judged: Judged, suite: JudgedSuite) -> dict[str, str]:
+def _labels_of(judged: Judged, suite: JudgedSuite) -> dict[str, str]:
     """Return what people said of these pairs, by the id of the item."""
-    labels, opponent = suite.chosen.labels, judged.opponent
-    if not labels or opponent is None:
-        return {}
     turned = {"win": "loss", "loss": "win", "tie": "tie"}
     found = {}
-    for item in suite.pair_items(judged.answers, opponent):
-        texts = pair_texts(item.instruction, item.answer, str(item.opponent))
-        other = (texts[0], texts[2], texts[1])
-        if label := labels.get(texts):
+    for item in (each.item for each in judged.compared if suite.chosen.labels):
+        question, answer, opponent = pair_texts(item.instruction, item.answer, str(item.opponent))
+        if label := suite.chosen.labels.get((question, answer, opponent)):
             found[item.question_id] = label
-        elif label := labels.get(other):
+        elif label := suite.chosen.labels.get((question, opponent, answer)):
             found[item.question_id] = turned[label]
     return found
 
@@ -153,19 +178,23 @@ def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
         RecipeError: naming the formats.
     """
     for answers, opponent in pairs:
-        one, other = answers.facts, opponent.facts if opponent else answers.facts
-        known = one.prompt_format_hash and other.prompt_format_hash
-        if known and one.prompt_format_hash != other.prompt_format_hash:
+        first, second = answers.facts, opponent.facts if opponent else answers.facts
+        known = first.prompt_format_hash and second.prompt_format_hash
+        if known and first.prompt_format_hash != second.prompt_format_hash:
             raise RecipeError(
-                f"{one.name} is asked in prompt format {one.prompt_format}, {other.name} in"
-                f" {other.prompt_format}",
+                f"{first.name} is asked in prompt format {first.prompt_format}, {second.name} in"
+                f" {second.prompt_format}",
                 "the difference would be part of the result; insist with --allow-format-differences"
                 " (recorded)",
             )
 
 
-def log_of(
-    suite: JudgedSuite, judged: Judged, everyone: Sequence[Judged], judge: Judge, key: str
+def _log_of(
+    suite: JudgedSuite,
+    judged: Judged,
+    everyone: Sequence[Judged],
+    probes: Sequence[Row],
+    judge: Judge,
 ) -> EvalLog:
     """Return one model's log."""
     recipe, chosen = suite.recipe, suite.chosen
@@ -173,28 +202,36 @@ def log_of(
     opponent = judged.opponent.with_faults() if judged.opponent else None
     assert answers.run is not None
     against = opponent.name if opponent else None
-    same = [
-        other.answers.name
-        for other in everyone
-        if other is not judged and other.answers.digest == answers.digest
-    ]
-    if opponent is not None and opponent.digest == answers.digest:
-        same.insert(0, opponent.name)
+    others = [each.answers for each in everyone if each is not judged]
+    same = [each.name for each in (opponent, *others) if each and each.digest == answers.digest]
     models = [*answers.facts.models, *(opponent.facts.models if opponent else ())]
+    card = audit([*judged.rows, *probes], judge.file.thresholds, _labels_of(judged, suite))
     banners = [
         f"Weak judge: {judge.section.weak}." if judge.section.weak else None,
-        audit_banner(judged.card),
+        audit_banner(card),
         self_judged(judge.section.model, models),
         *answer_banners(answers, recipe.metrics.max_identical_fraction),
         chosen.subset,
-        *(_SAME_ANSWERS.format(answers.name, other) for other in same[:1]),
     ]
-    notes = [audit_note(judged.card)]
+    if same:
+        banners.append(
+            f"{answers.name} and {same[0]} gave the same answers: they are one model here and"
+            " cannot be ranked"
+        )
+    notes = [audit_note(card)]
     if recipe.suite.name == "mt_bench" and (missing := chosen.without_reference):
         notes.append(
             f"{len(missing)} questions need a reference answer and have none, so they are graded"
             f" without: {', '.join(missing[:8])}"
         )
+    key = hash_of(
+        recipe.settings_key(),
+        [answers.facts.fingerprint, answers.facts.prompt_format_hash],
+        opponent.digest if opponent else None,
+        judge.fingerprint,
+        [judge.file.template(kind).fingerprint for kind in ("relative", "absolute")],
+        [judge.file.rubric(reference).criterion for reference in (False, True)],
+    )
     return EvalLog(
         suite=recipe.suite.name,
         eval=recipe.name,
@@ -209,7 +246,7 @@ def log_of(
         answers=answers.facts,
         opponent=opponent.facts if opponent else None,
         judge=judge.facts(),
-        audit=judged.card,
+        audit=card,
         file=log_file(answers.run.path, recipe.name, against),
     )
 
@@ -247,29 +284,23 @@ def answer_banners(answers: Answers, max_identical_fraction: float) -> list[str]
 
 def footer(logs: Sequence[EvalLog]) -> list[str]:
     """Return the lines below a judged suite's table: about the judge, then about the answers."""
-    return [*map(_judge_line, logs), *map(_answer_line, logs)]
-
-
-def _judge_line(log: EvalLog) -> str:
-    card = log.audit
-    assert card is not None
-    measured = [
-        f"{one.check} {percent(one.value)}" for one in card.checks[:3] if one.value is not None
-    ]
-    results = [one.result for one in card.checks if one.needs]
-    states = (
-        f"{results.count('pass')} pass, {results.count('fail')} fail,"
-        f" {results.count('not measured')} not measured"
-    )
-    return f"judge on {log.target}: {', '.join([*measured, f'audit {states}'])}"
-
-
-def _answer_line(log: EvalLog) -> str:
-    faults, facts = log.answers.faults, log.answers
-    assert faults is not None
-    looping = f", {faults.loops} in a loop" if faults.loops else ""
-    speed = f", {facts.new_tokens / facts.seconds:.0f} tokens/s" if facts.seconds else ""
-    return (
-        f"answers of {log.target}: {faults.n}, {faults.empty} empty, {faults.cut} cut,"
-        f" {faults.identical} identical{looping}{speed}"
-    )
+    lines, answer_lines = [], []
+    for log in logs:
+        card, faults, facts = log.audit, log.answers.faults, log.answers
+        assert card is not None and faults is not None
+        measured = [
+            f"{each.check} {percent(each.value)}"
+            for each in card.checks[:3]
+            if each.value is not None
+        ]
+        results = [each.result for each in card.checks if each.needs]
+        counts = [f"{results.count(name)} {name}" for name in ("pass", "fail", "not measured")]
+        audited = f"audit {', '.join(counts)}"
+        lines.append(f"judge on {log.target}: {', '.join([*measured, audited])}")
+        looping = f", {faults.loops} in a loop" if faults.loops else ""
+        speed = f", {facts.new_tokens / facts.seconds:.0f} tokens/s" if facts.seconds else ""
+        answer_lines.append(
+            f"answers of {log.target}: {faults.n}, {faults.empty} empty, {faults.cut} cut,"
+            f" {faults.identical} identical{looping}{speed}"
+        )
+    return [*lines, *answer_lines]

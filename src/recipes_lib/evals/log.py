@@ -10,8 +10,10 @@ comparison and report read them and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections import Counter, defaultdict
@@ -23,8 +25,18 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import DamagedFile, read_object, read_rows, write_bytes, write_json
+from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.files import (
+    DamagedFile,
+    Row,
+    numbered_rows,
+    object_or_none,
+    read_object,
+    read_rows,
+    sync,
+    write_bytes,
+    write_json,
+)
 from recipes_lib.data.leaks import Leaks
 
 ORDERS = ("AB", "BA")
@@ -65,11 +77,6 @@ class Sample:
     answer: str | None = field(default=None, repr=False)
     opponent: str | None = field(default=None, repr=False)
     raws: tuple[str | None, ...] = field(default=(), repr=False)
-
-    @property
-    def place(self) -> tuple[str, int]:
-        """Its question and turn."""
-        return self.id, self.turn
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -294,6 +301,11 @@ class Scorecard:
         """The checks that the judge failed."""
         return tuple(check for check in self.checks if check.result == "fail")
 
+    @property
+    def not_measured(self) -> tuple[Check, ...]:
+        """The checks that a judge must pass and that nothing measured."""
+        return tuple(each for each in self.checks if each.needs and each.result == "not measured")
+
     def value(self, name: str) -> Check:
         """Return the check of a name; one that is not measured where there is none."""
         return next((one for one in self.checks if one.check == name), Check(check=name))
@@ -336,16 +348,6 @@ class EvalLog:
     source: str = ""
     file: Path = Path()
 
-    @property
-    def place(self) -> str:
-        """The result file inside the runs folder: <run>/evals/<eval>/result.json."""
-        return "/".join(self.file.parts[-4:])
-
-    @property
-    def is_imported(self) -> bool:
-        """Whether another program wrote the files."""
-        return bool(self.source)
-
 
 _OF_LOG = {"samples", "eval", "suite", "file"}  # what a metric takes from its log and its items
 
@@ -355,15 +357,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-def log_schema() -> dict[str, Any]:
-    """Return the JSON Schema of result.json, and under `$defs/Sample` that of a line of items.jsonl
-    (which also has `metric` and `task`).
-    """
-    schema: dict[str, Any] = _adapter(EvalLog).json_schema()
-    return schema
-
-
-# ---- writing ----
+# ---- results ----
 
 
 def log_file(run: Path, name: str, against: str | None) -> Path:
@@ -377,11 +371,38 @@ def items_file(result: Path) -> Path:
     return result.with_name(f"items{result.name.removeprefix('result')}l")
 
 
+def is_current(
+    file: Path, settings: str, model: str | None = None, opponent: str | None = None
+) -> bool:
+    """Whether a result file is there, of these settings and weights.
+
+    Args:
+        file: result.json.
+        settings: `EvalRecipe.settings_key`.
+        model: hash of the weights that answer; None for whatever answered.
+        opponent: the same of the opponent.
+    """
+    stored = object_or_none(file) or {}
+    if stored.get("settings") != settings:
+        return False
+    expected = (("answers", model), ("opponent", opponent))
+    return all(
+        wanted is None or (stored.get(section) or {}).get("fingerprint") == wanted
+        for section, wanted in expected
+    )
+
+
 def write_log(log: EvalLog) -> None:
     """Write a log: first its samples, then result.json, which makes it one. A result of other
     settings that stands there is kept in earlier/.
     """
-    _keep_earlier(log)
+    key = str((object_or_none(log.file) or {}).get("key") or "")
+    if key and key != log.key:
+        folder = log.file.parent / "earlier" / key[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in (items_file(log.file), log.file):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
     rows = (
         {"metric": metric.metric, **({"task": metric.task} if metric.task else {}), **_row(sample)}
         for metric in log.metrics
@@ -392,34 +413,15 @@ def write_log(log: EvalLog) -> None:
     write_json(log.file, to_json(log))
 
 
-def _keep_earlier(log: EvalLog) -> None:
-    """Move what stands in the place of a log aside, where it is of another key."""
-    try:
-        key = str(read_object(log.file).get("key") or "")
-    except DamagedFile:
-        return
-    if key and key != log.key:
-        folder = log.file.parent / "earlier" / key[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (items_file(log.file), log.file):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-
-
 def _row(sample: Sample) -> dict[str, object]:
     """The fields of a sample that have not their usual value."""
-    return {
-        one.name: value
-        for one in fields(sample)
-        if (value := getattr(sample, one.name)) != one.default
-    }
+    values = ((each, getattr(sample, each.name)) for each in fields(sample))
+    return {each.name: value for each, value in values if value != each.default}
 
 
 def to_json(log: EvalLog) -> dict[str, object]:
     """Return the content of result.json."""
-    values: dict[str, Any] = asdict(
-        replace(log, metrics=tuple(replace(one, samples=()) for one in log.metrics))
-    )
+    values = asdict(replace(log, metrics=tuple(replace(each, samples=()) for each in log.metrics)))
     del values["file"]
     for metric in values["metrics"]:
         for name in _OF_LOG:
@@ -429,11 +431,13 @@ def to_json(log: EvalLog) -> dict[str, object]:
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write JSON lines."""
+    write_bytes(path, _lines(rows))
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as JSON lines; a lone surrogate in a text is read back as a replacement character."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_bytes(path, text.encode("utf-8", "surrogatepass"))
-
-
-# ---- reading ----
+    return text.encode("utf-8", "surrogatepass")
 
 
 def read_eval_logs(
@@ -466,9 +470,9 @@ def read_eval_logs(
                 report(error)
                 unfinished.append(folder.name)
                 continue
-            # A grade has no opponent, and stands in the result against each of them.
-            metrics = [one for one in log.metrics if one.opponent or one.key[1:] not in grades]
-            grades |= {one.key[1:] for one in metrics if not one.opponent}
+            # a grade has no opponent, and stands in the result against each of them
+            metrics = [each for each in log.metrics if each.opponent or each.key[1:] not in grades]
+            grades |= {each.key[1:] for each in metrics if not each.opponent}
             logs.append(replace(log, metrics=tuple(metrics)))
     return tuple(logs), tuple(unfinished)
 
@@ -483,44 +487,29 @@ def read_eval_log(file: Path) -> EvalLog:
     row = read_object(file)
     if row.pop("format_version", None) != RESULT_VERSION:
         raise DamagedFile("is of another version of this project", AGAIN, file=file)
-    try:
-        log: EvalLog = _adapter(EvalLog).validate_python({**row, "file": file})
-    except ValidationError as error:
-        raise DamagedFile(f"is damaged: {_first(error)}", AGAIN, file=file) from None
-    samples = _read_samples(items_file(file))
+    log: EvalLog = _validated(EvalLog, {**row, "file": file}, file)
+    samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
+    items = items_file(file)
+    for number, item in enumerate(read_rows(items), 1):
+        place = str(item.pop("metric", "")), str(item.pop("task", ""))
+        samples[place].append(_validated(Sample, item, items, number))
+    known: dict[str, Any] = {"eval": file.parent.name, "suite": log.suite, "file": file}
     metrics = [
-        replace(
-            one,
-            samples=tuple(samples.get((one.metric, one.task), ())),
-            eval=file.parent.name,
-            suite=log.suite,
-            file=file,
-        )
-        for one in log.metrics
+        replace(each, samples=tuple(samples[each.metric, each.task]), **known)
+        for each in log.metrics
     ]
     for metric in metrics:
         check_samples(metric)
     return replace(log, eval=file.parent.name, metrics=tuple(with_groups(metrics)))
 
 
-def _read_samples(file: Path) -> dict[tuple[str, str], list[Sample]]:
-    """The samples of each metric and task."""
-    found: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    read = _adapter(Sample).validate_python
-    for number, row in enumerate(read_rows(file), 1):
-        try:
-            place = str(row.pop("metric")), str(row.pop("task", ""))
-            found[place].append(read(row))
-        except (KeyError, ValidationError) as error:
-            what = _first(error) if isinstance(error, ValidationError) else "it names no metric"
-            raise DamagedFile(f"not a sample: {what}", AGAIN, file=file, line=number) from None
-    return found
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, in a line."""
-    details = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, details['loc']))}: {details['msg']}"
+def _validated(kind: Any, row: Row, file: Path, line: int | None = None) -> Any:
+    try:
+        return _adapter(kind).validate_python(row)
+    except ValidationError as error:
+        details = error.errors(include_url=False)[0]
+        what = f"is damaged: {'.'.join(map(str, details['loc']))}: {details['msg']}"
+        raise DamagedFile(what, AGAIN, file=file, line=line) from None
 
 
 def check_samples(metric: Metric) -> None:
@@ -531,18 +520,17 @@ def check_samples(metric: Metric) -> None:
     """
     if not metric.samples and (metric.unit == "number" or metric.parts or not metric.n):
         return
-    name = metric.task or metric.metric
-    twice = len(metric.samples) - len({one.key for one in metric.samples})
-    values = [one.value for one in metric.samples if one.value is not None]
-    if twice:
-        raise DataError(f"{name}: {twice} samples stand twice", AGAIN, file=metric.file)
-    if len(values) != metric.n:
-        what = f"{name}: the result is of {metric.n} samples, {len(values)} are stored"
-        raise DataError(what, AGAIN, file=metric.file)
+    values = [each.value for each in metric.samples if each.value is not None]
     mean = math.fsum(values) / len(values) if values else metric.value
-    if metric.unit != "number" and abs((mean or 0.0) - (metric.value or 0.0)) > 1e-6:
-        what = f"{name}: the result is {metric.value}, the mean of the stored samples {mean}"
-        raise DataError(what, AGAIN, file=metric.file)
+    what = ""
+    if len({each.key for each in metric.samples}) < len(metric.samples):
+        what = "a sample stands twice"
+    elif len(values) != metric.n:
+        what = f"the result is of {metric.n} samples, {len(values)} are stored"
+    elif metric.unit != "number" and abs((mean or 0.0) - (metric.value or 0.0)) > 1e-6:
+        what = f"the result is {metric.value}, the mean of the stored samples {mean}"
+    if what:
+        raise DataError(f"{metric.task or metric.metric}: {what}", AGAIN, file=metric.file)
 
 
 def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
@@ -554,23 +542,107 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
     """
     for group in metrics:
         tasks = [
-            one
-            for one in metrics
-            if one.task in group.parts and one.metric == group.metric and not one.parts
+            each
+            for each in metrics
+            if each.task in group.parts and each.metric == group.metric and not each.parts
         ]
-        sizes = [len(one.samples) for one in tasks]
-        if not tasks or not all(sizes):
-            yield group
-            continue
-        for weights in ([1.0] * len(tasks), [sum(sizes) / len(tasks) / size for size in sizes]):
-            samples = tuple(
-                replace(sample, id=f"{one.task}/{sample.id}", value=(sample.value or 0.0) * weight)
-                for one, weight in zip(tasks, weights, strict=True)
-                for sample in one.samples
-            )
-            mean = sum(sample.value or 0.0 for sample in samples) / len(samples)
+        total = sum(len(each.samples) for each in tasks)
+        for tasks_alike in (False, True) if all(each.samples for each in tasks) and tasks else ():
+            samples = []
+            for task in tasks:
+                weight = total / len(tasks) / len(task.samples) if tasks_alike else 1.0
+                for each in task.samples:
+                    value = (each.value or 0.0) * weight
+                    samples.append(replace(each, id=f"{task.task}/{each.id}", value=value))
+            mean = sum(each.value or 0.0 for each in samples) / total
             if group.value is not None and abs(mean - group.value) <= 1e-6:
-                yield replace(group, samples=samples)
+                group = replace(group, samples=tuple(samples))
                 break
-        else:
-            yield group
+        yield group
+
+
+# ---- answers and judgments as they arrive ----
+
+
+def text_hash(text: str) -> str:
+    """Return the SHA-256 of a text, lone surrogates allowed.
+
+    Example:
+        >>> text_hash("")[:8]
+        'e3b0c442'
+    """
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class Store:
+    """The rows of a JSON-lines file that is appended to and never changed.
+
+    A row's `key`, a hash of everything that makes it, occurs once, so what is stored is not asked
+    again. Rows are on the disk before `append` returns. A kill or a power cut leaves at most a
+    damaged end, which the next append cuts; a damaged line anywhere else is an error that names it.
+    Whoever appends holds the folder (`core.lock.waiting_lock`).
+
+    Args:
+        path: the file; made with its first row.
+
+    Raises:
+        DataError: a line is damaged or a key occurs twice.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._rows: dict[str, Row] = {}
+        self._size = 0  # of the whole lines
+        if not self.path.exists():
+            return
+        remedy = "restore the file, or delete this line to have it made again"
+        with self.path.open("rb") as lines:
+            found = numbered_rows(lines, self.path, 1, "a stored row", remedy, appended=True)
+            for number, self._size, row in found:
+                key = row.get("key")
+                if not isinstance(key, str) or key in self._rows:
+                    what = "this line is not a stored row, or occurs twice"
+                    raise DataError(what, remedy, file=self.path, line=number)
+                self._rows[key] = row
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """Append the rows whose key is new.
+
+        Raises:
+            EnvironmentFault: the disk is full; nothing of these rows is left behind.
+        """
+        new = {row["key"]: row for row in rows if row["key"] not in self._rows}
+        if not new:
+            return
+        content, is_new = _lines(new.values()), not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab", buffering=0) as file:
+            if file.tell() > self._size:
+                file.truncate(self._size)
+            fault = "the disk is full"
+            try:
+                written = file.write(content)
+                os.fsync(file.fileno())
+            except OSError as error:
+                written, fault = 0, str(error)
+            if written != len(content):
+                file.truncate(self._size)
+                hint = "free some disk and run the same command"
+                raise EnvironmentFault(f"rows could not be stored: {fault}", hint, file=self.path)
+        if is_new:
+            sync(self.path.parent)
+        self._size += len(content)
+        self._rows |= new
+
+    def get(self, key: str) -> Row | None:
+        """Return the row with this key, or None."""
+        return self._rows.get(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows.values())

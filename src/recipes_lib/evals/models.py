@@ -281,6 +281,22 @@ def _stored_recipe(run: RunDirectory) -> Recipe | None:
 # ---- models ----
 
 
+def model_key(recipe: Recipe, weights: Path | None) -> str:
+    """Return the hash of what answers: a base, or a run of it.
+
+    Args:
+        recipe: how the base is loaded.
+        weights: the run's adapter, or its whole model; None for the base alone.
+
+    Raises:
+        RecipesError: the base is not on this machine.
+    """
+    if weights is not None and recipe.lora is None:
+        return hash_of(folder_fingerprint(weights), _precision(recipe))
+    base = model_fingerprint(model_path(recipe.model), recipe.model.revision)
+    return hash_of(base, _precision(recipe), folder_fingerprint(weights) if weights else None)
+
+
 def _trained(word: str, one: TrainedRun) -> Model:
     from transformers import AutoTokenizer
 
@@ -294,11 +310,7 @@ def _trained(word: str, one: TrainedRun) -> Model:
             "the chat template, the system prompt or the end token changed since: restore it, or"
             " train the run again",
         )
-    weights = folder_fingerprint(one.weights)
-    if one.full:
-        return Model(word, one.run, recipe, prompts, hash_of(weights, _precision(recipe)), one)
-    base = model_fingerprint(model_path(recipe.model), recipe.model.revision)
-    return Model(word, one.run, recipe, prompts, hash_of(base, _precision(recipe), weights), one)
+    return Model(word, one.run, recipe, prompts, model_key(recipe, one.weights), one)
 
 
 def _untrained(word: str, recipe: Recipe, auto: bool = False) -> Model:
@@ -317,8 +329,7 @@ def _untrained(word: str, recipe: Recipe, auto: bool = False) -> Model:
         recipe = dataclasses.replace(recipe, data=data)
     prompts = PromptFormat(recipe.data, tokenizer)
     path = model_path(recipe.model)
-    base = model_fingerprint(path, recipe.model.revision)
-    fingerprint = hash_of(base, _precision(recipe), None)
+    fingerprint = model_key(recipe, None)
     return Model(word, _folder(path, fingerprint, prompts), recipe, prompts, fingerprint)
 
 

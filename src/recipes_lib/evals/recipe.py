@@ -5,8 +5,9 @@ must hold between them. Starts no model and imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -15,7 +16,8 @@ from pydantic import Field
 
 from recipes_lib.config.documents import Document, FilePath, Section, parse, read
 from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.core.errors import RecipeError, RecipesError
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.evals.log import REFERENCE
 from recipes_lib.evals.prompts import (
@@ -51,10 +53,9 @@ SUITES = {
     "checks": SuiteFacts(metrics=("pass_rate",)),
     "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte"), one_answer="it writes none"),
 }
-JUDGED = tuple(name for name, facts in SUITES.items() if facts.judged)
-UNJUDGED = tuple(name for name, facts in SUITES.items() if not facts.judged)
 HELD_OUT = ("test", "validation")
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+CODE_VERSION = 1  # raised when a change of the code changes results
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -255,8 +256,8 @@ class Thresholds(Section):
     """Share of verdicts that an injected verdict line turns in its favour, at most."""
 
 
-class JudgeFileSections(Section):
-    """A judge file."""
+class JudgeSections(Section):
+    """A judge file as it is written."""
 
     kind: ClassVar[str] = "judge"
     judge: JudgeSection
@@ -278,13 +279,10 @@ class JudgeFile:
         places = [folder / name for folder in near]
         return next((place for place in places if place.is_file()), places[0])
 
-    def texts(self) -> dict[str, Path]:
-        """Return the files of its prompts and rubrics by their keys; those of a package are left
-        out.
-        """
+    def texts(self) -> list[Path]:
+        """Return the files of its prompts and rubrics; those of a package are left out."""
         keys = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
-        names = [key for key in keys if getattr(self.judge, key) != PROMETHEUS_PACKAGE]
-        return {key: self._file(key) for key in names}
+        return [self._file(key) for key in keys if getattr(self.judge, key) != PROMETHEUS_PACKAGE]
 
     def template(self, kind: str) -> Template:
         """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched
@@ -318,23 +316,38 @@ class MetricsSection(Section):
     """Flag a model that gives the same answer to more than this share of the questions."""
 
 
-class JudgeOfEval(Section):
-    """The judge of an eval recipe: a file, and keys that replace the file's."""
+class JudgeOfEval(JudgeSection):
+    """The judge: a file, and keys that replace the file's."""
 
-    model_config: ClassVar[Any] = {"extra": "allow"}  # checked as a judge file's
     file: FilePath | None = None
     """A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml)."""
 
 
 class EvalSections(Section):
-    """An eval recipe as it is written."""
+    """An eval recipe as it is written, the judge file that it names read into it."""
 
     kind: ClassVar[str] = "eval"
     suite: SuiteSection
     data: EvalDataSection = EvalDataSection()
     generation: GenerationSection = GenerationSection()
     judge: JudgeOfEval | None = None
+    thresholds: Thresholds = Thresholds()
     metrics: MetricsSection = MetricsSection()
+
+
+# what changes speed and addresses, but no answer and no verdict
+_ONLY_SPEED = {
+    "engine",
+    "batch_tokens",
+    "base_url",
+    "api_key_variable",
+    "concurrency",
+    "timeout_s",
+    "max_retries",
+    "max_consecutive_failures",
+    "served_name",
+    "trust_remote_code",
+}
 
 
 @dataclass(frozen=True)
@@ -387,9 +400,29 @@ class EvalRecipe:
         names = ("suite", "data", "generation", "metrics")
         parts = {name: getattr(self, name).model_dump() for name in names}
         if self.judge:
-            parts["judge"] = {"name": self.judge.path.stem, **self.judge.judge.model_dump()}
+            judge = self.judge.judge.model_dump(exclude={"file"})
+            parts["judge"] = {"name": self.judge.path.stem, **judge}
             parts["thresholds"] = self.judge.thresholds.model_dump()
         return {"name": self.name, **parts}
+
+    def settings_key(self) -> str:
+        """Return the hash of the settings, and of the files that they name, as far as they decide a
+        result.
+        """
+        values = self.to_dict()
+        for section in ("generation", "judge"):
+            values[section] = {
+                key: value
+                for key, value in values.get(section, {}).items()
+                if key not in _ONLY_SPEED
+            }
+        values["metrics"] = self.metrics.model_dump(exclude={"against", "probe_pairs"})
+        values.pop("thresholds", None)
+        keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
+        files = [self.path_of(f"data.{key}") for key in keys]
+        files += sorted(Path(self.data.include_path).rglob("*")) if self.data.include_path else []
+        files += self.judge.texts() if self.judge else []
+        return hash_of(values, [file_hash(file) for file in files if file.is_file()], CODE_VERSION)
 
 
 def no_opponent(suites: Sequence[str]) -> RecipeError:
@@ -435,6 +468,7 @@ def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     document = read(path, overrides)
+    _read_judge(document)
     sections = parse(EvalSections, document, eval_rules)
     return EvalRecipe(
         path=document.path,
@@ -442,32 +476,51 @@ def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
         suite=sections.suite,
         data=sections.data,
         generation=sections.generation,
-        judge=_judge_of(sections.judge, document) if sections.judge else None,
+        judge=_judge_of(sections, document),
         metrics=sections.metrics,
         document=document,
     )
 
 
-def load_judge_file(path: str | Path, overrides: Sequence[str] = ()) -> JudgeFile:
+def load_judge_file(path: str | Path) -> JudgeFile:
     """Read and check a judge file.
 
     Raises:
         RecipeErrors: every unknown key, wrong type and missing key, with its line.
     """
-    document = read(path, overrides)
-    sections = parse(JudgeFileSections, document, judge_rules)
+    document = read(path)
+    sections = parse(JudgeSections, document, judge_rules)
     return JudgeFile(document.path, sections.judge, sections.thresholds)
 
 
-def _judge_of(section: JudgeOfEval, document: Document) -> JudgeFile:
-    """Return the judge: its file, with the keys that stand beside `file` written over it."""
-    own = dict(section.model_extra or {})
-    if section.file is None:
-        path = document.path.parent / "judges" / document.path.name
-        return JudgeFile(path, JudgeSection.model_validate(own))
-    file = load_judge_file(section.file)
-    values = file.judge.model_dump() | own
-    return JudgeFile(file.path, JudgeSection.model_validate(values), file.thresholds)
+def _read_judge(document: Document) -> None:
+    """Read the judge file that an eval recipe names below the keys that stand beside its name."""
+    own = document.values.get("judge") if isinstance(document.values, dict) else None
+    if not isinstance(own, dict) or not isinstance(own.get("file"), str):
+        return
+    try:
+        file = read(document.absolute("judge.file", own["file"]))
+        if file.kind != "judge":
+            raise RecipeError(f"{file.file} is not a judge file")
+    except RecipeError as error:
+        document.problems.append(document.error("judge.file", f"judge.file: {error.what}"))
+        own.setdefault("model", "")  # which the file would have: one error is enough
+        return
+    document.problems += file.problems
+    for section in ("judge", "thresholds"):
+        values = document.values.setdefault(section, {})
+        for key, value in (file.values.get(section) or {}).items():
+            if key not in values:
+                values[key] = value
+                document.origins[section, key] = file.origin((section, key))
+
+
+def _judge_of(sections: EvalSections, document: Document) -> JudgeFile | None:
+    if sections.judge is None:
+        return None
+    beside = document.path.parent / "judges" / document.path.name
+    path = Path(sections.judge.file) if sections.judge.file else beside
+    return JudgeFile(path, sections.judge, sections.thresholds)
 
 
 def eval_name(path: Path) -> str:
@@ -497,21 +550,19 @@ def eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeErr
         hints = (*did_you_mean(suite.name, list(SUITES)), f"suites: {', '.join(SUITES)}")
         yield document.error("suite.name", f"there is no suite '{suite.name}'", *hints)
         return
-    judged = SUITES[suite.name].judged
+    facts = SUITES[suite.name]
     if suite.name == "lm_eval":
         yield from _lm_eval_rules(sections, document)
-    else:
-        for key in SuiteSection.model_fields.keys() - {"name"}:
-            if getattr(suite, key) != SuiteSection.model_fields[key].get_default():
-                hint = "use data.max_questions" if key == "limit" else "remove it"
-                what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
-                yield document.error(f"suite.{key}", what, hint)
-        if not data.questions:
-            what = f"data.questions is missing; {suite.name} needs questions"
-            yield document.error("data", what, "what it is: recipes explain eval.data.questions")
-    if not judged and sections.judge:
+    elif not data.questions:
+        what = f"data.questions is missing; {suite.name} needs questions"
+        yield document.error("data", what, "what it is: recipes explain eval.data.questions")
+    for key in suite.model_fields_set - {"name"} if suite.name != "lm_eval" else ():
+        hint = "use data.max_questions" if key == "limit" else "remove it"
+        what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
+        yield document.error(f"suite.{key}", what, hint)
+    if not facts.judged and sections.judge:
         yield document.error("judge", f"{suite.name} asks no judge", "remove the section judge")
-    if judged and not sections.judge:
+    if facts.judged and not sections.judge:
         hint = "name a file in evals/judges, for example judges/prometheus-7b-v2.yaml"
         yield document.error("judge", "judge.file is missing", hint)
     if data.labels and suite.name != "alpaca_eval":
@@ -519,20 +570,24 @@ def eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeErr
         yield document.error("data.labels", what, "remove it")
     for key in ("questions", "references", "labels", "include_path", "folder"):
         name = getattr(data, key)
-        is_path = name and (
-            key not in ("questions", "references")
-            or (Path(name).suffix in SUFFIXES and ":" not in name)
-        )
-        if is_path:
+        may_be_elsewhere = key in ("questions", "references")
+        if name and not (may_be_elsewhere and (":" in name or Path(name).suffix not in SUFFIXES)):
             place = Path(document.absolute(f"data.{key}", name))
             if not place.exists():
                 what = f"data.{key}: no such file: {shown_path(place)}"
                 yield document.error(f"data.{key}", what)
-    if sections.judge:
-        yield from _judge_of_eval_rules(sections.judge, document)
     if generation.samples > 1:
-        yield from _samples_rules(suite.name, generation, document)
+        why = facts.one_answer
+        hint = "remove it; alpaca_eval and checks take several answers per question"
+        if not why and not generation.temperature:
+            why = f"at temperature 0 the {generation.samples} answers to a question are identical"
+            hint = "set generation.temperature above 0, for example 0.7"
+        if why:
+            what = f"generation.samples: {suite.name}: {why}"
+            yield document.error("generation.samples", what, hint)
     yield from _address_rules(generation, document, "generation")
+    if judge := _judge_of(sections, document):
+        yield from _judge_rules(judge, document)
 
 
 def _lm_eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeError]:
@@ -550,74 +605,28 @@ def _lm_eval_rules(sections: EvalSections, document: Document) -> Iterator[Recip
         yield from code_in(document, folder)
 
 
-def _judge_of_eval_rules(section: JudgeOfEval, document: Document) -> Iterator[RecipeError]:
-    """Yield what is wrong with the judge file, and with the keys beside it."""
-    own = [f"judge.{key}={value}" for key, value in (section.model_extra or {}).items()]
-    unknown = (section.model_extra or {}).keys() - JudgeSection.model_fields.keys()
-    for key in sorted(unknown):
-        near = did_you_mean(key, list(JudgeSection.model_fields), "judge.")
-        yield document.error(f"judge.{key}", f"unknown key 'judge.{key}'", *near)
-    if section.file is None:
-        if not unknown and "model" not in (section.model_extra or {}):
-            yield document.error("judge", "judge.file is missing")
-        return
-    if not Path(section.file).is_file():
-        what = f"judge.file: no such file: {shown_path(Path(section.file))}"
-        yield document.error("judge.file", what)
-        return
-    try:
-        load_judge_file(section.file, [] if unknown else own)
-    except RecipeError as error:
-        yield from error.errors
+def judge_rules(sections: JudgeSections, document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong between the keys of a judge file, and with its prompts and rubrics."""
+    yield from _judge_rules(JudgeFile(document.path, sections.judge), document)
 
 
-def _samples_rules(
-    suite: str, generation: GenerationSection, document: Document
-) -> Iterator[RecipeError]:
-    """Yield why a suite takes one answer per question."""
-    why = SUITES[suite].one_answer
-    hint = "remove it; alpaca_eval and checks take several answers per question"
-    if not why and not generation.temperature:
-        why = f"at temperature 0 the {generation.samples} answers to a question are identical"
-        hint = "set generation.temperature above 0, for example 0.7"
-    if why:
-        yield document.error("generation.samples", f"generation.samples: {suite}: {why}", hint)
-
-
-def judge_rules(sections: JudgeFileSections, document: Document) -> Iterator[RecipeError]:
-    """Yield a server without an address, and what is wrong with the prompts and rubrics."""
-    section = sections.judge
+def _judge_rules(file: JudgeFile, document: Document) -> Iterator[RecipeError]:
+    section = file.judge
     yield from _address_rules(section, document, "judge")
     if section.mode == "json" and section.engine != "openai":
         what = "judge.mode json needs a server that answers in JSON (engine: openai)"
         yield document.error("judge.mode", what, "in this process: mode generate or logits")
-    file = JudgeFile(document.path, section)
-    for kind in ("relative", "absolute"):
-        if getattr(section, f"{kind}_prompt") != PROMETHEUS_PACKAGE:  # a check fetches nothing
-            yield from _faults_of(lambda kind=kind: file.template(kind))
-    for reference in (False, True):
-        yield from _faults_of(lambda reference=reference: file.rubric(reference))
-
-
-def _faults_of(load: Any) -> Iterator[RecipeError]:
-    try:
-        load()
-    except RecipeError as error:
-        yield error
-
-
-def is_address(url: str) -> bool:
-    """Return whether a text is the address of a server.
-
-    Example:
-        >>> is_address("http://127.0.0.1:8000/v1"), is_address("127.0.0.1:8000")
-        (True, False)
-    """
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
+    texts: list[Callable[[], object]] = [file.rubric, partial(file.rubric, reference=True)]
+    texts += [
+        partial(file.template, kind)
+        for kind in ("relative", "absolute")
+        if getattr(section, f"{kind}_prompt") != PROMETHEUS_PACKAGE  # a check fetches nothing
+    ]
+    for text in texts:
+        try:
+            text()
+        except RecipeError as error:
+            yield error
 
 
 def _address_rules(
@@ -625,30 +634,19 @@ def _address_rules(
 ) -> Iterator[RecipeError]:
     """Yield what is wrong with the address of the server that a section asks."""
     url = section.base_url
-    if url and not is_address(url):
+    if url and not _is_address(url):
         what = f"{name}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
         yield document.error(f"{name}.base_url", what)
     elif section.engine == "openai" and not url:
         yield document.error(f"{name}.engine", f"{name}.engine openai needs base_url")
 
 
-# ---- recipes check ----
-
-
-def check_eval_file(path: Path) -> tuple[list[RecipesError], list[RecipeError]]:
-    """Return what is wrong with an eval recipe or a judge file, rows of questions included, and
-    warnings.
-    """
-    document = read(path)
-    is_judge = isinstance(document.values, dict) and "suite" not in document.values
+def _is_address(url: str) -> bool:
     try:
-        if is_judge:
-            parse(JudgeFileSections, document, judge_rules)
-        else:
-            parse(EvalSections, document, eval_rules)
-    except RecipeError as error:
-        return list(error.errors), document.warnings
-    return [], document.warnings
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 # ---- schemas for editors ----
@@ -657,12 +655,11 @@ def check_eval_file(path: Path) -> tuple[list[RecipesError], list[RecipeError]]:
 def eval_schema() -> dict[str, Any]:
     """Return the schema of an eval recipe."""
     schema = EvalSections.model_json_schema()
-    section = JudgeSection.model_json_schema()["properties"]
-    schema["$defs"]["JudgeOfEval"]["properties"] |= section
+    schema["$defs"]["JudgeOfEval"].pop("required")  # the file has the model
     return {"$schema": _DIALECT, "$comment": "generated by 'make schema'; do not edit", **schema}
 
 
 def judge_schema() -> dict[str, Any]:
     """Return the schema of a judge file."""
-    schema = JudgeFileSections.model_json_schema()
+    schema = JudgeSections.model_json_schema()
     return {"$schema": _DIALECT, "$comment": "generated by 'make schema'; do not edit", **schema}

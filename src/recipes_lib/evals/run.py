@@ -14,13 +14,12 @@ from typing import Any
 
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import utc_now
+from recipes_lib.core.files import hash_of, utc_now
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import masked, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
-from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_all, log_of
-from recipes_lib.evals.judges import Judge, opened
-from recipes_lib.evals.keys import result_key, settings_key
+from recipes_lib.evals.judge import Judge, opened
+from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_models
 from recipes_lib.evals.leaks import leaks_of_run
 from recipes_lib.evals.log import REFERENCE, EvalLog, write_log
 from recipes_lib.evals.models import Loaded, Model, base_of, grouped, loaded, resolve
@@ -259,7 +258,7 @@ def _ask(subject: Loaded, jobs: Sequence[_Job], failed: OnError) -> None:
                 questions = job.suite.chosen.questions
                 job.done[model.name] = answer_all(job.recipe, model, engine, questions)
                 continue
-            key = result_key(settings_key(job.recipe), model.fingerprint, model.prompts.hash)
+            key = hash_of(job.recipe.settings_key(), model.fingerprint, model.prompts.hash)
             log = _written(job.recipe, job.suite.run(subject, key))
             job.logs |= {word: log for word, one in job.models.items() if one.name == model.name}
         except Exception as error:
@@ -280,10 +279,9 @@ def _judge(job: _Job, judge: Judge, allow_format_differences: bool) -> None:
         pairs[word] = answers, opponent
     if not allow_format_differences:
         check_formats(pairs.values())
-    judged = judge_all(suite, list(pairs.values()), judge)
-    for word, one in zip(pairs, judged, strict=True):
-        key = _judged_key(job.recipe, one.answers, one.opponent, judge)
-        job.logs[word] = _written(job.recipe, log_of(suite, one, judged, judge, key))
+    logs = judge_models(suite, list(pairs.values()), judge)
+    for word, log in zip(pairs, logs, strict=True):
+        job.logs[word] = _written(job.recipe, log)
 
 
 def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
@@ -297,7 +295,7 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
         metrics=tuple(replace(metric, **known) for metric in log.metrics),
         leaks=leaks,
         banners=(*banners, *log.banners),
-        settings=settings_key(recipe),
+        settings=recipe.settings_key(),
         written=utc_now(),
         git=dict(git_state()),
         libraries=library_versions(),
@@ -305,20 +303,6 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     )
     write_log(log)
     return log
-
-
-def _judged_key(
-    recipe: EvalRecipe, answers: Answers, opponent: Answers | None, judge: Judge
-) -> str:
-    """Return the key of a judged result."""
-    prompts = [judge.plan(kind).template.fingerprint for kind in ("relative", "absolute")]
-    rubrics = [judge.file.rubric(reference).criterion for reference in (False, True)]
-    return result_key(
-        settings_key(recipe),
-        [answers.facts.fingerprint, answers.facts.prompt_format_hash],
-        opponent.digest if opponent else None,
-        [judge.fingerprint, *prompts, *rubrics],
-    )
 
 
 # ---- words and tables ----

@@ -1,41 +1,53 @@
-"""The verdict in a judge's text, or the reason why there is none.
+"""From a judge's text to a verdict, from verdicts in both orders to samples, and from samples to a
+metric with its interval.
 
-A verdict stands at the very end of the text. A text without one is never a tie and never dropped:
-it has a status of its own and widens the interval later.
+A verdict stands at the very end of the text, in one of the forms that the parser of prometheus-eval
+takes (`[RESULT] 4`, `4/5`, `score of 3 out of 5`, `[RESULT] Response A`, `Result: B`), or what chat
+models make of them: Markdown around it, `[RESULT]: A`, `[[A]]`, a full stop. Different verdicts in
+one text are a conflict. A text without a verdict is never a tie and never dropped.
 
-The forms are those that the end-anchored parser of prometheus-eval takes (`[RESULT] 4`, `[RESULT]
-(4)`, `4/5`, `score of 3 out of 5`, `[Final Score: 4]`; `[RESULT] A`, `[RESULT] Response A`,
-`Result: B`), and what chat models make of them: Markdown around the verdict (`**[RESULT] A**`),
-`[RESULT]: A`, `[[A]]`, a full stop. The anchor is the end of the text and not of any line, digits
-are ASCII, and different verdicts in one text are a conflict.
+The candidate is Response A in order "AB" and Response B in order "BA". When both verdicts are ok,
+the sample is a win or a loss if they name the same answer, and a tie if they do not. A sample with
+a verdict that is missing or not ok is unresolved: it widens the bounds, once as lost, once as won.
 """
 
 from __future__ import annotations
 
 import enum
 import json
+import math
 import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from recipes_lib.analysis.stats import estimate, mean_interval
+from recipes_lib.evals.log import SCORE, UNRESOLVED, Metric, Sample
+
+UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
+GRADES = ("1", "2", "3", "4", "5")
+CHOICES = ("A", "B")
 
 _FLAGS = re.IGNORECASE | re.ASCII
 _EMPHASIS = re.compile(r"\*+|`+|__+")
-_SCORE = r"[(\[\s]*(\d+)(?:[)\]]|\s*/\s*5|\s+out\s+of\s+5)?\]?"
-_SCORE_MARK = r"(?:\[(?:result|score)\]|(?<![a-z0-9])(?:score|result))(?:\s+of)?:?"
-_ABSOLUTE = re.compile(rf"(?:{_SCORE_MARK}\s*{_SCORE}|\[\[(\d+)\]\])\.?\s*\Z", _FLAGS)
-_ABSOLUTE_LINE = re.compile(
-    rf"\s*[\[(]?(?:(?:overall|final)\s+)*{_SCORE_MARK}\s*{_SCORE}\.?\s*", _FLAGS
+# each pattern finds a verdict at the end of a text, the one below it every bracketed verdict
+_GRADE = re.compile(
+    r"(?:[\[(]?(?:(?:overall|final)\s+)*(?:\[(?:result|score)\]|(?<![a-z0-9])(?:score|result))"
+    r"(?:\s+of)?:?\s*[(\[\s]*(\d+)(?:[)\]]|\s*/\s*5|\s+out\s+of\s+5)?\]?|\[\[(\d+)\]\])\.?\s*\Z",
+    _FLAGS,
 )
-_MARK = r"\[result\]:?(?:\s+response)?\s*|\[result:\s*|\[response\s+"
-_RELATIVE = re.compile(
-    rf"(?:(?:{_MARK}|(?:\A|\n)[ \t]*result(?::\s*|\s+))([AB])\]?|\[\[([AB])\]\])\.?\s*\Z", _FLAGS
-)
-_RELATIVE_LINE = re.compile(rf"\s*(?:{_MARK}|result(?::\s*|\s+))([A-Z])\]?\.?\s*", _FLAGS)
-# Every bracketed result with something that looks like a verdict, wherever it stands; the format
-# line of the prompt is none.
-_ANY_ABSOLUTE = re.compile(
+_ANY_GRADE = re.compile(
     r"\[(?:result|score)\]:?[(\[\s]*(\d+(?:\.\d+)?)(?!\s*(?:-|to|or)\s*\d)|\[\[(\d+)\]\]", _FLAGS
 )
-_ANY_RELATIVE = re.compile(
+_CHOICE = re.compile(
+    r"(?:(?:\[result\]:?(?:\s+response)?\s*|\[result:\s*|\[response\s+"
+    r"|(?:\A|\n)[ \t]*result(?::\s*|\s+))([A-Z])\]?|\[\[([A-Z])\]\])\.?\s*\Z",
+    _FLAGS,
+)
+_ANY_CHOICE = re.compile(
     r"(?:\[result\]:?(?:\s+response)?[(\s]*|\[result:\s*)([A-Z]|tie)"
     r"(?![a-z0-9'])(?!\s*(?:or|/)\s*[AB]\b)|\[\[([A-Z])\]\]",
     _FLAGS,
@@ -47,7 +59,6 @@ _REFUSAL = re.compile(
     r"|as\s+an?\s+(?:ai|language\s+model))\b",
     re.IGNORECASE,
 )
-_VALUES = ("1", "2", "3", "4", "5", "A", "B")
 
 
 class Status(enum.StrEnum):
@@ -69,88 +80,209 @@ class JudgeVerdict:
     reason: str | None = None
 
 
-def _missing(text: str | None, finish_reason: str | None) -> JudgeVerdict | None:
-    """What a text is that can hold no verdict."""
-    if finish_reason == "length":
-        return JudgeVerdict(Status.TRUNCATED, reason="the judge's text ended at its token limit")
-    if text is None or not text.strip():
-        return JudgeVerdict(Status.EMPTY, reason="the judge wrote nothing")
-    return None
-
-
-def _parse(
+def parse_verdict(
     text: str | None,
-    finish_reason: str | None,
-    end: re.Pattern[str],
-    line: re.Pattern[str],
-    anywhere: re.Pattern[str],
+    allowed: Sequence[str],
+    finish_reason: str | None = None,
+    as_json: bool = False,
 ) -> JudgeVerdict:
-    """The verdict at the end of a text, as it is written there (upper case)."""
-    if missing := _missing(text, finish_reason):
-        return missing
-    plain = _EMPHASIS.sub("", text or "")
-    match = end.search(plain)
-    if not match or _value(match) not in _VALUES:
-        if _REFUSAL.match(plain):
-            return JudgeVerdict(Status.REFUSED, reason="the judge declined")
-        return JudgeVerdict(Status.UNPARSED, reason="no verdict at the end of the text")
-    lines = filter(None, map(line.fullmatch, plain.splitlines()))
-    given = {_value(found) for found in (match, *anywhere.finditer(plain), *lines)}
-    if len(given) > 1:
-        return JudgeVerdict(Status.UNPARSED, reason=f"conflict: {', '.join(sorted(given))}")
-    return JudgeVerdict(Status.OK, given.pop())
-
-
-def _value(match: re.Match[str]) -> str:
-    return next(group for group in match.groups() if group).upper()
-
-
-def parse_absolute(text: str | None, finish_reason: str | None = None) -> JudgeVerdict:
-    """Return the 1-5 verdict at the end of a judge's text.
+    """Return the verdict in a judge's text.
 
     Args:
         text: what the judge wrote after the prompt, nothing of the prompt.
+        allowed: the verdicts that there are: A and B, or 1 to 5.
         finish_reason: "length" if the judge was cut off at its token limit; such a text has no
             verdict, whatever it ends with.
+        as_json: whether the text is `{"feedback": ..., "result": ...}`.
 
     Example:
-        >>> parse_absolute("Clear and correct. **[RESULT] 4**").value
+        >>> parse_verdict("Clear and correct. **[RESULT] 4**", GRADES).value
         4
-        >>> parse_absolute("So the overall score is 4").status.value
-        'unparsed'
-    """
-    found = _parse(text, finish_reason, _ABSOLUTE, _ABSOLUTE_LINE, _ANY_ABSOLUTE)
-    return found if found.value is None else JudgeVerdict(Status.OK, int(found.value))
-
-
-def parse_relative(text: str | None, finish_reason: str | None = None) -> JudgeVerdict:
-    """Return the A/B verdict at the end of a judge's text; arguments as for `parse_absolute`.
-
-    Example:
-        >>> parse_relative("A names both causes. [RESULT]: A.").value
-        'A'
-        >>> parse_relative("[RESULT] B was tempting. Final: [RESULT] A").reason
+        >>> parse_verdict("[RESULT] B was tempting. Final: [RESULT] A", CHOICES).reason
         'conflict: A, B'
     """
-    return _parse(text, finish_reason, _RELATIVE, _RELATIVE_LINE, _ANY_RELATIVE)
+    if finish_reason == "length":
+        return JudgeVerdict(Status.TRUNCATED, reason="the judge's text ended at its token limit")
+    plain = _EMPHASIS.sub("", text or "")
+    if not (text or "").strip():
+        return JudgeVerdict(Status.EMPTY, reason="the judge wrote nothing")
+    values = _in_json(plain) if as_json else _at_the_end(plain, CHOICES[0] in allowed)
+    if len(values) > 1:
+        return JudgeVerdict(Status.UNPARSED, reason=f"conflict: {', '.join(sorted(values))}")
+    value = next(iter(values), "")
+    if value in allowed:
+        return JudgeVerdict(Status.OK, int(value) if value.isdigit() else value)
+    if _REFUSAL.match(plain) and not as_json:
+        return JudgeVerdict(Status.REFUSED, reason="the judge declined")
+    return JudgeVerdict(Status.UNPARSED, reason="no verdict at the end of the text")
 
 
-def parse_json(
-    text: str | None, allowed: tuple[str, ...], finish_reason: str | None
-) -> JudgeVerdict:
-    """Return the verdict of a judge that answers `{"feedback": ..., "result": ...}`.
+def _in_json(text: str) -> set[str]:
+    try:
+        return {str(json.loads(text.removeprefix("json"))["result"]).strip().upper()}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _at_the_end(text: str, is_choice: bool) -> set[str]:
+    """The verdict at the end of a text, with all others that stand in it; none without one at the
+    end.
+    """
+    end, anywhere = (_CHOICE, _ANY_CHOICE) if is_choice else (_GRADE, _ANY_GRADE)
+    if not (last := end.search(text)):
+        return set()
+    alone = filter(None, (end.match(line.strip()) for line in text.splitlines()))
+    matches = [last, *anywhere.finditer(text), *alone]
+    return {next(filter(None, match.groups())).upper() for match in matches}
+
+
+# ---- samples ----
+
+
+def outcome_of(verdicts: Sequence[str]) -> str:
+    """Return the outcome of the verdicts in order AB and BA: win, loss, tie, or unresolved where
+    one of them is a status.
 
     Example:
-        >>> parse_json('{"feedback": "A is right.", "result": "A"}', ("A", "B"), "stop").value
-        'A'
+        >>> outcome_of(("A", "B")), outcome_of(("A", "A")), outcome_of(("A", "empty"))
+        ('win', 'tie', 'unresolved')
     """
-    if missing := _missing(text, finish_reason):
-        return missing
-    try:
-        found = json.loads(_EMPHASIS.sub("", text or "").removeprefix("json"))
-        value = str(found["result"]).strip().upper()
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return JudgeVerdict(Status.UNPARSED, reason="the text is not the JSON that was asked for")
-    if value not in allowed:
-        return JudgeVerdict(Status.UNPARSED, reason=f"the result {value[:20]!r} was not asked for")
-    return JudgeVerdict(Status.OK, int(value) if value.isdigit() else value)
+    if not set(verdicts) <= {"A", "B", "tie"}:
+        return UNRESOLVED
+    first, second = verdicts
+    return "tie" if first == second or "tie" in verdicts else "win" if first == "A" else "loss"
+
+
+def sample_of(
+    question_id: str, rows: Mapping[str, Mapping[str, Any]], orders: Sequence[str], **known: Any
+) -> Sample:
+    """Return a comparison or a grade as a sample.
+
+    Args:
+        question_id: id of the question.
+        rows: the stored judgments by order.
+        orders: ("AB", "BA") for a comparison, ("single",) for a grade.
+        known: further fields of the sample: turn, draw, category, lengths, texts.
+    """
+    judged = [rows.get(order) for order in orders]
+    verdicts = tuple("missing" if row is None else _verdict(row) for row in judged)
+    if len(orders) == 2:
+        outcome = outcome_of(verdicts)
+        value = SCORE.get(outcome)
+    else:
+        outcome = "graded" if verdicts[0].isdigit() else UNRESOLVED
+        value = float(verdicts[0]) if outcome == "graded" else None
+    return Sample(
+        question_id,
+        value=value,
+        outcome=outcome,
+        verdicts=verdicts,
+        by_rule=any(row is not None and row["source"] == "rule" for row in judged),
+        raws=tuple(None if row is None else _raw(row) for row in judged),
+        **known,
+    )
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    return str(row["value"] if row["status"] == "ok" else row["status"])
+
+
+def _raw(row: Mapping[str, Any]) -> str | None:
+    """What the judge wrote; for a judge that gives probabilities those, for a verdict by rule its
+    reason.
+    """
+    if row["source"] == "rule":
+        return f"decided without the judge: {row.get('reason') or 'by rule'}"
+    if row.get("probabilities"):
+        return ", ".join(f"{token} {value:.4f}" for token, value in row["probabilities"].items())
+    return row.get("raw")
+
+
+# ---- metrics ----
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A mean with its 95% interval over questions, None where there are too few values for one;
+    and what it would be if everything unresolved had got the lowest, and the highest value.
+    """
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    unresolved: int = 0
+    lowest: float | None = None
+    highest: float | None = None
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample], unit: str = "share") -> Rate:
+        """Return the mean of samples; those of one question are one observation."""
+        known = [each for each in samples if each.value is not None]
+        values = [each.value or 0.0 for each in known]
+        rate = rate_of(values, [each.same_as or each.id for each in known], unit)
+        missing = len(samples) - len(known)
+        if unit not in UNIT_SCALES or not samples:
+            return replace(rate, unresolved=missing)
+        least, most = UNIT_SCALES[unit]
+        return replace(
+            rate,
+            unresolved=missing,
+            lowest=(sum(values) + missing * least) / len(samples),
+            highest=(sum(values) + missing * most) / len(samples),
+        )
+
+
+def rate_of(values: Sequence[float], clusters: Sequence[str], unit: str = "share") -> Rate:
+    """Return the mean of values with its interval over clusters, inside the unit's scale."""
+    if not values:
+        return Rate()
+    if unit in UNIT_SCALES:
+        ends = mean_interval(values, clusters, UNIT_SCALES[unit])
+    else:
+        ends = estimate(np.array([values], dtype=float), clusters).interval()
+    low, high = ends or (None, None)
+    return Rate(math.fsum(values) / len(values), low, high, len(values))
+
+
+def metric_of(
+    metric: str,
+    label: str,
+    samples: Sequence[Sample],
+    unit: Literal["share", "grade", "number"] = "share",
+    **known: Any,
+) -> Metric:
+    """Return a metric that is the mean of samples."""
+    rate = Rate.of(samples, unit)
+    numbers: dict[str, Any] = {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
+    return Metric(metric, label, tuple(samples), unit=unit, **numbers, **known)
+
+
+def counts_of(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return how many samples won, lost, tied and are unresolved."""
+    counts = Counter(each.outcome for each in samples)
+    return {name: counts[name] for name in (*SCORE, UNRESOLVED)}
+
+
+# ---- numbers in tables ----
+
+
+def percent(value: float | None) -> str:
+    """Return a share in percent."""
+    return "n/a" if value is None else f"{100 * value:.1f}%"
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number with so many digits after the point."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def shown_rate(rate: Rate | Metric, digits: int = 2, unit: str = "share") -> str:
+    """Return a value with its interval, a share in percent."""
+    scale, digits, sign = (100, 1, "%") if unit == "share" else (1, digits, "")
+    if rate.value is None:
+        return "n/a"
+    shown = f"{scale * rate.value:.{digits}f}{sign}"
+    if rate.low is None or rate.high is None:
+        return shown
+    return f"{shown} [{scale * rate.low:.{digits}f}, {scale * rate.high:.{digits}f}]"

@@ -22,8 +22,8 @@ from recipes_lib.core.files import hash_of, object_or_none, remembered_hash, wri
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
 from recipes_lib.data.sources import data_files, find_path, listed_sources
-from recipes_lib.evals import keys
-from recipes_lib.evals.log import REFERENCE, log_file
+from recipes_lib.evals.log import REFERENCE, is_current, log_file
+from recipes_lib.evals.models import model_key
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.arms import arm_recipe, arm_run, base_arm, base_record, study_folder
 from recipes_lib.study.config import BASE_ARM, Arm, Study
@@ -300,7 +300,10 @@ def is_evaluated(study: Study, one: Evaluation) -> bool:
         return False
     with suppress(RecipesError, OSError):  # a model that is not here
         opponent = model_of(study, one.against) if one.against else None
-        return keys.is_current(one.file, one.recipe, model_of(study, one.run), opponent)
+        model: str | None = model_of(study, one.run)
+        if one.recipe.generation.engine == "openai":
+            model = opponent = None  # what a server answers with is known by its name
+        return is_current(one.file, one.recipe.settings_key(), model, opponent)
     return False
 
 
@@ -315,7 +318,7 @@ def model_of(study: Study, run: str) -> str:
     if known := state.get("fingerprint"):  # a model without a run
         return str(known)
     trained = finished_run(directory, remote_code=True)
-    return keys.model_key(trained.recipe, trained.weights)
+    return model_key(trained.recipe, trained.weights)
 
 
 def missing_of(study: Study) -> list[str]:

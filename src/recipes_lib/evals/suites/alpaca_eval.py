@@ -9,30 +9,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
-from recipes_lib.core.files import Row, write_text
+from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import Judged, JudgedSuite, ToJudge, footer
-from recipes_lib.evals.judges import Judge
+from recipes_lib.evals.judged import Asked, Judged, JudgedSuite, footer
 from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
-from recipes_lib.evals.outcomes import (
-    Rate,
-    counts_of,
-    grade_sample,
-    metric_of,
-    pair_sample,
-    percent,
-    shown_rate,
-)
-from recipes_lib.evals.questions import load_questions
+from recipes_lib.evals.questions import Question, load_questions
 from recipes_lib.evals.recipe import EvalRecipe
+from recipes_lib.evals.verdicts import Rate, counts_of, percent, shown_rate
 
 # by order and verdict: 1 where the opponent (output_1) wins, 2 where the candidate (output_2) does
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
@@ -46,102 +35,65 @@ class AlpacaEval(JudgedSuite):
     def __init__(self, recipe: EvalRecipe) -> None:
         super().__init__(recipe, load_questions(recipe))
 
-    def pair_items(self, answers: Answers, opponent: Answers) -> list[Item]:
-        """Return what is to be compared."""
-        return [
-            Item(
-                _drawn(one.id, draw),
-                one.turns[0],
-                answers.text(one.id, draw=draw),
-                opponent.text(one.id, draw=draw),
-                meta={"category": one.category, "question": one.id},
-            )
-            for draw in range(1, answers.draws + 1)
-            for one in self.chosen.questions
-        ]
+    def _draws(self, answers: Answers) -> Iterator[tuple[Question, int, str, str]]:
+        """Yield each question with each draw of its answer, the id of that to the judge, and the
+        answer.
+        """
+        for draw in range(1, answers.draws + 1):
+            for question in self.chosen.questions:
+                name = question.id if draw == 1 else f"{question.id}#{draw}"
+                yield question, draw, name, answers.text(question.id, draw=draw)
 
-    def to_judge(
-        self, answers: Answers, opponent: Answers | None, judge: Judge
-    ) -> Iterator[ToJudge]:
-        """Yield what is to be compared, then what is to be graded."""
-        assert opponent is not None
-        pairs = self.pair_items(answers, opponent)
-        yield ToJudge(pairs, judge.plan("relative"), answers.name)
-        if self.recipe.metrics.absolute:
-            items = [
-                Item(
-                    _drawn(one.id, draw),
-                    one.turns[0],
-                    answers.text(one.id, draw=draw),
-                    reference=one.reference[0] if one.reference else None,
-                )
-                for draw in range(1, answers.draws + 1)
-                for one in self.chosen.questions
-            ]
-            yield ToJudge(items, judge.plan("absolute"), f"{answers.name} 1-5")
+    def compared(self, answers: Answers, opponent: Answers) -> list[Asked]:
+        """Return every answer with its opponent's."""
+        asked = []
+        for question, draw, name, text in self._draws(answers):
+            other = opponent.text(question.id, draw=draw)
+            meta = {"category": question.category, "question": question.id}
+            item = Item(name, question.turns[0], text, other, meta=meta)
+            asked.append(Asked(item, question, draw=draw))
+        return asked
+
+    def graded(self, answers: Answers) -> list[Asked]:
+        """Return every answer, where grades are asked for."""
+        asked = []
+        for question, draw, name, text in self._draws(answers):
+            expected = question.reference[0] if question.reference else None
+            item = Item(name, question.turns[0], text, reference=expected)
+            asked.append(Asked(item, question, draw=draw))
+        return asked if self.recipe.metrics.absolute else []
 
     def metrics(self, judged: Judged) -> list[Metric]:
-        """Return the win rate, and the mean grade where it was asked for."""
-        pairs, grades = self._samples(judged)
-        opponent = judged.opponent
-        assert opponent is not None
-        self._write_for_alpaca_eval(pairs, judged)
-        rate = metric_of("win_rate", self.name_of("win rate"), pairs, opponent=opponent.name)
-        if not self.recipe.metrics.absolute:
-            return [rate]
-        return [rate, metric_of("grade", self.name_of("mean grade, 1-5"), grades, "grade")]
-
-    def _samples(self, judged: Judged) -> tuple[list[Sample], list[Sample]]:
-        """Return every answer's comparison, and its grade."""
-        by_item: dict[str, dict[str, Row]] = defaultdict(dict)
-        for row in judged.rows:
-            by_item[row["question_id"]][row["order"]] = row
-        answers, opponent = judged.answers, judged.opponent
-        assert opponent is not None
-        pairs, grades = [], []
-        for draw in range(1, answers.draws + 1):
-            for one in self.chosen.questions:
-                rows = by_item[_drawn(one.id, draw)]
-                text, other = answers.text(one.id, draw=draw), opponent.text(one.id, draw=draw)
-                known: dict[str, Any] = {
-                    "category": one.category or "all",
-                    "input": one.turns[0],
-                    "answer": text,
-                    "draw": draw,
-                    "cut": answers.is_cut(one.id, draw=draw),
-                }
-                lengths = (len(text), len(other))
-                pairs.append(pair_sample(one.id, rows, lengths=lengths, opponent=other, **known))
-                grades.append(
-                    grade_sample(one.id, rows.get("single"), lengths=lengths[:1], **known)
-                )
-        return pairs, grades
-
-    def _write_for_alpaca_eval(self, pairs: Sequence[Sample], judged: Judged) -> None:
-        """Write the files that alpaca_eval reads; it knows one answer per question, the first."""
-        opponent = judged.opponent
+        """Return the metrics, and write the files that alpaca_eval reads; it knows one answer per
+        question, the first.
+        """
+        metrics = super().metrics(judged)
+        opponent, name = judged.opponent, judged.answers.name
         assert opponent is not None
         is_reference = opponent.name == REFERENCE
         other = ", ".join(opponent.facts.models) if is_reference else opponent.name
-        suffix = "" if is_reference else f".against-{opponent.name}"
-        first = [one for one in pairs if one.draw == 1]
-        name, judge = judged.answers.name, judged.card.judge[:12]
+        annotator = f"judge-{judged.rows[0]['judge'][:12]}"
+        first = [each for each in metrics[0].samples if each.draw == 1]
         outputs = [
             {
-                "dataset": one.category,
-                "instruction": one.input,
-                "output": one.answer,
+                "dataset": each.category,
+                "instruction": each.input,
+                "output": each.answer,
                 "generator": name,
             }
-            for one in first
+            for each in first
         ]
-        annotations = [annotation(one, name, other, f"judge-{judge}") for one in first]
+        suffix = "" if is_reference else f".against-{opponent.name}"
         folder = judged.answers.folder(self.recipe.name) / "samples"
         for file, rows in (
             ("model_outputs.json", outputs),
-            (f"annotations{suffix}.json", annotations),
+            (
+                f"annotations{suffix}.json",
+                [annotation(each, name, other, annotator) for each in first],
+            ),
         ):
             write_text(folder / file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
+        return metrics
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
@@ -150,10 +102,11 @@ class AlpacaEval(JudgedSuite):
         head += ["win rate, tie = half [95%]", "all lost .. won", "at equal length", "mean 1-5"]
         rows = []
         for log in logs:
-            by_name = {one.metric: one for one in log.metrics}
-            pairs = by_name["win_rate"].samples
-            rate, grade = Rate.of(pairs), by_name.get("grade")
-            equal = at_equal_length(pairs) if _shows_length(log) else None
+            by_name = {each.metric: each for each in log.metrics}
+            pairs, grade = by_name["win_rate"].samples, by_name.get("grade")
+            rate, equal = Rate.of(pairs), None
+            if log.recipe.get("metrics", {}).get("length_controlled", True):
+                equal = at_equal_length(pairs)
             cells = [log.target, str(log.against), str(len(pairs))]
             cells += [str(count) for count in counts_of(pairs).values()]
             cells += [shown_rate(rate), f"{percent(rate.lowest)} .. {percent(rate.highest)}"]
@@ -163,31 +116,22 @@ class AlpacaEval(JudgedSuite):
         return [*aligned([head, *rows]), "", note, *footer(logs)]
 
 
-def _shows_length(log: EvalLog) -> bool:
-    return bool(log.recipe.get("metrics", {}).get("length_controlled", True))
-
-
-def _drawn(question: str, draw: int) -> str:
-    """The id under which an answer is judged: each of several is a pair of its own to the judge."""
-    return question if draw == 1 else f"{question}#{draw}"
-
-
-def annotation(one: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, object]:
+def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, object]:
     """Return a comparison as alpaca_eval's annotator writes it: preference 1 for the opponent, 2
     for the candidate, 1.5 for a tie.
     """
-    verdicts = dict(zip(ORDERS, one.verdicts, strict=True))
-    tie = one.opponent == one.answer
+    verdicts = dict(zip(ORDERS, sample.verdicts, strict=True))
+    tie = sample.opponent == sample.answer
     first, second = (
         1.5 if tie or verdicts[order] == "tie" else _PREFERENCE.get((order, verdicts[order]))
         for order in ("BA", "AB")
     )
     return {
-        "dataset": one.category,
-        "instruction": one.input,
-        "output_1": one.opponent,
+        "dataset": sample.category,
+        "instruction": sample.input,
+        "output_1": sample.opponent,
         "generator_1": opponent,
-        "output_2": one.answer,
+        "output_2": sample.answer,
         "generator_2": candidate,
         "annotator": annotator,
         "preference": None if first is None or second is None else (first + second) / 2,
@@ -207,9 +151,9 @@ def at_equal_length(samples: Sequence[Sample]) -> Rate | None:
     Source: Dubois et al. (2024), "Length-Controlled AlpacaEval", without its instruction and
         regularisation terms; clustered sandwich variance of Liang and Zeger (1986).
     """
-    known = [one for one in samples if one.value is not None and len(one.lengths) == 2]
-    lengths = np.array([one.lengths[0] - one.lengths[1] for one in known], dtype=float)
-    outcomes = np.array([one.value for one in known], dtype=float)
+    known = [each for each in samples if each.value is not None and len(each.lengths) == 2]
+    lengths = np.array([each.lengths[0] - each.lengths[1] for each in known], dtype=float)
+    outcomes = np.array([each.value for each in known], dtype=float)
     if len(known) < 10 or lengths.std() == 0 or outcomes.std() == 0:
         return None
     design = np.stack([np.ones_like(lengths), np.tanh(lengths / lengths.std())], axis=1)
@@ -224,7 +168,7 @@ def at_equal_length(samples: Sequence[Sample]) -> Rate | None:
             break
     p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
     inverse = np.linalg.inv(design.T @ (design * (p * (1 - p))[:, None]) + ridge)
-    codes = np.unique([one.id for one in known], return_inverse=True)[1]
+    codes = np.unique([each.id for each in known], return_inverse=True)[1]
     scores = np.zeros((int(codes.max()) + 1, 2))
     np.add.at(scores, codes, design * (outcomes - p)[:, None])
     error = math.sqrt((inverse @ (scores.T @ scores) @ inverse)[0, 0])

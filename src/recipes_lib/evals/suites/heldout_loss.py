@@ -30,7 +30,7 @@ from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.splits import TRAIN
 from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, log_file
 from recipes_lib.evals.models import Loaded, Model
-from recipes_lib.evals.outcomes import metric_of, number, shown_rate
+from recipes_lib.evals.verdicts import metric_of, number, shown_rate
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
 
 LOSS = "loss"
