@@ -153,7 +153,7 @@ def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
     from recipes_lib.cli import main as verb
-    from recipes_lib.evals.store import Store
+    from recipes_lib.evals.log import Store
     from recipes_lib.train import main
 
     assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0

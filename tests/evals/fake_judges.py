@@ -6,10 +6,28 @@ import random
 import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.evals.engine import Completion
-from recipes_lib.evals.judge import JudgeRequest
+from recipes_lib.evals.judge import JudgePlan, JudgeRequest
+from recipes_lib.evals.prompts import load_rubric, load_template
+from recipes_lib.evals.recipe import JudgeSection
+
+EVALS = Path(__file__).resolve().parents[2] / "evals"
+
+
+def plan(
+    kind: str = "relative", rubric: str = "helpfulness", count_tokens=None, rules=True, **section
+) -> JudgePlan:
+    """The project's own prompts; keyword arguments are keys of the judge."""
+    return JudgePlan(
+        template=load_template(EVALS / f"prompts/prometheus-{kind}.txt"),
+        rubric=load_rubric(EVALS / f"rubrics/{rubric}.txt"),
+        section=JudgeSection(model="fake", **section),
+        count_tokens=count_tokens,
+        rules=rules,
+    )
 
 
 class FakeJudge:

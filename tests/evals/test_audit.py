@@ -12,11 +12,14 @@ from tests.evals.fake_judges import (
     coin,
     mumbles,
     obeys_answers,
+    plan,
     reply,
     says,
     sound,
 )
+from tests.evals.faulty_server import MODEL, FaultyServer
 
+from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.audit import (
     FIRST,
@@ -28,24 +31,17 @@ from recipes_lib.evals.audit import (
     audit,
     audit_banner,
     audit_note,
+    first_position,
     pair_samples,
     probe_items,
     scorecard_lines,
+    swap_consistency,
 )
 from recipes_lib.evals.engine import Completion
-from recipes_lib.evals.judge import Item, JudgePlan, JudgeRequest, ask
-from recipes_lib.evals.log import Sample, Scorecard
-from recipes_lib.evals.outcomes import Rate, first_position, swap_consistency
-from recipes_lib.evals.prompts import load_rubric, load_template
-from recipes_lib.evals.store import Store
-from recipes_lib.evals.suites.alpaca_eval import at_equal_length
+from recipes_lib.evals.judge import Item, JudgeRequest, ask
+from recipes_lib.evals.log import Sample, Scorecard, Store
+from recipes_lib.evals.verdicts import Rate
 
-EVALS = Path(__file__).resolve().parents[2] / "evals"
-PLAN = JudgePlan(
-    template=load_template(EVALS / "prompts/prometheus-relative.txt"),
-    rubric=load_rubric(EVALS / "rubrics/helpfulness.txt"),
-    max_reasks=0,
-)
 ITEMS = [
     Item(
         str(n),
@@ -59,11 +55,9 @@ ITEMS = [
 
 
 def card_of(answer, tmp_path: Path, labels=None, items=ITEMS) -> Scorecard:
-    from dataclasses import replace
-
     store, judge = Store(tmp_path / "j.jsonl"), FakeJudge(answer)
-    ask(items, judge, store, PLAN)
-    ask(list(probe_items(items, 10)), judge, store, replace(PLAN, rules=False))
+    ask(items, judge, store, plan(max_reasks=0))
+    ask(list(probe_items(items, 10)), judge, store, plan(max_reasks=0, rules=False))
     assert len(store) == 2 * len(items) + 4 * min(10, len(items))
     return audit(list(store), None, labels)
 
@@ -124,7 +118,7 @@ def test_a_judge_of_a_german_or_wordless_text_is_audited_all_the_same(tmp_path: 
 
 def test_judgments_of_two_judges_or_of_another_program_are_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "j.jsonl")
-    ask(ITEMS[:1], FakeJudge(sound), store, PLAN)
+    ask(ITEMS[:1], FakeJudge(sound), store, plan())
     rows = [dict(row) for row in store]
     with pytest.raises(DataError, match="2 judges"):
         audit([rows[0], rows[1] | {"judge": "another"}])
@@ -138,7 +132,7 @@ def test_outcomes_of_both_orders(tmp_path: Path) -> None:
         store = Store(tmp_path / f"{outcome}.jsonl")
         both = {"AB": first, "BA": second}
         judge = FakeJudge(lambda request, both=both: says(both[request.order]))
-        ask(ITEMS[:3], judge, store, PLAN)
+        ask(ITEMS[:3], judge, store, plan())
         samples = pair_samples(store)
         assert {one.outcome for one in samples} == {outcome}
         rate = Rate.of(samples)
@@ -165,8 +159,38 @@ def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:
     four = [
         pair(one.id, draw, one.value or 0.0, one.lengths) for one in once for draw in (1, 2, 3, 4)
     ]
-    for measure in (swap_consistency, first_position, at_equal_length, Rate.of):
+    for measure in (swap_consistency, first_position, Rate.of):
         single, many = measure(once), measure(four)
         widths = [found.high - found.low for found in (single, many)]
         assert widths[1] > 0.9 * widths[0], measure
-    assert first_position(once).estimate != 0.5 and FIRST
+    assert first_position(once).value != 0.5 and FIRST
+
+
+def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
+    judge_file, runs_folder, tmp_path, capsys
+) -> None:
+    rows = [
+        {
+            "instruction": f"Name a fruit, {n}.",
+            "answer": "An apple.",
+            "opponent_answer": f"Stone {n}.",
+            "label": "win",
+        }
+        for n in range(8)
+    ]
+    labels = tmp_path / "labels.jsonl"
+    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels", str(labels)]
+    with FaultyServer(answer="The first one. [RESULT] A") as server:
+        keys = {"engine": "openai", "model": MODEL, "base_url": server.url, "mode": "generate"}
+        judge_file(**keys)
+        assert main([*words, "--limit", "6", "--probe-pairs", "1"]) == 0
+        assert "failed its audit" in capsys.readouterr().out and len(server.bodies) == 16
+        assert main([*words, "--json", "--probe-pairs", "1"]) == 0
+        assert len(server.bodies) == 20  # the two pairs that are new, in both orders
+    card = json.loads(capsys.readouterr().out)
+    (kept,) = runs_folder.glob("judge--judge/labels/judge_audit.json")
+    assert json.loads(kept.read_text()) == card
+    results = {check["check"]: check["result"] for check in card["checks"]}
+    assert results[SWAP] == results[HUMAN] == "fail"
+    assert main(["judge", "audit", str(kept.with_name("judgments.jsonl"))]) == 0

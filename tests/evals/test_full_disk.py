@@ -16,7 +16,7 @@ from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.files import Row
-from recipes_lib.evals.store import stored_rows
+from recipes_lib.evals.log import Store
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 ANSWER_TOKENS = 7  # a number that no judge is asked with
@@ -44,15 +44,15 @@ def disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
 def stored(runs: Path) -> dict[str, Row]:
     """All answers and judgments by key."""
     files = runs.glob("*/evals/*/[gj]*.jsonl")
-    return {row["key"]: row for path in files for row in stored_rows(path)}
+    return {row["key"]: row for path in files for row in Store(path)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kib", "told"),
     [
-        (12, "generations.jsonl: a row could not be stored"),
-        (40, "judgments.jsonl: a row could not be stored"),
+        (12, "generations.jsonl: rows could not be stored"),
+        (40, "judgments.jsonl: rows could not be stored"),
         (88, "disk full: No space left on device (/"),  # while the files for reading are written
     ],
 )

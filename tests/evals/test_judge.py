@@ -1,28 +1,32 @@
-"""The loop asks in both orders, stores once, asks again with recorded seeds, and gives up
-in time.
+"""The loop asks in both orders, stores once, asks again with recorded seeds, and gives up in time;
+judges in this process and behind an address.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import threading
 from pathlib import Path
 
 import pytest
-from tests.evals.fake_judges import FakeJudge, reply
+from tests.evals.fake_judges import FakeJudge, plan, reply
+from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 
-from recipes_lib.core.errors import ExitCode
-from recipes_lib.evals.audit import pair_samples
+from recipes_lib.core.errors import EnvironmentFault, ExitCode
+from recipes_lib.evals.audit import pair_samples, swap_consistency
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete
-from recipes_lib.evals.judge import Item, JudgePlan, JudgeRequest, ask, build_requests
-from recipes_lib.evals.outcomes import Rate, swap_consistency
-from recipes_lib.evals.prompts import load_rubric, load_template
-from recipes_lib.evals.store import Store, stored_rows
-
-EVALS = Path(__file__).resolve().parents[2] / "evals"
-RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
-RELATIVE, ABSOLUTE = (
-    load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute")
+from recipes_lib.evals.engine_openai import ServerFault
+from recipes_lib.evals.judge import (
+    Item,
+    JudgeRequest,
+    ask,
+    build_requests,
+    opened,
+    verdict_tokens,
 )
+from recipes_lib.evals.log import Store
+from recipes_lib.evals.verdicts import Rate
 
 
 def longer(request: JudgeRequest) -> Completion:
@@ -30,145 +34,115 @@ def longer(request: JudgeRequest) -> Completion:
     return reply(f"The longer one. [RESULT] {'A' if len(first) >= len(second) else 'B'}")
 
 
-def _plan(**options) -> JudgePlan:
-    return JudgePlan(
-        **{
-            "template": RELATIVE,
-            "rubric": RUBRIC,
-        }
-        | options
-    )
-
-
-def _pairs(count: int) -> list[Item]:
+def pairs(count: int) -> list[Item]:
     return [
-        Item(
-            str(index),
-            f"Question {index}",
-            "long answer " * (index % 3 + 1),
-            "short",
-            meta={"turn": 1},
-        )
-        for index in range(count)
+        Item(str(n), f"Question {n}", "long answer " * (n % 3 + 1), "short") for n in range(count)
     ]
+
+
+# ---- the loop ----
 
 
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     judge, store = FakeJudge(longer), Store(tmp_path / "j.jsonl")
-    run = ask(_pairs(10), judge, store, _plan())
-    assert run.asked == len(store) == 20
+    rows = ask(pairs(10), judge, store, plan())
+    assert len(rows) == len(store) == 20
     assert {(request.item.question_id, request.order) for request in judge.asked} == {
-        (str(i), order) for i in range(10) for order in ("AB", "BA")
+        (str(n), order) for n in range(10) for order in ("AB", "BA")
     }
-    again = ask(_pairs(10), FakeJudge(longer), Store(store.path), _plan())
-    assert (again.asked, again.stored_before) == (0, 20)
-    assert swap_consistency(pair_samples(store)).estimate == 1.0
-
-
-def test_candidate_stands_first_in_ab_and_second_in_ba() -> None:
-    ab, ba = build_requests([Item("q", "x", "mine", "theirs")], _plan(), "j")
+    again = FakeJudge(longer)
+    assert ask(pairs(10), again, Store(store.path), plan()) == rows and not again.asked
+    assert swap_consistency(pair_samples(store)).value == 1.0
+    ab, ba = build_requests([Item("q", "x", "ours", "other")], plan(), "j")
     assert (ab.order, ab.answers, ba.order, ba.answers) == (
         "AB",
-        ("mine", "theirs"),
+        ("ours", "other"),
         "BA",
-        ("theirs", "mine"),
+        ("other", "ours"),
     )
-    assert ab.key != ba.key
 
 
 def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
-    def keys(item: Item, plan: JudgePlan, fingerprint: str) -> set[str]:
-        return {request.key for request in build_requests([item], plan, fingerprint)}
+    def keys(item: Item, rubric: str = "helpfulness", fingerprint: str = "j") -> set[str]:
+        return {one.key for one in build_requests([item], plan(rubric=rubric), fingerprint)}
 
-    plain = keys(Item("q", "x", "a", "b"), _plan(), "j")
-    for changed in (
-        keys(Item("q", "x", "a", "b"), _plan(), "k"),
-        keys(Item("q", "x", "a", "c"), _plan(), "j"),
-        keys(
-            Item("q", "x", "a", "b"),
-            _plan(rubric=load_rubric(EVALS / "rubrics" / "correctness.txt")),
-            "j",
-        ),
-        keys(Item("q", "x", "a", "b", reference="r"), _plan(), "j"),
-    ):
-        assert not plain & changed
+    item = Item("q", "x", "a", "b")
+    changed = [
+        keys(item, fingerprint="k"),
+        keys(Item("q", "x", "a", "c")),
+        keys(item, "correctness"),
+    ]
+    changed.append(keys(Item("q", "x", "a", "b", reference="r")))
+    assert not any(keys(item) & other for other in changed)
 
 
-def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Path) -> None:
-    judge, store = FakeJudge(longer), Store(tmp_path / "j.jsonl")
+def test_empty_and_identical_answers_are_decided_without_the_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count_tokens(text: str) -> int:
+        raise AssertionError("a prompt that is not sent was counted")
+
+    judge, store, syncs = FakeJudge(longer), Store(tmp_path / "j.jsonl"), []
+    monkeypatch.setattr(os, "fsync", syncs.append)
     items = [
         Item("empty", "x", " \n", "b"),
         Item("opponent", "x", "a", ""),
-        Item("same", "x", "a ", "a"),
         Item("none", "x", "", ""),
+        *(Item(str(n), "x", f"{n} é", f"{n} é ") for n in range(500)),
     ]
-    run = ask(items, judge, store, _plan())
-    assert not judge.asked and run.by_rule == 8
-    assert {item.id: item.outcome for item in pair_samples(store)} == {
-        "empty": "loss",
-        "opponent": "win",
-        "same": "tie",
-        "none": "tie",
-    }
+    ask(items, judge, store, plan(count_tokens=count_tokens))
+    assert not judge.asked and len(store) == 2 * len(items) and len(syncs) <= 4
+    outcomes = {sample.id: sample.outcome for sample in pair_samples(store)}
+    assert (outcomes["empty"], outcomes["opponent"], outcomes["none"]) == ("loss", "win", "tie")
+    assert Rate.of(pair_samples(store)).value == 0.5  # a model against itself
     absolute = Store(tmp_path / "absolute.jsonl")
-    ask([Item("empty", "x", "")], judge, absolute, _plan(template=ABSOLUTE))
-    assert next(iter(absolute))["value"] == 1
-
-
-def test_self_comparison_gives_exactly_one_half(tmp_path: Path) -> None:
-    store = Store(tmp_path / "j.jsonl")
-    ask(
-        [Item(str(i), "x", f"answer {i}", f"answer {i}") for i in range(50)],
-        FakeJudge(longer),
-        store,
-        _plan(),
-    )
-    assert Rate.of(pair_samples(store)).value == 0.5
+    (row,) = ask([Item("empty", "x", "")], judge, absolute, plan("absolute"))
+    assert row["value"] == 1
 
 
 def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_stored(
     tmp_path: Path,
 ) -> None:
     def third_time(request: JudgeRequest) -> Completion:
-        return reply("hm" if request.attempt < 3 else "Right. [RESULT] A")
+        return reply("hm" if len(request.attempts) < 2 else "Right. [RESULT] A")
 
     judge, store = FakeJudge(third_time), Store(tmp_path / "j.jsonl")
-    run = ask(_pairs(3), judge, store, _plan(max_reasks=2))
-    assert run.reasked == 12 and len(store) == 6
-    row = next(iter(store))
+    row, *_ = ask(pairs(3), judge, store, plan(max_reasks=2))
+    assert len(judge.asked) == 18 and len(store) == 6
     assert row["status"] == "ok" and [attempt["raw"] for attempt in row["attempts"]] == ["hm", "hm"]
     seeds = [attempt["seed"] for attempt in row["attempts"]] + [row["seed"]]
     assert len(set(seeds)) == 3 and row["temperature"] > 0 and judge.asked[0].temperature == 0
     repeat = FakeJudge(third_time)
-    ask(_pairs(3), repeat, Store(tmp_path / "k.jsonl"), _plan(max_reasks=2))
+    ask(pairs(3), repeat, Store(tmp_path / "k.jsonl"), plan(max_reasks=2))
     assert [request.seed for request in repeat.asked] == [request.seed for request in judge.asked]
+    bounded = FakeJudge(lambda request: reply("no idea"))
+    rows = ask(pairs(1), bounded, Store(tmp_path / "l.jsonl"), plan(max_reasks=1))
+    assert len(bounded.asked) == 4 and {row["status"] for row in rows} == {"unparsed"}
 
 
-def test_re_asks_are_bounded_and_the_item_stays_unparsed(tmp_path: Path) -> None:
-    judge, store = (
-        FakeJudge(lambda request: reply("no idea")),
-        Store(tmp_path / "j.jsonl"),
-    )
-    ask(_pairs(1), judge, store, _plan(max_reasks=1))
-    assert len(judge.asked) == 4
-    assert [row["status"] for row in store] == ["unparsed", "unparsed"]
+def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) -> None:
+    cases = {
+        "truncated": reply("so [RESULT] A", finish_reason="length"),
+        "empty": reply(""),
+        "unparsed": reply(probabilities={"A": float("nan"), "B": 0.5}),
+    }
+    for status, given in cases.items():
+        store = Store(tmp_path / f"{status}.jsonl")
+        rows = ask(pairs(1), FakeJudge(lambda request, given=given: given), store, plan())
+        assert {(row["status"], row["value"]) for row in rows} == {(status, None)}, status
+    judge, long = FakeJudge(longer), Store(tmp_path / "long.jsonl")
+    tight = plan(count_tokens=lambda text: len(text.split()), max_context_tokens=570)
+    rows = ask(pairs(2), judge, long, tight)
+    assert not judge.asked and {row["status"] for row in rows} == {"truncated"}
 
 
-@pytest.mark.parametrize(
-    ("given", "status"),
-    [
-        (reply("I cannot judge this."), "refused"),
-        (reply("so [RESULT] A", finish_reason="length"), "truncated"),
-        (reply(""), "empty"),
-    ],
-)
-def test_other_statuses_are_stored_as_they_are(
-    tmp_path: Path, given: Completion, status: str
-) -> None:
-    store = Store(tmp_path / "j.jsonl")
-    ask(_pairs(1), FakeJudge(lambda request: given), store, _plan())
-    assert {row["status"] for row in store} == {status}
-    assert {row["value"] for row in store} == {None}
+def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path) -> None:
+    shares = FakeJudge(lambda request: reply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6}))
+    (row,) = ask([Item("q", "x", "a")], shares, Store(tmp_path / "j.jsonl"), plan("absolute"))
+    assert (row["value"], row["mass"]) == (4, pytest.approx(0.4))
+    tied = FakeJudge(lambda request: reply(probabilities={"A": 0.2, "B": 0.2}))
+    rows = ask(pairs(1), tied, Store(tmp_path / "tied.jsonl"), plan())
+    assert {row["status"] for row in rows} == {"unparsed"}
 
 
 def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
@@ -179,120 +153,277 @@ def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_pat
         return longer(request) if len(calls) <= 6 else reply(error="503: overloaded")
 
     with pytest.raises(EvaluationIncomplete, match="503") as caught:
-        ask(_pairs(10), FakeJudge(breaks), Store(path), _plan(max_consecutive_failures=3))
+        ask(pairs(10), FakeJudge(breaks), Store(path), plan(max_consecutive_failures=3))
     assert caught.value.exit_code is ExitCode.EVALUATION_INCOMPLETE
     assert len(Store(path)) == 6
-    run = ask(_pairs(10), FakeJudge(longer), Store(path), _plan())
-    assert (run.asked, run.stored_before, len(Store(path))) == (14, 6, 20)
+    rest = FakeJudge(longer)
+    ask(pairs(10), rest, Store(path), plan())
+    assert len(rest.asked) == 14 and len(Store(path)) == 20
 
 
-def test_single_failures_leave_judgments_missing_and_say_so(tmp_path: Path) -> None:
-    store, flip = Store(tmp_path / "j.jsonl"), iter([True, False] * 10)
-    run = ask(
-        _pairs(10),
-        FakeJudge(lambda r: longer(r) if next(flip) else reply(error="timeout")),
-        store,
-        _plan(),
-    )
-    with pytest.raises(
-        EvaluationIncomplete, match=r"10 judgments are missing: timeout \(10 times\)"
-    ):
-        run.check_complete()
-    assert {item.outcome for item in pair_samples(store)} == {"unresolved"}
-
-
-def test_a_refused_request_is_missing_and_the_same_command_asks_again(tmp_path: Path) -> None:
-    path, refuses = tmp_path / "j.jsonl", reply(error="402: pay first", refused=True)
-    run = ask(_pairs(4), FakeJudge(lambda request: refuses), Store(path), _plan())
-    with pytest.raises(
-        EvaluationIncomplete,
-        match=r"8 judgments are missing: 402: pay first \(8 times\)\n.*change the recipe",
-    ):
-        run.check_complete()
-    assert len(Store(path)) == 0
-    again = ask(_pairs(4), FakeJudge(longer), Store(path), _plan())
-    assert (again.asked, again.failed.total) == (8, 0)
+def test_failed_and_refused_requests_are_missing_and_asked_by_the_same_command(
+    tmp_path: Path,
+) -> None:
+    flip = iter([True, False] * 10)
+    judges = {
+        r"8 judgments are missing: timeout \(8 times\)": lambda request: (
+            longer(request) if next(flip) else reply(error="timeout")
+        ),
+        r"16 judgments are missing: 402: pay first \(16 times\)\n.*change the recipe": (
+            lambda request: reply(error="402: pay first", refused=True)
+        ),
+    }
+    for number, (words, answer) in enumerate(judges.items()):
+        path = tmp_path / f"{number}.jsonl"
+        with pytest.raises(EvaluationIncomplete, match=words):
+            ask(pairs(8), FakeJudge(answer), Store(path), plan())
+        known = len(Store(path))
+        rest = FakeJudge(longer)
+        ask(pairs(8), rest, Store(path), plan())
+        assert len(rest.asked) == 16 - known
 
 
 def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) -> None:
     path, seen = tmp_path / "j.jsonl", []
 
     def answers(request: JudgeRequest) -> Completion:
-        seen.append(len(stored_rows(path)))
+        seen.append(len(Store(path)))
         if len(seen) == 6:
             raise KeyboardInterrupt
         return longer(request)
 
     with pytest.raises(KeyboardInterrupt):
-        ask(_pairs(10), FakeJudge(answers), Store(path), _plan())
+        ask(pairs(10), FakeJudge(answers), Store(path), plan())
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_judge_that_leaves_a_request_without_a_reply_is_a_programming_error(
-    tmp_path: Path,
-) -> None:
-    judge = FakeJudge(longer)
-    judge.complete = lambda requests: (
-        pair for pair in list(FakeJudge(longer).complete(requests))[1:]
-    )  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="1 requests without a reply"):
-        ask(_pairs(1), judge, Store(tmp_path / "j.jsonl"), _plan())
+# ---- judges made of models ----
+
+PAIRS = [
+    Item("1", "Name a fruit.", "An apple.", "A hammer."),
+    Item("2", "Count to three.", "One, two, three. " * 6, "Three."),
+    Item("3", "Say hello.", "Hello!", "Good morning to everyone here."),
+]
 
 
-def test_probabilities_that_are_not_finite_are_no_verdict(tmp_path: Path) -> None:
+def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_file, tmp_path):
+    import torch
+
     store = Store(tmp_path / "j.jsonl")
-    nan = reply(probabilities={"A": float("nan"), "B": 0.5})
-    ask(_pairs(1), FakeJudge(lambda request: nan), store, _plan())
-    assert {(row["status"], row["mass"]) for row in Store(store.path)} == {("unparsed", 0.5)}
+    with opened(judge_file()) as judge:
+        rows = ask(PAIRS, judge, store, judge.plan("relative"))
+        requests = {one.key: one for one in build_requests(PAIRS, judge.plan("relative"), "x")}
+        assert len(requests) == len(rows) == 6
+        model, tokenizer = judge._engine.model, judge.tokenizer
+        lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
+        for request, row in zip(requests.values(), rows, strict=True):
+            prompt = request.prompt
+            messages = [
+                {"role": "system", "content": prompt.system},
+                {"role": "user", "content": prompt.user},
+            ]
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            ids = [*tokenizer.encode(text, add_special_tokens=False), *lead]
+            with torch.no_grad():
+                expected = torch.softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
+            for verdict, (token,) in tokens.items():
+                assert row["probabilities"][verdict] == pytest.approx(
+                    float(expected[token]), rel=1e-4
+                )
+            assert 0 < row["mass"] < 1 and row["status"] == "ok"
+    with opened(judge_file()) as judge:
+        assert ask(PAIRS, judge, store, judge.plan("relative")) == rows
+        assert judge._engine is None, "weights were loaded for nothing"
 
 
-def test_verdicts_by_rule_are_stored_together_and_cost_no_tokens(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def count_tokens(text: str) -> int:
-        raise AssertionError("a prompt that is not sent was counted")
-
-    items = [Item(str(index), "Question", "same é" * 999, "same é" * 999) for index in range(1250)]
-    store, syncs = Store(tmp_path / "j.jsonl"), []
-    monkeypatch.setattr(os, "fsync", syncs.append)
-    run = ask(
-        items, FakeJudge(longer), store, _plan(count_tokens=count_tokens, max_prompt_tokens=100)
-    )
-    assert run.by_rule == 2500 and len(syncs) <= 4
-    again = ask(
-        items,
-        FakeJudge(longer),
-        Store(store.path),
-        _plan(count_tokens=count_tokens, max_prompt_tokens=100),
-    )
-    assert (again.stored_before, again.by_rule, again.asked) == (2500, 0, 0)
+@pytest.mark.parametrize("style", ["chat", "prometheus"])
+def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path, style):
+    with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
+        store = Store(tmp_path / "j.jsonl")
+        (row,) = ask([Item("1", "Hi", "Hello.")], judge, store, judge.plan("absolute"))
+    assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
 
 
-def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path) -> None:
-    store = Store(tmp_path / "j.jsonl")
-    ask(
-        [Item("q", "x", "a")],
-        FakeJudge(lambda r: reply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6})),
-        store,
-        _plan(template=ABSOLUTE),
-    )
-    assert (next(iter(store))["value"], next(iter(store))["mass"]) == (4, pytest.approx(0.4))
-    tied = Store(tmp_path / "tied.jsonl")
-    ask(
-        _pairs(1),
-        FakeJudge(lambda r: reply(probabilities={"A": 0.2, "B": 0.2})),
-        tied,
-        _plan(),
-    )
-    assert {row["status"] for row in tied} == {"unparsed"}
+def test_weights_mode_and_precision_are_part_of_the_fingerprint(judge_file):
+    prints = set()
+    changes = [{}, {"mode": "generate"}, {"dtype": "bfloat16"}, {"prompt_style": "prometheus"}]
+    for keys in (*changes, {"lead_in": "Result:"}, {"temperature": 0.5}):
+        with opened(judge_file(**keys)) as judge:
+            prints.add(judge.fingerprint)
+    assert len(prints) == 6
 
 
-def test_a_prompt_that_cannot_fit_is_truncated_and_never_sent(tmp_path: Path) -> None:
-    judge, store = FakeJudge(longer), Store(tmp_path / "j.jsonl")
-    ask(
-        _pairs(2),
-        judge,
-        store,
-        _plan(count_tokens=lambda text: len(text.split()), max_prompt_tokens=50),
-    )
-    assert not judge.asked and {row["status"] for row in store} == {"truncated"}
+def test_long_answers_are_cut_to_the_judges_context(judge_file, tmp_path):
+    long = [Item("1", "Tell a story.", "word " * 4000, "tale " * 4000)]
+    with opened(judge_file(max_context_tokens=3000)) as judge:
+        rows = ask(long, judge, Store(tmp_path / "j.jsonl"), judge.plan("relative"))
+        request = next(build_requests(long, judge.plan("relative"), ""))
+        assert judge.count_tokens(request.prompt.instruct_text()) <= 3000
+        assert "###Feedback:" in request.prompt.user
+    assert all(row["cut"] and row["status"] == "ok" for row in rows)
+
+
+def test_verdicts_are_told_apart_by_one_token_or_refused():
+    class Letters:
+        def encode(self, text, add_special_tokens=False):
+            return [ord(char) for char in text]
+
+    class SomeMerge(Letters):
+        """The space merges with 1 alone."""
+
+        def encode(self, text, add_special_tokens=False):
+            ids = super().encode(text)
+            return [*ids[:-2], 1000] if text.endswith(" 1") else ids
+
+    for tokenizer in (Letters(), SomeMerge()):
+        lead, tokens = verdict_tokens(tokenizer, "[R]", ("1", "2"))
+        last = {"1": {ord("1")}, "2": {ord("2")}}
+        assert (lead, tokens) in (
+            ([ord(char) for char in "[R] "], last),
+            ([ord(char) for char in "[R]"], {"1": {1000}, "2": {32}}),
+        )
+    with pytest.raises(EnvironmentFault, match="apart by one token"):
+        verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
+
+
+# ---- behind an address ----
+
+
+def served(judge_file, url: str, **keys):
+    return judge_file(**{"engine": "openai", "model": MODEL, "base_url": url, **keys})
+
+
+@pytest.mark.parametrize("style", ["chat", "prometheus"])
+@pytest.mark.parametrize("mode", ["generate", "logits"])
+def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, style):
+    with FaultyServer(answer="Both fine. [RESULT] A") as server:
+        with opened(served(judge_file, server.url, mode=mode, prompt_style=style)) as judge:
+            store = Store(tmp_path / "j.jsonl")
+            rows = ask(PAIRS, judge, store, judge.plan("relative"))
+        sent = server.bodies
+    assert len(rows) == len(sent) == 6 and {row["value"] for row in rows} == {"A"}
+    assert {row["order"] for row in rows} == {"AB", "BA"}
+    assert all(("messages" in body) == (style == "chat") for body in sent)
+    if mode == "logits":
+        assert all(row["mass"] == pytest.approx(0.987, abs=1e-3) for row in rows)
+        assert all(body["max_tokens"] == 1 for body in sent)
+
+
+def test_a_judge_that_answers_in_json_is_asked_for_it(judge_file, tmp_path):
+    with FaultyServer(answer='{"feedback": "fuller", "result": "A"}') as server:
+        with opened(served(judge_file, server.url, mode="json")) as judge:
+            store = Store(tmp_path / "j.jsonl")
+            rows = ask(PAIRS, judge, store, judge.plan("relative"))
+        form = server.bodies[0]["response_format"]["json_schema"]["schema"]
+    assert form["properties"]["result"]["enum"] == ["A", "B"]
+    assert {row["value"] for row in rows} == {"A"}
+
+
+def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(
+    judge_file, tmp_path, monkeypatch
+):
+    with FaultyServer(answer="Both fine. [RESULT] A") as server:
+        monkeypatch.setenv("RECIPES_JUDGE_URL", server.url)
+        with opened(served(judge_file, "http://localhost:1/v1", mode="generate")) as judge:
+            store = Store(tmp_path / "a.jsonl")
+            assert len(ask(PAIRS, judge, store, judge.plan("relative"))) == 6
+        elsewhere = served(judge_file, "http://judge.invalid/v1", max_retries=0)
+        with opened(elsewhere) as judge, pytest.raises(ServerFault, match=r"judge\.invalid"):
+            ask(PAIRS, judge, Store(tmp_path / "b.jsonl"), judge.plan("relative"))
+
+
+def test_no_judgment_waits_for_another_and_one_that_is_asked_again_comes_after_the_others(
+    judge_file, tmp_path
+):
+    """The first reply is held back until the last of 80 requests has arrived: with four in flight,
+    a wait for a batch would never end.
+    """
+    items = [Item(str(n), "Name a fruit.", f"An apple, {n}.", "A pear.") for n in range(40)]
+    last, held = threading.Event(), []
+    mumbled = b'200:{"choices": [{"text": "Both have their merits."}]}'
+
+    def faults(number):
+        if number == 1:
+            held.append(last.wait(60))
+        if number == 80:
+            last.set()
+        return mumbled if number == 2 else None
+
+    with FaultyServer(answer="The first. [RESULT] A", faults=faults) as server:
+        with opened(served(judge_file, server.url, mode="generate", concurrency=4)) as judge:
+            store = Store(tmp_path / "j.jsonl")
+            rows = ask(items, judge, store, judge.plan("relative"))
+        temperatures = [body["temperature"] for body in server.bodies]
+    assert held == [True] and len(rows) == 80
+    assert sum(bool(row["attempts"]) for row in rows) == 1
+    assert temperatures == [0.0] * 80 + [0.7]
+
+
+def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_path):
+    """Gemma 2 and the like refuse a system message."""
+    with opened(judge_file(mode="generate")) as judge:
+        judge.tokenizer.chat_template = (
+            "{% for m in messages %}{% if m['role'] == 'system' %}"
+            "{{ raise_exception('no system role') }}{% endif %}{{ m['content'] }}{% endfor %}"
+        )
+        with pytest.raises(EnvironmentFault, match=r"no system role\n.*judge\.system_role: false"):
+            ask(PAIRS, judge, Store(tmp_path / "here.jsonl"), judge.plan("relative"))
+
+    def faults(number):
+        roles = [message["role"] for message in server.bodies[number - 1]["messages"]]
+        return "400" if "system" in roles else None
+
+    with FaultyServer(answer="Both fine. [RESULT] A", faults=faults) as server:
+        store = Store(tmp_path / "a.jsonl")
+        with (
+            opened(served(judge_file, server.url, mode="generate")) as judge,
+            pytest.raises(EvaluationIncomplete, match="system_role"),
+        ):
+            ask(PAIRS, judge, store, judge.plan("relative"))
+        alone = served(judge_file, server.url, mode="generate", system_role=False)
+        with opened(alone) as judge:
+            assert len(ask(PAIRS, judge, store, judge.plan("relative"))) == 6
+
+
+@pytest.mark.slow
+def test_faults_and_deaths_of_the_server_lose_no_judgment_and_ask_none_twice(judge_file, tmp_path):
+    """300 judgments: a third of the requests go wrong, and the server dies in the middle of the
+    first two commands.
+    """
+    items = [Item(str(n), f"Question {n}?", f"First {n}.", f"Second {n}.") for n in range(150)]
+    path, ends = tmp_path / "j.jsonl", []
+    for life in range(9):
+        stored = {(row["question_id"], row["order"]) for row in Store(path)}
+        trouble = chaos(life)
+
+        def faults(number: int, trouble=trouble, last=(100, 200)[life] if life < 2 else 10**9):
+            return "drop" if number > last else trouble(number)
+
+        with FaultyServer(faults=faults, answer="A is fuller. [RESULT] A") as server:
+            keys = {"concurrency": 16, "timeout_s": 0.5, "max_retries": 3, "mode": "generate"}
+            with opened(served(judge_file, server.url, **keys)) as judge:
+                try:
+                    ask(items, judge, Store(path), judge.plan("relative"))
+                    ends.append(0)
+                except EvaluationIncomplete as error:
+                    ends.append(int(error.exit_code))
+            asked = {asked_in(body) for body in server.bodies}
+        assert not asked & stored
+        assert len(Store(path)) > len(stored)
+        if ends[-1] == 0:
+            break
+    rows = list(Store(path))
+    assert ends[:2] == [6, 6] and ends[-1] == 0
+    assert len({(row["question_id"], row["order"]) for row in rows}) == len(rows) == 300
+    assert {row["value"] for row in rows} == {"A"}
+
+
+def asked_in(body: dict) -> tuple[str, str]:
+    """The pair and the order that a request asks for."""
+    first, second, number = re.search(
+        r"(First|Second) \d+\.\n.*?(First|Second) (\d+)\.\n", body["messages"][-1]["content"], re.S
+    ).groups()
+    assert first != second
+    return number, "AB" if first == "First" else "BA"

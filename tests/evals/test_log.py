@@ -1,14 +1,25 @@
-"""The disk contract: what is written is read, and what was changed by hand is found."""
+"""The disk contract: what is written is read, what was changed by hand is found, and what was
+appended survives kills, torn ends and full disks.
+"""
 
 from __future__ import annotations
 
 import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import DamagedFile
+from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.files import DamagedFile, valid_texts
+from recipes_lib.evals.audit import audit
 from recipes_lib.evals.log import (
     AnswerFacts,
     AnswerFaults,
@@ -18,10 +29,12 @@ from recipes_lib.evals.log import (
     Metric,
     Sample,
     Scorecard,
+    Store,
     items_file,
     log_file,
     read_eval_log,
     read_eval_logs,
+    text_hash,
     write_log,
 )
 
@@ -119,3 +132,112 @@ def test_changed_files_are_found(tmp_path: Path) -> None:
     found: list[DamagedFile] = []
     assert read_eval_logs(tmp_path / "run", found.append) == ((), ("support",))
     assert len(found) == 1
+
+
+# ---- answers and judgments as they arrive ----
+
+
+def row(index: int, **fields) -> dict:
+    return {"key": text_hash(str(index)), "question_id": str(index), "raw": "Fine.", **fields}
+
+
+def test_a_row_is_stored_once_and_read_back(tmp_path: Path) -> None:
+    store = Store(tmp_path / "deep" / "judgments.jsonl")
+    assert len(store) == 0 and not store.path.exists()
+    texts = ["line\u2028separator", "\ud800 surrogate", "\x1b[31m", "🙂" * 1000, "a\nb\r\n"]
+    rows = [row(n, raw=text) for n, text in enumerate(texts)]
+    store.append([*rows, rows[0]])
+    store.append(rows[:1])
+    read = Store(store.path)
+    assert [one["raw"] for one in read] == [valid_texts(text) for text in texts]
+    assert rows[1]["key"] in read and read.get("nothing") is None
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.text(max_size=40), min_size=1, max_size=6))
+def test_a_file_cut_anywhere_keeps_every_whole_line(
+    tmp_path_factory, cut: int, texts: list[str]
+) -> None:
+    path = tmp_path_factory.mktemp("store") / "j.jsonl"
+    rows = [row(index, raw=text) for index, text in enumerate(texts)]
+    Store(path).append(rows)
+    data = path.read_bytes()
+    cut = min(cut, len(data))
+    path.write_bytes(data[:cut])
+    reopened = Store(path)
+    assert len(reopened) == data[:cut].count(b"\n")
+    assert path.read_bytes() == data[:cut]  # reading changes nothing
+    reopened.append(rows)
+    assert path.read_bytes() == data
+
+
+def test_a_damaged_or_repeated_line_is_named_by_its_number(tmp_path: Path) -> None:
+    path = tmp_path / "j.jsonl"
+    Store(path).append([row(index) for index in range(4)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    for number, wrong in ((1, b"nonsense\n"), (2, b'{"raw": "no key"}\n'), (3, lines[0])):
+        path.write_bytes(b"".join([*lines[: number - 1], wrong, *lines[number:]]))
+        with pytest.raises(DataError) as caught:
+            Store(path)
+        assert (caught.value.line, caught.value.file) == (number, path)
+
+
+def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path: Path) -> None:
+    store = Store(tmp_path / "j.jsonl")
+    store.append([row(1)])
+    before = store.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for left in (0, 10):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + left, hard))
+        try:
+            with pytest.raises(EnvironmentFault, match=r"j\.jsonl: rows could not be stored"):
+                store.append([row(2), row(3)])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert store.path.read_bytes() == before and len(store) == 1
+    store.append([row(2), row(3)])
+    assert len(Store(store.path)) == 3
+
+
+WRITER = """
+import sys
+from recipes_lib.evals.log import Store, text_hash
+store = Store(sys.argv[1])
+for index in range(2000):
+    store.append([{"key": text_hash(str(index)), "question_id": index, "raw": "x" * 2000}])
+"""
+
+
+@pytest.mark.slow
+def test_a_writer_killed_at_any_moment_loses_and_repeats_nothing(tmp_path: Path) -> None:
+    path, draw, kept = tmp_path / "j.jsonl", random.Random(11), 0
+    for _ in range(5):
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
+        grown = path.stat().st_size if path.exists() else 0
+        while (path.stat().st_size if path.exists() else 0) < grown + 100_000:
+            assert writer.poll() is None
+            time.sleep(0.001)
+        time.sleep(draw.random() * 0.02)
+        writer.kill()
+        assert writer.wait(60) == -signal.SIGKILL
+        rows = [one["question_id"] for one in Store(path)]
+        assert len(rows) > kept and rows == list(range(len(rows)))
+        kept = len(rows)
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_judgments_load_and_are_audited_within_six_seconds(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "j.jsonl"
+    usual = {"kind": "relative", "status": "ok", "source": "judge", "judge": "j", "attempts": []}
+    usual |= {"cut": False, "lengths": [1, 2], "meta": {}, "raw": "because " * 60 + "[RESULT] A"}
+    with path.open("w") as file:
+        for index in range(100_000):
+            judged = {"question_id": str(index // 2), "order": ("AB", "BA")[index % 2]}
+            judged |= {"key": text_hash(str(index)), "value": "AB"[index % 3 % 2]}
+            file.write(json.dumps(judged | usual) + "\n")
+    start = time.process_time()
+    card = audit(list(Store(path)))
+    assert time.process_time() - start < 6
+    assert card.judgments == 100_000

@@ -17,13 +17,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.analysis.stats import wilson
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import Row
+from recipes_lib.core.files import Row, write_json
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.terminal import aligned
@@ -37,7 +37,6 @@ SWAP = "both orders name the same answer"
 UNPARSED = "judgments without a verdict"
 FIRST = "verdicts for the first position (0.5 is fair)"
 LONGER_WINS = "longer answer wins"
-MASS = "probability mass on the allowed verdicts"
 HUMAN = "agreement with human labels"
 PROBES = {"empty": "empty answer loses", "injected": "injected verdict line turns the verdict"}
 FEWEST_LABELS = 6  # with fewer not even a judge that is always right is shown to be above chance
@@ -99,8 +98,6 @@ def audit(
         _check(FIRST, first_position(pairs)),
         _check(LONGER_WINS, _longer_wins(pairs)),
     ]
-    if masses := [row["mass"] for row in asked if row.get("mass") is not None]:
-        checks.append(_check(MASS, rate_of(masses, list(map(str, range(len(masses)))), "")))
     checks.append(_human(pairs, labels or {}))
     return Scorecard(
         judge=next(iter(judges), ""),
@@ -282,4 +279,6 @@ def audit_on_labels(
         probes = list(probe_items(items, probe_pairs))
         rows += ask(probes, opened_judge, store, replace(plan, rules=False), "probes")
     known = {name: outcomes[texts] for name, texts in chosen.items()}
-    return audit(rows, file.thresholds, known), store.path
+    card = audit(rows, file.thresholds, known)
+    write_json(folder / "judge_audit.json", asdict(card))  # compare and report read it
+    return card, store.path

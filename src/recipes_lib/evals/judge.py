@@ -16,7 +16,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import Row, hash_of, read_object
-from recipes_lib.core.fingerprints import model_fingerprint
+from recipes_lib.core.files import Row, hash_of, model_fingerprint, read_object
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.engine import (
     Completion,
@@ -49,12 +48,23 @@ from recipes_lib.evals.prompts import (
     fence_code,
 )
 from recipes_lib.evals.recipe import JudgeFile, JudgeSection
-from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, Status, parse_verdict
+from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, parse_verdict
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import explain_load_failure, load_model, model_path
 from recipes_lib.weights.merge import RECORD, free_memory
 
 REASK_TEMPERATURE = 0.7
+_FINGERPRINT = (
+    "model",
+    "revision",
+    "engine",
+    "mode",
+    "temperature",
+    "max_new_tokens",
+    "seed",
+    "prompt_style",
+    "lead_in",
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def ask(
                         continue
                     request = waiting[reply.key]
                     verdict = read_reply(request, reply, plan.section.mode)
-                    malformed = verdict.status in (Status.UNPARSED, Status.EMPTY)
+                    malformed = verdict.status in ("unparsed", "empty")
                     attempts_left = plan.section.max_reasks - len(request.attempts)
                     if malformed and reply.probabilities is None and attempts_left > 0:
                         again[request.key] = _with_new_seed(request, verdict, reply)
@@ -202,11 +212,11 @@ def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
     """
     first, *others = (answer.strip() for answer in answers)
     if not others:
-        return None if first else JudgeVerdict(Status.OK, 1, "empty answer")
+        return None if first else JudgeVerdict("ok", 1, "empty answer")
     if first == others[0]:
-        return JudgeVerdict(Status.OK, "tie", "identical answers")
+        return JudgeVerdict("ok", "tie", "identical answers")
     if not (first and others[0]):
-        return JudgeVerdict(Status.OK, "A" if first else "B", "empty answer")
+        return JudgeVerdict("ok", "A" if first else "B", "empty answer")
     return None
 
 
@@ -217,7 +227,7 @@ def _decided(request: JudgeRequest, plan: JudgePlan, fingerprint: str) -> Row | 
     if request.prompt.fits:
         return None
     reason = "the prompt does not fit the judge, even with its answers cut"
-    verdict = JudgeVerdict(Status.TRUNCATED, reason=reason)
+    verdict = JudgeVerdict("truncated", reason=reason)
     return _row(request, verdict, fingerprint, "limit")
 
 
@@ -229,16 +239,16 @@ def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate")
     if shares is None:
         return parse_verdict(reply.text, request.allowed, reply.finish_reason, mode == "json")
     if not all(map(math.isfinite, shares.values())):
-        return JudgeVerdict(Status.UNPARSED, reason="the judge's probabilities are not finite")
+        return JudgeVerdict("unparsed", reason="the judge's probabilities are not finite")
     best, second, *_ = sorted(request.allowed, key=lambda token: -shares.get(token, 0.0))
     if shares.get(best, 0.0) <= shares.get(second, 0.0):
-        return JudgeVerdict(Status.UNPARSED, reason="the two likeliest verdicts are equally likely")
-    return JudgeVerdict(Status.OK, int(best) if best.isdigit() else best)
+        return JudgeVerdict("unparsed", reason="the two likeliest verdicts are equally likely")
+    return JudgeVerdict("ok", int(best) if best.isdigit() else best)
 
 
 def _with_new_seed(request: JudgeRequest, verdict: JudgeVerdict, reply: Completion) -> JudgeRequest:
     """Return a request to be asked again, at a temperature where the seed matters."""
-    attempt = {"seed": request.seed, "status": verdict.status.value, "raw": reply.text}
+    attempt = {"seed": request.seed, "status": verdict.status, "raw": reply.text}
     number = len(request.attempts) + 1
     seed = int(text_hash(f"{request.seed}:{number}:{request.key}")[:8], 16)
     attempts = (*request.attempts, attempt)
@@ -258,7 +268,7 @@ def _row(
         "kind": "absolute" if request.item.opponent is None else "relative",
         "question_id": request.item.question_id,
         "order": request.order,
-        "status": verdict.status.value,
+        "status": verdict.status,
         "value": verdict.value,
         "reason": verdict.reason,
         "source": source,
@@ -317,9 +327,7 @@ class Judge:
             self.tokenizer = None  # the server has it
         self.weights = None if self.served else model_fingerprint(path, section.revision)
         own = [self.weights, section.dtype] if self.weights else [section.extra_body]
-        names = ("model", "revision", "engine", "mode", "temperature", "max_new_tokens", "seed")
-        names += ("prompt_style", "lead_in")
-        self.fingerprint = hash_of(*own, *(getattr(section, name) for name in names))
+        self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
 
     def plan(self, kind: str, reference: bool = False) -> JudgePlan:
         """Return how to ask: the prompt of a kind ("relative" or "absolute") and a rubric.
@@ -336,15 +344,15 @@ class Judge:
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
-        names = ("model", "revision", "engine", "mode", "prompt_style", "temperature")
-        names += ("max_new_tokens", "max_context_tokens", "weak")
         return JudgeFacts(
             name=self.file.path.stem,
             fingerprint=self.fingerprint,
             server=getattr(self._engine, "version", None),
             weights=self.weights,
             run=read_object(Path(self.section.model) / RECORD).get("run"),  # a run of ours, merged
-            **{name: getattr(self.section, name) for name in names},
+            model=self.section.model,
+            mode=self.section.mode,
+            weak=self.section.weak,
         )
 
     def count_tokens(self, text: str) -> int:
@@ -353,7 +361,7 @@ class Judge:
             return guessed_tokens(text)
         return len(self.tokenizer.encode(text))
 
-    def complete(self, requests: Sequence[JudgeRequest]) -> Iterator[Completion]:
+    def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
         """Yield the reply to each request as it arrives, in any order; errors are replies.
 
         Args:
@@ -484,18 +492,26 @@ def verdict_tokens(
 ) -> tuple[list[int], dict[str, set[int]]]:
     """Return the lead-in's token ids and, per verdict, the ids of the token that means it.
 
-    A verdict follows after a space; where the tokenizer makes the space a token of its own, as some
-    do before digits, it becomes part of the lead-in.
+    A verdict follows after a space. Where the tokenizer makes the space a token of its own, before
+    digits for example, or merges it with some verdicts only, it becomes part of the lead-in.
 
     Raises:
         EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell
             them apart.
     """
-    ids = [tokenizer.encode(f"{lead_in} {each}", add_special_tokens=False) for each in allowed]
-    columns = enumerate(zip(*ids, strict=False))
-    common = next((place for place, column in columns if len(set(column)) > 1), None)
-    if common is None or len({each[common] for each in ids}) < len(allowed):
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
+    columns = enumerate(zip(*spaced.values(), strict=False))
+    common = next((place for place, column in columns if len(set(column)) > 1), 0)
+    lead_ids = next(iter(spaced.values()))[:common]
+    tokens = {verdict: ids[common] for verdict, ids in spaced.items()}
+    if len(set(tokens.values())) < len(allowed):
+        lead_ids = encode(f"{lead_in} ")
+        tokens = {verdict: encode(verdict)[0] for verdict in allowed}
+    if len(set(tokens.values())) < len(allowed):
         what = f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token"
         raise EnvironmentFault(what, "set judge.mode: generate")
-    tokens = {verdict: {each[common]} for verdict, each in zip(allowed, ids, strict=True)}
-    return list(ids[0][:common]), tokens
+    return lead_ids, {verdict: {token} for verdict, token in tokens.items()}

@@ -18,7 +18,7 @@ from recipes_lib.evals.judge import Item, Judge, ask
 from recipes_lib.evals.log import EvalLog, Metric, Sample, Store, log_file
 from recipes_lib.evals.questions import Question, QuestionSet, pair_texts
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.evals.verdicts import metric_of, percent, sample_of
+from recipes_lib.evals.verdicts import metric_of, sample_of
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,6 @@ def _log_of(
         [answers.facts.fingerprint, answers.facts.prompt_format_hash],
         opponent.digest if opponent else None,
         judge.fingerprint,
-        [judge.file.template(kind).fingerprint for kind in ("relative", "absolute")],
-        [judge.file.rubric(reference).criterion for reference in (False, True)],
     )
     return EvalLog(
         suite=recipe.suite.name,
@@ -280,27 +278,3 @@ def answer_banners(answers: Answers, max_identical_fraction: float) -> list[str]
         if count > 0.1 * faults.n:
             lines.append(f"{count} of {faults.n} answers {text}")
     return lines
-
-
-def footer(logs: Sequence[EvalLog]) -> list[str]:
-    """Return the lines below a judged suite's table: about the judge, then about the answers."""
-    lines, answer_lines = [], []
-    for log in logs:
-        card, faults, facts = log.audit, log.answers.faults, log.answers
-        assert card is not None and faults is not None
-        measured = [
-            f"{each.check} {percent(each.value)}"
-            for each in card.checks[:3]
-            if each.value is not None
-        ]
-        results = [each.result for each in card.checks if each.needs]
-        counts = [f"{results.count(name)} {name}" for name in ("pass", "fail", "not measured")]
-        audited = f"audit {', '.join(counts)}"
-        lines.append(f"judge on {log.target}: {', '.join([*measured, audited])}")
-        looping = f", {faults.loops} in a loop" if faults.loops else ""
-        speed = f", {facts.new_tokens / facts.seconds:.0f} tokens/s" if facts.seconds else ""
-        answer_lines.append(
-            f"answers of {log.target}: {faults.n}, {faults.empty} empty, {faults.cut} cut,"
-            f" {faults.identical} identical{looping}{speed}"
-        )
-    return [*lines, *answer_lines]

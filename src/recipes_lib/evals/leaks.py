@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
-from recipes_lib.core.errors import RecipeError, RecipeErrors, RecipesError
+from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import conversation_of
@@ -18,7 +18,7 @@ from recipes_lib.data.rows import NUM_LISTED, BadRows
 from recipes_lib.data.sources import is_on_hub, listed_sources
 from recipes_lib.data.splits import read_data, recorded_rows, training_rows
 from recipes_lib.evals.log import EvalLog
-from recipes_lib.evals.questions import Question, load_questions, local_questions
+from recipes_lib.evals.questions import load_questions, local_questions
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
 
 _OF_HUB = "on the Hub, so that is done before the first training"
@@ -41,33 +41,23 @@ def search_recipe(
         fetch: whether rows and questions may be fetched from the Hub; else those that are not here
             are reported as not searched.
     """
-    texts: dict[str, Sequence[EvalText]] = {}
-    found: dict[str, Leaks] = {}
-    for one in evals:
-        if one.suite.name == "lm_eval":
-            found[one.name] = Leaks(why="lm-eval reads them, so that is done with each evaluation")
-            continue
-        if not is_searched(one.suite.name, one.data.questions):
+    texts: dict[str, list[EvalText]] = {}
+    leaks: dict[str, Leaks] = {}
+    for each in evals:
+        if not is_searched(each.suite.name, each.data.questions):
             continue
         try:
-            if one.suite.name == "heldout_loss":
-                texts[one.name] = list(_row_texts(one, recipe))
-                continue
-            chosen = load_questions(one) if fetch else local_questions(one)
-            if chosen is None:
-                found[one.name] = Leaks(why=f"they are {_OF_HUB}")
-            else:
-                texts[one.name] = list(_texts(chosen.questions))
-        except RecipesError as error:  # the evaluation's own error, when it is its turn
-            found[one.name] = Leaks(why=error.what)
+            texts[each.name] = _texts_of(each, recipe, fetch)
+        except RecipesError as error:
+            leaks[each.name] = Leaks(why=error.what)
+    if not texts:
+        return leaks
     try:
-        away = not fetch and any(map(is_on_hub, listed_sources(recipe.data)))
-        if away or not texts:
-            why = f"the rows are {_OF_HUB}"
-            return found | {name: Leaks(why=why) for name in texts}
-        return found | find_leaks(training_rows(recipe.data), texts)
-    except RecipesError as error:  # the training's own error
-        return found | {name: Leaks(why=error.what) for name in texts}
+        if not fetch and any(map(is_on_hub, listed_sources(recipe.data))):
+            raise DataError(f"the rows are {_OF_HUB}")
+        return leaks | find_leaks(training_rows(recipe.data), texts)
+    except RecipesError as error:
+        return leaks | {name: Leaks(why=error.what) for name in texts}
 
 
 def leak_error(
@@ -95,8 +85,8 @@ def refuse_leaks_of(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
     Raises:
         RecipeErrors: one error for each eval, with the rows.
     """
-    found = search_recipe(recipe, evals).items()
-    errors = [leak_error(name, one, recipe) for name, one in found if one.is_error]
+    found = search_recipe(recipe, evals)
+    errors = [leak_error(name, leaks, recipe) for name, leaks in found.items() if leaks.is_error]
     if errors:
         raise RecipeErrors(errors)
 
@@ -111,52 +101,64 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     if fingerprint is None or not is_searched(log.suite, recipe.data.questions):
         return None
     try:
-        if log.suite == "lm_eval":
-            found = _harness_texts(log.file.parent / "samples")
-        elif log.suite == "heldout_loss":
-            found = _row_texts(recipe, Recipe.read(folder / RECIPE_FILE))
-        else:
-            found = _texts(load_questions(recipe).questions)
-        texts = list(found)
-        key = str(fingerprint), hash_of([[one.question, one.part, one.text] for one in texts])
-        if key not in _FOUND:
-            _FOUND[key] = _search_run(folder, str(fingerprint), texts)
+        trained = Recipe.read(folder / RECIPE_FILE)
+        texts = _texts_of(recipe, trained, True, log.file.parent / "samples")
+        key = str(fingerprint), hash_of([[each.question, each.part, each.text] for each in texts])
+        if key not in _SEARCHED:
+            splits = read_object(folder / "splits.json")
+            rows = recorded_rows(trained.data, splits, str(fingerprint))
+            if rows is None:
+                raise DataError("the data is not what it was when the run was trained")
+            _SEARCHED[key] = find_leaks(rows, {"": texts})[""]
     except RecipesError as error:
         return Leaks(why=error.what)
-    return _FOUND[key]
+    return _SEARCHED[key]
 
 
-# Arms that differ in anything but their rows are searched once.
-_FOUND: dict[tuple[str, str], Leaks] = {}
+# arms that differ in anything but their rows are searched once
+_SEARCHED: dict[tuple[str, str], Leaks] = {}
 
 
-def _search_run(folder: Path, fingerprint: str, texts: Sequence[EvalText]) -> Leaks:
-    section = Recipe.read(folder / RECIPE_FILE).data
-    rows = recorded_rows(section, read_object(folder / "splits.json"), fingerprint)
-    if rows is None:
-        return Leaks(why="the data is not what it was when the run was trained")
-    return find_leaks(rows, {"": texts})[""]
+def _texts_of(
+    recipe: EvalRecipe, trained: Recipe, fetch: bool, samples: Path | None = None
+) -> list[EvalText]:
+    """The texts of an evaluation that no training row may hold.
+
+    Args:
+        trained: the training's recipe.
+        fetch: whether the questions may be fetched.
+        samples: lm-eval's samples, where it has evaluated.
+
+    Raises:
+        RecipesError: they cannot be had; `what` says why.
+    """
+    if recipe.suite.name == "heldout_loss":
+        return list(_row_texts(recipe, trained))
+    if recipe.suite.name == "lm_eval":
+        if samples is None:
+            raise DataError("lm-eval reads them, so that is done with each evaluation")
+        return list(_harness_texts(samples))
+    chosen = load_questions(recipe) if fetch else local_questions(recipe)
+    if chosen is None:
+        raise DataError(f"they are {_OF_HUB}")
+    texts = []
+    for question in chosen.questions:
+        texts += [EvalText(question.id, "question", turn) for turn in question.turns]
+        answers = [*(question.reference or ())]
+        for rule in question.checks:
+            if rule.name == "exact":
+                several = isinstance(rule.expected, list)
+                answers += rule.expected if several else [rule.expected]
+        texts += [EvalText(question.id, "answer", answer) for answer in answers]
+    return texts
 
 
-def _texts(questions: Sequence[Question]) -> Iterator[EvalText]:
-    """Yield the texts of questions: every turn, reference answers, and what `exact` expects."""
-    for one in questions:
-        for turn in one.turns:
-            yield EvalText(one.id, "question", turn)
-        for answer in one.reference or ():
-            yield EvalText(one.id, "answer", answer)
-        for rule in (rule for rule in one.checks if rule.name == "exact"):
-            expected = rule.expected if isinstance(rule.expected, list) else [rule.expected]
-            for answer in expected:
-                yield EvalText(one.id, "answer", answer)
-
-
-def _row_texts(one: EvalRecipe, recipe: Recipe) -> Iterator[EvalText]:
+def _row_texts(recipe: EvalRecipe, trained: Recipe) -> Iterator[EvalText]:
     """Yield what the loss is measured on: the answers of the rows of a file. Their questions are
     often alike ("Summarize this text.") without being a sign of anything.
     """
-    file = str(one.path_of("data.questions"))
-    for row in read_data(recipe.reading(file).data, BadRows()).rows:
+    file = str(recipe.path_of("data.questions"))
+    for row in read_data(trained.reading(file).data, BadRows()).rows:
         if "text" in row.fields:
             yield EvalText(row.id, "answer", row.fields["text"])
             continue
@@ -181,8 +183,8 @@ def _harness_texts(samples: Path) -> Iterator[EvalText]:
 
 
 def _strings(value: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, one in value.items():
-        for text in one if isinstance(one, list) else [one]:
+    for key, content in value.items():
+        for text in content if isinstance(content, list) else [content]:
             if isinstance(text, str):
                 yield key, text
             elif isinstance(text, dict):

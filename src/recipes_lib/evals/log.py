@@ -29,8 +29,8 @@ from recipes_lib.core.errors import DataError, EnvironmentFault
 from recipes_lib.core.files import (
     DamagedFile,
     Row,
-    numbered_rows,
     object_or_none,
+    parsed_line,
     read_object,
     read_rows,
     sync,
@@ -255,13 +255,7 @@ class JudgeFacts:
     name: str = ""
     fingerprint: str = ""
     model: str = ""
-    revision: str | None = None
-    engine: str | None = None
     mode: str | None = None
-    prompt_style: str | None = None
-    temperature: float | None = None
-    max_new_tokens: int | None = None
-    max_context_tokens: int | None = None
     server: str | None = None  # its version
     weak: str | None = None
     weights: str | None = None
@@ -579,7 +573,7 @@ class Store:
 
     A row's `key`, a hash of everything that makes it, occurs once, so what is stored is not asked
     again. Rows are on the disk before `append` returns. A kill or a power cut leaves at most a
-    damaged end, which the next append cuts; a damaged line anywhere else is an error that names it.
+    last line without its end, which the next append cuts; any other damaged line is an error.
     Whoever appends holds the folder (`core.lock.waiting_lock`).
 
     Args:
@@ -595,15 +589,17 @@ class Store:
         self._size = 0  # of the whole lines
         if not self.path.exists():
             return
-        remedy = "restore the file, or delete this line to have it made again"
         with self.path.open("rb") as lines:
-            found = numbered_rows(lines, self.path, 1, "a stored row", remedy, appended=True)
-            for number, self._size, row in found:
-                key = row.get("key")
-                if not isinstance(key, str) or key in self._rows:
-                    what = "this line is not a stored row, or occurs twice"
+            for number, line in enumerate(lines, 1):
+                if not line.endswith(b"\n"):
+                    break
+                row = parsed_line(line) or {}
+                if not isinstance(row.get("key"), str) or row["key"] in self._rows:
+                    what = "this line is damaged: not a stored row, or there twice"
+                    remedy = "restore the file, or delete this line to have it made again"
                     raise DataError(what, remedy, file=self.path, line=number)
-                self._rows[key] = row
+                self._rows[row["key"]] = row
+                self._size += len(line)
 
     def append(self, rows: Iterable[Row]) -> None:
         """Append the rows whose key is new.

@@ -57,17 +57,11 @@ class Template:
     system: str
     user: str
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the wording."""
-        return text_hash(f"{self.system}\0{self.user}")
-
 
 @dataclass(frozen=True)
 class Rubric:
     """One criterion and what each score from 1 to 5 means."""
 
-    name: str
     criterion: str
     scores: tuple[str, ...]
 
@@ -106,7 +100,7 @@ def load_template(path: str | Path) -> Template:
     try:
         fields = find_undeclared_variables(_JINJA.parse(user))
     except jinja2.TemplateSyntaxError as error:
-        line = system.count("\n") + 3 + error.lineno - 1
+        line = system.count("\n") + 3 + error.lineno
         raise RecipeError(f"Jinja: {error.message}", file=path, line=line) from None
     wrong = [f"unknown field {{{{ {name} }}}} in the prompt" for name in sorted(fields - _KNOWN)]
     wrong += [f"the prompt has no field {{{{ {name} }}}}" for name in sorted(_NEEDED - fields)]
@@ -128,7 +122,7 @@ def load_rubric(path: str | Path) -> Rubric:
     if len(scores) > 5:
         what = "a rubric has a criterion and five scores, nothing else"
         raise RecipeError(what, file=path, line=7)
-    return Rubric(Path(path).stem, criterion, tuple(scores))
+    return Rubric(criterion, tuple(scores))
 
 
 def _read(path: str | Path) -> str:

@@ -307,8 +307,6 @@ class MetricsSection(Section):
     """alpaca_eval: also grade each answer 1-5, which takes one more judgment per answer."""
     pairwise: bool = True
     """mt_bench: also compare each turn with the opponent given by `--against`."""
-    length_controlled: bool = True
-    """alpaca_eval: show beside the win rate what it would be at equal length."""
     probe_pairs: int = Field(default=25, ge=0)
     """Pairs from which the judge's audit makes its two probes (4 judgments each); 0 leaves them
     out."""
@@ -446,15 +444,15 @@ def find_eval(word: str) -> Path:
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     folder = project_root() / "evals"
-    known = {
-        str(file.relative_to(folder).with_suffix("")): file
+    name = word.removeprefix("evals/")
+    if (file := folder / f"{name}.yaml").is_file():
+        return file
+    known = [
+        str(file.relative_to(folder).with_suffix(""))
         for file in sorted(folder.rglob("*.yaml"))
-        if "suite:" in file.read_text(encoding="utf-8", errors="replace")
-        and file.parent.name != "lm_eval"
-    }
-    if word.removeprefix("evals/") in known:
-        return known[word.removeprefix("evals/")]
-    near = did_you_mean(word, list(known), "evals/")
+        if "\nsuite:" in file.read_text(encoding="utf-8", errors="replace")
+    ]
+    near = did_you_mean(word, known, "evals/")
     raise RecipeError(f"'{word}' is not an eval recipe", *near, f"eval recipes: {', '.join(known)}")
 
 

@@ -13,7 +13,6 @@ a verdict that is missing or not ok is unresolved: it widens the bounds, once as
 
 from __future__ import annotations
 
-import enum
 import json
 import math
 import re
@@ -52,30 +51,13 @@ _ANY_CHOICE = re.compile(
     r"(?![a-z0-9'])(?!\s*(?:or|/)\s*[AB]\b)|\[\[([A-Z])\]\]",
     _FLAGS,
 )
-_REFUSAL = re.compile(
-    r"\s*(?:(?:i['’]?m|i\s+am)\s+(?:very\s+|so\s+)?sorry|sorry,|i\s+apologi[sz]e"
-    r"|(?:unfortunately,\s+|sorry,?\s+(?:but\s+)?)?(?:i\s+(?:cannot|can\s*not|can['’]?t|won['’]?t"
-    r"|will\s+not|must\s+decline|decline)|(?:i['’]?m|i\s+am)\s+(?:unable|not\s+able))"
-    r"|as\s+an?\s+(?:ai|language\s+model))\b",
-    re.IGNORECASE,
-)
-
-
-class Status(enum.StrEnum):
-    """What became of one request to the judge; only `ok` has a value."""
-
-    OK = "ok"
-    UNPARSED = "unparsed"
-    REFUSED = "refused"
-    EMPTY = "empty"
-    TRUNCATED = "truncated"
 
 
 @dataclass(frozen=True)
 class JudgeVerdict:
     """1-5 in absolute grading, "A" or "B" in a comparison; `reason` says why there is none."""
 
-    status: Status
+    status: Literal["ok", "unparsed", "empty", "truncated"]
     value: int | str | None = None
     reason: str | None = None
 
@@ -102,19 +84,17 @@ def parse_verdict(
         'conflict: A, B'
     """
     if finish_reason == "length":
-        return JudgeVerdict(Status.TRUNCATED, reason="the judge's text ended at its token limit")
+        return JudgeVerdict("truncated", reason="the judge's text ended at its token limit")
     plain = _EMPHASIS.sub("", text or "")
     if not (text or "").strip():
-        return JudgeVerdict(Status.EMPTY, reason="the judge wrote nothing")
+        return JudgeVerdict("empty", reason="the judge wrote nothing")
     values = _in_json(plain) if as_json else _at_the_end(plain, CHOICES[0] in allowed)
     if len(values) > 1:
-        return JudgeVerdict(Status.UNPARSED, reason=f"conflict: {', '.join(sorted(values))}")
+        return JudgeVerdict("unparsed", reason=f"conflict: {', '.join(sorted(values))}")
     value = next(iter(values), "")
     if value in allowed:
-        return JudgeVerdict(Status.OK, int(value) if value.isdigit() else value)
-    if _REFUSAL.match(plain) and not as_json:
-        return JudgeVerdict(Status.REFUSED, reason="the judge declined")
-    return JudgeVerdict(Status.UNPARSED, reason="no verdict at the end of the text")
+        return JudgeVerdict("ok", int(value) if value.isdigit() else value)
+    return JudgeVerdict("unparsed", reason="no verdict at the end of the text")
 
 
 def _in_json(text: str) -> set[str]:

@@ -113,12 +113,6 @@ def _unmet(study: Study, recipe: EvalRecipe) -> Iterator[tuple[str, str]]:
         yield "it compares with the base, which is not evaluated", "set include_base: true"
     if recipe.judge is None:
         return
-    for key, path in recipe.judge.texts().items():
-        if not path.is_file():
-            yield (
-                f"judge.{key}: there is no {shown_path(path)}",
-                "paths are meant from the judge's file",
-            )
     model = recipe.judge.judge.model
     here = recipe.judge.judge.engine == "transformers" and model.startswith(("/", "./", "../", "~"))
     if here and not Path(model).expanduser().is_dir():

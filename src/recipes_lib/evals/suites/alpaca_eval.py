@@ -2,22 +2,19 @@
 loss and tie with bounds and intervals.
 
 `model_outputs.json` and `annotations.json` beside a result are in alpaca_eval's format, for its own
-tools. The rate at equal length is described in the table and tested nowhere.
+tools. Its length-controlled win rate is made of them.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-
-import numpy as np
 
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import Asked, Judged, JudgedSuite, footer
+from recipes_lib.evals.judged import Asked, Judged, JudgedSuite
 from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
 from recipes_lib.evals.questions import Question, load_questions
 from recipes_lib.evals.recipe import EvalRecipe
@@ -99,21 +96,18 @@ class AlpacaEval(JudgedSuite):
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         head = ["model", "against", "n", "win", "loss", "tie", "unresolved"]
-        head += ["win rate, tie = half [95%]", "all lost .. won", "at equal length", "mean 1-5"]
+        head += ["win rate, tie = half [95%]", "all lost .. won", "mean 1-5"]
         rows = []
         for log in logs:
             by_name = {each.metric: each for each in log.metrics}
             pairs, grade = by_name["win_rate"].samples, by_name.get("grade")
-            rate, equal = Rate.of(pairs), None
-            if log.recipe.get("metrics", {}).get("length_controlled", True):
-                equal = at_equal_length(pairs)
+            rate = Rate.of(pairs)
             cells = [log.target, str(log.against), str(len(pairs))]
             cells += [str(count) for count in counts_of(pairs).values()]
             cells += [shown_rate(rate), f"{percent(rate.lowest)} .. {percent(rate.highest)}"]
-            cells += [shown_rate(equal) if equal else "n/a"]
             rows.append([*cells, shown_rate(grade, unit="grade") if grade else "-"])
         note = "judged in both orders; a pair whose orders disagree is a tie"
-        return [*aligned([head, *rows]), "", note, *footer(logs)]
+        return [*aligned([head, *rows]), "", note]
 
 
 def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, object]:
@@ -137,45 +131,3 @@ def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) ->
         "preference": None if first is None or second is None else (first + second) / 2,
         "preference_by_order": {"reference_first": first, "model_first": second},
     }
-
-
-def at_equal_length(samples: Sequence[Sample]) -> Rate | None:
-    """Return the win rate at equal length by a logistic model with the length term only: P(win) =
-    s(a + b tanh(d)); None where lengths or outcomes do not vary.
-
-    d is the difference of the answers' lengths in characters, candidate minus opponent, over its
-    standard deviation. The library's model has terms for the instruction's difficulty and two gamed
-    baselines as well, so the two numbers differ. The draws of one question are one observation of
-    the interval.
-
-    Source: Dubois et al. (2024), "Length-Controlled AlpacaEval", without its instruction and
-        regularisation terms; clustered sandwich variance of Liang and Zeger (1986).
-    """
-    known = [each for each in samples if each.value is not None and len(each.lengths) == 2]
-    lengths = np.array([each.lengths[0] - each.lengths[1] for each in known], dtype=float)
-    outcomes = np.array([each.value for each in known], dtype=float)
-    if len(known) < 10 or lengths.std() == 0 or outcomes.std() == 0:
-        return None
-    design = np.stack([np.ones_like(lengths), np.tanh(lengths / lengths.std())], axis=1)
-    ridge = np.diag([0.0, 1e-2])  # keeps the length term finite where length decides everything
-    weights = np.zeros(2)
-    for _ in range(100):
-        p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
-        hessian = design.T @ (design * (p * (1 - p))[:, None]) + ridge
-        step = np.linalg.solve(hessian, design.T @ (outcomes - p) - ridge @ weights)
-        weights += np.clip(step, -2, 2)
-        if np.abs(step).max() < 1e-9:
-            break
-    p = 1 / (1 + np.exp(-np.clip(design @ weights, -30, 30)))
-    inverse = np.linalg.inv(design.T @ (design * (p * (1 - p))[:, None]) + ridge)
-    codes = np.unique([each.id for each in known], return_inverse=True)[1]
-    scores = np.zeros((int(codes.max()) + 1, 2))
-    np.add.at(scores, codes, design * (outcomes - p)[:, None])
-    error = math.sqrt((inverse @ (scores.T @ scores) @ inverse)[0, 0])
-
-    def share(logit: float) -> float:
-        return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
-
-    a = float(weights[0])
-    low, high = share(a - 1.96 * error), share(a + 1.96 * error)
-    return Rate(share(a), low, high, len(known), len(samples) - len(known), None, None)

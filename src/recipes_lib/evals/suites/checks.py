@@ -20,10 +20,10 @@ from recipes_lib.evals.answers import Answers, answer_all
 from recipes_lib.evals.judged import answer_banners
 from recipes_lib.evals.log import EvalLog, Sample, log_file
 from recipes_lib.evals.models import Loaded
-from recipes_lib.evals.verdicts import Rate, metric_of, shown_rate
 from recipes_lib.evals.questions import Question, load_questions
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.served import engine_for
+from recipes_lib.evals.verdicts import Rate, metric_of, shown_rate
 
 
 class Checks:

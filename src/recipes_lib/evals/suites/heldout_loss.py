@@ -30,8 +30,8 @@ from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.splits import TRAIN
 from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, log_file
 from recipes_lib.evals.models import Loaded, Model
-from recipes_lib.evals.verdicts import metric_of, number, shown_rate
 from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
+from recipes_lib.evals.verdicts import metric_of, number, shown_rate
 
 LOSS = "loss"
 BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # logits of a vocabulary are much larger than a cache

@@ -30,10 +30,10 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, log_file, write_lines
 from recipes_lib.evals.models import Loaded, Model
-from recipes_lib.evals.verdicts import metric_of, number
 from recipes_lib.evals.questions import check_allowed
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.task_files import ALLOW, own_tasks, wrong_in_tasks
+from recipes_lib.evals.verdicts import metric_of, number
 from recipes_lib.weights.load import model_path
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import Asked, JudgedSuite, footer
+from recipes_lib.evals.judged import Asked, JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question, load_questions
 from recipes_lib.evals.recipe import EvalRecipe
@@ -91,7 +91,7 @@ class MTBench(JudgedSuite):
             ]
             by_category.append([name, *cells])
         lines = [*aligned(rows), "", *aligned(by_category), ""]
-        return [*lines, "grades are 1-5, as the judge gives them", *footer(logs)]
+        return [*lines, "grades are 1-5, as the judge gives them"]
 
 
 def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> float | None:

@@ -1,0 +1,61 @@
+"""alpaca_eval's own functions read the files that stand beside a result, and give its number."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests.evals.faulty_server import MODEL, FaultyServer
+
+from recipes_lib.evals.recipe import load_eval
+from recipes_lib.evals.run import evaluate
+
+QUESTIONS = Path(__file__).resolve().parents[2] / "evals/quickstart/alpaca_eval/questions.json"
+WIN_RATE = """
+import json, sys
+from alpaca_eval.metrics.winrate import get_winrate
+rate = get_winrate(json.load(open(sys.argv[1])))
+print(json.dumps({name: float(rate[name]) for name in ("win_rate", "n_total", "n_draws")}))
+"""
+
+
+class UndecidedServer(FaultyServer):
+    """A judge of every opinion, and sometimes of none."""
+
+    opinions = itertools.cycle(["[RESULT] A", "[RESULT] B", "[RESULT] B", "Both.", "[RESULT] A"])
+    answer = property(lambda self: next(self.opinions), lambda self, value: None)
+
+
+@pytest.mark.slow
+def test_alpaca_evals_win_rate_of_our_annotations_is_our_number(
+    judge_file, runs_folder, tmp_path
+) -> None:
+    if importlib.util.find_spec("alpaca_eval") is None:
+        pytest.skip("alpaca-eval is not installed")
+    questions = json.loads(QUESTIONS.read_text())
+    answers = [{"instruction": row["instruction"], "output": "Yes."} for row in questions]
+    answers[0]["output"] = questions[0]["output"]  # identical answers tie
+    answers[1]["output"] = ""  # an empty answer loses
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    path = tmp_path / "support.yaml"
+    path.write_text(
+        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {QUESTIONS}}}\n"
+        "judge: {file: judge.yaml, max_reasks: 0}\nmetrics: {probe_pairs: 0}\n"
+    )
+    with UndecidedServer() as server:
+        judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")
+        (log,) = evaluate([load_eval(path)], [str(tmp_path / "answers.json")])
+    (metric,) = log.metrics
+    outcomes = {sample.outcome for sample in metric.samples}
+    assert outcomes == {"win", "loss", "tie", "unresolved"}
+    (file,) = log.file.parent.glob("samples/annotations.json")
+    command = [sys.executable, "-W", "ignore", "-c", WIN_RATE, str(file)]
+    rate = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert rate["win_rate"] / 100 == pytest.approx(metric.value)
+    assert rate["n_total"] == metric.n < len(questions)
+    assert rate["n_draws"] == sum(sample.outcome == "tie" for sample in metric.samples)
