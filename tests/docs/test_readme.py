@@ -24,7 +24,6 @@ from recipes_lib.study.runs import run_names
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
-README = PAGES[0].read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Run for real, in a copy of the folders they read. Of the others only the words are checked: they
 # need a model or finished runs.
@@ -225,28 +224,34 @@ def test_every_file_of_the_project_that_a_page_names_exists(page: Path) -> None:
     assert not [name for name in named if "my-first" not in name and not (PROJECT / name).exists()]
 
 
-def test_the_verbs_of_the_readme_are_those_of_the_program() -> None:
-    named = re.findall(r"^\| `([a-z]+)` \|", section("Verbs"), re.MULTILINE)
-    assert sorted(named) == sorted(cli.VERBS)
-
-
-def test_the_exit_codes_of_the_readme_are_those_of_the_program() -> None:
-    assert [
-        int(code) for code in re.findall(r"^\| (\d+) \|", section("Exit codes"), re.MULTILINE)
-    ] == [int(code) for code in ExitCode]
+def test_the_exit_codes_of_the_page_are_those_of_the_program() -> None:
+    page = (PROJECT / "docs" / "training.md").read_text(encoding="utf-8")
+    codes = re.findall(r"^\| (\d+) \|", page.split("\n## Exit codes\n")[1], re.MULTILINE)
+    assert [int(code) for code in codes] == [int(code) for code in ExitCode]
 
 
 def test_every_test_that_a_promise_names_exists() -> None:
     named = re.findall(
-        r"`([\w/]*test_\w+\.py)`", section("What is promised, and which test proves it")
+        r"`(tests/[\w/]*\.py)`", (PROJECT / "tests" / "README.md").read_text(encoding="utf-8")
     )
     assert len(named) > 10
-    assert [
-        name
-        for name in named
-        if not (PROJECT / ("" if "/" in name else "tests/invariants") / name).is_file()
-    ] == []
+    assert [name for name in named if not (PROJECT / name).is_file()] == []
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def test_pages_are_short_and_their_lines_fit_a_screen() -> None:
+    assert len(PAGES[0].read_bytes()) <= 7_000
+    assert sum(len(page.read_bytes()) for page in PAGES[1:]) <= 120_000
+    assert len((PROJECT / "CONTRIBUTING.md").read_bytes()) <= 4_000
+    long = [
+        f"{page.name}: {line[:60]}"
+        for page in PAGES
+        for line in FENCE.sub("", page.read_text(encoding="utf-8")).splitlines()
+        if len(line) > 140 and not line.startswith(("| ", "!["))
+    ]
+    assert not long
+
+
+def test_every_page_begins_with_what_its_reader_can_do_afterwards() -> None:
+    for page in PAGES[1:]:
+        _, _, body = page.read_text(encoding="utf-8").partition("\n\n")
+        assert body.startswith("After this page you "), page.name
