@@ -9,6 +9,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,8 @@ from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.files import hash_of, refuse_pipe
 from recipes_lib.evals.log import AnswerFacts, EvalLog, JudgeFacts, Metric, Sample, with_groups
+from recipes_lib.evals.suites.lm_eval import metrics_of
 
-_NO_METRICS = ("alias", "name", "sample_len", "sample_count")
-# Metrics of lm-eval that are means of values between 0 and 1.
-_SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
 _MODEL = re.compile(r"^(pretrained|peft|path|model|tokenizer|delta|revision)=")
 _AGAIN = "run lm-eval again with --log_samples and --output_path"
 
@@ -143,7 +142,12 @@ def _lm_eval(folder: Path, path: Path) -> Run:
     if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
         raise DataError("holds no results of lm-eval", _AGAIN, file=path)
     stamp = path.stem.removeprefix("results")
-    metrics = list(with_groups(list(_tasks(content, path, stamp))))
+    samples = {task: list(_rows(file)) for task, file in _sample_files(path, stamp).items()}
+    known = [
+        replace(metric, eval="lm_eval", suite="lm_eval", file=path)
+        for metric in metrics_of(content, samples)
+    ]
+    metrics = list(with_groups(known))
     if not any(metric.samples for metric in metrics):
         raise DataError("no samples lie beside it, so nothing can be paired", _AGAIN, file=path)
     config = content.get("config") or {}
@@ -156,7 +160,7 @@ def _lm_eval(folder: Path, path: Path) -> Run:
         "transformers": content.get("transformers_version"),
         "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)),
         "chat template": content.get("chat_template_sha") or "none",
-        "prompts": hash_of(sorted(_prompts(path, stamp)))[:12],
+        "prompts": _prompts_hash(samples),
     }
     log = EvalLog(
         suite="lm_eval",
@@ -202,68 +206,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _prompts(path: Path, stamp: str) -> Iterator[str]:
-    for file in _sample_files(path, stamp).values():
-        for row in _rows(file):
-            yield f"{row['doc_id']} {row.get('prompt_hash')}"
-
-
-def _tasks(content: Mapping[str, Any], path: Path, stamp: str) -> Iterator[Metric]:
-    """Yield one metric per task, metric and filter."""
-    files = _sample_files(path, stamp)
-    subtasks = content.get("group_subtasks") or {}
-    for task, values in content["results"].items():
-        parts = tuple(_below(task, subtasks))
-        samples = list(_rows(files[task])) if task in files else []
-        higher = (content.get("higher_is_better") or {}).get(task) or {}
-        for key, value in values.items():
-            name, _, pipeline = key.partition(",")
-            if name in _NO_METRICS or "_stderr" in name or not isinstance(value, int | float):
-                continue
-            mine = [row for row in samples if row.get("filter", "none") == pipeline]
-            items = [item for row in mine if (item := _item(row, name, task))]
-            kept = items if _is_mean(items, value) else []
-            share = bool(_SHARE.search(name)) and 0 <= value <= 1
-            yield _metric(
-                name if pipeline in ("none", "") else f"{name},{pipeline}",
-                f"{task} {name}" if pipeline in ("none", "") else f"{task} {name}, {pipeline}",
-                kept,
-                path,
-                eval="lm_eval",
-                task=task,
-                unit="share" if share else "number",
-                higher_is_better=higher.get(name),
-                value=float(value),
-                parts=parts,
-                num_fewshot=(content.get("n-shot") or {}).get(task),
-                version=str((content.get("versions") or {}).get(task)),
-            )
-
-
-def _below(group: str, subtasks: Mapping[str, Sequence[str]]) -> Iterator[str]:
-    for task in subtasks.get(group) or ():
-        if task != group:
-            yield task
-            yield from _below(task, subtasks)
-
-
-def _is_mean(items: Sequence[Sample], value: float) -> bool:
-    """Whether a metric is the mean of its samples, and not a perplexity or a corpus score."""
-    values = [item.value or 0.0 for item in items]
-    return bool(values) and abs(sum(values) / len(values) - value) <= 1e-6
-
-
-def _item(row: Mapping[str, Any], metric: str, task: str) -> Sample | None:
-    value = row.get(metric)
-    if not isinstance(value, int | float):
-        return None
-    doc = row.get("doc") or {}
-    return Sample(
-        id=f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
-        category=str(doc.get("subject") or doc.get("category") or task),
-        value=float(value),
-        outcome={1.0: "right", 0.0: "wrong"}.get(float(value), "scored"),
-    )
+def _prompts_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    rows = (row for of_task in samples.values() for row in of_task)
+    return hash_of(sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows))[:12]
 
 
 def unique_names(runs: Sequence[Run]) -> dict[str, Run]:
