@@ -21,15 +21,14 @@ from typing import Any
 from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.upstream import UPSTREAM_FILE
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.evals.recipe import eval_schema, judge_schema
+from recipes_lib.evals.recipe import eval_schema
 from recipes_lib.slurm.profile import profile_schema
 from recipes_lib.study.config import study_schema
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
-MODELS = {"recipe": RecipeFile}
-OLD: dict[str, Callable[[], Any]] = {
+SCHEMAS: dict[str, Callable[[], Any]] = {
+    "recipe": lambda: _editable(RecipeFile.model_json_schema()),
     "eval": eval_schema,
-    "judge": judge_schema,
     "study": study_schema,
     "profile": profile_schema,
 }
@@ -39,10 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     """Write the files, or with `--check` say which would change."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
     files: dict[Path, Any] = {UPSTREAM_FILE: upstream_sections()}
-    schemas = {name: _editable(model.model_json_schema()) for name, model in MODELS.items()}
-    schemas |= {name: dict(make()) for name, make in OLD.items()}
-    for name, schema in schemas.items():
-        files[project_root() / "schema" / f"{name}.schema.json"] = schema
+    for name, schema in SCHEMAS.items():
+        files[project_root() / "schema" / f"{name}.schema.json"] = schema()
     changed = []
     for path, content in files.items():
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -70,13 +67,11 @@ def upstream_sections() -> dict[str, Any]:
     from peft import LoraConfig
     from transformers import BitsAndBytesConfig
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-    from transformers.trainer_pt_utils import AcceleratorConfig
     from trl import SFTConfig
 
     train = _fields(SFTConfig)
     trackers = {"enum": ["none", *sorted(INTEGRATION_TO_CALLBACK)]}
     train["report_to"]["anyOf"] = [trackers, {"type": "array", "items": trackers}]
-    train["accelerator_config"] = {"type": "object", "properties": _fields(AcceleratorConfig)}
     quantization = _documented_arguments(BitsAndBytesConfig)
     return {"train": train, "lora": _fields(LoraConfig), "quantization": quantization}
 

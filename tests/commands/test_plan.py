@@ -105,7 +105,7 @@ def test_an_earlier_training_on_such_a_card_gives_the_speed(
     run.mkdir(parents=True)
     from recipes_lib.config.recipe import load_recipe
 
-    (run / "resolved.yaml").write_text(load_recipe(tiny_recipe).resolved_yaml())
+    load_recipe(tiny_recipe).write(run / "resolved.yaml")
     summary = {"tokens_per_second": 123.0, "device": "cpu", "world_size": 1}
     state = {"state": "finished", "summary": summary, "updated": "2026-11-28"}
     (run / "run.json").write_text(json.dumps(state))

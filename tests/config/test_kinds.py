@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from recipes_lib.config.kinds import kind_of
+from recipes_lib.config.documents import kind_of
 from recipes_lib.core.errors import RecipeError
 
 
@@ -15,12 +15,6 @@ from recipes_lib.core.errors import RecipeError
             {"lora": {}},
             "# yaml-language-server: $schema=../schema/recipe.schema.json\n",
             "_b.yaml",
-            "base",
-        ),
-        (
-            {"colour": 1},
-            "# yaml-language-server: $schema=../schema/base.schema.json\n",
-            "b.yaml",
             "base",
         ),
         ({"distributed_type": "NO"}, "", "ddp.yaml", "accelerate"),

@@ -66,7 +66,7 @@ def test_handbook_style_lands_in_the_sections(migrated):
     }
     assert (values["train"]["max_length"], values["train"]["warmup_steps"]) == (2048, 0.1)
     assert values["run"] == {"name": "small-7b-sft-qlora"}
-    assert "learning_rate: 2.0e-04   # tuned on 1% of the rows" in text
+    assert "# tuned on 1% of the rows\n  learning_rate: 0.0002" in text
     flat = yaml.safe_load((FLAT / "handbook.yaml").read_text(encoding="utf-8"))
     assert values["data"]["chat_template"] == flat["chat_template"]
     assert values["data"]["source"] == [
@@ -143,7 +143,7 @@ def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (SHORT + "learning_rate: -1\n", "flat.yaml:3: train.learning_rate must be > 0"),
+        (SHORT + "learning_rate: -1\n", "flat.yaml:3: train.learning_rate: must be greater than 0"),
         (SHORT + "beta: 0.1\n", "DPO"),
         (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: loss_type sigmoid"),
         (SHORT + "output_dir: zephyr-dpo\n", "says dpo"),

@@ -289,7 +289,7 @@ def test_what_an_architecture_cannot_do_is_one_line_before_anything_is_loaded(
     recipe = load_recipe(
         tiny_recipe, ["lora.target_modules=all-linear", override, f"model.name_or_path={folder}"]
     )
-    [error] = check_names(recipe, folder, AccelerateConfig(Path()))
+    [error] = check_names(recipe, folder, AccelerateConfig())
     assert said in error.what and "\n" not in error.what
 
 
@@ -306,9 +306,9 @@ def test_each_architecture_has_no_complaint_about_a_plain_recipe(
         recipe = load_recipe(
             tiny_recipe, ["lora.target_modules=all-linear", f"model.name_or_path={folder}"]
         )
-        assert [
-            str(error) for error in check_names(recipe, folder, AccelerateConfig(Path()))
-        ] == [], family
+        assert [str(error) for error in check_names(recipe, folder, AccelerateConfig())] == [], (
+            family
+        )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -383,7 +383,7 @@ def test_experts_alone_are_adapted_where_parameters_are_named_and_no_modules(
     parameters = "lora.target_parameters=[experts.gate_up_proj, experts.down_proj]"
     words = [f"lora.{key}={'null' if value is None else value}" for key, value in lora.items()]
     recipe = load_recipe(tiny_recipe, [parameters, *words, f"model.name_or_path={folder}"])
-    assert list(check_names(recipe, folder, AccelerateConfig(Path()))) == []
+    assert list(check_names(recipe, folder, AccelerateConfig())) == []
     said = describe_targets(adapted("llama4_text", **recipe.lora))
     assert said.startswith("adapters on experts.down_proj, experts.gate_up_proj; none on q_proj")
 

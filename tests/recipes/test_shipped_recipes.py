@@ -397,7 +397,7 @@ def test_the_promised_accelerate_configs_exist():
 
 @pytest.mark.parametrize("path", [path for path in named(CONFIGS) if "fsdp" in path])
 def test_a_sharded_config_is_fsdp2_with_whole_state_dicts_and_no_model_of_its_own(path):
-    fsdp = load_accelerate_config(str(ROOT / path)).fsdp
+    fsdp = load_accelerate_config(str(ROOT / path)).fsdp_config
     assert fsdp["fsdp_version"] == 2
     assert fsdp["fsdp_state_dict_type"] == "FULL_STATE_DICT"
     assert fsdp["fsdp_auto_wrap_policy"] == "TRANSFORMER_BASED_WRAP"

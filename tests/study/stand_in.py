@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe
+from recipes_lib.config.recipe import RECIPE_FILE, load_recipe
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.resume_guard import guarded_values
 
@@ -20,7 +20,7 @@ COMMAND = [sys.executable, "-m", "tests.study.stand_in"]
 
 def main() -> int:
     handed = Path(sys.argv[1])
-    recipe = Recipe.read(handed)
+    recipe = load_recipe(handed)
     run = RunDirectory(recipe.name)
     world = 2 if any(word.startswith("ddp") for word in sys.argv) else 1
     guard = guarded_values(recipe, "", world, "NO", {})

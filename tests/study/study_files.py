@@ -57,7 +57,6 @@ evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
 """
 
 JUDGE = """\
-# yaml-language-server: $schema=judge.schema.json
 judge:
   model: {model}
   mode: logits

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.config.documents import judge, no_such_file, read
-from recipes_lib.config.kinds import kind_of, wrong_kind
-from recipes_lib.config.launch import AccelerateFile, accelerate_rules
+from recipes_lib.config.documents import kind_of, no_such_file, read, wrong_kind
+from recipes_lib.config.launch import AccelerateConfig, accelerate_rules
+from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
 from recipes_lib.core.errors import (
     DataError,
@@ -86,7 +86,7 @@ def check_file(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeE
         kind = kind_of(document.values, document.text, document.file)
         if kind.name == "accelerate":
             document = read(path, yaml_1_1=True)
-            _, errors = judge(AccelerateFile, document, accelerate_rules)
+            _, errors = judge(AccelerateConfig, document, accelerate_rules)
             return [*errors], document.warnings
         if kind.name == "flat":
             return [RecipeError(f"is {kind.title}", kind.use, file=document.file)], []

@@ -7,10 +7,9 @@ import shutil
 import textwrap
 from typing import Any
 
-from recipes_lib.config.kinds import SECTIONS
+from recipes_lib.config.documents import SECTIONS, value_text
 from recipes_lib.config.recipe import RecipeFile, near_keys, recipe_keys
 from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
-from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
 

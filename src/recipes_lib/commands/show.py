@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from recipes_lib.config.documents import KeyPath
+from recipes_lib.config.documents import value_text
 from recipes_lib.config.launch import DEFAULT_PORT, Launch, plan_launch
-from recipes_lib.config.recipe import PROJECT_DEFAULT, UPSTREAM_DEFAULT, Recipe, load_recipe
-from recipes_lib.config.yaml_text import join_lines, value_text, yaml_lines
+from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import ExitCode, print_error
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, next_step, say
@@ -36,7 +35,10 @@ def run(args: argparse.Namespace) -> int:
         return _show_difference(recipe, file, args.diff)
     say(f"# {recipe.name}: {file}")
     say(f"#   {launch_line(plan_launch(recipe.launch), file, args.overrides)}")
-    say(join_lines(yaml_lines(_written(recipe), lambda path: _comment(recipe, path))))
+    lines = list(_lines(recipe, _written(recipe), ()))
+    width = max((len(text) for text, comment in lines if comment and len(text) < 60), default=0)
+    for text, comment in lines:
+        say(f"{text:<{width}}  # {comment}" if comment else text)
     say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
     return ExitCode.DONE
 
@@ -102,8 +104,14 @@ def _written(recipe: Recipe) -> dict[str, Any]:
     return {**values, "run": {**values.get("run", {}), "name": recipe.name}}
 
 
-def _comment(recipe: Recipe, path: KeyPath) -> str:
-    origin = recipe.origin_of(".".join(map(str, path)))
-    if origin == UPSTREAM_DEFAULT:
-        return "default"
-    return "project default" if origin == PROJECT_DEFAULT else str(origin)
+def _lines(
+    recipe: Recipe, values: Mapping[str, Any], above: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    """Yield each line of YAML and the place of its value."""
+    for key, value in values.items():
+        text = f"{'  ' * len(above)}{key}:"
+        if isinstance(value, dict) and value:
+            yield text, ""
+            yield from _lines(recipe, value, (*above, key))
+        else:
+            yield f"{text} {value_text(value)}", str(recipe.origin_of(".".join((*above, key))))

@@ -12,9 +12,7 @@ from recipes_lib.core.errors import RecipeError
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
-
 WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
-FEW_STEPS = 20
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
@@ -26,12 +24,9 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     """
     if recipe.run.global_batch_size is None:
         return int(recipe.train.get("gradient_accumulation_steps", 1))
+    per_device = recipe.train.get("per_device_train_batch_size", 8)
     try:
-        return solve_batch(
-            recipe.run.global_batch_size,
-            recipe.train.get("per_device_train_batch_size", 8),
-            world_size,
-        )
+        return solve_batch(recipe.run.global_batch_size, per_device, world_size)
     except RecipeError as error:
         raise recipe.error("run.global_batch_size", error.what, *error.hints) from None
 
@@ -45,18 +40,11 @@ def sync_each_batch(recipe: Recipe) -> bool:
     is 4 bytes per parameter on every GPU, however many share the rest. A recipe decides itself with
     `train.accelerator_config.gradient_accumulation_kwargs.sync_each_batch`.
     """
-    if (written := written_sync(recipe)) is not None:
-        return written
+    config = recipe.train.get("accelerator_config") or {}
+    written = (config.get("gradient_accumulation_kwargs") or {}).get("sync_each_batch")
+    if written is not None:
+        return bool(written)
     return recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
-
-
-def written_sync(recipe: Recipe) -> bool | None:
-    """Return what the recipe itself says about `sync_each_batch`, or None."""
-    config = recipe.train.get("accelerator_config")
-    settings = (
-        config.get("gradient_accumulation_kwargs") if isinstance(config, dict) else None
-    ) or {}
-    return settings.get("sync_each_batch")
 
 
 def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
@@ -80,31 +68,19 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
     accumulation, rest = divmod(global_batch_size, micro_batch)
     if rest == 0 and accumulation > 0:
         return accumulation
+    below = global_batch_size - rest
+    legal = " or ".join(str(size) for size in (below, below + micro_batch) if size)
+    hints = [f"set run.global_batch_size to {legal}"]
+    share, rest = divmod(global_batch_size, world_size)
+    if rest == 0:
+        sizes = [str(size) for size in range(1, share + 1) if share % size == 0]
+        hints.append(f"or train.per_device_train_batch_size to {', '.join(sizes[:8])}")
     raise RecipeError(
         f"run.global_batch_size {global_batch_size} cannot be made of micro-batches:"
         f" {global_batch_size} / ({per_device} per device x {world_size} processes = {micro_batch})"
         f" = {global_batch_size / micro_batch:g}",
-        *_legal_values(global_batch_size, per_device, world_size),
+        *hints,
     )
-
-
-def _legal_values(global_batch_size: int, per_device: int, world_size: int) -> list[str]:
-    """Return hints: micro-batches that divide this batch, and batches this micro-batch divides."""
-    hints = []
-    share, rest = divmod(global_batch_size, world_size)
-    if rest == 0 and share > 0:
-        divisors = [size for size in range(1, share + 1) if share % size == 0]
-        near = sorted(sorted(divisors, key=lambda size: abs(size - per_device))[:8])
-        sizes = ", ".join(map(str, near))
-        hints.append(f"keep {global_batch_size}: train.per_device_train_batch_size {sizes}")
-    micro_batch = per_device * world_size
-    below = global_batch_size // micro_batch * micro_batch
-    legal = [str(size) for size in (below, below + micro_batch) if size]
-    hints.append(
-        f"keep {per_device} per device on {world_size} process{'es' * (world_size > 1)}:"
-        f" run.global_batch_size {' or '.join(legal)}"
-    )
-    return hints
 
 
 def planned_steps(
@@ -141,21 +117,23 @@ def describe_batch(
         steps: what `planned_steps` returned.
 
     Example:
-        >>> describe_batch(12_008, (187, 561), per_device=4, accumulation=8, world_size=2)
-        '4 per device x 8 accumulation x 2 ranks = 64 examples per step; 12,008 examples -> 187 steps per epoch, 561 steps; left out of each epoch, others each time: 40'
-    """  # noqa: E501
+        >>> shape = {"per_device": 4, "accumulation": 8, "world_size": 2}
+        >>> line = describe_batch(12_008, (187, 561), **shape)
+        >>> for part in line.split("; "): print(part)
+        4 per device x 8 accumulation x 2 ranks = 64 examples per step
+        12,008 examples -> 187 steps per epoch, 561 steps
+        left out, because they fill no step: 40
+    """
     examples = per_device * accumulation * world_size
+    rest = rows % examples
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
     text = (
         f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per"
         f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
     )
-    rest = rows % examples
     if not rest or steps[1] < steps[0]:
         return text
-    if steps[1] == steps[0]:
-        return f"{text}; left out, because they fill no step: {rest}"
-    return f"{text}; left out of each epoch, others each time: {rest}"
+    return f"{text}; left out, because they fill no step: {rest}"
 
 
 def warmup_steps(value: float, steps: int) -> int:
@@ -175,21 +153,16 @@ def describe_schedule(scheduler: str, learning_rate: float, warmup: float, steps
 
     Example:
         >>> describe_schedule("cosine", 1e-3, 0.1, 39)
-        'cosine, learning rate 0.001, warmup 4 of 39 steps (step 1 has learning rate 0)'
-        >>> describe_schedule("cosine", 1e-3, 0.03, 2)
-        'cosine, learning rate 0.001, warmup 1 of 2 steps (step 1 has learning rate 0 and trains nothing; none: train.warmup_steps=0)'
+        'cosine, learning rate 0.001, warmup 4 of 39 steps (step 1 trains nothing)'
         >>> describe_schedule("linear", 1e-3, 0, 60)
         'linear, learning rate 0.001, no warmup'
         >>> describe_schedule("linear", 1e-3, 500, 60)
         'linear, learning rate 0.001, never reached: warmup takes 500 steps, and the run has 60'
-    """  # noqa: E501
+    """
     number = 0 if scheduler in WITHOUT_WARMUP else warmup_steps(warmup, steps)
     head = f"{scheduler}, learning rate {learning_rate:g}, "
     if not number:
         return head + "no warmup"
     if number >= steps:
         return f"{head}never reached: warmup takes {number:,} steps, and the run has {steps:,}"
-    first = "step 1 has learning rate 0" + (
-        " and trains nothing; none: train.warmup_steps=0" if steps <= FEW_STEPS else ""
-    )
-    return f"{head}warmup {number:,} of {steps:,} steps ({first})"
+    return f"{head}warmup {number:,} of {steps:,} steps (step 1 trains nothing)"

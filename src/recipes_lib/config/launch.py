@@ -8,15 +8,15 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from recipes_lib.config.documents import Document, QuickSection, no_such_file, parse, read
+from recipes_lib.config.documents import Document, did_you_mean, no_such_file, read
+from recipes_lib.config.parsing import QuickSection, parse
 from recipes_lib.config.sections import LaunchSection
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
@@ -27,70 +27,52 @@ if TYPE_CHECKING:
 DEFAULT_PORT = 29500
 READS_ONCE_KEY = "fsdp_cpu_ram_efficient_loading"
 READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts it
-_MADE_FROM_WEIGHTS = ("use_dora", "trainable_token_indices", "layer_replication")
 # Flags that a training takes itself, however it is started.
 TRAIN_FLAGS = {
     "resume_anyway": "continue a run although settings that change its result differ",
     "allow_partial_resume": "continue from a checkpoint that lacks optimizer or random state",
     "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
 }
+_FSDP = "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)"
 _REFUSED = {
-    "deepspeed_config": "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)",
-    "megatron_lm_config": "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)",
+    "deepspeed_config": _FSDP,
+    "megatron_lm_config": _FSDP,
     "parallelism_config": "only data parallelism and FSDP2 are supported; remove it",
-    "fp8_config": "training in fp8 is not supported; remove it",
-    "mpirun_config": "use MULTI_GPU with use_cpu: true (accelerate_configs/ddp_cpu.yaml)",
+}
+# accelerate takes any key of fsdp_config unread
+_FSDP_KEYS = {
+    "fsdp_version",
+    "fsdp_state_dict_type",
+    "fsdp_auto_wrap_policy",
+    "fsdp_transformer_layer_cls_to_wrap",
+    "fsdp_min_num_params",
+    "fsdp_reshard_after_forward",
+    "fsdp_offload_params",
+    "fsdp_cpu_ram_efficient_loading",
+    "fsdp_activation_checkpointing",
+    # of FSDP1, without effect here; `accelerate config` writes them
+    "fsdp_backward_prefetch",
+    "fsdp_forward_prefetch",
+    "fsdp_use_orig_params",
+    "fsdp_sync_module_states",
+    "fsdp_sharding_strategy",
 }
 
 
-class FsdpConfig(QuickSection):
-    """`fsdp_config`, of which accelerate takes any key unread. The last five are of FSDP1, without
-    effect here; `accelerate config` writes them.
-    """
-
-    fsdp_version: Any = None
-    fsdp_state_dict_type: Any = None
-    fsdp_auto_wrap_policy: Any = None
-    fsdp_transformer_layer_cls_to_wrap: Any = None
-    fsdp_min_num_params: Any = None
-    fsdp_reshard_after_forward: Any = None
-    fsdp_offload_params: Any = None
-    fsdp_cpu_ram_efficient_loading: Any = None
-    fsdp_activation_checkpointing: Any = None
-    fsdp_backward_prefetch: Any = None
-    fsdp_forward_prefetch: Any = None
-    fsdp_use_orig_params: Any = None
-    fsdp_sync_module_states: Any = None
-    fsdp_sharding_strategy: Any = None
-
-
-class AccelerateFile(QuickSection):
+class AccelerateConfig(QuickSection):
     """What a launch reads of an accelerate config; other keys are accelerate's to refuse."""
 
     model_config = ConfigDict(extra="allow")
     kind: ClassVar = "accelerate"
 
+    path: Path = Field(Path(), exclude=True)
     distributed_type: Literal["NO", "MULTI_GPU", "FSDP"] = "NO"
     num_processes: int = Field(1, ge=1)
     num_machines: int = Field(1, ge=1)
     main_process_port: int | None = Field(None, ge=0)
     use_cpu: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    fsdp_config: FsdpConfig | None = None
-
-
-@dataclass(frozen=True)
-class AccelerateConfig:
-    """What an accelerate config file asks for."""
-
-    path: Path
-    distributed_type: str = "NO"
-    num_processes: int = 1
-    num_machines: int = 1
-    main_process_port: int | None = None
-    use_cpu: bool = False
-    mixed_precision: str = "no"
-    fsdp: dict[str, Any] = field(default_factory=dict)
+    fsdp_config: dict[str, Any] = {}
 
 
 def accelerate_config_path(name_or_path: str | Path) -> Path:
@@ -121,36 +103,28 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
         RecipeError: no such file, not an accelerate config, or one that cannot be used here.
     """
     path = accelerate_config_path(name_or_path)
-    file = parse(AccelerateFile, read(path, yaml_1_1=True), accelerate_rules)
-    fsdp = {} if file.fsdp_config is None else file.fsdp_config.model_dump(exclude_unset=True)
-    return AccelerateConfig(
-        path,
-        file.distributed_type,
-        file.num_processes,
-        file.num_machines,
-        file.main_process_port,
-        file.use_cpu,
-        file.mixed_precision,
-        fsdp,
-    )
+    config = parse(AccelerateConfig, read(path, yaml_1_1=True), accelerate_rules)
+    return config.model_copy(update={"path": path})
 
 
-def accelerate_rules(file: AccelerateFile, document: Document) -> Iterator[RecipeError]:
+def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[RecipeError]:
     """Yield what accelerate would take and cannot be launched here."""
-    values = document.values
     for key, instead in _REFUSED.items():
-        if values.get(key):
+        if document.values.get(key):
             yield document.error(key, f"{key} cannot be used here", instead)
-    if file.distributed_type != "FSDP":
+    for key in config.fsdp_config.keys() - _FSDP_KEYS:
+        name = f"fsdp_config.{key}"
+        near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.")
+        yield document.error(name, f"unknown key '{name}'", *near)
+    if config.distributed_type != "FSDP":
         return
-    fsdp = file.fsdp_config or FsdpConfig()
-    if fsdp.fsdp_version != 2:
+    if config.fsdp_config.get("fsdp_version") != 2:
         what = "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"
         yield document.error("fsdp_config.fsdp_version", what)
-    if fsdp.fsdp_state_dict_type != "FULL_STATE_DICT":
-        what = "must be FULL_STATE_DICT: a sharded final save writes no adapter"
+    if config.fsdp_config.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
         key = "fsdp_config.fsdp_state_dict_type"
-        yield document.error(key, f"{key} {what}")
+        what = f"{key} must be FULL_STATE_DICT: a sharded final save writes no adapter"
+        yield document.error(key, what)
 
 
 def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> list[str]:
@@ -172,20 +146,11 @@ def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> l
     if asked.lower() in ("no", half):
         return []
     wanted = f"{half} (train.{half}: true)" if half else "none (train.bf16: false)"
-    other = [f"or set train.{asked.lower()}: true in the recipe"]
     return [
         f"{asked_by} asks for mixed_precision {asked}, but the recipe for {wanted}",
         "leave it to the recipe: mixed_precision: 'no' in the accelerate config, no"
         " --mixed_precision, no ACCELERATE_MIXED_PRECISION",
-        *(other if asked.lower() in ("fp16", "bf16") else []),  # others cannot be trained
     ]
-
-
-def processes_per_machine(config: AccelerateConfig) -> int:
-    """Return how many processes the config starts on each machine."""
-    if config.distributed_type == "NO":
-        return 1
-    return max(config.num_processes // config.num_machines, 1)
 
 
 def add_train_flags(parser: argparse.ArgumentParser) -> None:
@@ -224,23 +189,19 @@ class Launch:
 
     def launcher_words(self) -> list[str]:
         """Return the arguments of `accelerate launch` before the script."""
-        words = ["--config_file", _shown(self.config.path)]
+        path = self.config.path
+        near = Path("accelerate_configs") / path.name
+        is_near = near.is_file() and near.read_bytes() == path.read_bytes()
+        words = ["--config_file", str(near) if is_near else os.path.relpath(path)]
         if self.world_size != self.config.num_processes:
             words += ["--num_processes", str(self.world_size)]
         if self.machines != self.config.num_machines:
-            words += ["--num_machines", str(self.machines)] + (
-                ["--same_network"] if self.machines > 1 else []
-            )
-        if self.machines == 1:
-            return [*words, *(["--main_process_port", str(self.port)] if self.port else [])]
-        words += [
-            "--machine_rank",
-            str(self.rank),
-            "--main_process_ip",
-            str(self.address),
-            "--main_process_port",
-            str(self.port),
-        ]
+            words += ["--num_machines", str(self.machines)]
+            words += ["--same_network"] if self.machines > 1 else []
+        if self.machines > 1:
+            words += ["--machine_rank", str(self.rank), "--main_process_ip", str(self.address)]
+        if self.port:
+            words += ["--main_process_port", str(self.port)]
         return words
 
     def command(self, script: Sequence[str]) -> list[str]:
@@ -249,12 +210,8 @@ class Launch:
         """
         if self.world_size == 1:
             return [sys.executable or "python", *script]
-        return [
-            str(Path(sys.executable).with_name("accelerate")),
-            "launch",
-            *self.launcher_words(),
-            *script,
-        ]
+        accelerate = str(Path(sys.executable).with_name("accelerate"))
+        return [accelerate, "launch", *self.launcher_words(), *script]
 
 
 @dataclass(frozen=True)
@@ -280,19 +237,18 @@ def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | Non
         asked: `fsdp_cpu_ram_efficient_loading` of the launch.
     """
     lora = recipe.lora or {}
-    if not sharded:
-        return "each of them needs them whole"
-    if not asked:
-        return f"{READS_ONCE_KEY} is false"
-    if recipe.quantization:
-        return "quantized weights cannot be handed on"
-    if recipe.model.resize_embeddings:
-        return "model.resize_embeddings computes new rows from the others"
-    if lora.get("init_lora_weights", True) not in STARTS_WITHOUT_WEIGHTS:
-        return f"lora.init_lora_weights: {lora['init_lora_weights']} starts from them"
-    if made := [key for key in _MADE_FROM_WEIGHTS if lora.get(key)]:
-        return f"lora.{made[0]} starts from them"
-    return None
+    reasons = {
+        "each of them needs them whole": not sharded,
+        f"{READS_ONCE_KEY} is false": not asked,
+        "quantized weights cannot be handed on": recipe.quantization,
+        "model.resize_embeddings computes new rows from the others": recipe.model.resize_embeddings,
+        f"lora.init_lora_weights: {lora.get('init_lora_weights')} starts from them": (
+            lora.get("init_lora_weights", True) not in STARTS_WITHOUT_WEIGHTS
+        ),
+    }
+    for key in ("use_dora", "trainable_token_indices", "layer_replication"):
+        reasons[f"lora.{key} starts from them"] = lora.get(key)
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def plan_launch(
@@ -313,12 +269,10 @@ def plan_launch(
     if accelerate is None:
         gpus = gpus or section.gpus
         nodes = nodes or (section.nodes if section.nodes > 1 else None)
-    launch = Launch(
-        config,
-        per_machine=gpus or processes_per_machine(config),
-        machines=nodes or config.num_machines,
-    )
-    if config.distributed_type == "NO" and launch.world_size > 1:
+    single = config.distributed_type == "NO"
+    per_machine = 1 if single else max(config.num_processes // config.num_machines, 1)
+    launch = Launch(config, gpus or per_machine, nodes or config.num_machines)
+    if single and launch.world_size > 1:
         raise RecipeError(
             f"{config.path.stem} starts one process, but {launch.world_size} were asked for",
             "several processes: ddp or fsdp on GPUs, ddp_cpu or fsdp_cpu without (--accelerate"
@@ -336,9 +290,8 @@ def plan_launch_of(
         RecipeError: also where the config asks for another precision than the recipe.
     """
     launch = plan_launch(recipe.launch, accelerate, gpus, nodes)
-    conflict = precision_conflict(
-        recipe.train, launch.config.mixed_precision, _shown(launch.config.path)
-    )
+    asked_by = os.path.relpath(launch.config.path)
+    conflict = precision_conflict(recipe.train, launch.config.mixed_precision, asked_by)
     if conflict:
         raise recipe.error("train.bf16", *conflict)
     return launch
@@ -358,11 +311,8 @@ def place_machine(
     """
     if launch.machines == 1:
         if rank is not None or address:
-            raise RecipeError(
-                "--machine-rank and --main-process-ip are for several machines; this launch is"
-                " for one",
-                "set --nodes, launch.nodes, or --accelerate ddp_multi_node or fsdp_multi_node",
-            )
+            what = "--machine-rank and --main-process-ip are for several machines; this is for one"
+            raise RecipeError(what, "set --nodes or launch.nodes")
         return replace(launch, port=port)
     port = port or launch.config.main_process_port or DEFAULT_PORT
     if rank is None or address is None:
@@ -378,15 +328,3 @@ def place_machine(
     if not 0 <= rank < launch.machines:
         raise RecipeError(f"--machine-rank {rank}: there are machines 0 to {launch.machines - 1}")
     return replace(launch, rank=rank, address=address, port=port)
-
-
-def _shown(path: Path) -> str:
-    """Return a config's path as a user in the checkout would type it; from elsewhere, relative to
-    the working directory.
-    """
-    near = Path("accelerate_configs") / path.name
-    return (
-        str(near)
-        if near.is_file() and near.read_bytes() == path.read_bytes()
-        else os.path.relpath(path)
-    )

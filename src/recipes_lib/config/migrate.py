@@ -1,7 +1,7 @@
 """A flat TRL config (`trl sft`, alignment handbook, open-r1) -> a recipe, every change listed.
 
-A flat file is TRL's ScriptArguments, ModelConfig and SFTConfig in one mapping. Keys move as they
-were written, with their comments; what a recipe cannot say stays as a comment at its end.
+A flat file is TRL's ScriptArguments, ModelConfig and SFTConfig in one mapping. Each key moves to
+its section with its comments; what a recipe cannot say stays as a comment at its end.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.documents import Document, Origin, judge, read
-from recipes_lib.config.kinds import SECTIONS, foreign_kind
-from recipes_lib.config.recipe import RecipeFile
-from recipes_lib.config.rules import base_rules, recipe_rules
+from recipes_lib.config.documents import SECTIONS, Document, kind_by_keys, read, value_text
+from recipes_lib.config.parsing import judge
+from recipes_lib.config.recipe import RecipeFile, recipe_rules
 from recipes_lib.config.upstream import NOT_IN_TRAIN, REMOVED, RENAMES, upstream_fields
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.terminal import is_secret_name
@@ -54,8 +53,11 @@ MOVES = {
     "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
     "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
     "bnb_4bit_compute_dtype": "quantization.bnb_4bit_compute_dtype",
+    "group_by_length": "train.train_sampling_strategy",
     "preprocessing_num_workers": "train.dataset_num_proc",
     "use_liger": "train.use_liger_kernel",
+    "run_name": "run.name",
+    "output_dir": "run.name",
     "num_processes": "launch.gpus",
     "num_machines": "launch.nodes",
     **{old: f"train.{new}" for old, new in RENAMES.items()},
@@ -81,110 +83,94 @@ NOT_CARRIED = {
 }
 # TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 _CONFIGS = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp"}
 _CONFIGS |= dict.fromkeys(("fsdp", "fsdp1", "fsdp2"), "fsdp")
+_STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
 _OTHER_TRAINING = re.compile(
-    r"(?<![a-z])(dpo|kto|orpo|cpo|grpo|rloo|ppo|gkd|rm|reward)(?![a-z])", re.I
+    r"(?<![a-z])(dpo|kto|orpo|cpo|grpo|rloo|ppo|gkd|reward)(?![a-z])", re.I
 )
-_MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
-
-
-@dataclass
-class Entry:
-    """One top-level key of the flat file: its value, and the text it was written with."""
-
-    key: str
-    value: Any
-    line: int
-    text: list[str]
-    comments: list[str] = field(default_factory=list)
 
 
 @dataclass
 class Migration:
     """A migration in progress, then its result: `text()` of the recipe and the `changes` to list.
 
-    By dotted key, `values` holds what the recipe says and `lines` how it is written.
+    `values` holds what the recipe says by dotted key, `above` the comments over it, `sources` the
+    flat key that it was.
     """
 
-    file: str
-    entries: dict[str, Entry]
+    flat: Document
+    comments: dict[str, list[str]]
     head: list[str]
-    changes: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=dict)
-    lines: dict[str, list[str]] = field(default_factory=dict)
-    origins: dict[str, int] = field(default_factory=dict)
+    above: dict[str, list[str]] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-    waiting: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)
 
-    def value(self, key: str, default: Any = None) -> Any:
+    def value(self, key: str) -> Any:
         """Return the flat file's value of a key."""
-        return self.entries[key].value if key in self.entries else default
+        return self.flat.values.get(key)
 
-    def move(self, entry: Entry, dotted: str, value: Any, note: str = "") -> None:
-        """Place an entry under its new name; text stays as it was where the value does."""
-        key = dotted.partition(".")[2]
+    def move(self, key: str, dotted: str, value: Any, note: str = "") -> None:
+        """Place a key of the flat file under its new name."""
         if dotted in self.values:
-            self.leave(entry, f"{dotted} is set already, by another key of this file")
+            self.leave(key, f"{dotted} is set already, by another key of this file")
             return
-        same = value == entry.value and type(value) is type(entry.value) and entry.text
-        written = [entry.text[0].replace(entry.key, key, 1), *entry.text[1:]] if same else []
-        above = [line.strip() for line in (*self.waiting, *entry.comments) if line.strip()]
-        self.lines[dotted] = [*above, *(written or _dump(key, value))]
-        if not same and entry.text and " #" in entry.text[0]:
-            self.lines[dotted].insert(0, "#" + entry.text[0].rpartition(" #")[2])
-        self.values[dotted], self.origins[dotted], self.waiting = value, entry.line, []
-        changed = "" if same else f": {_short(entry.value)} -> {_short(value)}"
-        renamed = "" if key == entry.key else " (renamed)"
-        new = f"{dotted}{renamed}{changed}{f'; {note}' if note else ''}"
-        self.changes.append(f"{self.file}:{entry.line}: {entry.key} -> {new}")
+        self.values[dotted], self.sources[dotted] = value, key
+        self.above[dotted] = self.comments.pop(key, [])
+        old = self.value(key)
+        change = "" if value == old else f": {_short(old)} -> {_short(value)}"
+        self._say(key, f"{key} -> {dotted}{change}{f'; {note}' if note else ''}")
 
     def add(self, dotted: str, value: Any, why: str) -> None:
         """Add a key that the flat file did not have."""
         if dotted not in self.values:
-            self.values[dotted] = value
-            self.lines[dotted] = [f"# {why}", *_dump(dotted.partition(".")[2], value)]
+            self.values[dotted], self.above[dotted] = value, [f"# {why}"]
             self.changes.append(f"added {dotted}: {_short(value)}; {why}")
 
-    def drop(self, entry: Entry, why: str) -> None:
-        """Leave out an entry that has no effect here; its comments go to the next one."""
-        self.waiting += entry.comments
-        self.changes.append(f"{self.file}:{entry.line}: {entry.key} left out; {why}")
+    def drop(self, key: str, why: str) -> None:
+        """Leave out a key that has no effect here."""
+        self._say(key, f"{key} left out; {why}")
 
-    def leave(self, entry: Entry, why: str) -> None:
-        """Keep an entry as a comment at the end of the recipe."""
-        self.waiting += entry.comments
-        text = [f"{entry.key}: (not copied)"] if is_secret_name(entry.key) else entry.text
-        self.left += [f"# {entry.key}: {why}", *(f"#     {line}".rstrip() for line in text)]
-        what = f"{entry.key} NOT CARRIED OVER; {why}"
-        self.changes.append(f"{self.file}:{entry.line}: {what}")
+    def leave(self, key: str, why: str) -> None:
+        """Keep a key as a comment at the end of the recipe."""
+        value = "(not copied)" if is_secret_name(key) else self.value(key)
+        self.left += [f"# {key}: {why}", *(f"#     {line}" for line in _dump(key, value))]
+        self._say(key, f"{key} NOT CARRIED OVER; {why}")
+
+    def _say(self, key: str, what: str) -> None:
+        self.changes.append(f"{self.flat.origin((key,))}: {what}")
 
     def text(self) -> str:
         """Return the recipe as YAML text."""
-        lines = list(self.head)
+        lines = [*self.head]
         for section in SECTIONS:
-            blocks = [text for key, text in self.lines.items() if key.startswith(f"{section}.")]
-            if blocks:
-                inner = [f"  {line}" if line.strip() else "" for text in blocks for line in text]
-                lines += ["", f"{section}:", *inner]
+            keys = [key for key in self.values if key.startswith(f"{section}.")]
+            if keys:
+                lines += ["", f"{section}:"]
             elif section == "lora":
                 lines += ["", "lora: null"]
+            for dotted in keys:
+                inner = _dump(dotted.partition(".")[2], self.values[dotted])
+                lines += [f"  {line}" for line in (*self.above[dotted], *inner)]
         if self.left:
-            heading = "# Not carried over by `recipes migrate`, with the lines as they were:"
-            lines += ["", heading, *self.left]
-        return "\n".join([*lines, *(line for line in self.waiting if line.strip())]) + "\n"
+            lines += ["", "# Not carried over by `recipes migrate`:", *self.left]
+        return (
+            "\n".join([*lines, *(line for kept in self.comments.values() for line in kept)]) + "\n"
+        )
 
     def document(self) -> Document:
         """Return the recipe as a document whose places are those of the flat file."""
-        nested: dict[str, Any] = {}
-        origins: dict[tuple[str | int, ...], Origin] = {}
+        document = Document(self.flat.path, {})
         for dotted, value in self.values.items():
             section, _, key = dotted.partition(".")
-            nested.setdefault(section, {})[key] = value
-            if dotted in self.origins:
-                origins[section, key] = Origin(self.file, self.origins[dotted])
-        return Document(Path(self.file), nested, origins=origins)
+            document.values.setdefault(section, {})[key] = value
+            if dotted in self.sources:
+                document.origins[section, key] = self.flat.origin((self.sources[dotted],))
+        return document
 
 
 def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) -> Migration:
@@ -198,175 +184,147 @@ def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) 
     Raises:
         RecipeError: no flat fine-tuning config, or values that a recipe refuses, at their lines.
     """
-    document = read(path, yaml_1_1=True)
-    _refuse_other_kinds(document)
-    entries, rest = _entries(document)
-    migration = Migration(document.file, entries, [head], waiting=rest)
-    first = next(iter(entries.values()))
-    migration.head += [line for line in first.comments if line.startswith("#")]
-    first.comments = []
-    for entry in entries.values():
-        _place(migration, entry)
+    flat = read(path, yaml_1_1=True)
+    _refuse_other_kinds(flat)
+    migration = Migration(flat, _comments(flat), [head])
+    for key, value in flat.values.items():
+        _place(migration, key, value)
     _complete(migration, prompt_formats)
-    _, errors = judge(RecipeFile, migration.document(), base_rules, recipe_rules)
+    _, errors = judge(RecipeFile, migration.document(), recipe_rules)
     if errors:
         raise RecipeErrors(errors)
     return migration
 
 
-def _refuse_other_kinds(document: Document) -> None:
-    values = document.values if isinstance(document.values, dict) else {}
-    if foreign := foreign_kind(values):
-        raise RecipeError(
-            f"is {foreign.title}, not a flat TRL config", foreign.use, file=document.file
-        )
+def _refuse_other_kinds(flat: Document) -> None:
+    values = flat.values if isinstance(flat.values, dict) else {}
+    kind = kind_by_keys(values)
+    if kind and kind.name == "foreign":
+        raise RecipeError(f"is {kind.title}, not a flat SFT config", kind.use, file=flat.file)
     if {"model", "data", "train", "extends"} & values.keys():
-        hint = f"check it: recipes check {document.file}"
-        raise RecipeError("is a recipe already", hint, file=document.file)
+        hint = f"check it: recipes check {flat.file}"
+        raise RecipeError("is a recipe already", hint, file=flat.file)
+    for needed in (("model_name_or_path",), ("dataset_name", "dataset_path", *MIXTURES)):
+        if not values.keys() & {*needed}:
+            what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
+            raise RecipeError(what, file=flat.file)
     if values.get("loss_type", "nll") not in upstream_fields()["train"]["loss_type"]["enum"]:
         what = f"loss_type {values['loss_type']} belongs to another trainer of TRL"
-        raise document.error("loss_type", what, "a recipe describes supervised fine-tuning")
+        raise flat.error("loss_type", what, "a recipe describes supervised fine-tuning")
     for key in ("output_dir", "run_name", "hub_model_id"):
         if named := _OTHER_TRAINING.search(str(values.get(key, ""))):
             what = f"'{key}' says {named[1]}, and a recipe describes supervised fine-tuning"
             hint = f"use TRL's own trainer for it; if it is not {named[1]}, give it another {key}"
-            raise document.error(key, what, hint)
-    for needed in (("model_name_or_path",), ("dataset_name", "dataset_path", *_MIXTURES)):
-        if not values.keys() & set(needed):
-            what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
-            raise RecipeError(what, file=document.file)
+            raise flat.error(key, what, hint)
 
 
-def _place(migration: Migration, entry: Entry) -> None:
+def _place(migration: Migration, key: str, value: Any) -> None:
     """Decide what becomes of one key."""
-    key, value = entry.key, entry.value
-    dotted = MOVES.get(key) or (f"train.{key}" if key in upstream_fields()["train"] else "")
+    known = upstream_fields()["train"]
+    dotted = MOVES.get(key) or (f"train.{key}" if key in known else "")
+    without_load = not (value if "load_in" in key else migration.value("load_in_4bit"))
     if is_secret_name(key):
-        migration.leave(entry, "a secret does not belong in a recipe; use hf auth login")
-    elif key in _MIXTURES:
-        _mixture(migration, entry)
-    elif key in ("run_name", "output_dir"):
-        name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
-        if key == "output_dir" and migration.value("run_name"):
-            migration.drop(entry, "runs lie in runs/<run.name>")
-        else:
-            migration.move(entry, "run.name", name, "runs lie in runs/<run.name>")
+        migration.leave(key, "a secret does not belong in a recipe; use hf auth login")
+    elif key in WITHOUT_EFFECT:
+        migration.drop(key, WITHOUT_EFFECT[key])
+    elif value is None and not dotted.startswith("train."):
+        migration.drop(key, "it says nothing")
+    elif key in MIXTURES:
+        _mixture(migration, key, value)
+    elif key == "output_dir" and migration.value("run_name"):
+        migration.drop(key, "runs are in runs/<run.name>")
     elif key == "accelerate_config":
-        name = _CONFIGS.get(Path(str(value)).stem, "")
+        name = _CONFIGS.get(Path(str(value)).stem)
         why = "no accelerate config of that kind here; see launch.accelerate"
-        migration.move(entry, "launch.accelerate", name) if name else migration.leave(entry, why)
-    elif key in ("warmup_ratio", "warmup_steps"):
-        other = "warmup_steps" if key == "warmup_ratio" else "warmup_ratio"
-        if (value in (0, None) and other in migration.entries) or (
-            key == "warmup_ratio" and migration.value("warmup_steps")
-        ):
-            migration.drop(entry, f"{other} decides")
-        else:
-            migration.move(entry, "train.warmup_steps", value, "below 1 it is a fraction")
-    elif key == "group_by_length":
-        sampling = "group_by_length" if value is True else "random"
-        migration.move(entry, "train.train_sampling_strategy", sampling)
-    elif key == "assistant_only_loss":
-        why = "loss on every assistant turn" if value else "train.completion_only_loss says it"
-        migration.move(entry, "data.chat_loss", "all", why) if value else migration.drop(entry, why)
+        migration.move(key, "launch.accelerate", name) if name else migration.leave(key, why)
+    elif key == "warmup_ratio" and (migration.value("warmup_steps") or not value):
+        migration.drop(key, "warmup_steps decides")
+    elif key == "warmup_steps" and not value and migration.value("warmup_ratio"):
+        migration.drop(key, "warmup_ratio decides")
+    elif key == "assistant_only_loss" and value:
+        migration.move(key, "data.chat_loss", "all", "loss on every assistant turn")
     elif key == "dataset_text_field":
-        migration.move(entry, "data.columns", {"text": value})
-    elif key == "use_flash_attention_2":
-        kernel = "flash_attention_2" if value else None
-        migration.move(entry, "model.attn_implementation", kernel)
-    elif key == "tokenizer_name_or_path" and value not in (
-        None,
-        migration.value("model_name_or_path"),
-    ):
-        migration.leave(entry, "the tokenizer is the model's")
-    elif (
-        key in WITHOUT_EFFECT
-        or key == "tokenizer_name_or_path"
-        or (value is None and not dotted.startswith("train."))
-    ):
-        migration.drop(entry, WITHOUT_EFFECT.get(key, "it says nothing"))
+        migration.move(key, "data.columns", {"text": value})
+    elif key == "use_flash_attention_2" and value:
+        migration.move(key, "model.attn_implementation", "flash_attention_2")
+    elif key in ("use_flash_attention_2", "assistant_only_loss"):
+        migration.drop(key, "it is off")
+    elif key == "tokenizer_name_or_path" and value == migration.value("model_name_or_path"):
+        migration.drop(key, "the tokenizer is the model's")
     elif key in NOT_CARRIED and key not in MOVES:
-        migration.leave(entry, NOT_CARRIED[key])
+        migration.leave(key, NOT_CARRIED[key])
     elif dotted.startswith("lora.") and not migration.value("use_peft"):
-        migration.leave(entry, "without use_peft: true TRL ignores it and trains all weights")
-    elif dotted.startswith("quantization.") and not (
-        value if "load_in" in key else migration.value("load_in_4bit")
-    ):
-        migration.drop(entry, "the base is not loaded so")
+        migration.leave(key, "without use_peft: true TRL ignores it and trains all weights")
+    elif dotted.startswith("quantization.") and without_load:
+        migration.drop(key, "the base is not loaded so")
     elif not dotted:
-        migration.leave(entry, "no class behind a recipe section has this key")
+        migration.leave(key, "no class behind a recipe section has this key")
+    elif key == "model_init_kwargs":
+        rest = {inner: item for inner, item in value.items() if inner not in MOVES}
+        for inner in value.keys() - rest.keys():
+            moved = _todays(MOVES[inner], value[inner])
+            migration.add(MOVES[inner], moved, f"from model_init_kwargs.{inner}")
+        if rest:
+            migration.move(key, dotted, rest)
+        else:
+            migration.drop(key, "its keys are in the model section")
     else:
-        _move(migration, entry, dotted)
+        trusting = dotted == "model.trust_remote_code" and value
+        note = "also needs --trust-remote-code on the command line" if trusting else ""
+        migration.move(key, dotted, _todays(dotted, value), note)
 
 
-def _move(migration: Migration, entry: Entry, dotted: str) -> None:
-    """Move a key, with its value in the form that is read today."""
-    value, key = entry.value, dotted.partition(".")[2]
+def _todays(dotted: str, value: Any) -> Any:
+    """Return a value in the form that is read today."""
+    key = dotted.partition(".")[2]
+    if dotted == "run.name":
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
+    if key == "train_sampling_strategy" and isinstance(value, bool):
+        return "group_by_length" if value else "random"
+    if key == "packing_strategy":
+        return _STRATEGIES.get(value, value)
     if key.endswith("_strategy") and value is False:
-        value = "no"
-    elif "dtype" in key and isinstance(value, str):
-        value = _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
-    elif key == "target_modules":
-        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
-        value = "all-linear" if names == ["all-linear"] else names
-    elif key == "packing_strategy":
-        value = {"ffd": "bfd", "bfd-requeue": "bfd_split"}.get(value, value)
-    elif key == "kwargs" and isinstance(value, dict):
-        own = {MOVES[inner]: inner for inner in value if MOVES.get(inner, "").startswith("model.")}
-        for new, inner in own.items():
-            said = (
-                value[inner].removeprefix("torch.")
-                if isinstance(value[inner], str)
-                else value[inner]
-            )
-            migration.add(new, _DTYPES.get(said, said), f"from {entry.key}.{inner}")
-        value = {inner: item for inner, item in value.items() if inner not in own.values()}
-        if not value:
-            migration.drop(entry, "its keys stand in the model section")
-            return
-    trusting = dotted == "model.trust_remote_code" and value
-    note = "also needs --trust-remote-code on the command line" if trusting else ""
-    migration.move(entry, dotted, value, note)
+        return "no"
+    if "dtype" in key and isinstance(value, str):
+        return _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
+    if key == "target_modules" and isinstance(value, str):
+        value = [name.strip() for name in value.split(",")]
+    return "all-linear" if value == ["all-linear"] else value
 
 
-def _mixture(migration: Migration, entry: Entry) -> None:
+def _mixture(migration: Migration, key: str, value: Any) -> None:
     """Turn `dataset_mixer`, `dataset_mixture` or TRL's `datasets` into `data.source`."""
-    value = entry.value
+    given = value
     if isinstance(value, dict) and isinstance(value.get("datasets"), list):
-        value = value["datasets"]
+        given = value["datasets"]
     elif isinstance(value, dict):
-        value = [{"id": name, "weight": share} for name, share in value.items()]
-    split = next(
-        (name for name in migration.value("dataset_splits") or () if "train" in str(name)), None
-    )
+        given = [{"id": name, "weight": share} for name, share in value.items()]
+    splits = [name for name in migration.value("dataset_splits") or () if "train" in str(name)]
     sources, lost = [], []
-    for item in value if isinstance(value, list) else [value]:
+    for item in given if isinstance(given, list) else [given]:
         part = item if isinstance(item, dict) else {"id": item}
-        name, files = part.get("id") or part.get("path"), part.get("data_files")
-        if isinstance(files, str):
-            name = files
-        said = {
-            "source": name,
+        files = part.get("data_files")
+        keys = {
+            "source": files if isinstance(files, str) else part.get("id") or part.get("path"),
             "subset": part.get("config", part.get("name")),
-            "source_split": part.get("split", split),
+            "source_split": part.get("split", next(iter(splits), None)),
             "weight": part.get("weight") if part.get("weight") != 1 else None,
         }
-        sources.append({key: text for key, text in said.items() if text is not None})
-        lost += [key for key in ("fraction", "data_dir") if part.get(key) is not None]
-    size = entry.value.get("test_split_size") if isinstance(entry.value, dict) else None
+        sources.append({name: text for name, text in keys.items() if text is not None})
+        lost += [name for name in ("fraction", "data_dir") if part.get(name) is not None]
+    size = value.get("test_split_size") if isinstance(value, dict) else None
     if isinstance(size, float):
-        migration.add("data.split", {"validation": size}, f"from {entry.key}.test_split_size")
+        migration.add("data.split", {"validation": size}, f"from {key}.test_split_size")
     elif size is not None:
         lost.append(f"test_split_size {size} rows (data.split.validation is a fraction)")
     if len(sources) == 1 and "weight" not in sources[0]:
-        for key in ("subset", "source_split"):
-            if key in sources[0]:
-                migration.add(f"data.{key}", sources[0][key], f"from {entry.key}")
-        migration.move(entry, "data.source", sources[0]["source"])
+        for name in sources[0].keys() - {"source"}:
+            migration.add(f"data.{name}", sources[0][name], f"from {key}")
+        migration.move(key, "data.source", sources[0]["source"])
     else:
-        migration.move(entry, "data.source", sources)
+        migration.move(key, "data.source", sources)
     if lost:
-        migration.leave(entry, f"no place in data.source: {', '.join(lost)}")
+        migration.leave(key, f"no place in data.source: {', '.join(lost)}")
 
 
 def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> None:
@@ -374,21 +332,21 @@ def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> Non
     for key, value in LORA_DEFAULTS.items() if migration.value("use_peft") else ():
         migration.add(f"lora.{key}", value, "TRL's default; PEFT's is another")
     if migration.values.get("quantization.load_in_4bit"):
-        dtype = migration.values.get("model.dtype")
         migration.add("quantization.bnb_4bit_quant_type", "nf4", "TRL's default")
+        dtype = migration.values.get("model.dtype")
         if dtype in _DTYPES.values():
             why = "TRL computes in the model's dtype"
             migration.add("quantization.bnb_4bit_compute_dtype", dtype, why)
-    if "dataset_text_field" in migration.entries:
-        migration.add("data.prompt_format", "raw", "the text stands in one column")
+    if "dataset_text_field" in migration.flat.values:
+        migration.add("data.prompt_format", "raw", "the text is in one column")
     elif prompt_formats is not None:
         migration.add("data.prompt_format", prompt_formats[0], "as the rows are on this machine")
     else:
         why = "for rows of messages; for rows of prompt and completion write raw, and remove"
         migration.add("data.prompt_format", "chat", f"{why} train.completion_only_loss: false")
+    flat = migration.flat.values
     conversations = migration.values["data.prompt_format"] == "chat"
-    asked = migration.value("completion_only_loss") or migration.value("assistant_only_loss")
-    if conversations and not asked and "completion_only_loss" not in migration.entries:
+    if conversations and not flat.get("assistant_only_loss") and "completion_only_loss" not in flat:
         why = "of messages TRL learns every token; true learns the answers"
         migration.add("train.completion_only_loss", False, why)
     if migration.values.get("train.eval_strategy", "no") in ("no", None):
@@ -397,26 +355,25 @@ def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> Non
         migration.add("data.split", {"validation": 0.1}, "rows held out for evaluation")
 
 
-def _entries(document: Document) -> tuple[dict[str, Entry], list[str]]:
-    """Cut the file into its top-level keys, each with the comment lines above it; and the comments
-    at its end.
-    """
-    lines, values = document.text.split("\n"), document.values
-    starts = {key: (document.origins[key,].line or 1) - 1 for key in values}
-    if "&" in document.text or len(set(starts.values())) < len(starts):
-        # an anchor, or several keys on a line: the values are written anew
-        entries = {key: Entry(key, values[key], starts[key] + 1, []) for key in values}
-        return entries, [line for line in lines if line.startswith("#")]
-    entries, above = {}, lines[: min(starts.values())]
-    for key, end in zip(starts, [*list(starts.values())[1:], len(lines)], strict=True):
-        block = lines[starts[key] : end]
-        size = len(block)
-        while size > 1 and (not block[size - 1].strip() or block[size - 1].startswith("#")):
-            size -= 1
-        comments = [line for line in above if not line.startswith(("---", "%"))]
-        entries[key] = Entry(key, values[key], starts[key] + 1, block[:size], comments)
-        above = block[size:]
-    return entries, above
+def _comments(flat: Document) -> dict[str, list[str]]:
+    """Return the comments of each top-level key: those above it, and those beside its value."""
+    text = list(flat.text)
+    for token in yaml.scan(flat.text):  # a sign inside a value begins no comment
+        if isinstance(token, yaml.ScalarToken):
+            for index in range(token.start_mark.index, token.end_mark.index):
+                text[index] = "\n" if text[index] == "\n" else "x"
+    places = {key: flat.origin((key,)).line or 0 for key in flat.values}
+    comments: dict[str, list[str]] = {}
+    for number, line in enumerate("".join(text).split("\n"), start=1):
+        if "#" not in line:
+            continue
+        start = line.index("#")
+        comment = flat.text.split("\n")[number - 1][start:].rstrip()
+        following = [key for key, place in places.items() if place > number]
+        before = [key for key, place in places.items() if place <= number]
+        key = following[0] if start == 0 and following else before[-1] if before else ""
+        comments.setdefault(key, []).append(comment)
+    return comments
 
 
 def _dump(key: str, value: Any) -> list[str]:
@@ -425,5 +382,5 @@ def _dump(key: str, value: Any) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000).strip().replace("\n...", "")
+    text = value_text(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

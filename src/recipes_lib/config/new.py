@@ -21,7 +21,6 @@ _NF4 = {
     "bnb_4bit_quant_storage": "bfloat16",  # FSDP shards one floating type
 }
 _LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-_LORA_TO_FULL_RATE = 0.1
 
 
 def new_recipe(
@@ -44,21 +43,39 @@ def new_recipe(
             rate, by ten.
     """
     values: dict[str, Any] = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
+    train, lora = origin.train, origin.lora
     if model is not None:
         values["model"]["name_or_path"] = model
-        values["data"] |= {"chat_template": None} if origin.data.chat_template else {}
-        values["train"] |= {"eos_token": None} if origin.train.get("eos_token") else {}
-        named = origin.lora is not None and origin.lora.get("target_modules") != "all-linear"
-        values["lora"] |= {"target_modules": "all-linear"} if named else {}
+        if origin.data.chat_template:
+            values["data"]["chat_template"] = None
+        if train.get("eos_token"):
+            values["train"]["eos_token"] = None
+        if lora is not None and lora.get("target_modules") != "all-linear":
+            values["lora"]["target_modules"] = "all-linear"
     if rows is not None:
         values["data"] |= {"source": _relative(target, rows.file), **rows.keys}
         if origin.data.prompt_format not in rows.prompt_formats:
             values["data"]["prompt_format"] = rows.prompt_formats[0]
-        values["train"] |= _shares(origin)
-        if rows.whole_text and origin.train.get("completion_only_loss"):
+        if train.get("max_steps", -1) > 0:
+            values["train"]["max_steps"] = -1
+        if train.get("eval_strategy") == "steps":
+            values["train"]["eval_steps"] = 0.2
+        if train.get("save_strategy", "steps") == "steps":
+            # the best model is chosen among checkpoints
+            values["train"]["save_steps"] = 0.2 if train.get("load_best_model_at_end") else 0.05
+        if rows.whole_text and train.get("completion_only_loss"):
             values["train"]["completion_only_loss"] = None
     if method is not None:
-        _change_method(values, origin, method)
+        if method == "full":
+            values["lora"] = None
+        elif lora is None:
+            values["lora"] = dict(_LORA)
+        if method == "qlora":
+            values["quantization"] = origin.quantization or dict(_NF4)
+        elif origin.quantization is not None:
+            values["quantization"] = None
+        if (lora is None) != (method == "full") and (rate := train.get("learning_rate")):
+            values["train"]["learning_rate"] = float(f"{rate * (10 if lora is None else 0.1):.3g}")
     values["run"] = {"name": name, "tags": []}
     written = {key: value for key, value in values.items() if value is None or value}
     extends = _relative(target, origin.path)
@@ -79,29 +96,3 @@ def schema_line(target: Path) -> str:
 def _relative(target: Path, file: Path) -> str:
     """Return the path of a file as one that will lie at `target` must write it."""
     return Path(os.path.relpath(file.resolve(), target.resolve().parent)).as_posix()
-
-
-def _shares(origin: Recipe) -> dict[str, Any]:
-    train = origin.train
-    values: dict[str, Any] = {"max_steps": -1} if train.get("max_steps", -1) > 0 else {}
-    if train.get("eval_strategy") == "steps":
-        values["eval_steps"] = 0.2
-    if train.get("save_strategy", "steps") == "steps":
-        # the best model is chosen among checkpoints
-        values["save_steps"] = 0.2 if train.get("load_best_model_at_end") else 0.05
-    return values
-
-
-def _change_method(values: dict[str, Any], origin: Recipe, method: Method) -> None:
-    had_adapter, gets_adapter = origin.lora is not None, method != "full"
-    if not gets_adapter:
-        values["lora"] = None
-    elif not had_adapter:
-        values["lora"] = dict(_LORA)
-    if method == "qlora":
-        values["quantization"] = origin.quantization or dict(_NF4)
-    elif origin.quantization is not None:
-        values["quantization"] = None
-    if had_adapter != gets_adapter and (rate := origin.train.get("learning_rate")):
-        factor = 1 / _LORA_TO_FULL_RATE if gets_adapter else _LORA_TO_FULL_RATE
-        values["train"]["learning_rate"] = float(f"{rate * factor:.3g}")

@@ -6,7 +6,6 @@ the adapter. The architecture is built on the meta device: no weights, no memory
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 import re
@@ -17,11 +16,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
-from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.rules import no_model_at
+from recipes_lib.config.recipe import Recipe, no_model_at
 from recipes_lib.config.sections import VARLEN
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import (
     build_lora_config,
     build_quantization_config,
@@ -29,7 +27,6 @@ from recipes_lib.config.upstream import (
     check_packages,
     has_accelerator,
     refused,
-    upstream_default,
 )
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -40,7 +37,6 @@ from recipes_lib.models.families import (
     language_modules,
     needs_of,
     settle_targets,
-    why_not_varlen,
     why_rows_apart,
 )
 from recipes_lib.models.packaged import is_packaged, packaged_folder
@@ -52,8 +48,6 @@ KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-_POSITIONS = re.compile(r"(?:^|\.)(?:wpe|embed_positions|position_embeddings?)$")
-_AGAIN = "download the model again"
 _A_MODEL = "a model is a folder with config.json, safetensors and a tokenizer"
 
 
@@ -82,8 +76,7 @@ def check_upstream(
             errors.append(RecipeError(error.what, *error.hints, file=error.file, line=error.line))
         return None
 
-    launch = collect(lambda: plan_launch(recipe.launch))
-    launch = launch or Launch(AccelerateConfig(Path()), per_machine=1)
+    launch = collect(lambda: plan_launch(recipe.launch)) or Launch(AccelerateConfig(), 1)
     here = _for_this_machine(recipe, launch.config, notes)
     collect(lambda: build_sft_config(here, "unused", launch.world_size))
     collect(lambda: build_lora_config(recipe))
@@ -113,42 +106,36 @@ def _for_this_machine(
     """Return the recipe without what only a GPU can judge, when it is meant for one and this
     machine has none.
     """
-    if accelerate.use_cpu or has_accelerator():
-        return recipe
     keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
-    if keys:
-        what = f"note: no GPU on this machine: train.{', train.'.join(keys)} not checked"
-        notes.append(recipe.error(f"train.{keys[0]}", what))
-    train = {key: value for key, value in recipe.train.items() if key not in keys}
-    return replace(recipe, train=train)
+    if not keys or accelerate.use_cpu or has_accelerator():
+        return recipe
+    what = f"note: no GPU on this machine: train.{', train.'.join(keys)} not checked"
+    notes.append(recipe.error(f"train.{keys[0]}", what))
+    return replace(recipe, train={key: recipe.train[key] for key in recipe.train.keys() - {*keys}})
 
 
-def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> list[RecipeError]:
-    """FSDP shards tensors of one floating type: 4-bit weights must be stored in the type the
-    adapter has, and be gathered in it.
+def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
+    """FSDP2 shards tensors of one floating type and gathers all of them, packed 4-bit values too,
+    in the compute type.
     """
     quantization = recipe.quantization
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if quantization is None or not (asked or accelerate.distributed_type == "FSDP"):
-        return []
-    if quantization.get("load_in_8bit"):
-        what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
-        hint = "set load_in_4bit: true with bfloat16 storage, or launch with ddp"
-        return [recipe.error("quantization.load_in_8bit", what, hint)]
-    # FSDP2 gathers every floating tensor in the compute type, packed 4-bit values too
-    if recipe.train.get("fp16"):
-        what = "QLoRA under FSDP cannot compute in fp16: packed 4-bit weights would be rounded"
-        hint = "set train.bf16: true and train.fp16: false, or launch with ddp"
-        return [recipe.error("train.fp16", what, hint)]
+        return
     storage = quantization.get("bnb_4bit_quant_storage")
     compute = quantization.get("bnb_4bit_compute_dtype")
-    if storage == compute == "bfloat16":
-        return []
-    key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
-    found = f"storage is {storage or 'uint8'}, compute {compute or 'float32'}"
-    what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16, the adapter's type: {found}"
     hint = "set bnb_4bit_quant_storage and bnb_4bit_compute_dtype: bfloat16, or launch with ddp"
-    return [recipe.error(key, what, hint)]
+    if quantization.get("load_in_8bit"):
+        what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
+        yield recipe.error("quantization.load_in_8bit", what, "use 4 bits, or launch with ddp")
+    elif recipe.train.get("fp16"):
+        what = "QLoRA under FSDP cannot compute in fp16: packed 4-bit weights would be rounded"
+        yield recipe.error("train.fp16", what, "set train.bf16: true, or launch with ddp")
+    elif not storage == compute == "bfloat16":
+        key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
+        values = f"storage is {storage or 'uint8'}, compute {compute or 'float32'}"
+        what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16: {values}"
+        yield recipe.error(key, what, hint)
 
 
 def local_folder(recipe: Recipe) -> Path | None:
@@ -189,9 +176,9 @@ def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
         error: what transformers said.
     """
     folder = local_folder(recipe)
+    hint = f"its files are beside the weights: {', '.join(TOKENIZER_FILES)}"
     if folder is not None and object_or_none(folder / "config.json") is None:
         return recipe.error(KEY, f"{folder} has no readable config.json", _A_MODEL)
-    hint = f"its files stand beside the weights: {', '.join(TOKENIZER_FILES)}"
     if folder is not None and not _has_tokenizer(folder):
         return recipe.error(KEY, f"{folder} has no tokenizer", hint)
     return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
@@ -207,51 +194,36 @@ def check_model_files(
     """
     config = object_or_none(folder / "config.json")
     if config is None:
-        gguf = any(folder.glob("*.gguf"))
-        what = "holds GGUF weights" if gguf else "has no readable config.json"
-        hint = "quantized weights cannot be trained further; give the original model"
-        yield recipe.error(KEY, f"{folder} {what}", hint if gguf else _A_MODEL)
+        yield recipe.error(KEY, f"{folder} has no readable config.json", _A_MODEL)
         return
-    found = config.get("architectures")
-    names = [str(name) for name in found] if isinstance(found, list) else []
+    names = [str(name) for name in config.get("architectures") or ()]
     kind = ARCHITECTURES.get(str(config.get("model_type")))
     if names and not any(name.endswith(_CAUSAL) for name in names) and not (kind and kind.images):
         what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
         yield recipe.error(KEY, what, "choose a model that generates text")
-    if "quantization_config" in config:
-        method = config["quantization_config"]
-        method = method.get("quant_method") if isinstance(method, dict) else method
+    if packed := config.get("quantization_config"):
+        method = packed.get("quant_method") if isinstance(packed, dict) else packed
         if method != DEQUANTIZED or recipe.quantization is not None:
-            what = f"the model is already quantized ({method or 'a method of its own'})"
             hint = "give the original model; for QLoRA add a quantization section"
             if method == DEQUANTIZED:
                 hint = "remove the quantization section: it is trained in model.dtype"
-            yield recipe.error(KEY, what, hint)
-    if "auto_map" in config and remote_code is not True:
-        if not recipe.model.trust_remote_code:
-            what = "the model needs Python code that ships with it"
-            hint = "read that code; then set model.trust_remote_code: true and pass"
-            yield recipe.error(KEY, what, f"{hint} --trust-remote-code")
-        elif remote_code is False:
-            what = "the recipe asks to run the model's own code"
-            yield recipe.error("model.trust_remote_code", what, "pass --trust-remote-code as well")
+            yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
+    if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
+        hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
+        yield recipe.error(KEY, "the model needs Python code that ships with it", hint)
     yield from _weights(recipe, folder)
 
 
 def _weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
     """Yield missing, damaged or pickled weight files; those of the Hub may be still to come."""
     index = folder / "model.safetensors.index.json"
-    named = (object_or_none(index) or {}).get("weight_map", {})
-    if index.exists() and not (isinstance(named, dict) and named):
-        yield recipe.error(KEY, f"{index} has no weight_map", _AGAIN)
-        named = {}
+    named = (object_or_none(index) or {}).get("weight_map")
+    named = named if isinstance(named, dict) else {}
     shards = {folder / str(name) for name in named.values()} or {*folder.glob("*.safetensors")}
     for shard in sorted(shards):
-        if shard.is_file():
-            if problem := broken_shard(shard):
-                yield recipe.error(KEY, f"{shard} {problem}", _AGAIN)
-        elif not _from_hub(recipe):
-            yield recipe.error(KEY, f"{shard} is missing; {index.name} names it", _AGAIN)
+        problem = broken_shard(shard) if shard.is_file() else f"is missing; {index.name} names it"
+        if problem and (shard.is_file() or not _from_hub(recipe)):
+            yield recipe.error(KEY, f"{shard} {problem}", "download the model again")
     if not shards and not _from_hub(recipe):
         hint = "only *.safetensors are read: a pickle can run code; GGUF cannot be trained further"
         yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)", hint)
@@ -271,18 +243,23 @@ def broken_shard(path: Path) -> str | None:
 def check_names(
     recipe: Recipe, folder: Path, accelerate: AccelerateConfig
 ) -> Iterator[RecipeError]:
-    """Yield names in the recipe or its accelerate config that the model does not have."""
+    """Yield names in the recipe or its accelerate config that the model does not have, and what the
+    model's class cannot do.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     try:
         model = architecture(folder)
     except Exception as error:
         # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error(KEY, f"transformers cannot build this model: {one_line(error)}")
         return
-    yield from _causal(recipe, model)
-    yield from _attention(recipe, model)
+    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and not getattr(model.config, "is_decoder", True):
+        what = f"{type(model).__name__} is an encoder here: it sees the tokens to predict"
+        yield recipe.error(KEY, what, "choose a causal language model")
     if recipe.lora is not None:
-        unknown = list(_lora_names(recipe, model))
-        yield from unknown or _injection(recipe, model)
+        yield from _adapter(recipe, recipe.lora, model)
     packs = "packing" if recipe.train.get("packing") else "padding_free"
     wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
     if recipe.train.get(packs) and not wrapped and (why := why_rows_apart(model)):
@@ -319,55 +296,6 @@ def _tokenizer_size(folder: Path) -> int:
     return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
-def _causal(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Yield an error for an encoder, which sees the tokens that it should predict, and for rows
-    longer than a table of positions.
-    """
-    import torch
-
-    # only the classes that ask for is_decoder depend on it
-    if "is_decoder=True" in inspect.getsource(type(model)) and not model.config.is_decoder:
-        what = f"{type(model).__name__} is an encoder here: it sees the tokens to predict"
-        yield recipe.error(KEY, what, "choose a causal language model")
-    # transformers 5.24 modeling_doge.py says so itself
-    if model.config.model_type == "doge" and model.config.is_moe:
-        what = f"{type(model).__name__} with experts routes each token by tokens that come after it"
-        yield recipe.error(KEY, what, "choose a causal language model, or Doge without experts")
-    positions = getattr(model.config, "max_position_embeddings", None)
-    longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
-    has_table = any(
-        isinstance(module, torch.nn.Embedding) and _POSITIONS.search(name)
-        for name, module in language_modules(model)
-    )
-    if has_table and positions and (longest is None or longest > positions):
-        what = f"train.max_length {longest}: the model has a table of {positions:,} positions"
-        hint = f"set train.max_length: {positions} or less"
-        yield recipe.error("train.max_length", f"{what} and fails beyond", hint)
-
-
-def _attention(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Yield an error where the model's class does not have the attention asked for; flash attention
-    is left to the machine that has it.
-    """
-    import torch
-    import transformers
-
-    asked = recipe.model.attn_implementation
-    if asked not in ("sdpa", "eager", "flex_attention", VARLEN):
-        return
-    try:
-        with torch.device("meta"):
-            config = copy.deepcopy(model.config)
-            loader = getattr(transformers, auto_class(config.model_type))
-            kernel = "sdpa" if asked == VARLEN else asked
-            tried = loader.from_config(config, attn_implementation=kernel)
-    except (ValueError, ImportError) as error:
-        yield attention_refused(recipe, error)
-        return
-    if asked == VARLEN and (why := why_not_varlen(tried)):
-        yield varlen_refused(recipe, why)
-
-
 def varlen_refused(recipe: Recipe, why: str) -> RecipeError:
     """Return the refusal of torch's variable-length attention.
 
@@ -386,94 +314,56 @@ def attention_refused(recipe: Recipe, error: Exception) -> RecipeError:
     return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
 
 
-def _lora_names(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Yield LoRA names that match nothing: PEFT takes a list of which one name matches. And targets
-    that cannot work on this architecture, and layers that it does not have.
-    """
-    import torch
-
-    lora = recipe.lora or {}
-    modules = {name: module for name, module in language_modules(model) if name}
-    linear = {
-        name.rpartition(".")[2] for name, one in modules.items() if isinstance(one, torch.nn.Linear)
-    }
-    existing = {
-        "target_modules": sorted(linear - {"lm_head"}),
-        "modules_to_save": sorted({name.rpartition(".")[2] for name in modules}),
-    }
-    for key, names in existing.items():
-        given = lora.get(key)
-        for name in _unmatched(given, modules):
-            if key == "target_modules" and name in _former_layers(recipe, model):
-                continue
-            place = f"lora.{key}.{given.index(name)}" if isinstance(given, list) else f"lora.{key}"
-            hints = did_you_mean(name, names)
-            hints += [f"it has {', '.join(names)}"] if key == "target_modules" else []
-            yield recipe.error(place, f"lora.{key}: the model has no module '{name}'", *hints)
-    needs, given = needs_of(model), lora.get("target_modules")
-    for name in needs.left_out:
-        if isinstance(given, list) and name in given and name in linear:
-            what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
-            hint = "leave it out, or say all-linear, which does"
-            yield recipe.error("lora.target_modules", what, hint)
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    wanted = lora.get("layers_to_transform")
-    for layer in [wanted] if isinstance(wanted, int) else wanted or []:
-        if layers is not None and not 0 <= layer < layers:
-            key = "lora.layers_to_transform"
-            what = f"{key}: the model has no layer {layer}"
-            yield recipe.error(key, what, f"it has layers 0 to {layers - 1}")
-
-
-def _former_layers(recipe: Recipe, model: Any) -> set[str]:
-    """Return the targets that PEFT takes for layers which are parameters of the experts now."""
-    try:
-        config = build_lora_config(recipe)
-        left = converted(config, model).target_modules if config else ()
-    except (ValueError, RecipeError):
-        left = ()
-    return set((recipe.lora or {}).get("target_modules") or ()) - set(left or ())
-
-
-def _unmatched(names: Any, modules: dict[str, Any]) -> list[str]:
-    """Return the names that PEFT would find nowhere: a list matches ends of module names, a text is
-    a regular expression.
-    """
-    if names is None or names == "all-linear":
-        return []
-    if isinstance(names, str):
-        return [] if any(re.fullmatch(names, module) for module in modules) else [names]
-    return [name for name in names if not any(f".{one}".endswith(f".{name}") for one in modules)]
-
-
-def _injection(recipe: Recipe, model: Any) -> Iterator[RecipeError]:
-    """Yield what PEFT has against these adapters on this model: they are put on a copy without
-    weights.
+def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[RecipeError]:
+    """Yield names that the model does not have, of which PEFT takes a list if one of them matches;
+    targets that cannot work on this architecture; and what PEFT has against the adapters, which are
+    put on a copy without weights.
     """
     import torch
     from peft import get_peft_model
 
-    attention = "or adapt the attention: lora.target_modules: [q_proj, k_proj, v_proj, o_proj]"
+    modules = {name: module for name, module in language_modules(model) if name}
+    last = {name.rpartition(".")[2] for name in modules}
+    needs, given = needs_of(model), lora.get("target_modules")
     try:
         config = build_lora_config(recipe)
         assert config is not None
-        start = config.init_lora_weights
-        config.init_lora_weights = False  # the initial values of some kinds need the weights
         settled = settle_targets(config, model)
-        with torch.device("meta"):
-            get_peft_model(copy.deepcopy(model), settled)
-        needs_weights = isinstance(start, str) and start != "gaussian"
-        if needs_weights and converted(settled, model).target_parameters:
-            key = "lora.init_lora_weights"
-            what = f"{key}: {start} starts from weights of layers, and these are experts'"
-            yield recipe.error(key, what, "leave the key out", attention)
+        # PEFT finds former layers of experts, which are parameters now, by itself
+        targets = converted(config, model).target_modules
+        wanted = {"target_modules": targets, "modules_to_save": config.modules_to_save}
+        unknown = [
+            (key, name)
+            for key, names in wanted.items()
+            for name in (() if names is None or isinstance(names, str) else names)
+            if not any(f".{module}".endswith(f".{name}") for module in modules)
+        ]
+        for key, name in unknown:
+            place = f"lora.{key}.{lora[key].index(name)}"
+            what = f"lora.{key}: the model has no module '{name}'"
+            yield recipe.error(place, what, *did_you_mean(name, last), f"it has {_layers(modules)}")
+        for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & last:
+            what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
+            hint = "leave it out, or say all-linear, which does"
+            yield recipe.error("lora.target_modules", what, hint)
+        settled.init_lora_weights = False  # the initial values of some kinds need the weights
+        if not unknown:
+            with torch.device("meta"):
+                get_peft_model(copy.deepcopy(model), settled)
     except RecipeError:  # of the config itself, which is reported where it is built
         return
     except (ValueError, TypeError, NotImplementedError) as error:
-        if "meta" in str(error):
-            return  # says something about tensors without values, nothing about the recipe
-        experts = ["that is how PEFT adapts experts: leave the setting out", attention]
-        yield refused(recipe, "lora", error, *(experts if "ParamWrapper" in str(error) else []))
+        if "meta" not in str(error):  # else it is about tensors without values
+            hint = f"it has {_layers(modules)}"
+            yield refused(recipe, "lora", error, *([hint] if "not found" in str(error) else []))
+
+
+def _layers(modules: dict[str, Any]) -> str:
+    """Return the names of linear layers that an adapter may be put on."""
+    import torch
+
+    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"}))
 
 
 def _layer_classes(
@@ -483,7 +373,7 @@ def _layer_classes(
     classes = {type(module).__name__ for module in model.modules()}
     stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
     layers = sorted({type(child).__name__ for stack in stacks for child in stack})
-    for name in re.split(r"\s*,\s*", str(accelerate.fsdp.get(key) or "")):
+    for name in re.split(r"\s*,\s*", str(accelerate.fsdp_config.get(key) or "")):
         if name and name not in classes:
             what = f"{key} '{name}' of {accelerate.path.name} is not in the model"
             hint = f"its layer classes: {', '.join(layers)}"

@@ -1,4 +1,5 @@
-"""A recipe: sections as values, each with the place it was written.
+"""A recipe: sections as values, each with the place it was written, and what must hold between
+them.
 
 `load_recipe` is the only way in. A resolved recipe is a recipe: `resolved.yaml` has every value,
 absolute paths and no `extends`, and is what jobs, resumed runs and evaluations read.
@@ -6,7 +7,7 @@ absolute paths and no `extends`, and is what jobs, resumed runs and evaluations 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,25 +16,29 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import Field
 
-from recipes_lib.config.documents import Document, Origin, QuickSection, dotted, judge, parse, read
-from recipes_lib.config.rules import base_rules, machine_rules, recipe_rules
+from recipes_lib.config.batch import solve_batch
+from recipes_lib.config.documents import Document, Origin, dotted, near_names, read
+from recipes_lib.config.launch import load_accelerate_config, plan_launch, precision_conflict
+from recipes_lib.config.parsing import QuickSection, Section, judge, parse
 from recipes_lib.config.sections import (
+    HUB_ID,
     DataSection,
     LaunchSection,
     ModelSection,
     RunSection,
     SplitSection,
 )
-from recipes_lib.config.suggestions import near_names
 from recipes_lib.config.upstream import (
     TRAIN_DEFAULTS,
     LoraSection,
     QuantizationSection,
     TrainSection,
+    upstream_default,
 )
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name
+from recipes_lib.models.packaged import is_packaged
 
 RECIPE_FILE = "resolved.yaml"
 PROJECT_DEFAULT = Origin("project default")
@@ -58,34 +63,6 @@ class RecipeFile(QuickSection):
     train: TrainSection = Field(TrainSection(), description="`trl.SFTConfig`, key by key.")
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
-
-
-@lru_cache(maxsize=1)
-def recipe_keys() -> dict[str, dict[str, Any]]:
-    """Return dotted key -> JSON Schema, with text and default, of every section and key."""
-    root = RecipeFile.model_json_schema()
-    found: dict[str, dict[str, Any]] = {}
-
-    def visit(schema: dict[str, Any], prefix: str) -> None:
-        for key, part in schema.get("properties", {}).items():
-            known = [one["$ref"] for one in (part, *part.get("anyOf", [])) if "$ref" in one]
-            inner = root["$defs"][known[0].rpartition("/")[2]] if len(known) == 1 else {}
-            found[f"{prefix}{key}"] = {**inner, **part}
-            visit(inner, f"{prefix}{key}.")
-
-    visit(root, "")
-    return found
-
-
-def near_keys(word: str) -> list[str]:
-    """Return the dotted keys that a word such as `learning_rate` means, or else is nearest to."""
-    keys, plain = recipe_keys(), word.replace("-", "_")
-    ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
-    if ending:
-        return ending
-    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    names = near_names(plain, keys) or near_names(plain.rpartition(".")[2], last)
-    return [last.get(name, name) for name in names]
 
 
 @dataclass(frozen=True)
@@ -130,18 +107,9 @@ class Recipe:
             "launch": self.launch.model_dump(),
         }
 
-    def resolved_yaml(self) -> str:
-        """Return `to_dict` as YAML: a recipe that is the same anywhere."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-
-    @classmethod
-    def read(cls, path: Path) -> Recipe:
-        """Return the recipe of a `resolved.yaml`."""
-        return load_recipe(path)
-
     def write(self, path: Path) -> None:
-        """Write the resolved recipe."""
-        write_text(path, self.resolved_yaml())
+        """Write the resolved recipe: one that is the same anywhere."""
+        write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True))
 
     def reading(self, file: str) -> Recipe:
         """Return the recipe that reads all rows of a file in the format of its own, and holds none
@@ -186,14 +154,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     document = read(path, overrides)
-    return recipe_of(parse(RecipeFile, document, base_rules, recipe_rules), document)
+    return recipe_of(parse(RecipeFile, document, recipe_rules), document)
 
 
 def check_recipe(document: Document) -> tuple[RecipeFile | None, list[RecipeError]]:
-    """Return what `recipes check` says of a recipe or a base."""
+    """Return what `recipes check` says of a recipe or a base; what must hold between keys is asked
+    of whole recipes.
+    """
     if document.path.name.startswith("_"):
-        return judge(RecipeFile, document, base_rules, partial=True)
-    return judge(RecipeFile, document, base_rules, recipe_rules, machine_rules)
+        return judge(RecipeFile, document, partial=True)
+    return judge(RecipeFile, document, recipe_rules, machine_rules)
 
 
 def recipe_of(file: RecipeFile, document: Document) -> Recipe:
@@ -219,3 +189,169 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
         text=document.text,
         values=values,
     )
+
+
+@lru_cache(maxsize=1)
+def recipe_keys() -> dict[str, dict[str, Any]]:
+    """Return dotted key -> JSON Schema, with text and default, of every section and key."""
+    root = RecipeFile.model_json_schema()
+    keys: dict[str, dict[str, Any]] = {}
+
+    def visit(schema: dict[str, Any], prefix: str) -> None:
+        for key, part in schema.get("properties", {}).items():
+            names = [kind["$ref"] for kind in (part, *part.get("anyOf", [])) if "$ref" in kind]
+            inner = root["$defs"][names[0].rpartition("/")[2]] if len(names) == 1 else {}
+            keys[f"{prefix}{key}"] = {**inner, **part}
+            visit(inner, f"{prefix}{key}.")
+
+    visit(root, "")
+    return keys
+
+
+def near_keys(word: str) -> list[str]:
+    """Return the dotted keys that a word such as `learning_rate` means, or else is nearest to."""
+    keys, plain = recipe_keys(), word.replace("-", "_")
+    ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
+    if ending:
+        return ending
+    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    names = near_names(plain, keys) or near_names(plain.rpartition(".")[2], last)
+    return [last.get(name, name) for name in names]
+
+
+# What must hold between keys, where upstream would be silently wrong, or would say so only after a
+# model was loaded. Each rule yields the key to blame, what is wrong, and hints.
+
+_Finding = tuple[str, ...]
+_NOT_IN_MODEL_KWARGS = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "write model.dtype"),
+    **dict.fromkeys(("attn_implementation", "trust_remote_code", "revision"), "write it in model"),
+    "quantization_config": "write a quantization section",
+    "device_map": "the launcher decides where the model lies",
+    "use_safetensors": "safetensors are always read",
+    "token": "a secret never belongs in a file; log in with 'hf auth login'",
+}
+
+
+def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
+    """Yield what a recipe cannot mean; values of a wrong type were left out."""
+    train = _written(recipe.train)
+    for rule in (_model(recipe), _adapter(recipe, train), _validation(recipe, train)):
+        for key, what, *hints in rule:
+            yield document.error(key, what, *hints)
+    yield from _launch(recipe, train, document)
+    if recipe.run.name is not None:
+        try:
+            check_run_name(recipe.run.name)
+        except RecipeError as error:
+            yield document.error("run.name", error.what, *error.hints)
+    _warn(recipe, document, train)
+
+
+def machine_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong on this machine with the recipe's own launch: only `recipes check` asks,
+    as a launch from the command line may have other processes.
+    """
+    if wrong := no_model_at(recipe.model.name_or_path):
+        yield document.error("model.name_or_path", *wrong)
+    key = "per_device_train_batch_size"
+    per_device = _written(recipe.train).get(key, upstream_default("train", key))
+    try:
+        if recipe.run.global_batch_size is not None:
+            world_size = plan_launch(recipe.launch).world_size
+            solve_batch(recipe.run.global_batch_size, per_device, world_size)
+    except RecipeError as error:
+        yield document.error("run.global_batch_size", error.what, *error.hints)
+
+
+def _written(section: Section | None) -> dict[str, Any]:
+    return {} if section is None else section.model_dump(exclude_unset=True)
+
+
+def _model(recipe: RecipeFile) -> Iterator[_Finding]:
+    for key in recipe.model.kwargs.keys() & _NOT_IN_MODEL_KWARGS.keys():
+        what = f"model.kwargs.{key} cannot be set there"
+        yield f"model.kwargs.{key}", what, _NOT_IN_MODEL_KWARGS[key]
+
+
+def _adapter(recipe: RecipeFile, train: dict[str, Any]) -> Iterator[_Finding]:
+    key, targets = "lora.target_modules", _written(recipe.lora).get("target_modules")
+    if "lm_head" in (targets if isinstance(targets, list) else [targets]):
+        what = f"{key} holds lm_head: the loss cannot run through an adapter on the output layer"
+        yield key, what, "remove lm_head"
+    if recipe.quantization is None:
+        return
+    quantization = _written(recipe.quantization)
+    four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
+    if not four and not eight:
+        hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
+        yield "quantization", "quantization switches nothing on", hint
+    elif recipe.lora is None:
+        what = "quantized weights cannot be trained without an adapter"
+        yield "quantization", what, "add a lora section, or remove quantization"
+    # A 4-bit layer answers in the base's precision; where autocast's is the other half, the next
+    # concatenation ends the run.
+    dtype, halves = recipe.model.dtype, ("float16", "bfloat16")
+    half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else dtype
+    if four and dtype in halves and dtype != half:
+        under = "train.fp16" if train.get("fp16") else "train.bf16"
+        what = f"model.dtype {dtype} under {under}: 4-bit layers would mix the two"
+        yield "model.dtype", f"{what}, which torch refuses", f"set model.dtype: {half}"
+
+
+def _validation(recipe: RecipeFile, train: dict[str, Any]) -> Iterator[_Finding]:
+    strategy, split = train.get("eval_strategy", "no"), recipe.data.split
+    if strategy != "no" and (split.method == "none" or split.validation == 0):
+        what = f"train.eval_strategy is {strategy}, but data.split holds no validation rows out"
+        hint = "set data.split.validation, or train.eval_strategy: no"
+        yield "train.eval_strategy", what, hint
+
+
+def _launch(recipe: RecipeFile, train: dict[str, Any], document: Document) -> Iterator[RecipeError]:
+    key, name = "launch.accelerate", recipe.launch.accelerate
+    try:
+        config = load_accelerate_config(name)
+        if conflict := precision_conflict(train, config.mixed_precision, f"{key} {name}"):
+            yield document.error(key, *conflict)
+        plan_launch(recipe.launch)
+    except RecipeError as error:
+        for wrong in error.errors:
+            yield document.error(key, wrong.what, *wrong.hints)
+
+
+def _warn(recipe: RecipeFile, document: Document, train: dict[str, Any]) -> None:
+    """Add combinations that are legal but rarely meant."""
+    if recipe.run.global_batch_size and "gradient_accumulation_steps" in train:
+        key = "train.gradient_accumulation_steps"
+        what = f"{key} is ignored: it is derived from run.global_batch_size"
+        document.warn(key, what, "remove one of them")
+    if recipe.data.prompt_format == "raw" and train.get("completion_only_loss") is False:
+        key = "train.completion_only_loss"
+        document.warn(key, f"{key} false: the loss is on prompts too", "TRL's default: remove it")
+    lora, before = _written(recipe.lora), document.replaced.get(("lora", "r"))
+    rank, alpha = lora.get("r"), lora.get("lora_alpha")
+    same_file = document.origin("lora.r").file == document.origin("lora.lora_alpha").file
+    if isinstance(before, int) and before > 0 and rank and alpha and not same_file:
+        root = 0.5 if lora.get("use_rslora") else 1
+        was, now = alpha / before**root, alpha / rank**root
+        what = f"lora.r {before} -> {rank} with lora.lora_alpha still {alpha} scales the adapter by"
+        hint = f"to change the rank alone: lora.lora_alpha={was * rank**root:g}"
+        document.warn("lora.r", f"{what} {now:g} instead of {was:g}", hint)
+
+
+def no_model_at(name: str) -> _Finding | None:
+    """Return what is wrong with the name of a model that can only be a path, and a hint; None for a
+    folder and for a Hub id.
+    """
+    path = Path(name)
+    if is_packaged(name) or path.is_dir():
+        return None
+    if path.is_file() or name.endswith(".gguf"):
+        what = f"'{name}' is a {'GGUF ' * name.endswith('.gguf')}file"
+        return what, "a model is a folder with config.json, safetensors and a tokenizer"
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        return f"no such folder: {name}", "a relative folder is meant from the working directory"
+    if not HUB_ID.fullmatch(name):
+        what = f"{name!r} is not a folder here, and cannot be a name on the Hub"
+        return what, "the Hub's names are like meta-llama/Llama-3.1-8B"
+    return None

@@ -1,7 +1,8 @@
-"""The recipe sections that are ours: model, data, run, launch. The others are upstream's classes.
+"""The recipe sections that are ours: model, data, run, launch. The others are upstream's classes,
+in `upstream`.
 
 A field is a key, its description is the key's help: the JSON Schema, `recipes explain` and the
-errors are made from here. The sections `train`, `lora` and `quantization` are in `upstream`.
+errors are made from here.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from recipes_lib.config.documents import IsPath, QuickSection
+from recipes_lib.config.parsing import IsPath, QuickSection
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
@@ -45,8 +46,8 @@ def trl_templates() -> dict[str, Path]:
     """Return the files of the chat templates that the installed TRL ships, as `trl:NAME` says them;
     TRL itself is not imported.
     """
-    found = importlib.util.find_spec("trl")
-    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else None
+    spec = importlib.util.find_spec("trl")
+    folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
     files = sorted(folder.glob("*.jinja")) if folder else ()
     return {f"{TRL}{file.stem}": file for file in files if not file.stem.endswith("_training")}
 
@@ -65,20 +66,11 @@ def _is_config_name(name: str) -> bool:
 
 _Source = Annotated[str, IsPath(unless=_may_be_on_hub)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
-_COLUMNS = Literal[
-    "id",
-    "instruction",
-    "context",
-    "response",
-    "category",
-    "prompt",
-    "completion",
-    "text",
-    "messages",
-    "system",
-    "tools",
-    "chat_template_kwargs",
-]
+_Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
+_Attention = Literal["sdpa", "eager", "varlen", "flex_attention"] | _Flash
+_OfTexts = Literal["id", "instruction", "context", "response", "category"]
+_OfPairs = Literal["prompt", "completion", "text"]
+_Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
 
 
 class ModelSection(QuickSection):
@@ -101,19 +93,7 @@ class ModelSection(QuickSection):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of the base weights in memory."
     )
-    attn_implementation: (
-        Literal[
-            "sdpa",
-            "eager",
-            "varlen",
-            "flash_attention_2",
-            "flash_attention_3",
-            "flash_attention_4",
-            "flex_attention",
-        ]
-        | Annotated[str, Field(pattern="^[^/]+/[^/]+$")]
-        | None
-    ) = Field(
+    attn_implementation: _Attention | Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = Field(
         None,
         description="Attention kernel; varlen is torch's own for several examples in a row, a name"
         " with a slash is a kernel on the Hub. Absent: the fastest one that is installed. When set,"
@@ -144,6 +124,13 @@ class SplitSection(QuickSection):
     test: _Fraction = Field(0.0, description="Fraction of the rows held out as test.")
     seed: int = Field(42, ge=0, description="Seed of the published split; salt of the hash split.")
 
+    @model_validator(mode="after")
+    def _leaves_rows(self) -> SplitSection:
+        if self.validation + self.test >= 1:
+            total = f"validation + test = {self.validation + self.test:g}"
+            raise ValueError(f"leaves no training rows: {total} must be below 1")
+        return self
+
 
 class FiltersSection(QuickSection):
     """Rows to leave out, counted in the audit."""
@@ -172,7 +159,7 @@ class SourcePart(QuickSection):
     revision: str | None = None
     encoding: str | None = None
     delimiter: str | None = None
-    columns: dict[_COLUMNS, str] | None = None
+    columns: dict[_Column, str] | None = None
     max_examples: int | None = Field(None, ge=1)
     weight: float = Field(
         1.0, gt=0, description="0.5 takes half of its rows, 2 has each training row twice."
@@ -196,7 +183,7 @@ class DataSection(QuickSection):
     subset: str | None = Field(None, description="Configuration of a Hub data set.")
     source_split: str = Field("train", description="Split of a Hub data set to read.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
-    columns: dict[_COLUMNS, str] = Field(
+    columns: dict[_Column, str] = Field(
         {},
         description="Our name -> the file's name, for id, instruction, context, response, category,"
         " prompt, completion, text, messages, system, tools, chat_template_kwargs.",
@@ -322,7 +309,6 @@ class OwnRows:
         whole_text: whether a row is one text, so that no completion can carry the loss alone.
         delimiter: between the columns of a text file, where its ending does not tell.
         encoding: of a text file that is not UTF-8, guessed.
-        max_length: tokens that hold nearly every row, where they were counted.
     """
 
     file: Path
@@ -331,39 +317,9 @@ class OwnRows:
     whole_text: bool = False
     delimiter: str | None = None
     encoding: str | None = None
-    max_length: int | None = None
 
     @property
     def keys(self) -> dict[str, Any]:
         """The keys of `data` that say how the file is read, where it does not say so itself."""
-        written = {
-            "columns": self.columns,
-            "delimiter": self.delimiter,
-            "encoding": self.encoding,
-        }
-        return {key: value for key, value in written.items() if value}
-
-
-def key(
-    help: str,
-    default: Any = None,
-    *,
-    factory: Any = None,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """Return a dataclass field with documentation, for numbers the smallest and the largest legal
-    value, for text what it may be.
-    """
-    metadata = (
-        {"help": help}
-        | ({} if minimum is None else {"minimum": minimum})
-        | ({} if maximum is None else {"maximum": maximum})
-        | ({"choices": choices} if choices else {})
-    )
-    return (
-        field(default_factory=factory, metadata=metadata)
-        if factory
-        else field(default=default, metadata=metadata)
-    )
+        keys = {"columns": self.columns, "delimiter": self.delimiter, "encoding": self.encoding}
+        return {key: value for key, value in keys.items() if value}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, create_model
 
 from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.documents import QuickSection
+from recipes_lib.config.parsing import QuickSection
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ _OPTIMIZER_PACKAGES = {
     "lomo": "lomo_optim",
     "grokadamw": "grokadamw",
     "schedule_free": "schedulefree",
-    "adamw_torch_4bit": "torchao",
-    "adamw_torch_8bit": "torchao",
+    "torch_4bit": "torchao",
+    "torch_8bit": "torchao",
 }
 _LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
 _RECORD = "PEFT writes it into the saved adapter by itself"
@@ -78,26 +78,22 @@ RENAMES = {
     "push_to_hub_model_id": "hub_model_id",
 }
 # Keys that TRL or transformers removed -> what to know.
+_ROWS = "rows are prepared by recipes_lib.data"
 REMOVED = {
     "overwrite_output_dir": "a run directory is never overwritten; choose another run.name",
     "logging_dir": "logs lie in the run directory",
     "save_safetensors": "safetensors are always written",
     "tokenizer": "the tokenizer comes with model.name_or_path",
-    "dataset_batch_size": "rows are prepared by recipes_lib.data",
-    "num_of_sequences": "rows are prepared by recipes_lib.data",
-    "chars_per_token": "rows are prepared by recipes_lib.data",
     "push_to_hub_organization": "write train.hub_model_id: organisation/name",
-    "push_to_hub_token": "log in with 'hf auth login'",
     "include_tokens_per_second": "tokens per second are always logged",
     "use_mps_device": "the device is found by itself",
+    **dict.fromkeys(("dataset_batch_size", "num_of_sequences", "chars_per_token"), _ROWS),
 }
 # Keys of upstream's classes that are not a recipe's business -> what to write instead.
 NOT_IN_TRAIN = {
     "output_dir": "the run directory is runs/<run.name>; set run.name",
     "run_name": "set run.name",
-    "resume_from_checkpoint": (
-        "the same command resumes from the newest complete checkpoint by itself"
-    ),
+    "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint",
     "do_train": "recipes train always trains",
     "do_eval": "set train.eval_strategy",
     "do_predict": "evaluation has its own verb: recipes eval",
@@ -106,25 +102,19 @@ NOT_IN_TRAIN = {
     "trust_remote_code": "use model.trust_remote_code, and --trust-remote-code",
     "chat_template_path": "use data.chat_template",
     "dataset_text_field": "use data.columns: {text: NAME}",
-    "dataset_kwargs": "rows are tokenised and masked by recipes_lib.data",
+    "dataset_kwargs": _ROWS,
     "enable_jit_checkpoint": "runs stop safely on SIGTERM; upstream's leaves a half-trained model",
-    "local_rank": _LAUNCHER,
-    "fsdp": _LAUNCHER,
-    "fsdp_config": _LAUNCHER,
+    **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
     "deepspeed": "DeepSpeed is not supported; use launch.accelerate: fsdp",
-    "parallelism_config": _LAUNCHER,
     "ignore_data_skip": "a resumed run sees the rows it would have seen",
     "auto_find_batch_size": "it would change the examples per step behind the recipe's back",
 }
 NOT_IN_LORA = {
     "peft_type": "it is always LORA",
-    "auto_mapping": _RECORD,
-    "peft_version": _RECORD,
-    "base_model_name_or_path": _RECORD,
-    "revision": _RECORD,
     "inference_mode": "an adapter in training is never in inference mode",
-    "megatron_config": "Megatron is not supported",
-    "megatron_core": "Megatron is not supported",
+    **dict.fromkeys(("auto_mapping", "peft_version", "base_model_name_or_path"), _RECORD),
+    "revision": _RECORD,
+    **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron is not supported"),
 }
 _GONE = {
     "train": {
@@ -157,41 +147,49 @@ class CheckpointingKwargs(QuickSection):
     selective: bool | None = None
 
 
+class GradientAccumulation(QuickSection):
+    """When FSDP2 shares out gradients; the steps are `train.gradient_accumulation_steps`."""
+
+    sync_each_batch: bool | None = None
+
+
+class AcceleratorSection(QuickSection):
+    """What accelerate may be told. Its other settings decide which rows a step sees, by the number
+    of processes.
+    """
+
+    non_blocking: bool = False
+    gradient_accumulation_kwargs: GradientAccumulation | None = None
+
+
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
-_Share = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
-_DType = Literal["float32", "bfloat16", "float16"]
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, Any]] = {
     "train": {
         "per_device_train_batch_size": _AtLeast1,
         "per_device_eval_batch_size": _AtLeast1,
         "gradient_accumulation_steps": _AtLeast1,
-        "eval_accumulation_steps": _AtLeast1 | None,
         "max_length": _AtLeast1 | None,
         "save_total_limit": _AtLeast1 | None,
-        "dataset_num_proc": _AtLeast1 | None,
         "max_steps": Literal[-1] | _AtLeast1,
         "num_train_epochs": _Positive,
         "learning_rate": _Positive,
         "logging_steps": _Positive,
         "eval_steps": _Positive | None,
         "save_steps": _Positive,
-        "adam_epsilon": _Positive,
-        "adam_beta1": _Share,
-        "adam_beta2": _Share,
-        "label_smoothing_factor": _Share,
         "warmup_steps": _NotNegative,
         "weight_decay": _NotNegative,
         "max_grad_norm": _NotNegative,
-        "neftune_noise_alpha": _NotNegative | None,
-        "router_aux_loss_coef": _NotNegative | None,
+        "label_smoothing_factor": Annotated[float, Field(ge=0, lt=1)],
         "seed": _Seed,
         "data_seed": _Seed | None,
-        "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
+        "accelerator_config": AcceleratorSection | None,
         "activation_checkpointing_kwargs": CheckpointingKwargs | None,
+        # batch_rebalance deals out the rows of a step by the number of processes
+        "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
         # true hides the step on which the loss stopped being a number
         "logging_nan_inf_filter": Literal[False],
     },
@@ -199,17 +197,13 @@ _NARROWER: dict[str, dict[str, Any]] = {
         "task_type": Literal["CAUSAL_LM"],
         "r": Annotated[int, Field(ge=1, le=2**16)],  # wider than any layer
         "lora_alpha": _AtLeast1,
-        "lora_dropout": _Share,
         "init_lora_weights": bool
         | Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]
         | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
     },
     "quantization": {
-        "bnb_4bit_compute_dtype": _DType,
+        "bnb_4bit_compute_dtype": Literal["float32", "bfloat16", "float16"],
         "bnb_4bit_quant_type": Literal["fp4", "nf4"],
-        "bnb_4bit_quant_storage": Literal[
-            "uint8", "int8", "float16", "bfloat16", "float32", "float64"
-        ],
     },
 }
 
@@ -238,7 +232,7 @@ def _section(name: str) -> type[QuickSection]:
     defaults = TRAIN_DEFAULTS if name == "train" else {}
     fields: dict[str, Any] = {
         key: (
-            narrower.get(key) or _type(schema, key),
+            narrower.get(key) or _type(schema),
             Field(defaults.get(key, schema.get("default")), description=schema.get("description")),
         )
         for key, schema in upstream_fields()[name].items()
@@ -250,17 +244,12 @@ def _section(name: str) -> type[QuickSection]:
     return model
 
 
-def _type(schema: dict[str, Any], name: str = "") -> Any:
+def _type(schema: dict[str, Any]) -> Any:
     """Return the annotation of a JSON Schema."""
     if "anyOf" in schema:
-        return Union[tuple(_type(part, name) for part in schema["anyOf"])]  # noqa: UP007
+        return Union[tuple(_type(part) for part in schema["anyOf"])]  # noqa: UP007
     if "enum" in schema:
         return Literal[tuple(schema["enum"])]
-    if "properties" in schema:
-        inner: dict[str, Any] = {
-            key: (_type(part, key), None) for key, part in schema["properties"].items()
-        }
-        return create_model(name, __base__=QuickSection, **inner)
     kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
     if schema.get("type") == "array":
         return list[_type(schema["items"])] if "items" in schema else list[Any]  # type: ignore[misc]
@@ -386,49 +375,21 @@ def check_packages(recipe: Recipe) -> None:
     anything is loaded.
 
     Raises:
-        EnvironmentFault: with the way to install it.
+        EnvironmentFault: with its name.
     """
-    from transformers.utils import is_kernels_available, is_liger_kernel_available
-
-    if recipe.train.get("use_liger_kernel") and not is_liger_kernel_available():
-        key = "train.use_liger_kernel"
-        hint = f"pip install -c constraints.txt -e '.[gpu]' brings it; or {key}=false"
-        raise recipe.fault(key, f"{key}: liger-kernel is not installed", hint)
+    needed = {}
+    if recipe.train.get("use_liger_kernel"):
+        needed["liger_kernel"] = "train.use_liger_kernel"
+    if "/" in (recipe.model.attn_implementation or ""):
+        needed["kernels"] = "model.attn_implementation"
     optimizer = str(recipe.train.get("optim", ""))
     for word, package in _OPTIMIZER_PACKAGES.items():
-        if word in optimizer and importlib.util.find_spec(package) is None:
-            what = f"train.optim: {optimizer} needs the package {package}, which is not installed"
-            raise recipe.fault("train.optim", what, "install it, or choose another: adamw_torch")
-    if "/" in (recipe.model.attn_implementation or "") and not is_kernels_available():
-        key = "model.attn_implementation"
-        wanted, found = kernels_wanted_and_found()
-        here = f", and {found} is installed" if found else "; it is not installed"
-        what = f"{key} {recipe.model.attn_implementation} needs the package {wanted}{here}"
-        hint = "leave the key out for the fastest attention that is here, or: " + get_kernels(
-            wanted
-        )
-        raise recipe.fault(key, what, hint)
-
-
-def kernels_wanted_and_found() -> tuple[str, str | None]:
-    """Return the requirement that the installed transformers has for the package kernels, and the
-    version that is installed.
-    """
-    from importlib.metadata import PackageNotFoundError, version
-
-    from transformers.dependency_versions_table import deps
-
-    try:
-        return str(deps["kernels"]), version("kernels")
-    except PackageNotFoundError:
-        return str(deps["kernels"]), None
-
-
-def get_kernels(wanted: str) -> str:
-    """Return how to get the package. It is no extra of ours: transformers 5.23 and 5.24 want a
-    version that PyPI did not have when they were tried (2026-11).
-    """
-    return f"pip install '{wanted}', once PyPI has it"
+        if word in optimizer:
+            needed[package] = "train.optim"
+    for package, key in needed.items():
+        if importlib.util.find_spec(package) is None:
+            what = f"{key} needs the package {package}, which is not installed"
+            raise recipe.fault(key, what, f"pip install {package}, or remove the key")
 
 
 def has_accelerator() -> bool:
@@ -443,11 +404,8 @@ def refused(recipe: Recipe, section: str, error: Exception, *hints: str) -> Reci
     """Return upstream's refusal at the key it speaks about."""
     message = one_line(error)
     if "support bf16" in message:
-        import torch
-
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else "this device"
-        what, hint = "has no bfloat16", "set train.bf16: false (and train.fp16: true on a GPU)"
-        return recipe.error("train.bf16", f"train.bf16: {name} {what}", hint)
+        hint = "set train.bf16: false (and train.fp16: true on a GPU)"
+        return recipe.error("train.bf16", "train.bf16: this device has no bfloat16", hint)
     values = getattr(recipe, section) or {}
     named = [key for key in values if re.search(rf"\b{re.escape(key)}\b", message)]
     key = f"{section}.{max(named, key=len)}" if named else section

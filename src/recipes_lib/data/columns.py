@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TEXT_FORMATS, OwnRows, data_format
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import refuse_pipe
 from recipes_lib.data.conversations import (

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import (
     Message,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import refuse_pipe
 from recipes_lib.core.project import shown_path

@@ -18,9 +18,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection, SplitSection
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import say
 from recipes_lib.data.columns import Reading

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.core.errors import DataError, RecipeError, RecipeErrors, RecipesError
 from recipes_lib.core.files import hash_of, read_object, read_rows
 from recipes_lib.core.project import shown_path
@@ -101,7 +101,7 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     if fingerprint is None or not is_searched(log.suite, recipe.data.questions):
         return None
     try:
-        trained = Recipe.read(folder / RECIPE_FILE)
+        trained = load_recipe(folder / RECIPE_FILE)
         texts = _texts_of(recipe, trained, True, log.file.parent / "samples")
         key = str(fingerprint), hash_of([[each.question, each.part, each.text] for each in texts])
         if key not in _SEARCHED:

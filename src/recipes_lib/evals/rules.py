@@ -15,7 +15,7 @@ from typing import Any
 import jsonschema
 import jsonschema.exceptions
 
-from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import DataError
 
 # A number as people write it: 1,234.5, -3, 2e-3. A sign counts only where no digit or letter stands

@@ -28,8 +28,7 @@ import jinja2.meta
 import jinja2.nodes
 import yaml
 
-from recipes_lib.config.documents import Document
-from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.documents import Document, did_you_mean
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root, shown_path
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 from dataclasses import dataclass, replace
 
-from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import RecipeError
 
 

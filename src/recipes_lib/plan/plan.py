@@ -16,11 +16,10 @@ import torch
 from transformers import AutoConfig
 
 from recipes_lib.config.batch import sync_each_batch
-from recipes_lib.config.documents import read
+from recipes_lib.config.documents import did_you_mean, read
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.suggestions import did_you_mean
 from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.errors import RecipesError, one_line
 from recipes_lib.core.files import hash_of, object_or_none
@@ -105,7 +104,7 @@ class Plan:
     @property
     def checkpointing(self) -> bool:
         """Whether the blocks are computed again in the backward pass."""
-        train, fsdp = self.recipe.train, self.launch.config.fsdp
+        train, fsdp = self.recipe.train, self.launch.config.fsdp_config
         asked = train.get("activation_checkpointing", train.get("gradient_checkpointing"))
         return bool(asked or fsdp.get("fsdp_activation_checkpointing"))
 
@@ -201,7 +200,7 @@ class Plan:
         """
         traced = self.trace
         blocks = traced.parameters - traced.outside
-        if self.launch.config.fsdp.get("fsdp_reshard_after_forward", True):
+        if self.launch.config.fsdp_config.get("fsdp_reshard_after_forward", True):
             blocks = min(2 * traced.largest_layer, blocks)
         whole = blocks * traced.weight_bytes / traced.parameters
         whole += traced.outside * self.precision.compute_bytes

@@ -16,8 +16,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from recipes_lib.config.documents import Document, Section, parse, read
-from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.documents import Document, did_you_mean, read
+from recipes_lib.config.parsing import Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
 

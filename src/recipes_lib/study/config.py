@@ -21,20 +21,21 @@ from recipes_lib.analysis.differences import OF_RUN
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.documents import (
     COMMAND_LINE,
+    SECTIONS,
     Document,
     KeyPath,
     Origin,
-    Section,
+    did_you_mean,
     dotted,
-    judge,
+    kind_of,
     read,
+    value_text,
+    wrong_kind,
 )
-from recipes_lib.config.kinds import SECTIONS, kind_of, wrong_kind
 from recipes_lib.config.launch import Launch, plan_launch
+from recipes_lib.config.parsing import Section, judge
 from recipes_lib.config.preflight import check_upstream
 from recipes_lib.config.recipe import Recipe, load_recipe, near_keys, recipe_keys
-from recipes_lib.config.suggestions import did_you_mean
-from recipes_lib.config.yaml_text import value_text
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import check_run_name, project_root, recipe_path, shown_path
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.files import DamagedFile, read_object
@@ -84,7 +84,7 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
         what = f"run '{run.name}' is {state}, not finished"
         raise RecipeError(what, f"train it first; the command is in {run.path / 'command.txt'}")
     try:
-        recipe = Recipe.read(run.path / RECIPE_FILE)
+        recipe = load_recipe(run.path / RECIPE_FILE)
     except (RecipeError, DamagedFile) as error:
         what = f"the settings of run '{run.name}' are damaged: {str(error).splitlines()[0]}"
         raise EnvironmentFault(what, f"write them again: {run.train_command()}") from None

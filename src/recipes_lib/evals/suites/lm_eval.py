@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.suggestions import did_you_mean
+from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import (
     EnvironmentFault,
     RecipeError,
