@@ -166,7 +166,7 @@ def test_missing_files_and_short_names_name_similar_ones(write, capsys, tmp_path
     (tmp_path / "empty").mkdir()
     for path, words in {
         "lora-r9.yaml": "no such file did you mean lora-r8.yaml",
-        "nowhere/x.yaml": "nowhere does not exist",
+        "nowhere/x.yaml": "no such file",
         "quickstart/lora-r9": "did you mean quickstart/lora-r8? recipes ls",
         "empty": "holds no YAML file",
         "train.seed=2": "value recipes show",

@@ -106,7 +106,7 @@ def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path, capsys):
         ("eval_strategy: no", "train.eval_strategy", "no"),
         ("completion_only_loss: true", "train.completion_only_loss", True),
         ("torch_dtype: bf16", "model.dtype", "bfloat16"),
-        ("model_init_kwargs: {torch_dtype: float16}", "model.dtype", "float16"),
+        ("model_init_kwargs: {max_memory: 1}", "model.kwargs", {"max_memory": 1}),
         ("max_seq_length: 99", "train.max_length", 99),
         ("group_by_length: true", "train.train_sampling_strategy", "group_by_length"),
         ("packing_strategy: ffd", "train.packing_strategy", "bfd"),
@@ -145,8 +145,7 @@ def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
     [
         (SHORT + "learning_rate: -1\n", "flat.yaml:3: train.learning_rate: must be greater than 0"),
         (SHORT + "beta: 0.1\n", "DPO"),
-        (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: loss_type sigmoid"),
-        (SHORT + "output_dir: zephyr-dpo\n", "says dpo"),
+        (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: train.loss_type"),
         ("base_model: a\nsequence_len: 3\n", "axolotl"),
         ("model: {name_or_path: a}\n", "is a recipe already"),
         ("model_name_or_path: a\n", "it has no dataset_name"),

@@ -251,7 +251,7 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     find_spec = importlib.util.find_spec
     absent = ("liger_kernel", "kernels")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: name not in absent and find_spec(name)
+        importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name)
     )
     for section, line, words in (
         ("train", "use_liger_kernel: true", "liger_kernel, which is not installed"),

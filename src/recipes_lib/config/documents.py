@@ -202,8 +202,6 @@ def _read_file(path: Path, yaml_1_1: bool) -> Document:
     except yaml.YAMLError as error:
         what, line = _refusal(error)
         raise RecipeError(what, file=document.file, line=line) from None
-    except RecursionError:
-        raise RecipeError("YAML is nested too deeply", file=document.file) from None
     if node is not None:
         document.values = _Builder(document, yaml_1_1).build(node, ())
     for number, row in enumerate(document.text.split("\n"), start=1):
@@ -242,21 +240,14 @@ def _text_of(path: Path, file: str) -> str:
 
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with those of similar name."""
-    file = shown_path(path)
-    if path.suffix == "":
-        folder = project_root() / "recipes"
-        names = [
-            recipe.relative_to(folder).with_suffix("").as_posix()
-            for recipe in folder.rglob("[!_]*.yaml")
-        ]
-        near = did_you_mean(file, names)
-        return RecipeError("no such file or recipe", *near, "all recipes: recipes ls", file=file)
-    if not path.parent.is_dir():
-        hint = f"the folder {path.parent} does not exist"
-        return RecipeError("no such file", hint, file=file)
-    beside = [entry.name for entry in path.parent.iterdir()]
-    prefix = "" if path.parent == Path() else f"{shown_path(path.parent)}/"
-    return RecipeError("no such file", *did_you_mean(path.name, beside, prefix), file=file)
+    if path.suffix:
+        names = [shown_path(entry) for entry in path.parent.glob("*")]
+        return RecipeError("no such file", *did_you_mean(str(path), names), file=shown_path(path))
+    folder = project_root() / "recipes"
+    files = folder.rglob("[!_]*.yaml")
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    hints = [*did_you_mean(str(path), names), "all recipes: recipes ls"]
+    return RecipeError("no such file or recipe", *hints, file=shown_path(path))
 
 
 class _Builder:
@@ -371,8 +362,8 @@ def value_text(value: Any) -> str:
     return text.strip("\n").removesuffix("\n...")
 
 
-def near_names(word: str, names: Iterable[str], at_most: int = 1) -> list[str]:
-    """Return the names most like `word`; hyphens, underscores and case do not count.
+def near_names(word: str, names: Iterable[str]) -> list[str]:
+    """Return the name most like `word`, if any is; hyphens, underscores and case do not count.
 
     Example:
         >>> near_names("learning-rte", ["learning_rate", "seed"])
@@ -382,7 +373,7 @@ def near_names(word: str, names: Iterable[str], at_most: int = 1) -> list[str]:
         return []
     plain = {name.replace("-", "_").lower(): name for name in names}
     word = word.replace("-", "_").lower()
-    return [plain[near] for near in difflib.get_close_matches(word, plain, at_most, cutoff=0.65)]
+    return [plain[near] for near in difflib.get_close_matches(word, plain, 1, cutoff=0.65)]
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]:

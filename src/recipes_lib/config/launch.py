@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import ConfigDict, Field
 
 from recipes_lib.config.documents import Document, did_you_mean, no_such_file, read
-from recipes_lib.config.parsing import QuickSection, parse
+from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
 from recipes_lib.core.errors import RecipeError
@@ -59,7 +59,7 @@ _FSDP_KEYS = {
 }
 
 
-class AccelerateConfig(QuickSection):
+class AccelerateConfig(Section):
     """What a launch reads of an accelerate config; other keys are accelerate's to refuse."""
 
     model_config = ConfigDict(extra="allow")

@@ -88,9 +88,6 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "fl
 _CONFIGS = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp"}
 _CONFIGS |= dict.fromkeys(("fsdp", "fsdp1", "fsdp2"), "fsdp")
 _STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
-_OTHER_TRAINING = re.compile(
-    r"(?<![a-z])(dpo|kto|orpo|cpo|grpo|rloo|ppo|gkd|reward)(?![a-z])", re.I
-)
 
 
 @dataclass
@@ -208,14 +205,6 @@ def _refuse_other_kinds(flat: Document) -> None:
         if not values.keys() & {*needed}:
             what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
             raise RecipeError(what, file=flat.file)
-    if values.get("loss_type", "nll") not in upstream_fields()["train"]["loss_type"]["enum"]:
-        what = f"loss_type {values['loss_type']} belongs to another trainer of TRL"
-        raise flat.error("loss_type", what, "a recipe describes supervised fine-tuning")
-    for key in ("output_dir", "run_name", "hub_model_id"):
-        if named := _OTHER_TRAINING.search(str(values.get(key, ""))):
-            what = f"'{key}' says {named[1]}, and a recipe describes supervised fine-tuning"
-            hint = f"use TRL's own trainer for it; if it is not {named[1]}, give it another {key}"
-            raise flat.error(key, what, hint)
 
 
 def _place(migration: Migration, key: str, value: Any) -> None:
@@ -259,15 +248,6 @@ def _place(migration: Migration, key: str, value: Any) -> None:
         migration.drop(key, "the base is not loaded so")
     elif not dotted:
         migration.leave(key, "no class behind a recipe section has this key")
-    elif key == "model_init_kwargs":
-        rest = {inner: item for inner, item in value.items() if inner not in MOVES}
-        for inner in value.keys() - rest.keys():
-            moved = _todays(MOVES[inner], value[inner])
-            migration.add(MOVES[inner], moved, f"from model_init_kwargs.{inner}")
-        if rest:
-            migration.move(key, dotted, rest)
-        else:
-            migration.drop(key, "its keys are in the model section")
     else:
         trusting = dotted == "model.trust_remote_code" and value
         note = "also needs --trust-remote-code on the command line" if trusting else ""

@@ -4,10 +4,14 @@ wrong with it at once, each error at its file and line. What a key means is the 
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import textwrap
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -44,7 +48,7 @@ FilePath = Annotated[str, IsPath()]
 
 
 class Section(BaseModel):
-    """A mapping in a YAML file: field = key, its description = the key's help.
+    """A mapping in a YAML file: field = key, the text under it = the key's help.
 
     Unknown keys are refused, true is no number and "16" is not 16. `gone` says of keys that do not
     exist what to write instead.
@@ -55,19 +59,22 @@ class Section(BaseModel):
         frozen=True,
         strict=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
         protected_namespaces=(),
     )
     gone: ClassVar[Mapping[str, str]] = {}
     kind: ClassVar[str] = ""  # of a whole file: its name among `documents.KINDS`
 
-
-class QuickSection(Section):
-    """A section whose keys have their text in `Field(description=...)`: reading docstrings under
-    fields takes 10 ms a class, and every verb loads these.
-    """
-
-    model_config = ConfigDict(use_attribute_docstrings=False)
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the JSON Schema, in which the text under a field is its description. The texts are
+        read from the source here and not by pydantic: that takes 10 ms a class, in every verb.
+        """
+        schema = super().model_json_schema(*args, **kwargs)
+        for model in [cls, *_models_below(cls)]:
+            part = schema if model is cls else schema["$defs"].get(model.__name__, {})
+            for name, text in _texts(model):
+                part.get("properties", {}).get(name, {}).setdefault("description", text)
+        return schema
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -227,6 +234,28 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models_in(inner)
+
+
+def _models_below(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    """Yield the models of a model's fields, and theirs."""
+    for known in model.model_fields.values():
+        for inner in _models_in(known.annotation):
+            yield inner
+            yield from _models_below(inner)
+
+
+def _texts(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a model with the text under each."""
+    for cls in model.__mro__:
+        if cls in (BaseModel, Section, object):
+            return
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+        except OSError:  # made by `create_model`, with its descriptions
+            continue
+        for field, text in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                yield ast.unparse(field.target), " ".join(ast.literal_eval(text.value).split())
 
 
 def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:

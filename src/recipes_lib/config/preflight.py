@@ -21,12 +21,14 @@ from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
 from recipes_lib.config.recipe import Recipe, no_model_at
 from recipes_lib.config.sections import VARLEN
 from recipes_lib.config.upstream import (
+    STARTS_WITHOUT_WEIGHTS,
     build_lora_config,
     build_quantization_config,
     build_sft_config,
     check_packages,
     has_accelerator,
     refused,
+    upstream_default,
 )
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, one_line
 from recipes_lib.core.files import object_or_none
@@ -194,7 +196,9 @@ def check_model_files(
     """
     config = object_or_none(folder / "config.json")
     if config is None:
-        yield recipe.error(KEY, f"{folder} has no readable config.json", _A_MODEL)
+        gguf = next(folder.glob("*.gguf"), None)
+        hint = f"{gguf.name}: GGUF weights cannot be trained further" if gguf else _A_MODEL
+        yield recipe.error(KEY, f"{folder} has no readable config.json", hint)
         return
     names = [str(name) for name in config.get("architectures") or ()]
     kind = ARCHITECTURES.get(str(config.get("model_type")))
@@ -258,6 +262,12 @@ def check_names(
     if is_encoder and not getattr(model.config, "is_decoder", True):
         what = f"{type(model).__name__} is an encoder here: it sees the tokens to predict"
         yield recipe.error(KEY, what, "choose a causal language model")
+    longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
+    positions = _table_of_positions(model)
+    if positions and (longest is None or longest > positions):
+        what = f"train.max_length {longest}: the model has a table of {positions:,} positions"
+        hint = f"set train.max_length: {positions} or less"
+        yield recipe.error("train.max_length", f"{what} and fails beyond", hint)
     if recipe.lora is not None:
         yield from _adapter(recipe, recipe.lora, model)
     packs = "packing" if recipe.train.get("packing") else "padding_free"
@@ -314,6 +324,19 @@ def attention_refused(recipe: Recipe, error: Exception) -> RecipeError:
     return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
 
 
+def _table_of_positions(model: Any) -> int | None:
+    """Return how many positions a model has learned vectors for; None where it computes them."""
+    import torch
+
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    tables = [
+        module.num_embeddings
+        for _, module in language_modules(model)
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    return positions if any(positions <= rows <= positions + 2 for rows in tables) else None
+
+
 def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[RecipeError]:
     """Yield names that the model does not have, of which PEFT takes a list if one of them matches;
     targets that cannot work on this architecture; and what PEFT has against the adapters, which are
@@ -342,20 +365,27 @@ def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[Recip
             place = f"lora.{key}.{lora[key].index(name)}"
             what = f"lora.{key}: the model has no module '{name}'"
             yield recipe.error(place, what, *did_you_mean(name, last), f"it has {_layers(modules)}")
-        for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & last:
+        unfit = {*needs.left_out} & {*(given if isinstance(given, list) else ())} & last
+        for name in unfit:
             what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
             hint = "leave it out, or say all-linear, which does"
             yield recipe.error("lora.target_modules", what, hint)
-        settled.init_lora_weights = False  # the initial values of some kinds need the weights
-        if not unknown:
+        start, settled.init_lora_weights = settled.init_lora_weights, False  # may need the weights
+        if start not in STARTS_WITHOUT_WEIGHTS and converted(settled, model).target_parameters:
+            key = "lora.init_lora_weights"
+            what = f"{key}: {start} starts from weights of layers, and these are experts'"
+            yield recipe.error(key, what, "leave the key out, or adapt the attention alone")
+        if not unknown and not unfit:
             with torch.device("meta"):
                 get_peft_model(copy.deepcopy(model), settled)
     except RecipeError:  # of the config itself, which is reported where it is built
         return
     except (ValueError, TypeError, NotImplementedError) as error:
-        if "meta" not in str(error):  # else it is about tensors without values
-            hint = f"it has {_layers(modules)}"
-            yield refused(recipe, "lora", error, *([hint] if "not found" in str(error) else []))
+        if "arget modules" in str(error):
+            what = f"lora.target_modules: {one_line(error)}"
+            yield recipe.error("lora.target_modules", what, f"it has {_layers(modules)}")
+        elif "meta" not in str(error):  # else it is about tensors without values
+            yield refused(recipe, "lora", error)
 
 
 def _layers(modules: dict[str, Any]) -> str:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import yaml
-from pydantic import Field
 
 from recipes_lib.config.batch import solve_batch
 from recipes_lib.config.documents import Document, Origin, dotted, near_names, read
 from recipes_lib.config.launch import load_accelerate_config, plan_launch, precision_conflict
-from recipes_lib.config.parsing import QuickSection, Section, judge, parse
+from recipes_lib.config.parsing import Section, judge, parse
 from recipes_lib.config.sections import (
     HUB_ID,
     DataSection,
@@ -45,22 +44,19 @@ PROJECT_DEFAULT = Origin("project default")
 UPSTREAM_DEFAULT = Origin("default")
 
 
-class RecipeFile(QuickSection):
+class RecipeFile(Section):
     """A fine-tuning recipe."""
 
     kind: ClassVar = "recipe"
 
     model: ModelSection
-    quantization: QuantizationSection | None = Field(
-        None,
-        description="`transformers.BitsAndBytesConfig`, key by key. Absent or null: the weights are"
-        " not quantised.",
-    )
-    lora: LoraSection | None = Field(
-        None, description="`peft.LoraConfig`, key by key. Absent or null: full fine-tuning."
-    )
+    quantization: QuantizationSection | None = None
+    """`transformers.BitsAndBytesConfig`, key by key. Absent or null: nothing is quantized."""
+    lora: LoraSection | None = None
+    """`peft.LoraConfig`, key by key. Absent or null: full fine-tuning."""
     data: DataSection
-    train: TrainSection = Field(TrainSection(), description="`trl.SFTConfig`, key by key.")
+    train: TrainSection = TrainSection()
+    """`trl.SFTConfig`, key by key."""
     run: RunSection = RunSection()
     launch: LaunchSection = LaunchSection()
 

