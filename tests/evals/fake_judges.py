@@ -10,33 +10,25 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.evals.engine import Completion
-from recipes_lib.evals.judge import JudgePlan, JudgeRequest
-from recipes_lib.evals.prompts import load_rubric, load_template
-from recipes_lib.evals.recipe import JudgeSection
+from recipes_lib.evals.judge import JudgeRequest
+from recipes_lib.evals.recipe import JudgeFile, JudgeSection
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
-
-
-def plan(
-    kind: str = "relative", rubric: str = "helpfulness", count_tokens=None, rules=True, **section
-) -> JudgePlan:
-    """The project's own prompts; keyword arguments are keys of the judge."""
-    return JudgePlan(
-        template=load_template(EVALS / f"prompts/prometheus-{kind}.txt"),
-        rubric=load_rubric(EVALS / f"rubrics/{rubric}.txt"),
-        section=JudgeSection(model="fake", **section),
-        count_tokens=count_tokens,
-        rules=rules,
-    )
 
 
 class FakeJudge:
     """Answers with a function of the request and remembers what it was asked."""
 
-    fingerprint = "fake"
-
-    def __init__(self, answer: Callable[[JudgeRequest], Completion]) -> None:
-        self.answer = answer
+    def __init__(
+        self,
+        answer: Callable[[JudgeRequest], Completion],
+        count_tokens: Callable[[str], int] | None = None,
+        fingerprint: str = "fake",
+        **section: Any,
+    ) -> None:
+        self.answer, self.count_tokens, self.fingerprint = answer, count_tokens, fingerprint
+        path = EVALS / "judges" / "fake.yaml"  # the project's own prompts
+        self.file = JudgeFile(path, JudgeSection(model="fake", **section))
         self.asked: list[JudgeRequest] = []
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:

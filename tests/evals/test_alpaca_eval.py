@@ -1,4 +1,6 @@
-"""alpaca_eval's own functions read the files that stand beside a result, and give its number."""
+"""AlpacaEval style from answers to a result; alpaca_eval's own functions read the files that stand
+beside it, and give its number.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from pathlib import Path
 import pytest
 from tests.evals.faulty_server import MODEL, FaultyServer
 
+from recipes_lib.evals.audit import HUMAN
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.evals.run import evaluate
 
@@ -59,3 +62,45 @@ def test_alpaca_evals_win_rate_of_our_annotations_is_our_number(
     assert rate["win_rate"] / 100 == pytest.approx(metric.value)
     assert rate["n_total"] == metric.n < len(questions)
     assert rate["n_draws"] == sum(sample.outcome == "tie" for sample in metric.samples)
+
+
+class SoundServer(FaultyServer):
+    """A judge that finds the good answer wherever it stands, whatever else the other one says."""
+
+    @property
+    def answer(self) -> str:
+        """Its verdict on the last request."""
+        prompt = self.bodies[-1]["messages"][-1]["content"]
+        first, second = prompt.partition("###Response B:")[::2]
+        worth = [part.count("good") for part in (first.partition("###Response A:")[2], second)]
+        return f"[RESULT] {'A' if worth[0] > worth[1] else 'B'}"
+
+    @answer.setter
+    def answer(self, value: str | None) -> None:
+        """What other servers always say."""
+
+
+def test_a_sound_judge_passes_its_probes_with_every_model_that_it_judges(
+    judge_file, runs_folder, tmp_path
+) -> None:
+    """Probes are made of the pairs of the first model; verdicts on them say nothing about pairs of
+    the second one with the same ids.
+    """
+    questions = [{"instruction": f"Question {n}?", "output": f"A good one, {n}."} for n in range(8)]
+    (tmp_path / "questions.json").write_text(json.dumps(questions))
+    for name, text in (("better", "A good, good one."), ("worse", "A poor one.")):
+        rows = [{**row, "output": text, "generator": name} for row in questions]
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    path = tmp_path / "support.yaml"
+    path.write_text(
+        "suite: {name: alpaca_eval}\ndata: {questions: questions.json}\n"
+        "judge: {file: judge.yaml, concurrency: 1}\n"
+    )
+    with SoundServer() as server:
+        judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")
+        words = [str(tmp_path / f"{name}.json") for name in ("better", "worse")]
+        better, worse = evaluate([load_eval(path)], words)
+    assert [log.metrics[0].value for log in (better, worse)] == [1.0, 0.0]
+    for log in (better, worse):
+        assert log.audit is not None and not log.audit.failed, log.target
+        assert [check.check for check in log.audit.not_measured] == [HUMAN]

@@ -12,7 +12,6 @@ from tests.evals.fake_judges import (
     coin,
     mumbles,
     obeys_answers,
-    plan,
     reply,
     says,
     sound,
@@ -48,16 +47,15 @@ ITEMS = [
         "Name a planet.",
         f"Mars is the fourth planet from the Sun, number {n}.",
         f"A stone {n}.",
-        meta={"question": str(n)},
     )
     for n in range(20)
 ]
 
 
 def card_of(answer, tmp_path: Path, labels=None, items=ITEMS) -> Scorecard:
-    store, judge = Store(tmp_path / "j.jsonl"), FakeJudge(answer)
-    ask(items, judge, store, plan(max_reasks=0))
-    ask(list(probe_items(items, 10)), judge, store, plan(max_reasks=0, rules=False))
+    store, judge = Store(tmp_path / "j.jsonl"), FakeJudge(answer, max_reasks=0)
+    ask(items, judge, store)
+    ask(list(probe_items(items, 10)), judge, store, rules=False)
     assert len(store) == 2 * len(items) + 4 * min(10, len(items))
     return audit(list(store), None, labels)
 
@@ -95,7 +93,7 @@ def test_every_vice_fails_its_check_and_is_named_in_the_banner(tmp_path: Path) -
 
 
 def test_agreement_with_people_is_a_check_where_pairs_are_labelled(tmp_path: Path) -> None:
-    win = {item.question_id: "win" for item in ITEMS}
+    win = {item.name: "win" for item in ITEMS}
     assert results(card_of(sound, tmp_path / "a", win))[HUMAN] == "pass"
     lost = dict.fromkeys(win, "loss")
     assert results(card_of(sound, tmp_path / "b", lost))[HUMAN] == "fail"
@@ -118,7 +116,7 @@ def test_a_judge_of_a_german_or_wordless_text_is_audited_all_the_same(tmp_path: 
 
 def test_judgments_of_two_judges_or_of_another_program_are_refused(tmp_path: Path) -> None:
     store = Store(tmp_path / "j.jsonl")
-    ask(ITEMS[:1], FakeJudge(sound), store, plan())
+    ask(ITEMS[:1], FakeJudge(sound), store)
     rows = [dict(row) for row in store]
     with pytest.raises(DataError, match="2 judges"):
         audit([rows[0], rows[1] | {"judge": "another"}])
@@ -132,7 +130,7 @@ def test_outcomes_of_both_orders(tmp_path: Path) -> None:
         store = Store(tmp_path / f"{outcome}.jsonl")
         both = {"AB": first, "BA": second}
         judge = FakeJudge(lambda request, both=both: says(both[request.order]))
-        ask(ITEMS[:3], judge, store, plan())
+        ask(ITEMS[:3], judge, store)
         samples = pair_samples(store)
         assert {one.outcome for one in samples} == {outcome}
         rate = Rate.of(samples)

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.evals.fake_judges import FakeJudge, plan, reply
+from tests.evals.fake_judges import FakeJudge, reply
 from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
@@ -45,15 +45,15 @@ def pairs(count: int) -> list[Item]:
 
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     judge, store = FakeJudge(longer), Store(tmp_path / "j.jsonl")
-    rows = ask(pairs(10), judge, store, plan())
+    rows = ask(pairs(10), judge, store)
     assert len(rows) == len(store) == 20
-    assert {(request.item.question_id, request.order) for request in judge.asked} == {
+    assert {(request.item.name, request.order) for request in judge.asked} == {
         (str(n), order) for n in range(10) for order in ("AB", "BA")
     }
     again = FakeJudge(longer)
-    assert ask(pairs(10), again, Store(store.path), plan()) == rows and not again.asked
+    assert ask(pairs(10), again, Store(store.path)) == rows and not again.asked
     assert swap_consistency(pair_samples(store)).value == 1.0
-    ab, ba = build_requests([Item("q", "x", "ours", "other")], plan(), "j")
+    ab, ba = build_requests([Item("q", "x", "ours", "other")], FakeJudge(longer))
     assert (ab.order, ab.answers, ba.order, ba.answers) == (
         "AB",
         ("ours", "other"),
@@ -64,15 +64,16 @@ def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None
 
 def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
     def keys(item: Item, rubric: str = "helpfulness", fingerprint: str = "j") -> set[str]:
-        return {one.key for one in build_requests([item], plan(rubric=rubric), fingerprint)}
+        judge = FakeJudge(longer, fingerprint=fingerprint, rubric=f"rubrics/{rubric}.txt")
+        return {request.key for request in build_requests([item], judge)}
 
     item = Item("q", "x", "a", "b")
     changed = [
         keys(item, fingerprint="k"),
+        keys(item, rubric="correctness"),
         keys(Item("q", "x", "a", "c")),
-        keys(item, "correctness"),
+        keys(Item("q", "x", "a", "b", reference="r")),
     ]
-    changed.append(keys(Item("q", "x", "a", "b", reference="r")))
     assert not any(keys(item) & other for other in changed)
 
 
@@ -82,7 +83,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(
     def count_tokens(text: str) -> int:
         raise AssertionError("a prompt that is not sent was counted")
 
-    judge, store, syncs = FakeJudge(longer), Store(tmp_path / "j.jsonl"), []
+    judge, store, syncs = FakeJudge(longer, count_tokens), Store(tmp_path / "j.jsonl"), []
     monkeypatch.setattr(os, "fsync", syncs.append)
     items = [
         Item("empty", "x", " \n", "b"),
@@ -90,13 +91,13 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(
         Item("none", "x", "", ""),
         *(Item(str(n), "x", f"{n} é", f"{n} é ") for n in range(500)),
     ]
-    ask(items, judge, store, plan(count_tokens=count_tokens))
+    ask(items, judge, store)
     assert not judge.asked and len(store) == 2 * len(items) and len(syncs) <= 4
     outcomes = {sample.id: sample.outcome for sample in pair_samples(store)}
     assert (outcomes["empty"], outcomes["opponent"], outcomes["none"]) == ("loss", "win", "tie")
     assert Rate.of(pair_samples(store)).value == 0.5  # a model against itself
     absolute = Store(tmp_path / "absolute.jsonl")
-    (row,) = ask([Item("empty", "x", "")], judge, absolute, plan("absolute"))
+    (row,) = ask([Item("empty", "x", "")], judge, absolute)
     assert row["value"] == 1
 
 
@@ -106,17 +107,17 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
     def third_time(request: JudgeRequest) -> Completion:
         return reply("hm" if len(request.attempts) < 2 else "Right. [RESULT] A")
 
-    judge, store = FakeJudge(third_time), Store(tmp_path / "j.jsonl")
-    row, *_ = ask(pairs(3), judge, store, plan(max_reasks=2))
+    judge, store = FakeJudge(third_time, max_reasks=2), Store(tmp_path / "j.jsonl")
+    row, *_ = ask(pairs(3), judge, store)
     assert len(judge.asked) == 18 and len(store) == 6
     assert row["status"] == "ok" and [attempt["raw"] for attempt in row["attempts"]] == ["hm", "hm"]
     seeds = [attempt["seed"] for attempt in row["attempts"]] + [row["seed"]]
     assert len(set(seeds)) == 3 and row["temperature"] > 0 and judge.asked[0].temperature == 0
-    repeat = FakeJudge(third_time)
-    ask(pairs(3), repeat, Store(tmp_path / "k.jsonl"), plan(max_reasks=2))
+    repeat = FakeJudge(third_time, max_reasks=2)
+    ask(pairs(3), repeat, Store(tmp_path / "k.jsonl"))
     assert [request.seed for request in repeat.asked] == [request.seed for request in judge.asked]
-    bounded = FakeJudge(lambda request: reply("no idea"))
-    rows = ask(pairs(1), bounded, Store(tmp_path / "l.jsonl"), plan(max_reasks=1))
+    bounded = FakeJudge(lambda request: reply("no idea"), max_reasks=1)
+    rows = ask(pairs(1), bounded, Store(tmp_path / "l.jsonl"))
     assert len(bounded.asked) == 4 and {row["status"] for row in rows} == {"unparsed"}
 
 
@@ -128,20 +129,19 @@ def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) ->
     }
     for status, given in cases.items():
         store = Store(tmp_path / f"{status}.jsonl")
-        rows = ask(pairs(1), FakeJudge(lambda request, given=given: given), store, plan())
+        rows = ask(pairs(1), FakeJudge(lambda request, given=given: given), store)
         assert {(row["status"], row["value"]) for row in rows} == {(status, None)}, status
-    judge, long = FakeJudge(longer), Store(tmp_path / "long.jsonl")
-    tight = plan(count_tokens=lambda text: len(text.split()), max_context_tokens=570)
-    rows = ask(pairs(2), judge, long, tight)
+    judge = FakeJudge(longer, lambda text: len(text.split()), max_context_tokens=570)
+    rows = ask(pairs(2), judge, Store(tmp_path / "long.jsonl"))
     assert not judge.asked and {row["status"] for row in rows} == {"truncated"}
 
 
 def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path) -> None:
     shares = FakeJudge(lambda request: reply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6}))
-    (row,) = ask([Item("q", "x", "a")], shares, Store(tmp_path / "j.jsonl"), plan("absolute"))
+    (row,) = ask([Item("q", "x", "a")], shares, Store(tmp_path / "j.jsonl"))
     assert (row["value"], row["mass"]) == (4, pytest.approx(0.4))
     tied = FakeJudge(lambda request: reply(probabilities={"A": 0.2, "B": 0.2}))
-    rows = ask(pairs(1), tied, Store(tmp_path / "tied.jsonl"), plan())
+    rows = ask(pairs(1), tied, Store(tmp_path / "tied.jsonl"))
     assert {row["status"] for row in rows} == {"unparsed"}
 
 
@@ -153,11 +153,11 @@ def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_pat
         return longer(request) if len(calls) <= 6 else reply(error="503: overloaded")
 
     with pytest.raises(EvaluationIncomplete, match="503") as caught:
-        ask(pairs(10), FakeJudge(breaks), Store(path), plan(max_consecutive_failures=3))
+        ask(pairs(10), FakeJudge(breaks, max_consecutive_failures=3), Store(path))
     assert caught.value.exit_code is ExitCode.EVALUATION_INCOMPLETE
     assert len(Store(path)) == 6
     rest = FakeJudge(longer)
-    ask(pairs(10), rest, Store(path), plan())
+    ask(pairs(10), rest, Store(path))
     assert len(rest.asked) == 14 and len(Store(path)) == 20
 
 
@@ -176,10 +176,10 @@ def test_failed_and_refused_requests_are_missing_and_asked_by_the_same_command(
     for number, (words, answer) in enumerate(judges.items()):
         path = tmp_path / f"{number}.jsonl"
         with pytest.raises(EvaluationIncomplete, match=words):
-            ask(pairs(8), FakeJudge(answer), Store(path), plan())
+            ask(pairs(8), FakeJudge(answer), Store(path))
         known = len(Store(path))
         rest = FakeJudge(longer)
-        ask(pairs(8), rest, Store(path), plan())
+        ask(pairs(8), rest, Store(path))
         assert len(rest.asked) == 16 - known
 
 
@@ -193,7 +193,7 @@ def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) 
         return longer(request)
 
     with pytest.raises(KeyboardInterrupt):
-        ask(pairs(10), FakeJudge(answers), Store(path), plan())
+        ask(pairs(10), FakeJudge(answers), Store(path))
     assert seen == [0, 1, 2, 3, 4, 5]
 
 
@@ -211,8 +211,8 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
 
     store = Store(tmp_path / "j.jsonl")
     with opened(judge_file()) as judge:
-        rows = ask(PAIRS, judge, store, judge.plan("relative"))
-        requests = {one.key: one for one in build_requests(PAIRS, judge.plan("relative"), "x")}
+        rows = ask(PAIRS, judge, store)
+        requests = {one.key: one for one in build_requests(PAIRS, judge)}
         assert len(requests) == len(rows) == 6
         model, tokenizer = judge._engine.model, judge.tokenizer
         lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
@@ -234,7 +234,7 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
                 )
             assert 0 < row["mass"] < 1 and row["status"] == "ok"
     with opened(judge_file()) as judge:
-        assert ask(PAIRS, judge, store, judge.plan("relative")) == rows
+        assert ask(PAIRS, judge, store) == rows
         assert judge._engine is None, "weights were loaded for nothing"
 
 
@@ -242,7 +242,7 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
 def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path, style):
     with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
         store = Store(tmp_path / "j.jsonl")
-        (row,) = ask([Item("1", "Hi", "Hello.")], judge, store, judge.plan("absolute"))
+        (row,) = ask([Item("1", "Hi", "Hello.")], judge, store)
     assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
 
 
@@ -258,8 +258,8 @@ def test_weights_mode_and_precision_are_part_of_the_fingerprint(judge_file):
 def test_long_answers_are_cut_to_the_judges_context(judge_file, tmp_path):
     long = [Item("1", "Tell a story.", "word " * 4000, "tale " * 4000)]
     with opened(judge_file(max_context_tokens=3000)) as judge:
-        rows = ask(long, judge, Store(tmp_path / "j.jsonl"), judge.plan("relative"))
-        request = next(build_requests(long, judge.plan("relative"), ""))
+        rows = ask(long, judge, Store(tmp_path / "j.jsonl"))
+        request = next(build_requests(long, judge))
         assert judge.count_tokens(request.prompt.instruct_text()) <= 3000
         assert "###Feedback:" in request.prompt.user
     assert all(row["cut"] and row["status"] == "ok" for row in rows)
@@ -301,7 +301,7 @@ def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, styl
     with FaultyServer(answer="Both fine. [RESULT] A") as server:
         with opened(served(judge_file, server.url, mode=mode, prompt_style=style)) as judge:
             store = Store(tmp_path / "j.jsonl")
-            rows = ask(PAIRS, judge, store, judge.plan("relative"))
+            rows = ask(PAIRS, judge, store)
         sent = server.bodies
     assert len(rows) == len(sent) == 6 and {row["value"] for row in rows} == {"A"}
     assert {row["order"] for row in rows} == {"AB", "BA"}
@@ -315,7 +315,7 @@ def test_a_judge_that_answers_in_json_is_asked_for_it(judge_file, tmp_path):
     with FaultyServer(answer='{"feedback": "fuller", "result": "A"}') as server:
         with opened(served(judge_file, server.url, mode="json")) as judge:
             store = Store(tmp_path / "j.jsonl")
-            rows = ask(PAIRS, judge, store, judge.plan("relative"))
+            rows = ask(PAIRS, judge, store)
         form = server.bodies[0]["response_format"]["json_schema"]["schema"]
     assert form["properties"]["result"]["enum"] == ["A", "B"]
     assert {row["value"] for row in rows} == {"A"}
@@ -328,10 +328,10 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
         monkeypatch.setenv("RECIPES_JUDGE_URL", server.url)
         with opened(served(judge_file, "http://localhost:1/v1", mode="generate")) as judge:
             store = Store(tmp_path / "a.jsonl")
-            assert len(ask(PAIRS, judge, store, judge.plan("relative"))) == 6
+            assert len(ask(PAIRS, judge, store)) == 6
         elsewhere = served(judge_file, "http://judge.invalid/v1", max_retries=0)
         with opened(elsewhere) as judge, pytest.raises(ServerFault, match=r"judge\.invalid"):
-            ask(PAIRS, judge, Store(tmp_path / "b.jsonl"), judge.plan("relative"))
+            ask(PAIRS, judge, Store(tmp_path / "b.jsonl"))
 
 
 def test_no_judgment_waits_for_another_and_one_that_is_asked_again_comes_after_the_others(
@@ -354,7 +354,7 @@ def test_no_judgment_waits_for_another_and_one_that_is_asked_again_comes_after_t
     with FaultyServer(answer="The first. [RESULT] A", faults=faults) as server:
         with opened(served(judge_file, server.url, mode="generate", concurrency=4)) as judge:
             store = Store(tmp_path / "j.jsonl")
-            rows = ask(items, judge, store, judge.plan("relative"))
+            rows = ask(items, judge, store)
         temperatures = [body["temperature"] for body in server.bodies]
     assert held == [True] and len(rows) == 80
     assert sum(bool(row["attempts"]) for row in rows) == 1
@@ -369,7 +369,7 @@ def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_
             "{{ raise_exception('no system role') }}{% endif %}{{ m['content'] }}{% endfor %}"
         )
         with pytest.raises(EnvironmentFault, match=r"no system role\n.*judge\.system_role: false"):
-            ask(PAIRS, judge, Store(tmp_path / "here.jsonl"), judge.plan("relative"))
+            ask(PAIRS, judge, Store(tmp_path / "here.jsonl"))
 
     def faults(number):
         roles = [message["role"] for message in server.bodies[number - 1]["messages"]]
@@ -381,10 +381,10 @@ def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_
             opened(served(judge_file, server.url, mode="generate")) as judge,
             pytest.raises(EvaluationIncomplete, match="system_role"),
         ):
-            ask(PAIRS, judge, store, judge.plan("relative"))
+            ask(PAIRS, judge, store)
         alone = served(judge_file, server.url, mode="generate", system_role=False)
         with opened(alone) as judge:
-            assert len(ask(PAIRS, judge, store, judge.plan("relative"))) == 6
+            assert len(ask(PAIRS, judge, store)) == 6
 
 
 @pytest.mark.slow
@@ -405,7 +405,7 @@ def test_faults_and_deaths_of_the_server_lose_no_judgment_and_ask_none_twice(jud
             keys = {"concurrency": 16, "timeout_s": 0.5, "max_retries": 3, "mode": "generate"}
             with opened(served(judge_file, server.url, **keys)) as judge:
                 try:
-                    ask(items, judge, Store(path), judge.plan("relative"))
+                    ask(items, judge, Store(path))
                     ends.append(0)
                 except EvaluationIncomplete as error:
                     ends.append(int(error.exit_code))

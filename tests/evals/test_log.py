@@ -231,10 +231,14 @@ def test_a_hundred_thousand_judgments_load_and_are_audited_within_six_seconds(
 ) -> None:
     path = tmp_path / "j.jsonl"
     usual = {"kind": "relative", "status": "ok", "source": "judge", "judge": "j", "attempts": []}
-    usual |= {"cut": False, "lengths": [1, 2], "meta": {}, "raw": "because " * 60 + "[RESULT] A"}
+    usual |= {"cut": False, "lengths": [1, 2], "probe": "", "raw": "because " * 60 + "[RESULT] A"}
     with path.open("w") as file:
         for index in range(100_000):
-            judged = {"question_id": str(index // 2), "order": ("AB", "BA")[index % 2]}
+            judged = {
+                "question_id": str(index // 2),
+                "question": str(index // 2),
+                "order": ("AB", "BA")[index % 2],
+            }
             judged |= {"key": text_hash(str(index)), "value": "AB"[index % 3 % 2]}
             file.write(json.dumps(judged | usual) + "\n")
     start = time.process_time()

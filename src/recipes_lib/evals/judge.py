@@ -16,9 +16,9 @@ import json
 import math
 import os
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,9 @@ from recipes_lib.evals.engine_hf import HFEngine
 from recipes_lib.evals.engine_openai import OpenAIEngine
 from recipes_lib.evals.log import JudgeFacts, Store, text_hash
 from recipes_lib.evals.models import bare_recipe
-from recipes_lib.evals.prompts import (
-    CountTokens,
-    JudgePrompt,
-    Rubric,
-    Template,
-    build_prompt,
-    fence_code,
-)
-from recipes_lib.evals.recipe import JudgeFile, JudgeSection
+from recipes_lib.evals.prompts import JudgePrompt, build_prompt, fence_code
+from recipes_lib.evals.questions import Question
+from recipes_lib.evals.recipe import JudgeFile
 from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, parse_verdict
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import explain_load_failure, load_model, model_path
@@ -71,15 +65,19 @@ _FINGERPRINT = (
 class Item:
     """One answer to grade (absolute), or a candidate's and its opponent's to compare (relative).
 
-    `meta` is stored with each judgment: its question and category, the probe that it is.
+    `name` is its id among the judgments; `question`, `turn` and `draw` say what it answers, where a
+    suite asks; `probe` is the kind of probe that it is.
     """
 
-    question_id: str
+    name: str
     instruction: str
     answer: str
     opponent: str | None = None
     reference: str | None = None
-    meta: Mapping[str, Any] = field(default_factory=dict)
+    question: Question | None = None
+    turn: int = 1
+    draw: int = 1
+    probe: str = ""
 
     @property
     def orders(self) -> tuple[str, ...]:
@@ -92,19 +90,6 @@ class Item:
             return (self.answer,)
         pair = self.answer, self.opponent
         return pair[::-1] if order == "BA" else pair
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgePlan:
-    """How to ask: prompt, rubric and the judge's settings. `rules` decides empty and identical
-    answers without the judge.
-    """
-
-    template: Template
-    rubric: Rubric
-    section: JudgeSection
-    count_tokens: CountTokens | None = None
-    rules: bool = True
 
 
 @dataclass(frozen=True)
@@ -136,21 +121,32 @@ class JudgeRequest:
 
 
 def ask(
-    items: Iterable[Item], judge: Judge, store: Store, plan: JudgePlan, name: str = ""
+    items: Sequence[Item],
+    judge: Judge,
+    store: Store,
+    name: str = "",
+    *,
+    by_reference: bool = False,
+    rules: bool = True,
 ) -> list[Row]:
     """Have items judged, store the verdicts as they arrive, and return all rows of these items;
     what the store holds is not asked.
 
     Args:
+        items: all to be compared, or all to be graded.
         name: stands beside the progress bar.
+        by_reference: whether the rubric for questions with a reference answer is used.
+        rules: whether empty and identical answers are decided without the judge.
 
     Raises:
         EvaluationIncomplete: judgments are missing, or `max_consecutive_failures` requests in a row
             failed; the same command continues.
     """
-    requests = {request.key: request for request in build_requests(items, plan, judge.fingerprint)}
+    section = judge.file.judge
+    asked = build_requests(items, judge, by_reference, rules)
+    requests = {request.key: request for request in asked}
     waiting = {key: request for key, request in requests.items() if key not in store}
-    decided = [_decided(request, plan, judge.fingerprint) for request in waiting.values()]
+    decided = [_decided(request, judge.fingerprint, rules) for request in waiting.values()]
     store.append([row for row in decided if row is not None])
     waiting = {key: request for key, request in waiting.items() if key not in store}
     failed = Failures()
@@ -160,16 +156,16 @@ def ask(
             with closing(judge.complete(list(waiting.values()))) as replies:
                 for reply in replies:
                     failed.add(reply)
-                    if failed.in_a_row >= plan.section.max_consecutive_failures:
+                    if failed.in_a_row >= section.max_consecutive_failures:
                         what = f"the judge failed {failed.in_a_row} times in a row: {failed}"
                         hint = f"{len(store)} judgments are stored; {failed.remedy()}"
                         raise EvaluationIncomplete(what, hint, file=store.path)
                     if reply.error is not None:
                         continue
                     request = waiting[reply.key]
-                    verdict = read_reply(request, reply, plan.section.mode)
+                    verdict = read_reply(request, reply, section.mode)
                     malformed = verdict.status in ("unparsed", "empty")
-                    attempts_left = plan.section.max_reasks - len(request.attempts)
+                    attempts_left = section.max_reasks - len(request.attempts)
                     if malformed and reply.probabilities is None and attempts_left > 0:
                         again[request.key] = _with_new_seed(request, verdict, reply)
                         continue
@@ -182,27 +178,34 @@ def ask(
 
 
 def build_requests(
-    items: Iterable[Item], plan: JudgePlan, fingerprint: str
+    items: Sequence[Item], judge: Judge, by_reference: bool = False, rules: bool = True
 ) -> Iterator[JudgeRequest]:
-    """Yield the requests of each item: both orders of a pair, or the one of a single answer."""
-    section = plan.section
+    """Yield the requests of each item: both orders of a pair, or the one of a single answer;
+    arguments as for `ask`.
+    """
+    if not items:
+        return
+    section = judge.file.judge
+    template = judge.file.template("absolute" if items[0].opponent is None else "relative")
+    rubric = judge.file.rubric(by_reference)
     for item in items:
         for order in item.orders:
             shown = item.shown(order)
             # what a rule decides is not sent, so its prompt may be too long
-            is_sent = not plan.rules or rule_verdict(shown) is None
+            is_sent = not rules or rule_verdict(shown) is None
             prompt = build_prompt(
-                plan.template,
-                plan.rubric,
+                template,
+                rubric,
                 item.instruction,
                 shown,
                 item.reference,
-                code=fence_code(item.question_id, shown, str(section.seed)),
-                count_tokens=plan.count_tokens if is_sent else None,
+                code=fence_code(item.name, shown, str(section.seed)),
+                count_tokens=judge.count_tokens if is_sent else None,
                 max_tokens=section.max_prompt_tokens,
             )
             # answers as they were before they are cut
-            parts = [item.question_id, order, fingerprint, prompt.hash, [*map(text_hash, shown)]]
+            hashes = [*map(text_hash, shown)]
+            parts = [item.name, order, judge.fingerprint, prompt.hash, hashes]
             yield JudgeRequest(text_hash(json.dumps(parts)), item, order, prompt, section.seed)
 
 
@@ -220,15 +223,14 @@ def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
     return None
 
 
-def _decided(request: JudgeRequest, plan: JudgePlan, fingerprint: str) -> Row | None:
+def _decided(request: JudgeRequest, fingerprint: str, rules: bool) -> Row | None:
     """The row of a request that is not sent."""
-    if plan.rules and (verdict := rule_verdict(request.answers)):
+    if rules and (verdict := rule_verdict(request.answers)):
         return _row(request, verdict, fingerprint, "rule")
     if request.prompt.fits:
         return None
     reason = "the prompt does not fit the judge, even with its answers cut"
-    verdict = JudgeVerdict("truncated", reason=reason)
-    return _row(request, verdict, fingerprint, "limit")
+    return _row(request, JudgeVerdict("truncated", reason=reason), fingerprint, "limit")
 
 
 def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate") -> JudgeVerdict:
@@ -263,24 +265,23 @@ def _row(
     reply: Completion | None = None,
 ) -> Row:
     """The stored line. `lengths` are characters of the answers in the prompt's order."""
+    item = request.item
     row = {
         "key": request.key,
-        "kind": "absolute" if request.item.opponent is None else "relative",
-        "question_id": request.item.question_id,
+        "question_id": item.name,
         "order": request.order,
         "status": verdict.status,
         "value": verdict.value,
         "reason": verdict.reason,
         "source": source,
         "judge": fingerprint,
-        "prompt_hash": request.prompt.hash,
-        "answer_hashes": list(map(text_hash, request.answers)),
         "lengths": list(map(len, request.answers)),
         "cut": request.prompt.cut,
         "seed": request.seed,
         "temperature": request.temperature,
         "attempts": list(request.attempts),
-        "meta": dict(request.item.meta),
+        "question": item.question.id if item.question else item.name,
+        "probe": item.probe,
     }
     if reply is None:
         return row
@@ -329,19 +330,6 @@ class Judge:
         own = [self.weights, section.dtype] if self.weights else [section.extra_body]
         self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
 
-    def plan(self, kind: str, reference: bool = False) -> JudgePlan:
-        """Return how to ask: the prompt of a kind ("relative" or "absolute") and a rubric.
-
-        Args:
-            reference: whether the questions come with a reference answer that must be met.
-        """
-        return JudgePlan(
-            template=self.file.template(kind),
-            rubric=self.file.rubric(reference),
-            section=self.section,
-            count_tokens=self.count_tokens,
-        )
-
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
         return JudgeFacts(
@@ -356,10 +344,14 @@ class Judge:
         )
 
     def count_tokens(self, text: str) -> int:
-        """Return the tokens of a text, or a careful guess."""
-        if self.tokenizer is None:
-            return guessed_tokens(text)
-        return len(self.tokenizer.encode(text))
+        """Return the tokens of a text, or a careful guess where the tokenizer is only on the
+        server, which would refuse a prompt that is too long: three ASCII characters to a token,
+        and a token per byte of other scripts.
+        """
+        if self.tokenizer is not None:
+            return len(self.tokenizer.encode(text))
+        ascii_characters = sum(map(str.isascii, text))
+        return ascii_characters // 3 + len(text.encode("utf-8", "replace")) - ascii_characters
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
         """Yield the reply to each request as it arrives, in any order; errors are replies.
@@ -373,7 +365,9 @@ class Judge:
         lead_in: list[int] = []
         if section.mode == "logits" and not self.served:
             lead_in, tokens = verdict_tokens(self.tokenizer, section.lead_in, allowed)
-            yield from self._engine.verdicts([self._render(r, lead_in) for r in requests], tokens)
+            yield from self._engine.verdicts(
+                [self._render(each, lead_in) for each in requests], tokens
+            )
             return
         temperature = section.temperature
         if temperature is not None:
@@ -381,11 +375,11 @@ class Judge:
         sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=temperature)
         for done in self._engine.complete(map(self._render, requests), sampling):
             if done.probabilities is not None:
-                found = dict.fromkeys(allowed, 0.0)
+                shares = dict.fromkeys(allowed, 0.0)
                 for token, share in done.probabilities.items():
-                    if token.strip() in found:
-                        found[token.strip()] += share
-                done = replace(done, probabilities=found)
+                    if token.strip() in shares:
+                        shares[token.strip()] += share
+                done = replace(done, probabilities=shares)
             yield done
 
     def _reach(self) -> OpenAIEngine:
@@ -459,21 +453,6 @@ def opened(file: JudgeFile) -> Iterator[Judge]:
     finally:
         judge._engine = None
         free_memory()
-
-
-def guessed_tokens(text: str) -> int:
-    """Return a careful guess of a text's tokens where the tokenizer is only on the server; a prompt
-    that is too long would be refused.
-
-    Three ASCII characters to a token; other scripts cost up to a token per byte in vocabularies
-    made for English.
-
-    Example:
-        >>> guessed_tokens("twelve chars"), guessed_tokens("\u4f60\u597d")
-        (4, 6)
-    """
-    ascii_characters = sum(map(str.isascii, text))
-    return ascii_characters // 3 + len(text.encode("utf-8", "surrogatepass")) - ascii_characters
 
 
 def _schema(allowed: Sequence[str]) -> dict[str, Any]:

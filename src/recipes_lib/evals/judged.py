@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from recipes_lib.core.errors import RecipeError
@@ -16,19 +16,9 @@ from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items
 from recipes_lib.evals.judge import Item, Judge, ask
 from recipes_lib.evals.log import EvalLog, Metric, Sample, Store, log_file
-from recipes_lib.evals.questions import Question, QuestionSet, pair_texts
+from recipes_lib.evals.questions import QuestionSet, pair_texts
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.evals.verdicts import metric_of, sample_of
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the judge is asked about one answer: to a question, in a turn, of several draws."""
-
-    item: Item
-    question: Question
-    turn: int = 1
-    draw: int = 1
 
 
 @dataclass
@@ -37,34 +27,32 @@ class Judged:
 
     answers: Answers
     opponent: Answers | None
-    compared: Sequence[Asked] = ()
-    graded: Sequence[Asked] = ()
+    compared: Sequence[Item] = ()
+    graded: Sequence[Item] = ()
     rows: list[Row] = field(default_factory=list)
 
-    def samples(self, asked: Sequence[Asked], opponent: Answers | None = None) -> list[Sample]:
+    def samples(self, items: Sequence[Item], opponent: Answers | None = None) -> list[Sample]:
         """Return what was compared with an opponent, or graded, as samples."""
         by_item: dict[str, dict[str, Row]] = defaultdict(dict)
         for row in self.rows:
             by_item[row["question_id"]][row["order"]] = row
         samples = []
-        for each in asked:
-            place = each.question.id, each.turn, each.draw
-            text = self.answers.text(*place)
-            other = opponent.text(*place) if opponent else None
+        for item in items:
+            question = item.question
+            assert question is not None
+            place = question.id, item.turn, item.draw
+            texts = [answers.text(*place) for answers in (self.answers, opponent) if answers]
             known: dict[str, Any] = {
-                "turn": each.turn,
-                "draw": each.draw,
-                "category": each.question.category or "all",
-                "input": each.question.turns[each.turn - 1],
-                "answer": text,
-                "opponent": other,
-                "lengths": tuple(
-                    len(one_text) for one_text in (text, other) if one_text is not None
-                ),
+                "turn": item.turn,
+                "draw": item.draw,
+                "category": question.category or "all",
+                "input": question.turns[item.turn - 1],
+                "answer": texts[0],
+                "opponent": texts[1] if opponent else None,
+                "lengths": tuple(map(len, texts)),
                 "cut": self.answers.is_cut(*place),
             }
-            rows = by_item[each.item.question_id]
-            samples.append(sample_of(each.question.id, rows, each.item.orders, **known))
+            samples.append(sample_of(question.id, by_item[item.name], item.orders, **known))
         return samples
 
 
@@ -85,30 +73,28 @@ class JudgedSuite:
     def __init__(self, recipe: EvalRecipe, chosen: QuestionSet) -> None:
         self.recipe, self.chosen = recipe, chosen
 
-    def compared(self, answers: Answers, opponent: Answers) -> list[Asked]:
+    def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
         """Return what is compared with an opponent."""
         raise NotImplementedError
 
-    def graded(self, answers: Answers) -> list[Asked]:
+    def graded(self, answers: Answers) -> list[Item]:
         """Return what is graded 1-5."""
         raise NotImplementedError
 
     def metrics(self, judged: Judged) -> list[Metric]:
         """Return the metrics of one model."""
-        after = f" on {self.recipe.name}"
-        before = ""
-        if self.chosen.published:
-            before, after = f"{self.title} ", ""
-        found = {}
+        named = f"{self.title} {{}}" if self.chosen.published else f"{{}} on {self.recipe.name}"
+        metrics = {}
         if judged.opponent is not None and judged.compared:
             samples = judged.samples(judged.compared, judged.opponent)
-            label = f"{before}win rate{after}"
-            found["win_rate"] = metric_of("win_rate", label, samples, opponent=judged.opponent.name)
+            opponent = judged.opponent.name
+            metrics["win_rate"] = metric_of(
+                "win_rate", named.format("win rate"), samples, opponent=opponent
+            )
         if judged.graded:
             samples = judged.samples(judged.graded)
-            label = f"{before}mean grade, 1-5{after}"
-            found["grade"] = metric_of("grade", label, samples, "grade")
-        return [found[name] for name in self.metric_order if name in found]
+            metrics["grade"] = metric_of("grade", named.format("mean grade, 1-5"), samples, "grade")
+        return [metrics[name] for name in self.metric_order if name in metrics]
 
 
 def judge_models(
@@ -136,9 +122,8 @@ def judge_models(
             store = Store(folder / f"judgments{against}.jsonl")
             _ask_about(judged, suite, judge, store)
             pairs_to_probe = 0 if probes else recipe.metrics.probe_pairs
-            if items := list(probe_items((each.item for each in judged.compared), pairs_to_probe)):
-                plan = replace(judge.plan("relative"), rules=False)
-                probes = ask(items, judge, store, plan, "probes")
+            if items := list(probe_items(judged.compared, pairs_to_probe)):
+                probes = [*judged.rows, *ask(items, judge, store, "probes", rules=False)]
         everyone.append(judged)
     return [_log_of(suite, judged, everyone, probes, judge) for judged in everyone]
 
@@ -148,27 +133,25 @@ def _ask_about(judged: Judged, suite: JudgedSuite, judge: Judge, store: Store) -
     name = judged.answers.name
     for by_reference in (False, True):
         items = [
-            each.item
-            for each in judged.graded
-            if (suite.graded_by_reference and each.item.reference is not None) == by_reference
+            item
+            for item in judged.graded
+            if (suite.graded_by_reference and item.reference is not None) == by_reference
         ]
-        plan = judge.plan("absolute", by_reference)
-        judged.rows += ask(items, judge, store, plan, f"{name} 1-5")
-    items = [each.item for each in judged.compared]
-    judged.rows += ask(items, judge, store, judge.plan("relative"), name)
+        judged.rows += ask(items, judge, store, f"{name} 1-5", by_reference=by_reference)
+    judged.rows += ask(judged.compared, judge, store, name)
 
 
 def _labels_of(judged: Judged, suite: JudgedSuite) -> dict[str, str]:
     """Return what people said of these pairs, by the id of the item."""
     turned = {"win": "loss", "loss": "win", "tie": "tie"}
-    found = {}
-    for item in (each.item for each in judged.compared if suite.chosen.labels):
+    known = {}
+    for item in judged.compared if suite.chosen.labels else ():
         question, answer, opponent = pair_texts(item.instruction, item.answer, str(item.opponent))
         if label := suite.chosen.labels.get((question, answer, opponent)):
-            found[item.question_id] = label
+            known[item.name] = label
         elif label := suite.chosen.labels.get((question, opponent, answer)):
-            found[item.question_id] = turned[label]
-    return found
+            known[item.name] = turned[label]
+    return known
 
 
 def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
@@ -205,7 +188,7 @@ def _log_of(
     others = [each.answers for each in everyone if each is not judged]
     same = [each.name for each in (opponent, *others) if each and each.digest == answers.digest]
     models = [*answers.facts.models, *(opponent.facts.models if opponent else ())]
-    card = audit([*judged.rows, *probes], judge.file.thresholds, _labels_of(judged, suite))
+    card = audit(judged.rows, judge.file.thresholds, _labels_of(judged, suite), probes)
     banners = [
         f"Weak judge: {judge.section.weak}." if judge.section.weak else None,
         audit_banner(card),

@@ -85,8 +85,8 @@ def refuse_leaks_of(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
     Raises:
         RecipeErrors: one error for each eval, with the rows.
     """
-    found = search_recipe(recipe, evals)
-    errors = [leak_error(name, leaks, recipe) for name, leaks in found.items() if leaks.is_error]
+    by_eval = search_recipe(recipe, evals)
+    errors = [leak_error(name, leaks, recipe) for name, leaks in by_eval.items() if leaks.is_error]
     if errors:
         raise RecipeErrors(errors)
 

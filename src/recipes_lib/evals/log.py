@@ -16,7 +16,7 @@ import math
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -192,14 +192,11 @@ def one_and_the_same(
         fewest_letters: a shorter text does not count: where rules check the answers, one of a few
             letters is the answer to many questions.
     """
-    counts: Counter[str] = Counter()
-    asked: dict[str, set[object]] = defaultdict(set)
-    for answer, question in zip(texts, questions, strict=True):
-        text = same_text(answer)
-        if len(text) >= fewest_letters:
-            counts[text] += 1
-            asked[text].add(question)
-    return max((counts[text] for text, ids in asked.items() if len(ids) > 1), default=0)
+    asked: dict[str, list[object]] = defaultdict(list)
+    for text, question in zip(texts, questions, strict=True):
+        asked[same_text(text)].append(question)
+    several = (text for text in asked if len(set(asked[text])) > 1)
+    return max((len(asked[text]) for text in several if len(text) >= fewest_letters), default=0)
 
 
 def ends_in_loop(answer: str) -> bool:
@@ -302,7 +299,7 @@ class Scorecard:
 
     def value(self, name: str) -> Check:
         """Return the check of a name; one that is not measured where there is none."""
-        return next((one for one in self.checks if one.check == name), Check(check=name))
+        return next((each for each in self.checks if each.check == name), Check(check=name))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -231,8 +231,8 @@ class JudgeSection(ServerSection):
     @property
     def served_here(self) -> bool:
         """Whether it is expected behind an address of the machine that evaluates."""
-        here = ("127.0.0.1", "localhost", "::1")
-        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in here
+        this_machine = ("127.0.0.1", "localhost", "::1")
+        return self.engine == "openai" and urlsplit(self.base_url or "").hostname in this_machine
 
     @property
     def address(self) -> str:

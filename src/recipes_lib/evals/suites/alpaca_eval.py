@@ -14,7 +14,7 @@ from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import Asked, Judged, JudgedSuite
+from recipes_lib.evals.judged import Judged, JudgedSuite
 from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
 from recipes_lib.evals.questions import Question, load_questions
 from recipes_lib.evals.recipe import EvalRecipe
@@ -41,24 +41,23 @@ class AlpacaEval(JudgedSuite):
                 name = question.id if draw == 1 else f"{question.id}#{draw}"
                 yield question, draw, name, answers.text(question.id, draw=draw)
 
-    def compared(self, answers: Answers, opponent: Answers) -> list[Asked]:
+    def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
         """Return every answer with its opponent's."""
-        asked = []
+        items = []
         for question, draw, name, text in self._draws(answers):
             other = opponent.text(question.id, draw=draw)
-            meta = {"category": question.category, "question": question.id}
-            item = Item(name, question.turns[0], text, other, meta=meta)
-            asked.append(Asked(item, question, draw=draw))
-        return asked
+            item = Item(name, question.turns[0], text, other, question=question, draw=draw)
+            items.append(item)
+        return items
 
-    def graded(self, answers: Answers) -> list[Asked]:
+    def graded(self, answers: Answers) -> list[Item]:
         """Return every answer, where grades are asked for."""
-        asked = []
+        items = []
         for question, draw, name, text in self._draws(answers):
             expected = question.reference[0] if question.reference else None
-            item = Item(name, question.turns[0], text, reference=expected)
-            asked.append(Asked(item, question, draw=draw))
-        return asked if self.recipe.metrics.absolute else []
+            turn = question.turns[0]
+            items.append(Item(name, turn, text, None, expected, question=question, draw=draw))
+        return items if self.recipe.metrics.absolute else []
 
     def metrics(self, judged: Judged) -> list[Metric]:
         """Return the metrics, and write the files that alpaca_eval reads; it knows one answer per

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import Asked, JudgedSuite
+from recipes_lib.evals.judged import JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question, load_questions
 from recipes_lib.evals.recipe import EvalRecipe
@@ -36,11 +36,11 @@ class MTBench(JudgedSuite):
             for turn in range(1, len(question.turns) + 1):
                 yield question, turn
 
-    def compared(self, answers: Answers, opponent: Answers) -> list[Asked]:
+    def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
         """Return the turns to compare; for a later turn each side's answer is its whole
         conversation, the last part marked.
         """
-        asked = []
+        items = []
         for question, turn in self._turns() if self.recipe.metrics.pairwise else ():
             instruction = question.turns[0]
             if turn > 1:
@@ -48,12 +48,12 @@ class MTBench(JudgedSuite):
                 last = f"(Compare the two conversations by their answers to question {turn}.)"
                 instruction = "\n\n".join([*listed, last])
             sides = _side(question, answers, turn), _side(question, opponent, turn)
-            asked.append(_asked(question, turn, instruction, *sides))
-        return asked
+            items.append(_item(question, turn, instruction, *sides))
+        return items
 
-    def graded(self, answers: Answers) -> list[Asked]:
+    def graded(self, answers: Answers) -> list[Item]:
         """Return the turns to grade."""
-        asked = []
+        items = []
         for question, turn in self._turns():
             instruction = question.turns[0]
             if turn > 1:
@@ -65,19 +65,19 @@ class MTBench(JudgedSuite):
                 note = "(The response to evaluate answers the last message of this conversation.)"
                 instruction = "\n\n".join([*before, last, note])
             text = answers.text(question.id, turn)
-            asked.append(_asked(question, turn, instruction, text))
-        return asked
+            items.append(_item(question, turn, instruction, text))
+        return items
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         metrics = [{each.metric: each for each in log.metrics} for log in logs]
-        grades = [found["grade"].samples for found in metrics]
+        grades = [by_name["grade"].samples for by_name in metrics]
         turns = sorted({each.turn for each in grades[0]})
         head = ["model", "n", "turns", "no grade", "mean 1-5 [95%]", "all 1 .. 5"]
         rows = [[*head, *(f"turn {turn}" for turn in turns), "win rate"]]
-        for log, found, samples in zip(logs, metrics, grades, strict=True):
-            rate, pairs = Rate.of(samples, "grade"), found.get("win_rate")
+        for log, by_name, samples in zip(logs, metrics, grades, strict=True):
+            rate, pairs = Rate.of(samples, "grade"), by_name.get("win_rate")
             cells = [log.target, str(log.n), str(len(samples)), str(rate.unresolved)]
             cells.append(shown_rate(rate, unit="grade"))
             cells.append(f"{number(rate.lowest)} .. {number(rate.highest)}")
@@ -99,16 +99,15 @@ def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> 
     return Rate.of(chosen, "grade").value
 
 
-def _asked(
+def _item(
     question: Question, turn: int, instruction: str, answer: str, opponent: str | None = None
-) -> Asked:
+) -> Item:
     """What is asked about a turn, with the reference answer where its category needs one."""
     expected = None
     if question.category in NEEDS_REFERENCE and question.reference is not None:
         expected = question.reference[turn - 1]
-    meta = {"category": question.category, "question": question.id}
     name = f"{question.id}:{turn}"
-    return Asked(Item(name, instruction, answer, opponent, expected, meta), question, turn)
+    return Item(name, instruction, answer, opponent, expected, question, turn)
 
 
 def _side(question: Question, answers: Answers, turn: int) -> str:
