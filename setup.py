@@ -93,7 +93,7 @@ setup(
     package_data={
         **{package: ["**/*"] for package in SHIPPED},
         "recipes_lib.analysis": ["templates/*"],
-        "recipes_lib.report": ["templates/*"],
+        "recipes_lib.weights": ["*.jinja"],
     },
     python_requires=">=3.11,<3.14",
     install_requires=INSTALL,

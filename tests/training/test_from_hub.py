@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.config.sections import ModelSection
-from recipes_lib.weights.load import explain_load_failure
-
 PROJECT = Path(__file__).resolve().parents[2]
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 
@@ -115,9 +112,3 @@ def test_what_the_hub_refuses_is_said_in_one_line(overrides, code, words, train_
     assert ended.returncode == code, ended.stderr
     assert not [word for word in words if word not in ended.stderr], ended.stderr
     assert "Traceback" not in ended.stderr
-
-
-def test_an_error_of_the_hub_that_says_nothing_is_known_by_its_type():
-    fault = explain_load_failure(ModelSection(name_or_path="org/tiny"), ConnectionError())
-    assert "neither a folder here nor a model on the Hub" in fault.what
-    assert fault.hints == ("ConnectionError",)

@@ -13,7 +13,6 @@ import pytest
 
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.weights.check import (
-    SavedWeights,
     changed_files,
     check_saved,
     recorded_hashes,
@@ -62,7 +61,7 @@ def test_every_kind_of_adapter_is_proven_and_hashed(tiny_model_dir: Path, tmp_pa
         saved = check_saved(model, folder, base=str(tiny_model_dir), autocast="bfloat16")
         assert saved.tensors >= 8, name
         assert saved.sha256 == recorded_hashes(folder), name
-        assert SavedWeights.of({"weights_check": saved.to_dict()}) == saved
+        assert saved.autocast == "bfloat16", name
 
 
 def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(

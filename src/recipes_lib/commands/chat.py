@@ -112,7 +112,7 @@ def questions(prompt: str | None) -> Iterator[str]:
 
 def _title(family: Family, name: str, only_family: bool) -> str:
     """Return what stands over an answer; a base is described where there are several."""
-    if only_family or name in {run.run.name for run in family.runs}:
+    if only_family or name in family.runs:
         return name
     precision = (family.recipe.base_format or "").replace("-", " ")
     return f"{name} {family.recipe.model.name_or_path}" + (f" in {precision}" if precision else "")

@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
     what = "already merged, nothing to do" if was_there else "merged"
     say(f"{what}: {shown_path(trained.merged)} ({record.dtype})")
     say(
-        f"on {record.prompts}: the adapter moves the base's logits by {record.effect:.3g} on"
-        f" average, merging moves them by {record.difference:.3g} ({record.lost:.1%} of that;"
-        f" allowed {LOST_LIMIT:.0%}); the most likely next token is the same at"
-        f" {record.same_top_token:.1%} of the positions"
+        f"on {record.num_tokens} tokens the adapter moves the base's logits by"
+        f" {record.effect:.3g} on average; merging moves them by {record.difference:.3g}, which is"
+        f" {record.lost:.1%} of that (allowed {LOST_LIMIT:.0%}); the most likely next token is the"
+        f" same at {record.same_top_token:.1%} of the positions"
     )
     next_step(f"recipes export {args.run} --to DIR --merged")
     return ExitCode.DONE

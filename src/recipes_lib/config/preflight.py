@@ -215,33 +215,38 @@ def check_model_files(
     if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
         yield recipe.error(KEY, "the model needs Python code that ships with it", hint)
-    yield from _weights(recipe, folder)
+    for fault in weight_faults(folder, to_be_fetched=_from_hub(recipe)):
+        yield recipe.error(KEY, fault, "download the model again, with its *.safetensors")
 
 
-def _weights(recipe: Recipe, folder: Path) -> Iterator[RecipeError]:
-    """Yield missing, damaged or pickled weight files; those of the Hub may be still to come."""
-    index = folder / "model.safetensors.index.json"
-    named = (object_or_none(index) or {}).get("weight_map")
-    named = named if isinstance(named, dict) else {}
-    shards = {folder / str(name) for name in named.values()} or {*folder.glob("*.safetensors")}
-    for shard in sorted(shards):
-        problem = broken_shard(shard) if shard.is_file() else f"is missing; {index.name} names it"
-        if problem and (shard.is_file() or not _from_hub(recipe)):
-            yield recipe.error(KEY, f"{shard} {problem}", "download the model again")
-    if not shards and not _from_hub(recipe):
-        hint = "only *.safetensors are read: a pickle can run code; GGUF cannot be trained further"
-        yield recipe.error(KEY, f"{folder} has no weights (*.safetensors)", hint)
+def weight_faults(folder: Path, *, to_be_fetched: bool = False) -> Iterator[str]:
+    """Yield what is wrong with a model's weight files: damaged, missing, or of a format that is not
+    read. Only headers are read.
 
-
-def broken_shard(path: Path) -> str | None:
-    """Return what is wrong with a safetensors file; no weight is read."""
+    Args:
+        to_be_fetched: whether what is missing may still come from the Hub.
+    """
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(path, framework="np"):
-            return None
-    except (SafetensorError, OSError) as error:
-        return f"is damaged: {one_line(error)}"
+    index = folder / "model.safetensors.index.json"
+    named = (object_or_none(index) or {}).get("weight_map", {})
+    if index.exists() and not (isinstance(named, dict) and named):
+        yield f"{index} has no weight_map"
+        named = {}
+    shards = {folder / str(name) for name in named.values()} or {*folder.glob("*.safetensors")}
+    for shard in sorted(shards):
+        try:
+            with safe_open(shard, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            if shard.is_file():
+                yield f"{shard} is damaged: {one_line(error)}"
+            elif not to_be_fetched:
+                yield f"{shard} is missing; {index.name} names it"
+    if not shards and not to_be_fetched:
+        pickles = sorted(file for end in ("bin", "pt", "pth") for file in folder.glob(f"*.{end}"))
+        beside = f": {pickles[0].name} is a pickle, which can run code" if pickles else ""
+        yield f"{folder} has no weights (*.safetensors){beside}"
 
 
 def check_names(

@@ -91,7 +91,7 @@ class ModelSection(Section):
     """Precision of the base weights in memory."""
     attn_implementation: _Attention | Annotated[str, Field(pattern="^[^/]+/[^/]+$")] | None = None
     """Attention kernel; varlen is torch's own for several examples in a row, a name with a slash is
-    a kernel on the Hub. Absent: the fastest one that is installed. When set, it is used or
+    a kernel on the Hub. Absent: sdpa where the model has it, or eager. When set, it is used or
     refused, never replaced.
     """
     trust_remote_code: bool = False

@@ -324,7 +324,7 @@ class Judge:
             )
         except (OSError, ValueError) as error:
             if not self.served:
-                raise explain_load_failure(self.source, OSError(str(error))) from None
+                raise explain_load_failure(self.source, error) from None
             self.tokenizer = None  # the server has it
         self.weights = None if self.served else model_fingerprint(path, section.revision)
         own = [self.weights, section.dtype] if self.weights else [section.extra_body]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes_lib.config.documents import read
-from recipes_lib.config.preflight import TOKENIZER_FILES
+from recipes_lib.config.preflight import TOKENIZER_FILES, weight_faults
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import DataError, EnvironmentFault
@@ -36,7 +36,7 @@ from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_ben
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.models.packaged import is_packaged, materialise, packaged_folder
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.weights.load import check_whole, explain_load_failure
+from recipes_lib.weights.load import explain_load_failure
 
 _FETCH_IT = "where there is a network: recipes prefetch"
 WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
@@ -169,7 +169,7 @@ def fetch_model(section: ModelSection) -> None:
     if _is_folder(name):
         return
     if offline_by_environment() or not hub_answers():
-        raise explain_load_failure(section, OSError("offline"))
+        raise explain_load_failure(section, ConnectionError())
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -183,7 +183,7 @@ def fetch_model(section: ModelSection) -> None:
         )
         snapshot_download(name, revision=section.revision, allow_patterns=WEIGHT_FILES)
     except Exception as error:  # the Hub client has many exception types; each becomes one line
-        raise explain_load_failure(section, OSError(str(error))) from None
+        raise explain_load_failure(section, error) from None
 
 
 def check_model(section: ModelSection) -> str:
@@ -208,17 +208,14 @@ def check_model(section: ModelSection) -> str:
     tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
     lacks = {
         "readable config.json": object_or_none(folder / "config.json") is not None,
-        "*.safetensors": bool(shards),
         "tokenizer files": tokenizer,
     }
     for what, is_there in lacks.items():
         if not is_there:
             raise EnvironmentFault(f"'{name}' has no {what} in {folder}", again)
-    try:
-        check_whole(folder)
-    except EnvironmentFault as error:
-        what = f"'{name}': {error.what}"
-        raise EnvironmentFault(what, f"remove a damaged file first, then {again}") from None
+    for fault in weight_faults(folder):
+        hint = f"remove a damaged file first, then {again}"
+        raise EnvironmentFault(f"'{name}': {fault}", hint)
     size = sum(shard.stat().st_size for shard in shards) / 2**30
     return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size:.2f} GiB, whole"
 

@@ -174,7 +174,7 @@ def record_finish(
         sync(run.metrics)
     run.stop_file.unlink(missing_ok=True)
     run.write_state(
-        "finished", exit_code=0, error=None, summary=summary, weights_check=check.to_dict()
+        "finished", exit_code=0, error=None, summary=summary, weights_check=check.model_dump()
     )
     say(f"finished: {weights} ({check.tensors} trained tensors equal the files, byte for byte)")
     say(f"took {summary['seconds']:,.0f} s, peak memory {summary['peak_memory_gib']:.1f} GiB")

@@ -12,65 +12,41 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
 
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import DamagedFile, file_hashes, read_object
 from recipes_lib.core.ranks import on_main_rank, rank
+from recipes_lib.weights.load import attach
 
 if TYPE_CHECKING:
     import torch
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
 # The files that decide what a model computes and how it reads text.
-RECORDED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    ADAPTER_CONFIG,
-    "chat_template.jinja",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
+RECORDED = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt")
 NUM_NAMED = 3
 
 
-@dataclass(frozen=True)
-class SavedWeights:
+class SavedWeights(BaseModel):
     """What run.json says of the weights of a finished training (key `weights_check`).
 
     Args:
         tensors: how many trained tensors were compared with the files.
-        parameters: how many numbers they hold.
         sha256: of each file in the folder that decides what the model answers.
-        base: name of the base, and base_fingerprint: of its files (`load.base_fingerprint`).
+        base: name of the base.
+        base_fingerprint: of the base's files (`load.base_fingerprint`).
         autocast: half precision that the training ran in (`bfloat16`, `float16`), None for none.
     """
 
     tensors: int = 0
-    parameters: int = 0
-    sha256: dict[str, str] = field(default_factory=dict)
+    sha256: dict[str, str] = {}
     base: str | None = None
     base_fingerprint: str | None = None
     autocast: str | None = None
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> SavedWeights:
-        """Read them from the content of run.json; of a run without them, all is empty."""
-        recorded = state.get("weights_check") or {}
-        return cls(**{name: recorded[name] for name in cls.__annotations__ if name in recorded})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return them for run.json."""
-        return asdict(self)
 
 
 def check_saved(
@@ -88,32 +64,29 @@ def check_saved(
         model: the trained model (`trainer.model`), sharded by FSDP2 or not.
         folder: where `trainer.save_model` wrote it.
         base: what `adapter_config.json` has to name.
-        base_fingerprint, autocast: see `SavedWeights`; only kept.
+        base_fingerprint, autocast: only kept.
         may_change_nothing: whether the training had no step with a learning rate above 0.
 
     Raises:
         RecipesError: a tensor is not in the file, differs from it, is not finite, or training
             changed nothing; a name in the file is not one that PEFT or transformers reads.
     """
-    comparison = _compare_bytes(model, folder)
+    tensors, is_zero, problems = _compare_bytes(model, folder)
 
     def prove() -> SavedWeights:
-        problems = comparison.problems or [*_name_problems(model, folder, base)]
-        if problems:
-            more = f" (and {len(problems) - NUM_NAMED} more)" if len(problems) > NUM_NAMED else ""
-            raise RecipesError(
-                f"the saved weights are not the trained ones: {'; '.join(problems[:NUM_NAMED])}"
-                + more
-            )
-        if not (comparison.changes_something or may_change_nothing):
+        found = problems or list(_name_problems(model, folder, base))
+        if found:
+            more = f" (and {len(found) - NUM_NAMED} more)" if len(found) > NUM_NAMED else ""
+            what = "; ".join(found[:NUM_NAMED]) + more
+            raise RecipesError(f"the saved weights are not the trained ones: {what}")
+        if is_zero and not may_change_nothing:
             raise RecipesError(
                 f"the adapter in {folder} changes nothing: every trained tensor is zero",
                 "was the learning rate 0 at every step? train more steps, or lower"
                 " train.warmup_steps",
             )
         return SavedWeights(
-            tensors=comparison.tensors,
-            parameters=comparison.parameters,
+            tensors=tensors,
             sha256=recorded_hashes(folder),
             base=base,
             base_fingerprint=base_fingerprint,
@@ -130,40 +103,43 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     in the file stands for several parameters or the other way round (experts, some families that
     read images), rank 0 holds all of them at once.
     """
+    import torch
     from peft import PeftModel, get_peft_model_state_dict
     from transformers.core_model_loading import revert_weight_conversion
 
-    state = {name.replace("_orig_mod.", ""): one for name, one in model.state_dict().items()}
+    state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model, state_dict=state)
-        for name, tensor in state.items():
+        for name, tensor in get_peft_model_state_dict(model, state_dict=state).items():
             yield name, _whole(tensor)
         return
-    trained = {name for name, one in _parameters(model) if one.requires_grad}
-    state = {name: one for name, one in state.items() if name in trained}
-    shapes = {name: _meta_like(one) for name, one in state.items()}
+    trained = _trained_names(model)
+    state = {name: value for name, value in state.items() if name in trained}
+    shapes = {
+        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+        for name, value in state.items()
+    }
     if set(revert_weight_conversion(model, shapes)) == set(state):
         for name, tensor in state.items():
             yield name, _whole(tensor)
         return
-    once = {name.replace("_orig_mod.", "") for name, _ in model.named_parameters()}
-    gathered = {name: _whole(one) for name, one in state.items() if name in once}
+    once = {name for name, _ in _parameters(model, remove_duplicate=True)}
+    gathered = {name: _whole(value) for name, value in state.items() if name in once}
     if rank() == 0:
         yield from revert_weight_conversion(model, gathered).items()
 
 
-def same_bytes(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Return whether two tensors have one dtype, one shape and the same bytes.
 
-    `torch.equal` is no proof: it calls float32 and bfloat16 equal, and -0.0 and 0.0, and a NaN
-    unequal to itself.
+    `torch.equal` alone is no proof: it calls float32 and bfloat16 equal, and -0.0 and 0.0, and a
+    NaN unequal to itself.
     """
     import torch
 
-    if one.dtype != other.dtype or one.shape != other.shape:
+    if first.dtype != second.dtype or first.shape != second.shape:
         return False
-    first, second = one.detach().cpu().contiguous(), other.detach().cpu().contiguous()
-    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
+    flat = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (first, second))
+    return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
 
 
 def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -174,21 +150,21 @@ def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[st
     """
     if names is None:
         names = sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
-    found = file_hashes(folder, names)
-    if ADAPTER_CONFIG in found:
+    hashes = file_hashes(folder, names)
+    if ADAPTER_CONFIG in hashes:
         settings = adapter_config(folder)
         for key in ("base_model_name_or_path", "revision"):
             settings.pop(key, None)
         text = json.dumps(settings, sort_keys=True)
-        found[ADAPTER_CONFIG] = hashlib.sha256(text.encode()).hexdigest()
-    return found
+        hashes[ADAPTER_CONFIG] = hashlib.sha256(text.encode()).hexdigest()
+    return hashes
 
 
 def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
     """Return which of the recorded files are not what they were, those that are gone first."""
     gone = [name for name in recorded if not (folder / name).is_file()]
-    found = recorded_hashes(folder, [name for name in recorded if name not in gone])
-    return gone + [name for name, sha256 in found.items() if recorded[name] != sha256]
+    now = recorded_hashes(folder, [name for name in recorded if name not in gone])
+    return gone + [name for name, sha256 in now.items() if recorded[name] != sha256]
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
@@ -203,91 +179,66 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
     return settings
 
 
-@dataclass
-class _Comparison:
-    """What the comparison of bytes found on rank 0."""
-
-    tensors: int = 0
-    parameters: int = 0
-    changes_something: bool = False
-    problems: list[str] = field(default_factory=list)
-
-
-def _compare_bytes(model: Any, folder: Path) -> _Comparison:
-    """Compare every trained tensor with the files. An error on rank 0 is kept until all tensors
-    are gathered: the other ranks wait in the gathering.
+def _compare_bytes(model: Any, folder: Path) -> tuple[int, bool, list[str]]:
+    """Compare every trained tensor with the files; return how many there are, whether all of them
+    are zero, and the problems. An error on rank 0 is kept until all tensors are gathered: the other
+    ranks wait in the gathering.
     """
     import torch
     from safetensors import SafetensorError, safe_open
 
-    found, absent = _Comparison(), list[str]()
+    count, is_zero = 0, True
+    problems, absent = list[str](), list[str]()
     files: dict[str, Any] = {}
     for file in sorted(folder.glob("*.safetensors")) if rank() == 0 else ():
         try:
             opened = safe_open(file, framework="pt")
             files |= dict.fromkeys(opened.keys(), opened)
         except (SafetensorError, OSError) as error:
-            found.problems.append(f"{file.name} cannot be read: {error}")
+            problems.append(f"{file.name} cannot be read: {error}")
     for name, tensor in trained_tensors(model):
         if tensor is None:
             continue
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            found.problems.append(f"{name} has values that are not finite")
+            problems.append(f"{name} has values that are not finite")
         elif name not in files:
             absent.append(name)
-        else:
-            saved = files[name].get_tensor(name)
-            if not same_bytes(tensor, saved):
-                what = f"{name} differs ({tensor.dtype} trained, {saved.dtype} saved)"
-                found.problems.append(what.replace("torch.", ""))
-        found.tensors, found.parameters = found.tensors + 1, found.parameters + tensor.numel()
-        found.changes_something |= "lora_A" not in name and bool(tensor.any())
+        elif not same_bytes(tensor, files[name].get_tensor(name)):
+            problems.append(f"{name} differs from the trained one")
+        count += 1
+        is_zero &= "lora_A" in name or not bool(tensor.any())
     aliases = _tied_names(model)
     lost = [name for name in absent if not files.keys() & aliases.get(name, set())]
-    found.problems += [f"{name} was not saved" for name in lost]
-    return found
+    return count, is_zero, problems + [f"{name} was not saved" for name in lost]
 
 
 def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
     """Load the files onto a model without weights, and yield the names that do not fit."""
+    import torch
     from peft import PeftModel
 
-    if isinstance(model, PeftModel):
-        recorded = adapter_config(folder)["base_model_name_or_path"]
-        if recorded != base:
-            yield f"the adapter names the base '{recorded}', but '{base}' was trained"
-            return
-        missing, unexpected = _load_adapter_names(model.get_base_model(), folder)
-    else:
+    if not isinstance(model, PeftModel):
         _, info = _model_class(model).from_pretrained(
             folder, device_map="meta", dtype="auto", output_loading_info=True
         )
-        trained = {name for name, one in _parameters(model) if one.requires_grad}
-        missing = sorted(trained & {*info["missing_keys"], *map(str, info["mismatched_keys"])})
-        unexpected = sorted(info["unexpected_keys"])
-    yield from (f"{name} is missing in the file" for name in missing)
-    yield from (f"{name} in the file is of no layer of the model" for name in unexpected)
-
-
-def _load_adapter_names(base: Any, folder: Path) -> tuple[list[str], list[str]]:
-    """Return the missing and unexpected names of an adapter, of which PEFT itself only warns."""
-    import torch
-    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
-
-    config = copy.deepcopy(base.config)
+        missing = {*info["missing_keys"], *map(str, info["mismatched_keys"])}
+        yield from (f"{name} is missing in the file" for name in _trained_names(model) & missing)
+        yield from (f"{name} in the file is of no layer" for name in info["unexpected_keys"])
+        return
+    recorded = adapter_config(folder)["base_model_name_or_path"]
+    if recorded != base:
+        yield f"the adapter names the base '{recorded}', but '{base}' was trained"
+        return
+    config = copy.deepcopy(model.get_base_model().config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
     with torch.device("meta"):
-        empty = _model_class(base)(config)
-    wrapped = get_peft_model(empty, PeftConfig.from_pretrained(folder), low_cpu_mem_usage=True)
-    own = {name for name, _ in wrapped.named_parameters() if ".default" in name}
-    tensors = load_peft_weights(str(folder), device="cpu")
+        empty = _model_class(model.get_base_model())(config)
     try:
-        found = set_peft_model_state_dict(wrapped, tensors, low_cpu_mem_usage=True)
-    except RuntimeError as error:  # a tensor of another shape
-        raise RecipesError(f"{folder} does not load on its base: {error}") from error
-    return sorted(own & set(found.missing_keys)), sorted(found.unexpected_keys)
+        attach(empty, {"default": folder}, without_base_weights=True)
+    except RecipesError as error:
+        yield error.what
 
 
 def _model_class(model: Any) -> Any:
@@ -297,10 +248,16 @@ def _model_class(model: Any) -> Any:
     return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
 
 
-def _parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+def _parameters(
+    model: Any, remove_duplicate: bool = False
+) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield every parameter by each of its names: tied ones have several."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
         yield name.replace("_orig_mod.", ""), parameter
+
+
+def _trained_names(model: Any) -> set[str]:
+    return {name for name, parameter in _parameters(model) if parameter.requires_grad}
 
 
 def _tied_names(model: Any) -> dict[str, set[str]]:
@@ -309,12 +266,6 @@ def _tied_names(model: Any) -> dict[str, set[str]]:
     for name, parameter in _parameters(model):
         names.setdefault(id(parameter), set()).add(name)
     return {name: group - {name} for group in names.values() for name in group}
-
-
-def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor | None:

