@@ -78,7 +78,6 @@ def test_nothing_else_renames_what_others_read() -> None:
     }
     assert found == {
         "study/runs.py: run.path.rename(place)",
-        "weights/merge.py: os.replace(scratch, rejected)",
         "training/checkpoints.py: folder.rename(aside)",
         "training/finish.py: os.replace(scratch, rejected)",
     }

@@ -133,6 +133,8 @@ def load_model(
 
     section, path = recipe.model, model_path(recipe.model)
     on_main_rank(lambda: _reach_hub(recipe, "*.safetensors"))
+    # else transformers 5.24 takes a bot's conversion of pickles, from another revision
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     kwargs: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
     if attention := section.attn_implementation:
         # a training switches to varlen; answers are sdpa's
