@@ -49,7 +49,6 @@ _MAMBA_1 = Architecture(left_out=("out_proj", "x_proj", "dt_proj"), because=_REA
 _MAMBA_2 = Architecture(left_out=("out_proj",), because=_READS_WEIGHT)
 # transformers 5.24 modeling_qwen3_5.py; Qwen3_5ForCausalLM does not load it at all
 _QWEN_3_5 = Architecture(images=("visual",))
-# trl 1.16 add_fused_lm_head reads config.num_experts
 _LOCAL_EXPERTS = "num_local_experts"
 ARCHITECTURES: dict[str, Architecture] = {
     "mamba": _MAMBA_1,
@@ -91,6 +90,10 @@ ROUTER = "gate.weight"
 # layers that know where one example of a row ends; chunks of attention do not
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 _ROUTERS = {"gate", "router"}
+_LOGITS_CHANGED_BY = (
+    *("final_logit_softcapping", "logit_scale", "logits_scaling"),
+    *("output_multiplier", "lm_head_multiplier"),
+)
 _TRAINING_ONLY = ("output_router_logits", "router_aux_loss_coef", "use_cache")
 
 
@@ -154,34 +157,26 @@ def why_not_varlen(model: Any) -> str | None:
     config, name = model.config.get_text_config(), type(model).__name__
     if why := why_rows_apart(model):
         return f"is of no use to {name}, which {why}"
-    layers = {*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS
+    # Gemma 4 has heads of two sizes, and its config refuses to name one
+    differ = getattr(config, "is_heterogeneous", False)
     sizes = set()
-    for layer in layer_configs(config):
-        heads = getattr(layer, "num_attention_heads", 1)
-        head = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    for layer in config.per_layer_config if differ else [config]:
+        head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         sizes |= {head, getattr(layer, "v_head_dim", None) or head}
+    layers = {*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS
+    dropout = [getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")]
     lacks = {
         "another attention than sdpa": getattr(model.config, "_attn_implementation", "") != "sdpa",
         f"layers of {', '.join(sorted(layers))}": layers,
         "a class that takes no flash attention": not getattr(model, "_supports_flash_attn", False),
         "a cap on scores": getattr(config, "attn_logit_softcapping", None) is not None,
-        "dropout of attention": any(
-            getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")
-        ),
+        "dropout of attention": any(dropout),
         f"heads of {', '.join(map(str, sorted(sizes)))} channels": len(sizes) > 1
         or max(sizes) > LARGEST_HEAD
         or max(sizes) % 8,
     }
-    has = next((what for what, there in lacks.items() if there), None)
+    has = next((what for what, is_there in lacks.items() if is_there), None)
     return has and f"does not compute {name}, which has {has}"
-
-
-def layer_configs(config: Any) -> list[Any]:
-    """Return the config that holds for each layer where they differ (Gemma 4 has heads of two
-    sizes, and refuses to name one), else the config.
-    """
-    differ = getattr(config, "is_heterogeneous", False)
-    return list(config.per_layer_config) if differ else [config]
 
 
 def has_plain_head(model: Any) -> bool:
@@ -190,17 +185,9 @@ def has_plain_head(model: Any) -> bool:
     """
     import torch
 
-    config = model.config.get_text_config()
-    changed = (
-        "final_logit_softcapping",
-        "logit_scale",
-        "output_multiplier",
-        "lm_head_multiplier",
-        "logits_scaling",
-    )
-    return type(model.get_output_embeddings()) is torch.nn.Linear and all(
-        getattr(config, name, None) is None for name in changed
-    )
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    is_changed = any(getattr(config, name, None) is not None for name in _LOGITS_CHANGED_BY)
+    return type(head) is torch.nn.Linear and not is_changed
 
 
 def carries_state(model: Any) -> bool:
@@ -248,56 +235,33 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def describe_targets(model: Any) -> str:
-    """Return which layers of a PEFT model have adapters, and which matrices have none."""
-    adapted, plain = _matrices(model)
-    text = f"adapters on {', '.join(adapted)}"
-    if images := images_of(model.config):
-        text += f", none on what reads images ({', '.join(images)})"
-    return f"{text}; none on {', '.join(plain)}" if plain else text
-
-
-def _matrices(model: Any) -> tuple[list[str], list[str]]:
-    """Return the names of matrices with and without an adapter, but embeddings, head and modules
-    that are trained as a whole.
+    """Return which layers of a PEFT model have adapters, and which matrices have none; embeddings,
+    head and modules that are trained as a whole are not among them.
     """
     import torch
 
-    adapted: dict[str, None] = {}
+    def short(name: str) -> str:
+        parent, key = name.split(".")[-2:]
+        return parent if key == "weight" else f"{parent}.{key}"
+
+    base = model.get_base_model()
+    modules = (name.rpartition(".")[2] for name in model.targeted_module_names)
+    adapted = dict.fromkeys([*modules, *map(short, sorted(model.targeted_parameter_names))])
+    left_out = {"modules_to_save", "original_module", *images_of(model.config)}
+    embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
+    not_counted = {id(one.weight) for one in (*embeddings, base.get_output_embeddings())}
     plain: dict[str, None] = {}
-    head = model.get_base_model().get_output_embeddings()
-    for name, module in language_modules(model.get_base_model()):
-        parts = name.split(".")
-        if (
-            isinstance(module, torch.nn.Embedding | torch.nn.Conv1d)
-            or module is head
-            or "lora_" in name
-        ):
+    for name, parameter in base.named_parameters():
+        is_matrix = parameter.ndim == (2 if name.endswith(".weight") else 3)
+        if ".lora_" in name or id(parameter) in not_counted or left_out & {*name.split(".")}:
             continue
-        if {"modules_to_save", "original_module"} & {*parts}:  # trained as a whole
-            continue
-        parts = [part for part in parts if part != "base_layer"]
-        if hasattr(module, "lora_A"):
-            parameter = getattr(module, "parameter_name", "weight")
-            adapted[
-                ".".join(parts[-1:]) if parameter == "weight" else f"{parts[-1]}.{parameter}"
-            ] = None
-            continue
-        wrapped = _wrapped_parameters(model, name)
-        for key, parameter in module.named_parameters(recurse=False):
-            if (
-                parameter.ndim == 3 or (key == "weight" and parameter.ndim == 2)
-            ) and key not in wrapped:
-                plain[parts[-1] if key == "weight" else f"{parts[-1]}.{key}"] = None
-    return list(adapted), [name for name in plain if name not in adapted]
-
-
-def _wrapped_parameters(model: Any, name: str) -> set[str]:
-    found = set()
-    modules = model.get_base_model()
-    while name.endswith(".base_layer"):
-        name = name.removesuffix(".base_layer")
-        found.add(getattr(modules.get_submodule(name), "parameter_name", "weight"))
-    return found
+        if is_matrix:
+            plain[short(name.replace(".base_layer", ""))] = None
+    text = f"adapters on {', '.join(adapted)}"
+    if images := images_of(model.config):
+        text += f", none on what reads images ({', '.join(images)})"
+    names = [name for name in plain if name not in adapted]
+    return f"{text}; none on {', '.join(names)}" if names else text
 
 
 def prepare_for_training(model: Any) -> None:
@@ -353,22 +317,23 @@ def describe_experts(model: Any, coefficient: float) -> str | None:
     Args:
         coefficient: of the auxiliary loss, 0 for none.
     """
-    named = [(name.split("."), one) for name, one in model.named_parameters()]
-    experts = [(name, one) for name, one in named if "experts" in name]
-    names = sorted({f"experts.{name[-1]}" for name, one in experts if one.ndim == 3})
-    if not names:
+    experts = {name: one for name, one in model.named_parameters() if "experts" in name}
+    stacked = {name: one for name, one in experts.items() if one.ndim == 3}
+    if not stacked:
         return None
-    text = f"experts: {next(one.shape[0] for _, one in experts if one.ndim == 3)} in a layer, "
-    if any(part.startswith("lora_") for name, _ in experts for part in name):
-        text += "adapted"
-    elif any(one.requires_grad for _, one in experts):
-        text += "trained"
+    names = sorted({f"experts.{name.rpartition('.')[2]}" for name in stacked})
+    if any(".lora_" in name for name in experts):
+        state = "adapted"
+    elif any(one.requires_grad for one in experts.values()):
+        state = "trained"
     else:
-        text += f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"
+        state = f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"
     if getattr(model.config, "quantization_config", None):
-        text += ", not quantized (bitsandbytes quantizes layers, these are parameters)"
-    text += f"; routers {'trained' if _trains_routers(model) else 'frozen'}; auxiliary loss "
-    return text + (f"x {coefficient:g}" if coefficient else "none")
+        state += ", not quantized (bitsandbytes quantizes layers, these are parameters)"
+    routers = "trained" if _trains_routers(model) else "frozen"
+    loss = f"x {coefficient:g}" if coefficient else "none"
+    count = next(iter(stacked.values())).shape[0]
+    return f"experts: {count} in a layer, {state}; routers {routers}; auxiliary loss {loss}"
 
 
 def ready_to_answer(model: Any) -> Any:

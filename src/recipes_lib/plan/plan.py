@@ -24,7 +24,7 @@ from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.errors import RecipesError, one_line
 from recipes_lib.core.files import hash_of, object_or_none
 from recipes_lib.core.project import runs_root
-from recipes_lib.models.known import known_config, known_facts
+from recipes_lib.models.known import known_config, known_configs
 from recipes_lib.models.shape import configuration
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
 from recipes_lib.plan.steps import RowLengths, Steps, rows_of, steps_of
@@ -340,7 +340,7 @@ def model_config(recipe: Recipe) -> Any:
         return AutoConfig.from_pretrained(name, revision=recipe.model.revision)
     except OSError as error:  # gated, offline, no such model: each has its own message
         why = f"no plan: '{name}' is not on this machine and not among the known models"
-        hints = [*did_you_mean(name, known_facts()), f"online: hf download {name} config.json"]
+        hints = [*did_you_mean(name, known_configs()), f"online: hf download {name} config.json"]
         what = f"{why}, and the Hub says: {one_line(error)}"
         raise recipe.fault(_MODEL_KEY, what, *hints) from None
     except (ValueError, KeyError, TypeError) as error:
