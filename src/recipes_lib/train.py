@@ -46,6 +46,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         from recipes_lib.core.ranks import keep_alive, say_once
         from recipes_lib.data.prepare import prepare_data
         from recipes_lib.data.prompts import chat_template, template_date
+        from recipes_lib.data.sources import source_hashes
         from recipes_lib.training import fsdp_cpu, launch_check
         from recipes_lib.training.attempt import attempt
         from recipes_lib.training.build import build_trainer, check_extras, start_up_lines
@@ -110,7 +111,13 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             guard["training_template_hash"] = data.twin.hash
         resumption = on_main_rank(
             lambda: this.continue_or_start(
-                data, guard, active, options, launch=launch_line, template_date=date
+                data,
+                guard,
+                active,
+                options,
+                launch=launch_line,
+                template_date=date,
+                data_files=source_hashes(recipe.data),
             )
         )
 

@@ -20,7 +20,7 @@ from recipes_lib.config.launch import load_accelerate_config
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.study.config import load_study
-from recipes_lib.study.runs import run_names
+from recipes_lib.study.runs import study_trainings
 
 PROJECT = Path(__file__).resolve().parents[2]
 PAGES = [PROJECT / "README.md", *sorted((PROJECT / "docs").glob("*.md"))]
@@ -178,8 +178,8 @@ def check_words(name: str, rest: list[str], command: str) -> None:
 def runs_of_recipes() -> set[str]:
     """The runs that training a recipe or running a study makes."""
     kinds = {path: read(path).kind for path in Path("recipes").rglob("*.yaml")}
-    studies = [run_names(load_study(path)) for path, kind in kinds.items() if kind == "study"]
-    trained = {name for names in studies for runs in names.values() for name in runs}
+    studies = [load_study(path) for path, kind in kinds.items() if kind == "study"]
+    trained = {training.run for study in studies for training in study_trainings(study)}
     return trained | {load_recipe(path).name for path, kind in kinds.items() if kind == "recipe"}
 
 

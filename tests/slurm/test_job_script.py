@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.slurm.jobs import Job, JobSize, Task
+from recipes_lib.config.launch import plan_launch
+from recipes_lib.config.sections import LaunchSection
+from recipes_lib.slurm.jobs import Job, Task
 from recipes_lib.slurm.profile import load_profile
-from recipes_lib.slurm.script import directives, script_of
+from recipes_lib.slurm.submit import directives, script_of
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 
@@ -60,9 +62,10 @@ def job(tmp_path: Path, profile_file, monkeypatch: pytest.MonkeyPatch):
         stage: str, *words: str, processes: int = 1, setup: str = "true", **environment: str
     ) -> tuple[int, str]:
         profile = load_profile(str(profile_file(setup=[setup]))).values
-        size = JobSize(processes=processes, uses_gpus=False)
+        launch = plan_launch(LaunchSection(accelerate="ddp_cpu", gpus=processes))
+        single = Job(stage, stage, (Task((), words),), launch, uses_gpus=False)
         script = tmp_path / f"{stage}.sbatch"
-        script.write_text(script_of(Job(stage, stage, (Task((), words),), size), tmp_path, profile))
+        script.write_text(script_of(single, tmp_path, profile))
         plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
         done = subprocess.run(
             ["bash", str(script)],
@@ -77,23 +80,33 @@ def job(tmp_path: Path, profile_file, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
+@pytest.fixture
+def in_slurm(stand_in):
+    """Puts srun and scontrol in place, and returns the variables of a job on one node."""
+
+    def variables(answers: str = "*) exit 1 ;;", **more: str) -> dict[str, str]:
+        stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
+        stand_in("scontrol", f'case "$*" in "show host"*) echo localhost ;; {answers} esac')
+        node = {"SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"}
+        return {"SLURM_JOB_ID": "7", **node, **more}
+
+    return variables
+
+
 def test_slurm_reads_a_directive_as_it_was_meant(profile_file) -> None:
     """Quotes as in bash, but a backslash takes the next character as it is, within quotes too."""
     profile = load_profile(str(profile_file(sbatch={"comment": "back\\slash"}))).values
-    job = Job("report", "report", (Task(("true",), ()),), JobSize(uses_gpus=False))
+    job = Job("report", "report", (Task(("true",), ()),), uses_gpus=False)
     lines = directives(job, Path("/a b/it's #1"), profile)
     assert all(line.startswith("#SBATCH ") for line in lines)
     words = [shlex.split(line.removeprefix("#SBATCH ").replace("\\\\", "\\")) for line in lines]
     assert ["--comment=back\\slash"] in words and ["--output=/a b/it's #1/report.log"] in words
 
 
-def test_ranks_meet_at_a_port_that_linux_gives_to_nobody_else(job, stand_in) -> None:
+def test_ranks_meet_at_a_port_that_linux_gives_to_nobody_else(job, in_slurm) -> None:
     """Issue: ports up to 39,999 reached into the range from 32,768 that Linux hands out."""
-    stand_in("scontrol", "echo localhost")
-    stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
     for number in ("1", "19999", "4294967"):
-        slurm = {"SLURM_JOB_ID": number, "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1"}
-        code, said = job("eval", "printenv", "PORT", **slurm)
+        code, said = job("eval", "printenv", "PORT", **{**in_slurm(), "SLURM_JOB_ID": number})
         port = int(next(line for line in said.splitlines() if line.isdigit()))
         assert code == 0 and 10_000 <= port < 32_768, port
 
@@ -179,99 +192,66 @@ def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
     assert code == 75 and "USR2" in said
 
 
-@pytest.mark.parametrize(("by", "queued_again"), [("USR2", True), ("TERM", False)])
 def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(
-    job, tmp_path: Path, stand_in, by, queued_again
+    job, tmp_path: Path, in_slurm
 ) -> None:
     """TERM means that Slurm ends the job: a preemption queues it again by itself, after scancel it
     must stay away.
     """
-    stand_in("srun", 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"')
-    answers = (
-        'case "$*" in "show host"*) echo localhost ;; "show job"*) echo "JobId=7 Requeue=1'
-        ' Restarts=0 B=1" ;; *) exit 1 ;; esac'
-    )
-    calls = stand_in("scontrol", answers)
-    (tmp_path / "stop.py").write_text(
-        "import os, signal, time, pathlib, sys\ndef save(*_):\n   "
-        " pathlib.Path(os.environ['RECIPES_EXIT_CODE_FILE']).write_text('75');"
-        " sys.exit(75)\nsignal.signal(signal.SIGUSR2, save)\nos.kill(os.getppid(),"
-        f" signal.SIG{by})\ntime.sleep(30 if {by!r} == 'USR2' else 1); save()\n"
-    )
-    code, said = job(
-        "train",
-        "python3",
-        "stop.py",
-        SLURM_JOB_ID="7",
-        SLURM_JOB_NODELIST="localhost",
-        SLURM_NNODES="1",
-    )
-    assert code == 75 and ("saved; back into the queue" in said) is queued_again, said
-    assert ("requeue" in calls.read_text().splitlines()) is queued_again
+    for by, queued_again in (("USR2", True), ("TERM", False)):
+        shown = '"show job"*) echo "JobId=7 Requeue=1 Restarts=0 B=1" ;; *) exit 1 ;;'
+        (tmp_path / "stop.py").write_text(
+            "import os, signal, time, pathlib, sys\n"
+            "def save(*_):\n"
+            "    pathlib.Path(os.environ['RECIPES_EXIT_CODE_FILE']).write_text('75')\n"
+            "    sys.exit(75)\n"
+            "signal.signal(signal.SIGUSR2, save)\n"
+            f"os.kill(os.getppid(), signal.SIG{by})\n"
+            f"time.sleep(30 if {by!r} == 'USR2' else 1); save()\n"
+        )
+        code, said = job("train", "python3", "stop.py", **in_slurm(shown))
+        assert code == 75 and ("saved; back into the queue" in said) is queued_again, said
+        calls = (tmp_path / "bin" / "scontrol.calls").read_text().splitlines()
+        assert ("requeue" in calls) is queued_again
+        (tmp_path / "bin" / "scontrol.calls").unlink()
 
 
-def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, stand_in, tmp_path: Path) -> None:
+def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, in_slurm, tmp_path: Path) -> None:
     """The last task bears the number of the array, by which Slurm shows every task: its exit code
     was lost, and a requeue took all.
     """
-    stand_in("srun", 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"')
     one, both = "echo 'JobId=7 Restarts=0 B=1'", "printf 'JobId=%s Restarts=0 B=1\\n' 8 7"
-    stand_in(
-        "scontrol",
-        f'case "$*" in "show host"*) echo localhost ;; "show job 7_1 "*) {one} ;; "show job"*)'
-        f" {both} ;; *) exit 1 ;; esac",
-    )
-    array = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
-    code, said = job("eval", "true", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1", **array)
+    answers = f'"show job 7_1 "*) {one} ;; "show job"*) {both} ;; *) exit 1 ;;'
+    array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    code, said = job("eval", "true", **in_slurm(answers, **array))
     assert code == 0 and "taken over" not in said, said
     assert (tmp_path / "eval.1.exit_code").read_text() == "0\n"
 
 
 def test_a_controller_that_does_not_answer_says_nothing_of_a_later_try(
-    job, stand_in, tmp_path: Path
+    job, in_slurm, tmp_path: Path
 ) -> None:
-    stand_in("srun", 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"')
-    stand_in("scontrol", 'case "$*" in "show host"*) echo localhost ;; *) exit 1 ;; esac')
-    assert (
-        job("eval", "true", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="1")[0]
-        == 0
-    )
+    assert job("eval", "true", **in_slurm())[0] == 0
     assert (tmp_path / "eval.exit_code").read_text() == "0\n"
 
 
-@pytest.mark.parametrize(
-    ("processes", "given", "threads"),
-    [
+def test_each_process_takes_its_share_of_the_tasks_cores(job, in_slurm, monkeypatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cases = [
         (1, {"SLURM_CPUS_PER_TASK": "8"}, "8"),
         (8, {"SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "8"}, "8"),
         (2, {"SLURM_CPUS_PER_TASK": "1"}, "1"),
         (2, {"SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "3"}, "3"),
         (1, {}, "1"),
-    ],
-)
-def test_each_process_takes_its_share_of_the_tasks_cores(
-    job, stand_in, monkeypatch, processes: int, given, threads: str
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    stand_in("scontrol", "echo localhost")
-    stand_in("srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
-    code, said = job(
-        "eval",
-        "printenv",
-        "OMP_NUM_THREADS",
-        processes=processes,
-        SLURM_JOB_ID="5",
-        SLURM_JOB_NODELIST="localhost",
-        **given,
-    )
-    assert code == 0 and f"\n{threads}\n" in said, said
-
-
-def test_without_slurm_the_number_of_threads_is_not_touched(
-    job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    assert job("eval", "printenv", "OMP_NUM_THREADS")[0] == 1
+    ]
+    wrong = []
+    for processes, given, threads in cases:
+        words = ("eval", "printenv", "OMP_NUM_THREADS")
+        code, said = job(*words, processes=processes, **in_slurm(), **given)
+        if code or f"\n{threads}\n" not in said:
+            wrong.append((processes, given, said))
+    assert not wrong
+    assert job("eval", "printenv", "OMP_NUM_THREADS")[0] == 1  # not touched without Slurm
 
 
 @pytest.mark.parametrize("script", ["sandbox.sh", "vllm_server.sh"])
@@ -281,14 +261,8 @@ def test_a_script_says_how_it_is_used(script: str) -> None:
 
 
 def test_a_script_refuses_another_number_of_nodes_than_it_is_written_for(
-    job, stand_in, tmp_path: Path
+    job, in_slurm, tmp_path: Path
 ) -> None:
-    stand_in("scontrol", "echo localhost")
-    code, said = job(
-        "train", "touch", "ran", SLURM_JOB_ID="5", SLURM_JOB_NODELIST="localhost", SLURM_NNODES="2"
-    )
-    assert (
-        code == 2
-        and "written for 1 node(s) and Slurm gave 2" in said
-        and not (tmp_path / "ran").exists()
-    )
+    code, said = job("train", "touch", "ran", **{**in_slurm(), "SLURM_NNODES": "2"})
+    assert code == 2 and "written for 1 node(s) and Slurm gave 2" in said
+    assert not (tmp_path / "ran").exists()

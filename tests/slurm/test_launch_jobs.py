@@ -75,9 +75,9 @@ def test_what_is_wrong_with_a_profile_is_said_at_its_line_all_at_once(
     assert [word for word in (*words, "max_requeues") if word not in said] == [], said
     assert f"{path}:" in said and recipes("check", path)[0] == 2
     old = path.with_name("old.yaml")
-    old.write_text("partition: gpu\ngres: gpu:{gpus}\nextra_sbatch: [--exclusive]\n")
+    old.write_text("sbatch: {}\npartition: gpu\n")
     code, _, err = recipes("launch", "quickstart/lora-r8", "--profile", old)
-    assert code == 2 and "old.yaml:1: " in err and "write sbatch.partition" in err, err
+    assert code == 2 and "old.yaml:2: " in err and "write sbatch.partition" in err, err
     code, _, err = recipes("launch", "quickstart/lora-r8", "--profile", "exampel")
     assert code == 2 and "example" in err
 
@@ -95,16 +95,13 @@ def dry_run(recipes: Recipes, *words: object) -> str:
     return launch(recipes, *words, "--dry-run")
 
 
-def test_the_time_limit_is_the_profiles_whatever_a_training_is_estimated_to_take(
-    profile_file, recipes: Recipes, root: Path
-) -> None:
+def test_the_time_limit_is_the_profiles(profile_file, recipes: Recipes, root: Path) -> None:
     """Issue: 03:00:00 became 00:30:00 for a training that had taken 48 minutes."""
     path = profile_file(sbatch={"time": "03:00:00", "gres": "gpu:{gpus}"})
     words = ("llama2-7b-dolly/qlora-r32", "--profile", path, "--stages", "train")
     said = dry_run(recipes, *words)
     limits = re.findall(r"--time=(\S+)", said)
     assert limits == ["03:00:00"], said
-    assert "estimated" in said
 
 
 def test_a_recipe_becomes_training_evaluations_and_a_report_each_after_the_one_before(
@@ -127,7 +124,7 @@ def test_a_recipe_becomes_training_evaluations_and_a_report_each_after_the_one_b
     assert "train: job 10" in said
     assert {job.label: job.id for job in LaunchFolder(folder).read_jobs()}["report"] == "13"
     code, _, err = recipes("launch", *words, "--accelerate", "cpu", "--stages", "eval")
-    assert code == 2 and "is not there, so there is nothing to evaluate" in err
+    assert code == 2 and "so there is nothing to evaluate" in err
 
 
 def test_a_study_becomes_an_array_of_arms_and_a_job_that_evaluates_what_is_trained(

@@ -11,20 +11,21 @@ import sys
 import time
 from pathlib import Path
 
-from recipes_lib.config.recipe import RECIPE_FILE, load_recipe
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.data.sources import source_hashes
 from recipes_lib.training.resume_guard import guarded_values
 
 COMMAND = [sys.executable, "-m", "tests.study.stand_in"]
 
 
 def main() -> int:
-    handed = Path(sys.argv[1])
-    recipe = load_recipe(handed)
+    resolved = Path(sys.argv[2])  # train FILE
+    recipe = load_recipe(resolved)
     run = RunDirectory(recipe.name)
-    world = 2 if any(word.startswith("ddp") for word in sys.argv) else 1
+    world = recipe.launch.gpus or 1
     guard = guarded_values(recipe, "", world, "NO", {})
-    run.write_state("running", guard=guard)
+    run.write_state("running", guard=guard, data_files=source_hashes(recipe.data))
     print("training", run.name, flush=True)
     if folder := os.environ.get("SEEN"):
         note_devices(Path(folder), run.name)
@@ -37,7 +38,7 @@ def main() -> int:
     if loss is None or (failing and run.name.endswith(failing)):
         run.write_state("preempted" if code == 75 else "failed", exit_code=code, error="no memory")
         return code
-    shutil.copy(handed, run.path / RECIPE_FILE)
+    shutil.copy(resolved, run.path / "resolved.yaml")
     (run.path / "adapter").mkdir()
     (run.path / "adapter" / "adapter_model.safetensors").write_bytes(
         b"weights of " + str(recipe).encode()
@@ -50,8 +51,8 @@ def main() -> int:
 def note_devices(folder: Path, name: str) -> None:
     """Note which GPUs this training sees, and which others see one of them at the same time."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    mine = set((seen or "").split(","))
-    others = [other for other in folder.glob("*.now") if mine & set(other.read_text().split(","))]
+    own = set((seen or "").split(","))
+    others = [other for other in folder.glob("*.now") if own & set(other.read_text().split(","))]
     now = folder / f"{name}.now"
     now.write_text(seen or "")
     time.sleep(0.5)

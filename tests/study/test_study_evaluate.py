@@ -19,7 +19,7 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import read_object, write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import run_study
+from recipes_lib.study.run import StudyRunner
 from recipes_lib.study.runs import base_run, missing_of
 from recipes_lib.train import main as train
 from recipes_lib.weights.check import recorded_hashes
@@ -50,7 +50,8 @@ def trained(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path)
 
 def run(file: Path, code: int = ExitCode.DONE) -> list[str]:
     said: list[str] = []
-    assert run_study(load_study(file), said.append, train=False) == code, said
+    runner = StudyRunner(load_study(file), said.append, train=False)
+    assert runner.run() == code, said
     return said
 
 
@@ -80,7 +81,8 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
     file = RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     said = run(trained, ExitCode.FAILED)
-    assert any(line.startswith("failed: tiny--r4") for line in said), said
+    failed = [line for line in said if line.startswith("failed: ")]
+    assert failed and all("tiny--r4" in line for line in failed), said
     missing = missing_of(load_study(trained))
     assert missing and all("tiny--r4" in one for one in missing), missing
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()

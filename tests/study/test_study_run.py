@@ -4,14 +4,12 @@ time. Trainings are stand-ins, and nothing is evaluated here.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +19,10 @@ from tests.study.stand_in import COMMAND
 from recipes_lib.cli import main
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.study import conclusion, pool
+from recipes_lib.study import report
+from recipes_lib.study import run as running
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import run_study, study_lock
+from recipes_lib.study.run import StudyRunner
 from recipes_lib.study.runs import REPLACED, is_trained, study_trainings
 
 Run = Callable[..., tuple[int, list[str]]]
@@ -32,8 +31,8 @@ Run = Callable[..., tuple[int, list[str]]]
 @pytest.fixture
 def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a study of two arms without evals."""
-    monkeypatch.setattr(pool, "train_command", lambda words: [*COMMAND, *words])
-    monkeypatch.setattr(conclusion, "report_study", lambda study: None)
+    monkeypatch.setattr(running, "train_command", lambda words: [*COMMAND, *words])
+    monkeypatch.setattr(report, "report_study", lambda study: None)
     file = study_folder / "tiny.yaml"
     text = file.read_text(encoding="utf-8").partition("evals:")[0]
     file.write_text(f"{text}include_base: false\n", encoding="utf-8")
@@ -46,14 +45,14 @@ def run(study: Path) -> Run:
 
     def ran(**options: object) -> tuple[int, list[str]]:
         said: list[str] = []
-        return run_study(load_study(study), said.append, **options), said  # type: ignore[arg-type]
+        return StudyRunner(load_study(study), said.append, **options).run(), said  # type: ignore[arg-type]
 
     return ran
 
 
 def trained(study: Path) -> list[str]:
     loaded = load_study(study)
-    return [one.run for one in study_trainings(loaded) if is_trained(loaded, one)]
+    return [one.run for one in study_trainings(loaded) if is_trained(one)]
 
 
 def change(file: Path, old: str, new: str) -> None:
@@ -129,7 +128,9 @@ def test_a_run_that_a_cluster_trained_counts_and_is_not_trained_again(
 ) -> None:
     run()
     shutil.rmtree(RunDirectory("tiny").path)
-    monkeypatch.setattr(pool, "train_command", lambda words: pytest.fail("it is trained already"))
+    monkeypatch.setattr(
+        running, "train_command", lambda words: pytest.fail("it is trained already")
+    )
     assert run()[0] == 0
 
 
@@ -163,7 +164,7 @@ def test_trainings_at_the_same_time_never_share_a_gpu(
         "tiny--r8--seed43": 2,
     }
     assert not any(shared for _, shared in notes.values())
-    logs = RunDirectory("tiny").path / "logs"
+    logs = RunDirectory("tiny").path / "recipes"
     assert (logs / "tiny--r4.log").read_text() == "training tiny--r4\n"
 
 
@@ -198,8 +199,8 @@ def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_
 
 def in_a_process(study: Path, **environment: str) -> subprocess.Popen[str]:
     program = (
-        "from recipes_lib.study import pool; from tests.study.stand_in import COMMAND\n"
-        "pool.train_command = lambda words: [*COMMAND, *words]\n"
+        "from recipes_lib.study import run; from tests.study.stand_in import COMMAND\n"
+        "run.train_command = lambda words: [*COMMAND, *words]\n"
         "from recipes_lib.cli import main\nimport sys\n"
         "sys.exit(main(['study', 'run', sys.argv[1]]))"
     )
@@ -215,16 +216,6 @@ def in_a_process(study: Path, **environment: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the children of a killed one")
-def test_a_killed_runner_leaves_no_training_behind(study: Path, run: Run) -> None:
-    process = in_a_process(study, TRAIN_SECONDS="60")
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.read()  # ends when the last writer, the training, has ended
-    assert trained(study) == []
-
-
 def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study: Path, run: Run) -> None:
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
         process = in_a_process(study, TRAIN_SECONDS="60")
@@ -234,33 +225,14 @@ def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study: Path, run
         assert process.wait() == code and "the same command continues" in said, said
 
 
-def test_a_full_disk_is_one_line_and_the_same_command_continues(
-    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(study: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(conclusion, "report_study", full)
-    with pytest.raises(EnvironmentFault, match="the disk is full") as refused:
-        run()
-    assert "the same command continues" in str(refused.value)
-    monkeypatch.setattr(conclusion, "report_study", lambda study: None)
-    assert run()[0] == 0
-
-
-def test_two_studies_of_one_name_and_a_run_of_that_name_are_refused(
-    study: Path, run: Run, tmp_path: Path
-) -> None:
+def test_two_studies_of_one_name_are_refused(study: Path, run: Run, tmp_path: Path) -> None:
     run()
     shutil.copytree(study.parent, tmp_path / "copy")
     other = load_study(tmp_path / "copy" / "tiny.yaml")
-    with pytest.raises(RecipeError, match="belongs to another study of this name"):
-        run_study(other, lambda line: None)
+    with pytest.raises(RecipeError, match="belongs to another study"):
+        StudyRunner(other, lambda line: None).run()
     study.unlink()  # moved, not copied
-    assert run_study(other, lambda line: None) == 0
-    RunDirectory("tiny").write_state("finished")
-    with pytest.raises(RecipeError, match="is a run"):
-        run_study(other, lambda line: None)
+    assert StudyRunner(other, lambda line: None).run() == 0
 
 
 def test_in_a_cluster_job_nothing_is_trained_and_what_is_not_trained_is_named(
@@ -271,8 +243,16 @@ def test_in_a_cluster_job_nothing_is_trained_and_what_is_not_trained_is_named(
     assert any("tiny--r4" in line and "not trained" in line for line in said)
 
 
-def test_the_lock_is_free_again_afterwards(study: Path, run: Run) -> None:
-    run()
-    started = time.monotonic()
-    with study_lock(load_study(study)):
-        assert time.monotonic() - started < 5
+def test_a_recipe_edited_while_its_job_waits_is_trained_as_launched_and_not_evaluated(
+    study: Path, run: Run
+) -> None:
+    assert main(["launch", str(study), "--profile", "local-sandbox", "--prepare"]) == ExitCode.DONE
+    change(study.with_name("r4.yaml"), "1.0e-2", "2.0e-2")
+    for name in ("tiny--r4", "tiny--r8"):
+        handed = RunDirectory("tiny").path / "slurm" / f"{name}.yaml"
+        subprocess.run([*COMMAND, "train", str(handed)], check=True)
+    assert trained(study) == ["tiny--r8"]
+    code, said = run(train=False)
+    assert code == ExitCode.FAILED
+    (failed,) = (line for line in said if line.startswith("failed: "))
+    assert "tiny--r4" in failed and "train.learning_rate 0.01 -> 0.02" in failed

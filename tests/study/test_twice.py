@@ -15,8 +15,8 @@ from tests.study.study_files import write_tiny_study
 
 from recipes_lib.analysis.claims import conclude
 from recipes_lib.analysis.runs import load_arms
-from recipes_lib.study.conclusion import design_of, measured_arms
 from recipes_lib.study.config import load_study
+from recipes_lib.study.report import design_of, measured_arms
 
 
 @pytest.mark.slow

@@ -127,14 +127,16 @@ def _check_eval(path: Path, kind: str) -> tuple[list[RecipesError], list[RecipeE
 
 
 def _check_study(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeError]]:
-    from recipes_lib.study.config import check_study
-    from recipes_lib.study.needs import check_study_needs
+    from recipes_lib.config.preflight import check_upstream
+    from recipes_lib.study.config import load_study
+    from recipes_lib.study.run import unmet
 
-    errors, notes = check_study(path, full)
-    if not errors:
-        errors, more = check_study_needs(path)
-        notes = [*notes, *more]
-    return [*errors], notes
+    study = load_study(path)
+    errors, warnings = unmet(study, study.arms)
+    for arm in study.arms if full else ():
+        for variant in (arm, *arm.candidates):
+            errors += check_upstream(variant.recipe, notes=warnings)
+    return [*{str(error): error for error in errors}.values()], warnings
 
 
 def _check_model(recipe: Recipe, full: bool, notes: list[RecipeError]) -> Iterable[RecipeError]:

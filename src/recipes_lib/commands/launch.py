@@ -17,8 +17,14 @@ from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
 from recipes_lib.slurm.prefetching import missing_models
 from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
-from recipes_lib.slurm.script import directives, job_commands
-from recipes_lib.slurm.submit import LaunchFolder, dry_run, prepare, submit_chain
+from recipes_lib.slurm.submit import (
+    LaunchFolder,
+    directives,
+    dry_run,
+    job_commands,
+    prepare,
+    submit_chain,
+)
 
 ACTIONS = ("status", "cancel", "logs")
 
@@ -116,7 +122,7 @@ def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
         status.refuse_if_active(folder)
     ids = submit_chain(plan, profile)
     for job in plan.jobs:
-        arms = f" ({len(job.tasks)} arms)" if job.is_array else ""
+        arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
         waits = ", ".join([*job.after, *job.after_any])
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
     if args.wait:
@@ -151,9 +157,9 @@ def _show(plan: JobPlan, profile: SiteProfile, typed: str, remarks: list[str]) -
     say("# bash takes these lines as they are; the first one writes the scripts")
     say(typed.replace(" --dry-run", " --prepare"))
     for job, line in dry_run(plan):
-        unit = "GPU" if job.size.gpus else "process"
-        arms = f"{len(job.tasks)} arms, each " if job.is_array else ""
-        say(f"# {job.label}: {arms}{job.size.nodes} node x {job.size.processes} {unit}")
+        unit = "GPU" if job.gpus else "process"
+        arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
+        say(f"# {job.label}: {arms}{job.nodes} node x {job.processes} {unit}")
         say(line)
         asked = directives(job, plan.folder, profile.values)
         for text in "\n".join([*asked, *job_commands(job, profile.values)]).split("\n"):

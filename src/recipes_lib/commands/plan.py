@@ -19,7 +19,7 @@ from recipes_lib.core.errors import ExitCode, RecipeError, print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.study.needs import refuse_unmet
+from recipes_lib.study.run import refuse_unmet
 from recipes_lib.study.status import study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices
 

@@ -12,14 +12,13 @@ from contextlib import nullcontext
 
 from recipes_lib.analysis.text import count
 from recipes_lib.commands import at_least, flag_words
-from recipes_lib.core.errors import ExitCode, print_error
+from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
-from recipes_lib.study.arms import study_folder
 from recipes_lib.study.config import Study, load_study
-from recipes_lib.study.needs import refuse_unmet
-from recipes_lib.study.run import run_study, study_lock
+from recipes_lib.study.run import StudyRunner, refuse_unmet, study_lock
+from recipes_lib.study.runs import study_folder
 from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices
 
@@ -58,8 +57,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the study, print its warnings, and do the action."""
     study = with_choices(load_study(args.study, args.overrides))
-    for warning in study.warnings:
-        print_error(warning)
     actions = {"plan": _plan, "run": _run, "status": _status, "report": _report}
     return actions[args.action](study, args)
 
@@ -82,7 +79,7 @@ def _plan(study: Study, args: argparse.Namespace) -> int:
 def _run(study: Study, args: argparse.Namespace) -> int:
     started = time.monotonic()
     flags = flag_words(args, ("trust_remote_code",))
-    code = run_study(study, say, args.jobs, flags, not args.no_train, args.debug)
+    code = StudyRunner(study, say, args.jobs, flags, not args.no_train, args.debug).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         say(f"\nstudy '{study.name}' took {time.monotonic() - started:.0f} s")
         folder = study_folder(study)
@@ -107,46 +104,45 @@ def _status(study: Study, args: argparse.Namespace) -> int:
 
 def _report(study: Study, args: argparse.Namespace) -> int:
     from recipes_lib.analysis.summary import conclusion_lines
-    from recipes_lib.study.conclusion import report_study
+    from recipes_lib.study.report import report_study
 
     if args.gate:
         return _gate(study, args)
     folder = study_folder(study)
     kept = not folder.is_dir() or os.access(folder, os.W_OK)
     with study_lock(study) if kept else nullcontext():
-        report = report_study(study, keep=kept)
+        conclusion, missing = report_study(study, keep=kept)
     if args.json:
-        return print_json(report.conclusion.to_dict())
-    say("\n".join(conclusion_lines(report.conclusion)))
-    page = shown_path(report.folder / "report.html")
+        return print_json(conclusion.to_dict())
+    say("\n".join(conclusion_lines(conclusion)))
+    page = shown_path(folder / "report" / "report.html")
     say(f"\nreport: {page}" if kept else f"\n{shown_path(folder)} is read-only: no report")
-    next_step(f"recipes study {'run' if report.missing else 'status'} {typed(study)}")
+    next_step(f"recipes study {'run' if missing else 'status'} {typed(study)}")
     return ExitCode.DONE
 
 
 def _gate(study: Study, args: argparse.Namespace) -> int:
-    from recipes_lib.study.gate import gate
+    from recipes_lib.study.report import gate
 
-    found = gate(study)
+    answer = gate(study)
     if args.json:
-        print_json(found.to_dict())
-        return found.code
-    for line in found.missing:
-        say(f"missing: {line}")
-    for one in found.worse:
-        say(f"worse: {one.sentence}")
-    for one in found.not_shown:
-        say(f"not shown within its margin: {one.sentence}")
-    if found.missing:
-        last = f"not decided: {count(len(found.missing), 'result')} missing"
-    elif found.code:
-        last = (
-            f"failed: {len(found.worse)} worse than {found.baseline}, {len(found.not_shown)} not"
-            " shown within a margin"
-        )
+        print_json(answer.to_dict())
+        return answer.code
+    for word, lines in (
+        ("missing", answer.missing),
+        ("worse", answer.worse),
+        ("not shown within its margin", answer.not_shown),
+    ):
+        for line in lines:
+            say(f"{word}: {line}")
+    worse, not_shown = len(answer.worse), len(answer.not_shown)
+    if answer.missing:
+        last = f"not decided: {count(len(answer.missing), 'result')} missing"
+    elif answer.code:
+        last = f"failed: {worse} worse than {study.baseline}, {not_shown} not shown within a margin"
     else:
-        held = f", and all hold {', '.join(found.margins)}" if found.margins else ""
-        last = f"passed: no arm is shown to be worse than {found.baseline}{held}"
-    say(f"{last} ({count(found.comparisons, 'comparison')})")
-    next_step(f"recipes study {'run' if found.missing else 'report'} {typed(study)}")
-    return found.code
+        held = f", and all hold {', '.join(answer.margins)}" if answer.margins else ""
+        last = f"passed: no arm is shown to be worse than {study.baseline}{held}"
+    say(f"{last} ({count(answer.comparisons, 'comparison')})")
+    next_step(f"recipes study {'run' if answer.missing else 'report'} {typed(study)}")
+    return answer.code

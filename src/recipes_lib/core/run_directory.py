@@ -50,7 +50,7 @@ class RunState(TypedDict, total=False):
     prompt_format_hash: str
     template_date: str | None  # data.prompts.template_date
     stand_in: Mapping[str, Any]  # the sections of a base's recipe
-    data_folders: list[str]  # of earlier releases
+    data_files: Mapping[str, str]  # data.sources.source_hashes
 
 
 class RunDirectory:

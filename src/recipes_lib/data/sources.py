@@ -17,7 +17,7 @@ from typing import Any
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.core.errors import DataError, one_line
-from recipes_lib.core.files import refuse_pipe
+from recipes_lib.core.files import refuse_pipe, remembered_hash
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
 from recipes_lib.data.files import Table, read_file
@@ -187,6 +187,21 @@ def source_files(source: Source) -> list[Path]:
     if near := difflib.get_close_matches(path.name, names, 1):
         hints.insert(0, f"did you mean {shown_path(path.with_name(near[0]))}?")
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
+
+
+def source_hashes(section: DataSection) -> dict[str, str]:
+    """Return the SHA-256 of each local file that a recipe's rows come from, by its number and name;
+    a data set of the Hub is known by name and revision alone.
+
+    Raises:
+        DataError: a source is missing.
+    """
+    return {
+        f"data {number} {file.name}": remembered_hash(file)
+        for number, source in enumerate(listed_sources(section), 1)
+        if not is_on_hub(source)
+        for file in source_files(source)
+    }
 
 
 def data_files(folder: Path, split: str) -> list[Path]:

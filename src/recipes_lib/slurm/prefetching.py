@@ -27,11 +27,7 @@ from recipes_lib.data.sources import (
     load_tables,
     offline_by_environment,
 )
-from recipes_lib.evals.prompts import (
-    PROMETHEUS_PACKAGE,
-    prometheus_is_here,
-    published_template,
-)
+from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
 from recipes_lib.models.packaged import is_packaged, materialise, packaged_folder
@@ -39,7 +35,7 @@ from recipes_lib.study.config import load_study, study_file
 from recipes_lib.weights.load import explain_load_failure
 
 _FETCH_IT = "where there is a network: recipes prefetch"
-WEIGHT_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 
 
 @dataclass(frozen=True)
@@ -74,12 +70,12 @@ def prefetch_needs(
         recipes, evals = [], [load_eval(path, overrides)]
     else:
         recipes, evals = [load_recipe(word, overrides)], []
-    found = []
+    needs = []
     for recipe in recipes:
-        found += [_model(recipe.model), *map(_data, listed_sources(recipe.data))]
+        needs += [_model(recipe.model), *map(_data, listed_sources(recipe.data))]
     for one in evals:
-        found += _of_eval(one, remote_code)
-    return list(dict.fromkeys(found))
+        needs += _of_eval(one, remote_code)
+    return list(dict.fromkeys(needs))
 
 
 def _data(source: Source) -> Need:
@@ -88,8 +84,7 @@ def _data(source: Source) -> Need:
         for table in load_tables(source):
             for line, row in table.numbered:
                 if isinstance(row, BadRow):
-                    hints = filter(None, [row.hint])
-                    raise DataError(row.what, *hints, file=table.file, line=line)
+                    raise DataError(row.what, file=table.file, line=line)
                 rows += 1
         return f"{rows:,} rows"
 
@@ -102,7 +97,7 @@ def _model(section: ModelSection, kind: str = "model") -> Need:
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
-    for judge in judge_model(recipe):
+    for judge in judge_weights([recipe]):
         yield _model(judge, "judge")
 
     def prompts() -> str:
@@ -144,16 +139,17 @@ def _need(
     return Need(kind, name, look, check)
 
 
-def judge_model(recipe: EvalRecipe) -> list[ModelSection]:
-    """Return the judge of an eval as a model, where a job needs its weights: by itself, or by the
+def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
+    """Return the judges of evals as models, where a job needs their weights: by itself, or by the
     server beside it.
     """
-    judge = recipe.judge.judge if recipe.judge else None
-    if judge is None:
-        return []
-    # a name without a slash is one that a server goes by
-    here = judge.engine == "transformers" or (judge.served_here and "/" in judge.model)
-    return [ModelSection(name_or_path=judge.model, revision=judge.revision)] if here else []
+    judges = [recipe.judge.judge for recipe in evals if recipe.judge]
+    return [
+        ModelSection(name_or_path=judge.model, revision=judge.revision)
+        for judge in judges
+        # a name without a slash is one that a server goes by
+        if judge.engine == "transformers" or (judge.served_here and "/" in judge.model)
+    ]
 
 
 def fetch_model(section: ModelSection) -> None:
@@ -165,25 +161,19 @@ def fetch_model(section: ModelSection) -> None:
     name = section.name_or_path
     if is_packaged(name):
         materialise()
-        return
-    if _is_folder(name):
-        return
-    if offline_by_environment() or not hub_answers():
-        raise explain_load_failure(section, ConnectionError())
-    from huggingface_hub import HfApi, snapshot_download
+    elif _folder_of(section) is None:
+        if offline_by_environment() or not hub_answers():
+            raise explain_load_failure(section, ConnectionError())
+        from huggingface_hub import HfApi, snapshot_download
 
-    try:
-        files = (
-            HfApi().model_info(name, revision=section.revision, files_metadata=True).siblings or []
-        )
-        size = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
-        say(
-            f"fetching {name} ({size / 2**30:.1f} GiB of weights; what is here already is not"
-            " fetched again) ..."
-        )
-        snapshot_download(name, revision=section.revision, allow_patterns=WEIGHT_FILES)
-    except Exception as error:  # the Hub client has many exception types; each becomes one line
-        raise explain_load_failure(section, error) from None
+        try:
+            known = HfApi().model_info(name, revision=section.revision, files_metadata=True)
+            weights = [f for f in known.siblings or [] if f.rfilename.endswith(".safetensors")]
+            size = sum(file.size or 0 for file in weights) / 2**30
+            say(f"fetching {name} ({size:.1f} GiB, without what is here already) ...")
+            snapshot_download(name, revision=section.revision, allow_patterns=_FILES)
+        except Exception as error:  # the Hub client has many exception types
+            raise explain_load_failure(section, error) from None
 
 
 def check_model(section: ModelSection) -> str:
@@ -193,11 +183,8 @@ def check_model(section: ModelSection) -> str:
         EnvironmentFault: files are missing or cut.
     """
     name, again = section.name_or_path, "fetch it again: recipes prefetch"
-    if is_packaged(name):
-        folder = packaged_folder()
-    elif _is_folder(name):
-        folder = Path(name)
-    else:
+    folder = packaged_folder() if is_packaged(name) else _folder_of(section)
+    if folder is None and not is_packaged(name):
         from huggingface_hub import try_to_load_from_cache
 
         config = try_to_load_from_cache(name, "config.json", revision=section.revision)
@@ -205,12 +192,11 @@ def check_model(section: ModelSection) -> str:
     if folder is None or not (folder / "config.json").is_file():
         raise EnvironmentFault(f"'{name}' is not on this machine", _FETCH_IT)
     shards = sorted(folder.glob("*.safetensors"))
-    tokenizer = any((folder / file).is_file() for file in TOKENIZER_FILES)
-    lacks = {
+    parts = {
         "readable config.json": object_or_none(folder / "config.json") is not None,
-        "tokenizer files": tokenizer,
+        "tokenizer files": any((folder / file).is_file() for file in TOKENIZER_FILES),
     }
-    for what, is_there in lacks.items():
+    for what, is_there in parts.items():
         if not is_there:
             raise EnvironmentFault(f"'{name}' has no {what} in {folder}", again)
     for fault in weight_faults(folder):
@@ -220,28 +206,27 @@ def check_model(section: ModelSection) -> str:
     return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size:.2f} GiB, whole"
 
 
-def _is_folder(name: str) -> bool:
-    """Whether a model's name is a folder of this machine, and no Hub id.
+def _folder_of(section: ModelSection) -> Path | None:
+    """Return the folder of this machine that a model's name is; None for a Hub id.
 
     Raises:
         EnvironmentFault: it reads like a folder, and there is none.
     """
+    name = section.name_or_path
     if Path(name).is_dir():
-        return True
+        return Path(name)
     if name.startswith(("/", "./", "../", "~")):
-        raise EnvironmentFault(
-            f"there is no model folder '{name}'",
-            "correct model.name_or_path, or copy the model there",
-        )
-    return False
+        what = f"there is no model folder '{name}'"
+        raise EnvironmentFault(what, "correct model.name_or_path, or copy the model there")
+    return None
 
 
 def missing_models(sections: Iterable[ModelSection]) -> list[str]:
     """Return the names of models that are not whole on this machine."""
-    missing: dict[str, None] = {}
+    missing = []
     for section in sections:
         try:
             check_model(section)
         except EnvironmentFault:
-            missing[section.name_or_path] = None
-    return list(missing)
+            missing.append(section.name_or_path)
+    return list(dict.fromkeys(missing))

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from recipes_lib.config.documents import Document, did_you_mean, read
+from recipes_lib.config.documents import Document, KeyPath, did_you_mean, dotted, read
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
@@ -37,18 +37,7 @@ class Profile(Section):
 
     kind: ClassVar[str] = "profile"
     gone: ClassVar = {
-        "partition": "write sbatch.partition, or stages.train.partition",
-        "time": "write sbatch.time, or stages.train.time",
-        "gres": "write sbatch.gres",
-        "account": "write sbatch.account",
-        "qos": "write sbatch.qos",
-        "cpus_per_gpu": "write sbatch.cpus-per-gpu, or cpus-per-task without GPUs",
-        "memory_gib_per_gpu": "write sbatch.mem-per-gpu: 64G",
-        "extra_sbatch": "write each flag under sbatch",
-        "environment": "write its lines under setup, the words before a command under prefix",
-        "variables": "write env",
-        "directories": "write env.RECIPES_RUNS_ROOT, env.HF_HOME, env.TMPDIR",
-        "gpu": "remove it: a job asks for the time that is written here",
+        flag: f"write sbatch.{flag}" for flag in ("partition", "time", "gres", "account", "qos")
     }
 
     sbatch: Flags
@@ -102,16 +91,15 @@ class Profile(Section):
     @property
     def has_gpus(self) -> bool:
         """Whether jobs of this site can have GPUs."""
-        flags = [*self.sbatch.items(), *(one for f in self.stages.values() for one in f.items())]
-        return any(_is_about_gpus(name, value) for name, value in flags if value)
+        tables = (self.sbatch, *self.stages.values())
+        return any(_is_about_gpus(*flag) for flags in tables for flag in flags.items() if flag[1])
 
     def variables(self) -> dict[str, str]:
         """Return the variables of a job, `{user}` filled in and `~` expanded; `{job}` stays."""
         user = getpass.getuser()
-        values = {name: value.replace("{user}", user) for name, value in self.env.items()}
         return {
-            name: str(Path(value).expanduser()) if value.startswith("~") else value
-            for name, value in values.items()
+            name: os.path.expanduser(value.replace("{user}", user))  # noqa: PTH111 (also URLs)
+            for name, value in self.env.items()
         }
 
 
@@ -123,13 +111,8 @@ def _is_about_gpus(name: str, value: object) -> bool:
 class SiteProfile:
     """A profile and the file it was read from."""
 
-    name: str
     values: Profile
     document: Document
-
-    def error(self, key: str, what: str, *hints: str) -> RecipeError:
-        """Return an error placed where a key was written."""
-        return self.document.error(key, what, *hints)
 
     def enter(self) -> None:
         """Use the site's folders in this process; before the Hub's library is imported, which reads
@@ -159,62 +142,37 @@ def load_profile(name: str) -> SiteProfile:
     """
     path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _shipped().get(name)
     if path is None:
-        names = profile_names()
         raise RecipeError(
             f"there is no profile '{name}' in launch/profiles/",
-            *did_you_mean(name, names),
-            f"there are {', '.join(names) or 'none'}",
+            *did_you_mean(name, profile_names()),
+            f"there are {', '.join(profile_names()) or 'none'}",
             "a new site: copy launch/profiles/example.yaml",
         )
     document = read(path)
-    return SiteProfile(path.stem, parse(Profile, document, _rules), document)
+    return SiteProfile(parse(Profile, document, _rules), document)
 
 
 def _rules(profile: Profile, document: Document) -> Iterator[RecipeError]:
     """Yield what pydantic cannot say; what a site really has only its Slurm knows."""
     for name in profile.stages:
         if name not in STAGES:
-            yield document.error(("stages", name), f"no stage '{name}'", f"stages: {STAGES}")
-    tables = {"sbatch": profile.sbatch, **{f"stages.{one}": f for one, f in profile.stages.items()}}
+            what = f"no stage '{name}'"
+            yield document.error(("stages", name), what, f"stages: {', '.join(STAGES)}")
+    tables: dict[KeyPath, Flags] = {("sbatch",): profile.sbatch}
+    tables |= {("stages", stage): flags for stage, flags in profile.stages.items()}
     for place, flags in tables.items():
         for name, value in flags.items():
-            key = (*place.split("."), name)
+            what = f"{dotted(place)}.{name}"
             if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
-                what = f"{place}: '{name}' is not the long name of a flag"
-                yield document.error(key, what, "write it as sbatch does, without dashes: gres")
+                hint = "write it as sbatch does, without dashes: gres"
+                yield document.error((*place, name), f"{what} is not the long name of a flag", hint)
             elif name in _OURS:
-                yield document.error(key, f"{place}.{name} is set by recipes launch", "remove it")
+                yield document.error((*place, name), f"{what} is set by recipes launch")
             elif "\n" in str(value):
-                yield document.error(key, f"{place}.{name} holds a line break")
+                yield document.error((*place, name), f"{what} holds a line break")
     for name in profile.env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             yield document.error(("env", name), f"'{name}' is not a name of a variable")
-    own = profile.stages.get("train", {}).get("time")
-    limit = seconds_of(str(own if own is not None else profile.sbatch.get("time")))
-    if limit is not None and profile.signal_lead_s * 2 > limit:
-        key = ("sbatch", "time") if own is None else ("stages", "train", "time")
-        what = (
-            f"signal_lead_s ({profile.signal_lead_s}) is more than half of a training's {limit} s"
-        )
-        yield document.error(key, what, "lengthen the time or shorten signal_lead_s")
-
-
-def seconds_of(time: str) -> int | None:
-    """Return a time limit of Slurm in seconds; None for no limit (UNLIMITED), or where it is not
-    written as Slurm's manual says, which sbatch itself refuses.
-
-    Example:
-        >>> seconds_of("1-12:00:00"), seconds_of("90"), seconds_of("01:30:00"), seconds_of("UNLIMITED")
-        (129600, 5400, 5400, None)
-    """  # noqa: E501
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", time)
-    if not match:
-        return None
-    parts = [int(part) for part in match[2].split(":")]
-    if match[1] is None and len(parts) < 3:  # one or two numbers are minutes and seconds
-        parts.insert(0, 0)
-    hours, minutes, seconds = (*parts, 0, 0)[:3]
-    return ((int(match[1] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def profile_schema() -> dict[str, object]:

@@ -5,9 +5,9 @@ left tell how the others ended, and one sacct how those did that left none.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
@@ -17,12 +17,9 @@ from recipes_lib.slurm.jobs import jobs_folder
 from recipes_lib.slurm.submit import ASK_SINFO, LaunchFolder, all_launches, run_slurm, scancel
 
 POLL_S = 30.0  # Slurm's manuals ask not to call its commands in tight loops
-_FAILED = "failed"
-_DONE = "done"
-_UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True)
+@dataclass
 class TaskState:
     """One task as it stands. `state` is Slurm's word while it is queued or runs, afterwards `done`,
     `failed` or what sacct says; `unknown` where nobody says.
@@ -31,7 +28,7 @@ class TaskState:
     label: str
     job: str
     what: str
-    state: str
+    state: str = "unknown"
     reason: str = ""
     active: bool = False
     exit_code: int | None = None
@@ -39,7 +36,7 @@ class TaskState:
     @property
     def succeeded(self) -> bool:
         """Whether it ended well."""
-        return self.state in (_DONE, "completed")
+        return self.state in ("done", "completed")
 
 
 def states_of(folder: LaunchFolder) -> list[TaskState]:
@@ -50,27 +47,25 @@ def states_of(folder: LaunchFolder) -> list[TaskState]:
     """
     tasks = []
     for job in folder.read_jobs():
-        for number, label in enumerate(job.task_labels):
-            id = f"{job.id}_{number}" if len(job.tasks) > 1 else job.id
-            tasks.append(TaskState(label, id, job.tasks[number], _UNKNOWN))
+        for number, what in enumerate(job.tasks):
+            task = TaskState(job.label, job.id, what)
+            if len(job.tasks) > 1:
+                task.label, task.job = f"{job.label}.{number}", f"{job.id}_{number}"
+            tasks.append(task)
     queued = _queued() if tasks else {}
-    found = []
     for task in tasks:
-        code = folder.exit_code(task.label)
+        task.exit_code = None if task.job in queued else folder.exit_code(task.label)
         if task.job in queued:
-            state, reason = queued[task.job]
-            task = dataclasses.replace(task, state=state, reason=reason, active=True)
-        elif code is not None:
-            reason = f"exit code {code}" if code else ""
-            state = _FAILED if code else _DONE
-            task = dataclasses.replace(task, state=state, reason=reason, exit_code=code)
-        found.append(task)
-    left = [task.job for task in found if task.state == _UNKNOWN]
+            task.state, task.reason = queued[task.job]
+            task.active = True
+        elif task.exit_code is not None:
+            task.state = "failed" if task.exit_code else "done"
+            task.reason = f"exit code {task.exit_code}" if task.exit_code else ""
+    left = [task.job for task in tasks if task.state == "unknown"]
     accounted = _accounted(left) if left else {}
-    return [
-        dataclasses.replace(task, state=accounted[task.job]) if task.job in accounted else task
-        for task in found
-    ]
+    for task in tasks:
+        task.state = accounted.get(task.job, task.state)
+    return tasks
 
 
 def _queued() -> dict[str, tuple[str, str]]:
@@ -89,13 +84,12 @@ def _queued() -> dict[str, tuple[str, str]]:
 def _accounted(ids: Sequence[str]) -> dict[str, str]:
     """Return how jobs ended, of the accounting database where the site has one."""
     words = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "--format=JobID,State"]
-    try:
+    with suppress(EnvironmentFault):
         done = run_slurm(words)
-    except EnvironmentFault:
-        return {}
-    rows = [line.partition("|") for line in done.stdout.splitlines() if done.returncode == 0]
-    # CANCELLED by 1000
-    return {id: state.split()[0].lower() for id, _, state in rows if state}
+        rows = [line.partition("|") for line in done.stdout.splitlines() if done.returncode == 0]
+        # CANCELLED by 1000
+        return {id: state.split()[0].lower() for id, _, state in rows if state}
+    return {}
 
 
 # ---- Showing ----
@@ -104,28 +98,24 @@ def _accounted(ids: Sequence[str]) -> dict[str, str]:
 def show_status(names: Sequence[str], as_json: bool = False) -> int:
     """Print the jobs of the launches named, or of all."""
     folders = [_folder(name) for name in names] or all_launches()
-    known = {folder: states_of(folder) for folder in folders}
+    states = {folder: states_of(folder) for folder in folders}
     if as_json:
-        rows = {one.name: list(map(dataclasses.asdict, states)) for one, states in known.items()}
-        return print_json(rows)
+        return print_json({one.name: [vars(task) for task in states[one]] for one in folders})
     if not folders:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")
         return ExitCode.DONE
-    failed: list[str] = []
-    for folder, states in known.items():
+    failed = []
+    for folder, tasks in states.items():
         say(folder.name)
-        table = [(one.job, one.label, one.what, one.state, one.reason) for one in states]
+        table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
         for line in aligned([("job", "task", "what", "state", ""), *table]):
             say(f"  {line}")
-        for one in states:
-            if one.active or one.succeeded:
-                continue
-            failed += [f"{folder.name} --stage {one.label}"] * folder.log(one.label).is_file()
-            if error := folder.first_error(one.label):
-                say(f"  {one.label}: {error}")
-    last = folders[-1].name
-    next_step(f"recipes launch logs {failed[0]}" if failed else f"recipes launch logs {last}")
+        for task in (task for task in tasks if not task.active and not task.succeeded):
+            failed += [f"{folder.name} --stage {task.label}"] * folder.log(task.label).is_file()
+            if error := folder.first_error(task.label):
+                say(f"  {task.label}: {error}")
+    next_step(f"recipes launch logs {failed[0] if failed else folders[-1].name}")
     return ExitCode.DONE
 
 
@@ -135,21 +125,19 @@ def wait(folder: LaunchFolder) -> int:
     """
     before: dict[str, str] = {}
     while True:
-        states = states_of(folder)
-        for one in states:
-            if before.get(one.label) != one.state:
-                say(f"{one.label}: {one.state}{f' - {one.reason}' if one.reason else ''}")
-                before[one.label] = one.state
-        if not any(one.active for one in states):
+        tasks = states_of(folder)
+        for task in tasks:
+            if before.get(task.label) != task.state:
+                say(f"{task.label}: {task.state} {task.reason}".rstrip())
+                before[task.label] = task.state
+        if not any(task.active for task in tasks):
             break
         time.sleep(POLL_S)
-    failed = [one for one in states if not one.succeeded]
+    failed = [task for task in tasks if not task.succeeded]
     if not failed:
         say(f"{folder.name}: every job succeeded")
         return ExitCode.DONE
-    cause = next((one for one in failed if one.exit_code), failed[0])
-    for line in _tail(folder, cause.label, 15):
-        say(f"  {line}")
+    cause = next((task for task in failed if task.exit_code), failed[0])
     next_step(f"recipes launch logs {folder.name} --stage {cause.label}")
     return cause.exit_code or ExitCode.FAILED
 
@@ -163,7 +151,7 @@ def cancel(names: Sequence[str]) -> int:
     if not names:
         raise RecipeError("recipes launch cancel: name a run or study", f"launched: {_launched()}")
     for name in names:
-        active = [one.job.partition("_")[0] for one in states_of(_folder(name)) if one.active]
+        active = [task.job.partition("_")[0] for task in states_of(_folder(name)) if task.active]
         ids = list(dict.fromkeys(active))
         scancel(ids)
         said = f"cancelled {', '.join(ids)}" if ids else "nothing was queued or running"
@@ -180,14 +168,13 @@ def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
     logs = sorted(folder.path.glob("*.log"), key=lambda path: path.stat().st_mtime)
     chosen = [path for path in logs if stage is None or f"{path.stem}.".startswith(f"{stage}.")]
     if not chosen:
-        there = ", ".join(path.stem for path in logs)
         what = f"'{names[0]}' has no log{f' of {stage}' if stage else ' yet'}"
-        raise RecipeError(what, f"logs: {there or 'none; has a job started?'}")
+        raise RecipeError(what, f"logs: {', '.join(path.stem for path in logs) or 'none'}")
     for path in chosen:
         say(f"==> {shown_path(path)}")
         if error := folder.first_error(path.stem):
             say(f"first error: {error}")
-        for line in _tail(folder, path.stem, lines):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
             say(line)
     next_step(f"recipes launch status {names[0]}")
     return ExitCode.DONE
@@ -200,9 +187,9 @@ def refuse_if_active(folder: LaunchFolder) -> None:
         RecipeError: it is.
         EnvironmentFault: Slurm does not say.
     """
-    active = [one for one in states_of(folder) if one.active]
+    active = [task for task in states_of(folder) if task.active]
     if active:
-        jobs = ", ".join(f"{one.label} is {one.state} (job {one.job})" for one in active)
+        jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)
         hint = f"wait for it, or: recipes launch cancel {folder.name}"
         raise RecipeError(f"'{folder.name}' is launched already: {jobs}", hint)
 
@@ -218,10 +205,3 @@ def _folder(name: str) -> LaunchFolder:
 
 def _launched() -> str:
     return ", ".join(folder.name for folder in all_launches()) or "nothing yet"
-
-
-def _tail(folder: LaunchFolder, label: str, lines: int) -> list[str]:
-    path = folder.log(label)
-    if not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]

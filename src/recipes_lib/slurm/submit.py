@@ -1,35 +1,41 @@
 """Submitting: the folder runs/NAME/slurm/ with a script for each job, and the calls of sbatch, of
 whose chain all jobs are in the queue or none is. Every command of Slurm is an argument list.
+
+A script is written to be read from top to bottom, edited and submitted by hand with `sbatch`; what
+all jobs do alike (signals, requeues, exit codes) stands in launch/job.sh, which each one sources.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
-from recipes_lib.core.files import DamagedFile, read_object, write_json, write_text
-from recipes_lib.core.project import runs_root
-from recipes_lib.core.terminal import warn
-from recipes_lib.slurm.jobs import Job, JobPlan
-from recipes_lib.slurm.profile import SiteProfile
-from recipes_lib.slurm.script import sbatch_words, script_of
+from recipes_lib.core.files import read_object, write_json, write_text
+from recipes_lib.core.project import cache_root, project_root, runs_root
+from recipes_lib.slurm.jobs import Job, JobPlan, Task
+from recipes_lib.slurm.profile import Profile, SiteProfile
 
 TIMEOUT_S = 90
 ASK_SINFO = "is this the login node, and is the controller up? sinfo"
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
-_UNREACHABLE = re.compile(
-    r"contact slurm controller|connect failure|communication connection|configuration"
-    r" source|timed out",
-    re.IGNORECASE,
+_UNREACHABLE = re.compile("contact slurm controller|connect|configuration source|timed out", re.I)
+# What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
+_MEETING = (
+    ' --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port "$PORT"'
+    " --rdzv_backend static --same_network"
 )
+
+
+# ---- The folder of a launch ----
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,6 @@ class SubmittedJob:
     label: str
     id: str
     tasks: tuple[str, ...]
-
-    @property
-    def task_labels(self) -> list[str]:
-        """The file names of its tasks."""
-        several = len(self.tasks) > 1
-        return [f"{self.label}.{n}" for n in range(len(self.tasks))] if several else [self.label]
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,6 @@ class LaunchFolder:
     def jobs_file(self) -> Path:
         """The jobs that were submitted, with their ids."""
         return self.path / "jobs.json"
-
-    def script(self, label: str) -> Path:
-        """The script of a job."""
-        return self.path / f"{label}.sbatch"
 
     def log(self, task: str) -> Path:
         """The log of a task; requeues append to it."""
@@ -91,11 +87,9 @@ class LaunchFolder:
         Raises:
             DamagedFile: jobs.json is not what was written to it.
         """
-        remedy = "squeue lists the jobs; submitting them again writes it anew"
-        jobs = []
+        remedy, jobs = "squeue lists the jobs; submitting them again writes it anew", []
         for row in read_object(self.jobs_file, remedy).get("jobs", []):
-            by_hand = self.path / f"{row['label']}.job"
-            number = row["id"]
+            by_hand, number = self.path / f"{row['label']}.job", row["id"]
             if not number and by_hand.is_file():
                 number = by_hand.read_text().strip().partition(";")[0]
             if number:
@@ -105,7 +99,11 @@ class LaunchFolder:
     def write_jobs(self, jobs: Sequence[Job], ids: Mapping[str, str]) -> None:
         """Note the jobs, with the ids of those that `recipes launch` submitted."""
         rows = [
-            {"label": job.label, "id": ids.get(job.label), "tasks": [one.what for one in job.tasks]}
+            {
+                "label": job.label,
+                "id": ids.get(job.label),
+                "tasks": [task.what for task in job.tasks],
+            }
             for job in jobs
         ]
         write_json(self.jobs_file, {"jobs": rows})
@@ -113,14 +111,111 @@ class LaunchFolder:
 
 def all_launches() -> list[LaunchFolder]:
     """Return everything that was launched, by name."""
-    launched = []
-    for file in sorted(runs_root().resolve().glob("*/slurm/jobs.json")):
-        try:
-            if (folder := LaunchFolder(file.parent)).read_jobs():
-                launched.append(folder)
-        except DamagedFile as error:  # it costs only its own line
-            warn(f"{str(error).splitlines()[0]}; left out")
-    return launched
+    folders = sorted(file.parent for file in runs_root().resolve().glob("*/slurm/jobs.json"))
+    return [folder for folder in map(LaunchFolder, folders) if folder.read_jobs()]
+
+
+# ---- The script of a job ----
+
+
+def script_of(job: Job, folder: Path, profile: Profile) -> str:
+    """Return the script of a job.
+
+    Args:
+        job: the job.
+        folder: where it will lie, beside its log and its exit code.
+        profile: the site.
+    """
+    shared = project_root() / "launch" / "job.sh"
+    lines = [
+        "#!/bin/bash",
+        f"# {folder.parent.name}: {job.label}, written by `recipes launch`",
+        *directives(job, folder, profile),
+        "",
+        f"cd {shlex.quote(str(Path.cwd()))} || exit 5",
+        f"FOLDER={shlex.quote(str(folder))} JOB={job.label}",
+        f"NODES={job.nodes} PROCESSES={job.processes} MAX_REQUEUES={profile.max_requeues}",
+        f"source {shlex.quote(str(shared))} || exit 5   # signals, requeues, exit codes",
+        "",
+        *(f"export {name}={_quoted(value)}" for name, value in _variables(profile).items()),
+        '[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed',
+        *(f"{line} || environment_failed" for line in profile.setup),
+        "",
+        *job_commands(job, profile),
+        "finish",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
+    """Return the #SBATCH lines. Slurm reads quotes as bash does, but a backslash is one even within
+    quotes.
+    """
+    log = str(folder / job.label).replace("%", "%%") + (".%a.log" if len(job.tasks) > 1 else ".log")
+    limit = f"%{job.throttle}" if job.throttle else ""
+    array = [f"--array=0-{len(job.tasks) - 1}{limit}"] if len(job.tasks) > 1 else []
+    words = [
+        f"--job-name={folder.parent.name}.{job.label}",
+        f"--nodes={job.nodes}",
+        "--ntasks-per-node=1",
+        *profile.flags(job.stage, job.gpus, job.processes),
+        f"--signal=B:USR2@{profile.signal_lead_s}",
+        "--requeue",
+        "--open-mode=append",
+        f"--output={log}",
+        *array,
+    ]
+    return [f"#SBATCH {shlex.quote(word)}".replace("\\", "\\\\") for word in words]
+
+
+def job_commands(job: Job, profile: Profile) -> list[str]:
+    """Return the lines of a script that do the work."""
+    lines: list[str] = []
+    if job.launch:
+        launch = job.launch
+        known = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
+        expected = shlex.quote(json.dumps(known))
+        lines = [f"export RECIPES_EXPECT={expected}   # training refuses to be anything else"]
+    if len(job.tasks) == 1:
+        return [*lines, _command(job, job.tasks[0], profile)]
+    lines.append("case $SLURM_ARRAY_TASK_ID in")
+    for number, task in enumerate(job.tasks):
+        lines += [f"{number})   # {task.what}", f"  {_command(job, task, profile)} ;;"]
+    return [*lines, "esac"]
+
+
+def _command(job: Job, task: Task, profile: Profile) -> str:
+    """Return the line of one task."""
+    srun = shlex.join(("srun", *profile.srun))
+    if job.stage != "train":
+        return f"run {srun} {shlex.join((*task.launcher, *task.args))}"
+    # A node ignores USR2 until its training listens, and leaves its exit code in a file: launchers
+    # lose it.
+    on_node = (
+        'trap "" USR2; export RECIPES_EXIT_CODE_FILE="$REPORT.${SLURM_NODEID:-0}"; '
+        f'exec {shlex.join(task.launcher)}{_MEETING if job.nodes > 1 else ""} "$@"'
+    )
+    return f"run {srun} bash -c {shlex.quote(on_node)} {job.label} {shlex.join(task.args)}"
+
+
+def _variables(profile: Profile) -> dict[str, str]:
+    """Return what every job of a site exports."""
+    runs, cache = str(runs_root().resolve()), str(cache_root().resolve())
+    variables = {"RECIPES_RUNS_ROOT": runs, "RECIPES_CACHE": cache}
+    if profile.offline:
+        variables["HF_HUB_OFFLINE"] = "1"
+    if profile.vllm:
+        variables["VLLM"] = str(Path(profile.vllm).expanduser())
+    return variables | profile.variables()
+
+
+def _quoted(value: str) -> str:
+    """Quote for bash; `{job}` becomes the job's id."""
+    parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
+    return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
+
+
+# ---- sbatch ----
 
 
 def prepare(plan: JobPlan, profile: SiteProfile) -> LaunchFolder:
@@ -135,7 +230,8 @@ def prepare(plan: JobPlan, profile: SiteProfile) -> LaunchFolder:
         elif stale.suffix == ".errors":
             shutil.rmtree(stale)
     for job in plan.jobs:
-        write_text(folder.script(job.label), script_of(job, folder.path, profile.values))
+        script = script_of(job, folder.path, profile.values)
+        write_text(folder.path / f"{job.label}.sbatch", script)
     for file, recipe in plan.recipes.items():
         recipe.write(folder.path / file)
     folder.write_jobs(plan.jobs, {})
@@ -153,22 +249,19 @@ def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
     ids: dict[str, str] = {}
     try:
         for job in plan.jobs:
-            flags = sbatch_words(job, folder.path, profile.values)
-            done = run_slurm(_sbatch(job, folder, ids), without=_variables_of(flags))
+            done = run_slurm(_sbatch(job, folder, ids))
             if done.returncode:
-                raise _refusal(done.stderr, job, plan, profile)
+                raise _refusal(done.stderr, job, folder, profile)
             # --parsable prints ID or ID;cluster
             ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
             folder.write_jobs(plan.jobs, ids)
     except BaseException as error:
+        left = f"nothing is queued: {', '.join(ids)} had been accepted, and was cancelled"
         try:
             scancel(list(ids.values()))
             folder.jobs_file.unlink(missing_ok=True)
-            left = f"nothing is queued: {', '.join(ids)} had been accepted, and was cancelled"
         except RecipesError as second:
-            left = (
-                f"still queued: {', '.join(ids)} ({second.what}): recipes launch cancel {plan.name}"
-            )
+            left = f"still queued ({second.what}): recipes launch cancel {plan.name}"
         if ids and isinstance(error, RecipesError):
             error.hints = (*error.hints, left)
         raise
@@ -203,79 +296,54 @@ def _sbatch(job: Job, folder: LaunchFolder, ids: Mapping[str, str]) -> list[str]
         ids: the jobs before it.
     """
     conditions = (("afterok", job.after), ("afterany", job.after_any))
-    waits = [":".join([when, *(ids[one] for one in names)]) for when, names in conditions if names]
+    waits = [":".join([when, *map(ids.__getitem__, names)]) for when, names in conditions if names]
     dependency = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
-    return ["sbatch", "--parsable", *dependency, str(folder.script(job.label))]
+    return ["sbatch", "--parsable", *dependency, str(folder.path / f"{job.label}.sbatch")]
 
 
-def _variables_of(flags: Sequence[str]) -> set[str]:
-    """Return the variables of the shell that sbatch would take before these flags of a script."""
-    others = {"time": "timelimit", "mem": "mem-per-node", "array": "array-inx"}
-    names = [word.removeprefix("--").partition("=")[0] for word in flags]
-    return {f"SBATCH_{others.get(name, name).upper().replace('-', '_')}" for name in names}
-
-
-def run_slurm(
-    argv: Sequence[str], timeout_s: float = TIMEOUT_S, without: Collection[str] = ()
-) -> subprocess.CompletedProcess[str]:
+def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands. Inside a job, say on an interactive node, it does not see that
     job's variables, which sbatch would hand on to the new one.
-
-    Args:
-        argv: the command.
-        timeout_s: how long it is waited for.
-        without: variables that it is not to see.
 
     Raises:
         EnvironmentFault: it is not installed here, or gives no answer.
     """
-    inside = "SLURM_JOB_ID" in os.environ
     environment = {
         name: value
         for name, value in os.environ.items()
-        if name not in without
-        and (not (inside and name.startswith("SLURM_")) or name in _OF_THE_SITE)
+        if not name.startswith("SLURM_") or name in _OF_THE_SITE
     }
     try:
         return subprocess.run(
             list(argv),
             capture_output=True,
             text=True,
-            timeout=timeout_s,
+            timeout=TIMEOUT_S,
             env={**environment, "LC_ALL": "C"},
             errors="replace",
         )
     except FileNotFoundError:
-        what = f"{argv[0]} is not on this machine"
         hints = ("log in to the cluster's login node", "only to see what would run: --dry-run")
-        raise EnvironmentFault(what, *hints) from None
+        raise EnvironmentFault(f"{argv[0]} is not on this machine", *hints) from None
     except subprocess.TimeoutExpired:
-        what = f"{argv[0]} gave no answer in {timeout_s:g} s"
-        raise EnvironmentFault(what, "the Slurm controller may be down: sinfo") from None
+        what = f"{argv[0]} gave no answer in {TIMEOUT_S} s"
+        raise EnvironmentFault(what, ASK_SINFO) from None
 
 
-def _refusal(text: str, job: Job, plan: JobPlan, profile: SiteProfile) -> RecipesError:
-    """Return Slurm's error in one line, with what was asked for, at the flag that it names."""
-    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.strip().splitlines()]
-    said = [line for line in lines if line and not line.startswith("Try ")]
-    what = said[-1].removeprefix("Batch job submission failed: ") if said else "no reason given"
-    if is_unreachable(text):
-        return EnvironmentFault(f"Slurm cannot be reached: {what}", ASK_SINFO)
-    flags = sbatch_words(job, plan.folder, profile.values)
-    own = {name for name in profile.values.sbatch if name.split("-")[0] in what.lower()}
-    key = ("sbatch", min(own)) if own else ("sbatch",)
-    asked = " ".join(word for word in flags if not word.startswith(("--output", "--job-name")))
+def _refusal(text: str, job: Job, folder: LaunchFolder, profile: SiteProfile) -> RecipesError:
+    """Return Slurm's error in one line, with what was asked for."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines()]
+    said = [line for line in lines if line and not line.startswith("Try ")] or ["no reason given"]
+    if _UNREACHABLE.search(text):
+        return EnvironmentFault(f"Slurm cannot be reached: {said[-1]}", ASK_SINFO)
+    what = said[-1].removeprefix("Batch job submission failed: ")
+    asked = [line.removeprefix("#SBATCH ") for line in directives(job, folder.path, profile.values)]
     return profile.document.error(
-        key,
+        "sbatch",
         f"Slurm refuses {job.label}: {what}",
-        f"asked for: {asked}",
+        f"asked for: {' '.join(asked)}",
         "what the site has: sinfo -o '%P %l %D nodes, %c cores, %m MB, %G'",
     )
-
-
-def is_unreachable(said: str) -> bool:
-    """Whether what one of Slurm's commands said means that the controller did not answer."""
-    return _UNREACHABLE.search(said) is not None
 
 
 def scancel(ids: Sequence[str]) -> None:
@@ -286,6 +354,6 @@ def scancel(ids: Sequence[str]) -> None:
     """
     if ids:
         done = run_slurm(["scancel", *ids])
-        if done.returncode and is_unreachable(done.stderr):
+        if done.returncode and _UNREACHABLE.search(done.stderr):
             what = done.stderr.strip().splitlines()[0]
             raise EnvironmentFault(f"Slurm cannot be reached: {what}", ASK_SINFO)

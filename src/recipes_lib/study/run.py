@@ -7,328 +7,410 @@ stops nothing but its own evaluations.
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from recipes_lib.core.errors import (
     EnvironmentFault,
     ExitCode,
     RecipeError,
+    RecipeErrors,
     RecipesError,
-    is_disk_full,
+    one_line,
+    print_error,
 )
-from recipes_lib.core.files import write_json, write_text
-from recipes_lib.core.lock import LockHeld, describe_holder, run_lock
-from recipes_lib.core.project import runs_root, shown_path
-from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.study.arms import base_arm, base_record, study_folder
-from recipes_lib.study.config import BASE_ARM, Study
-from recipes_lib.study.needs import refuse_unmet
-from recipes_lib.study.pool import Failure, Pool
+from recipes_lib.core.files import write_text
+from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
+from recipes_lib.core.project import shown_path
+from recipes_lib.evals.leaks import leak_error, search_recipe
+from recipes_lib.evals.recipe import HELD_OUT
+from recipes_lib.plan.cards import devices_here
+from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.study.runs import (
     Evaluation,
+    Failure,
     StudyRun,
-    base_asked,
+    base_recipe,
     base_run,
     evaluations,
     has_diverged,
     is_evaluated,
     is_trained,
-    note_data,
+    move_aside,
+    runs_left,
+    settings_changed,
+    study_folder,
     study_trainings,
     study_tunings,
 )
 from recipes_lib.study.tune import choose, with_choices
 
-Say = Callable[[str], None]
 _COPY = "# a copy of "
+_POLL_S = 0.2
 
 
-def run_study(
-    study: Study,
-    say: Say,
-    jobs: int = 1,
-    flags: Sequence[str] = (),
-    train: bool = True,
-    debug: bool = False,
-) -> int:
-    """Do what is not done yet and return the exit code: 0, 1 when something failed, 6 when only
-    judgments are missing, 75 and 130 when stopped.
-
-    In order: the trainings that tune arms, the choice of their values, the trainings of all arms
-    and seeds, every evaluation of what is trained, the report.
+@dataclass
+class StudyRunner:
+    """Does what of a study is not done yet.
 
     Args:
-        study: the study.
         say: prints a line.
-        jobs: trainings at the same time, each with GPUs of its own.
+        jobs: trainings at the same time. One has the whole machine; several share its GPUs out,
+            each as many as its launch starts processes.
         flags: options handed to `recipes train` (`--trust-remote-code`).
         train: False to train nothing and evaluate what is trained, in a cluster's job.
         debug: show the tracebacks of failing evaluations.
+    """
+
+    study: Study
+    say: Callable[[str], None]
+    jobs: int = 1
+    flags: Sequence[str] = ()
+    train: bool = True
+    debug: bool = False
+    failed: dict[str, Failure] = field(default_factory=dict)  # by run, result or arm
+    _stopped: ExitCode | None = None
+    _training: bool = False
+    _signals: list[int] = field(default_factory=list)
+    _running: dict[str, tuple[StudyRun, subprocess.Popen[bytes], list[str]]] = field(
+        default_factory=dict
+    )
+    _announced: set[str] = field(default_factory=set)
+    _devices: list[str] = field(default_factory=list)
+
+    def run(self) -> ExitCode:
+        """Do everything and return the exit code: 0, 1 when something failed, 6 when only judgments
+        are missing, 75 and 130 when stopped.
+
+        Raises:
+            EnvironmentFault: another process runs this study.
+            RecipeErrors: an evaluation would mean nothing after the trainings.
+            RecipeError: the folder is another study's.
+        """
+        self.study = with_choices(self.study)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        with study_lock(self.study):
+            _check_folder(self.study)
+            refuse_unmet(self.study, fetch=True)
+            _write_copy(self.study)
+            before = {number: signal.signal(number, self._on_signal) for number in numbers}
+            try:
+                self._steps()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+        if self._stopped is not None:
+            self.say("stopped; the same command continues")
+            return self._stopped
+        for name, failure in self.failed.items():
+            error = failure.error.splitlines()[0]
+            self.say(f"failed: {name} (exit code {failure.exit_code}): {error}")
+        codes = {failure.exit_code for failure in self.failed.values()}
+        if codes == {ExitCode.EVALUATION_INCOMPLETE}:
+            return ExitCode.EVALUATION_INCOMPLETE
+        return ExitCode.FAILED if self.failed else ExitCode.DONE
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Note a signal. While trainings run it is handed on to each, which writes a checkpoint;
+        elsewhere everything ends here, and what was answered and judged is stored.
+        """
+        stopped = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
+        self._stopped = stopped
+        if not self._training:
+            raise KeyboardInterrupt
+        self._signals.append(number)
+
+    def _steps(self) -> None:
+        """The trainings that tune arms, the choice of their values, the trainings of all arms and
+        seeds, every evaluation of what is trained, the report.
+        """
+        tried = study_tunings(self.study)
+        self._train([training for training in tried if not has_diverged(training)])
+        for training in filter(has_diverged, tried):
+            self.failed.pop(
+                training.run, None
+            )  # its value cannot be chosen, and that is no failure
+        self.failed |= choose(self.study, self.say)
+        self.study = with_choices(self.study)
+        undecided = {arm.name for arm in self.study.arms if arm.tuning and not arm.tuning.losses}
+        ready = [run for run in study_trainings(self.study) if run.arm.name not in undecided]
+        self._train(ready)
+        trained = {training.run for training in ready if is_trained(training)}
+        if trained:
+            from recipes_lib.study.report import report_study  # scipy
+
+            self._evaluate(trained)
+            self.say("\nstatistics and report ...")
+            try:
+                report_study(self.study)
+            except RecipesError as error:
+                self._note(["the report"], error)
+
+    def _note(self, names: Sequence[str], error: Exception) -> None:
+        """Note that something failed; the rest goes on."""
+        if self.debug and not isinstance(error, RecipesError):
+            raise error
+        code = error.exit_code if isinstance(error, RecipesError) else ExitCode.FAILED
+        self.failed.update(dict.fromkeys(names, Failure(one_line(error), int(code))))
+
+    # ---- Trainings ----
+
+    def _train(self, trainings: Sequence[StudyRun]) -> None:
+        """Train what is not trained, some at a time, and wait for what another process trains.
+
+        Raises:
+            KeyboardInterrupt: somebody asked to stop, and every training has ended.
+        """
+        waiting = [training for training in trainings if not is_trained(training)]
+        if not self.train:
+            for training in waiting:
+                self.failed[training.run] = Failure(_why_not_trained(training))
+            return
+        self._training = True
+        self._devices = devices_here() if self.jobs > 1 else []
+        while (waiting and self._stopped is None) or self._running:
+            self._start_next(waiting)
+            time.sleep(_POLL_S)
+            while self._signals:
+                number = self._signals.pop(0)
+                for _, process, _ in self._running.values():
+                    process.send_signal(number)
+            for name, (training, process, _) in list(self._running.items()):
+                if process.poll() is not None:
+                    del self._running[name]
+                    self._ended(training, process.returncode)
+        self._training = False
+        if self._stopped is not None:
+            raise KeyboardInterrupt
+
+    def _start_next(self, waiting: list[StudyRun]) -> None:
+        """Start what there is room for, in order: small trainings do not keep a large one
+        waiting.
+        """
+        for training in list(waiting):
+            if self._stopped is not None or len(self._running) >= self.jobs:
+                return
+            folder = training.directory.path
+            if is_held(folder):
+                if training.run not in self._announced:
+                    self._announced.add(training.run)
+                    holder = describe_holder(folder / LOCK_NOTE)
+                    self.say(f"{training.run} is being trained{holder}: waiting for it")
+                continue
+            taken = {device for _, _, devices in self._running.values() for device in devices}
+            free = [device for device in self._devices if device not in taken]
+            wanted = min(
+                training.gpus, len(self._devices)
+            )  # a training that wants more says so itself
+            if len(free) < wanted:
+                return
+            waiting.remove(training)
+            try:
+                self._start(training, free[:wanted])
+            except RecipesError as error:
+                self._note([training.run], error)
+
+    def _start(self, training: StudyRun, devices: list[str]) -> None:
+        """Start one training, unless another process finished it meanwhile; a run of other settings
+        is moved away first.
+        """
+        run = training.directory
+        if is_trained(training):
+            self.say(f"{training.run}: trained before")
+            return
+        if run.exists():
+            state = run.read_state()
+            changed = settings_changed(training, state)
+            if state["state"] == "finished" and not changed:
+                changed = ["its weights are gone"]
+            if changed:
+                place, what = move_aside(run), ", ".join(changed[:3])
+                self.say(f"{training.run} had other settings ({what}): moved to {place}")
+        recipe = study_folder(self.study) / "recipes" / f"{training.run}.yaml"
+        training.recipe.write(recipe)
+        words = ["train", shown_path(recipe), *self.flags]
+        shown, environment, log = shlex.join(["recipes", *words]), dict(os.environ), None
+        if devices:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(devices)
+            shown = f"CUDA_VISIBLE_DEVICES={','.join(devices)} {shown}"
+        if self.jobs > 1:
+            log = recipe.with_suffix(".log").open("ab")
+            shown += f"   # output: {shown_path(recipe.with_suffix('.log'))}"
+        self.say(f"\n$ {shown}")
+        process = subprocess.Popen(
+            train_command(words),
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # so that a terminal's Ctrl-C does not reach it twice
+        )
+        if log:
+            log.close()
+        self._running[training.run] = training, process, devices
+
+    def _ended(self, training: StudyRun, code: int) -> None:
+        """Note how a training ended."""
+        state = training.directory.read_state() if training.directory.exists() else {}
+        if code == ExitCode.DONE and state.get("state") == "finished":
+            self.say(f"{training.run}: trained")
+        elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED) or self._stopped is not None:
+            self._stopped = self._stopped or ExitCode(code)
+        else:
+            error = state.get("error") or f"the training ended with exit code {code}"
+            code = code if code > 0 else int(ExitCode.FAILED)
+            self.failed[training.run] = Failure(error, code)
+            self.say(f"{training.run}: failed (exit code {code}); the other trainings go on")
+
+    # ---- Evaluations ----
+
+    def _evaluate(self, trained: set[str]) -> None:
+        """Evaluate what is trained and has no result yet: each base and each judge is loaded
+        once.
+        """
+        study = self.study
+        if study.file.include_base and not base_run(study):
+            from recipes_lib.evals.models import common_base  # torch
+
+            try:
+                common_base([base_recipe(study)]).record()
+            except RecipesError as error:
+                self._note(["the base"], error)
+        own = {BASE_ARM, *(training.run for training in study_trainings(study))}
+        usable = {*trained, base_run(study)} - {""}
+        groups: dict[tuple[str, str, bool], list[Evaluation]] = {}
+        for result in evaluations(study):
+            if result.run in usable and (result.against in usable or result.against not in own):
+                key = result.recipe.name, result.against, result.head_to_head
+                groups.setdefault(key, []).append(result)
+        unfinished = [group for group in groups.values() if not all(map(is_evaluated, group))]
+        if not unfinished:
+            return
+        from recipes_lib.evals.run import EvalTask, evaluate_tasks  # torch
+
+        tasks = {}
+        for group in unfinished:
+            recipe = group[0].recipe
+            # In a judged eval everybody takes part again: the judge's audit is then what it would
+            # have been in one go, and what is stored is not asked again. The base's held-out rows
+            # are those of the arms.
+            if not recipe.is_judged and recipe.suite.name != "heldout_loss":
+                group = [result for result in group if not is_evaluated(result)]
+            if group[0].head_to_head:  # the judge was probed with these answers already
+                metrics = recipe.metrics.model_copy(update={"probe_pairs": 0})
+                recipe = replace(recipe, metrics=metrics)
+            against = (group[0].against or None) if recipe.is_judged else None
+            tasks[EvalTask(recipe, tuple(result.run for result in group), against)] = group
+        total = sum(map(len, groups.values()))
+        self.say(f"\nevaluating: {sum(map(len, tasks.values()))} of {total} results")
+
+        def on_error(task: EvalTask, run: str, error: Exception) -> None:
+            self._note([one.title for one in tasks[task] if run in ("", one.run)], error)
+
+        remote_code = "--trust-remote-code" in self.flags
+        evaluate_tasks(list(tasks), remote_code=remote_code, on_error=on_error)
+
+
+def train_command(words: Sequence[str]) -> list[str]:
+    """Return the process of `recipes` with these words."""
+    return [sys.executable, "-m", "recipes_lib.cli", *words]
+
+
+def _why_not_trained(training: StudyRun) -> str:
+    """Return why a run cannot be evaluated, for a job that trains nothing."""
+    run = training.directory
+    changed = settings_changed(training, run.read_state()) if run.exists() else []
+    if changed:
+        return f"was trained with other settings ({', '.join(changed[:3])})"
+    return "is not trained"
+
+
+# ---- Before the first training ----
+
+
+def refuse_unmet(study: Study, fetch: bool = False) -> None:
+    """Refuse a study whose evaluations would mean nothing after the trainings that are left; print
+    what is only a warning.
+
+    Args:
+        fetch: whether rows and questions may be fetched from the Hub.
 
     Raises:
-        EnvironmentFault: another process runs this study, or the disk is full.
-        RecipeErrors: an evaluation would fail, or mean nothing, after the trainings.
-        RecipeError: the folder is another study's.
+        RecipeErrors: everything that is wrong.
     """
-    study = with_choices(study)
-    with study_lock(study):
-        _check_folder(study)
-        refuse_unmet(study, fetch=True)
-        words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
-        copy = f"{_COPY}{study.path.resolve()}\n{words}{study.text}"
-        write_text(study_folder(study) / "study.yaml", copy)
-        try:
-            with _terminated():
-                failed, stopped = _train_and_evaluate(study, say, jobs, flags, train, debug)
-        except KeyboardInterrupt:
-            failed, stopped = {}, int(ExitCode.INTERRUPTED)
-        except _Terminated:
-            failed, stopped = {}, int(ExitCode.PREEMPTED)
-        except Exception as error:
-            if not is_disk_full(error):
-                raise
-            what = f"the disk is full: {getattr(error, 'strerror', None) or error}"
-            raise EnvironmentFault(
-                what, "free some space; the same command continues", file=shown_path(runs_root())
-            ) from None
-    if stopped is not None:
-        say("stopped; the same command continues")
-        return stopped
-    for name, failure in failed.items():
-        say(f"failed: {name} (exit code {failure.exit_code}): {failure.error.splitlines()[0]}")
-    codes = {failure.exit_code for failure in failed.values()}
-    if codes == {ExitCode.EVALUATION_INCOMPLETE}:
-        return int(ExitCode.EVALUATION_INCOMPLETE)
-    return int(ExitCode.FAILED if failed else ExitCode.DONE)
+    names = {training.arm.name.partition("--tune-")[0] for training in runs_left(study)}
+    errors, warnings = unmet(study, [arm for arm in study.arms if arm.name in names], fetch)
+    for warning in warnings:
+        print_error(warning)
+    if errors:
+        raise RecipeErrors(errors)
 
 
-def _train_and_evaluate(
-    study: Study, say: Say, jobs: int, flags: Sequence[str], train: bool, debug: bool
-) -> tuple[dict[str, Failure], int | None]:
-    """Return the failures, and the exit code where somebody asked to stop."""
-    failed: dict[str, Failure] = {}
-
-    def train_all(runs: Sequence[StudyRun]) -> int | None:
-        todo = [one for one in runs if not is_trained(study, one)]
-        if not train:
-            failed.update({one.run: Failure("is not trained") for one in todo})
-            return None
-        pool = Pool(study, jobs, say, flags)
-        pool.run(todo)
-        failed.update(pool.failed)
-        return pool.stopped
-
-    # tune
-    tried = study_tunings(study)
-    stopped = train_all([one for one in tried if not has_diverged(study, one)])
-    if stopped is not None:
-        return failed, stopped
-    for one in tried:
-        if has_diverged(study, one):  # its value cannot be chosen, and that is no failure
-            failed.pop(one.run, None)
-    failed |= choose(study, say)
-    study = with_choices(study)
-    # train
-    ready = [
-        one
-        for one in study_trainings(study)
-        if not one.arm.tuning or one.arm.tuning.chosen is not None
-    ]
-    for one in ready:
-        if is_trained(study, one):
-            note_data(study, one)  # of what a cluster's job trained nobody noted the data
-    stopped = train_all(ready)
-    if stopped is not None:
-        return failed, stopped
-    # evaluate
-    trained = {one.run for one in ready if is_trained(study, one)}
-    if trained:
-        failed |= _evaluate(study, trained, say, flags, debug)
-        failed |= _report(study, say)
-    return failed, None
-
-
-# ---- Evaluations ----
-
-
-def _evaluate(
-    study: Study, trained: set[str], say: Say, flags: Sequence[str], debug: bool
-) -> dict[str, Failure]:
-    """Evaluate what is trained and has no result yet: each base and each judge is loaded once.
-    Return the failures.
+def unmet(
+    study: Study, arms: Sequence[Arm], fetch: bool = False
+) -> tuple[list[RecipeError], list[RecipeError]]:
+    """Return errors and warnings about what arms are trained on: rows that hold questions of the
+    study's evals, and no rows held out that an eval asks for.
     """
-    from recipes_lib.evals.run import EvalTask, evaluate_tasks
-
-    remote_code = "--trust-remote-code" in flags
-    failed: dict[str, Failure] = {}
-
-    def note(names: Sequence[str], error: Exception) -> None:
-        if debug and not isinstance(error, RecipesError):
-            raise error
-        known = isinstance(error, RecipesError)
-        lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-        text = lines[0] if known else f"{type(error).__name__}: {lines[0]}"
-        code = int(error.exit_code) if isinstance(error, RecipesError) else int(ExitCode.FAILED)
-        failed.update(dict.fromkeys(names, Failure(text, code)))
-
-    try:
-        _record_base(study)
-    except RecipesError as error:
-        note(["the base"], error)
-    base = base_run(study)
-    there = {*trained, base} - {""}
-    wanted = [
-        one
-        for one in evaluations(study)
-        if one.run in there and (one.against in there or not _of_study(study, one.against))
-    ]
-    todo = [one for one in wanted if not is_evaluated(study, one)]
-    if not todo:
-        return failed
-    for run in sorted({one.run for one in wanted} & trained):
-        failed |= _unusable(run, remote_code)
-    wanted = [one for one in wanted if not {one.run, one.against} & failed.keys()]
-    todo = [one for one in todo if one in wanted]
-    say(f"\nevaluating: {len(todo)} of {len(wanted)} results to do")
-    asked = {}
-    for group in _together(wanted, todo):
-        first = group[0]
-        recipe = _without_probes(first.recipe) if first.head_to_head else first.recipe
-        against = (first.against or None) if first.recipe.is_judged else None
-        asked[EvalTask(recipe, tuple(one.run for one in group), against)] = group
-
-    def on_error(task: EvalTask, run: str, error: Exception) -> None:
-        note([one.title for one in asked[task] if run in ("", one.run)], error)
-
-    evaluate_tasks(list(asked), remote_code=remote_code, on_error=on_error)
-    return failed
+    errors, warnings = list[RecipeError](), list[RecipeError]()
+    for number, recipe in enumerate(study.evals):
+        split = str(recipe.data.questions)
+        held_out = recipe.suite.name == "heldout_loss" and split in HELD_OUT
+        without = [arm.name for arm in arms if not getattr(arm.recipe.data.split, split, True)]
+        if held_out and without:
+            what = f"{recipe.name}: no {split} rows are held out in {', '.join(without)}"
+            hint = f"set data.split.{split} in the recipe, or name a file of rows in the eval"
+            errors.append(study.document.error(("evals", number), what, hint))
+    by_data: dict[str, list[Arm]] = {}
+    for arm in arms:
+        by_data.setdefault(str(arm.recipe.data), []).append(arm)
+    evals = [recipe for recipe in study.evals if recipe.suite.name != "lm_eval"]
+    for same in by_data.values():
+        trained, whose = same[0].recipe, f"rows of {', '.join(arm.name for arm in same)}"
+        for name, leaks in search_recipe(trained, evals, fetch).items():
+            if leaks.found:
+                error = leak_error(name, leaks, trained, whose)
+                (errors if leaks.is_error else warnings).append(error)
+    return errors, warnings
 
 
-def _of_study(study: Study, run: str) -> bool:
-    """Whether an opponent is one of the study's own: its runs, or the base."""
-    return run == BASE_ARM or run in {one.run for one in study_trainings(study)}
+# ---- The folder of a study ----
 
 
-def _together(
-    wanted: Sequence[Evaluation], todo: Sequence[Evaluation]
-) -> Iterator[list[Evaluation]]:
-    """Yield the results that one suite makes: those of one eval and one opponent.
-
-    In a judged eval everybody takes part again, also whose result is there: the judge's audit is
-    then what it would have been in one go, wherever an earlier attempt ended, and what is stored is
-    not asked again. The base's held-out rows are those of the arms.
-    """
-    groups: dict[tuple[str, str, bool], list[Evaluation]] = {}
-    for one in wanted:
-        groups.setdefault((one.recipe.name, one.against, one.head_to_head), []).append(one)
-    for group in groups.values():
-        left = [one for one in group if one in todo]
-        if left:
-            judged = group[0].recipe.is_judged
-            shared = judged or group[0].recipe.suite.name == "heldout_loss"
-            yield [
-                one for one in group if one in left or judged or (shared and one.arm == BASE_ARM)
-            ]
-
-
-def _without_probes(recipe: EvalRecipe) -> EvalRecipe:
-    """The eval for a head-to-head comparison: its judge was probed with the answers already."""
-    return replace(recipe, metrics=recipe.metrics.model_copy(update={"probe_pairs": 0}))
-
-
-def _unusable(run: str, remote_code: bool) -> dict[str, Failure]:
-    """Return why a trained run cannot be evaluated, its weights damaged say; empty where it can."""
-    from recipes_lib.weights.runs import check_weights, finished_run
-
-    try:
-        check_weights(finished_run(RunDirectory(run), remote_code))
-    except RecipesError as error:
-        return {run: Failure(str(error).splitlines()[0], int(error.exit_code))}
-    return {}
-
-
-def _record_base(study: Study) -> None:
-    """Find out under which name the base's results are kept, and note it; no weights are loaded."""
-    from recipes_lib.evals.models import common_base
-
-    arm = base_arm(study) if study.include_base else None
-    if arm is None or arm.recipe is None or base_run(study):
-        return
-    base = common_base([arm.recipe])
-    base.record()
-    known = {"run": base.name, "model": arm.recipe.model.name_or_path}
-    write_json(base_record(study), {**known, "asked": base_asked(study)})
-
-
-def _report(study: Study, say: Say) -> dict[str, Failure]:
-    """Write the report, also of what there is where something failed."""
-    from recipes_lib.study.conclusion import report_study
-
-    say("\nstatistics and report ...")
-    try:
-        report_study(study)
-    except RecipesError as error:
-        return {"the report": Failure(str(error).splitlines()[0], int(error.exit_code))}
-    return {}
-
-
-# ---- One runner at a time ----
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived: what was answered and judged is stored."""
-
-
-@contextmanager
-def _terminated() -> Iterator[None]:
-    """Turn SIGTERM into an exception until the block ends; trainings, which write a checkpoint,
-    have a handler of their own.
-    """
-
-    def stop(number: int, frame: object) -> None:
-        raise _Terminated
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def study_lock(study: Study) -> Iterator[None]:
-    """Hold a study for this process.
+def study_lock(study: Study) -> AbstractContextManager[None]:
+    """Return what holds a study for this process.
 
     Raises:
         EnvironmentFault: another process runs it; host, process and time are named.
     """
     folder = study_folder(study)
-    with ExitStack() as held:
-        try:
-            held.enter_context(run_lock(folder))
-        except LockHeld:
-            what = f"study '{study.name}' is being run{describe_holder(folder / 'lock.json')}"
-            watch = f"look at it: recipes study status {shown_path(study.path)}"
-            raise EnvironmentFault(what, watch) from None
-        yield
+    if is_held(folder):
+        what = f"study '{study.name}' is being run{describe_holder(folder / LOCK_NOTE)}"
+        watch = f"look at it: recipes study status {shown_path(study.path)}"
+        raise EnvironmentFault(what, watch)
+    return run_lock(folder)
+
+
+def _write_copy(study: Study) -> None:
+    words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
+    copy = f"{_COPY}{study.path.resolve()}\n{words}{study.document.text}"
+    write_text(study_folder(study) / "study.yaml", copy)
 
 
 def _check_folder(study: Study) -> None:
-    """Refuse a study whose folder is a run, or holds another study of the same name."""
+    """Refuse a study whose folder holds another study of the same name."""
     kept = study_folder(study) / "study.yaml"
-    folder = shown_path(kept.parent)
-    if kept.with_name("run.json").is_file():
-        what = f"{folder} is a run, and the study '{study.name}' would lie in the same folder"
-        raise RecipeError(what, "rename the study's file", file=study.path)
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
-    if first.startswith(_COPY) and other.is_file() and other != study.path.resolve():
-        what = f"{folder} belongs to another study of this name: {shown_path(other)}"
-        hint = "rename one of the two files; runs are named after their study"
-        raise RecipeError(what, hint, file=study.path)
+    if first and other.is_file() and other != study.path.resolve():
+        what = f"{shown_path(kept.parent)} belongs to another study: {shown_path(other)}"
+        raise RecipeError(what, "rename one of the two files", file=shown_path(study.path))

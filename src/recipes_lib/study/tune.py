@@ -7,19 +7,19 @@ trained anew, and no eval sees the others. Needs no torch.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.core.files import hash_of, object_or_none, read_rows, write_json
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.study.arms import study_folder
-from recipes_lib.study.config import Arm, Study, Tuning
-from recipes_lib.study.pool import Failure
-from recipes_lib.study.runs import candidates, data_contents, has_diverged, is_trained
+from recipes_lib.data.sources import source_hashes
+from recipes_lib.study.config import Arm, Study
+from recipes_lib.study.runs import Failure, candidate_runs, has_diverged, is_trained, study_folder
 from recipes_lib.training.resume_guard import guarded_values
 
 
@@ -27,17 +27,15 @@ def with_choices(study: Study) -> Study:
     """Return the study with the values that were chosen for its arms, as they are recorded; a
     choice of another grid, or of other settings, does not count.
     """
-    if not any(arm.tuning for arm in study.arms):
-        return study
     choices = object_or_none(_record(study)) or {}
 
     def chosen(arm: Arm) -> Arm:
         record = choices.get(arm.name) if arm.tuning else None
-        if record is None or record["of"] != _asked(arm):
+        if record is None or record["of"] != _depends_on(arm):
             return arm
         return arm.tuned(record["chosen"], record["losses"])
 
-    return dataclasses.replace(study, arms=tuple(map(chosen, study.arms)))
+    return replace(study, arms=tuple(map(chosen, study.arms)))
 
 
 def choose(study: Study, say: Callable[[str], None]) -> dict[str, Failure]:
@@ -49,38 +47,30 @@ def choose(study: Study, say: Callable[[str], None]) -> dict[str, Failure]:
     """
     failed = {}
     for arm in study.arms:
-        tuning = arm.tuning
+        tuning, tried = arm.tuning, candidate_runs(study, arm)
         if tuning is None or tuning.chosen is not None:
             continue
-        tried = candidates(study, arm)
-        if not all(is_trained(study, one) or has_diverged(study, one) for one in tried):
+        if not all(is_trained(training) or has_diverged(training) for training in tried):
             continue
         losses = [
-            None if has_diverged(study, one) else validation_loss(one.directory) for one in tried
+            None if has_diverged(training) else validation_loss(training.directory)
+            for training in tried
         ]
         finite = [loss for loss in losses if loss is not None]
         if not finite:
-            error = (
-                f"arm '{arm.name}': its training diverged at every {tuning.key} of {tuning.grid}"
-            )
+            values = ", ".join(map(str, tuning.values))
+            error = f"arm '{arm.name}': its training diverged at every {tuning.key} of {values}"
             failed[arm.name] = Failure(error, int(ExitCode.NUMERICS))
             continue
         best = tuning.values[losses.index(min(finite))]
-        choices = object_or_none(_record(study)) or {}
-        record = {"of": _asked(arm), "key": tuning.key, "chosen": best, "losses": losses}
-        write_json(_record(study), {**choices, arm.name: record})
-        say(f"{arm.name}: {choice_text(arm.tuned(best, losses).tuning)}")
+        record = {"of": _depends_on(arm), "key": tuning.key, "chosen": best, "losses": losses}
+        write_json(_record(study), {**(object_or_none(_record(study)) or {}), arm.name: record})
+        tried_values = ", ".join(
+            f"{value}: {'diverged' if loss is None else f'{loss:.4f}'}"
+            for value, loss in zip(tuning.values, losses, strict=True)
+        )
+        say(f"{arm.name}: {tuning.key} {best} (validation loss of {tried_values})")
     return failed
-
-
-def choice_text(tuning: Tuning | None) -> str:
-    """Return what was chosen, by which losses."""
-    assert tuning is not None
-    losses = (
-        f"{value}: {'diverged' if loss is None else f'{loss:.4f}'}"
-        for value, loss in zip(tuning.values, tuning.losses, strict=True)
-    )
-    return f"{tuning.key} {tuning.chosen} (validation loss of {', '.join(losses)})"
 
 
 def validation_loss(run: RunDirectory) -> float | None:
@@ -99,12 +89,12 @@ def _record(study: Study) -> Path:
     return study_folder(study) / "choices.json"
 
 
-def _asked(arm: Arm) -> str:
+def _depends_on(arm: Arm) -> str:
     """A hash of what a choice depends on: the settings and the data of the grid's trainings."""
-    assert arm.tuning is not None
-    values: list[object] = [arm.tuning.key, list(arm.tuning.values)]
-    for one in arm.tuning.candidates:
-        assert one.recipe is not None
-        world = one.launch.world_size
-        values += [guarded_values(one.recipe, "", world, "", {}), data_contents(one.recipe)]
+    values: list[object] = [arm.tuning.key, arm.tuning.values] if arm.tuning else []
+    for candidate in arm.candidates:
+        world = candidate.launch.world_size
+        values.append(guarded_values(candidate.recipe, "", world, "", {}))
+        with suppress(RecipesError):  # data that is not there is the training's error
+            values.append(source_hashes(candidate.recipe.data))
     return hash_of(values)

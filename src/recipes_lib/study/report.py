@@ -1,0 +1,223 @@
+"""The end of a study: what was measured is compared, the design is locked, and the report written;
+the gate for CI reads the same claims.
+
+`runs/<study>/design.json` is written with the first report that has verdicts: arms, seeds, evals,
+the primary metric and margins. A study that is changed afterwards has no verdicts any more.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from recipes_lib.analysis.aims import Design, is_named
+from recipes_lib.analysis.claims import Conclusion, conclude
+from recipes_lib.analysis.report import write_report
+from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
+from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.files import hash_of, object_or_none, publish, utc_now, write_json
+from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.evals.log import REFERENCE
+from recipes_lib.study.config import BASE_ARM, Study
+from recipes_lib.study.runs import (
+    base_run,
+    evaluations,
+    is_evaluated,
+    is_trained,
+    missing_of,
+    study_folder,
+    study_trainings,
+)
+
+_LOCK = "design.json"
+# Where a job runs and how many seeds there are is no other arm.
+_FREE = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
+_PARTS = {"arms": "arm", "evals": "eval", "seeds": "seeds of"}
+
+
+def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
+    """Return what was measured, what the study declares, and what may be said.
+
+    Raises:
+        RecipesError: an evaluation's files are damaged.
+    """
+    arms, design = measured_arms(study), design_of(study, tuple(missing_of(study)))
+    return arms, design, conclude(arms, study.aims, design)
+
+
+def report_study(study: Study, *, keep: bool = True) -> tuple[Conclusion, tuple[str, ...]]:
+    """Compare the arms, write the report, and lock the design with the first verdicts; return what
+    may be said, and what is not measured yet.
+
+    Args:
+        keep: False to write nothing, where the study's folder is read-only.
+
+    Raises:
+        RecipesError: an evaluation's files are damaged.
+    """
+    arms, design, conclusion = conclude_study(study)
+    folder = study_folder(study)
+    if keep:
+        write_json(folder / "comparison.json", conclusion.to_dict())
+        scratch = folder / ".report.tmp"
+        shutil.rmtree(scratch, ignore_errors=True)
+        write_report(scratch, conclusion, arms, design)
+        publish(scratch, folder / "report")
+        if not conclusion.descriptive and not (folder / _LOCK).is_file():
+            write_json(folder / _LOCK, {"written": utc_now(), **locked_design(study)})
+    return conclusion, design.missing
+
+
+def measured_arms(study: Study) -> Arms:
+    """Return the study's own runs, trained as it has them now, with its own results alone: those of
+    other evals and of other settings are left out.
+    """
+    base = base_run(study)
+    folders = {BASE_ARM: [runs_root() / base]} if base else {}
+    for training in filter(is_trained, study_trainings(study)):
+        folders.setdefault(training.arm.name, []).append(training.directory.path)
+    done = {
+        (result.run, result.recipe.name, result.against)
+        for result in evaluations(study)
+        if is_evaluated(result)
+    }
+
+    def own(run: Run) -> Run:
+        logs = tuple(
+            log
+            for log in run.evals
+            if (run.name, log.eval, "" if log.against in (None, REFERENCE) else log.against) in done
+        )
+        return replace(run, evals=logs, unfinished=())
+
+    loaded = load_arms(folders)
+    return Arms({arm.name: ArmRuns(arm.name, tuple(map(own, arm.runs))) for arm in loaded})
+
+
+def design_of(study: Study, missing: tuple[str, ...] = ()) -> Design:
+    """Return what a study declares."""
+    words = " ".join([shown_path(study.path), *study.words])
+    return Design(
+        name=study.name,
+        question=study.file.question,
+        factors=study.file.factors,
+        values={arm.name: arm.resolved() for arm in study.arms},
+        tuned={arm.name: arm.tuning for arm in study.arms if arm.tuning},
+        missing=missing,
+        changed=tuple(changes(study)),
+        reference=study.file.reference,
+        command=f"recipes study run {words}",
+    )
+
+
+# ---- The lock ----
+
+
+def locked_design(study: Study) -> dict[str, Any]:
+    """Return what must not change once verdicts were seen."""
+    return {
+        "arms": {arm.name: hash_of(_without(arm.resolved(), _FREE)) for arm in study.arms},
+        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
+        "evals": {  # what is asked and who judges, not how fast
+            recipe.name: hash_of(_without(recipe.to_dict(), ("generation", "thresholds")))
+            for recipe in study.evals
+        },
+        "base": study.file.include_base,
+        "primary": study.aims.primary,
+        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
+        "pairs": study.file.pairs,
+    }
+
+
+def _without(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def changes(study: Study) -> Iterator[str]:
+    """Yield what differs from the design of the first report with verdicts."""
+    locked = object_or_none(study_folder(study) / _LOCK)
+    if not locked:
+        return
+    when = f"since {str(locked.get('written'))[:10]}"
+    for key, now in locked_design(study).items():
+        before = locked.get(key)
+        if before == now:
+            continue
+        if key == "primary":
+            yield f"the primary metric was {before} and is {now}"
+        elif key not in _PARTS or not isinstance(before, dict):
+            yield f"{key} changed {when}"
+        else:
+            for name in sorted({*before, *now}):
+                verb = "added" if name not in before else "removed"
+                verb = "changed" if name in before and name in now else verb
+                of_arm = key == "seeds" and verb != "changed"
+                if before.get(name) != now.get(name) and not of_arm:
+                    yield f"{_PARTS[key]} {name} {verb} {when}"
+
+
+# ---- The gate ----
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether arms may stand in for their baseline. `missing` are results that are not there, and
+    arms without a tested comparison; `worse` and `not_shown` (to be not worse within a margin) are
+    sentences.
+    """
+
+    baseline: str
+    comparisons: int
+    margins: tuple[str, ...]
+    missing: tuple[str, ...]
+    worse: tuple[str, ...]
+    not_shown: tuple[str, ...]
+
+    @property
+    def code(self) -> ExitCode:
+        """The exit code: 6 where results are missing, 1 where an arm fails, else 0."""
+        if self.missing:
+            return ExitCode.EVALUATION_INCOMPLETE
+        return ExitCode.FAILED if self.worse or self.not_shown else ExitCode.DONE
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the answer for --json."""
+        return {**asdict(self), "passed": not self.code, "exit_code": int(self.code)}
+
+
+def gate(study: Study) -> Gate:
+    """Return whether an arm is worse than the baseline or, where there is a margin, not shown to be
+    not worse within it.
+
+    An arm that tests as worse fails also where a finding stops the sentence: a gate that opens
+    because its judge failed would be none.
+
+    Raises:
+        RecipesError: an evaluation's files are damaged.
+    """
+    _, design, conclusion = conclude_study(study)
+    baseline, margins, missing = study.baseline, tuple(study.aims.margins), design.missing
+    claims = [
+        claim for claim in conclusion.claims if baseline in claim.row.arms and not claim.row.aside
+    ]
+    lacking, not_shown = list(missing), []
+    for arm in (arm.name for arm in study.arms if arm.name != baseline):
+        own = [claim for claim in claims if arm in claim.row.arms]
+        if not missing and not any(claim.row.is_tested for claim in own):
+            lacking.append(f"a comparison of {arm} with {baseline} that can be tested")
+        for word in margins:
+            held = [claim for claim in own if is_named(word, claim.row.metric)]
+            if not any(claim.row.margin is not None for claim in held):
+                not_shown.append(f"{arm} and {baseline} have no comparison on {word}")
+    worse = [claim for claim in claims if claim.worse_than(baseline)]
+    not_shown += [
+        claim.sentence
+        for claim in claims
+        if claim.row.margin is not None
+        and not claim.not_worse_than(baseline)
+        and claim not in worse
+    ]
+    sentences = tuple(claim.sentence for claim in worse)
+    return Gate(baseline, len(claims), margins, tuple(lacking), sentences, tuple(not_shown))
