@@ -240,8 +240,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     words = [word for word in overrides if _key_of(word).partition(".")[0] in SECTIONS]
     own = [word for word in overrides if word not in words]
     document = read(study_file(str(path)) or path, own)
-    arms = document.values.get("arms") if isinstance(document.values, dict) else None
-    for name, arm in arms.items() if isinstance(arms, dict) else ():
+    arms: Any = document.values.get("arms") if isinstance(document.values, dict) else None
+    for name, arm in list(arms.items()) if isinstance(arms, dict) else ():
         if isinstance(arm, str):  # short for {recipe: path}
             arms[name] = {"recipe": arm}
             document.origins["arms", name, "recipe"] = document.origin(("arms", name))
