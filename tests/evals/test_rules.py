@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.rules import RULES, AnswerRule, rule_of
+from recipes_lib.evals.suites.checks import RULES, AnswerRule, rule_of
 
 CHOICES = {
     "C": [
@@ -61,7 +61,7 @@ def test_a_choice_is_the_letter_that_the_answer_names() -> None:
         for expected, answers in CHOICES.items()
         for answer in answers
         for letter in "ABCI"
-        if AnswerRule("choice", letter).passes(answer) != (letter == expected)
+        if AnswerRule(check="choice", expected=letter).passes(answer) != (letter == expected)
     ]
     assert not wrong
 
@@ -80,28 +80,36 @@ def test_a_number_is_the_last_one_and_a_dash_between_digits_is_no_sign() -> None
         "42.": 42,
         "The answer is 42 apples, not 17... 42": 42,
     }
-    wrong = [text for text, value in cases.items() if not AnswerRule("number", value).passes(text)]
+    wrong = [
+        text
+        for text, value in cases.items()
+        if not AnswerRule(check="number", expected=value).passes(text)
+    ]
     assert not wrong
-    assert not AnswerRule("number", 5).passes("none")
-    assert AnswerRule("number", 3.14, tolerance=0.01).passes("about 3.1416")
+    assert not AnswerRule(check="number", expected=5).passes("none")
+    assert AnswerRule(check="number", expected=3.14, tolerance=0.01).passes("about 3.1416")
 
 
 def test_the_other_rules() -> None:
     cases = [
-        (AnswerRule("exact", ["Paris", "paris"]), " Paris\n", True),
-        (AnswerRule("exact", "Paris"), "Paris.", False),
-        (AnswerRule("exact", "PARIS", ignore_case=True), "Paris", True),
-        (AnswerRule("contains", ["a", "b"]), "b a", True),
-        (AnswerRule("contains", ["a", "c"]), "b a", False),
-        (AnswerRule("excludes", "sorry"), "I am sorry", False),
-        (AnswerRule("regex", "^In short: .+$"), "In short: yes", True),
-        (AnswerRule("json", {"required": ["name"]}), '```json\n{"name": "Rome"}\n```', True),
-        (AnswerRule("json", {"required": ["name"]}), '{"city": 1}', False),
-        (AnswerRule("json", {}), "[" * 100_000, False),
-        (AnswerRule("max_words", 2), "one two three", False),
-        (AnswerRule("min_words", 3), "one two three", True),
+        (AnswerRule(check="exact", expected=["Paris", "paris"]), " Paris\n", True),
+        (AnswerRule(check="exact", expected="Paris"), "Paris.", False),
+        (AnswerRule(check="exact", expected="PARIS", ignore_case=True), "Paris", True),
+        (AnswerRule(check="contains", expected=["a", "b"]), "b a", True),
+        (AnswerRule(check="contains", expected=["a", "c"]), "b a", False),
+        (AnswerRule(check="excludes", expected="sorry"), "I am sorry", False),
+        (AnswerRule(check="regex", expected="^In short: .+$"), "In short: yes", True),
+        (
+            AnswerRule(check="json", expected={"required": ["name"]}),
+            '```json\n{"name": "Rome"}\n```',
+            True,
+        ),
+        (AnswerRule(check="json", expected={"required": ["name"]}), '{"city": 1}', False),
+        (AnswerRule(check="json", expected={}), "[" * 100_000, False),
+        (AnswerRule(check="max_words", expected=2), "one two three", False),
+        (AnswerRule(check="min_words", expected=3), "one two three", True),
     ]
-    assert {rule.name for rule, _, _ in cases} | {"number", "choice"} == RULES.keys()
+    assert {rule.check for rule, _, _ in cases} | {"number", "choice"} == RULES.keys()
     assert [(rule, text) for rule, text, passes in cases if rule.passes(text) != passes] == []
 
 

@@ -7,10 +7,9 @@ larger number of draws later asks only for the new ones.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import Row, hash_of
+from recipes_lib.core.files import Row, file_hash, hash_of
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
@@ -93,73 +92,58 @@ def answer_all(
         RecipeError: the file holds answers of the same weights in another prompt format.
     """
     section = recipe.generation
-    usual = Sampling(
+    sampling = Sampling(
         max_new_tokens=section.max_new_tokens,
         temperature=section.temperature or 0.0,
         top_p=section.top_p,
         repetition_penalty=section.repetition_penalty,
         seed=section.seed,
     )
+    by_category = recipe.suite.name == "mt_bench" and section.temperature is None
+    draws = range(1, section.samples + 1)
     model.record()
-    folder = model.run.path / "evals" / recipe.name
     rows: dict[Place, Completion] = {}
-    with waiting_lock(folder):
-        store = Store(folder / "generations.jsonl")
+    started, new_tokens = time.monotonic(), 0
+    with waiting_lock(model.folder(recipe.name)):
+        store = Store(model.folder(recipe.name) / "generations.jsonl")
         _check_format(store, model, engine)
-        writer = _Writer(store, engine, model)
+        # a later turn shows the answers to the earlier ones
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
-            asked = [
-                (question, draw)
-                for draw in range(1, section.samples + 1)
-                for question in questions
-                if len(question.turns) >= turn
-            ]
-            for temperature in dict.fromkeys(_temperature(recipe, one) for one, _ in asked):
-                sampling = replace(usual, temperature=temperature)
-                rows |= writer.answer(
-                    {
-                        (one.id, turn, draw): _conversation(one, turn, draw, rows)
-                        for one, draw in asked
-                        if _temperature(recipe, one) == temperature
-                    },
-                    sampling,
-                )
-    order = [
+            requests: dict[Sampling, dict[Place, Request]] = {}
+            for draw in draws:
+                for question in questions:
+                    if len(question.turns) < turn:
+                        continue
+                    own = sampling
+                    if by_category:
+                        heat = TEMPERATURES.get(question.category, 0.0)
+                        own = replace(sampling, temperature=heat)
+                    place = (question.id, turn, draw)
+                    messages = _conversation(question, turn, draw, rows)
+                    request = _request(place, messages, own, model, engine)
+                    requests.setdefault(own, {})[place] = request
+            for own, wanted in requests.items():
+                new_tokens += _ask(store, wanted, own, model, engine)
+                rows |= {place: _stored(store, one.key) for place, one in wanted.items()}
+    places = [
         (question.id, turn, draw)
-        for draw in range(1, section.samples + 1)
+        for draw in draws
         for question in questions
         for turn in range(1, len(question.turns) + 1)
     ]
-    by_category = recipe.suite.name == "mt_bench" and section.temperature is None
-    decoding = usual.to_dict()
-    if by_category:
-        decoding["temperature"] = "by category"
-    facts = AnswerFacts(
-        name=model.name,
-        models=(model.recipe.model.name_or_path,),
+    facts = model.facts(
         fingerprint=engine.fingerprint,
-        prompt_format=model.prompts.name,
-        prompt_format_hash=model.prompts.hash,
-        decoding=decoding,
-        dtype=model.recipe.model.dtype,
-        quantized=model.quantized,
+        decoding=sampling.to_dict() | ({"temperature": "by category"} if by_category else {}),
         server=getattr(engine, "version", None),
         tokens=sum(done.num_tokens for done in rows.values()),
-        new_tokens=writer.tokens,
-        seconds=round(writer.seconds, 1),
+        new_tokens=new_tokens,
+        seconds=round(time.monotonic() - started, 1) if new_tokens else 0.0,
     )
-    return Answers(model.name, model.run, {place: rows[place] for place in order}, facts)
-
-
-def _temperature(recipe: EvalRecipe, question: Question) -> float:
-    """The temperature of a question: the recipe's, else in MT-Bench FastChat's for its category."""
-    if recipe.generation.temperature is not None or recipe.suite.name != "mt_bench":
-        return recipe.generation.temperature or 0.0
-    return TEMPERATURES.get(question.category, 0.0)
+    return Answers(model.name, model.run, {place: rows[place] for place in places}, facts)
 
 
 def _conversation(
-    question: Question, turn: int, draw: int, rows: dict[Place, Completion]
+    question: Question, turn: int, draw: int, rows: Mapping[Place, Completion]
 ) -> tuple[Message, ...]:
     """The turns so far with the model's own answers, ending with the user's turn."""
     messages: list[Message] = []
@@ -171,9 +155,91 @@ def _conversation(
     return (*messages, {"role": "user", "content": question.turns[turn - 1]})
 
 
-def _check_format(rows: Iterable[Row], model: Model, engine: Engine) -> None:
+def _request(
+    place: Place, messages: tuple[Message, ...], sampling: Sampling, model: Model, engine: Engine
+) -> Request:
+    question, turn, draw = place
+    text, ids = model.prompts.render(messages)
+    further = (draw,) if draw > 1 else ()  # the first is that of a recipe without draws
+    prompt = text if text is not None else messages
+    asked = (question, turn, *further, prompt, sampling.to_dict())
+    key = hash_of(*asked, engine.fingerprint, model.prompts.hash)
+    seed = int(hash_of(sampling.seed, question, turn, *further)[:15], 16)
+    return Request(key=key, prompt=text, ids=ids, messages=messages, seed=seed)
+
+
+def _ask(
+    store: Store,
+    requests: Mapping[Place, Request],
+    sampling: Sampling,
+    model: Model,
+    engine: Engine,
+) -> int:
+    """Ask for what a store lacks, and append each answer as it arrives; return the tokens."""
+    missing = {
+        request.key: place for place, request in requests.items() if request.key not in store
+    }
+    failed, tokens = Failures(), 0
+    with tqdm(
+        total=len(missing), desc=f"answers {model.name}", unit="", disable=not missing
+    ) as bar:
+        asked = [requests[place] for place in missing.values()]
+        for done in engine.complete(asked, sampling) if asked else ():
+            failed.add(done)
+            if failed.in_a_row >= MAX_FAILURES_IN_A_ROW:
+                break
+            if done.error is None:
+                place = missing.pop(done.key)
+                store.append([_row(done, place, requests[place], sampling, model, engine)])
+                tokens += done.num_tokens
+                bar.update()
+    if failed.total:
+        raise EvaluationIncomplete(
+            f"{len(missing)} answers of {model.name} are missing: {failed}",
+            f"{len(store)} answers are stored; {failed.remedy()}",
+            file=store.path,
+        )
+    return tokens
+
+
+def _row(
+    done: Completion,
+    place: Place,
+    request: Request,
+    sampling: Sampling,
+    model: Model,
+    engine: Engine,
+) -> Row:
+    question, turn, draw = place
+    return {
+        "key": done.key,
+        "question_id": question,
+        "turn": turn,
+        "draw": draw,
+        "answer": done.text,
+        "finish_reason": done.finish_reason,
+        "tokens": done.num_tokens,
+        "seed": request.seed if sampling.temperature else None,
+        "decoding": sampling.to_dict(),
+        "model": engine.fingerprint,
+        "prompt_format_hash": model.prompts.hash,
+    }
+
+
+def _stored(store: Store, key: str) -> Completion:
+    row = store.get(key)
+    assert row is not None
+    return Completion(
+        key=key,
+        text=row["answer"],
+        finish_reason=row["finish_reason"],
+        num_tokens=row["tokens"],
+    )
+
+
+def _check_format(store: Store, model: Model, engine: Engine) -> None:
     """Refuse stored answers of the same weights in another prompt format."""
-    for row in rows:
+    for row in store:
         if row["model"] == engine.fingerprint and row["prompt_format_hash"] != model.prompts.hash:
             raise RecipeError(
                 f"{model.name} holds answers in another prompt format"
@@ -182,106 +248,13 @@ def _check_format(rows: Iterable[Row], model: Model, engine: Engine) -> None:
             )
 
 
-class _Writer:
-    """Asks an engine for the answers that a store lacks."""
-
-    def __init__(self, store: Store, engine: Engine, model: Model) -> None:
-        self.store, self.engine, self.model = store, engine, model
-        self.seconds, self.tokens = 0.0, 0
-
-    def answer(
-        self, asked: dict[Place, tuple[Message, ...]], sampling: Sampling
-    ) -> dict[Place, Completion]:
-        """Return the stored answer to each conversation; those that are missing are asked and
-        appended.
-        """
-        requests = {
-            place: self._request(place, messages, sampling) for place, messages in asked.items()
-        }
-        missing = {
-            request.key: (place, request)
-            for place, request in requests.items()
-            if request.key not in self.store
-        }
-        if missing:
-            self._ask(missing, sampling)
-        found: dict[Place, Completion] = {}
-        for place, request in requests.items():
-            row = self.store.get(request.key)
-            assert row is not None
-            found[place] = Completion(
-                key=row["key"],
-                text=row["answer"],
-                finish_reason=row["finish_reason"],
-                num_tokens=row["tokens"],
-            )
-        return found
-
-    def _request(self, place: Place, messages: tuple[Message, ...], sampling: Sampling) -> Request:
-        question, turn, draw = place
-        text, ids = self.model.prompts.render(messages)
-        further = (draw,) if draw > 1 else ()  # the first is that of a recipe without draws
-        key = hash_of(
-            question,
-            turn,
-            *further,
-            text if text is not None else messages,
-            sampling.to_dict(),
-            self.engine.fingerprint,
-            self.model.prompts.hash,
-        )
-        seed = int(hash_of(sampling.seed, question, turn, *further)[:15], 16)
-        return Request(key=key, prompt=text, ids=ids, messages=messages, seed=seed)
-
-    def _ask(self, missing: dict[str, tuple[Place, Request]], sampling: Sampling) -> None:
-        started, failed, answered = time.monotonic(), Failures(), 0
-        requests = [request for _, request in missing.values()]
-        with tqdm(total=len(missing), desc=f"answers {self.model.name}", unit="answer") as bar:
-            for done in self.engine.complete(requests, sampling):
-                failed.add(done)
-                if failed.in_a_row >= MAX_FAILURES_IN_A_ROW:
-                    break
-                if done.error is None:
-                    self._keep(done, *missing[done.key], sampling)
-                    answered += 1
-                    bar.update()
-        self.seconds += time.monotonic() - started
-        if failed.total:
-            raise EvaluationIncomplete(
-                f"{len(missing) - answered} answers of {self.model.name} are missing: {failed}",
-                f"{len(self.store)} answers are stored; {failed.remedy()}",
-                file=self.store.path,
-            )
-
-    def _keep(self, done: Completion, place: Place, request: Request, sampling: Sampling) -> None:
-        question, turn, draw = place
-        self.tokens += done.num_tokens
-        self.store.append(
-            [
-                {
-                    "key": done.key,
-                    "question_id": question,
-                    "turn": turn,
-                    "draw": draw,
-                    "answer": done.text,
-                    "finish_reason": done.finish_reason,
-                    "tokens": done.num_tokens,
-                    "seed": request.seed if sampling.temperature else None,
-                    "decoding": sampling.to_dict(),
-                    "model": self.engine.fingerprint,
-                    "prompt_format_hash": self.model.prompts.hash,
-                }
-            ]
-        )
-
-
 def reference_answers(questions: Sequence[Question]) -> Answers:
     """Return the outputs that come with the questions, as an opponent.
 
     Raises:
         RecipeError: questions without one; they are named.
     """
-    missing = [question.id for question in questions if question.reference is None]
+    missing = [question.id for question in questions if not question.reference]
     if missing:
         what = f"{len(missing)} questions have no reference output: {', '.join(missing[:8])}"
         raise RecipeError(what, "set data.references, or name an opponent: --against RUN")
@@ -296,13 +269,13 @@ def reference_answers(questions: Sequence[Question]) -> Answers:
 
 def answers_in_file(path: Path, questions: Sequence[Question]) -> Answers:
     """Return the answers in a file, with a run folder of their own."""
-    found = read_answer_file(path, questions)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", found.generator).strip("-.") or "answers"
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    texts, generator = read_answer_file(path, questions)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", generator).strip("-.") or "answers"
+    digest = file_hash(path)
     run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
     if not run.exists():
-        source = {"file": path.name, "sha256": digest, "generator": found.generator}
+        source = {"file": path.name, "sha256": digest, "generator": generator}
         run.write_state("finished", kind="answers", source=source)
-    rows = {(*place, 1): Completion(key="", text=text) for place, text in found.texts.items()}
-    facts = AnswerFacts(name=run.name, models=(found.generator,), fingerprint=digest)
+    rows = {(*place, 1): Completion(key="", text=text) for place, text in texts.items()}
+    facts = AnswerFacts(name=run.name, models=(generator,), fingerprint=digest)
     return Answers(run.name, run, rows, facts)

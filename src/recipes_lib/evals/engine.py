@@ -1,16 +1,33 @@
-"""What every engine answers to: requests in, completions out as they are finished."""
+"""Engines: requests in, completions out as they are finished. The one in this process is here; the
+one behind an address is in `engine_openai`.
+
+Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own
+generator and the largest noisy probability is taken, which is exact sampling. An answer therefore
+does not depend on what else was in its batch, apart from the rounding of other matrix shapes.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from recipes_lib.core.errors import ExitCode, RecipesError
 from recipes_lib.data.conversations import Message
+from recipes_lib.models.families import has_plain_head
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_FAILURES_IN_A_ROW = 20
+MAX_ROWS = 256
+# padded tokens per batch to begin with: larger ones are no faster on a CPU; a GPU halves the number
+# until a batch fits
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 
 
 class EvaluationIncomplete(RecipesError):
@@ -124,9 +141,195 @@ class Failures:
 
     def remedy(self) -> str:
         """Return what to do about them."""
+        again = "run the same command to continue"
         if self.refused < self.total:
-            return "run the same command to continue"
-        return (
-            "the server refuses them as they are: change the recipe or the server, then run the"
-            " same command to ask again"
+            return again
+        return f"the server refuses them as they are: change the recipe or the server, then {again}"
+
+
+class HFEngine:
+    """Answers with a loaded model, in left-padded batches of similar length.
+
+    A batch that does not fit the memory is halved, and so are those after it.
+
+    Args:
+        model: a causal language model in eval mode.
+        tokenizer: its tokenizer.
+        fingerprint: hash of the weights.
+        batch_tokens: padded tokens, prompt and answer, per batch to begin with.
+        using: gives a context in which the wanted adapter is active.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        fingerprint: str,
+        batch_tokens: int | None = None,
+        using: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
+        self.batch_tokens = batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
+        self._using = using
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [configured]
+        ends = (tokenizer.eos_token_id, *listed)
+        self.stop_ids = sorted({int(token) for token in ends if token is not None})
+        pad = tokenizer.pad_token_id
+        self.pad_id = int(pad if pad is not None else self.stop_ids[0])
+        config = model.config.get_text_config()
+        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
+        """Yield completions batch by batch, longest prompts first."""
+        fitting = []
+        for request in requests:
+            if len(request.ids) < self.context:
+                fitting.append(request)
+            else:
+                yield Completion(key=request.key, finish_reason="prompt_too_long")
+        yield from self._in_batches(
+            fitting, sampling.max_new_tokens, lambda batch: self._generate(batch, sampling)
         )
+
+    def verdicts(
+        self, requests: Sequence[Request], tokens: Mapping[str, set[int]]
+    ) -> Iterator[Completion]:
+        """Yield the probabilities of verdicts as the next token after each prompt.
+
+        Args:
+            tokens: the token ids that mean each verdict.
+        """
+
+        def read(batch: Sequence[Request]) -> list[Completion]:
+            shares = self._next_logits([request.ids for request in batch]).softmax(-1).cpu()
+            return [
+                Completion(
+                    key=request.key,
+                    probabilities={
+                        verdict: float(row[list(ids)].sum()) for verdict, ids in tokens.items()
+                    },
+                )
+                for request, row in zip(batch, shares, strict=True)
+            ]
+
+        yield from self._in_batches(requests, 0, read)
+
+    def _in_batches(
+        self,
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        answer: Callable[[Sequence[Request]], list[Completion]],
+    ) -> Iterator[Completion]:
+        import torch
+
+        waiting = sorted(requests, key=lambda request: -len(request.ids))
+        while waiting:
+            width = len(waiting[0].ids) + max_new_tokens
+            rows = max(1, min(MAX_ROWS, self.batch_tokens // max(width, 1)))
+            batch, done = waiting[:rows], None
+            try:
+                with self._using():
+                    done = answer(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+            if done is None:  # outside the except, where what failed holds no memory any more
+                torch.cuda.empty_cache()
+                self.batch_tokens = len(batch) // 2 * width
+                text = f"out of memory: batches of {self.batch_tokens:,} padded tokens from now on"
+                print(text, file=sys.stderr, flush=True)
+                continue
+            waiting = waiting[len(batch) :]
+            yield from done
+
+    def _generate(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        import torch
+        from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+        ids, mask = self._padded([request.ids for request in batch])
+        processors = LogitsProcessorList()
+        if sampling.temperature:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(sampling.top_p))
+            seeds = [request.seed for request in batch]
+            processors.append(_SeededSampling(seeds, self.model.device))
+        with torch.inference_mode():
+            written = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=min(sampling.max_new_tokens, self.context - ids.shape[1]),
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                repetition_penalty=sampling.repetition_penalty,
+                eos_token_id=self.stop_ids,
+                pad_token_id=self.pad_id,
+                logits_processor=processors,
+            )
+        return [
+            self._completion(request, row)
+            for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True)
+        ]
+
+    def _completion(self, request: Request, tokens: list[int]) -> Completion:
+        end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
+        return Completion(
+            key=request.key,
+            text=self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(),
+            finish_reason="length" if end is None else "stop",
+            num_tokens=len(tokens) if end is None else end + 1,
+        )
+
+    def _next_logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Return the logits after each row's last token, shape (rows, vocabulary), in float32.
+
+        The head is applied in float32: in half precision the logits of two verdicts are often
+        exactly equal.
+        """
+        import torch
+
+        ids, mask = self._padded(rows)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+        with torch.inference_mode():
+            if not has_plain_head(self.model):
+                output = self.model(**inputs, use_cache=False, logits_to_keep=1)
+                return output.logits[:, -1].float()
+            head = self.model.get_output_embeddings()
+            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, -1]
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return token ids and attention mask, both (rows, longest row), padded on the left."""
+        import torch
+
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for place, row in enumerate(rows):
+            ids[place, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+            mask[place, width - len(row) :] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+
+class _SeededSampling:
+    """A logits processor after which the largest entry is a sample of the distribution, drawn from
+    each row's own generator.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: Any) -> None:
+        import torch
+
+        self.generators = [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
+        """Return log(p / noise) per entry; entries outside the nucleus stay at minus infinity."""
+        probabilities = scores.float().softmax(-1)
+        noise = probabilities.new_empty(probabilities.shape)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return (probabilities / noise).log()

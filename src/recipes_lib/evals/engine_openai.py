@@ -28,13 +28,11 @@ LONGEST_PAUSE_S = 60.0  # the client follows a Retry-After of up to a minute
 _BROKEN_OFF = ("abort", "aborted", "cancelled", "error")
 _NO_LOGPROBS = (
     "judge.mode logits needs a server that continues the judge's turn and gives log-probabilities:"
-    " set judge.mode: generate, or serve the judge with launch/vllm_server.sh"
+    " set judge.mode: generate"
 )
-_NO_SYSTEM = "a template without a system role (Gemma 2) needs judge.system_role: false"
 _NO_TOKEN_IDS = (
-    "prompts of a run go to /completions as token ids; a server that does not take them cannot"
-    " answer for runs: serve the run with launch/vllm_server.sh, or set"
-    " generation.engine=transformers"
+    "a run's prompts go to /completions as token ids, which some servers do not take: serve the run"
+    " with launch/vllm_server.sh, or set generation.engine=transformers"
 )
 
 
@@ -72,7 +70,7 @@ class OpenAIEngine:
         self.fingerprint = hash_of("openai", model, fingerprint, *extra)
         self._key = _key_of(server)
         self._limit = "max_tokens"  # or what the server asks for in its place
-        self.version = asyncio.run(self._look())
+        self.version = asyncio.run(self._connect())
 
     def _client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(
@@ -81,6 +79,34 @@ class OpenAIEngine:
             timeout=self.server.timeout_s,
             max_retries=self.server.max_retries,
         )
+
+    async def _connect(self) -> str | None:
+        """Make sure that the server is there and serves the model; return its version where it
+        says one, as vLLM does.
+        """
+        address = self.server.address
+        async with self._client() as client:
+            try:
+                served = [model.id async for model in client.models.list()]
+            except openai.NotFoundError:  # it has no list; the first request will show it
+                return None
+            except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+                hint = "start it (launch/vllm_server.sh), then run the same command to continue"
+                if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+                    hint = f"check {self.server.api_key_variable or 'api_key_variable'}"
+                what = f"{address} does not answer: {error.__cause__ or error}"
+                raise ServerFault(what, hint) from None
+            if self.model not in served:
+                names = ", ".join(valid_texts(str(name)) for name in served[:8])
+                what = f"{address} does not serve '{self.model}'"
+                raise EnvironmentFault(what, f"it serves {names or 'nothing'}")
+            try:
+                root = str(client.base_url).rstrip("/").removesuffix("/v1")
+                once = client.with_options(max_retries=0)
+                reply: Any = await once.get(f"{root}/version", cast_to=object)
+                return str(reply["version"])[:40]
+            except (openai.OpenAIError, ValueError, TypeError, KeyError):
+                return None
 
     def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions as they arrive, `concurrency` requests in flight.
@@ -117,16 +143,15 @@ class OpenAIEngine:
         for _ in range(self.server.max_retries + 1):
             try:
                 async with asyncio.timeout(longest):
-                    return self._read(request, await self._post(client, request, sampling))
+                    return self._read(request, await self._send(client, request, sampling))
             except openai.APIStatusError as error:
-                words = f"{error.status_code}: {_words(error)}"
-                if error.status_code in (401, 403, 404):
-                    hints = [*self._advice(request, error), "check base_url, model and key"]
-                    what = f"{self.server.address} answered {words}"
-                    raise ServerFault(what, *hints) from None
-                refused = error.status_code < 500 and error.status_code not in (408, 409, 429)
-                said = "; ".join([words, *self._advice(request, error)])
-                return Completion(key=request.key, error=said, refused=refused)
+                status, hints = error.status_code, self._advice(request, error)
+                said = f"{status}: {_words(error)}"
+                if status in (401, 403, 404):
+                    what = f"{self.server.address} answered {said}"
+                    raise ServerFault(what, *hints, "check base_url, model and key") from None
+                refused = status < 500 and status not in (408, 409, 429)
+                return Completion(key=request.key, error="; ".join([said, *hints]), refused=refused)
             except TimeoutError:
                 return Completion(key=request.key, error="no whole answer in time")
             except _Unusable as error:  # a busy server sends such a page once
@@ -137,16 +162,6 @@ class OpenAIEngine:
                 if isinstance(error, openai.APIConnectionError):
                     break  # the client tried again already
         return Completion(key=request.key, error=reason)
-
-    async def _post(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
-        """Send one request; a server that wants another name for the token limit gets it."""
-        try:
-            return await self._send(client, request, sampling)
-        except openai.BadRequestError as error:
-            if self._limit != "max_tokens" or "max_completion_tokens" not in _words(error):
-                raise
-            self._limit = "max_completion_tokens"
-            return await self._send(client, request, sampling)
 
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
         """Send token ids or text where the prompt is rendered here, messages where the server
@@ -174,29 +189,35 @@ class OpenAIEngine:
         if request.schema is not None:
             verdict = {"name": "verdict", "schema": dict(request.schema), "strict": True}
             settings["response_format"] = {"type": "json_schema", "json_schema": verdict}
-        settings[self._limit] = limit
-        return await client.chat.completions.create(messages=messages, extra_body=extra, **settings)
+        settings |= {"messages": messages, "extra_body": extra}
+        create: Any = client.chat.completions.create
+        try:
+            return await create(**settings, **{self._limit: limit})
+        except openai.BadRequestError as error:
+            if self._limit != "max_tokens" or "max_completion_tokens" not in _words(error):
+                raise
+            self._limit = "max_completion_tokens"
+            return await create(**settings, **{self._limit: limit})
 
     def _advice(self, request: Request, error: openai.APIStatusError) -> list[str]:
         """What to do about a refusal whose likely cause is known."""
         if error.status_code not in (400, 404, 405, 422):
             return []
-        if request.ids:
-            return [_NO_TOKEN_IDS]
-        if self.logprobs:
-            return [_NO_LOGPROBS]
-        has_system = any(one["role"] == "system" for one in request.messages)
-        return [_NO_SYSTEM] if has_system and error.status_code == 400 else []
+        if request.ids or self.logprobs:
+            return [_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS]
+        if error.status_code == 400 and any(part["role"] == "system" for part in request.messages):
+            return ["a template without a system role (Gemma 2) needs judge.system_role: false"]
+        return []
 
     def _read(self, request: Request, reply: Any) -> Completion:
         """Read a reply of either endpoint; no text at all is an empty one, as of a model that
-        declines.
+        declines. The client checks no types, so a reply may hold anything.
         """
         name = getattr(reply, "model", None)
         if isinstance(name, str) and name and not is_version_of(name, self.model):
+            name = valid_texts(name)[:100]
             raise ServerFault(
-                f"{self.server.address} answered as '{valid_texts(name)[:100]}', not as"
-                f" '{self.model}'",
+                f"{self.server.address} answered as '{name}', not as '{self.model}'",
                 "is it another server? If the name stands for this model, set it as the name",
             )
         choices = getattr(reply, "choices", None)
@@ -207,48 +228,20 @@ class OpenAIEngine:
         text = getattr(message, "content", None) if message else getattr(choice, "text", None)
         if isinstance(text, list):  # content in parts
             text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-        finish = getattr(choice, "finish_reason", None)
         if not (text is None or isinstance(text, str)):
-            raise _Unusable(f"the reply's text is no text: {str(text)[:80]!r}")
-        if isinstance(finish, str) and finish.lower() in _BROKEN_OFF:
+            raise _Unusable(f"the reply's text is not text: {str(text)[:80]!r}")
+        finish = getattr(choice, "finish_reason", None)
+        finish = valid_texts(finish) if isinstance(finish, str) and finish else "stop"
+        if finish.lower() in _BROKEN_OFF:
             raise _Unusable(f"the server broke the reply off (finish_reason {finish})")
         tokens = getattr(getattr(reply, "usage", None), "completion_tokens", 0)
         return Completion(
             key=request.key,
             text=valid_texts(text or "").strip(),
-            finish_reason=valid_texts(finish) if isinstance(finish, str) and finish else "stop",
+            finish_reason=finish,
             num_tokens=tokens if isinstance(tokens, int) and 0 <= tokens < 2**31 else 0,
             probabilities=_first_token(choice) if self.logprobs else None,
         )
-
-    async def _look(self) -> str | None:
-        """Make sure that the server is there and serves the model; return its version where it
-        says one.
-        """
-        async with self._client() as client:
-            try:
-                listed = [model.id async for model in client.models.list()]
-            except openai.NotFoundError:  # it has no list; the first request will show it
-                return None
-            except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-                what = f"{self.server.address} refuses the key: {_words(error)}"
-                raise ServerFault(what, f"check {self.server.api_key_variable}") from None
-            except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
-                what = f"{self.server.address} does not answer: {error.__cause__ or error}"
-                hint = "start it (launch/vllm_server.sh), then run the same command to continue"
-                raise ServerFault(what, hint) from None
-            if self.model not in listed:
-                what = f"{self.server.address} does not serve '{self.model}'"
-                names = ", ".join(valid_texts(str(name)) for name in listed[:8])
-                raise EnvironmentFault(what, f"it serves {names or 'nothing'}")
-            try:  # vLLM's
-                root = str(client.base_url).rstrip("/").removesuffix("/v1")
-                found: Any = await client.with_options(max_retries=0).get(
-                    f"{root}/version", cast_to=object
-                )
-                return str(found["version"])[:40]
-            except (openai.OpenAIError, ValueError, TypeError, KeyError):
-                return None
 
 
 def _key_of(server: ServerSection) -> str:
@@ -257,15 +250,15 @@ def _key_of(server: ServerSection) -> str:
     Raises:
         EnvironmentFault: the variable is named and not set, or holds what no header can.
     """
-    if not server.api_key_variable:
+    name = server.api_key_variable
+    if not name:
         return "none"
-    value = os.environ.get(server.api_key_variable, "").strip()
+    value = os.environ.get(name, "").strip()
     if not value:
-        what = f"the environment variable {server.api_key_variable} is not set"
-        raise EnvironmentFault(what, f"export {server.api_key_variable}=...")
+        what = f"the environment variable {name} is not set"
+        raise EnvironmentFault(what, f"export {name}=...")
     if not (value.isascii() and value.isprintable()):
-        what = f"the environment variable {server.api_key_variable} has characters that no key has"
-        raise EnvironmentFault(what)
+        raise EnvironmentFault(f"the environment variable {name} has characters that no key has")
     return remember_secret(value)  # a server may send it back in an error
 
 
@@ -289,23 +282,23 @@ def _first_token(choice: Any) -> dict[str, float]:
             pairs = [(entry.token, entry.logprob) for entry in content[0].top_logprobs]
         else:
             pairs = list(logprobs.top_logprobs[0].items())  # type: ignore[union-attr]
-        found = {
+        likeliest = {
             str(token): math.exp(min(float(value), 0.0))
             for token, value in pairs
             if not math.isnan(float(value))
         }
     except (AttributeError, TypeError, IndexError, ValueError):
-        found = {}
-    if not found:
+        likeliest = {}
+    if not likeliest:
         raise _Unusable(f"the server gave no log-probabilities; {_NO_LOGPROBS}")
-    return found
+    return likeliest
 
 
 def _words(error: openai.APIError) -> str:
     """The server's own words, in one short line."""
-    found: Any = error.body if error.body else error.message
+    words: Any = error.body if error.body else error.message
     for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and found.get(name):
-            found = found[name]
-    text = found if isinstance(found, str) else json.dumps(found, default=str)
+        if isinstance(words, dict) and words.get(name):
+            words = words[name]
+    text = words if isinstance(words, str) else json.dumps(words, default=str)
     return valid_texts(" ".join(text[:3000].split())[:300])

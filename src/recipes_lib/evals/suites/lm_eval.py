@@ -1,5 +1,6 @@
 """lm-eval through `simple_evaluate` on the loaded model: every option under lm_eval's own name, its
-results and samples kept as they are. The printed command gives the same numbers.
+results and samples kept as they are. The printed command gives the same numbers: it reads
+lm_eval.yaml, which lies beside the result.
 
 lm-eval's cache is keyed without the model and without what shares a batch, so each model
 fingerprint and set of requests has a cache of its own.
@@ -10,31 +11,29 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from recipes_lib.config.documents import did_you_mean
-from recipes_lib.core.errors import (
-    EnvironmentFault,
-    RecipeError,
-    RecipesError,
-    one_line,
-)
+from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
 from recipes_lib.core.files import hash_of, write_text
-from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned
-from recipes_lib.evals.log import AnswerFacts, EvalLog, Metric, Sample, log_file, write_lines
-from recipes_lib.evals.models import Loaded, Model
+from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
 from recipes_lib.evals.questions import check_allowed
-from recipes_lib.evals.recipe import EvalRecipe
-from recipes_lib.evals.task_files import ALLOW, own_tasks, wrong_in_tasks
-from recipes_lib.evals.verdicts import metric_of, number
+from recipes_lib.evals.suites import Suite
+from recipes_lib.evals.task_files import metrics_in
+from recipes_lib.evals.verdicts import metric_of, shown_rate
 from recipes_lib.weights.load import model_path
+
+if TYPE_CHECKING:
+    from recipes_lib.evals.models import Loaded, Model
+    from recipes_lib.evals.recipe import EvalRecipe
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
@@ -48,39 +47,27 @@ _SETTINGS = (
     "fewshot_as_multiturn",
     "gen_kwargs",
 )
-_OURS = ("model", "model_args", "tasks", "task_manager", "use_cache", "log_samples", "samples")
-_CLI_OPTIONS = (
-    "max_batch_size",
-    "device",
-    "check_integrity",
-    "write_out",
-    "predict_only",
-    "confirm_run_unsafe_code",
-)
+# keywords of simple_evaluate that are one key of lm_eval's file, with its defaults
 _SEEDS = {
     "random_seed": 0,
     "numpy_random_seed": 1234,
     "torch_random_seed": 1234,
     "fewshot_random_seed": 1234,
-}  # lm_eval's defaults
+}
 
 
-class LMEval:
+class LMEval(Suite, name="lm_eval"):
     """lm-eval for the models of one eval recipe."""
 
     title = "lm-eval"
 
-    def __init__(self, recipe: EvalRecipe) -> None:
-        self.recipe = recipe
-        if unknown := sorted(set(recipe.suite.options) & set(_OURS)):
-            what = f"suite.options.{unknown[0]} is set by the eval recipe itself"
-            raise recipe.error("suite.options", what)
-        if recipe.generation.engine == "openai":
-            hint = "run the printed command with --model local-completions, and compare its output"
-            raise recipe.error("generation.engine", "lm_eval asks the weights here", hint)
-        _need_punkt(recipe)
+    def prepare(self, models: Sequence[Model]) -> None:
+        """Refuse a server: lm-eval has engines of its own for that."""
+        if self.recipe.generation.engine == "openai":
+            hint = "run lm_eval with --model local-completions; recipes compare reads its output"
+            raise self.recipe.error("generation.engine", "lm_eval asks the weights here", hint)
 
-    def run(self, loaded: Loaded, key: str) -> EvalLog:
+    def measure(self, loaded: Loaded) -> EvalLog:
         """Return the log of one model.
 
         Raises:
@@ -88,346 +75,108 @@ class LMEval:
             EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
         """
         recipe, model = self.recipe, loaded.model
-        folder = model.run.path / "evals" / recipe.name
-        model.record()
-        using = loaded.using() if loaded.using else contextlib.nullcontext()
-        with waiting_lock(folder), _quiet(), _inside(recipe), using:
-            found = self._evaluate(loaded, folder)
-        samples = found.pop("samples", {})
-        _keep(folder, found, samples)
-        file = log_file(model.run.path, recipe.name, None)
-        metrics = tuple(metrics_of(found, samples))
-        limit = recipe.suite.limit
-        subset = f"subset, limit={limit} per task" if limit is not None else None
-        return EvalLog(
-            suite=recipe.suite.name,
-            eval=recipe.name,
-            target=model.name,
-            key=key,
-            n=sum(one.n for one in metrics if not one.parts),
-            subset=subset,
-            banners=(subset,) if subset else (),
-            metrics=metrics,
-            answers=AnswerFacts(
-                name=model.name,
-                models=(model.recipe.model.name_or_path,),
-                fingerprint=model.fingerprint,
-                dtype=model.recipe.model.dtype,
-                quantized=model.quantized,
-            ),
-            lm_eval_command=plain_command(recipe, model),
-            file=file,
-        )
-
-    def _evaluate(self, loaded: Loaded, folder: Path) -> dict[str, Any]:
-        from lm_eval import simple_evaluate
-
-        recipe, suite = self.recipe, self.recipe.suite
+        suite, folder = recipe.suite, model.folder(recipe.name).resolve()
         settings = {name: getattr(suite, name) for name in _SETTINGS} | suite.options
-        # Rounding depends on what shares a batch, so answers of another set are not reused.
+        # rounding depends on what shares a batch, so answers of another set are not reused
         requests = [suite.tasks, settings, _batch_size(recipe)]
-        cache = folder / "cache" / hash_of(loaded.model.fingerprint, requests)[:16]
+        cache = folder / "cache" / hash_of(model.fingerprint, requests)[:16]
         cache.parent.mkdir(parents=True, exist_ok=True)
-        network = _harness_model(recipe, loaded)
-        try:
-            manager = _task_manager(recipe)
-            found = simple_evaluate(
+        with _inside(recipe):
+            from lm_eval import simple_evaluate
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.utils import handle_non_serializable
+
+            with _untied(loaded.network):
+                network = HFLM(
+                    pretrained=loaded.network,
+                    tokenizer=model.prompts.tokenizer,
+                    batch_size=_batch_size(recipe),
+                    chat_template_args=dict(model.recipe.data.chat_template_kwargs),
+                )
+            results = simple_evaluate(
                 model=network,
-                tasks=list(suite.tasks or []),
-                task_manager=manager,
+                tasks=suite.tasks,
+                task_manager=_task_manager(recipe),
                 use_cache=str(cache),
                 log_samples=True,
                 **settings,
             )
-        except RecipesError:
-            raise
-        except (ConnectionError, FileNotFoundError) as error:
-            hint = (
-                "offline: set data.folder to a folder that holds the data sets under their Hub"
-                " names"
-            )
-            what = f"a task's data cannot be loaded: {one_line(error)}"
-            raise EnvironmentFault(what, hint) from None
-        except ImportError as error:
-            names = ", ".join(suite.tasks or ())
-            hint = "IFEval and MATH: pip install -c constraints.txt -e '.[chat-evals]'"
-            raise EnvironmentFault(f"{names}: {one_line(error)}", hint) from None
-        except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
-            raise _explained(recipe, error) from error
-        return dict(found)
+        # as plain values, which is how lm_eval itself writes them
+        results = json.loads(json.dumps(results, default=handle_non_serializable))
+        samples = results.pop("samples", {})
+        for task, rows in samples.items():
+            write_lines(folder / "samples" / f"samples_{task}.jsonl", rows)
+        own = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
+        write_text(folder / "lm_eval_results.json", own)
+        metrics = tuple(metrics_of(results, samples))
+        return EvalLog(
+            suite=suite.name,
+            eval=recipe.name,
+            n=sum(metric.n for metric in metrics if not metric.parts),
+            subset=None if suite.limit is None else f"subset, limit={suite.limit} per task",
+            metrics=metrics,
+            lm_eval_command=_write_command(recipe, model, folder / "lm_eval.yaml"),
+        )
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         rows = [["task", "metric", "few-shot", "n", *(log.target for log in logs)]]
-        found = [{(one.task, one.metric): one for one in log.metrics} for log in logs]
-        for key in dict.fromkeys(key for table in found for key in table):
-            cells = [table.get(key) for table in found]
+        tables = [{(one.task, one.metric): one for one in log.metrics} for log in logs]
+        for key in dict.fromkeys(key for table in tables for key in table):
+            cells = [table.get(key) for table in tables]
             first = next(cell for cell in cells if cell)
             shots = "-" if first.num_fewshot is None else str(first.num_fewshot)
-            rows.append([*key, shots, str(first.n), *map(_score, cells)])
+            shown = [shown_rate(cell, 4, "number") if cell else "-" for cell in cells]
+            rows.append([*key, shots, str(first.n), *shown])
         return aligned(rows)
 
 
-def _score(one: Metric | None) -> str:
-    if one is None:
-        return "-"
-    limits = "" if one.low is None else f" [{number(one.low, 3)}, {number(one.high, 3)}]"
-    return f"{number(one.value, 4)}{limits}"
-
-
 def _batch_size(recipe: EvalRecipe) -> Any:
-    """`suite.batch_size`; a number in place of auto where there is no GPU whose memory could be
-    tried.
-    """
+    """`suite.batch_size`; a number in place of auto where there is no GPU to try its memory."""
     import torch
 
     size = recipe.suite.batch_size
     return _CPU_BATCH if str(size).startswith("auto") and not torch.cuda.is_available() else size
 
 
-def _harness_model(recipe: EvalRecipe, loaded: Loaded) -> Any:
-    """The loaded model as lm-eval takes it.
-
-    Raises:
-        RecipeError: lm-eval would tie a head and embeddings that were trained apart.
+@contextlib.contextmanager
+def _untied(network: Any) -> Iterator[None]:
+    """Keep lm_eval (0.4.13) from tying a head and embeddings that were trained apart: it calls
+    `tie_weights` on what it is given.
     """
-    from lm_eval.models.huggingface import HFLM
-
-    network, model = loaded.network, loaded.model
-    head = network.get_output_embeddings()
-    before = head.weight.data_ptr() if head is not None else None
-    harness = HFLM(
-        pretrained=network,
-        tokenizer=model.prompts.tokenizer,
-        batch_size=_batch_size(recipe),
-        chat_template_args=dict(model.recipe.data.chat_template_kwargs),
-    )
-    head = network.get_output_embeddings()
-    if head is not None and head.weight.data_ptr() != before:  # lm_eval 0.4.13 ties what it gets
-        what = f"lm_eval would tie {model.name}'s head and embeddings, which were trained apart"
-        hint = f"recipes merge {model.name}, then evaluate {shown_path(model.run.path / 'merged')}"
-        raise RecipeError(what, hint)
-    return harness
+    configs = (network.config, network.config.get_text_config())
+    before = [getattr(config, "tie_word_embeddings", False) for config in configs]
+    for config in configs:
+        config.tie_word_embeddings = False
+    try:
+        yield
+    finally:
+        for config, value in zip(configs, before, strict=True):
+            config.tie_word_embeddings = value
 
 
 def _task_manager(recipe: EvalRecipe) -> Any:
     """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
     recipe's suffice.
     """
+    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import metric_registry
     from lm_eval.tasks import TaskManager
 
-    own = Path(recipe.data.include_path).resolve() if recipe.data.include_path else None
-    names = own_tasks(own) if own else {}
-    wanted = list(recipe.suite.tasks or [])
-    manager = TaskManager(
-        include_path=str(own) if own else None, include_defaults=not set(wanted) <= names.keys()
-    )
-    unknown = [name for name in wanted if not manager.match_tasks([name])]
-    if unknown:
-        hints = (*did_you_mean(unknown[0], manager.all_tasks), "all tasks: lm_eval ls tasks")
-        raise recipe.error("suite.tasks", f"lm-eval has no task '{unknown[0]}'", *hints)
-    if not recipe.generation.trust_remote_code:
-        _check_metrics(names)
+    folder, tasks = recipe.data.include_path, recipe.suite.tasks or []
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if not all(manager.match_tasks([task]) for task in tasks):
+        manager = TaskManager(include_path=folder)
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            hints = (*did_you_mean(task, manager.all_tasks), "all tasks: lm_eval ls tasks")
+            raise recipe.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
+    if folder and not recipe.generation.trust_remote_code:
+        for metric, error in metrics_in(Path(folder)):
+            if metric not in metric_registry:
+                raise error
     return manager
-
-
-def _check_metrics(tasks: Mapping[str, tuple[Path, dict[str, Any]]]) -> None:
-    """Refuse a metric that lm-eval does not have: it would load the code of one with that name from
-    a folder or the Hub.
-    """
-    import lm_eval.api.metrics  # noqa: F401  (fills the registry)
-    from lm_eval.api.registry import metric_registry
-
-    for path, values in tasks.values():
-        for one in values.get("metric_list") or ():
-            name = one.get("metric") if isinstance(one, dict) else None
-            if isinstance(name, str) and name not in metric_registry:
-                near = did_you_mean(name, list(metric_registry))
-                what = f"lm-eval has no metric '{name}' and would run the code of one"
-                raise RecipeError(what, *near, ALLOW, file=shown_path(path))
-
-
-def _explained(recipe: EvalRecipe, error: Exception) -> RecipeError:
-    """Say in one line what a task, an option or lm-eval itself has against the evaluation."""
-    text = one_line(error)
-    if isinstance(error, TypeError) and "unexpected keyword" in text:
-        hint = "see lm_eval.simple_evaluate"
-        return recipe.error("suite.options", f"suite.options: {text}", hint)
-    if isinstance(error, AssertionError) and text.startswith("Invalid configuration"):
-        hint = "suite.gen_kwargs={max_gen_toks: N} asks for fewer, and cuts the answers"
-        return recipe.error("suite.gen_kwargs", text, hint)
-    folder = recipe.data.include_path
-    if folder:
-        base = Path(recipe.data.folder) if recipe.data.folder else Path.cwd()
-        for found in wrong_in_tasks(recipe.suite.tasks or (), Path(folder), base):
-            return found
-    names = ", ".join(recipe.suite.tasks or ())
-    what = f"lm-eval cannot run {names}: {type(error).__name__}: {text}"
-    hint = f"the task files are in {shown_path(Path(folder))}" if folder else "see lm_eval's docs"
-    return recipe.error("suite.tasks", what, hint, "lm-eval's own traceback: recipes --debug eval")
-
-
-def _keep(
-    folder: Path, found: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> None:
-    """Write lm-eval's own results and samples as they are."""
-    from lm_eval.utils import handle_non_serializable
-
-    own = json.dumps(found, indent=2, ensure_ascii=False, default=handle_non_serializable) + "\n"
-    write_text(folder / "lm_eval_results.json", own)
-    for task, rows in samples.items():
-        plain = (json.loads(json.dumps(row, default=handle_non_serializable)) for row in rows)
-        write_lines(folder / "samples" / f"samples_{task}.jsonl", plain)
-
-
-def metrics_of(
-    found: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> Iterator[Metric]:
-    """Yield one metric per task (or group), metric and filter of lm-eval's results."""
-    for task, values in found["results"].items():
-        for name, value in values.items():
-            metric, _, chosen = name.partition(",")
-            if not chosen or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            items = [
-                item
-                for row in samples.get(task, ())
-                if row.get("filter", "none") == chosen and (item := scored(row, metric, task))
-            ]
-            values_ = [item.value for item in items if item.value is not None]
-            is_mean = values_ and abs(sum(values_) / len(values_) - value) <= 1e-6
-            in_range = all(0 <= one <= 1 for one in (*values_, value))
-            shown_name = metric if chosen == "none" else f"{metric}, {chosen}"
-            label = f"{task} {shown_name}"
-            known: dict[str, Any] = {
-                "task": task,
-                "higher_is_better": direction(found, task, metric),
-                "parts": tuple(parts_of(found, task)),
-                "num_fewshot": (found.get("n-shot") or {}).get(task),
-                "version": str((found.get("versions") or {}).get(task, "")) or None,
-            }
-            unit: Any = "share" if _SHARE.search(metric) and in_range else "number"
-            key = metric if chosen == "none" else f"{metric},{chosen}"
-            if is_mean:
-                yield metric_of(key, label, items, unit, **known)
-                continue
-            error = values.get(f"{metric}_stderr,{chosen}")
-            half = 1.96 * error if isinstance(error, int | float) else None
-            count = ((found.get("n-samples") or {}).get(task) or {}).get("effective", 0)
-            yield Metric(
-                key,
-                label,
-                unit=unit,
-                value=value,
-                low=None if half is None else value - half,
-                high=None if half is None else value + half,
-                n=count,
-                **known,
-            )
-
-
-def scored(row: Mapping[str, Any], metric: str, task: str) -> Sample | None:
-    """Return a sample of lm-eval's on one metric; None where it has no number there."""
-    value = row.get(metric)
-    if not isinstance(value, int | float):
-        return None
-    outcome = {1.0: "right", 0.0: "wrong"}.get(float(value), "scored")
-    doc = row.get("doc") or {}
-    category = str(doc.get("subject") or doc.get("category") or task)
-    name = f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}"
-    return Sample(name, category=category, value=float(value), outcome=outcome)
-
-
-def parts_of(found: Mapping[str, Any], group: str) -> list[str]:
-    """Return every task and group below a group of lm-eval's results; nothing of a task.
-
-    Example:
-        >>> parts_of({"group_subtasks": {"mmlu": ["stem"], "stem": ["physics"]}}, "mmlu")
-        ['stem', 'physics']
-    """
-    below = (found.get("group_subtasks") or {}).get(group) or ()
-    return [name for part in below for name in (part, *parts_of(found, part))]
-
-
-def direction(found: Mapping[str, Any], task: str, metric: str) -> bool | None:
-    """Return whether more of a metric is better, as lm-eval's results say it; None where they do
-    not: their own table of directions counts, then the metric list of the task's config.
-    """
-    known = [((found.get("higher_is_better") or {}).get(task) or {}).get(metric)]
-    listed = ((found.get("configs") or {}).get(task) or {}).get("metric_list") or ()
-    known += [
-        one.get("higher_is_better")
-        for one in listed
-        if isinstance(one, Mapping) and one.get("metric") == metric
-    ]
-    return next((found_ for found_ in known if isinstance(found_, bool)), None)
-
-
-# ---- the command that gives the same numbers ----
-
-
-def plain_command(recipe: EvalRecipe, model: Model) -> str:
-    """Return the `lm_eval` line that gives the same numbers."""
-    suite = recipe.suite
-    flags: dict[str, object] = {  # True stands for a flag without a value
-        "model": "hf",
-        "model_args": _text(_model_args(model)),
-        "tasks": ",".join(suite.tasks or []),
-        "batch_size": _batch_size(recipe),
-        "num_fewshot": suite.num_fewshot,
-        "limit": suite.limit,
-        "system_instruction": suite.system_instruction,
-        "apply_chat_template": suite.apply_chat_template,
-        "gen_kwargs": _text(suite.gen_kwargs or {}) or None,
-        "include_path": recipe.data.include_path,
-        **{name: suite.options[name] for name in _CLI_OPTIONS if name in suite.options},
-    }
-    if suite.apply_chat_template and not suite.fewshot_as_multiturn:
-        flags["fewshot_as_multiturn"] = "false"
-    if any(name in suite.options for name in _SEEDS):
-        seeds = (suite.options.get(name, default) for name, default in _SEEDS.items())
-        flags["seed"] = ",".join(map(str, seeds))
-    words = ["lm_eval", "run"]
-    for name, value in flags.items():
-        if value is not None and value is not False:
-            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    line = shlex.join(words)
-    folder = recipe.data.folder
-    if folder and (place := os.path.relpath(folder)) != ".":
-        line = f"(cd {shlex.quote(place)} && {line})"
-    without = [name for name in suite.options if name not in (*_CLI_OPTIONS, *_SEEDS)]
-    return f"{line}  # lm_eval has no flag for {', '.join(without)}" if without else line
-
-
-def _text(values: Mapping[str, Any]) -> str:
-    if any(isinstance(value, dict) for value in values.values()):
-        return json.dumps(values)  # lm_eval reads either form
-    return ",".join(f"{key}={value}" for key, value in values.items())
-
-
-def _model_args(model: Model) -> dict[str, object]:
-    """lm-eval's model_args for a model."""
-    section, trained = model.recipe.model, model.trained
-    arguments: dict[str, object] = {"pretrained": model_path(section), "dtype": section.dtype}
-    if section.revision:
-        arguments["revision"] = section.revision
-    if section.trust_remote_code:
-        arguments["trust_remote_code"] = True
-    if trained and trained.full:
-        arguments["pretrained"] = str(trained.weights)
-    elif trained:
-        arguments |= {"peft": str(trained.weights), "tokenizer": str(trained.weights)}
-    if kwargs := model.recipe.data.chat_template_kwargs:
-        arguments["chat_template_args"] = dict(kwargs)
-    return arguments | {
-        key: value
-        for key, value in (model.recipe.quantization or {}).items()
-        if key.startswith(("load_in", "bnb_"))
-    }
-
-
-# ---- surroundings ----
 
 
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
@@ -442,56 +191,176 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
         EnvironmentFault: a task's own code needs what is not installed.
     """
     check_allowed(recipe, remote_code)
-    _need_punkt(recipe)
-    with _quiet(), _inside(recipe):
-        try:
-            tasks = _task_manager(recipe).load(list(recipe.suite.tasks or []))["tasks"]
-        except ImportError as error:
-            raise EnvironmentFault(one_line(error), "pip install -e '.[chat-evals]'") from None
+    with _inside(recipe):
+        tasks = _task_manager(recipe).load(recipe.suite.tasks or [])["tasks"]
         return sum(len(task.eval_docs) for task in tasks.values())
-
-
-def _need_punkt(recipe: EvalRecipe) -> None:
-    """Fetch the tables with which IFEval finds the ends of sentences: lm-eval goes on without them
-    and fails after the last answer.
-
-    Raises:
-        EnvironmentFault: they cannot be had.
-    """
-    if not any("ifeval" in task or task == "leaderboard" for task in recipe.suite.tasks or ()):
-        return
-    try:
-        import nltk
-
-        nltk.data.find("tokenizers/punkt_tab/english")
-    except ImportError:
-        return  # the task says it with the other packages that it needs
-    except LookupError:
-        if not nltk.download("punkt_tab", quiet=True):
-            what = "ifeval needs nltk's punkt_tab, which is not on this machine"
-            raise EnvironmentFault(
-                what, "with a network: python -m nltk.downloader punkt_tab"
-            ) from (None)
 
 
 @contextlib.contextmanager
 def _inside(recipe: EvalRecipe) -> Iterator[None]:
-    """Work in `data.folder` while the tasks load and run."""
-    with contextlib.chdir(recipe.data.folder) if recipe.data.folder else contextlib.nullcontext():
-        yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's log at errors."""
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError as error:
-        what = f"lm_eval cannot be imported: {error}"
-        raise EnvironmentFault(what, "pip install -e '.[eval]'") from None
+    """Let lm-eval work: in `data.folder`, its log at errors, and whatever a task, an option or
+    lm-eval itself raises told in a line.
+    """
+    names, folder = ", ".join(recipe.suite.tasks or ()), recipe.data.include_path
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.chdir(recipe.data.folder or "."):
+            yield
+    except RecipesError:
+        raise
+    except ImportError as error:
+        hint = "pip install -e '.[eval]'; IFEval and MATH also need '.[chat-evals]'"
+        raise EnvironmentFault(f"{names}: {one_line(error)}", hint) from None
+    except (ConnectionError, FileNotFoundError) as error:
+        hint = "files are meant from data.folder, where a folder can also stand in for a Hub name"
+        raise EnvironmentFault(f"{names}: cannot load data: {one_line(error)}", hint) from None
+    except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
+        text = f"{type(error).__name__}: {one_line(error)}"
+        key, hint = "suite.tasks", "lm-eval's own traceback: recipes --debug eval"
+        if isinstance(error, TypeError) and "simple_evaluate" in text:
+            key, hint = "suite.options", "see lm_eval.simple_evaluate"
+        elif isinstance(error, AssertionError) and "max_gen_toks" in text:
+            key, hint = "suite.gen_kwargs", "suite.gen_kwargs={max_gen_toks: N} asks for fewer"
+        where = f"; its task files are in {shown_path(Path(folder))}" if folder else ""
+        raise recipe.error(key, f"lm-eval cannot run {names}: {text}{where}", hint) from error
     finally:
         logging.disable(before)
+
+
+# ---- results ----
+
+
+def metrics_of(
+    results: Mapping[str, Any], samples: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> Iterator[Metric]:
+    """Yield one metric per task (or group), metric and filter of lm-eval's results.
+
+    Args:
+        results: the content of lm-eval's results file.
+        samples: the rows of its samples files by task.
+    """
+    for task, values in results["results"].items():
+        for name, value in values.items():
+            metric, _, pipeline = name.partition(",")
+            if not pipeline or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            items = [
+                item
+                for row in samples.get(task, ())
+                if row.get("filter", "none") == pipeline and (item := _sample(row, metric, task))
+            ]
+            known = [item.value for item in items if item.value is not None]
+            in_range = all(0 <= number <= 1 for number in (*known, value))
+            unit: Any = "share" if _SHARE.search(metric) and in_range else "number"
+            suffix = "" if pipeline == "none" else pipeline
+            facts: dict[str, Any] = {
+                "task": task,
+                "higher_is_better": _direction(results, task, metric),
+                "parts": tuple(_parts(results, task)),
+                "num_fewshot": (results.get("n-shot") or {}).get(task),
+                "version": str((results.get("versions") or {}).get(task, "")) or None,
+            }
+            key = f"{metric},{suffix}" if suffix else metric
+            label = f"{task} {metric}, {suffix}" if suffix else f"{task} {metric}"
+            if known and abs(sum(known) / len(known) - value) <= 1e-6:
+                yield metric_of(key, label, items, unit, **facts)
+                continue
+            error = values.get(f"{metric}_stderr,{pipeline}")  # a corpus score, or a group
+            half = 1.96 * error if isinstance(error, int | float) else None
+            yield Metric(
+                key,
+                label,
+                unit=unit,
+                value=value,
+                low=None if half is None else value - half,
+                high=None if half is None else value + half,
+                n=((results.get("n-samples") or {}).get(task) or {}).get("effective", 0),
+                **facts,
+            )
+
+
+def _sample(row: Mapping[str, Any], metric: str, task: str) -> Sample | None:
+    """A sample of lm-eval's on one metric; None where it has no number there."""
+    value = row.get(metric)
+    if not isinstance(value, int | float):
+        return None
+    doc = row.get("doc") or {}
+    return Sample(
+        f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
+        category=str(doc.get("subject") or doc.get("category") or task),
+        value=float(value),
+        outcome={1.0: "right", 0.0: "wrong"}.get(float(value), "scored"),
+    )
+
+
+def _parts(results: Mapping[str, Any], group: str) -> list[str]:
+    """Every task and group below a group; nothing of a task."""
+    below = (results.get("group_subtasks") or {}).get(group) or ()
+    return [name for part in below for name in (part, *_parts(results, part))]
+
+
+def _direction(results: Mapping[str, Any], task: str, metric: str) -> bool | None:
+    """Whether more of a metric is better, by the results' table of directions or the task's own
+    metrics; None where neither says it.
+    """
+    listed = ((results.get("configs") or {}).get(task) or {}).get("metric_list") or ()
+    own = [one.get("higher_is_better") for one in listed if one.get("metric") == metric]
+    table = (results.get("higher_is_better") or {}).get(task) or {}
+    return next((value for value in (table.get(metric), *own) if isinstance(value, bool)), None)
+
+
+# ---- the command that gives the same numbers ----
+
+
+def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
+    """Write lm_eval's configuration, and return the line that runs it."""
+    suite = recipe.suite
+    config: dict[str, Any] = {"model": "hf", "model_args": _model_args(model), "tasks": suite.tasks}
+    config |= {name: getattr(suite, name) for name in _SETTINGS}
+    config |= {"batch_size": _batch_size(recipe), "include_path": recipe.data.include_path}
+    if not suite.apply_chat_template:
+        del config["fewshot_as_multiturn"]
+    others = {name: value for name, value in suite.options.items() if name not in _SEEDS}
+    if len(others) < len(suite.options):
+        config["seed"] = [suite.options.get(name, usual) for name, usual in _SEEDS.items()]
+    without = sorted(others.keys() & {"bootstrap_iters"})
+    config |= {name: value for name, value in others.items() if name not in without}
+    config = {name: value for name, value in config.items() if value is not None}
+    write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    line = shlex.join(["lm_eval", "run", "--config", str(file)])
+    if recipe.data.folder:
+        line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
+    notes = [f"lm_eval has no option for {', '.join(without)}"] if without else []
+    if _needs_merge(model):
+        notes.append(f"after recipes merge {model.name}")
+    return f"{line}  # {'; '.join(notes)}" if notes else line
+
+
+def _model_args(model: Model) -> dict[str, Any]:
+    """lm-eval's model_args for a model."""
+    section, trained = model.recipe.model, model.trained
+    arguments: dict[str, Any] = {"pretrained": model_path(section), "dtype": section.dtype}
+    if trained and trained.full:
+        arguments["pretrained"] = trained.weights
+    elif trained and _needs_merge(model):
+        arguments["pretrained"] = trained.merged
+    elif trained:
+        arguments["peft"] = arguments["tokenizer"] = str(trained.weights.resolve())
+    if Path(arguments["pretrained"]).is_dir() or trained:
+        arguments["pretrained"] = str(Path(arguments["pretrained"]).resolve())
+    if section.revision:
+        arguments["revision"] = section.revision
+    if section.trust_remote_code:
+        arguments["trust_remote_code"] = True
+    if kwargs := model.recipe.data.chat_template_kwargs:
+        arguments["chat_template_args"] = dict(kwargs)
+    quantization = model.recipe.quantization or {}
+    return arguments | {
+        key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))
+    }
+
+
+def _needs_merge(model: Model) -> bool:
+    """Whether lm_eval would tie what an adapter trained apart."""
+    return bool(model.trained and (model.recipe.lora or {}).get("modules_to_save"))

@@ -16,20 +16,16 @@ from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.judge import Item
 from recipes_lib.evals.judged import JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
-from recipes_lib.evals.questions import NEEDS_REFERENCE, Question, load_questions
-from recipes_lib.evals.recipe import EvalRecipe
+from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
 from recipes_lib.evals.verdicts import Rate, number, shown_rate
 
 
-class MTBench(JudgedSuite):
+class MTBench(JudgedSuite, name="mt_bench"):
     """MT-Bench for the models of one eval recipe."""
 
     title = "MT-Bench"
     metric_order = ("grade", "win_rate")
     graded_by_reference = True
-
-    def __init__(self, recipe: EvalRecipe) -> None:
-        super().__init__(recipe, load_questions(recipe))
 
     def _turns(self) -> Iterator[tuple[Question, int]]:
         for question in self.chosen.questions:
