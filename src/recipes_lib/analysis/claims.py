@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 from recipes_lib.analysis.aims import Aims, Design
-from recipes_lib.analysis.checks import Finding, find
+from recipes_lib.analysis.checks import UNAUDITED, Finding, find
 from recipes_lib.analysis.differences import Difference, arm_differences
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.stats import ALPHA
@@ -36,7 +36,7 @@ class Claim:
     """What a row shows. `verdict` and `within` are of the first arm against the second; "higher"
     and "lower" are about two trainings and no more.
 
-    `stopped_by` are the findings that leave no verdict, `descriptive` why nothing of this table has
+    `unaudited` says that nobody audited the judge behind it. `stopped_by` are the findings that leave no verdict, `descriptive` why nothing of this table has
     one. `cause` are the declared keys that alone differ, `no_cause` why none is named.
     """
 
@@ -48,6 +48,7 @@ class Claim:
     one_recipe: bool = False
     cause: tuple[Difference, ...] = ()
     no_cause: str = ""
+    unaudited: bool = False
 
     @property
     def says(self) -> str:
@@ -69,7 +70,7 @@ class Claim:
     @property
     def sentence(self) -> str:
         """The claim as a sentence."""
-        return _sentence(self)
+        return _sentence(self) + " Its judge was not audited." * self.unaudited
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,18 @@ def judge_row(
     if row.aside:
         return Claim(row, "not tested")
     touching = [finding for finding in findings if finding.touches(row)]
+    claim = _shown(row, touching, between, design, descriptive)
+    unaudited = any(finding.code == UNAUDITED for finding in touching)
+    return replace(claim, unaudited=unaudited and claim.verdict != "no verdict")
+
+
+def _shown(
+    row: TableRow,
+    touching: Sequence[Finding],
+    between: Sequence[Difference],
+    design: Design | None,
+    descriptive: str,
+) -> Claim:
     stopped_by = tuple(finding for finding in touching if finding.severity == "error")
     if not row.is_tested or stopped_by or descriptive:
         return Claim(row, "no verdict", "", stopped_by, descriptive)
