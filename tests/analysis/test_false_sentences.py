@@ -352,6 +352,18 @@ def test_answers_that_hit_the_token_limit_stop_the_sentence_with_the_command_tha
     assert any("max_new_tokens=128" in line for line in conclusion.cannot_say)
 
 
+def test_cut_answers_to_checks_by_rule_are_counted_both_ways_and_stop_no_sentence(
+    tmp_path: Path,
+) -> None:
+    folders = [write_run(tmp_path, name) for name in ("one", "two")]
+    for folder in folders:
+        file = write_values(folder, [float(folder.name == "one")] * 40)
+        log = read_eval_log(file)
+        write_log(replace(log, answers=replace(log.answers, faults=AnswerFaults(n=40, cut=20))))
+    claim = claim_of(compared(one=[folders[0]], two=[folders[1]]), "pass_rate")
+    assert claim.verdict == "higher"
+
+
 def test_leaked_questions_stop_the_sentence_of_that_evaluation_alone(two: list[Path]) -> None:
     file = two[1] / "evals/alpaca_eval/result.json"
     leaks = Leaks.of([Leak("train", "row 1", "q1", "question", 1.0)] * 30, 1000, 100)

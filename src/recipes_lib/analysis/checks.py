@@ -29,6 +29,7 @@ Severity = Literal["error", "confound", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 LONGER = 1.5
+CUT = "hit the token limit"
 # What only an audit asks; the rest is measured from the judgments themselves.
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
 UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
@@ -71,9 +72,12 @@ class Finding:
 
 def find(arms: Arms, design: Design | None = None) -> list[Finding]:
     """Return what every check found, the heaviest first."""
-    found = dict.fromkeys(finding for check in CHECKS for finding in check(arms, design))
+    findings = dict.fromkeys(finding for check in CHECKS for finding in check(arms, design))
     order = {severity: number for number, severity in enumerate(SEVERITIES)}
-    return sorted(found, key=lambda one: (order[one.severity], one.code, one.arms, one.title))
+    return sorted(
+        findings,
+        key=lambda finding: (order[finding.severity], finding.code, finding.arms, finding.title),
+    )
 
 
 def _pairs(arms: Arms) -> Iterator[tuple[ArmRuns, ArmRuns]]:
@@ -85,10 +89,10 @@ def _metrics(logs: Iterable[EvalLog]) -> tuple[str, ...]:
 
 
 def _by_eval(arms: Arms) -> dict[str, list[tuple[str, EvalLog]]]:
-    found: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
+    logs: dict[str, list[tuple[str, EvalLog]]] = defaultdict(list)
     for name, log in arms.logs:
-        found[log.eval].append((name, log))
-    return found
+        logs[log.eval].append((name, log))
+    return logs
 
 
 # ---- One thing under two names ----
@@ -134,12 +138,12 @@ def _weights(arm: ArmRuns) -> dict[Path, int]:
 
 
 def _same_files(first: ArmRuns, second: ArmRuns) -> list[str]:
-    theirs = _weights(second)
+    sizes = _weights(second)
     return [
         f"{run_place(folder)} and {run_place(other)}"
         for folder, size in _weights(first).items()
-        for other, its_size in theirs.items()
-        if size == its_size and folder_fingerprint(folder) == folder_fingerprint(other)
+        for other, other_size in sizes.items()
+        if size == other_size and folder_fingerprint(folder) == folder_fingerprint(other)
     ]
 
 
@@ -149,15 +153,17 @@ def _fingerprints(arm: ArmRuns) -> set[str]:
 
 def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
     """Answers or judge's texts of one evaluation that are all the same in both arms."""
-    theirs = {(log.eval, log.against): log for log in second.logs}
+    logs = {(log.eval, log.against): log for log in second.logs}
     seen = set()
     for log in first.logs:
-        other = theirs.get((log.eval, log.against))
+        other = logs.get((log.eval, log.against))
         if other is None or log.eval in seen:
             continue
         for what, read in (("answers", _answers), ("judge's texts", _judge_texts)):
-            one, two = read(log), read(other)
-            both = [(text, two[key]) for key, text in one.items() if key in two]
+            own_texts, other_texts = read(log), read(other)
+            both = [
+                (text, other_texts[key]) for key, text in own_texts.items() if key in other_texts
+            ]
             if len(both) > 1 and all(a.split() == b.split() for a, b in both):
                 seen.add(log.eval)
                 yield Finding(
@@ -189,23 +195,23 @@ def _judge_texts(log: EvalLog) -> Mapping[Any, str]:
     }
 
 
-def _former_opponent(arm: ArmRuns, other: ArmRuns) -> Iterator[Finding]:
+def _former_opponent(arm: ArmRuns, rival: ArmRuns) -> Iterator[Finding]:
     """Verdicts against answers of a run that has other weights now."""
-    runs = {run.name: run for run in other.runs}
+    runs = {run.name: run for run in rival.runs}
     for log in (log for log in arm.logs if log.against in runs and log.opponent):
         judged = log.opponent.fingerprint if log.opponent else ""
-        own = [one for one in runs[str(log.against)].evals if one.eval == log.eval]
-        now = {one.answers.fingerprint for one in own} - {""}
+        evals = [other for other in runs[str(log.against)].evals if other.eval == log.eval]
+        now = {other.answers.fingerprint for other in evals} - {""}
         if judged and now and judged not in now:
             yield Finding(
                 "former-opponent",
                 "error",
-                f"{arm.name} was judged in {log.eval} against former answers of {other.name}",
+                f"{arm.name} was judged in {log.eval} against former answers of {rival.name}",
                 (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}"),
                 f"recipes eval EVAL {log.file.parents[2].name} --against {log.against}",
-                (arm.name, other.name),
+                (arm.name, rival.name),
                 tuple(metric.name for metric in log.metrics if metric.opponent),
-                opponent=other.name,
+                opponent=rival.name,
             )
 
 
@@ -242,7 +248,7 @@ def check_judges(arms: Arms, design: Design | None) -> Iterator[Finding]:
     audited: set[str] = set()  # fingerprints
     for name, log in arms.logs:
         if log.judge and log.audit:
-            if not ASKED_IN_AUDIT <= {check.check for check in log.audit.not_measured}:
+            if not {check.check for check in log.audit.not_measured} >= ASKED_IN_AUDIT:
                 audited.add(log.judge.fingerprint)
             for check in log.audit.failed:
                 value = "n/a" if check.value is None else f"{check.value:.3f}"
@@ -288,17 +294,24 @@ def check_judges(arms: Arms, design: Design | None) -> Iterator[Finding]:
             line = "no probe and no pair that people labelled was put to it"
             remedy = "recipes judge audit --judge JUDGE.yaml --labels FILE"
             yield Finding(UNAUDITED, "warning", title, (line,), remedy, (), metrics)
-        for arm, log in with_judge:
-            if kin := _kinship(log, runs[log.file]):
-                yield Finding(
-                    "self-judged",
-                    "error",
-                    f"{arm} was judged by {kin} in {name}",
-                    (run_place(log.file),),
-                    "judge with a model of another family",
-                    (arm,),
-                    metrics,
-                )
+        related = {
+            arm: (kin, log) for arm, log in with_judge if (kin := _kinship(log, runs[log.file]))
+        }
+        if len(related) == len({arm for arm, _ in with_judge}):
+            title = f"The judge of {name} is one of the models that it judges, or their base"
+            remedy = "judge with a model of another family"
+            yield Finding("self-judged", "error", title, (), remedy, (), metrics)
+            related = {}
+        for arm, (kin, log) in related.items():
+            yield Finding(
+                "self-judged",
+                "error",
+                f"{arm} was judged by {kin} in {name}",
+                (run_place(log.file),),
+                "judge with a model of another family",
+                (arm,),
+                metrics,
+            )
         yield from _one_order(name, with_judge)
 
 
@@ -364,7 +377,9 @@ def _one_order(name: str, logs: Sequence[tuple[str, EvalLog]]) -> Iterator[Findi
     """
     for arm, log in logs:
         for metric in log.metrics:
-            single = sum(len(one.verdicts) == 1 and not one.by_rule for one in metric.samples)
+            single = sum(
+                len(sample.verdicts) == 1 and not sample.by_rule for sample in metric.samples
+            )
             if single and metric.opponent is not None:
                 yield Finding(
                     "one-order",
@@ -390,8 +405,10 @@ def check_answers(arms: Arms, design: Design | None) -> Iterator[Finding]:
         worst: dict[tuple[str, str], tuple[float, int, int, EvalLog]] = {}
         for arm, log in logs:
             for metric in log.metrics[:1]:
-                lengths[arm] += [one.lengths[0] for one in metric.samples if one.lengths]
+                lengths[arm] += [sample.lengths[0] for sample in metric.samples if sample.lengths]
             for what, (times, n) in answer_faults(log).items():
+                if log.suite == "checks" and what == CUT:
+                    continue  # where more text could decide, the answer is counted both ways
                 share = times / n if n else 0.0
                 if times > 2 and share > max(SOME_DEGENERATE, worst.get((arm, what), (0.0,))[0]):
                     worst[arm, what] = share, times, n, log
@@ -419,7 +436,7 @@ def check_answers(arms: Arms, design: Design | None) -> Iterator[Finding]:
 def _faulty(arm: str, log: EvalLog, what: str, times: int, n: int) -> Finding:
     """That many answers are no answers, and the command that helps where they are cut."""
     remedy = "read some of the answers"
-    if what == "hit the token limit":
+    if what == CUT:
         limit = ((log.recipe.get("generation") or {}).get("max_new_tokens")) or 0
         to = f"generation.max_new_tokens={2 * limit}" if limit else "generation.max_new_tokens=N"
         remedy = f"recipes eval EVAL {log.target or 'RUN'} {to}"
@@ -438,23 +455,26 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     """Return what is wrong with the answers of a log, in words, as (how many, of how many)."""
     if log.suite in ("lm_eval", "heldout_loss"):
         return {}
-    samples = list({one.key: one for metric in log.metrics for one in metric.samples}.values())
-    answered = [one for one in samples if one.answer is not None]
+    samples = list(
+        {sample.key: sample for metric in log.metrics for sample in metric.samples}.values()
+    )
+    answered = [sample for sample in samples if sample.answer is not None]
     faults = log.answers.faults
-    found: dict[str, tuple[int, int]] = {}
+    faults_found: dict[str, tuple[int, int]] = {}
     if faults:
-        found["are empty"] = faults.empty, faults.n
-        found["end in a loop"] = faults.loops, faults.n
+        faults_found["are empty"] = faults.empty, faults.n
+        faults_found["end in a loop"] = faults.loops, faults.n
         if faults.cut is not None:
-            found["hit the token limit"] = faults.cut, faults.n
+            faults_found[CUT] = faults.cut, faults.n
     if answered:
         fewest = 0 if log.judge else FEWEST_LETTERS
-        texts, asked = [one.answer or "" for one in answered], [one.id for one in answered]
+        texts = [sample.answer or "" for sample in answered]
+        asked = [sample.id for sample in answered]
         same = one_and_the_same(texts, asked, fewest)
-        found["are one and the same"] = same, len(answered)
+        faults_found["are one and the same"] = same, len(answered)
     elif faults:
-        found["are one and the same"] = faults.identical, faults.n
-    return found
+        faults_found["are one and the same"] = faults.identical, faults.n
+    return faults_found
 
 
 # ---- What was asked, and how ----
@@ -469,10 +489,10 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
         for first, second in itertools.combinations(by_arm, 2):
             pairs = list(itertools.product(by_arm[first], by_arm[second]))
             alike = [
-                (one, two)
-                for one, two in pairs
-                if arms.opponent(one.against) in (arms.opponent(two.against), first, second)
-                or (one.against in arms.of_run and two.against in arms.of_run)
+                (left, right)
+                for left, right in pairs
+                if arms.opponent(left.against) in (arms.opponent(right.against), first, second)
+                or (left.against in arms.of_run and right.against in arms.of_run)
             ]
             yield from _first_of(_settings_differ(first, second, *pair, design) for pair in alike)
             yield from _first_of(_texts_differ(first, second, *pair) for pair in alike)
@@ -486,9 +506,9 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
             )
 
 
-def _first_of(found: Iterable[Finding | None]) -> Iterator[Finding]:
+def _first_of(findings: Iterable[Finding | None]) -> Iterator[Finding]:
     """The first finding of several pairs of results: each seed says the same again."""
-    first = next((finding for finding in found if finding), None)
+    first = next((finding for finding in findings if finding), None)
     if first:
         yield first
 
@@ -512,64 +532,75 @@ def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
 
 
 def _settings_differ(
-    first: str, second: str, one: EvalLog, other: EvalLog, design: Design | None
+    first: str, second: str, first_log: EvalLog, second_log: EvalLog, design: Design | None
 ) -> Finding | None:
     of_prompt = design is None or not design.declares("data.prompt_format", "data")
-    mine, theirs = _settings(one, of_prompt), _settings(other, of_prompt)
-    known = {*mine} & {*theirs} if one.source or other.source else {*mine} | {*theirs}
-    keys = [key for key in dict.fromkeys([*mine, *theirs]) if key in known]
-    keys = [key for key in keys if mine.get(key) != theirs.get(key)]
+    settings, other_settings = _settings(first_log, of_prompt), _settings(second_log, of_prompt)
+    known = (
+        {*settings} & {*other_settings}
+        if first_log.source or second_log.source
+        else {*settings} | {*other_settings}
+    )
+    keys = [key for key in dict.fromkeys([*settings, *other_settings]) if key in known]
+    keys = [key for key in keys if settings.get(key) != other_settings.get(key)]
     if not keys:
         return None
     lines = (
-        f"{key}: {first} {setting_text(mine.get(key))}, {second} {setting_text(theirs.get(key))}"
+        f"{key}: {first} {setting_text(settings.get(key))},"
+        f" {second} {setting_text(other_settings.get(key))}"
         for key in keys
     )
-    title = f"{first} and {second} were asked differently in {one.eval}: {sentence_list(keys, 3)}"
+    title = (
+        f"{first} and {second} were asked differently in {first_log.eval}: {sentence_list(keys, 3)}"
+    )
     remedy = "evaluate both with one eval recipe"
-    arms, metrics = (first, second), _metrics((one, other))
+    arms, metrics = (first, second), _metrics((first_log, second_log))
     return Finding("protocol-differs", "error", title, tuple(lines), remedy, arms, metrics)
 
 
-def _texts_differ(first: str, second: str, one: EvalLog, other: EvalLog) -> Finding | None:
+def _texts_differ(
+    first: str, second: str, first_log: EvalLog, second_log: EvalLog
+) -> Finding | None:
     """Items of one id that were about another question, or another answer of one opponent."""
-    theirs = {(metric.key, item.key): item for metric in other.metrics for item in metric.samples}
+    other_items = {
+        (metric.key, item.key): item for metric in second_log.metrics for item in metric.samples
+    }
     asked: set[str] = set()
     opposed: set[str] = set()
-    for metric in one.metrics:
+    for metric in first_log.metrics:
         for item in metric.samples:
-            same = theirs.get((metric.key, item.key))
+            same = other_items.get((metric.key, item.key))
             if same is None:
                 continue
             if _differ(item.input, same.input):
                 asked.add(item.id)
-            elif one.against == other.against and _differ(item.opponent, same.opponent):
+            elif first_log.against == second_log.against and _differ(item.opponent, same.opponent):
                 opposed.add(item.id)
-    kinds = (("the question", asked), (f"the answer of {one.against}", opposed))
+    kinds = (("the question", asked), (f"the answer of {first_log.against}", opposed))
     lines = [f"{what} differs for {len(ids)} ids, {min(ids)} is one" for what, ids in kinds if ids]
     if not lines:
         return None
     return Finding(
         "texts-differ",
         "error",
-        f"{first} and {second} were asked other texts under the same ids in {one.eval}",
+        f"{first} and {second} were asked other texts under the same ids in {first_log.eval}",
         tuple(lines),
         "evaluate both with one file of questions and one of reference answers",
         (first, second),
-        _metrics((one, other)),
+        _metrics((first_log, second_log)),
     )
 
 
-def _differ(one: str | None, other: str | None) -> bool:
-    return one is not None and other is not None and one.strip() != other.strip()
+def _differ(text: str | None, other_text: str | None) -> bool:
+    return text is not None and other_text is not None and text.strip() != other_text.strip()
 
 
 def _facts_differ(
-    first: str, second: str, one: EvalLog, other: EvalLog, design: Design | None
+    first: str, second: str, first_log: EvalLog, second_log: EvalLog, design: Design | None
 ) -> Finding | None:
     """Precision of the answers, versions and code of two evaluations."""
     facts = []
-    for log in (one, other):
+    for log in (first_log, second_log):
         precision = {
             "precision of the answers": log.answers.dtype,
             "quantized": log.answers.quantized,
@@ -591,11 +622,12 @@ def _facts_differ(
     return Finding(
         "evaluated-differently",
         "confound",
-        f"{first} and {second} were evaluated with other {sentence_list(keys, 3)} in {one.eval}",
+        f"{first} and {second} were evaluated with other {sentence_list(keys, 3)}"
+        f" in {first_log.eval}",
         tuple(lines),
         "evaluate both again with one version",
         (first, second),
-        _metrics((one, other)),
+        _metrics((first_log, second_log)),
     )
 
 
@@ -605,11 +637,11 @@ def _facts_differ(
 def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield what differs between two trained arms and no factor declares."""
     for first, second in _pairs(arms):
-        found = arm_differences(first, second, design)
+        differences = arm_differences(first, second, design)
         both = (first.name, second.name)
-        confounds = [one for one in found if one.level == "confound"]
-        lines = tuple(one.line(*both) for one in confounds)
-        names = sentence_list([one.what for one in confounds], 4)
+        confounds = [difference for difference in differences if difference.level == "confound"]
+        lines = tuple(difference.line(*both) for difference in confounds)
+        names = sentence_list([difference.what for difference in confounds], 4)
         if design is None and confounds:
             title = f"{first.name} and {second.name} differ in {names}"
             remedy = "a study declares what is meant to differ, so that a cause can be named"
@@ -629,8 +661,8 @@ def check_base(arms: Arms, design: Design | None) -> Iterator[Finding]:
         if not base.is_base or arm.is_base:
             continue
         now, then = (
-            {value for run in one.runs for value in base_weights(run).values()}
-            for one in (base, arm)
+            {value for run in group.runs for value in base_weights(run).values()}
+            for group in (base, arm)
         )
         if now and then and now != then:
             lines = (f"{base.name}: {min(now)}, {arm.name}: {min(then)}",)
@@ -650,7 +682,7 @@ def check_leaks(arms: Arms, design: Design | None) -> Iterator[Finding]:
             if log.eval in seen or not log.metrics or not is_searched(log.suite, questions):
                 continue
             seen.add(log.eval)
-            metrics = _metrics(one for one in arm.logs if one.eval == log.eval)
+            metrics = _metrics(other for other in arm.logs if other.eval == log.eval)
             if log.leaks is None or log.leaks.why:
                 unknown[log.eval][arm.name] = None
             elif log.leaks.found:
@@ -709,10 +741,12 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 "chosen-on-validation", "warning", title, (), remedy, (arm.name,), on_validation
             )
     for first, second in _pairs(arms) if design else ():
-        one, two = (
+        tuned_first, tuned_second = (
             (design.tuned.get(arm.name) for arm in (first, second)) if design else (None, None)
         )
-        grids = [(tuned.key, tuned.values) if tuned else None for tuned in (one, two)]
+        grids = [
+            (tuned.key, tuned.values) if tuned else None for tuned in (tuned_first, tuned_second)
+        ]
         if grids[0] != grids[1] and not (first.is_base or second.is_base):
             title = f"{first.name} and {second.name} were not tuned over the same values"
             remedy = "tune under the study's own key, not under an arm's"

@@ -36,8 +36,9 @@ class Claim:
     """What a row shows. `verdict` and `within` are of the first arm against the second; "higher"
     and "lower" are about two trainings and no more.
 
-    `unaudited` says that nobody audited the judge behind it. `stopped_by` are the findings that leave no verdict, `descriptive` why nothing of this table has
-    one. `cause` are the declared keys that alone differ, `no_cause` why none is named.
+    `stopped_by` are the findings that leave no verdict, `descriptive` why nothing of this table has
+    one. `cause` are the declared keys that alone differ, `no_cause` why none is named. `unaudited`
+    says that nobody audited the judge behind it.
     """
 
     row: TableRow
@@ -195,7 +196,7 @@ def _shown(
     direction, within = _direction(row), _within(row)
     if not direction:
         return Claim(row, "not shown", within)
-    same = [one for one in between if one.level != "note"]
+    same = [each for each in between if each.level != "note"]
     trained = min(row.trainings) > 0
     if trained and design is not None and not same:
         return Claim(row, "higher" if direction > 0 else "lower", within, one_recipe=True)
@@ -204,14 +205,14 @@ def _shown(
     claim = Claim(row, "better" if direction > 0 else "worse", within)
     if not trained or design is None:
         return claim
-    confounds = [one.what for one in between if one.level == "confound"]
+    confounds = [each.what for each in between if each.level == "confound"]
     others = [finding for finding in touching if finding.severity == "confound"]
     others = [finding for finding in others if finding.code != "undeclared-difference"]
     why = f"they also differ in {sentence_list(confounds, 4)}" if confounds else ""
     why = "; ".join([*([why] if why else []), *(_inside(finding.title) for finding in others)])
     if why:
         return replace(claim, no_cause=why)
-    return replace(claim, cause=tuple(one for one in between if one.level in ("cause", "tuned")))
+    return replace(claim, cause=tuple(each for each in between if each.level in ("cause", "tuned")))
 
 
 def _direction(row: TableRow) -> int:
@@ -295,15 +296,15 @@ def _cause(claim: Claim) -> str:
     row = claim.row
     if claim.no_cause:
         return f" No cause is named: {claim.no_cause}."
-    own = [one for one in claim.cause if one.level == "cause"]
+    own = [each for each in claim.cause if each.level == "cause"]
     if not own:
         return ""
-    what = sentence_list([one.text for one in own], 4)
-    verb, whose = ("differs", "its") if len(own) == 1 else ("differ", "their joint")
-    tuned = [one.text for one in claim.cause if one.level == "tuned"]
+    what = sentence_list([each.text for each in own], 4)
+    verb, owner = ("differs", "its") if len(own) == 1 else ("differ", "their joint")
+    tuned = [each.text for each in claim.cause if each.level == "tuned"]
     best = f", each at its best {sentence_list(tuned)}" if tuned else ""
     seeds = count(min(row.trainings), "training seed")
-    return f" Only {what} {verb} between them{best}, so this is {whose} effect over {seeds}."
+    return f" Only {what} {verb} between them{best}, so this is {owner} effect over {seeds}."
 
 
 def where_text(row: TableRow) -> str:

@@ -87,15 +87,19 @@ def arm_differences(
     """Return what differs between two trained arms, first the recipes' keys."""
     if first.is_base or second.is_base:
         return []
-    one, other = (_with_batch(arm_values(arm, design)) for arm in (first, second))
-    found = _of_recipes(one, other, design) if one and other else []
+    values, other_values = (_with_batch(arm_values(arm, design)) for arm in (first, second))
+    differences: list[Difference] = []
+    if values and other_values:
+        differences = _of_recipes(values, other_values, design)
     for read, keys in _FACTS:
         if design is not None and design.declares(*keys):
             continue
-        mine, theirs = (_recorded(arm, read) for arm in (first, second))
-        for what in (what for what in mine if what in theirs and mine[what] != theirs[what]):
-            found.append(Difference(what, mine[what], theirs[what], "confound"))
-    return found
+        facts, other_facts = (_recorded(arm, read) for arm in (first, second))
+        for what, value in facts.items():
+            other_value = other_facts.get(what, value)
+            if other_value != value:
+                differences.append(Difference(what, value, other_value, "confound"))
+    return differences
 
 
 def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
@@ -115,37 +119,39 @@ def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
     return values
 
 
-def _of_recipes(one: KeyValues, other: KeyValues, design: Design | None) -> list[Difference]:
-    keys = [key for key in dict.fromkeys([*one, *other]) if _value(key, one) != _value(key, other)]
+def _of_recipes(first: KeyValues, second: KeyValues, design: Design | None) -> list[Difference]:
+    keys = [
+        key for key in dict.fromkeys([*first, *second]) if _value(key, first) != _value(key, second)
+    ]
     return [
         Difference(
             key,
-            setting_text(_value(key, one)),
-            setting_text(_value(key, other)),
-            _level(key, one, other, design),
+            setting_text(_value(key, first)),
+            setting_text(_value(key, second)),
+            _level(key, first, second, design),
         )
         for key in keys
         if not key.startswith("tune.")
     ]
 
 
-def _level(key: str, one: KeyValues, other: KeyValues, design: Design | None) -> Level:
-    if not changes_result(key, one, other):
+def _level(key: str, first: KeyValues, second: KeyValues, design: Design | None) -> Level:
+    if not changes_result(key, first, second):
         return "note"
     grid = f"tune.{key}"
-    if grid in one and one.get(grid) == other.get(grid):
+    if grid in first and first.get(grid) == second.get(grid):
         return "tuned"
     if design is None:
         return "confound"
     if key != EXAMPLES_PER_STEP:
         return "cause" if design.factor_of(key) else "confound"
     sources = [
-        source for source in (_GLOBAL_BATCH, *_OF_BATCH) if one.get(source) != other.get(source)
+        source for source in (_GLOBAL_BATCH, *_OF_BATCH) if first.get(source) != second.get(source)
     ]
     return "cause" if sources and all(map(design.factor_of, sources)) else "confound"
 
 
-def changes_result(key: str, one: KeyValues, other: KeyValues) -> bool:
+def changes_result(key: str, first: KeyValues, second: KeyValues) -> bool:
     """Return whether a key can change what is learnt.
 
     How often is evaluated and saved changes nothing, unless the best checkpoint is chosen among
@@ -155,7 +161,7 @@ def changes_result(key: str, one: KeyValues, other: KeyValues) -> bool:
     if key == SEED:
         return False  # chance, and no cause
     if section == "train" and name in _CHECKPOINT_CHOICE:
-        return bool(one.get(_BEST) or other.get(_BEST))
+        return bool(first.get(_BEST) or second.get(_BEST))
     return key not in _SAME_MATHEMATICS and not (section == "train" and FREE_KEYS.match(name))
 
 

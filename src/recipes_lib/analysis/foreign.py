@@ -220,11 +220,11 @@ def unique_names(runs: Sequence[Run]) -> dict[str, Run]:
     by_name: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_name[run.name].append(run)
-    found: dict[str, Run] = {}
+    named: dict[str, Run] = {}
     for run in runs:
         name = run.name if len(by_name[run.name]) == 1 else f"{run.name}-{run.folder.name}"
-        if name in found:
+        if name in named:
             hint = "a run compared with itself shows nothing"
             raise RecipeError(f"'{name}' is named twice", hint)
-        found[name] = run
-    return found
+        named[name] = run
+    return named

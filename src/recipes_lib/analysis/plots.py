@@ -29,13 +29,13 @@ def forest(claims: Sequence[Claim]) -> str:
     parts: list[str] = []
     top = 0
     for unit in dict.fromkeys(claim.row.unit for claim in shown):
-        mine = [claim for claim in shown if claim.row.unit == unit]
-        ends = [end for claim in mine for end in claim.row.interval or ()]
+        of_unit = [claim for claim in shown if claim.row.unit == unit]
+        ends = [end for claim in of_unit for end in claim.row.interval or ()]
         reach = max(abs(end) for end in ends) * 1.05 or 1.0
         middle, half = _LEFT + (_WIDTH - _LEFT - _RIGHT) / 2, (_WIDTH - _LEFT - _RIGHT) / 2
-        height = _LINE * len(mine)
+        height = _LINE * len(of_unit)
         parts.append(_line(middle, top + 4, middle, top + height + 4, "#999"))
-        for number, claim in enumerate(mine):
+        for number, claim in enumerate(of_unit):
             parts += _forest_row(claim, top + _LINE * number + _LINE / 2 + 4, middle, half / reach)
         top += height + 8
         for value, anchor in ((-reach, "start"), (0.0, "middle"), (reach, "end")):

@@ -88,15 +88,16 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
     samples = collect_samples(arms)
     pairs = dict.fromkeys(claim.row.arms for claim in conclusion.claims)
     findings = [
-        (severity, mine)
+        (severity, of_severity)
         for severity in SEVERITIES
-        if (mine := [one for one in conclusion.findings if one.severity == severity])
+        if (of_severity := [each for each in conclusion.findings if each.severity == severity])
     ]
     return environment.get_template("report.html.jinja").render(
         name=design.name if design else "comparison",
         conclusion=conclusion,
         pairs=[
-            (pair, [one for one in conclusion.claims if one.row.arms == pair]) for pair in pairs
+            (pair, [claim for claim in conclusion.claims if claim.row.arms == pair])
+            for pair in pairs
         ],
         findings=findings,
         forest=Markup(plots.forest(conclusion.claims)),
@@ -176,17 +177,17 @@ def _training(arm: str, run: Run) -> Training:
 
 def answer_counts(arms: Arms) -> list[dict[str, Any]]:
     """Return what is wrong with the answers of each arm, by evaluation, over all its trainings."""
-    found: dict[tuple[str, str], dict[str, list[int]]] = {}
+    by_arm: dict[tuple[str, str], dict[str, list[int]]] = {}
     for arm in arms:
         for run in arm.runs:
             for log in {log.eval: log for log in reversed(run.evals)}.values():
                 for what, (times, n) in answer_faults(log).items():
-                    counts = found.setdefault((arm.name, log.eval), {}).setdefault(what, [0, 0])
+                    counts = by_arm.setdefault((arm.name, log.eval), {}).setdefault(what, [0, 0])
                     counts[0] += times
                     counts[1] += n
     return [
         {"arm": arm, "eval": name, "n": max(n for _, n in faults.values()), "faults": faults}
-        for (arm, name), faults in found.items()
+        for (arm, name), faults in by_arm.items()
     ]
 
 
@@ -206,7 +207,7 @@ class Category:
 
 def categories(arms: Arms) -> dict[str, list[Category]]:
     """Return metrics by category, where a judged or checked evaluation has several."""
-    found: dict[str, list[Category]] = defaultdict(list)
+    by_title: dict[str, list[Category]] = defaultdict(list)
     for arm in arms:
         for run in arm.runs[:1]:
             for metric in run.metrics:
@@ -216,20 +217,23 @@ def categories(arms: Arms) -> dict[str, list[Category]]:
                 opponent = arms.opponent(metric.opponent)
                 title = f"{metric.label} against {opponent}" if opponent else metric.label
                 for name in names:
-                    mine = [one for one in metric.samples if one.category == name]
-                    kept = [one for one in mine if one.value is not None]
-                    values = np.array([[one.value for one in kept]], dtype=float)
+                    kept = [
+                        sample
+                        for sample in metric.samples
+                        if sample.category == name and sample.value is not None
+                    ]
+                    values = np.array([[sample.value for sample in kept]], dtype=float)
                     limits = None
                     if kept:
-                        limits = score_interval(values, [one.id for one in kept], metric.unit)
+                        limits = score_interval(values, [sample.id for sample in kept], metric.unit)
                     value = float(values.mean()) if kept else None
                     place = "/".join(metric.file.parts[-4:])
-                    found[title].append(
+                    by_title[title].append(
                         Category(
                             title, name, arm.name, metric.unit, value, limits, len(kept), place
                         )
                     )
-    return {title: sorted(rows, key=lambda row: row.category) for title, rows in found.items()}
+    return {title: sorted(rows, key=lambda row: row.category) for title, rows in by_title.items()}
 
 
 def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
@@ -238,7 +242,7 @@ def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
     for _, log in arms.logs:
         if log.judge and log.audit:
             key = (log.eval, log.judge.fingerprint)
-            weight = 1_000_000 * sum(one.result != "not measured" for one in log.audit.checks)
+            weight = 1_000_000 * sum(check.result != "not measured" for check in log.audit.checks)
             weight += log.audit.asked
             if key not in best or weight > best[key][0]:
                 best[key] = weight, (log.eval, log.judge, log.audit)
@@ -280,8 +284,8 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
         values["file"] = " ".join(values.pop("files"))
         yield {"kind": "score", **values, "low": limits[0], "high": limits[1]}
     for rows in categories(arms).values():
-        for one in rows:
-            values = asdict(one)
+        for category in rows:
+            values = asdict(category)
             limits = values.pop("interval") or (None, None)
             yield {"kind": "category", **values, "low": limits[0], "high": limits[1]}
     for training in trainings(arms):
@@ -322,7 +326,7 @@ def commands(arms: Arms, design: Design | None) -> list[tuple[str, list[str]]]:
     if design is None:
         names = [str(run.folder) if run.foreign else run.name for run in runs]
         return [("This table", [portable_command(f"recipes compare {shlex.join(names)}")])]
-    found = {
+    sources = {
         "Everything": [design.command] if design.command else [],
         "Trainings": [line for run in runs if (line := _command_of(run))],
         "Evaluations": [log.command for run in runs for log in run.evals if log.command],
@@ -330,7 +334,7 @@ def commands(arms: Arms, design: Design | None) -> list[tuple[str, list[str]]]:
     }
     lines = {
         title: list(dict.fromkeys(portable_command(line) for line in some if line))
-        for title, some in found.items()
+        for title, some in sources.items()
     }
     return [(title, some) for title, some in lines.items() if some]
 
@@ -350,7 +354,7 @@ def portable_command(command: str) -> str:
         'recipes eval .../my.yaml r8'
     """
     shown = _PYTHON.sub(
-        lambda found: "recipes" if found[1].endswith("cli") else f"python -m {found[1]}", command
+        lambda match: "recipes" if match[1].endswith("cli") else f"python -m {match[1]}", command
     )
     for folder, name in ((runs_root(), "runs/"), (project_root(), "")):
         shown = re.sub(rf"(?<![\w./~-]){re.escape(str(folder.resolve()))}/", name, shown)
@@ -373,7 +377,10 @@ def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
         for run in arm.runs:
             libraries = (run.environment.get("libraries") or {}).items()
             add("code at training", code(run.environment.get("git")))
-            add("libraries", ", ".join(f"{name} {one}" for name, one in libraries if one))
+            add(
+                "libraries",
+                ", ".join(f"{name} {version}" for name, version in libraries if version),
+            )
             add("devices", ", ".join(dict.fromkeys(run.environment.get("devices") or [])))
             guard = run.state.get("guard") or {}
             add("data, sha256", str(guard.get("data_fingerprint") or "")[:16])

@@ -73,7 +73,7 @@ class Samples:
 
 def collect_samples(arms: Arms) -> Samples:
     """Return the samples of every evaluation that has texts, comparisons between arms first."""
-    found = Samples()
+    browser = Samples()
     pages = [
         (arm.name, log, samples)
         for arm in arms
@@ -82,7 +82,7 @@ def collect_samples(arms: Arms) -> Samples:
         if (samples := _readable(log))
     ]
     pages.sort(key=lambda page: arms.opponent(page[1].against) not in arms.by_name)
-    found.total = sum(len(samples) for _, _, samples in pages)
+    browser.total = sum(len(samples) for _, _, samples in pages)
     size = sum(_size(sample) for _, _, samples in pages for sample in samples)
     step = max(1, -(-size // MOST_CHARACTERS))
     for group, (arm, log, samples) in enumerate(pages):
@@ -90,10 +90,10 @@ def collect_samples(arms: Arms) -> Samples:
         how = f"against {opponent}" if opponent else "graded" if log.judge else "checked by rules"
         folder = "/".join(log.file.parent.parts[-3:])
         title = f"{log.eval}: {arm} {how}"
-        found.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
+        browser.groups.append({"title": title, "arm": arm, "opponent": opponent, "folder": folder})
         for sample in samples[::step]:
-            found.add(group, sample)
-    return found
+            browser.add(group, sample)
+    return browser
 
 
 def _size(sample: Sample) -> int:
@@ -105,4 +105,9 @@ def _size(sample: Sample) -> int:
 def _readable(log: EvalLog) -> list[Sample]:
     """The samples that hold a text: of the comparison, else of the first metric."""
     metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)
-    return [one for metric in metrics[:1] for one in metric.samples if one.answer or any(one.raws)]
+    return [
+        sample
+        for metric in metrics[:1]
+        for sample in metric.samples
+        if sample.answer or any(sample.raws)
+    ]

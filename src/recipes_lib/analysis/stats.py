@@ -206,8 +206,8 @@ class Comparison:
     def mde(self, alpha: float = ALPHA) -> float:
         """Return what is found with 80% probability although all open items count against it."""
         known = self.share * self.resolved.value
-        found = [case.mde(alpha) + abs(known - case.value) for case in self._cases[-2:]]
-        return max(found) / self.share if self.share else math.inf
+        effects = [case.mde(alpha) + abs(known - case.value) for case in self._cases[-2:]]
+        return max(effects) / self.share if self.share else math.inf
 
 
 def compare(
@@ -241,7 +241,9 @@ def adjust(ps: Sequence[float], primary: Sequence[bool]) -> list[float]:
     """Return p values by Holm (1979): primary ones held to 4%, others to 1%; one family to 5%."""
     out, both = [1.0] * len(ps), any(primary) and not all(primary)
     for family, share in ((True, 0.8), (False, 0.2)):
-        places = sorted((i for i, mine in enumerate(primary) if mine == family), key=ps.__getitem__)
+        places = sorted(
+            (i for i, is_primary in enumerate(primary) if is_primary == family), key=ps.__getitem__
+        )
         worst = 0.0
         for rank, place in enumerate(places):
             worst = max(worst, ps[place] * (len(places) - rank) / (share if both else 1.0))

@@ -182,11 +182,11 @@ def pairs_of(arms: Arms, aims: Aims) -> list[tuple[str, str]]:
 
 def measured_metrics(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
     """Return an arm's metrics by name and opponent, with the trainings that have them."""
-    found: dict[_Key, _Measured] = defaultdict(list)
+    metrics: dict[_Key, _Measured] = defaultdict(list)
     for run in arm.runs:
         for metric in run.metrics:
-            found[metric.key, arms.opponent(metric.opponent)].append((run, metric))
-    return dict(found)
+            metrics[metric.key, arms.opponent(metric.opponent)].append((run, metric))
+    return dict(metrics)
 
 
 # ---- One row ----
@@ -196,19 +196,19 @@ def _rows(
     first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, _Measured]]
 ) -> Iterator[TableRow]:
     """Yield the rows of two arms: first what was judged head to head, then what both have."""
-    mine, theirs = measured[first.name], measured[second.name]
+    of_first, of_second = measured[first.name], measured[second.name]
     direct = set()
-    for (key, opponent), metrics in mine.items():
+    for (key, opponent), metrics in of_first.items():
         if opponent == second.name:
             direct.add(key)
             yield _head_to_head(first, second, metrics, turned=False)
-    for (key, opponent), metrics in theirs.items():
+    for (key, opponent), metrics in of_second.items():
         if opponent == first.name and key not in direct:
             direct.add(key)
             yield _head_to_head(first, second, metrics, turned=True)
-    both = {(key[0], key[2]) for key, _ in mine.keys() & theirs.keys()}  # eval and metric
-    for (key, opponent), metrics in mine.items():
-        other = theirs.get((key, opponent))
+    both = {(key[0], key[2]) for key, _ in of_first.keys() & of_second.keys()}  # eval and metric
+    for (key, opponent), metrics in of_first.items():
+        other = of_second.get((key, opponent))
         through_an_arm = opponent in measured
         shown = not (through_an_arm and (key in direct or opponent in (first.name, second.name)))
         if other and shown and (key[0], metrics[0][1].instead_of) not in both:
@@ -218,8 +218,8 @@ def _rows(
 def _row(first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], **values: Any) -> TableRow:
     """A row with what its metrics say."""
     metric = metrics[0]
-    units = {one.unit for one in metrics}
-    directions = {one.higher_is_better for one in metrics}
+    units = {metric.unit for metric in metrics}
+    directions = {metric.higher_is_better for metric in metrics}
     direction = directions.pop() if len(directions) == 1 else None
     return TableRow(
         metric=metric.name,
@@ -236,10 +236,14 @@ def _row(first: ArmRuns, second: ArmRuns, metrics: Sequence[Metric], **values: A
 
 
 def _side_by_side(
-    first: ArmRuns, second: ArmRuns, opponent: str | None, mine: _Measured, other: _Measured
+    first: ArmRuns,
+    second: ArmRuns,
+    opponent: str | None,
+    first_runs: _Measured,
+    second_runs: _Measured,
 ) -> TableRow:
     """Both arms on the same items; a turn that only one of them has counts as without a verdict."""
-    pairs, flags = _paired_trainings(first, second, mine, other)
+    pairs, flags = _paired_trainings(first, second, first_runs, second_runs)
     sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     draws = [_draws(side) for side in sides]
     if draws[0] != draws[1]:
@@ -253,7 +257,9 @@ def _side_by_side(
         metrics,
         opponent=opponent,
         n=len(items),
-        trainings=_trainings(first, second, [run for run, _ in mine], [run for run, _ in other]),
+        trainings=_trainings(
+            first, second, [run for run, _ in first_runs], [run for run, _ in second_runs]
+        ),
     )
     if not items:
         why = "only totals are known, not the items behind them"
@@ -324,39 +330,44 @@ def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) ->
 
 
 def _paired_trainings(
-    first: ArmRuns, second: ArmRuns, mine: _Measured, other: _Measured
+    first: ArmRuns, second: ArmRuns, first_runs: _Measured, second_runs: _Measured
 ) -> tuple[list[tuple[Metric, Metric]], list[str]]:
     """Pair the trainings of two arms by seed, and say what is left out. A model that was not
     trained here stands beside every training.
     """
     if second.is_base or first.is_base:
-        longer = max(len(mine), len(other))
-        if len(other) == 1 and second.is_base:
-            other = other * longer
-        elif len(mine) == 1 and first.is_base:
-            mine = mine * longer
-        return [(a, b) for (_, a), (_, b) in zip(mine, other, strict=False)], []
-    by_seed = [{run.seed: metric for run, metric in side} for side in (mine, other)]
+        longer = max(len(first_runs), len(second_runs))
+        if len(second_runs) == 1 and second.is_base:
+            second_runs = second_runs * longer
+        elif len(first_runs) == 1 and first.is_base:
+            first_runs = first_runs * longer
+        return [(a, b) for (_, a), (_, b) in zip(first_runs, second_runs, strict=False)], []
+    by_seed = [{run.seed: metric for run, metric in side} for side in (first_runs, second_runs)]
     common = [seed for seed in by_seed[0] if seed in by_seed[1] and seed is not None]
     if common:
-        left_out = max(len(mine), len(other)) - len(common)
+        left_out = max(len(first_runs), len(second_runs)) - len(common)
         flags = [f"{count(left_out, 'seed')} without a partner left out"] if left_out else []
         return [(by_seed[0][seed], by_seed[1][seed]) for seed in common], flags
-    pairs = [(a, b) for (_, a), (_, b) in zip(mine, other, strict=False)]
-    left_out = max(len(mine), len(other)) - len(pairs)
+    pairs = [(a, b) for (_, a), (_, b) in zip(first_runs, second_runs, strict=False)]
+    left_out = max(len(first_runs), len(second_runs)) - len(pairs)
     flags = [f"{count(left_out, 'training')} left out"] if left_out else []
-    seeds = [run.seed for run, _ in (*mine[: len(pairs)], *other[: len(pairs)])]
-    if None not in seeds and not any(run.foreign for run, _ in mine):
+    seeds = [run.seed for run, _ in (*first_runs[: len(pairs)], *second_runs[: len(pairs)])]
+    if None not in seeds and not any(run.foreign for run, _ in first_runs):
         flags.append("other seeds in each arm")
     return pairs, flags
 
 
 def _trainings(
-    first: ArmRuns, second: ArmRuns, mine: Sequence[Run], other: Sequence[Run]
+    first: ArmRuns, second: ArmRuns, first_runs: Sequence[Run], second_runs: Sequence[Run]
 ) -> tuple[int, int]:
     """How many trainings of each arm a row is of."""
     fewest = min(
-        (len(runs) for arm, runs in ((first, mine), (second, other)) if not arm.is_base), default=0
+        (
+            len(runs)
+            for arm, runs in ((first, first_runs), (second, second_runs))
+            if not arm.is_base
+        ),
+        default=0,
     )
     return (0 if first.is_base else fewest, 0 if second.is_base else fewest)
 
@@ -517,7 +528,7 @@ def _with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
     """Return the rows with their margins; one that is none of its row's metric is a flag. Head to
     head a difference of x points between two rates is one of x / 2 from one half.
     """
-    found = []
+    rows_out = []
     for row in rows:
         margin = aims.margin_of(row.metric)
         if margin and not row.aside:
@@ -525,8 +536,8 @@ def _with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
             size = margin.size / 2 if row.head_to_head else margin.size
             flags = (*row.flags, f"no margin: {wrong}") if wrong else row.flags
             row = replace(row, margin=None if wrong else size, flags=flags)
-        found.append(row)
-    return found
+        rows_out.append(row)
+    return rows_out
 
 
 def _corrected(rows: Sequence[TableRow]) -> list[TableRow]:
@@ -537,15 +548,15 @@ def _corrected(rows: Sequence[TableRow]) -> list[TableRow]:
     )
     primary = sum(row.primary for row in tested)
     both = 0 < primary < len(tested)
-    found = []
+    rows_out = []
     for row in rows:
         if row.test is None or not row.is_tested:
-            found.append(replace(row, tests=len(tested)))
+            rows_out.append(replace(row, tests=len(tested)))
             continue
         size = (primary if row.primary else len(tested) - primary) if both else len(tested)
         share = (0.8 if row.primary else 0.2) if both else 1.0
         mde = row.test.mde(ALPHA * share / size)
-        found.append(
+        rows_out.append(
             replace(
                 row,
                 p=next(adjusted),
@@ -554,7 +565,7 @@ def _corrected(rows: Sequence[TableRow]) -> list[TableRow]:
                 tests=len(tested),
             )
         )
-    return found
+    return rows_out
 
 
 def _margin_ps(row: TableRow, factor: float) -> Limits | None:
