@@ -361,7 +361,7 @@ def test_cut_answers_to_checks_by_rule_are_counted_both_ways_and_stop_no_sentenc
         log = read_eval_log(file)
         write_log(replace(log, answers=replace(log.answers, faults=AnswerFaults(n=40, cut=20))))
     claim = claim_of(compared(one=[folders[0]], two=[folders[1]]), "pass_rate")
-    assert claim.verdict == "higher"
+    assert claim.verdict in ("higher", "lower") and not claim.stopped_by
 
 
 def test_leaked_questions_stop_the_sentence_of_that_evaluation_alone(two: list[Path]) -> None:
