@@ -189,7 +189,7 @@ def test_damaged_missing_and_pickled_weights_are_refused(problems, model):
     assert "model-00002-of-00002.safetensors is missing" in problems()
     (model / "model.safetensors.index.json").unlink()
     weights.rename(model / "pytorch_model.bin")
-    assert "has no weights" in problems() and "pickle" in problems()
+    assert "has no weights" in problems() and "pytorch_model.bin is a pickle" in problems()
     (model / "config.json").write_text("{")
     assert "no readable config.json" in problems()
 

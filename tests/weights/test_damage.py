@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.weights.runs import check_base_run, weights_damage
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.weights import load
+from recipes_lib.weights.merge import merge
+from recipes_lib.weights.runs import Family, check_base_run, finished_run, weights_damage
 
 ADAPTER = "adapter/adapter_model.safetensors"
 
@@ -50,7 +53,7 @@ def test_every_kind_of_damage_is_found_and_named(runs: Callable[..., Path]) -> N
         damage(run)
         if words not in str(weights_damage(directory, full=False)):
             missed.append((name, weights_damage(directory, full=False)))
-        __import__("shutil").rmtree(run)
+        shutil.rmtree(run)
     assert not missed
 
 
@@ -87,7 +90,27 @@ def test_another_base_than_the_trained_one_is_refused(
     state = json.loads((run / "run.json").read_text())
     state["weights_check"]["base_fingerprint"] = "0" * 64
     (run / "run.json").write_text(json.dumps(state))
-    code, _, err = recipes("merge", "lora")
-    assert code == 2 and "its weights differ" in err
-    code, _, err = recipes("export", "lora", "--to", tmp_path / "out")
-    assert code == 2 and "its weights differ" in err
+    export = ("export", "lora", "--to", tmp_path / "out")
+    for words in (("merge", "lora"), export, ("chat", "lora", "--prompt", "hi")):
+        code, _, err = recipes(*words)
+        assert code == 2 and "its weights differ" in err, words
+
+
+def test_a_base_that_comes_from_the_hub_only_now_is_compared_once_it_is_here(
+    runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs("lora")
+    trained, honest = finished_run(open_run("lora")), load.load_model
+
+    def fetched(*args: object, **keys: object) -> object:
+        monkeypatch.setattr(load, "local_folder", lambda recipe: run / "other")
+        return honest(*args, **keys)
+
+    monkeypatch.setattr(load, "local_folder", lambda recipe: None)
+    monkeypatch.setattr(load, "load_model", fetched)
+    (run / "other").mkdir()
+    (run / "other/model.safetensors").write_bytes(b"another base")
+    for use in (lambda: Family([trained]), lambda: merge(trained, None)):
+        with pytest.raises(RecipeError, match="its weights differ"):
+            use()
+        monkeypatch.setattr(load, "local_folder", lambda recipe: None)

@@ -98,7 +98,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     tied = property(lambda self: {layers[1]: layers[0]}, lambda self, value: None)
     monkeypatch.setattr(LlamaForCausalLM, "all_tied_weights_keys", tied, raising=False)
     with pytest.raises(RecipeError, match="shares its weight"):
-        merging.merge(finished_run(open_run("lora")), None, print)
+        merging.merge(finished_run(open_run("lora")), None)
     assert not list(run.glob("merged*"))
 
 

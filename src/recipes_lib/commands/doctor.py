@@ -48,11 +48,12 @@ def check_versions() -> Iterator[DoctorLine]:
     constraints = project_root() / "constraints.txt"
     lines = constraints.read_text("utf-8").splitlines() if constraints.is_file() else []
     tested = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    other = []
-    for package in tested:
-        version = installed_version(package.name)
-        if version and not package.specifier.contains(version, prereleases=True):
-            other.append(f"{package.name} {version} (tested {package.specifier})")
+    other = [
+        f"{package.name} {version} (tested {package.specifier})"
+        for package in tested
+        if (version := installed_version(package.name))
+        and not package.specifier.contains(version, prereleases=True)
+    ]
     if missing := [name for name in PACKAGES if installed_version(name) is None]:
         yield FAIL, f"not installed: {', '.join(missing)}", REINSTALL
     if other:
@@ -66,9 +67,9 @@ def check_device() -> Iterator[DoctorLine]:
 
     if not torch.cuda.is_available():
         if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
-            built = torch.version.cuda or "none"
             remedy = "nvidia-smi shows the driver's CUDA version; install the torch build for it"
-            yield FAIL, f"a GPU is here, torch (built for CUDA {built}) cannot use it", remedy
+            what = f"a GPU is here, torch (built for CUDA {torch.version.cuda}) cannot use it"
+            yield FAIL, what, remedy
         else:
             yield NOTE, f"no GPU; {os.cpu_count()} CPU cores: the quickstart trains here", ""
         return
@@ -86,14 +87,14 @@ def check_bitsandbytes() -> Iterator[DoctorLine]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layer = bitsandbytes.nn.Linear4bit(64, 64, False, torch.float32, quant_type="nf4")
-    weight = layer.weight.data.clone().float()
     row = torch.linspace(-1, 1, 64)[None]
-    exact = row @ weight.T
+    exact = row @ layer.weight.data.T
     with torch.no_grad():
         answer = layer.to(device)(row.to(device)).float().cpu()
     error = float((answer - exact).norm() / exact.norm())
-    right = layer.weight.numel() < weight.numel() and error < 0.3
-    level, remedy = (OK, "") if right else (FAIL, REINSTALL)
+    level, remedy = (
+        (OK, "") if layer.weight.numel() < 64 * 64 and error < 0.3 else (FAIL, REINSTALL)
+    )
     yield level, f"{bitsandbytes.__version__}, NF4 on the {device} is off by {error:.0%}", remedy
 
 
@@ -101,10 +102,8 @@ def check_hub() -> Iterator[DoctorLine]:
     """Token and offline mode."""
     from huggingface_hub import constants, get_token
 
-    if get_token():
-        yield OK, "a token is set", ""
-    else:
-        yield NOTE, "no token: gated models cannot be downloaded", "hf auth login"
+    no_token = NOTE, "no token: gated models cannot be downloaded", "hf auth login"
+    yield (OK, "a token is set", "") if get_token() else no_token
     if constants.HF_HUB_OFFLINE:
         yield NOTE, "offline: only what is cached or local is found", "unset HF_HUB_OFFLINE"
 

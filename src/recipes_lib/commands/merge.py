@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         trained = finished_run(open_run(args.run), args.trust_remote_code)
         quiet_libraries()
-        record, was_there = merge(trained, args.dtype, report=say)
+        record, was_there = merge(trained, args.dtype)
     if args.json:
         return print_json({"folder": str(trained.merged), "already": was_there, **asdict(record)})
     what = "already merged, nothing to do" if was_there else "merged"

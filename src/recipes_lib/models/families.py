@@ -207,9 +207,9 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
-    found = copy.deepcopy(config)
-    convert_peft_config_for_transformers(found, model, None)
-    return found
+    result = copy.deepcopy(config)
+    convert_peft_config_for_transformers(result, model, None)
+    return result
 
 
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
@@ -225,10 +225,10 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
         settled.target_parameters = sorted(kept) or None
     excluded = settled.exclude_modules
     if images or (left_out and isinstance(excluded, str)):  # a regular expression over whole names
-        theirs = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
-        ours = "|".join([*theirs, *left_out, *(rf"{part}\..*" for part in images)])
-        whole = rf"(?:{excluded})|" if isinstance(excluded, str) else ""
-        settled.exclude_modules = rf"{whole}(?:.*\.)?(?:{ours})"
+        named = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
+        ends = "|".join([*named, *left_out, *(rf"{part}\..*" for part in images)])
+        pattern = rf"(?:{excluded})|" if isinstance(excluded, str) else ""
+        settled.exclude_modules = rf"{pattern}(?:.*\.)?(?:{ends})"
     elif left_out:
         settled.exclude_modules = sorted({*(excluded or ()), *left_out})
     return settled
@@ -249,7 +249,7 @@ def describe_targets(model: Any) -> str:
     adapted = dict.fromkeys([*modules, *map(short, sorted(model.targeted_parameter_names))])
     left_out = {"modules_to_save", "original_module", *images_of(model.config)}
     embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
-    not_counted = {id(one.weight) for one in (*embeddings, base.get_output_embeddings())}
+    not_counted = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
     plain: dict[str, None] = {}
     for name, parameter in base.named_parameters():
         is_matrix = parameter.ndim == (2 if name.endswith(".weight") else 3)
@@ -317,14 +317,14 @@ def describe_experts(model: Any, coefficient: float) -> str | None:
     Args:
         coefficient: of the auxiliary loss, 0 for none.
     """
-    experts = {name: one for name, one in model.named_parameters() if "experts" in name}
-    stacked = {name: one for name, one in experts.items() if one.ndim == 3}
+    experts = {name: weight for name, weight in model.named_parameters() if "experts" in name}
+    stacked = {name: weight for name, weight in experts.items() if weight.ndim == 3}
     if not stacked:
         return None
     names = sorted({f"experts.{name.rpartition('.')[2]}" for name in stacked})
     if any(".lora_" in name for name in experts):
         state = "adapted"
-    elif any(one.requires_grad for one in experts.values()):
+    elif any(weight.requires_grad for weight in experts.values()):
         state = "trained"
     else:
         state = f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"

@@ -37,7 +37,9 @@ def prepare_head(model: Any, *, sharded: bool) -> None:
 
     def gather(*_: Any) -> None:
         head = model.get_output_embeddings()
-        if isinstance(head, FSDPModule) and any(one.requires_grad for one in head.parameters()):
+        if isinstance(head, FSDPModule) and any(
+            weight.requires_grad for weight in head.parameters()
+        ):
             head.unshard()
 
     if sharded:

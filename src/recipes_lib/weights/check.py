@@ -74,10 +74,10 @@ def check_saved(
     tensors, is_zero, problems = _compare_bytes(model, folder)
 
     def prove() -> SavedWeights:
-        found = problems or list(_name_problems(model, folder, base))
-        if found:
-            more = f" (and {len(found) - NUM_NAMED} more)" if len(found) > NUM_NAMED else ""
-            what = "; ".join(found[:NUM_NAMED]) + more
+        wrong = problems or list(_name_problems(model, folder, base))
+        if wrong:
+            more = f" (and {len(wrong) - NUM_NAMED} more)" if len(wrong) > NUM_NAMED else ""
+            what = "; ".join(wrong[:NUM_NAMED]) + more
             raise RecipesError(f"the saved weights are not the trained ones: {what}")
         if is_zero and not may_change_nothing:
             raise RecipesError(

@@ -267,20 +267,17 @@ def attach(
     from safetensors.torch import load_file
 
     model: Any = None
-    how: dict[str, Any] = {}
-    if without_base_weights:
-        how = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    hint = "it was trained on another base model, or its files are damaged"
+    device = "cpu" if without_base_weights else None
     for name, folder in adapters.items():
-        hint = "it was trained on another base model, or its files are damaged"
         try:
-            dtypes = {one.dtype for one in load_file(folder / ADAPTER_WEIGHTS).values()}
+            dtypes = {tensor.dtype for tensor in load_file(folder / ADAPTER_WEIGHTS).values()}
             if model is None:
-                config = PeftConfig.from_pretrained(str(folder))
-                config.inference_mode = True
-                model = get_peft_model(
-                    base, config, adapter_name=name, low_cpu_mem_usage=without_base_weights
-                )
-            loaded = model.load_adapter(str(folder), name, **how)
+                config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
+                model = get_peft_model(base, config, name, low_cpu_mem_usage=without_base_weights)
+            loaded = model.load_adapter(
+                str(folder), name, torch_device=device, low_cpu_mem_usage=without_base_weights
+            )
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:

@@ -8,14 +8,13 @@ weights in place, and dequantising those gives noise without an error.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import DataError, RecipeError, RecipesError, check_space
 from recipes_lib.core.files import file_hash, publish, read_object, write_json
 from recipes_lib.core.lock import run_lock
-from recipes_lib.core.terminal import shown_size
+from recipes_lib.core.terminal import say, shown_size
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.card import write_card
 from recipes_lib.weights.check import changed_files, recorded_hashes
@@ -57,8 +56,6 @@ class MergeRecord:
         sha256: of each file in `merged/` that decides what it answers.
     """
 
-    run: str
-    base: str
     adapter_sha256: str
     dtype: str
     num_tokens: int
@@ -85,14 +82,11 @@ def merge_record(trained: TrainedRun) -> MergeRecord | None:
     return record if is_whole and record.adapter_sha256 == _adapter_hash(trained) else None
 
 
-def merge(
-    trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
-) -> tuple[MergeRecord, bool]:
+def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
     """Write `merged/` of a LoRA or QLoRA run; return its record, and whether it was there already.
 
     Args:
         dtype: precision of the merged weights; None for the base's.
-        report: called with each line about what happens.
 
     Raises:
         RecipeError: a full fine-tuning, another base than the adapter's, or an architecture whose
@@ -113,12 +107,12 @@ def merge(
         if record is not None and dtype in (None, record.dtype):
             return record, True
         try:
-            return _merge(trained, dtype, report), False
+            return _merge(trained, dtype), False
         finally:
             shutil.rmtree(trained.run.path / "merged.unchecked", ignore_errors=True)
 
 
-def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]) -> MergeRecord:
+def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     import torch
     from transformers import AutoTokenizer
 
@@ -130,7 +124,7 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     prompts = [tokenizer(text).input_ids for text in texts]
 
     # base + adapter -> logits
-    report(f"loading {recipe.model.name_or_path} and the adapter ...")
+    say(f"loading {recipe.model.name_or_path} and the adapter ...")
     model = _on_plain_base(trained, tokenizer, getattr(torch, dtype) if dtype else None)
     with model.disable_adapter():
         base = logits_on(model, prompts)
@@ -142,11 +136,11 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     remedy = " and run the same command again; nothing was written"
     check_space(trained.run.path, size, "the merged model", remedy)
     if recipe.quantization is not None:
-        report(
+        say(
             f"the {recipe.base_format} base is dequantised first; what quantization took from the"
             " original weights stays lost: the adapter was trained on what was left"
         )
-    report(f"writing {shown_size(size)} in {precision} ...")
+    say(f"writing {shown_size(size)} in {precision} ...")
     settings = folded.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         # as Llama-2's file has them: upstream refuses to save sampling values without it
@@ -157,12 +151,10 @@ def _merge(trained: TrainedRun, dtype: str | None, report: Callable[[str], None]
     free_memory()
 
     # files -> model -> the same logits?
-    report("loading what was written, to compare it with the adapter ...")
+    say("loading what was written, to compare it with the adapter ...")
     merged = logits_on(load_saved(scratch, recipe, tokenizer, precision).eval(), prompts)
     free_memory()
     record = MergeRecord(
-        run=trained.run.name,
-        base=recipe.model.name_or_path,
         adapter_sha256=_adapter_hash(trained),
         dtype=precision,
         num_tokens=len(merged),
@@ -195,6 +187,7 @@ def _on_plain_base(
             one place would be there at all.
     """
     base: Any = load_base(trained.recipe, tokenizer)
+    check_base_of(trained)  # again: until here its files may have been on the Hub alone
     precision = dtype or base.dtype
     if trained.recipe.quantization is not None:
         base = base.dequantize(dtype=precision)

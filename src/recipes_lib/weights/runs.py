@@ -191,8 +191,6 @@ class Family:
         first, self.runs = runs[0], {run.run.name: run for run in runs}
         self.recipe, self.full = first.recipe, first.full
         for run in runs:
-            if not run.full:
-                check_base_of(run)
             check_weights(run)
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {
             name: AutoTokenizer.from_pretrained(run.weights) for name, run in self.runs.items()
@@ -205,7 +203,10 @@ class Family:
             # a module's name must not contain the dots that a run's may
             self.adapters = {name: f"run{number}" for number, name in enumerate(self.runs)}
             folders = {self.adapters[name]: run.weights for name, run in self.runs.items()}
-            model = attach(load_base(self.recipe, self.tokenizer), folders)
+            base = load_base(self.recipe, self.tokenizer)
+            for run in runs:
+                check_base_of(run)  # now: until here its files may have been on the Hub alone
+            model = attach(base, folders)
         self.model = ready_to_answer(model)
 
     @property
