@@ -129,8 +129,8 @@ def _documented_arguments(cls: Any) -> dict[str, Any]:
     """Return the arguments of a class that is no dataclass, typed by its docstring."""
     kinds = {kind.__name__: name for kind, name in _SCALARS.items()} | {"list[str]": "array"}
     entry = r"^ {4}(\w+) \(`([^`]+)`.*\):\n((?: {8,}.+\n)+)"
-    found = re.findall(entry, inspect.getdoc(cls) or "", re.MULTILINE)
-    documented = {name: (kind, " ".join(text.split())) for name, kind, text in found}
+    entries = re.findall(entry, inspect.getdoc(cls) or "", re.MULTILINE)
+    documented = {name: (kind, " ".join(text.split())) for name, kind, text in entries}
     arguments: dict[str, Any] = {}
     for name, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind is not parameter.VAR_KEYWORD:

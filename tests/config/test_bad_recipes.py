@@ -138,6 +138,16 @@ def test_all_errors_come_at_once_in_the_order_of_lines(write, capsys):
         assert "duplicate key 'train.seed': lines 7 and 8" in said
 
 
+def test_five_kinds_of_mistakes_are_five_lines(write, capsys):
+    text = GOOD.replace("rows.jsonl", "nowhere.jsonl")
+    lines = ("learning_rte: 1", "packing: 7", "seed: 1", "seed: 2", "max_seq_length: 5")
+    path = write(text + "train:\n" + "".join(f"  {line}\n" for line in lines))
+    assert main(["check", str(path)]) == 2
+    said = capsys.readouterr().err
+    places = [line.split(": ")[0] for line in said.splitlines() if line.startswith("r.yaml")]
+    assert places == [f"r.yaml:{number}" for number in (4, 6, 7, 9, 10)], said
+
+
 def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, capsys):
     write("train: {sed: 1}\n", "_b.yaml")
     path = str(write("extends: _b.yaml\n" + GOOD))

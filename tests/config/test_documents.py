@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from recipes_lib.config.documents import Document, read
+from recipes_lib.config.documents import Document, kind_of, read
 from recipes_lib.config.parsing import FilePath, Section, parse
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 
@@ -66,11 +66,11 @@ def test_everything_wrong_is_said_at_once_at_its_line_with_a_remedy(folder: Path
     expected = {
         3: "did you mean inner.count?",
         4: "remove the quotes: 1",
-        5: "inner.on: must be",
+        5: "inner.on must be",
         6: "did you mean steps?",
         7: "write inner.rate",
         8: "duplicate key 'inner.count': lines 2 and 8",
-        9: "names: must be",
+        9: "names must be",
         10: "did you mean inner?",
     }
     assert len(said) == len(expected)
@@ -78,27 +78,25 @@ def test_everything_wrong_is_said_at_once_at_its_line_with_a_remedy(folder: Path
     assert not missing, said
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("count: true", 2),
-        ("count: '16'", 2),
-        ("count: 4.0", 2),
-        ("rate: true", 2),
-        ("rate: .nan", 2),
-        ("on: 'true'", 2),
-        ("rows: [{file: x, weight: 0}]", 2),
-        ("rows: [{weight: 1}]", 2),
-        ("rows: [{file: x, wieght: 1}]", 2),
-        ("rows: 5", 2),
-    ],
-)
-def test_a_value_of_another_type_is_one_error_at_its_line(
-    text: str, line: int, folder: Path
-) -> None:
-    errors = errors_of(write("a.yaml", f"inner:\n  {text}\n"))
-    assert len(errors) == 1, errors
-    assert errors[0].startswith(f"a.yaml:{line}: inner.") or "'inner." in errors[0], errors
+WRONG_TYPES = [
+    "count: true",
+    "count: '16'",
+    "count: 4.0",
+    "rate: true",
+    "rate: .nan",
+    "on: 'true'",
+    "rows: [{file: x, weight: 0}]",
+    "rows: [{weight: 1}]",
+    "rows: [{file: x, wieght: 1}]",
+    "rows: 5",
+]
+
+
+def test_a_value_of_another_type_is_one_error_at_its_line(folder: Path) -> None:
+    for text in WRONG_TYPES:
+        errors = errors_of(write("a.yaml", f"inner:\n  {text}\n"))
+        assert len(errors) == 1, errors
+        assert errors[0].startswith("a.yaml:2: inner.") or "'inner." in errors[0], errors
 
 
 def test_numbers_and_words_are_read_as_yaml_1_2_does(folder: Path) -> None:
@@ -153,24 +151,51 @@ def test_rules_judge_what_is_sound_beside_what_is_not(folder: Path) -> None:
     assert [str(warning) for warning in document.warnings] == ["a.yaml:1: warning: no rate"]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("a: [1\n", "a.yaml:"),
-        ("a: &a [x, x, x, x, x, x, x, x, x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
-         "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]\n"
-         "d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]\n", "aliases expand"),
-        ("a: !!python/object/apply:os.system [ls]\n", "tags are not allowed"),
-        ("run:\n  notes: ${HOME}\n", "no interpolation"),
-        ("run: {notes: hf_abcdefghijklmnopqrstuvwx}\n", "looks like a secret"),
-        (f"inner: {{count: {'9' * 5000}}}\n", "integer"),
-        ("extends: a.yaml\n", "a.yaml -> a.yaml"),
-        ("run: 1\nextends: b.yaml\n", "a.yaml:2: extends a file that does not exist"),
-        ("", "is empty"),
-        ("- 1\n", "holds no mapping"),
-    ],
-)  # fmt: skip
-def test_what_is_no_yaml_for_us_is_one_line(text: str, words: str, folder: Path) -> None:
-    errors = errors_of(write("a.yaml", text))
-    assert [error for error in errors if words in error], errors
-    assert "abcdefghijklm" not in str(errors)
+BOMB = """\
+a: &a [x, x, x, x, x, x, x, x, x, x]
+b: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]
+c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b, *b]
+d: &d [*c, *c, *c, *c, *c, *c, *c, *c, *c, *c]
+"""
+NO_YAML = [
+    ("a: [1\n", "a.yaml:"),
+    (BOMB, "aliases expand"),
+    ("a: !!python/object/apply:os.system [ls]\n", "tags are not allowed"),
+    ("run:\n  notes: ${HOME}\n", "no interpolation"),
+    ("run: {notes: hf_abcdefghijklmnopqrstuvwx}\n", "looks like a secret"),
+    ("extends: a.yaml\n", "a.yaml -> a.yaml"),
+    ("run: 1\nextends: b.yaml\n", "a.yaml:2: extends a file that does not exist"),
+    ("", "is empty"),
+    ("- 1\n", "holds no mapping"),
+]
+
+
+def test_what_is_no_yaml_for_us_is_one_line(folder: Path) -> None:
+    for text, words in NO_YAML:
+        errors = errors_of(write("a.yaml", text))
+        assert [error for error in errors if words in error], errors
+        assert "abcdefghijklm" not in str(errors)
+
+
+KINDS = [
+    ({"model": {}}, "", "r.yaml", "recipe"),
+    ({"lora": {}}, "", "sub/_b.yaml", "base"),
+    ({"colour": 1}, "recipe", "_b.yaml", "base"),
+    ({"distributed_type": "NO"}, "", "ddp.yaml", "accelerate"),
+    ({"model_name_or_path": "a"}, "", "old.yaml", "flat"),
+    ({"model": {}, "learning_rate": 1}, "", "r.yaml", "recipe"),
+    ({"model": {}, "data": {}, "training": {"seed": 1}}, "", "r.yaml", "recipe"),
+    ({"lora": {}, "base_model": "m"}, "", "r.yaml", "recipe"),
+    ({"suite": {}, "judge": {}}, "", "e.yaml", "eval"),
+    ({"base_model": "a", "sequence_len": 1}, "", "r.yaml", "foreign"),
+    ({"model_name_or_path": "a", "finetuning_type": "lora"}, "", "r.yaml", "foreign"),
+    ({"model_name_or_path": "a", "beta": 0.1}, "", "r.yaml", "foreign"),
+]
+
+
+def test_a_file_tells_its_kind_by_schema_line_or_keys() -> None:
+    for values, schema, file, kind in KINDS:
+        line = f"# yaml-language-server: $schema=../schema/{schema}.schema.json\n"
+        assert kind_of(values, line if schema else "", file).name == kind, values
+    with pytest.raises(RecipeError, match="schema 'poem'"):
+        kind_of({"model": {}}, "# yaml-language-server: $schema=poem.schema.json\n", "r.yaml")

@@ -19,16 +19,16 @@ BAD_CONFIGS = [
     ("distributed_type: NO\n", "quote it"),
     ("distributed_type: 'NO'\nmixed_precision: no\n", "quote it"),
     ("distributed_type: MULTI_CPU\n", "did you mean MULTI_GPU"),
-    ("distributed_type: DEEPSPEED\n", "distributed_type: must be"),
-    ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes: must be"),
+    ("distributed_type: DEEPSPEED\n", "distributed_type must be"),
+    ("distributed_type: MULTI_GPU\nnum_processes: 0\n", "num_processes must be"),
     ("distributed_type: MULTI_GPU\nuse_cpu: 1\n", "boolean"),
     (FSDP.replace("fsdp_version: 2", "fsdp_version: 1"), "FSDP1 is deprecated"),
     (FSDP.replace("FULL", "SHARDED"), "writes no adapter"),
     (FSDP.replace("fsdp_version", "fsdp_verson"), "did you mean fsdp_config.fsdp_version"),
     ("distributed_type: FSDP\nfsdp_config: 2\n", "dictionary"),
-    ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision: must be"),
+    ("distributed_type: 'NO'\nmixed_precision: fp8\n", "mixed_precision must be"),
     ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "cannot be used here"),
-    ("distributed_type: 'NO'\nmain_process_port: x\n", "main_process_port: must be"),
+    ("distributed_type: 'NO'\nmain_process_port: x\n", "main_process_port must be"),
     ("model: {name_or_path: a}\n", "is a recipe, not an accelerate config"),
 ]
 WRITTEN_BY_ACCELERATE = [
@@ -91,22 +91,21 @@ def words(launch) -> str:
     return " ".join(launch.launcher_words()[2:])
 
 
-@pytest.mark.parametrize(
-    ("section", "flags", "processes", "machines"),
-    [
-        ({"accelerate": "single_gpu"}, {}, 1, 1),
-        ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {}, 16, 2),
-        ({"accelerate": "fsdp_multi_node"}, {}, 16, 2),
-        ({"accelerate": "fsdp_multi_node"}, {"nodes": 1}, 8, 1),
-        ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {"gpus": 4}, 8, 2),
-        ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {"accelerate": "ddp"}, 2, 1),
-    ],
-)
-def test_flags_win_over_the_recipe_and_the_recipe_over_the_config(
-    section, flags, processes, machines
-):
-    launch = plan_launch(LaunchSection(**section), **flags)
-    assert (launch.world_size, launch.machines) == (processes, machines)
+# (launch section, flags) -> processes, machines
+LAUNCHES = [
+    ({"accelerate": "single_gpu"}, {}, 1, 1),
+    ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {}, 16, 2),
+    ({"accelerate": "fsdp_multi_node"}, {}, 16, 2),
+    ({"accelerate": "fsdp_multi_node"}, {"nodes": 1}, 8, 1),
+    ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {"gpus": 4}, 8, 2),
+    ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {"accelerate": "ddp"}, 2, 1),
+]
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_config():
+    for section, flags, processes, machines in LAUNCHES:
+        launch = plan_launch(LaunchSection(**section), **flags)
+        assert (launch.world_size, launch.machines) == (processes, machines), (section, flags)
 
 
 def test_the_launcher_is_told_what_its_config_does_not_say():

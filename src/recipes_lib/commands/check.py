@@ -5,6 +5,7 @@ everything wrong at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -104,7 +105,12 @@ def check_file(path: Path, full: bool) -> tuple[list[RecipesError], list[RecipeE
         if kind.name not in ("recipe", "base"):
             return [wrong_kind(kind, "recipe", document.file)], []
         file, errors = check_recipe(document)
-        if errors or file is None or kind.name == "base":
+        if file is None or kind.name == "base":
+            return [*errors], document.warnings
+        if errors:
+            with contextlib.suppress(RecipeError):  # a run's name, which is among the errors
+                rows = check_rows(recipe_of(file, document), False)
+                return [*errors, *rows], document.warnings
             return [*errors], document.warnings
         recipe, notes = recipe_of(file, document), document.warnings
         found: list[RecipesError] = [*_check_model(recipe, full, notes)]

@@ -7,8 +7,8 @@ import shutil
 import textwrap
 from typing import Any
 
-from recipes_lib.config.documents import SECTIONS, value_text
-from recipes_lib.config.recipe import RecipeFile, near_keys, recipe_keys
+from recipes_lib.config.documents import SECTIONS, did_you_mean, value_text
+from recipes_lib.config.recipe import RecipeFile, recipe_keys
 from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
@@ -60,8 +60,7 @@ def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
         for model in (models, *getattr(models, "__args__", ())):
             if instead := getattr(model, "gone", {}).get(name):
                 raise RecipeError(f"'{home}.{name}' is not a key of recipes", instead)
-    near = near_keys(plain)
-    hints = [f"did you mean {' or '.join(near)}?"] if near else []
+    hints = [f"did you mean {' or '.join(ending)}?"] if ending else did_you_mean(plain, keys)
     raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
 
 

@@ -70,16 +70,11 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
         return accumulation
     below = global_batch_size - rest
     legal = " or ".join(str(size) for size in (below, below + micro_batch) if size)
-    hints = [f"set run.global_batch_size to {legal}"]
-    share, rest = divmod(global_batch_size, world_size)
-    if rest == 0:
-        sizes = [str(size) for size in range(1, share + 1) if share % size == 0]
-        hints.append(f"or train.per_device_train_batch_size to {', '.join(sizes[:8])}")
     raise RecipeError(
         f"run.global_batch_size {global_batch_size} cannot be made of micro-batches:"
         f" {global_batch_size} / ({per_device} per device x {world_size} processes = {micro_batch})"
         f" = {global_batch_size / micro_batch:g}",
-        *hints,
+        f"set run.global_batch_size to {legal}, or another train.per_device_train_batch_size",
     )
 
 

@@ -207,8 +207,8 @@ def _read_file(path: Path, yaml_1_1: bool) -> Document:
     for number, row in enumerate(document.text.split("\n"), start=1):
         if holds_secret(row.partition("#")[2]):  # of values the builder says it
             what = f"this comment {_SECRET}"
-            found = RecipeError(what, _SECRET_HINT, file=document.file, line=number)
-            document.problems.append(found)
+            problem = RecipeError(what, _SECRET_HINT, file=document.file, line=number)
+            document.problems.append(problem)
     return document
 
 
@@ -362,27 +362,21 @@ def value_text(value: Any) -> str:
     return text.strip("\n").removesuffix("\n...")
 
 
-def near_names(word: str, names: Iterable[str]) -> list[str]:
-    """Return the name most like `word`, if any is; hyphens, underscores and case do not count.
-
-    Example:
-        >>> near_names("learning-rte", ["learning_rate", "seed"])
-        ['learning_rate']
-    """
-    if len(word) < 3:
-        return []
-    plain = {name.replace("-", "_").lower(): name for name in names}
-    word = word.replace("-", "_").lower()
-    return [plain[near] for near in difflib.get_close_matches(word, plain, 1, cutoff=0.65)]
-
-
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]:
-    """Return the hint `did you mean X?` as a list of one line, or of none.
+    """Return the hint `did you mean X?` as a list of one line, or of none; hyphens, underscores and
+    case do not count.
 
     Args:
         prefix: put before the name, for example `train.`.
+
+    Example:
+        >>> did_you_mean("learning-rte", ["learning_rate", "seed"], "train.")
+        ['did you mean train.learning_rate?']
     """
-    return [f"did you mean {prefix}{near}?" for near in near_names(word, names)]
+    plain = {name.replace("-", "_").lower(): name for name in names}
+    word = word.replace("-", "_").lower()
+    near = difflib.get_close_matches(word, plain, 1, cutoff=0.65) if len(word) > 2 else []
+    return [f"did you mean {prefix}{plain[name]}?" for name in near]
 
 
 # Kinds of files

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from recipes_lib.config.documents import Document, did_you_mean, no_such_file, read
+from recipes_lib.config.documents import Document, did_you_mean, read
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
@@ -75,34 +75,20 @@ class AccelerateConfig(Section):
     fsdp_config: dict[str, Any] = {}
 
 
-def accelerate_config_path(name_or_path: str | Path) -> Path:
-    """Return the file of a config given by name (a file in accelerate_configs/) or by path.
-
-    Raises:
-        RecipeError: there is no such file; the message lists what exists.
-    """
-    given = Path(name_or_path)
-    if given.suffix in (".yaml", ".yml", ".json"):
-        if not given.is_file():
-            raise no_such_file(given)
-        return given
-    folder = project_root() / "accelerate_configs"
-    path = folder / f"{name_or_path}.yaml"
-    if not path.is_file():
-        names = sorted(entry.stem for entry in folder.glob("*.yaml"))
-        what = f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/"
-        near = did_you_mean(str(name_or_path), names)
-        raise RecipeError(what, *near, f"there are {', '.join(names) or 'none'}")
-    return path
-
-
 def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
-    """Return the accelerate config of that name or path.
+    """Return the accelerate config of that path, or of that name in accelerate_configs/.
 
     Raises:
         RecipeError: no such file, not an accelerate config, or one that cannot be used here.
     """
-    path = accelerate_config_path(name_or_path)
+    folder, path = project_root() / "accelerate_configs", Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        path = folder / f"{name_or_path}.yaml"
+        if not path.is_file():
+            names = sorted(entry.stem for entry in folder.glob("*.yaml"))
+            what = f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/"
+            near = did_you_mean(str(name_or_path), names)
+            raise RecipeError(what, *near, f"there are {', '.join(names) or 'none'}")
     config = parse(AccelerateConfig, read(path, yaml_1_1=True), accelerate_rules)
     return config.model_copy(update={"path": path})
 
@@ -189,10 +175,7 @@ class Launch:
 
     def launcher_words(self) -> list[str]:
         """Return the arguments of `accelerate launch` before the script."""
-        path = self.config.path
-        near = Path("accelerate_configs") / path.name
-        is_near = near.is_file() and near.read_bytes() == path.read_bytes()
-        words = ["--config_file", str(near) if is_near else os.path.relpath(path)]
+        words = ["--config_file", os.path.relpath(self.config.path)]
         if self.world_size != self.config.num_processes:
             words += ["--num_processes", str(self.world_size)]
         if self.machines != self.config.num_machines:

@@ -38,21 +38,7 @@ MOVES = {
     "chat_template_path": "data.chat_template",
     "system_prompt": "data.system_prompt",
     "max_train_samples": "data.max_examples",
-    "lora_r": "lora.r",
-    "lora_alpha": "lora.lora_alpha",
-    "lora_dropout": "lora.lora_dropout",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target_parameters": "lora.target_parameters",
-    "lora_modules_to_save": "lora.modules_to_save",
-    "use_rslora": "lora.use_rslora",
-    "use_dora": "lora.use_dora",
-    "load_in_4bit": "quantization.load_in_4bit",
-    "load_in_8bit": "quantization.load_in_8bit",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
-    "bnb_4bit_use_double_quant": "quantization.bnb_4bit_use_double_quant",
-    "bnb_4bit_quant_type": "quantization.bnb_4bit_quant_type",
-    "bnb_4bit_quant_storage": "quantization.bnb_4bit_quant_storage",
-    "bnb_4bit_compute_dtype": "quantization.bnb_4bit_compute_dtype",
     "group_by_length": "train.train_sampling_strategy",
     "preprocessing_num_workers": "train.dataset_num_proc",
     "use_liger": "train.use_liger_kernel",
@@ -207,10 +193,28 @@ def _refuse_other_kinds(flat: Document) -> None:
             raise RecipeError(what, file=flat.file)
 
 
+def home_of(key: str) -> str:
+    """Return the dotted key of a recipe that a flat key becomes; empty for none.
+
+    Example:
+        >>> home_of("max_seq_length"), home_of("lora_r"), home_of("use_dora"), home_of("seed")
+        ('train.max_length', 'lora.r', 'lora.use_dora', 'train.seed')
+    """
+    if key in MOVES:
+        return MOVES[key]
+    fields = upstream_fields()
+    for section in ("train", "quantization"):
+        if key in fields[section]:
+            return f"{section}.{key}"
+    for name in (key, key.removeprefix("lora_")):
+        if name in fields["lora"] and key.startswith(("lora_", "use_")):
+            return f"lora.{name}"
+    return ""
+
+
 def _place(migration: Migration, key: str, value: Any) -> None:
     """Decide what becomes of one key."""
-    known = upstream_fields()["train"]
-    dotted = MOVES.get(key) or (f"train.{key}" if key in known else "")
+    dotted = home_of(key)
     without_load = not (value if "load_in" in key else migration.value("load_in_4bit"))
     if is_secret_name(key):
         migration.leave(key, "a secret does not belong in a recipe; use hf auth login")
@@ -314,6 +318,10 @@ def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> Non
     if migration.values.get("quantization.load_in_4bit"):
         migration.add("quantization.bnb_4bit_quant_type", "nf4", "TRL's default")
         dtype = migration.values.get("model.dtype")
+        if migration.value("bf16") and dtype == "float16":
+            migration.values["model.dtype"] = dtype = "bfloat16"
+            why = "4-bit layers would mix float16 with the bfloat16 of train.bf16"
+            migration.changes.append(f"model.dtype: float16 -> bfloat16; {why}")
         if dtype in _DTYPES.values():
             why = "TRL computes in the model's dtype"
             migration.add("quantization.bnb_4bit_compute_dtype", dtype, why)
@@ -356,9 +364,21 @@ def _comments(flat: Document) -> dict[str, list[str]]:
     return comments
 
 
+class _Dumper(yaml.SafeDumper):
+    """Writes text of several lines as it is read."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    ),
+)
+
+
 def _dump(key: str, value: Any) -> list[str]:
-    text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000)
-    return text.rstrip("\n").split("\n")
+    how: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 10_000}
+    return yaml.dump({key: value}, Dumper=_Dumper, **how).rstrip("\n").split("\n")
 
 
 def _short(value: Any) -> str:

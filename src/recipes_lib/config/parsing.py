@@ -184,11 +184,10 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         return _unknown(model, path)
     if kinds == {"model_type"}:
         return [f"section '{name}' must be a mapping of keys, got {_short(value)}"]
-    messages = [
-        detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        for detail in details
-    ]
-    what, hints = f"{name}: {' or '.join(dict.fromkeys(messages))}", []
+    said, hints = [detail["msg"].removeprefix("Value error, ") for detail in details], []
+    messages = [text.removeprefix("Input should be ").replace("None", "null") for text in said]
+    must = " must be" if said[0].startswith("Input should be ") else ":"
+    what = f"{name}{must} {' or '.join(dict.fromkeys(messages))}"
     choices = [
         choice
         for detail in details
@@ -196,7 +195,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         for choice in re.findall(r"'([^']*)'", detail["ctx"]["expected"])
     ]
     if len(choices) > _MAX_CHOICES:
-        what = f"{name}: must be one of {len(choices)} choices"
+        what = f"{name} must be one of {len(choices)} choices"
         hints.append(f"all choices: recipes explain {name}")
     if isinstance(value, str):
         hints = [*did_you_mean(value, choices), *hints]

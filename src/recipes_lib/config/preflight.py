@@ -79,8 +79,8 @@ def check_upstream(
         return None
 
     launch = collect(lambda: plan_launch(recipe.launch)) or Launch(AccelerateConfig(), 1)
-    here = _for_this_machine(recipe, launch.config, notes)
-    collect(lambda: build_sft_config(here, "unused", launch.world_size))
+    checkable = _for_this_machine(recipe, launch.config, notes)
+    collect(lambda: build_sft_config(checkable, "unused", launch.world_size))
     collect(lambda: build_lora_config(recipe))
     collect(lambda: build_quantization_config(recipe))
     collect(lambda: check_packages(recipe))
@@ -108,12 +108,16 @@ def _for_this_machine(
     """Return the recipe without what only a GPU can judge, when it is meant for one and this
     machine has none.
     """
-    keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
-    if not keys or accelerate.use_cpu or has_accelerator():
+    if accelerate.use_cpu or has_accelerator():
         return recipe
-    what = f"note: no GPU on this machine: train.{', train.'.join(keys)} not checked"
-    notes.append(recipe.error(f"train.{keys[0]}", what))
-    return replace(recipe, train={key: recipe.train[key] for key in recipe.train.keys() - {*keys}})
+    keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
+    if keys:
+        what = f"note: no GPU on this machine: train.{', train.'.join(keys)} not checked"
+        notes.append(recipe.error(f"train.{keys[0]}", what))
+    train = {key: value for key, value in recipe.train.items() if key not in keys}
+    return replace(
+        recipe, train=train, model=recipe.model.model_copy(update={"attn_implementation": None})
+    )
 
 
 def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
@@ -124,20 +128,16 @@ def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Itera
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if quantization is None or not (asked or accelerate.distributed_type == "FSDP"):
         return
-    storage = quantization.get("bnb_4bit_quant_storage")
-    compute = quantization.get("bnb_4bit_compute_dtype")
-    hint = "set bnb_4bit_quant_storage and bnb_4bit_compute_dtype: bfloat16, or launch with ddp"
-    if quantization.get("load_in_8bit"):
-        what = "8-bit weights cannot be sharded: FSDP would part them from their scales"
-        yield recipe.error("quantization.load_in_8bit", what, "use 4 bits, or launch with ddp")
-    elif recipe.train.get("fp16"):
-        what = "QLoRA under FSDP cannot compute in fp16: packed 4-bit weights would be rounded"
-        yield recipe.error("train.fp16", what, "set train.bf16: true, or launch with ddp")
+    storage = quantization.get("bnb_4bit_quant_storage", "uint8")
+    compute = quantization.get("bnb_4bit_compute_dtype", "float32")
+    if quantization.get("load_in_8bit") or recipe.train.get("fp16"):
+        key = "train.fp16" if recipe.train.get("fp16") else "quantization.load_in_8bit"
+        what = f"{key}: FSDP would gather quantized weights in another type and change them"
+        yield recipe.error(key, what, "use 4 bits and train.bf16: true, or launch with ddp")
     elif not storage == compute == "bfloat16":
-        key = "quantization.bnb_4bit_quant_storage" if storage else "quantization.load_in_4bit"
-        values = f"storage is {storage or 'uint8'}, compute {compute or 'float32'}"
-        what = f"QLoRA under FSDP needs 4-bit weights stored as bfloat16: {values}"
-        yield recipe.error(key, what, hint)
+        values = f"bnb_4bit_quant_storage is {storage}, bnb_4bit_compute_dtype {compute}"
+        what = f"QLoRA under FSDP needs 4-bit weights stored and computed as bfloat16: {values}"
+        yield recipe.error("quantization", what, "set both, or launch with ddp")
 
 
 def local_folder(recipe: Recipe) -> Path | None:
@@ -179,8 +179,6 @@ def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
     """
     folder = local_folder(recipe)
     hint = f"its files are beside the weights: {', '.join(TOKENIZER_FILES)}"
-    if folder is not None and object_or_none(folder / "config.json") is None:
-        return recipe.error(KEY, f"{folder} has no readable config.json", _A_MODEL)
     if folder is not None and not _has_tokenizer(folder):
         return recipe.error(KEY, f"{folder} has no tokenizer", hint)
     return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)

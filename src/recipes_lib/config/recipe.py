@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import yaml
 
 from recipes_lib.config.batch import solve_batch
-from recipes_lib.config.documents import Document, Origin, dotted, near_names, read
-from recipes_lib.config.launch import load_accelerate_config, plan_launch, precision_conflict
+from recipes_lib.config.documents import Document, Origin, dotted, read
+from recipes_lib.config.launch import plan_launch, precision_conflict
 from recipes_lib.config.parsing import Section, judge, parse
 from recipes_lib.config.sections import (
     HUB_ID,
@@ -204,17 +204,6 @@ def recipe_keys() -> dict[str, dict[str, Any]]:
     return keys
 
 
-def near_keys(word: str) -> list[str]:
-    """Return the dotted keys that a word such as `learning_rate` means, or else is nearest to."""
-    keys, plain = recipe_keys(), word.replace("-", "_")
-    ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
-    if ending:
-        return ending
-    last = {key.rpartition(".")[2]: key for key in reversed(keys)}
-    names = near_names(plain, keys) or near_names(plain.rpartition(".")[2], last)
-    return [last.get(name, name) for name in names]
-
-
 # What must hold between keys, where upstream would be silently wrong, or would say so only after a
 # model was loaded. Each rule yields the key to blame, what is wrong, and hints.
 
@@ -306,10 +295,9 @@ def _validation(recipe: RecipeFile, train: dict[str, Any]) -> Iterator[_Finding]
 def _launch(recipe: RecipeFile, train: dict[str, Any], document: Document) -> Iterator[RecipeError]:
     key, name = "launch.accelerate", recipe.launch.accelerate
     try:
-        config = load_accelerate_config(name)
-        if conflict := precision_conflict(train, config.mixed_precision, f"{key} {name}"):
+        asked = plan_launch(recipe.launch).config.mixed_precision
+        if conflict := precision_conflict(train, asked, f"{key} {name}"):
             yield document.error(key, *conflict)
-        plan_launch(recipe.launch)
     except RecipeError as error:
         for wrong in error.errors:
             yield document.error(key, wrong.what, *wrong.hints)

@@ -77,16 +77,16 @@ RENAMES = {
     "neftune_alpha": "neftune_noise_alpha",
     "push_to_hub_model_id": "hub_model_id",
 }
-# Keys that TRL or transformers removed -> what to know.
 _ROWS = "rows are prepared by recipes_lib.data"
+_ALWAYS = "it is always so"
+# Keys that TRL or transformers removed -> what to know.
 REMOVED = {
     "overwrite_output_dir": "a run directory is never overwritten; choose another run.name",
-    "logging_dir": "logs lie in the run directory",
-    "save_safetensors": "safetensors are always written",
+    "logging_dir": "logs are in the run directory",
     "tokenizer": "the tokenizer comes with model.name_or_path",
     "push_to_hub_organization": "write train.hub_model_id: organisation/name",
-    "include_tokens_per_second": "tokens per second are always logged",
     "use_mps_device": "the device is found by itself",
+    **dict.fromkeys(("save_safetensors", "include_tokens_per_second"), _ALWAYS),
     **dict.fromkeys(("dataset_batch_size", "num_of_sequences", "chars_per_token"), _ROWS),
 }
 # Keys of upstream's classes that are not a recipe's business -> what to write instead.
@@ -110,10 +110,8 @@ NOT_IN_TRAIN = {
     "auto_find_batch_size": "it would change the examples per step behind the recipe's back",
 }
 NOT_IN_LORA = {
-    "peft_type": "it is always LORA",
-    "inference_mode": "an adapter in training is never in inference mode",
-    **dict.fromkeys(("auto_mapping", "peft_version", "base_model_name_or_path"), _RECORD),
-    "revision": _RECORD,
+    **dict.fromkeys(("peft_type", "inference_mode", "auto_mapping", "peft_version"), _RECORD),
+    **dict.fromkeys(("base_model_name_or_path", "revision"), _RECORD),
     **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron is not supported"),
 }
 _GONE = {
@@ -177,11 +175,8 @@ _NARROWER: dict[str, dict[str, Any]] = {
         "max_steps": Literal[-1] | _AtLeast1,
         "num_train_epochs": _Positive,
         "learning_rate": _Positive,
-        "logging_steps": _Positive,
         "eval_steps": _Positive | None,
         "save_steps": _Positive,
-        "warmup_steps": _NotNegative,
-        "weight_decay": _NotNegative,
         "max_grad_norm": _NotNegative,
         "label_smoothing_factor": Annotated[float, Field(ge=0, lt=1)],
         "seed": _Seed,

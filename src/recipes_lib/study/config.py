@@ -31,7 +31,7 @@ from recipes_lib.config.documents import (
 )
 from recipes_lib.config.launch import Launch, plan_launch
 from recipes_lib.config.parsing import Section, parse
-from recipes_lib.config.recipe import Recipe, load_recipe, near_keys, recipe_keys
+from recipes_lib.config.recipe import Recipe, load_recipe, recipe_keys
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.project import recipe_path
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
@@ -328,7 +328,7 @@ def _wrong_grid(
 def _no_key(document: Document, path: KeyPath, place: str, key: str) -> Iterator[RecipeError]:
     """A dotted key, or a section, that cannot be written in a recipe."""
     if key not in recipe_keys() and key not in _MADE_BY_LAUNCH:
-        near = [f"did you mean {name}?" for name in near_keys(key)[:1]]
+        near = did_you_mean(key, recipe_keys())
         yield document.error(path, f"{place}: there is no key '{key}'", *near)
 
 
