@@ -1,6 +1,4 @@
-"""An OpenAI-compatible server for tests that misbehaves as told. Runs in a thread, or as a program:
-faulty_server.py PORT SEED.
-"""
+"""An OpenAI-compatible server for tests that misbehaves as told, in a thread."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import json
 import random
 import sys
 import threading
-import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -172,10 +169,3 @@ def chaos(seed: int, share: float = 0.3) -> Callable[[int], str | None]:
         if rng.random() < share
         else None
     )
-
-
-if __name__ == "__main__":
-    port, seed = int(sys.argv[1]), int(sys.argv[2])
-    with FaultyServer(port, chaos(seed), answer="A is fuller. [RESULT] A"):
-        while True:
-            time.sleep(1)

@@ -96,6 +96,10 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
     )
     assert main(["check", str(path)]) == 2
     assert "judge.yaml:1:" in capsys.readouterr().err
+    for text in ("judge: 5\n", "judge: {model: m}\nthresholds: 5\n", "- 5\n"):
+        (tmp_path / "judge.yaml").write_text(text)
+        assert main(["check", str(path)]) == 2
+        assert "judge.yaml" in capsys.readouterr().err
     path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
     assert main(["check", str(path)]) == 4
     assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err

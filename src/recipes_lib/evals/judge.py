@@ -406,24 +406,24 @@ class Judge:
         a server.
         """
         section, prompt = self.section, request.prompt
-        made = Request(key=request.key, seed=request.seed)
+        bare = Request(key=request.key, seed=request.seed)
         lead_in = section.lead_in if section.mode == "logits" else ""
         if section.prompt_style == "prometheus":
             text = prompt.instruct_text()
             if self.served:
-                return replace(made, prompt=f"{text} {lead_in}".rstrip(" "))
-            return replace(made, ids=(*self.tokenizer.encode(text), *lead_ids))
+                return replace(bare, prompt=f"{text} {lead_in}".rstrip(" "))
+            return replace(bare, ids=(*self.tokenizer.encode(text), *lead_ids))
         messages = [Message(role="user", content=f"{prompt.system}\n{prompt.user}")]
         if section.system_role:
             system = Message(role="system", content=prompt.system)
             messages = [system, Message(role="user", content=prompt.user)]
         if not self.served:
-            return replace(made, ids=(*self._chat_ids(messages), *lead_ids))
+            return replace(bare, ids=(*self._chat_ids(messages), *lead_ids))
         if section.mode == "json":
-            return replace(made, messages=tuple(messages), schema=_schema(request.allowed))
+            return replace(bare, messages=tuple(messages), schema=_schema(request.allowed))
         if lead_in:
             messages.append(Message(role="assistant", content=lead_in))
-        return replace(made, messages=tuple(messages))
+        return replace(bare, messages=tuple(messages))
 
     def _chat_ids(self, messages: list[Message]) -> list[int]:
         """The token ids of a conversation, up to where the judge starts to write."""

@@ -183,19 +183,19 @@ def _log_of(
     against = opponent.name if opponent else None
     others = [each.answers for each in everyone if each is not judged]
     same = [each.name for each in (opponent, *others) if each and each.digest == answers.digest]
-    models = [*answers.facts.models, *(opponent.facts.models if opponent else ())]
+    # bases included: a model that was fine-tuned from the judge counts too
+    models = {*answers.facts.models, *(opponent.facts.models if opponent else ())}
     card = audit(judged.rows, judge.file.thresholds, _labels_of(judged, suite), probes)
-    banners = [
-        f"Weak judge: {judge.section.weak}." if judge.section.weak else None,
-        audit_banner(card),
-        self_judged(judge.section.model, models),
-    ]
+    banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []
+    banners += filter(None, [audit_banner(card)])
+    if judge.section.model in models:
+        banners.append(f"{judge.section.model} judges its own answers: expect self-preference")
     if same:
         banners.append(
             f"{answers.name} and {same[0]} gave the same answers: they are one model here and"
             " cannot be ranked"
         )
-    notes = [audit_note(card)]
+    notes = [*filter(None, [audit_note(card)])]
     if recipe.suite.name == "mt_bench" and (missing := chosen.without_reference):
         notes.append(
             f"{len(missing)} questions need a reference answer and have none, so they are graded"
@@ -215,8 +215,8 @@ def _log_of(
         key=key,
         n=len(chosen.questions),
         subset=chosen.subset,
-        banners=tuple(line for line in banners if line),
-        notes=tuple(line for line in notes if line),
+        banners=tuple(banners),
+        notes=tuple(notes),
         metrics=tuple(suite.metrics(judged)),
         answers=answers.facts,
         opponent=opponent.facts if opponent else None,
@@ -224,15 +224,3 @@ def _log_of(
         audit=card,
         file=log_file(answers.run.path, recipe.name, against),
     )
-
-
-def self_judged(judge_model: str, candidates: Sequence[str]) -> str | None:
-    """Return a warning if the judge grades its own answers, else None.
-
-    Args:
-        judge_model: model id or path of the judge.
-        candidates: model ids, base models included: a model fine-tuned from the judge counts too.
-    """
-    judge = judge_model.rstrip("/").lower()
-    same = [name for name in candidates if name.rstrip("/").lower() == judge]
-    return f"{same[0]} judges its own answers: expect self-preference" if same else None

@@ -501,20 +501,21 @@ def _read_judge(document: Document) -> None:
     own = document.values.get("judge") if isinstance(document.values, dict) else None
     if not isinstance(own, dict) or not isinstance(own.get("file"), str):
         return
+    place = document.absolute("judge.file", own["file"])
     try:
-        file = read(document.absolute("judge.file", own["file"]))
-        if file.kind != "judge":
-            raise RecipeError(f"{file.file} is not a judge file")
+        if not Path(place).is_file():
+            what = f"judge.file: no such file: {shown_path(Path(place))}"
+            raise document.error("judge.file", what)
+        file = read(place)
+        parse(JudgeSections, file, judge_rules)
     except RecipeError as error:
-        document.problems.append(document.error("judge.file", f"judge.file: {error.what}"))
-        own.setdefault("model", "")  # which the file would have: one error is enough
+        document.problems += error.errors
+        own.setdefault("model", "")  # which the file would have
         return
-    document.problems += file.problems
     for section in ("judge", "thresholds"):
-        values = document.values.setdefault(section, {})
         for key, value in (file.values.get(section) or {}).items():
-            if key not in values:
-                values[key] = value
+            if key not in document.values.setdefault(section, {}):
+                document.values[section][key] = value
                 document.origins[section, key] = file.origin((section, key))
 
 
