@@ -70,7 +70,8 @@ def test_a_sound_judge_passes_and_what_was_not_measured_is_one_note(tmp_path: Pa
     assert results(card)[SWAP] == results(card)[PROBES["empty"]] == "pass"
     assert results(card)[PROBES["injected"]] == "pass"
     assert audit_note(card) == f"not measured of this judge: {HUMAN}"
-    assert card.value(LONGER_WINS).value == 1.0 and results(card)[LONGER_WINS] == "described"
+    (length,) = (check for check in card.checks if check.check == LONGER_WINS)
+    assert (length.value, length.result) == (1.0, "described")
     assert len(scorecard_lines(card)) == 3 + len(card.checks)
 
 

@@ -297,10 +297,6 @@ class Scorecard:
         """The checks that a judge must pass and that nothing measured."""
         return tuple(each for each in self.checks if each.needs and each.result == "not measured")
 
-    def value(self, name: str) -> Check:
-        """Return the check of a name; one that is not measured where there is none."""
-        return next((each for each in self.checks if each.check == name), Check(check=name))
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLog:
