@@ -304,10 +304,10 @@ class EvalLog:
 
     `key` is the hash of all that decides the result: weights, questions, sampling, judge, prompts
     and the version of this code; `settings` of what the eval recipe and its files alone decide.
-    `against` is None for a suite without an opponent. `banners` must
-    be read before the numbers, heaviest first; `notes` are remarks. `leaks` is what the training
-    rows hold of the questions, None where nobody looked. `source` is the program that wrote the
-    files, where it was not this one. `file` is result.json.
+    `against` is None for a suite without an opponent. `banners` must be read before the numbers,
+    heaviest first; `notes` are remarks. `leaks` is what the training rows hold of the questions,
+    None where nobody looked. `source` is the program that wrote the files, where it was not this
+    one. `file` is result.json.
     """
 
     suite: str
