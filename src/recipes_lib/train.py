@@ -107,8 +107,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
         )
         guard["prompt_format_hash"] = data.prompt_format_hash
-        if data.twin is not None:
-            guard["training_template_hash"] = data.twin.hash
+        if data.audit.training_template is not None:
+            guard["training_template_hash"] = data.audit.training_template["sha256"]
         resumption = on_main_rank(
             lambda: this.continue_or_start(
                 data,

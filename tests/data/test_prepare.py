@@ -15,7 +15,7 @@ from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.data import prepare as preparing
 from recipes_lib.data.audit import RefusedData
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.prompts import Twin, generation_prompt, template_date
+from recipes_lib.data.prompts import generation_prompt, template_date
 from recipes_lib.data.rows import SettingError
 from recipes_lib.data.splits import recorded_rows, training_rows
 
@@ -131,11 +131,22 @@ def test_the_published_split_repeats_two_calls_of_train_test_split(prepare, writ
         assert {*splits[name]["ids"]} == {f"r{i}" for i in part["i"]}
 
 
-def test_ids_of_the_file_are_names_that_stay_unique(prepare, write_jsonl, tasks):
+def test_ids_are_labels_that_stay_unique_whether_twice_missing_or_mixed(
+    prepare, write_jsonl, tasks
+):
     first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(5))], "a.jsonl")
-    second = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(9)[4:])], "b.jsonl")
-    ids = prepare([str(first), str(second)], split=NO_SPLIT).train["example_id"]
-    assert len({*ids}) == 10 and all(name[0] in "01234" for name in ids)
+    ids = ["x", "x", None, 3, ""]
+    rows = [{**row, "id": id} for row, id in zip(tasks(9)[4:], ids, strict=True)]
+    second = write_jsonl(rows, "b.jsonl")
+    labels = prepare([str(first), str(second)], split=NO_SPLIT).train["example_id"]
+    assert len({*labels}) == 10 and {"0", "3", "3#2", "x", "x#2"} < {*labels}
+
+
+def test_a_run_that_validates_needs_a_held_out_row(prepare, write_jsonl, tasks):
+    for split in ({"validation": 0}, NO_SPLIT):
+        with pytest.raises(RefusedData, match="none of 60 rows is held out") as caught:
+            prepare(write_jsonl(tasks(60)), split=split, train={"eval_strategy": "epoch"})
+        assert caught.value.exit_code == ExitCode.DATA and caught.value.file == "recipe.yaml"
 
 
 # ---- mixtures ----
@@ -240,17 +251,20 @@ def test_data_that_cannot_teach_what_the_recipe_asks_is_refused_with_its_numbers
         ([{"text": ""}] * 4, {"prompt_format": "raw"}, "data.source", "4/4 rows have an empty"),
         (tasks(9), {**chat, "chat_template": endless}, "data.chat_template", "9/9 rows do not end"),
         ([{"messages": silent}], {**chat, "chat_loss": "last"}, "data.chat_loss", "weight 0"),
-        (
-            tasks(9),
-            {"train": {"eval_strategy": "steps"}, "split": NO_SPLIT},
-            "data.split.validation",
-            "asks for a validation loss",
-        ),
     ):
         with pytest.raises(RefusedData, match=words) as caught:
             prepare(write_jsonl(rows), **keys)
         assert caught.value.key == key and caught.value.exit_code == ExitCode.DATA
         assert caught.value.audit.rows["used"] == len(rows)
+
+
+def test_an_empty_completion_is_warned_of_with_its_place(prepare, write_jsonl, tasks):
+    rows = tasks(60)
+    rows[6]["response"] = ""
+    audit = prepare(write_jsonl(rows)).audit
+    assert audit.empty_completions.count == 1
+    [line] = [line for line in audit.warnings() if "empty completion" in line]
+    assert line.startswith("1 rows") and "rows.jsonl:7" in line
 
 
 def test_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
@@ -298,16 +312,21 @@ def test_texts_that_could_act_as_special_tokens_are_counted(prepare, write_jsonl
     assert "ACTING as special tokens" in "\n".join(audit.warnings())
 
 
-def test_a_prompt_whose_ids_are_no_prefix_of_the_row_is_named(prepare, write_jsonl, tasks):
+def test_a_row_that_does_not_begin_as_the_model_is_asked_is_named(prepare, write_jsonl, tasks):
     rows = [{"prompt": f"What is {i}?\nAnswer: ", "completion": "the answer"} for i in range(20)]
     audit = prepare(write_jsonl(rows), prompt_format="raw").audit
-    assert audit.other_prompt_ids.count == 20
-    [line] = [line for line in audit.warnings() if "other token ids" in line]
+    assert audit.other_prompt.count == 20
+    [line] = [line for line in audit.warnings() if "asked with" in line]
     assert "20 rows" in line and "rows.jsonl:1" in line
-    assert prepare(write_jsonl(tasks(20))).audit.other_prompt_ids.count == 0
+    assert prepare(write_jsonl(tasks(20))).audit.other_prompt.count == 0
     space = MARKED.replace("<|assistant|>\n", "<|assistant|> ")
     audit = prepare(write_jsonl(tasks(20)), prompt_format="chat", chat_template=space).audit
-    assert audit.other_prompt_ids.count + audit.unlike_prompt.count >= 20
+    assert audit.other_prompt.count == 20
+    thinks = MARKED.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
+    rows = tasks(20)
+    rows[4]["response"] = "<think>Hmm.</think>Four."
+    audit = prepare(write_jsonl(rows), prompt_format="chat", chat_template=thinks).audit
+    assert audit.other_prompt.count == 19 and "enable_thinking" in "\n".join(audit.warnings())
 
 
 def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_jsonl, tasks):
@@ -316,11 +335,6 @@ def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_j
         audit = prepare(write_jsonl(rows or tasks(20)), **keys).audit
         return audit, "\n".join(audit.warnings())
 
-    thinks = MARKED.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
-    rows = tasks(20)
-    rows[4]["response"] = "<think>Hmm.</think>Four."
-    audit, said = warned(thinks, rows)
-    assert audit.unlike_prompt.count == 19 and "19 rows" in said and "enable_thinking" in said
     ends = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<unk>{% endfor %}"
     _, said = warned(ends + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
     assert "set train.eos_token" in said
@@ -335,16 +349,17 @@ def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_j
 
 
 def test_the_audit_says_what_the_rows_were_rendered_with(
-    prepare, write_jsonl, tasks, tiny_tokenizer, monkeypatch
+    prepare, write_jsonl, tasks, tiny_tokenizer, tmp_path, monkeypatch
 ):
     rows = write_jsonl(tasks(20))
     before = prepare(rows, prompt_format="chat")
-    twin, own = Twin(Path("tiny_training.jinja"), MARKED), tiny_tokenizer.chat_template
-    monkeypatch.setattr("recipes_lib.data.prompts.trl_twins", lambda: {own: twin})
+    file, own = tmp_path / "tiny_training.jinja", tiny_tokenizer.chat_template
+    file.write_text(MARKED)
+    monkeypatch.setattr("recipes_lib.data.prompts.training_files", lambda: {own: file})
     data = prepare(rows, prompt_format="chat")
     assert data.train.to_list() == before.train.to_list()
     assert data.prompt_format_hash == before.prompt_format_hash
-    assert data.audit.training_template == {"file": "tiny_training.jinja", "sha256": twin.hash}
+    assert data.audit.training_template["file"] == "tiny_training.jinja"
     assert "tiny_training.jinja" in data.audit.describe()[0] and before.audit.describe() == []
 
 
@@ -407,6 +422,19 @@ def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, 
     monkeypatch.setattr(preparing, "MOST_PREPARED", 2)
     prepare(write_jsonl(rows), max_examples=20)
     assert len([*cache.glob("[!.]*")]) == 2
+
+
+def test_a_hub_data_set_is_prepared_once_too(prepare, tasks, monkeypatch, cache):
+    from datasets import Dataset
+
+    rows = Dataset.from_list(tasks(60))
+    for module in ("prepare", "sources"):
+        monkeypatch.setattr(f"recipes_lib.data.{module}.hub_data_set", lambda source: rows)
+    first = prepare("somebody/rows")
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "_prepare", None)
+        assert prepare("somebody/rows").train.to_list() == first.train.to_list()
+    assert first.audit.rows["read"] == 60 and len([*cache.iterdir()]) == 1
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from conversation_samples import FOLDER
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.conversations import read_messages, read_tools
@@ -71,18 +70,16 @@ def test_earlier_turns_of_a_plain_format_are_repeated_as_trained(tiny_tokenizer)
     )
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
+def test_a_prompt_that_cannot_be_continued_is_refused(tiny_tokenizer):
+    answer = {"role": "assistant", "content": "a"}
+    for keys in (
         {},
         {"instruction": "a", "messages": []},
         {"messages": []},
-        {"messages": [{"role": "assistant", "content": "a"}]},
-    ],
-)
-def test_a_prompt_that_cannot_be_continued_is_refused(tiny_tokenizer, keys):
-    with pytest.raises(ValueError, match=r"either an instruction|must end with a user turn"):
-        generation_prompt(section(), tiny_tokenizer, **keys)
+        {"messages": [answer]},
+    ):
+        with pytest.raises(ValueError, match=r"either an instruction|must end with a user turn"):
+            generation_prompt(section(), tiny_tokenizer, **keys)
 
 
 def test_chat_without_a_template_names_the_keys(tiny_tokenizer, monkeypatch):
@@ -110,6 +107,9 @@ def test_a_template_of_trl_is_read_from_the_installed_trl_by_its_name(tiny_token
     with pytest.raises(SettingError, match="TRL ships no template 'trl:lama3'") as caught:
         chat_template(section("chat", chat_template="trl:lama3"), tiny_tokenizer)
     assert caught.value.hints == ("did you mean trl:llama3?",)
+    with pytest.raises(SettingError, match="TRL ships no template 'trl:chatml'") as caught:
+        chat_template(section("chat", chat_template="trl:chatml"), tiny_tokenizer)
+    assert "ChatML is trl:qwen2_5" in caught.value.hints[0]
 
 
 def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_tokenizer):
@@ -143,17 +143,14 @@ def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(t
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     own = {"messages": turns, "chat_template_kwargs": '{"enable_thinking": true}'}
     texts = [
-        render_turns(DataRow("f", 1, 1, fields), fast, tiny_tokenizer, THINKING)[0]
+        render_turns(DataRow("f", 1, 1, fields), fast, tiny_tokenizer, THINKING).text
         for fields in ({"messages": turns}, own)
     ]
     assert texts[0].startswith(prompts[1]) and texts[1].startswith(prompts[0])
     assert format_hash(fast, tiny_tokenizer) != format_hash(without, tiny_tokenizer)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gptoss", "glm4moe", "deepseekv3", "gemma4"])
-def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenizer, name):
-    folder = Path(find_spec("trl").origin).parent / "chat_templates"
-    template = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenizer):
     call = {"id": "call_0001", "name": "sky", "arguments": '{"place": "Bonn"}'}
     messages = read_messages(
         [
@@ -166,11 +163,13 @@ def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenize
     nothing = {"type": "object", "properties": {}}
     sky = {"name": "sky", "description": "Its colour.", "parameters": nothing}
     tools = json.loads(read_tools([sky], "tools"))
-    text, _ = render_chat(messages, tiny_tokenizer, template, {"tools": tools}, prompt=True)
-    said = ["sky", "place", "Bonn", "blue"]
-    said += [] if name == "deepseekv3" else ["Its colour."]  # it knows no tools, only calls
-    said += ["Look up."] if name in ("qwen3", "gptoss", "glm4moe", "gemma4") else []
-    assert [word for word in said if word not in text] == []
+    for name in ("qwen3", "llama3_1", "gptoss", "glm4moe", "deepseekv3", "gemma4"):
+        template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+        text, _ = render_chat(messages, tiny_tokenizer, template, {"tools": tools}, prompt=True)
+        said = ["sky", "place", "Bonn", "blue"]
+        said += [] if name == "deepseekv3" else ["Its colour."]  # it knows no tools, only calls
+        said += ["Look up."] if name in ("qwen3", "gptoss", "glm4moe", "gemma4") else []
+        assert [word for word in said if word not in text] == [], name
 
 
 def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):

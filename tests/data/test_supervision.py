@@ -1,3 +1,5 @@
+"""Text pairs: which tokens carry loss, what is cut, and which settings cannot act."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -20,35 +22,21 @@ from recipes_lib.data.supervision import (
 BOS, EOS = 1, 2
 
 
-def task(instruction: str, response: str, context: str = "") -> DataRow:
-    return DataRow(
-        "f", 1, 1, {"instruction": instruction, "context": context, "response": response}
-    )
-
-
-def pair(prompt: str, completion: str) -> DataRow:
-    return DataRow("f", 1, 1, {"prompt": prompt, "completion": completion})
-
-
-def encode_one(
-    example: DataRow,
-    tokenizer,
-    *,
-    prompt_format: str = "dolly",
-    special_tokens: str = "text",
-    **train,
-):
+def encode_row(tokenizer, fields, *, prompt_format="dolly", special_tokens="text", **train):
     section = DataSection(source="x", prompt_format=prompt_format, special_tokens=special_tokens)
-    [item] = encode(
-        [example], Supervision.of(section, {"max_length": 4096} | train, tokenizer), tokenizer
-    )
+    settings = Supervision.of(section, {"max_length": 4096} | train, tokenizer)
+    [item] = encode([DataRow("f", 1, 1, fields)], settings, tokenizer)
     return item
 
 
-def supervised_text(item, tokenizer) -> str:
-    return tokenizer.decode(
-        [int(t) for t in item.labels if t != -100], clean_up_tokenization_spaces=False
-    )
+def encode_task(tokenizer, instruction, response, context="", **keys):
+    fields = {"instruction": instruction, "context": context, "response": response}
+    return encode_row(tokenizer, fields, **keys)
+
+
+def learned(item, tokenizer) -> str:
+    ids = [int(token) for token in item.labels if token != -100]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -56,154 +44,101 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, TEXTS, TEXTS)
-def test_no_prompt_token_carries_loss_and_the_completion_comes_back(
-    tiny_tokenizer, instruction, context, response
-):
-    item = encode_one(task(instruction, response, context), tiny_tokenizer)
+def test_the_completion_carries_loss_and_comes_back(tiny_tokenizer, instruction, context, response):
+    item = encode_task(tiny_tokenizer, instruction, response, context)
     prompt = task_prompt("dolly", instruction, context)
-    with plain_backend(tiny_tokenizer, split_special=True):
-        encoding = tiny_tokenizer.backend_tokenizer.encode(prompt + response)
-    offsets = [*encoding.offsets, (len(prompt + response), len(prompt + response) + 1)]
-    for token, label in enumerate(item.labels):
-        assert (label != -100) == (offsets[token][1] > len(prompt))
-    assert supervised_text(item, tiny_tokenizer).removesuffix("</s>").endswith(response)
-    if not item.other_prompt_ids:
-        assert supervised_text(item, tiny_tokenizer) == response + "</s>"
+    with plain_backend(tiny_tokenizer, split_special=True) as backend:
+        offsets = backend.encode(prompt + response).offsets
+    for label, (_, end) in zip(item.labels, offsets, strict=False):
+        assert label != -100 or end <= len(prompt)
+    assert learned(item, tiny_tokenizer).removesuffix("</s>").endswith(response)
+    if not item.other_prompt:
+        assert learned(item, tiny_tokenizer) == response + "</s>"
 
 
 def test_tokens_are_bos_text_eos_and_eos_carries_loss(tiny_tokenizer):
-    item = encode_one(task("Do.", "Yes."), tiny_tokenizer)
+    item = encode_task(tiny_tokenizer, "Do.", "Yes.")
     assert item.ids[0] == BOS and item.ids[-1] == EOS and item.labels[-1] == EOS and item.ends
     assert (item.ids == EOS).sum() == 1
+    assert item.ids.dtype == np.int32 and item.labels.dtype == np.int32
+    empty = encode_task(tiny_tokenizer, "Do.", "")
+    assert empty.supervised == 1 and empty.labels[-1] == EOS
 
 
-def test_the_whole_text_carries_loss_when_asked(tiny_tokenizer):
-    item = encode_one(task("Do.", "Yes."), tiny_tokenizer, completion_only_loss=False)
+def test_the_whole_text_carries_loss_when_asked_or_where_there_is_no_prompt(tiny_tokenizer):
+    item = encode_task(tiny_tokenizer, "Do.", "Yes.", completion_only_loss=False)
     assert (item.labels == item.ids).all() and 0 < item.prompt_tokens < len(item.ids)
+    item = encode_row(tiny_tokenizer, {"text": "Once upon"}, prompt_format="raw")
+    assert (item.labels == item.ids).all() and item.prompt_tokens == 0
 
 
 def test_a_token_across_the_boundary_belongs_to_the_completion(tiny_tokenizer):
-    item = encode_one(pair("Answer: th", "e answer"), tiny_tokenizer, prompt_format="raw")
-    assert item.other_prompt_ids and supervised_text(item, tiny_tokenizer).endswith(
-        "the answer</s>"
-    )
-    assert not encode_one(
-        pair("Answer:", " the"), tiny_tokenizer, prompt_format="raw"
-    ).other_prompt_ids
+    pair = {"prompt": "Answer: th", "completion": "e answer"}
+    item = encode_row(tiny_tokenizer, pair, prompt_format="raw")
+    assert item.other_prompt and learned(item, tiny_tokenizer).endswith("the answer</s>")
+    pair = {"prompt": "Answer:", "completion": " the"}
+    assert not encode_row(tiny_tokenizer, pair, prompt_format="raw").other_prompt
 
 
-def test_an_empty_completion_leaves_the_end_token_alone(tiny_tokenizer):
-    item = encode_one(task("Do.", ""), tiny_tokenizer)
-    assert item.supervised == 1 and item.labels[-1] == EOS
-
-
-@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
-def test_truncation_cuts_ids_and_mask_together(tiny_tokenizer, mode):
-    whole = encode_one(task("Do this.", "Yes and no and yes."), tiny_tokenizer)
-    cut = encode_one(
-        task("Do this.", "Yes and no and yes."),
-        tiny_tokenizer,
-        max_length=len(whole.ids) - 3,
-        truncation_mode=mode,
-    )
-    part = slice(None, -3) if mode == "keep_start" else slice(3, None)
-    assert (cut.ids == whole.ids[part]).all() and (cut.labels == whole.labels[part]).all()
-    assert cut.ends == (mode == "keep_end") and cut.tokens_before == len(whole.ids)
-
-
-def test_a_prompt_that_fills_max_length_leaves_no_loss(tiny_tokenizer):
-    item = encode_one(task("Do " * 50, "Yes."), tiny_tokenizer, max_length=16)
+def test_truncation_cuts_ids_and_mask_together(tiny_tokenizer):
+    whole = encode_task(tiny_tokenizer, "Do this.", "Yes and no and yes.")
+    for mode, part in (("keep_start", slice(None, -3)), ("keep_end", slice(3, None))):
+        train = {"max_length": len(whole.ids) - 3, "truncation_mode": mode}
+        cut = encode_task(tiny_tokenizer, "Do this.", "Yes and no and yes.", **train)
+        assert (cut.ids == whole.ids[part]).all() and (cut.labels == whole.labels[part]).all()
+        assert cut.ends == (mode == "keep_end") and cut.tokens_before == len(whole.ids)
+    item = encode_task(tiny_tokenizer, "Do " * 50, "Yes.", max_length=16)
     assert len(item.ids) == 16 and item.supervised == 0 and (item.labels == -100).all()
 
 
-@pytest.mark.parametrize(
-    ("strategy", "length"), [("bfd", 16), ("bfd_split", None), ("wrapped", None)]
-)
-def test_packing_that_splits_rows_itself_gets_them_whole(tiny_tokenizer, strategy, length):
-    train = {"packing": True, "packing_strategy": strategy, "max_length": 16}
-    assert Supervision.of(DataSection(source="x"), train, tiny_tokenizer).max_length == length
+def test_packing_that_splits_rows_itself_gets_them_whole(tiny_tokenizer):
+    for strategy, length in (("bfd", 16), ("bfd_split", None), ("wrapped", None)):
+        train = {"packing": True, "packing_strategy": strategy, "max_length": 16}
+        settings = Supervision.of(DataSection(source="x"), train, tiny_tokenizer)
+        assert settings.max_length == length
 
 
-def test_special_tokens_in_the_text_are_text(tiny_tokenizer):
-    item = encode_one(task("Say </s> and <s>.", "ok </s> <|user|> done"), tiny_tokenizer)
+def test_special_tokens_in_the_text_are_text_unless_they_are_kept(tiny_tokenizer):
+    item = encode_task(tiny_tokenizer, "Say </s> and <s>.", "ok </s> <|user|> done")
     assert (item.ids == EOS).sum() == 1 and (item.ids == BOS).sum() == 1
-    assert supervised_text(item, tiny_tokenizer) == "ok </s> <|user|> done</s>"
-
-
-def test_special_tokens_can_be_kept(tiny_tokenizer):
-    item = encode_one(task("Do.", "ok </s>"), tiny_tokenizer, special_tokens="keep")
-    assert (item.ids == EOS).sum() == 1 and item.ids[
-        -1
-    ] == EOS  # not appended again, as TRL does not
+    assert learned(item, tiny_tokenizer) == "ok </s> <|user|> done</s>"
+    item = encode_task(tiny_tokenizer, "Do.", "ok </s>", special_tokens="keep")
+    assert (item.ids == EOS).sum() == 1 and item.ids[-1] == EOS  # TRL appends none either
 
 
 def test_the_tokenizer_is_left_as_it_was(tiny_tokenizer):
     backend = tiny_tokenizer.backend_tokenizer
     backend.enable_truncation(7)
     try:
-        item = encode_one(task("Do.", "ok " * 20), tiny_tokenizer)
-        assert len(item.ids) > 7
+        assert len(encode_task(tiny_tokenizer, "Do.", "ok " * 20).ids) > 7
         assert backend.truncation["max_length"] == 7 and backend.encode_special_tokens is False
     finally:
         backend.no_truncation()
 
 
-def test_offsets_that_leave_white_space_out_do_not_move_the_boundary(tiny_tokenizer):
-    from copy import deepcopy
-
-    from tokenizers import processors
-
-    trimming = deepcopy(tiny_tokenizer)
-    trimming.backend_tokenizer.post_processor = processors.Sequence(
-        [
-            processors.ByteLevel(trim_offsets=True),
-            processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
-        ]
-    )
-    for response in ("\n\n two lines", " x", "plain", ""):
-        plain, trimmed = (
-            encode_one(task("Do.", response), tiny_tokenizer),
-            encode_one(task("Do.", response), trimming),
-        )
-        assert (plain.ids == trimmed.ids).all() and (plain.labels == trimmed.labels).all()
-
-
-def test_completion_only_loss_on_text_rows_is_refused(tiny_tokenizer):
-    section = DataSection(source="x", prompt_format="raw")
-    with pytest.raises(
-        SettingError, match=r"train\.completion_only_loss: true needs prompt and completion"
-    ) as caught:
-        check_settings(1, section, {"completion_only_loss": True}, tiny_tokenizer)
-    assert caught.value.key == "train.completion_only_loss"
-    check_settings(1, section, {"completion_only_loss": None}, tiny_tokenizer)
-
-
-def test_assistant_only_loss_without_chat_is_refused(tiny_tokenizer):
-    with pytest.raises(SettingError, match="needs prompt_format chat"):
-        check_settings(0, DataSection(source="x"), {"assistant_only_loss": True}, tiny_tokenizer)
-
-
-def test_text_rows_carry_loss_on_every_token(tiny_tokenizer):
-    item = encode_one(
-        DataRow("f", 1, 1, {"text": "Once upon"}), tiny_tokenizer, prompt_format="raw"
-    )
-    assert (item.labels == item.ids).all() and item.prompt_tokens == 0
+def test_settings_that_would_not_act_are_refused(tiny_tokenizer):
+    for prompt_format, train, has_texts, words in (
+        ("raw", {"completion_only_loss": True}, True, "true needs prompt and completion"),
+        ("dolly", {"assistant_only_loss": True}, False, "needs prompt_format chat"),
+    ):
+        section = DataSection(source="x", prompt_format=prompt_format)
+        with pytest.raises(SettingError, match=words) as caught:
+            check_settings(section, train, tiny_tokenizer, has_texts)
+        assert caught.value.key == f"train.{next(iter(train))}"
+    check_settings(DataSection(source="x", prompt_format="raw"), {}, tiny_tokenizer, True)
+    with pytest.raises(SettingError, match="no fast version"):
+        check_settings(DataSection(source="x"), {}, object())
 
 
 def test_generation_ids_are_the_prompt_s_training_ids(tiny_tokenizer):
-    section = DataSection(source="x")
-    item = encode_one(task("Say </s>.", "Yes."), tiny_tokenizer)
-    ids = prompt_ids(section, tiny_tokenizer, task_prompt("dolly", "Say </s>."))
+    item = encode_task(tiny_tokenizer, "Say </s>.", "Yes.")
+    prompt = task_prompt("dolly", "Say </s>.")
+    ids = prompt_ids(DataSection(source="x"), tiny_tokenizer, prompt)
     assert ids == item.ids[: len(ids)].tolist() and (item.labels[: len(ids)] == -100).all()
 
 
 def test_decoded_spans_cover_the_row_and_mark_its_end(tiny_tokenizer):
-    item = encode_one(task("Do.", "Yes."), tiny_tokenizer)
+    item = encode_task(tiny_tokenizer, "Do.", "Yes.")
     prompt, completion = decoded_spans(tiny_tokenizer, item.ids, item.labels)
-    assert prompt == {"text": "<s>### Instruction:\nDo.\n\n### Response:\n", "supervised": False}
-    assert completion == {"text": "Yes.</s>", "supervised": True, "end_token": "</s>"}
-
-
-def test_int32_holds_every_id(tiny_tokenizer):
-    item = encode_one(task("Do.", "Yes."), tiny_tokenizer)
-    assert item.ids.dtype == np.int32 and item.labels.dtype == np.int32
+    assert prompt == ("<s>### Instruction:\nDo.\n\n### Response:\n", False, "")
+    assert completion == ("Yes.</s>", True, "</s>")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from conversation_samples import MARKED, TURNS
@@ -18,16 +19,16 @@ from recipes_lib.data.prompts import task_prompt
 NO_SPLIT = {"method": "none"}
 
 
-@pytest.fixture(params=["tiny_tokenizer", "smollm2_tokenizer"])
-def tokenizer(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture
 def dolly(shared_data):
     """The first 200 rows of the stratified real data."""
     with (shared_data / "dolly" / "dolly-1k-stratified.jsonl").open(encoding="utf-8") as stream:
         return [json.loads(next(stream)) for _ in range(200)]
+
+
+@pytest.fixture(scope="module")
+def whole_dolly(shared_data):
+    return sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
 
 
 def pairs(rows) -> list[dict[str, str]]:
@@ -44,26 +45,18 @@ def ours(recipe, tokenizer) -> list[dict[str, list[int]]]:
     return prepare_data(recipe, tokenizer).train.select_columns(["input_ids", "labels"]).to_list()
 
 
-@pytest.mark.parametrize(
-    "train",
-    [{"max_length": 1024}, {"max_length": 100}, {"max_length": 100, "truncation_mode": "keep_end"}],
-)
-def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_completion(
-    recipe_for, write_jsonl, trl_rows, tokenizer, dolly, train
-):
-    recipe = recipe_for(
-        write_jsonl(dolly), train=train, split=NO_SPLIT, max_unsupervised_fraction=1.0
-    )
-    assert ours(recipe, tokenizer) == trl_rows(pairs(dolly), tokenizer, **train)
-
-
-def test_two_hundred_dolly_rows_are_equal_with_loss_on_the_whole_text(
-    recipe_for, write_jsonl, trl_rows, tokenizer, dolly
-):
-    train = {"max_length": 512, "completion_only_loss": False}
-    assert ours(recipe_for(write_jsonl(dolly), train=train, split=NO_SPLIT), tokenizer) == trl_rows(
-        pairs(dolly), tokenizer, **train
-    )
+@pytest.mark.parametrize("name", ["tiny_tokenizer", "smollm2_tokenizer"])
+def test_two_hundred_dolly_rows_are_equal(recipe_for, write_jsonl, trl_rows, request, dolly, name):
+    tokenizer, path = request.getfixturevalue(name), write_jsonl(dolly)
+    keys = {"split": NO_SPLIT, "max_unsupervised_fraction": 1.0}
+    for train in (
+        {"max_length": 1024},
+        {"max_length": 100},
+        {"max_length": 100, "truncation_mode": "keep_end"},
+        {"max_length": 512, "completion_only_loss": False},
+    ):
+        recipe = recipe_for(path, train=train, **keys)
+        assert ours(recipe, tokenizer) == trl_rows(pairs(dolly), tokenizer, **train), train
 
 
 def test_made_rows_are_equal_in_the_raw_format(recipe_for, write_jsonl, trl_rows, tiny_tokenizer):
@@ -107,7 +100,7 @@ def test_rows_are_equal_for_a_tokenizer_of_llama_2_s_kind(recipe_for, write_json
     assert data.train.select_columns(["input_ids", "labels"]).to_list() == trl_rows(
         pairs(rows), tokenizer
     )
-    assert data.audit.other_prompt_ids.count > 0  # the case is really there
+    assert data.audit.other_prompt.count > 0  # the case is really there
 
 
 def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(
@@ -135,27 +128,34 @@ def test_conversations_are_equal_to_assistant_only_loss(
     assert ours(recipe, tiny_tokenizer) == trl_rows(rows, tiny_tokenizer, assistant_only_loss=True)
 
 
+@pytest.mark.slow
 def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(
-    recipe_for, shared_data, smollm2_tokenizer
+    recipe_for, whole_dolly, smollm2_tokenizer
 ):
-    parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
-    data = prepare_data(recipe_for(parts, split=NO_SPLIT), smollm2_tokenizer)
+    data = prepare_data(recipe_for(whole_dolly, split=NO_SPLIT), smollm2_tokenizer)
     bare = data.audit.no_supervised_tokens
     assert data.audit.rows["read"] == 15_011 and len(data.train) == 15_011 - 128
     assert bare.count == len(set(bare.ids)) == len(bare.places) == 128
 
 
+@pytest.mark.nightly
+def test_the_whole_dolly_is_equal(recipe_for, whole_dolly, trl_rows, smollm2_tokenizer):
+    texts = [Path(file).read_text(encoding="utf-8") for file in whole_dolly]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
+    recipe = recipe_for(whole_dolly, split=NO_SPLIT)
+    assert ours(recipe, smollm2_tokenizer) == trl_rows(pairs(rows), smollm2_tokenizer)
+
+
+@pytest.mark.nightly
 def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(
-    recipe_for, shared_data, smollm2_tokenizer
+    recipe_for, whole_dolly, tiny_tokenizer
 ):
-    parts = sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
     for validation, test, sizes in (
         (0.1, 0.2, (10_507, 1_501, 3_003)),
         (0.1, 0.1, (12_008, 1_501, 1_502)),
     ):
         split = {"method": "published", "validation": validation, "test": test}
-        data = prepare_data(
-            recipe_for(parts, split=split, train={"completion_only_loss": False}), smollm2_tokenizer
-        )
+        train = {"completion_only_loss": False}
+        data = prepare_data(recipe_for(whole_dolly, split=split, train=train), tiny_tokenizer)
         assert (len(data.train), len(data.validation), len(data.test)) == sizes
         assert data.audit.duplicates_across

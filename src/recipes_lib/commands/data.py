@@ -138,16 +138,15 @@ def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
     num_supervised = sum(label != IGNORED for label in row["labels"])
     say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
-    if not spans[-1]["text"].strip():
+    if not spans[-1].text.strip():
         spans.pop()  # a newline that the template puts after the last turn
     print("".join(_painted(span, color) for span in spans), flush=True)
 
 
 def _painted(span: DecodedSpan, color: bool) -> str:
     """Return a span for the terminal."""
-    end = span.get("end_token", "")
-    text, end = printable(span["text"].removesuffix(end)), printable(end)
-    if not span["supervised"]:
+    text, end = printable(span.text.removesuffix(span.end_token)), printable(span.end_token)
+    if not span.supervised:
         return f"{GREY}{text}{RESET}" if color else text
     if color:
         return f"{GREEN}{text}{REVERSE}{end}{RESET}"

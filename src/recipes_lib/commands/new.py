@@ -7,13 +7,12 @@ from pathlib import Path
 
 from recipes_lib.config.new import new_recipe
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, shown_path
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.columns import look_at
-from recipes_lib.data.rows import place
-from recipes_lib.data.splits import check_local_rows
+from recipes_lib.data.splits import check_rows
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +53,7 @@ def run(args: argparse.Namespace) -> int:
     say(f"wrote {file}:")
     say(text.rstrip("\n"))
     if rows is not None:
-        try:
-            check_local_rows(recipe.data)
-        except DataError as error:
-            raise place(recipe, error) from None
+        for error in check_rows(recipe):
+            raise error
     next_step(f"recipes check {file}")
     return ExitCode.DONE

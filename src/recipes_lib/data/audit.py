@@ -8,15 +8,17 @@ special tokens are disarmed in the plain formats (`data.special_tokens: text`).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from recipes_lib.data.prompts import PROMPT_FORMATS
+from recipes_lib.data.prompts import HEADINGS
 from recipes_lib.data.rows import DataRow, SettingError, listed
-from recipes_lib.data.supervision import Encoded, Supervision, special_ids
+from recipes_lib.data.supervision import BATCH_ROWS, Encoded, Supervision, special_ids
 
 FOREIGN_MARKERS = (
     *("[INST]", "[/INST]", "<<SYS>>"),
@@ -48,13 +50,12 @@ class SourceCounts:
 
     source: str
     weight: float
-    max_examples: int | None
     rows: int
-    used: int = 0
-    train: int = 0
-    validation: int = 0
-    test: int = 0
-    supervised: int = 0
+    used: int
+    train: int
+    validation: int
+    test: int
+    supervised: int
 
 
 @dataclass
@@ -62,13 +63,14 @@ class DataAudit:
     """supervision.json.
 
     Args:
-        training_template: file and hash of the twin that conversations were rendered with.
+        training_template: file and hash of TRL's template that conversations were rendered with.
         template_date: what a template prints as the date of the day.
         rows: read, bad, used, train, validation, test, trained (with loss), and filtered by name.
         tokens, supervised_tokens, prompt_tokens: total, p5, p50, p95 and max of a row.
         truncated: cut at `max_length`; lost_end: those that lost their end token.
-        other_prompt_ids: asked with other token ids than the row begins with.
+        other_prompt: asked with other tokens than the row begins with.
         special_tokens, markers: texts that could act as one; which, and how often.
+        duplicates: rows that another is equal to; across: those in two splits.
     """
 
     prompt_format: str
@@ -85,15 +87,13 @@ class DataAudit:
     tokens: dict[str, int] = field(default_factory=dict)
     supervised_tokens: dict[str, int] = field(default_factory=dict)
     prompt_tokens: dict[str, int] = field(default_factory=dict)
-    supervised_validation: int = 0
     truncated: Named = field(default_factory=Named)
     lost_end: int = 0
     no_supervised_tokens: Named = field(default_factory=Named)
     without_end_token: Named = field(default_factory=Named)
     empty_completions: Named = field(default_factory=Named)
     changed_by_template: Named = field(default_factory=Named)
-    unlike_prompt: Named = field(default_factory=Named)
-    other_prompt_ids: Named = field(default_factory=Named)
+    other_prompt: Named = field(default_factory=Named)
     special_tokens: Named = field(default_factory=Named)
     markers: Named = field(default_factory=Named)
     found_texts: dict[str, int] = field(default_factory=dict)
@@ -120,14 +120,11 @@ class DataAudit:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataAudit:
         """Read what `to_dict` returned."""
-        names = [name for name, one in cls.__annotations__.items() if one == "Named"]
-        named = {name: Named(**values[name]) for name in names}
-        sources = [SourceCounts(**one) for one in values["sources"]]
-        return cls(**{**values, **named, "sources": sources})
+        return TypeAdapter(cls).validate_python(values)
 
     def count(self, rows: Sequence[DataRow], encoded: Sequence[Encoded], tokenizer: Any) -> None:
         """Count and name the rows that are used."""
-        ends: dict[int, int] = {}
+        ends = Counter[int]()
         for row, item in zip(rows, encoded, strict=True):
             was_cut = item.length < item.tokens_before
             self.lost_end += was_cut and not item.ends
@@ -137,42 +134,36 @@ class DataAudit:
                 (self.without_end_token, not was_cut and not item.ends),
                 (self.empty_completions, row.is_empty),
                 (self.changed_by_template, item.changed),
-                (self.unlike_prompt, item.unlike_prompt),
-                (self.other_prompt_ids, item.other_prompt_ids),
+                (self.other_prompt, item.other_prompt),
             ):
                 if is_true:
                     named.add(row)
-            if item.end_token >= 0:
-                ends[item.end_token] = ends.get(item.end_token, 0) + 1
-        self.end_tokens |= {
-            str(tokenizer.convert_ids_to_tokens(token)): num for token, num in sorted(ends.items())
+            ends[item.end_token] += item.end_token >= 0
+        tokens = sorted(token for token, count in ends.items() if count)
+        self.end_tokens = {
+            str(tokenizer.convert_ids_to_tokens(token)): ends[token] for token in tokens
         }
         self.tokens = _distribution(item.length for item in encoded)
         self.supervised_tokens = _distribution(item.supervised for item in encoded)
         self.prompt_tokens = _distribution(item.prompt_tokens for item in encoded)
-        self._search(rows, tokenizer)
+        special = {*tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))}
+        headings = "".join(HEADINGS.get(self.prompt_format, ()))
+        markers = {*re.findall(r"### \w+:", headings), *FOREIGN_MARKERS} - special
+        self._search(rows, self.special_tokens, [name for name in special if len(name) > 1])
+        self._search(rows, self.markers, markers)
 
-    def _search(self, rows: Sequence[DataRow], tokenizer: Any) -> None:
-        """Look for special tokens and template markers, first in many texts at once: most data has
-        none.
-        """
-        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
-        headings = "".join(PROMPT_FORMATS[self.prompt_format].headings[1:])
-        markers = {*re.findall(r"### \w+:", headings), *FOREIGN_MARKERS} - {*special}
-        for start in range(0, len(rows), 1000):
-            texts = ["\0".join(row.texts) for row in rows[start : start + 1000]]
+    def _search(self, rows: Sequence[DataRow], named: Named, needles: Iterable[str]) -> None:
+        """Look for texts that could act as tokens, first in many rows at once: most have none."""
+        for start in range(0, len(rows), BATCH_ROWS):
+            texts = ["\0".join(row.texts) for row in rows[start : start + BATCH_ROWS]]
             whole = "\0".join(texts)
-            for named, needles in (
-                (self.special_tokens, [name for name in special if len(name) > 1]),
-                (self.markers, sorted(markers)),
-            ):
-                present = [needle for needle in needles if needle in whole]
-                for row, text in zip(rows[start:], texts, strict=False) if present else ():
-                    found = {needle: num for needle in present if (num := text.count(needle))}
-                    for needle, num in found.items():
-                        self.found_texts[needle] = self.found_texts.get(needle, 0) + num
-                    if found:
-                        named.add(row)
+            present = sorted(needle for needle in needles if needle in whole)
+            for row, text in zip(rows[start:], texts, strict=False) if present else ():
+                times = {needle: num for needle in present if (num := text.count(needle))}
+                for needle, num in times.items():
+                    self.found_texts[needle] = self.found_texts.get(needle, 0) + num
+                if times:
+                    named.add(row)
 
     def check(self, max_unsupervised_fraction: float, *, evaluates: bool = False) -> None:
         """Refuse data that cannot teach what the recipe asks for: the gate before step 1.
@@ -183,23 +174,44 @@ class DataAudit:
         Raises:
             RefusedData: it carries this audit.
         """
-        used, bare = self.rows["used"], self.no_supervised_tokens
+        used, bare, open_ended = (
+            self.rows["used"],
+            self.no_supervised_tokens,
+            self.without_end_token,
+        )
+        too_many = bare.count > max_unsupervised_fraction * used
         if self.empty_completions.count == used:
             what = f"{used}/{used} rows have an empty completion: there is nothing to learn"
             raise RefusedData(self, "data.source", what, "check data.columns")
-        too_many = bare.count > max_unsupervised_fraction * used
         if too_many or bare.count == used or not self.rows["trained"]:
-            raise self._unsupervised(max_unsupervised_fraction)
-        if open_ended := self.without_end_token.count:
+            p95 = self.prompt_tokens["p95"]
+            key = "train.max_length"
+            what = f"at max_length={self.max_length}; p95 prompt is {p95}"
+            hint = (
+                f"raise train.max_length above {p95}, or leave long rows out with"
+                f" data.filters.max_tokens: {self.max_length}"
+            )
+            if self.prompt_format == "chat" and not self.truncated.count:
+                key, what = "data.chat_loss", "as the turn with loss has weight 0"
+                hint = "set data.chat_loss: all, or leave these rows out"
+            accepted = f"at most {max_unsupervised_fraction:.0%} are accepted"
+            raise RefusedData(
+                self,
+                key,
+                f"{bare.count}/{used} rows have no supervised token {what}",
+                f"{accepted} (data.max_unsupervised_fraction); {bare}",
+                hint,
+            )
+        if open_ended.count:
             raise RefusedData(
                 self,
                 "data.chat_template",
-                f"{open_ended}/{used} rows do not end with a supervised end token: the model would"
-                f" not learn to stop: {self.without_end_token}",
+                f"{open_ended.count}/{used} rows do not end with a supervised end token: the model"
+                f" would not learn to stop: {open_ended}",
                 "the template must end an assistant turn with a special token, inside"
                 " {% generation %} if it has that",
             )
-        if evaluates and not self.supervised_validation:
+        if evaluates and not self.rows["validated"]:
             raise RefusedData(
                 self,
                 "data.split.validation",
@@ -208,35 +220,15 @@ class DataAudit:
                 "add rows, raise data.split.validation, or set train.eval_strategy: 'no'",
             )
 
-    def _unsupervised(self, accepted: float) -> RefusedData:
-        used, bare, p95 = self.rows["used"], self.no_supervised_tokens, self.prompt_tokens["p95"]
-        if self.prompt_format == "chat" and not self.truncated.count:
-            return RefusedData(
-                self,
-                "data.chat_loss",
-                f"{bare.count}/{used} rows have nothing to train on: the turn with loss has weight"
-                f" 0; {bare}",
-                "set data.chat_loss: all, or leave these rows out",
-            )
-        return RefusedData(
-            self,
-            "train.max_length",
-            f"{bare.count}/{used} rows have no supervised token at max_length={self.max_length};"
-            f" p95 prompt is {p95}",
-            f"at most {accepted:.0%} are accepted (data.max_unsupervised_fraction); {bare}",
-            f"raise train.max_length above {p95}, or leave long rows out with"
-            f" data.filters.max_tokens: {self.max_length}",
-        )
-
     def describe(self) -> list[str]:
         """Return a line where the conversations were rendered with another template than is saved,
         or with a date.
         """
         lines = []
-        if twin := self.training_template:
+        if template := self.training_template:
+            name = f"{template['file']} ({template['sha256'][:12]})"
             lines.append(
-                f"chat template: trained through TRL's {twin['file']} ({twin['sha256'][:12]}); the"
-                " plain one is saved, and answers"
+                f"chat template: trained through TRL's {name}; the plain one is saved, and answers"
             )
         if self.template_date:
             date = f"{self.template_date}, in every resume, chat and evaluation of this run"
@@ -246,37 +238,27 @@ class DataAudit:
     def warnings(self) -> list[str]:
         """Return what the user should know before training, one line each."""
         lines = []
-        if bad := self.bad_rows.get("count"):
+        if bad := self.bad_rows["count"]:
             read = self.rows["read"]
             lines.append(
-                f"{bad} of {read} rows cannot be used and are left out (data.on_bad_row: skip):"
+                f"{bad} of {read} rows cannot be used and are left out (on_bad_row: skip):"
             )
             lines += [f"  {num} x {why}" for why, num in [*self.bad_rows["reasons"].items()][:10]]
         for file, columns in self.unused_columns.items():
             lines.append(f"columns that are not used: {listed(columns)} (in {file})")
         texts = listed((f"{name} {num}x" for name, num in self.found_texts.items()), 5)
-        is_plain = self.prompt_format != "chat"
-        acting = "read as text" if is_plain else "ACTING as special tokens"
+        acting = "ACTING as special tokens" if self.prompt_format == "chat" else "read as text"
+        cut = f"cut at max_length={self.max_length}, {self.lost_end} lose their end"
         for named, what in (
-            (
-                self.truncated,
-                f"cut at max_length={self.max_length}, {self.lost_end} lose their end",
-            ),
+            (self.truncated, cut),
             (self.no_supervised_tokens, "without a supervised token, left out"),
             (self.empty_completions, "with an empty completion teach only the end token"),
+            (self.changed_by_template, "of which the chat template changes or leaves out a text"),
             (
-                self.changed_by_template,
-                "of which the chat template changes something or leaves it out",
-            ),
-            (
-                self.unlike_prompt,
-                "whose answer does not go on from what the chat template ends a prompt with; an"
-                " argument may change that (data.chat_template_kwargs: {enable_thinking: ...})",
-            ),
-            (
-                self.other_prompt_ids,
-                "whose prompt has other token ids alone than in training (it ends in a space?): the"
-                " model is asked what it was not taught",
+                self.other_prompt,
+                "that do not begin with the tokens the model is asked with: the prompt ends in a"
+                " space, or the template begins a thought (data.chat_template_kwargs:"
+                " {enable_thinking: ...})",
             ),
             (self.special_tokens, f"contain special tokens, {acting}: {texts}"),
             (self.markers, f"contain template markers: {texts}"),
@@ -285,9 +267,8 @@ class DataAudit:
                 lines.append(f"{named.count} rows {what}: {named}")
         if self.duplicates:
             across = f", {self.duplicates_across} of them in two splits"
-            lines.append(
-                f"{self.duplicates} exact duplicates{across * bool(self.duplicates_across)}"
-            )
+            across = across if self.duplicates_across else ""
+            lines.append(f"{self.duplicates} exact duplicates{across}")
         if self.end_tokens and self.eos_token not in self.end_tokens:
             lines.append(
                 f"turns end with {listed(self.end_tokens, 3)}, but generation stops at"
@@ -309,7 +290,5 @@ class RefusedData(SettingError):
 def _distribution(lengths: Iterable[int]) -> dict[str, int]:
     """Return the total, and per row the percentiles and the maximum, as whole tokens."""
     values = np.fromiter(lengths, dtype=np.int64)
-    if not len(values):
-        values = np.zeros(1, dtype=np.int64)
     p5, p50, p95 = map(int, np.percentile(values, (5, 50, 95), method="nearest"))
     return {"total": int(values.sum()), "p5": p5, "p50": p50, "p95": p95, "max": int(values.max())}

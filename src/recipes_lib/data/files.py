@@ -1,7 +1,7 @@
-"""Rows of local data files: JSON Lines, JSON, CSV, TSV, also as .gz, Parquet and Arrow.
+"""Rows of data files: JSON Lines, JSON, CSV and TSV, also as .gz, Parquet and Arrow.
 
-Nothing is converted, which is why `datasets` reads none of them: its CSV reader turns the answer
-"NA" into null and "007" into 7, and its JSON reader names no line. A number stays a number, and is
+Nothing is converted, which is why `datasets` reads no text: its CSV reader turns the answer "NA"
+into null and "007" into 7, and its JSON reader names no line. A number stays a number, and is
 reported where its column should be text.
 """
 
@@ -12,7 +12,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from recipes_lib.config.sections import DATA_FORMATS, data_format
-from recipes_lib.core.errors import DataError
+from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, refuse_pipe
 from recipes_lib.data.rows import BadRow, lone_surrogate, shown_real_path, type_name
 
@@ -55,12 +55,12 @@ class Table:
         Raises:
             DataError: a line is not a row.
         """
-        whole = []
+        rows = []
         for line, row in self.numbered:
             if isinstance(row, BadRow):
                 raise DataError(row.what, *filter(None, [row.hint]), file=self.file, line=line)
-            whole.append((line, row))
-        return whole
+            rows.append((line, row))
+        return rows
 
     @property
     def rows(self) -> list[Row]:
@@ -92,17 +92,14 @@ def read_file(
         raise DataError(f"{what}; {endings}", file=file)
     refuse_pipe(path, file)
     if kind in (".parquet", ".arrow"):
-        return Table(file, list(islice(_read_columnar(path, kind, file), max_rows)), columnar=True)
+        return Table(file, _read_columnar(path, kind, file, max_rows), columnar=True)
     rows: list[Numbered] = []
     try:
         with _open(path, encoding) as stream:
-            found = _read_text(stream, kind, file, delimiter)
-            rows.extend(islice(found, max_rows))
-    except EOFError:
-        what = f"the gzip file is truncated: it ends after row {len(rows)}"
+            rows.extend(islice(_read_text(stream, kind, file, delimiter), max_rows))
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        what = f"the gzip file is truncated or damaged after row {len(rows)}: {error}"
         raise DataError(what, file=file) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"not a gzip file, or damaged: {error}", file=file) from None
     except UnicodeError as error:
         line = len(rows) + 1
         raise DataError(f"not {encoding}: {error}", ENCODING_HINT, file=file, line=line) from None
@@ -112,9 +109,7 @@ def read_file(
 
 
 def count_rows(path: Path) -> int:
-    """Return how many rows a file has: what its format says, or its lines (a CSV text with line
-    ends counts as more).
-    """
+    """Return how many rows a file has; a CSV text with line ends counts as more."""
     kind = data_format(path)
     if kind == ".parquet":
         from pyarrow.parquet import read_metadata
@@ -123,8 +118,7 @@ def count_rows(path: Path) -> int:
     if kind in (".json", ".arrow"):
         return len(read_file(path).numbered)
     with _open(path, "latin-1") as stream:
-        lines = sum(1 for line in stream if line.strip())
-    return lines - (kind in (".csv", ".tsv"))
+        return sum(1 for line in stream if line.strip()) - (kind in (".csv", ".tsv"))
 
 
 def _open(path: Path, encoding: str) -> TextIO:
@@ -142,7 +136,7 @@ def _read_text(stream: TextIO, kind: str, file: str, delimiter: str | None) -> I
     return _read_json(stream.read(), file) if kind == ".json" else _read_jsonl(stream)
 
 
-def _read_jsonl(lines: Any) -> Iterator[Numbered]:
+def _read_jsonl(lines: Iterable[str]) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -156,33 +150,23 @@ def _read_jsonl(lines: Any) -> Iterator[Numbered]:
 
 
 def _read_json(text: str, file: str) -> Iterator[Numbered]:
-    """Read a list of objects, an object with one list of objects in it, or JSON Lines under the
-    name .json.
-    """
-    if not text.strip():
-        return
+    """Read a list of objects, or JSON Lines under the name .json."""
     try:
-        whole = json.loads(text)
+        rows = json.loads(text or "[]")
     except (ValueError, RecursionError) as error:
-        if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
+        if getattr(error, "msg", "") != "Extra data":
             line = getattr(error, "lineno", 1)
             raise DataError(f"not JSON: {_reason(error)}", file=file, line=line) from None
         yield from _read_jsonl(text.splitlines())
         return
-    if isinstance(whole, dict):
-        lists = [name for name, one in whole.items() if isinstance(one, list) and one]
-        if "\n" not in text.strip() and not len(lists) == len(whole) == 1:
-            yield 1, whole  # one line: JSON Lines with a single row
-            return
-        beside = [name for name in whole if name not in lists]
-        if len(lists) != 1 or beside:
-            what = f"expected a list of objects, found an object with {', '.join(whole)}"
-            hint = f"keep the list alone: jq .{lists[0]} {file} > rows.json" if lists else ""
-            raise DataError(what, *filter(None, [hint]), file=file, line=1)
-        whole = whole[lists[0]]
-    if not isinstance(whole, list):
-        raise DataError(f"expected a list of objects, found {type_name(whole)}", file=file, line=1)
-    yield from ((None, _object(row)) for row in whole)
+    if isinstance(rows, dict) and "\n" not in text.strip():
+        yield 1, rows  # JSON Lines with a single row
+    elif isinstance(rows, list):
+        yield from ((None, _object(row)) for row in rows)
+    else:
+        what = f"expected a list of objects, found {type_name(rows)}"
+        hint = f"keep the list alone, as with jq .data {file} > rows.json"
+        raise DataError(what, hint, file=file, line=1)
 
 
 def _object(row: Any) -> Row | BadRow:
@@ -202,9 +186,7 @@ def _read_csv(stream: TextIO, file: str, delimiter: str) -> Iterator[Numbered]:
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     start = 1
     try:
-        header = next(reader, None)
-        if header is None:
-            return
+        header = next(reader, [])
         if other := other_delimiter(header):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
             hint = f'say so: data.delimiter: "{other}"'.replace("\t", "\\t")
@@ -228,24 +210,20 @@ def other_delimiter(header: list[str]) -> str:
     return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
 
 
-def _read_columnar(path: Path, kind: str, file: str) -> Iterator[Numbered]:
+def _read_columnar(path: Path, kind: str, file: str, max_rows: int | None) -> list[Numbered]:
     import pyarrow
-    from pyarrow.parquet import ParquetFile
+    from pyarrow.parquet import read_table
 
     try:
         if kind == ".parquet":
-            with ParquetFile(path) as parquet:
-                for batch in parquet.iter_batches():
-                    yield from ((None, row) for row in batch.to_pylist())
-            return
-        with pyarrow.memory_map(str(path)) as stream:
-            try:
-                batches = pyarrow.ipc.open_file(stream).read_all().to_batches()
-            except pyarrow.ArrowInvalid:  # `datasets` writes Arrow's stream format
-                stream.seek(0)
-                batches = list(pyarrow.ipc.open_stream(stream))
-            for batch in batches:
-                yield from ((None, row) for row in batch.to_pylist())
+            table = read_table(path)
+        else:
+            with pyarrow.memory_map(str(path)) as stream:
+                try:
+                    table = pyarrow.ipc.open_file(stream).read_all()
+                except pyarrow.ArrowInvalid:  # `datasets` writes Arrow's stream format
+                    stream.seek(0)
+                    table = pyarrow.ipc.open_stream(stream).read_all()
+        return [(None, row) for row in table.slice(0, max_rows).to_pylist()]
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read as {kind[1:]}: {str(error).splitlines()[0]}"
-        raise DataError(what, file=file) from None
+        raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None

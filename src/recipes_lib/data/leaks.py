@@ -66,17 +66,18 @@ class Leak:
     def shown(self) -> str:
         """The leak in words."""
         how = "whole" if self.short else f"{self.share:.0%} of its {GRAM}-grams"
-        whose = "question" if self.part == "question" else "answer to question"
-        return f"{self.place}: {whose} {self.question} ({how}): {self.begins}"
+        text = "question" if self.part == "question" else "answer to question"
+        return f"{self.place}: {text} {self.question} ({how}): {self.begins}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Leaks:
     """What training rows hold of one evaluation: how many rows were searched for how many
-    questions, and the first of what was found.
+    questions, and the first of the leaks.
 
     Args:
         accidental: only short texts of a few questions, as two people may write them.
+        found: the first `NUM_KEPT`.
         why: nothing was searched.
     """
 
@@ -89,17 +90,17 @@ class Leaks:
     why: str = ""
 
     @classmethod
-    def of(cls, found: Sequence[Leak], rows: int, questions: int) -> Leaks:
-        """Return what was found, counted."""
-        leaked = {one.question for one in found}
+    def of(cls, leaks: Sequence[Leak], rows: int, questions: int) -> Leaks:
+        """Count leaks."""
+        leaked = {leak.question for leak in leaks}
         few = len(leaked) < ACCIDENTAL * questions
         return cls(
             rows=rows,
             questions=questions,
-            leaked_rows=len({one.row for one in found}),
+            leaked_rows=len({leak.row for leak in leaks}),
             leaked_questions=len(leaked),
-            accidental=few and bool(found) and all(one.short for one in found),
-            found=list(found[:NUM_KEPT]),
+            accidental=few and bool(leaks) and all(leak.short for leak in leaks),
+            found=list(leaks[:NUM_KEPT]),
         )
 
     @property
@@ -112,20 +113,22 @@ class Leaks:
         if self.why:
             return f"not searched for the questions of {name}: {self.why}"
         if not self.found:
-            return (
-                f"none of the {self.questions:,} questions of {name} is in the {self.rows:,}"
-                " training rows"
-            )
+            questions = f"{self.questions:,} questions of {name}"
+            return f"none of the {questions} is in the {self.rows:,} training rows"
         return (
             f"{self.leaked_questions:,} of {self.questions:,} questions of {name} (or their"
             f" answers) are in {self.leaked_rows:,} of {self.rows:,} training rows"
         )
 
     def lines(self, limit: int) -> list[str]:
-        """Return what was found, a line each, and how much more there is."""
-        lines = [one.shown for one in self.found[:limit]]
-        rest = self.leaked_rows - len({one.row for one in self.found[:limit]})
+        """Return the first leaks, a line each, and how many more rows there are."""
+        lines = [leak.shown for leak in self.found[:limit]]
+        rest = self.leaked_rows - len({leak.row for leak in self.found[:limit]})
         return [*lines, *([f"... and {rest:,} more rows"] if rest > 0 else [])]
+
+
+_Owner = tuple[str, EvalText]  # with the name of its evaluation
+_Gram = tuple[str, ...]
 
 
 def find_leaks(
@@ -138,24 +141,19 @@ def find_leaks(
         evals: texts by the name of their evaluation.
     """
     index, num_rows = _Index(evals), 0
-    found: dict[str, list[Leak]] = {name: [] for name in evals}
+    leaks: dict[str, list[Leak]] = {name: [] for name in evals}
     for row in rows:
         num_rows += 1
         for (name, text), share in index.search(row.texts).items():
-            short, begins = share is None, " ".join(text.text.split())
-            begins = (
-                begins if len(begins) <= NUM_CHARACTERS else f"{begins[: NUM_CHARACTERS - 3]}..."
-            )
-            of_text = (text.question, text.part, share or 1.0, short, begins)
-            found[name].append(Leak(row.place, row.id, *of_text))
+            begins = " ".join(text.text.split())
+            if len(begins) > NUM_CHARACTERS:
+                begins = f"{begins[: NUM_CHARACTERS - 3]}..."
+            of_text = (text.question, text.part, share or 1.0, share is None, begins)
+            leaks[name].append(Leak(row.place, row.id, *of_text))
     return {
-        name: Leaks.of(found[name], num_rows, len({text.question for text in texts}))
+        name: Leaks.of(leaks[name], num_rows, len({text.question for text in texts}))
         for name, texts in evals.items()
     }
-
-
-_Owner = tuple[str, EvalText]  # with the name of its evaluation
-_Gram = tuple[str, ...]
 
 
 class _Index:
@@ -172,17 +170,17 @@ class _Index:
                 words = words_of(text.text)
                 if len(words) >= GRAM:
                     starts = range(len(words) - GRAM + 1)
-                    mine = {tuple(words[start : start + GRAM]) for start in starts}
-                    grams[name, text] = mine
-                    by_question[text.question] |= mine
+                    of_text = {tuple(words[start : start + GRAM]) for start in starts}
+                    grams[name, text] = of_text
+                    by_question[text.question] |= of_text
                 elif len(words) >= (FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1):
                     self.whole[tuple(words)].append((name, text))
-            times = Counter(gram for mine in by_question.values() for gram in mine)
-            for owner, mine in grams.items():
+            times = Counter(gram for question in by_question.values() for gram in question)
+            for owner, of_text in grams.items():
                 # of a question that stands there twice, nothing is its own
-                mine = {gram for gram in mine if times[gram] == 1} or mine
-                self.num_grams[owner] = len(mine)
-                for gram in mine:
+                own = {gram for gram in of_text if times[gram] == 1} or of_text
+                self.num_grams[owner] = len(own)
+                for gram in own:
                     self.owners[gram].append(owner)
         self.words = {word for gram in self.owners for word in gram}
 
@@ -190,12 +188,12 @@ class _Index:
         """Return which texts the texts of a row hold: the share of their 13-grams, None for a
         short one.
         """
-        found: dict[_Owner, float | None] = {}
+        shares: dict[_Owner, float | None] = {}
         seen: dict[_Owner, set[_Gram]] = defaultdict(set)
         for text in texts:
             words = words_of(text)
             if len(words) < GRAM:
-                found |= dict.fromkeys(self.whole.get(tuple(words), ()))
+                shares |= dict.fromkeys(self.whole.get(tuple(words), ()))
                 continue
             known = 0  # words in a row that some 13-gram has: most places need no look-up
             for end, word in enumerate(words, 1):
@@ -205,8 +203,8 @@ class _Index:
                         seen[owner].add(gram)
         for owner, grams in seen.items():
             if (share := len(grams) / self.num_grams[owner]) >= SHARE:
-                found[owner] = share
-        return found
+                shares[owner] = share
+        return shares
 
 
 def words_of(text: str) -> list[str]:

@@ -22,14 +22,13 @@ from recipes_lib.core.project import cache_root, shown_path
 from recipes_lib.core.ranks import on_main_rank, say_once
 from recipes_lib.data.audit import DataAudit, SourceCounts
 from recipes_lib.data.prompts import (
-    Twin,
     chat_template,
     check_template_kwargs,
     format_hash,
-    twin_of,
+    training_template,
 )
 from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, place
-from recipes_lib.data.sources import is_on_hub, listed_sources, source_files
+from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import (
     SPLITS,
     TRAIN,
@@ -50,12 +49,16 @@ from recipes_lib.data.supervision import (
 )
 
 if TYPE_CHECKING:
-    import pyarrow
     from datasets import Dataset
 
 NUM_ROWS_WORTH_A_LINE = 20_000
 MOST_PREPARED = 12  # prepared data sets in the cache
 _RECORD = "prepared.json"
+# The keys of `train` that decide what is prepared.
+_TRAIN_KEYS = (
+    *("max_length", "truncation_mode", "eos_token", "packing", "packing_strategy"),
+    *("completion_only_loss", "assistant_only_loss", "eval_strategy"),
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,6 @@ class PreparedData:
         splits: content of splits.json.
         fingerprint: `splits.fingerprint_of`.
         prompt_format_hash: `prompts.format_hash`.
-        twin: what the conversations were rendered with in place of the tokenizer's chat template.
     """
 
     train: Dataset
@@ -80,7 +82,6 @@ class PreparedData:
     splits: dict[str, Any]
     fingerprint: str
     prompt_format_hash: str
-    twin: Twin | None = None
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
@@ -90,9 +91,8 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
         DataError: rows, files, columns or settings that cannot be used; with file and line.
     """
     try:
-        folder = on_main_rank(lambda: _made(recipe, tokenizer))
-        kept = _read(folder, recipe, tokenizer) if folder else None
-        return kept or _prepare(recipe, tokenizer)
+        folder = on_main_rank(lambda: _prepared_folder(recipe, tokenizer))
+        return _read(folder) or _prepare(recipe, tokenizer, folder.name)
     except DataError as error:
         raise place(recipe, error) from error.__cause__
 
@@ -100,57 +100,51 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 # ---- the cache ----
 
 
-def _made(recipe: Recipe, tokenizer: Any) -> Path | None:
-    """Return the folder of the prepared data, made now where it is not there; None where it cannot
-    be kept (a Hub data set, whose content has no hash here, or a full disk).
+def _prepared_folder(recipe: Recipe, tokenizer: Any) -> Path:
+    """Return the folder of the prepared data, made now where it is not there; nothing is in it
+    where it cannot be written.
     """
     key = _key(recipe, tokenizer)
-    if key is None:
-        return None
     folder = cache_root() / "rows" / key
     if (folder / _RECORD).is_file():
         folder.touch()
         return folder
-    data = _prepare(recipe, tokenizer)
+    data = _prepare(recipe, tokenizer, key)
     scratch = folder.with_name(f".{key}.tmp")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         _write(data, scratch)
         publish(scratch, folder)
-        _forget_oldest(folder.parent)
+        prepared = [path for path in folder.parent.iterdir() if (path / _RECORD).is_file()]
+        for path in sorted(prepared, key=lambda path: path.stat().st_mtime)[:-MOST_PREPARED]:
+            shutil.rmtree(path, ignore_errors=True)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
-        return None
     return folder
 
 
-def _key(recipe: Recipe, tokenizer: Any) -> str | None:
+def _key(recipe: Recipe, tokenizer: Any) -> str:
     """Return a hash of all that decides what is prepared: rows, settings, tokenizer, our code."""
     import tokenizers
     import transformers
 
+    check_settings(recipe.data, recipe.train, tokenizer)
     sources = listed_sources(recipe.data)
-    if any(map(is_on_hub, sources)) or not getattr(tokenizer, "is_fast", False):
-        return None
-    files = [file for source in sources for file in source_files(source)]
+    local = [source for source in sources if not is_on_hub(source)]
+    files = [file for source in local for file in source_files(source)]
     code = sorted(Path(__file__).parent.glob("*.py"))
-    names = (
-        *("max_length", "truncation_mode", "eos_token", "packing", "packing_strategy"),
-        *("completion_only_loss", "assistant_only_loss", "eval_strategy"),
-    )
-    template = None
-    if recipe.data.prompt_format == "chat":
-        template = chat_template(recipe.data, tokenizer)
-    twin = twin_of(recipe.data, tokenizer)
-    parts = [
+    parts: list[Any] = [
         recipe.data.model_dump(warnings=False),
-        {name: recipe.train.get(name) for name in names},
-        [template, twin.hash if twin else None, tokenizer.special_tokens_map],
-        tokenizer.backend_tokenizer.to_str(),
+        {name: recipe.train.get(name) for name in _TRAIN_KEYS},
+        [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
         [tokenizers.__version__, transformers.__version__],
         [[str(file), file_hash(file)] for file in (*files, *code)],
+        [hub_data_set(source)._fingerprint for source in sources if source not in local],
     ]
+    if recipe.data.prompt_format == "chat":
+        parts.append(chat_template(recipe.data, tokenizer))
+        parts.append(training_template(recipe.data, tokenizer))
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
@@ -167,59 +161,63 @@ def _write(data: PreparedData, folder: Path) -> None:
     write_json(folder / _RECORD, {"audit": data.audit.to_dict(), **record})
 
 
-def _read(folder: Path, recipe: Recipe, tokenizer: Any) -> PreparedData | None:
+def _read(folder: Path) -> PreparedData | None:
     """Return what `_write` wrote; None on a machine that does not see the folder."""
     from datasets import Dataset
-    from datasets.table import MemoryMappedTable
 
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        parts: dict[str, Any] = dict.fromkeys(SPLITS)
-        for name in SPLITS:
-            if (file := folder / f"{name}.arrow").is_file():
-                table = MemoryMappedTable.from_file(str(file))
-                parts[name] = Dataset(table, fingerprint=f"{folder.name}{name}")
+        files = {name: folder / f"{name}.arrow" for name in SPLITS}
+        parts: dict[str, Any] = {
+            name: Dataset.from_file(str(file)) if file.is_file() else None
+            for name, file in files.items()
+        }
         audit = DataAudit.from_dict(record.pop("audit"))
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return PreparedData(**parts, **record, audit=audit, twin=twin_of(recipe.data, tokenizer))
-
-
-def _forget_oldest(folder: Path) -> None:
-    kept = [path for path in folder.iterdir() if (path / _RECORD).is_file()]
-    for path in sorted(kept, key=lambda path: path.stat().st_mtime)[:-MOST_PREPARED]:
-        shutil.rmtree(path, ignore_errors=True)
+    return PreparedData(**parts, **record, audit=audit)
 
 
 # ---- the work ----
 
 
-def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
+def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
     section, bad = recipe.data, BadRows()
 
     # files -> rows
     rows = read_data(section, bad)
-    twin = twin_of(section, tokenizer)
-    template = chat_template(section, tokenizer) if section.prompt_format == "chat" else None
-    if bad.found and section.on_bad_row == "error":
+    template, training = None, None
+    if section.prompt_format == "chat":
+        template = chat_template(section, tokenizer)
+        training = training_template(section, tokenizer)
+        _check_recipe_kwargs(section, training[1] if training else template)
+    trained_through = training[1] if training else None
+    if len(bad) and section.on_bad_row == "error":
         for row in rows.rows if template else ():  # name those too that the template refuses
-            if isinstance(
-                reason := render_turns(row, section, tokenizer, template or "", twin), BadRow
-            ):
-                bad.add(row, reason)
+            chat = render_turns(row, section, tokenizer, template or "", trained_through)
+            if isinstance(chat, BadRow):
+                bad.add(row, chat)
         raise bad.error(rows.num_read)
     rows, filtered = select_rows(rows, section, bad)
 
     # rows -> tokens
-    num_texts = sum("text" in row.fields for row in rows.rows)
-    check_settings(num_texts, section, recipe.train, tokenizer)
+    check_settings(section, recipe.train, tokenizer, any("text" in row.fields for row in rows.rows))
     settings = Supervision.of(section, recipe.train, tokenizer)
-    if template is not None:
-        _check_recipe_kwargs(section, twin.text if twin else template)
     if len(rows) >= NUM_ROWS_WORTH_A_LINE:
         say_once(f"data: tokenising {len(rows):,} of {rows.num_read:,} rows ...")
-    rows, encoded = _encode(rows, settings, tokenizer, template, twin, bad)
-    if bad.found and (section.on_bad_row == "error" or not encoded):
+    usable: list[int] = []
+    encoded: list[Encoded] = []
+    for start in range(0, len(rows), BATCH_ROWS):
+        batch = rows.rows[start : start + BATCH_ROWS]
+        items = encode(batch, settings, tokenizer, template, trained_through)
+        for index, item in enumerate(items, start):
+            if isinstance(item, BadRow):
+                bad.add(rows.rows[index], item)
+            else:
+                usable.append(index)
+                encoded.append(item)
+    rows = rows.take(usable)
+    if len(bad) and (section.on_bad_row == "error" or not encoded):
         raise bad.error(rows.num_read)
     if (limit := section.filters.max_tokens) is not None:
         fitting = [i for i, item in enumerate(encoded) if item.tokens_before <= limit]
@@ -232,14 +230,20 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
     # tokens -> splits -> data sets
     parts = split_rows(rows.rows, section.split)
     parts[TRAIN] = rows.repeated(parts[TRAIN], section.split.seed)
-    audit = _audit(rows, encoded, parts, settings, tokenizer, twin)
-    audit.rows["filtered"], audit.unused_columns = filtered, rows.unused
-    audit.rows["bad"] = len(bad.found)
-    audit.bad_rows = {"count": len(bad.found), "places": bad.places, "reasons": bad.reasons}
+    audit = DataAudit.of(settings)
+    audit.count(rows.rows, encoded, tokenizer)
+    _count_parts(audit, rows, encoded, parts)
+    audit.rows |= {"filtered": filtered, "bad": len(bad)}
+    audit.bad_rows, audit.unused_columns = bad.record(), rows.unused
+    if training is not None:
+        digest = hashlib.sha256(training[1].encode()).hexdigest()
+        audit.training_template = {"file": training[0], "sha256": digest}
     evaluates = recipe.train.get("eval_strategy", "no") != "no"
     audit.check(section.max_unsupervised_fraction, evaluates=evaluates)
     sets = {
-        name: _dataset([(rows.rows[i], encoded[i]) for i in indices if encoded[i].supervised])
+        name: _dataset(
+            [(rows.rows[i], encoded[i]) for i in indices if encoded[i].supervised], key + name
+        )
         for name, indices in parts.items()
     }
     return PreparedData(
@@ -250,7 +254,6 @@ def _prepare(recipe: Recipe, tokenizer: Any) -> PreparedData:
             {name: [rows.rows[index] for index in indices] for name, indices in parts.items()}
         ),
         prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
-        twin=twin,
     )
 
 
@@ -262,64 +265,34 @@ def _check_recipe_kwargs(section: DataSection, template: str) -> None:
         raise SettingError(key, f"data.{reason.what}", reason.hint) from None
 
 
-def _encode(
-    rows: Rows,
-    settings: Supervision,
-    tokenizer: Any,
-    template: str | None,
-    twin: Twin | None,
-    bad: BadRows,
-) -> tuple[Rows, list[Encoded]]:
-    usable, encoded = [], []
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows.rows[start : start + BATCH_ROWS]
-        for index, item in enumerate(encode(batch, settings, tokenizer, template, twin), start):
-            if isinstance(item, BadRow):
-                bad.add(rows.rows[index], item)
-            else:
-                usable.append(index)
-                encoded.append(item)
-    return rows.take(usable), encoded
-
-
-def _audit(
-    rows: Rows,
-    encoded: Sequence[Encoded],
-    parts: Mapping[str, Sequence[int]],
-    settings: Supervision,
-    tokenizer: Any,
-    twin: Twin | None,
-) -> DataAudit:
-    audit = DataAudit.of(settings)
-    audit.count(rows.rows, encoded, tokenizer)
-    if twin is not None:
-        audit.training_template = {"file": twin.file.name, "sha256": twin.hash}
+def _count_parts(
+    audit: DataAudit, rows: Rows, encoded: Sequence[Encoded], parts: Mapping[str, Sequence[int]]
+) -> None:
+    """Count the rows of each split and source."""
+    with_loss = {name: sum(encoded[i].supervised > 0 for i in part) for name, part in parts.items()}
     audit.rows = {"read": rows.num_read, "used": len(rows)}
     audit.rows |= {name: len(indices) for name, indices in parts.items()}
-    audit.rows["trained"] = sum(encoded[i].supervised > 0 for i in parts[TRAIN])
-    audit.supervised_validation = sum(encoded[i].supervised for i in parts[VALIDATION])
-    times = Counter(row.content for row in rows.rows)
-    audit.duplicates = len(rows) - len(times)
-    sides = Counter(one for part in parts.values() for one in {rows.rows[i].content for i in part})
-    audit.duplicates_across = sum(number > 1 for number in sides.values())
+    audit.rows |= {"trained": with_loss[TRAIN], "validated": with_loss[VALIDATION]}
+    contents = [{rows.rows[i].content for i in part} for part in parts.values()]
+    splits_of_content = Counter(content for part in contents for content in part)
+    audit.duplicates = len(rows) - len(splits_of_content)
+    audit.duplicates_across = sum(number > 1 for number in splits_of_content.values())
     for number, (source, num_rows) in enumerate(rows.sources):
         own = {n: [i for i in p if rows.rows[i].source == number] for n, p in parts.items()}
         counts = SourceCounts(
             source=shown_path(Path(source.source)),
             weight=source.weight,
-            max_examples=source.max_examples,
             rows=num_rows,
             used=sum(row.source == number for row in rows.rows),
             **{name: len(indices) for name, indices in own.items()},
             supervised=sum(encoded[i].supervised for i in own[TRAIN]),
         )
         audit.sources.append(counts)
-    return audit
 
 
-def _dataset(items: Sequence[tuple[DataRow, Encoded]]) -> Dataset | None:
-    """Return tokenised rows as a data set, or None for no rows. It is named by a hash of its bytes:
-    without a fingerprint, `datasets` would pickle the table, in three times its memory.
+def _dataset(items: Sequence[tuple[DataRow, Encoded]], fingerprint: str) -> Dataset | None:
+    """Return tokenised rows as a data set, or None for no rows. Without a fingerprint, `datasets`
+    would pickle the table, in three times its memory.
     """
     import datasets
     import numpy as np
@@ -337,13 +310,7 @@ def _dataset(items: Sequence[tuple[DataRow, Encoded]]) -> Dataset | None:
         "labels": tokens([item.labels for _, item in items]),
         "example_id": pyarrow.array([row.id for row, _ in items], pyarrow.string()),
     }
-    table = pyarrow.table(columns)
-    digest = hashlib.blake2b(digest_size=8)
-    for column in table.columns:
-        for chunk in column.chunks:
-            for buffer in chunk.buffers():
-                digest.update(buffer or b"")
-    return datasets.Dataset(table, fingerprint=digest.hexdigest())
+    return datasets.Dataset(pyarrow.table(columns), fingerprint=fingerprint)
 
 
 def _split_record(

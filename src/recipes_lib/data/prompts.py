@@ -13,90 +13,52 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import (
-    Message,
-    user_turn,
-    with_arguments_as_text,
-    with_system_prompt,
-)
+from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
 from recipes_lib.data.rows import BadRow, DataRow, SettingError
 
-# Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
-DOLLY = "### Instruction:\n{instruction}\n\n### Response:\n"
-DOLLY_WITH_CONTEXT = "### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n"
-# Source: PROMPT_DICT of Stanford Alpaca's train.py (tatsu-lab/stanford_alpaca).
-ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes"
-    " the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-ALPACA_WITH_CONTEXT = (
-    "Below is an instruction that describes a task, paired with an input that provides further"
-    " context. Write a response that appropriately completes the request.\n\n###"
-    " Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:"
-)
+# The prompt of a task without and with a context.
+HEADINGS = {
+    # Source: the training script of the original study (Llama-2-Finetuning-DDP-and-FSDP).
+    "dolly": (
+        "### Instruction:\n{instruction}\n\n### Response:\n",
+        "### Instruction:\n{instruction}\n\n### Context:\n{context}\n\n### Response:\n",
+    ),
+    # Source: PROMPT_DICT of Stanford Alpaca's train.py (tatsu-lab/stanford_alpaca).
+    "alpaca": (
+        "Below is an instruction that describes a task. Write a response that appropriately"
+        " completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:",
+        "Below is an instruction that describes a task, paired with an input that provides further"
+        " context. Write a response that appropriately completes the request.\n\n###"
+        " Instruction:\n{instruction}\n\n### Input:\n{context}\n\n### Response:",
+    ),
+}
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # What a template calls for the date of the day (gpt-oss, Llama 3.2, SmolLM3).
 TODAY = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<form>[^'"]*)(?P=quote)\s*\)""")
 Span = tuple[int, int]
 
 
-@dataclass(frozen=True)
-class FieldShape:
-    """One set of fields a prompt format accepts."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-
-TASK = FieldShape(("instruction", "response"), ("context",))
-PAIR = FieldShape(("prompt", "completion"))
-TEXT = FieldShape(("text",))
-_BESIDE = ("system", "tools", "chat_template_kwargs")
-CHAT = FieldShape(("messages",), _BESIDE)
-CHAT_PAIR = FieldShape(("prompt", "completion"), _BESIDE)
-CHAT_TASK = FieldShape(("instruction", "response"), ("context", *_BESIDE))
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """What is particular to one prompt format: the fields it can read, the best first, and the
-    prompt of a task without and with context, where it has one of its own.
-    """
-
-    shapes: tuple[FieldShape, ...]
-    headings: tuple[str, ...] = ()
-
-
-PROMPT_FORMATS = {
-    "dolly": RowFormat((TASK,), (DOLLY, DOLLY_WITH_CONTEXT)),
-    "alpaca": RowFormat((TASK,), (ALPACA, ALPACA_WITH_CONTEXT)),
-    "chat": RowFormat((CHAT, CHAT_PAIR, CHAT_TASK)),
-    "raw": RowFormat((PAIR, TEXT)),
-}
-
-
 def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
-    """The prompt of a `dolly` or `alpaca` example, with or without a block for the context.
+    """Return the prompt of a `dolly` or `alpaca` example, with or without a block for the context.
 
     Example:
         >>> task_prompt("dolly", "Say hi.")
         '### Instruction:\\nSay hi.\\n\\n### Response:\\n'
     """
-    heading = PROMPT_FORMATS[prompt_format].headings[1 if context.strip() else 0]
+    heading = HEADINGS[prompt_format][1 if context.strip() else 0]
     return heading.format(instruction=instruction, context=context)
 
 
 def prompt_and_completion(row: DataRow, prompt_format: str) -> tuple[str | None, str]:
-    """The two texts of a row in a plain format; the prompt is None for a text without one."""
+    """Return the two texts of a row in a plain format; the prompt is None for a text without."""
     fields = row.fields
-    if PROMPT_FORMATS[prompt_format].headings:
+    if prompt_format in HEADINGS:
         prompt = task_prompt(prompt_format, fields["instruction"], fields.get("context", ""))
         return prompt, fields["response"]
     return (None, fields["text"]) if "text" in fields else (fields["prompt"], fields["completion"])
@@ -110,7 +72,7 @@ def generation_prompt(
     context: str = "",
     messages: Sequence[Message] | None = None,
 ) -> str:
-    """The prompt alone, up to where the model must start to write, exactly as in training.
+    """Return the prompt alone, up to where the model must start to write, exactly as in training.
 
     Args:
         instruction: a single task; give either this or `messages`.
@@ -123,7 +85,7 @@ def generation_prompt(
         raise ValueError("give either an instruction or messages")
     prompt_format = section.prompt_format
     if messages is None:
-        if PROMPT_FORMATS[prompt_format].headings:
+        if prompt_format in HEADINGS:
             return task_prompt(prompt_format, instruction or "", context)
         messages = [{"role": "user", "content": user_turn(instruction or "", context)}]
     if not messages or messages[-1]["role"] != "user":
@@ -152,7 +114,7 @@ def render_chat(
     *,
     prompt: bool = False,
 ) -> tuple[str, list[Span]]:
-    """A conversation as text, and the spans of characters that `{% generation %}` marks, if any.
+    """Return a conversation as text, and the spans of characters that `{% generation %}` marks.
 
     Args:
         values: what the template gets beside the messages (`conversations.template_values`).
@@ -181,9 +143,18 @@ def render_chat(
         return rendered([with_arguments_as_text(message) for message in messages])
 
 
+def with_arguments_as_text(message: Message) -> Message:
+    """Return the message with the arguments of its calls as JSON text, as OpenAI writes them."""
+    calls = []
+    for call in message.get("tool_calls", ()):
+        text = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return cast(Message, {**message, "tool_calls": calls}) if calls else message
+
+
 def chat_template(section: DataSection, tokenizer: Any) -> str:
-    """The template of the `chat` format: the given one (inline, a file, or one of TRL's), else the
-    tokenizer's own; with the run's date in it, if it prints one.
+    """Return the template of the `chat` format: the given one (inline, a file, or one of TRL's),
+    else the tokenizer's own; with the run's date in it, if it prints one.
 
     Raises:
         SettingError: there is no template, or its file does not exist.
@@ -195,8 +166,7 @@ def _plain_template(section: DataSection, tokenizer: Any) -> str:
     given = section.chat_template
     if given is None:
         own = getattr(tokenizer, "chat_template", None)
-        if isinstance(own, dict):
-            own = own.get("default")
+        own = own.get("default") if isinstance(own, dict) else own
         if not own:
             raise SettingError(
                 "data.prompt_format",
@@ -211,20 +181,20 @@ def _plain_template(section: DataSection, tokenizer: Any) -> str:
     if given.startswith(TRL):
         shipped = trl_templates()
         if given not in shipped:
-            near = did_you_mean(given, shipped) or [f"there are {', '.join(shipped)}"]
+            near = did_you_mean(given, shipped) or [
+                f"ChatML is {TRL}qwen2_5; all: {', '.join(shipped)}"
+            ]
             raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *near)
         path = shipped[given]
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        if not path.is_file():
-            hint = "give a .jinja file, or the template itself"
-            raise SettingError(
-                "data.chat_template", f"no such file: {shown_path(path)}", hint
-            ) from None
-        why = getattr(error, "strerror", None) or "not UTF-8 text"
-        what = f"{shown_path(path)} cannot be read: {why}"
-        raise SettingError("data.chat_template", what, "save it as UTF-8") from None
+        what = f"no such file: {shown_path(path)}"
+        if path.is_file():
+            why = getattr(error, "strerror", None) or "not UTF-8 text"
+            what = f"{shown_path(path)} cannot be read: {why}"
+        hint = "give a .jinja file in UTF-8, or the template itself"
+        raise SettingError("data.chat_template", what, hint) from None
 
 
 def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
@@ -246,7 +216,7 @@ def _with_date(template: str, date: str | None) -> str:
     if date is None:
         return template
     day = datetime.datetime.fromisoformat(date)
-    return TODAY.sub(lambda found: repr(day.strftime(found["form"])), template)
+    return TODAY.sub(lambda match: repr(day.strftime(match["form"])), template)
 
 
 def check_template_kwargs(names: Iterable[str], template: str) -> None:
@@ -255,67 +225,43 @@ def check_template_kwargs(names: Iterable[str], template: str) -> None:
     for name in names:
         if name not in words:
             hints = did_you_mean(name, sorted(words)) or ["remove it, or choose another template"]
-            raise BadRow(
-                f"chat_template_kwargs: the chat template does not read '{name}'", hints[0]
-            )
+            what = f"chat_template_kwargs: the chat template does not read '{name}'"
+            raise BadRow(what, hints[0])
 
 
-@dataclass(frozen=True)
-class Twin:
-    """TRL's version of a chat template for training: it marks what the assistant wrote, and renders
-    a turn in the same way whatever follows it.
-    """
+def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] | None:
+    """Return the file's name and the text of TRL's training version of a chat template: it marks
+    what the assistant wrote, and renders a turn in the same way whatever follows it. None where the
+    template has marks itself, TRL has none, or the recipe brings a template of its own.
 
-    file: Path
-    text: str
-
-    @property
-    def setting(self) -> str:
-        """The setting that trains through it, whatever the tokenizer's own template is."""
-        return f"data.chat_template: {TRL}{self.file.stem.removesuffix('_training')}"
-
-    @property
-    def hash(self) -> str:
-        """The sha256 of its text."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-
-def twin_of(section: DataSection, tokenizer: Any) -> Twin | None:
-    """TRL's twin of the tokenizer's own template, or of that `trl:NAME` names, where it does not
-    mark what the assistant wrote. A template that the recipe brings is trained as it is.
+    Source: `trl.chat_template_utils.get_training_chat_template`, which takes seconds to import.
     """
     given = section.chat_template
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
         return None
     template = _plain_template(section, tokenizer)
-    twin = None if GENERATION.search(template) else trl_twins().get(template)
-    return twin and replace(twin, text=_with_date(twin.text, section.template_date))
+    file = None if GENERATION.search(template) else training_files().get(template)
+    if file is None:
+        return None
+    return file.name, _with_date(file.read_text("utf-8"), section.template_date)
 
 
 @functools.cache
-def trl_twins() -> dict[str, Twin]:
-    """TRL's twins by the text of the template that each belongs to.
-
-    Source: `trl.chat_template_utils.get_training_chat_template`, which takes seconds to import.
-    """
-    found = {}
-    for plain in trl_templates().values():
-        file = plain.with_stem(f"{plain.stem}_training")
-        if file.is_file():
-            twin = Twin(file, file.read_text(encoding="utf-8"))
-            found[plain.read_text(encoding="utf-8")] = twin
-    return found
+def training_files() -> dict[str, Path]:
+    """Return the files of TRL's training templates by the text of the template each belongs to."""
+    pairs = [(file, file.with_stem(f"{file.stem}_training")) for file in trl_templates().values()]
+    return {plain.read_text("utf-8"): marked for plain, marked in pairs if marked.is_file()}
 
 
 def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:
-    """What identifies the prompt format: two runs with the same hash turn the same example into the
-    same prompt text.
+    """Return what identifies the prompt format: two runs with the same hash turn the same example
+    into the same prompt text.
 
     Args:
         tokenizer: the base model's, or the one saved with a run.
         eos_token: `train.eos_token` where it is set: TRL writes it into a run's tokenizer only.
     """
-    form: Any = PROMPT_FORMATS[section.prompt_format].headings or ""
+    form: Any = HEADINGS.get(section.prompt_format, "")
     if section.prompt_format == "chat":
         form = [chat_template(section, tokenizer), section.system_prompt]
         form += [section.chat_template_kwargs] if section.chat_template_kwargs else []

@@ -28,9 +28,8 @@ class DataRow:
         line: counted from 1; None where the format has no lines.
         number: counted from 1 within the file.
         fields: our names -> text (or a list of messages); tools and template arguments are JSON.
-        category: of the category column, None without one.
         source: position of its source in the mixture.
-        id: unique name in splits.json and supervision.json; the file's, or a hash of the content.
+        id: unique label in splits.json and supervision.json.
         content: SHA-256 of the normalised texts, which alone decides the side of the split.
     """
 
@@ -51,13 +50,12 @@ class DataRow:
     @property
     def texts(self) -> list[str]:
         """All texts, of conversations all that each message says."""
-        found: list[str] = []
+        texts: list[str] = []
         for value in self.fields.values():
-            if isinstance(value, str):
-                found.append(value)
-            else:
-                found += [text for message in value for text in message_texts(message)]
-        return found
+            messages = [] if isinstance(value, str) else value
+            texts += [value] if isinstance(value, str) else []
+            texts += [text for message in messages for text in message_texts(message)]
+        return texts
 
     @property
     def is_empty(self) -> bool:
@@ -66,18 +64,16 @@ class DataRow:
             if isinstance(self.fields.get(name), str):
                 return not self.fields[name].strip()
         messages = self.fields.get("messages") or self.fields.get("completion") or []
-        answers = (one for one in messages if one["role"] == "assistant")
+        answers = [message for message in messages if message["role"] == "assistant"]
         return not any(text.strip() for answer in answers for text in message_texts(answer))
 
 
 def message_texts(message: Mapping[str, Any]) -> list[str]:
     """Return all that a message says: its thoughts, its content, and its tool calls as JSON."""
+    texts = [message["reasoning_content"]] if "reasoning_content" in message else []
     calls = message.get("tool_calls", ())
-    return [
-        *([message["reasoning_content"]] if "reasoning_content" in message else []),
-        message["content"],
-        *(json.dumps(call["function"], ensure_ascii=False) for call in calls),
-    ]
+    called = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+    return [*texts, message["content"], *called]
 
 
 class SettingError(DataError):
@@ -110,16 +106,25 @@ class BadRow(Exception):
         self.what, self.hint, self.drop = what, hint, tuple(drop)
 
 
+def not_supported(names: Sequence[str]) -> BadRow:
+    """Return the error about columns or message keys that say something and are not read."""
+    what = f"{', '.join(names)}: not supported, and without it the row would say something else"
+    return BadRow(what, drop=names)
+
+
 class BadRows:
     """The rows that cannot be used, of every stage, so that all are named at once."""
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, int | None, str, BadRow]] = []
+        self.rows: list[tuple[DataRow, BadRow]] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def add(self, row: DataRow, reason: BadRow) -> None:
         """Note a row; its texts are not kept."""
-        at = row.file if row.line is not None else f"{row.file} row {row.number}"
-        self.found.append((at, row.line, row.place, reason.with_traceback(None)))
+        bare = DataRow(row.file, row.line, row.number, {})
+        self.rows.append((bare, reason.with_traceback(None)))
 
     def error(self, num_rows: int | None = None) -> DataError:
         """Return one error for all of them: the first at its place, the others by what is wrong.
@@ -127,40 +132,36 @@ class BadRows:
         Args:
             num_rows: rows read; None where that is not known.
         """
-        file, line, _, reason = self.found[0]
-        first, *others = self._by_reason().values()
-        lines = [f"{len(first) - 1} more: {listed(first[1:])}"] if len(first) > 1 else []
-        reasons = list(self._by_reason())[1:]
-        for what, places in list(zip(reasons, others, strict=True))[:NUM_LISTED]:
+        row, reason = self.rows[0]
+        first, *others = self._places_by_reason().items()
+        lines = [f"{len(first[1]) - 1} more: {listed(first[1][1:])}"] if len(first[1]) > 1 else []
+        for what, places in others[:NUM_LISTED]:
             count = "" if len(places) == 1 else f"{len(places)} rows, "
             lines.append(f"{count}{listed(places, 3)}: {what}")
-        if rest := others[NUM_LISTED:]:
-            lines.append(f"{sum(map(len, rest))} more rows with {len(rest)} other problems")
-        lines += dict.fromkeys(bad.hint for *_, bad in self.found if bad.hint)
-        if drop := sorted({name for *_, bad in self.found for name in bad.drop}):
+        if len(others) > NUM_LISTED:
+            lines.append(f"{len(others) - NUM_LISTED} other problems")
+        lines += dict.fromkeys(bad.hint for _, bad in self.rows if bad.hint)
+        if drop := sorted({name for _, bad in self.rows for name in bad.drop}):
             lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
-        if num_rows is not None and len(self.found) < num_rows:
+        if num_rows is not None and len(self) < num_rows:
             lines.append(
-                f"to leave out bad rows ({len(self.found)} of {num_rows}): data.on_bad_row: skip"
+                f"to leave out bad rows ({len(self)} of {num_rows}): data.on_bad_row: skip"
             )
-        return DataError(reason.what, *lines, file=file, line=line)
+        file = row.file if row.line is not None else row.place
+        return DataError(reason.what, *lines, file=file, line=row.line)
 
-    @property
-    def places(self) -> list[str]:
-        """Where they stand."""
-        return [place for _, _, place, _ in self.found]
+    def record(self) -> dict[str, Any]:
+        """Return how many there are, where they stand and why, for supervision.json."""
+        reasons = {what: len(places) for what, places in self._places_by_reason().items()}
+        places = [row.place for row, _ in self.rows]
+        return {"count": len(self), "places": places, "reasons": reasons}
 
-    @property
-    def reasons(self) -> dict[str, int]:
-        """How many rows there are of each reason."""
-        return {what: len(places) for what, places in self._by_reason().items()}
-
-    def _by_reason(self) -> dict[str, list[str]]:
-        """The places by what is wrong, numbers in the words left aside."""
+    def _places_by_reason(self) -> dict[str, list[str]]:
+        """Group the places by what is wrong, whatever numbers stand in the words."""
         kinds: dict[str, tuple[str, list[str]]] = {}
-        for _, _, place, reason in self.found:
+        for row, reason in self.rows:
             words = re.sub(r"0x\w+|\d+|\\u\w{4}", "#", reason.what)
-            kinds.setdefault(words, (reason.what, []))[1].append(place)
+            kinds.setdefault(words, (reason.what, []))[1].append(row.place)
         return dict(kinds.values())
 
 
@@ -177,28 +178,27 @@ def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
 
 
 def type_name(value: Any) -> str:
-    """Return the type of a value in a user's words: `None`, `nan`, `int`, `list`."""
+    """Return the type of a value in a user's words: `None`, `float nan`, `int`, `list`."""
     if value is None:
         return "None"
-    return "float nan" if isinstance(value, float) and value != value else type(value).__name__
+    return "float nan" if value != value else type(value).__name__
 
 
 def lone_surrogate(text: str) -> str:
     """Return where a text has half of a UTF-16 pair, or a byte that was not UTF-8 when it was read
     with `surrogateescape`; '' where it has none.
     """
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            char = text[error.start]
-            if "\udc80" <= char <= "\udcff":
-                return f"byte 0x{ord(char) - 0xDC00:02x} is not UTF-8 (data.encoding may say more)"
-            return f"lone surrogate {char!r} at character {error.start}"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        char = text[error.start]
+        if "\udc80" <= char <= "\udcff":
+            return f"byte 0x{ord(char) - 0xDC00:02x} is not UTF-8 (data.encoding may say more)"
+        return f"lone surrogate {char!r} at character {error.start}"
     return ""
 
 
 def shown_real_path(path: Path) -> str:
     """Return a path, symbolic links followed, relative when it lies under the working directory."""
-    real, here = path.resolve(), Path.cwd().resolve()
-    return str(real.relative_to(here)) if real.is_relative_to(here) else str(path)
+    real, folder = path.resolve(), Path.cwd().resolve()
+    return str(real.relative_to(folder)) if real.is_relative_to(folder) else str(path)

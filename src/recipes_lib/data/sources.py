@@ -5,14 +5,12 @@ path wins over a Hub id of the same name.
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
@@ -21,7 +19,10 @@ from recipes_lib.core.files import refuse_pipe, remembered_hash
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
 from recipes_lib.data.files import Table, read_file
-from recipes_lib.data.rows import SettingError, listed, shown_real_path, type_name
+from recipes_lib.data.rows import SettingError, listed, shown_real_path
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SPLIT_IN_NAME = re.compile(
     r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)"
@@ -33,6 +34,7 @@ SPLIT_NAMES = {
 }
 # Files that `datasets` writes beside the rows.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
+_OF_CHAT = ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +66,15 @@ class Source:
         return round(min(num_rows, self.max_examples or num_rows) * min(self.weight, 1))
 
 
-# What an entry of a mixture may say, and of which type; what it leaves out comes from `data`.
-_TEXTS = ("source", "subset", "source_split", "revision", "encoding", "delimiter")
-_TYPES: dict[str, type] = {
-    **dict.fromkeys(_TEXTS, str),
-    "columns": dict,
-    "max_examples": int,
-    "weight": float,
-}
-_OF_ENTRY = ("source", "max_examples", "weight")  # have no place in `data` itself
-_OF_CHAT = ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss")
-
-
 def listed_sources(section: DataSection) -> list[Source]:
     """Return the sources that `data.source` names.
 
     Raises:
-        SettingError: an entry of a mixture has an unknown key or a value of the wrong type, or a
-            key that only `chat` reads is set with another prompt format.
+        SettingError: no source, an unknown encoding, or a key that only `chat` reads is set with
+            another prompt format.
     """
     if not section.source:
-        empty = "the mixture is empty: list at least one source"
-        raise SettingError("data.source", empty if section.source == [] else "is empty")
+        raise SettingError("data.source", "is empty: name at least one source")
     for name in sorted(RESERVED & section.chat_template_kwargs.keys()):
         key = "data.chat_template_kwargs"
         raise SettingError(key, f"{key}: {name} is no template argument", RESERVED_HINT)
@@ -94,10 +83,13 @@ def listed_sources(section: DataSection) -> list[Source]:
         if getattr(section, key) != getattr(absent, key):
             what = f"data.{key} acts in prompt_format chat alone, not in {section.prompt_format}"
             raise SettingError(f"data.{key}", what, "remove it, or set data.prompt_format: chat")
-    shared = [name for name in _TYPES if name not in _OF_ENTRY]
+    shared = ("subset", "source_split", "revision", "columns", "encoding", "delimiter")
     whole = Source(source="", **{name: getattr(section, name) for name in shared})
-    entries = [section.source] if isinstance(section.source, str) else section.source
-    sources = [_mixture_entry(entry, index, whole) for index, entry in enumerate(entries)]
+    sources = []
+    for entry in [section.source] if isinstance(section.source, str) else section.source:
+        keys: dict[str, Any] = {"source": entry} if isinstance(entry, str) else dict(entry)
+        keys["columns"] = {**whole.columns, **(keys.get("columns") or {})}
+        sources.append(replace(whole, **keys))
     for source in sources:
         try:
             "".encode(source.encoding)
@@ -111,35 +103,10 @@ def listed_sources(section: DataSection) -> list[Source]:
     return sources
 
 
-def _mixture_entry(entry: Any, index: int, whole: Source) -> Source:
-    key = f"data.source[{index}]"
-    if isinstance(entry, str):
-        return replace(whole, source=entry)
-    if not isinstance(entry, Mapping):
-        what = f"{key}: expected a mapping with `source`, found {type_name(entry)}"
-        raise SettingError("data.source", what)
-    for name, value in entry.items():
-        if name not in _TYPES:
-            hints = did_you_mean(str(name), _TYPES) or [f"keys: {', '.join(_TYPES)}"]
-            raise SettingError("data.source", f"unknown key '{name}' in {key}", *hints)
-        if name == "weight":
-            is_right = isinstance(value, int | float) and 0 < value < math.inf
-        else:
-            is_right = isinstance(value, _TYPES[name])
-            is_right = is_right and not (isinstance(value, int) and value < 1)
-        if not is_right or isinstance(value, bool):
-            expected = "a number above 0" if name == "weight" else _TYPES[name].__name__
-            what = f"{key}.{name}: expected {expected}, found {value!r}"
-            raise SettingError("data.source", what)
-    if "source" not in entry:
-        raise SettingError("data.source", f"{key} names no `source`")
-    return replace(whole, **{**entry, "columns": {**whole.columns, **entry.get("columns", {})}})
-
-
 def is_on_hub(source: Source) -> bool:
-    """Return whether nothing here has a source's name, and it is not named like a file."""
-    is_here = find_path(source.source) is not None or data_format(Path(source.source))
-    return not is_here and bool(HUB_ID.fullmatch(source.source))
+    """Return whether no file or folder has a source's name, and it is not named like a file."""
+    is_local = find_path(source.source) is not None or data_format(Path(source.source))
+    return not is_local and bool(HUB_ID.fullmatch(source.source))
 
 
 def find_path(name: str) -> Path | None:
@@ -156,7 +123,8 @@ def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
             columns.
     """
     if is_on_hub(source):
-        return [_load_from_hub(source)]
+        rows = [(None, dict(row)) for row in hub_data_set(source)]
+        return [Table(source.source, list(rows), columnar=True)]
     tables = [
         read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter)
         for file in source_files(source)
@@ -164,11 +132,9 @@ def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
     first = tables[0]
     for table in tables[1:]:
         if table.columns and first.columns and {*table.columns} != {*first.columns}:
-            name = min({*table.columns} ^ {*first.columns})
-            where = first.file if name in table.columns else table.file
-            what = f"column '{name}' is not in {where}"
+            what = f"columns are {', '.join(table.columns)}, but {', '.join(first.columns)}"
             hint = "give files of other columns as sources of their own: data.source: [...]"
-            raise DataError(what, hint, file=table.file)
+            raise DataError(f"{what} in {first.file}", hint, file=table.file)
     return tables
 
 
@@ -215,8 +181,8 @@ def data_files(folder: Path, split: str) -> list[Path]:
     refuse_pipe(folder, shown)
     files: list[Path] = []
     for place in (folder, folder / split, folder / "data"):
-        found = sorted(place.glob("[!.]*"))
-        files = files or [path for path in found if data_format(path) and path.name not in NOT_DATA]
+        paths = sorted(place.glob("[!.]*"))
+        files = files or [path for path in paths if data_format(path) and path.name not in NOT_DATA]
     if not files:
         what = f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}"
         raise DataError(what, file=shown)
@@ -228,35 +194,32 @@ def data_files(folder: Path, split: str) -> list[Path]:
     wanted = [path for path in files if splits.get(path) == SPLIT_NAMES.get(split, split)]
     rest = [path for path in files if path not in splits]
     if not wanted and not rest:
-        have = listed(sorted(set(splits.values())))
-        what = f"{shown} has no file of the split '{split}'; splits: {have}"
+        splits_listed = listed(sorted(set(splits.values())))
+        what = f"{shown} has no file of the split '{split}'; splits: {splits_listed}"
         raise SettingError("data.source_split", what)
     return wanted or rest
 
 
-def _load_from_hub(source: Source) -> Table:
-    """Read a Hub data set through `datasets`, from its cache where the Hub does not answer."""
+def hub_data_set(source: Source) -> Dataset:
+    """Return a Hub data set as `datasets` loads it, from its cache where it is offline.
+
+    Raises:
+        SettingError: it is neither on the Hub nor in the cache, or not open to the user.
+    """
     import datasets
 
     name = source.source
-    is_offline = offline_by_environment() or not hub_answers()
     try:
-        with _offline_mode(is_offline):
-            found = datasets.load_dataset(
-                name, source.subset, split=source.source_split, revision=source.revision
-            )
+        return datasets.load_dataset(
+            name, source.subset, split=source.source_split, revision=source.revision
+        )
     except Exception as error:  # the Hub's client raises many types; each becomes one line
-        missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
-        if is_offline and not isinstance(error, ValueError):
+        what = f"cannot load '{name}' from the Hub: {one_line(error)}"
+        hint = "check the name; for a private or gated data set: hf auth login"
+        if offline_by_environment():
             what = f"offline, and '{name}' is no file or folder here and not in the Hub's cache"
             hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
-        elif missing or "Repository Not Found" in str(error):
-            what = f"the Hub has no data set '{name}', or it is not open to you"
-            hint = "check the name; for a private or gated data set: hf auth login"
-        else:
-            what, hint = f"cannot load '{name}' from the Hub: {one_line(error)}", ""
-        raise SettingError("data.source", what, *filter(None, [hint])) from error
-    return Table(name, [(None, row) for row in found], columnar=True)
+        raise SettingError("data.source", what, hint) from error
 
 
 def offline_by_environment() -> bool:
@@ -266,34 +229,14 @@ def offline_by_environment() -> bool:
 
 
 def hub_answers() -> bool:
-    """Return False only where no connection to the Hub can be made, tried twice: its client would
-    try for 46 seconds. A slow answer, a proxy's or a certificate's refusal is for the client to
-    tell: none of them means offline.
+    """Return False only where no connection to the Hub can be made, which its client would try for
+    46 seconds. A slow answer, a proxy's or a certificate's refusal is for the client to tell.
     """
     from huggingface_hub import constants, get_session
 
-    for timeout in (3.0, 15.0):
-        try:
-            get_session().head(constants.ENDPOINT, timeout=timeout)
-        except Exception as error:
-            kinds = {kind.__name__ for kind in type(error).__mro__}
-            if not kinds & {"ConnectError", "ConnectTimeout"} or "CERTIFICATE" in str(error):
-                return True
-        else:
-            return True
-    return False
-
-
-@contextmanager
-def _offline_mode(is_offline: bool) -> Iterator[None]:
-    """Tell the Hub's client for a moment not to try the network."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    if is_offline:
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        get_session().head(constants.ENDPOINT, timeout=15)
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        return not kinds & {"ConnectError", "ConnectTimeout"} or "CERTIFICATE" in str(error)
+    return True

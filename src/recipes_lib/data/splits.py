@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,14 +40,12 @@ class Rows:
         sources: each source of the mixture, and how many usable rows it has.
         num_read: rows in the files, those that cannot be used included.
         unused: the columns that nothing reads, by the first file that has them.
-        longer: files of which `max_rows` left rows out.
     """
 
     rows: list[DataRow] = field(default_factory=list)
     sources: list[tuple[Source, int]] = field(default_factory=list)
     num_read: int = 0
     unused: dict[str, list[str]] = field(default_factory=dict)
-    longer: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -78,39 +76,34 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
     Raises:
         DataError: see `sources` and `columns`.
     """
-    found, columns = Rows(), list[str]()
+    data, columns = Rows(), list[str]()
     for number, source in enumerate(listed_sources(section)):
-        tables = load_tables(source, None if max_rows is None else max_rows + 1)
+        tables = load_tables(source, max_rows)
         reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
         columns += tables[0].columns
         if reading.unused:
-            found.unused[tables[0].file] = list(reading.unused)
-        rows: list[DataRow] = []
-        for table in tables:
-            if max_rows is not None and len(table.numbered) > max_rows:
-                found.longer.append(table.file)
-                table.numbered.pop()
-            found.num_read += len(table.numbered)
-            rows += reading.rows(table, number, bad)
+            data.unused[tables[0].file] = list(reading.unused)
+        data.num_read += sum(len(table.numbered) for table in tables)
+        rows = [row for table in tables for row in reading.rows(table, number, bad)]
         taken = source.num_taken(len(rows))
         if rows and not taken and max_rows is None:
             what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is no row"
             raise SettingError("data.source", what, "raise it, or remove the source")
-        found.sources.append((source, len(rows)))
+        data.sources.append((source, len(rows)))
         for row in rows:
             row.content = content_hash(row.fields)
-        found.rows += [
-            rows[index] for index in first_in_hash_order(rows, taken, section.split.seed)
-        ]
+        data.rows += [rows[index] for index in first_in_hash_order(rows, taken, section.split.seed)]
     for name in section.drop_columns:
         if not name.startswith("messages.") and name not in columns:
-            raise SettingError(
-                "data.drop_columns",
-                f"data.drop_columns: the data has no column '{name}'",
-                *(did_you_mean(name, columns) or [f"columns are {', '.join(columns)}"]),
-            )
-    _name(found.rows)
-    return found
+            hints = did_you_mean(name, columns) or [f"columns are {', '.join(columns)}"]
+            what = f"data.drop_columns: the data has no column '{name}'"
+            raise SettingError("data.drop_columns", what, *hints)
+    times = Counter[str]()
+    for row in data.rows:  # ids are labels: the file's or a hash, numbered where they repeat
+        row.id = row.id or row.content[:8].hex()
+        times[row.id] += 1
+        row.id += f"#{times[row.id]}" if times[row.id] > 1 else ""
+    return data
 
 
 def select_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
@@ -122,18 +115,17 @@ def select_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
     Raises:
         DataError: no row has a category, or nothing is left.
     """
-    if bad.found and not len(rows):
+    if len(bad) and not len(rows):
         raise bad.error(rows.num_read)
     filters, filtered, kept = section.filters, {}, rows.rows
     if filters.categories is not None:
         categories = {row.category for row in kept if row.category is not None}
-        key = "data.filters.categories"
-        if not categories:
-            what = f"{key} needs a category column"
-            raise SettingError(key, what, "name it: data.columns.category")
         if unknown := sorted(set(filters.categories) - categories):
             what = f"no row has the category {', '.join(unknown)}"
-            raise SettingError(key, what, f"categories: {', '.join(sorted(categories))}")
+            hint = f"categories: {', '.join(sorted(categories))}"
+            if not categories:
+                hint = "name the category column: data.columns.category"
+            raise SettingError("data.filters.categories", what, hint)
         kept = [row for row in kept if row.category in filters.categories]
         filtered["categories"] = len(rows) - len(kept)
     if filters.drop_empty_completions:
@@ -160,31 +152,18 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
         _publish(sides, section)
     elif section.method == "hash":
         places = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
-        for index, at in enumerate(places):
-            if at < section.validation:
-                sides[index] = VALIDATION
-            elif at >= 1 - section.test:
-                sides[index] = TEST
-        if section.validation and VALIDATION not in sides:
-            _move_all_equal(sides, places, min(places), VALIDATION)
-        if section.test and TEST not in sides:
-            _move_all_equal(sides, places, max(places), TEST)
+        low, high = section.validation, 1 - section.test
+        if low and len({*places}) > 1:  # a small data set has a validation and a test row, too
+            low = max(low, math.nextafter(min(places), 1))
+        if section.test and len({*places}) > (2 if low else 1):
+            high = min(high, max(places))
+        sides = [VALIDATION if at < low else TEST if at >= high else TRAIN for at in places]
     divided = {name: [i for i, side in enumerate(sides) if side == name] for name in SPLITS}
     if not divided[TRAIN]:
         what = f"the split leaves 0 of {len(rows)} rows for training"
         hint = "lower data.split.validation and test, or use data.split.method none"
         raise SettingError("data.split", what, hint)
     return divided
-
-
-def _move_all_equal(sides: list[str], places: list[float], at: float, side: str) -> None:
-    """Where no row fell on a side of a small data set, it gets the rows nearest to it, unless too
-    few different ones train.
-    """
-    if len({place for place, now in zip(places, sides, strict=True) if now == TRAIN}) > 1:
-        for index, place in enumerate(places):
-            if place == at and sides[index] == TRAIN:
-                sides[index] = side
 
 
 def _publish(sides: list[str], section: SplitSection) -> None:
@@ -256,42 +235,28 @@ def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
     return digest.hexdigest()
 
 
-def check_rows(recipe: Recipe, full: bool) -> list[DataError]:
-    """Return what is wrong with a recipe's local rows, for `recipes check`; the files of which not
-    all rows were read are printed.
-    """
-    most = None if full else NUM_CHECKED
-    try:
-        for file in check_local_rows(recipe.data, most):
-            looked = f"only the first {NUM_CHECKED:,} rows of {file} were looked at"
-            say(f"note: {looked}; --full reads all")
-    except DataError as error:
-        return [place(recipe, error)]
-    return []
-
-
-def check_local_rows(section: DataSection, max_rows: int | None = NUM_CHECKED) -> list[str]:
-    """Read local files as training would, without a tokenizer.
+def check_rows(recipe: Recipe, full: bool = False) -> list[DataError]:
+    """Return what is wrong with a recipe's local rows, read as training would, without a tokenizer.
 
     Args:
-        max_rows: no more than these of each file.
-
-    Returns:
-        The files that have more rows.
-
-    Raises:
-        DataError: a file is missing or damaged, or one of its rows cannot be used.
+        full: read all rows, not the first `NUM_CHECKED` of each file.
     """
-    entries = [section.source] if isinstance(section.source, str) else section.source
-    sources = zip(entries, listed_sources(section), strict=True)
-    local = [entry for entry, source in sources if not is_on_hub(source)]
-    if not local:
-        return []
-    bad = BadRows()
-    rows = read_data(section.model_copy(update={"source": local}), bad, max_rows=max_rows)
-    if bad.found and (section.on_bad_row == "error" or not len(rows)):
-        raise bad.error(rows.num_read)
-    return rows.longer
+    section, bad = recipe.data, BadRows()
+    try:
+        entries = [section.source] if isinstance(section.source, str) else section.source
+        sources = zip(entries, listed_sources(section), strict=True)
+        local = [entry for entry, source in sources if not is_on_hub(source)]
+        if not local:
+            return []
+        section = section.model_copy(update={"source": local})
+        rows = read_data(section, bad, max_rows=None if full else NUM_CHECKED + 1)
+        if len(bad) and (section.on_bad_row == "error" or not len(rows)):
+            raise bad.error(rows.num_read)
+    except DataError as error:
+        return [place(recipe, error)]
+    if not full and rows.num_read > NUM_CHECKED:
+        say(f"note: only the first {NUM_CHECKED:,} rows of a file are looked at; --full reads all")
+    return []
 
 
 def unit_interval(key: str, salt: str) -> float:
@@ -314,24 +279,6 @@ def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -
     return sorted(sorted(range(len(rows)), key=places.__getitem__)[:limit])
 
 
-def _name(rows: Sequence[DataRow]) -> None:
-    """Give each row a unique name: the file's id or a hash of its content. Where one id names rows
-    of different content, a hash is put behind it; equal rows are numbered.
-    """
-    for row in rows:
-        row.id = row.id or row.content[:8].hex()
-    contents: dict[str, set[bytes]] = defaultdict(set)
-    for row in rows:
-        contents[row.id].add(row.content)
-    times = Counter[str]()
-    for row in rows:
-        name = row.id
-        if len(contents[name]) > 1:
-            name += f"#{row.content[:4].hex()}"
-        times[name] += 1
-        row.id = name if times[name] == 1 else f"{name}#{times[name]}"
-
-
 def content_hash(fields: Mapping[str, Any]) -> bytes:
     """Return the SHA-256 of a row's texts, whatever the prompt format and the order of columns:
     Unicode NFC, newlines as \\n, stripped; empty fields leave no trace.
@@ -342,11 +289,11 @@ def content_hash(fields: Mapping[str, Any]) -> bytes:
         if isinstance(value, list):
             turns = [
                 [
-                    one["role"],
-                    *map(_normalised, message_texts(one)),
-                    *([0] if "weight" in one else []),
+                    message["role"],
+                    *map(_normalised, message_texts(message)),
+                    *([0] if "weight" in message else []),
                 ]
-                for one in value
+                for message in value
             ]
             parts.append([name, turns])
         elif value := _normalised(value):
@@ -355,6 +302,5 @@ def content_hash(fields: Mapping[str, Any]) -> bytes:
 
 
 def _normalised(text: str) -> str:
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text)
+    text = unicodedata.normalize("NFC", text)
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()

@@ -1,11 +1,11 @@
 """What the loss sees: token ids of each row and the spans of tokens that carry loss, in 3 cases.
 
-1. Text pairs: prompt and completion are tokenised once and together, and the tokenizer's character
-   offsets tell where the completion starts; a token with characters of both belongs to it.
+1. Text pairs: the completion begins where the tokens of prompt and completion together part from
+   those of the prompt alone.
 2. Conversations under a template with `{% generation %}` markers, or TRL's training template: the
    markers say what the assistant wrote.
-3. Conversations under any other template: rendered up to each assistant turn and compared with the
-   whole; where a rendering is a prefix of the next one, the text between is the turn.
+3. Conversations under any other template: the text between the prompt that asks for a turn and the
+   conversation up to its end, where both begin the whole text.
 
 The loss begins where a prompt ends and the model must start to write. TRL masks the same way;
 padding, batching and packing are its business.
@@ -13,27 +13,27 @@ padding, batching and packing are its business.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise, takewhile
-from typing import Any, NotRequired, TypedDict
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import one_line
-from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, conversation_of, template_values, without_key
 from recipes_lib.data.prompts import (
     GENERATION,
     Span,
-    Twin,
     check_template_kwargs,
     prompt_and_completion,
     render_chat,
-    trl_twins,
+    training_files,
 )
 from recipes_lib.data.rows import BadRow, DataRow, SettingError
 
@@ -50,8 +50,7 @@ class Encoded:
         spans: [start, end) token ranges that carry loss, in order.
         ends: whether the last token with loss ends the turn.
         changed: whether the chat template left out or changed the text of a message.
-        unlike_prompt: whether a turn with loss does not go on from the text that ends a prompt.
-        other_prompt_ids: whether the prompt alone has other token ids than it has in the row.
+        other_prompt: whether the row does not begin with the tokens that the model is asked with.
         tokens_before: before truncation, as `prompt_tokens`, those that are not learnt.
         end_token: the token that ends the answer of a row that was not cut, else -1.
     """
@@ -60,8 +59,7 @@ class Encoded:
     spans: tuple[Span, ...]
     ends: bool
     changed: bool = False
-    unlike_prompt: bool = False
-    other_prompt_ids: bool = False
+    other_prompt: bool = False
     tokens_before: int = 0
     prompt_tokens: int = 0
     end_token: int = -1
@@ -116,24 +114,21 @@ class Supervision:
 
 
 def check_settings(
-    num_texts: int, section: DataSection, train: dict[str, Any], tokenizer: Any
+    section: DataSection, train: dict[str, Any], tokenizer: Any, has_texts: bool = False
 ) -> None:
     """Refuse settings that would be ignored silently.
 
     Args:
-        num_texts: rows that are one text each.
+        has_texts: whether some rows are one text each.
 
     Raises:
         SettingError: a loss that these rows cannot have, or a tokenizer without end or offsets.
     """
     is_chat = section.prompt_format == "chat"
-    if train.get("completion_only_loss") is True and num_texts:
-        what = (
-            f"train.completion_only_loss: true needs prompt and completion, but {num_texts} rows"
-            " have a text column only"
-        )
-        hint = "remove the key (loss on the whole text), or name a prompt and a completion column"
-        raise SettingError("train.completion_only_loss", what, hint)
+    if train.get("completion_only_loss") is True and has_texts:
+        key = "train.completion_only_loss"
+        what = f"{key}: true needs prompt and completion, but these rows are one text each"
+        raise SettingError(key, what, "remove the key (loss on the whole text)")
     if train.get("assistant_only_loss") and not is_chat:
         key = "train.assistant_only_loss"
         what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
@@ -151,7 +146,7 @@ def encode(
     settings: Supervision,
     tokenizer: Any,
     template: str | None = None,
-    twin: Twin | None = None,
+    training: str | None = None,
 ) -> Iterator[Encoded | BadRow]:
     """Tokenise rows in order and truncate them; in place of a conversation of which nobody can say
     what the assistant wrote stands the reason.
@@ -159,12 +154,12 @@ def encode(
     Args:
         rows: as many as may be tokenised together, see `BATCH_ROWS`.
         template: of the `chat` format.
-        twin: what conversations are rendered with in its place.
+        training: the template that conversations are rendered with in place of it.
     """
     encoded: Iterator[Encoded | BadRow] = (
         _encode_pairs(rows, settings, tokenizer)
         if template is None
-        else _encode_chats(rows, settings, tokenizer, template, twin)
+        else _encode_chats(rows, settings, tokenizer, template, training)
     )
     for item in encoded:
         if isinstance(item, Encoded):
@@ -191,69 +186,18 @@ def _truncate(item: Encoded, settings: Supervision) -> None:
     item.spans = tuple((start, end) for start, end in moved if start < end)
 
 
-# ---- text pairs ----
-
-
-def _encode_pairs(
-    rows: Sequence[DataRow], settings: Supervision, tokenizer: Any
-) -> Iterator[Encoded | BadRow]:
-    backend = tokenizer.backend_tokenizer
-    eos = tokenizer.convert_tokens_to_ids(settings.eos_token)
-    pairs = [prompt_and_completion(row, settings.section.prompt_format) for row in rows]
-    texts = [(prompt or "") + completion for prompt, completion in pairs]
-    with plain_backend(tokenizer, split_special=settings.section.special_tokens == "text"):
-        exact = _offsets_are_exact(backend)
-        encodings = backend.encode_batch(texts)
-        prompts = backend.encode_batch([prompt or "" for prompt, _ in pairs])
-    for (prompt, _), text, alone, encoding in zip(pairs, texts, prompts, encodings, strict=True):
-        ids, first, is_other = encoding.ids, 0, False
-        if not ids or ids[-1] != eos:
-            ids.append(eos)
-        if prompt is not None:
-            asked = alone.ids[:-1] if alone.ids[-1:] == [eos] else alone.ids
-            common = _num_common(asked, ids)
-            is_other = common < len(asked)
-            token = _token_at(encoding, text, len(prompt)) if exact else common
-            first = len(ids) - 1 if token is None else min(token, len(ids) - 1)
-        yield Encoded(
-            np.array(ids, dtype=np.int32),
-            ((first, len(ids)),),
-            ends=ids[-1] == eos,
-            other_prompt_ids=is_other,
-        )
-
-
-def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Return how many items both begin with."""
-    pairs = zip(first, second, strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-
-
-def _token_at(encoding: Any, text: str, position: int) -> int | None:
-    """Return the index of the first token with a character at or after a position."""
-    tokens = (encoding.char_to_token(place) for place in range(position, len(text)))
-    return next((token for token in tokens if token is not None), None)
-
-
-def _offsets_are_exact(backend: Any) -> bool:
-    """Return whether offsets cover white space: post-processors with `trim_offsets` leave it out,
-    and where ids part must be looked for instead.
-    """
-    text = "a:\n\nb  c"
-    offsets = backend.encode(text, add_special_tokens=False).offsets
-    return {place for span in offsets for place in range(*span)} == set(range(len(text)))
-
-
 @contextmanager
-def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[None]:
-    """For a moment no truncation, no padding, and special tokens in text as text if asked."""
+def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[Any]:
+    """Yield the tokenizer's backend, for a moment without truncation and padding, and with special
+    tokens in text as text if asked.
+    """
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens, backend.truncation, backend.padding
     backend.encode_special_tokens = split_special
     backend.no_truncation()
     backend.no_padding()
     try:
-        yield
+        yield backend
     finally:
         backend.encode_special_tokens = before[0]
         if before[1]:
@@ -267,8 +211,8 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     template brings its own BOS, plain formats get the tokenizer's.
     """
     is_chat = section.prompt_format == "chat"
-    with plain_backend(tokenizer, split_special=not is_chat and section.special_tokens == "text"):
-        backend = tokenizer.backend_tokenizer
+    split_special = not is_chat and section.special_tokens == "text"
+    with plain_backend(tokenizer, split_special) as backend:
         ids: list[int] = backend.encode(prompt, add_special_tokens=not is_chat).ids
     if not is_chat and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
         # A tokenizer that appends EOS by itself would tell the model to stop before it started.
@@ -276,50 +220,53 @@ def prompt_ids(section: DataSection, tokenizer: Any, prompt: str) -> list[int]:
     return ids
 
 
+def _num_common(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Return how many items both begin with."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+def _encode_pairs(
+    rows: Sequence[DataRow], settings: Supervision, tokenizer: Any
+) -> Iterator[Encoded | BadRow]:
+    eos = tokenizer.convert_tokens_to_ids(settings.eos_token)
+    pairs = [prompt_and_completion(row, settings.section.prompt_format) for row in rows]
+    with plain_backend(tokenizer, settings.section.special_tokens == "text") as backend:
+        encodings = backend.encode_batch([(prompt or "") + text for prompt, text in pairs])
+        prompts = backend.encode_batch([prompt or "" for prompt, _ in pairs])
+    for (prompt, _), asked, encoding in zip(pairs, prompts, encodings, strict=True):
+        ids, asked_ids = encoding.ids, asked.ids
+        if not ids or ids[-1] != eos:
+            ids.append(eos)
+        if asked_ids[-1:] == [eos]:
+            asked_ids.pop()
+        start = 0 if prompt is None else _num_common(asked_ids, ids)
+        yield Encoded(
+            np.array(ids, dtype=np.int32),
+            ((min(start, len(ids) - 1), len(ids)),),
+            ends=ids[-1] == eos,
+            other_prompt=prompt is not None and start < len(asked_ids),
+        )
+
+
 # ---- conversations ----
 
 
-def _encode_chats(
-    rows: Sequence[DataRow],
-    settings: Supervision,
-    tokenizer: Any,
-    template: str,
-    twin: Twin | None,
-) -> Iterator[Encoded | BadRow]:
-    section = settings.section
-    found = [render_turns(row, section, tokenizer, template, twin) for row in rows]
-    texts = [item[0] for item in found if not isinstance(item, BadRow)]
-    backend = tokenizer.backend_tokenizer
-    with plain_backend(tokenizer, split_special=False):
-        encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
-    special = special_ids(tokenizer)
-    for row, item in zip(rows, found, strict=True):
-        if isinstance(item, BadRow):
-            yield item
-            continue
-        messages = conversation_of(row, section.system_prompt)
-        encoding = next(encodings)
-        try:
-            encoded = _supervise_turns(encoding, *item, messages, settings, special)
-        except BadRow as reason:
-            yield reason
-            continue
-        if encoded.spans and (first := encoded.spans[-1][0]):
-            start = encoding.token_to_chars(first)[0]
-            with plain_backend(tokenizer, split_special=False):
-                alone = backend.encode(item[0][:start], add_special_tokens=False).ids
-            encoded.other_prompt_ids = alone != encoding.ids[: len(alone)]
-        yield encoded
-
-
 @dataclass(frozen=True)
-class Turn:
-    """Where a turn of the assistant stands in the text, and whether it begins behind what a prompt
-    ends with.
+class Rendered:
+    """A conversation as text.
+
+    Args:
+        turns: of each turn that is to be learned, the spans of characters that the assistant wrote.
+        prompt: what the model is asked with for the last turn.
+        follows: whether each of them goes on from the prompt that asks for it.
     """
 
-    span: Span
-    follows_prompt: bool = True
+    messages: Sequence[Message]
+    text: str
+    turns: list[list[Span]]
+    prompt: str
+    follows: bool
 
 
 def render_turns(
@@ -327,40 +274,24 @@ def render_turns(
     section: DataSection,
     tokenizer: Any,
     template: str,
-    twin: Twin | None = None,
-) -> tuple[str, list[Turn]] | BadRow:
-    """Return a conversation as text, by the twin where there is one, with the character spans of
-    the assistant's turns; or why it cannot be rendered.
+    training: str | None = None,
+) -> Rendered | BadRow:
+    """Render a conversation, by the training template where there is one, and say what of it the
+    assistant wrote; or why it cannot be used.
 
     Raises:
-        SettingError: the template is not Jinja, or the twin renders another text.
+        SettingError: the template is not Jinja.
     """
-    messages = without_key(conversation_of(row, section.system_prompt), "weight")
+    template = training or template
+    messages = conversation_of(row, section.system_prompt)
     values = template_values(row, section.chat_template_kwargs)
-    answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
+    render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
     try:
         if row.fields.get("chat_template_kwargs"):
-            check_template_kwargs(values.keys() - {"tools"}, twin.text if twin else template)
-        rendering = twin.text if twin else template
-        whole, marked = render_chat(messages, tokenizer, rendering, values)
-        if _ignores_calls(messages, tokenizer, rendering, values, whole):
-            raise BadRow(
-                "tool calls: not rendered by the chat template, so the row would teach to say"
-                " nothing in their place",
-                "set data.chat_template to one that knows tools, as trl:qwen2_5 does",
-                drop=["messages.tool_calls"],
-            )
-        if twin is not None:
-            exchange = messages[: answers[0] + 1]
-            _check_twin(exchange, values, row.place, tokenizer, template, twin)
-        if twin is not None or GENERATION.search(template):
-            return whole, _marked_turns(whole, marked, messages, tokenizer, template, values)
-        learned = answers[-1:] if section.chat_loss == "last" else answers
-        return whole, _prefix_turns(whole, messages, learned, tokenizer, template, values)
+            check_template_kwargs(values.keys() - {"tools"}, template)
+        return _rendered(messages, render, template, only_last=section.chat_loss == "last")
     except BadRow as reason:
         return reason
-    except SettingError:
-        raise
     except jinja2.TemplateSyntaxError as error:
         what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
         raise SettingError("data.chat_template", what) from None
@@ -371,235 +302,169 @@ def render_turns(
         )
 
 
-def _prefix_turns(
-    whole: str,
+def _rendered(
     messages: Sequence[Message],
-    learned: Sequence[int],
-    tokenizer: Any,
+    render: Callable[..., tuple[str, list[Span]]],
     template: str,
-    values: Mapping[str, Any],
-) -> list[Turn]:
-    turns = []
-    for index in learned:
-        start, _ = render_chat(messages[:index], tokenizer, template, values, prompt=True)
-        end, _ = render_chat(messages[: index + 1], tokenizer, template, values)
-        if not (whole.startswith(start) and whole.startswith(end) and len(start) <= len(end)):
-            known = trl_twins().get(template)
-            raise BadRow(
-                "the chat template renders the first messages differently when message"
-                f" {index} follows: no loss mask possible",
-                f"this is TRL's template, which has a twin for training: {known.setting}"
-                if known
-                else "mark the assistant's text in the template with {% generation %} ... {%"
-                " endgeneration %}, or learn the last turn alone: data.chat_loss: last",
-            )
-        turns.append(Turn((len(start), len(end))))
-    return turns
-
-
-def _marked_turns(
-    whole: str,
-    marked: Sequence[Span],
-    messages: Sequence[Message],
-    tokenizer: Any,
-    template: str,
-    values: Mapping[str, Any],
-) -> list[Turn]:
-    """Return the marked turns without what a prompt ends with, such as a role's tag, which some
-    templates mark, too.
-    """
-    begin = turn_beginning(tokenizer, template, values)
-    turns = []
-    for start, end in _joined(marked):
-        at = whole.find(begin, max(0, start - len(begin)), end)
-        if 0 <= at <= start:
-            turns.append(Turn((max(start, at + len(begin)), end)))
-            continue
-        # The model is asked behind the role's tag and, say, a begun thought; the tag is no answer.
-        tag = _num_common(whole[start:end], begin)
-        turns.append(Turn((start + tag, end), follows_prompt=False))
-    if not any("tool_calls" in message for message in messages):
-        return turns
-    for index in (i for i, one in enumerate(messages) if one["role"] == "tool"):
-        asked, _ = render_chat(messages[: index + 1], tokenizer, template, values, prompt=True)
-        for place, turn in enumerate(turns):
-            start, end = turn.span
-            if start < len(asked) < end and whole.startswith(asked):
-                turns[place] = Turn((len(asked), end))
-    return turns
-
-
-def turn_beginning(tokenizer: Any, template: str, values: Mapping[str, Any] | None = None) -> str:
-    """Return what a template ends a prompt with, for the model to go on from; '' where unknown."""
-    asked = [Message(role="user", content="?")]
-    try:
-        without, _ = render_chat(asked, tokenizer, template, values)
-        prompt, _ = render_chat(asked, tokenizer, template, values, prompt=True)
-    except Exception:  # the rows themselves show what the template refuses
-        return ""
-    return prompt[len(without) :] if prompt.startswith(without) else ""
-
-
-def _joined(spans: Sequence[Span]) -> list[Span]:
-    """Return the spans without those borders that have nothing between them."""
-    joined: list[Span] = []
-    for start, end in spans:
-        if joined and joined[-1][1] == start:
-            start = joined.pop()[0]
-        joined.append((start, end))
-    return joined
+    only_last: bool,
+) -> Rendered:
+    chat = without_key(messages, "weight")
+    text, marked = render(chat)
+    if any("tool_calls" in message for message in chat) and _ignores_calls(chat, render, text):
+        raise BadRow(
+            "tool calls: not rendered by the chat template, so the row would teach to say nothing"
+            " in their place",
+            "set data.chat_template to one that knows tools, as trl:qwen2_5 does",
+            drop=["messages.tool_calls"],
+        )
+    answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
+    answers = answers[-1:] if only_last else answers
+    learned = [number for number, i in enumerate(answers) if messages[i].get("weight") != 0]
+    prompts = [render(chat[:index], prompt=True)[0] for index in answers]
+    if GENERATION.search(template):
+        marks = _marks_of_turns(text, marked, prompts)
+        turns = [marks[number] for number in learned]
+    else:
+        turns = []
+        for number in learned:
+            until, _ = render(chat[: answers[number] + 1])
+            start, end = len(prompts[number]), len(until)
+            is_prefix = text.startswith(prompts[number]) and text.startswith(until)
+            if not is_prefix or start > end:
+                raise _cannot_be_told_apart(template)
+            turns.append([(start, end)])
+    follows = all(text.startswith(prompts[number]) for number in learned)
+    return Rendered(messages, text, turns, prompts[-1], follows)
 
 
 def _ignores_calls(
-    messages: Sequence[Message],
-    tokenizer: Any,
-    template: str,
-    values: Mapping[str, Any],
-    whole: str,
+    chat: Sequence[Message], render: Callable[..., tuple[str, list[Span]]], text: str
 ) -> bool:
-    """Return whether a conversation has tool calls, and the template renders it as if it had
-    none.
-    """
-    if not any("tool_calls" in message for message in messages):
-        return False
+    """Return whether the template renders a conversation with tool calls as if it had none."""
     try:
-        chat = without_key(messages, "tool_calls")
-        return render_chat(chat, tokenizer, template, values)[0] == whole
+        return render(without_key(chat, "tool_calls"))[0] == text
     except Exception:  # a template that insists on them has read them
         return False
 
 
-def _check_twin(
-    exchange: Sequence[Message],
-    values: Mapping[str, Any],
-    place: str,
+def _marks_of_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:
+    """Return the marks of each turn behind its prompt: some templates mark the role's tag, too."""
+    marks: list[Span] = []
+    for start, end in marked:
+        if marks and marks[-1][1] == start:  # the text and the end token, marked apart
+            start = marks.pop()[0]
+        marks.append((start, end))
+    starts = []
+    for number, prompt in enumerate(prompts):
+        start = len(prompt)
+        if not text.startswith(prompt):
+            own = marks[-1:] if len(prompts) == 1 else marks
+            if len(own) != len(prompts):
+                raise _cannot_be_told_apart("")
+            first, last = own[number]
+            # The model is asked behind the role's tag and, say, a begun thought.
+            start = min(max(_num_common(text, prompt), first), last)
+        starts.append(start)
+    turns: list[list[Span]] = [[] for _ in prompts]
+    for first, last in marks:
+        number = bisect_left(starts, last) - 1
+        if number >= 0:
+            turns[number].append((max(first, starts[number]), last))
+    return turns
+
+
+def _cannot_be_told_apart(template: str) -> BadRow:
+    file = training_files().get(template)
+    hint = (
+        "mark the assistant's text in the template with {% generation %} ... {% endgeneration %},"
+        " or learn the last turn alone: data.chat_loss: last"
+    )
+    if file:
+        name = file.stem.removesuffix("_training")
+        hint = f"TRL has a training version of this template: data.chat_template: trl:{name}"
+    what = "the chat template renders the first messages differently when others follow"
+    return BadRow(f"{what}: no loss mask possible", hint)
+
+
+def _encode_chats(
+    rows: Sequence[DataRow],
+    settings: Supervision,
     tokenizer: Any,
     template: str,
-    twin: Twin,
-) -> None:
-    """Raise a SettingError where a twin renders the first exchange of a row in another way than the
-    template that answers. Behind the same prompt it may keep what the template leaves out of an
-    answer, such as a thought, and end it with a token.
-    """
-    plain, _ = render_chat(exchange, tokenizer, template, values)
-    trained, _ = render_chat(exchange, tokenizer, twin.text, values)
-    is_token = tokenizer.backend_tokenizer.token_to_id
-    if trained == plain:
-        return
-    if trained.startswith(plain) and is_token(trained[len(plain) :]) is not None:
-        return
-    answer = exchange[-1]["content"].strip()
-    prompt, _ = render_chat(exchange[:-1], tokenizer, template, values, prompt=True)
-    if trained.startswith(prompt) and answer not in plain and answer in trained:
-        return
-    same = _num_common(plain, trained)
-    part = slice(max(0, same - 30), same + 50)
-    raise SettingError(
-        "data.chat_template",
-        f"{place}: TRL's training template renders another text than the plain template",
-        f"plain:    {plain[part]!r}",
-        f"training: {trained[part]!r}",
-        "set data.chat_template to the one to train, save and answer with:"
-        f" {shown_path(twin.file)}, or a file with the plain one",
-    )
-
-
-def _supervise_turns(
-    encoding: Any,
-    text: str,
-    turns: Sequence[Turn],
-    messages: Sequence[Message],
-    settings: Supervision,
-    special: frozenset[int],
-) -> Encoded:
-    """Put loss on the assistant's turns; a turn of weight 0 has none.
-
-    Raises:
-        BadRow: the text does not show what the assistant says, or which turn is which.
-    """
-    ids = encoding.ids
-    found: list[list[Span]] = []  # some templates mark the text and the end token of a turn apart
-    follows: list[bool] = []
-    behind = 0
-    for turn in turns:
-        if span := _token_span(encoding, text, turn.span, special):
-            if found and not text[behind : turn.span[0]].strip():
-                found[-1].append(span)
-            else:
-                found.append([span])
-                follows.append(turn.follows_prompt)
-            behind = turn.span[1]
-    answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
-    if settings.whole and any(messages[index].get("weight") == 0 for index in answers):
-        raise BadRow(
-            "weight 0: with train.completion_only_loss: false, the loss is on the whole text"
+    training: str | None,
+) -> Iterator[Encoded | BadRow]:
+    section = settings.section
+    rendered = [render_turns(row, section, tokenizer, template, training) for row in rows]
+    chats = [chat for chat in rendered if isinstance(chat, Rendered)]
+    with plain_backend(tokenizer, split_special=False) as backend:
+        texts, prompts = [chat.text for chat in chats], [chat.prompt for chat in chats]
+        encodings = iter(backend.encode_batch(texts, add_special_tokens=False))
+        prompt_encodings = iter(backend.encode_batch(prompts, add_special_tokens=False))
+    special = special_ids(tokenizer)
+    for chat in rendered:
+        if isinstance(chat, BadRow):
+            yield chat
+            continue
+        encoding, asked_ids = next(encodings), next(prompt_encodings).ids
+        spans = tuple(
+            span
+            for turn in chat.turns
+            for part in turn
+            if (span := _token_span(encoding, chat.text, part, special))
         )
-    if settings.section.chat_loss == "last":
-        found, follows, answers = found[-1:], follows[-1:], answers[-1:]
-    learned = [
-        _chars_of(encoding, text, index)
-        for spans in found
-        for span in spans
-        for index in range(*span)
-        if ids[index] not in special
-    ]
-    says_something = any(messages[index]["content"].strip() for index in answers)
-    if found and says_something and not any(map(str.strip, learned)):
-        raise BadRow(
-            "the chat template renders nothing of what the assistant says",
-            "choose a template for plain text messages",
-        )
-    weights = [messages[index].get("weight", 1) for index in answers]
-    if 0 in weights and len(weights) != len(found):
-        raise BadRow(
-            "weight 0: the chat template does not render every assistant turn, so the turns"
-            " cannot be told apart"
-        )
-    ends = bool(found) and ids[found[-1][-1][1] - 1] in special
-    is_unlike = len(answers) == len(found) and any(
-        not known and weight and index and messages[index - 1]["role"] != "tool"
-        for index, weight, known in zip(answers, weights, follows, strict=True)
-    )
-    if 0 in weights:
-        found = [spans for spans, weight in zip(found, weights, strict=True) if weight]
-    said = "".join(text[slice(*turn.span)] for turn in turns)
-    return Encoded(
-        np.array(ids, dtype=np.int32),
-        tuple(span for spans in found for span in spans),
-        ends,
-        changed=_leaves_something_out(text, said, messages),
-        unlike_prompt=is_unlike,
-    )
+        learned = [token for start, end in spans for token in encoding.ids[start:end]]
+        said = tokenizer.decode(learned, skip_special_tokens=True)
+        answers = [message for message in chat.messages if message["role"] == "assistant"]
+        if settings.whole and any(answer.get("weight") == 0 for answer in answers):
+            what = "weight 0: with train.completion_only_loss: false, all of the text has loss"
+            yield BadRow(what)
+        elif learned and not said.strip() and any(answer["content"].strip() for answer in answers):
+            what = "the chat template renders nothing of what the assistant says"
+            yield BadRow(what, "choose a template for plain text messages")
+        else:
+            yield Encoded(
+                np.array(encoding.ids, dtype=np.int32),
+                spans,
+                ends=bool(spans) and encoding.ids[spans[-1][1] - 1] in special,
+                changed=_leaves_something_out(chat),
+                other_prompt=not chat.follows or asked_ids != encoding.ids[: len(asked_ids)],
+            )
 
 
-def _leaves_something_out(text: str, said: str, messages: Sequence[Message]) -> bool:
+def _leaves_something_out(chat: Rendered) -> bool:
     """Return whether something that a message says is not in the text. The name of a called tool
-    has to be in what the assistant `said`: it may stand among the tools, too.
+    has to be in what the assistant wrote: it may stand among the tools, too.
     """
-    words = [one[key] for one in messages for key in ("content", "reasoning_content") if key in one]
-    calls = [call["function"]["name"] for one in messages for call in one.get("tool_calls", ())]
-    return any(one.strip() not in text for one in words) or any(name not in said for name in calls)
+    said = "".join(chat.text[slice(*part)] for turn in chat.turns for part in turn)
+    for message in chat.messages:
+        words = (message["content"], message.get("reasoning_content", ""))
+        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+        if any(text.strip() not in chat.text for text in words):
+            return True
+        if message.get("weight") != 0 and any(name not in said for name in names):
+            return True
+    return False
 
 
-def _token_span(encoding: Any, text: str, turn: Span, special: frozenset[int]) -> Span | None:
-    """Return the tokens of a turn up to its end-of-turn token, behind which nothing will be
-    written, not even white space; None for a turn without text.
+def _token_span(encoding: Any, text: str, part: Span, special: frozenset[int]) -> Span | None:
+    """Return the tokens of a part of a turn up to its end-of-turn token, behind which nothing will
+    be written, not even white space; None for a part without text.
     """
     ids = encoding.ids
-    first, last = (_token_at(encoding, text, place) for place in turn)
-    first, last = (len(ids) if token is None else token for token in (first, last))
+    first, last = (_token_at(encoding, text, place) for place in part)
     for kept in range(last, first, -1):
         if ids[kept - 1] in special:
             return first, kept
-        if _chars_of(encoding, text, kept - 1).strip():
+        start, end = encoding.token_to_chars(kept - 1) or (0, 0)
+        if text[start:end].strip():
             break
     return (first, last) if first < last else None
 
 
-def _chars_of(encoding: Any, text: str, index: int) -> str:
-    """Return the characters of a token."""
-    start, end = encoding.token_to_chars(index) or (0, 0)
-    return text[start:end]
+def _token_at(encoding: Any, text: str, position: int) -> int:
+    """Return the index of the first token with a character at or after a position."""
+    tokens = (encoding.char_to_token(place) for place in range(position, len(text)))
+    return next((token for token in tokens if token is not None), len(encoding.ids))
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -610,27 +475,23 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     }
 
 
-class DecodedSpan(TypedDict):
+class DecodedSpan(NamedTuple):
     """A piece of a row with or without loss, and the special token that ends a supervised one."""
 
     text: str
     supervised: bool
-    end_token: NotRequired[str]
+    end_token: str = ""
 
 
 def decoded_spans(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> list[DecodedSpan]:
     """Return the text of a row cut where loss begins and ends."""
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
     mask = np.asarray(labels) != IGNORED
     special = special_ids(tokenizer)
     cuts = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(mask)]
     spans = []
     for start, end in pairwise(cuts):
-        piece = list(ids[start:end])
-        span: DecodedSpan = {
-            "text": tokenizer.decode(piece, clean_up_tokenization_spaces=False),
-            "supervised": bool(mask[start]),
-        }
-        if span["supervised"] and piece[-1] in special:
-            span["end_token"] = tokenizer.decode(piece[-1:], clean_up_tokenization_spaces=False)
-        spans.append(span)
+        piece, supervised = list(ids[start:end]), bool(mask[start])
+        end_token = decode(piece[-1:]) if supervised and piece[-1] in special else ""
+        spans.append(DecodedSpan(decode(piece), supervised, end_token))
     return spans
