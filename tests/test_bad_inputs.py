@@ -378,11 +378,10 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(
     ("changes", "words"),
     [
         ([{"response": ""}], "empty completion"),
-        ([{"response": "### Response:\nagain"}], "1 rows contain template markers"),
         ([{"response": "</s> [INST]"}], "1 rows contain special tokens, read as text"),
         ([TASK, TASK], "1 exact duplicates"),
     ],
-    ids=["an empty completion", "a template marker", "a special token", "a duplicate"],
+    ids=["an empty completion", "a special token", "a duplicate"],
 )
 def test_data_that_is_odd_is_reported_and_trained_on(
     changes: list[dict[str, object]],

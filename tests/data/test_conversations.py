@@ -127,7 +127,7 @@ def test_a_conversation_that_teaches_nothing_or_the_wrong_thing_is_described():
     silent = {**ANSWERED, "content": " "}
     for messages, words in (
         ((), "no messages"),
-        (turns("system"), "no assistant turn"),
+        (turns("system"), "only a system message"),
         (turns("user"), "no assistant turn"),
         (turns("user", "user", "assistant"), "message 1 is user, expected assistant"),
         (turns("assistant", "user", "assistant"), "message 0 is assistant, expected user"),

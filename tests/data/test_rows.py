@@ -17,9 +17,8 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.data import sources
 from recipes_lib.data.columns import look_at
 from recipes_lib.data.conversations import conversation_of, template_values
-from recipes_lib.data.files import count_rows, read_file
 from recipes_lib.data.rows import BadRows, SettingError, message_texts
-from recipes_lib.data.sources import Source, data_files, listed_sources
+from recipes_lib.data.sources import Source, count_rows, data_files, listed_sources, read_file
 from recipes_lib.data.splits import read_data
 
 TASK = {"instruction": "Größe?", "response": 'Say "é",\nthen stop.'}
@@ -317,7 +316,13 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
             {"instruction": "question", "response": "answer"},
         ),
         ({"messages": TURNS}, ("chat",), {}),
-        ({"conversations": TURNS}, ("chat",), {"messages": "conversations"}),
+        ({"conversations": TURNS}, ("chat",), {}),
+        ({"instruction": "a", "input": "", "output": "b"}, three, {}),
+        (
+            {"input": "a", "output": "b"},
+            three,
+            {"instruction": "input", "response": "output", "context": ""},
+        ),
         ({"prompt": "a", "completion": "b"}, ("raw", "chat"), {}),
         ({"text": "a"}, ("raw",), {}),
     ):

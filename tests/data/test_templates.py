@@ -86,7 +86,7 @@ def test_a_template_that_cannot_say_what_is_learned_names_the_row(tiny_tokenizer
     qwen = (FOLDER / "qwen3.jinja").read_text(encoding="utf-8")
     for messages, keys, words, hint in (
         (TURNS, {"template": REWRITING}, "renders the first messages diff", "{% generation %}"),
-        (TURNS, {"template": qwen}, "renders the first messages diff", "trl:qwen3"),
+        (TURNS, {"template": qwen}, "renders the first messages diff", "trl:NAME"),
         (TURNS, {"template": refusing}, "refuses the conversation: no system", "another template"),
         (silent, {"train": {"completion_only_loss": False}}, "weight 0: with train", ""),
     ):

@@ -158,4 +158,3 @@ def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(
         train = {"completion_only_loss": False}
         data = prepare_data(recipe_for(whole_dolly, split=split, train=train), tiny_tokenizer)
         assert (len(data.train), len(data.validation), len(data.test)) == sizes
-        assert data.audit.duplicates_across

@@ -1,8 +1,8 @@
 """The audit of supervision.json and the gate before step 1: what was read, what was cut, and what
 the loss sees. What would happen silently is counted, and its rows are named.
 
-A text with `</s>` or `### Response:` in it can end a turn or open a false one: all are counted, and
-special tokens are disarmed in the plain formats (`data.special_tokens: text`).
+A text with `</s>` in it can end a turn: such rows are counted, and special tokens are disarmed in
+the plain formats (`data.special_tokens: text`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,8 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from recipes_lib.data.prompts import HEADINGS
 from recipes_lib.data.rows import DataRow, SettingError, listed
-from recipes_lib.data.supervision import BATCH_ROWS, Encoded, Supervision, special_ids
-
-FOREIGN_MARKERS = (
-    *("[INST]", "[/INST]", "<<SYS>>"),
-    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|endoftext|>", "</s>"),
-)
+from recipes_lib.data.supervision import Encoded, Supervision, special_ids
 
 
 @dataclass
@@ -69,8 +63,8 @@ class DataAudit:
         tokens, supervised_tokens, prompt_tokens: total, p5, p50, p95 and max of a row.
         truncated: cut at `max_length`; lost_end: those that lost their end token.
         other_prompt: asked with other tokens than the row begins with.
-        special_tokens, markers: texts that could act as one; which, and how often.
-        duplicates: rows that another is equal to; across: those in two splits.
+        special_tokens: rows whose text has one; found_texts: which, and how often.
+        duplicates: rows that another is equal to.
     """
 
     prompt_format: str
@@ -95,10 +89,8 @@ class DataAudit:
     changed_by_template: Named = field(default_factory=Named)
     other_prompt: Named = field(default_factory=Named)
     special_tokens: Named = field(default_factory=Named)
-    markers: Named = field(default_factory=Named)
     found_texts: dict[str, int] = field(default_factory=dict)
     duplicates: int = 0
-    duplicates_across: int = 0
     end_tokens: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -146,24 +138,15 @@ class DataAudit:
         self.tokens = _distribution(item.length for item in encoded)
         self.supervised_tokens = _distribution(item.supervised for item in encoded)
         self.prompt_tokens = _distribution(item.prompt_tokens for item in encoded)
-        special = {*tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))}
-        headings = "".join(HEADINGS.get(self.prompt_format, ()))
-        markers = {*re.findall(r"### \w+:", headings), *FOREIGN_MARKERS} - special
-        self._search(rows, self.special_tokens, [name for name in special if len(name) > 1])
-        self._search(rows, self.markers, markers)
-
-    def _search(self, rows: Sequence[DataRow], named: Named, needles: Iterable[str]) -> None:
-        """Look for texts that could act as tokens, first in many rows at once: most have none."""
-        for start in range(0, len(rows), BATCH_ROWS):
-            texts = ["\0".join(row.texts) for row in rows[start : start + BATCH_ROWS]]
-            whole = "\0".join(texts)
-            present = sorted(needle for needle in needles if needle in whole)
-            for row, text in zip(rows[start:], texts, strict=False) if present else ():
-                times = {needle: num for needle in present if (num := text.count(needle))}
-                for needle, num in times.items():
-                    self.found_texts[needle] = self.found_texts.get(needle, 0) + num
-                if times:
-                    named.add(row)
+        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+        pattern = re.compile(
+            "|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)"
+        )
+        for row in rows:
+            if texts := [text for said in row.texts for text in pattern.findall(said)]:
+                self.special_tokens.add(row)
+                for text in texts:
+                    self.found_texts[text] = self.found_texts.get(text, 0) + 1
 
     def check(self, max_unsupervised_fraction: float, *, evaluates: bool = False) -> None:
         """Refuse data that cannot teach what the recipe asks for: the gate before step 1.
@@ -261,14 +244,11 @@ class DataAudit:
                 " {enable_thinking: ...})",
             ),
             (self.special_tokens, f"contain special tokens, {acting}: {texts}"),
-            (self.markers, f"contain template markers: {texts}"),
         ):
             if named.count:
                 lines.append(f"{named.count} rows {what}: {named}")
         if self.duplicates:
-            across = f", {self.duplicates_across} of them in two splits"
-            across = across if self.duplicates_across else ""
-            lines.append(f"{self.duplicates} exact duplicates{across}")
+            lines.append(f"{self.duplicates} exact duplicates")
         if self.end_tokens and self.eos_token not in self.end_tokens:
             lines.append(
                 f"turns end with {listed(self.end_tokens, 3)}, but generation stops at"

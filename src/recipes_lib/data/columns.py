@@ -25,7 +25,6 @@ from recipes_lib.data.conversations import (
     read_tools,
     without_nulls,
 )
-from recipes_lib.data.files import Table, other_delimiter, read_file
 from recipes_lib.data.rows import (
     BadRow,
     BadRows,
@@ -37,7 +36,7 @@ from recipes_lib.data.rows import (
     shown_real_path,
     type_name,
 )
-from recipes_lib.data.sources import data_files
+from recipes_lib.data.sources import Table, data_files, other_delimiter, read_file
 
 
 class FieldSet(NamedTuple):
@@ -49,19 +48,16 @@ class FieldSet(NamedTuple):
 
 _BESIDE = ("system", "tools", "chat_template_kwargs")
 TASK = FieldSet(("instruction", "response"), ("context",))
-PAIR = FieldSet(("prompt", "completion"))
-TEXT = FieldSet(("text",))
-CHAT = FieldSet(("messages",), _BESIDE)
 # What each prompt format can read, the best first.
 FIELDS = {
     "dolly": (TASK,),
     "alpaca": (TASK,),
     "chat": (
-        CHAT,
+        FieldSet(("messages",), _BESIDE),
         FieldSet(("prompt", "completion"), _BESIDE),
         FieldSet(("instruction", "response"), ("context", *_BESIDE)),
     ),
-    "raw": (PAIR, TEXT),
+    "raw": (FieldSet(("prompt", "completion")), FieldSet(("text",))),
 }
 ALIASES = {
     "context": "input",
@@ -220,23 +216,23 @@ def _column(name: str, columns: Mapping[str, str], present: Sequence[str]) -> st
     return next((known for known in (name, ALIASES.get(name, name)) if known in present), None)
 
 
+def _fields_for(
+    prompt_format: str, columns: Mapping[str, str], present: Sequence[str]
+) -> FieldSet | None:
+    """Return the first set of fields of the format that the columns can fill."""
+    for fields in FIELDS[prompt_format]:
+        if all(_column(name, columns, present) for name in fields.required):
+            return fields
+    return None
+
+
 def _choose_fields(
     prompt_format: str, columns: Mapping[str, str], present: Sequence[str]
 ) -> FieldSet:
-    """Return the first set of fields of the format that the columns can fill."""
-
-    def can_fill(fields: FieldSet) -> bool:
-        return all(_column(name, columns, present) for name in fields.required)
-
-    for fields in filter(can_fill, FIELDS[prompt_format]):
+    if fields := _fields_for(prompt_format, columns, present):
         return fields
     expected = " / ".join("+".join(fields.required) for fields in FIELDS[prompt_format])
-    task = "alpaca" if "input" in present else "dolly"
-    fitting = [
-        f"`data.prompt_format: {name}`"
-        for name, sets in ((task, (TASK,)), ("chat", (CHAT,)), ("raw", (PAIR, TEXT)))
-        if name != prompt_format and any(map(can_fill, sets))
-    ]
+    fitting = [f"`data.prompt_format: {name}`" for name in _readable_by(columns, present)]
     mapping = "name them: data.columns: {<our name>: <your column>}"
     raise SettingError(
         "data.prompt_format",
@@ -265,30 +261,24 @@ def look_at(data: Path) -> OwnRows:
             delimiter = other_delimiter(header.split(",")) or None
     rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter).rows
     names = [*rows[0]] if rows else []
-    formats: tuple[str, ...] = ("dolly", "alpaca", "chat")
     columns: dict[str, str] = {}
-    if "response" not in names and {*CHAT.required} <= {*names}:
-        formats = ("chat",)
-    elif "response" not in names and {*PAIR.required} <= {*names}:
-        formats = ("raw", "chat")
-    elif "response" not in names and {*TEXT.required} <= {*names}:
-        formats = ("raw",)
-    elif "conversations" in names:
-        formats, columns = ("chat",), {"messages": "conversations"}
-    else:
-        columns = {
-            ours: next((name for name in synonyms if name in names), "")
-            for ours, synonyms in _SYNONYMS.items()
-        }
-        if not columns["instruction"] or not columns["response"]:
-            what = f"columns {', '.join(names)} are not understood" if names else "has no row"
-            hint = "start without --data and set data.source and data.columns yourself"
-            raise DataError(what, hint, file=shown_real_path(file), line=1)
-        if columns["context"] == columns["instruction"]:  # one column is not two
-            columns["context"] = ""
-        else:
-            columns = {ours: name for ours, name in columns.items() if name and name != ours}
+    formats = _readable_by(columns, names)
+    if not formats:
+        for ours, synonyms in _SYNONYMS.items():
+            if known := next((name for name in synonyms if name in names), ""):
+                columns[ours] = "" if known in columns.values() else known  # one column is not two
+        formats = _readable_by(columns, names)
+    if not formats:
+        what = f"columns {', '.join(names)} are not understood" if names else "has no row"
+        hint = "start without --data and set data.source and data.columns yourself"
+        raise DataError(what, hint, file=shown_real_path(file), line=1)
     return OwnRows(data, formats, columns, formats == ("raw",), delimiter, encoding)
+
+
+def _readable_by(columns: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompt formats that can read rows with these columns, the best first."""
+    order = ("dolly", "alpaca", "raw", "chat")
+    return tuple(name for name in order if _fields_for(name, columns, names))
 
 
 def _guessed_encoding(content: bytes) -> str | None:

@@ -311,7 +311,8 @@ def check_roles(messages: Sequence[Message]) -> None:
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        raise BadRow("no assistant turn" if roles else "no messages")
+        only_system = "only a system message" if roles else "no messages"
+        raise BadRow("no assistant turn" if {*roles} - {"system"} else only_system)
     for index, (before, role) in enumerate(pairwise(["system", *roles])):
         if role not in _NEXT[before] and (index, role) != (0, "system"):
             expected = _NEXT[before][0]

@@ -8,18 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.project import cache_root, shown_path
-from recipes_lib.core.ranks import on_main_rank, say_once
+from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.data.audit import DataAudit, SourceCounts
 from recipes_lib.data.prompts import (
     chat_template,
@@ -51,7 +49,6 @@ from recipes_lib.data.supervision import (
 if TYPE_CHECKING:
     from datasets import Dataset
 
-NUM_ROWS_WORTH_A_LINE = 20_000
 MOST_PREPARED = 12  # prepared data sets in the cache
 _RECORD = "prepared.json"
 # The keys of `train` that decide what is prepared.
@@ -190,7 +187,11 @@ def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
     if section.prompt_format == "chat":
         template = chat_template(section, tokenizer)
         training = training_template(section, tokenizer)
-        _check_recipe_kwargs(section, training[1] if training else template)
+        try:
+            check_template_kwargs(section.chat_template_kwargs, template)
+        except BadRow as reason:
+            key = "data.chat_template_kwargs"
+            raise SettingError(key, f"data.{reason.what}", reason.hint) from None
     trained_through = training[1] if training else None
     if len(bad) and section.on_bad_row == "error":
         for row in rows.rows if template else ():  # name those too that the template refuses
@@ -203,8 +204,6 @@ def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
     # rows -> tokens
     check_settings(section, recipe.train, tokenizer, any("text" in row.fields for row in rows.rows))
     settings = Supervision.of(section, recipe.train, tokenizer)
-    if len(rows) >= NUM_ROWS_WORTH_A_LINE:
-        say_once(f"data: tokenising {len(rows):,} of {rows.num_read:,} rows ...")
     usable: list[int] = []
     encoded: list[Encoded] = []
     for start in range(0, len(rows), BATCH_ROWS):
@@ -246,23 +245,22 @@ def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
         )
         for name, indices in parts.items()
     }
+    bare = {*audit.no_supervised_tokens.ids}
+    splits: dict[str, Any] = {"method": section.split.method, "seed": section.split.seed}
+    splits["fractions"] = {"validation": section.split.validation, "test": section.split.test}
+    for name, indices in parts.items():
+        ids = [rows.rows[index].id for index in indices]
+        without = [id for id in ids if id in bare]
+        splits[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
     return PreparedData(
         **sets,
         audit=audit,
-        splits=_split_record(rows, parts, section, {*audit.no_supervised_tokens.ids}),
+        splits=splits,
         fingerprint=fingerprint_of(
             {name: [rows.rows[index] for index in indices] for name, indices in parts.items()}
         ),
         prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
     )
-
-
-def _check_recipe_kwargs(section: DataSection, template: str) -> None:
-    try:
-        check_template_kwargs(section.chat_template_kwargs, template)
-    except BadRow as reason:
-        key = "data.chat_template_kwargs"
-        raise SettingError(key, f"data.{reason.what}", reason.hint) from None
 
 
 def _count_parts(
@@ -273,10 +271,7 @@ def _count_parts(
     audit.rows = {"read": rows.num_read, "used": len(rows)}
     audit.rows |= {name: len(indices) for name, indices in parts.items()}
     audit.rows |= {"trained": with_loss[TRAIN], "validated": with_loss[VALIDATION]}
-    contents = [{rows.rows[i].content for i in part} for part in parts.values()]
-    splits_of_content = Counter(content for part in contents for content in part)
-    audit.duplicates = len(rows) - len(splits_of_content)
-    audit.duplicates_across = sum(number > 1 for number in splits_of_content.values())
+    audit.duplicates = len(rows) - len({row.content for row in rows.rows})
     for number, (source, num_rows) in enumerate(rows.sources):
         own = {n: [i for i in p if rows.rows[i].source == number] for n, p in parts.items()}
         counts = SourceCounts(
@@ -311,19 +306,3 @@ def _dataset(items: Sequence[tuple[DataRow, Encoded]], fingerprint: str) -> Data
         "example_id": pyarrow.array([row.id for row, _ in items], pyarrow.string()),
     }
     return datasets.Dataset(pyarrow.table(columns), fingerprint=fingerprint)
-
-
-def _split_record(
-    rows: Rows, parts: Mapping[str, Sequence[int]], section: DataSection, bare: set[str]
-) -> dict[str, Any]:
-    split = section.split
-    record: dict[str, Any] = {
-        "method": split.method,
-        "seed": split.seed,
-        "fractions": {"validation": split.validation, "test": split.test},
-    }
-    for name, indices in parts.items():
-        ids = [rows.rows[index].id for index in indices]
-        without = [id for id in ids if id in bare]
-        record[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
-    return record

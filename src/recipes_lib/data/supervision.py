@@ -33,12 +33,17 @@ from recipes_lib.data.prompts import (
     check_template_kwargs,
     prompt_and_completion,
     render_chat,
-    training_files,
 )
 from recipes_lib.data.rows import BadRow, DataRow, SettingError
 
 BATCH_ROWS = 1000
 IGNORED = -100  # labels with this value carry no loss
+_REWRITTEN = (
+    "the chat template renders the first messages differently when others follow: no loss mask"
+    " possible",
+    "name the one of TRL's that trains it (data.chat_template: trl:NAME), mark the assistant's text"
+    " with {% generation %} ... {% endgeneration %}, or set data.chat_loss: last",
+)
 
 
 @dataclass(slots=True)
@@ -331,7 +336,7 @@ def _rendered(
             start, end = len(prompts[number]), len(until)
             is_prefix = text.startswith(prompts[number]) and text.startswith(until)
             if not is_prefix or start > end:
-                raise _cannot_be_told_apart(template)
+                raise BadRow(*_REWRITTEN)
             turns.append([(start, end)])
     follows = all(text.startswith(prompts[number]) for number in learned)
     return Rendered(messages, text, turns, prompts[-1], follows)
@@ -360,7 +365,7 @@ def _marks_of_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -
         if not text.startswith(prompt):
             own = marks[-1:] if len(prompts) == 1 else marks
             if len(own) != len(prompts):
-                raise _cannot_be_told_apart("")
+                raise BadRow(*_REWRITTEN)
             first, last = own[number]
             # The model is asked behind the role's tag and, say, a begun thought.
             start = min(max(_num_common(text, prompt), first), last)
@@ -371,19 +376,6 @@ def _marks_of_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -
         if number >= 0:
             turns[number].append((max(first, starts[number]), last))
     return turns
-
-
-def _cannot_be_told_apart(template: str) -> BadRow:
-    file = training_files().get(template)
-    hint = (
-        "mark the assistant's text in the template with {% generation %} ... {% endgeneration %},"
-        " or learn the last turn alone: data.chat_loss: last"
-    )
-    if file:
-        name = file.stem.removesuffix("_training")
-        hint = f"TRL has a training version of this template: data.chat_template: trl:{name}"
-    what = "the chat template renders the first messages differently when others follow"
-    return BadRow(f"{what}: no loss mask possible", hint)
 
 
 def _encode_chats(

@@ -23,9 +23,8 @@ from recipes_lib.core.errors import (
 )
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.files import read_file
 from recipes_lib.data.rows import NUM_LISTED
-from recipes_lib.data.sources import hub_answers, offline_by_environment
+from recipes_lib.data.sources import hub_answers, offline_by_environment, read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.suites.checks import AnswerRule, rule_of
 from recipes_lib.evals.task_files import code_in, readable

@@ -11,10 +11,9 @@ from recipes_lib.config.batch import accumulation_steps, planned_steps
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
-from recipes_lib.data.files import count_rows
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.rows import BadRows
-from recipes_lib.data.sources import find_path, is_on_hub, listed_sources, source_files
+from recipes_lib.data.sources import count_rows, find_path, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import read_data
 from recipes_lib.weights.load import load_tokenizer
 
