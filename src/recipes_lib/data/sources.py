@@ -24,7 +24,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, refuse_pipe, remembered_hash
