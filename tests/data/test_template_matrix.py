@@ -138,8 +138,8 @@ def happens(case, tokenizer) -> str:
     settings = Supervision.of(section, {"max_length": 4096}, tokenizer)
     tools = {"tools": json.dumps(case["tools"])} if "tools" in case else {}
     row = DataRow("f", 1, 1, {"messages": messages, **tools})
-    _, text = training_template(section, tokenizer) or (None, None)
-    [item] = encode([row], settings, tokenizer, tokenizer.chat_template, text)
+    _, template = training_template(section, tokenizer) or ("", tokenizer.chat_template)
+    [item] = encode([row], settings, tokenizer, template)
     if isinstance(item, BadRow):
         return "refused"
     assert item.ends

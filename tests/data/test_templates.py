@@ -16,11 +16,11 @@ BOTH = ["First\n  answer.</s>", *SECOND]
 CHAT = DataSection(source="x", prompt_format="chat")
 
 
-def encode_chat(messages, tokenizer, *, template=None, train=None, training=None, **keys):
+def encode_chat(messages, tokenizer, *, template=None, train=None, **keys):
     section = CHAT.model_copy(update=keys)
     settings = Supervision.of(section, {"max_length": 4096} | (train or {}), tokenizer)
     row = DataRow("rows.jsonl", 7, 7, {"messages": messages})
-    [item] = encode([row], settings, tokenizer, template or tokenizer.chat_template, training)
+    [item] = encode([row], settings, tokenizer, template or tokenizer.chat_template)
     if isinstance(item, BadRow):
         bad = BadRows()
         bad.add(row, item)
@@ -55,7 +55,6 @@ def test_every_assistant_turn_and_its_end_token_carry_loss(tiny_tokenizer):
         (TURNS, {}, BOTH),
         (TURNS, {"template": MARKED}, BOTH),
         (TURNS, {"template": NEWLINE_IN_MARKERS}, BOTH),
-        (TURNS, {"template": REWRITING, "training": MARKED}, BOTH),
         (TURNS, {"chat_loss": "last"}, SECOND),
         (TURNS, {"template": MARKED, "chat_loss": "last"}, SECOND),
         (TURNS, {"template": REWRITING, "chat_loss": "last"}, SECOND),
@@ -66,7 +65,7 @@ def test_every_assistant_turn_and_its_end_token_carry_loss(tiny_tokenizer):
         item = encode_chat(messages, tiny_tokenizer, **keys)
         assert learned(item, tiny_tokenizer) == texts, (messages, keys)
         assert item.ends and not item.other_prompt
-        assert item.changed == (keys.get("template") == REWRITING and "training" not in keys)
+        assert item.changed == (keys.get("template") == REWRITING)
     last = [*TURNS[:3], {**TURNS[3], "weight": 0}]
     assert encode_chat(last, tiny_tokenizer, chat_loss="last").supervised == 0
     whole = encode_chat(TURNS, tiny_tokenizer, train={"completion_only_loss": False})
@@ -169,7 +168,7 @@ def test_a_thought_that_the_prompt_begins_is_learned_without_its_beginning(tiny_
     tokenizer = tokenizer_with(template, tiny_tokenizer)
     _, training = training_template(CHAT, tokenizer)
     answer = {"role": "assistant", "content": "<think>\nHmm.\n</think>\n\nFirst."}
-    item = encode_chat([TURNS[0], answer], tokenizer, training=training)
+    item = encode_chat([TURNS[0], answer], tokenizer, template=training)
     assert learned(item, tokenizer) == ["Hmm.\n</think>\n\nFirst.<｜end▁of▁sentence｜>"]
     assert not item.other_prompt and not item.changed
-    assert encode_chat(TURNS[:2], tokenizer, training=training).other_prompt
+    assert encode_chat(TURNS[:2], tokenizer, template=training).other_prompt

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TEXT_FORMATS, OwnRows, data_format
 from recipes_lib.core.errors import DataError
+from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import (
-    MESSAGE_KEYS,
     check_roles,
     conversation_of,
     is_blank,
@@ -33,7 +33,6 @@ from recipes_lib.data.rows import (
     listed,
     lone_surrogate,
     not_supported,
-    shown_real_path,
     type_name,
 )
 from recipes_lib.data.sources import Table, data_files, other_delimiter, read_file
@@ -124,10 +123,6 @@ class Reading:
             for table in tables:
                 _ = table.rows  # names the first line that is no row
             raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
-        for name in dropped:
-            if name.startswith("messages.") and name.removeprefix("messages.") in MESSAGE_KEYS:
-                what = f"data.drop_columns: {name} cannot be left out: it says who speaks, or what"
-                raise SettingError("data.drop_columns", what)
         for name, column in columns.items():
             if column and column not in present:
                 hints = did_you_mean(column, present) or [f"columns are {', '.join(present)}"]
@@ -250,7 +245,7 @@ def look_at(data: Path) -> OwnRows:
     data = data.expanduser()
     if not data.exists():
         hint = "for a data set on the Hub: start without --data and set data.source"
-        raise DataError("no such file", hint, file=shown_real_path(data))
+        raise DataError("no such file", hint, file=shown_path(data))
     file = data_files(data, "train")[0] if data.is_dir() else data
     encoding, delimiter = None, None
     if data_format(file) in TEXT_FORMATS and file.suffix != ".gz" and file.is_file():
@@ -271,7 +266,7 @@ def look_at(data: Path) -> OwnRows:
     if not formats:
         what = f"columns {', '.join(names)} are not understood" if names else "has no row"
         hint = "start without --data and set data.source and data.columns yourself"
-        raise DataError(what, hint, file=shown_real_path(file), line=1)
+        raise DataError(what, hint, file=shown_path(file), line=1)
     return OwnRows(data, formats, columns, formats == ("raw",), delimiter, encoding)
 
 

@@ -183,19 +183,17 @@ def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
 
     # files -> rows
     rows = read_data(section, bad)
-    template, training = None, None
+    template, training = None, training_template(section, tokenizer)
     if section.prompt_format == "chat":
-        template = chat_template(section, tokenizer)
-        training = training_template(section, tokenizer)
+        template = training[1] if training else chat_template(section, tokenizer)
         try:
             check_template_kwargs(section.chat_template_kwargs, template)
         except BadRow as reason:
             key = "data.chat_template_kwargs"
             raise SettingError(key, f"data.{reason.what}", reason.hint) from None
-    trained_through = training[1] if training else None
     if len(bad) and section.on_bad_row == "error":
         for row in rows.rows if template else ():  # name those too that the template refuses
-            chat = render_turns(row, section, tokenizer, template or "", trained_through)
+            chat = render_turns(row, section, tokenizer, template or "")
             if isinstance(chat, BadRow):
                 bad.add(row, chat)
         raise bad.error(rows.num_read)
@@ -208,8 +206,7 @@ def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
     encoded: list[Encoded] = []
     for start in range(0, len(rows), BATCH_ROWS):
         batch = rows.rows[start : start + BATCH_ROWS]
-        items = encode(batch, settings, tokenizer, template, trained_through)
-        for index, item in enumerate(items, start):
+        for index, item in enumerate(encode(batch, settings, tokenizer, template), start):
             if isinstance(item, BadRow):
                 bad.add(rows.rows[index], item)
             else:

@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import DataError
@@ -196,9 +195,3 @@ def lone_surrogate(text: str) -> str:
             return f"byte 0x{ord(char) - 0xDC00:02x} is not UTF-8 (data.encoding may say more)"
         return f"lone surrogate {char!r} at character {error.start}"
     return ""
-
-
-def shown_real_path(path: Path) -> str:
-    """Return a path, symbolic links followed, relative when it lies under the working directory."""
-    real, folder = path.resolve(), Path.cwd().resolve()
-    return str(real.relative_to(folder)) if real.is_relative_to(folder) else str(path)

@@ -34,7 +34,6 @@ from recipes_lib.data.rows import (
     SettingError,
     listed,
     lone_surrogate,
-    shown_real_path,
     type_name,
 )
 
@@ -168,7 +167,7 @@ def source_files(source: Source) -> list[Path]:
     path = Path(source.source).expanduser()
     parent = path.parent.resolve()
     names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-    hints = [f"looked in {shown_real_path(parent)}"]
+    hints = [f"looked in {shown_path(parent)}"]
     if near := difflib.get_close_matches(path.name, names, 1):
         hints.insert(0, f"did you mean {shown_path(path.with_name(near[0]))}?")
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
@@ -196,7 +195,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
     Raises:
         DataError: the folder has no data file, or none of this split.
     """
-    shown = shown_real_path(folder)
+    shown = shown_path(folder)
     refuse_pipe(folder, shown)
     files: list[Path] = []
     for place in (folder, folder / split, folder / "data"):
@@ -321,7 +320,7 @@ def read_file(
         DataError: no such file, not a known format, or damaged; with file and line.
     """
     path = path.expanduser()
-    kind, file = data_format(path), shown_real_path(path)
+    kind, file = data_format(path)(path)
     if kind is None:
         what = "not a data file" if path.exists() else "no such file"
         endings = f"known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz"

@@ -151,20 +151,18 @@ def encode(
     settings: Supervision,
     tokenizer: Any,
     template: str | None = None,
-    training: str | None = None,
 ) -> Iterator[Encoded | BadRow]:
     """Tokenise rows in order and truncate them; in place of a conversation of which nobody can say
     what the assistant wrote stands the reason.
 
     Args:
         rows: as many as may be tokenised together, see `BATCH_ROWS`.
-        template: of the `chat` format.
-        training: the template that conversations are rendered with in place of it.
+        template: what conversations are rendered with; None for the plain formats.
     """
     encoded: Iterator[Encoded | BadRow] = (
         _encode_pairs(rows, settings, tokenizer)
         if template is None
-        else _encode_chats(rows, settings, tokenizer, template, training)
+        else _encode_chats(rows, settings, tokenizer, template)
     )
     for item in encoded:
         if isinstance(item, Encoded):
@@ -275,19 +273,13 @@ class Rendered:
 
 
 def render_turns(
-    row: DataRow,
-    section: DataSection,
-    tokenizer: Any,
-    template: str,
-    training: str | None = None,
+    row: DataRow, section: DataSection, tokenizer: Any, template: str
 ) -> Rendered | BadRow:
-    """Render a conversation, by the training template where there is one, and say what of it the
-    assistant wrote; or why it cannot be used.
+    """Render a conversation and say what of it the assistant wrote; or why it cannot be used.
 
     Raises:
         SettingError: the template is not Jinja.
     """
-    template = training or template
     messages = conversation_of(row, section.system_prompt)
     values = template_values(row, section.chat_template_kwargs)
     render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
@@ -379,14 +371,10 @@ def _marks_of_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -
 
 
 def _encode_chats(
-    rows: Sequence[DataRow],
-    settings: Supervision,
-    tokenizer: Any,
-    template: str,
-    training: str | None,
+    rows: Sequence[DataRow], settings: Supervision, tokenizer: Any, template: str
 ) -> Iterator[Encoded | BadRow]:
     section = settings.section
-    rendered = [render_turns(row, section, tokenizer, template, training) for row in rows]
+    rendered = [render_turns(row, section, tokenizer, template) for row in rows]
     chats = [chat for chat in rendered if isinstance(chat, Rendered)]
     with plain_backend(tokenizer, split_special=False) as backend:
         texts, prompts = [chat.text for chat in chats], [chat.prompt for chat in chats]
