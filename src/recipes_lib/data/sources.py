@@ -320,7 +320,7 @@ def read_file(
         DataError: no such file, not a known format, or damaged; with file and line.
     """
     path = path.expanduser()
-    kind, file = data_format(path)(path)
+    kind, file = data_format(path), shown_path(path)
     if kind is None:
         what = "not a data file" if path.exists() else "no such file"
         endings = f"known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz"
