@@ -22,10 +22,11 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
-from recipes_lib.training.process import end_process, ending_at_once, exit_status, report
+from recipes_lib.training.process import end_process, exit_status, handling, report
+from recipes_lib.training.stopping import StopRequest
 
 
-def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int:
+def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: StopRequest) -> int:
     """The straight line from recipe to weights; return the exit code.
 
     Every rank walks it. What only one may do (folders, files, messages) rank 0 does inside
@@ -33,8 +34,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     """
     quiet_libraries()
     # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them,
-    # `--help` needs none of this, and a signal that arrives during these imports ends the process
-    # at once (`ending_at_once`).
+    # and `--help` needs none of this.
     with importing():
         import torch
 
@@ -64,7 +64,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
 
     # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now
     # leaves no run behind.
-    launch_check.check_gpus(torch.cuda.device_count())
+    launch_check.check_processes(torch.cuda.device_count())
     launch_check.check_precision(recipe)
     if fsdp_cpu.is_wanted():
         fsdp_cpu.install()
@@ -76,7 +76,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
     launch_line = launch_check.check_launch(active)
     weights = run.weights(recipe.lora is None)
 
-    with attempt(run, recipe) as this:  # lock, signals, and the record of how it ended
+    with attempt(run, recipe, stop) as this:  # lock, signals, and the record of how it ended
         if this.finished:
             say_once(f"run '{run.name}' is already finished, nothing to do: {weights}")
             say_once("to train it again, choose another run.name")
@@ -131,7 +131,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
             tokenizer,
             data,
             run,
-            this.stop,
+            stop,
             {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard},
         )
         keep_alive(trainer)
@@ -145,11 +145,11 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace) -> int
         # checkpoint after the step.
         this.begin_steps()
         seconds = trainer.train_until_stop(resumption.checkpoint if resumption else None)
-        if this.stop.agreed:
-            return on_main_rank(lambda: record_stop(run, trainer.state, this.stop.agreed))
-        this.stop.close()
+        if stop.agreed:
+            return on_main_rank(lambda: record_stop(run, trainer.state, stop.agreed))
+        stop.close()
         summary = on_main_rank(
-            lambda: summarise_training(trainer, data, run.metrics, active, resumption, seconds)
+            lambda: summarise_training(trainer, data, active, resumption, seconds)
         )
         say_once("saving the weights, and comparing them with the trained ones ...")
         check = save_and_check(trainer, recipe, run, summary)
@@ -165,10 +165,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     leave_gpus_out()
     recipe = None
     try:
-        with ending_at_once():
+        stop = StopRequest()
+        with handling(stop.on_signal):
             # one process resolves it, and all train the same
             recipe = on_main_rank(lambda: load_recipe(options.recipe, overrides))
-            code = train(recipe, RunDirectory(recipe.name), options)
+            code = train(recipe, RunDirectory(recipe.name), options, stop)
     except Exception as error:
         if options.debug:
             raise

@@ -7,15 +7,16 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.training.launch_check import (
     Active,
-    check_gpus,
     check_launch,
     check_precision,
+    check_processes,
     leave_gpus_out,
     what_runs,
 )
@@ -160,11 +161,28 @@ def test_accelerates_names_become_ours() -> None:
 
 def test_more_processes_than_gpus_are_refused_with_the_numbers() -> None:
     with pytest.raises(
-        RecipeError, match="4 processes on this machine, but each of them sees 1 GPU;"
+        RecipeError, match="4 processes on this machine, but each of them sees 1 GPU"
     ) as caught:
-        check_gpus(1, {"LOCAL_WORLD_SIZE": "4"})
+        check_processes(1, {"LOCAL_WORLD_SIZE": "4"})
     assert "--gpus 1" in str(caught.value) and "MIG" in str(caught.value)
-    check_gpus(4, {"LOCAL_WORLD_SIZE": "4"})
-    check_gpus(0, {"LOCAL_WORLD_SIZE": "2"})
-    check_gpus(1, {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "True"})
-    check_gpus(1, {})
+    check_processes(4, {"LOCAL_WORLD_SIZE": "4"})
+    check_processes(0, {"LOCAL_WORLD_SIZE": "2"})
+    check_processes(1, {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "True"})
+    check_processes(1, {})
+
+
+def test_accelerate_launch_that_starts_one_process_of_two_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    multi_cpu = tmp_path / "multi.yaml"
+    multi_cpu.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
+    asked = {
+        "2 processes were asked for": ["--cpu", "--num_processes", "2", "-m", "recipes_lib.train"],
+        "MULTI_CPU": ["--config_file", str(multi_cpu), "-m", "recipes_lib.train"],
+    }
+    for said, words in asked.items():
+        command = ["python", "/bin/accelerate", "launch", *words]
+        monkeypatch.setattr(psutil.Process, "cmdline", lambda self, command=command: command)
+        with pytest.raises(RecipeError, match=said):
+            check_processes(0, {})
+        check_processes(0, {"LOCAL_WORLD_SIZE": "2"})

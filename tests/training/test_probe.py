@@ -11,7 +11,6 @@ import torch
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 from recipes_lib.training import trainer
-from recipes_lib.training.probe import Probe
 
 SHORT = ["train.max_steps=3", "train.eval_strategy='no'", "train.save_strategy='no'"]
 
@@ -26,8 +25,7 @@ def test_a_training_with_the_probe_is_the_training_without(
 ) -> None:
     runs = tiny_recipe.parent / "runs"
     assert main([str(tiny_recipe), *SHORT, *words, "run.name=probed"]) == 0
-    nothing = Probe(1, 1, 0.0, 0.0, None)
-    monkeypatch.setattr(trainer, "probe", lambda *_: nothing)
+    monkeypatch.setattr(trainer, "probe", lambda *_: "")
     assert main([str(tiny_recipe), *SHORT, *words, "run.name=plain"]) == 0
     losses = [
         re.findall(
@@ -65,3 +63,12 @@ def test_memory_that_does_not_suffice_is_one_line_with_what_to_change(
     assert "longest micro-batch (4 rows, 768 tokens)" in error
     assert "train.per_device_train_batch_size=2 with run.global_batch_size=8" in error
     assert "train.activation_checkpointing=true" in error
+
+
+def test_attention_without_a_backward_pass_is_an_error_of_the_recipe(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*SHORT, "model.attn_implementation=flex_attention", "run.name=flex"]
+    assert main([str(tiny_recipe), *words]) == ExitCode.USAGE
+    error = capsys.readouterr().err
+    assert error.startswith("command line") and "flex_attention cannot train here" in error

@@ -11,23 +11,31 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import Interrupted
+from recipes_lib.training.process import handling
 from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest
 
 
-def test_a_signal_whose_exception_a_library_swallows_stops_the_run_before_its_first_step(
-    tmp_path: Path,
+def test_a_signal_before_the_first_step_ends_the_process_with_one_line_and_a_record(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with StopRequest(tmp_path / "STOP").listening() as stop:
-        with contextlib.suppress(Exception):  # as `try: import x; except Exception: x = None` does
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Interrupted, match="interrupted before the first step: nothing is lost"):
-            stop.wait_for_step()
+    training = os.fork()
+    if not training:
+        stop = StopRequest(tmp_path / "STOP")
+        stop.record = lambda code, error: (tmp_path / "run").write_text(f"{code} {error}") and None
+        with handling(stop.on_signal):
+            with contextlib.suppress(BaseException):  # as a library does while it imports another
+                os.kill(os.getpid(), signal.SIGINT)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(training, 0)[1]) == 130
+    said = "interrupted before the first step: nothing is lost"
+    assert said in capfd.readouterr().err and said in (tmp_path / "run").read_text()
 
 
 def test_after_the_last_step_a_signal_is_answered_and_stops_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with StopRequest(tmp_path / "STOP").listening() as stop:
+    stop = StopRequest(tmp_path / "STOP")
+    with handling(stop.on_signal):
         stop.wait_for_step()
         stop.close()
         os.kill(os.getpid(), signal.SIGINT)
@@ -41,7 +49,8 @@ def test_after_the_last_step_a_signal_is_answered_and_stops_nothing(
 def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with StopRequest(tmp_path / "STOP").listening() as stop:
+    stop = StopRequest(tmp_path / "STOP")
+    with handling(stop.on_signal):
         stop.wait_for_step()
         worker = os.fork()
         if not worker:
@@ -55,7 +64,8 @@ def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(
 
 
 def test_a_stop_file_is_seen_before_the_first_step(tmp_path: Path) -> None:
-    with StopRequest(tmp_path / "STOP").listening() as stop:
+    stop = StopRequest(tmp_path / "STOP")
+    with handling(stop.on_signal):
         (tmp_path / "STOP").write_text("INT")
         with pytest.raises(Interrupted, match="before the first step"):
             stop.wait_for_step()

@@ -127,6 +127,19 @@ def shown_size(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB"
 
 
+def shown_duration(seconds: float) -> str:
+    """Return a time in the unit a reader wants.
+
+    Example:
+        >>> shown_duration(40), shown_duration(900), shown_duration(7320)
+        ('40 s', '15 min', '2 h 2 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

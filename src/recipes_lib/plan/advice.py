@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
+from recipes_lib.core.terminal import shown_duration
 from recipes_lib.plan.plan import Plan
 
 COUNTS = (2, 4, 8)
@@ -110,7 +111,7 @@ def table(plan: Plan, overrides: Sequence[str] = ()) -> Iterator[str]:
         other = changed(plan, overrides, [*words, *batch, *launch])
         if other is not None and not (kind and plan.on_cpu):
             fits = "yes" if other.fits else "no"
-            time = clock(other.seconds) if other.seconds is not None else "-"
+            time = shown_duration(other.seconds) if other.seconds is not None else "-"
             yield (
                 f"{method:<8} {count:>5}  {kind:<6} {other.memory.needed:>7.1f}  {fits:<4} "
                 f" {time:>10}"
@@ -177,9 +178,9 @@ def lines(plan: Plan, advice: Advice | None, price: float | None = None) -> Iter
         yield "time      not estimated: the peak of this card is not known"
     else:
         cost = f", cost {_cost(plan, price)}" if price is not None else ""
-        walltime = clock(-(-plan.seconds * 1.5 // 900) * 900)  # whole quarters of an hour
+        walltime = shown_duration(-(-plan.seconds * 1.5 // 900) * 900)  # whole quarters of an hour
         yield (
-            f"time      about {clock(plan.seconds)}{cost}; {plan.speed[0]:,.0f} tokens/s,"
+            f"time      about {shown_duration(plan.seconds)}{cost}; {plan.speed[0]:,.0f} tokens/s,"
             f" {plan.speed[1]}; suggested walltime {walltime}"
         )
     if advice is not None:
@@ -187,16 +188,3 @@ def lines(plan: Plan, advice: Advice | None, price: float | None = None) -> Iter
         yield f"          {advice.why} ({advice.plan.memory.needed:.1f} GiB)"
     elif not plan.fits:
         yield "          no change of this recipe is known to make it fit: take a larger card"
-
-
-def clock(seconds: float) -> str:
-    """Return a duration in the unit a reader wants.
-
-    Example:
-        >>> clock(40), clock(900), clock(7320)
-        ('40 s', '15 min', '2 h 2 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

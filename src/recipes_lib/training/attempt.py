@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.launch import Active
-from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
+from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import (
     ExitCode,
-    Interrupted,
-    Preempted,
     RecipeError,
     RecipesError,
     explain_fault,
 )
-from recipes_lib.core.files import read_object, utc_now, write_json, write_text
+from recipes_lib.core.files import utc_now, write_json, write_text
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
@@ -82,7 +80,6 @@ class Attempt:
                 raise RecipeError(what, "start a new run with run.name=OTHER")
             damage = weights_damage(self.run, self.recipe.lora is None)
             if damage is None:
-                self._restore_settings()
                 return True
             say(
                 f"run '{self.run.name}' is finished, but {damage}; going on from its newest whole"
@@ -100,16 +97,6 @@ class Attempt:
             write_provenance(self.run, self.recipe)
             self.is_ours = True
         return False
-
-    def _restore_settings(self) -> None:
-        """Write the settings of a finished run again where a disk damaged them. The command and the
-        environment that trained it stay.
-        """
-        try:
-            load_recipe(self.run.path / RECIPE_FILE)
-        except RecipeError as error:
-            say(f"{error}; written again")
-            write_settings(self.run, self.recipe)
 
     def continue_or_start(
         self,
@@ -130,7 +117,7 @@ class Attempt:
             RecipeError: guarded values differ.
             EnvironmentFault: the checkpoint lacks optimizer, scheduler or random state.
         """
-        run, resumption, step = self.run, None, 0
+        run, resumption = self.run, None
         resumed = self.earlier.get("resumed", [])
         found, broken = checkpoints.find_newest(run.checkpoints)
         if found is not None:
@@ -139,7 +126,7 @@ class Attempt:
             changes = check_resume(run.name, begun, guard, options.resume_anyway)
             if not options.allow_partial_resume:
                 checkpoints.check_resumable(found, active.world_size)
-            resumption, step = Resumption(found, marker, changes), marker["step"]
+            resumption = Resumption(found, marker, changes)
             resumed = [
                 *resumed,
                 {"from": found.name, "changed": changes, "partial": options.allow_partial_resume},
@@ -149,8 +136,7 @@ class Attempt:
         for checkpoint, reason in broken.items():
             aside = checkpoints.set_aside(checkpoint, ".incomplete")
             say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
-        history = [] if found is None else logged_before(found)
-        metrics.forget_after(run.metrics, step, history)
+        metrics.forget_after(run.metrics, found)
         self._take_over(data, guard=guard, resumed=resumed, **recorded)
         if resumption is not None:
             how = "recipe, data, versions unchanged"
@@ -195,17 +181,17 @@ class Attempt:
 
 
 @contextmanager
-def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
-    """Hold a run for one attempt: signals are listened to, rank 0 has the lock, an error is
-    recorded while the run is still ours, and all ranks leave together.
+def attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
+    """Hold a run for one attempt: rank 0 has the lock, an error is recorded while the run is still
+    ours, and all ranks leave together.
 
     Raises:
         RecipeError: the run is finished with other settings, or holds answers of a file.
         EnvironmentFault: another process holds the run.
     """
-    this = Attempt(run, recipe, StopRequest(run.stop_file))
+    this = Attempt(run, recipe, stop)
+    stop.stop_file, stop.record = run.stop_file, this.record_failure
     with ExitStack() as stack:
-        stack.enter_context(this.stop.listening())
 
         def begin() -> bool:
             stack.enter_context(run_lock(run.path))
@@ -215,33 +201,13 @@ def attempt(run: RunDirectory, recipe: Recipe) -> Iterator[Attempt]:
             this.finished = on_main_rank(begin)
             yield this
             meet()
-        except RecipesError as error:
-            this.record_failure(int(error.exit_code), str(error))
-            raise
-        except BaseException as error:
-            fault = stop_behind(error) or explain_fault(error)
+        except Exception as error:
+            fault = error if isinstance(error, RecipesError) else explain_fault(error)
             code = int(fault.exit_code if fault else ExitCode.FAILED)
             this.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
-            if fault:
-                raise fault from error
-            raise
-
-
-def logged_before(checkpoint: Path) -> list[dict[str, Any]]:
-    """Return what the Trainer had logged up to a checkpoint."""
-    state = read_object(checkpoint / "trainer_state.json")
-    return list(state.get("log_history", []))
-
-
-def stop_behind(error: BaseException | None) -> RecipesError | None:
-    """Return the stop request that an error hides: transformers turns one that arrives during its
-    lazy imports into a RuntimeError.
-    """
-    while error is not None:
-        if isinstance(error, Preempted | Interrupted):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+            if fault is None or fault is error:
+                raise
+            raise fault from error
 
 
 def write_settings(run: RunDirectory, recipe: Recipe) -> None:

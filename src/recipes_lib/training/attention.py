@@ -1,8 +1,8 @@
 """Attention over a row that holds several examples end to end.
 
 sdpa takes a mask of (length)^2 for such a row and computes what the mask throws away. On a CPU each
-example gets its own causal call instead (`sdpa_by_document`). On a GPU sdpa with its mask is the
-default; `model.attn_implementation: varlen` takes torch's variable-length flash kernel.
+example gets its own causal call instead. On a GPU sdpa with its mask is the default;
+`model.attn_implementation: varlen` takes torch's variable-length flash kernel.
 """
 
 from __future__ import annotations
@@ -24,23 +24,21 @@ except ImportError:  # before torch 2.10
 DOCUMENTS = "sdpa_by_document"
 
 
+Tensor = torch.Tensor  # queries, keys and values: (1, heads, tokens, channels)
+
+
 @torch.compiler.disable  # reads the lengths of the examples
 def sdpa_by_document(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, tokens, channels)
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`, example by example where `cu_seq_lens_q` tells
     their bounds.
     """
     bounds = kwargs.get("cu_seq_lens_q")
-    one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    whole_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     limited = kwargs.get("sliding_window") is not None or kwargs.get("position_bias") is not None
-    if bounds is None or not one_row or limited:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if bounds is None or not whole_row or limited:
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
     kept = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
     lengths = bounds.diff().tolist()
     examples = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
@@ -63,30 +61,19 @@ def use_document_attention(model: Any) -> bool:
 
 
 def varlen_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, tokens, channels)
-    key: torch.Tensor,  # (1, key heads, tokens, channels)
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
     """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`."""
     bounds, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
-    kind = query.device.type
+    kind, window = query.device.type, kwargs.get("sliding_window")
     # torch casts what its own attention gets under autocast, and not what this kernel gets
     half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else value.dtype
-    rows = [one.squeeze(0).transpose(0, 1).to(half).contiguous() for one in (query, key, value)]
+    rows = [part.squeeze(0).transpose(0, 1).to(half).contiguous() for part in (query, key, value)]
     out = varlen_attn(
         *rows,
-        bounds,
-        bounds,
-        longest,
-        longest,
-        scale=scaling,
-        # how many tokens before it a token sees, and none after it
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        *(bounds, bounds, longest, longest),
+        scale=kwargs.get("scaling"),
+        window_size=(-1 if window is None else window - 1, 0),  # tokens before and after
         enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[None], None

@@ -7,6 +7,7 @@ audited the rows, so that nothing is dropped without being named. Packing is TRL
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes
@@ -45,7 +46,6 @@ from recipes_lib.models.families import (
     why_rows_apart,
 )
 from recipes_lib.training.attention import use_document_attention, use_varlen
-from recipes_lib.training.checkpoints import MarkerFacts
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
@@ -93,7 +93,7 @@ def build_trainer(
     data: PreparedData,
     run: RunDirectory,
     stop: StopRequest,
-    marker_facts: MarkerFacts,
+    marker_facts: Mapping[str, object],
 ) -> RecipeTrainer:
     """Return the trainer, with the adapter (if the recipe has one) already on the model.
 
@@ -103,11 +103,9 @@ def build_trainer(
     """
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
-        found, wanted = precision_name(model.dtype), precision_name(half)
-        what = (
-            f"the checkpoint is {found} and autocast {wanted}: quantized layers would mix the two,"
-            " which torch refuses"
-        )
+        wanted = precision_name(half)
+        what = f"the checkpoint is {precision_name(model.dtype)} and autocast {wanted}"
+        what += ": quantized layers would mix the two, which torch refuses"
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
     prepare_for_training(model)
@@ -122,11 +120,11 @@ def build_trainer(
         eval_dataset=_validation_rows(data.validation, args),
         processing_class=tokenizer,
         peft_config=lora and settle_targets(lora, model),
-        callbacks=[MetricsCallback(run.metrics, args.process_index != 0)],
+        callbacks=[MetricsCallback(run.metrics)],
+        recipe=recipe,
         stop=stop,
         joins_rows=joins_rows,
         row_ids=None if args.packing else list(train["example_id"]),
-        keep_checkpoints=recipe.train.get("save_total_limit"),
         marker_facts=marker_facts,
     )
     if trainer.is_fsdp_enabled:
@@ -196,9 +194,9 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if len(rows) < step:
         kind = "packed rows" if args.packing else "training rows"
-        key = "global_batch_size" if recipe.run.global_batch_size else None
+        whole = recipe.run.global_batch_size
         raise recipe.error(
-            f"run.{key}" if key else "train.per_device_train_batch_size",
+            "run.global_batch_size" if whole else "train.per_device_train_batch_size",
             f"{len(rows)} {kind} do not fill one step of {step}: nothing would be trained",
             f"set run.global_batch_size to {len(rows)} or less, or give more rows",
         )
@@ -218,9 +216,7 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return the batch arithmetic, what is trained, and what is really active."""
     args, model = trainer.args, trainer.model
     padding = ", packed" if args.packing else ", no padding" if trainer.joins_rows else ""
-    precision = (
-        "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else precision_name(model.dtype)
-    )
+    mixed = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
     attention = getattr(model.config, "_attn_implementation", "unknown")
     shape = {
         "per_device": args.per_device_train_batch_size,
@@ -228,38 +224,35 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         "world_size": args.world_size,
     }
     rows = len(trainer.train_dataset)
-    _, total = steps = planned_steps(
-        rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps
-    )
-    scheduler = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    schedule = describe_schedule(scheduler, args.learning_rate, args.warmup_steps, total)
+    epochs, most = args.num_train_epochs, args.max_steps
+    _, total = steps = planned_steps(rows, **shape, epochs=epochs, max_steps=most)
     raised = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
+    rate, warmup = args.learning_rate, args.warmup_steps
     lines = [
-        f"launch: {launch_line}; precision {precision}; attention {attention}{padding}; seed"
-        f" {args.seed}",
+        f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
+        f" {attention}{padding}; seed {args.seed}",
         f"batch: {describe_batch(rows, steps, **shape)}",
-        f"schedule: {schedule}",
+        f"schedule: {describe_schedule(_schedule(args), rate, warmup, total)}",
         f"trains: {describe_trainable(model, raised=raised)}",
     ]
     if trains_nothing(trainer, total):
-        lines.append(
-            "warning: the only step is a warm-up step with learning rate 0 and trains nothing; set"
-            " train.warmup_steps: 0"
-        )
+        what = "the only step is a warm-up step with learning rate 0 and trains nothing"
+        lines.append(f"warning: {what}; set train.warmup_steps: 0")
     if isinstance(model, PeftModel):
         lines.append(describe_targets(model))
     weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
-    if experts := describe_experts(model, weight):
-        lines.append(experts)
-    return lines
+    experts = describe_experts(model, weight)
+    return [*lines, experts] if experts else lines
+
+
+def _schedule(args: SFTConfig) -> str:
+    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
 def trains_nothing(trainer: RecipeTrainer, steps: int) -> bool:
     """Whether the only step of a training is one of warm-up, which begins at learning rate 0."""
-    scheduler = trainer.args.lr_scheduler_type
-    if str(getattr(scheduler, "value", scheduler)) in WITHOUT_WARMUP:
-        return False
-    return steps == 1 and warmup_steps(trainer.args.warmup_steps, steps) > 0
+    warms_up = _schedule(trainer.args) not in WITHOUT_WARMUP
+    return warms_up and steps == 1 and warmup_steps(trainer.args.warmup_steps, steps) > 0
 
 
 def count_quantized(model: Any) -> int:
@@ -274,13 +267,14 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
         raised: whether FSDP2 will keep those of half precision in float32, as it does under mixed
             precision.
     """
-    parameters, quantized = list(model.parameters()), count_quantized(model)
-    trained = [one for one in parameters if one.requires_grad]
-    count, total = (sum(one.numel() for one in some) for some in (trained, parameters))
+    quantized = count_quantized(model)
+    trained = [one for one in model.parameters() if one.requires_grad]
+    frozen = [one for one in model.parameters() if not one.requires_grad]
+    count = sum(one.numel() for one in trained)
+    total = count + sum(one.numel() for one in frozen)
     precision = ", ".join(sorted({precision_name(one.dtype) for one in trained}))
     if raised and not quantized and precision != "float32":
         precision = f"float32 (FSDP2 keeps the {precision} weights so)"
-    frozen = {precision_name(one.dtype) for one in parameters if not one.requires_grad}
-    kind = ", ".join(sorted(frozen - {"uint8"}))
-    kind = f"NF4 in {quantized} layers" if quantized else kind
-    return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {kind}" if kind else "")
+    kinds = {precision_name(one.dtype) for one in frozen} - {"uint8"}
+    base = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(kinds))
+    return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {base}" if base else "")

@@ -10,7 +10,6 @@ checkpoint-N.incomplete, never deleted.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,20 +21,14 @@ from recipes_lib.core.files import file_hashes, sync, sync_tree, write_json
 MARKER = "COMPLETE.json"
 STATE_FILES = ("trainer_state.json", "scheduler.pt")
 HASHED_UP_TO = 10**9  # bytes
-_NAME = re.compile(r"^checkpoint-(\d+)$")
 
 
-class MarkerFacts(TypedDict):
-    """What every checkpoint's marker says of its run; `guard` must be shared to resume it."""
+class Marker(TypedDict):
+    """COMPLETE.json: the run and data of a checkpoint, and the files that it has."""
 
     run: str
     data_fingerprint: str
-    guard: Mapping[str, object]
-
-
-class Marker(MarkerFacts):
-    """COMPLETE.json."""
-
+    guard: Mapping[str, object]  # what must be shared to resume it
     step: int
     world_size: int
     files: dict[str, int]
@@ -71,14 +64,14 @@ def what_is_missing(checkpoint: Path) -> str | None:
     """Return why a checkpoint cannot be used, by the sizes of its files; None for a whole one."""
     try:
         marker = read_marker(checkpoint)
-        files = dict(marker["files"])
-        if set(marker["sha256"]) - set(files):
-            return f"{MARKER} is damaged"
+        sizes, hashed = dict(marker["files"]), {*marker["sha256"]}
     except FileNotFoundError:
         return f"no {MARKER}: the save was interrupted"
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"{MARKER} is not readable"
-    for name, size in files.items():
+    if hashed - set(sizes):
+        return f"{MARKER} is damaged"
+    for name, size in sizes.items():
         file = checkpoint / name
         if not file.is_file():
             return f"no {name}"
@@ -92,21 +85,17 @@ def what_is_damaged(checkpoint: Path) -> str | None:
     `HASHED_UP_TO` are known by their size alone.
     """
     recorded = read_marker(checkpoint)["sha256"]
-    found = file_hashes(checkpoint, recorded)
-    changed = [name for name, sha256 in recorded.items() if found[name] != sha256]
-    if not changed:
-        return None
-    return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
+    hashes = file_hashes(checkpoint, recorded)
+    changed = ", ".join(name for name in recorded if hashes[name] != recorded[name])
+    what = "changed after the checkpoint was written (sha256 differs)"
+    return f"{changed} {what}" if changed else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, oldest step first."""
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if path.is_dir() and (match := _NAME.match(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    folders = (path for path in folder.glob("checkpoint-*") if path.is_dir())
+    numbered = ((path.name.removeprefix("checkpoint-"), path) for path in folders)
+    return [path for _, path in sorted((int(n), path) for n, path in numbered if n.isdecimal())]
 
 
 def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
@@ -133,18 +122,17 @@ def check_resumable(checkpoint: Path, world_size: int) -> None:
     Raises:
         EnvironmentFault: optimizer, scheduler or random-number state is missing.
     """
-    rngs = ["rng_state.pth"]
-    if world_size > 1:
-        rngs = [f"rng_state_{rank}.pth" for rank in range(world_size)]
-    missing = [name for name in (*STATE_FILES, *rngs) if not (checkpoint / name).is_file()]
-    if not any(re.match(r"optimizer(\.pt$|\.bin$|_)", file.name) for file in checkpoint.iterdir()):
+    rngs = [f"rng_state_{rank}.pth" for rank in range(world_size)]
+    needed = [*STATE_FILES, *(rngs if world_size > 1 else ["rng_state.pth"])]
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if not [*checkpoint.glob("optimizer*")]:
         missing.append("optimizer.pt")
     if missing:
+        written_by = read_marker(checkpoint).get("world_size", "?")
         raise EnvironmentFault(
             f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh"
             " state, and end with other weights",
-            f"it was written by {read_marker(checkpoint).get('world_size', '?')} process(es),"
-            f" {world_size} would resume it",
+            f"it was written by {written_by} process(es), {world_size} would resume it",
             "restore the files, or accept another result with --allow-partial-resume",
         )
 
@@ -166,8 +154,10 @@ def set_aside(folder: Path, ending: str) -> Path:
     """Rename a folder to its name with `ending`, and a number where that exists; return the new
     path.
     """
-    aside, number = folder.with_name(folder.name + ending), 2
-    while aside.exists():
-        aside, number = folder.with_name(f"{folder.name}{ending}-{number}"), number + 1
-    folder.rename(aside)
-    return aside
+    numbers = ("", *(f"-{number}" for number in range(2, 1000)))
+    aside = next(
+        path
+        for number in numbers
+        if not (path := folder.with_name(f"{folder.name}{ending}{number}")).exists()
+    )
+    return folder.rename(aside)

@@ -6,8 +6,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import Recipe
@@ -19,7 +22,6 @@ from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.training.attempt import Resumption
 from recipes_lib.training.build import count_quantized, trains_nothing
-from recipes_lib.training.metrics import first_and_last
 from recipes_lib.training.probe import peak_memory_gib
 from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.training.trainer import RecipeTrainer
@@ -51,76 +53,51 @@ def record_stop(run: RunDirectory, state: TrainerState, agreed: int) -> ExitCode
     return code
 
 
-class _BestStep(TypedDict, total=False):
-    """Only of a training that ended with the best checkpoint and not the last one."""
-
-    best_step: int
-
-
-class TrainingSummary(_BestStep):
-    """What run.json and the model card say of a finished training; None where not measured."""
-
-    steps: int
-    training_rows: int
-    validation_rows: int
-    first_training_loss: float | None
-    last_training_loss: float | None
-    first_validation_loss: float | None
-    last_validation_loss: float | None
-    tokens: int
-    seconds: float
-    tokens_per_second: float | None
-    quantized_layers: int
-    peak_memory_gib: float
-    world_size: int
-    distribution: str
-    device: str
-    reproducible: str
-
-
 def summarise_training(
     trainer: RecipeTrainer,
     data: PreparedData,
-    metrics: Path,
     active: Active,
     resumption: Resumption | None,
     seconds: float,
-) -> TrainingSummary:
-    """Return rows, steps, losses, time and memory of the attempt that reached the end; None where
-    not measured. After a resume, times leave out the earlier attempts.
+) -> dict[str, object]:
+    """Return what run.json and the model card say of a training: rows, steps, losses, time and
+    memory of the attempt that reached the end; None where not measured. After a resume, times leave
+    out the earlier attempts.
     """
-    training, validation = first_and_last(metrics, "loss"), first_and_last(metrics, "eval_loss")
     state, tokens = trainer.state, int(trainer._total_train_tokens)
-    begun = trainer.tokens_before if resumption else 0
+    training, validation = (
+        [row[key] for row in state.log_history if key in row] or [None]
+        for key in ("loss", "eval_loss")
+    )
+    in_this_attempt = tokens - (trainer.tokens_before if resumption else 0)
     on_cpu = active.device.startswith("cpu")
-    best: _BestStep = {}
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
-        best = {"best_step": int(state.best_model_checkpoint.rpartition("-")[2])}
-    return {
+    summary: dict[str, object] = {
         "steps": state.global_step,
-        **best,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "first_training_loss": training[0],
-        "last_training_loss": training[1],
+        "last_training_loss": training[-1],
         "first_validation_loss": validation[0],
-        "last_validation_loss": validation[1],
+        "last_validation_loss": validation[-1],
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_second": round((tokens - begun) / seconds, 1) if seconds else None,
+        "tokens_per_second": round(in_this_attempt / seconds, 1) if seconds else None,
         "quantized_layers": count_quantized(trainer.model),
         "peak_memory_gib": round(max(trainer.loading_peak_gib, peak_memory_gib()), 2),
         "world_size": active.world_size,
         "distribution": active.distributed_type,
-        "device": active.device,
+        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
         "reproducible": (
             "exact on the same versions" if on_cpu else "same hardware, within rounding"
         ),
     }
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        summary["best_step"] = int(state.best_model_checkpoint.rpartition("-")[2])
+    return summary
 
 
 def save_and_check(
-    trainer: RecipeTrainer, recipe: Recipe, run: RunDirectory, summary: TrainingSummary
+    trainer: RecipeTrainer, recipe: Recipe, run: RunDirectory, summary: Mapping[str, Any]
 ) -> SavedWeights:
     """Save the final weights, prove them, and rename them to `adapter/` or `model/`; every rank has
     to call.
@@ -143,7 +120,8 @@ def save_and_check(
         )
     except RecipesError as error:
         rejected = run.path / "weights.rejected"
-        on_main_rank(lambda: _keep_apart(scratch, rejected))
+        on_main_rank(lambda: shutil.rmtree(rejected, ignore_errors=True))
+        on_main_rank(lambda: os.replace(scratch, rejected))
         error.hints = (*error.hints, f"the weights are kept in {rejected}")
         raise
 
@@ -155,15 +133,10 @@ def save_and_check(
     return check
 
 
-def _keep_apart(scratch: Path, rejected: Path) -> None:
-    shutil.rmtree(rejected, ignore_errors=True)
-    os.replace(scratch, rejected)
-
-
 def record_finish(
     run: RunDirectory,
     weights: Path,
-    summary: TrainingSummary,
+    summary: Mapping[str, Any],
     check: SavedWeights,
     push_to: str | None,
 ) -> None:

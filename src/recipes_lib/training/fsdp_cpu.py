@@ -1,10 +1,8 @@
 """FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with
-eight.
+eight. It is for tests and small machines: sharding on CPU saves memory, not time.
 
-accelerate turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an FSDP
-config silently becomes DDP. `install` adds the missing branch to `AcceleratorState.__init__`. It
-refuses to act where a GPU is present, where accelerate's own path is the right one. It is for tests
-and small machines: sharding on CPU saves memory, not time.
+accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
+FSDP config silently becomes DDP. `install` adds the missing branch to `AcceleratorState.__init__`.
 """
 
 from __future__ import annotations
@@ -13,17 +11,16 @@ import functools
 import os
 from typing import Any
 
+import torch
+from accelerate import state
+from accelerate.utils import DistributedType
+
 
 def is_wanted() -> bool:
     """Whether this process was launched with an FSDP config on a machine without an accelerator."""
-    import torch
-
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return (
-        asked
-        and int(os.environ.get("WORLD_SIZE", "1")) > 1
-        and not torch.accelerator.is_available()
-    )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return asked and several and not torch.accelerator.is_available()
 
 
 def install() -> None:
@@ -32,10 +29,6 @@ def install() -> None:
     Raises:
         RuntimeError: a GPU is present, so the patch must not act.
     """
-    import torch
-    from accelerate import state
-    from accelerate.utils import DistributedType
-
     if torch.accelerator.is_available():
         raise RuntimeError("FSDP on CPU was asked for on a machine with an accelerator")
     original = state.AcceleratorState.__init__

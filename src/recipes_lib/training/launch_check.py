@@ -7,12 +7,17 @@ variables tell that they hand to each process.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping, MutableMapping
+import re
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from recipes_lib.config.launch import Active, precision_conflict
+import psutil
+
+from recipes_lib.config.launch import Active, load_accelerate_config, precision_conflict
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.ranks import world_size
@@ -43,8 +48,8 @@ def what_will_run() -> Active:
     from accelerate import PartialState
 
     active = what_runs(PartialState())
-    kind = "FSDP" if asks_for_fsdp() and active.world_size > 1 else active.distributed_type
-    return Active(active.world_size, kind, active.device)
+    sharded = asks_for_fsdp() and active.world_size > 1
+    return replace(active, distributed_type="FSDP") if sharded else active
 
 
 def asks_for_fsdp() -> bool:
@@ -52,26 +57,56 @@ def asks_for_fsdp() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in YES
 
 
-def check_gpus(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
-    """Check that each process of this machine has a GPU of its own, where the launcher means GPUs.
+def check_processes(num_gpus: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that the launcher started the processes that it was asked for, each with a GPU of its
+    own where it means GPUs.
 
     Args:
         num_gpus: how many this process can see.
 
     Raises:
-        RecipeError: there are more processes than GPUs.
+        RecipeError: it starts one process where several were asked for, as `--cpu --num_processes
+            2` and MULTI_CPU do, or more processes than there are GPUs.
     """
+    asked = 1 if "LOCAL_WORLD_SIZE" in environment else asked_of_launcher(_parent_command())
+    if asked > 1:
+        raise RecipeError(
+            f"{asked} processes were asked for, but accelerate launch started one", DDP_ON_CPU
+        )
     processes = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     on_cpu = environment.get("ACCELERATE_USE_CPU", "false").lower() in YES
     if 0 < num_gpus < processes and not on_cpu:
-        seen = f"{num_gpus} GPU{'s' * (num_gpus > 1)}"
         raise RecipeError(
-            f"{processes} processes on this machine, but each of them sees {seen}; a process needs"
-            " a GPU of its own",
-            f"start {num_gpus}: --gpus {num_gpus} with recipes train, --num_processes with"
-            " accelerate launch",
+            f"{processes} processes on this machine, but each of them sees {num_gpus} GPU(s)",
+            f"start {num_gpus}: --gpus with recipes train, --num_processes with accelerate launch",
             "of several MIG slices CUDA shows a process one only",
         )
+
+
+def asked_of_launcher(command: Sequence[str]) -> int:
+    """Return how many processes an `accelerate launch` command line asks for; 1 for any other.
+
+    Example:
+        >>> asked_of_launcher(["accelerate", "launch", "--cpu", "--num_processes=2", "-m", "x"])
+        2
+    """
+    flags: dict[str, str] = {}
+    if not re.search(r"(^|[ ./])launch ", " ".join(command)):
+        return 1
+    words = [part for word in command for part in word.split("=", 1)]
+    for flag, value in itertools.pairwise(words):
+        flags.setdefault(flag.lstrip("-"), value)
+    if "num_processes" in flags:
+        return int(flags["num_processes"])
+    file = flags.get("config_file")
+    return load_accelerate_config(file).num_processes if file else 1
+
+
+def _parent_command() -> list[str]:
+    try:
+        return psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return []
 
 
 def check_precision(recipe: Recipe, environment: Mapping[str, str] = os.environ) -> None:
@@ -93,26 +128,19 @@ def check_launch(active: Active, environment: Mapping[str, str] = os.environ) ->
         RecipeError: another number of processes, or another distribution, than asked is running.
     """
     expected = json.loads(environment.get("RECIPES_EXPECT", "{}"))
-    if expected and expected["world_size"] != active.world_size:
-        raise RecipeError(
-            f"{expected['world_size']} processes were asked for, but {active.world_size} is"
-            " training",
-            DDP_ON_CPU,
-        )
-    if world_size() != active.world_size:
-        raise RecipeError(
-            f"the launcher started {world_size()} processes, but each of them would train alone",
-            "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml",
-        )
-    sharded = active.distributed_type == "FSDP"
-    if asks_for_fsdp() and not sharded and active.world_size > 1:
-        raise RecipeError(
-            f"FSDP was asked for, but {active.distributed_type} is active",
-            f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}",
-        )
-    if expected.get("distributed_type") in ("MULTI_GPU", "NO") and sharded:
-        raise RecipeError(
-            f"{expected['distributed_type']} was asked for, but FSDP is active",
-            "unset ACCELERATE_USE_FSDP",
-        )
+    asked, running = expected.get("world_size", active.world_size), active.world_size
+    kind, sharded = expected.get("distributed_type"), active.distributed_type == "FSDP"
+    refused: list[str] = []
+    if asked != running:
+        refused = [f"{asked} processes were asked for, but {running} is training", DDP_ON_CPU]
+    elif world_size() != running:
+        what = f"the launcher started {world_size()} processes, but each of them would train alone"
+        refused = [what, "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"]
+    elif asks_for_fsdp() and not sharded and running > 1:
+        what = f"FSDP was asked for, but {active.distributed_type} is active"
+        refused = [what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}"]
+    elif sharded and kind in ("MULTI_GPU", "NO"):
+        refused = [f"{kind} was asked for, but FSDP is active", "unset ACCELERATE_USE_FSDP"]
+    if refused:
+        raise RecipeError(*refused)
     return f"{active.distributed_type}, world size {active.world_size}, {active.device}"

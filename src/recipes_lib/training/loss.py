@@ -18,13 +18,15 @@ TOKENS_PER_TILE = 128  # measured: 32, 64, 256 and 1,000 are slower
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """Log-probability, entropy and rank-one flag of N targets; logits exist tile by tile."""
+    """Log-probability, entropy and rank-one flag, (N,) each, of N targets; hidden is (N, H), weight
+    (V, H). Logits exist tile by tile.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the three, (N,) each, of `hidden` (N, H) and `weight` (V, H)."""
+        """Return the three, and keep the gradients of their log-probability."""
         half = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if half else weight.dtype
         weight_used = weight.to(dtype)

@@ -10,62 +10,39 @@ probe in front, a resumed run would have one such step more than an uninterrupte
 from __future__ import annotations
 
 import contextlib
-import random
+import resource
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault, one_line
 from recipes_lib.core.ranks import of_every_rank
+from recipes_lib.core.terminal import shown_duration
 from recipes_lib.training.batches import row_lengths
 
 BYTES_OF_MOMENTS = 8  # AdamW's two in float32
 
 
-@dataclass(frozen=True)
-class Probe:
-    """What the longest micro-batch took.
-
-    Args:
-        rows, tokens: its size, padding counted.
-        seconds: of one pass, forward and backward.
-        peak_gib: with room for the optimizer's state; total_gib: of the GPU, None on a CPU.
-    """
-
-    rows: int
-    tokens: int
-    seconds: float
-    peak_gib: float
-    total_gib: float | None
-
-    def line(self, tokens_to_train: float) -> str:
-        """Return what it says of the training, whose processes have so many tokens each."""
-        peak = f"{self.peak_gib:.1f}"
-        if self.total_gib is not None:
-            peak += f" of {self.total_gib:.0f}"
-        took = duration(self.seconds / self.tokens * tokens_to_train)
-        return (
-            f"probe: the longest micro-batch ({self.rows} rows, {self.tokens:,} tokens) takes"
-            f" {self.seconds:.1f} s and {peak} GiB; training takes about {took}"
-        )
-
-
-def probe(trainer: Any, model: Any) -> Probe:
-    """Run the longest micro-batch as a step would; every rank has to call.
+def probe(trainer: Any, model: Any, tokens_to_train: float) -> str:
+    """Run the longest micro-batch as a step would, and return a line on its time and memory; every
+    rank has to call.
 
     To be called when the model is wrapped and a checkpoint's weights and optimizer are loaded, but
     its random state is not.
 
+    Args:
+        tokens_to_train: of one process in the whole training.
+
     Raises:
         EnvironmentFault: the GPU has too little memory for it.
+        RecipeError: the attention that the recipe names has no backward pass here.
     """
     batch, rows = _longest_batch(trainer)
+    tokens = batch["input_ids"].numel()
     passes = min(2, trainer.args.gradient_accumulation_steps)  # a second one meets gradients
     supervised = max(int((batch["labels"][:, 1:] != -100).sum()), 1)
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
@@ -77,18 +54,25 @@ def probe(trainer: Any, model: Any) -> Probe:
             for number in range(1, passes + 1):
                 # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
                 exchanges = number == passes or trainer.syncs_each_batch
-                context = (
-                    contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model)
-                )
                 began = time.monotonic()
-                with context:
+                with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
                     trainer.training_step(model, dict(batch), supervised)
                 seconds = time.monotonic() - began
             del held
     except torch.OutOfMemoryError as error:
-        raise of_every_rank(_out_of_memory(trainer, rows, batch["input_ids"].numel())) from error
-    total = torch.cuda.mem_get_info()[1] / 2**30 if torch.cuda.is_available() else None
-    return Probe(rows, batch["input_ids"].numel(), seconds, peak_memory_gib(), total)
+        raise of_every_rank(_out_of_memory(trainer.args, rows, tokens)) from error
+    except NotImplementedError as error:  # flex_attention on a CPU
+        key = "model.attn_implementation"
+        what = f"{key}: {trainer.recipe.model.attn_implementation} cannot train here"
+        hints = (one_line(error), "remove the key, or take sdpa")
+        raise of_every_rank(trainer.recipe.error(key, what, *hints)) from error
+    peak = f"{peak_memory_gib():.1f}"
+    if torch.cuda.is_available():
+        peak += f" of {torch.cuda.mem_get_info()[1] / 2**30:.0f}"
+    return (
+        f"probe: the longest micro-batch ({rows} rows, {tokens:,} tokens) takes {seconds:.1f} s and"
+        f" {peak} GiB; training takes about {shown_duration(seconds / tokens * tokens_to_train)}"
+    )
 
 
 def _longest_batch(trainer: Any) -> tuple[dict[str, Any], int]:
@@ -105,30 +89,16 @@ def _longest_batch(trainer: Any) -> tuple[dict[str, Any], int]:
 @contextlib.contextmanager
 def _nothing_happened(trainer: Any) -> Iterator[None]:
     """Undo what a micro-batch leaves: random numbers, gradients, counts, metrics."""
-    restore, tokens = random_state(), trainer._total_train_tokens
+    tokens = trainer._total_train_tokens
     metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
         trainer.model.zero_grad(set_to_none=True)
         trainer._total_train_tokens = tokens
         trainer._metrics["train"].clear()
         trainer._metrics["train"].update(metrics)
-        restore()
-
-
-def random_state() -> Callable[[], None]:
-    """Return what brings the random state of now back."""
-    python, numpy, processor = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(processor)
-        torch.cuda.set_rng_state_all(gpus)
-
-    return restore
 
 
 def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
@@ -142,18 +112,14 @@ def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
     return [torch.ones(one.numel() * each, dtype=torch.uint8, device=one.device) for one in local]
 
 
-def _out_of_memory(trainer: Any, rows: int, tokens: int) -> EnvironmentFault:
-    args = trainer.args
-    hints = []
-    if rows > 1:
-        half = rows // 2
-        hints.append(
-            f"train.per_device_train_batch_size={half} with run.global_batch_size="
-            f"{rows * args.gradient_accumulation_steps * args.world_size} keeps the step as it is"
-        )
+def _out_of_memory(args: Any, rows: int, tokens: int) -> EnvironmentFault:
+    hints = ["train.max_length cuts the longest rows; recipes plan says what saves how much"]
     if not args.gradient_checkpointing:
-        hints.append("train.activation_checkpointing=true computes activations twice")
-    hints.append("train.max_length cuts the longest rows; recipes plan says what saves how much")
+        hints.insert(0, "train.activation_checkpointing=true computes activations twice")
+    if rows > 1:
+        step = rows * args.gradient_accumulation_steps * args.world_size
+        keep = f"with run.global_batch_size={step} keeps the step as it is"
+        hints.insert(0, f"train.per_device_train_batch_size={rows // 2} {keep}")
     what = "the GPU has too little memory for the longest micro-batch"
     return EnvironmentFault(f"{what} ({rows} rows, {tokens:,} tokens)", *hints)
 
@@ -172,18 +138,4 @@ def peak_memory_gib() -> float:
     """Return this process's peak: allocated on the accelerator, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people.
-
-    Example:
-        >>> duration(40), duration(5000), duration(200_000)
-        ('40 s', '83 min', '56 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.0f} h"

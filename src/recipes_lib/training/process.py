@@ -21,12 +21,10 @@ from typing import NoReturn
 
 from recipes_lib.core.errors import (
     DataError,
-    ExitCode,
-    Interrupted,
-    Preempted,
     RecipeError,
     RecipesError,
     explain_fault,
+    one_line,
     print_error,
 )
 from recipes_lib.core.ranks import rank
@@ -53,31 +51,6 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
             signal.signal(number, earlier)
 
 
-def before_first_step(interrupted: bool) -> Preempted | Interrupted:
-    """Return how a request ends a process that has nothing to save."""
-    kind, what = (Interrupted, "interrupted") if interrupted else (Preempted, "stopped")
-    return kind(f"{what} before the first step: nothing is lost, the same command starts it again")
-
-
-@contextmanager
-def ending_at_once() -> Iterator[None]:
-    """Let a signal end this process with one line, until the attempt listens: an exception could be
-    lost or disguised in an import.
-    """
-    process = os.getpid()
-
-    def end(number: int, frame: FrameType | None) -> None:
-        code = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
-        if os.getpid() != process:  # a worker that was forked from it
-            os._exit(code)
-        if rank() == 0:
-            os.write(2, f"{before_first_step(number == signal.SIGINT)}\n".encode())
-        os._exit(exit_status(int(code), on_every_rank=True))
-
-    with handling(end):
-        yield
-
-
 def report(error: Exception, run: Path | None) -> int:
     """Say what stopped this process and return its exit status.
 
@@ -89,17 +62,14 @@ def report(error: Exception, run: Path | None) -> int:
         run: the run's folder, for the traceback of a defect.
     """
     note_error(error)
-    if isinstance(error, RecipesError):
-        alone = "WORLD_SIZE" not in os.environ
-        everywhere = isinstance(error, RecipeError | DataError) or getattr(
-            error, "on_every_rank", alone
-        )
-        if rank() == 0:
-            print_error(error)
-        return exit_status(int(error.exit_code), on_every_rank=everywhere)
     everywhere = getattr(error, "on_every_rank", False)
-    message = explain_fault(error) or as_message(error, run)
-    if rank() == 0 or not everywhere:
+    message = error if isinstance(error, RecipesError) else explain_fault(error)
+    speaks = rank() == 0 or not (everywhere or message is error)
+    if message is error:
+        alone = "WORLD_SIZE" not in os.environ
+        everywhere = everywhere or alone or isinstance(error, RecipeError | DataError)
+    message = message or as_message(error, run)
+    if speaks:
         print_error(message)
     return exit_status(int(message.exit_code), on_every_rank=everywhere)
 
@@ -108,16 +78,14 @@ def as_message(error: Exception, run: Path | None) -> RecipesError:
     """Return a defect as one message, its traceback in the run's folder: a rerun with --debug may
     take days.
     """
-    summary = (str(error).strip().splitlines() or [""])[0]
     where = "--debug shows where"
     if run is not None and run.is_dir():
         file = run / (f"traceback-rank{rank()}.txt" if "RANK" in os.environ else "traceback.txt")
         with suppress(OSError):
             file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
             where = f"the traceback is in {file}"
-    return RecipesError(
-        f"internal error: {type(error).__name__}: {summary}", f"this is a bug; {where}"
-    )
+    what = f"internal error: {type(error).__name__}: {one_line(error)}"
+    return RecipesError(what, f"this is a bug; {where}")
 
 
 def note_error(error: BaseException) -> None:
@@ -150,14 +118,10 @@ def exit_status(code: int, on_every_rank: bool) -> int:
         if code and on_every_rank and rank():
             time.sleep(RANK_0_FIRST_S)
         return code
-    if (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    ):  # of several machines each has a `recipes train` of its own
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine has a `recipes train` of its own
         try:
             Path(file).write_text(str(code), encoding="utf-8")
-        except OSError:
-            # a full disk: the launcher's 1 is better than the 0 of a rank that was told to be
-            # silent
+        except OSError:  # a full disk: the launcher's 1 is better than 0
             return code
     return 0 if on_every_rank else code
 

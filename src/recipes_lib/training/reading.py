@@ -40,15 +40,15 @@ def read_model(
     if sharded:
         # the word that accelerate and transformers go by; transformers would fill what is empty
         os.environ[READS_ONCE_VARIABLE] = "false"
-    model: Any = None
     if why is None:
-        failure: Exception | None = None
+        outcome: list[Any] = [None, None]
         try:
-            model = load_model(recipe, tokenizer, empty=rank() != 0)
+            outcome[0] = load_model(recipe, tokenizer, empty=rank() != 0)
         except Exception as error:
-            failure = error
-        on_main_rank(lambda: _raise(failure))  # the others would wait for what it does not send
-        _raise(failure)
+            outcome[1] = error
+        on_main_rank(lambda: _raise(outcome[1]))  # the others would wait for what it does not send
+        _raise(outcome[1])
+        model = outcome[0]
         # accelerate 1.15 takes every entry of the state dict for a parameter
         loose = {name for name, _ in model.named_non_persistent_buffers()}
         kept = sorted(name for name, _ in model.named_buffers() if name not in loose)

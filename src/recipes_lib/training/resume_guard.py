@@ -48,32 +48,25 @@ def recipe_differences(
     """Return what the recipe itself would change of a run's guarded values, before any data is
     read.
     """
-    elsewhere = re.compile(
-        r"^(launch\.|version\.|data_fingerprint$|prompt_format_hash$|training_template_hash$)"
-    )
-    return differences(
-        {key: value for key, value in before.items() if not elsewhere.match(key)},
-        _recipe_values(recipe),
-    )
+    sections = ("model", "quantization", "lora", "data", "train", "run")
+    own = {key: value for key, value in before.items() if key.partition(".")[0] in sections}
+    return differences(own, _recipe_values(recipe))
 
 
 def _recipe_values(recipe: Recipe) -> dict[str, object]:
     sections, train = recipe.to_dict(), recipe.train
     # The date is the run's own, and part of `prompt_format_hash`.
     sections["data"].pop("template_date", None)
-    chooses = (
-        train.get("load_best_model_at_end") or train.get("lr_scheduler_type") in CHOOSING_SCHEDULES
-    )
-    relevant: dict[str, object] = {
-        name: sections.get(name) for name in ("model", "quantization", "lora", "data")
-    }
-    relevant["train"] = {
+    schedule, best = train.get("lr_scheduler_type"), train.get("load_best_model_at_end")
+    chooses = best or schedule in CHOOSING_SCHEDULES
+    sections["train"] = {
         key: value
         for key, value in train.items()
         if not FREE_KEYS.match(key) and (chooses or not FREE_WITHOUT_CHOICE.match(key))
     }
-    relevant["run"] = {"global_batch_size": recipe.run.global_batch_size}
-    return flatten(relevant)
+    sections["run"] = {"global_batch_size": recipe.run.global_batch_size}
+    del sections["launch"]
+    return flatten(sections)
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, object]:

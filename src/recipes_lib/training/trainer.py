@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from recipes_lib.core.errors import NumericsError, check_space
+from recipes_lib.config.recipe import Recipe
+from recipes_lib.core.errors import NumericsError
 from recipes_lib.core.files import sync
 from recipes_lib.core.ranks import meet, of_every_rank, on_main_rank, say_once
 from recipes_lib.models import upstream_fixes
@@ -37,7 +39,8 @@ from recipes_lib.training.batches import (
     validation_batches,
 )
 from recipes_lib.training.loss import score_supervised_positions
-from recipes_lib.training.probe import peak_memory_gib, probe, random_state
+from recipes_lib.training.metrics import tokens_so_far
+from recipes_lib.training.probe import peak_memory_gib, probe
 from recipes_lib.training.stopping import NOTHING, EvaluationStopped, StopRequest
 
 
@@ -50,7 +53,6 @@ class RecipeTrainer(SFTTrainer):
             cannot say so: it depends on the loaded model.
         row_ids: example ids by row of the training set, to name examples in errors; None for
             packed rows.
-        keep_checkpoints: complete checkpoints to keep; None keeps all.
         marker_facts: what each checkpoint's marker records besides step and sizes.
     """
 
@@ -61,18 +63,18 @@ class RecipeTrainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
+        recipe: Recipe,
         stop: StopRequest,
         joins_rows: bool,
         row_ids: list[str] | None,
-        keep_checkpoints: int | None,
-        marker_facts: checkpoints.MarkerFacts,
+        marker_facts: Mapping[str, object],
         **kwargs: Any,
     ) -> None:
         model = kwargs["model"]
         self.base_settings = training_settings(model)
         super().__init__(*args, **kwargs)
-        self.stop, self.row_ids = stop, row_ids
-        self.keep_checkpoints, self.marker_facts = keep_checkpoints, marker_facts
+        self.recipe, self.stop, self.row_ids = recipe, stop, row_ids
+        self.marker_facts = marker_facts
         if joins_rows:
             self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
         self.joins_rows = self.data_collator.padding_free
@@ -90,7 +92,9 @@ class RecipeTrainer(SFTTrainer):
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
         self.precision = {
-            name: one.dtype for name, one in self.model.named_parameters() if one.requires_grad
+            name: parameter.dtype
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
         }
         self.batches = self._make_batches()
         self.tokens_before = 0  # of earlier attempts
@@ -163,24 +167,24 @@ class RecipeTrainer(SFTTrainer):
         batches' means.
         """
         sums = torch.zeros(2, dtype=torch.float64)
-        restore, adds_router_loss = random_state(), self.aux_loss_enabled
+        adds_router_loss = self.aux_loss_enabled
         self.callback_handler.eval_dataloader = dataloader
         self.model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         self.aux_loss_enabled = False  # a validation loss is that of its tokens
         try:
-            for batch in dataloader:
-                tokens = int((batch["labels"][:, 1:] != -100).sum())
-                with torch.no_grad(), self.compute_loss_context_manager():
-                    loss = self.compute_loss(self.model, self._prepare_inputs(batch))
-                sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
-                self.control = self.callback_handler.on_prediction_step(
-                    self.args, self.state, self.control
-                )
+            with torch.random.fork_rng(), torch.no_grad():
+                for batch in dataloader:
+                    tokens = int((batch["labels"][:, 1:] != -100).sum())
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(self.model, self._prepare_inputs(batch))
+                    sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+                    self.control = self.callback_handler.on_prediction_step(
+                        self.args, self.state, self.control
+                    )
         finally:
             self.aux_loss_enabled = adds_router_loss
-            restore()
         if dist.is_initialized():
             sums = sums.to(self.args.device)
             dist.all_reduce(sums)
@@ -211,8 +215,7 @@ class RecipeTrainer(SFTTrainer):
         if resume_from_checkpoint is not None:
             if not self.is_fsdp_enabled:
                 self._mend_loaded(Path(resume_from_checkpoint))
-            logged = [row["num_tokens"] for row in self.state.log_history if "num_tokens" in row]
-            self._total_train_tokens = self.tokens_before = int(max(logged, default=0))
+            self._total_train_tokens = self.tokens_before = tokens_so_far(self.state)
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
@@ -221,7 +224,7 @@ class RecipeTrainer(SFTTrainer):
         if steps > 0:
             rows = steps * self.batches.global_batch / self.args.world_size
             lengths = row_lengths(self.train_dataset)
-            say_once(probe(self, prepared[0]).line(rows * sum(lengths) / len(lengths)))
+            say_once(probe(self, prepared[0], rows * sum(lengths) / len(lengths)))
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -265,20 +268,6 @@ class RecipeTrainer(SFTTrainer):
             (folder / "training_args.bin").unlink(missing_ok=True)
         meet()
 
-    def check_place(self) -> None:
-        """Rank 0, before a save: the run is still ours, and there is room for a save as large as
-        the last one, else for the trained weights and two optimizer moments in float32.
-        """
-        root = Path(self.args.output_dir)
-        if earlier := checkpoints.list_checkpoints(root):
-            files = (file for file in earlier[-1].rglob("*") if file.is_file())
-            needed = sum(file.stat().st_size for file in files)
-        else:
-            weights = (one.numel() for one in self.model.parameters() if one.requires_grad)
-            needed = 3 * 4 * sum(weights)
-        remedy = " and run the same command again: it resumes from the newest complete checkpoint"
-        check_space(root, needed, "a save", remedy)
-
     def seal(self) -> None:
         """Rank 0, after a save: mark the checkpoint complete, once the lines logged up to it, which
         no resumed run writes again, are on the disk.
@@ -295,7 +284,8 @@ class RecipeTrainer(SFTTrainer):
             **self.marker_facts,
         )
         best = self.state.best_model_checkpoint
-        checkpoints.rotate(root, self.keep_checkpoints, Path(best) if best else None)
+        keep = self.recipe.train.get("save_total_limit")
+        checkpoints.rotate(root, keep, Path(best) if best else None)
 
     def make_up_evaluation(self) -> None:
         """Evaluate the step that a checkpoint was saved at, where that was due and did not happen:
@@ -355,9 +345,7 @@ class RunCallback(TrainerCallback):
     def _end_log_window(self, args: Any, control: TrainerControl) -> None:
         """A save ends the log window, so that a resumed run needs no sums of before."""
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == "best")
-        control.should_log = control.should_log or may_save
-        if may_save:
-            on_main_rank(self.trainer.check_place)
+        control.should_log |= may_save
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Seal the checkpoint; a request that arrived meanwhile needs no second one. After the last
