@@ -164,7 +164,7 @@ def test_more_processes_than_gpus_are_refused_with_the_numbers() -> None:
         RecipeError, match="4 processes on this machine, but each of them sees 1 GPU"
     ) as caught:
         check_processes(1, {"LOCAL_WORLD_SIZE": "4"})
-    assert "--gpus 1" in str(caught.value) and "MIG" in str(caught.value)
+    assert "--gpus" in str(caught.value) and "MIG" in str(caught.value)
     check_processes(4, {"LOCAL_WORLD_SIZE": "4"})
     check_processes(0, {"LOCAL_WORLD_SIZE": "2"})
     check_processes(1, {"LOCAL_WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "True"})

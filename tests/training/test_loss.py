@@ -53,14 +53,16 @@ def test_loss_gradients_and_counts_are_those_of_trls_head(
     assert total[0] == pytest.approx(total[1], rel=2e-6 if exact else 2e-5)
     assert our_grads.keys() == their_grads.keys()
     reference = gradients_in_float64(tiny_model_dir, dtype)
-    for name, gradient in reference.items():
-        if name in our_grads:
-            our_error, their_error = (
-                float((grads[name].double() - gradient).norm() / gradient.norm())
-                for grads in (our_grads, their_grads)
-            )
-            # in bf16 a rounding more than TRL: the scale of the loss comes after the products
-            assert our_error < (1e-5 if exact else 1.1 * their_error), (name, their_error)
+    our_errors, their_errors = (
+        [
+            float((gradient.double() - reference[name]).norm() / reference[name].norm())
+            for name, gradient in grads.items()
+        ]
+        for grads in (our_grads, their_grads)
+    )
+    # bf16: a rounding more than TRL, because the scale of the loss comes after the products
+    assert max(our_errors) < (1e-5 if exact else 1e-2)
+    assert exact or sum(our_errors) < 1.1 * sum(their_errors)
 
 
 def gradients_in_float64(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -107,6 +109,7 @@ def test_a_batch_without_supervised_tokens_has_a_loss_and_gradients_of_zero(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated")
 def test_other_losses_are_trls(
     tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -207,7 +207,7 @@ class _Kernel(torch.autograd.Function):
 
 
 def attention_as_flash(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **_: Any
 ) -> tuple[Any, None]:
     """Keep what flash attention keeps: its inputs, its output, and a float for each head."""
     if torch.is_autocast_enabled("cpu"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
@@ -24,21 +25,23 @@ except ImportError:  # before torch 2.10
 DOCUMENTS = "sdpa_by_document"
 
 
-Tensor = torch.Tensor  # queries, keys and values: (1, heads, tokens, channels)
-
-
 @torch.compiler.disable  # reads the lengths of the examples
 def sdpa_by_document(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`, example by example where `cu_seq_lens_q` tells
-    their bounds.
+    their bounds. Queries, keys and values are (1, heads, tokens, channels).
     """
     bounds = kwargs.get("cu_seq_lens_q")
     whole_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     limited = kwargs.get("sliding_window") is not None or kwargs.get("position_bias") is not None
     if bounds is None or not whole_row or limited:
-        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kept = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
     lengths = bounds.diff().tolist()
     examples = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
@@ -61,7 +64,12 @@ def use_document_attention(model: Any) -> bool:
 
 
 def varlen_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`."""
     bounds, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])
