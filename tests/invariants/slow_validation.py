@@ -1,6 +1,4 @@
-"""Train with a validation of one batch per second, whose progress is said every second: python
-slow_validation.py RECIPE [override ...].
-"""
+"""Train with a validation of one batch per second: python slow_validation.py RECIPE [override ...]."""
 
 from __future__ import annotations
 
@@ -11,7 +9,6 @@ from typing import Any
 
 def main() -> int:
     from recipes_lib.train import main as train
-    from recipes_lib.training import metrics
     from recipes_lib.training.trainer import RunCallback
 
     original: Any = RunCallback.on_prediction_step
@@ -21,7 +18,6 @@ def main() -> int:
         return original(*args, **kwargs)
 
     RunCallback.on_prediction_step = on_prediction_step
-    metrics.SAY_EVERY_S = 1.0
     return train(sys.argv[1:])
 
 

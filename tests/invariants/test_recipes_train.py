@@ -111,9 +111,7 @@ def test_ctrl_c_while_a_training_starts_is_one_line_and_130(
 def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_command_makes_it_up(
     launcher,
 ) -> None:
-    """The checkpoint of the last step is there before that validation begins, and its progress is
-    shown.
-    """
+    """The checkpoint of the last step is there before that validation begins."""
     words = [
         "train.max_steps=4",
         "train.save_steps=4",
@@ -137,10 +135,7 @@ def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_comma
     os.kill(child.pid, signal.SIGINT)
     code, said = launcher.wait(child)
     assert code == 130 and "Traceback" not in said, said[-3000:]
-    assert (
-        "step 4/4  validation: " in said
-        and "stopping in a checkpoint after this step or validation batch" in said
-    )
+    assert "stopping in a checkpoint after this step or validation batch" in said
     assert (
         "stopped in the validation after the last step, step 4/4: checkpoint-4 is complete" in said
     )

@@ -238,22 +238,6 @@ def test_a_stop_inside_a_validation_leaves_the_random_state_as_the_step_left_it(
     assert written(tiny_recipe, "whole") == written(tiny_recipe, "cut")
 
 
-def test_an_emptied_metrics_file_is_written_anew_from_the_checkpoint(
-    tiny_recipe: Path, resumed: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    from recipes_lib.training.trainer import RunCallback
-
-    words = [str(tiny_recipe), "train.lr_scheduler_type=constant"]
-    assert resumed(step=5, name="other") == 0  # trains `whole`
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
-        assert main([*words, "run.name=emptied"]) == ExitCode.PREEMPTED
-    (tiny_recipe.parent / "runs/emptied/metrics.jsonl").write_text("")
-    assert main([*words, "run.name=emptied"]) == 0
-    assert "metrics.jsonl lacks 6 lines" in capsys.readouterr().out
-    assert written(tiny_recipe, "emptied") == written(tiny_recipe, "whole")
-
-
 def test_a_refused_resume_changes_nothing_on_the_disk(
     tiny_recipe: Path, resumed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
