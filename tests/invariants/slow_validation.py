@@ -1,4 +1,4 @@
-"""Train with a validation of one batch per second: python slow_validation.py RECIPE [override ...]."""
+"""Train with a validation of one batch per second, as `recipes_lib.train` does otherwise."""
 
 from __future__ import annotations
 
