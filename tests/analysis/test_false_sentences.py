@@ -161,6 +161,19 @@ def test_nearly_equal_arms_can_be_compared(tmp_path: Path) -> None:
     assert claim.within == "equivalent" and "equivalent within 5.0 points" in claim.sentence
 
 
+def test_head_to_head_a_margin_between_two_rates_is_half_of_it_from_even(two: list[Path]) -> None:
+    """52% against 48% is a difference of 4 points and lies 2 points from even."""
+    write_judged(two[1], 100, against="one", skill=0.52)
+    aims = Aims("win_rate", margins={"win_rate": Margin(0.04, points=True)})
+    claims = conclude(load_arms({"one": [two[0]], "two": [two[1]]}), aims).claims
+    margins = {
+        claim.row.head_to_head: claim.row.margin
+        for claim in claims
+        if claim.row.metric.endswith("win_rate")
+    }
+    assert margins == {True: 0.02, False: 0.04}
+
+
 def test_seeds_that_end_in_the_same_weights_count_once(tmp_path: Path) -> None:
     first, second = seeds(tmp_path, "a", 0.3), seeds(tmp_path, "b", 0.8, rank=32)
     for folder in second:
