@@ -39,7 +39,7 @@ PROFILE = {
 def write_profile(path: Path, values: dict[str, Any]) -> Path:
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]
     schema = "# yaml-language-server: $schema=profile.schema.json\n"
-    path.write_text(schema + "".join(lines), encoding="utf-8")
+    path.write_text(schema + "".join(lines))
     return path
 
 
@@ -65,9 +65,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def make(name: str, body: str) -> Path:
         calls = folder / f"{name}.calls"
         path = folder / name
-        path.write_text(
-            f'#!/bin/bash\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n', encoding="utf-8"
-        )
+        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n')
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return calls
 
@@ -295,5 +293,5 @@ def processes_of(folder: Path) -> list[str]:
 def tiny(cluster: Cluster, tiny_model_dir: Path, tiny_recipe_text: Callable[[Path], str]) -> Path:
     """The tiny recipe in the cluster's working folder."""
     path = cluster.work / "tiny.yaml"
-    path.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
+    path.write_text(tiny_recipe_text(tiny_model_dir))
     return path

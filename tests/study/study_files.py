@@ -98,34 +98,32 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
     rows = folder / "rows.jsonl"
     lines = (
         (PROJECT / "recipes/quickstart/data/instructions.jsonl")
-        .read_text(encoding="utf-8")
+        .read_text()
         .splitlines(keepends=True)
     )
-    rows.write_text("".join(lines[:80]), encoding="utf-8")
+    rows.write_text("".join(lines[:80]))
     for rank in (4, 8):
         text = RECIPE.format(model=model, rows=rows.name, rank=rank, alpha=2 * rank, steps=steps)
-        (folder / f"r{rank}.yaml").write_text(text, encoding="utf-8")
-    (folder / "judge.yaml").write_text(JUDGE.format(model=model, project=PROJECT), encoding="utf-8")
+        (folder / f"r{rank}.yaml").write_text(text)
+    (folder / "judge.yaml").write_text(JUDGE.format(model=model, project=PROJECT))
     for name, text in EVALS.items():
         schema = "# yaml-language-server: $schema=eval.schema.json\n"
-        (folder / f"{name}.yaml").write_text(
-            schema + text.format(project=PROJECT), encoding="utf-8"
-        )
+        (folder / f"{name}.yaml").write_text(schema + text.format(project=PROJECT))
     tasks = Path("evals/quickstart/lm_eval")  # its files name each other from the folder above
     shutil.copytree(PROJECT / tasks, folder / tasks, dirs_exist_ok=True)
-    asked = json.loads(
-        (PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text(encoding="utf-8")
-    )[:questions]
-    (folder / "questions.json").write_text(json.dumps(asked), encoding="utf-8")
+    asked = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())[
+        :questions
+    ]
+    (folder / "questions.json").write_text(json.dumps(asked))
     turns = (
         (PROJECT / "evals/quickstart/mt_bench/question.jsonl")
-        .read_text(encoding="utf-8")
+        .read_text()
         .splitlines(keepends=True)[:4]
     )
-    (folder / "question.jsonl").write_text("".join(turns), encoding="utf-8")
-    (folder / "twice.yaml").write_text(TWICE, encoding="utf-8")
+    (folder / "question.jsonl").write_text("".join(turns))
+    (folder / "twice.yaml").write_text(TWICE)
     study = folder / "tiny.yaml"
-    study.write_text(STUDY, encoding="utf-8")
+    study.write_text(STUDY)
     return study
 
 
@@ -137,16 +135,16 @@ TOO_LONG = (
 
 def leak_questions(folder: Path) -> None:
     """Put five questions of the study's AlpacaEval into lines 3 to 7 of its rows; all train."""
-    questions = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    questions = json.loads((folder / "questions.json").read_text())
     questions[0]["instruction"] = TOO_LONG
-    (folder / "questions.json").write_text(json.dumps(questions), encoding="utf-8")
-    rows = (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    (folder / "questions.json").write_text(json.dumps(questions))
+    rows = (folder / "rows.jsonl").read_text().splitlines()
     for line, question in enumerate(questions[:5], 2):
         row = {"instruction": question["instruction"], "context": "", "response": "So."}
         rows[line] = json.dumps(row | {"category": "leaked"})
-    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
     for name in ("r4", "r8"):
-        text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
+        text = (folder / f"{name}.yaml").read_text()
         text = text.replace("split: {validation: 0.1}, max_examples: 60", "split: {method: none}")
         text = text.replace("eval_strategy: steps", "eval_strategy: 'no'")
-        (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+        (folder / f"{name}.yaml").write_text(text)

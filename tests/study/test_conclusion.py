@@ -54,8 +54,8 @@ def test_the_first_verdicts_lock_the_design(file: Path) -> None:
 
 
 def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
-    text = file.read_text(encoding="utf-8").replace("seeds: [42]", "seeds: [42, 43]")
-    file.write_text(text, encoding="utf-8")
+    text = file.read_text().replace("seeds: [42]", "seeds: [42, 43]")
+    file.write_text(text)
     report_study(load_study(file))
     changes_of = {
         "seeds of r4": ("seeds: [42, 43]", "seeds: [42, 43, 44]"),
@@ -67,7 +67,7 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
     }
     wrong = []
     for what, (old, new) in changes_of.items():
-        file.write_text(text.replace(old, new), encoding="utf-8")
+        file.write_text(text.replace(old, new))
         report, _ = report_study(load_study(file))
         if not all(line.startswith("Exploratory") for line in (report.descriptive, *report.answer)):
             wrong.append(what)
@@ -97,8 +97,8 @@ def test_where_a_job_runs_is_no_other_design(file: Path) -> None:
 
 
 def gated(file: Path, baseline: str) -> Study:
-    text = file.read_text(encoding="utf-8").partition("seeds:")[0].partition("include_base")[0]
-    file.write_text(f"{text}include_base: false\nbaseline: {baseline}\n", encoding="utf-8")
+    text = file.read_text().partition("seeds:")[0].partition("include_base")[0]
+    file.write_text(f"{text}include_base: false\nbaseline: {baseline}\n")
     return load_study(file)
 
 

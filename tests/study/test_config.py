@@ -126,11 +126,11 @@ def test_a_bad_study_is_answered_with_its_line(
     study_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text()
     wrong = []
     for old, new, line, words in BAD:
         assert old in text
-        file.write_text(text.replace(old, new), encoding="utf-8")
+        file.write_text(text.replace(old, new))
         code, said = main(["check", str(file)]), capsys.readouterr().err
         place = f"tiny.yaml:{line}: " if line else ""
         if code != 2 or not all(word in said for word in (place, *words)):

@@ -59,7 +59,7 @@ def rows_of(kind: str) -> dict[str, int]:
     """Lines of every store of a kind."""
     root = RunDirectory("x").root
     return {
-        str(file.relative_to(root)): len(file.read_text(encoding="utf-8").splitlines())
+        str(file.relative_to(root)): len(file.read_text().splitlines())
         for file in root.glob(f"*/evals/*/{kind}.jsonl")
     }
 
@@ -100,26 +100,20 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
         ]
 
     judge, rubric = trained.with_name("judge.yaml"), trained.with_name("mine.txt")
-    first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text(encoding="utf-8")
+    first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text()
     judge.write_text(
-        judge.read_text(encoding="utf-8").replace(
-            f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name
-        ),
-        encoding="utf-8",
+        judge.read_text().replace(f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name)
     )
     seen, rows = [], []
     for text in (first, first.replace("?", ", and funny?", 1), first):
-        rubric.write_text(text, encoding="utf-8")
+        rubric.write_text(text)
         run(trained)
         seen.append(grades())
         rows.append((rows_of("judgments"), rows_of("generations")))
     assert seen[0] == seen[2] and rows[0][1] == rows[2][1]
     assert rows[1][0] == rows[2][0] and sum(rows[1][0].values()) > sum(rows[0][0].values())
     questions = trained.with_name("mt_bench.yaml")
-    questions.write_text(
-        questions.read_text(encoding="utf-8").replace("data: {", "data: {max_questions: 2, "),
-        encoding="utf-8",
-    )
+    questions.write_text(questions.read_text().replace("data: {", "data: {max_questions: 2, "))
     run(trained)
     assert len(grades()) == 4 and rows_of("judgments") == rows[2][0]
 
@@ -129,8 +123,8 @@ def test_a_base_that_was_evaluated_with_other_settings_keeps_both_results(traine
     base = RunDirectory(base_run(load_study(trained))).path / "evals" / "study--mt_bench"
     before = (base / "result.json").read_bytes(), (base / "items.jsonl").read_bytes()
     eval = trained.with_name("mt_bench.yaml")
-    text = eval.read_text(encoding="utf-8")
-    eval.write_text(text.replace("max_new_tokens: 12", "max_new_tokens: 5"), encoding="utf-8")
+    text = eval.read_text()
+    eval.write_text(text.replace("max_new_tokens: 12", "max_new_tokens: 5"))
     run(trained)
     (kept,) = base.glob("earlier/*/")
     assert ((kept / "result.json").read_bytes(), (kept / "items.jsonl").read_bytes()) == before
@@ -138,33 +132,28 @@ def test_a_base_that_was_evaluated_with_other_settings_keeps_both_results(traine
 
 
 def test_an_eval_against_another_run_is_part_of_the_comparison(
-    trained: Path,
-    make_run: Callable[..., Path],
+    trained: Path, make_run: Callable[..., Path]
 ) -> None:
     make_run("sparring", 3, "chat")
     eval = trained.with_name("alpaca_eval.yaml")
-    text = eval.read_text(encoding="utf-8")
-    eval.write_text(text.replace("probe_pairs: 1", "probe_pairs: 1, against: sparring"), "utf-8")
-    trained.write_text(
-        trained.read_text(encoding="utf-8").replace(", mt_bench.yaml, lm_eval.yaml", ""), "utf-8"
-    )
+    text = eval.read_text()
+    eval.write_text(text.replace("probe_pairs: 1", "probe_pairs: 1, against: sparring"))
+    trained.write_text(trained.read_text().replace(", mt_bench.yaml, lm_eval.yaml", ""))
     run(trained)
     comparison = json.loads((RunDirectory("tiny").path / "comparison.json").read_text())
     assert any("sparring" in json.dumps(row) for row in comparison["rows"]), comparison["rows"]
 
 
 def test_two_studies_share_the_results_of_their_base(
-    make_run: Callable[..., Path],
-    tiny_model_dir: Path,
-    tmp_path: Path,
+    make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     make_run("a--r4", 1, "chat"), make_run("b--r8", 2, "chat")
     file = write_tiny_study(tmp_path / "study", tiny_model_dir)
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text()
     studies = []
     for name, other in (("a", "r8"), ("b", "r4")):
         studies.append(file.with_name(f"{name}.yaml"))
-        studies[-1].write_text(text.replace(f"  {other}: {other}.yaml\n", ""), encoding="utf-8")
+        studies[-1].write_text(text.replace(f"  {other}: {other}.yaml\n", ""))
     for study in studies:
         run(study)
     assert [missing_of(load_study(study)) for study in studies] == [[], []]

@@ -26,7 +26,7 @@ def start(study: Path, root: Path) -> subprocess.Popen[str]:
     quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GIT_DIR": os.devnull}
     environment = {**os.environ, "RECIPES_RUNS_ROOT": str(root), **quiet}
     command = [sys.executable, "-m", "recipes_lib.cli", "study", "run", str(study)]
-    log = (root.parent / "study.log").open("a", encoding="utf-8")
+    log = (root.parent / "study.log").open("a")
     return subprocess.Popen(
         command, env=environment, stdout=log, stderr=log, text=True, start_new_session=True
     )
@@ -37,7 +37,7 @@ def run_to_the_end(study: Path, root: Path) -> float:
     process = start(study, root)
     try:
         log = root.parent / "study.log"
-        assert process.wait(timeout=LIMIT_S) == 0, log.read_text(encoding="utf-8")[-3000:]
+        assert process.wait(timeout=LIMIT_S) == 0, log.read_text()[-3000:]
     finally:
         process.kill()
     return time.monotonic() - started
@@ -59,7 +59,7 @@ def stores(root: Path) -> dict[str, dict[str, Any]]:
     found = {}
     for kind in ("generations", "judgments"):
         for file in sorted(root.glob(f"*/evals/*/{kind}*.jsonl")):
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
             by_key = {row["key"]: without_rounding(row) for row in rows}
             assert len(rows) == len(by_key), f"{file} holds an item twice"
             found[str(file.relative_to(root))] = by_key
@@ -68,7 +68,7 @@ def stores(root: Path) -> dict[str, dict[str, Any]]:
 
 def findings(root: Path) -> dict[str, Any]:
     """What a study found: its weights, its answers and judgments, every number and sentence."""
-    comparison = json.loads((root / "tiny" / "comparison.json").read_text(encoding="utf-8"))
+    comparison = json.loads((root / "tiny" / "comparison.json").read_text())
     return {
         "weights": {
             str(f.relative_to(root)): f.read_bytes() for f in root.glob("*/adapter/*.saf*")
@@ -131,9 +131,9 @@ def test_a_second_run_does_nothing_and_a_changed_question_asks_only_for_its_answ
     run_to_the_end(study, root)
     assert (weights(root), stores(root)) == (trained, before)
     questions = tmp_path / "study" / "questions.json"
-    rows = json.loads(questions.read_text(encoding="utf-8"))
+    rows = json.loads(questions.read_text())
     rows[0]["instruction"] += " Please."
-    questions.write_text(json.dumps(rows), encoding="utf-8")
+    questions.write_text(json.dumps(rows))
     run_to_the_end(study, root)
     assert weights(root) == trained
     grown = {name: len(rows) - len(before[name]) for name, rows in stores(root).items()}

@@ -34,8 +34,8 @@ def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(running, "train_command", lambda words: [*COMMAND, *words])
     monkeypatch.setattr(report, "report_study", lambda study: None)
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8").partition("evals:")[0]
-    file.write_text(f"{text}include_base: false\n", encoding="utf-8")
+    text = file.read_text().partition("evals:")[0]
+    file.write_text(f"{text}include_base: false\n")
     return file
 
 
@@ -56,9 +56,9 @@ def trained(study: Path) -> list[str]:
 
 
 def change(file: Path, old: str, new: str) -> None:
-    text = file.read_text(encoding="utf-8")
+    text = file.read_text()
     assert old in text
-    file.write_text(text.replace(old, new), encoding="utf-8")
+    file.write_text(text.replace(old, new))
 
 
 def commands(said: list[str]) -> list[str]:

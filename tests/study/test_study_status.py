@@ -65,7 +65,7 @@ def test_a_plan_counts_the_questions_of_known_sets_before_they_are_fetched(
 def test_the_status_shows_what_is_not_done_and_why(study_folder: Path, recipes: Recipes) -> None:
     stopped, failed = RunDirectory("tiny--r4"), RunDirectory("tiny--r8")
     stopped.write_state("preempted")
-    stopped.metrics.write_text('{"step": 7, "loss": 2.5}\n', encoding="utf-8")
+    stopped.metrics.write_text('{"step": 7, "loss": 2.5}\n')
     failed.write_state("failed", exit_code=3, error="loss is nan")
     _, out, _ = recipes("study", "status", study_folder / "tiny.yaml", "--json")
     rows = {row["name"]: (row["state"], row["detail"]) for row in json.loads(out)["rows"]}

@@ -38,16 +38,16 @@ def tuned(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(running, "train_command", lambda words: [*COMMAND, *words])
     monkeypatch.setattr(report, "report_study", lambda study: None)
     file = study_folder / "tiny.yaml"
-    text = file.read_text(encoding="utf-8").partition("evals:")[0]
-    file.write_text(f"{text}include_base: false\n{GRID}\n", encoding="utf-8")
+    text = file.read_text().partition("evals:")[0]
+    file.write_text(f"{text}include_base: false\n{GRID}\n")
     return file
 
 
 @pytest.fixture
 def alone(tuned: Path) -> Path:
     """The same study with one of its arms."""
-    text = tuned.read_text(encoding="utf-8")
-    tuned.write_text(text.replace("  r8: r8.yaml\n", ""), encoding="utf-8")
+    text = tuned.read_text()
+    tuned.write_text(text.replace("  r8: r8.yaml\n", ""))
     return tuned
 
 
@@ -86,11 +86,11 @@ def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_a
     alone: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(alone)
-    text = alone.read_text(encoding="utf-8")
-    alone.write_text(text.replace("0.1]", "0.1, 1.0]"), encoding="utf-8")
+    text = alone.read_text()
+    alone.write_text(text.replace("0.1]", "0.1, 1.0]"))
     assert trained(run(alone)) == ["tiny--r4--tune-1.0--seed1042 1.0"]  # 1.0 is worse
     monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))
-    alone.write_text(text.replace("0.1]", "0.1, 2.0]"), encoding="utf-8")
+    alone.write_text(text.replace("0.1]", "0.1, 2.0]"))
     said = run(alone)
     assert trained(said) == ["tiny--r4--tune-2.0--seed1042 2.0", "tiny--r4 2.0"]
     assert any("train.learning_rate 0.01 -> 2.0" in line and "moved to" in line for line in said)
@@ -127,7 +127,7 @@ def test_the_loss_that_counts_is_that_of_the_weights_that_were_kept(tmp_path: Pa
     kept = RunDirectory("kept", tmp_path)
     kept.path.mkdir()
     lines = ({"step": step, "eval_loss": loss} for step, loss in ((1, 2.5), (2, 1.5), (3, 2.0)))
-    kept.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    kept.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     found = []
     for summary in (
         {"last_validation_loss": 2.0},
@@ -178,10 +178,10 @@ def test_arms_tuned_alike_are_compared_each_at_its_best(tuned: Path, tmp_path: P
 
 
 def test_arms_tuned_unequally_have_no_named_cause(tuned: Path, tmp_path: Path) -> None:
-    text = tuned.read_text(encoding="utf-8")
+    text = tuned.read_text()
     for number, grid in enumerate(("{train.learning_rate: [0.01, 0.1]}", "{}")):
         own = f"r4: {{recipe: r4.yaml, tune: {grid}}}"
-        tuned.write_text(text.replace("r4: r4.yaml", own), encoding="utf-8")
+        tuned.write_text(text.replace("r4: r4.yaml", own))
         conclusion = concluded(at(load_study(tuned), r8=0.01), tmp_path / str(number))
         assert "tuned-differently" in {finding.code for finding in conclusion.findings}
         assert "were not tuned over the same values" in conclusion.claims[0].sentence

@@ -36,7 +36,7 @@ def test_two_trainings_of_one_recipe_have_no_cause_in_the_report_however_far_apa
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    page = (root / "twice/report/report.md").read_text(encoding="utf-8")
+    page = (root / "twice/report/report.md").read_text()
     assert "effect over" not in page and "is better than" not in page
     study = load_study(file)
     apart = {}

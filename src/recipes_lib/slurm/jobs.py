@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes_lib.config.batch import accumulation_steps
@@ -23,7 +23,7 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.evals.leaks import refuse_leaks_of
-from recipes_lib.evals.recipe import EvalRecipe, load_eval
+from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, load_eval
 from recipes_lib.slurm.prefetching import judge_weights
 from recipes_lib.slurm.profile import STAGES, SiteProfile
 from recipes_lib.study.config import load_study, study_file
@@ -174,15 +174,15 @@ class _Planner:
             what = f"run '{recipe.name}' is not finished, so there is nothing to evaluate"
             raise RecipeError(what, "add the stage: --stages train,eval,report")
         before = tuple(job.label for job in plan.jobs)
-        for one in evals:
-            words = ["eval", shown_path(one.path), recipe.name]
-            job = self._job(f"eval-{one.name}", words, one.name, not launch.config.use_cpu, [one])
-            plan.jobs.append(_after(job, before))
+        for suite in evals:
+            words, gpus = ["eval", shown_path(suite.path), recipe.name], not launch.config.use_cpu
+            job = self._job(f"eval-{suite.name}", words, suite.name, gpus, [suite], after=before)
+            plan.jobs.append(job)
         if "report" in self.stages and (evals or any(run.path.glob("evals/*/result*.json"))):
             words = ["compare", recipe.name, "--html", shown_path(run.path / "report.html")]
             last = tuple(job.label for job in plan.jobs if job.stage == "eval") or before
-            plan.jobs.append(_after(self._job("report", words, "report", uses_gpus=False), last))
-        plan.evals = [shown_path(one.path) for one in evals]
+            plan.jobs.append(self._job("report", words, "report", uses_gpus=False, after=last))
+        plan.evals = [shown_path(suite.path) for suite in evals]
         plan.models = [recipe.model, *judge_weights(evals)]
         plan.warnings = self._judges_nobody_starts(evals)
         return plan
@@ -228,8 +228,9 @@ class _Planner:
         if {"eval", "report"} & {*self.stages} and missing_of(study):
             gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
             command = ("study", "run", file, *study.words, "--no-train")
-            job = self._job("eval", command, "study run", gpus, study.evals)
-            plan.jobs.append(_after(job, after_any=tuple(job.label for job in plan.jobs)))
+            trained = tuple(job.label for job in plan.jobs)
+            job = self._job("eval", command, "study run", gpus, study.evals, after_any=trained)
+            plan.jobs.append(job)
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")
@@ -266,12 +267,15 @@ class _Planner:
         what: str,
         uses_gpus: bool,
         evals: Sequence[EvalRecipe] = (),
+        after: tuple[str, ...] = (),
+        after_any: tuple[str, ...] = (),
     ) -> Job:
         """Return a job of one `recipes` command, with the judge of its evals beside it."""
         trust = [flag for flag in self.asked.flags if flag == "--trust-remote-code" and evals]
         launcher = (*self._with_judge(evals), *self.python)
         task = Task(launcher, (*_CLI, *words, *trust), what)
-        return Job(label, label.partition("-")[0], (task,), uses_gpus=uses_gpus)
+        stage = label.partition("-")[0]
+        return Job(label, stage, (task,), None, uses_gpus, after, after_any)
 
     def _uses_gpus(self, launch: Launch) -> bool:
         """Whether a launch needs GPUs; one that does is refused on a cluster that has none."""
@@ -285,13 +289,12 @@ class _Planner:
         """Return the words before a command that asks judges which the job has to start: vLLM lives
         in an environment of its own, and on a compute node nobody started it.
         """
-        judges = [one.judge.judge for one in evals if one.judge and one.judge.judge.served_here]
+        judges = served_judges(evals)
         if not judges or self.profile.vllm is None:
             return ()
-        judge = judges[0]
-        if len({one.model for one in judges}) > 1:
-            names = ", ".join(sorted({one.model for one in judges}))
-            what = f"one job would have to serve two judges: {names}"
+        judge, names = judges[0], sorted({judge.model for judge in judges})
+        if len(names) > 1:
+            what = f"one job would have to serve two judges: {', '.join(names)}"
             raise RecipeError(what, "give the evals one judge, or judge in the job: judge.engine")
         words = ["bash", str(project_root() / "launch" / "with_judge.sh"), judge.model]
         words += ["--max-model-len", str(judge.max_context_tokens)]
@@ -299,14 +302,15 @@ class _Planner:
 
     def _judges_nobody_starts(self, evals: Sequence[EvalRecipe]) -> list[str]:
         """Return a warning where a judge is expected on the compute node and no job starts it."""
-        names = [one.name for one in evals if one.judge and one.judge.judge.served_here]
         program = self.profile.vllm
-        if not names or (program and shutil.which(Path(program).expanduser())):
+        if not served_judges(evals) or (program and shutil.which(Path(program).expanduser())):
             return []
-        what = f"warning: no job starts the judge that {', '.join(names)} expects at 127.0.0.1"
+        what = "warning: no job starts the judge that is expected at 127.0.0.1"
         remedy = f"there is no {program} here" if program else "set vllm in the profile"
         return [f"{what}: {remedy}, or let the job judge by itself (judge.engine: transformers)"]
 
 
-def _after(job: Job, after: tuple[str, ...] = (), after_any: tuple[str, ...] = ()) -> Job:
-    return replace(job, after=after, after_any=after_any)
+def served_judges(evals: Sequence[EvalRecipe]) -> list[JudgeSection]:
+    """Return the judges that answer at this machine's own address."""
+    judges = [recipe.judge.judge for recipe in evals if recipe.judge]
+    return [judge for judge in judges if judge.served_here]

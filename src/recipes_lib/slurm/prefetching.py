@@ -73,8 +73,8 @@ def prefetch_needs(
     needs = []
     for recipe in recipes:
         needs += [_model(recipe.model), *map(_data, listed_sources(recipe.data))]
-    for one in evals:
-        needs += _of_eval(one, remote_code)
+    for suite in evals:
+        needs += _of_eval(suite, remote_code)
     return list(dict.fromkeys(needs))
 
 

@@ -100,7 +100,7 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
     folders = [_folder(name) for name in names] or all_launches()
     states = {folder: states_of(folder) for folder in folders}
     if as_json:
-        return print_json({one.name: [vars(task) for task in states[one]] for one in folders})
+        return print_json({folder.name: list(map(vars, tasks)) for folder, tasks in states.items()})
     if not folders:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")

@@ -405,10 +405,10 @@ class _Reader:
             accumulation_steps(recipe, launch.world_size)
         except RecipeError as error:
             for part in error.errors:
+                origin = self.document.origin(place)
+                file, line = (part.file, part.line) if part.file else (origin.file, origin.line)
                 what = f"arm '{name}': {part.what}"
-                here = self.document.error(place, what, *part.hints)
-                same = RecipeError(what, *part.hints, file=part.file, line=part.line)
-                self.errors.append(same if part.file else here)
+                self.errors.append(RecipeError(what, *part.hints, file=file, line=line))
             return None
         seed = int(recipe.train.get("seed", 42))
         seeds = tuple(dict.fromkeys(self._value(section, "seeds") or [seed]))

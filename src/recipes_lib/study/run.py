@@ -314,7 +314,8 @@ class StudyRunner:
         self.say(f"\nevaluating: {sum(map(len, tasks.values()))} of {total} results")
 
         def on_error(task: EvalTask, run: str, error: Exception) -> None:
-            self._note([one.title for one in tasks[task] if run in ("", one.run)], error)
+            results = [result for result in tasks[task] if run in ("", result.run)]
+            self._note([result.title for result in results], error)
 
         remote_code = "--trust-remote-code" in self.flags
         evaluate_tasks(list(tasks), remote_code=remote_code, on_error=on_error)
@@ -375,10 +376,10 @@ def unmet(
         by_data.setdefault(str(arm.recipe.data), []).append(arm)
     evals = [recipe for recipe in study.evals if recipe.suite.name != "lm_eval"]
     for same in by_data.values():
-        trained, whose = same[0].recipe, f"rows of {', '.join(arm.name for arm in same)}"
+        trained, rows = same[0].recipe, f"rows of {', '.join(arm.name for arm in same)}"
         for name, leaks in search_recipe(trained, evals, fetch).items():
             if leaks.found:
-                error = leak_error(name, leaks, trained, whose)
+                error = leak_error(name, leaks, trained, rows)
                 (errors if leaks.is_error else warnings).append(error)
     return errors, warnings
 

@@ -5,12 +5,12 @@ Reads files only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
-from recipes_lib.analysis.text import count, difference_text, question_text
+from recipes_lib.analysis.text import count, difference_text, question_text, sentence_list
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import rows_from_the_end
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
@@ -114,7 +114,7 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
         state = "not chosen yet" if tuning.chosen is None else f"chosen: {tuning.chosen}"
         grid = ", ".join(map(str, tuning.values))
         yield f"{tuned.name}: {tuning.key} is tuned over {grid}; {state}"
-    left = first_of([training.run for training in runs_left(study)])
+    left = sentence_list([training.run for training in runs_left(study)], 3)
     yield f"trainings: {plan['trainings_to_do']} of {plan['trainings']} to do  {left}".rstrip()
     yield f"results: {plan['results_to_do']} of {plan['results']} to do"
     for what in ("answers", "judge_requests"):
@@ -125,20 +125,9 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
         yield f"device hours of the trainings: {hours}"
     undeclared = [key for key in study.differing() if study.factor_of(key) is None]
     if undeclared:
-        yield f"differences that no factor declares: {first_of(undeclared, 4)}"
+        yield f"differences that no factor declares: {sentence_list(undeclared, 4)}"
     if power := _power_line(study):
         yield power
-
-
-def first_of(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, and how many more there are.
-
-    Example:
-        >>> first_of(["a", "b", "c"], 2)
-        'a, b and 1 more'
-    """
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, object]:
@@ -214,12 +203,12 @@ def _power_line(study: Study) -> str | None:
     its spread or the number of questions is not known.
     """
     primary = study.aims.primary
-    recipe = next((one for one in study.evals if primary and full_name(one, primary)), None)
+    recipe = next((e for e in study.evals if primary and full_name(e, primary)), None)
     kind, questions = str(primary).rpartition("/")[2], _questions(recipe) if recipe else None
     arms, seeds = len(study.arms) + study.file.include_base, min(len(a.seeds) for a in study.arms)
     if kind not in SPREADS or not questions or arms < 2:
         return None
-    alone = sum(len(known_metrics(one)) for one in study.evals) == 1
+    alone = sum(len(known_metrics(recipe)) for recipe in study.evals) == 1
     comparisons = math.comb(arms, 2) / (1.0 if alone else 0.8)  # others have a fifth of the level
     least = smallest(*SPREADS[kind], questions, seeds, comparisons)
     unit = "grade" if kind == "grade" else "share"
