@@ -1,3 +1,1 @@
-"""Running a study: the graph of its steps, what is out of date, trainings, evaluations, and its
-conclusion.
-"""
+"""Studies: arms trained with several seeds, evaluated alike, compared once everything is there."""
