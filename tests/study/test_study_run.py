@@ -197,6 +197,23 @@ def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_
     assert any(f"tiny--r4 is being trained by process {other.pid}" in line for line in said)
 
 
+def test_a_training_that_another_process_takes_while_it_starts_is_waited_for(
+    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after kill -9, whose training goes on."""
+    others: list[subprocess.Popen[str]] = []
+
+    def command(words: list[str]) -> list[str]:
+        if "tiny--r4" not in words[1] or others:
+            return [*COMMAND, *words]
+        others.append(holding(RunDirectory("tiny--r4").path, 1.5))
+        return [sys.executable, "-c", "import sys; sys.exit(5)"]
+
+    monkeypatch.setattr(running, "train_command", command)
+    code, said = run()
+    assert (code, trained(study)) == (0, ["tiny--r4", "tiny--r8"]), said
+
+
 def in_a_process(study: Path, **environment: str) -> subprocess.Popen[str]:
     program = (
         "from recipes_lib.study import run; from tests.study.stand_in import COMMAND\n"

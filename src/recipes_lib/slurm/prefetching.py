@@ -97,12 +97,6 @@ def _model(section: ModelSection, kind: str = "model") -> Need:
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
-    for judge in judge_weights([recipe]):
-        yield _model(judge, "judge")
-
-    def prompts() -> str:
-        return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
-
     def tasks() -> str:
         # numpy and scipy, which `recipes launch --help` does without
         from recipes_lib.evals.suites.lm_eval import load_tasks
@@ -112,27 +106,29 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     def questions() -> str:
         return f"{len(load_questions(recipe).questions)} questions"
 
-    judging = recipe.judge.judge if recipe.judge else None
-    if judging and PROMETHEUS_PACKAGE in (judging.relative_prompt, judging.absolute_prompt):
+    def prompts() -> str:
+        return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
+
+    yield from (_model(judge, "judge") for judge in judge_weights([recipe]))
+    judge, name = recipe.judge.judge if recipe.judge else None, str(recipe.data.questions)
+    if judge and PROMETHEUS_PACKAGE in (judge.relative_prompt, judge.absolute_prompt):
         yield _need("prompts", PROMETHEUS_PACKAGE, prompts, prometheus_is_here)
-    name = str(recipe.data.questions)
     if recipe.suite.name == "lm_eval":
         yield _need("tasks", ", ".join(recipe.suite.tasks or []), tasks)
-    elif MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references):
-        yield _need("questions", name, questions, mt_bench_is_here)
     elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
-        yield _need("questions", name, questions)
+        packaged = MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references)
+        yield _need("questions", name, questions, mt_bench_is_here if packaged else None)
 
 
 def _need(
-    kind: str, name: str, look: Callable[[], str], is_here: Callable[[], bool] = lambda: True
+    kind: str, name: str, look: Callable[[], str], is_here: Callable[[], bool] | None = None
 ) -> Need:
     """Return what is fetched by looking at it; a check asks first whether a wheel brought it, since
     looking would fetch that.
     """
 
     def check() -> str:
-        if not is_here():
+        if is_here and not is_here():
             raise EnvironmentFault(f"{name} is not on this machine", _FETCH_IT)
         return look()
 

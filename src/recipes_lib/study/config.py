@@ -383,7 +383,8 @@ class _Reader:
         """Return an error about an override at the study's line that has the override."""
         places: list[KeyPath] = [(*key[:2], "overrides"), ("overrides",)]
         place = next((path for path in places if path in self.document.origins), None)
-        if error.file not in (None, COMMAND_LINE) or place is None:
+        typed = any(_key_of(word) in error.what for word in self.words)
+        if error.file not in (None, COMMAND_LINE) or place is None or typed:
             return error
         return self.document.error(place, f"{dotted(key[:2])}: {error.what}", *error.hints)
 

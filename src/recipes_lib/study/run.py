@@ -188,7 +188,11 @@ class StudyRunner:
             for name, (training, process, _) in list(self._running.items()):
                 if process.poll() is not None:
                     del self._running[name]
-                    self._ended(training, process.returncode)
+                    held = is_held(training.directory.path)
+                    if process.returncode == ExitCode.ENVIRONMENT and held:
+                        waiting.append(training)  # one that a killed runner had started was first
+                    else:
+                        self._ended(training, process.returncode)
         self._training = False
         if self._stopped is not None:
             raise KeyboardInterrupt
