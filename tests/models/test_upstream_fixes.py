@@ -26,13 +26,17 @@ def test_an_adapter_that_peft_loads_as_float32_gets_its_precision_back(
     model = get_peft_model(
         base, LoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=False
     )
-    before = {name: one.dtype for name, one in model.named_parameters() if one.requires_grad}
+    before = {
+        name: weight.dtype for name, weight in model.named_parameters() if weight.requires_grad
+    }
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "default", is_trainable=True)
-    loaded = {one.dtype for one in model.parameters() if one.requires_grad}
+    loaded = {weight.dtype for weight in model.parameters() if weight.requires_grad}
     assert loaded == {torch.float32}, "PEFT keeps the precision now: restore_precision can go"
     upstream_fixes.restore_precision(model, before)
-    assert {one.dtype for one in model.parameters() if one.requires_grad} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.parameters() if weight.requires_grad} == {
+        torch.bfloat16
+    }
 
 
 def test_all_weights_of_a_model_with_experts_are_loaded_and_missing_ones_are_an_error(
@@ -55,6 +59,6 @@ def test_all_weights_of_a_model_with_experts_are_loaded_and_missing_ones_are_an_
 def test_parameters_without_memory_have_addresses_of_their_own() -> None:
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    assert len({one.data_ptr() for one in model.parameters()}) == 1
+    assert len({weight.data_ptr() for weight in model.parameters()}) == 1
     upstream_fixes.tell_empty_parameters_apart(model)
-    assert len({one.data_ptr() for one in model.parameters()}) == 4
+    assert len({weight.data_ptr() for weight in model.parameters()}) == 4

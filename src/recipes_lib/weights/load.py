@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_WEIGHTS = "*.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _SPARE = 1.1  # free memory asked for, as a multiple of the weights
 
@@ -98,13 +99,18 @@ def _source(section: ModelSection) -> dict[str, Any]:
 
 
 def _reach_hub(recipe: Recipe, files: str) -> None:
-    """Say what is fetched; without a network say so at once, not after minutes of retries."""
+    """Say that weights are fetched; without a network say so at once, not after minutes of retries.
+
+    Args:
+        files: pattern of what is looked for in the cache.
+    """
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
         return
     if offline_by_environment() or not hub_answers():
         raise explain_load_failure(recipe.model, ConnectionError())
-    say(f"fetching {name} from the Hub ...")
+    if files == _WEIGHTS:
+        say(f"fetching {name} from the Hub ...")
 
 
 # ---- model ----
@@ -132,7 +138,7 @@ def load_model(
     import transformers
 
     section, path = recipe.model, model_path(recipe.model)
-    on_main_rank(lambda: _reach_hub(recipe, "*.safetensors"))
+    on_main_rank(lambda: _reach_hub(recipe, _WEIGHTS))
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     kwargs: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
