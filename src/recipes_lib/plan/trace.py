@@ -139,8 +139,8 @@ def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -
         "active": _active(model, text),
         "weight_bytes": round(weight_bytes),
         "trained_bytes": sum(parameter.nbytes for parameter in trained),
-        "outside": sum(one.numel() for one in base.values() if id(one) not in in_blocks),
-        "largest_layer": max(sum(one.numel() for one in block.parameters()) for block in blocks),
+        "outside": sum(part.numel() for part in base.values() if id(part) not in in_blocks),
+        "largest_layer": max(sum(part.numel() for part in block.parameters()) for block in blocks),
     }
     with _as_on_a_gpu(getattr(torch, precision.half) if precision.half else None):
         model = model.to_empty(device="cpu").train()
@@ -184,12 +184,12 @@ def _active(model: Any, text: Any) -> int:
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     used = {*shape.text_decoder(model).parameters(), *head.parameters()}
     used -= {embeddings.weight} - {*head.parameters()}
-    names = {id(one) for name, one in model.named_parameters() if "lora_" in name}
+    adapters = {id(part) for name, part in model.named_parameters() if "lora_" in name}
     return round(
         sum(
-            one.numel() * (min(chosen / one.shape[0], 1.0) if one.ndim == 3 else 1)
-            for one in used
-            if id(one) not in names
+            part.numel() * (min(chosen / part.shape[0], 1.0) if part.ndim == 3 else 1)
+            for part in used
+            if id(part) not in adapters
         )
     )
 

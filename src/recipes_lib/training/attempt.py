@@ -119,24 +119,28 @@ class Attempt:
         """
         run, resumption = self.run, None
         resumed = self.earlier.get("resumed", [])
-        found, broken = checkpoints.find_newest(run.checkpoints)
-        if found is not None:
-            marker = checkpoints.read_marker(found)
+        newest, broken = checkpoints.find_newest(run.checkpoints)
+        if newest is not None:
+            marker = checkpoints.read_marker(newest)
             begun = self.earlier.get("guard") or marker["guard"]
             changes = check_resume(run.name, begun, guard, options.resume_anyway)
             if not options.allow_partial_resume:
-                checkpoints.check_resumable(found, active.world_size)
-            resumption = Resumption(found, marker, changes)
+                checkpoints.check_resumable(newest, active.world_size)
+            resumption = Resumption(newest, marker, changes)
             resumed = [
                 *resumed,
-                {"from": found.name, "changed": changes, "partial": options.allow_partial_resume},
+                {
+                    "from": newest.name,
+                    "changed": changes,
+                    "partial": options.allow_partial_resume,
+                },
             ]
         # nothing was refused: from here on the run's files are this attempt's
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for checkpoint, reason in broken.items():
             aside = checkpoints.set_aside(checkpoint, ".incomplete")
             say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
-        metrics.forget_after(run.metrics, found)
+        metrics.forget_after(run.metrics, newest)
         self._take_over(data, guard=guard, resumed=resumed, **recorded)
         if resumption is not None:
             how = "recipe, data, versions unchanged"

@@ -268,13 +268,13 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
             precision.
     """
     quantized = count_quantized(model)
-    trained = [one for one in model.parameters() if one.requires_grad]
-    frozen = [one for one in model.parameters() if not one.requires_grad]
-    count = sum(one.numel() for one in trained)
-    total = count + sum(one.numel() for one in frozen)
-    precision = ", ".join(sorted({precision_name(one.dtype) for one in trained}))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
+    count = sum(weight.numel() for weight in trained)
+    total = count + sum(weight.numel() for weight in frozen)
+    precision = ", ".join(sorted({precision_name(weight.dtype) for weight in trained}))
     if raised and not quantized and precision != "float32":
         precision = f"float32 (FSDP2 keeps the {precision} weights so)"
-    kinds = {precision_name(one.dtype) for one in frozen} - {"uint8"}
+    kinds = {precision_name(weight.dtype) for weight in frozen} - {"uint8"}
     base = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(kinds))
     return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {base}" if base else "")

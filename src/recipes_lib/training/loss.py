@@ -81,10 +81,10 @@ def score_supervised_positions(model: Any) -> None:
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         mask, weight = labels != -100, self.get_output_embeddings().weight
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        found = TokenLogProbs.apply(
+        scores = TokenLogProbs.apply(
             hidden[:, :-1][mask], whole, labels[mask], torch.is_grad_enabled()
         )
-        values = dict(zip(("log_probs", "entropy", "is_top1"), found, strict=True))
+        values = dict(zip(("log_probs", "entropy", "is_top1"), scores, strict=True))
         return FusedCausalLMOutput(label_mask=mask, **values)
 
     model.forward = types.MethodType(forward, model)

@@ -10,6 +10,7 @@ probe in front, a resumed run would have one such step more than an uninterrupte
 from __future__ import annotations
 
 import contextlib
+import itertools
 import resource
 import time
 from collections.abc import Iterator
@@ -107,9 +108,10 @@ def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
     if trainer.optimizer.state or "adam" not in name or "paged" in name:
         return []
     each = 2 if "8bit" in name else BYTES_OF_MOMENTS
-    trained = (one for group in trainer.optimizer.param_groups for one in group["params"])
-    local = (one.to_local() if isinstance(one, DTensor) else one for one in trained)
-    return [torch.ones(one.numel() * each, dtype=torch.uint8, device=one.device) for one in local]
+    groups = (group["params"] for group in trainer.optimizer.param_groups)
+    trained = itertools.chain.from_iterable(groups)
+    own = [part.to_local() if isinstance(part, DTensor) else part for part in trained]
+    return [torch.ones(part.numel() * each, dtype=torch.uint8, device=part.device) for part in own]
 
 
 def _out_of_memory(args: Any, rows: int, tokens: int) -> EnvironmentFault:
