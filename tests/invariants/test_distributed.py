@@ -213,11 +213,7 @@ def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> N
     assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
 
 
-@pytest.mark.parametrize(
-    "method",
-    [[], [NF4, "train.bf16=true"]],
-    ids=["lora", "qlora"],
-)
+@pytest.mark.parametrize("method", [[], [NF4, "train.bf16=true"]], ids=["lora", "qlora"])
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(
     launcher, config: str, method: list[str], request: pytest.FixtureRequest

@@ -11,12 +11,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from recipes_lib.training.batches import (
-    WholeBatches,
-    make_loader,
-    row_lengths,
-    validation_batches,
-)
+from recipes_lib.training.batches import WholeBatches, make_loader, row_lengths, validation_batches
 
 ROWS = 54
 LENGTHS = [3 + 7 * row % 41 for row in range(ROWS)]
