@@ -25,7 +25,6 @@ INSTALL = [
     "numpy>=2",
     "scipy>=1.13",
     "pyyaml>=6",
-    "pydantic>=2.12",
     "jsonschema>=4.20",
     "pydantic>=2.12",
     "tqdm>=4.66",

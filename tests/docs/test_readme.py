@@ -91,6 +91,15 @@ def test_every_command_of_a_page_works_and_prints_what_is_shown(
             assert not missing, f"{page.name}: {block.commands} does not print {missing}"
 
 
+def test_the_study_of_the_readme_is_one(checkout: Path) -> None:
+    (yaml,) = (
+        body for language, body in FENCE.findall(PAGES[0].read_text("utf-8")) if language == "yaml"
+    )
+    (checkout / "recipes" / "my-study.yaml").write_text(yaml, encoding="utf-8")
+    assert cli.main(["check", "recipes/my-study.yaml"]) == ExitCode.DONE
+    assert cli.main(["study", "plan", "recipes/my-study.yaml"]) == ExitCode.DONE
+
+
 def words(line: str) -> str:
     """Column widths are free."""
     return " ".join(line.split())
