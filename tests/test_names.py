@@ -12,7 +12,8 @@ ROOT = Path(recipes_lib.__file__).parent
 # What every verb, program and suite has under one name. The list may only become shorter.
 SHARED = {
     "run": "commands/",
-    "configure": "commands/",
+    "ACTIONS": "commands/",
+    "EPILOG": "commands/",
     "main": "",
 }
 

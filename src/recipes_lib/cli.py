@@ -1,8 +1,8 @@
-"""`recipes VERB ...`: finds the verb, imports its module alone, and turns errors into one message
-and an exit code.
+"""`recipes VERB ...`: finds the verb, imports its module, and turns errors into one message and an
+exit code.
 
-A verb is a module in `commands/` with `configure(parser)` and `run(args) -> int`, and one line in
-`VERBS`.
+A verb is a module in `commands/` with a function `run`, or several in `ACTIONS`, and one line in
+`VERBS`. The function's parameters are its command line (`commands.declare`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from recipes_lib import __version__
+from recipes_lib.commands import declare, parameters
 from recipes_lib.core.errors import (
     EnvironmentFault,
     ExitCode,
@@ -53,7 +54,9 @@ MORE = {
     "doctor": "versions, device, disk, token: what is missing and what to do",
 }
 VERBS = {**START_HERE, **MORE}
-TAKE_OVERRIDES = ("show", "data", "plan", "train", "eval", "study", "prefetch", "launch")
+_OVERRIDES = (
+    "section.key=value words override values of the recipe, for example train.learning_rate=1e-4."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,9 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     debug = "--debug" in words
     try:
-        code = _run(words)
+        code = _run([word for word in words if word != "--debug"], debug)
         sys.stdout.flush()
         return code
+    except SystemExit as end:  # --help
+        return int(end.code or 0)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return int(ExitCode.INTERRUPTED)
@@ -97,10 +102,7 @@ def _in_our_words(error: Exception) -> RecipesError:
     """Return what went wrong as one of our errors: a fault of the machine, or a bug."""
     if isinstance(error, RecipesError):
         return error
-    # nothing here that a training could resume
-    plain = (PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-    fault = None if isinstance(error, plain) else explain_fault(error)
-    if fault:
+    if fault := explain_fault(error):
         return fault
     if isinstance(error, OSError) and error.strerror:
         place = error.filename2 or error.filename or "the output"
@@ -110,50 +112,60 @@ def _in_our_words(error: Exception) -> RecipesError:
     return RecipesError(what, "this is a bug; --debug shows where")
 
 
-def _run(words: list[str]) -> int:
-    """Find the verb and run it."""
+def _run(words: Sequence[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return int(ExitCode.DONE)
     if words[0] == "--version":
         print(__version__)
         return int(ExitCode.DONE)
-    name, *rest = words
-    if name not in VERBS:
-        near = difflib.get_close_matches(name, VERBS, n=1)
+    verb, *rest = words
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
         hints = [f"did you mean recipes {near[0]}?"] if near else []
-        raise RecipeError(f"recipes: there is no verb '{name}'", *hints, "all verbs: recipes")
-    module = importlib.import_module(f"recipes_lib.commands.{name}")
-    description = f"{VERBS[name][0].upper()}{VERBS[name][1:]}."
-    parser = _Parser(prog=f"recipes {name}", description=description, allow_abbrev=False)
-    if name in TAKE_OVERRIDES:
-        parser.epilog = (
-            "section.key=value words after it override values of the recipe, for example"
-            " train.learning_rate=1e-4"
-        )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    module.configure(parser)
-    try:
-        args, unknown = parser.parse_known_args(rest)
-    except SystemExit as end:  # --help
-        return int(end.code or 0)
-    args.overrides = _overrides(name, parser, unknown)
-    return int(module.run(args))
+        raise RecipeError(f"recipes: there is no verb '{verb}'", *hints, "all verbs: recipes")
+    function, arguments = parse_words(verb, rest)
+    given = {"debug": debug, "typed": list(words)}
+    arguments |= {name: given[name] for name in given.keys() & parameters(function)}
+    return int(function(**arguments))
 
 
-def _overrides(verb: str, parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
-    """Return the words that override recipe values; any other word left over is an error."""
-    options = [option for option in parser._option_string_actions if option.startswith("--")]
-    for word in words:
+def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, Any]]:
+    """Return the function of a verb, and its arguments as the words say them.
+
+    Raises:
+        RecipeError: a word is unknown, has a wrong value, or is missing.
+    """
+    module = importlib.import_module(f"recipes_lib.commands.{verb}")
+    description = f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}."
+    parser = _Parser(prog=f"recipes {verb}", description=description, allow_abbrev=False)
+    parser.epilog = getattr(module, "EPILOG", "")
+    actions: dict[str, Callable[..., int]] = getattr(module, "ACTIONS", {})
+    if actions:
+        choice = parser.add_subparsers(dest="action", required=True, metavar="|".join(actions))
+        for name, function in actions.items():
+            text = (function.__doc__ or "").partition(".")[0]
+            declare(choice.add_parser(name, help=text, allow_abbrev=False), function)
+    else:
+        declare(parser, module.run)
+        if "overrides" in parameters(module.run):
+            parser.epilog = f"{_OVERRIDES} {parser.epilog}"
+    parser.epilog = f"{parser.epilog} --debug shows tracebacks."
+    known, unknown = parser.parse_known_args(words)
+    arguments = vars(known)
+    function = actions[arguments.pop("action")] if actions else module.run
+    takes_overrides = "overrides" in parameters(function)
+    options = [f"--{name.replace('_', '-')}" for name in parameters(function)]
+    for word in unknown:
         name = word.partition("=")[0]
         is_option = name.startswith("-") and "." not in name
         near = difflib.get_close_matches(name, options, n=1) if is_option else []
-        if near or verb not in TAKE_OVERRIDES:
+        if near or not takes_overrides:
             kind = "option" if word.startswith("-") else "argument"
             parser.error(
                 f"unknown {kind} '{name}'" + (f"; did you mean {near[0]}?" if near else "")
             )
-    return words
+    return function, arguments | ({"overrides": unknown} if takes_overrides else {})
 
 
 def overview() -> str:

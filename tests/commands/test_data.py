@@ -4,7 +4,6 @@ the terminal.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -36,8 +35,7 @@ def recipe_file(tmp_path, tiny_model_dir):
 
 
 def run(path, *overrides, show=3) -> int:
-    words = {"recipe": str(path), "overrides": list(overrides), "against": []}
-    return command.run(argparse.Namespace(**words, show=show))
+    return command.run(str(path), overrides, show=show)
 
 
 def test_it_prints_counts_lengths_and_the_next_command(recipe_file, capsys):
@@ -91,13 +89,10 @@ def test_a_line_without_loss_is_named_at_the_recipe_s_line(recipe_file):
     assert (str(caught.value.file), caught.value.line) == (str(recipe_file), 6)
 
 
-@pytest.mark.parametrize("text", ["-1", "many", "1.5"])
-def test_a_number_of_rows_that_is_none_is_refused_by_its_name(text, capsys):
-    parser = argparse.ArgumentParser()
-    command.configure(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["a.yaml", f"--show={text}"])
-    assert "expected a whole number" in capsys.readouterr().err
+def test_a_number_of_rows_that_is_none_is_refused_by_its_name(recipe_file, capsys):
+    for text in ("-1", "many", "1.5"):
+        assert main(["data", str(recipe_file), f"--show={text}"]) == 2
+        assert "--show: expected a whole number" in capsys.readouterr().err
 
 
 def test_text_cut_by_max_length_shows_no_end_token(recipe_file, capsys):

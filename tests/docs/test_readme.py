@@ -4,7 +4,6 @@ printed, their links lead somewhere.
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import shutil
@@ -169,18 +168,15 @@ def check_words(name: str, rest: list[str], command: str) -> None:
     command of the page.
     """
     assert name in cli.VERBS, command
-    parser = cli._Parser(prog=name, allow_abbrev=False)
-    module = importlib.import_module(f"recipes_lib.commands.{name}")
-    module.configure(parser)
-    args, left = parser.parse_known_args(rest)
-    overrides = cli._overrides(name, parser, left)
-    if getattr(args, "recipe", None):
-        load_recipe(args.recipe, overrides)
-    if getattr(args, "study", None):
-        load_study(args.study, overrides)
-    for path in [*getattr(args, "paths", []), *([args.eval] if "eval" in args else [])]:
+    _, words = cli.parse_words(name, rest)
+    overrides = words.get("overrides", [])
+    if words.get("recipe"):
+        load_recipe(words["recipe"], overrides)
+    if words.get("study"):
+        load_study(words["study"], overrides)
+    for path in [*words.get("paths", []), *filter(None, [words.get("eval")])]:
         assert Path(path).exists(), command
-    runs = [*getattr(args, "runs", []), *([args.run] if getattr(args, "run", None) else [])]
+    runs = [*words.get("runs", []), *filter(None, [words.get("run")])]
     assert set(runs) <= runs_of_recipes(), command
 
 

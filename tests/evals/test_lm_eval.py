@@ -4,7 +4,6 @@ nothing run or read without permission, and mistakes in a task told in one line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import shlex
@@ -16,7 +15,6 @@ import pytest
 import yaml
 
 from recipes_lib.cli import main
-from recipes_lib.commands.eval import configure, lm_eval_overrides
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.evals.log import read_eval_log
 from recipes_lib.evals.recipe import load_eval
@@ -176,32 +174,6 @@ def test_code_and_foreign_files_of_a_task_need_the_recipes_and_the_command_lines
         )
         assert main(["check", str(small_task)]) == 2
         assert "runs code" in capsys.readouterr().err
-
-
-def test_lm_evals_flags_reach_the_suite_as_they_were_meant(small_task):
-    parser = argparse.ArgumentParser()
-    configure(parser)
-    cases = {
-        ("--gen_kwargs", "max_gen_toks=8,temperature=0"): {
-            "gen_kwargs": {"max_gen_toks": 8, "temperature": 0}
-        },
-        ("--gen_kwargs", 'until=["Q:", "\\n"],do_sample=false'): {
-            "gen_kwargs": {"until": ["Q:", "\n"], "do_sample": False}
-        },
-        ("--system_instruction", "Note: yes # or no"): {"system_instruction": "Note: yes # or no"},
-        ("--apply_chat_template", "--fewshot_as_multiturn", "false"): {
-            "apply_chat_template": True,
-            "fewshot_as_multiturn": False,
-        },
-        ("--tasks", "arc_easy, gsm8k", "--limit", "0.5"): {
-            "tasks": ["arc_easy", "gsm8k"],
-            "limit": 0.5,
-        },
-    }
-    for words, section in cases.items():
-        args = parser.parse_args(["x", "y", *words])
-        suite = load_eval(small_task, lm_eval_overrides(args)).suite
-        assert {name: getattr(suite, name) for name in section} == section
 
 
 # ---- the printed command ----

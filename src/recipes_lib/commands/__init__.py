@@ -1,18 +1,62 @@
-"""The verbs of the command line: one module per verb."""
+"""The verbs of the command line: one module per verb, whose function's parameters are its words."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Mapping
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+GIVEN = ("overrides", "debug", "typed")  # what the command line hands over beside the words
 
 
-def flag_words(args: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """Return the flags of these names that were given, as they are typed."""
-    return [f"--{name.replace('_', '-')}" for name in names if getattr(args, name, False)]
+def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> None:
+    """Declare a function's parameters: those before the `*` as arguments, the others as flags.
+
+    Each is `Annotated[type, help]`, a whole number `Annotated[int, help, least]` (1 by default).
+    """
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in parameters(function).items():
+        if name in GIVEN:
+            continue
+        annotated, text, *least = get_args(hints[name])
+        kind = next(part for part in (*get_args(annotated), annotated) if part is not NoneType)
+        kind = annotated if get_origin(annotated) in (list, Literal) else kind
+        is_flag = parameter.kind is parameter.KEYWORD_ONLY
+        optional = parameter.default is not parameter.empty
+        options: dict[str, Any] = {"help": text, "default": parameter.default if optional else None}
+        if kind is bool:
+            options["action"] = "store_true"
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            word = name.rstrip("_").upper()
+            options["metavar"] = word.rpartition("_")[2] if is_flag else word
+            if kind is int:
+                options |= {"type": at_least(*least or [1]), "metavar": "N"}
+            elif get_origin(kind) is list:
+                options["metavar"] = options["metavar"].removesuffix("S")
+                options["nargs"] = "*" if optional and not is_flag else "+"
+                options |= {"action": "extend"} if is_flag else {}
+            elif kind is not str:
+                options["type"] = kind
+        if is_flag:
+            flag = f"--{name.rstrip('_').replace('_', '-')}"
+            parser.add_argument(flag, dest=name, required=not optional, **options)
+        elif optional and "nargs" not in options:
+            parser.add_argument(name, nargs="?", **options)
+        else:
+            parser.add_argument(name, **options)
+
+
+def parameters(function: Callable[..., int]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a verb's function."""
+    return inspect.signature(function).parameters
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers for argparse that says what it expected.
+    """Return a reader of whole numbers that says what it expected.
 
     Example:
         >>> at_least(1)("12")
@@ -25,3 +69,13 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def flag_words(**given: bool) -> list[str]:
+    """Return the flags that are given, as they are typed.
+
+    Example:
+        >>> flag_words(resume_anyway=True, debug=False)
+        ['--resume-anyway']
+    """
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value]

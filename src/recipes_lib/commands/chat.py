@@ -5,9 +5,9 @@ Each model keeps its own conversation: it reads its earlier answers, not those o
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Annotated
 
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError
@@ -18,47 +18,40 @@ from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="finished runs")
-    add("--prompt", help="answer this and stop, instead of asking for questions")
-    add("--system", metavar="TEXT", help="system prompt, in place of the recipe's")
-    longest = "longest answer (default 200)"
-    add("--max-new-tokens", type=int, default=200, metavar="N", help=longest)
-    greedy = "0 is greedy and repeatable (default)"
-    add("--temperature", type=float, default=0.0, metavar="T", help=greedy)
-    add("--trust-remote-code", action="store_true", help=TRUST)
-    add("--no-base", action="store_true", help="leave the base's answer out")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    runs: Annotated[list[str], "finished runs"],
+    *,
+    prompt: Annotated[str | None, "answer this and stop, instead of asking for questions"] = None,
+    system: Annotated[str | None, "system prompt, in place of the recipe's"] = None,
+    max_new_tokens: Annotated[int, "longest answer (default 200)"] = 200,
+    temperature: Annotated[float, "0 is greedy and repeatable (default)"] = 0.0,
+    trust_remote_code: Annotated[bool, TRUST] = False,
+    no_base: Annotated[bool, "leave the base's answer out"] = False,
+) -> int:
     """Load every run once and answer until the input ends."""
-    if args.max_new_tokens < 1 or not 0 <= args.temperature < float("inf"):
-        raise RecipeError(
-            "recipes chat: --max-new-tokens must be 1 or more, --temperature 0 or more"
-        )
-    trained = [finished_run(open_run(name), args.trust_remote_code) for name in args.runs]
+    if not 0 <= temperature < float("inf"):
+        raise RecipeError("recipes chat: --temperature must be 0 or more")
+    trained = [finished_run(open_run(name), trust_remote_code) for name in dict.fromkeys(runs)]
     distinct = {run.run.path: run for run in trained}
     quiet_libraries()
     loaded = [Family(group) for group in families(list(distinct.values()))]
-    models = [
-        (family, name)
-        for family in loaded
-        for name in family.names
-        if not (name == BASE and args.no_base)
-    ]
-    begin: list[Message] = [{"role": "system", "content": args.system}] if args.system else []
+    models = [(family, name) for family in loaded for name in family.names]
+    if no_base:
+        models = [(family, name) for family, name in models if name != BASE]
+    begin: list[Message] = [{"role": "system", "content": system}] if system else []
     conversations = [list(begin) for _ in models]
-    for question in questions(args.prompt):
+    for question in [prompt] if prompt is not None else _questions():
         for (family, name), messages in zip(models, conversations, strict=True):
             messages.append({"role": "user", "content": question})
-            text = answer(family, name, messages, args.max_new_tokens, args.temperature)
+            text = answer(family, name, messages, max_new_tokens, temperature)
             messages.append({"role": "assistant", "content": text})
-            title = printable(_title(family, name, only_family=len(loaded) == 1))
-            heading = f"\x1b[1m{title}\x1b[0m" if use_color() else title
+            title = name
+            if name == BASE and len(loaded) > 1:
+                title = f"{BASE} {family.recipe.model.name_or_path}"
+                title += f" in {family.recipe.base_format}" if family.recipe.base_format else ""
+            heading = f"\x1b[1m{printable(title)}\x1b[0m" if use_color() else printable(title)
             print(f"{heading}\n{printable(text) or '(empty answer)'}\n", flush=True)
-    next_step(f"recipes export {args.runs[0]} --to DIR")
+    next_step(f"recipes export {runs[0]} --to DIR")
     return ExitCode.DONE
 
 
@@ -93,26 +86,15 @@ def answer(
     return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip()
 
 
-def questions(prompt: str | None) -> Iterator[str]:
-    """Yield the one question of --prompt, or lines of the input until an empty one."""
-    if prompt is not None:
-        yield prompt
-        return
-    asked = sys.stdin.isatty()
-    if asked:
+def _questions() -> Iterator[str]:
+    """Yield lines of the input until an empty one."""
+    at_terminal = sys.stdin.isatty()
+    if at_terminal:
         say("type a question; an empty line or Ctrl-D ends")
     while True:
-        if asked:
+        if at_terminal:
             print("> ", end="", flush=True)
         line = sys.stdin.readline().strip()
         if not line:
             return
         yield line
-
-
-def _title(family: Family, name: str, only_family: bool) -> str:
-    """Return what stands over an answer; a base is described where there are several."""
-    if only_family or name in family.runs:
-        return name
-    precision = (family.recipe.base_format or "").replace("-", " ")
-    return f"{name} {family.recipe.model.name_or_path}" + (f" in {precision}" if precision else "")

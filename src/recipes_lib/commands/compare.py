@@ -5,10 +5,9 @@ Reads files only, and writes nothing but what --html names.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
@@ -19,74 +18,66 @@ from recipes_lib.core.terminal import next_step, print_json, say, warn
 
 if TYPE_CHECKING:
     from recipes_lib.analysis.claims import Conclusion
-    from recipes_lib.analysis.runs import Arms, Run
+    from recipes_lib.analysis.runs import Arms
 
 _BASE = "base"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    runs = (
-        "runs that `recipes eval` evaluated, `base` for the base model of the others, folders of"
-        " lm-eval with samples, annotations.json of alpaca_eval"
-    )
-    add("runs", nargs="+", metavar="RUN", help=runs)
-    margin = "the difference that does not matter on a metric: win_rate='2 points', loss=0.005"
-    add("--margin", metavar="METRIC=M", action="append", default=[], help=margin)
-    add("--html", metavar="FILE", help="write the report, one file that needs nothing else")
-    add("--json", action="store_true", help="print one JSON object: rows, scores, findings")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    runs: Annotated[
+        list[str],
+        "evaluated runs, `base` for the base model of the others, folders of lm-eval with samples,"
+        " annotations.json of alpaca_eval",
+    ],
+    *,
+    margin: Annotated[
+        list[str], "METRIC=M, differences that do not matter: win_rate='2 points' loss=0.005"
+    ] = [],  # noqa: B006 (it is not changed)
+    html: Annotated[Path | None, "write the report, one file that needs nothing else"] = None,
+    json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
+) -> int:
     """Compare and print."""
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.summary import conclusion_lines
 
     damaged: list[DamagedFile] = []
-    arms = load_words(args.runs, damaged)
+    arms = load_words(runs, damaged)
     for error in damaged:
         warn(f"an evaluation is damaged and left out: {error}")
-    aims = Aims(margins=dict(map(_margin, args.margin)))
+    aims = Aims(margins=dict(map(_margin, margin)))
     conclusion = conclude(arms, aims)
     if not conclusion.table.scores:
         if damaged:
             raise damaged[0]
-        raise RecipeError(
-            "none of these has an evaluation with a result",
-            f"evaluate first: recipes eval evals/quickstart/alpaca_eval.yaml {' '.join(args.runs)}",
-        )
+        what = "none of these has an evaluation with a result"
+        raise RecipeError(what, f"evaluate first: recipes eval EVAL {' '.join(runs)}")
+    known = ", ".join(dict.fromkeys(row.metric for row in conclusion.table.rows))
     for word in aims.margins:
         if not any(is_named(word, row.metric) for row in conclusion.table.rows):
-            known = ", ".join(dict.fromkeys(row.metric for row in conclusion.table.rows))
             what = f"--margin {word}: these have no such metric in common"
             raise RecipeError(what, f"metrics: {known or 'none'}")
-    if args.json:
-        print_json(conclusion.to_dict())
-    else:
-        say("\n".join(conclusion_lines(conclusion)))
-    if args.html:
-        _write_html(Path(args.html), conclusion, arms)
-    if args.json:
-        return ExitCode.DONE
-    if args.html:
-        say(f"\nreport: {shown_path(Path(args.html))}")
+    if html:
+        _write_html(html, conclusion, arms)
+    if json:
+        return print_json(conclusion.to_dict())
+    say("\n".join(conclusion_lines(conclusion)))
+    if html:
+        say(f"\nreport: {shown_path(html)}")
         next_step("a study declares what may differ, so that a cause can be named: docs/studies.md")
     elif len(arms.by_name) == 1:
-        next_step(f"recipes compare {args.runs[0]} OTHER   (base works too)")
+        next_step(f"recipes compare {runs[0]} OTHER   (base works too)")
     else:
-        next_step(f"recipes compare {' '.join(args.runs)} --html report.html")
+        next_step(f"recipes compare {' '.join(runs)} --html report.html")
     return ExitCode.DONE
 
 
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    hint = "for example --margin win_rate='2 points' --margin loss=0.005"
-    if margin is None or not metric:
-        raise RecipeError(f"--margin {word}: no margin", hint)
-    if wrong := margin.fits(metric):
+    wrong = "no margin" if margin is None or not metric else margin.fits(metric)
+    if margin is None or wrong:
+        hint = "for example --margin win_rate='2 points' loss=0.005"
         raise RecipeError(f"--margin {word}: {wrong}", hint)
     return metric, margin
 
@@ -101,53 +92,54 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
     from recipes_lib.analysis.foreign import read_foreign, unique_names
     from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
 
-    foreign: dict[str, Run] = {}
-    for word in (word for word in words if word != _BASE):
+    folders, runs = [], []
+    for word in words:
         path = Path(word)
-        is_run = path.is_dir() and (path / "run.json").is_file()
-        if path.exists() and not is_run and (run := read_foreign(path)):
-            foreign[word] = run
-    named = [open_run(word) for word in words if word != _BASE and word not in foreign]
-    runs = [load_run(one.path, damaged.append) for one in named]
+        is_run = word == _BASE or (path / "run.json").is_file() or not path.exists()
+        foreign = None if is_run else read_foreign(path)
+        if foreign is not None:
+            runs.append(foreign)
+        elif word != _BASE:
+            folders.append(open_run(word))
+            runs.append(load_run(folders[-1].path, damaged.append))
     if _BASE in words:
-        if not named:
-            raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-        bases = [load_run(one.path, damaged.append) for one in _evaluated_bases(named)]
+        bases = [load_run(base.path, damaged.append) for base in _evaluated_bases(folders)]
         if len(bases) == 1:
             bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
         runs = [*bases, *runs]
-    known = unique_names([*runs, *foreign.values()])
-    return Arms({name: ArmRuns(name, (run,)) for name, run in known.items()})
+    return Arms({name: ArmRuns(name, (run,)) for name, run in unique_names(runs).items()})
 
 
-def _evaluated_bases(named: list[RunDirectory]) -> list[RunDirectory]:
-    bases = {base.name: base for one in named for base in _bases_of(one)}
+def _evaluated_bases(runs: list[RunDirectory]) -> list[RunDirectory]:
+    """Return the run directories of the runs' bases, asked in the same prompt format; the same
+    weights in another format are another subject.
+    """
+    if not runs:
+        raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
+    bases = {}
+    for run in runs:
+        prompt = run.read_state().get("guard", {}).get("prompt_format_hash")
+        wanted = (_identity(read_resolved(run.path)), prompt)
+        for path in sorted(run.root.glob("base--*/run.json")):
+            record = read_object(path)
+            format_hash = record.get("prompt_format_hash") if prompt else None
+            if (_identity(record.get("stand_in") or {}), format_hash) == wanted:
+                bases[path.parent.name] = RunDirectory(path.parent.name, run.root)
     if not bases:
         raise RecipeError(
             "the base of these runs was never evaluated",
-            f"recipes eval EVAL {named[0].name} --against base evaluates it too; or name its model:"
+            f"recipes eval EVAL {runs[0].name} --against base evaluates it too; or name its model:"
             " recipes eval EVAL MODEL",
         )
     return list(bases.values())
 
 
-def _bases_of(run: RunDirectory) -> list[RunDirectory]:
-    """The run directories of a run's base, asked in the same prompt format; the same weights in
-    another format are another subject.
-    """
-    resolved = read_resolved(run.path)
-    ours = resolved.get("model") or {}
-    prompt = run.read_state().get("guard", {}).get("prompt_format_hash")
-    found = []
-    for path in sorted(run.root.glob("base--*/run.json")):
-        record = read_object(path)
-        asked = record.get("stand_in") or {}
-        model = asked.get("model") or {}
-        same = all(model.get(key) == ours.get(key) for key in ("name_or_path", "revision", "dtype"))
-        quantization = asked.get("quantization") == resolved.get("quantization")
-        if same and quantization and prompt in (None, record.get("prompt_format_hash")):
-            found.append(RunDirectory(path.parent.name, run.root))
-    return found
+def _identity(sections: dict[str, object]) -> list[object]:
+    """Return what makes two recipes' bases the same weights."""
+    model = sections.get("model")
+    known = model if isinstance(model, dict) else {}
+    keys = ("name_or_path", "revision", "dtype")
+    return [*(known.get(key) for key in keys), sections.get("quantization")]
 
 
 def _write_html(path: Path, conclusion: Conclusion, arms: Arms) -> None:

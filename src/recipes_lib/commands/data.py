@@ -7,14 +7,12 @@ written to supervision.json.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from recipes_lib.commands import at_least
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.core.errors import RecipeErrors
+from recipes_lib.core.errors import ExitCode, RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, printable, say, use_color
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
@@ -23,48 +21,45 @@ from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
     from recipes_lib.data.audit import DataAudit
-    from recipes_lib.data.supervision import DecodedSpan
 
 GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="path of a recipe")
-    rows = "print N training rows as the model sees them (default: 3)"
-    against = "evals whose questions and answers must not be in the rows that train"
-    add("--against", nargs="+", default=[], metavar="EVAL", help=against)
-    add("--show", type=at_least(0), default=3, metavar="N", help=rows)
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    recipe: Annotated[str, "path or name of a recipe"],
+    overrides: Sequence[str] = (),
+    *,
+    show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
+    against: Annotated[
+        list[str], "evals whose questions and answers must not be in the rows that train"
+    ] = [],  # noqa: B006 (it is not changed)
+) -> int:
     """Prepare the recipe's data, print the audit and some rows.
 
     Raises:
-        DataError: the data cannot be used; when it was read, its numbers are printed before.
+        DataError: the data cannot be used; if it was read, its numbers are printed before.
         RecipeErrors: the rows hold questions or answers of an eval.
     """
     from recipes_lib.data.audit import RefusedData
     from recipes_lib.data.prepare import prepare_data
 
     # an override may follow the evals
-    overrides = [*args.overrides, *(word for word in args.against if "=" in word)]
-    recipe = load_recipe(args.recipe, overrides)
-    evals = [load_eval(find_eval(word)) for word in args.against if "=" not in word]
-    tokenizer = load_tokenizer(recipe)
+    words = [*overrides, *(word for word in against if "=" in word)]
+    loaded = load_recipe(recipe, words)
+    evals = [load_eval(find_eval(word)) for word in against if "=" not in word]
+    tokenizer = load_tokenizer(loaded)
     try:
-        data = prepare_data(recipe, tokenizer)
+        data = prepare_data(loaded, tokenizer)
     except RefusedData as error:
         say("\n".join(_summary(error.audit)))
         raise
-    say("\n".join(_summary(data.audit, data.splits["method"])))
-    _say_leaks(recipe, evals)
-    for row in data.train.select(range(min(args.show, len(data.train)))):
+    say("\n".join(_summary(data.audit, f" (split: {data.splits['method']})")))
+    _say_leaks(loaded, evals)
+    for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer, color=use_color())
     say()
-    next_step(shlex.join(["recipes", "train", str(args.recipe), *overrides]))
-    return 0
+    next_step(shlex.join(["recipes", "train", recipe, *words]))
+    return ExitCode.DONE
 
 
 def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
@@ -83,50 +78,35 @@ def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
         raise RecipeErrors(errors)
 
 
-def _summary(audit: DataAudit, method: str | None = None) -> list[str]:
+def _summary(audit: DataAudit, split: str = "") -> list[str]:
     """Return the audit as lines for the terminal."""
     rows = audit.rows
     filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
-    split = f" (split: {method})" if method else ""
-    lengths: list[Sequence[str]] = [("tokens", "total", "p5", "p50", "p95", "max")]
+    lengths = [("tokens", "total", "p5", "p50", "p95", "max")]
     for title, counts in (
         ("prompt", audit.prompt_tokens),
         ("row, as trained", audit.tokens),
         ("with loss", audit.supervised_tokens),
     ):
-        total, *others = (f"{counts[key]:,}" for key in ("total", "p5", "p50", "p95", "max"))
-        lengths.append((title, total, *others))
+        total, p5, p50, p95, longest = (f"{counts[key]:,}" for key in lengths[0][1:])
+        lengths.append((title, total, p5, p50, p95, longest))
+    sources = [("source", "rows", "weight", "used", "train", "validation", "test", "with loss")]
+    for source in audit.sources:
+        numbers = (source.used, source.train, source.validation, source.test, source.supervised)
+        used, train, validation, test, supervised = (f"{number:,}" for number in numbers)
+        rows_read, weight = f"{source.rows:,}", f"{source.weight:g}"
+        cells = (source.source, rows_read, weight, used, train, validation, test, supervised)
+        sources.append(cells)
     return [
         f"{rows['read']} rows read{filtered}, {rows['used']} used",
         f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}",
-        *_mixture(audit),
+        *(["", *aligned(sources), ""] if len(audit.sources) > 1 else []),
         f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}",
         *audit.describe(),
         "",
         *aligned(lengths),
         *(f"note: {note}" for note in audit.warnings()),
     ]
-
-
-def _mixture(audit: DataAudit) -> list[str]:
-    """Return a table of what each source gives; nothing for a single source."""
-    if len(audit.sources) < 2:
-        return []
-    total = sum(source.supervised for source in audit.sources) or 1
-    rows: list[Sequence[str]] = [
-        ("source", "rows", "weight", "used", "train", "validation", "test", "tokens with loss")
-    ]
-    for source in audit.sources:
-        counts = (source.used, source.train, source.validation, source.test)
-        share = f"{source.supervised:,} ({source.supervised / total:.1%})"
-        rows.append(
-            (
-                *(source.source, f"{source.rows:,}", f"{source.weight:g}"),
-                *(f"{count:,}" for count in counts),
-                share,
-            )
-        )
-    return ["", *aligned(rows), ""]
 
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
@@ -140,14 +120,13 @@ def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     if not spans[-1].text.strip():
         spans.pop()  # a newline that the template puts after the last turn
-    print("".join(_painted(span, color) for span in spans), flush=True)
-
-
-def _painted(span: DecodedSpan, color: bool) -> str:
-    """Return a span for the terminal."""
-    text, end = printable(span.text.removesuffix(span.end_token)), printable(span.end_token)
-    if not span.supervised:
-        return f"{GREY}{text}{RESET}" if color else text
-    if color:
-        return f"{GREEN}{text}{REVERSE}{end}{RESET}"
-    return f"[[{text}]]" + (f"<EOS {end}>" if end else "")
+    for span in spans:
+        text, end = printable(span.text.removesuffix(span.end_token)), printable(span.end_token)
+        if color:
+            shown = f"{GREEN}{text}{REVERSE}{end}" if span.supervised else f"{GREY}{text}{end}"
+            print(f"{shown}{RESET}", end="")
+        elif span.supervised:
+            print(f"[[{text}]]" + (f"<EOS {end}>" if end else ""), end="")
+        else:
+            print(text, end="")
+    print(flush=True)

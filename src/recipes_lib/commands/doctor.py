@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -20,11 +19,7 @@ DISK_GIB = 15  # Llama-2-7B takes 13
 DoctorLine = tuple[str, str, str]  # level, what is so, what to do
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments: there are none."""
-
-
-def run(args: argparse.Namespace) -> int:
+def run() -> int:
     """Print the findings; exit 5 when something cannot work."""
     failed = []
     for check in DOCTOR_CHECKS:

@@ -1,11 +1,10 @@
-"""recipes explain: what a key means, its type and default; a section's keys; the sections."""
+"""`recipes explain`: what a key means, its type and default; a section's keys; the sections."""
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import textwrap
-from typing import Any
+from typing import Annotated, Any
 
 from recipes_lib.config.documents import SECTIONS, did_you_mean, value_text
 from recipes_lib.config.recipe import RecipeFile, recipe_keys
@@ -14,38 +13,32 @@ from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    what = "train.learning_rate, a section such as train, or nothing for the sections"
-    parser.add_argument("key", metavar="KEY", nargs="?", help=what)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print what is known about a key.
-
-    Raises:
-        RecipeError: there is no such key.
-    """
-    keys = recipe_keys()
-    name = _full_name(args.key, keys) if args.key else ""
+def run(
+    key: Annotated[str, "train.learning_rate, a section such as train, or nothing"] = "",
+) -> int:
+    """Print what is known about a key."""
+    keys, width = recipe_keys(), min(120, max(40, shutil.get_terminal_size().columns))
+    name = _full_name(key, keys) if key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
-        _explain(name, keys[name])
+        for line in _explanation(name, keys[name]):
+            wrapped = textwrap.wrap(line, width - 2, break_on_hyphens=False)
+            say("\n  ".join(wrapped))
         next_step(f"recipes explain {name.rpartition('.')[0]}")
         return ExitCode.DONE
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
-    width = max(map(len, inner)) - len(name)
-    room = max(30, shutil.get_terminal_size().columns - width - 5)
+    column = max(map(len, inner)) - len(name)
     for key, schema in inner.items():
+        room = max(30, width - column - 5)
         text = textwrap.shorten(schema.get("description") or "", room, placeholder=" ...")
-        say(f"  {key.removeprefix(f'{name}.'):<{width}}  {text}".rstrip())
+        say(f"  {key.removeprefix(f'{name}.'):<{column}}  {text}".rstrip())
     next_step(f"recipes explain {next(iter(inner)) if name else 'train'}")
     return ExitCode.DONE
 
 
 def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
-    """Return the dotted name of a key, completed where only one section has it.
+    """Return the dotted name of a key, completed if only one section has it.
 
     Raises:
         RecipeError: no such key; says what to write instead, or what is near.
@@ -64,16 +57,15 @@ def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
     raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
 
 
-def _explain(key: str, schema: dict[str, Any]) -> None:
+def _explanation(key: str, schema: dict[str, Any]) -> list[str]:
     section, _, name = key.partition(".")
-    say(f"{key}: {describe(schema)}")
-    if section in CLASSES:
-        ours = section == "train" and name in TRAIN_DEFAULTS
-        whose = "project default, not TRL's" if ours else CLASSES[section]
-        _wrapped(f"default {value_text(schema.get('default'))} ({whose})")
-    elif "default" in schema:
-        _wrapped(f"default {value_text(schema['default'])}")
-    _wrapped(schema.get("description") or "no documentation upstream")
+    source = f" ({CLASSES[section]})" if section in CLASSES else ""
+    if section == "train" and name in TRAIN_DEFAULTS:
+        source = " (project default, not TRL's)"
+    known = source or "default" in schema
+    default = [f"default {value_text(schema.get('default'))}{source}"] if known else []
+    text = schema.get("description") or "no documentation upstream"
+    return [f"{key}: {describe(schema)}", *(f"  {line}" for line in (*default, text))]
 
 
 def describe(schema: dict[str, Any]) -> str:
@@ -91,10 +83,3 @@ def describe(schema: dict[str, Any]) -> str:
     words = [f"{sign} {schema[word]:g}" for word, sign in bounds.items() if word in schema]
     kind = {"array": "list", "object": "mapping", "string": "text"}.get(schema.get("type", ""))
     return " ".join([kind or schema.get("type", "any value"), *words])
-
-
-def _wrapped(text: str) -> None:
-    """Print an indented paragraph that fits the terminal."""
-    width = min(120, max(40, shutil.get_terminal_size().columns))
-    lines = textwrap.wrap(text, width - 2, break_on_hyphens=False)
-    say("\n".join(f"  {line}" for line in lines))

@@ -4,164 +4,132 @@ status|cancel|logs`: look after it.
 
 from __future__ import annotations
 
-import argparse
 import shlex
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from recipes_lib.commands import at_least, flag_words
-from recipes_lib.config.launch import TRAIN_FLAGS, add_train_flags
+from recipes_lib.commands import flag_words
+from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
 from recipes_lib.slurm.prefetching import missing_models
 from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
-from recipes_lib.slurm.submit import (
-    LaunchFolder,
-    directives,
-    dry_run,
-    job_commands,
-    prepare,
-    submit_chain,
+from recipes_lib.slurm.submit import LaunchFolder, directives, job_commands, submit_chain
+from recipes_lib.slurm.submit import dry_run as sbatch_lines
+from recipes_lib.slurm.submit import prepare as write_scripts
+
+EPILOG = (
+    "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was launched."
 )
 
-ACTIONS = ("status", "cancel", "logs")
 
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    what = "what to launch, then section.key=value words; or: status [NAME]"
-    add("words", nargs="+", metavar="RECIPE|STUDY", help=what)
-    parser.epilog = (
-        "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was"
-        " launched"
-    )
-    add("--profile", metavar="P", help="the site: a name in launch/profiles/, or a path")
-    config = "a file in accelerate_configs/, or a path; default: the recipe's launch.accelerate"
-    add("--accelerate", metavar="A", help=config)
-    nodes = "machines; default: the recipe's launch.nodes"
-    add("--nodes", type=at_least(1), metavar="N", help=nodes)
-    gpus = "GPUs per machine; default: the recipe's launch.gpus"
-    add("--gpus", type=at_least(1), metavar="G", help=gpus)
-    add("--stages", metavar="LIST", help="of train,eval,report; default: all")
-    evals = "what to evaluate a recipe on; default: the three of evals/"
-    add("--evals", nargs="+", metavar="EVAL", help=evals)
-    how = parser.add_mutually_exclusive_group()
-    for flag, help in (
-        ("--dry-run", "print the sbatch lines and what the scripts ask and run, and do nothing"),
-        ("--prepare", "only write the scripts of the jobs, and print their folder"),
-        ("--wait", "wait until the whole chain is over; its exit code"),
-    ):
-        how.add_argument(flag, action="store_true", help=help)
-    add_train_flags(parser)
-    add("--stage", metavar="S", help="logs: the task, for example train or eval-mt_bench")
-    lines = "logs: lines of each task (default 40)"
-    add("--lines", type=at_least(1), default=40, metavar="N", help=lines)
-    add("--json", action="store_true", help="status: print one JSON object")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    words: Annotated[list[str], "a recipe or a study; or: status [NAME], cancel NAME, logs NAME"],
+    overrides: Sequence[str],
+    typed: Sequence[str],
+    *,
+    profile: Annotated[str | None, "the site: a name in launch/profiles/, or a path"] = None,
+    accelerate: Annotated[
+        str | None, "a file in accelerate_configs/, or a path; default: launch.accelerate"
+    ] = None,
+    nodes: Annotated[int | None, "machines; default: the recipe's launch.nodes"] = None,
+    gpus: Annotated[int | None, "GPUs per machine; default: the recipe's launch.gpus"] = None,
+    stages: Annotated[str | None, "of train,eval,report; default: all"] = None,
+    evals: Annotated[list[str], "what to evaluate a recipe on; default: the three of evals/"] = [],  # noqa: B006 (it is not changed)
+    dry_run: Annotated[
+        bool, "print the sbatch lines and what the scripts ask and run, and do nothing"
+    ] = False,
+    prepare: Annotated[bool, "only write the scripts of the jobs, and print their folder"] = False,
+    wait: Annotated[bool, "wait until the whole chain is over; its exit code"] = False,
+    resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
+    allow_partial_resume: Annotated[bool, TRAIN_FLAGS["allow_partial_resume"]] = False,
+    trust_remote_code: Annotated[bool, TRAIN_FLAGS["trust_remote_code"]] = False,
+    stage: Annotated[str | None, "logs: the task, for example train or eval-mt_bench"] = None,
+    lines: Annotated[int, "logs: lines of each task (default 40)"] = 40,
+    json: Annotated[bool, "status: print one JSON object"] = False,
+) -> int:
     """Submit, print or look."""
-    first, *rest = args.words
-    if first in ACTIONS and not Path(first).exists():
-        if args.overrides:
-            raise RecipeError(f"recipes launch {first}: unknown argument '{args.overrides[0]}'")
+    first, *rest = words
+    if first in ("status", "cancel", "logs") and not Path(first).exists():
+        if overrides:
+            raise RecipeError(f"recipes launch {first}: unknown argument '{overrides[0]}'")
         if first == "status":
-            return status.show_status(rest, as_json=args.json)
-        if first == "cancel":
-            return status.cancel(rest)
-        return status.show_logs(rest, args.stage, args.lines)
+            return status.show_status(rest, as_json=json)
+        return status.cancel(rest) if first == "cancel" else status.show_logs(rest, stage, lines)
     # --evals takes what follows it
-    overrides = [*rest, *args.overrides, *(word for word in args.evals or () if "=" in word)]
-    args.evals = [word for word in args.evals or () if "=" not in word]
-    names = [word.partition("=")[0] for word in overrides]
-    if flags := [name for name in names if name.startswith("-") and "." not in name]:
+    values = [*rest, *overrides, *(word for word in evals if "=" in word)]
+    if wrong := [word for word in values if "=" not in word or word.startswith("--")]:
         raise RecipeError(
-            f"recipes launch: {flags[0]} is not an option of recipes launch",
-            f"put options of the site into the profile, {args.profile or 'launch/profiles/...'}:"
-            " sbatch",
-            "all options: recipes launch --help",
+            f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
+            "one recipe or study at a time; put options of the site into its profile: sbatch",
         )
-    if strangers := [word for word in overrides if "=" not in word]:
-        what = f"recipes launch: '{strangers[0]}' is neither an option nor section.key=value"
-        raise RecipeError(what, "one recipe or study at a time")
-    if not args.profile:
-        raise RecipeError(
-            "recipes launch: --profile is missing",
-            f"there are {', '.join(profile_names())}",
-            "a new site: copy launch/profiles/example.yaml",
-        )
-    return _launch(args, first, overrides)
-
-
-def _launch(args: argparse.Namespace, target: str, overrides: list[str]) -> int:
-    """Plan the jobs, then do what was asked with them."""
-    profile = load_profile(args.profile)
-    profile.enter()
-    flags = flag_words(args, TRAIN_FLAGS)
-    asked = LaunchRequest(
-        overrides, args.accelerate, args.gpus, args.nodes, args.stages, args.evals, flags
+    if not profile:
+        hint = f"there are {', '.join(profile_names())}; copy launch/profiles/example.yaml"
+        raise RecipeError("recipes launch: --profile is missing", hint)
+    if dry_run + prepare + wait > 1:
+        raise RecipeError("recipes launch: --dry-run, --prepare or --wait, only one of them")
+    site = load_profile(profile)
+    site.enter()
+    flags = flag_words(
+        resume_anyway=resume_anyway,
+        allow_partial_resume=allow_partial_resume,
+        trust_remote_code=trust_remote_code,
     )
-    plan = plan_target(target, profile, asked)
-    if args.prepare:
-        print(prepare(plan, profile).path)
+    named = [word for word in evals if "=" not in word]
+    asked = LaunchRequest(values, accelerate, gpus, nodes, stages, named, flags)
+    plan = plan_target(first, site, asked)
+    if prepare:
+        print(write_scripts(plan, site).path)
         return ExitCode.DONE
-    words = sys.argv[2:] if sys.argv[1:2] == ["launch"] else [target]
-    typed = shlex.join(["recipes", "launch", *words])
-    fetch = shlex.join([target, *plan.evals, *overrides])
-    remarks = _remarks(plan, profile, f"recipes prefetch {fetch} --profile {args.profile}")
-    if args.dry_run:
-        _show(plan, profile, typed, remarks)
+    fetch = shlex.join([first, *plan.evals, *values, "--profile", profile])
+    remarks = _remarks(plan, site, f"recipes prefetch {fetch}")
+    if dry_run:
+        say("\n".join(_dry_run_lines(plan, site, shlex.join(["recipes", *typed]), remarks)))
         return ExitCode.DONE
     for remark in remarks:
         say(remark)
     folder = LaunchFolder(plan.folder)
     if folder.jobs_file.is_file():
         status.refuse_if_active(folder)
-    ids = submit_chain(plan, profile)
+    ids = submit_chain(plan, site)
     for job in plan.jobs:
         arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
         waits = ", ".join([*job.after, *job.after_any])
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
-    if args.wait:
+    if wait:
         return status.wait(folder)
     next_step(f"recipes launch status {plan.name}")
     return ExitCode.DONE
 
 
-def _remarks(plan: JobPlan, profile: SiteProfile, prefetch: str) -> list[str]:
-    """Return what to say before: the plan's warnings, and which models are not here yet, where the
-    jobs cannot fetch them.
-
-    Args:
-        plan: the jobs.
-        profile: the site.
-        prefetch: the command that fetches everything.
+def _remarks(plan: JobPlan, site: SiteProfile, prefetch: str) -> list[str]:
+    """Return the plan's warnings, and which models are not here yet if the jobs cannot fetch
+    them.
     """
-    remarks = list(plan.warnings)
-    if profile.values.offline and (missing := missing_models(plan.models)):
-        verb = "is" if len(missing) == 1 else "are"
-        what = f"{' and '.join(missing)} {verb} not on this machine, and jobs have no network"
-        remarks.append(f"warning: {what}: {prefetch}")
-    return remarks
+    missing = missing_models(plan.models) if site.values.offline else []
+    if not missing:
+        return list(plan.warnings)
+    what = f"not on this machine, and jobs have no network: {', '.join(missing)}"
+    return [*plan.warnings, f"warning: {what}: {prefetch}"]
 
 
-def _show(plan: JobPlan, profile: SiteProfile, typed: str, remarks: list[str]) -> None:
-    """Print commands that bash takes as they stand: the one that writes the scripts, and the sbatch
+def _dry_run_lines(
+    plan: JobPlan, site: SiteProfile, typed: str, remarks: list[str]
+) -> Iterator[str]:
+    """Yield commands that bash takes as they stand: the one that writes the scripts, and the sbatch
     line of each job; what its script asks for and runs are comments.
     """
-    for remark in remarks:
-        say(f"# {remark}")
-    say("# bash takes these lines as they are; the first one writes the scripts")
-    say(typed.replace(" --dry-run", " --prepare"))
-    for job, line in dry_run(plan):
+    yield from (f"# {remark}" for remark in remarks)
+    yield "# bash takes these lines as they are; the first one writes the scripts"
+    yield typed.replace(" --dry-run", " --prepare")
+    for job, line in sbatch_lines(plan):
         unit = "GPU" if job.gpus else "process"
         arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
-        say(f"# {job.label}: {arms}{job.nodes} node x {job.processes} {unit}")
-        say(line)
-        asked = directives(job, plan.folder, profile.values)
-        for text in "\n".join([*asked, *job_commands(job, profile.values)]).split("\n"):
-            say(f"#     {text}")
-    say(f"# next: {typed.replace(' --dry-run', '')}")
+        yield f"# {job.label}: {arms}{job.nodes} node x {job.processes} {unit}"
+        yield line
+        script = [*directives(job, plan.folder, site.values), *job_commands(job, site.values)]
+        yield from (f"#     {text}" for text in "\n".join(script).split("\n"))
+    yield f"# next: {typed.replace(' --dry-run', '')}"

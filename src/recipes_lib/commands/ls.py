@@ -1,11 +1,11 @@
-"""recipes ls: the recipes of this project and of the working directory, by model."""
+"""`recipes ls`: the recipes of this project and of the working directory, by model."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import ExitCode, RecipesError
@@ -15,63 +15,44 @@ from recipes_lib.core.terminal import aligned, next_step, print_json, say
 _START = "start-here"
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    words = "only recipes whose name, model, method, launch or tags hold every word"
-    parser.add_argument("words", metavar="WORD", nargs="*", help=words)
-    parser.add_argument("--json", action="store_true", help="the list as JSON on stdout")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    words: Annotated[
+        list[str], "only recipes whose name, model, method, launch or tags hold every word"
+    ] = [],  # noqa: B006 (it is not changed)
+    *,
+    json: Annotated[bool, "the list as JSON"] = False,
+) -> int:
     """Print one line per recipe under its model; nothing is checked or planned."""
-    found = [entry for file in recipe_files() if (entry := _entry(file)) is not None]
-    words = [word.lower() for word in args.words]
-    found = [entry for entry in found if all(word in str(entry).lower() for word in words)]
-    models = {entry["model"]: _START in entry["tags"] for entry in reversed(found)}
-    for entry in found:
-        models[entry["model"]] |= _START in entry["tags"]
-    found.sort(key=lambda entry: (not models[entry["model"]], entry["model"], entry["name"]))
-    if args.json:
-        return print_json(found)
-    if not found:
+    entries = [entry for file in _recipe_files() if (entry := _entry(file)) is not None]
+    for word in words:
+        entries = [entry for entry in entries if word.lower() in str(entry).lower()]
+    starts = {entry["model"] for entry in entries if _START in entry["tags"]}
+    entries.sort(key=lambda entry: (entry["model"] not in starts, entry["model"], entry["name"]))
+    if json:
+        return print_json(entries)
+    if not entries:
         say(f"no recipes match {' '.join(words)}" if words else "no recipes here")
         next_step("recipes ls" if words else "recipes new my-first --from quickstart/lora-r8")
         return ExitCode.DONE
-    head = ("  recipe", "method", "launch", "tags")
-    lines = aligned(
-        [head]
-        + [
-            (f"  {entry['name']}", entry["method"], entry["launch"], ", ".join(entry["tags"]))
-            for entry in found
-        ]
-    )
-    say(lines[0])
-    model = None
-    for entry, line in zip(found, lines[1:], strict=True):
-        if entry["model"] != model:
-            model = entry["model"]
-            say(model)
-        say(line)
-    first = next((entry for entry in found if _START in entry["tags"]), found[0])
+    columns = ("name", "method", "launch")
+    rows = [[*(entry[key] for key in columns), ", ".join(entry["tags"])] for entry in entries]
+    head, *lines = aligned([("recipe", "method", "launch", "tags"), *rows])
+    say(f"  {head}")
+    listed = zip(entries, lines, strict=True)
+    for model, group in groupby(listed, key=lambda pair: pair[0]["model"]):
+        say("\n".join([model, *(f"  {line}" for _, line in group)]))
+    first = next((entry for entry in entries if _START in entry["tags"]), entries[0])
     next_step(f"recipes new my-first --from {first['name']}")
     return ExitCode.DONE
 
 
-def recipe_files() -> list[Path]:
+def _recipe_files() -> list[Path]:
     """Return the files under recipes/ of the project and of the working directory, bases left
     out.
     """
-    folders = {
-        folder.resolve(): folder
-        for folder in (project_root() / "recipes", Path("recipes"))
-        if folder.is_dir()
-    }
-    return [
-        file
-        for folder in folders.values()
-        for file in sorted(folder.rglob("*.yaml"))
-        if not file.name.startswith("_")
-    ]
+    folders = {folder.resolve(): folder for folder in (project_root() / "recipes", Path("recipes"))}
+    files = (file for folder in folders.values() for file in sorted(folder.rglob("*.yaml")))
+    return [file for file in files if not file.name.startswith("_")]
 
 
 def _entry(file: Path) -> dict[str, Any] | None:

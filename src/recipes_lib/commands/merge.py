@@ -4,10 +4,10 @@ in the run as `merged/`.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from dataclasses import asdict
+from typing import Annotated, Literal
 
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode
@@ -17,25 +17,22 @@ from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.weights.merge import LOST_LIMIT, merge
 from recipes_lib.weights.runs import TRUST, finished_run
 
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("run", metavar="RUN", help="a finished LoRA or QLoRA run")
-    dtype = "precision of the merged weights (default: the base's, as it was trained on)"
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype)
-    add("--trust-remote-code", action="store_true", help=TRUST)
-    printed = "print one JSON object; what happens meanwhile goes to stderr"
-    add("--json", action="store_true", help=printed)
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(
+    run: Annotated[str, "a finished LoRA or QLoRA run"],
+    *,
+    dtype: Annotated[Dtype | None, "precision of the merged weights; default: the base's"] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
+    json: Annotated[bool, "print one JSON object"] = False,
+) -> int:
     """Merge, or say that it was done."""
-    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
-        trained = finished_run(open_run(args.run), args.trust_remote_code)
+    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+        trained = finished_run(open_run(run), trust_remote_code)
         quiet_libraries()
-        record, was_there = merge(trained, args.dtype)
-    if args.json:
+        record, was_there = merge(trained, dtype)
+    if json:
         return print_json({"folder": str(trained.merged), "already": was_there, **asdict(record)})
     what = "already merged, nothing to do" if was_there else "merged"
     say(f"{what}: {shown_path(trained.merged)} ({record.dtype})")
@@ -45,5 +42,5 @@ def run(args: argparse.Namespace) -> int:
         f" {record.lost:.1%} of that (allowed {LOST_LIMIT:.0%}); the most likely next token is the"
         f" same at {record.same_top_token:.1%} of the positions"
     )
-    next_step(f"recipes export {args.run} --to DIR --merged")
+    next_step(f"recipes export {run} --to DIR --merged")
     return ExitCode.DONE

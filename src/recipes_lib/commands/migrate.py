@@ -1,9 +1,9 @@
-"""recipes migrate: a flat TRL config becomes a recipe that passes `recipes check`."""
+"""`recipes migrate`: a flat TRL config becomes a recipe that passes `recipes check`."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Annotated
 
 from recipes_lib.config.documents import read
 from recipes_lib.config.migrate import migrate
@@ -14,28 +14,17 @@ from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.columns import look_at
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    flat = "a flat TRL YAML: trl sft --config, alignment handbook, open-r1"
-    add("config", metavar="IN", help=flat)
-    add("--output", metavar="OUT", required=True, help="the recipe to write")
-    add("--force", action="store_true", help="replace OUT if it exists")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the recipe and list every change.
-
-    Raises:
-        RecipeError: IN is no flat fine-tuning config, a value of it cannot be in a recipe, or OUT
-            exists.
-    """
-    output = Path(args.output)
-    if output.exists() and not args.force:
+def run(
+    config: Annotated[Path, "a flat TRL YAML: trl sft --config, alignment handbook, open-r1"],
+    *,
+    output: Annotated[Path, "the recipe to write"],
+    force: Annotated[bool, "replace OUTPUT if it exists"] = False,
+) -> int:
+    """Write the recipe and list every change."""
+    if output.exists() and not force:
         hint = "add --force to replace it, or choose another --output"
         raise RecipeError("exists already", hint, file=output)
-    source = Path(args.config)
-    migration = migrate(source, schema_line(output), _prompt_formats(source))
+    migration = migrate(config, schema_line(output), _prompt_formats(config))
     write_text(output, migration.text())
     for change in migration.changes:
         say(change)
@@ -45,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
-def _prompt_formats(source: Path) -> tuple[str, ...] | None:
-    """Return how the rows that a flat file names can be read, where they are a file here."""
-    values = read(source, yaml_1_1=True).values
+def _prompt_formats(config: Path) -> tuple[str, ...] | None:
+    """Return how the rows that a flat file names can be read, if they are on this machine."""
+    values = read(config, yaml_1_1=True).values
     name = values.get("dataset_name") if isinstance(values, dict) else None
     if not isinstance(name, str) or not Path(name).exists():
         return None

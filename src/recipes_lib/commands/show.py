@@ -1,14 +1,13 @@
-"""recipes show: a resolved recipe, with the place every value was written; `--diff OTHER`: what
+"""`recipes show`: a resolved recipe, with the place every value was written; `--diff OTHER`: what
 differs between two.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 from recipes_lib.config.documents import value_text
 from recipes_lib.config.launch import DEFAULT_PORT, Launch, plan_launch
@@ -18,40 +17,33 @@ from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import aligned, next_step, say
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments."""
-    add = parser.add_argument
-    add("recipe", metavar="RECIPE", help="path or name of a recipe")
-    add("--diff", metavar="OTHER", help="print only what differs from another recipe")
-
-
-def run(args: argparse.Namespace) -> int:
+def run(
+    recipe: Annotated[str, "path or name of a recipe"],
+    overrides: Sequence[str],
+    *,
+    diff: Annotated[str | None, "print only what differs from another recipe"] = None,
+) -> int:
     """Print the recipe as YAML, so that the output is a recipe again."""
-    recipe = load_recipe(args.recipe, args.overrides)
-    for warning in recipe.warnings:
+    loaded, file = load_recipe(recipe, overrides), shown_path(recipe_path(recipe))
+    for warning in loaded.warnings:
         print_error(warning)
-    file = shown_path(recipe_path(args.recipe))
-    if args.diff:
-        return _show_difference(recipe, file, args.diff)
-    say(f"# {recipe.name}: {file}")
-    say(f"#   {launch_line(plan_launch(recipe.launch), file, args.overrides)}")
-    lines = list(_lines(recipe, _written(recipe), ()))
+    if diff is not None:
+        other = shown_path(recipe_path(diff))
+        rows = list(different_values(loaded, load_recipe(diff)))
+        table = aligned([("", file, other), *rows]) if rows else ["no difference"]
+        say("\n".join(table))
+        next_step(shlex.join(["recipes", "show", other]))
+        return ExitCode.DONE
+    # what somebody wrote and the project's defaults; paths are absolute, so it is a recipe anywhere
+    written: dict[str, Any] = {**loaded.values, "train": loaded.train}
+    written["run"] = {**written.get("run", {}), "name": loaded.name}
+    say(f"# {loaded.name}: {file}")
+    say(f"#   {launch_line(plan_launch(loaded.launch), file, overrides)}")
+    lines = list(_lines(loaded, written, ()))
     width = max((len(text) for text, comment in lines if comment and len(text) < 60), default=0)
     for text, comment in lines:
         say(f"{text:<{width}}  # {comment}" if comment else text)
-    say(f"# next: {shlex.join(['recipes', 'data', file, *args.overrides, '--show', '3'])}")
-    return ExitCode.DONE
-
-
-def _show_difference(recipe: Recipe, file: str, other_file: str) -> int:
-    """Print the values that differ between two recipes, each with its origin."""
-    rows = list(different_values(recipe, load_recipe(other_file)))
-    other_file = shown_path(recipe_path(other_file))
-    if not rows:
-        say("no difference: every resolved value is the same")
-    for line in aligned([("", file, other_file), *rows]) if rows else ():
-        say(line)
-    next_step(shlex.join(["recipes", "show", other_file]))
+    say(f"# next: {shlex.join(['recipes', 'data', file, *overrides, '--show', '3'])}")
     return ExitCode.DONE
 
 
@@ -67,15 +59,12 @@ def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
     )
     for key in dict.fromkeys([*left, *right]):
         derived_name = key == "run.name" and a.run.name is None and b.run.name is None
-        absent_on_one_side = (key in left) != (key in right)
-        if not derived_name and (absent_on_one_side or left[key] != right[key]):
+        if not derived_name and left.get(key, left) != right.get(key, left):
             yield key, _cell(a, key, left), _cell(b, key, right)
 
 
 def _cell(recipe: Recipe, key: str, values: dict[str, Any]) -> str:
-    if key not in values:
-        return "-"
-    return f"{value_text(values[key])}  ({recipe.origin_of(key)})"
+    return f"{value_text(values[key])}  ({recipe.origin_of(key)})" if key in values else "-"
 
 
 def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
@@ -94,14 +83,6 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _written(recipe: Recipe) -> dict[str, Any]:
-    """Return what somebody wrote and the project's defaults; paths are absolute, so that it is a
-    recipe anywhere.
-    """
-    values = {**recipe.values, "train": recipe.train}
-    return {**values, "run": {**values.get("run", {}), "name": recipe.name}}
 
 
 def _lines(

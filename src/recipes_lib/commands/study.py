@@ -4,14 +4,14 @@ what is heavy.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
-import time
+from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Annotated
 
 from recipes_lib.analysis.text import count
-from recipes_lib.commands import at_least, flag_words
+from recipes_lib.commands import flag_words
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
@@ -22,110 +22,108 @@ from recipes_lib.study.runs import study_folder
 from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
 from recipes_lib.study.tune import with_choices
 
-_ACTIONS = {
-    "plan": "what is to be done and what it takes; nothing is touched",
-    "run": "train, evaluate and report what is not done yet; the same command continues",
-    "status": "every training and result that is not done",
-    "report": "the report of what was measured, without training or evaluating anything",
-}
+EPILOG = (
+    "section.key=value words override a value in every arm's recipe; key=value words the study's"
+    " own (seeds=[1,2], gpus=2)."
+)
+_StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/"]
+_Json = Annotated[bool, "print one JSON object"]
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    """Declare the actions."""
-    parser.epilog = (
-        "section.key=value words override a value in every arm's recipe; key=value words the"
-        " study's own (seeds=[1,2], gpus=2)"
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="|".join(_ACTIONS))
-    for name, help in _ACTIONS.items():
-        add = actions.add_parser(name, help=help, allow_abbrev=False).add_argument
-        add("study", metavar="STUDY", help="a study file, or the name of one in recipes/studies/")
-        if name != "run":
-            add("--json", action="store_true", help="print one JSON object")
-        if name == "report":
-            gate = "exit code 1 if an arm is worse than its baseline, 6 if results are missing"
-            add("--gate", action="store_true", help=f"for CI, without a report: {gate}")
-        if name == "run":
-            jobs = "trainings at the same time, each with GPUs of its own (default 1)"
-            add("--jobs", type=at_least(1), default=1, metavar="N", help=jobs)
-            no_train = "train nothing: evaluate what is trained, and report"
-            add("--no-train", action="store_true", help=no_train)
-            trust = "allow code that ships with a model, if the recipe asks for it"
-            add("--trust-remote-code", action="store_true", help=trust)
+def _plan(study: _StudyWord, overrides: Sequence[str], *, json: _Json = False) -> int:
+    """What is to be done and what it takes; nothing is touched."""
+    loaded = _loaded(study, overrides)
+    refuse_unmet(loaded)
+    if json:
+        return print_json(study_plan_object(loaded))
+    say("\n".join(study_plan_lines(loaded)))
+    return _next("run", loaded)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Load the study, print its warnings, and do the action."""
-    study = with_choices(load_study(args.study, args.overrides))
-    actions = {"plan": _plan, "run": _run, "status": _status, "report": _report}
-    return actions[args.action](study, args)
-
-
-def typed(study: Study) -> str:
-    """Return the study as it is typed on the command line, with its words."""
-    return shlex.join([shown_path(study.path), *study.words])
-
-
-def _plan(study: Study, args: argparse.Namespace) -> int:
-    refuse_unmet(study)
-    if args.json:
-        return print_json(study_plan_object(study))
-    for line in study_plan_lines(study):
-        say(line)
-    next_step(f"recipes study run {typed(study)}")
-    return ExitCode.DONE
-
-
-def _run(study: Study, args: argparse.Namespace) -> int:
-    started = time.monotonic()
-    flags = flag_words(args, ("trust_remote_code",))
-    code = StudyRunner(study, say, args.jobs, flags, not args.no_train, args.debug).run()
+def _run(
+    study: _StudyWord,
+    overrides: Sequence[str],
+    debug: bool,
+    *,
+    jobs: Annotated[int, "trainings at the same time, each with GPUs of its own (default 1)"] = 1,
+    no_train: Annotated[bool, "train nothing: evaluate what is trained, and report"] = False,
+    trust_remote_code: Annotated[
+        bool, "allow code that ships with a model, if the recipe asks for it"
+    ] = False,
+) -> int:
+    """Train, evaluate and report what is not done yet; the same command continues."""
+    loaded = _loaded(study, overrides)
+    flags = flag_words(trust_remote_code=trust_remote_code)
+    code = StudyRunner(loaded, say, jobs, flags, not no_train, debug).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-        say(f"\nstudy '{study.name}' took {time.monotonic() - started:.0f} s")
-        folder = study_folder(study)
+        folder = study_folder(loaded)
+        say()
         for sentence in (object_or_none(folder / "comparison.json") or {}).get("answer", []):
             say(sentence)
         if (folder / "report" / "report.html").is_file():
             say(f"report: {shown_path(folder / 'report' / 'report.html')}")
-    next_step(f"recipes study {'run' if code else 'report'} {typed(study)}")
+    _next("run" if code else "report", loaded)
     return code
 
 
-def _status(study: Study, args: argparse.Namespace) -> int:
-    rows = status_rows(study)
-    if args.json:
-        return print_json({"study": study.name, "rows": [vars(row) for row in rows]})
-    for line in status_lines(rows):
-        say(line)
-    done = all(row.state == "done" for row in rows)
-    next_step(f"recipes study {'report' if done else 'run'} {typed(study)}")
-    return ExitCode.DONE
+def _status(study: _StudyWord, overrides: Sequence[str], *, json: _Json = False) -> int:
+    """Every training and result that is not done."""
+    loaded = _loaded(study, overrides)
+    rows = status_rows(loaded)
+    if json:
+        return print_json({"study": loaded.name, "rows": [vars(row) for row in rows]})
+    say("\n".join(status_lines(rows)))
+    return _next("report" if all(row.state == "done" for row in rows) else "run", loaded)
 
 
-def _report(study: Study, args: argparse.Namespace) -> int:
+def _report(
+    study: _StudyWord,
+    overrides: Sequence[str],
+    *,
+    gate: Annotated[
+        bool,
+        "for CI, without a report: exit code 1 if an arm is worse than its baseline, 6 if results"
+        " are missing",
+    ] = False,
+    json: _Json = False,
+) -> int:
+    """The report of what was measured, without training or evaluating anything."""
     from recipes_lib.analysis.summary import conclusion_lines
     from recipes_lib.study.report import report_study
 
-    if args.gate:
-        return _gate(study, args)
-    folder = study_folder(study)
+    loaded = _loaded(study, overrides)
+    if gate:
+        return _gate(loaded, json)
+    folder = study_folder(loaded)
     kept = not folder.is_dir() or os.access(folder, os.W_OK)
-    with study_lock(study) if kept else nullcontext():
-        conclusion, missing = report_study(study, keep=kept)
-    if args.json:
+    with study_lock(loaded) if kept else nullcontext():
+        conclusion, missing = report_study(loaded, keep=kept)
+    if json:
         return print_json(conclusion.to_dict())
     say("\n".join(conclusion_lines(conclusion)))
     page = shown_path(folder / "report" / "report.html")
     say(f"\nreport: {page}" if kept else f"\n{shown_path(folder)} is read-only: no report")
-    next_step(f"recipes study {'run' if missing else 'status'} {typed(study)}")
+    return _next("run" if missing else "status", loaded)
+
+
+ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}
+
+
+def _loaded(file: str, overrides: Sequence[str]) -> Study:
+    return with_choices(load_study(file, overrides))
+
+
+def _next(action: str, study: Study) -> int:
+    """Name the next command, with the words of this one; return the code of what is done."""
+    next_step(f"recipes study {action} {shlex.join([shown_path(study.path), *study.words])}")
     return ExitCode.DONE
 
 
-def _gate(study: Study, args: argparse.Namespace) -> int:
+def _gate(study: Study, json: bool) -> int:
     from recipes_lib.study.report import gate
 
     answer = gate(study)
-    if args.json:
+    if json:
         print_json(answer.to_dict())
         return answer.code
     for word, lines in (
@@ -135,14 +133,13 @@ def _gate(study: Study, args: argparse.Namespace) -> int:
     ):
         for line in lines:
             say(f"{word}: {line}")
-    worse, not_shown = len(answer.worse), len(answer.not_shown)
+    held = f", and all hold {', '.join(answer.margins)}" if answer.margins else ""
+    verdict = f"passed: no arm is shown to be worse than {study.baseline}{held}"
     if answer.missing:
-        last = f"not decided: {count(len(answer.missing), 'result')} missing"
+        verdict = f"not decided: {count(len(answer.missing), 'result')} missing"
     elif answer.code:
-        last = f"failed: {worse} worse than {study.baseline}, {not_shown} not shown within a margin"
-    else:
-        held = f", and all hold {', '.join(answer.margins)}" if answer.margins else ""
-        last = f"passed: no arm is shown to be worse than {study.baseline}{held}"
-    say(f"{last} ({count(answer.comparisons, 'comparison')})")
-    next_step(f"recipes study {'run' if answer.missing else 'report'} {typed(study)}")
+        verdict = f"failed: {len(answer.worse)} worse than {study.baseline},"
+        verdict += f" {len(answer.not_shown)} not shown within a margin"
+    say(f"{verdict} ({count(answer.comparisons, 'comparison')})")
+    _next("run" if answer.missing else "report", study)
     return answer.code
