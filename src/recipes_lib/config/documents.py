@@ -255,6 +255,7 @@ class _Builder:
 
     def __init__(self, document: Document, yaml_1_1: bool = False) -> None:
         self.document = document
+        self.file = document.file
         self.yaml_1_1 = yaml_1_1
         self.count = 0
 
@@ -311,8 +312,7 @@ class _Builder:
 
     def place(self, node: yaml.Node) -> Origin:
         """Return where a node is."""
-        on_command_line = self.document.file == COMMAND_LINE
-        return Origin(self.document.file, None if on_command_line else node.start_mark.line + 1)
+        return Origin(self.file, None if self.file == COMMAND_LINE else node.start_mark.line + 1)
 
     def error(self, node: yaml.Node, what: str, *hints: str) -> RecipeError:
         """Return an error at a node."""

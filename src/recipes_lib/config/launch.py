@@ -301,12 +301,10 @@ def place_machine(
     if rank is None or address is None:
         missing = "--machine-rank" if rank is None else "--main-process-ip"
         raise RecipeError(
-            f"this launch is for {launch.machines} machines of {launch.per_machine} processes, and"
-            f" starts one: {missing} is missing",
-            f"on each machine, with its own rank (0 to {launch.machines - 1}): {typed} "
-            f"--machine-rank 0 --main-process-ip HOST_OF_RANK_0 --main-process-port {port}",
-            "all machines must see one runs folder (RECIPES_RUNS_ROOT); for this machine alone:"
-            " --nodes 1",
+            f"this starts one of {launch.machines} machines: {missing} is missing (or --nodes 1)",
+            f"on each, with its own rank (0 to {launch.machines - 1}): {typed} --machine-rank 0"
+            f" --main-process-ip HOST_OF_RANK_0 --main-process-port {port}",
+            "all machines must see one runs folder (RECIPES_RUNS_ROOT)",
         )
     if not 0 <= rank < launch.machines:
         raise RecipeError(f"--machine-rank {rank}: there are machines 0 to {launch.machines - 1}")
