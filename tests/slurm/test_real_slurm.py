@@ -46,10 +46,9 @@ def test_a_recipe_is_trained_judged_by_a_server_of_the_job_and_reported(
 ) -> None:
     write_tiny_study(cluster.work / "served", tiny_model_dir, questions=3)
     judge = cluster.work / "served" / "judge.yaml"
-    head, _, text = judge.read_text().partition("\n")
     served = {"model": "org/judge", "engine": "openai", "base_url": "http://127.0.0.1:8000/v1"}
-    values = {**yaml.safe_load(text)["judge"], **served, "mode": "generate"}
-    judge.write_text(f"{head}\n{yaml.safe_dump({'judge': values})}")
+    values = {**yaml.safe_load(judge.read_text())["judge"], **served, "mode": "generate"}
+    judge.write_text(yaml.safe_dump({"judge": values}))
     vllm = cluster.work / "vllm"
     server = PROJECT / "tests/launch/served_judge.py"
     vllm.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{server}" "$@"\n')
