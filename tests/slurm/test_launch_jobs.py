@@ -102,6 +102,7 @@ def test_the_time_limit_is_the_profiles(profile_file, recipes: Recipes, root: Pa
     said = dry_run(recipes, *words)
     limits = re.findall(r"--time=(\S+)", said)
     assert limits == ["03:00:00"], said
+    assert "(estimated); the job's limit is 03:00:00" in said
 
 
 def test_a_recipe_becomes_training_evaluations_and_a_report_each_after_the_one_before(

@@ -49,6 +49,27 @@ def test_held_out_loss_without_rows_held_out_is_refused_before_the_training(
     assert not list((tmp_path / "runs").glob("tiny--*"))
 
 
+def test_an_eval_that_names_what_is_not_there_is_refused_before_the_training(
+    study_folder: Path, recipes: Recipes, tmp_path: Path
+) -> None:
+    alpaca, judge = study_folder / "alpaca_eval.yaml", study_folder / "judge.yaml"
+    cases = [
+        (alpaca, "judge.yaml", "nowhere.yaml", "alpaca_eval.yaml:"),
+        (alpaca, "questions.json", "nowhere.json", "alpaca_eval.yaml:"),
+        (judge, "helpfulness.txt", "nowhere.txt", "nowhere.txt"),
+    ]
+    wrong = []
+    for file, old, new, place in cases:
+        text = file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, new))
+        code, out, err = recipes("study", "run", study_folder / "tiny.yaml")
+        file.write_text(text)
+        if code != 2 or new not in err or place not in err:
+            wrong.append((new, code, out, err))
+    assert not wrong and not list((tmp_path / "runs").glob("tiny--*"))
+
+
 def test_recipes_data_names_every_row_that_holds_a_question_of_an_eval(
     tiny_recipe: Path, tmp_path: Path, recipes: Recipes
 ) -> None:

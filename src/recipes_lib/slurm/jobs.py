@@ -19,9 +19,10 @@ from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.launch import Launch, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.terminal import shown_duration
 from recipes_lib.evals.leaks import refuse_leaks_of
 from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, load_eval
 from recipes_lib.slurm.prefetching import judge_weights
@@ -170,6 +171,7 @@ class _Planner:
             plan.recipes["resolved.yaml"] = recipe
             task = self._training(plan.folder / "resolved.yaml", recipe, launch)
             plan.jobs.append(Job("train", "train", (task,), launch, self._uses_gpus(launch)))
+            plan.warnings += self._estimate(recipe, launch)
         elif not run.exists() or run.read_state()["state"] != "finished":
             what = f"run '{recipe.name}' is not finished, so there is nothing to evaluate"
             raise RecipeError(what, "add the stage: --stages train,eval,report")
@@ -184,7 +186,7 @@ class _Planner:
             plan.jobs.append(self._job("report", words, "report", uses_gpus=False, after=last))
         plan.evals = [shown_path(suite.path) for suite in evals]
         plan.models = [recipe.model, *judge_weights(evals)]
-        plan.warnings = self._judges_nobody_starts(evals)
+        plan.warnings += self._judges_nobody_starts(evals)
         return plan
 
     def study(self, path: Path) -> JobPlan:
@@ -224,6 +226,7 @@ class _Planner:
             # groups one after another, or together they would exceed the limit
             before = (plan.jobs[-1].label,) if plan.jobs and limit else ()
             gpus = self._uses_gpus(launch)
+            plan.warnings += self._estimate(trainings[0].recipe, launch)
             plan.jobs.append(Job(label, "train", tuple(tasks), launch, gpus, (), before, limit))
         if {"eval", "report"} & {*self.stages} and missing_of(study):
             gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
@@ -235,7 +238,7 @@ class _Planner:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")
         plan.models = [*(arm.recipe.model for arm in study.arms), *judge_weights(study.evals)]
-        plan.warnings = self._judges_nobody_starts(study.evals)
+        plan.warnings += self._judges_nobody_starts(study.evals)
         return plan
 
     def _evals(self, recipe: Recipe) -> list[EvalRecipe]:
@@ -284,6 +287,25 @@ class _Planner:
             hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
             raise self.site.document.error("sbatch", what, hint)
         return not launch.config.use_cpu
+
+    def _estimate(self, recipe: Recipe, launch: Launch) -> list[str]:
+        """Return what a training is estimated to take beside the time limit, which it never
+        changes; nothing on CPUs, and where nothing is known.
+        """
+        if launch.config.use_cpu:
+            return []
+        from recipes_lib.plan.plan import card_for, plan_of  # torch
+
+        try:
+            plan = plan_of(recipe, launch, card_for(launch, None))
+            seconds = plan.seconds
+        except RecipesError:
+            return []
+        flags = {**self.profile.sbatch, **self.profile.stages.get("train", {})}
+        if seconds is None:
+            return []
+        about = f"about {shown_duration(seconds)} on {plan.card.name} (estimated)"
+        return [f"note: {recipe.name} takes {about}; the job's limit is {flags.get('time')}"]
 
     def _with_judge(self, evals: Sequence[EvalRecipe]) -> tuple[str, ...]:
         """Return the words before a command that asks judges which the job has to start: vLLM lives
