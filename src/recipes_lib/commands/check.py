@@ -50,8 +50,11 @@ def run(
         of_data = all(isinstance(error, DataError) for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{count} ok")
-    first = f"recipes data {shown_path(files[0])} --show 3"
-    next_step(first if len(files) == 1 else "recipes ls")
+    command, file = "recipes ls", shown_path(files[0])
+    if len(files) == 1:
+        known = {"recipe": f"recipes data {file} --show 3", "study": f"recipes study plan {file}"}
+        command = known.get(read(files[0]).kind, command)
+    next_step(command)
     return ExitCode.DONE
 
 

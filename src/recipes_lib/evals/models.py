@@ -27,7 +27,6 @@ from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
-from recipes_lib.data.supervision import prompt_ids
 from recipes_lib.evals.log import AnswerFacts
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.models.families import ready_to_answer
@@ -61,6 +60,8 @@ class PromptFormat:
         if self.section is None:
             return None, ()
         text = generation_prompt(self.section, self.tokenizer, messages=list(messages))
+        from recipes_lib.data.supervision import prompt_ids  # numpy
+
         return text, tuple(prompt_ids(self.section, self.tokenizer, text))
 
 

@@ -21,9 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import numpy as np
-
-from recipes_lib.analysis.stats import estimate, mean_interval
 from recipes_lib.evals.log import SCORE, UNRESOLVED, Metric, Sample
 
 UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
@@ -217,6 +214,10 @@ def rate_of(values: Sequence[float], clusters: Sequence[str], unit: str = "share
     """Return the mean of values with its interval over clusters, inside the unit's scale."""
     if not values:
         return Rate()
+    import numpy as np  # which `recipes study --help` does without
+
+    from recipes_lib.analysis.stats import estimate, mean_interval
+
     if unit in UNIT_SCALES:
         ends = mean_interval(values, clusters, UNIT_SCALES[unit])
     else:
