@@ -94,13 +94,16 @@ def check_file(path: Path, full: bool) -> Findings:
         if kind.name not in ("recipe", "base"):
             return [wrong_kind(kind, "recipe", document.file)], []
         file, wrong = check_recipe(document)
-        errors: list[RecipesError] = [*wrong]
-        if file is not None and kind.name == "recipe":
-            with contextlib.suppress(*([RecipeError] if errors else [])):  # the run's name is wrong
-                recipe = recipe_of(file, document)
-                errors += [] if wrong else _check_model(recipe, full, document.warnings)
-                errors += [] if len(errors) > len(wrong) else check_rows(recipe, full and not wrong)
-        return errors, document.warnings
+        if file is None or kind.name == "base":
+            return [*wrong], document.warnings
+        if wrong:
+            rows: list[DataError] = []
+            with contextlib.suppress(RecipeError):  # a run's name, which is among the errors
+                rows = check_rows(recipe_of(file, document), False)
+            return [*wrong, *rows], document.warnings
+        recipe = recipe_of(file, document)
+        errors: list[RecipesError] = [*_check_model(recipe, full, document.warnings)]
+        return errors or [*check_rows(recipe, full)], document.warnings
     except RecipeError as error:
         return [*error.errors], []
     except DataError as error:
