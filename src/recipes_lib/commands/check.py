@@ -50,9 +50,9 @@ def run(
         of_data = all(isinstance(error, DataError) for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{count} ok")
-    command, file = "recipes ls", shown_path(files[0])
+    command, typed = "recipes ls", shown_path(files[0])
     if len(files) == 1:
-        known = {"recipe": f"recipes data {file} --show 3", "study": f"recipes study plan {file}"}
+        known = {"recipe": f"recipes data {typed} --show 3", "study": f"recipes study plan {typed}"}
         command = known.get(read(files[0]).kind, command)
     next_step(command)
     return ExitCode.DONE
