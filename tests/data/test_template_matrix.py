@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from conversation_samples import FOLDER, TURNS, tokenizer_with
 
 from recipes_lib.config.sections import DataSection
@@ -164,6 +165,7 @@ def happens(case, tokenizer) -> str:
     return ", ".join(sorted(words))
 
 
+@pytest.mark.slow
 def test_every_turn_carries_loss_as_the_plain_template_has_it_written(tiny_tokenizer):
     failures = {}
     for name in PLAIN:

@@ -45,6 +45,7 @@ def ours(recipe, tokenizer) -> list[dict[str, list[int]]]:
     return prepare_data(recipe, tokenizer).train.select_columns(["input_ids", "labels"]).to_list()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_tokenizer", "smollm2_tokenizer"])
 def test_two_hundred_dolly_rows_are_equal(recipe_for, write_jsonl, trl_rows, request, dolly, name):
     tokenizer, path = request.getfixturevalue(name), write_jsonl(dolly)

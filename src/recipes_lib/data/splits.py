@@ -117,25 +117,23 @@ def select_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
     """
     if len(bad) and not len(rows):
         raise bad.error(rows.num_read)
-    filters, filtered, kept = section.filters, {}, rows.rows
-    if filters.categories is not None:
+    chosen, kept, filtered = section.filters.categories, rows.rows, {}
+    if chosen is not None:
         categories = {row.category for row in kept if row.category is not None}
-        if unknown := sorted(set(filters.categories) - categories):
+        if unknown := sorted(set(chosen) - categories):
             what = f"no row has the category {', '.join(unknown)}"
-            hint = f"categories: {', '.join(sorted(categories))}"
-            if not categories:
-                hint = "name the category column: data.columns.category"
-            raise SettingError("data.filters.categories", what, hint)
-        kept = [row for row in kept if row.category in filters.categories]
+            names = ", ".join(sorted(categories)) or "none; name the column: data.columns.category"
+            raise SettingError("data.filters.categories", what, f"categories: {names}")
+        kept = [row for row in kept if row.category in chosen]
         filtered["categories"] = len(rows) - len(kept)
-    if filters.drop_empty_completions:
-        before = len(kept)
-        kept = [row for row in kept if not row.is_empty]
-        filtered["drop_empty_completions"] = before - len(kept)
+    if section.filters.drop_empty_completions:
+        full = [row for row in kept if not row.is_empty]
+        filtered["drop_empty_completions"] = len(kept) - len(full)
+        kept = full
     if not kept:
         raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
-    chosen = first_in_hash_order(kept, section.max_examples, section.split.seed)
-    return replace(rows, rows=[kept[index] for index in chosen]), filtered
+    first = first_in_hash_order(kept, section.max_examples, section.split.seed)
+    return replace(rows, rows=[kept[index] for index in first]), filtered
 
 
 def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[int]]:
