@@ -5,6 +5,7 @@ refuses, how it stops.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -654,7 +655,7 @@ def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
 
 
 @pytest.mark.slow
-def test_a_twin_trains_and_the_plain_template_is_saved(
+def test_a_training_template_trains_and_the_plain_one_is_saved(
     tiny_recipe: Path,
     tiny_model_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -675,12 +676,14 @@ def test_a_twin_trains_and_the_plain_template_is_saved(
         assert main(words) == ExitCode.PREEMPTED
     said = capsys.readouterr().out
     assert said.count("chat template: trained through TRL's phi3_training.jinja") == 1
-    twin = prompts.trl_twins()[plain]
-    assert run_json(tiny_recipe)["guard"]["training_template_hash"] == twin.hash
+    text = (folder / "phi3_training.jinja").read_text(encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    assert run_json(tiny_recipe)["guard"]["training_template_hash"] == digest
 
-    other = prompts.Twin(twin.file, twin.text + "{# newer #}")
+    other = tiny_recipe.with_name("phi3_training.jinja")
+    other.write_text(text + "{# newer #}", encoding="utf-8")
     with monkeypatch.context() as patch:
-        patch.setattr(prompts, "trl_twins", lambda: {plain: other})
+        patch.setattr(prompts, "training_files", lambda: {plain: other})
         assert main(words) == ExitCode.USAGE
         assert "training_template_hash" in capsys.readouterr().err
     assert main(words) == 0
@@ -688,6 +691,7 @@ def test_a_twin_trains_and_the_plain_template_is_saved(
     assert (saved / "chat_template.jinja").read_text(encoding="utf-8") == plain
     section = DataSection(source="", prompt_format="chat")
     tokenizer = AutoTokenizer.from_pretrained(saved)
-    assert prompts.twin_of(section, tokenizer) == twin  # what a held-out loss is measured with
+    # what a held-out loss is measured with
+    assert prompts.training_template(section, tokenizer) == ("phi3_training.jinja", text)
     asked = prompts.generation_prompt(section, tokenizer, instruction="Why?")
     assert asked == "<|user|>\nWhy?<|end|>\n<|assistant|>\n"
