@@ -179,7 +179,6 @@ def test_missing_files_and_short_names_name_similar_ones(write, capsys, tmp_path
         "nowhere/x.yaml": "no such file",
         "quickstart/lora-r9": "did you mean quickstart/lora-r8? recipes ls",
         "empty": "holds no YAML file",
-        "train.seed=2": "value recipes show",
     }.items():
         assert main(["check", path]) == 2
         assert not missing_words(capsys.readouterr().err, words), path
