@@ -217,6 +217,7 @@ def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp
         assert done.returncode == 0, done.stderr[-2000:]
         (theirs,) = (json.loads(path.read_text()) for path in output.rglob("results_*.json"))
         assert ours["results"] == theirs["results"] and ours["n-samples"] == theirs["n-samples"]
+    assert main(["compare", str(tmp_path / "plain"), str(tmp_path / "launched")]) == 0
 
 
 # ---- names of tasks ----

@@ -12,7 +12,7 @@ from tests.evals.faulty_server import MODEL, FaultyServer
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
-from recipes_lib.evals.recipe import EvalRecipe, eval_name, load_eval
+from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
 from recipes_lib.evals.run import EvalTask, evaluate, evaluate_tasks, split_words
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -316,3 +316,26 @@ def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path, make_run, lo
     (log,) = evaluate([load_eval(path)], ["one"])
     assert metric(log, "win_rate").label == f"win rate on {log.eval}"
     assert len(outcomes(log)) == 2
+
+
+def test_a_new_suite_is_one_file_and_one_line(make_run, tmp_path, monkeypatch, capsys):
+    from tests.evals import toy_suite  # noqa: F401  (evals/suites/toy.py would be imported by name)
+
+    monkeypatch.setitem(SUITES, "toy", SuiteFacts(metrics=("letters",), row="instruction"))
+    run = make_run("one", 1)
+    make_run("two", 2)
+    questions = PROJECT / "evals/quickstart/alpaca_eval/questions.json"
+    path = tmp_path / "letters.yaml"
+    path.write_text(
+        f"suite: {{name: toy}}\ndata: {{questions: {questions}, max_questions: 3}}\n"
+        "generation: {max_new_tokens: 4}\n"
+    )
+    assert main(["check", str(path)]) == 0
+    assert main(["eval", str(path), "one", "two"]) == 0
+    assert "letters" in capsys.readouterr().out
+    (log,), _ = read_eval_logs(run)
+    assert (log.suite, log.subset, log.metrics[0].n) == ("toy", "subset, n=3 of 40", 3)
+    assert log.metrics[0].value == sum(one.value or 0 for one in log.metrics[0].samples) / 3
+    assert log.answers.name == "one" and log.answers.faults and log.answers.faults.n == 3
+    assert main(["compare", "one", "two"]) == 0
+    assert "letters" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import Row, file_hash, hash_of
+from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
@@ -124,7 +124,14 @@ def answer_all(
                     requests.setdefault(own, {})[place] = request
             for own, wanted in requests.items():
                 new_tokens += _ask(store, wanted, own, model, engine)
-                rows |= {place: _stored(store, one.key) for place, one in wanted.items()}
+                for place, request in wanted.items():
+                    row = store.get(request.key) or {}
+                    rows[place] = Completion(
+                        key=request.key,
+                        text=row["answer"],
+                        finish_reason=row["finish_reason"],
+                        num_tokens=row["tokens"],
+                    )
     places = [
         (question.id, turn, draw)
         for draw in draws
@@ -190,7 +197,21 @@ def _ask(
                 break
             if done.error is None:
                 place = missing.pop(done.key)
-                store.append([_row(done, place, requests[place], sampling, model, engine)])
+                question, turn, draw = place
+                row = {
+                    "key": done.key,
+                    "question_id": question,
+                    "turn": turn,
+                    "draw": draw,
+                    "answer": done.text,
+                    "finish_reason": done.finish_reason,
+                    "tokens": done.num_tokens,
+                    "seed": requests[place].seed if sampling.temperature else None,
+                    "decoding": sampling.to_dict(),
+                    "model": engine.fingerprint,
+                    "prompt_format_hash": model.prompts.hash,
+                }
+                store.append([row])
                 tokens += done.num_tokens
                 bar.update()
     if failed.total:
@@ -200,41 +221,6 @@ def _ask(
             file=store.path,
         )
     return tokens
-
-
-def _row(
-    done: Completion,
-    place: Place,
-    request: Request,
-    sampling: Sampling,
-    model: Model,
-    engine: Engine,
-) -> Row:
-    question, turn, draw = place
-    return {
-        "key": done.key,
-        "question_id": question,
-        "turn": turn,
-        "draw": draw,
-        "answer": done.text,
-        "finish_reason": done.finish_reason,
-        "tokens": done.num_tokens,
-        "seed": request.seed if sampling.temperature else None,
-        "decoding": sampling.to_dict(),
-        "model": engine.fingerprint,
-        "prompt_format_hash": model.prompts.hash,
-    }
-
-
-def _stored(store: Store, key: str) -> Completion:
-    row = store.get(key)
-    assert row is not None
-    return Completion(
-        key=key,
-        text=row["answer"],
-        finish_reason=row["finish_reason"],
-        num_tokens=row["tokens"],
-    )
 
 
 def _check_format(store: Store, model: Model, engine: Engine) -> None:
