@@ -265,7 +265,8 @@ def _ask(job: _Job, subject: Loaded) -> None:
         if recipe.is_judged:
             return
         answers = answers.with_faults()
-        log, facts = suite.log(answers), answers.facts
+        log = replace(suite.log(answers), subset=suite.chosen.subset)
+        facts = answers.facts
     else:
         model.record()
         with waiting_lock(model.folder(recipe.name)), subject.using():

@@ -73,7 +73,6 @@ class Checks(Suite, name="checks"):
             suite=self.recipe.suite.name,
             eval=self.recipe.name,
             n=len(self.chosen.questions),
-            subset=self.chosen.subset,
             metrics=(metric_of("pass_rate", label, samples),),
         )
 
