@@ -71,4 +71,4 @@ def test_attention_without_a_backward_pass_is_an_error_of_the_recipe(
     words = [*SHORT, "model.attn_implementation=flex_attention", "run.name=flex"]
     assert main([str(tiny_recipe), *words]) == ExitCode.USAGE
     error = capsys.readouterr().err
-    assert error.startswith("command line") and "flex_attention cannot train here" in error
+    assert error.startswith("command line") and "flex_attention" in error

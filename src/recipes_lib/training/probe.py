@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from recipes_lib.core.errors import EnvironmentFault, one_line
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.ranks import of_every_rank
 from recipes_lib.core.terminal import shown_duration
 from recipes_lib.training.batches import row_lengths
@@ -40,7 +40,6 @@ def probe(trainer: Any, model: Any, tokens_to_train: float) -> str:
 
     Raises:
         EnvironmentFault: the GPU has too little memory for it.
-        RecipeError: the attention that the recipe names has no backward pass here.
     """
     batch, rows = _longest_batch(trainer)
     tokens = batch["input_ids"].numel()
@@ -62,11 +61,6 @@ def probe(trainer: Any, model: Any, tokens_to_train: float) -> str:
             del held
     except torch.OutOfMemoryError as error:
         raise of_every_rank(_out_of_memory(trainer.args, rows, tokens)) from error
-    except NotImplementedError as error:  # flex_attention on a CPU
-        key = "model.attn_implementation"
-        what = f"{key}: {trainer.recipe.model.attn_implementation} cannot train here"
-        hints = (one_line(error), "remove the key, or take sdpa")
-        raise of_every_rank(trainer.recipe.error(key, what, *hints)) from error
     peak = f"{peak_memory_gib():.1f}"
     if torch.cuda.is_available():
         peak += f" of {torch.cuda.mem_get_info()[1] / 2**30:.0f}"
