@@ -201,15 +201,15 @@ def test_the_printed_command_carries_every_option(small_task, make_run, monkeypa
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recipes_eval_equals_lm_eval_to_the_last_digit(small_task, make_run, tmp_path, dtype):
-    """A LoRA adapter on the tiny base, both programs from the command line; lm_eval in one process
-    and in two.
+    """A LoRA adapter on the tiny base, both programs from the command line; lm_eval alone and
+    under accelerate launch, in one process: lm_eval 0.4.13 splits the work over GPUs only.
     """
     run = make_run("one", 1, dtype=dtype)
     (log,) = evaluate([load_eval(small_task)], ["one"])
     folder, words = command_words(str(log.lm_eval_command))
     ours = json.loads((run / f"evals/{log.eval}/lm_eval_results.json").read_text())
     plain = ["-m", *words]
-    launched = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", *plain]
+    launched = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *plain]
     for name, command in (("plain", plain), ("launched", launched)):
         output = tmp_path / name
         command = [sys.executable, *command, "--output_path", str(output), "--log_samples"]
