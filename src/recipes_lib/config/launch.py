@@ -76,16 +76,19 @@ class AccelerateConfig(Section):
 
 
 def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
-    """Return the accelerate config of that path, or of that name in accelerate_configs/.
+    """Return the accelerate config of that path, or of that name in accelerate_configs/ of the
+    working directory or of this project.
 
     Raises:
         RecipeError: no such file, not an accelerate config, or one that cannot be used here.
     """
-    folder, path = project_root() / "accelerate_configs", Path(name_or_path)
+    path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
-        path = folder / f"{name_or_path}.yaml"
+        folders = [root / "accelerate_configs" for root in (Path.cwd(), project_root())]
+        places = [folder / f"{name_or_path}.yaml" for folder in folders]
+        path = next((place for place in places if place.is_file()), places[-1])
         if not path.is_file():
-            names = sorted(entry.stem for entry in folder.glob("*.yaml"))
+            names = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
             what = f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/"
             near = did_you_mean(str(name_or_path), names)
             raise RecipeError(what, *near, f"there are {', '.join(names) or 'none'}")
