@@ -53,3 +53,36 @@ def test_no_public_name_is_defined_in_two_modules() -> None:
     assert {name for name in SHARED if len(modules[name]) > 1} == SHARED.keys(), (
         "a name that nobody shares any more"
     )
+
+
+# A name says what a thing is; these say that there is one.
+NO_NAMES = {"one", "its", "told", "found", "mine", "whose", "here", "theirs", "twin"}
+
+
+def names_given(tree: ast.Module) -> set[str]:
+    """The variables, arguments, functions and classes that a module names."""
+    fields = {
+        id(line.target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        for line in node.body
+        if isinstance(line, ast.AnnAssign)
+    }  # of a record on the disk
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names |= set() if id(node) in fields else {node.id}
+        elif isinstance(node, ast.arg):
+            names.add(node.arg)
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+    return names
+
+
+def test_a_name_says_what_the_thing_is() -> None:
+    wrong = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in ROOT.rglob("*.py")
+        for name in names_given(ast.parse(path.read_text(encoding="utf-8"))) & NO_NAMES
+    }
+    assert not wrong

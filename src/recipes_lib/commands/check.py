@@ -149,8 +149,8 @@ def _files(path: Path) -> Iterable[Path]:
         folders = file.relative_to(path).parts[:-1]
         return not any(part.startswith(".") or part == "runs" for part in folders)
 
-    found = (file for ending in ("yaml", "yml") for file in path.rglob(f"*.{ending}"))
-    files = sorted(filter(is_own, found))
+    candidates = (file for ending in ("yaml", "yml") for file in path.rglob(f"*.{ending}"))
+    files = sorted(filter(is_own, candidates))
     if not files:
         raise RecipeError("holds no YAML file", file=path)
     return files

@@ -61,7 +61,7 @@ def search_recipe(
 
 
 def leak_error(
-    name: str, leaks: Leaks, recipe: Recipe, whose: str = "", limit: int = NUM_LISTED
+    name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = NUM_LISTED
 ) -> RecipeError:
     """Return the error about an eval whose questions are in training rows, or the warning about a
     few short ones.
@@ -75,7 +75,7 @@ def leak_error(
             f"fewer than 1% of the questions, and all are short: at most"
             f" {leaks.leaked_questions / leaks.questions:.1%} of the result is theirs"
         )
-    what = ": ".join(filter(None, ["warning" * leaks.accidental, whose, leaks.summary(name)]))
+    what = ": ".join(filter(None, ["warning" * leaks.accidental, owner, leaks.summary(name)]))
     return RecipeError(what, *leaks.lines(limit), remedy, file=shown_path(recipe.path))
 
 

@@ -168,7 +168,8 @@ def resolve(
             what = f"run '{run.name}' was trained with prompt format {own}, not {wanted}"
             raise RecipeError(what, "leave generation.prompt_format at auto")
     bases = {
-        one.recipe.model.name_or_path: _without_adapter(one.recipe) for one in trained.values()
+        model.recipe.model.name_or_path: _without_adapter(model.recipe)
+        for model in trained.values()
     }
     models: dict[str, Model] = {}
     for word in words:

@@ -81,7 +81,7 @@ class QuestionSet:
     @property
     def without_reference(self) -> list[str]:
         """The ids of questions that should be graded against a reference and have none."""
-        needed = [one for one in self.questions if one.category in NEEDS_REFERENCE]
+        needed = [question for question in self.questions if question.category in NEEDS_REFERENCE]
         return [question.id for question in needed if question.reference is None]
 
 
@@ -109,11 +109,12 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
         references: dict[str, tuple[str, ...]] = {}
         if data.references or named == MT_BENCH_PACKAGE:
             references = dict(_parsed(_file(recipe, "references", fetch), _fastchat_answer))
-        chosen = [replace(one, reference=references.get(one.id)) for one in chosen]
+        chosen = [replace(question, reference=references.get(question.id)) for question in chosen]
     elif data.references:
         texts, generator = read_answer_file(_file(recipe, "references", fetch), chosen)
         chosen = [
-            replace(one, reference=(texts[one.id, 1],), generator=generator) for one in chosen
+            replace(question, reference=(texts[question.id, 1],), generator=generator)
+            for question in chosen
         ]
     labels = read_labels(Path(data.labels)) if data.labels else {}
     asked = {question.turns[0].strip() for question in questions}
@@ -150,7 +151,7 @@ def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
         return
     hint = "--trust-remote-code allows it"
     code = code_in(recipe.document) if recipe.suite.name == "lm_eval" else ()
-    errors = [RecipeError(one.what, hint, file=one.file, line=one.line) for one in code]
+    errors = [RecipeError(error.what, hint, file=error.file, line=error.line) for error in code]
     allowed = (*readable(recipe.path), Path.cwd())
     for key in ("questions", "references", "labels", "include_path", "folder"):
         place = f"data.{key}"
@@ -326,7 +327,9 @@ def read_answer_file(
     texts = {
         (question, turn): text for _, question, turns in rows for turn, text in enumerate(turns, 1)
     }
-    asked = [(one.id, turn) for one in questions for turn in range(1, len(one.turns) + 1)]
+    asked = [
+        (question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)
+    ]
     if missing := [f"{name}/{turn}" for name, turn in asked if (name, turn) not in texts]:
         what = f"{len(missing)} of {len(asked)} answers are missing: {', '.join(missing[:8])}"
         raise DataError(what, "is it for another question set?", file=shown_path(path))

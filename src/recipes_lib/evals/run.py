@@ -200,16 +200,16 @@ def _job(task: EvalTask, remote_code: bool) -> _Job:
     }
     named = [word for word in words if word not in files]
     other = opponent if opponent not in (None, REFERENCE, BASE, *files, *named) else None
-    found = resolve([*named, *([other] if other else [])], recipe, remote_code)
-    models = {word: found[word] for word in named}
+    resolved = resolve([*named, *([other] if other else [])], recipe, remote_code)
+    models = {word: resolved[word] for word in named}
     opponents: dict[str, Model] = {}
     if opponent == BASE:
         if lost := next((word for word in words if word in files), None):
             hint = "name the opponent: --against RUN"
             raise RecipeError(f"'{lost}' is a file of answers and has no base", hint)
         opponents = {word: base_of(model, list(models.values())) for word, model in models.items()}
-    elif opponent in found:
-        opponents = dict.fromkeys(words, found[opponent])
+    elif opponent in resolved:
+        opponents = dict.fromkeys(words, resolved[opponent])
     suite.prepare(list(models.values()))
     return _Job(task, suite, models, opponents, files, words, opponent)
 

@@ -292,8 +292,8 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
         return Card("cpu", psutil.virtual_memory().available / GIB)
     if gpu:
         return card_named(gpu)
-    if here := cards_here()[: launch.per_machine]:
-        return min(here, key=lambda card: card.memory_gib)
+    if cards := cards_here()[: launch.per_machine]:
+        return min(cards, key=lambda card: card.memory_gib)
     return replace(card_named(DEFAULT), assumed=True)
 
 

@@ -54,17 +54,17 @@ def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
     for source in sources:
         if not is_on_hub(source) and find_path(source.source) is None:
             raise recipe.error("data.source", f"no such file or folder: {source.source}")
-    here = all(find_path(source.source) is not None for source in sources)
-    files = [file for source in sources if here for file in source_files(source)]
+    local = all(find_path(source.source) is not None for source in sources)
+    files = [file for source in sources if local for file in source_files(source)]
     small = sum(file.stat().st_size for file in files) <= LARGEST_FILE
     folder = local_folder(recipe)
-    if here and small and folder is not None and (folder / "tokenizer_config.json").is_file():
+    if local and small and folder is not None and (folder / "tokenizer_config.json").is_file():
         data = prepare_data(recipe, load_tokenizer(recipe))
         lengths = tuple(map(len, data.train[: 10 * SAMPLE]["input_ids"]))
         validation = len(data.validation) if data.validation is not None else 0
         rows = len(data.train)
         return RowLengths(lengths, rows, validation, f"tokens of {rows:,} rows", counted=True)
-    if here:
+    if local:
         read = read_data(section, BadRows(), max_rows=SAMPLE).rows[:SAMPLE]
         lengths = tuple(sum(map(len, row.texts)) // CHARACTERS_PER_TOKEN + 1 for row in read)
         rows = min(sum(map(count_rows, files)), section.max_examples or 1 << 40)

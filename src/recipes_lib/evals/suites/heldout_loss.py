@@ -53,7 +53,7 @@ class HeldoutLoss(Suite, name="heldout_loss"):
         name = str(self.recipe.data.questions)
         self.split = name if name in HELD_OUT else None
         self.recipes: dict[str, Recipe] = {}  # whose rows a model reads, by its name
-        runs = {one.recipe.model.name_or_path: one.recipe for one in models if one.trained}
+        runs = {model.recipe.model.name_or_path: model.recipe for model in models if model.trained}
         for model in models:
             own = model.recipe if model.trained else runs.get(model.recipe.model.name_or_path)
             if own is None and self.split:

@@ -122,7 +122,7 @@ class LMEval(Suite, name="lm_eval"):
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         rows = [["task", "metric", "few-shot", "n", *(log.target for log in logs)]]
-        tables = [{(one.task, one.metric): one for one in log.metrics} for log in logs]
+        tables = [{(metric.task, metric.metric): metric for metric in log.metrics} for log in logs]
         for key in dict.fromkeys(key for table in tables for key in table):
             cells = [table.get(key) for table in tables]
             first = next(cell for cell in cells if cell)
@@ -305,7 +305,7 @@ def _direction(results: Mapping[str, Any], task: str, metric: str) -> bool | Non
     metrics; None where neither says it.
     """
     listed = ((results.get("configs") or {}).get(task) or {}).get("metric_list") or ()
-    own = [one.get("higher_is_better") for one in listed if one.get("metric") == metric]
+    own = [entry.get("higher_is_better") for entry in listed if entry.get("metric") == metric]
     table = (results.get("higher_is_better") or {}).get(task) or {}
     return next((value for value in (table.get(metric), *own) if isinstance(value, bool)), None)
 
