@@ -42,7 +42,7 @@ def test_one_prompt_is_answered_by_the_base_and_every_run(runs: Runs, recipes: V
     expected = ["base", "lora", "full", "base", "qlora"]
     assert code == 0 and headings(out, "base", "lora", "full", "qlora") == expected
     bases = [line for line in out.splitlines() if line.startswith("base ")]
-    assert "4 bit" in bases[1] and "4 bit" not in bases[0]
+    assert "4-bit" in bases[1] and "4-bit" not in bases[0]
 
 
 def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) -> None:
