@@ -11,29 +11,29 @@ from recipes_lib.cli import VERBS
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCE = PROJECT / "src" / "recipes_lib"
 
-# Lines of Python, after the formatter, docstrings included. A package that is not rewritten yet is
-# held by the sum alone.
-BUDGETS = {
-    "commands": 1500,
-    "core": 800,
-    "config": 1900,
-    "models": 450,
-    "data": 1650,
-    "training": 1700,
-    "weights": 900,
-    "plan": 750,
-    "evals": 4300,
-    "analysis": 3000,
-    "study": 950,
-    "slurm": 800,
+# Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
+# The first number may only fall.
+LINES = {
+    "commands": (2150, 1500),
+    "core": (1400, 800),
+    "config": (3200, 1900),
+    "models": (750, 450),
+    "data": (3150, 1650),
+    "training": (2450, 1700),
+    "weights": (1450, 900),
+    "plan": (1150, 750),
+    "evals": (6550, 4300),
+    "analysis": (3850, 3000),
+    "study": (1800, 950),
+    "slurm": (1350, 800),
 }
-REWRITTEN: tuple[str, ...] = ()
-LARGEST_SOURCE = 42_000
-LARGEST_TESTS = 32_000
+LARGEST_SOURCE, GOAL_SOURCE = 29500, 20_000
+LARGEST_TESTS, GOAL_TESTS = 22000, 16_000
+MOST_FILES, GOAL_FILES = 142, 95
 LARGEST_BENCHMARKS = 1_000
 MOST_VERBS = {
-    *("new", "ls", "show", "diff", "check", "migrate", "explain", "doctor"),
-    *("data", "plan", "train", "status", "chat", "merge", "verify", "export"),
+    *("new", "ls", "show", "check", "migrate", "explain", "doctor"),
+    *("data", "plan", "train", "status", "chat", "merge", "export"),
     *("eval", "judge", "study", "compare", "prefetch", "launch"),
 }
 
@@ -42,21 +42,23 @@ def lines(folder: Path) -> int:
     return sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.rglob("*.py"))
 
 
-def test_no_package_is_larger_than_its_budget() -> None:
-    sizes = {package: lines(SOURCE / package) for package in REWRITTEN}
+def test_no_package_is_larger_than_it_may_be() -> None:
+    sizes = {package: lines(SOURCE / package) for package in LINES}
     too_large = {
-        package: f"{size} of {BUDGETS[package]} lines"
+        package: f"{size} of {LINES[package][0]} lines"
         for package, size in sizes.items()
-        if size > BUDGETS[package]
+        if size > LINES[package][0]
     }
     assert not too_large
+    assert {path.parent.name for path in SOURCE.glob("*/__init__.py")} == LINES.keys()
 
 
 def test_source_tests_and_benchmarks_do_not_grow() -> None:
     assert lines(SOURCE) <= LARGEST_SOURCE
     assert lines(PROJECT / "tests") <= LARGEST_TESTS
     assert lines(PROJECT / "benchmarks") <= LARGEST_BENCHMARKS
+    assert len([*SOURCE.rglob("*.py")]) <= MOST_FILES
 
 
 def test_no_verb_is_new() -> None:
-    assert {*VERBS} <= MOST_VERBS
+    assert {*VERBS} == MOST_VERBS
