@@ -47,8 +47,10 @@ def test_a_run_that_cannot_be_read_costs_only_its_own_line(runs, capsys):
         "1.5000",
     ]
     assert main(["status", "torn"]) == 5
-    (runs / "torn" / "run.json").write_text('{"format_version": 1, "state": "running"}')
-    assert main(["status"]) == 0 and "torn  died" in capsys.readouterr().out
+    for updated in ("", ', "updated": null', ', "updated": 5'):
+        text = f'{{"format_version": 1, "state": "running"{updated}}}'
+        (runs / "torn" / "run.json").write_text(text)
+        assert main(["status"]) == 0 and "torn  died" in capsys.readouterr().out
 
 
 def test_one_run_says_not_measured_only_of_what_could_have_been_measured(runs, capsys):

@@ -133,6 +133,10 @@ CODE = {
     "dataset_kwargs: {data_files: {test: /etc/passwd}}": "reads /etc/passwd",
     "dataset_kwargs: {data_files: /etc/passwd}": "reads /etc/passwd",
     "dataset_kwargs: {data_files: [link.jsonl]}": "reads link.jsonl",
+    "dataset_kwargs: {data_files: 'l*.jsonl'}": "reads l*.jsonl",
+    "dataset_kwargs: {data_files: 'file:///etc/passwd'}": "reads file:///etc/passwd",
+    "dataset_kwargs: {data_dir: /etc}": "reads /etc",
+    "dataset_path: /etc": "reads /etc",
 }
 HARMLESS = (
     "{{ question.strip()|upper }} {% for c in choices %}{{ loop.index }}. {{ c }}{% endfor %}",

@@ -276,7 +276,9 @@ def test_a_result_of_other_settings_is_kept(make_run, quick):
     assert len(read_eval_logs(run)[0]) == 1
 
 
-def test_somebody_elses_recipe_reads_nothing_outside_its_folder(make_run, quick, tmp_path):
+def test_somebody_elses_recipe_reads_nothing_outside_its_folder(
+    make_run, quick, tmp_path, monkeypatch
+):
     make_run("one", 1)
     recipe = quick("alpaca_eval")
     secret = tmp_path / "elsewhere" / "rows.json"
@@ -299,6 +301,10 @@ def test_somebody_elses_recipe_reads_nothing_outside_its_folder(make_run, quick,
         override = [f"data.questions={secret}"]
         assert evaluate([load_eval(path, override)], ["one"])
     assert recipe
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # a download is below it, and so is all else
+    with pytest.raises(RecipeError, match=r"outside this recipe's folder"):
+        evaluate([load_eval(path)], ["one"])
 
 
 def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path, make_run, long_tiny_model_dir):

@@ -84,6 +84,7 @@ BAD: list[tuple[str, str, int | None, list[str]]] = [
     (SEEDS, "reference: {r5: {win_rate: 0.5}}", 8, ["no arm 'r5'"]),
     (SEEDS, "baseline: r5", 8, ["no arm 'r5'", "arms: r4, r8, base"]),
     (SEEDS, "seeds: []", 8, ["seeds"]),
+    (SEEDS, f"seeds: [{2**32}]", 8, ["seeds.0", "less than 4294967296"]),
     (SEEDS, "overrides: [train.max_steps=many]", 8, ["train.max_steps", "integer"]),
     (SEEDS, "overrides: [train.seed=7]", 8, ["train.seed cannot be overridden", "seeds: [1, 2]"]),
     ("mt_bench.yaml", "mt_bnch.yaml", 9, ["no such file", "did you mean", "mt_bench.yaml?"]),

@@ -42,7 +42,7 @@ def _row(run: RunDirectory) -> dict[str, Any]:
     """The line of one run; a run.json that cannot be read costs only its own line."""
     try:
         state, newest = _state(run), _newest_values(run)
-        updated = run.read_state().get("updated", "").removesuffix("+00:00")
+        updated = str(run.read_state().get("updated") or "").removesuffix("+00:00")
     except RecipesError:
         state, newest, updated = "unreadable", {}, ""
     metrics = {key: newest.get(key) for key in _METRICS}

@@ -141,8 +141,8 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
 
 def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
     """Refuse what the command line did not allow: code of lm-eval tasks, and files outside the
-    recipe's own folder, the project and the working directory, which somebody else's recipe would
-    copy into results. Symbolic links are followed.
+    recipe's own folder, the project and the working directory (unless that holds the home folder),
+    which somebody else's recipe would copy into results. Symbolic links are followed.
 
     Raises:
         RecipeErrors: naming each place.
@@ -152,7 +152,8 @@ def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
     hint = "--trust-remote-code allows it"
     code = code_in(recipe.document) if recipe.suite.name == "lm_eval" else ()
     errors = [RecipeError(error.what, hint, file=error.file, line=error.line) for error in code]
-    allowed = (*readable(recipe.path), Path.cwd())
+    folder, home = Path.cwd().resolve(), Path.home().resolve()
+    allowed = [*readable(recipe.path), *([] if home.is_relative_to(folder) else [folder])]
     for key in ("questions", "references", "labels", "include_path", "folder"):
         place = f"data.{key}"
         if not getattr(recipe.data, key) or recipe.document.origin(place).file == COMMAND_LINE:

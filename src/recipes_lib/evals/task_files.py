@@ -10,6 +10,7 @@ that can reach the whole process. All of that needs generation.trust_remote_code
 from __future__ import annotations
 
 import fnmatch
+import glob
 import importlib.util
 import os
 import re
@@ -33,6 +34,7 @@ _DASH = re.compile(r"^\s*-\s+")
 _NAME = re.compile(r"[^\s,\[\]\"'#](?:[^,\[\]\"'#]*[^\s,\[\]\"'#])?")
 _PLAIN_TAG = "tag:yaml.org,2002:"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_READ = ("data_files", "data_dir", "dataset_path")
 _CODE_KEYS = ("trust_remote_code", "custom_generate", "confirm_run_unsafe_code", "hf_evaluate")
 # what a template may call: methods of texts, lists and mappings that change nothing
 _CALLS = {
@@ -168,8 +170,8 @@ def _in_file(
         yield RecipeError("a task file is outside this recipe's folder", ALLOW, file=path)
         return
     for key, node in _nodes(_tree(path)):
-        value = node.value if isinstance(node, yaml.ScalarNode) else ""
         tag = node.tag.removeprefix(_PLAIN_TAG)
+        value = node.value if isinstance(node, yaml.ScalarNode) and tag != "null" else ""
         what = None
         if tag.startswith(("!", "tag:", "python/")):
             what = f"this task runs code: {node.tag} {value[:80]}".rstrip()
@@ -177,14 +179,28 @@ def _in_file(
             what = f"this task runs code: {key}: {value[:100]}"
         elif ("{{" in value or "{%" in value) and (reason := _could_run_code(value)):
             what = f"this template could run code: {reason}"
-        elif key == "data_files" and value and not _is_inside((base / value).resolve(), allowed):
-            what = (
-                None if "://" in value else f"this task reads {value}, outside this recipe's folder"
-            )
+        elif key in _READ and value and not _may_read(key, value, base, allowed):
+            what = f"this task reads {value}, outside this recipe's folder"
         if what:
             yield RecipeError(what, ALLOW, file=shown_path(path), line=node.start_mark.line + 1)
         if key == "include" and value:
             yield from _in_file(path.parent / value, base, allowed, seen)
+
+
+def _may_read(key: str, value: str, base: Path, allowed: Sequence[Path]) -> bool:
+    """Whether a task's data are inside the allowed folders, links in them and matches of a pattern
+    included, or on the network. A folder that is not here is one of the Hub.
+    """
+    if "://" in value:
+        return value.startswith(("https://", "http://", "hf://")) and "::" not in value
+    place = base / value
+    if value.startswith("~") or (key == "data_files" and not _is_inside(place.resolve(), allowed)):
+        return False
+    return all(
+        _is_inside(path.resolve(), allowed)
+        and all(_is_inside(inner.resolve(), allowed) for inner in path.rglob("*"))
+        for path in map(Path, glob.iglob(str(place), recursive=True))  # noqa: PTH207 (patterns)
+    )
 
 
 def _is_inside(path: Path, folders: Sequence[Path]) -> bool:

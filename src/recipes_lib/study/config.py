@@ -69,7 +69,7 @@ class LaunchKeys(Section):
     """Processes per node. Absent: the recipe's launch.gpus, else the accelerate config's."""
     nodes: int | None = Field(None, ge=1)
     """Machines. Absent: the recipe's launch.nodes."""
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
+    seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] | None = None
     """Values of train.seed; each is a training of its own, and the variance between them enters the
     intervals. Absent: the recipe's."""
     overrides: list[str] = []
