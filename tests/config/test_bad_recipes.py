@@ -80,6 +80,7 @@ BAD_FILES = [
     (GOOD + "launch: {gpus: 4}\n", 5, "single_gpu starts one process, but 4"),
     (GOOD + "launch: {accelerate: dpp}\n", 5, "did you mean ddp?"),
     (GOOD + "run: text\n", 5, "section 'run' must be a mapping"),
+    (GOOD + "train:\n", 5, "section 'train' must be a mapping"),
     (GOOD.replace("a/b", "./models/nowhere"), 2, "no such folder: ./models/nowhere"),
     (GOOD.replace("a/b", "weights.gguf"), 2, "GGUF"),
     (GOOD.replace("a/b", "a b"), 2, "cannot be a name on the Hub"),
@@ -183,6 +184,12 @@ def test_missing_files_and_short_names_name_similar_ones(write, capsys, tmp_path
         assert main(["check", path]) == 2
         assert not missing_words(capsys.readouterr().err, words), path
     assert main(["check", "quickstart/lora-r8"]) == 0
+
+
+def test_a_name_is_not_similar_for_its_folder_and_ending(write, capsys):
+    write(GOOD, "my-a.yaml")
+    assert main(["check", "nope.yaml"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
 
 
 def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, capsys):

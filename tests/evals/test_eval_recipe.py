@@ -103,6 +103,8 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
     path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
     assert main(["check", str(path)]) == 4
     assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err
+    path.write_text("suite: {name: checks}\ndata: {questions: .}\n")  # a folder
+    assert main(["check", str(path)]) == 4
 
 
 def test_overrides_reach_the_judge_and_the_suite():

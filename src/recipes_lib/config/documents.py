@@ -241,7 +241,8 @@ def _text_of(path: Path, file: str) -> str:
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with those of similar name."""
     if path.suffix:
-        names = [shown_path(entry) for entry in path.parent.glob("*")]
+        near = (file for file in path.parent.glob("*") if did_you_mean(path.stem, [file.stem]))
+        names = [shown_path(file) for file in near]
         return RecipeError("no such file", *did_you_mean(str(path), names), file=shown_path(path))
     folder = project_root() / "recipes"
     files = folder.rglob("[!_]*.yaml")

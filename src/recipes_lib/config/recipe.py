@@ -169,6 +169,7 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
         RecipeError: the run's name cannot be a folder's.
     """
     values, origin = document.values, document.origin("run.name")
+    train = values.get("train")
     name = file.run.name or f"{document.path.resolve().parent.name}--{document.path.stem}"
     return Recipe(
         path=document.path,
@@ -177,7 +178,7 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
         data=file.data,
         run=file.run,
         launch=file.launch,
-        train={**TRAIN_DEFAULTS, **values.get("train", {})},
+        train=TRAIN_DEFAULTS | (train if isinstance(train, dict) else {}),  # check asks of bad ones
         lora=values.get("lora"),
         quantization=values.get("quantization"),
         origins={dotted(path): origin for path, origin in document.origins.items()},
