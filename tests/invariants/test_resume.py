@@ -238,6 +238,23 @@ def test_a_stop_inside_a_validation_leaves_the_random_state_as_the_step_left_it(
     assert written(tiny_recipe, "whole") == written(tiny_recipe, "cut")
 
 
+@pytest.mark.parametrize("kept", [0, 2], ids=["emptied", "cut"])
+def test_lines_that_metrics_lack_before_a_checkpoint_are_written_again_from_it(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kept
+) -> None:
+    from recipes_lib.training.trainer import RunCallback
+
+    assert main([str(tiny_recipe), "run.name=whole"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
+        assert main([str(tiny_recipe), "run.name=cut"]) == ExitCode.PREEMPTED
+    file = tiny_recipe.parent / "runs/cut/metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:kept]))
+    assert main([str(tiny_recipe), "run.name=cut"]) == 0
+    assert f"metrics.jsonl lacks {6 - kept} lines" in capsys.readouterr().out
+    assert written(tiny_recipe, "cut") == written(tiny_recipe, "whole")
+
+
 def test_a_refused_resume_changes_nothing_on_the_disk(
     tiny_recipe: Path, resumed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,10 +18,9 @@ KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"
 
 def forget_after(path: Path, checkpoint: Path | None) -> None:
     """Cut off of a metrics.jsonl what was logged after a checkpoint, which a resumed run logs
-    again, and the evaluation of its step where the checkpoint knows nothing of it.
+    again, and the evaluation of its step where the checkpoint knows nothing of it. Lines that it
+    lacks of before are written again from the checkpoint.
     """
-    if not path.is_file():
-        return
     step, history = 0, []
     if checkpoint is not None:
         state = read_object(checkpoint / "trainer_state.json")
@@ -33,7 +32,21 @@ def forget_after(path: Path, checkpoint: Path | None) -> None:
         return logged < step or (logged == step and (evaluated or "eval_loss" not in row))
 
     rows = [row for row in read_rows(path, skip_damaged=True) if stays(row)]
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    there = {(row.get("step"), "loss" in row) for row in rows}
+    known = [_line(row) for row in history if "loss" in row or "eval_loss" in row]
+    lost = [row for row in known if (row["step"], "loss" in row) not in there]
+    if lost:
+        say(f"warning: {path.name} lacks {len(lost)} lines: written again from the checkpoint")
+        rows = sorted([*rows, *lost], key=lambda row: (row.get("step", 0), "eval_loss" in row))
+    if rows or path.is_file():
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _line(logs: Row) -> Row:
+    """Return what metrics.jsonl keeps of a log, but for speed and memory."""
+    line: Row = {"step": logs["step"], "epoch": round(float(logs.get("epoch") or 0), 6)}
+    line |= {key: float(logs[key]) for key in KEPT if key in logs}
+    return line | ({"tokens": int(logs.get("num_tokens", 0))} if "loss" in logs else {})
 
 
 def tokens_so_far(state: TrainerState) -> int:
@@ -61,11 +74,9 @@ class MetricsCallback(TrainerCallback):
         logs, now = logs or {}, time.monotonic()
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
-        line: Row = {"step": state.global_step, "epoch": round(float(state.epoch or 0), 6)}
-        line |= {key: float(logs[key]) for key in KEPT if key in logs}
+        line = _line({**logs, "step": state.global_step, "epoch": state.epoch})
         text = f"step {state.global_step}/{state.max_steps}  "
         if "loss" in logs:
-            line["tokens"] = int(logs.get("num_tokens", 0))
             seconds = max(now - self._last[0], 1e-9)
             line["tokens_per_second"] = round((line["tokens"] - self._last[1]) / seconds, 1)
             began, first = self._started
