@@ -470,6 +470,20 @@ def test_a_cause_needs_declared_keys_alone(tmp_path: Path) -> None:
             shutil.move(folder / "kept.json", folder / "environment.json")
 
 
+def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_another(
+    tmp_path: Path,
+) -> None:
+    folders = {"r8": seeds(tmp_path, "r8", 0.3), "r32": seeds(tmp_path, "r32", 0.8, rank=32)}
+    for arm, skill in (("r8", 0.3), ("r32", 0.8)):
+        for folder in folders[arm]:
+            write_judged(folder, 200, against="gpt", skill=skill, libraries={"vllm": arm})
+    claims = conclude(load_arms(folders), design=RANK).claims
+    assert {claim.row.opponent: bool(claim.cause) for claim in claims} == {
+        "reference": True,
+        "gpt": False,
+    }
+
+
 def test_an_undeclared_key_takes_the_cause_away(tmp_path: Path) -> None:
     r8 = seeds(tmp_path, "r8", 0.3)
     r32 = seeds(tmp_path, "r32", 0.8, rank=32)

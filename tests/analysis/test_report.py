@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import time
+import tracemalloc
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -138,7 +139,10 @@ def test_a_page_of_two_runs_with_1_085_questions_is_small(tmp_path: Path) -> Non
 def test_curves_are_read_streaming_and_have_at_most_a_thousand_points(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     write_lines(file, ({"step": step, "loss": 1 / step} for step in range(1, 25_001)))
+    tracemalloc.start()
     curve = read_curves(file)["loss"]
+    assert tracemalloc.get_traced_memory()[1] < file.stat().st_size / 2
+    tracemalloc.stop()
     assert len(curve.points) <= MOST_POINTS and curve.count == 25_000
     assert curve.shown()[0] == (1, 1.0) and curve.shown()[-1] == (25_000, 1 / 25_000)
     gaps = {

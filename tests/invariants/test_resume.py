@@ -255,23 +255,6 @@ def test_lines_that_metrics_lack_before_a_checkpoint_are_written_again_from_it(
     assert written(tiny_recipe, "cut") == written(tiny_recipe, "whole")
 
 
-def test_a_refused_resume_changes_nothing_on_the_disk(
-    tiny_recipe: Path, resumed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recipes_lib.training.trainer import RunCallback
-
-    words = [str(tiny_recipe), "run.name=refused"]
-    monkeypatch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
-    assert main(words) == ExitCode.PREEMPTED
-    run = tiny_recipe.parent / "runs/refused"
-    (run / "checkpoints/checkpoint-5/optimizer.pt").write_bytes(b"torn")
-    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    assert main([*words, "train.learning_rate=3e-3"]) == ExitCode.USAGE
-    after = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    held = {path for path in before if "lock" not in path.name}
-    assert {path: after.get(path) for path in held} == {path: before[path] for path in held}
-
-
 def test_what_decides_which_checkpoint_is_the_best_cannot_change(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

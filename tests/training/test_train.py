@@ -4,6 +4,7 @@ refuses, how it stops.
 
 from __future__ import annotations
 
+import datetime
 import errno
 import hashlib
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,42 +101,26 @@ def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(
     assert adapter.stat().st_mtime_ns == written and run_json(tiny_recipe)["state"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "weights"),
-    [
-        (["train.bf16=true"], "adapter"),
-        (["model.dtype=bfloat16", "train.bf16=true"], "adapter"),
-        ([f"{NF4[:-1]}, bnb_4bit_use_double_quant: true}}", "train.bf16=true"], "adapter"),
-        (["lora=null"], "model"),
-        (["train.packing=true"], "adapter"),
-        (["train.padding_free=true"], "adapter"),
-        (["train.activation_checkpointing=true"], "adapter"),
-        (
-            ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
-            "adapter",
-        ),
-        (["data.prompt_format=chat"], "adapter"),
-        (["train.completion_only_loss=false"], "adapter"),
-    ],
-    ids=[
-        "bf16",
-        "bf16-weights",
-        "qlora-nf4",
-        "full",
-        "packing",
-        "padding-free",
-        "checkpointing",
-        "best",
-        "chat",
-        "whole-text",
-    ],
-)
-def test_every_way_to_train_ends_with_weights_that_reload(
-    tiny_recipe: Path, overrides: list[str], weights: str
-) -> None:
-    assert main([str(tiny_recipe), *overrides]) == 0
+WAYS = {
+    "bf16": ["train.bf16=true"],
+    "bf16-weights": ["model.dtype=bfloat16", "train.bf16=true"],
+    "qlora-nf4": [f"{NF4[:-1]}, bnb_4bit_use_double_quant: true}}", "train.bf16=true"],
+    "full": ["lora=null"],
+    "packing": ["train.packing=true"],
+    "padding-free": ["train.padding_free=true"],
+    "checkpointing": ["train.activation_checkpointing=true"],
+    "best": ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
+    "chat": ["data.prompt_format=chat"],
+    "whole-text": ["train.completion_only_loss=false"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_train_ends_with_weights_that_reload(tiny_recipe: Path, way: str) -> None:
+    assert main([str(tiny_recipe), *WAYS[way]]) == 0
     state = run_json(tiny_recipe)
     assert state["state"] == "finished" and state["weights_check"]["sha256"]
+    weights = "model" if way == "full" else "adapter"
     assert (tiny_recipe.parent / "runs" / "tiny" / weights).is_dir()
     assert all(line["loss"] > 0 for line in metrics(tiny_recipe) if "loss" in line)
 
@@ -173,6 +159,30 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
         for name in ("whole", "broken")
     )
     assert whole == broken
+
+
+def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
+    tiny_recipe: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.data import prompts
+
+    template = tiny_recipe.with_name("dated.jinja")
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + tiny_tokenizer.chat_template)
+    words = [str(tiny_recipe), "data.prompt_format=chat", f"data.chat_template={template}"]
+    for day in (1, 2):
+        with monkeypatch.context() as patch:
+            today = SimpleNamespace(today=lambda day=day: datetime.date(2031, 1, day))
+            clock = SimpleNamespace(date=today, datetime=datetime.datetime)
+            patch.setattr(prompts, "datetime", clock)
+            if day == 1:
+                assert main([*words, "run.name=whole"]) == 0
+                stop_at(patch, call=5)
+            assert main(words) == (ExitCode.PREEMPTED if day == 1 else 0)
+    runs = tiny_recipe.parent / "runs"
+    for name in ("whole", "tiny"):
+        assert "template_date: '2031-01-01'" in (runs / name / "resolved.yaml").read_text()
+    whole, resumed = (runs / name / "adapter" / ADAPTER for name in ("whole", "tiny"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 @pytest.mark.parametrize("when", ["at the end of the step before it", "within it"])
@@ -415,18 +425,8 @@ def test_no_planted_secret_is_in_any_written_file(
 def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
     losses = []
     for size in (1, 3, 32):
-        assert (
-            main(
-                [
-                    str(tiny_recipe),
-                    "train.max_steps=1",
-                    "train.eval_steps=1",
-                    f"train.per_device_eval_batch_size={size}",
-                    f"run.name=b{size}",
-                ]
-            )
-            == 0
-        )
+        words = [f"train.per_device_eval_batch_size={size}", f"run.name=b{size}"]
+        assert main([str(tiny_recipe), "train.max_steps=1", "train.eval_steps=1", *words]) == 0
         losses.append(metrics(tiny_recipe, f"b{size}")[-1]["eval_loss"])
     assert max(losses) - min(losses) < 1e-5
 
@@ -534,12 +534,10 @@ def test_selective_checkpointing_computes_attention_once(
 def test_a_push_without_a_network_is_refused_before_anything_is_computed(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tiny_recipe), "train.push_to_hub=true"]) == ExitCode.USAGE
+    words = [str(tiny_recipe), "train.push_to_hub=true"]
+    assert main(words) == ExitCode.USAGE
     assert "train.hub_model_id" in capsys.readouterr().err
-    assert (
-        main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"])
-        == ExitCode.ENVIRONMENT
-    )
+    assert main([*words, "train.hub_model_id=ada/first"]) == ExitCode.ENVIRONMENT
     assert "nothing can be pushed" in capsys.readouterr().err
     assert not (tiny_recipe.parent / "runs").exists()
 
@@ -596,15 +594,19 @@ def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        stop_at(patch, call=3)
+        stop_at(patch, call=5)
         assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
     run = tiny_recipe.parent / "runs" / "tiny"
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (run / "checkpoints/checkpoint-4/optimizer.pt").write_bytes(b"torn")
+
+    def records() -> dict[Path, tuple[bytes, int]]:
+        held = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in held}
+
+    before = records()
     assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
     assert main([str(tiny_recipe), "data.max_examples=100"]) == ExitCode.USAGE
-    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert before.keys() == after.keys()
-    assert not [path for path in before if before[path] != after[path]]
+    assert records() == before
     assert main([str(tiny_recipe)]) == 0
     assert run_json(tiny_recipe)["attempts"] == 2
 
@@ -642,16 +644,8 @@ def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
         assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
     said = capsys.readouterr().err
     assert "too little memory" in said and "train.activation_checkpointing" in said
-    assert (
-        main(
-            [
-                str(tiny_recipe),
-                "train.activation_checkpointing=true",
-                "train.per_device_train_batch_size=2",
-            ]
-        )
-        == 0
-    )
+    words = ["train.activation_checkpointing=true", "train.per_device_train_batch_size=2"]
+    assert main([str(tiny_recipe), *words]) == 0
 
 
 @pytest.mark.slow

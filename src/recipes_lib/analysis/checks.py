@@ -10,7 +10,7 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -487,16 +487,22 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
         for arm, log in logs:
             by_arm[arm].append(log)
         for first, second in itertools.combinations(by_arm, 2):
-            pairs = list(itertools.product(by_arm[first], by_arm[second]))
-            alike = [
-                (left, right)
-                for left, right in pairs
-                if arms.opponent(left.against) in (arms.opponent(right.against), first, second)
-                or (left.against in arms.of_run and right.against in arms.of_run)
-            ]
-            yield from _first_of(_settings_differ(first, second, *pair, design) for pair in alike)
-            yield from _first_of(_texts_differ(first, second, *pair) for pair in alike)
-            yield from _first_of(_facts_differ(first, second, *pair, design) for pair in alike)
+            alike: dict[str, list[tuple[EvalLog, EvalLog]]] = defaultdict(list)
+            for left, right in itertools.product(by_arm[first], by_arm[second]):
+                opponent, other = arms.opponent(left.against), arms.opponent(right.against)
+                if opponent == other:
+                    alike[opponent or ""].append((left, right))
+                elif opponent in (first, second):
+                    alike[second].append((left, right))  # as their row head to head names it
+                elif left.against in arms.of_run and right.against in arms.of_run:
+                    alike[""].append((left, right))
+            for opponent, pairs in alike.items():
+                found = [_settings_differ(first, second, *pair, design) for pair in pairs]
+                found += [_texts_differ(first, second, *pair) for pair in pairs]
+                found += [_facts_differ(first, second, *pair, design) for pair in pairs]
+                # the first of each kind: every pair of seeds says the same again
+                kinds = {finding.code: finding for finding in reversed(found) if finding}
+                yield from (replace(finding, opponent=opponent) for finding in kinds.values())
         subsets = {f"{arm}: {log.subset}": None for arm, log in logs if log.subset}
         if subsets:
             title = f"{name} asked a part of its questions"
@@ -504,13 +510,6 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
             yield Finding(
                 "subset", "warning", title, tuple(subsets), "ask all of them", (), metrics
             )
-
-
-def _first_of(findings: Iterable[Finding | None]) -> Iterator[Finding]:
-    """The first finding of several pairs of results: each seed says the same again."""
-    first = next((finding for finding in findings if finding), None)
-    if first:
-        yield first
 
 
 def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:

@@ -173,16 +173,18 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
     Raises:
         DamagedFile: a line before the last one is not a JSON object.
     """
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        row = parsed_line(line)
-        if row is not None:
-            yield row
-        elif line.strip() and not skip_damaged and number < len(lines):
-            what, remedy = "this line is damaged: not a JSON object", "restore or delete it"
-            raise DamagedFile(what, remedy, file=path, line=number)
-        elif line.strip():
-            _warn_once(f"{path}:{number}: this line is damaged and left out")
+    if not path.is_file():
+        return
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            row = parsed_line(line)
+            if row is not None:
+                yield row
+            elif line.strip() and not skip_damaged and lines.peek(1):
+                what, remedy = "this line is damaged: not a JSON object", "restore or delete it"
+                raise DamagedFile(what, remedy, file=path, line=number)
+            elif line.strip():
+                _warn_once(f"{path}:{number}: this line is damaged and left out")
 
 
 def rows_from_the_end(path: Path) -> Iterator[Row]:
