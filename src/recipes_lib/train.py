@@ -38,10 +38,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
     with importing():
         import torch
 
-        from recipes_lib.config.upstream import (
-            build_sft_config,
-            check_packages,
-        )
+        from recipes_lib.config.upstream import build_sft_config, check_packages
         from recipes_lib.core.environment import library_versions
         from recipes_lib.core.ranks import keep_alive, say_once
         from recipes_lib.data.prepare import prepare_data

@@ -11,14 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from recipes_lib.analysis.stats import (
-    adjust,
-    compare,
-    estimate,
-    kappa,
-    mean_interval,
-    wilson,
-)
+from recipes_lib.analysis.stats import adjust, compare, estimate, kappa, mean_interval, wilson
 
 Draw = Callable[[np.random.Generator, int, float], tuple[NDArray[np.float64], NDArray[np.float64]]]
 

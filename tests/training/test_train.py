@@ -597,7 +597,7 @@ def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
         stop_at(patch, call=5)
         assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
     run = tiny_recipe.parent / "runs" / "tiny"
-    (run / "checkpoints/checkpoint-4/optimizer.pt").write_bytes(b"torn")
+    (run / "checkpoints/checkpoint-3/optimizer.pt").write_bytes(b"torn")
 
     def records() -> dict[Path, tuple[bytes, int]]:
         held = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]

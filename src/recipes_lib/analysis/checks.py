@@ -497,11 +497,11 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
                 elif left.against in arms.of_run and right.against in arms.of_run:
                     alike[""].append((left, right))
             for opponent, pairs in alike.items():
-                found = [_settings_differ(first, second, *pair, design) for pair in pairs]
-                found += [_texts_differ(first, second, *pair) for pair in pairs]
-                found += [_facts_differ(first, second, *pair, design) for pair in pairs]
+                findings = [_settings_differ(first, second, *pair, design) for pair in pairs]
+                findings += [_texts_differ(first, second, *pair) for pair in pairs]
+                findings += [_facts_differ(first, second, *pair, design) for pair in pairs]
                 # the first of each kind: every pair of seeds says the same again
-                kinds = {finding.code: finding for finding in reversed(found) if finding}
+                kinds = {finding.code: finding for finding in reversed(findings) if finding}
                 yield from (replace(finding, opponent=opponent) for finding in kinds.values())
         subsets = {f"{arm}: {log.subset}": None for arm, log in logs if log.subset}
         if subsets:

@@ -14,12 +14,7 @@ from typing import Any
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
-from recipes_lib.core.errors import (
-    ExitCode,
-    RecipeError,
-    RecipesError,
-    explain_fault,
-)
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
 from recipes_lib.core.files import utc_now, write_json, write_text
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.ranks import meet, on_main_rank, rank
@@ -129,11 +124,7 @@ class Attempt:
             resumption = Resumption(newest, marker, changes)
             resumed = [
                 *resumed,
-                {
-                    "from": newest.name,
-                    "changed": changes,
-                    "partial": options.allow_partial_resume,
-                },
+                {"from": newest.name, "changed": changes, "partial": options.allow_partial_resume},
             ]
         # nothing was refused: from here on the run's files are this attempt's
         run.checkpoints.mkdir(parents=True, exist_ok=True)
