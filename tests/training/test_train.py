@@ -40,6 +40,10 @@ def metrics(recipe: Path, name: str = "tiny") -> list[dict[str, Any]]:
     ]
 
 
+def logged(recipe: Path, name: str, *keys: str) -> list[list[Any]]:
+    return [[line.get(key) for key in keys] for line in metrics(recipe, name)]
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, *, call: int, request: int = 1) -> None:
     """Ask for a stop at the n-th time that the ranks agree (the end of step n, unless an evaluation
     or a save comes between).
@@ -153,12 +157,8 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     runs = tiny_recipe.parent / "runs"
     weights = "model/model.safetensors" if "lora=null" in overrides else f"adapter/{ADAPTER}"
     assert (runs / "whole" / weights).read_bytes() == (runs / "broken" / weights).read_bytes()
-    compared = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
-    whole, broken = (
-        [{key: line.get(key) for key in compared} for line in metrics(tiny_recipe, name)]
-        for name in ("whole", "broken")
-    )
-    assert whole == broken
+    keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
+    assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
 
 
 def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
@@ -199,14 +199,8 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
         assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
     assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
     assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
-    whole, broken = (
-        [
-            (line["step"], line.get("loss"), line.get("eval_loss"))
-            for line in metrics(tiny_recipe, name)
-        ]
-        for name in ("whole", "broken")
-    )
-    assert whole == broken
+    keys = ("step", "loss", "eval_loss")
+    assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
 
 
 @pytest.mark.parametrize(
@@ -408,18 +402,16 @@ def test_no_planted_secret_is_in_any_written_file(
         "HF_TOKEN": "hf_plantedplantedplanted",
         "OPENAI_API_KEY": "sk-plantedplantedplanted",
         "WANDB_API_KEY": "plantedwandbkey0123",
+        "ACCELERATE_SECRET": "plantedaccelerate",
     }
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("ACCELERATE_SECRET", "plantedaccelerate")
     assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
     written = [path for path in (tiny_recipe.parent / "runs").rglob("*") if path.is_file()]
     assert written and not any(path.name == "training_args.bin" for path in written)
     for path in written:
         content = path.read_bytes()
-        assert not any(
-            value.encode() in content for value in [*secrets.values(), "plantedaccelerate"]
-        ), path
+        assert not any(value.encode() in content for value in secrets.values()), path
 
 
 def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
