@@ -249,9 +249,12 @@ def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
         f'question: q\narms:\n  a: {{recipe: {RECIPE}, overrides: ["{word}"]}}\nseeds: [1]\n'
         f"evals: [{project_root()}/evals/quickstart/house_style.yaml]\n"
     )
-    assert cli.main(["study", "plan", "my files/study.yaml"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert shlex.split(lines[-1])[-1] == "my files/study.yaml"
+    for verb in (["study", "plan"], ["plan"]):
+        assert cli.main([*verb, "my files/study.yaml", word]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert shlex.split(lines[-1])[-2:] == ["my files/study.yaml", word]
+    assert cli.main(["check", "my files/study.yaml"]) == 0
+    assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "my files/study.yaml"
 
 
 def test_eval_names_the_judgments_that_are_there(tmp_path):

@@ -163,7 +163,7 @@ def test_check_reads_the_first_rows_and_all_of_them_when_asked(recipe_file, monk
     with (recipe_file.parent / "rows.jsonl").open("a") as file:
         file.write('{"instruction": "a", "response": "b"}\n{"instruction": "a"}\n')
     assert main(["check", str(recipe_file)]) == 0
-    assert "only the first 30 rows of" in capsys.readouterr().out
+    assert "only the first 30 rows of" in capsys.readouterr().err
     assert main(["check", "--full", str(recipe_file)]) == 4
     assert "rows.jsonl:32: column 'response'" in capsys.readouterr().err
 

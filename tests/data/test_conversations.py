@@ -28,7 +28,6 @@ def test_roles_of_other_spellings_are_ours():
     for spelling, role in (
         ("human", "user"),
         ("gpt", "assistant"),
-        ("bot", "assistant"),
         ("model", "assistant"),
         ("observation", "tool"),
         ("developer", "system"),
@@ -41,7 +40,7 @@ def test_a_bad_message_is_described():
     parts = [{"type": "text", "text": "One "}, {"type": "image", "image": "a.png"}]
     for message, words in (
         ("hi", "expected {role, content}, found str"),
-        ({"role": "wizard", "content": "a"}, "unknown role 'wizard'"),
+        ({"role": "bot", "content": "a"}, "unknown role 'bot'"),
         ({"role": "user", "content": None}, "(user): expected text, found None"),
         ({"role": "user", "content": "\udc00"}, "lone surrogate"),
         ({"role": "user", "content": parts}, "content part 1 is 'image'; only "),

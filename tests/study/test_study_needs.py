@@ -9,7 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.evals.faulty_server import FaultyServer
 from tests.study.study_files import TOO_LONG, leak_questions
+
+from recipes_lib.study.run import StudyRunner
 
 Recipes = Callable[..., tuple[int, str, str]]
 
@@ -49,25 +52,45 @@ def test_held_out_loss_without_rows_held_out_is_refused_before_the_training(
     assert not list((tmp_path / "runs").glob("tiny--*"))
 
 
-def test_an_eval_that_names_what_is_not_there_is_refused_before_the_training(
+def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
     study_folder: Path, recipes: Recipes, tmp_path: Path
 ) -> None:
     alpaca, judge = study_folder / "alpaca_eval.yaml", study_folder / "judge.yaml"
+    recipe = study_folder / "r4.yaml"
     cases = [
-        (alpaca, "judge.yaml", "nowhere.yaml", "alpaca_eval.yaml:"),
-        (alpaca, "questions.json", "nowhere.json", "alpaca_eval.yaml:"),
-        (judge, "helpfulness.txt", "nowhere.txt", "nowhere.txt"),
+        (alpaca, "judge.yaml", "nowhere.yaml", "alpaca_eval.yaml:", 2),
+        (alpaca, "questions.json", "nowhere.json", "alpaca_eval.yaml:", 2),
+        (judge, "helpfulness.txt", "nowhere.txt", "nowhere.txt", 2),
+        (recipe, "rows.jsonl", "nowhere.jsonl", "r4.yaml:3", 4),
+        (recipe, "logging_steps: 1", "report_to: swanlab", "is not installed", 5),
     ]
     wrong = []
-    for file, old, new, place in cases:
+    for file, old, new, place, expected in cases:
         text = file.read_text()
         assert old in text
         file.write_text(text.replace(old, new))
-        code, out, err = recipes("study", "run", study_folder / "tiny.yaml")
+        for verb in ("study plan", "study run", *["check"] * (expected != 5)):
+            code, out, err = recipes(*verb.split(), study_folder / "tiny.yaml")
+            if code != expected or new not in err or place not in err:
+                wrong.append((verb, new, code, out, err))
         file.write_text(text)
-        if code != 2 or new not in err or place not in err:
-            wrong.append((new, code, out, err))
     assert not wrong and not list((tmp_path / "runs").glob("tiny--*"))
+
+
+def test_a_judge_that_does_not_answer_is_one_warning_of_run_and_not_of_plan(
+    study_folder: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StudyRunner, "_steps", lambda self: None)
+    study, file = study_folder / "tiny.yaml", study_folder / "judge.yaml"
+    text = file.read_text().replace("logits", "generate")
+    text = text.replace("  dtype: float32\n", "").replace("max_context_tokens: 1024", "{}")
+    with FaultyServer() as server:
+        for url, expected in ((server.url, 0), ("http://127.0.0.1:9/v1", 1)):
+            file.write_text(text.format(f"engine: openai\n  base_url: {url}"))
+            code, _, err = recipes("study", "run", study)
+            assert code == 0 and err.count("does not answer") == expected, err
+    assert "judge.yaml: http://127.0.0.1:9/v1" in err
+    assert "does not answer" not in recipes("study", "plan", study)[2]
 
 
 def test_recipes_data_names_every_row_that_holds_a_question_of_an_eval(

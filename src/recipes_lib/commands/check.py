@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -50,7 +51,7 @@ def run(
         of_data = all(isinstance(error, DataError) for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{count} ok")
-    command, typed = "recipes ls", shown_path(files[0])
+    command, typed = "recipes ls", shlex.quote(shown_path(files[0]))
     if len(files) == 1:
         known = {"recipe": f"recipes data {typed} --show 3", "study": f"recipes study plan {typed}"}
         command = known.get(read(files[0]).kind, command)
@@ -123,14 +124,14 @@ def _check_model(recipe: Recipe, full: bool, notes: list[RecipeError]) -> Iterab
 def _check_study(path: Path, full: bool) -> Findings:
     from recipes_lib.config.preflight import check_upstream
     from recipes_lib.study.config import load_study
-    from recipes_lib.study.run import unmet
+    from recipes_lib.study.run import unmet, unusable_rows
 
     study = load_study(path)
     errors, warnings = unmet(study, study.arms)
     for arm in study.arms if full else ():
         for variant in (arm, *arm.candidates):
             errors += check_upstream(variant.recipe, notes=warnings)
-    return [*errors], warnings
+    return [*unusable_rows(study.arms), *errors], warnings
 
 
 def _files(path: Path) -> Iterable[Path]:

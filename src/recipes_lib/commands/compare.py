@@ -5,6 +5,7 @@ Reads files only, and writes nothing but what --html names.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -68,7 +69,7 @@ def run(
     elif len(arms.by_name) == 1:
         next_step(f"recipes compare {runs[0]} OTHER   (base works too)")
     else:
-        next_step(f"recipes compare {' '.join(runs)} --html report.html")
+        next_step(f"recipes compare {shlex.join(runs)} --html report.html")
     return ExitCode.DONE
 
 

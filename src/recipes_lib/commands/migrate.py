@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +31,7 @@ def run(
         say(change)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
     say(f"{output}: {len(migration.changes)} changes, {lost} keys not carried over")
-    next_step(f"recipes check --full {output}")
+    next_step(f"recipes check --full {shlex.quote(str(output))}")
     return ExitCode.DONE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,5 +45,5 @@ def run(
     if rows is not None:
         for error in check_rows(recipe):
             raise error
-    next_step(f"recipes check {file}")
+    next_step(f"recipes check {shlex.quote(file)}")
     return ExitCode.DONE

@@ -51,7 +51,7 @@ def run(
         if json:
             return print_json(study_plan_object(study, gpu))
         say("\n".join(study_plan_lines(study, gpu)))
-        next_step(f"recipes study run {shown_path(file)}")
+        next_step(shlex.join(["recipes", "study", "run", shown_path(file), *overrides]))
         return ExitCode.DONE
     if price is not None and not 0 <= price < float("inf"):
         raise RecipeError(f"recipes plan: --price: expected a number >= 0, got {price}")

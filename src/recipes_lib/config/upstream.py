@@ -61,6 +61,7 @@ _OPTIMIZER_PACKAGES = {
     "torch_4bit": "torchao",
     "torch_8bit": "torchao",
 }
+NO_TRACKERS = {"none", "all", "flyte"}  # transformers does not say whether flyte is there
 _LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
 _RECORD = "PEFT writes it into the saved adapter by itself"
 _MIGRATE = "; a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
@@ -369,8 +370,8 @@ def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse an optional package that the recipe asks for and that is not installed, before
-    anything is loaded.
+    """Refuse a tracker or another optional package that the recipe asks for and that is not
+    installed, before anything is loaded.
 
     Raises:
         EnvironmentFault: with its name.
@@ -388,6 +389,15 @@ def check_packages(recipe: Recipe) -> None:
         if importlib.util.find_spec(package) is None:
             what = f"{key} needs the package {package}, which is not installed"
             raise recipe.fault(key, what, f"pip install {package}, or remove the key")
+    named = recipe.train.get("report_to") or []
+    if trackers := {*([named] if isinstance(named, str) else named)} - NO_TRACKERS:
+        from transformers.integrations import integration_utils  # torch
+
+        missing = trackers - {*integration_utils.get_available_reporting_integrations()}
+        if missing:
+            what = f"train.report_to: {', '.join(sorted(missing))} is not installed"
+            hint = "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and"
+            raise recipe.fault("train.report_to", what, f"{hint} wandb; or train.report_to=none")
 
 
 def has_accelerator() -> bool:

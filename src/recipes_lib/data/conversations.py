@@ -39,7 +39,7 @@ CALL = "function_call"  # ShareGPT's turn that is nothing but calls; OpenAI's ol
 # Other names of the roles: ShareGPT's, as its `from` key has them, and OpenAI's.
 ROLES = {
     "human": "user",
-    **dict.fromkeys(("gpt", "model", "bot", CALL), "assistant"),
+    **dict.fromkeys(("gpt", "model", CALL), "assistant"),
     **dict.fromkeys(("observation", "function"), "tool"),
     "developer": "system",
 }

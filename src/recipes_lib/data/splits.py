@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,6 @@ from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection, SplitSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.terminal import say
 from recipes_lib.data.columns import Reading
 from recipes_lib.data.rows import BadRows, DataRow, SettingError, message_texts, place
 from recipes_lib.data.sources import Source, is_on_hub, listed_sources, load_tables
@@ -250,7 +250,8 @@ def check_rows(recipe: Recipe, full: bool = False) -> list[DataError]:
     except DataError as error:
         return [place(recipe, error)]
     if not full and rows.num_read > NUM_CHECKED:
-        say(f"note: only the first {NUM_CHECKED:,} rows of a file are looked at; --full reads all")
+        note = f"note: only the first {NUM_CHECKED:,} rows of a file are looked at"
+        print(f"{note}; recipes check --full reads all", file=sys.stderr)
     return []
 
 

@@ -167,9 +167,8 @@ class Arm:
         The run's name and notes are left out; `train.seed` is a list where the arm has several, and
         `tune.KEY` is the grid of a tuned key.
         """
-        values = {
-            key: value for key, value in flatten(self.recipe.to_dict()).items() if key not in OF_RUN
-        }
+        flat = flatten(self.recipe.to_dict())
+        values = {key: value for key, value in flat.items() if key not in OF_RUN}
         if self.tuning:
             values[f"tune.{self.tuning.key}"] = list(self.tuning.values)
         launch = self.launch
@@ -395,9 +394,8 @@ class _Reader:
         for key in {*map(_key_of, self.words)} & _GIVEN.keys():
             what = f"{key} cannot be overridden in a study"
             self.errors.append(RecipeError(what, _GIVEN[key], file=COMMAND_LINE))
-        recipe = self.file(
-            (*place, "recipe"), section.recipe, lambda file: load_recipe(file, words)
-        )
+        written: KeyPath = (*place, "recipe")
+        recipe = self.file(written, section.recipe, lambda file: load_recipe(file, words))
         if recipe is None:
             return None
         try:

@@ -18,7 +18,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from recipes_lib.config.upstream import check_packages
 from recipes_lib.core.errors import (
+    DataError,
     EnvironmentFault,
     ExitCode,
     RecipeError,
@@ -30,6 +32,8 @@ from recipes_lib.core.errors import (
 from recipes_lib.core.files import write_text
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
 from recipes_lib.core.project import shown_path
+from recipes_lib.core.terminal import warn
+from recipes_lib.data.splits import check_rows
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.plan.cards import devices_here
@@ -100,6 +104,8 @@ class StudyRunner:
         with study_lock(self.study):
             _check_folder(self.study)
             refuse_unmet(self.study, fetch=True)
+            if self.train and runs_left(self.study):
+                _warn_of_silent_judges(self.study)
             _write_copy(self.study)
             before = {number: signal.signal(number, self._on_signal) for number in numbers}
             try:
@@ -137,9 +143,7 @@ class StudyRunner:
         tried = study_tunings(self.study)
         self._train([training for training in tried if not has_diverged(training)])
         for training in filter(has_diverged, tried):
-            self.failed.pop(
-                training.run, None
-            )  # its value cannot be chosen, and that is no failure
+            self.failed.pop(training.run, None)  # its value cannot be chosen: no failure
         self.failed |= choose(self.study, self.say)
         self.study = with_choices(self.study)
         undecided = {arm.name for arm in self.study.arms if arm.tuning and not arm.tuning.losses}
@@ -174,7 +178,10 @@ class StudyRunner:
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
             for training in waiting:
-                self.failed[training.run] = Failure(_why_not_trained(training))
+                run = training.directory
+                changed = settings_changed(training, run.read_state()) if run.exists() else []
+                why = f"was trained with other settings ({', '.join(changed[:3])})"
+                self.failed[training.run] = Failure(why if changed else "is not trained")
             return
         self._training = True
         self._devices = devices_here() if self.jobs > 1 else []
@@ -213,9 +220,8 @@ class StudyRunner:
                 continue
             taken = {device for _, _, devices in self._running.values() for device in devices}
             free = [device for device in self._devices if device not in taken]
-            wanted = min(
-                training.gpus, len(self._devices)
-            )  # a training that wants more says so itself
+            # a training that wants more says so itself
+            wanted = min(training.gpus, len(self._devices))
             if len(free) < wanted:
                 return
             waiting.remove(training)
@@ -330,15 +336,6 @@ def train_command(words: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "recipes_lib.cli", *words]
 
 
-def _why_not_trained(training: StudyRun) -> str:
-    """Return why a run cannot be evaluated, for a job that trains nothing."""
-    run = training.directory
-    changed = settings_changed(training, run.read_state()) if run.exists() else []
-    if changed:
-        return f"was trained with other settings ({', '.join(changed[:3])})"
-    return "is not trained"
-
-
 # ---- Before the first training ----
 
 
@@ -350,14 +347,27 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
         fetch: whether rows and questions may be fetched from the Hub.
 
     Raises:
-        RecipeErrors: everything that is wrong.
+        EnvironmentFault: a package that a recipe asks for is not installed.
+        DataError: the rows of an arm cannot be read.
+        RecipeErrors: everything else that is wrong.
     """
     names = {training.arm.name.partition("--tune-")[0] for training in runs_left(study)}
-    errors, warnings = unmet(study, [arm for arm in study.arms if arm.name in names], fetch)
+    arms = [arm for arm in study.arms if arm.name in names]
+    for arm in arms:
+        check_packages(arm.recipe)
+    for error in unusable_rows(arms):
+        raise error
+    errors, warnings = unmet(study, arms, fetch)
     for warning in warnings:
         print_error(warning)
     if errors:
         raise RecipeErrors(errors)
+
+
+def unusable_rows(arms: Sequence[Arm]) -> list[DataError]:
+    """Return what is wrong with the local rows that arms are trained on."""
+    by_data = {str(arm.recipe.data): arm.recipe for arm in arms}
+    return [error for recipe in by_data.values() for error in check_rows(recipe)]
 
 
 def unmet(
@@ -386,6 +396,20 @@ def unmet(
                 error = leak_error(name, leaks, trained, rows)
                 (errors if leaks.is_error else warnings).append(error)
     return errors, warnings
+
+
+def _warn_of_silent_judges(study: Study) -> None:
+    """Warn of judges whose server gives no answer; it may be started until the trainings end."""
+    from recipes_lib.evals.engine_openai import OpenAIEngine  # openai
+
+    judges = [recipe.judge for recipe in study.evals if recipe.judge]
+    for path, judge in {judge.path: judge.judge for judge in judges}.items():
+        if judge.engine == "openai" and "RECIPES_JUDGE_WANTED" not in os.environ:
+            section = judge.model_copy(update={"max_retries": 0, "timeout_s": 5.0})
+            try:
+                OpenAIEngine(section, section.model)
+            except RecipesError as error:
+                warn(f"{shown_path(path)}: {error.what}")
 
 
 # ---- The folder of a study ----

@@ -146,8 +146,9 @@ def is_trained(training: StudyRun) -> bool:
     """Whether a run is finished, with its weights, the study's settings and its data."""
     run = training.directory
     state = run.read_state() if run.exists() else None
-    finished = state is not None and state["state"] == "finished" and has_weights(run)
-    return finished and not settings_changed(training, state)
+    if state is None or state["state"] != "finished" or settings_changed(training, state):
+        return False
+    return any(any(run.weights(full).glob("*.safetensors")) for full in (False, True))
 
 
 def has_diverged(training: StudyRun) -> bool:
@@ -176,11 +177,6 @@ def settings_changed(training: StudyRun, state: RunState | None) -> list[str]:
             names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
             phrases += [f"{name} changed" for name in names]
     return phrases
-
-
-def has_weights(run: RunDirectory) -> bool:
-    """Whether a run's adapter or model is there."""
-    return any(any(run.weights(full).glob("*.safetensors")) for full in (False, True))
 
 
 def move_aside(run: RunDirectory) -> str:
@@ -236,6 +232,9 @@ def evaluations(study: Study) -> list[Evaluation]:
     runs = {BASE_ARM: {0: base}} if study.file.include_base else {}
     for training in study_trainings(study):
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
+    pairs = [(study.baseline, arm) for arm in runs if arm != study.baseline]
+    if study.file.pairs == "all":
+        pairs = list(itertools.combinations(runs, 2))
     results: dict[tuple[str, str, str], Evaluation] = {}
     for recipe in study.evals:
         opponent = recipe.opponent(None) if recipe.is_judged else None
@@ -244,19 +243,11 @@ def evaluations(study: Study) -> list[Evaluation]:
             for run in seeds.values():
                 if run != against:
                     results[recipe.name, run, against] = Evaluation(recipe, arm, run, against)
-        for first, second in _pairs(study, runs) if recipe.suite.name == "alpaca_eval" else ():
+        for first, second in pairs if recipe.suite.name == "alpaca_eval" else ():
             for other, run in _paired(runs[first], runs[second]):
                 result = Evaluation(recipe, second, run, other, head_to_head=True)
                 results.setdefault((recipe.name, run, other), result)
     return list(results.values())
-
-
-def _pairs(study: Study, arms: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Yield the arms that are compared head to head, the opponent first."""
-    if study.file.pairs == "all":
-        yield from itertools.combinations(arms, 2)
-    else:
-        yield from ((study.baseline, arm) for arm in arms if arm != study.baseline)
 
 
 def _paired(first: Mapping[int, str], second: Mapping[int, str]) -> Iterator[tuple[str, str]]:

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
-from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
@@ -51,27 +50,18 @@ from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.load import precision_name
 
-NOT_ASKED = ("none", "all", "flyte")  # transformers does not say whether flyte is there
 # graphs of one kind of block (with and without gradients, windows, the first length and any); at as
 # many torch goes on without compiling
 MOST_GRAPHS = 32
 
 
 def check_extras(recipe: Recipe, args: SFTConfig) -> None:
-    """Refuse a tracker or an optimizer whose package is not installed; the Trainer would say so
-    after the model was loaded.
+    """Refuse an optimizer whose package is not installed; the Trainer would say so after the model
+    was loaded.
 
     Raises:
         EnvironmentFault: with the way to install it.
     """
-    missing = sorted(set(args.report_to) - {*NOT_ASKED, *get_available_reporting_integrations()})
-    if missing:
-        raise recipe.fault(
-            "train.report_to",
-            f"train.report_to: {', '.join(missing)} is not installed",
-            "pip install -c constraints.txt -e '.[tracking]' brings tensorboard, trackio and wandb;"
-            " or train.report_to=none",
-        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
     except ImportError as error:
