@@ -444,6 +444,11 @@ LINES: dict[str, tuple[list[str], int, list[str]]] = {
         2,
         ["./nowhere"],
     ),
+    "an optimizer whose package is not installed": (
+        ["train", "{recipe}", "train.optim=galore_adamw"],
+        5,
+        ["train.optim needs the package galore_torch"],
+    ),
     "a tracker that is not installed": (
         ["train", "{recipe}", "train.report_to=swanlab"],
         5,
@@ -500,11 +505,8 @@ def test_a_bad_command_line_gets_one_answer(
 ) -> None:
     words, code, expected = LINES[case]
     configs = Path(__file__).resolve().parents[1] / "accelerate_configs"
-    fsdp = (
-        (configs / "fsdp_cpu.yaml")
-        .read_text(encoding="utf-8")
-        .replace("num_processes: 2", "num_processes: 1")
-    )
+    fsdp = (configs / "fsdp_cpu.yaml").read_text(encoding="utf-8")
+    fsdp = fsdp.replace("num_processes: 2", "num_processes: 1")
     wrap, sharded = tiny_recipe.with_name("wrap.yaml"), tiny_recipe.with_name("sharded.yaml")
     wrap.write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n", encoding="utf-8")
     sharded.write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"), encoding="utf-8")

@@ -46,7 +46,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.data.sources import source_hashes
         from recipes_lib.training import fsdp_cpu, launch_check
         from recipes_lib.training.attempt import attempt
-        from recipes_lib.training.build import build_trainer, check_extras, start_up_lines
+        from recipes_lib.training.build import build_trainer, start_up_lines
         from recipes_lib.training.finish import (
             record_finish,
             record_stop,
@@ -81,7 +81,6 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
 
         # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from
         # stop the run in `prepare_data`.
-        check_extras(recipe, args)
         check_packages(recipe)
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         # A template that prints the date prints that of the run's first day in every attempt.

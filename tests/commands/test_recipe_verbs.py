@@ -149,15 +149,8 @@ def test_explain_says_type_default_and_documentation(key, words, capsys):
 
 def test_explain_without_a_key_lists_the_sections(capsys):
     out = said(capsys, "explain")
-    assert [line.split()[0] for line in out.splitlines()[:-1]] == [
-        "model",
-        "quantization",
-        "lora",
-        "data",
-        "train",
-        "run",
-        "launch",
-    ]
+    sections = ["model", "quantization", "lora", "data", "train", "run", "launch"]
+    assert [line.split()[0] for line in out.splitlines()[:-1]] == sections
 
 
 @pytest.mark.parametrize(

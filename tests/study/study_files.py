@@ -90,18 +90,17 @@ data: {{include_path: evals/quickstart/lm_eval, folder: .}}
 }
 
 
+def _lines(file: str, most: int) -> str:
+    return "".join((PROJECT / file).read_text().splitlines(keepends=True)[:most])
+
+
 def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int = 8) -> Path:
     """Write the study and everything it names; return the study file, `tiny.yaml`. `twice.yaml`
     beside it trains one recipe twice.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
-    lines = (
-        (PROJECT / "recipes/quickstart/data/instructions.jsonl")
-        .read_text()
-        .splitlines(keepends=True)
-    )
-    rows.write_text("".join(lines[:80]))
+    rows.write_text(_lines("recipes/quickstart/data/instructions.jsonl", 80))
     for rank in (4, 8):
         text = RECIPE.format(model=model, rows=rows.name, rank=rank, alpha=2 * rank, steps=steps)
         (folder / f"r{rank}.yaml").write_text(text)
@@ -115,12 +114,8 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
         :questions
     ]
     (folder / "questions.json").write_text(json.dumps(asked))
-    turns = (
-        (PROJECT / "evals/quickstart/mt_bench/question.jsonl")
-        .read_text()
-        .splitlines(keepends=True)[:4]
-    )
-    (folder / "question.jsonl").write_text("".join(turns))
+    turns = _lines("evals/quickstart/mt_bench/question.jsonl", 4)
+    (folder / "question.jsonl").write_text(turns)
     (folder / "twice.yaml").write_text(TWICE)
     study = folder / "tiny.yaml"
     study.write_text(STUDY)

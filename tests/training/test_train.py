@@ -345,15 +345,6 @@ def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
     assert "20 training rows" in error and "run.global_batch_size to 20" in error
 
 
-def test_an_optimizer_whose_package_is_missing_is_one_line(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["train.optim=galore_adamw", "train.optim_target_modules=[q_proj]"]
-    assert main([str(tiny_recipe), *words]) == ExitCode.ENVIRONMENT
-    error = capsys.readouterr().err
-    assert "train.optim galore_adamw needs a package" in error and "internal" not in error
-
-
 def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe: Path, tmp_path: Path) -> None:
     """Without mending, TRL asks PEFT's wrapper of the head for a bias that it does not have."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -14,7 +14,7 @@ import bitsandbytes
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
@@ -31,7 +31,6 @@ from recipes_lib.config.preflight import varlen_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config
-from recipes_lib.core.errors import one_line
 from recipes_lib.core.ranks import say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.prepare import PreparedData
@@ -53,26 +52,6 @@ from recipes_lib.weights.load import precision_name
 # graphs of one kind of block (with and without gradients, windows, the first length and any); at as
 # many torch goes on without compiling
 MOST_GRAPHS = 32
-
-
-def check_extras(recipe: Recipe, args: SFTConfig) -> None:
-    """Refuse an optimizer whose package is not installed; the Trainer would say so after the model
-    was loaded.
-
-    Raises:
-        EnvironmentFault: with the way to install it.
-    """
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1))
-    except ImportError as error:
-        name = getattr(args.optim, "value", args.optim)
-        raise recipe.fault(
-            "train.optim",
-            f"train.optim {name} needs a package that is not installed: {one_line(error)}",
-            "install it, or set train.optim: adamw_torch_fused",
-        ) from None
-    except (ValueError, RuntimeError, AttributeError, TypeError):
-        return  # it wants the real model, and gets it later
 
 
 def build_trainer(
