@@ -280,7 +280,6 @@ def test_somebody_elses_recipe_reads_nothing_outside_its_folder(
     make_run, quick, tmp_path, monkeypatch
 ):
     make_run("one", 1)
-    recipe = quick("alpaca_eval")
     secret = tmp_path / "elsewhere" / "rows.json"
     secret.parent.mkdir()
     secret.write_text('[{"instruction": "a secret", "output": "x"}]')
@@ -300,7 +299,6 @@ def test_somebody_elses_recipe_reads_nothing_outside_its_folder(
         assert evaluate([load_eval(path)], ["one"], remote_code=True)
         override = [f"data.questions={secret}"]
         assert evaluate([load_eval(path, override)], ["one"])
-    assert recipe
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # a download is below it, and so is all else
     with pytest.raises(RecipeError, match=r"outside this recipe's folder"):

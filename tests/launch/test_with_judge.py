@@ -82,10 +82,7 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
 
 def test_a_command_that_asks_no_judge_starts_none(environment, tmp_path: Path) -> None:
     done = subprocess.run(
-        [SCRIPT, "org/judge", "--", "sh", "-c", "exit 3"],
-        env=environment,
-        timeout=60,
-        cwd=tmp_path,
+        [SCRIPT, "org/judge", "--", "sh", "-c", "exit 3"], env=environment, timeout=60, cwd=tmp_path
     )
     assert done.returncode == 3 and not (tmp_path / "eval a.judge.log").exists()
 

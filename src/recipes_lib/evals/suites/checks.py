@@ -44,10 +44,10 @@ _FENCED = re.compile(r"```(?:\w+)?\n(.*?)```", re.DOTALL)
 _MARKDOWN = re.compile(r"[*_`]+|\\boxed|\\text")
 # "C", "(C)", "C.", "C) Paris", "C: Paris" at the start of a line
 _ALONE = re.compile(r"^\W*([A-Z])(?:[).:,\]}]|\s*$|\s+[-\u2013\u2014])", re.MULTILINE)
-# "the answer is C", "Answer: (C)", "option C", "It is C.", "I choose C", "... is C." at line end
+# "the answer is C", "Answer: (C)", "option C", "It's C.", "I choose C", "... is C." at line end
 _NAMED = re.compile(
     r"\b(?:answer|choice|option|it|choose|pick|select)\b"
-    r"(?:\s+(?:is|would\s+be|was|must\s+be|should\s+be)\b|\s*:)?"
+    r"(?:['\u2019]s\b|\s+(?:is|would\s+be|was|must\s+be|should\s+be)\b|\s*[:-])?"
     r"(?:\s+(?:option|choice|answer|letter)\b)?\s*[({\[\"']*(?!i\s+[a-z])([A-Za-z])\b(?!['\u2019])"
     r"|\bis\s+([A-Z])\W*$",
     re.IGNORECASE | re.MULTILINE,
@@ -179,7 +179,7 @@ def rule_of(written: Mapping[str, object]) -> AnswerRule:
 
 def _number(rule: AnswerRule, answer: str) -> bool:
     """The last number of the answer is the expected one, within the tolerance."""
-    numbers = _NUMBER.findall(answer)
+    numbers = _NUMBER.findall(answer.replace("\u2212", "-"))  # the minus of typesetters
     if not numbers:
         return False
     return abs(float(numbers[-1].replace(",", "")) - float(rule.expected)) <= rule.tolerance
