@@ -187,8 +187,8 @@ def test_missing_files_and_short_names_name_similar_ones(write, capsys, tmp_path
 
 
 def test_a_name_is_not_similar_for_its_folder_and_ending(write, capsys):
-    write(GOOD, "my-a.yaml")
-    assert main(["check", "nope.yaml"]) == 2
+    folder = write(GOOD, "my-a.yaml").parent
+    assert main(["check", str(folder.resolve() / "../" / folder.name / "nope.yaml")]) == 2
     assert "did you mean" not in capsys.readouterr().err
 
 

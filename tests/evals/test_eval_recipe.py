@@ -46,6 +46,7 @@ BAD_EVALS = {
         "compares no",
     ),
     "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl'}\njudge: {model: x}": (3, "no judge"),
+    "suite: {name: checks}\ndata: {questions: .}": (2, "is a folder, not a file of rows"),
 }
 BAD_JUDGES = {
     "judge: {model: m}\njudges: {}": (2, "judge"),
@@ -103,8 +104,6 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
     path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
     assert main(["check", str(path)]) == 4
     assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err
-    path.write_text("suite: {name: checks}\ndata: {questions: .}\n")  # a folder
-    assert main(["check", str(path)]) == 4
 
 
 def test_overrides_reach_the_judge_and_the_suite():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from recipes_lib.core.errors import DataError
-from recipes_lib.evals.suites.checks import RULES, AnswerRule, rule_of
+from recipes_lib.evals.log import Sample
+from recipes_lib.evals.suites.checks import RULES, AnswerRule, Checks, rule_of
 
 CHOICES = {
     "C": [
@@ -136,3 +139,9 @@ def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read() -> None:
         with pytest.raises(DataError):
             rule_of(row)
             pytest.fail(str(row))
+
+
+def test_rows_without_a_category_are_not_called_all_of_them() -> None:
+    samples = [Sample(id="1", value=1.0, category="a"), Sample(id="2", value=0.0)]
+    log = SimpleNamespace(target="one", metrics=[SimpleNamespace(samples=samples)])
+    assert [row.split("  ")[0] for row in Checks.table([log])][1:] == ["all", "a", "no category"]

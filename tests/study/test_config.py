@@ -52,6 +52,7 @@ BAD: list[tuple[str, str, int | None, list[str]]] = [
     (QUESTION, "questoin: x?", 2, ["'questoin'", "did you mean question?", "question is missing"]),
     (R4, "  r4: r5.yaml", 6, ["no such file", "r5.yaml"]),
     (R4, "  r4: alpaca_eval.yaml", None, ["alpaca_eval.yaml: is an eval recipe"]),
+    (R4, "  r4: tiny.yaml", None, ["tiny.yaml: is a study", "recipes study run STUDY"]),
     (R4, "  r4: {recipe: r4.yaml, sedes: [1]}", 6, ["did you mean arms.r4.seeds?"]),
     (R4, "  r4: {recipe: r4.yaml, gpus: 0}", 6, ["arms.r4.gpus"]),
     (R4, "  r4: {recipe: r4.yaml, gpus: 2}", 6, ["arm 'r4'", "cpu starts one process"]),

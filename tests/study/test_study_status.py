@@ -72,3 +72,11 @@ def test_the_status_shows_what_is_not_done_and_why(study_folder: Path, recipes: 
     assert rows["tiny--r4"] == ("stopped", "step 7, loss 2.500")
     assert rows["tiny--r8"] == ("failed", "loss is nan")
     assert rows["study--mt_bench of tiny--r8"] == ("missing", "")
+
+
+def test_a_plan_promises_no_difference_above_100_points(study_folder, recipes) -> None:
+    (study_folder / "q.jsonl").write_text('{"prompt": "Hi", "check": "exact", "expected": "a"}\n')
+    (study_folder / "q.yaml").write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
+    file = study_folder / "tiny.yaml"
+    file.write_text(file.read_text().replace("evals: [", "primary: q/pass_rate\nevals: [q.yaml, "))
+    assert "not even 100 points (1 question" in recipes("study", "plan", file)[1]

@@ -59,13 +59,20 @@ def run(
 
 
 def _next(word: str, logs: Sequence[EvalLog]) -> str:
-    """Return the command that follows: the comparison of two runs, else the judge's audit, else the
-    run's state.
+    """Return the command that follows: the comparison of several runs, else the judge's audit, else
+    the run's state.
+
+    Example:
+        >>> from types import SimpleNamespace as Log
+        >>> _next("x", [Log(target=name, judge="", suite="checks") for name in ("a", "b")])
+        'recipes compare a b'
     """
     judged = [log for log in logs if log.judge]
     pairs = [log for log in logs if log.suite == "alpaca_eval" and log.against == "reference"]
     if not judged:
-        return f"recipes status {logs[0].target}"
+        targets = [*dict.fromkeys(log.target for log in logs)]
+        verb = "compare" if len(targets) > 1 else "status"
+        return f"recipes {verb} {' '.join(targets)}"
     if len(pairs) > 1:
         return f"recipes eval {word} {pairs[1].target} --against {pairs[0].target}"
     return f"recipes judge audit {judgments_beside(judged[0].file)}"

@@ -241,7 +241,8 @@ def _text_of(path: Path, file: str) -> str:
 def no_such_file(path: Path) -> RecipeError:
     """Return the error for a file that does not exist, with those of similar name."""
     if path.suffix:
-        near = (file for file in path.parent.glob("*") if did_you_mean(path.stem, [file.stem]))
+        # the folder and the ending alone make two names similar
+        near = [file for file in path.parent.glob("*") if did_you_mean(path.stem, [file.stem])]
         names = [shown_path(file) for file in near]
         return RecipeError("no such file", *did_you_mean(str(path), names), file=shown_path(path))
     folder = project_root() / "recipes"
@@ -401,7 +402,12 @@ _BASE = Kind("base", "a base that recipes extend", (), "name it in a recipe's ex
 # The first that has a key of the file is its kind.
 KINDS = (
     Kind("eval", "an eval recipe", ("suite", "generation"), "run it: recipes eval EVAL RUN"),
-    Kind("study", "a study", ("question", "factors", "arms", "seeds", "evals", "primary", "tune")),
+    Kind(
+        "study",
+        "a study",
+        ("question", "factors", "arms", "seeds", "evals", "primary", "tune"),
+        "run it: recipes study run STUDY",
+    ),
     Kind("profile", "a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
     Kind("judge", "a judge", ("judge", "thresholds")),
     Kind("lm_eval_task", "a task of lm-eval", ("task", "output_type", "doc_to_text")),

@@ -135,7 +135,7 @@ def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
     if not SUITES[recipe.suite.name].row:
         return None
     names = [name for name in ("questions", "references") if getattr(recipe.data, name)]
-    is_local = all(recipe.path_of(f"data.{name}").exists() for name in names)
+    is_local = all(recipe.path_of(f"data.{name}").is_file() for name in names)
     return load_questions(recipe) if is_local else None
 
 

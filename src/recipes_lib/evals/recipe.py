@@ -575,6 +575,11 @@ def eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeErr
     for key in ("questions", "references", "labels", "include_path", "folder"):
         name = getattr(data, key)
         may_be_elsewhere = key in ("questions", "references")
+        if name and facts.row and may_be_elsewhere:
+            place = Path(document.absolute(f"data.{key}", name))
+            if place.is_dir():
+                what = f"data.{key}: {shown_path(place)} is a folder, not a file of rows"
+                yield document.error(f"data.{key}", what, "name the file in it")
         if name and not (may_be_elsewhere and (":" in name or Path(name).suffix not in SUFFIXES)):
             place = Path(document.absolute(f"data.{key}", name))
             if not place.exists():

@@ -84,13 +84,14 @@ class Checks(Suite, name="checks"):
         by_log = [log.metrics[0].samples for log in logs]
         categories = dict.fromkeys(sample.category for samples in by_log for sample in samples)
         rows = [["answers that pass [95%]", "n", *(log.target for log in logs)]]
+        names = {"": "all", "all": "no category"}
         for name in ("", *(categories if len(categories) > 1 else ())):
             cells = [
                 [sample for sample in samples if name in ("", sample.category)]
                 for samples in by_log
             ]
             values = [shown_rate(Rate.of(samples)) for samples in cells]
-            rows.append([name or "all", str(max(map(len, cells))), *values])
+            rows.append([names.get(name, name), str(max(map(len, cells))), *values])
         return aligned(rows)
 
 
