@@ -16,15 +16,15 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (2150, 1500),
     "core": (1400, 800),
-    "config": (3200, 1900),
+    "config": (3250, 1900),
     "models": (750, 450),
     "data": (3150, 1650),
     "training": (2450, 1700),
     "weights": (1450, 900),
     "plan": (1150, 750),
-    "evals": (6550, 4300),
+    "evals": (6600, 4300),
     "analysis": (3850, 3000),
-    "study": (1800, 950),
+    "study": (1850, 950),
     "slurm": (1350, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 29600, 20_000

@@ -270,7 +270,7 @@ def test_two_machines_train_as_one_and_both_end_with_the_training_s_code(launche
     (first, said), (second, silent) = map(launcher.wait, machines)
     assert (first, second) == (0, 0), said + silent
     assert "DDP, world size 2" in said and "step 2/2  loss" in said
-    assert "machine 1 of 0 to 1" in silent and "loss" not in silent
+    assert "machine 1 of 2" in silent and "loss" not in silent
     assert launcher.state("machines")["state"] == "finished"
 
 
