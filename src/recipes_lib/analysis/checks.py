@@ -436,7 +436,7 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
         for arm, _, log in logs:
             by_arm[arm].append(log)
         for pair in itertools.combinations(by_arm, 2):
-            found: dict[tuple[str, str], Finding] = {}  # by code and opponent
+            findings: dict[tuple[str, str], Finding] = {}  # by code and opponent
             for left, right in itertools.product(by_arm[pair[0]], by_arm[pair[1]]):
                 opponent = _common_opponent(arms, pair, left, right)
                 if opponent is None:
@@ -454,8 +454,8 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
                             code, severity, title, lines, remedy, pair, metrics, opponent
                         )
                         # every pair of seeds says the same again
-                        found.setdefault((code, opponent), finding)
-            yield from found.values()
+                        findings.setdefault((code, opponent), finding)
+            yield from findings.values()
         subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))
         if subsets:
             title = f"{name} asked a part of its questions"
