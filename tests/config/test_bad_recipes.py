@@ -28,6 +28,8 @@ BAD_LINES = [
     ("train", "learning_rate: '1e-4'", "number remove the quotes: 1e-4"),
     ("train", "max_steps: '100'", "train.max_steps -1 remove the quotes: 100"),
     ("train", "learning_rate: [1, 2]", "number [1, 2]"),
+    ("run", "tags: a", "valid list write a list: tags: [a, b]"),
+    ("model", "kwargs: a", "valid dictionary write a mapping: kwargs: {key: value}"),
     ("train", "learning_rate:", "number null"),
     ("train", "learning_rate: .nan", "finite .nan"),
     ("train", "learning_rate: .inf", "finite .inf"),
@@ -188,8 +190,24 @@ def test_missing_files_and_short_names_name_similar_ones(write, capsys, tmp_path
 
 def test_a_name_is_not_similar_for_its_folder_and_ending(write, capsys):
     folder = write(GOOD, "my-a.yaml").parent
-    assert main(["check", str(folder.resolve() / "../" / folder.name / "nope.yaml")]) == 2
-    assert "did you mean" not in capsys.readouterr().err
+    path = str(write(GOOD.replace("rows.jsonl", "nope.jsonl")))
+    for name in (str(folder.resolve() / "../" / folder.name / "nope.yaml"), path):
+        assert main(["check", name]) in (2, 4)
+        said = capsys.readouterr().err
+        assert "no such file" in said and "did you mean" not in said
+    path = str(write(GOOD.replace("rows.jsonl", "row.jsonl")))
+    assert main(["check", path]) == 4
+    assert "did you mean rows.jsonl?" in capsys.readouterr().err
+
+
+def test_rows_given_as_a_yaml_file_are_called_rows(write, capsys):
+    write('[{"instruction": "a"}]', "rows.json")
+    write(b"PAR1", "rows.parquet")
+    for file in ("rows.jsonl", "rows.json", "rows.parquet"):
+        for verb in (["check"], ["train"], ["data"], ["migrate", "--output", "o.yaml"]):
+            assert main([*verb, file]) == 2
+            said = capsys.readouterr().err
+            assert f"{file}: is a file of rows" in said and f"--data {file}" in said, said
 
 
 def test_a_pipe_or_a_device_is_refused_at_once(tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from recipes_lib.config.documents import Document, kind_of, read
+from recipes_lib.config.documents import Document, read
 from recipes_lib.config.parsing import FilePath, Section, parse
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 
@@ -196,6 +196,7 @@ KINDS = [
 def test_a_file_tells_its_kind_by_schema_line_or_keys() -> None:
     for values, schema, file, kind in KINDS:
         line = f"# yaml-language-server: $schema=../schema/{schema}.schema.json\n"
-        assert kind_of(values, line if schema else "", file).name == kind, values
+        assert Document(Path(file), values, line if schema else "").kind == kind, values
+    line = "# yaml-language-server: $schema=poem.schema.json\n"
     with pytest.raises(RecipeError, match="schema 'poem'"):
-        kind_of({"model": {}}, "# yaml-language-server: $schema=poem.schema.json\n", "r.yaml")
+        _ = Document(Path("r.yaml"), {"model": {}}, line).kind

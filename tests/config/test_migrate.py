@@ -150,10 +150,10 @@ REFUSED = [
     (SHORT + "beta: 0.1\n", "DPO"),
     (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: train.loss_type"),
     ("base_model: a\nsequence_len: 3\n", "axolotl"),
-    ("model: {name_or_path: a}\n", "is a recipe already"),
+    ("model: {name_or_path: a}\n", "is a recipe, not a flat TRL config"),
     ("model_name_or_path: a\n", "it has no dataset_name"),
-    ("learning_rate: 1\n", "it has no model_name_or_path"),
-    ("- a\n", "is not a flat TRL config"),
+    ("learning_rate: 1\n", "unknown kind of file"),
+    ("- a\n", "holds no mapping"),
 ]
 
 

@@ -68,7 +68,7 @@ def check_file(path: Path, full: bool) -> Findings:
     """
     try:
         document = read(path)
-        kind = kind_of(document.values, document.text, document.file)
+        kind = kind_of(document)
         if kind.name == "accelerate":
             document = read(path, yaml_1_1=True)
             return [*judge(AccelerateConfig, document, accelerate_rules)[1]], document.warnings

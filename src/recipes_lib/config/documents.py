@@ -25,22 +25,26 @@ from recipes_lib.core.terminal import holds_secret
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
-_SHARED = ("model", "data")  # sections of other programs too
-NUMBER = re.compile(r"[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?\Z")
-_INTEGER = re.compile(r"[-+]?(?:0|[1-9]\d*)\Z")
-_MAX_DIGITS = 30  # more are text; no key takes such a number
+_DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
 _MAX_VALUES = 10_000  # with aliases expanded; a recipe has some hundred
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_YAML_1_1 = yaml.constructor.SafeConstructor()
-_PLAIN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
-_WORDS: dict[str, bool | float | None] = {"": None, "~": None, "null": None}
-_WORDS |= {"true": True, "false": False, ".nan": float("nan")}
-_WORDS |= {".inf": float("inf"), "+.inf": float("inf"), "-.inf": -float("inf")}
 _SECRET = "looks like a secret; a recipe must not hold one"
 _SECRET_HINT = (
     "log in with 'hf auth login' or export the variable in the shell; if this was committed, revoke"
     " the token"
 )
+
+_TAG = "tag:yaml.org,2002:"
+_PLAIN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
+_Yaml11Loader: Any = type("_Yaml11Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
+_Loader: Any = type("_Loader", (_Yaml11Loader,), {"yaml_implicit_resolvers": {}})
+for _name, _pattern in {
+    "bool": r"(?i:true|false)\Z",
+    "null": r"(?:~|(?i:null)|)\Z",
+    "int": r"[-+]?(?:0|[1-9]\d{0,29})\Z",  # longer ones are text; no key takes such a number
+    "float": r"(?:[-+]?(?:(?:0|[1-9]\d*)(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[-+]?\.inf|\.nan)\Z",
+}.items():
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
+_Yaml11Loader.add_implicit_resolver(f"{_TAG}float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), [None])
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Document:
     @property
     def kind(self) -> str:
         """The name of the file's kind."""
-        return kind_of(self.values, self.text, self.file).name
+        return kind_of(self).name
 
     def origin(self, key: str | KeyPath) -> Origin:
         """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest above."""
@@ -134,22 +138,22 @@ def read(path: str | Path, overrides: Sequence[str] = (), *, yaml_1_1: bool = Fa
         RecipeError: no such file, no YAML, a circle of `extends`, a malformed override.
     """
     path = recipe_path(path)
-    document = Document(path)
-    for part in [*_with_parents(path, (), set(), yaml_1_1), *map(_override, overrides)]:
-        document.problems += part.problems
-        document.text = part.text or document.text
+    files = _with_parents(path, (), _Yaml11Loader if yaml_1_1 else _Loader)
+    document = Document(path, text=files[-1].text)
+    once = {part.path.resolve(): part for part in files}
+    for part in [*once.values(), *map(_override, overrides)]:
         if isinstance(part.values, dict) and isinstance(document.values, dict):
-            _merge(document, part, document.values, part.values, ())
+            _merge(document, document.values, part.values, ())
         else:
-            document.values, document.origins = part.values, part.origins
+            document.values = part.values
+        document.origins |= part.origins
+        document.problems += part.problems
     return document
 
 
-def _with_parents(
-    path: Path, below: tuple[Path, ...], done: set[Path], yaml_1_1: bool
-) -> list[Document]:
-    """Return the files that `path` extends, then itself, each once."""
-    part, real = _read_file(path, yaml_1_1), path.resolve()
+def _with_parents(path: Path, below: tuple[Path, ...], loader: Any) -> list[Document]:
+    """Return the files that `path` extends, then itself."""
+    part, circle = _read_file(path, loader), (*below, path.resolve())
     names = part.values.pop("extends", []) if isinstance(part.values, dict) else []
     parts: list[Document] = []
     for name in map(str, names if isinstance(names, list) else [names]):
@@ -158,54 +162,70 @@ def _with_parents(
             missing = no_such_file(path.parent / name)
             what = f"extends a file that does not exist: {missing.file}"
             raise part.error("extends", what, *missing.hints)
-        circle = [*below, real]
         if parent.resolve() in circle:
-            names_of = " -> ".join(step.name for step in (*circle, parent.resolve()))
-            raise part.error("extends", f"extends goes in a circle: {names_of}")
-        if parent.resolve() not in done:
-            parts += _with_parents(parent, (*below, real), done, yaml_1_1)
-    done.add(real)
+            steps = " -> ".join(step.name for step in (*circle, parent))
+            raise part.error("extends", f"extends goes in a circle: {steps}")
+        parts += _with_parents(parent, circle, loader)
     return [*parts, part]
 
 
-def _merge(
-    document: Document, part: Document, into: dict[str, Any], new: dict[str, Any], at: KeyPath
-) -> None:
-    """Write the values of `part` over those of `document`."""
+def _merge(document: Document, into: dict[str, Any], new: dict[str, Any], at: KeyPath) -> None:
     for key, value in new.items():
         path = (*at, key)
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            if part.file != COMMAND_LINE:
-                document.origins[path] = part.origins[path]
-            _merge(document, part, into[key], value, path)
+            _merge(document, into[key], value, path)
             continue
         if key in into and into[key] != value:
             document.replaced[path] = into[key]
         into[key] = value
-        kept = {known: place for known, place in document.origins.items() if not _in(path, known)}
-        fresh = {known: place for known, place in part.origins.items() if _in(path, known)}
-        document.origins = kept | fresh
+        for known in [known for known in document.origins if known[: len(path)] == path]:
+            del document.origins[known]
 
 
-def _in(path: KeyPath, known: KeyPath) -> bool:
-    return known[: len(path)] == path
-
-
-# One file
-
-
-def _read_file(path: Path, yaml_1_1: bool) -> Document:
-    document = Document(path)
-    document.text = _text_of(path, document.file)
+def _override(word: str) -> Document:
+    """Return the document that holds the one value of `section.key=value`."""
+    name, separator, text = word.removeprefix("--").partition("=")
+    keys = name.split(".")
+    if not separator or not all(keys):
+        raise RecipeError(f"'{word}' is not section.key=value", file=COMMAND_LINE)
+    document = Document(Path(COMMAND_LINE))
     try:
-        node = yaml.compose(document.text, Loader=_LOADER)
+        node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        what, line = _refusal(error)
+        raise RecipeError(f"{name}: {_refusal(error)[0]}", file=COMMAND_LINE) from None
+    document.origins[tuple(keys)] = Origin(COMMAND_LINE)
+    document.values = None if node is None else _build(document, node, tuple(keys))
+    for key in reversed(keys):
+        document.values = {key: document.values}
+    return document
+
+
+def _read_file(path: Path, loader: Any) -> Document:
+    document = Document(path)
+    try:
+        if path.exists() and not path.is_file():
+            what = "is a folder" if path.is_dir() else "is a pipe or a device"
+            raise RecipeError(f"{what}, not a YAML file", file=document.file)
+        if path.is_file() and path.suffix.lower() in _DATA_FILES:
+            raise _is_data(document.file)
+        document.text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        node = yaml.compose(document.text, Loader=loader)
+    except FileNotFoundError:
+        raise no_such_file(path) from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        what = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
         raise RecipeError(what, file=document.file, line=line) from None
+    except yaml.YAMLError as error:
+        said, at = _refusal(error)
+        raise RecipeError(said, file=document.file, line=at) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
+        what = (getattr(error, "strerror", None) or str(error)).lower()
+        raise RecipeError(f"cannot be read: {what}", file=document.file) from None
     if node is not None:
-        document.values = _Builder(document, yaml_1_1).build(node, ())
+        document.values = _build(document, node, ())
     for number, row in enumerate(document.text.split("\n"), start=1):
-        if holds_secret(row.partition("#")[2]):  # of values the builder says it
+        if holds_secret(row.partition("#")[2]):  # those in values `_build` names with their keys
             what = f"this comment {_SECRET}"
             problem = RecipeError(what, _SECRET_HINT, file=document.file, line=number)
             document.problems.append(problem)
@@ -221,125 +241,48 @@ def _refusal(error: yaml.YAMLError) -> tuple[str, int | None]:
     return f"YAML: {what}", mark.line + 1 if mark else None
 
 
-def _text_of(path: Path, file: str) -> str:
-    try:
-        if path.exists() and not path.is_file():
-            what = "is a folder" if path.is_dir() else "is a pipe or a device"
-            raise RecipeError(f"{what}, not a YAML file", file=file)
-        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-    except FileNotFoundError:
-        raise no_such_file(path) from None
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        what = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
-        raise RecipeError(what, file=file, line=line) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
-        what = (getattr(error, "strerror", None) or str(error)).lower()
-        raise RecipeError(f"cannot be read: {what}", file=file) from None
+def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
+    """Return the value of a node; note the place of each key and item in it, and what is wrong."""
 
+    def place(node: yaml.Node) -> Origin:
+        line = None if document.file == COMMAND_LINE else node.start_mark.line + 1
+        return Origin(document.file, line)
 
-def no_such_file(path: Path) -> RecipeError:
-    """Return the error for a file that does not exist, with those of similar name."""
-    if path.suffix:
-        # the folder and the ending alone make two names similar
-        near = [file for file in path.parent.glob("*") if did_you_mean(path.stem, [file.stem])]
-        names = [shown_path(file) for file in near]
-        return RecipeError("no such file", *did_you_mean(str(path), names), file=shown_path(path))
-    folder = project_root() / "recipes"
-    files = folder.rglob("[!_]*.yaml")
-    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
-    hints = [*did_you_mean(str(path), names), "all recipes: recipes ls"]
-    return RecipeError("no such file or recipe", *hints, file=shown_path(path))
+    def wrong(node: yaml.Node, what: str, *hints: str) -> RecipeError:
+        return RecipeError(what, *hints, file=document.file, line=place(node).line)
 
-
-class _Builder:
-    """Builds plain values from PyYAML's nodes; notes where each is and what is wrong."""
-
-    def __init__(self, document: Document, yaml_1_1: bool = False) -> None:
-        self.document = document
-        self.file = document.file
-        self.yaml_1_1 = yaml_1_1
-        self.count = 0
-
-    def build(self, node: yaml.Node, path: KeyPath) -> Any:
-        """Return the value of a node."""
-        self.count += 1
-        if self.count > _MAX_VALUES:
-            raise self.error(node, f"aliases expand to more than {_MAX_VALUES:,} values")
-        if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
-            raise self.error(node, "tags are not allowed in recipes")
-        if isinstance(node, yaml.ScalarNode):
-            return self.scalar(node, path)
-        if isinstance(node, yaml.MappingNode):
-            return self.mapping(node, path)
+    if len(document.origins) > _MAX_VALUES:
+        raise wrong(node, f"aliases expand to more than {_MAX_VALUES:,} values")
+    if node.tag.removeprefix(_TAG) not in _PLAIN_TAGS:
+        raise wrong(node, "tags are not allowed in recipes")
+    if isinstance(node, yaml.SequenceNode):
         items = []
         for index, item in enumerate(node.value):
-            self.document.origins[*path, index] = self.place(item)
-            items.append(self.build(item, (*path, index)))
+            document.origins[*at, index] = place(item)
+            items.append(_build(document, item, (*at, index)))
         return items
-
-    def mapping(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:
-        """Return a mapping; keys are text as written."""
+    if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                self.document.problems.append(self.error(key_node, "a key must be plain text"))
+                document.problems.append(wrong(key_node, "a key must be plain text"))
                 continue
-            key, place = key_node.value, self.place(key_node)
+            key = key_node.value
             if key in values:
-                lines = f"lines {self.document.origins[*path, key].line} and {place.line}"
-                what = f"duplicate key '{dotted((*path, key))}': {lines}"
-                self.document.problems.append(self.error(key_node, what))
-            self.document.origins[*path, key] = place
-            values[key] = self.build(value_node, (*path, key))
+                lines = f"lines {document.origins[*at, key].line} and {place(key_node).line}"
+                what = f"duplicate key '{dotted((*at, key))}': {lines}"
+                document.problems.append(wrong(key_node, what))
+            document.origins[*at, key] = place(key_node)
+            values[key] = _build(document, value_node, (*at, key))
         return values
-
-    def scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
-        """Return a scalar as YAML 1.2 reads it."""
-        text = node.value
-        if "${" in text and "{%" not in text:
-            what = f"{dotted(path)}: no interpolation in recipes: {text!r} would be taken literally"
-            hint = "write the value itself; share values with 'extends'"
-            self.document.problems.append(self.error(node, what, hint))
-        if holds_secret(text):
-            what = f"'{dotted(path)}' {_SECRET}"
-            self.document.problems.append(self.error(node, what, _SECRET_HINT))
-        if node.style:  # quoted
-            return text
-        if NUMBER.match(text) and len(text) <= _MAX_DIGITS:
-            return int(text) if _INTEGER.match(text) else float(text)
-        if self.yaml_1_1:
-            return _YAML_1_1.construct_object(node)
-        return _WORDS.get(text.lower(), text)
-
-    def place(self, node: yaml.Node) -> Origin:
-        """Return where a node is."""
-        return Origin(self.file, None if self.file == COMMAND_LINE else node.start_mark.line + 1)
-
-    def error(self, node: yaml.Node, what: str, *hints: str) -> RecipeError:
-        """Return an error at a node."""
-        place = self.place(node)
-        return RecipeError(what, *hints, file=place.file, line=place.line)
-
-
-def _override(word: str) -> Document:
-    """Return the document that holds the one value of `section.key=value`."""
-    name, separator, text = word.removeprefix("--").partition("=")
-    keys = name.split(".")
-    if not separator or not all(keys):
-        raise RecipeError(f"'{word}' is not section.key=value", file=COMMAND_LINE)
-    document = Document(Path(COMMAND_LINE))
-    try:
-        node = yaml.compose(text, Loader=_LOADER)
-    except yaml.YAMLError as error:
-        what, _ = _refusal(error)
-        raise RecipeError(f"{name}: {what}", file=COMMAND_LINE) from None
-    value = None if node is None else _Builder(document).build(node, tuple(keys))
-    for length in range(len(keys), 0, -1):
-        document.origins[tuple(keys[:length])] = Origin(COMMAND_LINE)
-        value = {keys[length - 1]: value}
-    document.values = value
-    return document
+    text = str(node.value)
+    if "${" in text and "{%" not in text:
+        what = f"{dotted(at)}: no interpolation in recipes: {text!r} would be taken literally"
+        hint = "write the value itself; share values with 'extends'"
+        document.problems.append(wrong(node, what, hint))
+    if holds_secret(text):
+        document.problems.append(wrong(node, f"'{dotted(at)}' {_SECRET}", _SECRET_HINT))
+    return yaml.constructor.SafeConstructor().construct_object(node)
 
 
 # Words
@@ -381,6 +324,26 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]
     return [f"did you mean {prefix}{plain[name]}?" for name in near]
 
 
+def near_file(path: Path) -> list[str]:
+    """Return the hint `did you mean X?` for a file that does not exist, as `did_you_mean`: the
+    folder and the ending alone make no two names similar.
+    """
+    stems = {file.stem: file for file in sorted(path.parent.glob("*"))}
+    near = difflib.get_close_matches(path.stem, stems, 1, cutoff=0.65)
+    return [f"did you mean {shown_path(stems[stem])}?" for stem in near]
+
+
+def no_such_file(path: Path) -> RecipeError:
+    """Return the error for a file that does not exist, with one of a similar name."""
+    if path.suffix:
+        return RecipeError("no such file", *near_file(path), file=shown_path(path))
+    folder = project_root() / "recipes"
+    files = folder.rglob("[!_]*.yaml")
+    names = [file.relative_to(folder).with_suffix("").as_posix() for file in files]
+    hints = [*did_you_mean(str(path), names), "all recipes: recipes ls"]
+    return RecipeError("no such file or recipe", *hints, file=shown_path(path))
+
+
 # Kinds of files
 
 
@@ -398,27 +361,25 @@ class Kind:
 
 _NEW = "nothing here reads it; start a recipe: recipes new NAME --from quickstart/lora-r8"
 _MIGRATE = "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml"
-_BASE = Kind("base", "a base that recipes extend", (), "name it in a recipe's extends")
-# The first that has a key of the file is its kind.
+_TRAIN = "train it: recipes train RECIPE"
+_OURS = ("quantization", "lora", "train", "run", "launch")
+_STUDY = ("question", "factors", "arms", "seeds", "evals", "primary", "tune")
+# The first that has a key of the file is its kind; model and data are sections of other programs
+# too.
 KINDS = (
     Kind("eval", "an eval recipe", ("suite", "generation"), "run it: recipes eval EVAL RUN"),
-    Kind(
-        "study",
-        "a study",
-        ("question", "factors", "arms", "seeds", "evals", "primary", "tune"),
-        "run it: recipes study run STUDY",
-    ),
+    Kind("study", "a study", _STUDY, "run it: recipes study run STUDY"),
     Kind("profile", "a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
     Kind("judge", "a judge", ("judge", "thresholds")),
     Kind("lm_eval_task", "a task of lm-eval", ("task", "output_type", "doc_to_text")),
-    Kind("recipe", "a recipe", ("extends", *(key for key in SECTIONS if key not in _SHARED))),
+    Kind("recipe", "a recipe", ("extends", *_OURS), _TRAIN),
     Kind("foreign", "an axolotl config", ("base_model", "sequence_len"), _NEW),
     Kind("foreign", "a LLaMA-Factory config", ("finetuning_type", "cutoff_len"), _NEW),
     Kind("foreign", "a DPO or GRPO config", ("beta", "num_generations", "reward_funcs"), _NEW),
     Kind("foreign", "an oumi config", ("peft",), _NEW),
     Kind("foreign", "a torchtune config", ("tokenizer", "optimizer", "checkpointer"), _NEW),
-    Kind("recipe", "a recipe", _SHARED),
-    _BASE,
+    Kind("recipe", "a recipe", ("model", "data"), _TRAIN),
+    Kind("base", "a base that recipes extend", (), "name it in a recipe's extends"),
     Kind("accelerate", "an accelerate config", ("compute_environment", "distributed_type")),
     Kind(
         "flat", "a flat TRL config", ("model_name_or_path", "dataset_name", "output_dir"), _MIGRATE
@@ -429,12 +390,7 @@ _SCHEMA_LINE = re.compile(
 )
 
 
-def kind_by_keys(values: dict[str, Any]) -> Kind | None:
-    """Return the kind that a file's top-level keys give away."""
-    return next((known for known in KINDS if values.keys() & {*known.keys}), None)
-
-
-def kind_of(values: Any, text: str, file: str) -> Kind:
+def kind_of(document: Document) -> Kind:
     """Return the kind of a file: by its first comment, `# yaml-language-server:
     $schema=.../<kind>.schema.json`, else by its top-level keys; a recipe whose name starts with `_`
     is a base.
@@ -442,22 +398,30 @@ def kind_of(values: Any, text: str, file: str) -> Kind:
     Raises:
         RecipeError: the file is empty, holds no mapping, or is of no known kind.
     """
+    values, file = document.values, document.file
+    hint = f"a recipe has {', '.join(SECTIONS)}"
+    if isinstance(values, list) and document.path.suffix == ".json":
+        raise _is_data(file)
     if not isinstance(values, dict) or not values:
-        what = "holds no mapping of keys" if values else "is empty"
-        raise RecipeError(what, f"a recipe has {', '.join(SECTIONS)}", file=file)
-    if named := _SCHEMA_LINE.search(text):
-        what = f"schema '{named[1]}'"
-        kind = next((known for known in KINDS if known.name == named[1]), None)
-    else:
-        what = f"its top-level keys are {', '.join(list(values)[:6])}"
-        kind = kind_by_keys(values)
-    if kind is None:
-        hint = f"a recipe has {', '.join(SECTIONS)}"
-        raise RecipeError(f"unknown kind of file: {what}", hint, file=file)
-    return _BASE if kind.name == "recipe" and Path(file).name.startswith("_") else kind
+        raise RecipeError("holds no mapping of keys" if values else "is empty", hint, file=file)
+    named = _SCHEMA_LINE.search(document.text)
+    for kind in KINDS:
+        if kind.name == named[1] if named else values.keys() & {*kind.keys}:
+            is_base = kind.name == "recipe" and document.path.name.startswith("_")
+            return next(base for base in KINDS if base.name == "base") if is_base else kind
+    keys = ", ".join(list(values)[:6])
+    what = f"schema '{named[1]}'" if named else f"its top-level keys are {keys}"
+    raise RecipeError(f"unknown kind of file: {what}", hint, file=file)
 
 
 def wrong_kind(kind: Kind, expected: str, file: str) -> RecipeError:
     """Return the error for a file of another kind than was asked for."""
     wanted = next(known.title for known in KINDS if known.name == expected)
     return RecipeError(f"is {kind.title}, not {wanted}", *filter(None, [kind.use]), file=file)
+
+
+def _is_data(file: str) -> RecipeError:
+    what = "is a file of rows, not a YAML file"
+    name = f"name it in a recipe: data.source={file}"
+    new = f"or start one: recipes new NAME --from quickstart/lora-r8 --data {file}"
+    return RecipeError(what, name, new, file=file)

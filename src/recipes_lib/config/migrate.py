@@ -14,7 +14,14 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.documents import SECTIONS, Document, kind_by_keys, read, value_text
+from recipes_lib.config.documents import (
+    SECTIONS,
+    Document,
+    kind_of,
+    read,
+    value_text,
+    wrong_kind,
+)
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import RecipeFile, recipe_rules
 from recipes_lib.config.upstream import NOT_IN_TRAIN, REMOVED, RENAMES, upstream_fields
@@ -180,15 +187,11 @@ def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) 
 
 
 def _refuse_other_kinds(flat: Document) -> None:
-    values = flat.values if isinstance(flat.values, dict) else {}
-    kind = kind_by_keys(values)
-    if kind and kind.name == "foreign":
-        raise RecipeError(f"is {kind.title}, not a flat SFT config", kind.use, file=flat.file)
-    if {"model", "data", "train", "extends"} & values.keys():
-        hint = f"check it: recipes check {flat.file}"
-        raise RecipeError("is a recipe already", hint, file=flat.file)
+    kind = kind_of(flat)
+    if kind.name != "flat":
+        raise wrong_kind(kind, "flat", flat.file)
     for needed in (("model_name_or_path",), ("dataset_name", "dataset_path", *MIXTURES)):
-        if not values.keys() & {*needed}:
+        if not flat.values.keys() & {*needed}:
             what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
             raise RecipeError(what, file=flat.file)
 

@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recipes_lib.config.documents import (
-    NUMBER,
     Document,
     KeyPath,
     did_you_mean,
@@ -30,6 +29,10 @@ from recipes_lib.core.errors import RecipeError, RecipeErrors
 
 _MAX_CHOICES = 16
 _MAX_KEYS = 30
+_FORMS = {
+    "list_type": "write a list: {}: [a, b]",
+    "dict_type": "write a mapping: {}: {{key: value}}",
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Section(BaseModel):
         strict=True,
         allow_inf_nan=False,
         protected_namespaces=(),
+        defer_build=True,  # most files have few of the sections
     )
     gone: ClassVar[Mapping[str, str]] = {}
     kind: ClassVar[str] = ""  # of a whole file: its name among `documents.KINDS`
@@ -70,7 +74,7 @@ class Section(BaseModel):
         read from the source here and not by pydantic: that takes 10 ms a class, in every verb.
         """
         schema = super().model_json_schema(*args, **kwargs)
-        for model in [cls, *_models_below(cls)]:
+        for model in {cls, *_models_below(cls)}:
             part = schema if model is cls else schema["$defs"].get(model.__name__, {})
             for name, text in _texts(model):
                 part.get("properties", {}).get(name, {}).setdefault("description", text)
@@ -92,7 +96,7 @@ def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
         RecipeErrors: everything that is wrong, each at its file and line.
     """
     if expected := getattr(model, "kind", ""):
-        kind = kind_of(document.values, document.text, document.file)
+        kind = kind_of(document)
         if kind.name != expected:
             raise wrong_kind(kind, expected, document.file)
     value, errors = judge(model, document, *rules)
@@ -117,7 +121,7 @@ def judge(
     if not isinstance(document.values, dict) or not document.values:
         what = "holds no mapping of keys" if document.values else "is empty"
         return None, [RecipeError(what, file=document.file)]
-    _make_paths_absolute(model, document, document.values, ())
+    document.values = _absolute(model, document, document.values, ())
     value, refused = _validated(model, document.values)
     errors = [*document.problems]
     for path, details in refused.items():
@@ -133,6 +137,26 @@ def judge(
     return value, errors
 
 
+def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
+    """Return a value of the type `kind` with the paths in it made absolute."""
+    arguments = typing.get_args(kind)
+    mark = next((part for part in arguments if isinstance(part, IsPath)), None)
+    if mark and value and isinstance(value, str):
+        return document.absolute(at, value, keep_missing=mark.unless(value))
+    if isinstance(value, list) and typing.get_origin(kind) is list:
+        items = enumerate(value)
+        return [_absolute(arguments[0], document, item, (*at, index)) for index, item in items]
+    if isinstance(value, dict) and _is_model(kind):
+        fields = {key: known for key, known in kind.model_fields.items() if key in value}
+        return value | {
+            key: _absolute(known.rebuild_annotation(), document, value[key], (*at, key))
+            for key, known in fields.items()
+        }
+    for inner in arguments:
+        value = _absolute(inner, document, value, at)
+    return value
+
+
 def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, list[Any]]]:
     """Return the values as a model, or None and what it refuses, by key.
 
@@ -144,71 +168,71 @@ def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, lis
         return model.model_validate(values), refused
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            refused.setdefault(_key_path(detail, values), []).append(detail)
+            path: list[str | int] = []
+            inner = values
+            for step in detail["loc"]:  # pydantic puts the alternatives of a union between the keys
+                is_key = isinstance(inner, dict) and step in inner
+                if is_key or (isinstance(inner, list) and isinstance(step, int)):
+                    inner = inner[step]
+                    path.append(step)
+            path += detail["loc"][-1:] if detail["type"] == "missing" else ()
+            refused.setdefault(tuple(path), []).append(detail)
     parts = {path[:length] for path in refused for length in range(1, len(path))}
     return None, {path: details for path, details in refused.items() if path not in parts}
-
-
-def _key_path(detail: Any, values: Any) -> KeyPath:
-    """Return the key that an error is about; pydantic puts the alternatives of a union between."""
-    path: list[str | int] = []
-    for step in detail["loc"]:
-        is_key = isinstance(values, dict) and step in values
-        if is_key or (isinstance(values, list) and isinstance(step, int) and step < len(values)):
-            values = values[step]
-            path.append(step)
-    return (*path, detail["loc"][-1]) if detail["type"] == "missing" else tuple(path)
 
 
 def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
     """Return nested mappings without the values at `paths`; a list with a bad item goes whole."""
     if not isinstance(values, dict):
         return values
-    inner: dict[Any, list[KeyPath]] = {}
-    for path in paths:
-        inner.setdefault(path[0], []).append(path[1:])
-    return {
-        key: _without(value, inner.get(key, ()))
-        for key, value in values.items()
-        if () not in inner.get(key, ()) and not (key in inner and isinstance(value, list))
-    }
+    kept = {}
+    for key, value in values.items():
+        inner = [path[1:] for path in paths if path[0] == key]
+        if () not in inner and not (inner and isinstance(value, list)):
+            kept[key] = _without(value, inner)
+    return kept
 
 
 def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list[str]:
     """Return what is wrong with a key, then hints."""
     name, value = dotted(path), details[0]["input"]
-    kinds = {detail["type"] for detail in details}
+    kinds = {detail["type"]: detail for detail in details}
     if "missing" in kinds:
         return [f"{name} is missing"]
     if "extra_forbidden" in kinds:
         return _unknown(model, path)
-    if kinds == {"model_type"}:
-        return [f"section '{name}' must be a mapping of keys, got {_short(value)}"]
-    said, hints = [detail["msg"].removeprefix("Value error, ") for detail in details], []
-    messages = [text.removeprefix("Input should be ").replace("None", "null") for text in said]
-    must = " must be" if said[0].startswith("Input should be ") else ":"
-    what = f"{name}{must} {' or '.join(dict.fromkeys(messages))}"
-    choices = [
-        choice
-        for detail in details
-        if detail["type"] == "literal_error"
-        for choice in re.findall(r"'([^']*)'", detail["ctx"]["expected"])
-    ]
+    got = repr(value) if isinstance(value, str | list | dict) else value_text(value)
+    got = got if len(got) <= 60 else f"{got[:57]}..."
+    if kinds.keys() == {"model_type"}:
+        return [f"section '{name}' must be a mapping of keys, got {got}"]
+    messages = [detail["msg"].removeprefix("Value error, ") for detail in details]
+    must = " must be" if messages[0].startswith("Input should be ") else ":"
+    texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
+    what = f"{name}{must} {' or '.join(dict.fromkeys(texts))}"
+    hints = [form.format(path[-1]) for kind, form in _FORMS.items() if kind in kinds]
+    expected = kinds["literal_error"]["ctx"]["expected"] if "literal_error" in kinds else ""
+    choices = re.findall(r"'([^']*)'", expected)
     if len(choices) > _MAX_CHOICES:
         what = f"{name} must be one of {len(choices)} choices"
         hints.append(f"all choices: recipes explain {name}")
     if isinstance(value, str):
         hints = [*did_you_mean(value, choices), *hints]
-        if NUMBER.match(value) and any("valid" in text or "-1" in text for text in messages):
+        if re.fullmatch(r"[-+.\de]+", value) and any(
+            "valid" in text or "-1" in text for text in texts
+        ):
             hints.append(f"remove the quotes: {value}" if len(value) < 30 else "it is too long")
     if value is False and {"no", "NO"} & {*choices}:
         hints.append("a plain no is read as false here; quote it")
-    return [what if "value_error" in kinds else f"{what}, got {_short(value)}", *hints]
+    return [what if "value_error" in kinds else f"{what}, got {got}", *hints]
 
 
 def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     """Return that a key does not exist, and what to write instead."""
-    models = _models_at(model, path[:-1])
+    models: list[type[BaseModel]] = [model]
+    for step in path[:-1]:
+        fields = [known.model_fields[step] for known in models if step in known.model_fields]
+        if fields:  # else an item of a list, or a key of a mapping of models
+            models = [inner for known in fields for inner in _models_in(known.annotation)]
     key, name, prefix = str(path[-1]).replace("-", "_"), dotted(path), dotted((*path[:-1], ""))
     for section in models:
         if remedy := getattr(section, "gone", {}).get(key):
@@ -222,14 +246,13 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
     return [what, *(near or ([f"keys here: {', '.join(keys)}"] if len(keys) < _MAX_KEYS else []))]
 
 
-def _short(value: Any) -> str:
-    text = repr(value) if isinstance(value, str | list | dict) else value_text(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Yield the models that an annotation mentions."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_model(annotation):
         yield annotation
     for inner in typing.get_args(annotation):
         yield from _models_in(inner)
@@ -255,45 +278,3 @@ def _texts(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
         for field, text in pairwise(body):
             if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
                 yield ast.unparse(field.target), " ".join(ast.literal_eval(text.value).split())
-
-
-def _models_at(model: type[BaseModel], path: KeyPath) -> list[type[BaseModel]]:
-    """Return the models that a mapping at `path` may be."""
-    models: list[type[BaseModel]] = [model]
-    for step in path:
-        fields = [known.model_fields[step] for known in models if step in known.model_fields]
-        if fields:  # else an item of a list, or a key of a mapping of models
-            models = [inner for known in fields for inner in _models_in(known.annotation)]
-    return models
-
-
-def _make_paths_absolute(
-    model: type[BaseModel], document: Document, values: Any, at: KeyPath
-) -> None:
-    if isinstance(values, list):
-        for index, item in enumerate(values):
-            _make_paths_absolute(model, document, item, (*at, index))
-    for key, known in model.model_fields.items() if isinstance(values, dict) else ():
-        marks = [*_marks_in(known.annotation), *known.metadata]
-        mark = next((mark for mark in marks if isinstance(mark, IsPath)), None)
-        path = (*at, key)
-        if mark and key in values:
-            values[key] = _absolute(mark, document, path, values[key])
-        for inner in _models_in(known.annotation):
-            _make_paths_absolute(inner, document, values.get(key), path)
-
-
-def _absolute(mark: IsPath, document: Document, path: KeyPath, value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(mark, document, (*path, index), item) for index, item in enumerate(value)]
-    if not isinstance(value, str) or not value:
-        return value
-    return document.absolute(path, value, keep_missing=mark.unless(value))
-
-
-def _marks_in(annotation: Any) -> Iterator[Any]:
-    """Yield what is annotated inside a type such as `FilePath | None`."""
-    if typing.get_origin(annotation) is Annotated:
-        yield from typing.get_args(annotation)[1:]
-    for inner in typing.get_args(annotation):
-        yield from _marks_in(inner)

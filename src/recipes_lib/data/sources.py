@@ -10,7 +10,6 @@ reported where its column should be text.
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import json
 import os
@@ -24,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from recipes_lib.config.documents import near_file
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, refuse_pipe, remembered_hash
@@ -166,10 +166,7 @@ def source_files(source: Source) -> list[Path]:
         return [path] if path.is_file() else data_files(path, source.source_split)
     path = Path(source.source).expanduser()
     parent = path.parent.resolve()
-    names = sorted(entry.name for entry in parent.iterdir()) if parent.is_dir() else []
-    hints = [f"looked in {shown_path(parent)}"]
-    if near := difflib.get_close_matches(path.name, names, 1):
-        hints.insert(0, f"did you mean {shown_path(path.with_name(near[0]))}?")
+    hints = [*near_file(path), f"looked in {shown_path(parent)}"]
     raise SettingError("data.source", f"no such file or folder: {shown_path(path)}", *hints)
 
 
