@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_written_is_reported_as_an_error_of_the_machine_no
     assert "cannot read or write: Is a directory (folder)\n" in capsys.readouterr().err
     failing(FileNotFoundError(2, "No such file or directory", "rows"))
     assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
-    assert "cannot read or write rows: no such file" in capsys.readouterr().err
+    assert "cannot read or write: No such file or directory (rows)" in capsys.readouterr().err
     failing(OSError(28, "No space left on device"))
     assert cli.main(["ls"]) == ExitCode.ENVIRONMENT
     assert "disk full: No space left on device\n  free some space" in capsys.readouterr().err

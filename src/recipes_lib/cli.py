@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 from recipes_lib import __version__
 from recipes_lib.commands import declare, parameters
 from recipes_lib.core.errors import (
-    EnvironmentFault,
     ExitCode,
     RecipeError,
     RecipesError,
@@ -106,10 +105,6 @@ def _in_our_words(error: Exception) -> RecipesError:
         return error
     if fault := explain_fault(error):
         return fault
-    if isinstance(error, OSError) and error.strerror:
-        place = error.filename2 or error.filename or "the output"
-        what = f"cannot read or write {place}: {error.strerror.lower()}"
-        return EnvironmentFault(what, "--debug shows where")
     what = f"internal error: {type(error).__name__}: {one_line(error)}"
     return RecipesError(what, "this is a bug; --debug shows where")
 

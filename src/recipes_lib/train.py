@@ -22,7 +22,13 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
-from recipes_lib.training.process import end_process, exit_status, handling, report
+from recipes_lib.training.process import (
+    end_process,
+    end_with_launcher,
+    exit_status,
+    handling,
+    report,
+)
 from recipes_lib.training.stopping import StopRequest
 
 
@@ -77,6 +83,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         if this.finished:
             say_once(f"run '{run.name}' is already finished, nothing to do: {weights}")
             say_once("to train it again, choose another run.name")
+            say_once(f"next: recipes chat {run.name}")
             return ExitCode.DONE
 
         # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from
@@ -158,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     code (`errors.ExitCode`).
     """
     options, overrides = parse_arguments(argv)
+    end_with_launcher()
     leave_gpus_out()
     recipe = None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -21,7 +22,14 @@ LAUNCHER = """
 import os, pathlib, subprocess, sys, time
 from recipes_lib.core.run_directory import RunDirectory
 run = RunDirectory("tiny")
-rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
+begin = "from recipes_lib.training import process as p; p.end_with_launcher(); print(1, flush=True)"
+rank = subprocess.Popen(
+    [sys.executable, "-c", begin + "; import time; time.sleep(60)"],
+    env={**os.environ, "LOCAL_RANK": "0"},
+    stdout=subprocess.PIPE,
+    start_new_session=True,
+)
+rank.stdout.readline()
 pathlib.Path("rank").write_text(str(rank.pid))
 if "resuming" not in sys.argv:
     run.write_state("running", steps_began="now" if "stepping" in sys.argv else None)
@@ -79,7 +87,7 @@ def test_before_the_first_step_a_signal_ends_everything_at_once(
     child.send_signal(number)
     said, _ = child.communicate(timeout=30)
     assert child.returncode == code and "before the first step" in said
-    assert "the same command starts from the beginning" in said
+    assert "the same command" in said
     state = RunDirectory("tiny").read_state()
     assert (state["state"], state["exit_code"]) == ("preempted", code)
     assert rank_is_gone(tiny_recipe.parent)
@@ -93,6 +101,16 @@ def test_what_an_earlier_attempt_left_is_no_step_of_this_one(tiny_recipe: Path) 
     assert child.returncode == 130 and "before the first step" in said
 
 
+def test_a_rank_whose_launcher_was_ended_before_it_began_does_not_begin(tmp_path: Path) -> None:
+    code = "from recipes_lib.training.process import end_with_launcher as e; e(); print('began')"
+    for folder, began in ((tmp_path, "began\n"), (tmp_path / "gone", "")):
+        variables = {"LOCAL_RANK": "0", "RECIPES_EXIT_CODE_FILE": str(folder / "code")}
+        said = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True
+        )
+        assert said.stdout.decode() == began, said.stderr
+
+
 def test_a_second_ctrl_c_ends_at_once_where_the_first_is_not_heard(tiny_recipe: Path) -> None:
     child = supervised(tiny_recipe, "stepping", "deaf")
     child.send_signal(signal.SIGINT)
@@ -100,7 +118,7 @@ def test_a_second_ctrl_c_ends_at_once_where_the_first_is_not_heard(tiny_recipe: 
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
-    assert child.returncode == 130 and "interrupted at once" in said
+    assert child.returncode == 130 and "stopped at once" in said
     assert rank_is_gone(tiny_recipe.parent)
 
 

@@ -34,9 +34,7 @@ _EXPERTS = r"The following (rank|alpha)_pattern keys did not match .*: \['\.\*.*
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> dict[str, object]:
-    """Return what environment.json holds. Variables are taken from an allow-list, and secrets among
-    them masked.
-    """
+    """Return what environment.json holds: of the variables those of an allow-list, masked."""
     names = filter(_RECORDED_VARIABLES.match, sorted(variables))
     return {
         "python": platform.python_version(),
@@ -69,18 +67,14 @@ def installed_version(package: str) -> str | None:
 
 def git_state() -> dict[str, str | bool | None]:
     """Return what is checked out, and whether files are changed; None outside a git checkout."""
-
-    def git(*words: str) -> str | None:
-        command, folder = ["git", *words], project_root()
-        try:
-            return subprocess.check_output(
-                command, cwd=folder, text=True, timeout=10, stderr=subprocess.DEVNULL
-            ).strip()
-        except (OSError, subprocess.SubprocessError):
-            return None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        said = subprocess.check_output(
+            command, cwd=project_root(), text=True, timeout=10, stderr=subprocess.DEVNULL
+        ).strip()
+    except (OSError, subprocess.SubprocessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": said.removesuffix("-dirty"), "dirty": said.endswith("-dirty")}
 
 
 def describe_devices() -> list[str]:

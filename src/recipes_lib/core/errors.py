@@ -1,8 +1,8 @@
-"""What goes wrong for a user: one exception hierarchy, one message format, one table of exit codes.
+"""What goes wrong for a user: one hierarchy of exceptions, one form of message, one exit code each.
 
-A user-facing error is raised as a `RecipesError`, never printed where it happens. The entry points
-(`recipes` and `python -m recipes_lib.train`) print it once, without a traceback, and exit with its
-code. Any other exception is a defect; `--debug` shows its traceback.
+A `RecipesError` is never printed where it happens: the entry points (`recipes` and `python -m
+recipes_lib.train`) print it once, without a traceback, and exit with its code. Any other exception
+is a defect; `--debug` shows its traceback.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RecipesError(Exception):
 
     Args:
         what: one line that says what is wrong, naming the key or the file.
-        *hints: further lines, printed indented: what to do, the nearest name, the arithmetic.
+        *hints: further lines: what to do, the nearest name, the arithmetic.
         file: the file the error is about, as the user would type it.
         line: line number in `file`, counted from 1.
     """
@@ -120,10 +120,6 @@ class Interrupted(RecipesError):
 def one_line(error: BaseException) -> str:
     """Return another library's error on one line of at most 300 characters; its type if it is
     empty.
-
-    Example:
-        >>> one_line(ValueError("a must match b, but found\\n- a: 1")), one_line(KeyError())
-        ('a must match b, but found - a: 1', 'KeyError')
     """
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
@@ -134,90 +130,72 @@ def print_error(error: BaseException) -> None:
     print(printable(str(error)), file=sys.stderr, flush=True)
 
 
-# Faults of the machine: number of an OSError, what tokenizers, safetensors, torch and datasets say
-# in errors of their own, what it is and what to do.
-_Fault = tuple[tuple[int, ...], str, str, str]
-_FULL: _Fault = (
-    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-    "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
-    "|PytorchStreamWriter",
-    "disk full",
-    "free some space, or raise the limit (a quota, ulimit -f)",
-)
-_FAULTS: tuple[_Fault, ...] = (
-    _FULL,
+# What it is, the numbers of an OSError, what tokenizers, safetensors, torch and datasets say in
+# errors without a number, and what to do.
+_FAULTS = (
     (
-        (errno.ENOMEM,),
-        "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc"
-        "|failed to map segment|can't start new thread",
+        "disk full",
+        {errno.ENOSPC, errno.EDQUOT, errno.EFBIG},
+        "No space left on device|Disk quota exceeded|File too large|StorageFull|unexpected pos"
+        "|PytorchStreamWriter",
+        "free some space, or raise the limit (a quota, ulimit -f)",
+    ),
+    (
         "out of memory",
+        {errno.ENOMEM},
+        "(annot|an't|Unable to|could not) allocate|not enough memory|bad_alloc|MemoryError"
+        "|failed to map segment|can't start new thread",
         "free some, raise the limit (ulimit -v, the job's memory), or use a smaller batch",
     ),
     (
-        (errno.EROFS, errno.EIO),
-        "Read-only file system|Input/output error",
         "the disk does not read or write",
+        {errno.EROFS, errno.EIO},
+        "Read-only file system|Input/output error",
         "make it writable again (dmesg shows what happened), or move to another disk",
     ),
 )
-_REFUSED = (PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _RESUME = "run the same command again: a training resumes from its newest complete checkpoint"
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
-    """Return what to do about a disk that is full or refuses, or about memory that ran out; None
-    when it is another error.
+    """Return an error of the machine (memory, a disk, a file that cannot be read or written) as one
+    that says what to do; None for any other error.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
+        number, reason = getattr(cause, "errno", None), one_line(cause)
         if type(cause).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
             return EnvironmentFault(
-                f"out of GPU memory: {one_line(cause)}",
+                f"out of GPU memory: {reason}",
                 "halve train.per_device_train_batch_size (the examples per step stay, accumulation"
                 " doubles)",
                 "or set train.activation_checkpointing: true, or use a QLoRA recipe",
             )
-        what, remedy = (_fault_of(cause) or ("", "", "", ""))[2:]
-        if isinstance(error, _REFUSED):
-            what, remedy = "cannot read or write", "make it accessible, or move it away"
-        if what:
-            reason = getattr(cause, "strerror", None) or one_line(cause)
-            place = getattr(cause, "filename2", None) or getattr(cause, "filename", None)
-            where = f" ({place})" if place else ""
-            return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then {_RESUME}")
+        for what, numbers, words, remedy in _FAULTS:
+            if number in numbers or (number is None and re.search(words, reason)):
+                return _of_machine(what, cause, remedy)
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    if isinstance(error, OSError) and error.strerror:
+        return _of_machine("cannot read or write", error, "make it accessible, or move it away")
     return None
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an error says that a disk, a quota or a file's limit is full."""
-    return not isinstance(error, RecipesError) and _fault_of(error) == _FULL
-
-
-def _fault_of(error: BaseException) -> _Fault | None:
-    """Return the fault that one error is, whatever it was raised from."""
-    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    for fault in _FAULTS:
-        if number in fault[0] or (number is None and re.search(fault[1], str(error))):
-            return fault
-    return None
+def _of_machine(what: str, error: BaseException, remedy: str) -> EnvironmentFault:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    where = f" ({file})" if file else ""
+    return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then {_RESUME}")
 
 
 def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
-    """Refuse to write what will not fit.
+    """Refuse to write `needed` bytes if less than 1.2 times as many are free.
 
     Args:
-        needed: bytes.
         what: what is written, as the message names it.
         remedy: what follows "free some space".
-
-    Raises:
-        EnvironmentFault: less than 1.2 times `needed` is free.
     """
     free = shutil.disk_usage(folder).free
     if free < 1.2 * needed:
-        raise EnvironmentFault(
-            f"disk full: {what} needs {shown_size(needed)} (and 20% spare), {shown_size(free)} are"
-            f" free in {folder}",
-            f"free some space{remedy}",
-        )
+        need, spare = shown_size(needed), shown_size(free)
+        full = f"disk full: {what} needs {need} (and 20% spare), {spare} are free in {folder}"
+        raise EnvironmentFault(full, f"free some space{remedy}")

@@ -36,11 +36,7 @@ class DamagedFile(DataError):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a reader, or a crash, sees the old content or the new one and nothing
-    between.
-
-    Raises:
-        OSError: the disk is full or not writable; it names the file. The old file is untouched and
-            no temporary file stays.
+    between; on an error, which names the file, the old one is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
@@ -72,15 +68,7 @@ def publish(scratch: Path, final: Path, replace: bool = True) -> None:
     """Give a finished folder its final name, once everything in it is on the disk.
 
     A crash leaves the old folder, the new one, or neither, never a mixture; the next `publish`
-    removes what it left behind.
-
-    Args:
-        scratch: the folder, beside `final` on the same file system.
-        final: its name; an empty folder of that name is replaced in any case.
-        replace: whether a folder that has something in it is replaced too.
-
-    Raises:
-        OSError: the disk is full or not writable, or `final` is not empty and not to be replaced.
+    removes what it left behind. Without `replace`, only an empty folder is replaced.
     """
     sync_tree(scratch)
     old = final.with_name(f".{final.name}.replaced")
@@ -119,11 +107,7 @@ def utc_now() -> str:
 
 
 def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
-    """Refuse a pipe or a device where a file is wanted: reading it may never end.
-
-    Raises:
-        DataError: it is one.
-    """
+    """Refuse a pipe or a device where a file is wanted: reading it may never end."""
     if path.exists() and not path.is_file() and not path.is_dir():
         what, remedy = "is a pipe or a device, not a file", "write its content to a file first"
         raise DataError(what, remedy, file=shown or path)
@@ -132,22 +116,18 @@ def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
     """Return a JSON object; an absent file is an empty one.
 
-    Args:
-        remedy: what to do about a damaged file.
-
     Raises:
-        DamagedFile: the file is not a JSON object.
+        DamagedFile: the file is not a JSON object; says the remedy.
         EnvironmentFault: it cannot be read.
     """
     if not path.is_file():
         return {}
     try:
-        content = path.read_bytes()
-        value = json.loads(content.decode())
+        value = json.loads(path.read_bytes().decode())
     except OSError as error:
         raise EnvironmentFault(f"cannot be read: {error.strerror}", file=path) from None
     except (ValueError, RecursionError) as error:
-        what = f"is damaged, not JSON: {error}" if content else "is empty"
+        what = f"is damaged, not JSON: {error}" if path.stat().st_size else "is empty"
         raise DamagedFile(what, remedy, file=path) from None
     if not isinstance(value, dict):
         raise DamagedFile(f"holds {type(value).__name__}, not an object", remedy, file=path)
@@ -167,8 +147,8 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
     last line: it is left out, with a warning.
 
     Args:
-        skip_damaged: leave out damaged lines anywhere, each with a warning: for logs, where a line
-            less changes no result.
+        skip_damaged: leave out damaged lines anywhere: for logs, where a line less changes no
+            result.
 
     Raises:
         DamagedFile: a line before the last one is not a JSON object.
@@ -193,21 +173,6 @@ def rows_from_the_end(path: Path) -> Iterator[Row]:
     yield from filter(None, map(parsed_line, reversed(content.splitlines())))
 
 
-def valid_texts(value: Any) -> Any:
-    """Return a JSON value whose texts every later reader takes: lone surrogates and NUL become the
-    replacement character.
-
-    Example:
-        >>> valid_texts({"text": "a\\ud800b"}) == {"text": "a\\ufffdb"}
-        True
-    """
-    if isinstance(value, dict):
-        return {valid_texts(key): valid_texts(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [valid_texts(item) for item in value]
-    return _NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
-
-
 def parsed_line(line: bytes) -> Row | None:
     """Return the JSON object of a line, None for anything else."""
     try:
@@ -218,6 +183,17 @@ def parsed_line(line: bytes) -> Row | None:
         return None
     # an escape, or the first byte of a surrogate
     return valid_texts(value) if b"\\u" in line or b"\xed" in line else value
+
+
+def valid_texts(value: Any) -> Any:
+    """Return a JSON value whose texts every later reader takes: lone surrogates and NUL become the
+    replacement character.
+    """
+    if isinstance(value, dict):
+        return {valid_texts(key): valid_texts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [valid_texts(item) for item in value]
+    return _NOT_TEXT.sub("\ufffd", value) if isinstance(value, str) else value
 
 
 # Hashes
@@ -241,9 +217,7 @@ def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 
 def remembered_hash(path: Path) -> str:
-    """Return the SHA-256 of a large file, remembered in the cache folder by path, size and
-    modification time.
-    """
+    """Return the SHA-256 of a large file, remembered in the cache folder by path, size and time."""
     stat = path.stat()
     stamp = hash_of(str(path.resolve()), stat.st_size, stat.st_mtime_ns)
     memory = cache_root() / "digests" / f"{stamp[:32]}.json"
@@ -258,9 +232,8 @@ def folder_fingerprint(folder: Path) -> str:
     """Return a hash of a model folder's weights and settings; it does not depend on where the
     folder lies, or where its base does.
     """
-    patterns = ("*.safetensors", "*.bin", "*.gguf")
-    files = sorted(path for pattern in patterns for path in folder.glob(pattern))
-    parts: list[Any] = [[path.name, remembered_hash(path)] for path in files]
+    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.gguf")]
+    parts: list[Any] = [[path.name, remembered_hash(path)] for path in sorted(files)]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         settings = read_object(folder / name)
         for key in ("base_model_name_or_path", "_name_or_path"):
@@ -273,11 +246,8 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def model_fingerprint(path: str, revision: str | None) -> str:
-    """Return a hash of a base model: its files if they are local, else its Hub name and commit.
-
-    Args:
-        path: what `from_pretrained` took.
-        revision: as asked for.
+    """Return a hash of a base model as `from_pretrained` takes it: its files if they are local,
+    else its Hub name and commit.
     """
     if Path(path).is_dir():
         return folder_fingerprint(Path(path))

@@ -9,16 +9,17 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from recipes_lib.core.errors import EnvironmentFault, is_disk_full
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import object_or_none, utc_now, write_json
 from recipes_lib.core.terminal import say
 
 LOCK_NOTE = "lock.json"
-LOCK_POLL_S = 0.2
-PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
+_FOR_EVER = -1.0
+_PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
 # An earlier try of a Slurm job is asked to save and stop; a step and a save of a large model take
 # minutes, and so does a file server until it gives up the locks of a machine that is lost.
 REQUEUE_WAIT_S = 600.0
@@ -29,29 +30,26 @@ class LockHeld(EnvironmentFault):
 
 
 @contextmanager
-def run_lock(folder: Path, wait_s: float = PROBE_S) -> Iterator[None]:
+def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
     """Hold `folder` for this process.
 
     A Slurm job that was queued again asks its earlier try to stop and waits for it; anybody else's
     hold is refused at once.
 
-    Args:
-        wait_s: how long to wait for another holder; -1 is for ever.
-
     Raises:
-        LockHeld: another process holds it (the message says which, where and since when).
-        EnvironmentFault: the folder cannot be made.
+        LockHeld: another process holds it; the message says which, where and since when.
+        EnvironmentFault: the folder cannot be made or locked.
     """
     lock, note = FileLock(folder / ".lock"), folder / LOCK_NOTE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if wait_s >= 0 and is_held(folder) and _is_earlier_try(object_or_none(note) or {}):
-            holder = f"{describe_holder(note)}, an earlier try of this job"
+        if wait_s != _FOR_EVER and is_held(folder) and _is_earlier_try(note):
             wait_s = REQUEUE_WAIT_S
-            say(f"{folder.name} is still held{holder}: waiting up to {wait_s / 60:.0f} minutes")
+            who = f"{describe_holder(note)}, an earlier try of this job"
+            say(f"{folder.name} is still held{who}: waiting up to {wait_s / 60:.0f} minutes")
             with suppress(OSError):
                 (folder / "STOP").touch()
-        lock.acquire(timeout=wait_s, poll_interval=LOCK_POLL_S)
+        lock.acquire(timeout=wait_s, poll_interval=0.2)
     except Timeout:
         raise LockHeld(
             f"{folder.name} is in use{describe_holder(note)}",
@@ -59,12 +57,10 @@ def run_lock(folder: Path, wait_s: float = PROBE_S) -> Iterator[None]:
             f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",
         ) from None
     except OSError as error:
-        if is_disk_full(error):
-            raise
         raise EnvironmentFault(
             f"the folder of run '{folder.name}' cannot be made or locked in {folder.parent}:"
             f" {error.strerror or error}",
-            "choose another place for runs: RECIPES_RUNS_ROOT=FOLDER",
+            "free some space there, or choose another place for runs: RECIPES_RUNS_ROOT=FOLDER",
         ) from None
     try:
         write_json(note, _note())
@@ -77,29 +73,25 @@ def run_lock(folder: Path, wait_s: float = PROBE_S) -> Iterator[None]:
 
 @contextmanager
 def waiting_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` after whoever holds it now: what that process makes is found there and not made
+    """Hold `folder` after whoever holds it now: what that process makes is there then and not made
     twice.
     """
     if is_held(folder):
-        holder = describe_holder(folder / LOCK_NOTE)
-        say(f"{'/'.join(folder.parts[-3:])} is in use{holder}: waiting for it")
-    with run_lock(folder, wait_s=-1):
+        who = describe_holder(folder / LOCK_NOTE)
+        say(f"{'/'.join(folder.parts[-3:])} is in use{who}: waiting for it")
+    with run_lock(folder, _FOR_EVER):
         yield
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live process on this machine (or on a file system with working locks) holds the
-    folder.
-    """
+    """Whether a live process on this machine (or on a file system with working locks) holds it."""
     if not (folder / ".lock").exists():
         return False
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        with FileLock(folder / ".lock", timeout=0):
+            return False
     except Timeout:
         return True
-    lock.release()
-    return False
 
 
 def describe_holder(note: Path) -> str:
@@ -111,7 +103,7 @@ def describe_holder(note: Path) -> str:
     return f" by process {holder['pid']} on host {holder['host']}{job} since {holder['since']}"
 
 
-def _note() -> dict[str, object]:
+def _note() -> dict[str, Any]:
     """Who holds a folder: the Slurm job and how often it was queued again tell tries apart."""
     return {
         "host": socket.gethostname(),
@@ -122,7 +114,7 @@ def _note() -> dict[str, object]:
     }
 
 
-def _is_earlier_try(holder: dict[str, object]) -> bool:
-    note = _note()
-    same_job = note["job"] is not None and holder.get("job") == note["job"]
-    return same_job and int(str(holder.get("restarts", 0))) < int(str(note["restarts"]))
+def _is_earlier_try(note: Path) -> bool:
+    holder, ours = object_or_none(note) or {}, _note()
+    same_job = ours["job"] is not None and holder.get("job") == ours["job"]
+    return same_job and holder.get("restarts", 0) < ours["restarts"]

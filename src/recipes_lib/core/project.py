@@ -40,9 +40,8 @@ def cache_root() -> Path:
 
 def recipe_path(name: str | Path) -> Path:
     """Return the file a recipe's path or short name means: `quickstart/lora-r8` is
-    recipes/quickstart/lora-r8.yaml of the working directory or of this project.
-
-    A name that is found nowhere is returned as it is, so that reading it says so.
+    recipes/quickstart/lora-r8.yaml of the working directory or of this project. A name that is
+    found nowhere is returned as it is, so that reading it says so.
     """
     path = Path(name)
     file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
@@ -61,11 +60,7 @@ def shown_path(path: Path) -> str:
 
 
 def check_run_name(name: str, file: str | Path | None = None, line: int | None = None) -> str:
-    """Return `name` if a run may have it.
-
-    Raises:
-        RecipeError: the name cannot be the name of a folder everywhere.
-    """
+    """Return `name` if a run may have it: it can be the name of a folder everywhere."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith("."):
         raise RecipeError(
             f"run.name {name!r} cannot be a folder name",

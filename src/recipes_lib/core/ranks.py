@@ -20,8 +20,8 @@ from recipes_lib.core.terminal import say
 
 T = TypeVar("T")
 E = TypeVar("E", bound=Exception)
-STORE_POLL_S = 0.05
-LAST_WORDS_S = 60.0  # that a failing rank 0 waits for the others to read why
+_POLL_S = 0.05
+_LAST_WORDS_S = 60.0  # that a failing rank 0 waits for the others to read why
 
 _working_alone = False
 _calls = itertools.count()
@@ -59,25 +59,25 @@ def on_main_rank(work: Callable[[], T]) -> T:
     if store is None:
         return work()
     key = f"recipes/{next(_calls)}"
-    if rank() != 0:
+    result: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        _working_alone = True
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        finally:
+            _working_alone = False
+        is_ours = error is None or isinstance(error, RecipesError)
+        sent = error if is_ours else RuntimeError(f"{type(error).__name__}: {error}")
+        store.set(key, pickle.dumps((result, sent)))
+    else:
         _wait(lambda: store.check([key]))
         result, error = pickle.loads(store.get(key))
-        if error is not None:
-            _let_all_read(store, key)
-            raise of_every_rank(error)
-        return result
-    _working_alone = True
-    try:
-        result = work()
-    except Exception as error:
-        known = isinstance(error, RecipesError)
-        sent = error if known else RuntimeError(f"{type(error).__name__}: {error}")
-        store.set(key, pickle.dumps((None, sent)))
+    if error is not None:
         _let_all_read(store, key)
-        raise of_every_rank(error)  # noqa: B904 (it is that error)
-    finally:
-        _working_alone = False
-    store.set(key, pickle.dumps((result, None)))
+        raise of_every_rank(error)
     return result
 
 
@@ -139,11 +139,11 @@ def _let_all_read(store: Any, key: str) -> None:
     """Rank 0 may end now, and the store with it: it waits until the others have read."""
     store.add(f"{key}/read", 1)
     if rank() == 0:
-        _wait(lambda: store.add(f"{key}/read", 0) == world_size(), LAST_WORDS_S)
+        _wait(lambda: store.add(f"{key}/read", 0) == world_size(), _LAST_WORDS_S)
 
 
 def _wait(arrived: Callable[[], bool], seconds: float = float("inf")) -> None:
     """Ask again and again, so that signals are handled meanwhile."""
     end = time.monotonic() + seconds
     while not arrived() and time.monotonic() < end:
-        time.sleep(STORE_POLL_S)
+        time.sleep(_POLL_S)

@@ -54,15 +54,8 @@ class RunState(TypedDict, total=False):
 
 
 class RunDirectory:
-    """A folder under the runs root. Creating the object touches nothing on the disk.
-
-    Args:
-        name: run name (letters, digits, `.`, `_`, `-`).
-        root: folder that holds all runs; default `runs_root()`.
-
-    Raises:
-        RecipeError: the name is not a legal run name, or its folder lies outside the runs root (a
-            symbolic link).
+    """A folder under the runs root (default: `runs_root()`). Creating the object touches nothing on
+    the disk, and refuses a name that is not legal or a link that leads out of the root.
     """
 
     def __init__(self, name: str, root: Path | None = None) -> None:
@@ -99,31 +92,28 @@ class RunDirectory:
         """Return the content of run.json.
 
         Raises:
-            RecipeError: there is no such run; similar names are listed.
+            RecipeError: there is no such run.
             EnvironmentFault: run.json is damaged, or of another version of the format.
         """
         if not self.exists():
             raise _no_such_run(f"no run named '{self.name}' in {self.root}", self.name, self.root)
         self.check_inside()
-        remedy = f"move it away: mv {self.state_file} {self.state_file}.damaged"
-        if self.checkpoints.is_dir():
-            remedy += f"; the newest whole checkpoint then goes on: {self.train_command()}"
+        wrong = ""
         try:
             state = read_object(self.state_file)
+            version = state.get("format_version", 0)
+            if version != FORMAT_VERSION or state.get("state") not in get_args(State):
+                wrong = f"is not a run.json of format version {FORMAT_VERSION} (it has {version})"
         except DamagedFile as error:
-            raise EnvironmentFault(error.what, remedy, file=self.state_file) from None
-        version = state.get("format_version", 0)
-        if version != FORMAT_VERSION or state.get("state") not in get_args(State):
-            what = f"is not a run.json of format version {FORMAT_VERSION} (it has {version})"
-            raise EnvironmentFault(what, remedy, file=self.state_file)
+            wrong = error.what
+        if wrong:
+            remedy = f"move it away: mv {self.state_file} {self.state_file}.damaged"
+            goes_on = f"then the newest whole checkpoint goes on: {self.train_command()}"
+            raise EnvironmentFault(wrong, remedy, goes_on, file=self.state_file)
         return cast(RunState, state)
 
     def check_inside(self) -> None:
-        """Refuse a run with a folder or file that a symbolic link puts outside the runs root.
-
-        Raises:
-            RecipeError: it names the link.
-        """
+        """Refuse a run with a folder or file that a symbolic link puts outside the runs root."""
         for entry in self.path.iterdir() if self.path.is_dir() else ():
             self._refuse_link(entry)
 
@@ -144,10 +134,7 @@ class RunDirectory:
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
     """Return an existing run, given its name or its folder as a user types it (`my-first`,
-    `my-first/`, `runs/my-first/`).
-
-    Raises:
-        RecipeError: there is no such run.
+    `my-first/`, `runs/my-first/`); an unknown one is a RecipeError that lists similar names.
     """
     path = Path(name)
     if len(path.parts) > 1:
@@ -174,11 +161,7 @@ def _no_such_run(what: str, name: str, root: Path) -> RecipeError:
 
 
 def read_resolved(folder: Path) -> dict[str, Any]:
-    """Return a run's resolved recipe; an absent one is empty.
-
-    Raises:
-        DataError: the file is not a YAML mapping.
-    """
+    """Return a run's resolved recipe; an absent one is empty, a damaged one a DataError."""
     import yaml
 
     path = folder / "resolved.yaml"

@@ -32,17 +32,12 @@ _SECRETS = re.compile(
     r"|(?P<name>[?&](?i:[\w.-]*(?:token|secret|password|signature)|(?:api_?|access_)?key)=)"
     r"[^&\s#'\"]+"
 )
-_JOINERS = "\u200c\u200d"  # of Persian, Hindi and emoji
+_SPACES_AND_JOINERS = "\n\t\u200c\u200d"  # the joiners of Persian, Hindi and emoji
 _remembered: set[str] = set()
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a key, variable or option of this name holds a secret.
-
-    Example:
-        >>> [is_secret_name(name) for name in ("HF_TOKEN", "hub_token", "SSH_KEY", "eos_token")]
-        [True, True, True, False]
-    """
+    """Return whether a key, variable or option of this name holds a secret."""
     return bool(_SECRET_NAME.search(name)) and not _VOCABULARY.search(name)
 
 
@@ -74,11 +69,7 @@ def mask_secrets(text: str) -> str:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """Return a JSON-ready value with stars for secrets.
-
-    Args:
-        name: the key or variable that holds the value.
-    """
+    """Return the JSON-ready value of a key or variable `name` with stars for secrets."""
     if isinstance(value, dict):
         return {key: masked(item, str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -89,26 +80,19 @@ def masked(value: Any, name: str = "") -> Any:
 
 
 def masked_command(words: Sequence[str]) -> str:
-    """Return a command, quoted for a shell, with stars for secrets.
-
-    Example:
-        >>> masked_command(["run", "--token", "abc", "train.api_key=abc", "train.eos_token=<end>"])
-        "run --token '***' 'train.api_key=***' 'train.eos_token=<end>'"
-    """
-    shown, option = [], ""
+    """Return a command, quoted for a shell, with stars for secrets."""
+    shown, last = [], ""
     for word in words:
         name, separator, value = word.partition("=")
-        if is_secret_name(option):
-            shown.append(MASK)
-        else:
-            shown.append(mask_secrets(f"{name}={masked(value, name)}" if separator else word))
-        option = word.lstrip("-") if word.startswith("--") and not separator else ""
+        word = f"{name}={masked(value, name)}" if separator else masked(word, last)
+        shown.append(mask_secrets(word))
+        last = name if name.startswith("--") and not separator else ""
     return shlex.join(shown)
 
 
 def printable(text: str) -> str:
-    """Return `text` with control characters (ANSI escapes among them) shown instead of obeyed, and
-    stars for secrets. The joiners of Persian, Hindi and emoji stay.
+    """Return `text` with stars for secrets, and control characters (ANSI escapes among them) shown
+    instead of obeyed.
 
     Example:
         >>> printable("a\\x1b[31mb\\tc")
@@ -116,7 +100,7 @@ def printable(text: str) -> str:
     """
     return "".join(
         char
-        if char in "\n\t" + _JOINERS or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
+        if char in _SPACES_AND_JOINERS or unicodedata.category(char) not in {"Cc", "Cf", "Cs"}
         else char.encode("unicode_escape").decode()
         for char in mask_secrets(text)
     )
@@ -128,25 +112,17 @@ def shown_size(num_bytes: float) -> str:
 
 
 def shown_duration(seconds: float) -> str:
-    """Return a time in the unit a reader wants.
-
-    Example:
-        >>> shown_duration(40), shown_duration(900), shown_duration(7320)
-        ('40 s', '15 min', '2 h 2 min')
-    """
+    """Return a time in seconds, minutes, or hours and minutes."""
+    minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Return rows as lines with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def use_color() -> bool:
@@ -156,7 +132,7 @@ def use_color() -> bool:
 
 
 def say(text: str = "") -> None:
-    """Print one line (or several) on stdout at once, control characters shown.
+    """Print one line (or several) on stdout at once.
 
     When nobody reads any more (`| head`), the rest is dropped: a training must not end because its
     log is not read.
@@ -168,9 +144,7 @@ def say(text: str = "") -> None:
 
 
 def print_json(value: object) -> int:
-    """Print one JSON value, what `--json` asks for, and return the exit code of a verb that is
-    done.
-    """
+    """Print what `--json` asks for, and return the exit code of a verb that is done."""
     print(mask_secrets(json.dumps(value, indent=2, ensure_ascii=False)), flush=True)
     return 0
 

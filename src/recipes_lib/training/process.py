@@ -7,6 +7,7 @@ Needs no torch: it is imported before anything that may be stopped or may fail.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import os
 import signal
 import socket
@@ -33,10 +34,23 @@ from recipes_lib.core.ranks import rank
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
 # torch's launcher ends rank 0 as soon as another rank has failed: rank 0 has to say why first
 RANK_0_FIRST_S = 2.0
+_PR_SET_PDEATHSIG = 1
 STOPPING = (
     "stopping in a checkpoint after this step or validation batch (Ctrl-C again ends it at once)"
     " ..."
 )
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher ends: torch starts each rank in a session of
+    its own, which outlives a launcher that is killed.
+    """
+    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is not None and not Path(file).parent.is_dir():  # ended before the line above
+        os._exit(1)
 
 
 @contextmanager
