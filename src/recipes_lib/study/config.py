@@ -1,19 +1,19 @@
-"""A study file: its keys, its arms with their recipes resolved, the declared factors, seeds and
-evals. Needs no torch.
+"""A study file: its keys, and the arms, evals and aims that they name. Needs no torch.
 
-`load_study` is the only way in. What is wrong with a study, and with every recipe and eval it
+`load_study` is the only way in. What is wrong with a study, and with every recipe and eval that it
 names, is reported at once.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm, is_named, metric_parts
 from recipes_lib.analysis.differences import OF_RUN
@@ -38,25 +38,24 @@ from recipes_lib.evals.recipe import SUITES, EvalRecipe, load_eval
 from recipes_lib.training.resume_guard import flatten
 
 BASE_ARM = "base"
-# What a study gives to every training itself.
-_GIVEN = {
+# What a study sets for every training itself, and where.
+_SET_BY_STUDY = {
     "train.seed": "the seeds of a study stand under its own key: seeds: [1, 2]",
     "run.name": "a run of a study is named after the study, its arm and its seed",
 }
-_MADE_BY_LAUNCH = ("launch.distributed_type", "launch.mixed_precision", "launch.world_size")
-_BATCH = "run.global_batch_size"
+_SET_BY_LAUNCH = ("launch.distributed_type", "launch.mixed_precision", "launch.world_size")
 # Keys that decide which tokens a validation loss is a mean over, and how.
 _OF_THE_LOSS = (
     *("train.max_length", "train.completion_only_loss", "train.assistant_only_loss"),
     *("train.packing", "train.eval_packing", "train.truncation_mode"),
     *("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
 )
-# A tuning is trained with a seed of its own: a training that won by its validation loss is
-# flattered, and the same one with an arm's seed would be that training again.
-_TUNING_SEED = 1000  # more than the recipe's
+# Added to the recipe's seed: a training that won by its validation loss is flattered, and one with
+# an arm's seed would be that training again.
+_TUNING_SEED = 1000
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
 Value = bool | int | float | str
-Read = TypeVar("Read", Recipe, EvalRecipe)
+Grid = Annotated[list[Value], Field(min_length=2)]
 
 
 class LaunchKeys(Section):
@@ -74,7 +73,7 @@ class LaunchKeys(Section):
     intervals. Absent: the recipe's."""
     overrides: list[str] = []
     """`section.key=value` words, as after `recipes train RECIPE`."""
-    tune: dict[str, list[Value]] | None = None
+    tune: Annotated[dict[str, Grid], Field(max_length=1)] | None = None
     """One key and the values to try: each arm is trained with every value, and the one with the
     lowest validation loss is the arm, trained anew with its seeds. An arm's own grid takes the
     place of the study's; {} tunes nothing."""
@@ -85,6 +84,11 @@ class ArmSection(LaunchKeys):
 
     recipe: str
     """The arm's recipe, relative to the study file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"recipe": value} if isinstance(value, str) else value
 
 
 class StudyFile(LaunchKeys):
@@ -126,8 +130,8 @@ class StudyFile(LaunchKeys):
 def study_schema() -> dict[str, Any]:
     """Return the schema of a study file; an arm is a path or a mapping."""
     schema = StudyFile.model_json_schema()
-    arm = schema["properties"]["arms"]["additionalProperties"]
-    schema["properties"]["arms"]["additionalProperties"] = {"anyOf": [{"type": "string"}, arm]}
+    arms = schema["properties"]["arms"]
+    arms["additionalProperties"] = {"anyOf": [{"type": "string"}, arms["additionalProperties"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 
@@ -211,45 +215,22 @@ class Study:
         first = BASE_ARM if self.file.include_base else self.arms[0].name
         return self.file.baseline or first
 
-    def factor_of(self, key: str) -> str | None:
-        """Return the factor that may change a key; None where a difference is a confound."""
-        return Design("", "", self.file.factors).factor_of(key)
-
-    def differing(self) -> list[str]:
-        """Return the dotted keys whose values differ between arms."""
-        resolved = [arm.resolved() for arm in self.arms]
-        keys = dict.fromkeys(key for values in resolved for key in values)
-        return [key for key in keys if any(v.get(key) != resolved[0].get(key) for v in resolved)]
+    def differing(self, declared: bool) -> list[str]:
+        """Return the dotted keys that differ between arms: those that a factor declares, or those
+        that none does.
+        """
+        design = Design("", "", self.file.factors)
+        first, *others = [arm.resolved() for arm in self.arms]
+        keys = dict.fromkeys(key for values in (first, *others) for key in values)
+        return [
+            key
+            for key in keys
+            if any(values.get(key) != first.get(key) for values in others)
+            and bool(design.factor_of(key)) is declared
+        ]
 
 
 # ---- Reading ----
-
-
-def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Load and check a study, its arms' recipes and its evals (stage 1: no torch).
-
-    Args:
-        path: the study file, or its short name in recipes/studies/.
-        overrides: words from the command line: `section.key=value` for every arm's recipe, or
-            `key=value` for the study's own keys (`seeds=[1,2]`, `gpus=2`).
-
-    Raises:
-        RecipeErrors: everything that is wrong, each at its file and line.
-    """
-    words = [word for word in overrides if _key_of(word).partition(".")[0] in SECTIONS]
-    own = [word for word in overrides if word not in words]
-    document = read(study_file(str(path)) or path, own)
-    arms: Any = document.values.get("arms") if isinstance(document.values, dict) else None
-    for name, arm in list(arms.items()) if isinstance(arms, dict) else ():
-        if isinstance(arm, str):  # short for {recipe: path}
-            arms[name] = {"recipe": arm}
-            document.origins["arms", name, "recipe"] = document.origin(("arms", name))
-    file = parse(StudyFile, document, _rules)
-    reader = _Reader(document, file, words)
-    study = reader.study(tuple(overrides))
-    if reader.errors:
-        raise RecipeErrors({str(error): error for error in reader.errors}.values())
-    return study
 
 
 def study_file(word: str) -> Path | None:
@@ -260,78 +241,39 @@ def study_file(word: str) -> Path | None:
     return path if path.is_file() and read(path).kind == "study" else None
 
 
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Load and check a study, its arms' recipes and its evals.
+
+    Args:
+        path: the study file, or its short name in recipes/studies/.
+        overrides: words from the command line: `section.key=value` for every arm's recipe, or
+            `key=value` for the study's own keys (`seeds=[1,2]`, `gpus=2`).
+
+    Raises:
+        RecipeErrors: everything that is wrong, each at its file and line.
+    """
+    words = [word for word in overrides if _key_of(word).partition(".")[0] in SECTIONS]
+    document = read(study_file(str(path)) or path, [w for w in overrides if w not in words])
+    file = parse(StudyFile, document)
+    reader = _Reader(document, file, words)
+    reader.check_names()
+    arms = [reader.arm(name, section) for name, section in file.arms.items()]
+    evals = reader.evals()
+    there = tuple(arm for arm in arms if arm)
+    models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in there}
+    if file.include_base and len(models) > 1:
+        bases = ", ".join(sorted(name for name, _ in models))
+        what = f"include_base: the arms have different base models ({bases})"
+        hint = "set include_base: false, or give each base a study of its own"
+        reader.wrong(("include_base",), what, hint)
+    aims = reader.aims(evals)
+    if reader.errors:
+        raise RecipeErrors({str(error): error for error in reader.errors}.values())
+    return Study(document, file, there, tuple(evals), aims, tuple(overrides))
+
+
 def _key_of(word: str) -> str:
     return word.removeprefix("--").partition("=")[0]
-
-
-# ---- Rules between the study's own keys ----
-
-
-def _rules(study: StudyFile, document: Document) -> Iterator[RecipeError]:
-    arms = [*study.arms, *([BASE_ARM] if study.include_base else [])]
-    if study.baseline is not None and study.baseline not in arms:
-        near = did_you_mean(study.baseline, arms)
-        what = f"baseline: there is no arm '{study.baseline}'"
-        yield document.error("baseline", what, *near, f"arms: {', '.join(arms)}")
-    for name in study.reference:
-        if name not in (*study.arms, BASE_ARM):
-            near = did_you_mean(name, study.arms)
-            yield document.error(("reference", name), f"reference: no arm '{name}'", *near)
-    for factor, keys in study.factors.items():
-        for position, key in enumerate(keys):
-            place = ("factors", factor, position)
-            yield from _no_key(document, place, f"factor '{factor}'", key)
-    sections: dict[KeyPath, LaunchKeys] = {(): study}
-    for name, arm in study.arms.items():
-        sections["arms", name] = arm
-        if name == BASE_ARM or not _ARM_NAME.match(name):
-            what = f"arm name {name!r}: 'base' is the base model's, others start with a letter"
-            hint = "use up to 60 letters, digits, '.', '_' or '-'"
-            yield document.error(("arms", name), what, hint)
-    for path, section in sections.items():
-        for number, word in enumerate(section.overrides):
-            if _key_of(word) in _GIVEN:
-                what = f"{_key_of(word)} cannot be overridden in a study"
-                hint = _GIVEN[_key_of(word)]
-                yield document.error((*path, "overrides", number), what, hint)
-        yield from _wrong_grid(document, study, (*path, "tune"), section.tune or {})
-
-
-def _wrong_grid(
-    document: Document, study: StudyFile, path: KeyPath, grid: Mapping[str, list[Value]]
-) -> Iterator[RecipeError]:
-    """A grid: one key that validation losses can be compared on, two values or more."""
-    where = dotted(path)
-    if len(grid) > 1:
-        hint = "several grids at once are arms of the study"
-        yield document.error(path, f"{where} names {len(grid)} keys; tune one", hint)
-    for key, values in grid.items():
-        place = (*path, key)
-        factor = Design("", "", study.factors).factor_of(key)
-        if key in _GIVEN or not (key.startswith(("train.", "lora.")) or key == _BATCH):
-            hint = f"keys of train and lora can, and {_BATCH}"
-            yield document.error(place, f"{where}: {key} cannot be tuned", hint)
-        elif key in _OF_THE_LOSS:
-            what = f"{where}: {key} changes what the validation loss is a mean over"
-            yield document.error(place, what, "compare arms with other values by an eval")
-        elif len(set(values)) < max(len(values), 2):
-            hint = f"for example {key}: [1.0e-4, 2.0e-4, 4.0e-4]"
-            yield document.error(place, f"{where}: {key} needs two different values or more", hint)
-        elif factor:
-            what = f"{where}: {key} is what the factor '{factor}' varies"
-            yield document.error(place, what, "vary it between arms, or tune it in each arm")
-        else:
-            yield from _no_key(document, place, where, key)
-
-
-def _no_key(document: Document, path: KeyPath, place: str, key: str) -> Iterator[RecipeError]:
-    """A dotted key, or a section, that cannot be written in a recipe."""
-    if key not in recipe_keys() and key not in _MADE_BY_LAUNCH:
-        near = did_you_mean(key, recipe_keys())
-        yield document.error(path, f"{place}: there is no key '{key}'", *near)
-
-
-# ---- The files that a study names ----
 
 
 class _Reader:
@@ -341,110 +283,131 @@ class _Reader:
         self.document, self.keys, self.words = document, keys, words
         self.errors: list[RecipeError] = []
 
-    def study(self, words: tuple[str, ...]) -> Study:
-        """Return the study; a base that is not one model, and evals whose results would be one
-        file, are errors.
-        """
-        keys = self.keys
-        arms = [self.arm(name, section) for name, section in keys.arms.items()]
-        places = [(("evals", number), place) for number, place in enumerate(keys.evals)]
-        evals = list(filter(None, (self.file(key, place, load_eval) for key, place in places)))
-        there = tuple(arm for arm in arms if arm)
-        models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in there}
-        if keys.include_base and len(models) > 1:
-            bases = ", ".join(sorted(name for name, _ in models))
-            what = f"include_base: the arms have different base models ({bases})"
-            hint = "set include_base: false, or give each base a study of its own"
-            self.wrong(("include_base",), what, hint)
-        names = [recipe.name for recipe in evals]
-        for name in {name for name in names if names.count(name) > 1}:
-            self.wrong(("evals",), f"evals: '{name}' stands there twice", "rename or remove it")
-        return Study(self.document, keys, there, tuple(evals), self.aims(evals), words)
-
-    def wrong(self, path: KeyPath, what: str, *hints: str) -> None:
+    def wrong(self, place: KeyPath, what: str, *hints: str) -> None:
         """Add an error at a key of the study."""
-        self.errors.append(self.document.error(path, what, *hints))
+        self.errors.append(self.document.error(place, what, *hints))
 
-    def file(self, key: KeyPath, name: str, load: Callable[[Path], Read]) -> Read | None:
-        """Return the recipe or eval that a key names; None where it cannot be used."""
-        place = Path(self.document.absolute(key, name))
-        if not place.is_file():
-            missing = no_such_file(place)
-            self.wrong(key, f"{missing.what}: {missing.file}", *missing.hints)
-            return None
+    @contextmanager
+    def reported(self, place: KeyPath, label: str = "") -> Iterator[None]:
+        """Collect errors. One about an override of the study is reported at a key of the study."""
         try:
-            return load(place)
+            yield
         except RecipeError as error:
-            self.errors += [self._where_written(key, part) for part in error.errors]
-        return None
+            for part in error.errors:
+                file, line, prefix = part.file, part.line, label
+                typed = any(_key_of(word) in part.what for word in self.words)
+                if file is None or (file == COMMAND_LINE and not typed):
+                    origin = self.document.origin(place)
+                    file, line, prefix = origin.file, origin.line, label or f"{dotted(place)}: "
+                what = f"{prefix}{part.what}"
+                self.errors.append(RecipeError(what, *part.hints, file=file, line=line))
 
-    def _where_written(self, key: KeyPath, error: RecipeError) -> RecipeError:
-        """Return an error about an override at the study's line that has the override."""
-        places: list[KeyPath] = [(*key[:2], "overrides"), ("overrides",)]
-        place = next((path for path in places if path in self.document.origins), None)
-        typed = any(_key_of(word) in error.what for word in self.words)
-        if error.file not in (None, COMMAND_LINE) or place is None or typed:
-            return error
-        return self.document.error(place, f"{dotted(key[:2])}: {error.what}", *error.hints)
+    def file(self, place: KeyPath, name: str) -> Path:
+        """Return the file that a key names."""
+        path = Path(self.document.absolute(place, name))
+        if not path.is_file():
+            missing = no_such_file(path)
+            raise self.document.error(place, f"{missing.what}: {missing.file}", *missing.hints)
+        return path
+
+    def check_names(self) -> None:
+        """Check names of arms, and the arms and keys that other parts of the study name."""
+        keys = self.keys
+        arms = [*keys.arms, *([BASE_ARM] if keys.include_base else [])]
+        for name in keys.arms:
+            if name == BASE_ARM or not _ARM_NAME.match(name):
+                what = f"arm name {name!r}: 'base' is the base model's, others start with a letter"
+                hint = "use up to 60 letters, digits, '.', '_' or '-'"
+                self.wrong(("arms", name), what, hint)
+        named: list[tuple[KeyPath, str]] = [(("reference", name), name) for name in keys.reference]
+        named += [(("baseline",), keys.baseline)] if keys.baseline is not None else []
+        for place, name in named:
+            if name not in arms:
+                near = did_you_mean(name, arms)
+                what = f"{place[0]}: there is no arm '{name}'"
+                self.wrong(place, what, *near, f"arms: {', '.join(arms)}")
+        for factor, known in keys.factors.items():
+            for number, key in enumerate(known):
+                if key not in recipe_keys() and key not in _SET_BY_LAUNCH:
+                    what = f"factor '{factor}': there is no key '{key}'"
+                    near = did_you_mean(key, recipe_keys())
+                    self.wrong(("factors", factor, number), what, *near)
+
+    def evals(self) -> list[EvalRecipe]:
+        """Return the evals; two whose results would be one file are an error."""
+        evals: list[EvalRecipe] = []
+        for number, name in enumerate(self.keys.evals):
+            place = ("evals", number)
+            with self.reported(place):
+                recipe = load_eval(self.file(place, name))
+                if recipe.name in [other.name for other in evals]:
+                    what = f"evals: '{recipe.name}' stands there twice"
+                    raise self.document.error(place, what, "rename or remove it")
+                evals.append(recipe)
+        return evals
 
     def arm(self, name: str, section: ArmSection) -> Arm | None:
         """Return an arm; None where its recipe or launch cannot be had."""
         keys, place = self.keys, ("arms", name)
         words = [*keys.overrides, *section.overrides, *self.words]
-        for key in {*map(_key_of, self.words)} & _GIVEN.keys():
-            what = f"{key} cannot be overridden in a study"
-            self.errors.append(RecipeError(what, _GIVEN[key], file=COMMAND_LINE))
-        written: KeyPath = (*place, "recipe")
-        recipe = self.file(written, section.recipe, lambda file: load_recipe(file, words))
-        if recipe is None:
-            return None
-        try:
-            flags = {key: self._value(section, key) for key in ("accelerate", "gpus", "nodes")}
-            launch = plan_launch(recipe.launch, **flags)
-            accumulation_steps(recipe, launch.world_size)
-        except RecipeError as error:
-            for part in error.errors:
-                origin = self.document.origin(place)
-                file, line = (part.file, part.line) if part.file else (origin.file, origin.line)
-                what = f"arm '{name}': {part.what}"
-                self.errors.append(RecipeError(what, *part.hints, file=file, line=line))
-            return None
-        seed = int(recipe.train.get("seed", 42))
-        seeds = tuple(dict.fromkeys(self._value(section, "seeds") or [seed]))
-        arm = Arm(name, recipe, launch, seeds)
+        shared = bool(keys.overrides and not section.overrides)
+        overrides = ("overrides",) if shared else place
+        for key in _SET_BY_STUDY.keys() & set(map(_key_of, words)):
+            self.wrong(overrides, f"{key} cannot be overridden in a study", _SET_BY_STUDY[key])
+
+        def value(key: str) -> Any:  # the command line wins over the arm, the arm over the study
+            own, shared = getattr(section, key), getattr(keys, key)
+            typed = self.document.origin((key,)).file == COMMAND_LINE
+            return shared if own is None or (typed and shared is not None) else own
+
+        arm = None
+        with self.reported(overrides):
+            recipe = load_recipe(self.file((*place, "recipe"), section.recipe), words)
+            with self.reported(place, f"arm '{name}': "):
+                launch = plan_launch(
+                    recipe.launch, value("accelerate"), value("gpus"), value("nodes")
+                )
+                accumulation_steps(recipe, launch.world_size)
+                arm = Arm(name, recipe, launch, ())
+                seeds = value("seeds") or [arm.own_seed]
+                arm = replace(arm, seeds=tuple(dict.fromkeys(seeds)))
         grid = keys.tune if section.tune is None else section.tune
-        return self._tuned(arm, grid, words) if grid else arm
+        if not arm or not grid:
+            return arm
+        where: KeyPath = ("tune",) if section.tune is None else (*place, "tune")
+        return self.tuned(arm, grid, words, where)
 
-    def _value(self, section: ArmSection, key: str) -> Any:
-        """Return an arm's value of a key that the study has too; the command line wins."""
-        own, shared = getattr(section, key), getattr(self.keys, key)
-        typed = self.document.origin((key,)).file == COMMAND_LINE
-        return shared if own is None or (typed and shared is not None) else own
-
-    def _tuned(self, arm: Arm, grid: Mapping[str, list[Value]], words: Sequence[str]) -> Arm:
+    def tuned(
+        self, arm: Arm, grid: Mapping[str, list[Value]], words: Sequence[str], place: KeyPath
+    ) -> Arm:
         """Return an arm with its grid, each value an arm of its own."""
         ((key, values),) = grid.items()
-        own: KeyPath = ("arms", arm.name, "tune")
-        place = own if own in self.document.origins else ("tune",)
         seed = arm.own_seed + _TUNING_SEED
-        if seed in arm.seeds:
+        tunable = key.startswith(("train.", "lora.")) or key == "run.global_batch_size"
+        factor = Design("", "", self.keys.factors).factor_of(key)
+        if key in _SET_BY_STUDY or not tunable:
+            hint = "keys of train and lora can, and run.global_batch_size"
+            self.wrong(place, f"{key} cannot be tuned", hint)
+        elif key in _OF_THE_LOSS:
+            what = f"tune: {key} changes what the validation loss is a mean over"
+            self.wrong(place, what, "compare arms with other values by an eval")
+        elif factor:
+            what = f"tune: {key} is what the factor '{factor}' varies"
+            self.wrong(place, what, "vary it between arms, or tune it in each arm")
+        elif seed in arm.seeds:
             what = f"arm '{arm.name}': seed {seed} is that of its tuning"
             self.wrong(place, what, "choose another seed")
-        if arm.recipe.train.get("eval_strategy", "no") == "no":
+        elif arm.recipe.train.get("eval_strategy", "no") == "no":
             what = f"arm '{arm.name}': its tuning has no validation loss to choose by"
             self.wrong(place, what, "set data.split.validation and train.eval_strategy")
         candidates = []
         for value in values:
-            try:
+            with self.reported(place, f"arm '{arm.name}': "):
                 given = [*words, f"{key}={value_text(value)}"]
                 recipe = load_recipe(arm.recipe.path, given)
                 accumulation_steps(recipe, arm.launch.world_size)
-            except RecipeError as error:
-                for part in error.errors:
-                    self.wrong(place, f"arm '{arm.name}': {part.what}", *part.hints)
-                continue
-            label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
-            candidates.append(Arm(f"{arm.name}--tune-{label}", recipe, arm.launch, (seed,)))
+                label = re.sub(r"[^A-Za-z0-9._-]+", "-", str(value)).strip("-.")
+                candidates.append(Arm(f"{arm.name}--tune-{label}", recipe, arm.launch, (seed,)))
         tuning = TunedArm(key, tuple(values), seed=seed)
         return replace(arm, tuning=tuning, candidates=tuple(candidates))
 
@@ -455,11 +418,11 @@ class _Reader:
         primary = metrics[0] if metrics else None
         if keys.primary:
             named = [name for recipe in evals if (name := full_name(recipe, keys.primary))]
-            primary = named[0] if named else None
-            if len(named) != 1:
+            if len(named) == 1:
+                (primary,) = named
+            else:
                 why = "several evals measure" if named else "no eval of this study measures"
-                names = f"metrics: {', '.join(named)}" if named else hint
-                self.wrong(("primary",), f"primary: {why} '{keys.primary}'", names)
+                self.wrong(("primary",), f"primary: {why} '{keys.primary}'", hint)
         margins = {}
         for word, value in keys.margins.items():
             margin = Margin.read(value)
@@ -472,7 +435,7 @@ class _Reader:
                 margins[word] = margin
                 why = next(filter(None, map(margin.fits, named)), "")
             if why:
-                self.wrong(("margins", word), f"margins: {word}: {why}", *([] if named else [hint]))
+                self.wrong(("margins", word), f"margins: {word}: {why}", hint)
         return Aims(primary, keys.test_subtasks, margins)
 
 

@@ -123,8 +123,7 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     if plan["device_hours"] is not None:
         hours = f"about {plan['device_hours']:.2g} (estimated, not measured)"
         yield f"device hours of the trainings: {hours}"
-    undeclared = [key for key in study.differing() if study.factor_of(key) is None]
-    if undeclared:
+    if undeclared := study.differing(declared=False):
         yield f"differences that no factor declares: {sentence_list(undeclared, 4)}"
     if power := _power_line(study):
         yield power
