@@ -49,7 +49,7 @@ def test_the_first_verdicts_lock_the_design(file: Path) -> None:
     assert not first.descriptive and locked(study).is_file()
     assert "r8 is better than r4" in first.answer[0]
     again, _ = report_study(study)
-    assert again.answer == first.answer and not list(changes(study))
+    assert again.answer == first.answer and not (changes(study))
     assert (folder_of(study) / "report" / "report.html").is_file()
 
 
@@ -58,12 +58,12 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
     file.write_text(text)
     report_study(load_study(file))
     changes_of = {
-        "seeds of r4": ("seeds: [42, 43]", "seeds: [42, 43, 44]"),
+        "seeds.r4 changed": ("seeds: [42, 43]", "seeds: [42, 43, 44]"),
         "margins": ("seeds:", "margins: {win_rate: 2 points}\nseeds:"),
         "primary": ("seeds:", "primary: mt_bench/grade\nseeds:"),
-        "arm r4 changed": ("seeds:", "overrides: [train.learning_rate=0.5]\nseeds:"),
-        "arm more added": ("  r8: r8.yaml", "  r8: r8.yaml\n  more: r8.yaml"),
-        "eval study--lm_eval removed": (", lm_eval.yaml", ""),
+        "arms.r4 changed": ("seeds:", "overrides: [train.learning_rate=0.5]\nseeds:"),
+        "arms.more added": ("  r8: r8.yaml", "  r8: r8.yaml\n  more: r8.yaml"),
+        "evals.study--lm_eval removed": (", lm_eval.yaml", ""),
     }
     wrong = []
     for what, (old, new) in changes_of.items():
@@ -90,7 +90,7 @@ def test_an_interim_look_has_no_verdict_and_locks_nothing(
 
 def test_where_a_job_runs_is_no_other_design(file: Path) -> None:
     report_study(load_study(file, ["seeds=[42, 43]"]))
-    assert not list(changes(load_study(file, ["seeds=[43, 42]"])))
+    assert not (changes(load_study(file, ["seeds=[43, 42]"])))
 
 
 # ---- The gate ----

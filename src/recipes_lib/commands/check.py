@@ -124,14 +124,14 @@ def _check_model(recipe: Recipe, full: bool, notes: list[RecipeError]) -> Iterab
 def _check_study(path: Path, full: bool) -> Findings:
     from recipes_lib.config.preflight import check_upstream
     from recipes_lib.study.config import load_study
-    from recipes_lib.study.run import unmet, unusable_rows
+    from recipes_lib.study.run import unmet
 
     study = load_study(path)
     errors, warnings = unmet(study, study.arms)
     for arm in study.arms if full else ():
         for variant in (arm, *arm.candidates):
             errors += check_upstream(variant.recipe, notes=warnings)
-    return [*unusable_rows(study.arms), *errors], warnings
+    return errors, warnings
 
 
 def _files(path: Path) -> Iterable[Path]:

@@ -16,8 +16,8 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.run import refuse_unmet
+from recipes_lib.study.runs import with_choices
 from recipes_lib.study.status import study_plan_lines, study_plan_object
-from recipes_lib.study.tune import with_choices
 
 if TYPE_CHECKING:
     from recipes_lib.plan.plan import Plan

@@ -18,9 +18,8 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.run import StudyRunner, refuse_unmet, study_lock
-from recipes_lib.study.runs import study_folder
+from recipes_lib.study.runs import study_folder, study_trainings, with_choices
 from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
-from recipes_lib.study.tune import with_choices
 
 EPILOG = (
     "section.key=value words override a value in every arm's recipe; key=value words the study's"
@@ -71,9 +70,9 @@ def _status(study: _StudyWord, overrides: Sequence[str], *, json: _Json = False)
     loaded = _loaded(study, overrides)
     rows = status_rows(loaded)
     if json:
-        return print_json({"study": loaded.name, "rows": [vars(row) for row in rows]})
+        return print_json({"study": loaded.name, "rows": rows})
     say("\n".join(status_lines(rows)))
-    return _next("report" if all(row.state == "done" for row in rows) else "run", loaded)
+    return _next("report" if all(row["state"] == "done" for row in rows) else "run", loaded)
 
 
 def _report(
@@ -103,7 +102,10 @@ def _report(
     say("\n".join(conclusion_lines(conclusion)))
     page = shown_path(folder / "report" / "report.html")
     say(f"\nreport: {page}" if kept else f"\n{shown_path(folder)} is read-only: no report")
-    return _next("run" if missing else "status", loaded)
+    if missing:
+        return _next("run", loaded)
+    next_step(f"recipes export {study_trainings(loaded)[0].run} --to FOLDER   (or another arm)")
+    return ExitCode.DONE
 
 
 ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}

@@ -8,21 +8,21 @@ the primary metric and margins. A study that is changed afterwards has no verdic
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 from recipes_lib.analysis.aims import Design, is_named
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.files import hash_of, object_or_none, publish, utc_now, write_json
+from recipes_lib.core.files import object_or_none, publish, utc_now, write_json
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.evals.log import REFERENCE
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.runs import (
     base_run,
+    design_changes,
+    design_values,
     evaluations,
     is_evaluated,
     is_trained,
@@ -32,9 +32,6 @@ from recipes_lib.study.runs import (
 )
 
 _LOCK = "design.json"
-# Where a job runs and how many seeds there are is no other arm.
-_FREE = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
-_PARTS = {"arms": "arm", "evals": "eval", "seeds": "seeds of"}
 
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
@@ -66,7 +63,7 @@ def report_study(study: Study, *, keep: bool = True) -> tuple[Conclusion, tuple[
         write_report(scratch, conclusion, arms, design)
         publish(scratch, folder / "report")
         if not conclusion.descriptive and not (folder / _LOCK).is_file():
-            write_json(folder / _LOCK, {"written": utc_now(), **locked_design(study)})
+            write_json(folder / _LOCK, {"written": utc_now(), **design_values(study)})
     return conclusion, design.missing
 
 
@@ -112,50 +109,13 @@ def design_of(study: Study, missing: tuple[str, ...] = ()) -> Design:
     )
 
 
-# ---- The lock ----
-
-
-def locked_design(study: Study) -> dict[str, Any]:
-    """Return what must not change once verdicts were seen."""
-    return {
-        "arms": {arm.name: hash_of(_without(arm.resolved(), _FREE)) for arm in study.arms},
-        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
-        "evals": {  # what is asked and who judges, not how fast
-            recipe.name: hash_of(_without(recipe.to_dict(), ("generation", "thresholds")))
-            for recipe in study.evals
-        },
-        "base": study.file.include_base,
-        "primary": study.aims.primary,
-        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
-        "pairs": study.file.pairs,
-    }
-
-
-def _without(values: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in keys}
-
-
-def changes(study: Study) -> Iterator[str]:
-    """Yield what differs from the design of the first report with verdicts."""
+def changes(study: Study) -> list[str]:
+    """Return what differs from the design of the first report with verdicts."""
     locked = object_or_none(study_folder(study) / _LOCK)
     if not locked:
-        return
+        return []
     when = f"since {str(locked.get('written'))[:10]}"
-    for key, now in locked_design(study).items():
-        before = locked.get(key)
-        if before == now:
-            continue
-        if key == "primary":
-            yield f"the primary metric was {before} and is {now}"
-        elif key not in _PARTS or not isinstance(before, dict):
-            yield f"{key} changed {when}"
-        else:
-            for name in sorted({*before, *now}):
-                verb = "added" if name not in before else "removed"
-                verb = "changed" if name in before and name in now else verb
-                of_arm = key == "seeds" and verb != "changed"
-                if before.get(name) != now.get(name) and not of_arm:
-                    yield f"{_PARTS[key]} {name} {verb} {when}"
+    return [f"{what} {when}" for what in design_changes(locked, design_values(study))]
 
 
 # ---- The gate ----

@@ -23,13 +23,14 @@ from recipes_lib.core.errors import (
     DataError,
     EnvironmentFault,
     ExitCode,
+    NumericsError,
     RecipeError,
     RecipeErrors,
     RecipesError,
     one_line,
     print_error,
 )
-from recipes_lib.core.files import write_text
+from recipes_lib.core.files import read_object, write_text
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import warn
@@ -40,23 +41,27 @@ from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.study.runs import (
     Evaluation,
-    Failure,
     StudyRun,
     base_recipe,
     base_run,
+    design_changes,
     evaluations,
     has_diverged,
     is_evaluated,
     is_trained,
+    launched_values,
+    losses_text,
     move_aside,
     runs_left,
     settings_changed,
     study_folder,
     study_trainings,
     study_tunings,
+    with_choices,
 )
-from recipes_lib.study.tune import choose, with_choices
 
+# Names the file with what a waiting job was launched to evaluate (slurm.submit).
+LAUNCHED = "RECIPES_LAUNCHED_STUDY"
 _COPY = "# a copy of "
 _POLL_S = 0.2
 
@@ -72,6 +77,7 @@ class StudyRunner:
         flags: options handed to `recipes train` (`--trust-remote-code`).
         train: False to train nothing and evaluate what is trained, in a cluster's job.
         debug: show the tracebacks of failing evaluations.
+        failed: exit code and reason, by run, result or arm.
     """
 
     study: Study
@@ -80,15 +86,13 @@ class StudyRunner:
     flags: Sequence[str] = ()
     train: bool = True
     debug: bool = False
-    failed: dict[str, Failure] = field(default_factory=dict)  # by run, result or arm
+    failed: dict[str, tuple[int, str]] = field(default_factory=dict)
     _stopped: ExitCode | None = None
     _training: bool = False
-    _signals: list[int] = field(default_factory=list)
-    _running: dict[str, tuple[StudyRun, subprocess.Popen[bytes], list[str]]] = field(
-        default_factory=dict
+    _signals: list[int] = field(default_factory=list)  # not handed on yet
+    _running: list[tuple[StudyRun, subprocess.Popen[bytes], list[str]]] = field(
+        default_factory=list
     )
-    _announced: set[str] = field(default_factory=set)
-    _devices: list[str] = field(default_factory=list)
 
     def run(self) -> ExitCode:
         """Do everything and return the exit code: 0, 1 when something failed, 6 when only judgments
@@ -97,32 +101,27 @@ class StudyRunner:
         Raises:
             EnvironmentFault: another process runs this study.
             RecipeErrors: an evaluation would mean nothing after the trainings.
-            RecipeError: the folder is another study's.
+            RecipeError: the folder is another study's, or the study was edited since its launch.
         """
-        self.study = with_choices(self.study)
+        study = self.study = with_choices(self.study)
         numbers = (signal.SIGINT, signal.SIGTERM)
-        with study_lock(self.study):
-            _check_folder(self.study)
-            refuse_unmet(self.study, fetch=True)
-            if self.train and runs_left(self.study):
-                _warn_of_silent_judges(self.study)
-            _write_copy(self.study)
+        with study_lock(study):
+            _claim_folder(study)
+            refuse_unmet(study, fetch=True)
+            if self.train and runs_left(study):
+                _warn_of_silent_judges(study)
             before = {number: signal.signal(number, self._on_signal) for number in numbers}
             try:
                 self._steps()
             except KeyboardInterrupt:
-                pass
+                self.say("stopped; the same command continues")
+                return self._stopped or ExitCode.INTERRUPTED
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
-        if self._stopped is not None:
-            self.say("stopped; the same command continues")
-            return self._stopped
-        for name, failure in self.failed.items():
-            error = failure.error.splitlines()[0]
-            self.say(f"failed: {name} (exit code {failure.exit_code}): {error}")
-        codes = {failure.exit_code for failure in self.failed.values()}
-        if codes == {ExitCode.EVALUATION_INCOMPLETE}:
+        for name, (code, why) in self.failed.items():
+            self.say(f"failed: {name} (exit code {code}): {why}")
+        if {code for code, _ in self.failed.values()} == {ExitCode.EVALUATION_INCOMPLETE}:
             return ExitCode.EVALUATION_INCOMPLETE
         return ExitCode.FAILED if self.failed else ExitCode.DONE
 
@@ -130,8 +129,7 @@ class StudyRunner:
         """Note a signal. While trainings run it is handed on to each, which writes a checkpoint;
         elsewhere everything ends here, and what was answered and judged is stored.
         """
-        stopped = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
-        self._stopped = stopped
+        self._stopped = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
         if not self._training:
             raise KeyboardInterrupt
         self._signals.append(number)
@@ -144,13 +142,18 @@ class StudyRunner:
         self._train([training for training in tried if not has_diverged(training)])
         for training in filter(has_diverged, tried):
             self.failed.pop(training.run, None)  # its value cannot be chosen: no failure
-        self.failed |= choose(self.study, self.say)
         self.study = with_choices(self.study)
-        undecided = {arm.name for arm in self.study.arms if arm.tuning and not arm.tuning.losses}
+        for arm in self.study.arms:
+            if arm.tuning and arm.tuning.losses:
+                self.say(f"{arm.name}: {losses_text(arm)}")
+                if arm.tuning.chosen is None:
+                    self._note([arm.name], NumericsError(losses_text(arm)))
+        undecided = [
+            arm.name for arm in self.study.arms if arm.tuning and arm.tuning.chosen is None
+        ]
         ready = [run for run in study_trainings(self.study) if run.arm.name not in undecided]
         self._train(ready)
-        trained = {training.run for training in ready if is_trained(training)}
-        if trained:
+        if trained := {training.run for training in ready if is_trained(training)}:
             from recipes_lib.study.report import report_study  # scipy
 
             self._evaluate(trained)
@@ -165,7 +168,7 @@ class StudyRunner:
         if self.debug and not isinstance(error, RecipesError):
             raise error
         code = error.exit_code if isinstance(error, RecipesError) else ExitCode.FAILED
-        self.failed.update(dict.fromkeys(names, Failure(one_line(error), int(code))))
+        self.failed |= dict.fromkeys(names, (int(code), one_line(error)))
 
     # ---- Trainings ----
 
@@ -178,75 +181,64 @@ class StudyRunner:
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
             for training in waiting:
-                run = training.directory
-                changed = settings_changed(training, run.read_state()) if run.exists() else []
-                why = f"was trained with other settings ({', '.join(changed[:3])})"
-                self.failed[training.run] = Failure(why if changed else "is not trained")
+                changed = ", ".join(settings_changed(training)[:3])
+                why = (
+                    f"was trained with other settings ({changed})" if changed else "is not trained"
+                )
+                self.failed[training.run] = (ExitCode.FAILED, why)
             return
+        devices = devices_here() if self.jobs > 1 else []
+        held_before: set[str] = set()
         self._training = True
-        self._devices = devices_here() if self.jobs > 1 else []
         while (waiting and self._stopped is None) or self._running:
-            self._start_next(waiting)
+            # in order: small trainings do not keep a large one waiting
+            for training in list(waiting) if self._stopped is None else ():
+                taken = [device for _, _, own in self._running for device in own]
+                free = [device for device in devices if device not in taken]
+                wanted = min(training.gpus, len(devices))  # one that wants more says so itself
+                folder = training.directory.path
+                if is_held(folder):
+                    if training.run not in held_before:
+                        holder = describe_holder(folder / LOCK_NOTE)
+                        self.say(f"{training.run} is being trained{holder}: waiting for it")
+                    held_before.add(training.run)
+                elif len(self._running) < self.jobs and wanted <= len(free):
+                    waiting.remove(training)
+                    self._start(training, free[:wanted])
+                else:
+                    break
             time.sleep(_POLL_S)
             while self._signals:
                 number = self._signals.pop(0)
-                for _, process, _ in self._running.values():
+                for _, process, _ in self._running:
                     process.send_signal(number)
-            for name, (training, process, _) in list(self._running.items()):
-                if process.poll() is not None:
-                    del self._running[name]
-                    held = is_held(training.directory.path)
-                    if process.returncode == ExitCode.ENVIRONMENT and held:
-                        waiting.append(training)  # one that a killed runner had started was first
-                    else:
-                        self._ended(training, process.returncode)
+            for entry in [entry for entry in self._running if entry[1].poll() is not None]:
+                self._running.remove(entry)
+                training, code = entry[0], entry[1].returncode
+                if code == ExitCode.ENVIRONMENT and is_held(training.directory.path):
+                    waiting.append(training)  # one that a killed runner had started was first
+                else:
+                    self._ended(training, code)
         self._training = False
         if self._stopped is not None:
             raise KeyboardInterrupt
-
-    def _start_next(self, waiting: list[StudyRun]) -> None:
-        """Start what there is room for, in order: small trainings do not keep a large one
-        waiting.
-        """
-        for training in list(waiting):
-            if self._stopped is not None or len(self._running) >= self.jobs:
-                return
-            folder = training.directory.path
-            if is_held(folder):
-                if training.run not in self._announced:
-                    self._announced.add(training.run)
-                    holder = describe_holder(folder / LOCK_NOTE)
-                    self.say(f"{training.run} is being trained{holder}: waiting for it")
-                continue
-            taken = {device for _, _, devices in self._running.values() for device in devices}
-            free = [device for device in self._devices if device not in taken]
-            # a training that wants more says so itself
-            wanted = min(training.gpus, len(self._devices))
-            if len(free) < wanted:
-                return
-            waiting.remove(training)
-            try:
-                self._start(training, free[:wanted])
-            except RecipesError as error:
-                self._note([training.run], error)
 
     def _start(self, training: StudyRun, devices: list[str]) -> None:
         """Start one training, unless another process finished it meanwhile; a run of other settings
         is moved away first.
         """
-        run = training.directory
+        run, name = training.directory, training.run
         if is_trained(training):
-            self.say(f"{training.run}: trained before")
+            self.say(f"{name}: trained before")
             return
-        if run.exists():
-            state = run.read_state()
-            changed = settings_changed(training, state)
-            if state["state"] == "finished" and not changed:
-                changed = ["its weights are gone"]
-            if changed:
-                place, what = move_aside(run), ", ".join(changed[:3])
-                self.say(f"{training.run} had other settings ({what}): moved to {place}")
-        recipe = study_folder(self.study) / "recipes" / f"{training.run}.yaml"
+        changed = settings_changed(training)
+        if training.state.get("state") == "finished" and not changed:
+            changed = ["its weights are gone"]
+        if changed:
+            self.say(
+                f"{name} had other settings ({', '.join(changed[:3])}): moved to {move_aside(run)}"
+            )
+        recipe = study_folder(self.study) / "recipes" / f"{name}.yaml"
         training.recipe.write(recipe)
         words = ["train", shown_path(recipe), *self.flags]
         shown, environment, log = shlex.join(["recipes", *words]), dict(os.environ), None
@@ -266,19 +258,18 @@ class StudyRunner:
         )
         if log:
             log.close()
-        self._running[training.run] = training, process, devices
+        self._running.append((training, process, devices))
 
     def _ended(self, training: StudyRun, code: int) -> None:
         """Note how a training ended."""
-        state = training.directory.read_state() if training.directory.exists() else {}
+        state = training.state
         if code == ExitCode.DONE and state.get("state") == "finished":
             self.say(f"{training.run}: trained")
         elif code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED) or self._stopped is not None:
             self._stopped = self._stopped or ExitCode(code)
         else:
-            error = state.get("error") or f"the training ended with exit code {code}"
-            code = code if code > 0 else int(ExitCode.FAILED)
-            self.failed[training.run] = Failure(error, code)
+            error = (state.get("error") or f"the training ended with exit code {code}").splitlines()
+            self.failed[training.run] = (max(code, int(ExitCode.FAILED)), error[0])
             self.say(f"{training.run}: failed (exit code {code}); the other trainings go on")
 
     # ---- Evaluations ----
@@ -295,11 +286,11 @@ class StudyRunner:
                 common_base([base_recipe(study)]).record()
             except RecipesError as error:
                 self._note(["the base"], error)
-        own = {BASE_ARM, *(training.run for training in study_trainings(study))}
-        usable = {*trained, base_run(study)} - {""}
+        usable = {*trained, base_run(study)}
+        unusable = {BASE_ARM, *(training.run for training in study_trainings(study))} - usable
         groups: dict[tuple[str, str, bool], list[Evaluation]] = {}
         for result in evaluations(study):
-            if result.run in usable and (result.against in usable or result.against not in own):
+            if result.run in usable and result.against not in unusable:
                 key = result.recipe.name, result.against, result.head_to_head
                 groups.setdefault(key, []).append(result)
         unfinished = [group for group in groups.values() if not all(map(is_evaluated, group))]
@@ -355,28 +346,23 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     arms = [arm for arm in study.arms if arm.name in names]
     for arm in arms:
         check_packages(arm.recipe)
-    for error in unusable_rows(arms):
-        raise error
     errors, warnings = unmet(study, arms, fetch)
     for warning in warnings:
         print_error(warning)
+    for error in errors:
+        if isinstance(error, DataError):
+            raise error
     if errors:
-        raise RecipeErrors(errors)
-
-
-def unusable_rows(arms: Sequence[Arm]) -> list[DataError]:
-    """Return what is wrong with the local rows that arms are trained on."""
-    by_data = {str(arm.recipe.data): arm.recipe for arm in arms}
-    return [error for recipe in by_data.values() for error in check_rows(recipe)]
+        raise RecipeErrors([error for error in errors if isinstance(error, RecipeError)])
 
 
 def unmet(
     study: Study, arms: Sequence[Arm], fetch: bool = False
-) -> tuple[list[RecipeError], list[RecipeError]]:
-    """Return errors and warnings about what arms are trained on: rows that hold questions of the
-    study's evals, and no rows held out that an eval asks for.
+) -> tuple[list[RecipesError], list[RecipeError]]:
+    """Return errors and warnings about what arms are trained on: rows that cannot be read or hold
+    questions of the study's evals, and no rows held out that an eval asks for.
     """
-    errors, warnings = list[RecipeError](), list[RecipeError]()
+    errors, warnings = list[RecipesError](), list[RecipeError]()
     for number, recipe in enumerate(study.evals):
         split = str(recipe.data.questions)
         held_out = recipe.suite.name == "heldout_loss" and split in HELD_OUT
@@ -391,6 +377,7 @@ def unmet(
     evals = [recipe for recipe in study.evals if recipe.suite.name != "lm_eval"]
     for same in by_data.values():
         trained, rows = same[0].recipe, f"rows of {', '.join(arm.name for arm in same)}"
+        errors += check_rows(trained)
         for name, leaks in search_recipe(trained, evals, fetch).items():
             if leaks.found:
                 error = leak_error(name, leaks, trained, rows)
@@ -429,17 +416,24 @@ def study_lock(study: Study) -> AbstractContextManager[None]:
     return run_lock(folder)
 
 
-def _write_copy(study: Study) -> None:
-    words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
-    copy = f"{_COPY}{study.path.resolve()}\n{words}{study.document.text}"
-    write_text(study_folder(study) / "study.yaml", copy)
+def _claim_folder(study: Study) -> None:
+    """Keep a copy of the study in its folder.
 
-
-def _check_folder(study: Study) -> None:
-    """Refuse a study whose folder holds another study of the same name."""
-    kept = study_folder(study) / "study.yaml"
+    Raises:
+        RecipeError: the folder holds another study of the same name, or the study was edited while
+            this job waited.
+    """
+    kept, file = study_folder(study) / "study.yaml", shown_path(study.path)
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
     if first and other.is_file() and other != study.path.resolve():
         what = f"{shown_path(kept.parent)} belongs to another study: {shown_path(other)}"
-        raise RecipeError(what, "rename one of the two files", file=shown_path(study.path))
+        raise RecipeError(what, "rename one of the two files", file=file)
+    if launched := os.environ.get(LAUNCHED):
+        changed = list(design_changes(read_object(Path(launched)), launched_values(study)))
+        if changed:
+            what = f"the study was edited after it was launched: {', '.join(changed)}"
+            hint = f"evaluate what it is now: recipes launch {file} ..."
+            raise RecipeError(what, hint, file=file)
+    words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
+    write_text(kept, f"{_COPY}{study.path.resolve()}\n{words}{study.document.text}")

@@ -8,17 +8,19 @@ evaluation when its result carries the key of what would be evaluated now.
 from __future__ import annotations
 
 import itertools
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED, LaunchSection
 from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.files import object_or_none
+from recipes_lib.core.files import hash_of, object_or_none, read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
 from recipes_lib.data.sources import source_hashes
@@ -26,19 +28,12 @@ from recipes_lib.evals.log import REFERENCE, is_current, log_file
 from recipes_lib.evals.models import model_key
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import BASE_ARM, Arm, Study
-from recipes_lib.training.resume_guard import recipe_differences
+from recipes_lib.training.resume_guard import differences, flatten, recipe_differences
 from recipes_lib.weights.load import base_fingerprint
 from recipes_lib.weights.runs import finished_run
 
 REPLACED = ".replaced"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why something failed, in one line, and the exit code."""
-
-    error: str
-    exit_code: int = int(ExitCode.FAILED)
+_FREE = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,11 @@ class StudyRun:
     def directory(self) -> RunDirectory:
         """Its run."""
         return RunDirectory(self.run)
+
+    @property
+    def state(self) -> RunState:
+        """What run.json says; empty where there is no run."""
+        return self.directory.read_state() if self.directory.exists() else RunState()
 
     @property
     def gpus(self) -> int:
@@ -96,7 +96,6 @@ class Evaluation:
     """
 
     recipe: EvalRecipe
-    arm: str
     run: str
     against: str = ""
     head_to_head: bool = False
@@ -144,38 +143,37 @@ def runs_left(study: Study) -> list[StudyRun]:
 
 def is_trained(training: StudyRun) -> bool:
     """Whether a run is finished, with its weights, the study's settings and its data."""
-    run = training.directory
-    state = run.read_state() if run.exists() else None
-    if state is None or state["state"] != "finished" or settings_changed(training, state):
+    if training.state.get("state") != "finished" or settings_changed(training):
         return False
-    return any(any(run.weights(full).glob("*.safetensors")) for full in (False, True))
+    folders = (training.directory.weights(full) for full in (False, True))
+    return any(any(folder.glob("*.safetensors")) for folder in folders)
 
 
 def has_diverged(training: StudyRun) -> bool:
     """Whether a training of these settings ended because its loss was not finite."""
-    run = training.directory
-    state = run.read_state() if run.exists() else None
-    diverged = state is not None and state["state"] == "failed" and state.get("exit_code") == 3
-    return diverged and not settings_changed(training, state)
+    state = training.state
+    diverged = state.get("state") == "failed" and state.get("exit_code") == ExitCode.NUMERICS
+    return diverged and not settings_changed(training)
 
 
-def settings_changed(training: StudyRun, state: RunState | None) -> list[str]:
+def settings_changed(training: StudyRun) -> list[str]:
     """Return what of a run is not as the study has it now, a phrase for each."""
-    state = state or {}
-    guard, launch = state.get("guard") or {}, training.arm.launch
-    changed = recipe_differences(training.recipe, guard) if guard else {}
+    state, launch = training.state, training.arm.launch
+    guard = state.get("guard")
+    if not guard:
+        return []
+    changed = recipe_differences(training.recipe, guard)
     phrases = [f"{key} {old} -> {new}" for key, (old, new) in changed.items()]
     world, kind = guard.get("launch.world_size"), str(guard.get("launch.distribution"))
-    if world is not None and world != launch.world_size:
+    if world not in (None, launch.world_size):
         phrases.append(f"processes {world} -> {launch.world_size}")
-    if world is not None and ("FSDP" in kind) != ("FSDP" in str(launch.distributed_type)):
+    if world is not None and ("FSDP" in kind) != ("FSDP" in launch.distributed_type):
         phrases.append(f"launch {kind} -> {launch.distributed_type}")
-    before = state.get("data_files")
+    before = state.get("data_files") or {}
     with suppress(RecipesError):  # data that is not there, or damaged, is the training's error
         now = source_hashes(training.recipe.data)
-        if before is not None and before != now:
-            names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-            phrases += [f"{name} changed" for name in names]
+        names = sorted({*before, *now}) if before else []
+        phrases += [f"{name} changed" for name in names if before.get(name) != now.get(name)]
     return phrases
 
 
@@ -187,6 +185,57 @@ def move_aside(run: RunDirectory) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     run.path.rename(place)
     return shown_path(place)
+
+
+# ---- Tuning: the value of a grid whose training has the lowest validation loss ----
+
+
+def with_choices(study: Study) -> Study:
+    """Return the study with a value for each tuned arm whose grid is trained.
+
+    Of equal losses the value that stands first in the grid wins. A training that diverged has no
+    loss and cannot win; an arm that diverged everywhere has its losses and no value.
+    """
+
+    def tuned(arm: Arm) -> Arm:
+        tried = candidate_runs(study, arm)
+        diverged = [has_diverged(training) for training in tried]
+        ended = [lost or is_trained(run) for run, lost in zip(tried, diverged, strict=True)]
+        if arm.tuning is None or not all(ended):
+            return arm
+        losses = [
+            None if lost else validation_loss(training.directory)
+            for training, lost in zip(tried, diverged, strict=True)
+        ]
+        finite = [loss for loss in losses if loss is not None]
+        if not finite:
+            return replace(arm, tuning=replace(arm.tuning, losses=tuple(losses)))
+        return arm.tuned(arm.tuning.values[losses.index(min(finite))], losses)
+
+    return replace(study, arms=tuple(map(tuned, study.arms)))
+
+
+def losses_text(arm: Arm) -> str:
+    """Return the value that was chosen for a tuned arm, and the loss of each that was tried."""
+    assert arm.tuning is not None
+    tried = ", ".join(
+        f"{value}: {'diverged' if loss is None else f'{loss:.4f}'}"
+        for value, loss in zip(arm.tuning.values, arm.tuning.losses, strict=True)
+    )
+    chosen = "diverged at every value" if arm.tuning.chosen is None else arm.tuning.chosen
+    return f"{arm.tuning.key} {chosen} (validation loss of {tried})"
+
+
+def validation_loss(run: RunDirectory) -> float | None:
+    """Return the validation loss of the weights that a training kept: of the checkpoint it chose,
+    else of its end. None where there is no finite one.
+    """
+    summary: Mapping[str, Any] = run.read_state().get("summary") or {}
+    loss, best = summary.get("last_validation_loss"), summary.get("best_step")
+    for row in read_rows(run.metrics, skip_damaged=True) if best is not None else ():
+        if row.get("step") == best and "eval_loss" in row:
+            loss = row["eval_loss"]
+    return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
 # ---- The base ----
@@ -229,7 +278,7 @@ def evaluations(study: Study) -> list[Evaluation]:
     every other arm where the study says `pairs: all`.
     """
     base = base_run(study) or BASE_ARM
-    runs = {BASE_ARM: {0: base}} if study.file.include_base else {}
+    runs: dict[str, dict[int, str]] = {BASE_ARM: {0: base}} if study.file.include_base else {}
     for training in study_trainings(study):
         runs.setdefault(training.arm.name, {})[training.seed] = training.run
     pairs = [(study.baseline, arm) for arm in runs if arm != study.baseline]
@@ -239,22 +288,17 @@ def evaluations(study: Study) -> list[Evaluation]:
     for recipe in study.evals:
         opponent = recipe.opponent(None) if recipe.is_judged else None
         against = {None: "", REFERENCE: "", BASE_ARM: base}.get(opponent, opponent or "")
-        for arm, seeds in runs.items():
-            for run in seeds.values():
-                if run != against:
-                    results[recipe.name, run, against] = Evaluation(recipe, arm, run, against)
+        for run in (run for seeds in runs.values() for run in seeds.values()):
+            if run != against:
+                results[recipe.name, run, against] = Evaluation(recipe, run, against)
         for first, second in pairs if recipe.suite.name == "alpaca_eval" else ():
-            for other, run in _paired(runs[first], runs[second]):
-                result = Evaluation(recipe, second, run, other, head_to_head=True)
+            others = list(runs[first].values())
+            longer = range(max(len(others), len(runs[second])))
+            for place, (seed, run) in zip(longer, itertools.cycle(runs[second].items())):
+                other = runs[first].get(seed, others[place % len(others)])
+                result = Evaluation(recipe, run, other, head_to_head=True)
                 results.setdefault((recipe.name, run, other), result)
     return list(results.values())
-
-
-def _paired(first: Mapping[int, str], second: Mapping[int, str]) -> Iterator[tuple[str, str]]:
-    """Yield the runs of two arms that are compared: those of one seed, else of one place."""
-    for place in range(max(len(first), len(second))):
-        seed, run = list(second.items())[place % len(second)]
-        yield first.get(seed, list(first.values())[place % len(first)]), run
 
 
 def is_evaluated(result: Evaluation) -> bool:
@@ -288,3 +332,51 @@ def missing_of(study: Study) -> list[str]:
         for result in evaluations(study)
         if not trained.get(result.run, True) or not is_evaluated(result)
     ]
+
+
+# ---- The design ----
+
+
+def design_values(study: Study) -> dict[str, Any]:
+    """Return what must not change once verdicts were seen."""
+
+    def hashed(values: Mapping[str, Any], free: Sequence[str]) -> str:
+        return hash_of({key: value for key, value in values.items() if key not in free})
+
+    return {
+        # where a job runs and how many seeds there are make no other arm
+        "arms": {arm.name: hashed(arm.resolved(), _FREE) for arm in study.arms},
+        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
+        # what is asked and who judges, not how fast
+        "evals": {
+            recipe.name: hashed(recipe.to_dict(), ("generation", "thresholds"))
+            for recipe in study.evals
+        },
+        "base": study.file.include_base,
+        "primary": study.aims.primary,
+        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
+        "pairs": study.file.pairs,
+    }
+
+
+def launched_values(study: Study) -> dict[str, Any]:
+    """Return what must not change while a job waits that evaluates and reports: all of the design
+    but the arms, which are known by their runs, and the settings of every eval.
+    """
+    design = design_values(study)
+    evals = {
+        recipe.name: hash_of(recipe.to_dict(), recipe.settings_key()) for recipe in study.evals
+    }
+    own = {"evals": evals, "factors": study.file.factors, "baseline": study.baseline}
+    return {key: design[key] for key in ("base", "primary", "margins", "pairs")} | own
+
+
+def design_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two designs, a phrase for each."""
+    known = {key: before.get(key) for key in now}
+    changed = differences(flatten(known), flatten(dict(now)))
+    verbs = {
+        key: "added" if old is None else "removed" if new is None else "changed"
+        for key, (old, new) in changed.items()
+    }
+    return [f"{key} {verb}" for key, verb in verbs.items()]

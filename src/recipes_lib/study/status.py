@@ -7,14 +7,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from recipes_lib.analysis.text import count, difference_text, question_text, sentence_list
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import rows_from_the_end
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
-from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.questions import local_questions
 from recipes_lib.evals.recipe import EvalRecipe
@@ -42,57 +41,49 @@ SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01), "grade": (1.44,
 # ---- The status ----
 
 
-@dataclass(frozen=True)
-class StatusRow:
-    """A training or a result, and how it stands: done, running, stopped, failed or missing."""
-
-    what: str
-    name: str
-    state: str
-    detail: str = ""
-
-
-def status_rows(study: Study) -> list[StatusRow]:
-    """Return every training and every result with its state."""
+def status_rows(study: Study) -> list[dict[str, str]]:
+    """Return every training and every result with its state: done, running, stopped, failed or
+    missing.
+    """
     trainings = (*study_tunings(study), *study_trainings(study))
-    rows = [StatusRow("training", run.run, *_training_state(run)) for run in trainings]
-    evaluating = is_held(study_folder(study)) and all(row.state == "done" for row in rows)
+    rows = [
+        {"what": "training", "name": training.run, "state": state, "detail": detail}
+        for training in trainings
+        for state, detail in [_training_state(training)]
+    ]
+    evaluating = is_held(study_folder(study)) and all(row["state"] == "done" for row in rows)
     for result in evaluations(study):
         state = "done" if is_evaluated(result) else "running" if evaluating else "missing"
-        rows.append(StatusRow("result", result.title, state))
+        rows.append({"what": "result", "name": result.title, "state": state, "detail": ""})
     return rows
 
 
-def status_lines(rows: list[StatusRow]) -> list[str]:
+def status_lines(rows: list[dict[str, str]]) -> list[str]:
     """Return the table of what is not done, under one line of counts."""
-    left = [(row.what, row.name, row.state, row.detail) for row in rows if row.state != "done"]
+    left = [list(row.values()) for row in rows if row["state"] != "done"]
     total = count(len(rows), "training and result", "trainings and results")
     return [f"{len(rows) - len(left)} of {total} done", *(aligned(left) if left else [])]
 
 
 def _training_state(training: StudyRun) -> tuple[str, str]:
     """Return state and detail of a training."""
-    run = training.directory
+    folder, state = training.directory.path, training.state
+    newest = list(islice(rows_from_the_end(training.directory.metrics), 2))  # one of a validation
+    losses = [f", loss {row['loss']:.3f}" for row in newest if isinstance(row.get("loss"), float)]
+    reached = f"step {newest[0]['step']}{''.join(losses[:1])}" if newest else "starting"
     if is_trained(training):
         return "done", ""
-    if is_held(run.path):
-        return "running", f"{_reached(run)}{describe_holder(run.path / LOCK_NOTE)}"
-    if not run.exists():
+    if is_held(folder):
+        return "running", f"{reached}{describe_holder(folder / LOCK_NOTE)}"
+    if not state:
         return "missing", ""
-    state = run.read_state()
     if state["state"] == "failed":
-        tried = has_diverged(training) and "--tune-" in training.arm.name
-        return ("done", "diverged") if tried else ("failed", str(state.get("error")).split("\n")[0])
+        if has_diverged(training) and "--tune-" in training.run:
+            return "done", "diverged"
+        return "failed", str(state.get("error")).split("\n")[0]
     if state["state"] == "finished":
         return "missing", "trained with other settings or data"
-    return "stopped", _reached(run)
-
-
-def _reached(run: RunDirectory) -> str:
-    """The last step and loss that a training wrote."""
-    rows = list(islice(rows_from_the_end(run.metrics), 2))  # one may be of a validation
-    losses = [f", loss {row['loss']:.3f}" for row in rows if isinstance(row.get("loss"), float)]
-    return f"step {rows[0]['step']}{''.join(losses[:1])}" if rows else "starting"
+    return "stopped", reached
 
 
 # ---- The plan ----
@@ -117,9 +108,8 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
     left = sentence_list([training.run for training in runs_left(study)], 3)
     yield f"trainings: {plan['trainings_to_do']} of {plan['trainings']} to do  {left}".rstrip()
     yield f"results: {plan['results_to_do']} of {plan['results']} to do"
-    for what in ("answers", "judge_requests"):
-        number = f"{plan[what]:,} for all results{plan['answers_unknown']}"
-        yield f"{what.replace('_', ' ')}: {number}"
+    yield f"answers: {plan['answers']:,} for all results{plan['answers_unknown']}"
+    yield f"judge requests: {plan['judge_requests']:,} for all results{plan['answers_unknown']}"
     if plan["device_hours"] is not None:
         hours = f"about {plan['device_hours']:.2g} (estimated, not measured)"
         yield f"device hours of the trainings: {hours}"
@@ -129,7 +119,7 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
         yield power
 
 
-def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, object]:
+def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, Any]:
     """Return the plan for --json: what is counted, and what the trainings are estimated to take."""
     trainings, results = [*study_tunings(study), *study_trainings(study)], evaluations(study)
     unknown = [recipe.name for recipe in study.evals if _questions(recipe) is None]
@@ -187,10 +177,9 @@ def _device_hours(study: Study, gpu: str | None) -> float | None:
     hours = 0.0
     for training in runs_left(study):
         launch = training.arm.launch
-        try:
+        seconds = None
+        with suppress(RecipesError):
             seconds = plan_of(training.recipe, launch, card_for(launch, gpu)).seconds
-        except RecipesError:
-            return None
         if seconds is None:
             return None
         hours += seconds / 3600 * launch.world_size
@@ -201,9 +190,9 @@ def _power_line(study: Study) -> str | None:
     """Return the difference that the study finds on its primary metric in 80% of cases; None where
     its spread or the number of questions is not known.
     """
-    primary = study.aims.primary
-    recipe = next((e for e in study.evals if primary and full_name(e, primary)), None)
-    kind, questions = str(primary).rpartition("/")[2], _questions(recipe) if recipe else None
+    primary = str(study.aims.primary)
+    recipe = next((each for each in study.evals if full_name(each, primary)), None)
+    kind, questions = primary.rpartition("/")[2], _questions(recipe) if recipe else None
     arms, seeds = len(study.arms) + study.file.include_base, min(len(a.seeds) for a in study.arms)
     if kind not in SPREADS or not questions or arms < 2:
         return None
