@@ -24,7 +24,7 @@ LINES = {
     "plan": (1150, 750),
     "evals": (6600, 4300),
     "analysis": (3730, 3000),
-    "study": (1850, 950),
+    "study": (1700, 950),
     "slurm": (1350, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 29600, 20_000
