@@ -149,7 +149,7 @@ def add_plan(row: dict[str, Any], recipe: Path, words: list[str]) -> None:
     launch = launch_for(loaded, None, None, None, None)
     plan = plan_of(loaded, launch, card_for(launch, None))
     row["card"] = plan.card.name
-    row["planned_gib"] = round(plan.memory.needed if plan.on_cpu else plan.memory.peak, 2)
+    row["planned_gib"] = round(plan.needed if plan.card.name == "cpu" else plan.peak, 2)
     if plan.card.tflops and row["state"] == "measured":
         operations = 4 * plan.trace.active * row["tokens_per_second"]
         row["mfu"] = round(operations / (plan.card.tflops * 1e12), 4)

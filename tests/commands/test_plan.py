@@ -58,7 +58,7 @@ def test_every_shipped_recipe_has_a_sensible_plan(plan: Run) -> None:
 
 def test_a_plan_has_at_most_fifteen_lines_and_the_numbers_of_its_json(plan: Run) -> None:
     made = planned(plan, LORA, "--gpu", "h100")
-    code, out, _ = plan(LORA, "--gpu", "h100", "--price", 2)
+    code, out, _ = plan(LORA, "--gpu", "h100")
     lines = out.splitlines()
     assert code == 0 and len(lines) <= 17  # 15, the command and what to type next
     assert f"{made['parameters']:,} parameters" in out
@@ -121,8 +121,8 @@ def test_an_earlier_training_on_such_a_card_gives_the_speed(
         (["--gpu", "h100-80"], 0, ""),
         (["--gpu", "tpu"], 2, "there is no card 'tpu'"),
         (["--gpus", "0"], 2, "a whole number >= 1"),
-        (["--price", "cheap"], 2, "--price: invalid float"),
-        (["--gpus", "3"], 2, "run.global_batch_size"),
+        (["--gpus", "2"], 2, "ddp or fsdp"),
+        (["--accelerate", "ddp", "--gpus", "3"], 2, "run.global_batch_size"),
         (["lora.target_modules=[c_attn]"], 2, "lora.target_modules"),
         (["model.name_or_path=nobody/nothing"], 5, "no plan: 'nobody/nothing'"),
         (["train.sed=1"], 2, "did you mean train.seed"),

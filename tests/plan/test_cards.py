@@ -15,6 +15,18 @@ SLICED = """GPU 0: NVIDIA H100 (UUID: GPU-0)
   MIG 3g.40gb Device 0: (UUID: MIG-a)
   MIG 1g.10gb Device 1: (UUID: MIG-b)
 GPU 1: NVIDIA H100 (UUID: GPU-1)"""
+NAMES = {  # what people type, or what CUDA says of a card and its memory
+    ("h100", None): "h100-80gb",
+    ("a100", None): "a100-80gb",
+    ("a100-40gb", None): "a100-40gb",
+    ("4090", None): "rtx-4090-24gb",
+    ("h100-nvl", None): "h100-nvl-94gb",
+    ("NVIDIA B200", 178.0): "b200-180gb",
+    ("NVIDIA H100 80GB HBM3", 79.1): "h100-80gb",
+    ("NVIDIA A100-SXM4-40GB", 39.4): "a100-40gb",
+    ("NVIDIA A10", 22.0): "a10-24gb",
+    ("NVIDIA GeForce RTX 4090", 23.5): "rtx-4090-24gb",
+}
 
 
 @pytest.fixture
@@ -34,6 +46,8 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str
 def test_devices_are_those_that_cuda_will_see(
     nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    nvidia_smi(SLICED)
+    assert devices_here() == ["MIG-a", "MIG-b", "GPU-1"], "not the card that is cut into slices"
     nvidia_smi(LISTED)
     assert devices_here() == ["GPU-0", "GPU-1"]
     for visible, seen in {"": [], "1": ["1"], "0,-1,1": ["0"], "GPU-1, 0": ["GPU-1", "0"]}.items():
@@ -41,36 +55,8 @@ def test_devices_are_those_that_cuda_will_see(
         assert devices_here() == seen
 
 
-def test_mig_slices_count_and_not_the_card_they_are_cut_from(
-    nvidia_smi: Callable[[str], None],
-) -> None:
-    nvidia_smi(SLICED)
-    assert devices_here() == ["MIG-a", "MIG-b", "GPU-1"]
-
-
-def test_a_name_as_people_type_it_or_cuda_gives_it_is_that_card() -> None:
-    typed = {
-        "h100": "h100-80gb",
-        "a100": "a100-80gb",
-        "a100-40gb": "a100-40gb",
-        "l4": "l4-24gb",
-        "4090": "rtx-4090-24gb",
-        "H200": "h200-141gb",
-        "h100-nvl": "h100-nvl-94gb",
-    }
-    assert {name: card_named(name).name for name in typed} == typed
-    given = {
-        ("NVIDIA B200", 178.0): "b200-180gb",
-        ("NVIDIA H100 80GB HBM3", 79.1): "h100-80gb",
-        ("NVIDIA H100 NVL", 93.1): "h100-nvl-94gb",
-        ("NVIDIA A100-SXM4-40GB", 39.4): "a100-40gb",
-        ("NVIDIA A10", 22.0): "a10-24gb",
-        ("NVIDIA GeForce RTX 4090", 23.5): "rtx-4090-24gb",
-    }
-    assert {key: card_named(*key).name for key in given} == given
-
-
-def test_a_slice_has_its_memory_and_share_and_an_unknown_card_no_time() -> None:
+def test_a_card_has_many_names_and_a_slice_has_its_share() -> None:
+    assert {words: card_named(*words).name for words in NAMES} == NAMES
     for name in ("h100-mig-3g.40gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"):
         card = card_named(name, 39.0)
         assert card.memory_gib == 38.8 and card.tflops == pytest.approx(989 * 3 / 7, abs=1)

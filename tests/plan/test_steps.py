@@ -60,13 +60,12 @@ def test_validations_are_counted_as_the_trainer_makes_them(train: dict, expected
     assert validations(300, 100, train) == expected
 
 
-def test_padding_is_computed_and_joined_rows_have_none(tiny_recipe: Path) -> None:
+def test_a_row_is_the_whole_micro_batch_unless_rows_are_padded(tiny_recipe: Path) -> None:
     rows = RowLengths((10, 100) * 50, 100, 0, "made up", counted=True)
     joined = steps_for(tiny_recipe, rows, "train.per_device_train_batch_size=4")
     padded = steps_for(tiny_recipe, rows, "train.padding_free=false")
-    assert joined.computed == joined.tokens == padded.tokens
-    assert padded.computed > 1.5 * padded.tokens
-    assert joined.largest == 4 * 100 and joined.row == 400 and padded.row == 100
+    assert joined.tokens == padded.tokens
+    assert joined.largest == joined.row == 400 and padded.row == 100
 
 
 def test_packed_rows_are_full(tiny_recipe: Path) -> None:

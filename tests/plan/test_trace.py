@@ -10,7 +10,7 @@ import torch
 from tests.families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family_config
 
 from recipes_lib.models import shape
-from recipes_lib.models.known import known_config
+from recipes_lib.models.shape import known_config
 from recipes_lib.plan.trace import Precision, trace, trace_now
 
 # Families that the tiny models of the other tests do not have, with what their configs need.

@@ -1,5 +1,5 @@
 """`recipes plan RECIPE_OR_STUDY`: what a training needs before it is started: memory, steps, time,
-cost, and which setting to change.
+and which setting to change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def run(
         str | None, "a file in accelerate_configs/ or a path; default: the recipe's"
     ] = None,
     tokens_per_row: Annotated[int | None, "for data that are not on this machine"] = None,
-    price: Annotated[float | None, "of one card for one hour, in any currency"] = None,
     table: Annotated[bool, "other methods and numbers of cards too"] = False,
     json: Annotated[bool, "print one JSON object"] = False,
 ) -> int:
@@ -53,23 +52,23 @@ def run(
         say("\n".join(study_plan_lines(study, gpu)))
         next_step(shlex.join(["recipes", "study", "run", shown_path(file), *overrides]))
         return ExitCode.DONE
-    if price is not None and not 0 <= price < float("inf"):
-        raise RecipeError(f"recipes plan: --price: expected a number >= 0, got {price}")
     # they import torch, and `--help` does not
-    from recipes_lib.plan.advice import advise, lines, to_dict
+    from recipes_lib.plan.advice import advise, rows_shown
     from recipes_lib.plan.advice import table as table_lines
     from recipes_lib.plan.plan import card_for, launch_for, plan_of
+    from recipes_lib.plan.steps import rows_of
 
     recipe = load_recipe(recipe_or_study, overrides)
     for warning in recipe.warnings:
         print_error(warning)
     launch = launch_for(recipe, gpu, gpus, nodes, accelerate)
-    plan = plan_of(recipe, launch, card_for(launch, gpu), tokens_per_row)
+    plan = plan_of(recipe, launch, card_for(launch, gpu), rows_of(recipe, tokens_per_row))
     advice = advise(plan, overrides)
+    rows = rows_shown(plan, advice)
     if json:
-        return print_json(to_dict(plan, advice, price))
-    for line in (*lines(plan, advice, price), *(table_lines(plan, overrides) if table else ())):
-        say(line)
+        return print_json({key: value for row in rows for key, value in row.values.items()})
+    lines = [f"{row.label:<9} {row.text}" for row in rows if row.text]
+    say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
     path, flags = shown_path(recipe.path), _launch_words(plan, accelerate)
     say(f"$ {launch_line(plan.launch, path, overrides)}")
     if plan.fits:

@@ -7,14 +7,46 @@ counts what a training trains.
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 import transformers
 
+from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.files import object_or_none
+from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.models.families import auto_class, prepare_for_training, settle_targets
+
+
+def known_configs() -> dict[str, Mapping[str, Any]]:
+    """Return repository name -> content of its config.json, for models that people fine-tune:
+    `recipes/FOLDER/model.json` and `recipes/models.jsonl`, shipped and of the working directory.
+
+    Raises:
+        RecipeError: a file cannot be read.
+    """
+    configs: dict[str, Mapping[str, Any]] = {}
+    for folder in (project_root() / "recipes", Path("recipes")):
+        for file in (*sorted(folder.glob("*/model.json")), *folder.glob("models.jsonl")):
+            text = file.read_text("utf-8")
+            for line in [text] if file.suffix == ".json" else text.splitlines():
+                try:
+                    model = json.loads(line)
+                    configs |= {name: dict(model["config"]) for name in model["names"]}
+                except (ValueError, TypeError, LookupError):
+                    form = 'a model is {"names": [...], "source": "...", "config": {...}}'
+                    raise RecipeError("cannot be read", form, file=shown_path(file)) from None
+    return configs
+
+
+def known_config(name: str) -> Mapping[str, Any] | None:
+    """Return the config.json of a local folder or of a known model, else None."""
+    folder = Path(name)
+    return object_or_none(folder / "config.json") if folder.is_dir() else known_configs().get(name)
 
 
 def configuration(values: Mapping[str, Any]) -> Any:

@@ -31,11 +31,6 @@ class Card:
     tflops: float | None = None
     assumed: bool = False
 
-    @property
-    def kind(self) -> set[str]:
-        """The words that name it, without its size."""
-        return {*self.name.split("-")[:-1]} - {"rtx"}
-
 
 CARDS = (
     Card("b200-180gb", 178.0, 2250),
@@ -56,7 +51,6 @@ CARDS = (
     Card("rtx-4090-24gb", 23.5, 165),
 )
 DEFAULT = "h100-80gb"
-_MIG = re.compile(r"(\d+)g\.(\d+)gb")
 
 
 def card_named(name: str, memory_gib: float | None = None) -> Card:
@@ -71,29 +65,30 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
         RecipeError: there is none; the nearest names are given.
 
     Example:
-        >>> card_named("H100").name, card_named("4090").name, card_named("a100-mig-3g.20gb")
-        ('h100-80gb', 'rtx-4090-24gb', Card(name='a100-mig-3g.20gb', memory_gib=19.4, tflops=134, assumed=False))
+        >>> card_named("H100").name, card_named("4090").name, card_named("a100-mig-3g.20gb").tflops
+        ('h100-80gb', 'rtx-4090-24gb', 134)
         >>> card_named("NVIDIA H100 PCIe", 79.6).name, card_named("Tesla T4", 14.6).tflops
         ('h100-pcie-80gb', None)
-    """  # noqa: E501
+    """
     words = {*re.split(r"[^a-z0-9]+", name.lower())}
-    alike = [card for card in CARDS if card.kind <= words]
-    profile = _MIG.search(name.lower())
+
+    def kind(card: Card) -> set[str]:
+        return {*card.name.split("-")[:-1]} - {"rtx"}
+
+    def likeness(card: Card) -> tuple[int, float]:
+        size = card.name.rpartition("-")[2] in words
+        return len(kind(card)), size if memory_gib is None else -abs(card.memory_gib - memory_gib)
+
+    alike = [card for card in CARDS if kind(card) <= words]
     if not alike and memory_gib is None:
         names = [card.name for card in CARDS]
         known = f"cards: {', '.join(names)}, h100-mig-3g.40gb (any profile), cpu"
         raise RecipeError(f"--gpu: there is no card '{name}'", *did_you_mean(name, names), known)
-
-    def likeness(card: Card) -> tuple[int, float]:
-        size = card.name.rpartition("-")[2] in words
-        return len(card.kind), size if memory_gib is None else -abs(card.memory_gib - memory_gib)
-
-    card = max(alike, key=likeness, default=Card(name, round(memory_gib or 0, 1)))
-    if profile:
-        tflops = card.tflops and round(card.tflops * int(profile[1]) / 7)
-        return Card(name, round(0.97 * float(profile[2]), 1), tflops)
-    smaller = min(card.memory_gib, memory_gib or card.memory_gib)
-    return replace(card, memory_gib=round(smaller, 1))
+    card = max(alike, key=likeness, default=Card(name, memory_gib or 0.0))
+    if slice_of := re.search(r"(\d+)g\.(\d+)gb", name.lower()):
+        tflops = card.tflops and round(card.tflops * int(slice_of[1]) / 7)
+        return Card(name, round(0.97 * float(slice_of[2]), 1), tflops)
+    return replace(card, memory_gib=round(min(card.memory_gib, memory_gib or card.memory_gib), 1))
 
 
 def devices_here() -> list[str]:
@@ -110,9 +105,5 @@ def devices_here() -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     names = re.findall(r"UUID: ([^)\s]+)", done.stdout)
-    following = [*names[1:], ""]
-    return [
-        name
-        for name, after in zip(names, following, strict=True)
-        if name.startswith("MIG-") or not after.startswith("MIG-")
-    ]
+    pairs = itertools.zip_longest(names, names[1:], fillvalue="")
+    return [name for name, after in pairs if name[:4] == "MIG-" or after[:4] != "MIG-"]

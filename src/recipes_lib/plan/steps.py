@@ -49,22 +49,20 @@ def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
         RecipeError: a file or folder of the data is not here.
         DataError: the data are here and cannot be used.
     """
-    section = recipe.data
+    section, folder, files = recipe.data, local_folder(recipe), []
     sources = listed_sources(section)
-    for source in sources:
-        if not is_on_hub(source) and find_path(source.source) is None:
+    on_hub = [source for source in sources if find_path(source.source) is None]
+    for source in on_hub:
+        if not is_on_hub(source):
             raise recipe.error("data.source", f"no such file or folder: {source.source}")
-    local = all(find_path(source.source) is not None for source in sources)
-    files = [file for source in sources if local for file in source_files(source)]
-    small = sum(file.stat().st_size for file in files) <= LARGEST_FILE
-    folder = local_folder(recipe)
-    if local and small and folder is not None and (folder / "tokenizer_config.json").is_file():
-        data = prepare_data(recipe, load_tokenizer(recipe))
-        lengths = tuple(map(len, data.train[: 10 * SAMPLE]["input_ids"]))
-        validation = len(data.validation) if data.validation is not None else 0
-        rows = len(data.train)
-        return RowLengths(lengths, rows, validation, f"tokens of {rows:,} rows", counted=True)
-    if local:
+    if not on_hub:
+        files = [file for source in sources for file in source_files(source)]
+        is_small = sum(file.stat().st_size for file in files) <= LARGEST_FILE
+        if is_small and folder is not None and (folder / "tokenizer_config.json").is_file():
+            data = prepare_data(recipe, load_tokenizer(recipe))
+            lengths = tuple(map(len, data.train[: 10 * SAMPLE]["input_ids"]))
+            validation, rows = len(data.validation or ()), len(data.train)
+            return RowLengths(lengths, rows, validation, f"tokens of {rows:,} rows", counted=True)
         read = read_data(section, BadRows(), max_rows=SAMPLE).rows[:SAMPLE]
         lengths = tuple(sum(map(len, row.texts)) // CHARACTERS_PER_TOKEN + 1 for row in read)
         rows = min(sum(map(count_rows, files)), section.max_examples or 1 << 40)
@@ -73,10 +71,11 @@ def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
         lengths = (tokens_per_row or ASSUMED_TOKENS,)
         rows = section.max_examples or ASSUMED_ROWS
         text = f"assumed: the data are not on this machine, {rows:,} rows of {lengths[0]} tokens"
-    split = section.split
-    held_out = (split.validation, split.test) if split.method != "none" else (0.0, 0.0)
-    train = max(round(rows * (1 - sum(held_out))), 1)
-    return RowLengths(lengths, train, round(rows * held_out[0]), text)
+    split, validation = section.split, 0
+    if split.method != "none":
+        validation = round(rows * split.validation)
+        rows = max(round(rows * (1 - split.validation - split.test)), 1)
+    return RowLengths(lengths, rows, validation, text)
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,8 @@ class Steps:
     """How much a training computes.
 
     Args:
-        tokens: of all steps, without padding; `computed` with it.
+        tokens: of all steps, without padding.
         largest: tokens of the largest micro-batch; `row` of its longest row.
-        joined: whether a micro-batch is one row of examples end to end.
         validation: tokens of all validations.
     """
 
@@ -96,10 +94,8 @@ class Steps:
     accumulation: int
     world_size: int
     tokens: int
-    computed: int
     largest: int
     row: int
-    joined: bool
     validation: int
 
     @property
@@ -116,36 +112,36 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
     """
     train = recipe.train
     max_length = train.get("max_length", MAX_LENGTH)
-    cut = [min(length, max_length or length) for length in rows.tokens]
-    mean, number = sum(cut) / len(cut), rows.train
-    longest = max(cut) if rows.counted else max_length or max(cut)
-    if train.get("packing") and max_length:
+    lengths = [min(length, max_length or length) for length in rows.tokens]
+    mean, number = sum(lengths) / len(lengths), rows.train
+    longest = max(lengths) if rows.counted else max_length or max(lengths)
+    packed = bool(train.get("packing")) and max_length
+    if packed:
         number = max(1, math.ceil(rows.train * mean / max_length))
         mean, longest = rows.train * mean / number, max_length
-    shape = {
-        "per_device": int(train.get("per_device_train_batch_size", 8)),
-        "accumulation": accumulation_steps(recipe, world_size),
-        "world_size": world_size,
-    }
-    examples, per_device = math.prod(shape.values()), shape["per_device"]
-    epochs, most = float(train.get("num_train_epochs", 3)), int(train.get("max_steps", -1))
-    per_epoch, steps = planned_steps(number, **shape, epochs=epochs, max_steps=most)
-    # where there are fewer rows than a step takes
-    tokens = steps / per_epoch * min(per_epoch * examples, number) * mean
-    joined = bool(train.get("packing")) or train.get("padding_free") is not False
-    padding = 1.0
-    if not joined:  # each row is as long as the longest of its micro-batch
-        batches = [cut[at : at + per_device] for at in range(0, len(cut), per_device)]
-        padding = sum(len(batch) * max(batch) for batch in batches) / sum(cut)
+    per_device = int(train.get("per_device_train_batch_size", 8))
+    accumulation = accumulation_steps(recipe, world_size)
+    per_epoch, steps = planned_steps(
+        number,
+        per_device=per_device,
+        accumulation=accumulation,
+        world_size=world_size,
+        epochs=float(train.get("num_train_epochs", 3)),
+        max_steps=int(train.get("max_steps", -1)),
+    )
+    # an epoch of fewer rows than a step takes has those alone
+    in_epoch = min(per_epoch * per_device * accumulation * world_size, number)
+    tokens = steps / per_epoch * in_epoch * mean
+    joined = bool(packed) or train.get("padding_free") is not False  # one row, end to end
     return Steps(
         steps=steps,
         per_epoch=per_epoch,
-        **shape,
+        per_device=per_device,
+        accumulation=accumulation,
+        world_size=world_size,
         tokens=round(tokens),
-        computed=round(tokens * padding),
         largest=per_device * longest,
         row=per_device * longest if joined else longest,
-        joined=joined,
         validation=round(validations(steps, per_epoch, train) * rows.validation * mean),
     )
 
@@ -157,6 +153,9 @@ def validations(steps: int, per_epoch: int, train: Mapping[str, Any]) -> int:
     strategy = train.get("eval_strategy", "no")
     if strategy == "no":
         return 0
-    written = float(train.get("eval_steps") or train.get("logging_steps") or 10)
-    every = per_epoch if strategy == "epoch" else written * steps if written < 1 else written
+    every = float(train.get("eval_steps") or train.get("logging_steps") or 10)
+    if strategy == "epoch":
+        every = per_epoch
+    elif every < 1:  # a share of all steps
+        every *= steps
     return math.floor(steps / max(every, 1)) + bool(train.get("eval_on_start"))

@@ -8,8 +8,7 @@ their CUDA kernels keep. Traces are cached by configuration, adapter, precision 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -115,45 +114,51 @@ def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -
     """Trace a model on fake tensors."""
     dtype = getattr(torch, precision.weights)
     model = shape.on_meta(config, dtype, lora, attention="traced")
+    text, blocks = config.get_text_config(), shape.layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if lora and precision.bits and precision.half == "bfloat16":
         for parameter in trained:  # TRL's adapters on a quantized base
             parameter.data = parameter.data.to(dtype)
-    text, blocks = config.get_text_config(), shape.layers(model)
-    base = {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if "lora_" not in name and "modules_to_save" not in name
-    }
-    in_blocks = {id(parameter) for block in blocks for parameter in block.parameters()}
+    added = ("lora_", "modules_to_save")
+    named = model.named_parameters()
+    base = [weight for name, weight in named if not any(part in name for part in added)]
+    in_blocks = {id(weight) for block in blocks for weight in block.parameters()}
     packed = _quantized(model, config) if precision.bits else set()
-    packed_bytes = NF4_NESTED if precision.nested else NF4
-    packed_bytes = packed_bytes if precision.bits == 4 else 1.0
+    packed_bytes = 1.0
+    if precision.bits == 4:
+        packed_bytes = NF4_NESTED if precision.nested else NF4
     weight_bytes = sum(
-        parameter.numel() * (packed_bytes if parameter in packed else parameter.itemsize)
-        for parameter in base.values()
+        weight.numel() * (packed_bytes if weight in packed else weight.itemsize) for weight in base
     )
+    # before the passes: a fake tensor has no number of its own
     numbers = {
-        "parameters": sum(parameter.numel() for parameter in base.values()),
-        "trained": sum(parameter.numel() for parameter in trained),
+        "parameters": sum(weight.numel() for weight in base),
+        "trained": sum(weight.numel() for weight in trained),
         "active": _active(model, text),
         "weight_bytes": round(weight_bytes),
-        "trained_bytes": sum(parameter.nbytes for parameter in trained),
-        "outside": sum(part.numel() for part in base.values() if id(part) not in in_blocks),
+        "trained_bytes": sum(weight.nbytes for weight in trained),
+        "outside": sum(weight.numel() for weight in base if id(weight) not in in_blocks),
         "largest_layer": max(sum(part.numel() for part in block.parameters()) for block in blocks),
     }
-    with _as_on_a_gpu(getattr(torch, precision.half) if precision.half else None):
+    packing = "transformers.masking_utils.find_packed_sequence_indices"  # reads values of tensors
+    half = precision.half and getattr(torch, precision.half)
+    with (
+        # on "cuda" they need a CUDA build of torch (2.13): "cpu" with its autocast
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.autocast("cpu", half, enabled=half is not None),
+        mock.patch("torch.nn.functional.dropout", _dropout),
+        mock.patch(packing, lambda positions: None),
+    ):
         model = model.to_empty(device="cpu").train()
-        few, many = _kept(model, FEW), _kept(model, MANY)
-    per_token, checkpointed = (
-        (many[kind].total() - few[kind].total()) / (MANY - FEW) for kind in ("kept", "inputs")
-    )
-    block = max(many["kept"][place] - few["kept"][place] for place in range(len(blocks)))
+        few, few_inputs = _kept(model, FEW)
+        many, many_inputs = _kept(model, MANY)
+    per_token = (many.total() - few.total()) / (MANY - FEW)
+    block = max(many[place] - few[place] for place in range(len(blocks)))
     return Trace(
         **numbers,
         per_token=per_token,
-        constant=max(few["kept"].total() - FEW * per_token, 0.0),
-        checkpointed=checkpointed,
+        constant=max(few.total() - FEW * per_token, 0.0),
+        checkpointed=(many_inputs.total() - few_inputs.total()) / (MANY - FEW),
         block=block / (MANY - FEW),
         layers=len(blocks),
         hidden=text.hidden_size,
@@ -178,32 +183,25 @@ def _active(model: Any, text: Any) -> int:
     """Return the parameters that multiply a token of text: without embeddings that are only looked
     up, and of experts those that it is sent to.
     """
-    chosen = next(
-        (getattr(text, name, None) for name in EXPERTS_PER_TOKEN if hasattr(text, name)), 1
-    )
+    chosen = next((getattr(text, name) for name in EXPERTS_PER_TOKEN if hasattr(text, name)), 1)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     used = {*shape.text_decoder(model).parameters(), *head.parameters()}
     used -= {embeddings.weight} - {*head.parameters()}
-    adapters = {id(part) for name, part in model.named_parameters() if "lora_" in name}
-    return round(
-        sum(
-            part.numel() * (min(chosen / part.shape[0], 1.0) if part.ndim == 3 else 1)
-            for part in used
-            if id(part) not in adapters
-        )
-    )
+    used -= {weight for name, weight in model.named_parameters() if "lora_" in name}
+    experts = [weight for weight in used if weight.ndim == 3]
+    share = sum(weight.numel() * min(chosen / weight.shape[0], 1.0) for weight in experts)
+    return round(share + sum(weight.numel() for weight in used if weight.ndim != 3))
 
 
 class _Kernel(torch.autograd.Function):
-    """A kernel that makes `output` and keeps that, its inputs, or more tensors. Forward only."""
+    """A kernel that returns one new tensor like `output` and keeps tensors. Forward only."""
 
     @staticmethod
-    def forward(ctx: Any, keeps: str, output: Any, more: tuple[Any, ...], *given: Any) -> Any:
-        """Make the output and save what the kernel saves."""
-        made = [given[0].new_empty(size, dtype=dtype) for size, dtype in (output, *more)]
-        kept = made if "output" in keeps else made[1:]
-        ctx.save_for_backward(*kept, *(given if "inputs" in keeps else ()))
-        return made[0]
+    def forward(ctx: Any, output: Any, keep_output: bool, *kept: Any) -> Any:
+        """Make the output and keep what the kernel keeps."""
+        made = torch.empty_like(output)
+        ctx.save_for_backward(*kept, *([made] if keep_output else []))
+        return made
 
 
 def attention_as_flash(
@@ -213,43 +211,28 @@ def attention_as_flash(
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(half), key.to(half), value.to(half)
-    output = (*query.transpose(1, 2).shape[:3], value.shape[-1]), value.dtype
-    sums = ((query.shape[:3], torch.float32),)
-    return _Kernel.apply("inputs output", output, sums, query, key, value), None
+    sums = query.new_empty(query.shape[:3], dtype=torch.float32)
+    output = value.new_empty(*query.transpose(1, 2).shape[:3], value.shape[-1])
+    return _Kernel.apply(output, True, query, key, value, sums), None
 
 
 def _dropout(given: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     """Keep a mask of booleans, as CUDA's dropout does; the CPU's keeps a number for each."""
     if not p or not training:
         return given
-    return _Kernel.apply("", (given.shape, given.dtype), ((given.shape, torch.bool),), given)
+    return _Kernel.apply(given, False, torch.empty_like(given, dtype=torch.bool))
 
 
 transformers.AttentionInterface.register("traced", attention_as_flash)
 
 
-@contextmanager
-def _as_on_a_gpu(half: torch.dtype | None) -> Iterator[None]:
-    """Fake tensors, autocast, and stand-ins for dropout and for what reads values of tensors.
-
-    Fake tensors on "cuda" need a CUDA build of torch (2.13): they are on "cpu", with its autocast.
-    """
-    packing = "transformers.masking_utils.find_packed_sequence_indices"
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.autocast("cpu", half, enabled=half is not None),
-        mock.patch("torch.nn.functional.dropout", _dropout),
-        mock.patch(packing, lambda positions: None),
-    ):
-        yield
-
-
-def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
-    """Run a forward pass and count for each layer, and outside as -1, the bytes that autograd
-    keeps (`kept`) and what recomputation keeps instead (`inputs`).
+def _kept(model: Any, tokens: int) -> tuple[Counter[int], Counter[int]]:
+    """Run a forward pass; return for each block, and outside as -1, the bytes that autograd keeps,
+    and those that it keeps where only the inputs of the blocks are kept.
     """
     decoder, blocks = shape.text_decoder(model), shape.layers(model)
     ids = torch.zeros(1, tokens, dtype=torch.long)
+    # by address, with the tensor: kept alive, so that no address is used twice
     weights = (*model.parameters(), *model.buffers(), ids)
     known = {tensor.untyped_storage()._cdata: tensor for tensor in weights}
     kept: Counter[int] = Counter()
@@ -259,7 +242,7 @@ def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
-            known[storage._cdata] = tensor  # kept alive, so that no address is used twice
+            known[storage._cdata] = tensor
             kept[place] += storage.nbytes()
         return tensor
 
@@ -280,4 +263,4 @@ def _kept(model: Any, tokens: int) -> dict[str, Counter[int]]:
     for hook in hooks:
         hook.remove()
     inputs[-1] = kept[-1]
-    return {"kept": kept, "inputs": inputs}
+    return kept, inputs
