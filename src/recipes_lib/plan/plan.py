@@ -107,7 +107,7 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     on_cpu = card.name == "cpu"
 
     # the model: its types, and what a pass keeps
-    config, dtype = model_config(recipe), recipe.model.dtype
+    config, dtype = model_config(recipe), str(recipe.model.dtype)
     if dtype == "auto":
         own = getattr(config.get_text_config(), "dtype", None)
         dtype = str(own or "bfloat16").removeprefix("torch.")
