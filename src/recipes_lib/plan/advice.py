@@ -42,7 +42,7 @@ class Advice:
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """A line of a plan for a reader, none where `text` is empty, and its values for `--json`."""
 
     label: str
@@ -123,13 +123,13 @@ def table(plan: Plan, overrides: Sequence[str] = ()) -> list[str]:
     return aligned(lines)
 
 
-def rows_shown(plan: Plan, advice: Advice | None) -> list[Row]:
+def rows_shown(plan: Plan, advice: Advice | None) -> list[PlanRow]:
     """Return the plan, at most 15 rows."""
     steps, traced, card, name = plan.steps, plan.trace, plan.card, plan.recipe.model.name_or_path
-    result: list[Row] = []
+    result: list[PlanRow] = []
 
     def add(label: str, text: str, **values: object) -> None:
-        result.append(Row(label, text, values))
+        result.append(PlanRow(label, text, values))
 
     kind = {"NO": "one process", "FSDP": "FSDP2"}.get(plan.launch.distributed_type, "DDP")
     kind += "  (assumed: this machine has no GPU)" if card.assumed else ""

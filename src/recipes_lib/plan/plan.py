@@ -320,8 +320,8 @@ def _measured_speeds(root: Path) -> dict[str, tuple[str, float, str]]:
             key = _speed_key(values, card, summary["world_size"])
         except (RecipesError, LookupError, TypeError):  # of an earlier release, or damaged
             continue
-        found = str(state.get("updated")), speed, file.parent.name
-        newest[key] = max(found, newest.get(key, found))
+        measured = str(state.get("updated")), speed, file.parent.name
+        newest[key] = max(measured, newest.get(key, measured))
     return newest
 
 
