@@ -25,7 +25,9 @@ from tests.analysis.made_up import (
 from recipes_lib.analysis.aims import Aims, Design, Margin, TunedArm
 from recipes_lib.analysis.claims import Claim, Conclusion, conclude
 from recipes_lib.analysis.runs import load_arms
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import DataError
+from recipes_lib.core.files import model_fingerprint
 from recipes_lib.data.leaks import Leak, Leaks
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.log import (
@@ -36,6 +38,7 @@ from recipes_lib.evals.log import (
     read_eval_log,
     write_log,
 )
+from recipes_lib.weights.load import base_fingerprint
 
 RANK = Design("study", "Does rank matter?", factors={"rank": ["lora.r"]})
 CLAIMS = {"better", "worse", "higher", "lower"}
@@ -280,6 +283,24 @@ def test_a_judge_never_ranks_itself_or_its_base(model: str, two: list[Path]) -> 
     conclusion = compared(one=[two[0]], two=[two[1]])
     assert "self-judged" in codes(conclusion)
     assert claim_of(conclusion).verdict == "no verdict"
+
+
+def test_a_copy_of_the_base_that_judges_is_known_by_its_weights(
+    two: list[Path], tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    copy = str(shutil.copytree(tiny_model_dir, tmp_path / "a-judge"))
+    base = base_fingerprint(load_recipe(tiny_recipe))
+    facts = {"name": "j", "fingerprint": "j", "model": copy}
+    for folder in two:
+        check = {"base_fingerprint": base}
+        change(folder / "run.json", lambda state, check=check: state.update(weights_check=check))
+    for weights, is_kin in ((model_fingerprint(copy, None), True), ("0" * 64, False)):
+        for folder in two:
+            judge = {**facts, "weights": weights}
+            file = folder / "evals/alpaca_eval/result.json"
+            change(file, lambda result, judge=judge: result.update(judge=judge))
+        conclusion = compared(one=[two[0]], two=[two[1]])
+        assert ("self-judged" in codes(conclusion)) == is_kin
 
 
 def test_a_judge_whose_verdicts_turn_with_the_order_carries_no_sentence(two: list[Path]) -> None:

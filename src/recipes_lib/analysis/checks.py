@@ -341,7 +341,9 @@ def _kinship(log: EvalLog, run: Run) -> str:
     if judge.weights in own:
         return "its own weights"
     base = base_weights(run).get("weights of the base")
-    return "its base" if judge.weights and base == judge.weights[:12] else ""
+    if judge.weights and base == judge.weights[:12]:  # a copy in another folder
+        return "itself" if run.is_base else "its base"
+    return ""
 
 
 def _judged_in_one_order(name: str, logs: Sequence[tuple[str, Run, EvalLog]]) -> Iterator[Finding]:

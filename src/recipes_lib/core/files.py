@@ -229,11 +229,11 @@ def remembered_hash(path: Path) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return a hash of a model folder's weights and settings; it does not depend on where the
-    folder lies, or where its base does.
+    """Return a hash of a model folder's weights and settings, by which a base, an evaluated model
+    and a judge are known; it does not depend on where the folder lies, or where its base does.
     """
-    files = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("*.gguf")]
-    parts: list[Any] = [[path.name, remembered_hash(path)] for path in sorted(files)]
+    files = sorted(folder.glob("*.safetensors"))  # no other weights are read
+    parts: list[Any] = [[path.name, remembered_hash(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
         settings = read_object(folder / name)
         for key in ("base_model_name_or_path", "_name_or_path"):

@@ -22,7 +22,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN, ModelSection
 from recipes_lib.config.upstream import build_quantization_config
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors, one_line
-from recipes_lib.core.files import hash_of, remembered_hash
+from recipes_lib.core.files import folder_fingerprint
 from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.core.terminal import say
 from recipes_lib.data.sources import hub_answers, offline_by_environment
@@ -352,7 +352,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def base_fingerprint(recipe: Recipe) -> str | None:
-    """Return a hash of the base's weight files; None where they are not on this machine."""
+    """Return `folder_fingerprint` of the base; None where its weights are not on this machine."""
     folder = local_folder(recipe)
-    files = sorted(folder.glob("model*.safetensors")) if folder else []
-    return hash_of([[file.name, remembered_hash(file)] for file in files]) if files else None
+    is_here = folder is not None and any(folder.glob(_WEIGHTS))
+    return folder_fingerprint(folder) if folder is not None and is_here else None
