@@ -25,7 +25,7 @@ LINES = {
     "evals": (6600, 4300),
     "analysis": (3730, 3000),
     "study": (1700, 950),
-    "slurm": (1350, 800),
+    "slurm": (1240, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 29600, 20_000
 LARGEST_TESTS, GOAL_TESTS = 22200, 16_000

@@ -22,7 +22,7 @@ from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.upstream import UPSTREAM_FILE
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.evals.recipe import eval_schema
-from recipes_lib.slurm.profile import profile_schema
+from recipes_lib.slurm.profile import Profile
 from recipes_lib.study.config import study_schema
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
@@ -30,7 +30,7 @@ SCHEMAS: dict[str, Callable[[], Any]] = {
     "recipe": lambda: _editable(RecipeFile.model_json_schema()),
     "eval": eval_schema,
     "study": study_schema,
-    "profile": profile_schema,
+    "profile": Profile.model_json_schema,
 }
 
 

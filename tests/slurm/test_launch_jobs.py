@@ -17,7 +17,6 @@ from tests.study.study_files import write_tiny_study
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipeErrors
 from recipes_lib.slurm import status
 from recipes_lib.slurm.profile import load_profile, profile_names
-from recipes_lib.slurm.submit import LaunchFolder
 
 PROJECT = Path(__file__).resolve().parents[2]
 Recipes = Callable[..., tuple[int, str, str]]
@@ -63,7 +62,8 @@ def test_what_is_wrong_with_a_profile_is_said_at_its_line_all_at_once(
     profile_file, recipes: Recipes
 ) -> None:
     path = profile_file(
-        sbatch={"--gres": "gpu:1", "dependency": "afterok:1", "time": "00:05:00"},
+        sbatch={"--gres": "gpu:1", "time": "00:05:00"},
+        stages={"train": {"dependency": "afterok:1"}},
         gres="gpu:{gpus}",
         max_requeues=-1,
         env={"1x": "a"},
@@ -71,7 +71,7 @@ def test_what_is_wrong_with_a_profile_is_said_at_its_line_all_at_once(
     with pytest.raises(RecipeErrors) as refused:
         load_profile(str(path))
     said = str(refused.value)
-    words = ("not the long name of a flag", "is set by recipes launch", "write sbatch.gres", "1x")
+    words = ("sbatch.--gres: ", "is set by recipes launch", "write sbatch.gres", "env.1x: ")
     assert [word for word in (*words, "max_requeues") if word not in said] == [], said
     assert f"{path}:" in said and recipes("check", path)[0] == 2
     old = path.with_name("old.yaml")
@@ -123,7 +123,8 @@ def test_a_recipe_becomes_training_evaluations_and_a_report_each_after_the_one_b
         ["--dependency=afterok:11:12", *waits, str(folder / "report.sbatch")],
     ]
     assert "train: job 10" in said
-    assert {job.label: job.id for job in LaunchFolder(folder).read_jobs()}["report"] == "13"
+    jobs = {task.label: task.job for task in status.submitted_tasks(folder)}
+    assert jobs["report"] == "13"
     code, _, err = recipes("launch", *words, "--accelerate", "cpu", "--stages", "eval")
     assert code == 2 and "so there is nothing to evaluate" in err
 
@@ -194,8 +195,8 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(
     assert done.returncode == 0, done.stderr
     asked = calls.read_text().split("---\n")[:-1]
     assert len(asked) == 3 and "afterok:10" in asked[1] and "afterok:11" in asked[2]
-    jobs = LaunchFolder(root / "quickstart--lora-r8/slurm").read_jobs()
-    assert [job.id for job in jobs] == ["10", "11", "12"]
+    tasks = status.submitted_tasks(root / "quickstart--lora-r8/slurm")
+    assert [task.job for task in tasks] == ["10", "11", "12"]
 
 
 def test_values_that_look_like_flags_or_commands_reach_no_shell(
@@ -247,20 +248,20 @@ def test_a_judge_that_is_expected_on_the_machine_is_started_by_the_job(
 
 
 @pytest.fixture
-def launched(root: Path) -> LaunchFolder:
-    """A study of two arms that was submitted, with its logs."""
-    folder = LaunchFolder(root / "tiny" / "slurm")
-    folder.path.mkdir(parents=True)
+def launched(root: Path) -> Path:
+    """The folder of a study of two arms that was submitted."""
+    folder = root / "tiny" / "slurm"
+    folder.mkdir(parents=True)
     rows = [
         {"label": "train", "id": "7", "tasks": ["tiny--r4", "tiny--r8"]},
         {"label": "eval", "id": "8", "tasks": ["study run"]},
     ]
-    folder.jobs_file.write_text(json.dumps({"jobs": rows}))
+    (folder / "jobs.json").write_text(json.dumps({"jobs": rows}))
     return folder
 
 
 def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(
-    launched: LaunchFolder, stand_in, recipes: Recipes
+    launched: Path, stand_in, recipes: Recipes
 ) -> None:
     squeue = stand_in("squeue", "echo '7_1|RUNNING|None|node3'; echo '8|PENDING|Dependency|'")
     sacct = stand_in("sacct", "echo '7_0|CANCELLED by 1000'")
@@ -270,11 +271,11 @@ def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(
     assert ["7_0", "train.0", "tiny--r4", "cancelled"] in rows
     assert ["7_1", "train.1", "tiny--r8", "running", "node3"] in rows
     assert ["8", "eval", "study", "run", "pending", "Dependency"] in rows
-    (launched.path / "train.0.exit_code").write_text("3\n")
-    errors = launched.path / "train.0.errors"
+    (launched / "train.0.exit_code").write_text("3\n")
+    errors = launched / "train.0.errors"
     errors.mkdir()
     (errors / "1").write_text("rank 0: loss is nan")
-    launched.log("train.0").write_text("one\ntwo\n")
+    (launched / "train.0.log").write_text("one\ntwo\n")
     out = launch(recipes, "status", "tiny")
     assert "exit code 3" in out and "train.0: rank 0: loss is nan" in out
     out = launch(recipes, "logs", "tiny", "--stage", "train.0", "--lines", 1)
@@ -282,7 +283,7 @@ def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(
 
 
 def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
-    launched: LaunchFolder, stand_in, recipes: Recipes
+    launched: Path, stand_in, recipes: Recipes
 ) -> None:
     stand_in("squeue", "echo '7_1|RUNNING|None|node3'")
     stand_in("sacct", "exit 1")
@@ -290,24 +291,24 @@ def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
     assert "cancelled 7" in launch(recipes, "cancel", "tiny")
     assert cancelled.read_text() == "7\n---\n"
     with pytest.raises(RecipeError, match=r"is launched already: train\.1 is running"):
-        status.refuse_if_active(launched)
+        status.refuse_if_active("tiny")
     stand_in("squeue", "echo 'slurm_load_jobs error: connect failure' >&2; exit 1")
     with pytest.raises(EnvironmentFault, match="Slurm gives no answer"):
-        status.refuse_if_active(launched)
+        status.refuse_if_active("tiny")
     assert recipes("launch", "cancel", "tiny")[0] == 5
     code, _, err = recipes("launch", "logs", "nobody")
     assert code == 2 and "launched: tiny" in err
 
 
 def test_waiting_does_not_ask_slurm_in_a_tight_loop(
-    launched: LaunchFolder, stand_in, monkeypatch: pytest.MonkeyPatch
+    launched: Path, stand_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Issue: `--wait` asked every two seconds, with a call for each job."""
     calls = stand_in("squeue", NUMBERED + "[ $n -ge 12 ] || echo '8|RUNNING|None|node3'")
     stand_in("sacct", "exit 1")
     for label in ("train.0", "train.1", "eval"):
-        (launched.path / f"{label}.exit_code").write_text("0\n" if label != "eval" else "6\n")
+        (launched / f"{label}.exit_code").write_text("0\n" if label != "eval" else "6\n")
     slept: list[float] = []
     monkeypatch.setattr(status.time, "sleep", slept.append)
-    assert status.wait(launched) == 6
+    assert status.wait("tiny") == 6
     assert calls.read_text().count("---") == 3 and [one for one in slept if one > 1] == [30.0, 30.0]

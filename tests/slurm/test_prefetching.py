@@ -66,7 +66,7 @@ def test_prefetch_checks_without_a_network_and_names_everything_that_is_missing(
     assert code == 5 and "0 of 2" in out
     assert "'nobody/no-such-model' is not on this machine" in err and "no-such-data" in err
     code, _, err = recipes("prefetch", tiny_recipe, "model.name_or_path=/no/such/model")
-    assert code == 5 and "there is no model folder '/no/such/model'" in err
+    assert code == 5 and "no such folder: /no/such/model" in err
 
 
 def test_prefetch_check_fetches_nothing(

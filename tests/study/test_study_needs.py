@@ -5,6 +5,7 @@ and what to do, and rows that hold questions of an eval are refused.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,43 @@ def test_a_judge_that_does_not_answer_is_one_warning_of_run_and_not_of_plan(
             assert code == 0 and err.count("does not answer") == expected, err
     assert "judge.yaml: http://127.0.0.1:9/v1" in err
     assert "does not answer" not in recipes("study", "plan", study)[2]
+
+
+def test_a_study_edited_while_its_job_waits_is_refused_in_words(
+    study_folder: Path, recipes: Recipes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StudyRunner, "_steps", lambda self: None)
+    file = study_folder / "tiny.yaml"
+    assert recipes("launch", file, "--profile", "local-sandbox", "--prepare")[0] == 0
+    script = (tmp_path / "runs/tiny/slurm/eval.sbatch").read_text()
+    (line,) = (line for line in script.splitlines() if "RECIPES_LAUNCHED_STUDY" in line)
+    monkeypatch.setenv("RECIPES_LAUNCHED_STUDY", shlex.split(line)[1].partition("=")[2])
+    edits = {
+        "evals.study--mt_bench changed": (
+            "mt_bench.yaml",
+            "max_new_tokens: 12",
+            "max_new_tokens: 9",
+        ),
+        "evals.study--lm_eval removed": ("tiny.yaml", ", lm_eval.yaml", ""),
+        "margins.alpaca_eval/win_rate added": (
+            "tiny.yaml",
+            "seeds:",
+            "margins: {alpaca_eval/win_rate: 2 points}\nseeds:",
+        ),
+        "primary changed": ("tiny.yaml", "seeds:", "primary: mt_bench/grade\nseeds:"),
+        "factors.rank changed": ("tiny.yaml", "[lora.r, ", "[lora.r, lora.lora_dropout, "),
+    }
+    wrong = []
+    for what, (name, old, new) in edits.items():
+        edited = study_folder / name
+        text = edited.read_text()
+        edited.write_text(text.replace(old, new))
+        code, _, err = recipes("study", "run", file, "--no-train")
+        if code != 2 or "edited after it was launched" not in err or what not in err:
+            wrong.append((what, code, err))
+        edited.write_text(text)
+    assert not wrong
+    assert recipes("study", "run", file, "--no-train")[0] == 0
 
 
 def test_recipes_data_names_every_row_that_holds_a_question_of_an_eval(

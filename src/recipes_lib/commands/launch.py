@@ -17,7 +17,7 @@ from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
 from recipes_lib.slurm.prefetching import missing_models
 from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
-from recipes_lib.slurm.submit import LaunchFolder, directives, job_commands, submit_chain
+from recipes_lib.slurm.submit import directives, job_commands, submit_chain
 from recipes_lib.slurm.submit import dry_run as sbatch_lines
 from recipes_lib.slurm.submit import prepare as write_scripts
 
@@ -82,7 +82,8 @@ def run(
     asked = LaunchRequest(values, accelerate, gpus, nodes, stages, named, flags)
     plan = plan_target(first, site, asked)
     if prepare:
-        print(write_scripts(plan, site).path)
+        write_scripts(plan, site)
+        print(plan.folder)
         return ExitCode.DONE
     fetch = shlex.join([first, *plan.evals, *values, "--profile", profile])
     remarks = _remarks(plan, site, f"recipes prefetch {fetch}")
@@ -91,16 +92,14 @@ def run(
         return ExitCode.DONE
     for remark in remarks:
         say(remark)
-    folder = LaunchFolder(plan.folder)
-    if folder.jobs_file.is_file():
-        status.refuse_if_active(folder)
+    status.refuse_if_active(plan.name)
     ids = submit_chain(plan, site)
     for job in plan.jobs:
         arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
         waits = ", ".join([*job.after, *job.after_any])
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
     if wait:
-        return status.wait(folder)
+        return status.wait(plan.name)
     next_step(f"recipes launch status {plan.name}")
     return ExitCode.DONE
 

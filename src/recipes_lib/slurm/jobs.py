@@ -9,11 +9,14 @@ of a recipe. A training gets its recipe resolved, as it was when it was launched
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.launch import Launch, plan_launch_of
@@ -28,11 +31,16 @@ from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, load_eval
 from recipes_lib.slurm.prefetching import judge_weights
 from recipes_lib.slurm.profile import STAGES, SiteProfile
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.study.run import refuse_unmet
-from recipes_lib.study.runs import StudyRun, is_trained, missing_of, study_trainings
+from recipes_lib.study.run import LAUNCHED, refuse_unmet
+from recipes_lib.study.runs import (
+    StudyRun,
+    is_trained,
+    launched_values,
+    missing_of,
+    study_trainings,
+)
 
 _DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
-_CLI = ("-m", "recipes_lib.cli")
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Job:
         after: labels of jobs that must have succeeded.
         after_any: labels of jobs that must have ended.
         throttle: tasks that run at the same time.
+        expected: variables by which its command knows what it was launched to do.
     """
 
     label: str
@@ -69,6 +78,7 @@ class Job:
     after: tuple[str, ...] = ()
     after_any: tuple[str, ...] = ()
     throttle: int | None = None
+    expected: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nodes(self) -> int:
@@ -93,6 +103,7 @@ class JobPlan:
     Args:
         name: the run or study that the jobs belong to.
         recipes: what each training is handed, by file name.
+        study: what the last job of a study was launched to evaluate.
         models: what the jobs load.
         warnings: what to say before.
         evals: eval recipes that the target does not name itself, for `recipes prefetch`.
@@ -101,6 +112,7 @@ class JobPlan:
     name: str
     jobs: list[Job] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)
+    study: Mapping[str, Any] = field(default_factory=dict)
     models: list[ModelSection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     evals: list[str] = field(default_factory=list)
@@ -129,19 +141,19 @@ def jobs_folder(name: str) -> Path:
     return runs_root().resolve() / name / "slurm"
 
 
-def plan_target(target: str, profile: SiteProfile, asked: LaunchRequest) -> JobPlan:
+def plan_target(target: str, site: SiteProfile, asked: LaunchRequest) -> JobPlan:
     """Return the jobs of a recipe or a study.
 
     Raises:
         RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
     """
-    words = STAGES if asked.stages is None else asked.stages.split(",")
-    if unknown := [word for word in words if word not in STAGES]:
-        what = f"--stages: no stage {unknown[0]!r}"
-        raise RecipeError(what, f"stages: {', '.join(STAGES)}")
+    stages = STAGES if asked.stages is None else asked.stages.split(",")
+    for word in stages:
+        if word not in STAGES:
+            raise RecipeError(f"--stages: no stage {word!r}", f"stages: {', '.join(STAGES)}")
     if recipe_path(target).is_dir():
         raise RecipeError("is a folder; launch one recipe or study of it", file=target)
-    planner = _Planner(profile, [stage for stage in STAGES if stage in words], asked)
+    planner = _Planner(site, stages, asked)
     path = study_file(target)
     return planner.study(path) if path else planner.recipe(target)
 
@@ -149,8 +161,8 @@ def plan_target(target: str, profile: SiteProfile, asked: LaunchRequest) -> JobP
 class _Planner:
     """Makes the jobs of one target."""
 
-    def __init__(self, profile: SiteProfile, stages: list[str], asked: LaunchRequest) -> None:
-        self.site, self.profile, self.stages, self.asked = profile, profile.values, stages, asked
+    def __init__(self, site: SiteProfile, stages: Sequence[str], asked: LaunchRequest) -> None:
+        self.site, self.profile, self.stages, self.asked = site, site.values, stages, asked
         own = not (self.profile.setup or self.profile.prefix or self.profile.srun)
         # the container's or the environment's Python, else the one that submits
         self.python = (*self.profile.prefix, sys.executable if own else "python")
@@ -164,26 +176,32 @@ class _Planner:
         asked, recipe = self.asked, load_recipe(target, self.asked.overrides)
         launch = plan_launch_of(recipe, asked.accelerate, asked.gpus, asked.nodes)
         accumulation_steps(recipe, launch.world_size)
-        evals = self._evals(recipe) if "eval" in self.stages else []
+        folder = project_root() / "evals"
+        if recipe.path.resolve().parent.name == "quickstart":
+            folder /= "quickstart"
+        default = [shown_path(folder / name) for name in _DEFAULT_EVALS]
+        evals = list(map(load_eval, asked.evals or default)) if "eval" in self.stages else []
         plan, run = JobPlan(recipe.name), RunDirectory(recipe.name)
         if "train" in self.stages:
             refuse_leaks_of(recipe, evals)
             plan.recipes["resolved.yaml"] = recipe
             task = self._training(plan.folder / "resolved.yaml", recipe, launch)
-            plan.jobs.append(Job("train", "train", (task,), launch, self._uses_gpus(launch)))
+            plan.jobs.append(self._trainings("train", [task], launch))
             plan.warnings += self._estimate(recipe, launch)
         elif not run.exists() or run.read_state()["state"] != "finished":
             what = f"run '{recipe.name}' is not finished, so there is nothing to evaluate"
             raise RecipeError(what, "add the stage: --stages train,eval,report")
         before = tuple(job.label for job in plan.jobs)
         for suite in evals:
-            words, gpus = ["eval", shown_path(suite.path), recipe.name], not launch.config.use_cpu
-            job = self._job(f"eval-{suite.name}", words, suite.name, gpus, [suite], after=before)
+            task = self._command("eval", [shown_path(suite.path), recipe.name], suite.name, [suite])
+            gpus = not launch.config.use_cpu
+            job = Job(f"eval-{suite.name}", "eval", (task,), uses_gpus=gpus, after=before)
             plan.jobs.append(job)
         if "report" in self.stages and (evals or any(run.path.glob("evals/*/result*.json"))):
-            words = ["compare", recipe.name, "--html", shown_path(run.path / "report.html")]
+            words = [recipe.name, "--html", shown_path(run.path / "report.html")]
+            task = self._command("compare", words, "report")
             last = tuple(job.label for job in plan.jobs if job.stage == "eval") or before
-            plan.jobs.append(self._job("report", words, "report", uses_gpus=False, after=last))
+            plan.jobs.append(Job("report", "report", (task,), uses_gpus=False, after=last))
         plan.evals = [shown_path(suite.path) for suite in evals]
         plan.models = [recipe.model, *judge_weights(evals)]
         plan.warnings += self._judges_nobody_starts(evals)
@@ -196,13 +214,12 @@ class _Planner:
         Raises:
             RecipeError: nothing is left to do, or the study tunes its arms.
         """
-        asked = self.asked
+        asked, file = self.asked, shown_path(path)
         if asked.evals:
             raise RecipeError("--evals is for recipes: a study names its evals itself")
-        own = {key: getattr(asked, key) for key in ("accelerate", "gpus", "nodes")}
+        own = {"accelerate": asked.accelerate, "gpus": asked.gpus, "nodes": asked.nodes}
         words = [f"{key}={value}" for key, value in own.items() if value is not None]
         study = load_study(path, [*asked.overrides, *words])
-        file = shown_path(path)
         if any(arm.tuning for arm in study.arms):
             what = f"study '{study.name}' tunes its arms: what they train is known only after that"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
@@ -222,17 +239,19 @@ class _Planner:
                 handed = f"{training.run}.yaml"
                 plan.recipes[handed] = training.recipe
                 tasks.append(self._training(plan.folder / handed, training.recipe, launch))
-            label = name if len(groups) > 1 else "train"
             # groups one after another, or together they would exceed the limit
             before = (plan.jobs[-1].label,) if plan.jobs and limit else ()
-            gpus = self._uses_gpus(launch)
+            label = name if len(groups) > 1 else "train"
+            plan.jobs.append(self._trainings(label, tasks, launch, before, limit))
             plan.warnings += self._estimate(trainings[0].recipe, launch)
-            plan.jobs.append(Job(label, "train", tuple(tasks), launch, gpus, (), before, limit))
         if {"eval", "report"} & {*self.stages} and missing_of(study):
             gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
-            command = ("study", "run", file, *study.words, "--no-train")
+            words = ["run", file, *study.words, "--no-train"]
+            task = self._command("study", words, "study run", study.evals)
             trained = tuple(job.label for job in plan.jobs)
-            job = self._job("eval", command, "study run", gpus, study.evals, after_any=trained)
+            expected = {LAUNCHED: str(plan.folder / "study.json")}
+            plan.study = launched_values(study)
+            job = Job("eval", "eval", (task,), None, gpus, (), trained, expected=expected)
             plan.jobs.append(job)
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
@@ -241,15 +260,7 @@ class _Planner:
         plan.warnings += self._judges_nobody_starts(study.evals)
         return plan
 
-    def _evals(self, recipe: Recipe) -> list[EvalRecipe]:
-        """Return the evals named, else the small ones for a quickstart recipe and the three of
-        evals/ for others.
-        """
-        folder = project_root() / "evals"
-        if recipe.path.resolve().parent.name == "quickstart":
-            folder /= "quickstart"
-        default = [shown_path(folder / name) for name in _DEFAULT_EVALS]
-        return [load_eval(path) for path in self.asked.evals or default]
+    # ---- Jobs and their commands ----
 
     def _training(self, file: Path, recipe: Recipe, launch: Launch) -> Task:
         """Return the training of a recipe that is written to `file`."""
@@ -263,30 +274,44 @@ class _Planner:
             words += ("--num_machines", str(launch.machines))
         return Task(words, script, recipe.name)
 
-    def _job(
+    def _trainings(
         self,
         label: str,
-        words: Sequence[str],
-        what: str,
-        uses_gpus: bool,
-        evals: Sequence[EvalRecipe] = (),
-        after: tuple[str, ...] = (),
+        tasks: Sequence[Task],
+        launch: Launch,
         after_any: tuple[str, ...] = (),
+        throttle: int | None = None,
     ) -> Job:
-        """Return a job of one `recipes` command, with the judge of its evals beside it."""
-        trust = [flag for flag in self.asked.flags if flag == "--trust-remote-code" and evals]
-        launcher = (*self._with_judge(evals), *self.python)
-        task = Task(launcher, (*_CLI, *words, *trust), what)
-        stage = label.partition("-")[0]
-        return Job(label, stage, (task,), None, uses_gpus, after, after_any)
-
-    def _uses_gpus(self, launch: Launch) -> bool:
-        """Whether a launch needs GPUs; one that does is refused on a cluster that has none."""
+        """Return the job of trainings; one that needs GPUs is refused on a cluster without any."""
         if not self.profile.has_gpus and not launch.config.use_cpu:
             what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
             hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
             raise self.site.document.error("sbatch", what, hint)
-        return not launch.config.use_cpu
+        known = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
+        gpus, expected = not launch.config.use_cpu, {"RECIPES_EXPECT": json.dumps(known)}
+        return Job(label, "train", tuple(tasks), launch, gpus, (), after_any, throttle, expected)
+
+    def _command(
+        self, verb: str, words: Sequence[str], what: str, evals: Sequence[EvalRecipe] = ()
+    ) -> Task:
+        """Return a `recipes` command. Before it stand the words that start the judge of its evals:
+        vLLM lives in an environment of its own, and on a compute node nobody started it.
+        """
+        launcher, judges = self.python, served_judges(evals)
+        if judges and self.profile.vllm:
+            judge, names = judges[0], sorted({judge.model for judge in judges})
+            if len(names) > 1:
+                what = f"one job would have to serve two judges: {', '.join(names)}"
+                hint = "give the evals one judge, or judge in the job: judge.engine"
+                raise RecipeError(what, hint)
+            script = str(project_root() / "launch" / "with_judge.sh")
+            revision = ("--revision", judge.revision) if judge.revision else ()
+            length = ("--max-model-len", str(judge.max_context_tokens))
+            launcher = ("bash", script, judge.model, *length, *revision, "--", *self.python)
+        trust = [flag for flag in self.asked.flags if flag == "--trust-remote-code" and evals]
+        return Task(launcher, ("-m", "recipes_lib.cli", verb, *words, *trust), what)
+
+    # ---- What is said before ----
 
     def _estimate(self, recipe: Recipe, launch: Launch) -> list[str]:
         """Return what a training is estimated to take beside the time limit, which it never
@@ -296,31 +321,14 @@ class _Planner:
             return []
         from recipes_lib.plan.plan import card_for, plan_of  # torch
 
-        try:
-            plan = plan_of(recipe, launch, card_for(launch, None))
-            seconds = plan.seconds
-        except RecipesError:
-            return []
         flags = {**self.profile.sbatch, **self.profile.stages.get("train", {})}
-        if seconds is None:
-            return []
-        about = f"about {shown_duration(seconds)} on {plan.card.name} (estimated)"
-        return [f"note: {recipe.name} takes {about}; the job's limit is {flags.get('time')}"]
-
-    def _with_judge(self, evals: Sequence[EvalRecipe]) -> tuple[str, ...]:
-        """Return the words before a command that asks judges which the job has to start: vLLM lives
-        in an environment of its own, and on a compute node nobody started it.
-        """
-        judges = served_judges(evals)
-        if not judges or self.profile.vllm is None:
-            return ()
-        judge, names = judges[0], sorted({judge.model for judge in judges})
-        if len(names) > 1:
-            what = f"one job would have to serve two judges: {', '.join(names)}"
-            raise RecipeError(what, "give the evals one judge, or judge in the job: judge.engine")
-        words = ["bash", str(project_root() / "launch" / "with_judge.sh"), judge.model]
-        words += ["--max-model-len", str(judge.max_context_tokens)]
-        return (*words, *(["--revision", judge.revision] if judge.revision else []), "--")
+        with suppress(RecipesError):
+            plan = plan_of(recipe, launch, card_for(launch, None))
+            if plan.seconds is not None:
+                about = f"about {shown_duration(plan.seconds)} on {plan.card.name} (estimated)"
+                limit = f"the job's limit is {flags.get('time')}"
+                return [f"note: {recipe.name} takes {about}; {limit}"]
+        return []
 
     def _judges_nobody_starts(self, evals: Sequence[EvalRecipe]) -> list[str]:
         """Return a warning where a judge is expected on the compute node and no job starts it."""

@@ -1,21 +1,21 @@
 """What a recipe, a study or an eval needs from elsewhere: fetched on the login node, and found
 again without a network.
 
-Nothing is loaded into memory but tokenizers and rows: weights are checked by their headers and
-sizes.
+Nothing is loaded into memory but tokenizers and rows: weights are checked by their headers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from recipes_lib.config.documents import read
-from recipes_lib.config.preflight import TOKENIZER_FILES, weight_faults
+from recipes_lib.config.preflight import TOKENIZER_FILES, local_folder, weight_faults
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import DataError, EnvironmentFault
+from recipes_lib.core.errors import DataError, EnvironmentFault, RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import say
@@ -27,10 +27,11 @@ from recipes_lib.data.sources import (
     load_tables,
     offline_by_environment,
 )
+from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import PROMETHEUS_PACKAGE, prometheus_is_here, published_template
 from recipes_lib.evals.questions import MT_BENCH_PACKAGE, load_questions, mt_bench_is_here
 from recipes_lib.evals.recipe import EvalRecipe, load_eval
-from recipes_lib.models.packaged import is_packaged, materialise, packaged_folder
+from recipes_lib.models.packaged import is_packaged, materialise
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.weights.load import explain_load_failure
 
@@ -72,28 +73,28 @@ def prefetch_needs(
         recipes, evals = [load_recipe(word, overrides)], []
     needs = []
     for recipe in recipes:
-        needs += [_model(recipe.model), *map(_data, listed_sources(recipe.data))]
+        needs.append(_model("model", recipe.model))
+        for source in listed_sources(recipe.data):
+            look = partial(_rows, source)
+            needs.append(Need("data", shown_path(Path(source.source)), look, look))
     for suite in evals:
         needs += _of_eval(suite, remote_code)
     return list(dict.fromkeys(needs))
 
 
-def _data(source: Source) -> Need:
-    def check() -> str:
-        rows = 0
-        for table in load_tables(source):
-            for line, row in table.numbered:
-                if isinstance(row, BadRow):
-                    raise DataError(row.what, file=table.file, line=line)
-                rows += 1
-        return f"{rows:,} rows"
-
-    return _need("data", shown_path(Path(source.source)), check)
-
-
-def _model(section: ModelSection, kind: str = "model") -> Need:
+def _model(kind: str, section: ModelSection) -> Need:
     name = section.name_or_path + (f" at {section.revision}" if section.revision else "")
-    return Need(kind, name, lambda: fetch_model(section), lambda: check_model(section))
+    return Need(kind, name, partial(fetch_model, section), partial(check_model, section))
+
+
+def _rows(source: Source) -> str:
+    rows = 0
+    for table in load_tables(source):
+        for line, row in table.numbered:
+            if isinstance(row, BadRow):
+                raise DataError(row.what, file=table.file, line=line)
+            rows += 1
+    return f"{rows:,} rows"
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
@@ -109,30 +110,23 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
     def prompts() -> str:
         return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
 
-    yield from (_model(judge, "judge") for judge in judge_weights([recipe]))
-    judge, name = recipe.judge.judge if recipe.judge else None, str(recipe.data.questions)
-    if judge and PROMETHEUS_PACKAGE in (judge.relative_prompt, judge.absolute_prompt):
-        yield _need("prompts", PROMETHEUS_PACKAGE, prompts, prometheus_is_here)
-    if recipe.suite.name == "lm_eval":
-        yield _need("tasks", ", ".join(recipe.suite.tasks or []), tasks)
-    elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
-        packaged = MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references)
-        yield _need("questions", name, questions, mt_bench_is_here if packaged else None)
-
-
-def _need(
-    kind: str, name: str, look: Callable[[], str], is_here: Callable[[], bool] | None = None
-) -> Need:
-    """Return what is fetched by looking at it; a check asks first whether a wheel brought it, since
-    looking would fetch that.
-    """
-
-    def check() -> str:
-        if is_here and not is_here():
-            raise EnvironmentFault(f"{name} is not on this machine", _FETCH_IT)
+    def of_wheel(look: Callable[[], str], package: str, is_here: Callable[[], bool]) -> str:
+        if not is_here():  # to look would fetch it
+            raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
         return look()
 
-    return Need(kind, name, look, check)
+    yield from (_model("judge", judge) for judge in judge_weights([recipe]))
+    judge, name = recipe.judge.judge if recipe.judge else None, str(recipe.data.questions)
+    if judge and PROMETHEUS_PACKAGE in (judge.relative_prompt, judge.absolute_prompt):
+        check = partial(of_wheel, prompts, PROMETHEUS_PACKAGE, prometheus_is_here)
+        yield Need("prompts", PROMETHEUS_PACKAGE, prompts, check)
+    if recipe.suite.name == "lm_eval":
+        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
+    elif MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references):
+        check = partial(of_wheel, questions, MT_BENCH_PACKAGE, mt_bench_is_here)
+        yield Need("questions", name, questions, check)
+    elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
+        yield Need("questions", name, questions, questions)
 
 
 def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
@@ -152,12 +146,12 @@ def fetch_model(section: ModelSection) -> None:
     """Fetch a model's files into the cache, saying how much it is.
 
     Raises:
-        EnvironmentFault: gated, no such revision, no such folder, or no network.
+        RecipesError: gated, no such revision, no such folder, or no network.
     """
-    name = section.name_or_path
+    name, folder = section.name_or_path, local_folder(bare_recipe(section))
     if is_packaged(name):
         materialise()
-    elif _folder_of(section) is None:
+    elif folder is None or not Path(name).is_dir():
         if offline_by_environment() or not hub_answers():
             raise explain_load_failure(section, ConnectionError())
         from huggingface_hub import HfApi, snapshot_download
@@ -176,45 +170,20 @@ def check_model(section: ModelSection) -> str:
     """Return what a model's files on this machine are, once they are whole.
 
     Raises:
-        EnvironmentFault: files are missing or cut.
+        RecipesError: files are missing or cut.
     """
-    name, again = section.name_or_path, "fetch it again: recipes prefetch"
-    folder = packaged_folder() if is_packaged(name) else _folder_of(section)
-    if folder is None and not is_packaged(name):
-        from huggingface_hub import try_to_load_from_cache
-
-        config = try_to_load_from_cache(name, "config.json", revision=section.revision)
-        folder = Path(config).parent if isinstance(config, str) else None
-    if folder is None or not (folder / "config.json").is_file():
+    name, folder = section.name_or_path, local_folder(bare_recipe(section))
+    if folder is None or object_or_none(folder / "config.json") is None:
         raise EnvironmentFault(f"'{name}' is not on this machine", _FETCH_IT)
-    shards = sorted(folder.glob("*.safetensors"))
-    parts = {
-        "readable config.json": object_or_none(folder / "config.json") is not None,
-        "tokenizer files": any((folder / file).is_file() for file in TOKENIZER_FILES),
-    }
-    for what, is_there in parts.items():
-        if not is_there:
-            raise EnvironmentFault(f"'{name}' has no {what} in {folder}", again)
-    for fault in weight_faults(folder):
-        hint = f"remove a damaged file first, then {again}"
-        raise EnvironmentFault(f"'{name}': {fault}", hint)
+    faults = list(weight_faults(folder))
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        faults.append(f"no tokenizer files in {folder}")
+    if faults:
+        hint = "remove a damaged file first, then fetch it again: recipes prefetch"
+        raise EnvironmentFault(f"'{name}': {faults[0]}", hint)
+    shards = list(folder.glob("*.safetensors"))
     size = sum(shard.stat().st_size for shard in shards) / 2**30
     return f"{len(shards)} weight file{'' if len(shards) == 1 else 's'}, {size:.2f} GiB, whole"
-
-
-def _folder_of(section: ModelSection) -> Path | None:
-    """Return the folder of this machine that a model's name is; None for a Hub id.
-
-    Raises:
-        EnvironmentFault: it reads like a folder, and there is none.
-    """
-    name = section.name_or_path
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith(("/", "./", "../", "~")):
-        what = f"there is no model folder '{name}'"
-        raise EnvironmentFault(what, "correct model.name_or_path, or copy the model there")
-    return None
 
 
 def missing_models(sections: Iterable[ModelSection]) -> list[str]:
@@ -223,6 +192,6 @@ def missing_models(sections: Iterable[ModelSection]) -> list[str]:
     for section in sections:
         try:
             check_model(section)
-        except EnvironmentFault:
+        except RecipesError:
             missing.append(section.name_or_path)
     return list(dict.fromkeys(missing))

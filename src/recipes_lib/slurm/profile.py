@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import getpass
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,7 +21,9 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import project_root
 
 STAGES = ("train", "eval", "report")
-Flags = dict[str, str | int | bool | None]
+Flag = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$")]
+Flags = dict[Flag, str | int | bool | None]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 # What `recipes launch` decides itself, for each job.
 _OURS = (
     *("nodes", "ntasks", "ntasks-per-node", "array", "dependency", "output", "error", "job-name"),
@@ -45,7 +46,7 @@ class Profile(Section):
     for every job. `{gpus}` is the number of GPUs of a node, `{processes}` of processes. true is a
     flag without a value; null leaves a flag out. Flags about GPUs are left out of jobs that need
     none; a site without such a flag has no GPUs."""
-    stages: dict[str, Flags] = {}
+    stages: dict[Literal["train", "eval", "report"], Flags] = {}
     """Flags of one stage (train, eval, report), which replace those of `sbatch`."""
     setup: list[str] = []
     """Lines of bash that every job runs first: module load, source .venv/bin/activate. Each must
@@ -54,7 +55,7 @@ class Profile(Section):
     """Words before every command, for a container: [apptainer, exec, --nv, image.sif]."""
     srun: list[str] = []
     """Words for srun, which starts every command: [--container-image=/images/recipes.sqsh]."""
-    env: dict[str, str] = {}
+    env: dict[Variable, str] = {}
     """Environment variables of every job. `{user}` is the user's name, `{job}` the job's id.
     RECIPES_RUNS_ROOT, RECIPES_CACHE and HF_HOME are used here too: login and compute nodes must
     both see them."""
@@ -80,8 +81,9 @@ class Profile(Section):
             gpus: GPUs on each node; 0 leaves out what is about GPUs.
             processes: processes on each node.
         """
+        own = {str(name): flags for name, flags in self.stages.items()}.get(stage, {})
         words = []
-        for name, value in {**self.sbatch, **self.stages.get(stage, {})}.items():
+        for name, value in {**self.sbatch, **own}.items():
             if value is None or value is False or (not gpus and _is_about_gpus(name, value)):
                 continue
             text = str(value).replace("{gpus}", str(gpus)).replace("{processes}", str(processes))
@@ -124,10 +126,10 @@ class SiteProfile:
 
 def profile_names() -> list[str]:
     """Return the names of the profiles here."""
-    return sorted(_shipped())
+    return sorted(_profiles())
 
 
-def _shipped() -> dict[str, Path]:
+def _profiles() -> dict[str, Path]:
     """The profiles in launch/profiles/ by name; those of the working directory come first."""
     folders = (project_root() / "launch/profiles", Path("launch/profiles"))
     return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
@@ -140,7 +142,7 @@ def load_profile(name: str) -> SiteProfile:
         RecipeError: there is no such profile; the message lists those that exist.
         RecipeErrors: everything that is wrong, each at its file and line.
     """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _shipped().get(name)
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _profiles().get(name)
     if path is None:
         raise RecipeError(
             f"there is no profile '{name}' in launch/profiles/",
@@ -153,28 +155,10 @@ def load_profile(name: str) -> SiteProfile:
 
 
 def _rules(profile: Profile, document: Document) -> Iterator[RecipeError]:
-    """Yield what pydantic cannot say; what a site really has only its Slurm knows."""
-    for name in profile.stages:
-        if name not in STAGES:
-            what = f"no stage '{name}'"
-            yield document.error(("stages", name), what, f"stages: {', '.join(STAGES)}")
+    """Yield the flags that would break a chain; what a site really has only its Slurm knows."""
     tables: dict[KeyPath, Flags] = {("sbatch",): profile.sbatch}
     tables |= {("stages", stage): flags for stage, flags in profile.stages.items()}
     for place, flags in tables.items():
-        for name, value in flags.items():
-            what = f"{dotted(place)}.{name}"
-            if not re.fullmatch(r"[a-z][a-z0-9-]+", name):
-                hint = "write it as sbatch does, without dashes: gres"
-                yield document.error((*place, name), f"{what} is not the long name of a flag", hint)
-            elif name in _OURS:
-                yield document.error((*place, name), f"{what} is set by recipes launch")
-            elif "\n" in str(value):
-                yield document.error((*place, name), f"{what} holds a line break")
-    for name in profile.env:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            yield document.error(("env", name), f"'{name}' is not a name of a variable")
-
-
-def profile_schema() -> dict[str, object]:
-    """Return the JSON Schema of a profile."""
-    return Profile.model_json_schema()
+        for name in flags.keys() & {*_OURS}:
+            what = f"{dotted((*place, name))} is set by recipes launch"
+            yield document.error((*place, name), what)

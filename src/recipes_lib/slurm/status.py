@@ -9,12 +9,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.core.files import read_object
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.slurm.jobs import jobs_folder
-from recipes_lib.slurm.submit import ASK_SINFO, LaunchFolder, all_launches, run_slurm, scancel
+from recipes_lib.slurm.submit import ASK_SINFO, JOBS_FILE, run_slurm, scancel
 
 POLL_S = 30.0  # Slurm's manuals ask not to call its commands in tight loops
 
@@ -39,26 +41,40 @@ class TaskState:
         return self.state in ("done", "completed")
 
 
-def states_of(folder: LaunchFolder) -> list[TaskState]:
+def submitted_tasks(folder: Path) -> list[TaskState]:
+    """Return every task that was submitted from a launch's folder, in order. The id of a job that
+    was submitted by hand stands in a file of its own.
+
+    Raises:
+        DamagedFile: jobs.json is not what was written to it.
+    """
+    remedy, tasks = "squeue lists the jobs; submitting them again writes it anew", []
+    for row in read_object(folder / JOBS_FILE, remedy).get("jobs", []):
+        label, job, by_hand = row["label"], row["id"], folder / f"{row['label']}.job"
+        if not job and by_hand.is_file():
+            job = by_hand.read_text().strip().partition(";")[0]
+        for number, what in enumerate(row["tasks"] if job else ()):
+            task = TaskState(label, job, what)
+            if len(row["tasks"]) > 1:
+                task.label, task.job = f"{label}.{number}", f"{job}_{number}"
+            tasks.append(task)
+    return tasks
+
+
+def states_of(folder: Path) -> list[TaskState]:
     """Return the state of every task of a submission, in order.
 
     Raises:
         EnvironmentFault: Slurm gives no answer.
     """
-    tasks = []
-    for job in folder.read_jobs():
-        for number, what in enumerate(job.tasks):
-            task = TaskState(job.label, job.id, what)
-            if len(job.tasks) > 1:
-                task.label, task.job = f"{job.label}.{number}", f"{job.id}_{number}"
-            tasks.append(task)
+    tasks = submitted_tasks(folder)
     queued = _queued() if tasks else {}
     for task in tasks:
-        task.exit_code = None if task.job in queued else folder.exit_code(task.label)
         if task.job in queued:
-            task.state, task.reason = queued[task.job]
-            task.active = True
-        elif task.exit_code is not None:
+            (task.state, task.reason), task.active = queued[task.job], True
+            continue
+        with suppress(FileNotFoundError, ValueError):  # it was killed
+            task.exit_code = int((folder / f"{task.label}.exit_code").read_text())
             task.state = "failed" if task.exit_code else "done"
             task.reason = f"exit code {task.exit_code}" if task.exit_code else ""
     left = [task.job for task in tasks if task.state == "unknown"]
@@ -83,49 +99,53 @@ def _queued() -> dict[str, tuple[str, str]]:
 
 def _accounted(ids: Sequence[str]) -> dict[str, str]:
     """Return how jobs ended, of the accounting database where the site has one."""
-    words = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "--format=JobID,State"]
     with suppress(EnvironmentFault):
-        done = run_slurm(words)
+        done = run_slurm(["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "--format=JobID,State"])
         rows = [line.partition("|") for line in done.stdout.splitlines() if done.returncode == 0]
         # CANCELLED by 1000
         return {id: state.split()[0].lower() for id, _, state in rows if state}
     return {}
 
 
-# ---- Showing ----
+def first_error(folder: Path, task: str) -> str:
+    """Return what the first failing rank of a task said; empty where none did."""
+    errors = sorted((folder / f"{task}.errors").glob("*"))
+    return errors[0].read_text(encoding="utf-8", errors="replace").strip() if errors else ""
+
+
+# ---- What `recipes launch` shows and does ----
 
 
 def show_status(names: Sequence[str], as_json: bool = False) -> int:
     """Print the jobs of the launches named, or of all."""
-    folders = [_folder(name) for name in names] or all_launches()
-    states = {folder: states_of(folder) for folder in folders}
+    launches = {name: states_of(_folder(name)) for name in names or _launched()}
     if as_json:
-        return print_json({folder.name: list(map(vars, tasks)) for folder, tasks in states.items()})
-    if not folders:
+        return print_json({Path(name).name: list(map(vars, t)) for name, t in launches.items()})
+    if not launches:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")
         return ExitCode.DONE
     failed = []
-    for folder, tasks in states.items():
-        say(folder.name)
+    for name, tasks in launches.items():
+        say(name)
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
         for line in aligned([("job", "task", "what", "state", ""), *table]):
             say(f"  {line}")
         for task in (task for task in tasks if not task.active and not task.succeeded):
-            failed += [f"{folder.name} --stage {task.label}"] * folder.log(task.label).is_file()
-            if error := folder.first_error(task.label):
+            failed.append(f"{name} --stage {task.label}")
+            if error := first_error(_folder(name), task.label):
                 say(f"  {task.label}: {error}")
-    next_step(f"recipes launch logs {failed[0] if failed else folders[-1].name}")
+    next_step(f"recipes launch logs {[*failed, *launches][0]}")
     return ExitCode.DONE
 
 
-def wait(folder: LaunchFolder) -> int:
+def wait(name: str) -> int:
     """Wait for the end of a chain, say what changes, and return 0 or the exit code of the first job
     that failed.
     """
     before: dict[str, str] = {}
     while True:
-        tasks = states_of(folder)
+        tasks = states_of(_folder(name))
         for task in tasks:
             if before.get(task.label) != task.state:
                 say(f"{task.label}: {task.state} {task.reason}".rstrip())
@@ -135,10 +155,10 @@ def wait(folder: LaunchFolder) -> int:
         time.sleep(POLL_S)
     failed = [task for task in tasks if not task.succeeded]
     if not failed:
-        say(f"{folder.name}: every job succeeded")
+        say(f"{name}: every job succeeded")
         return ExitCode.DONE
     cause = next((task for task in failed if task.exit_code), failed[0])
-    next_step(f"recipes launch logs {folder.name} --stage {cause.label}")
+    next_step(f"recipes launch logs {name} --stage {cause.label}")
     return cause.exit_code or ExitCode.FAILED
 
 
@@ -149,7 +169,7 @@ def cancel(names: Sequence[str]) -> int:
         EnvironmentFault: Slurm does not say what is queued.
     """
     if not names:
-        raise RecipeError("recipes launch cancel: name a run or study", f"launched: {_launched()}")
+        raise RecipeError("recipes launch cancel: name a run or study", _launched_hint())
     for name in names:
         active = [task.job.partition("_")[0] for task in states_of(_folder(name)) if task.active]
         ids = list(dict.fromkeys(active))
@@ -163,16 +183,16 @@ def cancel(names: Sequence[str]) -> int:
 def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
     """Print the last lines of each task's log, after the first error where there is one."""
     if len(names) != 1:
-        raise RecipeError("recipes launch logs: name one run or study", f"launched: {_launched()}")
+        raise RecipeError("recipes launch logs: name one run or study", _launched_hint())
     folder = _folder(names[0])
-    logs = sorted(folder.path.glob("*.log"), key=lambda path: path.stat().st_mtime)
+    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
     chosen = [path for path in logs if stage is None or f"{path.stem}.".startswith(f"{stage}.")]
     if not chosen:
         what = f"'{names[0]}' has no log{f' of {stage}' if stage else ' yet'}"
         raise RecipeError(what, f"logs: {', '.join(path.stem for path in logs) or 'none'}")
     for path in chosen:
         say(f"==> {shown_path(path)}")
-        if error := folder.first_error(path.stem):
+        if error := first_error(folder, path.stem):
             say(f"first error: {error}")
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
             say(line)
@@ -180,28 +200,36 @@ def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
     return ExitCode.DONE
 
 
-def refuse_if_active(folder: LaunchFolder) -> None:
+def refuse_if_active(name: str) -> None:
     """Refuse to launch what is queued or running already.
 
     Raises:
         RecipeError: it is.
         EnvironmentFault: Slurm does not say.
     """
-    active = [task for task in states_of(folder) if task.active]
+    if not (jobs_folder(name) / JOBS_FILE).is_file():
+        return
+    active = [task for task in states_of(jobs_folder(name)) if task.active]
     if active:
         jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)
-        hint = f"wait for it, or: recipes launch cancel {folder.name}"
-        raise RecipeError(f"'{folder.name}' is launched already: {jobs}", hint)
+        hint = f"wait for it, or: recipes launch cancel {name}"
+        raise RecipeError(f"'{name}' is launched already: {jobs}", hint)
 
 
-def _folder(name: str) -> LaunchFolder:
-    """Return what was launched under a name."""
-    folder = LaunchFolder(jobs_folder(name.rstrip("/").rpartition("/")[2]))
-    if not folder.read_jobs():
+def _folder(name: str) -> Path:
+    """Return the folder of what was launched under a name."""
+    folder = jobs_folder(name.rstrip("/").rpartition("/")[2])
+    if not submitted_tasks(folder):
         what = f"nothing was launched as '{name}' in {runs_root()}"
-        raise RecipeError(what, f"launched: {_launched()}")
+        raise RecipeError(what, _launched_hint())
     return folder
 
 
-def _launched() -> str:
-    return ", ".join(folder.name for folder in all_launches()) or "nothing yet"
+def _launched() -> list[str]:
+    """The names of everything that was launched."""
+    files = sorted(runs_root().resolve().glob(f"*/slurm/{JOBS_FILE}"))
+    return [file.parts[-3] for file in files if submitted_tasks(file.parent)]
+
+
+def _launched_hint() -> str:
+    return f"launched: {', '.join(_launched()) or 'nothing yet'}"

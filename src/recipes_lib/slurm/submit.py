@@ -7,23 +7,21 @@ all jobs do alike (signals, requeues, exit codes) stands in launch/job.sh, which
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
-from recipes_lib.core.files import read_object, write_json, write_text
+from recipes_lib.core.files import write_json, write_text
 from recipes_lib.core.project import cache_root, project_root, runs_root
 from recipes_lib.slurm.jobs import Job, JobPlan, Task
 from recipes_lib.slurm.profile import Profile, SiteProfile
 
+JOBS_FILE = "jobs.json"
 TIMEOUT_S = 90
 ASK_SINFO = "is this the login node, and is the controller up? sinfo"
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
@@ -33,86 +31,6 @@ _MEETING = (
     ' --machine_rank "$SLURM_NODEID" --main_process_ip "$HEAD" --main_process_port "$PORT"'
     " --rdzv_backend static --same_network"
 )
-
-
-# ---- The folder of a launch ----
-
-
-@dataclass(frozen=True)
-class SubmittedJob:
-    """A job in the queue, as jobs.json notes it; `tasks` says what each of them is about."""
-
-    label: str
-    id: str
-    tasks: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class LaunchFolder:
-    """runs/<name>/slurm/: a script for each job, what trainings are handed, job ids, logs, exit
-    codes.
-    """
-
-    path: Path
-
-    @property
-    def name(self) -> str:
-        """The run or study it belongs to."""
-        return self.path.parent.name
-
-    @property
-    def jobs_file(self) -> Path:
-        """The jobs that were submitted, with their ids."""
-        return self.path / "jobs.json"
-
-    def log(self, task: str) -> Path:
-        """The log of a task; requeues append to it."""
-        return self.path / f"{task}.log"
-
-    def exit_code(self, task: str) -> int | None:
-        """Return the code a task ended with; None while it is not over, or was killed."""
-        with suppress(FileNotFoundError, ValueError):
-            return int((self.path / f"{task}.exit_code").read_text())
-        return None
-
-    def first_error(self, task: str) -> str | None:
-        """Return what the first failing rank said."""
-        errors = sorted((self.path / f"{task}.errors").glob("*"))
-        return errors[0].read_text(encoding="utf-8", errors="replace").strip() if errors else None
-
-    def read_jobs(self) -> list[SubmittedJob]:
-        """Return the submitted jobs; empty where none was. The id of one that was submitted by hand
-        stands in a file of its own.
-
-        Raises:
-            DamagedFile: jobs.json is not what was written to it.
-        """
-        remedy, jobs = "squeue lists the jobs; submitting them again writes it anew", []
-        for row in read_object(self.jobs_file, remedy).get("jobs", []):
-            by_hand, number = self.path / f"{row['label']}.job", row["id"]
-            if not number and by_hand.is_file():
-                number = by_hand.read_text().strip().partition(";")[0]
-            if number:
-                jobs.append(SubmittedJob(row["label"], number, tuple(row["tasks"])))
-        return jobs
-
-    def write_jobs(self, jobs: Sequence[Job], ids: Mapping[str, str]) -> None:
-        """Note the jobs, with the ids of those that `recipes launch` submitted."""
-        rows = [
-            {
-                "label": job.label,
-                "id": ids.get(job.label),
-                "tasks": [task.what for task in job.tasks],
-            }
-            for job in jobs
-        ]
-        write_json(self.jobs_file, {"jobs": rows})
-
-
-def all_launches() -> list[LaunchFolder]:
-    """Return everything that was launched, by name."""
-    folders = sorted(file.parent for file in runs_root().resolve().glob("*/slurm/jobs.json"))
-    return [folder for folder in map(LaunchFolder, folders) if folder.read_jobs()]
 
 
 # ---- The script of a job ----
@@ -126,6 +44,13 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
         folder: where it will lie, beside its log and its exit code.
         profile: the site.
     """
+    variables = {
+        "RECIPES_RUNS_ROOT": str(runs_root().resolve()),
+        "RECIPES_CACHE": str(cache_root().resolve()),
+        **({"HF_HUB_OFFLINE": "1"} if profile.offline else {}),
+        **({"VLLM": str(Path(profile.vllm).expanduser())} if profile.vllm else {}),
+        **profile.variables(),
+    }
     shared = project_root() / "launch" / "job.sh"
     lines = [
         "#!/bin/bash",
@@ -137,7 +62,7 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
         f"NODES={job.nodes} PROCESSES={job.processes} MAX_REQUEUES={profile.max_requeues}",
         f"source {shlex.quote(str(shared))} || exit 5   # signals, requeues, exit codes",
         "",
-        *(f"export {name}={_quoted(value)}" for name, value in _variables(profile).items()),
+        *(f"export {name}={_quoted(value)}" for name, value in variables.items()),
         '[ -z "$TMPDIR" ] || mkdir -p "$TMPDIR" || environment_failed',
         *(f"{line} || environment_failed" for line in profile.setup),
         "",
@@ -151,9 +76,11 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
     """Return the #SBATCH lines. Slurm reads quotes as bash does, but a backslash is one even within
     quotes.
     """
-    log = str(folder / job.label).replace("%", "%%") + (".%a.log" if len(job.tasks) > 1 else ".log")
-    limit = f"%{job.throttle}" if job.throttle else ""
-    array = [f"--array=0-{len(job.tasks) - 1}{limit}"] if len(job.tasks) > 1 else []
+    log = str(folder / job.label).replace("%", "%%")
+    array = []
+    if len(job.tasks) > 1:
+        limit = f"%{job.throttle}" if job.throttle else ""
+        array, log = [f"--array=0-{len(job.tasks) - 1}{limit}"], f"{log}.%a"
     words = [
         f"--job-name={folder.parent.name}.{job.label}",
         f"--nodes={job.nodes}",
@@ -162,7 +89,7 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
         f"--signal=B:USR2@{profile.signal_lead_s}",
         "--requeue",
         "--open-mode=append",
-        f"--output={log}",
+        f"--output={log}.log",
         *array,
     ]
     return [f"#SBATCH {shlex.quote(word)}".replace("\\", "\\\\") for word in words]
@@ -170,12 +97,10 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
 
 def job_commands(job: Job, profile: Profile) -> list[str]:
     """Return the lines of a script that do the work."""
-    lines: list[str] = []
-    if job.launch:
-        launch = job.launch
-        known = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
-        expected = shlex.quote(json.dumps(known))
-        lines = [f"export RECIPES_EXPECT={expected}   # training refuses to be anything else"]
+    lines = [
+        f"export {name}={shlex.quote(value)}   # it refuses to do anything else"
+        for name, value in job.expected.items()
+    ]
     if len(job.tasks) == 1:
         return [*lines, _command(job, job.tasks[0], profile)]
     lines.append("case $SLURM_ARRAY_TASK_ID in")
@@ -198,68 +123,66 @@ def _command(job: Job, task: Task, profile: Profile) -> str:
     return f"run {srun} bash -c {shlex.quote(on_node)} {job.label} {shlex.join(task.args)}"
 
 
-def _variables(profile: Profile) -> dict[str, str]:
-    """Return what every job of a site exports."""
-    runs, cache = str(runs_root().resolve()), str(cache_root().resolve())
-    variables = {"RECIPES_RUNS_ROOT": runs, "RECIPES_CACHE": cache}
-    if profile.offline:
-        variables["HF_HUB_OFFLINE"] = "1"
-    if profile.vllm:
-        variables["VLLM"] = str(Path(profile.vllm).expanduser())
-    return variables | profile.variables()
-
-
 def _quoted(value: str) -> str:
     """Quote for bash; `{job}` becomes the job's id."""
     parts = [shlex.quote(part) if part else "" for part in value.split("{job}")]
     return '"${SLURM_JOB_ID:-$$}"'.join(parts) or "''"
 
 
-# ---- sbatch ----
+# ---- The folder of a launch, and sbatch ----
 
 
-def prepare(plan: JobPlan, profile: SiteProfile) -> LaunchFolder:
-    """Write the scripts of the jobs and what trainings are handed, in place of what an earlier
+def prepare(plan: JobPlan, site: SiteProfile) -> None:
+    """Write the scripts of the jobs and what they are handed, in place of what an earlier
     submission left; logs stay.
     """
-    folder = LaunchFolder(plan.folder)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    for stale in folder.path.iterdir():
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    for stale in plan.folder.iterdir():
         if stale.suffix in (".sbatch", ".exit_code", ".job"):
             stale.unlink()
         elif stale.suffix == ".errors":
             shutil.rmtree(stale)
     for job in plan.jobs:
-        script = script_of(job, folder.path, profile.values)
-        write_text(folder.path / f"{job.label}.sbatch", script)
+        script = script_of(job, plan.folder, site.values)
+        write_text(plan.folder / f"{job.label}.sbatch", script)
     for file, recipe in plan.recipes.items():
-        recipe.write(folder.path / file)
-    folder.write_jobs(plan.jobs, {})
-    return folder
+        recipe.write(plan.folder / file)
+    if plan.study:
+        write_json(plan.folder / "study.json", plan.study)
+    _write_jobs(plan, {})
 
 
-def submit_chain(plan: JobPlan, profile: SiteProfile) -> dict[str, str]:
+def _write_jobs(plan: JobPlan, ids: Mapping[str, str]) -> None:
+    """Note the jobs, with the ids of those that `recipes launch` submitted."""
+    rows = [
+        {"label": job.label, "id": ids.get(job.label), "tasks": [task.what for task in job.tasks]}
+        for job in plan.jobs
+    ]
+    write_json(plan.folder / JOBS_FILE, {"jobs": rows})
+
+
+def submit_chain(plan: JobPlan, site: SiteProfile) -> dict[str, str]:
     """Write the submission's folder, submit every job, and return {label: job id}.
 
     Raises:
         RecipesError: Slurm refused a job; those before it are cancelled, or named where that failed
             too.
     """
-    folder = prepare(plan, profile)
+    prepare(plan, site)
     ids: dict[str, str] = {}
     try:
         for job in plan.jobs:
-            done = run_slurm(_sbatch(job, folder, ids))
+            done = run_slurm(_sbatch(job, plan.folder, ids))
             if done.returncode:
-                raise _refusal(done.stderr, job, folder, profile)
+                raise _refusal(done.stderr, job, plan, site)
             # --parsable prints ID or ID;cluster
             ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
-            folder.write_jobs(plan.jobs, ids)
+            _write_jobs(plan, ids)
     except BaseException as error:
         left = f"nothing is queued: {', '.join(ids)} had been accepted, and was cancelled"
         try:
             scancel(list(ids.values()))
-            folder.jobs_file.unlink(missing_ok=True)
+            (plan.folder / JOBS_FILE).unlink(missing_ok=True)
         except RecipesError as second:
             left = f"still queued ({second.what}): recipes launch cancel {plan.name}"
         if ids and isinstance(error, RecipesError):
@@ -274,31 +197,28 @@ def dry_run(plan: JobPlan) -> Iterator[tuple[Job, str]]:
     A variable keeps the job's id for the lines of those that wait for it, a file keeps it for
     `recipes launch status`.
     """
-    folder = LaunchFolder(plan.folder)
     names = {job.label: re.sub(r"\W", "_", job.label) for job in plan.jobs}
     ids = {label: f"${{{name}}}" for label, name in names.items()}
     for job in plan.jobs:
         line = " ".join(
             word if word.startswith("--dependency=") else shlex.quote(word)
-            for word in _sbatch(job, folder, ids)
+            for word in _sbatch(job, plan.folder, ids)
         )
-        note = shlex.quote(str(folder.path / f"{job.label}.job"))
+        note = shlex.quote(str(plan.folder / f"{job.label}.job"))
         yield job, f"{names[job.label]}=$({line} | tee {note})"
 
 
-def _sbatch(job: Job, folder: LaunchFolder, ids: Mapping[str, str]) -> list[str]:
+def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
     """Return the argument list that submits a job; what else Slurm is asked for stands in the job's
     script.
 
     Args:
-        job: the job.
-        folder: where its script lies.
-        ids: the jobs before it.
+        ids: of the jobs before it.
     """
     conditions = (("afterok", job.after), ("afterany", job.after_any))
     waits = [":".join([when, *map(ids.__getitem__, names)]) for when, names in conditions if names]
     dependency = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
-    return ["sbatch", "--parsable", *dependency, str(folder.path / f"{job.label}.sbatch")]
+    return ["sbatch", "--parsable", *dependency, str(folder / f"{job.label}.sbatch")]
 
 
 def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
@@ -330,15 +250,15 @@ def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         raise EnvironmentFault(what, ASK_SINFO) from None
 
 
-def _refusal(text: str, job: Job, folder: LaunchFolder, profile: SiteProfile) -> RecipesError:
+def _refusal(text: str, job: Job, plan: JobPlan, site: SiteProfile) -> RecipesError:
     """Return Slurm's error in one line, with what was asked for."""
     lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines()]
     said = [line for line in lines if line and not line.startswith("Try ")] or ["no reason given"]
     if _UNREACHABLE.search(text):
         return EnvironmentFault(f"Slurm cannot be reached: {said[-1]}", ASK_SINFO)
     what = said[-1].removeprefix("Batch job submission failed: ")
-    asked = [line.removeprefix("#SBATCH ") for line in directives(job, folder.path, profile.values)]
-    return profile.document.error(
+    asked = [line.removeprefix("#SBATCH ") for line in directives(job, plan.folder, site.values)]
+    return site.document.error(
         "sbatch",
         f"Slurm refuses {job.label}: {what}",
         f"asked for: {' '.join(asked)}",
