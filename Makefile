@@ -63,4 +63,3 @@ style: setup  ## format the code
 
 schema: setup  ## write schema/ from the installed versions
 	$(BIN)/python -m recipes_lib.schema
-	$(BIN)/python -m recipes_lib.schema  # of the keys that the first one wrote

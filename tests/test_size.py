@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (2085, 1500),
     "core": (1260, 800),
-    "config": (3150, 1900),
+    "config": (3080, 1900),
     "models": (750, 450),
     "data": (3150, 1650),
     "training": (2450, 1700),

@@ -11,6 +11,7 @@ import enum
 import inspect
 import json
 import re
+import subprocess
 import sys
 import types
 import typing
@@ -37,9 +38,20 @@ SCHEMAS: dict[str, Callable[[], Any]] = {
 def main(argv: list[str] | None = None) -> int:
     """Write the files, or with `--check` say which would change."""
     check = "--check" in (sys.argv[1:] if argv is None else argv)
-    files: dict[Path, Any] = {UPSTREAM_FILE: upstream_sections()}
-    for name, schema in SCHEMAS.items():
-        files[project_root() / "schema" / f"{name}.schema.json"] = schema()
+    changed = _written({UPSTREAM_FILE: upstream_sections()}, check)
+    if changed and not check:  # this process has made its models of the old fields
+        print(f"wrote: {changed[0]}", flush=True)
+        return subprocess.call([sys.executable, "-m", "recipes_lib.schema"])
+    folder = project_root() / "schema"
+    schemas = {folder / f"{name}.schema.json": schema() for name, schema in SCHEMAS.items()}
+    changed += _written(schemas, check)
+    word = "out of date (make schema)" if check else "wrote"
+    print(f"{word}: {', '.join(changed)}" if changed else "schema/ is up to date")
+    return int(check and bool(changed))
+
+
+def _written(files: dict[Path, Any], check: bool) -> list[str]:
+    """Return the files with another content than they should have; write them unless `check`."""
     changed = []
     for path, content in files.items():
         text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
@@ -47,9 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             changed.append(shown_path(path))
             if not check:
                 path.write_text(text, encoding="utf-8")
-    word = "out of date (make schema)" if check else "wrote"
-    print(f"{word}: {', '.join(changed)}" if changed else "schema/ is up to date")
-    return int(check and bool(changed))
+    return changed
 
 
 def _editable(schema: dict[str, Any]) -> dict[str, Any]:

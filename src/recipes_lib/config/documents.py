@@ -293,18 +293,19 @@ def dotted(path: KeyPath) -> str:
     return ".".join(map(str, path))
 
 
-def value_text(value: Any) -> str:
-    """Return a value as YAML on one line.
+def value_text(value: Any, longest: int = 10**9) -> str:
+    """Return a value as YAML on one line, cut at `longest` characters.
 
     Example:
-        >>> value_text({"r": 8, "names": ["a", "no"]})
-        "{r: 8, names: [a, 'no']}"
+        >>> value_text({"r": 8, "names": ["a", "no"]}), value_text("a long text", 9)
+        ("{r: 8, names: [a, 'no']}", 'a long...')
     """
     text = yaml.safe_dump(
         value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
     )
     # no other white space is stripped: a value may begin or end with it
-    return text.strip("\n").removesuffix("\n...")
+    text = text.strip("\n").removesuffix("\n...")
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]:

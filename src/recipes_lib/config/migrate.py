@@ -14,17 +14,10 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.documents import (
-    SECTIONS,
-    Document,
-    kind_of,
-    read,
-    value_text,
-    wrong_kind,
-)
+from recipes_lib.config.documents import SECTIONS, Document, kind_of, read, value_text, wrong_kind
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import RecipeFile, recipe_rules
-from recipes_lib.config.upstream import NOT_IN_TRAIN, REMOVED, RENAMES, upstream_fields
+from recipes_lib.config.upstream import INSTEAD, RENAMES, upstream_fields
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.terminal import is_secret_name
 
@@ -34,6 +27,7 @@ MOVES = {
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attn_implementation",
+    "use_flash_attention_2": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code",
     "model_init_kwargs": "model.kwargs",
     "dataset_name": "data.source",
@@ -41,33 +35,33 @@ MOVES = {
     "dataset_config": "data.subset",
     "dataset_config_name": "data.subset",
     "dataset_train_split": "data.source_split",
+    "dataset_text_field": "data.columns",
     "chat_template": "data.chat_template",
     "chat_template_path": "data.chat_template",
     "system_prompt": "data.system_prompt",
+    "assistant_only_loss": "data.chat_loss",
     "max_train_samples": "data.max_examples",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "group_by_length": "train.train_sampling_strategy",
     "preprocessing_num_workers": "train.dataset_num_proc",
-    "use_liger": "train.use_liger_kernel",
     "run_name": "run.name",
     "output_dir": "run.name",
     "num_processes": "launch.gpus",
     "num_machines": "launch.nodes",
+    "accelerate_config": "launch.accelerate",
     **{old: f"train.{new}" for old, new in RENAMES.items()},
 }
 WITHOUT_EFFECT = {
-    **REMOVED,
-    "do_train": "training is what a recipe does",
+    **{key: INSTEAD["train"][key] for key in ("overwrite_output_dir", "logging_dir", "do_train")},
     "do_eval": "train.eval_strategy says it",
     "use_peft": "the lora section says it",
     "lora_task_type": "it is always CAUSAL_LM",
-    "remove_unused_columns": "columns are prepared before the trainer sees them",
-    "dataset_kwargs": "columns are prepared before the trainer sees them",
-    "ignore_bias_buffers": "the trainer decides it",
+    **dict.fromkeys(("remove_unused_columns", "dataset_kwargs"), "rows are prepared beforehand"),
+    **dict.fromkeys(("ignore_bias_buffers", "save_safetensors"), "the trainer decides it"),
     "config": "it named this file",
 }
 NOT_CARRIED = {
-    **NOT_IN_TRAIN,
+    **{key: why for key, why in INSTEAD["train"].items() if key not in MOVES},
     "dataset_test_split": "validation rows are held out of the training rows (data.split)",
     "dataset_streaming": "the audit before step 1 reads every row",
     "dataset_splits": "one split is read (data.source_split)",
@@ -78,31 +72,25 @@ NOT_CARRIED = {
 LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
-_CONFIGS = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp"}
-_CONFIGS |= dict.fromkeys(("fsdp", "fsdp1", "fsdp2"), "fsdp")
-_STRATEGIES = {"ffd": "bfd", "bfd-requeue": "bfd_split"}
+_LAUNCHES = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp"}
+_LAUNCHES |= dict.fromkeys(("fsdp", "fsdp1", "fsdp2"), "fsdp")
 
 
 @dataclass
 class Migration:
     """A migration in progress, then its result: `text()` of the recipe and the `changes` to list.
 
-    `values` holds what the recipe says by dotted key, `above` the comments over it, `sources` the
-    flat key that it was.
+    `values` holds what the recipe says by dotted key, `sources` the flat key that it was,
+    `comments` those of flat keys that are not placed yet, and of dotted keys.
     """
 
     flat: Document
+    head: str
     comments: dict[str, list[str]]
-    head: list[str]
     values: dict[str, Any] = field(default_factory=dict)
-    above: dict[str, list[str]] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
-
-    def value(self, key: str) -> Any:
-        """Return the flat file's value of a key."""
-        return self.flat.values.get(key)
 
     def move(self, key: str, dotted: str, value: Any, note: str = "") -> None:
         """Place a key of the flat file under its new name."""
@@ -110,47 +98,41 @@ class Migration:
             self.leave(key, f"{dotted} is set already, by another key of this file")
             return
         self.values[dotted], self.sources[dotted] = value, key
-        self.above[dotted] = self.comments.pop(key, [])
-        old = self.value(key)
-        change = "" if value == old else f": {_short(old)} -> {_short(value)}"
-        self._say(key, f"{key} -> {dotted}{change}{f'; {note}' if note else ''}")
+        self.comments[dotted] = self.comments.pop(key, [])
+        old = self.flat.values[key]
+        change = "" if value == old else f": {value_text(old, 60)} -> {value_text(value, 60)}"
+        self.say(key, f"{key} -> {dotted}{change}{note}")
 
     def add(self, dotted: str, value: Any, why: str) -> None:
         """Add a key that the flat file did not have."""
         if dotted not in self.values:
-            self.values[dotted], self.above[dotted] = value, [f"# {why}"]
-            self.changes.append(f"added {dotted}: {_short(value)}; {why}")
-
-    def drop(self, key: str, why: str) -> None:
-        """Leave out a key that has no effect here."""
-        self._say(key, f"{key} left out; {why}")
+            self.values[dotted], self.comments[dotted] = value, [f"# {why}"]
+            self.changes.append(f"added {dotted}: {value_text(value, 60)}; {why}")
 
     def leave(self, key: str, why: str) -> None:
         """Keep a key as a comment at the end of the recipe."""
-        value = "(not copied)" if is_secret_name(key) else self.value(key)
-        self.left += [f"# {key}: {why}", *(f"#     {line}" for line in _dump(key, value))]
-        self._say(key, f"{key} NOT CARRIED OVER; {why}")
+        value = "(not copied)" if is_secret_name(key) else self.flat.values[key]
+        self.left += [f"# {key}: {why}", *(f"#     {line}" for line in _lines(key, value))]
+        self.say(key, f"{key} NOT CARRIED OVER; {why}")
 
-    def _say(self, key: str, what: str) -> None:
+    def say(self, key: str, what: str) -> None:
+        """Add a change at the place of a flat key."""
         self.changes.append(f"{self.flat.origin((key,))}: {what}")
 
     def text(self) -> str:
         """Return the recipe as YAML text."""
-        lines = [*self.head]
+        lines = [self.head]
         for section in SECTIONS:
             keys = [key for key in self.values if key.startswith(f"{section}.")]
-            if keys:
-                lines += ["", f"{section}:"]
-            elif section == "lora":
-                lines += ["", "lora: null"]
+            if keys or section == "lora":
+                lines += ["", f"{section}:" if keys else "lora: null"]
             for dotted in keys:
-                inner = _dump(dotted.partition(".")[2], self.values[dotted])
-                lines += [f"  {line}" for line in (*self.above[dotted], *inner)]
+                inner = _lines(dotted.partition(".")[2], self.values[dotted])
+                lines += [f"  {line}" for line in (*self.comments[dotted], *inner)]
         if self.left:
             lines += ["", "# Not carried over by `recipes migrate`:", *self.left]
-        return (
-            "\n".join([*lines, *(line for kept in self.comments.values() for line in kept)]) + "\n"
-        )
+        rest = [comments for key, comments in self.comments.items() if key not in self.values]
+        return "\n".join([*lines, *(line for comments in rest for line in comments)]) + "\n"
 
     def document(self) -> Document:
         """Return the recipe as a document whose places are those of the flat file."""
@@ -175,18 +157,6 @@ def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) 
         RecipeError: no flat fine-tuning config, or values that a recipe refuses, at their lines.
     """
     flat = read(path, yaml_1_1=True)
-    _refuse_other_kinds(flat)
-    migration = Migration(flat, _comments(flat), [head])
-    for key, value in flat.values.items():
-        _place(migration, key, value)
-    _complete(migration, prompt_formats)
-    _, errors = judge(RecipeFile, migration.document(), recipe_rules)
-    if errors:
-        raise RecipeErrors(errors)
-    return migration
-
-
-def _refuse_other_kinds(flat: Document) -> None:
     kind = kind_of(flat)
     if kind.name != "flat":
         raise wrong_kind(kind, "flat", flat.file)
@@ -194,6 +164,14 @@ def _refuse_other_kinds(flat: Document) -> None:
         if not flat.values.keys() & {*needed}:
             what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
             raise RecipeError(what, file=flat.file)
+    migration = Migration(flat, head, _comments(flat))
+    for key, value in flat.values.items():
+        _place(migration, key, value)
+    _complete(migration, prompt_formats)
+    _, errors = judge(RecipeFile, migration.document(), recipe_rules)
+    if errors:
+        raise RecipeErrors(errors)
+    return migration
 
 
 def home_of(key: str) -> str:
@@ -217,76 +195,78 @@ def home_of(key: str) -> str:
 
 def _place(migration: Migration, key: str, value: Any) -> None:
     """Decide what becomes of one key."""
-    dotted = home_of(key)
-    without_load = not (value if "load_in" in key else migration.value("load_in_4bit"))
-    if is_secret_name(key):
+    flat, dotted = migration.flat.values, home_of(key)
+    loads = value if "load_in" in key else flat.get("load_in_4bit")
+    switches = ("use_flash_attention_2", "assistant_only_loss")
+    is_model = key == "tokenizer_name_or_path" and value == flat["model_name_or_path"]
+    secret, none = is_secret_name(key), "no class behind a recipe section has this key"
+    reasons_to_drop = {
+        WITHOUT_EFFECT.get(key, ""): key in WITHOUT_EFFECT,
+        "it says nothing": value is None and not dotted.startswith("train."),
+        "it is off": key in switches and not value,
+        "runs are in runs/<run.name>": key == "output_dir" and flat.get("run_name"),
+        "warmup_steps decides": key == "warmup_ratio" and (flat.get("warmup_steps") or not value),
+        "warmup_ratio decides": key == "warmup_steps" and not value and flat.get("warmup_ratio"),
+        "the tokenizer is the model's": is_model,
+        "the base is not loaded so": dotted.startswith("quantization.") and not loads,
+    }
+    reasons_to_leave = {
+        NOT_CARRIED.get(key, ""): key in NOT_CARRIED,
+        "without use_peft: true TRL ignores it": (
+            dotted.startswith("lora.") and not flat.get("use_peft")
+        ),
+        "no accelerate config of that kind here; see launch.accelerate": (
+            key == "accelerate_config" and Path(str(value)).stem not in _LAUNCHES
+        ),
+        none: not dotted and key not in MIXTURES,
+    }
+    if secret:
         migration.leave(key, "a secret does not belong in a recipe; use hf auth login")
-    elif key in WITHOUT_EFFECT:
-        migration.drop(key, WITHOUT_EFFECT[key])
-    elif value is None and not dotted.startswith("train."):
-        migration.drop(key, "it says nothing")
+    elif why := next((why for why, holds in reasons_to_drop.items() if holds), ""):
+        migration.say(key, f"{key} left out; {why}")
+    elif why := next((why for why, holds in reasons_to_leave.items() if holds), ""):
+        migration.leave(key, why)
     elif key in MIXTURES:
         _mixture(migration, key, value)
-    elif key == "output_dir" and migration.value("run_name"):
-        migration.drop(key, "runs are in runs/<run.name>")
-    elif key == "accelerate_config":
-        name = _CONFIGS.get(Path(str(value)).stem)
-        why = "no accelerate config of that kind here; see launch.accelerate"
-        migration.move(key, "launch.accelerate", name) if name else migration.leave(key, why)
-    elif key == "warmup_ratio" and (migration.value("warmup_steps") or not value):
-        migration.drop(key, "warmup_steps decides")
-    elif key == "warmup_steps" and not value and migration.value("warmup_ratio"):
-        migration.drop(key, "warmup_ratio decides")
-    elif key == "assistant_only_loss" and value:
-        migration.move(key, "data.chat_loss", "all", "loss on every assistant turn")
-    elif key == "dataset_text_field":
-        migration.move(key, "data.columns", {"text": value})
-    elif key == "use_flash_attention_2" and value:
-        migration.move(key, "model.attn_implementation", "flash_attention_2")
-    elif key in ("use_flash_attention_2", "assistant_only_loss"):
-        migration.drop(key, "it is off")
-    elif key == "tokenizer_name_or_path" and value == migration.value("model_name_or_path"):
-        migration.drop(key, "the tokenizer is the model's")
-    elif key in NOT_CARRIED and key not in MOVES:
-        migration.leave(key, NOT_CARRIED[key])
-    elif dotted.startswith("lora.") and not migration.value("use_peft"):
-        migration.leave(key, "without use_peft: true TRL ignores it and trains all weights")
-    elif dotted.startswith("quantization.") and without_load:
-        migration.drop(key, "the base is not loaded so")
-    elif not dotted:
-        migration.leave(key, "no class behind a recipe section has this key")
     else:
         trusting = dotted == "model.trust_remote_code" and value
-        note = "also needs --trust-remote-code on the command line" if trusting else ""
-        migration.move(key, dotted, _todays(dotted, value), note)
+        note = "; also needs --trust-remote-code on the command line" if trusting else ""
+        migration.move(key, dotted, _todays(key, dotted, value), note)
 
 
-def _todays(dotted: str, value: Any) -> Any:
+def _todays(key: str, dotted: str, value: Any) -> Any:
     """Return a value in the form that is read today."""
-    key = dotted.partition(".")[2]
+    name = dotted.partition(".")[2]
+    if key in ("assistant_only_loss", "use_flash_attention_2"):
+        return "all" if key == "assistant_only_loss" else "flash_attention_2"
+    if key == "accelerate_config":
+        return _LAUNCHES[Path(str(value)).stem]
+    if key == "dataset_text_field":
+        return {"text": value}
     if dotted == "run.name":
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
-    if key == "train_sampling_strategy" and isinstance(value, bool):
+    if name == "train_sampling_strategy" and isinstance(value, bool):
         return "group_by_length" if value else "random"
-    if key == "packing_strategy":
-        return _STRATEGIES.get(value, value)
-    if key.endswith("_strategy") and value is False:
+    if name == "packing_strategy":
+        return {"ffd": "bfd", "bfd-requeue": "bfd_split"}.get(value, value)
+    if name.endswith("_strategy") and value is False:
         return "no"
-    if "dtype" in key and isinstance(value, str):
+    if "dtype" in name and isinstance(value, str):
         return _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
-    if key == "target_modules" and isinstance(value, str):
-        value = [name.strip() for name in value.split(",")]
+    if name == "target_modules" and isinstance(value, str):
+        value = [module.strip() for module in value.split(",")]
     return "all-linear" if value == ["all-linear"] else value
 
 
 def _mixture(migration: Migration, key: str, value: Any) -> None:
     """Turn `dataset_mixer`, `dataset_mixture` or TRL's `datasets` into `data.source`."""
-    given = value
-    if isinstance(value, dict) and isinstance(value.get("datasets"), list):
-        given = value["datasets"]
-    elif isinstance(value, dict):
-        given = [{"id": name, "weight": share} for name, share in value.items()]
-    splits = [name for name in migration.value("dataset_splits") or () if "train" in str(name)]
+    given, size = value, None
+    if isinstance(value, dict):
+        size = value.get("test_split_size")
+        shares = [{"id": name, "weight": share} for name, share in value.items()]
+        given = value["datasets"] if isinstance(value.get("datasets"), list) else shares
+    splits = migration.flat.values.get("dataset_splits") or ()
+    split = next((name for name in splits if "train" in str(name)), None)
     sources, lost = [], []
     for item in given if isinstance(given, list) else [given]:
         part = item if isinstance(item, dict) else {"id": item}
@@ -294,53 +274,46 @@ def _mixture(migration: Migration, key: str, value: Any) -> None:
         keys = {
             "source": files if isinstance(files, str) else part.get("id") or part.get("path"),
             "subset": part.get("config", part.get("name")),
-            "source_split": part.get("split", next(iter(splits), None)),
+            "source_split": part.get("split", split),
             "weight": part.get("weight") if part.get("weight") != 1 else None,
         }
         sources.append({name: text for name, text in keys.items() if text is not None})
         lost += [name for name in ("fraction", "data_dir") if part.get(name) is not None]
-    size = value.get("test_split_size") if isinstance(value, dict) else None
     if isinstance(size, float):
         migration.add("data.split", {"validation": size}, f"from {key}.test_split_size")
     elif size is not None:
         lost.append(f"test_split_size {size} rows (data.split.validation is a fraction)")
-    if len(sources) == 1 and "weight" not in sources[0]:
-        for name in sources[0].keys() - {"source"}:
-            migration.add(f"data.{name}", sources[0][name], f"from {key}")
-        migration.move(key, "data.source", sources[0]["source"])
-    else:
-        migration.move(key, "data.source", sources)
+    migration.move(key, "data.source", sources)
     if lost:
         migration.leave(key, f"no place in data.source: {', '.join(lost)}")
 
 
 def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> None:
     """Add what TRL fills in by itself where the class behind a section fills in something else."""
-    for key, value in LORA_DEFAULTS.items() if migration.value("use_peft") else ():
+    flat, values = migration.flat.values, migration.values
+    for key, value in LORA_DEFAULTS.items() if flat.get("use_peft") else ():
         migration.add(f"lora.{key}", value, "TRL's default; PEFT's is another")
-    if migration.values.get("quantization.load_in_4bit"):
+    if values.get("quantization.load_in_4bit"):
         migration.add("quantization.bnb_4bit_quant_type", "nf4", "TRL's default")
-        dtype = migration.values.get("model.dtype")
-        if migration.value("bf16") and dtype == "float16":
-            migration.values["model.dtype"] = dtype = "bfloat16"
+        if flat.get("bf16") and values.get("model.dtype") == "float16":
+            values["model.dtype"] = "bfloat16"
             why = "4-bit layers would mix float16 with the bfloat16 of train.bf16"
             migration.changes.append(f"model.dtype: float16 -> bfloat16; {why}")
-        if dtype in _DTYPES.values():
+        if (dtype := values.get("model.dtype")) in _DTYPES.values():
             why = "TRL computes in the model's dtype"
             migration.add("quantization.bnb_4bit_compute_dtype", dtype, why)
-    if "dataset_text_field" in migration.flat.values:
+    if "dataset_text_field" in flat:
         migration.add("data.prompt_format", "raw", "the text is in one column")
     elif prompt_formats is not None:
         migration.add("data.prompt_format", prompt_formats[0], "as the rows are on this machine")
     else:
         why = "for rows of messages; for rows of prompt and completion write raw, and remove"
         migration.add("data.prompt_format", "chat", f"{why} train.completion_only_loss: false")
-    flat = migration.flat.values
-    conversations = migration.values["data.prompt_format"] == "chat"
-    if conversations and not flat.get("assistant_only_loss") and "completion_only_loss" not in flat:
+    all_tokens = not flat.get("assistant_only_loss") and "completion_only_loss" not in flat
+    if all_tokens and values["data.prompt_format"] == "chat":
         why = "of messages TRL learns every token; true learns the answers"
         migration.add("train.completion_only_loss", False, why)
-    if migration.values.get("train.eval_strategy", "no") in ("no", None):
+    if values.get("train.eval_strategy", "no") in ("no", None):
         migration.add("data.split", {"method": "none"}, "no evaluation: no row is held out")
     else:
         migration.add("data.split", {"validation": 0.1}, "rows held out for evaluation")
@@ -355,35 +328,17 @@ def _comments(flat: Document) -> dict[str, list[str]]:
                 text[index] = "\n" if text[index] == "\n" else "x"
     places = {key: flat.origin((key,)).line or 0 for key in flat.values}
     comments: dict[str, list[str]] = {}
-    for number, line in enumerate("".join(text).split("\n"), start=1):
-        if "#" not in line:
-            continue
-        start = line.index("#")
-        comment = flat.text.split("\n")[number - 1][start:].rstrip()
-        following = [key for key, place in places.items() if place > number]
-        before = [key for key, place in places.items() if place <= number]
-        key = following[0] if start == 0 and following else before[-1] if before else ""
-        comments.setdefault(key, []).append(comment)
+    lines = zip("".join(text).split("\n"), flat.text.split("\n"), strict=True)
+    for number, (masked, line) in enumerate(lines, start=1):
+        if "#" in masked:
+            start = masked.index("#")
+            following = [key for key, place in places.items() if place > number]
+            before = [key for key, place in places.items() if place <= number]
+            key = following[0] if start == 0 and following else before[-1] if before else ""
+            comments.setdefault(key, []).append(line[start:].rstrip())
     return comments
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes text of several lines as it is read."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
-    ),
-)
-
-
-def _dump(key: str, value: Any) -> list[str]:
-    how: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 10_000}
-    return yaml.dump({key: value}, Dumper=_Dumper, **how).rstrip("\n").split("\n")
-
-
-def _short(value: Any) -> str:
-    text = value_text(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _lines(key: str, value: Any) -> list[str]:
+    text = yaml.safe_dump({key: value}, sort_keys=False, allow_unicode=True, width=10_000)
+    return text.rstrip("\n").split("\n")

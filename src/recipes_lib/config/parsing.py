@@ -201,8 +201,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         return [f"{name} is missing"]
     if "extra_forbidden" in kinds:
         return _unknown(model, path)
-    got = repr(value) if isinstance(value, str | list | dict) else value_text(value)
-    got = got if len(got) <= 60 else f"{got[:57]}..."
+    got = value_text(value, 60)
     if kinds.keys() == {"model_type"}:
         return [f"section '{name}' must be a mapping of keys, got {got}"]
     messages = [detail["msg"].removeprefix("Value error, ") for detail in details]

@@ -58,83 +58,64 @@ _OPTIMIZER_PACKAGES = {
     "lomo": "lomo_optim",
     "grokadamw": "grokadamw",
     "stable_adamw": "optimi",
-    "apex": "apex",
     "anyprecision": "torchdistx",
     "schedule_free": "schedulefree",
     "torch_4bit": "torchao",
     "torch_8bit": "torchao",
 }
 NO_TRACKERS = {"none", "all", "flyte"}  # transformers does not say whether flyte is there
-_LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
-_RECORD = "PEFT writes it into the saved adapter by itself"
-_MIGRATE = "; a whole old file: recipes migrate OLD.yaml --output NEW.yaml"
-# Old key of `train` -> the key of today, by which `recipes migrate` renames.
+# Old key of `train` -> the key since TRL 1 and transformers 5.
 RENAMES = {
     "max_seq_length": "max_length",
     "warmup_ratio": "warmup_steps",
     "evaluation_strategy": "eval_strategy",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
     "no_cuda": "use_cpu",
-    "neftune_alpha": "neftune_noise_alpha",
-    "push_to_hub_model_id": "hub_model_id",
 }
-_ROWS = "rows are prepared by recipes_lib.data"
-_ALWAYS = "it is always so"
-# Keys that TRL or transformers removed -> what to know.
-REMOVED = {
-    "overwrite_output_dir": "a run directory is never overwritten; choose another run.name",
-    "logging_dir": "logs are in the run directory",
-    "tokenizer": "the tokenizer comes with model.name_or_path",
-    "push_to_hub_organization": "write train.hub_model_id: organisation/name",
-    "use_mps_device": "the device is found by itself",
-    **dict.fromkeys(("save_safetensors", "include_tokens_per_second"), _ALWAYS),
-    **dict.fromkeys(("dataset_batch_size", "num_of_sequences", "chars_per_token"), _ROWS),
-}
-# Keys of upstream's classes that are not a recipe's business -> what to write instead.
-NOT_IN_TRAIN = {
-    "output_dir": "the run directory is runs/<run.name>; set run.name",
-    "run_name": "set run.name",
-    "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint",
-    "do_train": "recipes train always trains",
-    "do_eval": "set train.eval_strategy",
-    "do_predict": "evaluation has its own verb: recipes eval",
-    "hub_token": "a secret never belongs in a file; log in with 'hf auth login'",
-    "model_init_kwargs": "use model.kwargs",
-    "trust_remote_code": "use model.trust_remote_code, and --trust-remote-code",
-    "chat_template_path": "use data.chat_template",
-    "dataset_text_field": "use data.columns: {text: NAME}",
-    "dataset_kwargs": _ROWS,
-    "enable_jit_checkpoint": "runs stop safely on SIGTERM; upstream's leaves a half-trained model",
-    **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
-    "deepspeed": "DeepSpeed is not supported; use launch.accelerate: fsdp",
-    "ignore_data_skip": "a resumed run sees the rows it would have seen",
-    "auto_find_batch_size": "it would change the examples per step behind the recipe's back",
-}
-NOT_IN_LORA = {
-    **dict.fromkeys(("peft_type", "inference_mode", "auto_mapping", "peft_version"), _RECORD),
-    **dict.fromkeys(("base_model_name_or_path", "revision"), _RECORD),
-    **dict.fromkeys(("megatron_config", "megatron_core"), "Megatron is not supported"),
-}
-_GONE = {
+_RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
+_LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
+_PEFTS_OWN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
+_MEGATRON = ("megatron_config", "megatron_core")
+# What no recipe says, of today's classes and of earlier ones -> what to write or know instead.
+INSTEAD: dict[str, dict[str, str]] = {
     "train": {
-        **{old: f"it is train.{new} since TRL 1 / transformers 5" for old, new in RENAMES.items()},
-        **{old: f"was removed upstream: {why}" for old, why in REMOVED.items()},
-        "warmup_ratio": (
-            "it is train.warmup_steps since transformers 5; a number below 1 is a fraction"
-        ),
-        "group_by_length": "write train.train_sampling_strategy: group_by_length",
+        **{old: _RENAMED.format(new) for old, new in RENAMES.items()},
+        "warmup_ratio": "write train.warmup_steps; a number below 1 is a fraction",
+        "output_dir": "the run directory is runs/<run.name>; set run.name",
+        "overwrite_output_dir": "a run directory is never overwritten; choose another run.name",
+        "run_name": "set run.name",
+        "logging_dir": "logs are in the run directory",
+        "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint",
+        "do_train": "recipes train always trains",
+        "do_eval": "set train.eval_strategy",
+        "do_predict": "evaluation has its own verb: recipes eval",
+        "hub_token": "a secret never belongs in a file; log in with 'hf auth login'",
+        "model_init_kwargs": "write model.kwargs",
+        "trust_remote_code": "write model.trust_remote_code, and pass --trust-remote-code",
         "torch_dtype": "write model.dtype",
+        "chat_template_path": "write data.chat_template",
+        "dataset_text_field": "write data.columns: {text: NAME}",
+        "dataset_kwargs": "rows are prepared by recipes_lib.data",
+        "group_by_length": "write train.train_sampling_strategy: group_by_length",
         "lr": "write train.learning_rate",
         "epochs": "write train.num_train_epochs",
         "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
+        "deepspeed": "DeepSpeed is not supported; write launch.accelerate: fsdp",
+        "enable_jit_checkpoint": "upstream's leaves a half-trained model; runs stop on SIGTERM",
+        "ignore_data_skip": "a resumed run sees the rows it would have seen",
+        "auto_find_batch_size": "it would change the examples per step without a word",
+        **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
     },
-    "lora": {"alpha": "write lora.lora_alpha", "dropout": "write lora.lora_dropout"},
+    "lora": {
+        "alpha": "write lora.lora_alpha",
+        "dropout": "write lora.lora_dropout",
+        "base_model_name_or_path": "write model.name_or_path",
+        **dict.fromkeys(_PEFTS_OWN, "PEFT writes it into the saved adapter by itself"),
+        **dict.fromkeys(_MEGATRON, "Megatron is not supported"),
+    },
     "quantization": {},
 }
-_NOT_IN = {"train": NOT_IN_TRAIN, "lora": NOT_IN_LORA, "quantization": {}}
 
 
 class CheckpointingKwargs(Section):
@@ -166,22 +147,17 @@ class AcceleratorSection(Section):
 
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
-_NotNegative = Annotated[float, Field(ge=0)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
+_SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
 _NARROWER: dict[str, dict[str, Any]] = {
     "train": {
-        "per_device_train_batch_size": _AtLeast1,
-        "per_device_eval_batch_size": _AtLeast1,
-        "gradient_accumulation_steps": _AtLeast1,
-        "max_length": _AtLeast1 | None,
-        "save_total_limit": _AtLeast1 | None,
+        **dict.fromkeys((*_SIZES, "gradient_accumulation_steps"), _AtLeast1),
+        **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
+        **dict.fromkeys(("num_train_epochs", "learning_rate", "save_steps"), _Positive),
         "max_steps": Literal[-1] | _AtLeast1,
-        "num_train_epochs": _Positive,
-        "learning_rate": _Positive,
         "eval_steps": _Positive | None,
-        "save_steps": _Positive,
-        "max_grad_norm": _NotNegative,
+        "max_grad_norm": Annotated[float, Field(ge=0)],
         "label_smoothing_factor": Annotated[float, Field(ge=0, lt=1)],
         "seed": _Seed,
         "data_seed": _Seed | None,
@@ -227,19 +203,16 @@ def upstream_default(section: str, key: str) -> Any:
 
 def _section(name: str) -> type[Section]:
     """Return the model of a section."""
-    narrower, not_ours = _NARROWER[name], _NOT_IN[name]
     defaults = TRAIN_DEFAULTS if name == "train" else {}
-    fields: dict[str, Any] = {
-        key: (
-            narrower.get(key) or _type(schema),
-            Field(defaults.get(key, schema.get("default")), description=schema.get("description")),
-        )
-        for key, schema in upstream_fields()[name].items()
-        if key not in not_ours
-    }
+    fields: dict[str, Any] = {}
+    for key, schema in upstream_fields()[name].items():
+        if key not in INSTEAD[name]:
+            default = defaults.get(key, schema.get("default"))
+            kind = _NARROWER[name].get(key) or _type(schema)
+            fields[key] = (kind, Field(default, description=schema.get("description")))
     model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
-    model.gone = {key: why + _MIGRATE for key, why in _GONE[name].items()} | not_ours
+    model.gone = INSTEAD[name]
     return model
 
 
@@ -249,9 +222,9 @@ def _type(schema: dict[str, Any]) -> Any:
         return Union[tuple(_type(part) for part in schema["anyOf"])]  # noqa: UP007
     if "enum" in schema:
         return Literal[tuple(schema["enum"])]
-    kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
     if schema.get("type") == "array":
         return list[_type(schema["items"])] if "items" in schema else list[Any]  # type: ignore[misc]
+    kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
     return kinds.get(schema.get("type", ""), dict[str, Any])
 
 
