@@ -57,6 +57,7 @@ VERBS = {**START_HERE, **MORE}
 _OVERRIDES = (
     "section.key=value words override values of the recipe, for example train.learning_rate=1e-4."
 )
+_DEBUG = "--debug shows tracebacks."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -90,23 +91,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
     except Exception as error:
-        if debug and not isinstance(error, RecipesError):
+        message = error if isinstance(error, RecipesError) else explain_fault(error)
+        if debug and message is not error:
             raise
         if debug:
             traceback.print_exc()
-        message = _in_our_words(error)
+        if message is None:
+            what = f"internal error: {type(error).__name__}: {one_line(error)}"
+            message = RecipesError(what, "this is a bug; --debug shows where")
         print_error(message)
         return int(message.exit_code)
-
-
-def _in_our_words(error: Exception) -> RecipesError:
-    """Return what went wrong as one of our errors: a fault of the machine, or a bug."""
-    if isinstance(error, RecipesError):
-        return error
-    if fault := explain_fault(error):
-        return fault
-    what = f"internal error: {type(error).__name__}: {one_line(error)}"
-    return RecipesError(what, "this is a bug; --debug shows where")
 
 
 def _run(words: Sequence[str], debug: bool) -> int:
@@ -136,7 +130,6 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
     module = importlib.import_module(f"recipes_lib.commands.{verb}")
     description = f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}."
     parser = _Parser(prog=f"recipes {verb}", description=description, allow_abbrev=False)
-    parser.epilog = getattr(module, "EPILOG", "")
     actions: dict[str, Callable[..., int]] = getattr(module, "ACTIONS", {})
     if actions:
         choice = parser.add_subparsers(dest="action", required=True, metavar="|".join(actions))
@@ -145,24 +138,24 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
             declare(choice.add_parser(name, help=text, allow_abbrev=False), function)
     else:
         declare(parser, module.run)
-        if "overrides" in parameters(module.run):
-            parser.epilog = f"{_OVERRIDES} {parser.epilog}"
-    parser.epilog = f"{parser.epilog} --debug shows tracebacks."
+    takes_overrides = not actions and "overrides" in parameters(module.run)
+    notes = (_OVERRIDES if takes_overrides else "", getattr(module, "EPILOG", ""), _DEBUG)
+    parser.epilog = " ".join(filter(None, notes))
     known, unknown = parser.parse_known_args(words)
     arguments = vars(known)
     function = actions[arguments.pop("action")] if actions else module.run
-    takes_overrides = "overrides" in parameters(function)
+    if "overrides" in parameters(function):
+        arguments["overrides"] = unknown
     options = [f"--{name.replace('_', '-')}" for name in parameters(function)]
     for word in unknown:
         name = word.partition("=")[0]
         is_option = name.startswith("-") and "." not in name
         near = difflib.get_close_matches(name, options, n=1) if is_option else []
-        if near or not takes_overrides:
+        if near or "overrides" not in arguments:
             kind = "option" if word.startswith("-") else "argument"
-            parser.error(
-                f"unknown {kind} '{name}'" + (f"; did you mean {near[0]}?" if near else "")
-            )
-    return function, arguments | ({"overrides": unknown} if takes_overrides else {})
+            hint = f"; did you mean {near[0]}?" if near else ""
+            parser.error(f"unknown {kind} '{name}'{hint}")
+    return function, arguments
 
 
 def overview() -> str:

@@ -26,14 +26,14 @@ def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, capsys)
     assert main(["doctor"]) == 5
     out = capsys.readouterr().out
     assert "fail  broken" in out and "libtorch.so is damaged" in out and "GiB free" in out
-    assert out.splitlines()[-1] == "next: make setup; then recipes doctor"
+    assert out.splitlines()[-1] == "next: make setup; recipes doctor"
 
 
 def test_other_and_missing_packages_are_named(monkeypatch):
     real = doctor.installed_version
     versions = {"trl": None, "peft": "0.0.1"}
     monkeypatch.setattr(doctor, "installed_version", lambda name: versions.get(name, real(name)))
-    missing, other, _ = doctor.check_versions()
+    missing, other = doctor.check_versions()
     assert missing[0] == doctor.FAIL and missing[1] == "not installed: trl"
     assert other[0] == doctor.WARN and "peft 0.0.1" in other[1]
 

@@ -118,7 +118,7 @@ def test_a_second_ctrl_c_ends_at_once_where_the_first_is_not_heard(tiny_recipe: 
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
-    assert child.returncode == 130 and "stopped at once" in said
+    assert child.returncode == 130 and "interrupted at once" in said
     assert rank_is_gone(tiny_recipe.parent)
 
 

@@ -105,7 +105,7 @@ def test_ctrl_c_while_a_training_starts_is_one_line_and_130(
     assert code == 130 and "Traceback" not in said, said[-3000:]
     if not started:
         after = [line for line in said.splitlines() if "interrupted" in line or "stopp" in line]
-        assert after == said.splitlines()[-1:] and after[0].startswith("interrupted"), said[-3000:]
+        assert len(after) == 1 and after[0].startswith("interrupted"), said[-3000:]
 
 
 def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_command_makes_it_up(
@@ -200,12 +200,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         os.kill(child.pid, signal.SIGINT)
     code, said = launcher.wait(child)
     assert code == 130
-    complete = sorted(
-        path.parent.name for path in (launcher.run(name) / "checkpoints").glob("*/COMPLETE.json")
-    )
-    assert (
-        f"resume from {complete[-1]}" if complete else "there is no complete checkpoint"
-    ) in said, said[-2000:]
+    assert "the same command goes on from the newest complete checkpoint" in said, said[-2000:]
     assert (launcher.state(name)["state"], launcher.state(name)["exit_code"]) == ("preempted", 130)
     end = time.monotonic() + 5  # a killed process takes a moment to give its memory back
     while left := [

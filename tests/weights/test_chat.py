@@ -33,7 +33,7 @@ def test_one_prompt_is_answered_by_the_base_and_every_run(runs: Runs, recipes: V
     runs("lora", "lora.chat", "full", "qlora")
     words = ("--prompt", "What is gold?", "--max-new-tokens", "5")
     first = recipes("chat", "lora", "lora.chat", *words)
-    assert first[0] == 0 and first[1].endswith("next: recipes export lora --to DIR\n")
+    assert first[0] == 0 and first[1].endswith("next: recipes export lora --to lora-export\n")
     assert headings(first[1], "base", "lora", "lora.chat") == ["base", "lora", "lora.chat"]
     assert recipes("chat", "lora", "lora.chat", *words) == first
     out = recipes("chat", "lora", "lora", "--no-base", *words)[1]

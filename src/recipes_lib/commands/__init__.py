@@ -6,7 +6,16 @@ import argparse
 import inspect
 from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+# what several verbs take
+RecipeWord = Annotated[str, "path or name of a recipe"]
+Json = Annotated[bool, "print one JSON object"]
+Accelerate = Annotated[
+    str | None, "a file in accelerate_configs/, or a path; default: the recipe's"
+]
+Gpus = Annotated[int | None, "processes on each machine; default: the recipe's launch.gpus"]
+Nodes = Annotated[int | None, "machines; default: the recipe's launch.nodes"]
 
 GIVEN = ("overrides", "debug", "typed")  # what the command line hands over beside the words
 
@@ -56,12 +65,7 @@ def parameters(function: Callable[..., int]) -> Mapping[str, inspect.Parameter]:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return a reader of whole numbers that says what it expected.
-
-    Example:
-        >>> at_least(1)("12")
-        12
-    """
+    """Return a reader of whole numbers that says what it expected."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -72,10 +76,5 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def flag_words(**given: bool) -> list[str]:
-    """Return the flags that are given, as they are typed.
-
-    Example:
-        >>> flag_words(resume_anyway=True, debug=False)
-        ['--resume-anyway']
-    """
+    """Return the flags that are given, as they are typed."""
     return [f"--{name.replace('_', '-')}" for name, value in given.items() if value]

@@ -51,7 +51,7 @@ def run(
                 title += f" in {family.recipe.base_format}" if family.recipe.base_format else ""
             heading = f"\x1b[1m{printable(title)}\x1b[0m" if use_color() else printable(title)
             print(f"{heading}\n{printable(text) or '(empty answer)'}\n", flush=True)
-    next_step(f"recipes export {runs[0]} --to DIR")
+    next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
     return ExitCode.DONE
 
 

@@ -4,15 +4,13 @@ everything wrong at once.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-from recipes_lib.config.documents import kind_of, no_such_file, read, wrong_kind
+from recipes_lib.config.documents import Document, kind_of, no_such_file, read, wrong_kind
 from recipes_lib.config.launch import AccelerateConfig, accelerate_rules
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
@@ -51,64 +49,69 @@ def run(
         of_data = all(isinstance(error, DataError) for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{count} ok")
-    command, typed = "recipes ls", shlex.quote(shown_path(files[0]))
-    if len(files) == 1:
-        known = {"recipe": f"recipes data {typed} --show 3", "study": f"recipes study plan {typed}"}
-        command = known.get(read(files[0]).kind, command)
-    next_step(command)
+    for file in files:
+        kind, shown = read(file).kind, shown_path(file)
+        if kind in ("recipe", "study"):
+            words = ["data", shown, "--show", "3"] if kind == "recipe" else ["study", "plan", shown]
+            break
+    else:
+        words = ["ls"]
+    next_step("recipes", *words)
     return ExitCode.DONE
 
 
 def check_file(path: Path, full: bool) -> Findings:
-    """Return what is wrong with a file, and warnings and notes.
+    """Return what is wrong with a YAML file of any kind, and warnings and notes.
 
     Args:
-        path: a YAML file of any kind.
         full: whether upstream's classes, the model's files and all rows are asked too.
     """
     try:
         document = read(path)
         kind = kind_of(document)
+        if kind.name in ("recipe", "base"):
+            return _check_recipe(document, full, kind.name == "base")
+        if kind.name == "study":
+            return _check_study(path, full)
         if kind.name == "accelerate":
             document = read(path, yaml_1_1=True)
             return [*judge(AccelerateConfig, document, accelerate_rules)[1]], document.warnings
-        if kind.name == "flat":
-            return [RecipeError(f"is {kind.title}", kind.use, file=document.file)], []
         if kind.name == "profile":
             from recipes_lib.slurm.profile import load_profile
 
             load_profile(str(path))
-            return [], []
-        if kind.name in ("eval", "judge"):
-            from recipes_lib.evals.questions import local_questions
-            from recipes_lib.evals.recipe import load_eval, load_judge_file
+        elif kind.name == "judge":
+            from recipes_lib.evals.recipe import load_judge_file
 
-            if kind.name == "judge":
-                load_judge_file(path)
-            else:
-                local_questions(load_eval(path))
-            return [], []
-        if kind.name == "lm_eval_task":
-            return [], []  # seen with the eval recipe that names it
-        if kind.name == "study":
-            return _check_study(path, full)
-        if kind.name not in ("recipe", "base"):
-            return [wrong_kind(kind, "recipe", document.file)], []
-        file, wrong = check_recipe(document)
-        if file is None or kind.name == "base":
-            return [*wrong], document.warnings
-        if wrong:
-            rows: list[DataError] = []
-            with contextlib.suppress(RecipeError):  # a run's name, which is among the errors
-                rows = check_rows(recipe_of(file, document), False)
-            return [*wrong, *rows], document.warnings
-        recipe = recipe_of(file, document)
-        errors: list[RecipesError] = [*_check_model(recipe, full, document.warnings)]
-        return errors or [*check_rows(recipe, full)], document.warnings
+            load_judge_file(path)
+        elif kind.name == "eval":
+            from recipes_lib.evals.questions import local_questions
+            from recipes_lib.evals.recipe import load_eval
+
+            local_questions(load_eval(path))
+        elif kind.name == "flat":
+            raise RecipeError(f"is {kind.title}", kind.use, file=document.file)
+        elif kind.name != "lm_eval_task":  # it is seen with the eval recipe that names it
+            raise wrong_kind(kind, "recipe", document.file)
     except RecipeError as error:
         return [*error.errors], []
     except DataError as error:
         return [error], []
+    return [], []
+
+
+def _check_recipe(document: Document, full: bool, is_base: bool) -> Findings:
+    file, wrong = check_recipe(document)
+    if file is None or is_base:
+        return [*wrong], document.warnings
+    try:
+        recipe = recipe_of(file, document)
+    except RecipeError:  # a run's name
+        return [*wrong], document.warnings
+    errors: list[RecipesError] = [*(wrong or _check_model(recipe, full, document.warnings))]
+    if wrong or not errors:
+        errors += check_rows(recipe, full and not wrong)
+    return errors, document.warnings
 
 
 def _check_model(recipe: Recipe, full: bool, notes: list[RecipeError]) -> Iterable[RecipeError]:
@@ -135,23 +138,17 @@ def _check_study(path: Path, full: bool) -> Findings:
 
 
 def _files(path: Path) -> Iterable[Path]:
-    """Return the YAML files of a path; hidden folders and runs are left out.
-
-    Raises:
-        RecipeError: there is nothing at the path.
-    """
+    """Return the YAML files of a path; hidden folders and runs are left out."""
     if not path.is_dir():
         path = recipe_path(path)
         if not os.path.lexists(path):  # a link that leads nowhere is there
             raise no_such_file(path)
         return [path]
-
-    def is_own(file: Path) -> bool:
+    files = []
+    for file in sorted([*path.rglob("*.yaml"), *path.rglob("*.yml")]):
         folders = file.relative_to(path).parts[:-1]
-        return not any(part.startswith(".") or part == "runs" for part in folders)
-
-    candidates = (file for ending in ("yaml", "yml") for file in path.rglob(f"*.{ending}"))
-    files = sorted(filter(is_own, candidates))
+        if not any(part.startswith(".") or part == "runs" for part in folders):
+            files.append(file)
     if not files:
         raise RecipeError("holds no YAML file", file=path)
     return files

@@ -5,13 +5,12 @@ Reads files only, and writes nothing but what --html names.
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
-from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.files import DamagedFile, read_object, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
@@ -65,11 +64,12 @@ def run(
     say("\n".join(conclusion_lines(conclusion)))
     if html:
         say(f"\nreport: {shown_path(html)}")
-        next_step("a study declares what may differ, so that a cause can be named: docs/studies.md")
-    elif len(arms.by_name) == 1:
-        next_step(f"recipes compare {runs[0]} OTHER   (base works too)")
+        say("a study declares what may differ, so that a cause can be named: docs/studies.md")
+        next_step("recipes", "compare", *runs, "--json")
+    elif len(arms.by_name) == 1 and _BASE not in runs:
+        next_step("recipes", "compare", *runs, _BASE)
     else:
-        next_step(f"recipes compare {shlex.join(runs)} --html report.html")
+        next_step("recipes", "compare", *runs, "--html", "report.html")
     return ExitCode.DONE
 
 
@@ -96,28 +96,30 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
     folders, runs = [], []
     for word in words:
         path = Path(word)
-        is_run = word == _BASE or (path / "run.json").is_file() or not path.exists()
-        foreign = None if is_run else read_foreign(path)
-        if foreign is not None:
-            runs.append(foreign)
-        elif word != _BASE:
-            folders.append(open_run(word))
-            runs.append(load_run(folders[-1].path, damaged.append))
+        if word == _BASE:
+            continue
+        if path.exists() and not (path / "run.json").is_file():
+            foreign = read_foreign(path)
+            if foreign is not None:
+                runs.append(foreign)
+                continue
+        folders.append(open_run(word))
+        runs.append(load_run(folders[-1].path, damaged.append))
     if _BASE in words:
-        bases = [load_run(base.path, damaged.append) for base in _evaluated_bases(folders)]
+        bases = [load_run(path, damaged.append) for path in _evaluated_bases(folders)]
         if len(bases) == 1:
             bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
         runs = [*bases, *runs]
     return Arms({name: ArmRuns(name, (run,)) for name, run in unique_names(runs).items()})
 
 
-def _evaluated_bases(runs: list[RunDirectory]) -> list[RunDirectory]:
-    """Return the run directories of the runs' bases, asked in the same prompt format; the same
-    weights in another format are another subject.
+def _evaluated_bases(runs: list[RunDirectory]) -> list[Path]:
+    """Return the run folders of the runs' bases, asked in the same prompt format: the same weights
+    in another format are another subject.
     """
     if not runs:
         raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-    bases = {}
+    bases: dict[Path, None] = {}
     for run in runs:
         prompt = run.read_state().get("guard", {}).get("prompt_format_hash")
         wanted = (_identity(read_resolved(run.path)), prompt)
@@ -125,22 +127,21 @@ def _evaluated_bases(runs: list[RunDirectory]) -> list[RunDirectory]:
             record = read_object(path)
             format_hash = record.get("prompt_format_hash") if prompt else None
             if (_identity(record.get("stand_in") or {}), format_hash) == wanted:
-                bases[path.parent.name] = RunDirectory(path.parent.name, run.root)
+                bases[path.parent] = None
     if not bases:
         raise RecipeError(
             "the base of these runs was never evaluated",
             f"recipes eval EVAL {runs[0].name} --against base evaluates it too; or name its model:"
             " recipes eval EVAL MODEL",
         )
-    return list(bases.values())
+    return list(bases)
 
 
-def _identity(sections: dict[str, object]) -> list[object]:
+def _identity(sections: dict[str, Any]) -> list[object]:
     """Return what makes two recipes' bases the same weights."""
-    model = sections.get("model")
-    known = model if isinstance(model, dict) else {}
+    model = sections.get("model") or {}
     keys = ("name_or_path", "revision", "dtype")
-    return [*(known.get(key) for key in keys), sections.get("quantization")]
+    return [*(model.get(key) for key in keys), sections.get("quantization")]
 
 
 def _write_html(path: Path, conclusion: Conclusion, arms: Arms) -> None:
@@ -149,7 +150,4 @@ def _write_html(path: Path, conclusion: Conclusion, arms: Arms) -> None:
     if path.is_dir():
         hint = f"name a file: --html {path / 'report.html'}"
         raise RecipeError(f"--html {path} is a folder", hint)
-    try:
-        write_text(path, report_html(conclusion, arms))
-    except OSError as error:
-        raise EnvironmentFault(f"--html: {error.strerror}", file=path) from None
+    write_text(path, report_html(conclusion, arms))

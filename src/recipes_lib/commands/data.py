@@ -7,16 +7,16 @@ written to supervision.json.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
+from recipes_lib.commands import RecipeWord
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import ExitCode, RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, printable, say, use_color
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval
+from recipes_lib.evals.recipe import find_eval, load_eval
 from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
 
 
 def run(
-    recipe: Annotated[str, "path or name of a recipe"],
+    recipe: RecipeWord,
     overrides: Sequence[str] = (),
     *,
     show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
@@ -46,67 +46,59 @@ def run(
     # an override may follow the evals
     words = [*overrides, *(word for word in against if "=" in word)]
     loaded = load_recipe(recipe, words)
-    evals = [load_eval(find_eval(word)) for word in against if "=" not in word]
     tokenizer = load_tokenizer(loaded)
     try:
         data = prepare_data(loaded, tokenizer)
     except RefusedData as error:
-        say("\n".join(_summary(error.audit)))
+        _say_audit(error.audit)
         raise
-    say("\n".join(_summary(data.audit, f" (split: {data.splits['method']})")))
-    _say_leaks(loaded, evals)
+    _say_audit(data.audit, f" (split: {data.splits['method']})")
+    _say_leaks(loaded, [word for word in against if "=" not in word])
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer, color=use_color())
     say()
-    next_step(shlex.join(["recipes", "train", recipe, *words]))
+    next_step("recipes", "train", recipe, *words)
     return ExitCode.DONE
 
 
-def _say_leaks(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
-    """Print what the rows that train hold of each eval.
+def _say_audit(audit: DataAudit, split: str = "") -> None:
+    rows = audit.rows
+    filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
+    say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
+    say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
+    names = ("rows", "weight", "used", "train", "validation", "test", "supervised")
+    if len(audit.sources) > 1:
+        sources = [[source.source, *_numbers(vars(source), names)] for source in audit.sources]
+        say("\n".join(["", *aligned([("source", *names), *sources]), ""]))
+    say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}")
+    say("\n".join(audit.describe()))
+    keys = ("total", "p5", "p50", "p95", "max")
+    lengths = {
+        "prompt": audit.prompt_tokens,
+        "row, as trained": audit.tokens,
+        "with loss": audit.supervised_tokens,
+    }
+    cells = [[title, *_numbers(counts, keys)] for title, counts in lengths.items()]
+    say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
+    for note in audit.warnings():
+        say(f"note: {note}")
 
-    Raises:
-        RecipeErrors: it is too much.
-    """
+
+def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [f"{values[key]:,}" for key in keys]
+
+
+def _say_leaks(recipe: Recipe, evals: Sequence[str]) -> None:
+    """Print what the rows that train hold of each eval; raise if it is too much."""
+    asked = [load_eval(find_eval(word)) for word in evals]
     errors = []
-    for name, leaks in (search_recipe(recipe, evals, fetch=True) if evals else {}).items():
+    for name, leaks in (search_recipe(recipe, asked, fetch=True) if asked else {}).items():
         if leaks.is_error:
             errors.append(leak_error(name, leaks, recipe, limit=NUM_KEPT))
         else:
             say(str(leak_error(name, leaks, recipe)) if leaks.found else leaks.summary(name))
     if errors:
         raise RecipeErrors(errors)
-
-
-def _summary(audit: DataAudit, split: str = "") -> list[str]:
-    """Return the audit as lines for the terminal."""
-    rows = audit.rows
-    filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
-    lengths = [("tokens", "total", "p5", "p50", "p95", "max")]
-    for title, counts in (
-        ("prompt", audit.prompt_tokens),
-        ("row, as trained", audit.tokens),
-        ("with loss", audit.supervised_tokens),
-    ):
-        total, p5, p50, p95, longest = (f"{counts[key]:,}" for key in lengths[0][1:])
-        lengths.append((title, total, p5, p50, p95, longest))
-    sources = [("source", "rows", "weight", "used", "train", "validation", "test", "with loss")]
-    for source in audit.sources:
-        numbers = (source.used, source.train, source.validation, source.test, source.supervised)
-        used, train, validation, test, supervised = (f"{number:,}" for number in numbers)
-        rows_read, weight = f"{source.rows:,}", f"{source.weight:g}"
-        cells = (source.source, rows_read, weight, used, train, validation, test, supervised)
-        sources.append(cells)
-    return [
-        f"{rows['read']} rows read{filtered}, {rows['used']} used",
-        f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}",
-        *(["", *aligned(sources), ""] if len(audit.sources) > 1 else []),
-        f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}",
-        *audit.describe(),
-        "",
-        *aligned(lengths),
-        *(f"note: {note}" for note in audit.warnings()),
-    ]
 
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:

@@ -32,7 +32,7 @@ def run() -> int:
             say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
             if level == FAIL:
                 failed.append(remedy)
-    next_step(f"{failed[0]}; then recipes doctor" if failed else "recipes ls")
+    next_step(f"{failed[0]}; recipes doctor" if failed else "recipes ls")
     return int(ExitCode.ENVIRONMENT if failed else ExitCode.DONE)
 
 
@@ -42,37 +42,36 @@ def check_versions() -> Iterator[DoctorLine]:
 
     constraints = project_root() / "constraints.txt"
     lines = constraints.read_text("utf-8").splitlines() if constraints.is_file() else []
-    tested = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    other = [
-        f"{package.name} {version} (tested {package.specifier})"
-        for package in tested
-        if (version := installed_version(package.name))
-        and not package.specifier.contains(version, prereleases=True)
-    ]
+    other = []
+    for package in (Requirement(line) for line in lines if line and not line.startswith("#")):
+        version = installed_version(package.name)
+        if version and not package.specifier.contains(version, prereleases=True):
+            other.append(f"{package.name} {version} (tested {package.specifier})")
     if missing := [name for name in PACKAGES if installed_version(name) is None]:
         yield FAIL, f"not installed: {', '.join(missing)}", REINSTALL
     if other:
         yield WARN, f"other than tested: {', '.join(other)}", REINSTALL
-    yield OK, f"Python {platform.python_version()}, {len(tested) - len(other)} as tested", ""
+    else:
+        yield OK, f"Python {platform.python_version()}, packages as tested", ""
 
 
 def check_device() -> Iterator[DoctorLine]:
     """GPUs with their memory and bf16, or the CPU."""
     import torch
 
-    if not torch.cuda.is_available():
-        if Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
-            remedy = "nvidia-smi shows the driver's CUDA version; install the torch build for it"
-            what = f"a GPU is here, torch (built for CUDA {torch.version.cuda}) cannot use it"
-            yield FAIL, what, remedy
-        else:
-            yield NOTE, f"no GPU; {os.cpu_count()} CPU cores: the quickstart trains here", ""
-        return
-    for index in range(torch.cuda.device_count()):
-        card = torch.cuda.get_device_properties(index)
-        yield OK, f"{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB", ""
-    if not torch.cuda.is_bf16_supported(including_emulation=False):
-        yield WARN, "this GPU has no bf16", "train.bf16=false train.fp16=true model.dtype=float16"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(index)
+            yield OK, f"{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB", ""
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            remedy = "train.bf16=false train.fp16=true model.dtype=float16"
+            yield WARN, "this GPU has no bf16", remedy
+    elif Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi"):
+        remedy = "nvidia-smi shows the driver's CUDA version; install the torch build for it"
+        what = f"a GPU is here, torch (built for CUDA {torch.version.cuda}) cannot use it"
+        yield FAIL, what, remedy
+    else:
+        yield NOTE, f"no GPU; {os.cpu_count()} CPU cores: the quickstart trains here", ""
 
 
 def check_bitsandbytes() -> Iterator[DoctorLine]:
@@ -87,10 +86,9 @@ def check_bitsandbytes() -> Iterator[DoctorLine]:
     with torch.no_grad():
         answer = layer.to(device)(row.to(device)).float().cpu()
     error = float((answer - exact).norm() / exact.norm())
-    level, remedy = (
-        (OK, "") if layer.weight.numel() < 64 * 64 and error < 0.3 else (FAIL, REINSTALL)
-    )
-    yield level, f"{bitsandbytes.__version__}, NF4 on the {device} is off by {error:.0%}", remedy
+    works = layer.weight.numel() < 64 * 64 and error < 0.3
+    what = f"{bitsandbytes.__version__}, NF4 on the {device} is off by {error:.0%}"
+    yield (OK, what, "") if works else (FAIL, what, REINSTALL)
 
 
 def check_hub() -> Iterator[DoctorLine]:

@@ -26,10 +26,8 @@ def run(
     ],
     overrides: Sequence[str] = (),
     *,
-    against: Annotated[str | None, "the opponent: reference, base, or another run or model"] = None,
-    allow_format_differences: Annotated[
-        bool, "compare models that are asked in different prompt formats"
-    ] = False,
+    against: Annotated[str | None, "the opponent: reference, base, another run or model"] = None,
+    allow_format_differences: Annotated[bool, "compare models with different prompts"] = False,
     trust_remote_code: Annotated[
         bool,
         "allow code that ships with a model or a task, if the recipe asks for it too, and files"
@@ -54,28 +52,23 @@ def run(
         results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
         return print_json(results[0] if len(results) == 1 else {"results": results})
     say_results(logs)
-    next_step(_next(eval, logs))
+    _say_next(eval, logs)
     return ExitCode.DONE
 
 
-def _next(word: str, logs: Sequence[EvalLog]) -> str:
-    """Return the command that follows: the comparison of several runs, else the judge's audit, else
+def _say_next(word: str, logs: Sequence[EvalLog]) -> None:
+    """Name the command that follows: the comparison of several runs, else the judge's audit, else
     the run's state.
-
-    Example:
-        >>> from types import SimpleNamespace as Log
-        >>> _next("x", [Log(target=name, judge="", suite="checks") for name in ("a", "b")])
-        'recipes compare a b'
     """
     judged = [log for log in logs if log.judge]
     pairs = [log for log in logs if log.suite == "alpaca_eval" and log.against == "reference"]
-    if not judged:
-        targets = [*dict.fromkeys(log.target for log in logs)]
-        verb = "compare" if len(targets) > 1 else "status"
-        return f"recipes {verb} {' '.join(targets)}"
+    targets = [*dict.fromkeys(log.target for log in logs)]
     if len(pairs) > 1:
-        return f"recipes eval {word} {pairs[1].target} --against {pairs[0].target}"
-    return f"recipes judge audit {judgments_beside(judged[0].file)}"
+        next_step("recipes", "eval", word, pairs[1].target, "--against", pairs[0].target)
+    elif judged:
+        next_step("recipes", "judge", "audit", judgments_beside(judged[0].file))
+    else:
+        next_step("recipes", "compare" if len(targets) > 1 else "status", *targets)
 
 
 def judgments_beside(result: Path) -> str:

@@ -24,7 +24,7 @@ def run(
         for line in _explanation(name, keys[name]):
             wrapped = textwrap.wrap(line, width - 2, break_on_hyphens=False)
             say("\n  ".join(wrapped))
-        next_step(f"recipes explain {name.rpartition('.')[0]}")
+        next_step("recipes", "explain", name.rpartition(".")[0])
         return ExitCode.DONE
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
@@ -33,7 +33,7 @@ def run(
         room = max(30, width - column - 5)
         text = textwrap.shorten(schema.get("description") or "", room, placeholder=" ...")
         say(f"  {key.removeprefix(f'{name}.'):<{column}}  {text}".rstrip())
-    next_step(f"recipes explain {next(iter(inner)) if name else 'train'}")
+    next_step("recipes", "explain", next(iter(inner)) if name else "train")
     return ExitCode.DONE
 
 

@@ -39,11 +39,11 @@ def _audit(
         if not judgments.is_file():
             raise DataError("no such file of judgments", file=judgments)
         card = audit_stored(judgments, judge)
-        command = str(judgments)
+        asked: list[str | Path] = [judgments]
     elif judge and labels:
         quiet_libraries()
         card, kept = audit_on_labels(judge, labels, limit, probe_pairs)
-        command = f"--judge {judge} --labels {labels}"
+        asked = ["--judge", judge, "--labels", labels]
     else:
         raise RecipeError(
             "recipes judge audit: nothing to audit",
@@ -58,7 +58,7 @@ def _audit(
     say("\n".join(scorecard_lines(card)))
     if judgments is None:
         say(f"kept in {shown_path(kept)}")
-    next_step(f"recipes judge audit {command} --json")
+    next_step("recipes", "judge", "audit", *asked, "--json")
     return ExitCode.DONE
 
 

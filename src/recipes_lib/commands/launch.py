@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from recipes_lib.commands import flag_words
+from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
 from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import next_step, say
@@ -32,16 +32,12 @@ def run(
     typed: Sequence[str],
     *,
     profile: Annotated[str | None, "the site: a name in launch/profiles/, or a path"] = None,
-    accelerate: Annotated[
-        str | None, "a file in accelerate_configs/, or a path; default: launch.accelerate"
-    ] = None,
-    nodes: Annotated[int | None, "machines; default: the recipe's launch.nodes"] = None,
-    gpus: Annotated[int | None, "GPUs per machine; default: the recipe's launch.gpus"] = None,
+    accelerate: Accelerate = None,
+    nodes: Nodes = None,
+    gpus: Gpus = None,
     stages: Annotated[str | None, "of train,eval,report; default: all"] = None,
     evals: Annotated[list[str], "what to evaluate a recipe on; default: the three of evals/"] = [],  # noqa: B006 (it is not changed)
-    dry_run: Annotated[
-        bool, "print the sbatch lines and what the scripts ask and run, and do nothing"
-    ] = False,
+    dry_run: Annotated[bool, "print the sbatch lines and what the scripts run, no more"] = False,
     prepare: Annotated[bool, "only write the scripts of the jobs, and print their folder"] = False,
     wait: Annotated[bool, "wait until the whole chain is over; its exit code"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
@@ -85,10 +81,14 @@ def run(
         write_scripts(plan, site)
         print(plan.folder)
         return ExitCode.DONE
-    fetch = shlex.join([first, *plan.evals, *values, "--profile", profile])
-    remarks = _remarks(plan, site, f"recipes prefetch {fetch}")
+    remarks = list(plan.warnings)
+    if missing := missing_models(plan.models) if site.values.offline else []:
+        fetch = shlex.join(["recipes", "prefetch", first, *plan.evals, *values])
+        what = f"not on this machine, and jobs have no network: {', '.join(missing)}"
+        remarks.append(f"warning: {what}: {fetch} --profile {shlex.quote(profile)}")
     if dry_run:
-        say("\n".join(_dry_run_lines(plan, site, shlex.join(["recipes", *typed]), remarks)))
+        typed_line = shlex.join(["recipes", *typed])
+        say("\n".join(_dry_run_lines(plan, site, typed_line, remarks)))
         return ExitCode.DONE
     for remark in remarks:
         say(remark)
@@ -100,19 +100,8 @@ def run(
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
     if wait:
         return status.wait(plan.name)
-    next_step(f"recipes launch status {plan.name}")
+    next_step("recipes", "launch", "status", plan.name)
     return ExitCode.DONE
-
-
-def _remarks(plan: JobPlan, site: SiteProfile, prefetch: str) -> list[str]:
-    """Return the plan's warnings, and which models are not here yet if the jobs cannot fetch
-    them.
-    """
-    missing = missing_models(plan.models) if site.values.offline else []
-    if not missing:
-        return list(plan.warnings)
-    what = f"not on this machine, and jobs have no network: {', '.join(missing)}"
-    return [*plan.warnings, f"warning: {what}: {prefetch}"]
 
 
 def _dry_run_lines(

@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import Annotated, Literal
 
+from recipes_lib.commands import Json
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import shown_path
@@ -25,7 +26,7 @@ def run(
     *,
     dtype: Annotated[Dtype | None, "precision of the merged weights; default: the base's"] = None,
     trust_remote_code: Annotated[bool, TRUST] = False,
-    json: Annotated[bool, "print one JSON object"] = False,
+    json: Json = False,
 ) -> int:
     """Merge, or say that it was done."""
     with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
@@ -42,5 +43,5 @@ def run(
         f" {record.lost:.1%} of that (allowed {LOST_LIMIT:.0%}); the most likely next token is the"
         f" same at {record.same_top_token:.1%} of the positions"
     )
-    next_step(f"recipes export {run} --to DIR --merged")
+    next_step("recipes", "export", run, "--to", f"{trained.run.name}-merged", "--merged")
     return ExitCode.DONE

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +30,7 @@ def run(
         say(change)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
     say(f"{output}: {len(migration.changes)} changes, {lost} keys not carried over")
-    next_step(f"recipes check --full {shlex.quote(str(output))}")
+    next_step("recipes", "check", "--full", output)
     return ExitCode.DONE
 
 

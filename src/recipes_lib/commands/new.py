@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,5 +44,5 @@ def run(
     if rows is not None:
         for error in check_rows(recipe):
             raise error
-    next_step(f"recipes check {shlex.quote(file)}")
+    next_step("recipes", "check", file)
     return ExitCode.DONE

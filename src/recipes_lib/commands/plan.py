@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
+from recipes_lib.commands import Accelerate, Gpus, Json, Nodes
 from recipes_lib.commands.show import launch_line
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
@@ -28,16 +29,14 @@ def run(
     overrides: Sequence[str],
     *,
     gpu: Annotated[
-        str | None, "a card: h100, a100-40gb, l40s, 4090, ... or cpu; default: this machine's"
+        str | None, "a card: h100, l40s, 4090, ... or cpu; default: this machine"
     ] = None,
-    gpus: Annotated[int | None, "processes on each machine; default: the recipe's launch"] = None,
-    nodes: Annotated[int | None, "machines; default: the recipe's launch"] = None,
-    accelerate: Annotated[
-        str | None, "a file in accelerate_configs/ or a path; default: the recipe's"
-    ] = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    accelerate: Accelerate = None,
     tokens_per_row: Annotated[int | None, "for data that are not on this machine"] = None,
     table: Annotated[bool, "other methods and numbers of cards too"] = False,
-    json: Annotated[bool, "print one JSON object"] = False,
+    json: Json = False,
 ) -> int:
     """Plan and print."""
     file = study_file(recipe_or_study)
@@ -50,7 +49,7 @@ def run(
         if json:
             return print_json(study_plan_object(study, gpu))
         say("\n".join(study_plan_lines(study, gpu)))
-        next_step(shlex.join(["recipes", "study", "run", shown_path(file), *overrides]))
+        next_step("recipes", "study", "run", shown_path(file), *overrides)
         return ExitCode.DONE
     # they import torch, and `--help` does not
     from recipes_lib.plan.advice import advise, rows_shown
@@ -72,14 +71,14 @@ def run(
     path, flags = shown_path(recipe.path), _launch_words(plan, accelerate)
     say(f"$ {launch_line(plan.launch, path, overrides)}")
     if plan.fits:
-        next_step(shlex.join(["recipes", "train", path, *flags, *overrides]))
-    elif advice is not None:
+        next_step("recipes", "train", path, *flags, *overrides)
+    elif advice is None:
+        next_step("recipes ls")
+    else:
         card = ["--gpu", gpu] if gpu else []
         flags = [] if "launch." in advice.words else flags  # a flag would win over it
         command = shlex.join(["recipes", "plan", path, *card, *flags, *overrides])
         next_step(f"{command} {advice.words}")
-    else:
-        next_step("recipes ls")
     return ExitCode.DONE
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
+from recipes_lib.commands import RecipeWord
 from recipes_lib.config.documents import value_text
 from recipes_lib.config.launch import DEFAULT_PORT, Launch, plan_launch
 from recipes_lib.config.recipe import Recipe, load_recipe
@@ -18,7 +19,7 @@ from recipes_lib.core.terminal import aligned, next_step, say
 
 
 def run(
-    recipe: Annotated[str, "path or name of a recipe"],
+    recipe: RecipeWord,
     overrides: Sequence[str],
     *,
     diff: Annotated[str | None, "print only what differs from another recipe"] = None,
@@ -32,7 +33,7 @@ def run(
         rows = list(different_values(loaded, load_recipe(diff)))
         table = aligned([("", file, other), *rows]) if rows else ["no difference"]
         say("\n".join(table))
-        next_step(shlex.join(["recipes", "show", other]))
+        next_step("recipes", "show", other)
         return ExitCode.DONE
     # what somebody wrote and the project's defaults; paths are absolute, so it is a recipe anywhere
     written: dict[str, Any] = {**loaded.values, "train": loaded.train}

@@ -34,7 +34,7 @@ def run(
         return ExitCode.DONE
     cells = [[_cell(value) for value in row.values()] for row in rows]
     say("\n".join(aligned([_TITLES, *cells])))
-    next_step(f"recipes status {max(rows, key=lambda row: row['updated'])['run']}")
+    next_step("recipes", "status", max(rows, key=lambda row: str(row["updated"]))["run"])
     return ExitCode.DONE
 
 
@@ -80,9 +80,11 @@ def _show(run: RunDirectory, as_json: bool) -> int:
             say(f"  {key}: {value}")
     for key, value in (recorded.get("summary") or newest).items():
         say(f"  {key}: {value if value is not None else 'not measured'}")
-    next_steps = {
-        "finished": f"recipes chat {run.name}",
-        "running": f"touch {run.stop_file}   (checkpoint and stop)",
-    }
-    next_step(next_steps.get(state, run.train_command()))
+    if state == "running":
+        say("to save a checkpoint and stop:")
+        next_step("touch", run.stop_file)
+    elif state == "finished":
+        next_step("recipes", "chat", run.name)
+    else:
+        next_step(run.train_command())
     return ExitCode.DONE

@@ -5,13 +5,12 @@ what is heavy.
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Annotated
 
 from recipes_lib.analysis.text import count
-from recipes_lib.commands import flag_words
+from recipes_lib.commands import Json, flag_words
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
@@ -26,12 +25,11 @@ EPILOG = (
     " own (seeds=[1,2], gpus=2)."
 )
 _StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/"]
-_Json = Annotated[bool, "print one JSON object"]
 
 
-def _plan(study: _StudyWord, overrides: Sequence[str], *, json: _Json = False) -> int:
+def _plan(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """What is to be done and what it takes; nothing is touched."""
-    loaded = _loaded(study, overrides)
+    loaded = with_choices(load_study(study, overrides))
     refuse_unmet(loaded)
     if json:
         return print_json(study_plan_object(loaded))
@@ -51,23 +49,22 @@ def _run(
     ] = False,
 ) -> int:
     """Train, evaluate and report what is not done yet; the same command continues."""
-    loaded = _loaded(study, overrides)
+    loaded = with_choices(load_study(study, overrides))
     flags = flag_words(trust_remote_code=trust_remote_code)
     code = StudyRunner(loaded, say, jobs, flags, not no_train, debug).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
         folder = study_folder(loaded)
-        say()
-        for sentence in (object_or_none(folder / "comparison.json") or {}).get("answer", []):
-            say(sentence)
+        answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
+        say("\n".join(["", *answer]))
         if (folder / "report" / "report.html").is_file():
             say(f"report: {shown_path(folder / 'report' / 'report.html')}")
     _next("run" if code else "report", loaded)
     return code
 
 
-def _status(study: _StudyWord, overrides: Sequence[str], *, json: _Json = False) -> int:
+def _status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """Every training and result that is not done."""
-    loaded = _loaded(study, overrides)
+    loaded = with_choices(load_study(study, overrides))
     rows = status_rows(loaded)
     if json:
         return print_json({"study": loaded.name, "rows": rows})
@@ -84,13 +81,13 @@ def _report(
         "for CI, without a report: exit code 1 if an arm is worse than its baseline, 6 if results"
         " are missing",
     ] = False,
-    json: _Json = False,
+    json: Json = False,
 ) -> int:
     """The report of what was measured, without training or evaluating anything."""
     from recipes_lib.analysis.summary import conclusion_lines
     from recipes_lib.study.report import report_study
 
-    loaded = _loaded(study, overrides)
+    loaded = with_choices(load_study(study, overrides))
     if gate:
         return _gate(loaded, json)
     folder = study_folder(loaded)
@@ -111,13 +108,9 @@ def _report(
 ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}
 
 
-def _loaded(file: str, overrides: Sequence[str]) -> Study:
-    return with_choices(load_study(file, overrides))
-
-
 def _next(action: str, study: Study) -> int:
     """Name the next command, with the words of this one; return the code of what is done."""
-    next_step(f"recipes study {action} {shlex.join([shown_path(study.path), *study.words])}")
+    next_step("recipes", "study", action, shown_path(study.path), *study.words)
     return ExitCode.DONE
 
 
@@ -128,20 +121,19 @@ def _gate(study: Study, json: bool) -> int:
     if json:
         print_json(answer.to_dict())
         return answer.code
-    for word, lines in (
-        ("missing", answer.missing),
-        ("worse", answer.worse),
-        ("not shown within its margin", answer.not_shown),
-    ):
-        for line in lines:
-            say(f"{word}: {line}")
-    held = f", and all hold {', '.join(answer.margins)}" if answer.margins else ""
-    verdict = f"passed: no arm is shown to be worse than {study.baseline}{held}"
+    for result in answer.missing:
+        say(f"missing: {result}")
+    for sentence in answer.worse:
+        say(f"worse: {sentence}")
+    for sentence in answer.not_shown:
+        say(f"not shown within its margin: {sentence}")
+    margins = f" and within {', '.join(answer.margins)}" if answer.margins else ""
+    verdict = f"passed: no arm is shown to be worse than {study.baseline}{margins}"
     if answer.missing:
         verdict = f"not decided: {count(len(answer.missing), 'result')} missing"
     elif answer.code:
-        verdict = f"failed: {len(answer.worse)} worse than {study.baseline},"
-        verdict += f" {len(answer.not_shown)} not shown within a margin"
-    say(f"{verdict} ({count(answer.comparisons, 'comparison')})")
+        failed = len(answer.worse) + len(answer.not_shown)
+        verdict = f"failed: {count(failed, 'comparison')} of {answer.comparisons} above"
+    say(verdict)
     _next("run" if answer.missing else "report", study)
     return answer.code

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from recipes_lib.commands import flag_words
+from recipes_lib.commands import Accelerate, Gpus, Nodes, RecipeWord, flag_words
 from recipes_lib.config.launch import TRAIN_FLAGS, Launch, place_machine, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import ExitCode, print_error
@@ -35,25 +35,17 @@ _LETTING_GO_S = 5.0  # a killed rank takes a moment to let go of the run
 
 
 def run(
-    recipe: Annotated[str, "path or name of a recipe"],
+    recipe: RecipeWord,
     overrides: Sequence[str],
     debug: bool,
     typed: Sequence[str],
     *,
-    accelerate: Annotated[
-        str | None, "a file in accelerate_configs/, or a path; default: launch.accelerate"
-    ] = None,
-    gpus: Annotated[int | None, "processes on each machine; default: launch.gpus"] = None,
-    nodes: Annotated[int | None, "machines; default: launch.nodes. Run this on each"] = None,
-    machine_rank: Annotated[
-        int | None, "of several machines: the number of this one, from 0", 0
-    ] = None,
-    main_process_ip: Annotated[
-        str | None, "of several machines: name or address of machine 0"
-    ] = None,
-    main_process_port: Annotated[
-        int | None, "of several machines: a free port of machine 0; default: the config's"
-    ] = None,
+    accelerate: Accelerate = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    machine_rank: Annotated[int | None, "of several machines: this one's number, from 0", 0] = None,
+    main_process_ip: Annotated[str | None, "of several machines: the address of machine 0"] = None,
+    main_process_port: Annotated[int | None, "of several machines: a port of machine 0"] = None,
     dry_run: Annotated[bool, "print the command and do nothing"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
     allow_partial_resume: Annotated[bool, TRAIN_FLAGS["allow_partial_resume"]] = False,
@@ -82,7 +74,10 @@ def run(
         return ExitCode.DONE
     if launch.rank:
         say(f"machine {launch.rank} of {launch.machines}: the training prints on machine 0")
-    return supervise(command, loaded, launch)
+    code = supervise(command, loaded, launch)
+    if code in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
+        next_step(this_command)
+    return code
 
 
 def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
@@ -112,10 +107,11 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
         while launcher.poll() is None:
             for number in signals[answered:]:
                 answered += 1
+                word = "interrupted" if signal.SIGINT in signals else "stopped"
                 if signals.count(number) > 1 and number != signal.SIGUSR2:
-                    killed = "stopped at once"
+                    killed = f"{word} at once"
                 elif _steps_began(run) in (None, earlier):
-                    killed = "stopped before the first step"
+                    killed = f"{word} before the first step"
                 else:
                     _ask_for_checkpoint(run, number)
             if killed:

@@ -13,6 +13,7 @@ import shlex
 import sys
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 MASK = "***"
@@ -154,6 +155,8 @@ def warn(text: str) -> None:
     print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
-def next_step(command: str) -> None:
-    """Print the closing line that names the next command to type."""
-    say(f"next: {command}")
+def next_step(*words: str | Path) -> None:
+    """Print the closing line that names the next command to type: one text as it stands, several
+    words quoted for a shell.
+    """
+    say(f"next: {words[0] if len(words) == 1 else shlex.join(map(str, words))}")

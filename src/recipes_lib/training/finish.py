@@ -49,7 +49,6 @@ def record_stop(run: RunDirectory, state: TrainerState, agreed: int) -> ExitCode
     say(
         f"stopped {where} step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})"
     )
-    next_step("run the same command again to resume")
     return code
 
 
