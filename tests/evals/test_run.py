@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from tests.evals.faulty_server import MODEL, FaultyServer
+from tests.evals.toy_suite import Toy
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
-from recipes_lib.evals.run import EvalTask, evaluate, evaluate_tasks, split_words
+from recipes_lib.evals.run import SUITE_CLASSES, EvalTask, evaluate, evaluate_tasks, split_words
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -322,9 +323,8 @@ def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path, make_run, lo
     assert len(outcomes(log)) == 2
 
 
-def test_a_new_suite_is_one_file_and_one_line(make_run, tmp_path, monkeypatch, capsys):
-    from tests.evals import toy_suite  # noqa: F401  (evals/suites/toy.py would be imported by name)
-
+def test_a_new_suite_is_one_file_and_two_lines(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(SUITE_CLASSES, "toy", Toy)
     monkeypatch.setitem(SUITES, "toy", SuiteFacts(metrics=("letters",), row="instruction"))
     run = make_run("one", 1)
     make_run("two", 2)

@@ -11,7 +11,7 @@ from recipes_lib.evals.suites import Suite
 from recipes_lib.evals.verdicts import metric_of, shown_rate
 
 
-class Toy(Suite, name="toy"):
+class Toy(Suite):
     """Letters per answer."""
 
     title = "letters"

@@ -8,7 +8,6 @@ larger number of draws later asks only for the new ones.
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -89,7 +88,6 @@ def answer_all(
 
     Raises:
         EvaluationIncomplete: requests failed; what was answered is stored.
-        RecipeError: the file holds answers of the same weights in another prompt format.
     """
     section = recipe.generation
     sampling = Sampling(
@@ -100,17 +98,14 @@ def answer_all(
         seed=section.seed,
     )
     by_category = recipe.suite.name == "mt_bench" and section.temperature is None
-    draws = range(1, section.samples + 1)
-    model.record()
     rows: dict[Place, Completion] = {}
-    started, new_tokens = time.monotonic(), 0
+    model.record()
     with waiting_lock(model.folder(recipe.name)):
         store = Store(model.folder(recipe.name) / "generations.jsonl")
-        _check_format(store, model, engine)
         # a later turn shows the answers to the earlier ones
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
             requests: dict[Sampling, dict[Place, Request]] = {}
-            for draw in draws:
+            for draw in range(1, section.samples + 1):
                 for question in questions:
                     if len(question.turns) < turn:
                         continue
@@ -123,7 +118,7 @@ def answer_all(
                     request = _request(place, messages, own, model, engine)
                     requests.setdefault(own, {})[place] = request
             for own, wanted in requests.items():
-                new_tokens += _ask(store, wanted, own, model, engine)
+                _ask(store, wanted, own, model, engine)
                 for place, request in wanted.items():
                     row = store.get(request.key) or {}
                     rows[place] = Completion(
@@ -132,21 +127,12 @@ def answer_all(
                         finish_reason=row["finish_reason"],
                         num_tokens=row["tokens"],
                     )
-    places = [
-        (question.id, turn, draw)
-        for draw in draws
-        for question in questions
-        for turn in range(1, len(question.turns) + 1)
-    ]
     facts = model.facts(
         fingerprint=engine.fingerprint,
         decoding=sampling.to_dict() | ({"temperature": "by category"} if by_category else {}),
         server=getattr(engine, "version", None),
-        tokens=sum(done.num_tokens for done in rows.values()),
-        new_tokens=new_tokens,
-        seconds=round(time.monotonic() - started, 1) if new_tokens else 0.0,
     )
-    return Answers(model.name, model.run, {place: rows[place] for place in places}, facts)
+    return Answers(model.name, model.run, rows, facts)
 
 
 def _conversation(
@@ -154,12 +140,12 @@ def _conversation(
 ) -> tuple[Message, ...]:
     """The turns so far with the model's own answers, ending with the user's turn."""
     messages: list[Message] = []
-    for number in range(1, turn):
-        messages += [
-            {"role": "user", "content": question.turns[number - 1]},
-            {"role": "assistant", "content": rows[question.id, number, draw].text},
-        ]
-    return (*messages, {"role": "user", "content": question.turns[turn - 1]})
+    for number, text in enumerate(question.turns[:turn], 1):
+        messages.append({"role": "user", "content": text})
+        if number < turn:
+            answer = rows[question.id, number, draw].text
+            messages.append({"role": "assistant", "content": answer})
+    return tuple(messages)
 
 
 def _request(
@@ -181,57 +167,45 @@ def _ask(
     sampling: Sampling,
     model: Model,
     engine: Engine,
-) -> int:
-    """Ask for what a store lacks, and append each answer as it arrives; return the tokens."""
+) -> None:
+    """Ask for what a store lacks, and append each answer as it arrives."""
     missing = {
-        request.key: place for place, request in requests.items() if request.key not in store
+        request.key: (place, request)
+        for place, request in requests.items()
+        if request.key not in store
     }
-    failed, tokens = Failures(), 0
-    with tqdm(
-        total=len(missing), desc=f"answers {model.name}", unit="", disable=not missing
-    ) as bar:
-        asked = [requests[place] for place in missing.values()]
-        for done in engine.complete(asked, sampling) if asked else ():
+    if not missing:
+        return
+    failed, asked = Failures(), [request for _, request in missing.values()]
+    with tqdm(total=len(missing), desc=f"answers {model.name}", unit="") as bar:
+        for done in engine.complete(asked, sampling):
             failed.add(done)
             if failed.in_a_row >= MAX_FAILURES_IN_A_ROW:
                 break
-            if done.error is None:
-                place = missing.pop(done.key)
-                question, turn, draw = place
-                row = {
-                    "key": done.key,
-                    "question_id": question,
-                    "turn": turn,
-                    "draw": draw,
-                    "answer": done.text,
-                    "finish_reason": done.finish_reason,
-                    "tokens": done.num_tokens,
-                    "seed": requests[place].seed if sampling.temperature else None,
-                    "decoding": sampling.to_dict(),
-                    "model": engine.fingerprint,
-                    "prompt_format_hash": model.prompts.hash,
-                }
-                store.append([row])
-                tokens += done.num_tokens
-                bar.update()
-    if failed.total:
+            if done.error is not None:
+                continue
+            (question, turn, draw), request = missing.pop(done.key)
+            row = {
+                "key": done.key,
+                "question_id": question,
+                "turn": turn,
+                "draw": draw,
+                "answer": done.text,
+                "finish_reason": done.finish_reason,
+                "tokens": done.num_tokens,
+                "seed": request.seed if sampling.temperature else None,
+                "decoding": sampling.to_dict(),
+                "model": engine.fingerprint,
+                "prompt_format_hash": model.prompts.hash,
+            }
+            store.append([row])
+            bar.update()
+    if missing:
         raise EvaluationIncomplete(
             f"{len(missing)} answers of {model.name} are missing: {failed}",
             f"{len(store)} answers are stored; {failed.remedy()}",
             file=store.path,
         )
-    return tokens
-
-
-def _check_format(store: Store, model: Model, engine: Engine) -> None:
-    """Refuse stored answers of the same weights in another prompt format."""
-    for row in store:
-        if row["model"] == engine.fingerprint and row["prompt_format_hash"] != model.prompts.hash:
-            raise RecipeError(
-                f"{model.name} holds answers in another prompt format"
-                f" ({row['prompt_format_hash'][:12]}, now {model.prompts.hash[:12]})",
-                "move generations.jsonl away, or restore the prompt format",
-            )
 
 
 def reference_answers(questions: Sequence[Question]) -> Answers:
@@ -245,9 +219,8 @@ def reference_answers(questions: Sequence[Question]) -> Answers:
         what = f"{len(missing)} questions have no reference output: {', '.join(missing[:8])}"
         raise RecipeError(what, "set data.references, or name an opponent: --against RUN")
     rows = {
-        (question.id, 1, 1): Completion(key="", text=question.reference[0])
+        (question.id, 1, 1): Completion(key="", text=str((question.reference or [""])[0]))
         for question in questions
-        if question.reference
     }
     models = tuple(sorted({question.generator for question in questions}))
     return Answers(REFERENCE, None, rows, AnswerFacts(name=REFERENCE, models=models))

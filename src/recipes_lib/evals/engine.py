@@ -11,8 +11,9 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from recipes_lib.core.errors import ExitCode, RecipesError
@@ -21,7 +22,7 @@ from recipes_lib.models.families import has_plain_head
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 MAX_FAILURES_IN_A_ROW = 20
 MAX_ROWS = 256
@@ -121,79 +122,51 @@ class Failures:
 
     def add(self, done: Completion) -> None:
         """Count one completion."""
-        if done.error is None:
-            self.in_a_row = 0
-            return
-        self.reasons[done.error] += 1
-        self.refused += done.refused
-        self.in_a_row += 1
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.reasons.total()
+        self.in_a_row = 0 if done.error is None else self.in_a_row + 1
+        if done.error is not None:
+            self.reasons[done.error] += 1
+            self.refused += done.refused
 
     def __str__(self) -> str:
-        shown = self.reasons.most_common(3)
-        more = self.total - sum(count for _, count in shown)
-        parts = [f"{reason} ({count} times)" if count > 1 else reason for reason, count in shown]
-        return "; ".join([*parts, *([f"{more} other failures"] if more else [])])
+        shown = [f"{reason} ({count} times)" for reason, count in self.reasons.most_common(3)]
+        more = len(self.reasons) - len(shown)
+        return "; ".join([*shown, *([f"{more} other reasons"] if more else [])])
 
     def remedy(self) -> str:
         """Return what to do about them."""
-        again = "run the same command to continue"
-        if self.refused < self.total:
-            return again
-        return f"the server refuses them as they are: change the recipe or the server, then {again}"
+        if self.refused < self.reasons.total():
+            return "run the same command to continue"
+        return "the server refuses them as they are: change the recipe or the server, then continue"
 
 
 class HFEngine:
-    """Answers with a loaded model, in left-padded batches of similar length.
-
-    A batch that does not fit the memory is halved, and so are those after it.
+    """Answers with a model in this process, in left-padded batches of similar length. A batch that
+    does not fit the memory is halved, and so are those after it.
 
     Args:
-        model: a causal language model in eval mode.
+        using: gives a context with the model in eval mode, the wanted adapter active.
         tokenizer: its tokenizer.
         fingerprint: hash of the weights.
         batch_tokens: padded tokens, prompt and answer, per batch to begin with.
-        using: gives a context in which the wanted adapter is active.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        using: Callable[[], AbstractContextManager[Any]],
         tokenizer: PreTrainedTokenizerBase,
         fingerprint: str,
         batch_tokens: int | None = None,
-        using: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        self.model, self.tokenizer, self.fingerprint = model, tokenizer, fingerprint
-        self.batch_tokens = batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
-        self._using = using
-        configured = getattr(model.generation_config, "eos_token_id", None)
-        listed = configured if isinstance(configured, list) else [configured]
-        ends = (tokenizer.eos_token_id, *listed)
-        self.stop_ids = sorted({int(token) for token in ends if token is not None})
-        pad = tokenizer.pad_token_id
-        self.pad_id = int(pad if pad is not None else self.stop_ids[0])
-        config = model.config.get_text_config()
-        self.context = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self.using, self.tokenizer, self.fingerprint = using, tokenizer, fingerprint
+        self.batch_tokens = batch_tokens
 
     def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
         """Yield completions batch by batch, longest prompts first."""
-        fitting = []
-        for request in requests:
-            if len(request.ids) < self.context:
-                fitting.append(request)
-            else:
-                yield Completion(key=request.key, finish_reason="prompt_too_long")
-        yield from self._in_batches(
-            fitting, sampling.max_new_tokens, lambda batch: self._generate(batch, sampling)
-        )
+        generate = partial(self._generate, sampling)
+        yield from self._in_batches(requests, sampling.max_new_tokens, generate)
 
     def verdicts(
-        self, requests: Sequence[Request], tokens: Mapping[str, set[int]]
+        self, requests: Iterable[Request], tokens: Mapping[str, set[int]]
     ) -> Iterator[Completion]:
         """Yield the probabilities of verdicts as the next token after each prompt.
 
@@ -201,8 +174,8 @@ class HFEngine:
             tokens: the token ids that mean each verdict.
         """
 
-        def read(batch: Sequence[Request]) -> list[Completion]:
-            shares = self._next_logits([request.ids for request in batch]).softmax(-1).cpu()
+        def read(model: Any, batch: Sequence[Request]) -> list[Completion]:
+            shares = _next_logits(model, *self._padded(model, batch)).softmax(-1).cpu()
             return [
                 Completion(
                     key=request.key,
@@ -217,20 +190,26 @@ class HFEngine:
 
     def _in_batches(
         self,
-        requests: Sequence[Request],
+        requests: Iterable[Request],
         max_new_tokens: int,
-        answer: Callable[[Sequence[Request]], list[Completion]],
+        answer: Callable[[Any, Sequence[Request]], list[Completion]],
     ) -> Iterator[Completion]:
         import torch
 
         waiting = sorted(requests, key=lambda request: -len(request.ids))
         while waiting:
+            with self.using() as model:
+                context, device = _context(model), model.device.type
+            if len(waiting[0].ids) >= context:
+                yield Completion(key=waiting.pop(0).key, finish_reason="prompt_too_long")
+                continue
+            self.batch_tokens = self.batch_tokens or _BATCH_TOKENS.get(device, 8192)
             width = len(waiting[0].ids) + max_new_tokens
-            rows = max(1, min(MAX_ROWS, self.batch_tokens // max(width, 1)))
-            batch, done = waiting[:rows], None
+            batch = waiting[: max(1, min(MAX_ROWS, self.batch_tokens // max(width, 1)))]
+            done = None
             try:
-                with self._using():
-                    done = answer(batch)
+                with self.using() as model:
+                    done = answer(model, batch)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -243,77 +222,84 @@ class HFEngine:
             waiting = waiting[len(batch) :]
             yield from done
 
-    def _generate(self, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def _generate(
+        self, sampling: Sampling, model: Any, batch: Sequence[Request]
+    ) -> list[Completion]:
         import torch
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-        ids, mask = self._padded([request.ids for request in batch])
+        ids, mask = self._padded(model, batch)
         processors = LogitsProcessorList()
         if sampling.temperature:
             processors.append(TemperatureLogitsWarper(sampling.temperature))
             if sampling.top_p < 1:
                 processors.append(TopPLogitsWarper(sampling.top_p))
-            seeds = [request.seed for request in batch]
-            processors.append(_SeededSampling(seeds, self.model.device))
+            processors.append(_SeededSampling([request.seed for request in batch], model.device))
+        configured = getattr(model.generation_config, "eos_token_id", None)
+        listed = configured if isinstance(configured, list) else [configured]
+        ends = sorted({self.tokenizer.eos_token_id, *listed} - {None})
         with torch.inference_mode():
-            written = self.model.generate(
+            written = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=min(sampling.max_new_tokens, self.context - ids.shape[1]),
+                max_new_tokens=min(sampling.max_new_tokens, _context(model) - ids.shape[1]),
                 do_sample=False,
                 temperature=None,
                 top_p=None,
                 top_k=None,
                 repetition_penalty=sampling.repetition_penalty,
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.pad_id,
+                eos_token_id=ends,
+                pad_token_id=self.tokenizer.pad_token_id or 0,
                 logits_processor=processors,
             )
-        return [
-            self._completion(request, row)
-            for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True)
-        ]
+        completions = []
+        for request, row in zip(batch, written[:, ids.shape[1] :].tolist(), strict=True):
+            end = next((place for place, token in enumerate(row) if token in ends), None)
+            completions.append(
+                Completion(
+                    key=request.key,
+                    text=self.tokenizer.decode(row[:end], skip_special_tokens=True).strip(),
+                    finish_reason="length" if end is None else "stop",
+                    num_tokens=len(row) if end is None else end + 1,
+                )
+            )
+        return completions
 
-    def _completion(self, request: Request, tokens: list[int]) -> Completion:
-        end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), None)
-        return Completion(
-            key=request.key,
-            text=self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip(),
-            finish_reason="length" if end is None else "stop",
-            num_tokens=len(tokens) if end is None else end + 1,
+    def _padded(self, model: Any, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, both (rows, longest row), padded on the left."""
+        import torch
+        from torch.nn.utils.rnn import pad_sequence
+
+        def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
+            return pad_sequence(rows, True, value, padding_side="left").to(model.device)
+
+        rows = [torch.tensor(request.ids) for request in batch]
+        return padded(rows, self.tokenizer.pad_token_id or 0), padded(
+            [torch.ones_like(row) for row in rows], 0
         )
 
-    def _next_logits(self, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Return the logits after each row's last token, shape (rows, vocabulary), in float32.
 
-        The head is applied in float32: in half precision the logits of two verdicts are often
-        exactly equal.
-        """
-        import torch
+def _context(model: Any) -> int:
+    """How many tokens a model can read."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
-        ids, mask = self._padded(rows)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        with torch.inference_mode():
-            if not has_plain_head(self.model):
-                output = self.model(**inputs, use_cache=False, logits_to_keep=1)
-                return output.logits[:, -1].float()
-            head = self.model.get_output_embeddings()
-            hidden = self.model.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, -1]
-            bias = None if head.bias is None else head.bias.float()
-            return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return token ids and attention mask, both (rows, longest row), padded on the left."""
-        import torch
+def _next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The logits after each row's last token, shape (rows, vocabulary). The head is applied in
+    float32: in half precision the logits of two verdicts are often exactly equal.
+    """
+    import torch
 
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for place, row in enumerate(rows):
-            ids[place, width - len(row) :] = torch.tensor(row, dtype=torch.long)
-            mask[place, width - len(row) :] = 1
-        return ids.to(self.model.device), mask.to(self.model.device)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    with torch.inference_mode():
+        if not has_plain_head(model):
+            return model(**inputs, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+        head = model.get_output_embeddings()
+        hidden = model.get_decoder()(**inputs, use_cache=False).last_hidden_state[:, -1]
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(hidden.float(), head.weight.float(), bias)
 
 
 class _SeededSampling:

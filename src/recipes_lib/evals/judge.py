@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -399,7 +399,9 @@ class Judge:
 
         model = ready_to_answer(load_model(bare_recipe(self.source), self.tokenizer))
         model = model.to("cuda") if torch.cuda.is_available() else model
-        return HFEngine(model, self.tokenizer, self.fingerprint, self.section.batch_tokens)
+        return HFEngine(
+            lambda: nullcontext(model), self.tokenizer, self.fingerprint, self.section.batch_tokens
+        )
 
     def _render(self, request: JudgeRequest, lead_ids: Sequence[int] = ()) -> Request:
         """Return a request as the engine takes it: token ids in this process, text or messages for

@@ -45,10 +45,10 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 class PromptFormat:
     """Conversations rendered as the model was trained to read them; `hash` identifies the format.
 
-    Without a tokenizer the server that has the model renders them.
+    Without a section the server that has the model renders them.
     """
 
-    def __init__(self, section: DataSection | None, tokenizer: Any = None) -> None:
+    def __init__(self, section: DataSection | None = None, tokenizer: Any = None) -> None:
         self.section, self.tokenizer = section, tokenizer
         self.name = section.prompt_format if section else "server"
         self.hash = format_hash(section, tokenizer) if section else "server"
@@ -151,26 +151,22 @@ def resolve(
         RecipeError: a word is neither a run nor a model, a run is not finished, a run was trained
             with another prompt format, `base` is not one model, or code of a model is not allowed.
     """
-    wanted = recipe.generation.prompt_format
     trained: dict[str, TrainedRun] = {}
-    untrained: dict[str, Recipe] = {}  # models without a run that were asked before
-    for word in words:
-        if not _is_run(word):
-            continue
+    known: dict[str, Recipe] = {}  # how models without a run are asked, where that is known
+    for word in filter(is_run, words):
         run = open_run(word)
         if stored := run.read_state().get("stand_in"):
             section, data = ModelSection(**stored["model"]), DataSection(**stored["data"])
-            untrained[word] = bare_recipe(section, data, stored["quantization"])
+            known[word] = bare_recipe(section, data, stored["quantization"])
             continue
         trained[word] = finished_run(run, remote_code)
-        own = trained[word].recipe.data.prompt_format
-        if wanted not in ("auto", own):
-            what = f"run '{run.name}' was trained with prompt format {own}, not {wanted}"
-            raise RecipeError(what, "leave generation.prompt_format at auto")
-    bases = {
-        model.recipe.model.name_or_path: _without_adapter(model.recipe)
-        for model in trained.values()
-    }
+        own = trained[word].recipe
+        if recipe.generation.prompt_format not in ("auto", own.data.prompt_format):
+            wanted = recipe.generation.prompt_format
+            what = f"run '{run.name}' was trained with prompt format {own.data.prompt_format}"
+            hint = "leave generation.prompt_format at auto"
+            raise RecipeError(f"{what}, not {wanted}", hint)
+        known[own.model.name_or_path] = dataclasses.replace(own, lora=None)
     models: dict[str, Model] = {}
     for word in words:
         if word in trained:
@@ -178,60 +174,31 @@ def resolve(
         elif word == BASE:
             models[word] = common_base([run.recipe for run in trained.values()])
         else:
-            known = untrained.get(word) or bases.get(word)
-            models[word] = _model(word, known, recipe, remote_code)
+            models[word] = _untrained(word, known.get(word), recipe, remote_code)
     return models
 
 
-def _is_run(word: str) -> bool:
-    """Whether a word names a run that is there. A Hub id does not, whatever runs are called."""
+def is_run(word: str) -> bool:
+    """Return whether a word names a run that is there. A Hub id does not, whatever runs are
+    called.
+    """
     path = Path(word)
     return ((path if len(path.parts) > 1 else runs_root() / word) / "run.json").is_file()
 
 
-def _model(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code: bool) -> Model:
-    """Return a model without a run.
-
-    Args:
-        known: how it is asked, where that is known; else the eval recipe says it.
-    """
-    section = recipe.generation
-    is_local = word.startswith("package:") or (Path(word) / "config.json").is_file()
-    is_hub_id = word.count("/") == 1 and not word.startswith((".", "/"))
-    is_served = section.engine == "openai" and not is_local
-    if known is None and not (is_local or is_hub_id or is_served):
-        open_run(word)  # raises, with the names of similar runs
-    auto = section.prompt_format == "auto"
-    prompt_format: Any = "chat" if auto else section.prompt_format
-    chosen = known or bare_recipe(
-        ModelSection(
-            name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
-        ),
-        DataSection(source="", prompt_format=prompt_format),
-    )
-    if chosen.model.trust_remote_code and not remote_code:
-        hint = "pass --trust-remote-code as well"
-        raise RecipeError(f"'{word}' runs code that ships with it", hint)
-    if known is None and is_served:
-        prompts, fingerprint = PromptFormat(None), hash_of("served", word)
-        run = _folder(word, fingerprint, prompts)
-        return Model(word, run, chosen, prompts, fingerprint, served_only=True)
-    return _untrained(word, chosen, auto=known is None and auto)
-
-
-def base_of(model: Model, others: Sequence[Model]) -> Model:
+def base_of(word: str, model: Model | None, others: Sequence[Model]) -> Model:
     """Return the base that a model is compared with; the base itself beside its runs is compared
     with itself, which is one half.
 
     Raises:
         RecipeError: it has none.
     """
-    if model.trained is not None:
+    if model and model.trained:
         return common_base([model.recipe])
     bases = [common_base([other.recipe]).name for other in others if other.trained]
-    if model.name in bases:
+    if model and model.name in bases:
         return model
-    what = f"'{model.word}' has no base of its own to be compared with"
+    what = f"'{word}' has no base of its own to be compared with"
     raise RecipeError(what, "name another run or model: --against OTHER")
 
 
@@ -242,7 +209,7 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
         RecipeError: there is no run, or their bases differ.
     """
     asked: dict[str, Recipe] = {}
-    for recipe in map(_without_adapter, recipes):
+    for recipe in recipes:
         how = [str(getattr(recipe.data, key)) for key in ASKED]
         asked[str([recipe.model, recipe.quantization, how])] = recipe
     if len(asked) != 1:
@@ -253,12 +220,8 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
             "name the model itself, or evaluate the runs one by one",
         )
     (recipe,) = asked.values()
-    return _untrained(recipe.model.name_or_path, recipe)
-
-
-def _without_adapter(recipe: Recipe) -> Recipe:
-    """The recipe of a run's base, asked as the run is."""
-    return dataclasses.replace(recipe, lora=None)
+    recipe = dataclasses.replace(recipe, lora=None)
+    return _model(recipe.model.name_or_path, recipe, load_tokenizer(recipe))
 
 
 def bare_recipe(
@@ -278,9 +241,6 @@ def bare_recipe(
         origins={MODEL_KEY: Origin(COMMAND_LINE)},
         warnings=(),
     )
-
-
-# ---- models ----
 
 
 def model_key(recipe: Recipe, weights: Path | None) -> str:
@@ -315,26 +275,51 @@ def _trained(word: str, trained: TrainedRun) -> Model:
     return Model(word, run, recipe, prompts, model_key(recipe, trained.weights), trained)
 
 
-def _untrained(word: str, recipe: Recipe, auto: bool = False) -> Model:
+def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code: bool) -> Model:
+    """A model without a run, asked as is known of it; else as the eval recipe says."""
+    section = recipe.generation
+    is_local = word.startswith("package:") or (Path(word) / "config.json").is_file()
+    is_hub_id = word.count("/") == 1 and not word.startswith((".", "/"))
+    is_served = section.engine == "openai" and not is_local
+    if known is None and not (is_local or is_hub_id or is_served):
+        open_run(word)  # raises, with the names of similar runs
+    chosen = known or bare_recipe(
+        ModelSection(
+            name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
+        ),
+        DataSection(
+            source="",
+            prompt_format="chat" if section.prompt_format == "auto" else section.prompt_format,
+        ),
+    )
+    if chosen.model.trust_remote_code and not remote_code:
+        hint = "pass --trust-remote-code as well"
+        raise RecipeError(f"'{word}' runs code that ships with it", hint)
+    if known is None and is_served:
+        return _model(word, chosen, None)
     try:
-        tokenizer = load_tokenizer(recipe)
+        tokenizer = load_tokenizer(chosen)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         hint = "read it; then set generation.trust_remote_code=true and pass --trust-remote-code"
         raise RecipeError(f"'{word}' needs Python code that ships with it", hint) from None
-    if auto and not tokenizer.chat_template:
-        data = recipe.data.model_copy(update={"prompt_format": "dolly"})
-        recipe = dataclasses.replace(recipe, data=data)
-    prompts, fingerprint = PromptFormat(recipe.data, tokenizer), model_key(recipe, None)
-    run = _folder(model_path(recipe.model), fingerprint, prompts)
-    return Model(word, run, recipe, prompts, fingerprint)
+    if known is None and section.prompt_format == "auto" and not tokenizer.chat_template:
+        data = chosen.data.model_copy(update={"prompt_format": "dolly"})
+        chosen = dataclasses.replace(chosen, data=data)
+    return _model(word, chosen, tokenizer)
 
 
-def _folder(path: str, fingerprint: str, prompts: PromptFormat) -> RunDirectory:
-    """The run folder of a model without a run."""
+def _model(word: str, recipe: Recipe, tokenizer: Any) -> Model:
+    """A model without a run; without a tokenizer only a server has it."""
+    if tokenizer is None:
+        path, prompts, fingerprint = word, PromptFormat(), hash_of("served", word)
+    else:
+        path, prompts = model_path(recipe.model), PromptFormat(recipe.data, tokenizer)
+        fingerprint = model_key(recipe, None)
     short = _NOT_IN_NAMES.sub("-", Path(path).name).strip("-.")[:60]
-    return RunDirectory(f"base--{short}--{hash_of(fingerprint, prompts.hash)[:8]}")
+    run = RunDirectory(f"base--{short}--{hash_of(fingerprint, prompts.hash)[:8]}")
+    return Model(word, run, recipe, prompts, fingerprint, served_only=tokenizer is None)
 
 
 # ---- weights ----
@@ -342,10 +327,11 @@ def _folder(path: str, fingerprint: str, prompts: PromptFormat) -> RunDirectory:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory; `using` gives the context in which it answers as itself."""
+    """A model in memory, or on a server: `using` gives a context with the network that answers as
+    this model, and loads it when it is used for the first time.
+    """
 
     model: Model
-    network: Any = None
     using: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
@@ -364,24 +350,23 @@ def loaded(models: Sequence[Model]) -> Iterator[list[Loaded]]:
     """Give the models of one group of `grouped`, on one base in memory, which is freed
     afterwards.
     """
-    subjects = _load(models)
+    memory: list[Any] = []  # the family of the runs, or the base alone
+
+    @contextmanager
+    def using(model: Model) -> Iterator[Any]:
+        trained = [other.trained for other in models if other.trained]
+        if not memory and trained:
+            memory.append(Family(trained))
+        elif not memory:
+            memory.append(ready_to_answer(load_base(model.recipe, model.prompts.tokenizer)))
+        if trained:
+            with memory[0].answering(model.name if model.trained else BASE) as network:
+                yield network
+        else:
+            yield memory[0]
+
     try:
-        yield subjects
+        yield [Loaded(model, partial(using, model)) for model in models]
     finally:
-        subjects.clear()
+        memory.clear()
         free_memory()
-
-
-def _load(models: Sequence[Model]) -> list[Loaded]:
-    trained = [model.trained for model in models if model.trained]
-    if not trained:
-        first = models[0]
-        network = ready_to_answer(load_base(first.recipe, first.prompts.tokenizer))
-        return [Loaded(model, network) for model in models]
-    family = Family(trained)
-    return [
-        Loaded(
-            model, family.model, partial(family.answering, model.name if model.trained else BASE)
-        )
-        for model in models
-    ]

@@ -6,17 +6,18 @@ its verdicts. Everything is stored as it arrives: the same command continues.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.documents import read
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import hash_of, utc_now
 from recipes_lib.core.lock import waiting_lock
-from recipes_lib.core.project import shown_path
+from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import masked, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.engine import Engine, HFEngine
@@ -25,10 +26,15 @@ from recipes_lib.evals.judge import Judge, opened
 from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_models
 from recipes_lib.evals.leaks import leaks_of_run
 from recipes_lib.evals.log import REFERENCE, AnswerFaults, EvalLog, log_file, write_log
-from recipes_lib.evals.models import Loaded, Model, base_of, grouped, loaded, resolve
+from recipes_lib.evals.models import Loaded, Model, base_of, grouped, is_run, loaded, resolve
 from recipes_lib.evals.questions import QuestionSet, check_allowed, is_answer_file, load_questions
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, find_eval, load_eval, no_opponent
-from recipes_lib.evals.suites import Suite, suite_class
+from recipes_lib.evals.suites import Suite
+from recipes_lib.evals.suites.alpaca_eval import AlpacaEval
+from recipes_lib.evals.suites.checks import Checks
+from recipes_lib.evals.suites.heldout_loss import HeldoutLoss
+from recipes_lib.evals.suites.lm_eval import LMEval
+from recipes_lib.evals.suites.mt_bench import MTBench
 from recipes_lib.weights.runs import BASE, check_weights
 
 
@@ -43,54 +49,43 @@ class EvalTask:
     against: str | None = None
 
 
+SUITE_CLASSES: dict[str, type[Suite]] = {
+    "alpaca_eval": AlpacaEval,
+    "mt_bench": MTBench,
+    "lm_eval": LMEval,
+    "checks": Checks,
+    "heldout_loss": HeldoutLoss,
+}
 OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
+Side = Model | Answers  # a model that is asked, or answers that are there
 
 
 @dataclass
 class _Job:
-    """A task with its models, and who each is compared with."""
+    """A task, who answers for each word, and with whom that is compared."""
 
     task: EvalTask
     suite: Suite
-    models: dict[str, Model]  # by word
-    opponents: dict[str, Model]  # by word
-    files: dict[str, Answers]  # by word
-    words: list[str]
-    against: str | None
+    sides: dict[str, tuple[Side, Side | None]]
     answers: dict[str, Answers] = field(default_factory=dict)  # by name of the model
     logs: dict[str, EvalLog] = field(default_factory=dict)  # by word
 
     @property
     def recipe(self) -> EvalRecipe:
-        """Its eval recipe."""
         return self.task.recipe
 
-    @property
-    def is_served(self) -> bool:
-        """Whether a server answers."""
-        return self.recipe.generation.engine == "openai"
-
     def asked(self) -> list[Model]:
-        """Every model that is to be asked, opponents included."""
-        return [*self.models.values(), *self.opponents.values()]
+        """Every model that is to be asked: targets first, then opponents."""
+        ordered = [*zip(*self.sides.values(), strict=True)]
+        return [side for sides in ordered for side in sides if isinstance(side, Model)]
 
-    def wants(self, model: Model) -> bool:
-        """Whether a model is to be asked."""
-        return any(other.name == model.name for other in self.asked())
-
-    def drop(self, model: Model) -> list[str]:
-        """Leave a model out, and those that are compared with it; return their words."""
-        pairs = {word: (self.models.get(word), self.opponents.get(word)) for word in self.words}
-        lost = [
+    def words_with(self, model: Model) -> list[str]:
+        """The words that need a model, as a target or as an opponent."""
+        return [
             word
-            for word, pair in pairs.items()
-            if any(other is not None and other.name == model.name for other in pair)
+            for word, sides in self.sides.items()
+            if any(isinstance(side, Model) and side.name == model.name for side in sides)
         ]
-        for word in lost:
-            self.words.remove(word)
-            self.models.pop(word, None)
-            self.opponents.pop(word, None)
-        return lost
 
 
 def evaluate(
@@ -101,18 +96,16 @@ def evaluate(
     allow_format_differences: bool = False,
     remote_code: bool = False,
 ) -> list[EvalLog]:
-    """Evaluate models with every eval recipe; see `evaluate_tasks`.
+    """Evaluate models with every eval recipe, and return the logs: recipe after recipe, each in the
+    order of the words.
 
     Args:
         recipes: eval recipes.
         words: runs, models, `base` (of the runs beside it), or files with answers.
         against: the opponent (`reference`, `base`, another model) in the suites that compare; None
             for each recipe's.
-        allow_format_differences: compare models that were asked in different prompt formats.
-        remote_code: whether the command line allowed code that ships with a model.
-
-    Returns:
-        The logs that were written: recipe after recipe, each in the order of the words.
+        allow_format_differences: as for `evaluate_tasks`.
+        remote_code: as for `evaluate_tasks`.
     """
     if against and not any(recipe.is_judged for recipe in recipes):
         raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))
@@ -139,8 +132,8 @@ def evaluate_tasks(
 
     Args:
         tasks: what is to be done; each base and each judge is loaded once for all of them.
-        allow_format_differences: as for `evaluate`.
-        remote_code: as for `evaluate`.
+        allow_format_differences: compare models that were asked in different prompt formats.
+        remote_code: whether the command line allowed code that ships with a model.
         on_error: is called where a model, or all of a task, failed; the others go on. None raises
             every error.
 
@@ -148,70 +141,69 @@ def evaluate_tasks(
         RecipeError: a word is no model, or formats differ.
         EvaluationIncomplete: answers or judgments are missing (exit 6).
     """
+
+    def failed(task: EvalTask, word: str, error: Exception) -> None:
+        if on_error is None:
+            raise error
+        on_error(task, word, error)
+
     quiet_libraries()
-    failed = on_error or _raise
     jobs: list[_Job] = []
     for task in tasks:
-        with _reported(failed, task):
+        try:
             jobs.append(_job(task, remote_code))
+        except Exception as error:
+            failed(task, "", error)
     for group in grouped([model for job in jobs for model in job.asked()]):
         _ask_group(group, jobs, failed)
-    judged = [job for job in jobs if job.recipe.is_judged and job.words]
-    while judged:
-        file = judged[0].recipe.judge
+    by_judge: dict[str, list[_Job]] = {}
+    for job in jobs:
+        if job.recipe.is_judged and job.sides:
+            by_judge.setdefault(str(job.recipe.judge), []).append(job)
+    for same in by_judge.values():
+        file = same[0].recipe.judge
         assert file is not None
-        same = [job for job in judged if job.recipe.judge == file]
-        judged = [job for job in judged if job not in same]
         try:
             with opened(file) as judge:
                 for job in same:
-                    with _reported(failed, job.task):
+                    try:
                         _judge(job, judge, allow_format_differences)
+                    except Exception as error:
+                        failed(job.task, "", error)
         except Exception as error:  # the judge cannot be had
             for job in same:
                 failed(job.task, "", error)
     return [job.logs[word] for job in jobs for word in job.task.words if word in job.logs]
 
 
-def _raise(task: EvalTask, word: str, error: Exception) -> None:
-    raise error
-
-
-@contextmanager
-def _reported(failed: OnError, task: EvalTask) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        failed(task, "", error)
-
-
 def _job(task: EvalTask, remote_code: bool) -> _Job:
     """Resolve the words of a task, load its questions, and find who each is compared with."""
-    recipe, words = task.recipe, list(task.words)
+    recipe = task.recipe
     check_allowed(recipe, remote_code)
     has_questions = bool(SUITES[recipe.suite.name].row)
+    if not has_questions and recipe.generation.engine == "openai":
+        what = f"{recipe.suite.name} needs the weights in this process"
+        raise recipe.error("generation.engine", what, "set generation.engine: transformers")
     chosen = load_questions(recipe) if has_questions else QuestionSet((), 0)
-    suite = suite_class(recipe.suite.name)(recipe, chosen)
+    suite = SUITE_CLASSES[recipe.suite.name](recipe, chosen)
     opponent = recipe.opponent(task.against)
-    files = {
-        word: answers_in_file(Path(word), chosen.questions)
-        for word in (*words, opponent or "")
-        if recipe.is_judged and is_answer_file(word)
-    }
-    named = [word for word in words if word not in files]
-    other = opponent if opponent not in (None, REFERENCE, BASE, *files, *named) else None
-    resolved = resolve([*named, *([other] if other else [])], recipe, remote_code)
-    models = {word: resolved[word] for word in named}
-    opponents: dict[str, Model] = {}
-    if opponent == BASE:
-        if lost := next((word for word in words if word in files), None):
-            hint = "name the opponent: --against RUN"
-            raise RecipeError(f"'{lost}' is a file of answers and has no base", hint)
-        opponents = {word: base_of(model, list(models.values())) for word, model in models.items()}
-    elif opponent in resolved:
-        opponents = dict.fromkeys(words, resolved[opponent])
-    suite.prepare(list(models.values()))
-    return _Job(task, suite, models, opponents, files, words, opponent)
+    named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]
+    known: dict[str, Side] = {}
+    if recipe.is_judged:
+        files = filter(is_answer_file, named)
+        known |= {word: answers_in_file(Path(word), chosen.questions) for word in files}
+    known |= resolve([word for word in named if word not in known], recipe, remote_code)
+    targets = [side for word in task.words if isinstance(side := known[word], Model)]
+    reference = reference_answers(chosen.questions) if opponent == REFERENCE else None
+    sides: dict[str, tuple[Side, Side | None]] = {}
+    for word in task.words:
+        other: Side | None = reference or known.get(opponent or "")
+        side = known[word]
+        if opponent == BASE:
+            other = base_of(word, side if isinstance(side, Model) else None, targets)
+        sides[word] = side, other
+    suite.prepare(targets)
+    return _Job(task, suite, sides)
 
 
 # ---- answers ----
@@ -221,46 +213,35 @@ def _ask_group(group: Sequence[Model], jobs: Sequence[_Job], failed: OnError) ->
     """Load one base, and let every suite ask the models on it."""
 
     def lose(model: Model, job: _Job, error: Exception) -> None:
-        for word in job.drop(model):
+        """Leave a model out, and those that are compared with it."""
+        for word in job.words_with(model):
+            del job.sides[word]
             failed(job.task, word, error)
 
-    def ask(subject: Loaded, served: bool) -> None:
-        for job in jobs:
-            if job.is_served == served and job.wants(subject.model):
-                try:
-                    _ask(job, subject)
-                except Exception as error:
-                    lose(subject.model, job, error)
-
+    usable = []
     for model in group:
         try:
             if model.trained:
                 check_weights(model.trained)
+            usable.append(model)
         except Exception as error:
             for job in jobs:
                 lose(model, job, error)
-        ask(Loaded(model), served=True)
-    wanted = [
-        model for model in group if any(job.wants(model) for job in jobs if not job.is_served)
-    ]
-    with ExitStack() as stack:
-        try:
-            subjects = stack.enter_context(loaded(wanted)) if wanted else []
-        except Exception as error:  # the base, or an adapter on it, cannot be loaded
-            subjects = []
-            for model in wanted:
-                for job in jobs:
-                    lose(model, job, error)
-        while subjects:
-            ask(subjects.pop(0), served=False)
+    with loaded(usable) as subjects:
+        for subject in subjects:
+            for job in jobs:
+                try:
+                    if job.words_with(subject.model):
+                        _ask(job, subject)
+                except Exception as error:  # its weights could not be loaded, or not asked
+                    lose(subject.model, job, error)
 
 
 def _ask(job: _Job, subject: Loaded) -> None:
     """Let a suite ask one model; what no judge decides is done then."""
     recipe, model, suite = job.recipe, subject.model, job.suite
     if suite.chosen.questions:
-        engine = engine_for(recipe, subject)
-        answers = answer_all(recipe, model, engine, suite.chosen.questions)
+        answers = answer_all(recipe, model, _engine(recipe, subject), suite.chosen.questions)
         job.answers[model.name] = answers
         if recipe.is_judged:
             return
@@ -269,27 +250,22 @@ def _ask(job: _Job, subject: Loaded) -> None:
         facts = answers.facts
     else:
         model.record()
-        with waiting_lock(model.folder(recipe.name)), subject.using():
-            log, facts = suite.measure(subject), model.facts()
+        with waiting_lock(model.folder(recipe.name)), subject.using() as network:
+            log, facts = suite.measure(model, network), model.facts()
     key = hash_of(recipe.settings_key(), model.fingerprint, model.prompts.hash)
     file = log_file(model.run.path, recipe.name, None)
     log = _written(recipe, replace(log, target=model.name, key=key, answers=facts, file=file))
-    job.logs |= {word: log for word, other in job.models.items() if other.name == model.name}
+    job.logs |= dict.fromkeys(job.words_with(model), log)
 
 
-def engine_for(recipe: EvalRecipe, subject: Loaded) -> Engine:
-    """Return what answers for a model: a server, or the weights in this process."""
+def _engine(recipe: EvalRecipe, subject: Loaded) -> Engine:
+    """What answers for a model: a server, or the weights in this process."""
     section, model = recipe.generation, subject.model
     if section.engine == "openai":
         name = section.served_name or (model.name if model.trained else model.word)
         return OpenAIEngine(section, name, None if model.served_only else model.fingerprint)
-    return HFEngine(
-        subject.network,
-        model.prompts.tokenizer,
-        model.fingerprint,
-        section.batch_tokens,
-        subject.using,
-    )
+    tokenizer, batch_tokens = model.prompts.tokenizer, section.batch_tokens
+    return HFEngine(subject.using, tokenizer, model.fingerprint, batch_tokens)
 
 
 # ---- results ----
@@ -297,20 +273,19 @@ def engine_for(recipe: EvalRecipe, subject: Loaded) -> Engine:
 
 def _judge(job: _Job, judge: Judge, allow_format_differences: bool) -> None:
     """Ask one judge for every verdict, and write the results."""
-    suite = job.suite
-    assert isinstance(suite, JudgedSuite)
-    reference = reference_answers(suite.chosen.questions) if job.against == REFERENCE else None
-    pairs: dict[str, tuple[Answers, Answers | None]] = {}
-    for word in job.words:
-        answers = job.files.get(word) or job.answers[job.models[word].name]
-        opponent = reference or job.files.get(str(job.against))
-        if opponent is None and word in job.opponents:
-            opponent = job.answers[job.opponents[word].name]
-        pairs[word] = answers, opponent
+    assert isinstance(job.suite, JudgedSuite)
+
+    def answers_of(side: Side) -> Answers:
+        return job.answers[side.name] if isinstance(side, Model) else side
+
+    pairs = [
+        (answers_of(target), answers_of(opponent) if opponent else None)
+        for target, opponent in job.sides.values()
+    ]
     if not allow_format_differences:
-        check_formats(pairs.values())
-    logs = judge_models(suite, list(pairs.values()), judge)
-    for word, log in zip(pairs, logs, strict=True):
+        check_formats(pairs)
+    logs = judge_models(job.suite, pairs, judge)
+    for word, log in zip(job.sides, logs, strict=True):
         job.logs[word] = _written(job.recipe, log)
 
 
@@ -320,9 +295,8 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
     banners += log.banners
     if log.answers.faults:
-        banners += fault_banners(log.answers.faults, recipe.metrics.max_identical_fraction)
+        banners += _fault_banners(log.answers.faults, recipe.metrics.max_identical_fraction)
     banners += [log.subset] if log.subset else []
-    words = masked({"recipe": recipe.to_dict(), "command": command_line()})
     known: dict[str, Any] = {"eval": log.eval, "suite": log.suite, "file": log.file}
     log = replace(
         log,
@@ -333,16 +307,14 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
         written=utc_now(),
         git=dict(git_state()),
         libraries=library_versions(),
-        **words,
+        **masked({"recipe": recipe.to_dict(), "command": command_line()}),
     )
     write_log(log)
     return log
 
 
-def fault_banners(faults: AnswerFaults, max_identical_fraction: float) -> list[str]:
-    """Return the lines about the answers themselves: one answer for many questions, cut, empty and
-    looping ones.
-    """
+def _fault_banners(faults: AnswerFaults, max_identical_fraction: float) -> list[str]:
+    """The lines about one answer for many questions, and about cut, empty and looping ones."""
     lines = []
     if faults.identical > max(2, max_identical_fraction * faults.n):
         lines.append(f"{faults.identical} of {faults.n} prompts got one and the same answer")
@@ -360,31 +332,24 @@ def say_results(logs: Sequence[EvalLog]) -> None:
     """Print the tables of results, eval after eval, and where they are kept."""
     for name in dict.fromkeys(log.eval for log in logs):
         same = [log for log in logs if log.eval == name]
-        say(table_of(same))
-        for log in same:
-            if log.lm_eval_command:
-                say(f"$ {log.lm_eval_command}")
-        say()
+        suite, judge = SUITE_CLASSES[same[0].suite], same[0].judge
+        what = suite.title
+        if judge is not None:
+            what = f"{same[0].n} questions, judge {judge.name} ({judge.model}, {judge.mode})"
+        remarks: dict[tuple[str, str], list[str]] = {}  # what must be read first, of which models
+        for mark, attribute in (("! ", "banners"), ("  ", "notes")):
+            for log in same:
+                for text in getattr(log, attribute):
+                    remarks.setdefault((mark, text), []).append(log.target)
+        lines = [f"{name}: {what}", ""]
+        for (mark, text), models in remarks.items():
+            named = "" if len(models) == len(same) else f"{', '.join(models)}: "
+            lines.append(f"{mark}{named}{text}")
+        lines += [*([""] if remarks else []), *suite.table(same)]
+        lines += [f"$ {log.lm_eval_command}" for log in same if log.lm_eval_command]
+        say("\n".join([*lines, ""]))
     for log in logs:
         say(f"kept in {shown_path(log.file)}")
-
-
-def table_of(logs: Sequence[EvalLog]) -> str:
-    """Return the table of the logs of one eval, with what must be read before it."""
-    suite, judge = suite_class(logs[0].suite), logs[0].judge
-    what = suite.title
-    if judge is not None:
-        what = f"{logs[0].n} questions, judge {judge.name} ({judge.model}, {judge.mode})"
-    said: dict[str, list[str]] = {}  # what is said, and of which models
-    for log in logs:
-        for text in (*(f"! {text}" for text in log.banners), *(f"  {text}" for text in log.notes)):
-            said.setdefault(text, []).append(log.target)
-    lines = [f"{logs[0].eval}: {what}", ""]
-    for text, models in sorted(said.items(), key=lambda item: not item[0].startswith("!")):
-        named = "" if len(models) == len(logs) else f"{', '.join(models)}: "
-        lines.append(f"{text[:2]}{named}{text[2:]}")
-    lines += [""] if said else []
-    return "\n".join([*lines, *suite.table(logs)])
 
 
 # ---- words ----
@@ -400,10 +365,16 @@ def split_words(
     are models.
 
     Raises:
-        RecipeError: there is no model, or a recipe is named twice.
+        RecipeError: there is no model, a recipe is named twice, or a word is a training recipe.
     """
     own = [word for word in words if _is_override(word)]
     rest = [word for word in words if word not in own]
+    for word in rest:
+        path = recipe_path(word)
+        is_yaml = path.suffix in (".yaml", ".yml") and path.is_file()
+        if is_yaml and not is_run(word) and read(path).kind == "recipe":
+            hint = f"recipes train {word}, then name its run: {load_recipe(path).name}"
+            raise RecipeError(f"{word} is a training recipe; runs are evaluated", hint)
     files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
     if not files:
         files, rest = [str(find_eval(rest[0]))], rest[1:]

@@ -14,7 +14,7 @@ import glob
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from recipes_lib.core.project import project_root, shown_path
 
 ALLOW = "read that code; then set generation.trust_remote_code: true and pass --trust-remote-code"
 _LARGEST = 1 << 20  # bytes: a folder of one's own may hold data and weights too
-_KEY = re.compile(r"^[\"']?(?:task|group|tag)[\"']?[ \t]*:(.*(?:\n[ \t]*-[ \t].*)*)", re.MULTILINE)
-_DASH = re.compile(r"^\s*-\s+")
-_NAME = re.compile(r"[^\s,\[\]\"'#](?:[^,\[\]\"'#]*[^\s,\[\]\"'#])?")
-_PLAIN_TAG = "tag:yaml.org,2002:"
+# what follows `task:`, `group:`, `tag:`, or the dash of a list
+_NAMES = re.compile(
+    r"^(?:[\"']?(?:task|group|tag)[\"']?[ \t]*:|[ \t]*-[ \t])[ \t]*([^#\n]+)", re.MULTILINE
+)
+_PLAIN = "tag:yaml.org,2002:"
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _READ = ("data_files", "data_dir", "dataset_path")
 _CODE_KEYS = ("trust_remote_code", "custom_generate", "confirm_run_unsafe_code", "hf_evaluate")
@@ -56,23 +57,20 @@ def unknown_tasks(tasks: Sequence[str], own: Path | None = None) -> dict[str, li
         tasks: names or patterns (`mmlu_*`).
         own: folder with further task files.
     """
-    known = set(_names_in(own)) if own else set()
-    library = lm_eval_folder()
+    library = _library()
+    known = _names_in(own) if own else frozenset()
     if library is None or known.issuperset(tasks):
         return {}
     known |= _names_in(library / "tasks")
     unknown = [task for task in tasks if task not in known and not fnmatch.filter(known, task)]
-    return {
-        task: [*did_you_mean(task, sorted(known)), "all tasks: lm_eval ls tasks"]
-        for task in unknown
-    }
+    hint = "all tasks: lm_eval ls tasks"
+    return {task: [*did_you_mean(task, sorted(known)), hint] for task in unknown}
 
 
-def lm_eval_folder() -> Path | None:
-    """Return where lm-eval lies, without importing it; None where it is not installed."""
+def _library() -> Path | None:
+    """Where lm-eval lies; None where it is not installed."""
     spec = importlib.util.find_spec("lm_eval")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(places[0]).resolve() if places else None
+    return Path(spec.origin).resolve().parent if spec and spec.origin else None
 
 
 @lru_cache(maxsize=2)
@@ -82,15 +80,11 @@ def _names_in(folder: Path) -> frozenset[str]:
     """
     names: set[str] = set()
     for place, _, files in os.walk(folder):
-        for name in files:
-            path = Path(place, name)
-            if path.suffix not in ("", ".yaml") or not path.is_file():
-                continue
-            if path.stat().st_size > _LARGEST:
-                continue
-            for value in _KEY.findall(path.read_text(encoding="utf-8", errors="replace")):
-                for line in value.split("\n"):
-                    names.update(_NAME.findall(_DASH.sub("", line).partition("#")[0]))
+        for path in (Path(place, name) for name in files):
+            readable = path.suffix in ("", ".yaml") and path.is_file()
+            if readable and path.stat().st_size <= _LARGEST:
+                for value in _NAMES.findall(path.read_text(encoding="utf-8", errors="replace")):
+                    names.update(name.strip(" \t[]\"'") for name in value.split(","))
     return frozenset(names)
 
 
@@ -103,10 +97,10 @@ def code_in(document: Document) -> list[RecipeError]:
     """
     suite, data = document.values.get("suite", {}), document.values.get("data", {})
     errors = [
-        document.error(f"suite.{section}", f"suite.{section}: {key} runs code", ALLOW)
+        document.error(f"suite.{section}", f"suite.{section}: {what}", ALLOW)
         for section in ("gen_kwargs", "options")
-        for key, value in _pairs(suite.get(section) or {})
-        if _names_code(key, value) or (isinstance(value, str) and "custom_generate" in value)
+        for key, node in _nodes(yaml.compose(yaml.safe_dump(suite.get(section))))
+        if (what := _code_of(key, node))
     ]
     if folder := data.get("include_path"):
         named = data.get("folder")
@@ -129,31 +123,10 @@ def metrics_in(folder: Path) -> Iterator[tuple[str, RecipeError]]:
     """
     for path in sorted(folder.rglob("*.yaml")):
         for key, node in _nodes(_tree(path)):
-            if key == "metric" and isinstance(node, yaml.ScalarNode):
-                what = f"lm-eval has no metric '{node.value}' and would run the code of one"
+            if key == "metric" and (name := _text(node)):
+                what = f"lm-eval has no metric '{name}' and would run the code of one"
                 line = node.start_mark.line + 1
-                yield node.value, RecipeError(what, ALLOW, file=shown_path(path), line=line)
-
-
-def _pairs(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every key with its value below a value."""
-    if isinstance(value, Mapping):
-        for name, inner in value.items():
-            yield from _pairs(inner, str(name))
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _pairs(inner, key)
-    else:
-        yield key, value
-
-
-def _names_code(key: str, value: Any) -> bool:
-    """Whether a setting lets code run: code beside a model or a data set, a decoding loop, a
-    model's answers executed, a metric's code.
-    """
-    is_on = value not in (None, False, "", "false", "False", "no", "off", 0)
-    is_plain = str(value).replace("_", "").replace("-", "").isalnum()
-    return (is_on and key in _CODE_KEYS) or (key == "metric" and not is_plain)
+                yield name, RecipeError(what, ALLOW, file=shown_path(path), line=line)
 
 
 def _in_file(
@@ -162,7 +135,7 @@ def _in_file(
     """Yield what one task file and the files it includes would run or read; lm-eval's own files are
     trusted as lm-eval is.
     """
-    path, library = path.resolve(), lm_eval_folder()
+    path, library = path.resolve(), _library()
     if path in seen or (library and path.is_relative_to(library)):
         return
     seen.add(path)
@@ -170,21 +143,31 @@ def _in_file(
         yield RecipeError("a task file is outside this recipe's folder", ALLOW, file=path)
         return
     for key, node in _nodes(_tree(path)):
-        tag = node.tag.removeprefix(_PLAIN_TAG)
-        value = node.value if isinstance(node, yaml.ScalarNode) and tag != "null" else ""
-        what = None
-        if tag.startswith(("!", "tag:", "python/")):
-            what = f"this task runs code: {node.tag} {value[:80]}".rstrip()
-        elif value and key != "confirm_run_unsafe_code" and _names_code(key, value):
-            what = f"this task runs code: {key}: {value[:100]}"
-        elif ("{{" in value or "{%" in value) and (reason := _could_run_code(value)):
-            what = f"this template could run code: {reason}"
-        elif key in _READ and value and not _may_read(key, value, base, allowed):
+        what, value = _code_of(key, node), _text(node)
+        if key in _READ and value and not _may_read(key, value, base, allowed):
             what = f"this task reads {value}, outside this recipe's folder"
         if what:
             yield RecipeError(what, ALLOW, file=shown_path(path), line=node.start_mark.line + 1)
         if key == "include" and value:
             yield from _in_file(path.parent / value, base, allowed, seen)
+
+
+def _code_of(key: str, node: yaml.Node) -> str | None:
+    """What a value lets run: a function, code beside a model or a data set, a decoding loop, a
+    model's answers, a metric's code, a template.
+    """
+    value = _text(node)
+    is_on = value.lower() not in ("", "false", "no", "off", "0")
+    is_plain = value.replace("_", "").replace("-", "").isalnum()
+    if not node.tag.startswith(_PLAIN) or "python/" in node.tag:
+        return f"this task runs code: {node.tag} {value[:80]}".rstrip()
+    if is_on and (
+        key in _CODE_KEYS or "custom_generate" in value or (key == "metric" and not is_plain)
+    ):
+        return f"this task runs code: {key}: {value[:100]}"
+    if ("{{" in value or "{%" in value) and (reason := _could_run_code(value)):
+        return f"this template could run code: {reason}"
+    return None
 
 
 def _may_read(key: str, value: str, base: Path, allowed: Sequence[Path]) -> bool:
@@ -217,6 +200,12 @@ def _tree(path: Path) -> yaml.Node | None:
         return None
 
 
+def _text(node: yaml.Node) -> str:
+    """The text of a scalar; empty for null, lists and mappings."""
+    is_text = isinstance(node, yaml.ScalarNode) and node.tag != f"{_PLAIN}null"
+    return node.value if is_text else ""
+
+
 def _nodes(tree: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
     """Yield every node with the key that it stands under; below data_files all are files."""
     waiting, visited = [("", tree)] if tree else [], set()
@@ -230,8 +219,7 @@ def _nodes(tree: yaml.Node | None) -> Iterator[tuple[str, yaml.Node]]:
             waiting += [(key, inner) for inner in node.value]
         elif isinstance(node, yaml.MappingNode):
             for name, inner in node.value:
-                own = name.value if isinstance(name, yaml.ScalarNode) else ""
-                waiting += [("", name), (key if key == "data_files" else own, inner)]
+                waiting += [("", name), (key if key == "data_files" else _text(name), inner)]
 
 
 def _could_run_code(template: str) -> str | None:

@@ -1,17 +1,16 @@
-"""What a suite is. Each is one file in this folder, named as the suite, and a line in
-`evals.recipe.SUITES`; docs/evaluation.md has an example.
+"""What a suite is. Each is one file in this folder with a line in `evals.recipe.SUITES` and one in
+`evals.run.SUITE_CLASSES`; docs/evaluation.md has an example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
     from recipes_lib.evals.log import EvalLog
-    from recipes_lib.evals.models import Loaded, Model
+    from recipes_lib.evals.models import Model
     from recipes_lib.evals.questions import QuestionSet
     from recipes_lib.evals.recipe import EvalRecipe
 
@@ -29,11 +28,6 @@ class Suite:
     """
 
     title: ClassVar[str] = ""
-    classes: ClassVar[dict[str, type[Suite]]] = {}
-
-    def __init_subclass__(cls, name: str = "") -> None:
-        if name:
-            cls.classes[name] = cls
 
     def __init__(self, recipe: EvalRecipe, chosen: QuestionSet) -> None:
         self.recipe, self.chosen = recipe, chosen
@@ -45,18 +39,11 @@ class Suite:
         """Return the log of one model's answers."""
         raise NotImplementedError
 
-    def measure(self, loaded: Loaded) -> EvalLog:
-        """Return the log of one model, which is active in memory."""
+    def measure(self, model: Model, network: Any) -> EvalLog:
+        """Return the log of one model, whose network is in memory."""
         raise NotImplementedError
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         raise NotImplementedError
-
-
-def suite_class(name: str) -> type[Suite]:
-    """Return the class of a suite; only its own file is imported."""
-    if name not in Suite.classes:
-        import_module(f"{__name__}.{name}")
-    return Suite.classes[name]

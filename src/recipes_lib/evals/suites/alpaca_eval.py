@@ -23,7 +23,7 @@ from recipes_lib.evals.verdicts import Rate, counts_of, percent, shown_rate
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
 
 
-class AlpacaEval(JudgedSuite, name="alpaca_eval"):
+class AlpacaEval(JudgedSuite):
     """AlpacaEval for the models of one eval recipe."""
 
     title = "AlpacaEval"

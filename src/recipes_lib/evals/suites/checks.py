@@ -56,7 +56,7 @@ _NAMED = re.compile(
 _CORRECT = re.compile(r"\b([A-Z])[)}\]\"']*\s+is\s+(?:the\s+)?(?:correct|right|best)\b")
 
 
-class Checks(Suite, name="checks"):
+class Checks(Suite):
     """The checks of one eval recipe's rows."""
 
     title = "checks"

@@ -27,7 +27,7 @@ from recipes_lib.core.terminal import aligned
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.splits import TRAIN
 from recipes_lib.evals.log import EvalLog, Metric, Sample
-from recipes_lib.evals.models import Loaded, Model
+from recipes_lib.evals.models import Model
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.evals.suites import Suite
 from recipes_lib.evals.verdicts import metric_of, number, shown_rate
@@ -36,7 +36,7 @@ LOSS = "loss"
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # logits of a vocabulary are much larger than a cache
 
 
-class HeldoutLoss(Suite, name="heldout_loss"):
+class HeldoutLoss(Suite):
     """The held-out loss of the models of one eval recipe."""
 
     title = "held-out loss"
@@ -47,9 +47,6 @@ class HeldoutLoss(Suite, name="heldout_loss"):
         Raises:
             RecipeError: a server would answer, or a model has no recipe, so no split.
         """
-        if self.recipe.generation.engine == "openai":
-            what = "heldout_loss needs the weights in this process"
-            raise self.recipe.error("generation.engine", what)
         name = str(self.recipe.data.questions)
         self.split = name if name in HELD_OUT else None
         self.recipes: dict[str, Recipe] = {}  # whose rows a model reads, by its name
@@ -62,16 +59,15 @@ class HeldoutLoss(Suite, name="heldout_loss"):
                 raise self.recipe.error("data.questions", what, hint)
             self.recipes[model.name] = own or model.recipe
 
-    def measure(self, loaded: Loaded) -> EvalLog:
+    def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model.
 
         Raises:
             RecipeError: its recipe holds no rows of the split out.
             DataError: rows that cannot be used.
         """
-        recipe, model = self.recipe, loaded.model
-        rows = self._rows(model)
-        losses = row_losses(loaded.network, rows["input_ids"], rows["labels"])
+        recipe, rows = self.recipe, self._rows(model)
+        losses = row_losses(network, rows["input_ids"], rows["labels"])
         chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
         note = "the validation rows chose the checkpoint: the loss on them is too good"
         limit = recipe.data.max_questions

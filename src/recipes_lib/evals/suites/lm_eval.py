@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
 from recipes_lib.core.files import hash_of, write_text
 from recipes_lib.core.project import shown_path
@@ -32,7 +31,7 @@ from recipes_lib.evals.verdicts import metric_of, shown_rate
 from recipes_lib.weights.load import model_path
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.models import Loaded, Model
+    from recipes_lib.evals.models import Model
     from recipes_lib.evals.recipe import EvalRecipe
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
@@ -56,48 +55,45 @@ _SEEDS = {
 }
 
 
-class LMEval(Suite, name="lm_eval"):
+class LMEval(Suite):
     """lm-eval for the models of one eval recipe."""
 
     title = "lm-eval"
 
-    def prepare(self, models: Sequence[Model]) -> None:
-        """Refuse a server: lm-eval has engines of its own for that."""
-        if self.recipe.generation.engine == "openai":
-            hint = "run lm_eval with --model local-completions; recipes compare reads its output"
-            raise self.recipe.error("generation.engine", "lm_eval asks the weights here", hint)
-
-    def measure(self, loaded: Loaded) -> EvalLog:
+    def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model.
 
         Raises:
             RecipeError: an unknown task or option, or a mistake in a task file.
             EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
         """
-        recipe, model = self.recipe, loaded.model
-        suite, folder = recipe.suite, model.folder(recipe.name).resolve()
+        recipe, suite = self.recipe, self.recipe.suite
+        folder = model.folder(recipe.name).resolve()
         settings = {name: getattr(suite, name) for name in _SETTINGS} | suite.options
         # rounding depends on what shares a batch, so answers of another set are not reused
-        requests = [suite.tasks, settings, _batch_size(recipe)]
-        cache = folder / "cache" / hash_of(model.fingerprint, requests)[:16]
-        cache.parent.mkdir(parents=True, exist_ok=True)
+        requests = hash_of(model.fingerprint, [suite.tasks, settings, _batch_size(recipe)])[:16]
+        (folder / "cache").mkdir(parents=True, exist_ok=True)
         with _inside(recipe):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
             from lm_eval.utils import handle_non_serializable
 
-            with _untied(loaded.network):
-                network = HFLM(
-                    pretrained=loaded.network,
+            # lm_eval (0.4.13) would tie a head and embeddings that were trained apart
+            network.tie_weights = lambda *_, **__: None
+            try:
+                harness = HFLM(
+                    pretrained=network,
                     tokenizer=model.prompts.tokenizer,
                     batch_size=_batch_size(recipe),
                     chat_template_args=dict(model.recipe.data.chat_template_kwargs),
                 )
+            finally:
+                del network.tie_weights
             results = simple_evaluate(
-                model=network,
+                model=harness,
                 tasks=suite.tasks,
                 task_manager=_task_manager(recipe),
-                use_cache=str(cache),
+                use_cache=str(folder / "cache" / requests),
                 log_samples=True,
                 **settings,
             )
@@ -132,53 +128,6 @@ class LMEval(Suite, name="lm_eval"):
         return aligned(rows)
 
 
-def _batch_size(recipe: EvalRecipe) -> Any:
-    """`suite.batch_size`; a number in place of auto where there is no GPU to try its memory."""
-    import torch
-
-    size = recipe.suite.batch_size
-    return _CPU_BATCH if str(size).startswith("auto") and not torch.cuda.is_available() else size
-
-
-@contextlib.contextmanager
-def _untied(network: Any) -> Iterator[None]:
-    """Keep lm_eval (0.4.13) from tying a head and embeddings that were trained apart: it calls
-    `tie_weights` on what it is given.
-    """
-    configs = (network.config, network.config.get_text_config())
-    before = [getattr(config, "tie_word_embeddings", False) for config in configs]
-    for config in configs:
-        config.tie_word_embeddings = False
-    try:
-        yield
-    finally:
-        for config, value in zip(configs, before, strict=True):
-            config.tie_word_embeddings = value
-
-
-def _task_manager(recipe: EvalRecipe) -> Any:
-    """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
-    recipe's suffice.
-    """
-    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
-    from lm_eval.api.registry import metric_registry
-    from lm_eval.tasks import TaskManager
-
-    folder, tasks = recipe.data.include_path, recipe.suite.tasks or []
-    manager = TaskManager(include_path=folder, include_defaults=False)
-    if not all(manager.match_tasks([task]) for task in tasks):
-        manager = TaskManager(include_path=folder)
-    for task in tasks:
-        if not manager.match_tasks([task]):
-            hints = (*did_you_mean(task, manager.all_tasks), "all tasks: lm_eval ls tasks")
-            raise recipe.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
-    if folder and not recipe.generation.trust_remote_code:
-        for metric, error in metrics_in(Path(folder)):
-            if metric not in metric_registry:
-                raise error
-    return manager
-
-
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
     """Build the tasks without a model, which fetches their data where it is not here yet; return
     the number of items.
@@ -194,6 +143,33 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
     with _inside(recipe):
         tasks = _task_manager(recipe).load(recipe.suite.tasks or [])["tasks"]
         return sum(len(task.eval_docs) for task in tasks.values())
+
+
+def _batch_size(recipe: EvalRecipe) -> Any:
+    """`suite.batch_size`; a number in place of auto where there is no GPU to try its memory."""
+    import torch
+
+    size = recipe.suite.batch_size
+    return _CPU_BATCH if str(size).startswith("auto") and not torch.cuda.is_available() else size
+
+
+def _task_manager(recipe: EvalRecipe) -> Any:
+    """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
+    recipe's suffice.
+    """
+    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import metric_registry
+    from lm_eval.tasks import TaskManager
+
+    folder = recipe.data.include_path
+    if folder and not recipe.generation.trust_remote_code:
+        for metric, error in metrics_in(Path(folder)):
+            if metric not in metric_registry:
+                raise error
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    if all(manager.match_tasks([task]) for task in recipe.suite.tasks or ()):
+        return manager
+    return TaskManager(include_path=folder)
 
 
 @contextlib.contextmanager
@@ -216,14 +192,12 @@ def _inside(recipe: EvalRecipe) -> Iterator[None]:
         hint = "files are meant from data.folder, where a folder can also stand in for a Hub name"
         raise EnvironmentFault(f"{names}: cannot load data: {one_line(error)}", hint) from None
     except Exception as error:  # lm-eval raises what its tasks, filters and metrics raise
-        text = f"{type(error).__name__}: {one_line(error)}"
-        key, hint = "suite.tasks", "lm-eval's own traceback: recipes --debug eval"
-        if isinstance(error, TypeError) and "simple_evaluate" in text:
-            key, hint = "suite.options", "see lm_eval.simple_evaluate"
-        elif isinstance(error, AssertionError) and "max_gen_toks" in text:
-            key, hint = "suite.gen_kwargs", "suite.gen_kwargs={max_gen_toks: N} asks for fewer"
         where = f"; its task files are in {shown_path(Path(folder))}" if folder else ""
-        raise recipe.error(key, f"lm-eval cannot run {names}: {text}{where}", hint) from error
+        raise recipe.error(
+            "suite.tasks",
+            f"lm-eval cannot run {names}: {type(error).__name__}: {one_line(error)}{where}",
+            "lm-eval's own traceback: recipes --debug eval",
+        ) from error
     finally:
         logging.disable(before)
 
@@ -240,74 +214,64 @@ def metrics_of(
         results: the content of lm-eval's results file.
         samples: the rows of its samples files by task.
     """
+
+    def said_of(task: str, key: str) -> Any:
+        return (results.get(key) or {}).get(task)
+
+    def parts(group: str) -> list[str]:
+        """Every task and group below a group; nothing of a task."""
+        below = said_of(group, "group_subtasks") or ()
+        return [name for part in below for name in (part, *parts(part))]
+
     for task, values in results["results"].items():
         for name, value in values.items():
             metric, _, pipeline = name.partition(",")
             if not pipeline or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
+            rows = [row for row in samples.get(task, ()) if row.get("filter", "none") == pipeline]
             items = [
-                item
-                for row in samples.get(task, ())
-                if row.get("filter", "none") == pipeline and (item := _sample(row, metric, task))
+                _sample(row, metric, task)
+                for row in rows
+                if isinstance(row.get(metric), int | float)
             ]
-            known = [item.value for item in items if item.value is not None]
-            in_range = all(0 <= number <= 1 for number in (*known, value))
+            scores = [item.value or 0.0 for item in items]
+            in_range = all(0 <= score <= 1 for score in (*scores, value))
             unit: Any = "share" if _SHARE.search(metric) and in_range else "number"
-            suffix = "" if pipeline == "none" else pipeline
+            own = (said_of(task, "configs") or {}).get("metric_list") or ()
+            directions = [
+                (said_of(task, "higher_is_better") or {}).get(metric),
+                *(entry.get("higher_is_better") for entry in own if entry.get("metric") == metric),
+            ]
             facts: dict[str, Any] = {
                 "task": task,
-                "higher_is_better": _direction(results, task, metric),
-                "parts": tuple(_parts(results, task)),
-                "num_fewshot": (results.get("n-shot") or {}).get(task),
-                "version": str((results.get("versions") or {}).get(task, "")) or None,
+                "higher_is_better": next(
+                    (way for way in directions if isinstance(way, bool)), None
+                ),
+                "parts": tuple(parts(task)),
+                "num_fewshot": said_of(task, "n-shot"),
+                "version": str(said_of(task, "versions") or "") or None,
             }
-            key = f"{metric},{suffix}" if suffix else metric
-            label = f"{task} {metric}, {suffix}" if suffix else f"{task} {metric}"
-            if known and abs(sum(known) / len(known) - value) <= 1e-6:
+            suffix = [] if pipeline == "none" else [pipeline]
+            key, label = ",".join([metric, *suffix]), ", ".join([f"{task} {metric}", *suffix])
+            if scores and abs(sum(scores) / len(scores) - value) <= 1e-6:
                 yield metric_of(key, label, items, unit, **facts)
                 continue
-            error = values.get(f"{metric}_stderr,{pipeline}")  # a corpus score, or a group
-            half = 1.96 * error if isinstance(error, int | float) else None
-            yield Metric(
-                key,
-                label,
-                unit=unit,
-                value=value,
-                low=None if half is None else value - half,
-                high=None if half is None else value + half,
-                n=((results.get("n-samples") or {}).get(task) or {}).get("effective", 0),
-                **facts,
-            )
+            # a corpus score, or a group
+            if isinstance(error := values.get(f"{metric}_stderr,{pipeline}"), int | float):
+                facts |= {"low": value - 1.96 * error, "high": value + 1.96 * error}
+            count = (said_of(task, "n-samples") or {}).get("effective", 0)
+            yield Metric(key, label, unit=unit, value=value, n=count, **facts)
 
 
-def _sample(row: Mapping[str, Any], metric: str, task: str) -> Sample | None:
-    """A sample of lm-eval's on one metric; None where it has no number there."""
-    value = row.get(metric)
-    if not isinstance(value, int | float):
-        return None
-    doc = row.get("doc") or {}
+def _sample(row: Mapping[str, Any], metric: str, task: str) -> Sample:
+    """A sample of lm-eval's on one metric."""
+    doc, value = row.get("doc") or {}, float(row[metric])
     return Sample(
         f"{row['doc_id']}:{str(row.get('doc_hash', ''))[:12]}",
         category=str(doc.get("subject") or doc.get("category") or task),
-        value=float(value),
-        outcome={1.0: "right", 0.0: "wrong"}.get(float(value), "scored"),
+        value=value,
+        outcome={1.0: "right", 0.0: "wrong"}.get(value, "scored"),
     )
-
-
-def _parts(results: Mapping[str, Any], group: str) -> list[str]:
-    """Every task and group below a group; nothing of a task."""
-    below = (results.get("group_subtasks") or {}).get(group) or ()
-    return [name for part in below for name in (part, *_parts(results, part))]
-
-
-def _direction(results: Mapping[str, Any], task: str, metric: str) -> bool | None:
-    """Whether more of a metric is better, by the results' table of directions or the task's own
-    metrics; None where neither says it.
-    """
-    listed = ((results.get("configs") or {}).get(task) or {}).get("metric_list") or ()
-    own = [entry.get("higher_is_better") for entry in listed if entry.get("metric") == metric]
-    table = (results.get("higher_is_better") or {}).get(task) or {}
-    return next((value for value in (table.get(metric), *own) if isinstance(value, bool)), None)
 
 
 # ---- the command that gives the same numbers ----
@@ -315,52 +279,48 @@ def _direction(results: Mapping[str, Any], task: str, metric: str) -> bool | Non
 
 def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
     """Write lm_eval's configuration, and return the line that runs it."""
-    suite = recipe.suite
-    config: dict[str, Any] = {"model": "hf", "model_args": _model_args(model), "tasks": suite.tasks}
+    suite, notes, options = recipe.suite, list[str](), dict(recipe.suite.options)
+    arguments, needs_merge = _model_args(model)
+    config: dict[str, Any] = {"model": "hf", "model_args": arguments, "tasks": suite.tasks}
     config |= {name: getattr(suite, name) for name in _SETTINGS}
     config |= {"batch_size": _batch_size(recipe), "include_path": recipe.data.include_path}
     if not suite.apply_chat_template:
         del config["fewshot_as_multiturn"]
-    others = {name: value for name, value in suite.options.items() if name not in _SEEDS}
-    if len(others) < len(suite.options):
-        config["seed"] = [suite.options.get(name, usual) for name, usual in _SEEDS.items()]
-    without = sorted(others.keys() & {"bootstrap_iters"})
-    config |= {name: value for name, value in others.items() if name not in without}
-    config = {name: value for name, value in config.items() if value is not None}
+    if _SEEDS.keys() & options:
+        config["seed"] = [options.pop(name, usual) for name, usual in _SEEDS.items()]
+    if "bootstrap_iters" in options:
+        del options["bootstrap_iters"]
+        notes.append("lm_eval has no option for bootstrap_iters")
+    config = {name: value for name, value in (config | options).items() if value is not None}
     write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     line = shlex.join(["lm_eval", "run", "--config", str(file)])
     if recipe.data.folder:
         line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
-    notes = [f"lm_eval has no option for {', '.join(without)}"] if without else []
-    if _needs_merge(model):
+    if needs_merge:
         notes.append(f"after recipes merge {model.name}")
     return f"{line}  # {'; '.join(notes)}" if notes else line
 
 
-def _model_args(model: Model) -> dict[str, Any]:
-    """lm-eval's model_args for a model."""
+def _model_args(model: Model) -> tuple[dict[str, Any], bool]:
+    """lm-eval's model_args, and whether they name a merged model: lm_eval would tie what an adapter
+    trained apart.
+    """
     section, trained = model.recipe.model, model.trained
-    arguments: dict[str, Any] = {"pretrained": model_path(section), "dtype": section.dtype}
-    if trained and trained.full:
-        arguments["pretrained"] = trained.weights
-    elif trained and _needs_merge(model):
-        arguments["pretrained"] = trained.merged
+    needs_merge = bool(trained and (model.recipe.lora or {}).get("modules_to_save"))
+    path, adapter = Path(model_path(section)), None
+    if trained and (trained.full or needs_merge):
+        path = (trained.weights if trained.full else trained.merged).resolve()
     elif trained:
-        arguments["peft"] = arguments["tokenizer"] = str(trained.weights.resolve())
-    if Path(arguments["pretrained"]).is_dir() or trained:
-        arguments["pretrained"] = str(Path(arguments["pretrained"]).resolve())
-    if section.revision:
-        arguments["revision"] = section.revision
-    if section.trust_remote_code:
-        arguments["trust_remote_code"] = True
-    if kwargs := model.recipe.data.chat_template_kwargs:
-        arguments["chat_template_args"] = dict(kwargs)
-    quantization = model.recipe.quantization or {}
-    return arguments | {
-        key: value for key, value in quantization.items() if key.startswith(("load_in", "bnb_"))
+        adapter = str(trained.weights.resolve())
+    arguments = {
+        "pretrained": str(path.resolve() if path.is_dir() else path),
+        "dtype": section.dtype,
+        "peft": adapter,
+        "tokenizer": adapter,
+        "revision": section.revision,
+        "trust_remote_code": section.trust_remote_code,
+        "chat_template_args": dict(model.recipe.data.chat_template_kwargs),
     }
-
-
-def _needs_merge(model: Model) -> bool:
-    """Whether lm_eval would tie what an adapter trained apart."""
-    return bool(model.trained and (model.recipe.lora or {}).get("modules_to_save"))
+    loading = model.recipe.quantization or {}
+    arguments |= {key: loading[key] for key in loading if key.startswith(("load_in", "bnb_"))}
+    return {key: value for key, value in arguments.items() if value}, needs_merge

@@ -20,7 +20,7 @@ from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
 from recipes_lib.evals.verdicts import Rate, number, shown_rate
 
 
-class MTBench(JudgedSuite, name="mt_bench"):
+class MTBench(JudgedSuite):
     """MT-Bench for the models of one eval recipe."""
 
     title = "MT-Bench"
