@@ -214,7 +214,9 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
         rows = ask(PAIRS, judge, store)
         requests = {one.key: one for one in build_requests(PAIRS, judge)}
         assert len(requests) == len(rows) == 6
-        model, tokenizer = judge._engine.model, judge.tokenizer
+        tokenizer = judge.tokenizer
+        with judge._engine.using() as model:
+            pass
         lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
         for request, row in zip(requests.values(), rows, strict=True):
             prompt = request.prompt

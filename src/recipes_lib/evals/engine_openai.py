@@ -25,7 +25,6 @@ from recipes_lib.evals.recipe import ServerSection
 
 TOP_LOGPROBS = 20
 LONGEST_PAUSE_S = 60.0  # the client follows a Retry-After of up to a minute
-_BROKEN_OFF = ("abort", "aborted", "cancelled", "error")
 _NO_LOGPROBS = (
     "judge.mode logits needs a server that continues the judge's turn and gives log-probabilities:"
     " set judge.mode: generate"
@@ -34,14 +33,12 @@ _NO_TOKEN_IDS = (
     "a run's prompts go to /completions as token ids, which some servers do not take: serve the run"
     " with launch/vllm_server.sh, or set generation.engine=transformers"
 )
+_NO_SYSTEM_ROLE = "a template without a system role (Gemma 2) needs judge.system_role: false"
+_UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
 
 
 class ServerFault(EvaluationIncomplete):
     """The server does not answer, refuses everything or is another one."""
-
-
-class _Unusable(Exception):
-    """A reply that cannot be read."""
 
 
 class OpenAIEngine:
@@ -87,25 +84,25 @@ class OpenAIEngine:
         address = self.server.address
         async with self._client() as client:
             try:
-                served = [model.id async for model in client.models.list()]
+                served = [str(model.id) async for model in client.models.list()]
             except openai.NotFoundError:  # it has no list; the first request will show it
                 return None
-            except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+            except (openai.OpenAIError, *_UNREADABLE) as error:
                 hint = "start it (launch/vllm_server.sh), then run the same command to continue"
                 if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
                     hint = f"check {self.server.api_key_variable or 'api_key_variable'}"
                 what = f"{address} does not answer: {error.__cause__ or error}"
                 raise ServerFault(what, hint) from None
             if self.model not in served:
-                names = ", ".join(valid_texts(str(name)) for name in served[:8])
                 what = f"{address} does not serve '{self.model}'"
-                raise EnvironmentFault(what, f"it serves {names or 'nothing'}")
+                names = valid_texts(", ".join(served[:8])) or "nothing"
+                raise EnvironmentFault(what, f"it serves {names}")
             try:
                 root = str(client.base_url).rstrip("/").removesuffix("/v1")
                 once = client.with_options(max_retries=0)
                 reply: Any = await once.get(f"{root}/version", cast_to=object)
                 return str(reply["version"])[:40]
-            except (openai.OpenAIError, ValueError, TypeError, KeyError):
+            except (openai.OpenAIError, *_UNREADABLE):
                 return None
 
     def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -137,31 +134,31 @@ class OpenAIEngine:
     async def _ask(
         self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling
     ) -> Completion:
-        """Return the completion of one request, or its error after the last attempt."""
-        longest = (self.server.timeout_s + LONGEST_PAUSE_S / 4) * (self.server.max_retries + 1)
-        reason = ""
-        for _ in range(self.server.max_retries + 1):
-            try:
-                async with asyncio.timeout(longest):
-                    return self._read(request, await self._send(client, request, sampling))
-            except openai.APIStatusError as error:
-                status, hints = error.status_code, self._advice(request, error)
-                said = f"{status}: {_words(error)}"
-                if status in (401, 403, 404):
-                    what = f"{self.server.address} answered {said}"
-                    raise ServerFault(what, *hints, "check base_url, model and key") from None
-                refused = status < 500 and status not in (408, 409, 429)
-                return Completion(key=request.key, error="; ".join([said, *hints]), refused=refused)
-            except TimeoutError:
-                return Completion(key=request.key, error="no whole answer in time")
-            except _Unusable as error:  # a busy server sends such a page once
-                reason = str(error)
-            except (openai.OpenAIError, OSError, ValueError, RecursionError) as error:
-                cause = error.__cause__ or error
-                reason = f"{type(cause).__name__}: {valid_texts(str(cause))[:200]}"
-                if isinstance(error, openai.APIConnectionError):
-                    break  # the client tried again already
-        return Completion(key=request.key, error=reason)
+        """Return the completion of one request, or its error after the client's last attempt."""
+        # of the whole reply: the client's timeout begins anew with each byte
+        longest = (self.server.timeout_s + LONGEST_PAUSE_S) * (self.server.max_retries + 1)
+        try:
+            async with asyncio.timeout(longest):
+                reply = await self._send(client, request, sampling)
+            return self._read(request, reply)
+        except openai.APIStatusError as error:
+            said, status = f"{error.status_code}: {_words(error)}", error.status_code
+            if status in (400, 404, 405, 422):
+                if request.ids or self.logprobs:
+                    said += f"; {_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS}"
+                elif any(message["role"] == "system" for message in request.messages):
+                    said += f"; {_NO_SYSTEM_ROLE}"
+            if status in (401, 403, 404):
+                what = f"{self.server.address} answered {said}"
+                raise ServerFault(what, "check base_url, model and key") from None
+            refused = status < 500 and status not in (408, 409, 429)
+            return Completion(key=request.key, error=said, refused=refused)
+        except TimeoutError:
+            return Completion(key=request.key, error="no whole answer in time")
+        except (openai.OpenAIError, OSError, *_UNREADABLE) as error:
+            cause = error.__cause__ or error
+            what = f"{type(cause).__name__}: {valid_texts(str(cause))[:200]}"
+            return Completion(key=request.key, error=what)
 
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
         """Send token ids or text where the prompt is rendered here, messages where the server
@@ -183,13 +180,12 @@ class OpenAIEngine:
                 prompt=prompt, max_tokens=limit, extra_body=extra, **settings
             )
         settings |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS} if self.logprobs else {}
-        messages: Any = list(request.messages)
-        if messages[-1]["role"] == "assistant":
+        if request.messages[-1]["role"] == "assistant":
             extra |= {"add_generation_prompt": False, "continue_final_message": True}
         if request.schema is not None:
             verdict = {"name": "verdict", "schema": dict(request.schema), "strict": True}
             settings["response_format"] = {"type": "json_schema", "json_schema": verdict}
-        settings |= {"messages": messages, "extra_body": extra}
+        settings |= {"messages": list(request.messages), "extra_body": extra}
         create: Any = client.chat.completions.create
         try:
             return await create(**settings, **{self._limit: limit})
@@ -199,19 +195,9 @@ class OpenAIEngine:
             self._limit = "max_completion_tokens"
             return await create(**settings, **{self._limit: limit})
 
-    def _advice(self, request: Request, error: openai.APIStatusError) -> list[str]:
-        """What to do about a refusal whose likely cause is known."""
-        if error.status_code not in (400, 404, 405, 422):
-            return []
-        if request.ids or self.logprobs:
-            return [_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS]
-        if error.status_code == 400 and any(part["role"] == "system" for part in request.messages):
-            return ["a template without a system role (Gemma 2) needs judge.system_role: false"]
-        return []
-
     def _read(self, request: Request, reply: Any) -> Completion:
-        """Read a reply of either endpoint; no text at all is an empty one, as of a model that
-        declines. The client checks no types, so a reply may hold anything.
+        """Read a reply of either endpoint; the client checks no types, so it may hold anything. No
+        text at all is an empty one, as of a model that declines.
         """
         name = getattr(reply, "model", None)
         if isinstance(name, str) and name and not is_version_of(name, self.model):
@@ -220,20 +206,17 @@ class OpenAIEngine:
                 f"{self.server.address} answered as '{name}', not as '{self.model}'",
                 "is it another server? If the name stands for this model, set it as the name",
             )
-        choices = getattr(reply, "choices", None)
-        if not isinstance(choices, list) or not choices:
-            raise _Unusable(f"the reply has no choices: {valid_texts(str(reply))[:80]!r}")
-        choice = choices[0]
+        choice = reply.choices[0]
         message = getattr(choice, "message", None)
-        text = getattr(message, "content", None) if message else getattr(choice, "text", None)
+        text = message.content if message else getattr(choice, "text", None)
         if isinstance(text, list):  # content in parts
-            text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict))
-        if not (text is None or isinstance(text, str)):
-            raise _Unusable(f"the reply's text is not text: {str(text)[:80]!r}")
+            text = "".join(part["text"] for part in text)
+        if not isinstance(text, str | None):
+            raise TypeError(f"the reply's text is not text: {str(text)[:80]!r}")
         finish = getattr(choice, "finish_reason", None)
         finish = valid_texts(finish) if isinstance(finish, str) and finish else "stop"
-        if finish.lower() in _BROKEN_OFF:
-            raise _Unusable(f"the server broke the reply off (finish_reason {finish})")
+        if finish.lower() in ("abort", "aborted", "cancelled", "error"):
+            raise ValueError(f"the server broke the reply off (finish_reason {finish})")
         tokens = getattr(getattr(reply, "usage", None), "completion_tokens", 0)
         return Completion(
             key=request.key,
@@ -276,21 +259,19 @@ def is_version_of(answered: str, asked: str) -> bool:
 
 def _first_token(choice: Any) -> dict[str, float]:
     """The likeliest first tokens with their probabilities."""
-    logprobs = getattr(choice, "logprobs", None)
     try:
-        if content := getattr(logprobs, "content", None):
+        if content := getattr(choice.logprobs, "content", None):
             pairs = [(entry.token, entry.logprob) for entry in content[0].top_logprobs]
         else:
-            pairs = list(logprobs.top_logprobs[0].items())  # type: ignore[union-attr]
-        likeliest = {
-            str(token): math.exp(min(float(value), 0.0))
-            for token, value in pairs
-            if not math.isnan(float(value))
-        }
-    except (AttributeError, TypeError, IndexError, ValueError):
-        likeliest = {}
+            pairs = list(choice.logprobs.top_logprobs[0].items())
+        known = [(str(token), float(value)) for token, value in pairs]
+    except _UNREADABLE:
+        known = []
+    likeliest = {
+        token: math.exp(min(value, 0.0)) for token, value in known if not math.isnan(value)
+    }
     if not likeliest:
-        raise _Unusable(f"the server gave no log-probabilities; {_NO_LOGPROBS}")
+        raise ValueError(f"the server gave no log-probabilities; {_NO_LOGPROBS}")
     return likeliest
 
 

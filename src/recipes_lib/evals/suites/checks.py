@@ -16,13 +16,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import jsonschema
 import jsonschema.exceptions
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+)
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import DataError
@@ -134,26 +140,30 @@ class AnswerRule(BaseModel):
             >>> AnswerRule(check="choice", expected="C").passes("The answer is **C**.")
             True
         """
-        return RULES[self.check].passes(self, answer.strip())
-
-    def folded(self, text: str) -> str:
-        """Return a text as it is compared."""
-        return text.casefold() if self.ignore_case else text
-
-    @property
-    def texts(self) -> list[str]:
-        """The expected texts as they are compared."""
-        expected = self.expected if isinstance(self.expected, list) else [self.expected]
-        return [self.folded(text.strip()) for text in expected]
-
-
-@dataclass(frozen=True)
-class RuleKind:
-    """What a check wants under `expected` (checked when the rows are read), and its rule."""
-
-    wants: str
-    fits: Callable[[Any], bool]
-    passes: Callable[[AnswerRule, str], bool]
+        answer = answer.strip()
+        match self.check:
+            case "regex":
+                return bool(re.search(self.expected, answer, re.I if self.ignore_case else 0))
+            case "number":
+                return _has_number(answer, self.expected, self.tolerance)
+            case "choice":
+                return _letters(answer) == {self.expected.upper()}
+            case "json":
+                return _is_json(answer, self.expected)
+            case "max_words":
+                return len(answer.split()) <= self.expected
+            case "min_words":
+                return len(answer.split()) >= self.expected
+        texts = self.expected if isinstance(self.expected, list) else [self.expected]
+        texts = [text.strip() for text in texts]
+        if self.ignore_case:
+            answer, texts = answer.casefold(), [text.casefold() for text in texts]
+        match self.check:
+            case "exact":
+                return answer in texts
+            case "contains":
+                return all(text in answer for text in texts)
+        return not any(text in answer for text in texts)
 
 
 def rule_of(written: Mapping[str, object]) -> AnswerRule:
@@ -167,109 +177,82 @@ def rule_of(written: Mapping[str, object]) -> AnswerRule:
         hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
         what = f"unknown check '{name}'" if name else "a row needs a 'check', or a list of 'checks'"
         raise DataError(what, *hints)
+    wants, expected = RULES[name]
     try:
-        rule = AnswerRule.model_validate(written)
+        expected.validate_python(written.get("expected"), strict=True)
+    except ValidationError:
+        what = f"check '{name}' expects {wants}, not {written.get('expected')!r}"
+        raise DataError(what) from None
+    try:
+        return AnswerRule.model_validate(written)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         where = ".".join(map(str, details["loc"]))
         raise DataError(f"check '{name}': {where}: {details['msg']}") from None
-    if not RULES[name].fits(rule.expected):
-        raise DataError(f"check '{name}' expects {RULES[name].wants}, not {rule.expected!r}")
-    return rule
 
 
-def _number(rule: AnswerRule, answer: str) -> bool:
-    """The last number of the answer is the expected one, within the tolerance."""
+def _has_number(answer: str, expected: float, tolerance: float) -> bool:
+    """Whether the last number of an answer is the expected one."""
     numbers = _NUMBER.findall(answer.replace("\u2212", "-"))  # the minus of typesetters
-    if not numbers:
-        return False
-    return abs(float(numbers[-1].replace(",", "")) - float(rule.expected)) <= rule.tolerance
+    return bool(numbers) and abs(float(numbers[-1].replace(",", "")) - expected) <= tolerance
 
 
-def _choice(rule: AnswerRule, answer: str) -> bool:
-    """The answer names the expected letter and no other: where it says "the answer is" or "is
-    correct", that one; else the letter alone at the start of a line.
+def _letters(answer: str) -> set[str]:
+    """The letters that an answer names: where it says "the answer is" or "is correct", those; else
+    the letter alone at the start of a line.
     """
     text = _MARKDOWN.sub("", answer).strip()
     if only := re.fullmatch(r"\W*([A-Za-z])\W*", text):
-        return only[1].upper() == rule.expected.upper()
+        return {only[1].upper()}
     named = {first or second for first, second in _NAMED.findall(text)} - {"a", "i"}
     named |= set(_CORRECT.findall(text))
-    letters = {letter.upper() for letter in named} or set(_ALONE.findall(text)[:1])
-    return letters == {rule.expected.upper()}
+    return {letter.upper() for letter in named} or set(_ALONE.findall(text)[:1])
 
 
-def _json(rule: AnswerRule, answer: str) -> bool:
-    """The answer, or the one fenced block in it, is JSON that the expected schema accepts."""
+def _is_json(answer: str, schema: Any) -> bool:
+    """Whether an answer, or the one fenced block in it, is JSON that a schema accepts."""
     fenced = _FENCED.findall(answer)
     try:
-        value = json.loads(fenced[0] if len(fenced) == 1 else answer)
-        jsonschema.validate(value, rule.expected)
+        jsonschema.validate(json.loads(fenced[0] if len(fenced) == 1 else answer), schema)
     except (ValueError, RecursionError, jsonschema.exceptions.ValidationError):
         return False
     return True
 
 
-def _matches(rule: AnswerRule, answer: str) -> bool:
-    return bool(re.search(rule.expected, answer, re.IGNORECASE if rule.ignore_case else 0))
+# ---- what a row may expect ----
 
 
-def _is_texts(value: Any) -> bool:
-    texts = value if isinstance(value, list) else [value]
-    return bool(texts) and all(isinstance(text, str) and text.strip() for text in texts)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_letter(value: Any) -> bool:
-    return isinstance(value, str) and bool(re.fullmatch(r"[A-Za-z]", value))
-
-
-def _is_pattern(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(re.compile(value))
-    except re.error:
-        return False
-
-
-def _is_schema(value: Any) -> bool:
+def _json_schema(value: Any) -> Any:
     try:
         jsonschema.Draft202012Validator.check_schema(value)
-    except jsonschema.exceptions.SchemaError:
-        return False
-    return isinstance(value, dict | bool)
+    except jsonschema.exceptions.SchemaError as error:
+        raise ValueError(error.message) from None
+    return value
 
 
-RULES: Mapping[str, RuleKind] = {
-    "exact": RuleKind(
-        "a text, or a list of which one must be the answer",
-        _is_texts,
-        lambda rule, answer: rule.folded(answer) in rule.texts,
-    ),
-    "contains": RuleKind(
-        "a text, or a list of which all must occur",
-        _is_texts,
-        lambda rule, answer: all(text in rule.folded(answer) for text in rule.texts),
-    ),
-    "excludes": RuleKind(
-        "a text, or a list of which none may occur",
-        _is_texts,
-        lambda rule, answer: not any(text in rule.folded(answer) for text in rule.texts),
-    ),
-    "regex": RuleKind("a regular expression", _is_pattern, _matches),
-    "number": RuleKind("a number", _is_number, _number),
-    "choice": RuleKind("a letter", _is_letter, _choice),
-    "json": RuleKind("a JSON Schema ({} accepts any JSON)", _is_schema, _json),
-    "max_words": RuleKind(
-        "a count", _is_count, lambda rule, answer: len(answer.split()) <= rule.expected
-    ),
-    "min_words": RuleKind(
-        "a count", _is_count, lambda rule, answer: len(answer.split()) >= rule.expected
-    ),
+def _pattern(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+_Text = Annotated[str, Field(pattern=r"\S")]
+_TEXTS = TypeAdapter[Any](_Text | Annotated[list[_Text], Field(min_length=1)])
+_COUNT = TypeAdapter[Any](Annotated[int, Field(ge=0)])
+_LETTER = TypeAdapter[Any](Annotated[str, Field(pattern="^[A-Za-z]$")])
+_PATTERN = TypeAdapter[Any](Annotated[str, AfterValidator(_pattern)])
+_SCHEMA = TypeAdapter[Any](Annotated[dict[str, Any] | bool, AfterValidator(_json_schema)])
+# the checks that there are: what they want under `expected`, in words and as a type
+RULES: Mapping[str, tuple[str, TypeAdapter[Any]]] = {
+    "exact": ("a text, or a list of which one must be the answer", _TEXTS),
+    "contains": ("a text, or a list of which all must occur", _TEXTS),
+    "excludes": ("a text, or a list of which none may occur", _TEXTS),
+    "regex": ("a regular expression", _PATTERN),
+    "number": ("a number", TypeAdapter(int | float)),
+    "choice": ("a letter", _LETTER),
+    "json": ("a JSON Schema ({} accepts any JSON)", _SCHEMA),
+    "max_words": ("a count", _COUNT),
+    "min_words": ("a count", _COUNT),
 }
