@@ -468,6 +468,14 @@ def test_one_training_each_is_about_these_two_models(two: list[Path]) -> None:
         assert "One training each" in claim.sentence
 
 
+def test_seeds_without_a_partner_make_no_second_training(tmp_path: Path) -> None:
+    """Seeds 42 and 43 against 43 and 44 are one pair, and one pair is about two models."""
+    r8, r32 = seeds(tmp_path, "r8", 0.3), seeds(tmp_path, "r32", 0.8, rank=32)
+    claim = claim_of(compared(r8=r8[:2], r32=r32[1:]))
+    assert claim.row.trainings == (1, 1) and claim.verdict == "higher"
+    assert "One training each" in claim.sentence
+
+
 def test_a_cause_needs_declared_keys_alone(tmp_path: Path) -> None:
     r8, r32 = seeds(tmp_path, "r8", 0.3), seeds(tmp_path, "r32", 0.8, rank=32)
     folders = {"r8": r8, "r32": r32}

@@ -39,10 +39,12 @@ _Measured = list[tuple[Run, Metric]]  # one metric of an arm, by training
 _Values: TypeAlias = NDArray[np.float64]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TableRow:
-    """Two arms on one metric. `why_not` says why a row has no verdict, `aside` why it is shown and
-    not tested; `trainings` are those of each arm that it is of, 0 of a model not trained here.
+    """Two arms on one metric, filled while the table is built.
+
+    `why_not` says why a row has no verdict, `aside` why it is shown and not tested. `trainings` are
+    those of each arm that the test is of, 0 of a model not trained here.
 
     `p` and `p_margin` (of not being worse, of not being better) are corrected over the table, `mde`
     is the difference that the row finds with 80% probability.
@@ -154,12 +156,13 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
         for first, second in pairs_of(arms, aims)
         for row in _rows(arms[first], arms[second], measured)
     ]
-    rows = _with_asides(rows, arms, aims)
-    rows = _with_margins(_with_primary(_without_small(rows), aims), aims)
+    _mark_asides(rows, arms, aims)
+    _leave_out_small(rows)
+    _mark_primary(rows, aims)
+    _set_margins(rows, aims)
+    _correct(rows)
     pairs = list(dict.fromkeys(row.arms for row in rows))
-    rows = sorted(
-        _corrected(rows), key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside))
-    )
+    rows.sort(key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside)))
     scores = [
         _score(arm.name, opponent, metrics, arm)
         for arm in arms
@@ -245,44 +248,35 @@ def _side_by_side(
     """Both arms on the same items; a turn that only one of them has counts as without a verdict."""
     pairs, flags = _paired_trainings(first, second, first_runs, second_runs)
     sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    metrics = [*sides[0], *sides[1]]
+    row = _row(first, second, metrics, opponent=opponent)
+    row.trainings = (0 if first.is_base else len(pairs), 0 if second.is_base else len(pairs))
     draws = [_draws(side) for side in sides]
     if draws[0] != draws[1]:
         flags.append(f"{count(min(draws), 'answer')} per question of {draws[0]} and {draws[1]}")
-    metrics = [*sides[0], *sides[1]]
     asked = [{sample.id for metric in side for sample in metric.samples} for side in sides]
-    items = _items(metrics, asked[0] & asked[1], min(draws))
-    row = _row(
-        first,
-        second,
-        metrics,
-        opponent=opponent,
-        n=len(items),
-        trainings=_trainings(
-            first, second, [run for run, _ in first_runs], [run for run, _ in second_runs]
-        ),
-    )
+    common = asked[0] & asked[1]
+    items = _items(metrics, common, min(draws))
+    row.n = len(items)
     if not items:
-        why = "only totals are known, not the items behind them"
-        values = [_mean_reported(side) for side in sides]
-        return replace(
-            row,
-            first_value=values[0],
-            second_value=values[1],
-            why_not="the two arms answered different questions" if all(asked) else why,
-        )
-    if len(asked[0] & asked[1]) < max(map(len, asked)):
-        flags.append(f"{len(asked[0] & asked[1])} common questions of {max(map(len, asked))}")
-    first_values, second_values = (_values(side, items) for side in sides)
-    scale = _scale(row.unit, first_values, second_values)
-    missing = int((np.isnan(first_values) | np.isnan(second_values)).any(axis=0).sum())
-    row = replace(row, flags=tuple(flags))
-    if scale is None and missing:
-        return replace(row, why_not=f"{count(missing, 'row')} without a value")
-    test = compare(first_values, second_values, _questions(metrics, items), scale)
-    known = ~(np.isnan(first_values) | np.isnan(second_values)).any(axis=0)
-    row = replace(row, test=test, first_value=_mean(first_values[:, known]))
-    row = replace(row, second_value=_mean(second_values[:, known]))
-    return replace(row, why_not=_why_not(row, bounded=scale is not None))
+        row.first_value, row.second_value = map(_mean_reported, sides)
+        row.why_not = "only totals are known, not the items behind them"
+        if all(asked):
+            row.why_not = "the two arms answered different questions"
+        return row
+    if len(common) < max(map(len, asked)):
+        flags.append(f"{len(common)} common questions of {max(map(len, asked))}")
+    row.flags = tuple(flags)
+    values, other_values = (_values(side, items) for side in sides)
+    known = ~(np.isnan(values) | np.isnan(other_values)).any(axis=0)
+    scale = _scale(row.unit, values, other_values)
+    if scale is None and not known.all():
+        row.why_not = f"{count(int((~known).sum()), 'row')} without a value"
+        return row
+    row.test = compare(values, other_values, _questions(metrics, items), scale)
+    row.first_value, row.second_value = _mean(values[:, known]), _mean(other_values[:, known])
+    row.why_not = _why_not(row, bounded=scale is not None)
+    return row
 
 
 def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: bool) -> TableRow:
@@ -290,28 +284,20 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     target, rival = (second, first) if turned else (first, second)
     kept = _each_training_once(measured, target, rival)
     metrics = [metric for _, metric in kept]
+    row = _row(first, second, metrics, opponent=second.name, head_to_head=True)
+    row.higher_is_better = True
+    row.trainings = (0 if first.is_base else len(kept), 0 if second.is_base else len(kept))
+    if len(kept) < len(measured):
+        row.flags = (f"{count(len(measured) - len(kept), 'pair')} of trainings left out",)
     items = _items(metrics, None, _draws(metrics))
+    row.n = len(items)
     values = _values(metrics, items)
     values = 1 - values if turned else values
-    test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
-    left_out = len(measured) - len(kept)
-    trainings = tuple(0 if arm.is_base else len(kept) for arm in (first, second))
-    known = ~np.isnan(values).any(axis=0)
-    rate = _mean(values[:, known])
-    row = _row(
-        first,
-        second,
-        metrics,
-        head_to_head=True,
-        opponent=second.name,
-        first_value=rate,
-        second_value=None if rate is None else 1 - rate,
-        test=test,
-        n=len(items),
-        trainings=(trainings[0], trainings[1]),
-        flags=(f"{count(left_out, 'pair')} of trainings left out",) if left_out else (),
-    )
-    return replace(row, higher_is_better=True, why_not=_why_not(row, bounded=True))
+    row.test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
+    row.first_value = _mean(values[:, ~np.isnan(values).any(axis=0)])
+    row.second_value = None if row.first_value is None else 1 - row.first_value
+    row.why_not = _why_not(row, bounded=True)
+    return row
 
 
 def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) -> _Measured:
@@ -355,21 +341,6 @@ def _paired_trainings(
     if None not in seeds and not any(run.foreign for run, _ in first_runs):
         flags.append("other seeds in each arm")
     return pairs, flags
-
-
-def _trainings(
-    first: ArmRuns, second: ArmRuns, first_runs: Sequence[Run], second_runs: Sequence[Run]
-) -> tuple[int, int]:
-    """How many trainings of each arm a row is of."""
-    fewest = min(
-        (
-            len(runs)
-            for arm, runs in ((first, first_runs), (second, second_runs))
-            if not arm.is_base
-        ),
-        default=0,
-    )
-    return (0 if first.is_base else fewest, 0 if second.is_base else fewest)
 
 
 def _draws(metrics: Sequence[Metric]) -> int:
@@ -457,37 +428,35 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 # ---- The whole table ----
 
 
-def _with_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> list[TableRow]:
-    """Return the rows with those marked that are shown and not tested: tasks below a group that is
-    tested as one mean, and further metrics of a task that is tested by another one.
+def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
+    """Mark what is shown and not tested: tasks below a group that is tested as one mean, and
+    further metrics of a task that is tested by another one.
     """
     metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
+    tested = [row for row in rows if row.is_tested]
     groups = {
         (row.arms, row.eval, part): metrics[row.metric].task
-        for row in reversed(rows)
-        if row.is_tested
+        for row in reversed(tested)
         for part in metrics[row.metric].parts
     }
+    words = [word for word in (aims.primary, *aims.margins) if word]
     first: dict[object, TableRow] = {}
     for row in sorted(
-        (row for row in rows if row.suite == "lm_eval" and row.is_tested),
+        (row for row in tested if row.suite == "lm_eval"),
         key=lambda row: (
-            not any(is_named(word, row.metric) for word in (aims.primary, *aims.margins) if word),
+            not any(is_named(word, row.metric) for word in words),
             "acc_norm" not in row.metric,
         ),
     ):
         first.setdefault(_measured_alike(row, metrics[row.metric]), row)
-    marked = []
     for row in rows:
         metric = metrics[row.metric]
         group = groups.get((row.arms, row.eval, metric.task))
-        tested = first.get(_measured_alike(row, metric))
+        instead = first.get(_measured_alike(row, metric))
         if group and not aims.subtasks and not aims.asks_for(metric.task):
-            row = replace(row, aside=f"it is a part of {group}, which is tested as one mean")
-        elif row.is_tested and tested is not None and tested.metric != row.metric:
-            row = replace(row, aside=f"{tested.label} is tested of the same answers")
-        marked.append(row)
-    return marked
+            row.aside = f"it is a part of {group}, which is tested as one mean"
+        elif row.is_tested and instead is not None and instead.metric != row.metric:
+            row.aside = f"{instead.label} is tested of the same answers"
 
 
 def _measured_alike(row: TableRow, metric: Metric) -> object:
@@ -497,75 +466,60 @@ def _measured_alike(row: TableRow, metric: Metric) -> object:
     return row.arms, row.opponent, row.eval, metric.task, name
 
 
-def _without_small(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the rows with those of few questions left untested in a table of many tests."""
-    if sum(row.is_tested for row in rows) < MANY_TESTS:
-        return list(rows)
-    return [
-        replace(
-            row, why_not=f"{row.test.resolved.questions} questions are too few among many tests"
-        )
-        if row.is_tested and row.test and row.test.resolved.questions < FEWEST_OF_MANY
-        else row
-        for row in rows
+def _leave_out_small(rows: Sequence[TableRow]) -> None:
+    """Leave rows of few questions untested in a table of many tests."""
+    tested = [row for row in rows if row.is_tested]
+    for row in tested if len(tested) >= MANY_TESTS else ():
+        questions = row.test.resolved.questions if row.test else 0
+        if questions < FEWEST_OF_MANY:
+            row.why_not = f"{questions} questions are too few among many tests"
+
+
+def _mark_primary(rows: Sequence[TableRow], aims: Aims) -> None:
+    """Mark what answers the primary question: of every two arms the first tested row of its metric,
+    which is the one head to head where there is one.
+    """
+    named = [
+        row for row in rows if aims.primary and is_named(aims.primary, row.metric) and not row.aside
     ]
-
-
-def _with_primary(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
-    """Return the rows with those marked that answer the primary question: of every two arms the
-    first tested one of its metric, which is the one head to head where there is one.
-    """
     first: dict[tuple[str, str], TableRow] = {}
-    for tested in (True, False):
-        for row in rows:
-            named = aims.primary and is_named(aims.primary, row.metric) and not row.aside
-            if named and row.is_tested == tested:
-                first.setdefault(row.arms, row)
-    return [replace(row, primary=first.get(row.arms) is row) for row in rows]
+    for row in sorted(named, key=lambda row: not row.is_tested):
+        first.setdefault(row.arms, row)
+    for row in first.values():
+        row.primary = True
 
 
-def _with_margins(rows: Sequence[TableRow], aims: Aims) -> list[TableRow]:
-    """Return the rows with their margins; one that is none of its row's metric is a flag. Head to
-    head a difference of x points between two rates is one of x / 2 from one half.
+def _set_margins(rows: Sequence[TableRow], aims: Aims) -> None:
+    """Set the margins; one that does not fit its row's metric is a flag. Head to head a difference
+    of x points between two rates is one of x / 2 from one half.
     """
-    rows_out = []
     for row in rows:
         margin = aims.margin_of(row.metric)
-        if margin and not row.aside:
-            wrong = margin.fits(row.metric, row.unit)
-            size = margin.size / 2 if row.head_to_head else margin.size
-            flags = (*row.flags, f"no margin: {wrong}") if wrong else row.flags
-            row = replace(row, margin=None if wrong else size, flags=flags)
-        rows_out.append(row)
-    return rows_out
+        if margin is None or row.aside:
+            continue
+        wrong = margin.fits(row.metric, row.unit)
+        if wrong:
+            row.flags = (*row.flags, f"no margin: {wrong}")
+        else:
+            row.margin = margin.size / 2 if row.head_to_head else margin.size
 
 
-def _corrected(rows: Sequence[TableRow]) -> list[TableRow]:
-    """Return the rows with p corrected over the table, and what each would find."""
+def _correct(rows: Sequence[TableRow]) -> None:
+    """Correct p over the table, and set what each row would find."""
     tested = [row for row in rows if row.is_tested]
-    adjusted = iter(
-        adjust([row.test.p for row in tested if row.test], [row.primary for row in tested])
-    )
+    adjusted = adjust([row.test.p for row in tested if row.test], [row.primary for row in tested])
     primary = sum(row.primary for row in tested)
     both = 0 < primary < len(tested)
-    rows_out = []
     for row in rows:
-        if row.test is None or not row.is_tested:
-            rows_out.append(replace(row, tests=len(tested)))
-            continue
+        row.tests = len(tested)
+    for row, p in zip(tested, adjusted, strict=True):
+        assert row.test is not None
         size = (primary if row.primary else len(tested) - primary) if both else len(tested)
         share = (0.8 if row.primary else 0.2) if both else 1.0
+        row.p = p
+        row.p_margin = _margin_ps(row, size / share)
         mde = row.test.mde(ALPHA * share / size)
-        rows_out.append(
-            replace(
-                row,
-                p=next(adjusted),
-                p_margin=_margin_ps(row, size / share),
-                mde=mde if mde < (0.5 if row.head_to_head else np.inf) else None,
-                tests=len(tested),
-            )
-        )
-    return rows_out
+        row.mde = mde if mde < (0.5 if row.head_to_head else np.inf) else None
 
 
 def _margin_ps(row: TableRow, factor: float) -> Limits | None:
