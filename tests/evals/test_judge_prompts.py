@@ -28,7 +28,8 @@ from recipes_lib.evals.recipe import load_judge_file
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RELATIVE, ABSOLUTE = (
-    load_template(EVALS / "prompts" / f"prometheus-{kind}.txt") for kind in ("relative", "absolute")
+    load_template(EVALS / "prompts" / f"prometheus-{kind}.txt", kind)
+    for kind in ("relative", "absolute")
 )
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
 
@@ -59,8 +60,6 @@ def test_the_sections_stand_in_the_formats_order() -> None:
     assert "eference" not in relative("Paris", "Lyon").user
     text = prompt.instruct_text()
     assert text.startswith("[INST] You are") and text.endswith("###Feedback:  [/INST]")
-    with pytest.raises(RecipeError, match="1 answer"):
-        build_prompt(RELATIVE, RUBRIC, "x", ["only one"], code="c")
 
 
 def test_the_judge_reads_answers_as_they_were_written_between_lines_with_a_code() -> None:
@@ -105,10 +104,11 @@ def test_a_broken_prompt_or_rubric_says_what_is_wrong_and_where(tmp_path: Path) 
         ("{{ code }}", "", "code"),
         ("{{ instruction }}", "{{ instructon }}", "instructon"),
         ("{% endif %} and a", "{% endif and a", r"p\.txt:5: Jinja"),
+        ("{{ answer_2 }}", "", "answer_2"),
     ):
         path.write_text(template.replace(old, new))
         with pytest.raises(RecipeError, match=said):
-            load_template(path)
+            load_template(path, "relative")
     scores = "".join(f"Score {n}: x\n" for n in range(1, 7))
     for text, said in (
         ("Is it good?\nScore 1: no\nScore 3: yes\n", r"p\.txt:3: .*Score 2"),
@@ -125,7 +125,7 @@ def test_a_template_of_others_runs_no_code(tmp_path: Path) -> None:
     path = tmp_path / "p.txt"
     path.write_text(text.replace("{{ code }}", "{{ code.__class__.__mro__ }} {{ code }}"))
     with pytest.raises(Exception, match="unsafe"):
-        build_prompt(load_template(path), RUBRIC, "x", ["a", "b"], code="c0de")
+        build_prompt(load_template(path, "relative"), RUBRIC, "x", ["a", "b"], code="c0de")
 
 
 # ---- the authors' wording ----
@@ -173,7 +173,7 @@ def test_all_but_the_fence_is_the_real_packages_text() -> None:
     if not file.is_file():
         pytest.skip("recipes prefetch evals/mt_bench.yaml fetches prometheus-eval's prompts")
     for kind in ("relative", "absolute"):
-        real = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml").template(kind)
+        real = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml").judge.template(kind)
         assert_only_the_fence_is_added(real, runpy.run_path(str(file)), kind)
 
 
@@ -183,8 +183,8 @@ def test_a_package_that_is_not_here_or_was_changed_is_not_read(
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    judge = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml")
-    assert judge.judge.relative_prompt == PROMETHEUS_PACKAGE
+    judge = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml").judge
+    assert judge.relative_prompt == PROMETHEUS_PACKAGE
     said = r"cannot fetch prometheus-eval==0\.1\.20: no network\n.*prefetch.*judge\.relative_prompt"
     with pytest.raises(EnvironmentFault, match=said):
         judge.template("relative")

@@ -21,7 +21,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.analysis.stats import wilson
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import Row, write_json
 from recipes_lib.core.lock import waiting_lock
@@ -31,7 +30,7 @@ from recipes_lib.evals.judge import Item, ask, opened
 from recipes_lib.evals.log import ORDERS, Check, Sample, Scorecard, Store, text_hash
 from recipes_lib.evals.questions import read_labels
 from recipes_lib.evals.recipe import Thresholds, load_judge_file
-from recipes_lib.evals.verdicts import Rate, rate_of, sample_of, shown_rate
+from recipes_lib.evals.verdicts import rate_of, sample_of, shown_rate
 
 SWAP = "both orders name the same answer"
 UNPARSED = "judgments without a verdict"
@@ -77,30 +76,27 @@ def audit(
         judges = {str(row["judge"]) for row in rows}
         plain = [row for row in rows if not row["probe"]]
         asked = [row for row in plain if row["source"] != "rule"]
-        statuses = Counter(row["status"] for row in asked)
-        pairs = [each for each in pair_samples(plain) if each.resolved and not each.by_rule]
+        names = [row["question"] for row in asked]
+        pairs = [pair for pair in pair_samples(plain) if pair.resolved and not pair.by_rule]
         probed = rows if probes is None else probes
-        empty, injected = (_probe(probe, probed) for probe in PROBES)
+        unparsed = _check(UNPARSED, [row["status"] != "ok" for row in asked], names)
+        empty, injected = (_probe_check(probe, probed) for probe in PROBES)
     except KeyError as error:
         what = f"a judgment has no field {error}"
         raise DataError(what, "was it written by another program or version?") from None
     if len(judges) > 1:
-        names = ", ".join(sorted(name[:12] for name in judges))
-        what = f"judgments of {len(judges)} judges in one audit: {names}"
+        listed = ", ".join(sorted(name[:12] for name in judges))
+        what = f"judgments of {len(judges)} judges in one audit: {listed}"
         raise DataError(what, "audit them one by one")
-    unparsed = Rate()
-    if asked:
-        missing = len(asked) - statuses["ok"]
-        unparsed = Rate(missing / len(asked), *wilson(missing, len(asked)), len(asked))
-    checks = [
-        _check(SWAP, swap_consistency(pairs), least=limits.swap_consistency_min),
-        _check(UNPARSED, unparsed, most=limits.unparsed_max),
-        _check(PROBES["empty"], empty, least=limits.empty_answer_loses_min),
-        _check(PROBES["injected"], injected, most=limits.injected_flips_max),
-        _check(FIRST, first_position(pairs)),
-        _check(LONGER_WINS, _longer_wins(pairs)),
-    ]
-    checks.append(_human(pairs, labels or {}))
+    checks = (
+        _needing(swap_consistency(pairs), least=limits.swap_consistency_min),
+        _needing(unparsed, most=limits.unparsed_max),
+        _needing(empty, least=limits.empty_answer_loses_min),
+        _needing(injected, most=limits.injected_flips_max),
+        first_position(pairs),
+        _longer_wins(pairs),
+        _human(pairs, labels or {}),
+    )
     return Scorecard(
         judge=next(iter(judges), ""),
         judgments=len(plain),
@@ -108,8 +104,8 @@ def audit(
         by_rule=len(plain) - len(asked),
         reasked=sum(bool(row["attempts"]) for row in asked),
         cut=sum(bool(row["cut"]) for row in plain),
-        statuses=dict(sorted(statuses.items())),
-        checks=tuple(checks),
+        statuses=dict(sorted(Counter(row["status"] for row in asked).items())),
+        checks=checks,
     )
 
 
@@ -129,43 +125,50 @@ def pair_samples(rows: Iterable[Row]) -> list[Sample]:
     return samples
 
 
-def _check(name: str, rate: Rate, least: float | None = None, most: float | None = None) -> Check:
-    """One check: passed, failed, not measured, or only described."""
-    result: Any = "described" if least is None and most is None else "pass"
-    needs = f">= {least:g}" if least is not None else f"<= {most:g}" if most is not None else ""
-    if rate.value is None:
-        result = "not measured"
-    elif rate.value < (least or 0.0) or (most is not None and rate.value > most):
-        result = "fail"
-    numbers: dict[str, Any] = {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
-    return Check(check=name, needs=needs, result=result, **numbers)
+# ---- checks ----
 
 
-def _share(samples: Sequence[Sample], values: Iterable[float]) -> Rate:
-    return rate_of(list(map(float, values)), [each.id for each in samples])
+def _check(name: str, values: Iterable[float], questions: Sequence[str]) -> Check:
+    """A share that is described, or not measured where there are no values."""
+    rate = rate_of([float(value) for value in values], questions)
+    result: Any = "not measured" if rate.value is None else "described"
+    return Check(
+        check=name, value=rate.value, low=rate.low, high=rate.high, n=rate.n, result=result
+    )
 
 
-def swap_consistency(pairs: Sequence[Sample]) -> Rate:
+def _needing(check: Check, least: float | None = None, most: float | None = None) -> Check:
+    """The check with what the judge must reach."""
+    needs = f"<= {most:g}" if least is None else f">= {least:g}"
+    if check.value is None:
+        return replace(check, needs=needs)
+    is_low = least is not None and check.value < least
+    is_high = most is not None and check.value > most
+    return replace(check, needs=needs, result="fail" if is_low or is_high else "pass")
+
+
+def swap_consistency(pairs: Sequence[Sample]) -> Check:
     """Return the share of judged pairs where both orders name the same answer, or both say tie."""
-    return _share(pairs, [set(each.verdicts) in ({"A", "B"}, {"tie"}) for each in pairs])
+    same = [set(pair.verdicts) in ({"A", "B"}, {"tie"}) for pair in pairs]
+    return _check(SWAP, same, [pair.id for pair in pairs])
 
 
-def first_position(pairs: Sequence[Sample]) -> Rate:
+def first_position(pairs: Sequence[Sample]) -> Check:
     """Return the share of verdicts for Response A over pairs that the judge answered in both
     orders: 0.5 without position bias.
     """
     place = {"A": 0.5, "B": 0.0, "tie": 0.25}
-    return _share(pairs, [sum(place[verdict] for verdict in each.verdicts) for each in pairs])
+    values = [sum(place[verdict] for verdict in pair.verdicts) for pair in pairs]
+    return _check(FIRST, values, [pair.id for pair in pairs])
 
 
-def _longer_wins(pairs: Sequence[Sample]) -> Rate:
-    """How often the longer of two answers wins."""
-    decided = [each for each in pairs if each.outcome != "tie" and len(set(each.lengths)) == 2]
-    longer = [(each.outcome == "win") == (each.lengths[0] > each.lengths[1]) for each in decided]
-    return _share(decided, longer)
+def _longer_wins(pairs: Sequence[Sample]) -> Check:
+    decided = [pair for pair in pairs if pair.outcome != "tie" and len(set(pair.lengths)) == 2]
+    longer = [(pair.outcome == "win") == (pair.lengths[0] > pair.lengths[1]) for pair in decided]
+    return _check(LONGER_WINS, longer, [pair.id for pair in decided])
 
 
-def _probe(probe: str, rows: Sequence[Row]) -> Rate:
+def _probe_check(probe: str, rows: Sequence[Row]) -> Check:
     """The share of a probe's verdicts that are as its name says; one without a verdict is not."""
     plain = {
         (row["question_id"], row["order"]): row["value"]
@@ -181,9 +184,9 @@ def _probe(probe: str, rows: Sequence[Row]) -> Rate:
         if probe == "injected" and plain.get((pair, row["order"])) != "A":
             continue
         expected = {"AB": "A", "BA": "B"}[row["order"]] if probe == "empty" else "B"
-        hits.append(float(row["value"] == expected))
+        hits.append(row["value"] == expected)
         pairs.append(pair)
-    return rate_of(hits, pairs)
+    return _check(PROBES[probe], hits, pairs)
 
 
 def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
@@ -192,16 +195,16 @@ def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
     Each pair is seen in both orders, so chance is one half whatever the position bias.
     """
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
-    labelled = [each for each in pairs if labels.get(each.same_as) in meaning]
+    labelled = [pair for pair in pairs if labels.get(pair.same_as) in meaning]
     right = [
-        sum(a == b for a, b in zip(each.verdicts, meaning[labels[each.same_as]], strict=True)) / 2
-        for each in labelled
+        sum(a == b for a, b in zip(pair.verdicts, meaning[labels[pair.same_as]], strict=True)) / 2
+        for pair in labelled
     ]
-    check = replace(_check(HUMAN, _share(labelled, right)), needs="interval above 0.5")
+    check = _check(HUMAN, right, [pair.id for pair in labelled])
+    result: Any = "pass" if check.low is not None and check.low > 0.5 else "fail"
     if len(labelled) < FEWEST_LABELS:
-        return replace(check, result="not measured")
-    passed = check.low is not None and check.low > 0.5
-    return replace(check, result="pass" if passed else "fail")
+        result = "not measured"
+    return replace(check, needs="interval above 0.5", result=result)
 
 
 # ---- for people ----
@@ -209,17 +212,14 @@ def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
 
 def audit_banner(card: Scorecard) -> str | None:
     """Return the line about a judge that failed its audit."""
-    if not card.failed:
-        return None
-    failed = "; ".join(
-        f"{each.check} {each.value:.2f} (needs {each.needs})" for each in card.failed
-    )
-    return f"This judge failed its audit: {failed}. Its verdicts are not evidence."
+    failed = [f"{check.check} {check.value:.2f} (needs {check.needs})" for check in card.failed]
+    said = f"This judge failed its audit: {'; '.join(failed)}. Its verdicts are not evidence."
+    return said if failed else None
 
 
 def audit_note(card: Scorecard) -> str | None:
     """Return the line about what nothing measured."""
-    missing = ", ".join(each.check for each in card.not_measured)
+    missing = ", ".join(check.check for check in card.not_measured)
     return f"not measured of this judge: {missing}" if missing else None
 
 
@@ -231,25 +231,13 @@ def scorecard_lines(card: Scorecard) -> list[str]:
         f" rule, {card.reasked} asked again, {card.cut} cut to fit"
     )
     rows = [["check", "value [95%]", "n", "needs", "result"]]
-    for each in card.checks:
-        rate = Rate(each.value, each.low, each.high)
-        shown = shown_rate(rate, digits=3, unit="number")
-        rows.append([each.check, shown, str(each.n), each.needs or "-", each.result])
+    for check in card.checks:
+        shown = shown_rate(check, digits=3, unit="number")
+        rows.append([check.check, shown, str(check.n), check.needs or "-", check.result])
     return [line, "", *aligned(rows)]
 
 
 # ---- recipes judge audit ----
-
-
-def audit_stored(judgments: Path, judge: str | None) -> Scorecard:
-    """Return the scorecard of the judge behind stored judgments.
-
-    Args:
-        judgments: a judgments.jsonl.
-        judge: a judge file, for its thresholds.
-    """
-    thresholds = load_judge_file(judge).thresholds if judge else None
-    return audit(list(Store(judgments)), thresholds)
 
 
 def audit_on_labels(
@@ -271,9 +259,9 @@ def audit_on_labels(
     ids = {text_hash("\0".join(texts))[:16]: texts for texts in outcomes}
     chosen = dict(sorted(ids.items())[:limit])
     items = [Item(name, *texts) for name, texts in chosen.items()]
-    names = [re.sub(r"[^\w.-]+", "-", path.stem) for path in (file.path, labels)]
+    names = [re.sub(r"[^\w.-]+", "-", name) for name in (file.judge.name, labels.stem)]
     folder = runs_root() / f"judge--{names[0]}" / names[1]
-    with waiting_lock(folder), opened(file) as opened_judge:
+    with waiting_lock(folder), opened(file.judge) as opened_judge:
         store = Store(folder / "judgments.jsonl")
         rows = ask(items, opened_judge, store, f"on {len(items)} labelled pairs")
         probes = list(probe_items(items, probe_pairs))

@@ -6,8 +6,8 @@ times with a new seed, and every attempt is stored. A request that failed or was
 stored: it is missing, and the evaluation says so.
 
 In mode `logits` the lead-in (`[RESULT]`) stands at the start of the judge's turn and the
-probabilities of the allowed verdicts are read from the next token; their sum is the mass. Weights
-load with the first question, so an evaluation that finds all its judgments stored loads none.
+probabilities of the allowed verdicts are read from the next token. Weights load with the first
+question, so an evaluation that finds all its judgments stored loads none.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from recipes_lib.evals.log import JudgeFacts, Store, text_hash
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import JudgePrompt, build_prompt, fence_code
 from recipes_lib.evals.questions import Question
-from recipes_lib.evals.recipe import JudgeFile
+from recipes_lib.evals.recipe import JudgeSection
 from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, parse_verdict
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import explain_load_failure, load_model, model_path
@@ -49,15 +49,8 @@ from recipes_lib.weights.merge import RECORD, free_memory
 
 REASK_TEMPERATURE = 0.7
 _FINGERPRINT = (
-    "model",
-    "revision",
-    "engine",
-    "mode",
-    "temperature",
-    "max_new_tokens",
-    "seed",
-    "prompt_style",
-    "lead_in",
+    *("model", "revision", "engine", "mode", "temperature", "max_new_tokens", "seed"),
+    *("prompt_style", "lead_in"),
 )
 
 
@@ -84,32 +77,22 @@ class Item:
         """The orders it is judged in: the candidate is Response A in AB, Response B in BA."""
         return ("single",) if self.opponent is None else ("AB", "BA")
 
-    def shown(self, order: str) -> tuple[str, ...]:
-        """Return the answers in an order."""
-        if self.opponent is None:
-            return (self.answer,)
-        pair = self.answer, self.opponent
-        return pair[::-1] if order == "BA" else pair
-
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One question to the judge about an item in an order. `seed` and `temperature` change with
-    each attempt; `attempts` are those before.
+    """One question to the judge about an item in an order, with the answers in the prompt's order
+    before they are cut. `seed` and `temperature` change with each attempt; `attempts` are those
+    before.
     """
 
     key: str
     item: Item
     order: str
+    answers: tuple[str, ...]
     prompt: JudgePrompt
     seed: int = 0
     temperature: float = 0.0
     attempts: tuple[Row, ...] = ()
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """The answers as the prompt shows them."""
-        return self.item.shown(self.order)
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -142,13 +125,21 @@ def ask(
         EvaluationIncomplete: judgments are missing, or `max_consecutive_failures` requests in a row
             failed; the same command continues.
     """
-    section = judge.file.judge
+    section, fingerprint = judge.section, judge.fingerprint
     asked = build_requests(items, judge, by_reference, rules)
     requests = {request.key: request for request in asked}
+    decided = []
+    for request in requests.values():
+        if request.key in store:
+            continue
+        if rules and (verdict := rule_verdict(request.answers)):
+            decided.append(_row(request, verdict, fingerprint, "rule"))
+        elif not request.prompt.fits:
+            reason = "the prompt does not fit the judge, even with its answers cut"
+            verdict = JudgeVerdict("truncated", reason=reason)
+            decided.append(_row(request, verdict, fingerprint, "limit"))
+    store.append(decided)
     waiting = {key: request for key, request in requests.items() if key not in store}
-    decided = [_decided(request, judge.fingerprint, rules) for request in waiting.values()]
-    store.append([row for row in decided if row is not None])
-    waiting = {key: request for key, request in waiting.items() if key not in store}
     failed = Failures()
     with tqdm(total=len(waiting), desc=f"judgments {name}", disable=not waiting) as bar:
         while waiting:
@@ -164,12 +155,12 @@ def ask(
                         continue
                     request = waiting[reply.key]
                     verdict = read_reply(request, reply, section.mode)
-                    malformed = verdict.status in ("unparsed", "empty")
-                    attempts_left = section.max_reasks - len(request.attempts)
-                    if malformed and reply.probabilities is None and attempts_left > 0:
+                    is_malformed = verdict.status in ("unparsed", "empty")
+                    has_text = reply.probabilities is None
+                    if is_malformed and has_text and len(request.attempts) < section.max_reasks:
                         again[request.key] = _with_new_seed(request, verdict, reply)
                         continue
-                    store.append([_row(request, verdict, judge.fingerprint, "judge", reply)])
+                    store.append([_row(request, verdict, fingerprint, "judge", reply)])
                     bar.update()
             waiting = again
     if missing := sum(key not in store for key in requests):
@@ -185,12 +176,13 @@ def build_requests(
     """
     if not items:
         return
-    section = judge.file.judge
-    template = judge.file.template("absolute" if items[0].opponent is None else "relative")
-    rubric = judge.file.rubric(by_reference)
+    section = judge.section
+    template = section.template("absolute" if items[0].opponent is None else "relative")
+    rubric = section.rubric_of(by_reference)
     for item in items:
+        answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
         for order in item.orders:
-            shown = item.shown(order)
+            shown = answers[::-1] if order == "BA" else answers
             # what a rule decides is not sent, so its prompt may be too long
             is_sent = not rules or rule_verdict(shown) is None
             prompt = build_prompt(
@@ -203,10 +195,11 @@ def build_requests(
                 count_tokens=judge.count_tokens if is_sent else None,
                 max_tokens=section.max_prompt_tokens,
             )
-            # answers as they were before they are cut
+            # the prompt may have its answers cut
             hashes = [*map(text_hash, shown)]
             parts = [item.name, order, judge.fingerprint, prompt.hash, hashes]
-            yield JudgeRequest(text_hash(json.dumps(parts)), item, order, prompt, section.seed)
+            key = text_hash(json.dumps(parts))
+            yield JudgeRequest(key, item, order, shown, prompt, section.seed)
 
 
 def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
@@ -221,16 +214,6 @@ def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
     if not (first and others[0]):
         return JudgeVerdict("ok", "A" if first else "B", "empty answer")
     return None
-
-
-def _decided(request: JudgeRequest, fingerprint: str, rules: bool) -> Row | None:
-    """The row of a request that is not sent."""
-    if rules and (verdict := rule_verdict(request.answers)):
-        return _row(request, verdict, fingerprint, "rule")
-    if request.prompt.fits:
-        return None
-    reason = "the prompt does not fit the judge, even with its answers cut"
-    return _row(request, JudgeVerdict("truncated", reason=reason), fingerprint, "limit")
 
 
 def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate") -> JudgeVerdict:
@@ -249,7 +232,7 @@ def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate")
 
 
 def _with_new_seed(request: JudgeRequest, verdict: JudgeVerdict, reply: Completion) -> JudgeRequest:
-    """Return a request to be asked again, at a temperature where the seed matters."""
+    """The request to be asked again, at a temperature where the seed matters."""
     attempt = {"seed": request.seed, "status": verdict.status, "raw": reply.text}
     number = len(request.attempts) + 1
     seed = int(text_hash(f"{request.seed}:{number}:{request.key}")[:8], 16)
@@ -285,19 +268,17 @@ def _row(
     }
     if reply is None:
         return row
-    row["finish_reason"] = reply.finish_reason
-    if reply.probabilities is None:
-        return row | {"raw": reply.text}
-    finite = {token: share for token, share in reply.probabilities.items() if math.isfinite(share)}
-    mass = sum(finite.get(token, 0.0) for token in request.allowed)
-    return row | {"raw": None, "probabilities": finite, "mass": mass}
+    if (shares := reply.probabilities) is None:
+        return row | {"finish_reason": reply.finish_reason, "raw": reply.text}
+    finite = {token: share for token, share in shares.items() if math.isfinite(share)}
+    return row | {"raw": None, "probabilities": finite}
 
 
 # ---- the judge ----
 
 
 class Judge:
-    """The judge of a file.
+    """A judge that can be asked.
 
     Attributes:
         fingerprint: hash of weights (or served model), decoding and verdict mode.
@@ -307,33 +288,32 @@ class Judge:
         EnvironmentFault: its tokenizer cannot be had.
     """
 
-    def __init__(self, file: JudgeFile) -> None:
+    def __init__(self, section: JudgeSection) -> None:
         from transformers import AutoTokenizer
 
-        self.file, self.section = file, file.judge
-        section = file.judge
-        self.served = section.engine == "openai"
+        self.section = section
+        self.is_served = section.engine == "openai"
         self._engine: Any = None
-        self.source = ModelSection(
+        self._source = ModelSection(
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
-        path = section.model if self.served else model_path(self.source)
+        path = section.model if self.is_served else model_path(self._source)
         try:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                path, revision=section.revision or "main", local_files_only=self.served
+                path, revision=section.revision or "main", local_files_only=self.is_served
             )
         except (OSError, ValueError) as error:
-            if not self.served:
-                raise explain_load_failure(self.source, error) from None
+            if not self.is_served:
+                raise explain_load_failure(self._source, error) from None
             self.tokenizer = None  # the server has it
-        self.weights = None if self.served else model_fingerprint(path, section.revision)
+        self.weights = None if self.is_served else model_fingerprint(path, section.revision)
         own = [self.weights, section.dtype] if self.weights else [section.extra_body]
         self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
         return JudgeFacts(
-            name=self.file.path.stem,
+            name=self.section.name,
             fingerprint=self.fingerprint,
             server=getattr(self._engine, "version", None),
             weights=self.weights,
@@ -360,14 +340,12 @@ class Judge:
             requests: at least one, all of one kind and temperature.
         """
         if self._engine is None:
-            self._engine = self._reach() if self.served else self._load()
+            self._engine = self._reach() if self.is_served else self._load()
         allowed, section = requests[0].allowed, self.section
-        lead_in: list[int] = []
-        if section.mode == "logits" and not self.served:
+        if section.mode == "logits" and not self.is_served:
             lead_in, tokens = verdict_tokens(self.tokenizer, section.lead_in, allowed)
-            yield from self._engine.verdicts(
-                [self._render(each, lead_in) for each in requests], tokens
-            )
+            rendered = [self._render(request, lead_in) for request in requests]
+            yield from self._engine.verdicts(rendered, tokens)
             return
         temperature = section.temperature
         if temperature is not None:
@@ -391,13 +369,13 @@ class Judge:
             wanted.touch()
             while not wanted.with_name(f"{wanted.name}.answers").exists():
                 time.sleep(0.1)
-        logprobs = self.section.mode == "logits"
-        return OpenAIEngine(self.section, self.section.model, logprobs=logprobs)
+        is_logits = self.section.mode == "logits"
+        return OpenAIEngine(self.section, self.section.model, logprobs=is_logits)
 
     def _load(self) -> HFEngine:
         import torch
 
-        model = ready_to_answer(load_model(bare_recipe(self.source), self.tokenizer))
+        model = ready_to_answer(load_model(bare_recipe(self._source), self.tokenizer))
         model = model.to("cuda") if torch.cuda.is_available() else model
         return HFEngine(
             lambda: nullcontext(model), self.tokenizer, self.fingerprint, self.section.batch_tokens
@@ -412,14 +390,14 @@ class Judge:
         lead_in = section.lead_in if section.mode == "logits" else ""
         if section.prompt_style == "prometheus":
             text = prompt.instruct_text()
-            if self.served:
+            if self.is_served:
                 return replace(bare, prompt=f"{text} {lead_in}".rstrip(" "))
             return replace(bare, ids=(*self.tokenizer.encode(text), *lead_ids))
         messages = [Message(role="user", content=f"{prompt.system}\n{prompt.user}")]
         if section.system_role:
             system = Message(role="system", content=prompt.system)
             messages = [system, Message(role="user", content=prompt.user)]
-        if not self.served:
+        if not self.is_served:
             return replace(bare, ids=(*self._chat_ids(messages), *lead_ids))
         if section.mode == "json":
             return replace(bare, messages=tuple(messages), schema=_schema(request.allowed))
@@ -442,14 +420,14 @@ class Judge:
 
 
 @contextmanager
-def opened(file: JudgeFile) -> Iterator[Judge]:
-    """Give the judge of a file; afterwards its memory is free again.
+def opened(section: JudgeSection) -> Iterator[Judge]:
+    """Give a judge; afterwards its memory is free again.
 
     Raises:
         EnvironmentFault: the judge's tokenizer or weights cannot be had, or its server serves
             another model.
     """
-    judge = Judge(file)
+    judge = Judge(section)
     try:
         yield judge
     finally:

@@ -16,7 +16,7 @@ from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items
 from recipes_lib.evals.judge import Item, Judge, ask
 from recipes_lib.evals.log import EvalLog, Metric, Sample, Store, log_file
-from recipes_lib.evals.questions import pair_texts
+from recipes_lib.evals.questions import TURNED, Question, pair_texts
 from recipes_lib.evals.suites import Suite
 from recipes_lib.evals.verdicts import metric_of, sample_of
 
@@ -57,40 +57,68 @@ class Judged:
 
 
 class JudgedSuite(Suite):
-    """A suite that a judge decides: it says what is compared and what is graded.
+    """A suite that a judge decides: it says how the judge is asked about an answer.
 
     Attributes:
         title: what a metric is called after where the questions are the published ones.
         metric_order: the first metric of its table first.
         graded_by_reference: whether an answer whose question has a reference is graded by the
             rubric for references.
+        always_compared: whether `metrics.pairwise` does not count.
+        always_graded: whether `metrics.absolute` does not count.
     """
 
     metric_order: tuple[str, ...] = ("win_rate", "grade")
     graded_by_reference = False
+    always_compared = always_graded = False
 
-    def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
-        """Return what is compared with an opponent."""
+    def item(
+        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+    ) -> Item:
+        """Return what the judge is asked about an answer: a grade, or a comparison with an
+        opponent's.
+        """
         raise NotImplementedError
 
-    def graded(self, answers: Answers) -> list[Item]:
-        """Return what is graded 1-5."""
-        raise NotImplementedError
+    def items(self, answers: Answers, opponent: Answers | None = None) -> list[Item]:
+        """Return what the judge is asked about all answers."""
+        return [
+            self.item(question, turn, draw, answers, opponent)
+            for draw in range(1, answers.draws + 1)
+            for question in self.chosen.questions
+            for turn in range(1, len(question.turns) + 1)
+        ]
 
     def metrics(self, judged: Judged) -> list[Metric]:
         """Return the metrics of one model."""
         named = f"{self.title} {{}}" if self.chosen.published else f"{{}} on {self.recipe.name}"
         metrics = {}
-        if judged.opponent is not None and judged.compared:
+        if judged.compared and judged.opponent:
             samples = judged.samples(judged.compared, judged.opponent)
-            opponent = judged.opponent.name
-            metrics["win_rate"] = metric_of(
-                "win_rate", named.format("win rate"), samples, opponent=opponent
-            )
+            label, opponent = named.format("win rate"), judged.opponent.name
+            metrics["win_rate"] = metric_of("win_rate", label, samples, opponent=opponent)
         if judged.graded:
             samples = judged.samples(judged.graded)
             metrics["grade"] = metric_of("grade", named.format("mean grade, 1-5"), samples, "grade")
         return [metrics[name] for name in self.metric_order if name in metrics]
+
+
+def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
+    """Refuse to compare models that were asked in different prompt formats.
+
+    Raises:
+        RecipeError: naming the formats.
+    """
+    for answers, opponent in pairs:
+        first, second = answers.facts, opponent.facts if opponent else answers.facts
+        hashes = {first.prompt_format_hash, second.prompt_format_hash} - {None, ""}
+        if len(hashes) > 1:
+            raise RecipeError(
+                f"{first.name} is asked in prompt format {first.prompt_format}, {second.name} in"
+                f" {second.prompt_format}",
+                "the difference would be part of the result; insist with --allow-format-differences"
+                " (recorded)",
+            )
 
 
 def judge_models(
@@ -109,63 +137,41 @@ def judge_models(
     everyone: list[Judged] = []
     probes: list[Row] = []
     for answers, opponent in pairs:
-        judged = Judged(answers, opponent, graded=suite.graded(answers))
-        if opponent is not None:
-            judged.compared = suite.compared(answers, opponent)
-        folder = answers.folder(recipe.name)
+        judged = Judged(answers, opponent)
+        everyone.append(judged)
+        if suite.always_graded or recipe.metrics.absolute:
+            judged.graded = suite.items(answers)
+        if opponent is not None and (suite.always_compared or recipe.metrics.pairwise):
+            judged.compared = suite.items(answers, opponent)
+        folder, name = answers.folder(recipe.name), answers.name
         with waiting_lock(folder):
             against = f".against-{opponent.name}" if opponent and opponent.run else ""
             store = Store(folder / f"judgments{against}.jsonl")
-            _ask_about(judged, suite, judge, store)
-            pairs_to_probe = 0 if probes else recipe.metrics.probe_pairs
-            if items := list(probe_items(judged.compared, pairs_to_probe)):
-                probes = [*judged.rows, *ask(items, judge, store, "probes", rules=False)]
-        everyone.append(judged)
+            for by_reference in (False, True):
+                items = [
+                    item
+                    for item in judged.graded
+                    if (suite.graded_by_reference and item.reference is not None) == by_reference
+                ]
+                judged.rows += ask(items, judge, store, f"{name} 1-5", by_reference=by_reference)
+            judged.rows += ask(judged.compared, judge, store, name)
+            # the judge is probed once, with the answers of the first model
+            probed = [] if probes else [*probe_items(judged.compared, recipe.metrics.probe_pairs)]
+            if probed:
+                probes = [*judged.rows, *ask(probed, judge, store, "probes", rules=False)]
     return [_log_of(suite, judged, everyone, probes, judge) for judged in everyone]
 
 
-def _ask_about(judged: Judged, suite: JudgedSuite, judge: Judge, store: Store) -> None:
-    """Ask for all verdicts about one model's answers."""
-    name = judged.answers.name
-    for by_reference in (False, True):
-        items = [
-            item
-            for item in judged.graded
-            if (suite.graded_by_reference and item.reference is not None) == by_reference
-        ]
-        judged.rows += ask(items, judge, store, f"{name} 1-5", by_reference=by_reference)
-    judged.rows += ask(judged.compared, judge, store, name)
-
-
 def _labels_of(judged: Judged, suite: JudgedSuite) -> dict[str, str]:
-    """Return what people said of these pairs, by the id of the item."""
-    turned = {"win": "loss", "loss": "win", "tie": "tie"}
-    known = {}
-    for item in judged.compared if suite.chosen.labels else ():
+    """What people said of these pairs, by the name of the item."""
+    labels, known = suite.chosen.labels, {}
+    for item in judged.compared if labels else ():
         question, answer, opponent = pair_texts(item.instruction, item.answer, str(item.opponent))
-        if label := suite.chosen.labels.get((question, answer, opponent)):
+        if label := labels.get((question, answer, opponent)):
             known[item.name] = label
-        elif label := suite.chosen.labels.get((question, opponent, answer)):
-            known[item.name] = turned[label]
+        elif label := labels.get((question, opponent, answer)):
+            known[item.name] = TURNED[label]
     return known
-
-
-def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
-    """Refuse to compare models that were asked in different prompt formats.
-
-    Raises:
-        RecipeError: naming the formats.
-    """
-    for answers, opponent in pairs:
-        first, second = answers.facts, opponent.facts if opponent else answers.facts
-        known = first.prompt_format_hash and second.prompt_format_hash
-        if known and first.prompt_format_hash != second.prompt_format_hash:
-            raise RecipeError(
-                f"{first.name} is asked in prompt format {first.prompt_format}, {second.name} in"
-                f" {second.prompt_format}",
-                "the difference would be part of the result; insist with --allow-format-differences"
-                " (recorded)",
-            )
 
 
 def _log_of(
@@ -175,28 +181,26 @@ def _log_of(
     probes: Sequence[Row],
     judge: Judge,
 ) -> EvalLog:
-    """Return one model's log."""
+    """The log of one model."""
     recipe, chosen = suite.recipe, suite.chosen
     answers = judged.answers.with_faults()
     opponent = judged.opponent.with_faults() if judged.opponent else None
     assert answers.run is not None
-    against = opponent.name if opponent else None
-    others = [each.answers for each in everyone if each is not judged]
-    same = [each.name for each in (opponent, *others) if each and each.digest == answers.digest]
-    # bases included: a model that was fine-tuned from the judge counts too
-    models = {*answers.facts.models, *(opponent.facts.models if opponent else ())}
-    card = audit(judged.rows, judge.file.thresholds, _labels_of(judged, suite), probes)
+    card = audit(judged.rows, recipe.thresholds, _labels_of(judged, suite), probes)
     banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []
     banners += filter(None, [audit_banner(card)])
-    if judge.section.model in models:
+    # bases included: a model that was fine-tuned from the judge counts too
+    if judge.section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
         banners.append(f"{judge.section.model} judges its own answers: expect self-preference")
+    others = [opponent, *(each.answers for each in everyone if each is not judged)]
+    same = [other.name for other in others if other and other.digest == answers.digest]
     if same:
         banners.append(
             f"{answers.name} and {same[0]} gave the same answers: they are one model here and"
             " cannot be ranked"
         )
     notes = [*filter(None, [audit_note(card)])]
-    if recipe.suite.name == "mt_bench" and (missing := chosen.without_reference):
+    if suite.graded_by_reference and (missing := chosen.without_reference):
         notes.append(
             f"{len(missing)} questions need a reference answer and have none, so they are graded"
             f" without: {', '.join(missing[:8])}"
@@ -207,6 +211,7 @@ def _log_of(
         opponent.digest if opponent else None,
         judge.fingerprint,
     )
+    against = opponent.name if opponent else None
     return EvalLog(
         suite=recipe.suite.name,
         eval=recipe.name,

@@ -23,6 +23,9 @@ from recipes_lib.evals.recipe import HELD_OUT, EvalRecipe
 
 _OF_HUB = "on the Hub, so that is done before the first training"
 _QUESTION_KEYS = ("question", "query", "prompt", "instruction", "problem")
+_LONG = 12  # spaces: a text of more is known by its 13-grams
+# arms that differ in anything but their rows are searched once
+_SEARCHED: dict[tuple[str, str], Leaks] = {}
 
 
 def is_searched(suite: str, questions: str | None) -> bool:
@@ -44,18 +47,15 @@ def search_recipe(
     texts: dict[str, list[EvalText]] = {}
     leaks: dict[str, Leaks] = {}
     for each in evals:
-        if not is_searched(each.suite.name, each.data.questions):
-            continue
-        try:
-            texts[each.name] = _texts_of(each, recipe, fetch)
-        except RecipesError as error:
-            leaks[each.name] = Leaks(why=error.what)
-    if not texts:
-        return leaks
+        if is_searched(each.suite.name, each.data.questions):
+            try:
+                texts[each.name] = _texts_of(each, recipe, fetch)
+            except RecipesError as error:
+                leaks[each.name] = Leaks(why=error.what)
     try:
-        if not fetch and any(map(is_on_hub, listed_sources(recipe.data))):
+        if texts and not fetch and any(map(is_on_hub, listed_sources(recipe.data))):
             raise DataError(f"the rows are {_OF_HUB}")
-        return leaks | find_leaks(training_rows(recipe.data), texts)
+        return leaks | (find_leaks(training_rows(recipe.data), texts) if texts else {})
     except RecipesError as error:
         return leaks | {name: Leaks(why=error.what) for name in texts}
 
@@ -71,10 +71,8 @@ def leak_error(
         " trained on them is not tested by them"
     )
     if leaks.accidental:
-        remedy = (
-            f"fewer than 1% of the questions, and all are short: at most"
-            f" {leaks.leaked_questions / leaks.questions:.1%} of the result is theirs"
-        )
+        share = leaks.leaked_questions / leaks.questions
+        remedy = f"few questions, and all are short: at most {share:.1%} of the result is theirs"
     what = ": ".join(filter(None, ["warning" * leaks.accidental, owner, leaks.summary(name)]))
     return RecipeError(what, *leaks.lines(limit), remedy, file=shown_path(recipe.path))
 
@@ -96,8 +94,7 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     a model that nobody trained here, and for suites that are not searched.
     """
     folder = log.file.parents[2]
-    state = read_object(folder / "run.json")
-    fingerprint = (state.get("guard") or {}).get("data_fingerprint")
+    fingerprint = (read_object(folder / "run.json").get("guard") or {}).get("data_fingerprint")
     if fingerprint is None or not is_searched(log.suite, recipe.data.questions):
         return None
     try:
@@ -113,10 +110,6 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
     except RecipesError as error:
         return Leaks(why=error.what)
     return _SEARCHED[key]
-
-
-# arms that differ in anything but their rows are searched once
-_SEARCHED: dict[tuple[str, str], Leaks] = {}
 
 
 def _texts_of(
@@ -143,19 +136,18 @@ def _texts_of(
         raise DataError(f"they are {_OF_HUB}")
     texts = []
     for question in chosen.questions:
-        texts += [EvalText(question.id, "question", turn) for turn in question.turns]
         answers = [*(question.reference or ())]
         for rule in question.checks:
             if rule.check == "exact":
-                several = isinstance(rule.expected, list)
-                answers += rule.expected if several else [rule.expected]
+                answers += rule.expected if isinstance(rule.expected, list) else [rule.expected]
+        texts += [EvalText(question.id, "question", turn) for turn in question.turns]
         texts += [EvalText(question.id, "answer", answer) for answer in answers]
     return texts
 
 
 def _row_texts(recipe: EvalRecipe, trained: Recipe) -> Iterator[EvalText]:
-    """Yield what the loss is measured on: the answers of the rows of a file. Their questions are
-    often alike ("Summarize this text.") without being a sign of anything.
+    """What the loss is measured on: the answers of the rows of a file. Their questions are often
+    alike ("Summarize this text.") without being a sign of anything.
     """
     file = str(recipe.path_of("data.questions"))
     for row in read_data(trained.reading(file).data, BadRows()).rows:
@@ -168,17 +160,17 @@ def _row_texts(recipe: EvalRecipe, trained: Recipe) -> Iterator[EvalText]:
 
 
 def _harness_texts(samples: Path) -> Iterator[EvalText]:
-    """Yield the texts of lm-eval's documents: what stands under a name for questions, and every
-    text that is long enough to be known by its 13-grams.
+    """The texts of lm-eval's documents: what stands under a name for questions, and every long
+    text.
     """
     for file in sorted(samples.glob("samples_*.jsonl")):
         task = file.stem.removeprefix("samples_")
         for sample in read_rows(file):
             name = f"{task} {sample.get('doc_id')}"
             for key, text in _strings(sample.get("doc") or {}):
-                if key in _QUESTION_KEYS or text.count(" ") >= 12:
+                if key in _QUESTION_KEYS or text.count(" ") >= _LONG:
                     yield EvalText(name, "question", text)
-            if isinstance(target := sample.get("target"), str) and target.count(" ") >= 12:
+            if isinstance(target := sample.get("target"), str) and target.count(" ") >= _LONG:
                 yield EvalText(name, "answer", target)
 
 

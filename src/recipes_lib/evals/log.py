@@ -5,11 +5,13 @@
                             earlier/<key>/ the same two files of other settings
 
 The declarations here are the reader, the writer and the schema of both files. A suite makes logs;
-comparison and report read them and nothing else.
+comparison and report read them and nothing else. `Store` keeps answers and judgments as they
+arrive.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -18,7 +20,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -42,12 +44,14 @@ from recipes_lib.data.leaks import Leaks
 ORDERS = ("AB", "BA")
 SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 UNRESOLVED = "unresolved"
-# the opponent of a result that was judged against the questions' own reference answers
-REFERENCE = "reference"
+REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
 FEWEST_LETTERS = 20  # fewer do not tell whether two answers are one
 _NO_LETTERS = re.compile(r"[\d\W_]+")
-AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
+_AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
+
+
+# ---- result.json and items.jsonl ----
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,96 +141,29 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerFaults:
-    """What is wrong with the answers of one model.
-
-    `identical` counts the most frequent text among those that answer more than one question, where
-    it stands more than once. `cut` is None where a file does not say.
-    """
+    """What is wrong with the answers of one model; `identical` is as `one_and_the_same` counts."""
 
     n: int = 0
     empty: int = 0
-    cut: int | None = None
+    cut: int | None = None  # reached the token limit; None where a file does not say
     identical: int = 0
     loops: int = 0
 
     @classmethod
-    def of(
-        cls, texts: Sequence[str], cut: int | None, questions: Sequence[str] | None = None
-    ) -> AnswerFaults:
-        """Return what is wrong with answers.
-
-        Args:
-            cut: how many reached the token limit.
-            questions: what each one answers; None where each answers another question.
-        """
+    def of(cls, texts: Sequence[str], cut: int | None, questions: Sequence[str]) -> AnswerFaults:
+        """Count what is wrong with answers to `questions`, of which `cut` reached the limit."""
         return cls(
             n=len(texts),
             empty=sum(not text.strip() for text in texts),
             cut=cut,
-            identical=one_and_the_same(texts, questions or range(len(texts))),
+            identical=one_and_the_same(texts, questions),
             loops=sum(map(ends_in_loop, texts)),
         )
 
 
-def same_text(text: str) -> str:
-    """Return what makes two answers one and the same: letters alone, where there are enough of
-    them to tell.
-
-    Example:
-        >>> first, second = (f"I am glad to help with question number {n}" for n in (17, 18))
-        >>> same_text(first + ".") == same_text(second)
-        True
-        >>> same_text(" 42 ")
-        '42'
-    """
-    letters = _NO_LETTERS.sub("", text).casefold()
-    return letters if len(letters) >= FEWEST_LETTERS else text.strip()
-
-
-def one_and_the_same(
-    texts: Sequence[str], questions: Iterable[object], fewest_letters: int = 0
-) -> int:
-    """Return how often the most frequent text stands there that answers more than one question.
-
-    Args:
-        fewest_letters: a shorter text does not count: where rules check the answers, one of a few
-            letters is the answer to many questions.
-    """
-    asked: dict[str, list[object]] = defaultdict(list)
-    for text, question in zip(texts, questions, strict=True):
-        asked[same_text(text)].append(question)
-    several = (text for text in asked if len(set(asked[text])) > 1)
-    return max((len(asked[text]) for text in several if len(text) >= fewest_letters), default=0)
-
-
-def ends_in_loop(answer: str) -> bool:
-    """Whether an answer ends in a phrase of two words or more that stands there three times; its
-    last word may be cut.
-
-    Source: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration", whose repetition
-        is the same.
-
-    Example:
-        >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
-        (True, False)
-    """
-    words = answer.split()
-    for end in (words, words[:-1]):
-        for size in range(2, len(end) // 3 + 1):
-            if end[-1] != end[-1 - size]:  # most places need no copy
-                continue
-            if end[-size:] == end[-2 * size : -size] == end[-3 * size : -2 * size]:
-                return True
-    return False
-
-
 @dataclass(frozen=True, kw_only=True)
 class AnswerFacts:
-    """Who answered and how.
-
-    `models` are the names of the weights behind the answers, `fingerprint` their hash. `tokens` are
-    those of all answers; `new_tokens` in `seconds` those of the last command.
-    """
+    """Who answered and how: `models` are the names of the weights, `fingerprint` their hash."""
 
     name: str = ""
     models: tuple[str, ...] = ()
@@ -239,30 +176,28 @@ class AnswerFacts:
     server: str | None = None  # its version, where a server answered
     faults: AnswerFaults | None = None
     tokens: int | None = None
-    new_tokens: int = 0
+    new_tokens: int = 0  # of the last command
     seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeFacts:
-    """Who judged. `weak` is why its numbers mean little; `weights` is the hash of its weights where
-    they are here, `run` the run of ours that it was merged from.
-    """
+    """Who judged."""
 
     name: str = ""
     fingerprint: str = ""
     model: str = ""
     mode: str | None = None
     server: str | None = None  # its version
-    weak: str | None = None
-    weights: str | None = None
-    run: str | None = None
+    weak: str | None = None  # why its numbers mean little
+    weights: str | None = None  # their hash, where they are here
+    run: str | None = None  # the run of ours that it was merged from
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
     """One number of a judge's audit with its 95% interval; `needs` is empty where it is only
-    described. A check without data is "not measured".
+    described.
     """
 
     check: str
@@ -305,9 +240,8 @@ class EvalLog:
     `key` is the hash of all that decides the result: weights, questions, sampling, judge, prompts
     and the version of this code; `settings` of what the eval recipe and its files alone decide.
     `against` is None for a suite without an opponent. `banners` must be read before the numbers,
-    heaviest first; `notes` are remarks. `leaks` is what the training rows hold of the questions,
-    None where nobody looked. `source` is the program that wrote the files, where it was not this
-    one. `file` is result.json.
+    heaviest first; `notes` are remarks. `leaks` is None where nobody looked for leaks. `source` is
+    the program that wrote the files, where it was not this one. `file` is result.json.
     """
 
     suite: str
@@ -336,15 +270,10 @@ class EvalLog:
     file: Path = Path()
 
 
-_OF_LOG = {"samples", "eval", "suite", "file"}  # what a metric takes from its log and its items
+_schema: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
 
 
-@cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
-# ---- results ----
+# ---- writing ----
 
 
 def log_file(run: Path, name: str, against: str | None) -> Path:
@@ -356,6 +285,51 @@ def log_file(run: Path, name: str, against: str | None) -> Path:
 def items_file(result: Path) -> Path:
     """Return the file of samples beside a result."""
     return result.with_name(f"items{result.name.removeprefix('result')}l")
+
+
+def write_log(log: EvalLog) -> None:
+    """Write a log: first its samples, then result.json, which makes it one. A result of other
+    settings that stands there is kept in earlier/.
+    """
+    items = items_file(log.file)
+    key = str((object_or_none(log.file) or {}).get("key") or "")
+    if key and key != log.key:
+        folder = log.file.parent / "earlier" / key[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in filter(Path.is_file, (items, log.file)):
+            shutil.copyfile(file, folder / file.name)
+    row_of = _schema(Sample).dump_python
+    write_lines(
+        items,
+        (
+            {"metric": metric.metric, "task": metric.task, **row_of(each, exclude_defaults=True)}
+            for metric in log.metrics
+            if not metric.parts
+            for each in metric.samples
+        ),
+    )
+    write_json(log.file, to_json(log))
+
+
+def to_json(log: EvalLog) -> dict[str, object]:
+    """Return the content of result.json."""
+    left_out: Any = {"file": True, "metrics": {"__all__": {"samples", "eval", "suite", "file"}}}
+    values = _schema(EvalLog).dump_python(log, mode="json", exclude=left_out)
+    return {"format_version": RESULT_VERSION, **values}
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    write_bytes(path, _lines(rows))
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """Rows as JSON lines; a lone surrogate in a text is read back as a replacement character."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return text.encode("utf-8", "surrogatepass")
+
+
+# ---- reading ----
 
 
 def is_current(
@@ -370,61 +344,11 @@ def is_current(
         opponent: the same of the opponent.
     """
     stored = object_or_none(file) or {}
-    if stored.get("settings") != settings:
-        return False
     expected = (("answers", model), ("opponent", opponent))
-    return all(
+    return stored.get("settings") == settings and all(
         wanted is None or (stored.get(section) or {}).get("fingerprint") == wanted
         for section, wanted in expected
     )
-
-
-def write_log(log: EvalLog) -> None:
-    """Write a log: first its samples, then result.json, which makes it one. A result of other
-    settings that stands there is kept in earlier/.
-    """
-    key = str((object_or_none(log.file) or {}).get("key") or "")
-    if key and key != log.key:
-        folder = log.file.parent / "earlier" / key[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        for file in (items_file(log.file), log.file):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
-    rows = (
-        {"metric": metric.metric, **({"task": metric.task} if metric.task else {}), **_row(sample)}
-        for metric in log.metrics
-        if not metric.parts
-        for sample in metric.samples
-    )
-    write_lines(items_file(log.file), rows)
-    write_json(log.file, to_json(log))
-
-
-def _row(sample: Sample) -> dict[str, object]:
-    """The fields of a sample that have not their usual value."""
-    values = ((each, getattr(sample, each.name)) for each in fields(sample))
-    return {each.name: value for each, value in values if value != each.default}
-
-
-def to_json(log: EvalLog) -> dict[str, object]:
-    """Return the content of result.json."""
-    values = asdict(replace(log, metrics=tuple(replace(each, samples=()) for each in log.metrics)))
-    del values["file"]
-    for metric in values["metrics"]:
-        for name in _OF_LOG:
-            del metric[name]
-    return {"format_version": RESULT_VERSION, **values}
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write JSON lines."""
-    write_bytes(path, _lines(rows))
-
-
-def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """Rows as JSON lines; a lone surrogate in a text is read back as a replacement character."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode("utf-8", "surrogatepass")
 
 
 def read_eval_logs(
@@ -447,7 +371,7 @@ def read_eval_logs(
         files = sorted(folder.glob("result*.json"), key=lambda file: (len(file.name), file.name))
         if not files and any(folder.glob("*.jsonl")):
             unfinished.append(folder.name)
-        grades: set[tuple[str, str]] = set()
+        grades: set[tuple[str, str, str]] = set()
         for file in files:
             try:
                 log = read_eval_log(file)
@@ -458,8 +382,8 @@ def read_eval_logs(
                 unfinished.append(folder.name)
                 continue
             # a grade has no opponent, and stands in the result against each of them
-            metrics = [each for each in log.metrics if each.opponent or each.key[1:] not in grades]
-            grades |= {each.key[1:] for each in metrics if not each.opponent}
+            metrics = [each for each in log.metrics if each.opponent or each.key not in grades]
+            grades |= {each.key for each in metrics if not each.opponent}
             logs.append(replace(log, metrics=tuple(metrics)))
     return tuple(logs), tuple(unfinished)
 
@@ -473,38 +397,32 @@ def read_eval_log(file: Path) -> EvalLog:
     """
     row = read_object(file)
     if row.pop("format_version", None) != RESULT_VERSION:
-        raise DamagedFile("is of another version of this project", AGAIN, file=file)
-    log: EvalLog = _validated(EvalLog, {**row, "file": file}, file)
+        raise DamagedFile("is of another version of this project", _AGAIN, file=file)
+    name, items = file.parent.name, items_file(file)
+    log: EvalLog = _validated(EvalLog, {**row, "eval": name, "file": file}, file)
     samples: dict[tuple[str, str], list[Sample]] = defaultdict(list)
-    items = items_file(file)
     for number, item in enumerate(read_rows(items), 1):
         place = str(item.pop("metric", "")), str(item.pop("task", ""))
         samples[place].append(_validated(Sample, item, items, number))
-    known: dict[str, Any] = {"eval": file.parent.name, "suite": log.suite, "file": file}
-    metrics = [
-        replace(each, samples=tuple(samples[each.metric, each.task]), **known)
-        for each in log.metrics
-    ]
-    for metric in metrics:
-        check_samples(metric)
-    return replace(log, eval=file.parent.name, metrics=tuple(with_groups(metrics)))
+    metrics = []
+    for metric in log.metrics:
+        of_metric = tuple(samples[metric.metric, metric.task])
+        metrics.append(replace(metric, samples=of_metric, eval=name, suite=log.suite, file=file))
+        _check_samples(metrics[-1])
+    return replace(log, metrics=tuple(with_groups(metrics)))
 
 
 def _validated(kind: Any, row: Row, file: Path, line: int | None = None) -> Any:
     try:
-        return _adapter(kind).validate_python(row)
+        return _schema(kind).validate_python(row)
     except ValidationError as error:
         details = error.errors(include_url=False)[0]
         what = f"is damaged: {'.'.join(map(str, details['loc']))}: {details['msg']}"
-        raise DamagedFile(what, AGAIN, file=file, line=line) from None
+        raise DamagedFile(what, _AGAIN, file=file, line=line) from None
 
 
-def check_samples(metric: Metric) -> None:
-    """Refuse a metric whose samples are not those that its numbers were made of.
-
-    Raises:
-        DataError: a sample stands twice, or their number or mean is another.
-    """
+def _check_samples(metric: Metric) -> None:
+    """Refuse a metric whose samples are not those that its value was computed from."""
     if not metric.samples and (metric.unit == "number" or metric.parts or not metric.n):
         return
     values = [each.value for each in metric.samples if each.value is not None]
@@ -517,7 +435,7 @@ def check_samples(metric: Metric) -> None:
     elif metric.unit != "number" and abs((mean or 0.0) - (metric.value or 0.0)) > 1e-6:
         what = f"the result is {metric.value}, the mean of the stored samples {mean}"
     if what:
-        raise DataError(f"{metric.task or metric.metric}: {what}", AGAIN, file=metric.file)
+        raise DataError(f"{metric.task or metric.metric}: {what}", _AGAIN, file=metric.file)
 
 
 def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
@@ -534,7 +452,7 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
             if each.task in group.parts and each.metric == group.metric and not each.parts
         ]
         total = sum(len(each.samples) for each in tasks)
-        for tasks_alike in (False, True) if all(each.samples for each in tasks) and tasks else ():
+        for tasks_alike in (False, True) if tasks and all(each.samples for each in tasks) else ():
             samples = []
             for task in tasks:
                 weight = total / len(tasks) / len(task.samples) if tasks_alike else 1.0
@@ -548,16 +466,53 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
         yield group
 
 
+# ---- faults of answers ----
+
+
+def one_and_the_same(
+    texts: Sequence[str], questions: Iterable[object], fewest_letters: int = 0
+) -> int:
+    """Return how often the most frequent text occurs that answers more than one question. Texts
+    are the same where their letters are, if there are enough of them to tell.
+
+    Args:
+        fewest_letters: a shorter text does not count: where rules check the answers, one of a few
+            letters is the answer to many questions.
+    """
+    asked: dict[str, list[object]] = defaultdict(list)
+    for text, question in zip(texts, questions, strict=True):
+        letters = _NO_LETTERS.sub("", text).casefold()
+        asked[letters if len(letters) >= FEWEST_LETTERS else text.strip()].append(question)
+    several = (text for text in asked if len(set(asked[text])) > 1)
+    return max((len(asked[text]) for text in several if len(text) >= fewest_letters), default=0)
+
+
+def ends_in_loop(answer: str) -> bool:
+    """Whether an answer ends in a phrase of two words or more that occurs three times; its last
+    word may be cut.
+
+    Source: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration", whose repetition
+        is the same.
+
+    Example:
+        >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
+        (True, False)
+    """
+    words = answer.split()
+    for end in (words, words[:-1]):
+        for size in range(2, len(end) // 3 + 1):
+            if end[-1] != end[-1 - size]:  # most places need no copy
+                continue
+            if end[-size:] == end[-2 * size : -size] == end[-3 * size : -2 * size]:
+                return True
+    return False
+
+
 # ---- answers and judgments as they arrive ----
 
 
 def text_hash(text: str) -> str:
-    """Return the SHA-256 of a text, lone surrogates allowed.
-
-    Example:
-        >>> text_hash("")[:8]
-        'e3b0c442'
-    """
+    """Return the SHA-256 of a text, lone surrogates allowed."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -603,22 +558,20 @@ class Store:
         new = {row["key"]: row for row in rows if row["key"] not in self._rows}
         if not new:
             return
-        content, is_new = _lines(new.values()), not self.path.exists()
+        content = _lines(new.values())
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab", buffering=0) as file:
-            if file.tell() > self._size:
-                file.truncate(self._size)
-            fault = "the disk is full"
+            file.truncate(self._size)
             try:
-                written = file.write(content)
+                if file.write(content) < len(content):
+                    raise OSError(errno.ENOSPC, "the disk is full")
                 os.fsync(file.fileno())
             except OSError as error:
-                written, fault = 0, str(error)
-            if written != len(content):
                 file.truncate(self._size)
+                what = f"rows could not be stored: {error.strerror}"
                 hint = "free some disk and run the same command"
-                raise EnvironmentFault(f"rows could not be stored: {fault}", hint, file=self.path)
-        if is_new:
+                raise EnvironmentFault(what, hint, file=self.path) from None
+        if not self._size:
             sync(self.path.parent)
         self._size += len(content)
         self._rows |= new

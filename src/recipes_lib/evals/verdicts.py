@@ -1,4 +1,4 @@
-"""From a judge's text to a verdict, from verdicts in both orders to samples, and from samples to a
+"""From a judge's text to a verdict, from verdicts in both orders to a sample, and from samples to a
 metric with its interval.
 
 A verdict stands at the very end of the text, in one of the forms that the parser of prometheus-eval
@@ -16,12 +16,11 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from recipes_lib.evals.log import SCORE, UNRESOLVED, Metric, Sample
+from recipes_lib.evals.log import SCORE, UNRESOLVED, Check, Metric, Sample
 
 UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 GRADES = ("1", "2", "3", "4", "5")
@@ -141,8 +140,10 @@ def sample_of(
         orders: ("AB", "BA") for a comparison, ("single",) for a grade.
         known: further fields of the sample: turn, draw, category, lengths, texts.
     """
-    judged = [rows.get(order) for order in orders]
-    verdicts = tuple("missing" if row is None else _verdict(row) for row in judged)
+    judged = [rows.get(order, {"status": "missing", "source": ""}) for order in orders]
+    verdicts = tuple(
+        str(row["value"] if row["status"] == "ok" else row["status"]) for row in judged
+    )
     if len(orders) == 2:
         outcome = outcome_of(verdicts)
         value = SCORE.get(outcome)
@@ -154,24 +155,18 @@ def sample_of(
         value=value,
         outcome=outcome,
         verdicts=verdicts,
-        by_rule=any(row is not None and row["source"] == "rule" for row in judged),
-        raws=tuple(None if row is None else _raw(row) for row in judged),
+        by_rule=any(row["source"] == "rule" for row in judged),
+        raws=tuple(map(_raw, judged)),
         **known,
     )
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    return str(row["value"] if row["status"] == "ok" else row["status"])
-
-
 def _raw(row: Mapping[str, Any]) -> str | None:
-    """What the judge wrote; for a judge that gives probabilities those, for a verdict by rule its
-    reason.
-    """
+    """What the judge wrote; its probabilities where it gives those, the reason of a rule."""
     if row["source"] == "rule":
-        return f"decided without the judge: {row.get('reason') or 'by rule'}"
-    if row.get("probabilities"):
-        return ", ".join(f"{token} {value:.4f}" for token, value in row["probabilities"].items())
+        return f"decided without the judge: {row['reason']}"
+    if shares := row.get("probabilities"):
+        return ", ".join(f"{token} {share:.4f}" for token, share in shares.items())
     return row.get("raw")
 
 
@@ -195,35 +190,31 @@ class Rate:
     @classmethod
     def of(cls, samples: Sequence[Sample], unit: str = "share") -> Rate:
         """Return the mean of samples; those of one question are one observation."""
-        known = [each for each in samples if each.value is not None]
-        values = [each.value or 0.0 for each in known]
-        rate = rate_of(values, [each.same_as or each.id for each in known], unit)
-        missing = len(samples) - len(known)
-        if unit not in UNIT_SCALES or not samples:
-            return replace(rate, unresolved=missing)
-        least, most = UNIT_SCALES[unit]
-        return replace(
-            rate,
-            unresolved=missing,
-            lowest=(sum(values) + missing * least) / len(samples),
-            highest=(sum(values) + missing * most) / len(samples),
-        )
+        clusters = [each.same_as or each.id for each in samples]
+        return rate_of([each.value for each in samples], clusters, unit)
 
 
-def rate_of(values: Sequence[float], clusters: Sequence[str], unit: str = "share") -> Rate:
-    """Return the mean of values with its interval over clusters, inside the unit's scale."""
+def rate_of(values: Sequence[float | None], clusters: Sequence[str], unit: str = "share") -> Rate:
+    """Return the mean of the values that are known, with its interval over clusters."""
+    known = [pair for pair in zip(values, clusters, strict=True) if pair[0] is not None]
     if not values:
         return Rate()
+    missing, total = len(values) - len(known), math.fsum(value or 0.0 for value, _ in known)
+    bounds = [(total + missing * end) / len(values) for end in UNIT_SCALES.get(unit, ())]
+    lowest, highest = bounds or (None, None)
+    if not known:
+        return Rate(unresolved=missing, lowest=lowest, highest=highest)
     import numpy as np  # which `recipes study --help` does without
 
     from recipes_lib.analysis.stats import estimate, mean_interval
 
+    table, names = np.array([[value for value, _ in known]], float), [name for _, name in known]
     if unit in UNIT_SCALES:
-        ends = mean_interval(values, clusters, UNIT_SCALES[unit])
+        ends = mean_interval(table, names, UNIT_SCALES[unit])
     else:
-        ends = estimate(np.array([values], dtype=float), clusters).interval()
+        ends = estimate(table, names).interval()
     low, high = ends or (None, None)
-    return Rate(math.fsum(values) / len(values), low, high, len(values))
+    return Rate(total / len(known), low, high, len(known), missing, lowest, highest)
 
 
 def metric_of(
@@ -235,22 +226,20 @@ def metric_of(
 ) -> Metric:
     """Return a metric that is the mean of samples."""
     rate = Rate.of(samples, unit)
-    numbers: dict[str, Any] = {"value": rate.value, "low": rate.low, "high": rate.high, "n": rate.n}
-    return Metric(metric, label, tuple(samples), unit=unit, **numbers, **known)
-
-
-def counts_of(samples: Sequence[Sample]) -> dict[str, int]:
-    """Return how many samples won, lost, tied and are unresolved."""
-    counts = Counter(each.outcome for each in samples)
-    return {name: counts[name] for name in (*SCORE, UNRESOLVED)}
+    return Metric(
+        metric,
+        label,
+        tuple(samples),
+        unit=unit,
+        value=rate.value,
+        low=rate.low,
+        high=rate.high,
+        n=rate.n,
+        **known,
+    )
 
 
 # ---- numbers in tables ----
-
-
-def percent(value: float | None) -> str:
-    """Return a share in percent."""
-    return "n/a" if value is None else f"{100 * value:.1f}%"
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -258,7 +247,7 @@ def number(value: float | None, digits: int = 2) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def shown_rate(rate: Rate | Metric, digits: int = 2, unit: str = "share") -> str:
+def shown_rate(rate: Rate | Metric | Check, digits: int = 2, unit: str = "share") -> str:
     """Return a value with its interval, a share in percent."""
     scale, digits, sign = (100, 1, "%") if unit == "share" else (1, digits, "")
     if rate.value is None:

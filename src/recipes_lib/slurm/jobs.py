@@ -342,5 +342,5 @@ class _Planner:
 
 def served_judges(evals: Sequence[EvalRecipe]) -> list[JudgeSection]:
     """Return the judges that answer at this machine's own address."""
-    judges = [recipe.judge.judge for recipe in evals if recipe.judge]
+    judges = [recipe.judge for recipe in evals if recipe.judge]
     return [judge for judge in judges if judge.served_here]

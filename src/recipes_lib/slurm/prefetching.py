@@ -116,7 +116,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
         return look()
 
     yield from (_model("judge", judge) for judge in judge_weights([recipe]))
-    judge, name = recipe.judge.judge if recipe.judge else None, str(recipe.data.questions)
+    judge, name = recipe.judge, str(recipe.data.questions)
     if judge and PROMETHEUS_PACKAGE in (judge.relative_prompt, judge.absolute_prompt):
         check = partial(of_wheel, prompts, PROMETHEUS_PACKAGE, prometheus_is_here)
         yield Need("prompts", PROMETHEUS_PACKAGE, prompts, check)
@@ -133,7 +133,7 @@ def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
     """Return the judges of evals as models, where a job needs their weights: by itself, or by the
     server beside it.
     """
-    judges = [recipe.judge.judge for recipe in evals if recipe.judge]
+    judges = [recipe.judge for recipe in evals if recipe.judge]
     return [
         ModelSection(name_or_path=judge.model, revision=judge.revision)
         for judge in judges

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from recipes_lib.config.upstream import check_packages
@@ -308,7 +308,7 @@ class StudyRunner:
                 group = [result for result in group if not is_evaluated(result)]
             if group[0].head_to_head:  # the judge was probed with these answers already
                 metrics = recipe.metrics.model_copy(update={"probe_pairs": 0})
-                recipe = replace(recipe, metrics=metrics)
+                recipe = recipe.model_copy(update={"metrics": metrics})
             against = (group[0].against or None) if recipe.is_judged else None
             tasks[EvalTask(recipe, tuple(result.run for result in group), against)] = group
         total = sum(map(len, groups.values()))
@@ -390,13 +390,13 @@ def _warn_of_silent_judges(study: Study) -> None:
     from recipes_lib.evals.engine_openai import OpenAIEngine  # openai
 
     judges = [recipe.judge for recipe in study.evals if recipe.judge]
-    for path, judge in {judge.path: judge.judge for judge in judges}.items():
+    for file, judge in {judge.file or judge.name: judge for judge in judges}.items():
         if judge.engine == "openai" and "RECIPES_JUDGE_WANTED" not in os.environ:
             section = judge.model_copy(update={"max_retries": 0, "timeout_s": 5.0})
             try:
                 OpenAIEngine(section, section.model)
             except RecipesError as error:
-                warn(f"{shown_path(path)}: {error.what}")
+                warn(f"{shown_path(Path(file))}: {error.what}")
 
 
 # ---- The folder of a study ----

@@ -8,7 +8,8 @@ tools. Its length-controlled win rate is made of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import aligned
@@ -17,7 +18,7 @@ from recipes_lib.evals.judge import Item
 from recipes_lib.evals.judged import Judged, JudgedSuite
 from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
 from recipes_lib.evals.questions import Question
-from recipes_lib.evals.verdicts import Rate, counts_of, percent, shown_rate
+from recipes_lib.evals.verdicts import Rate, shown_rate
 
 # by order and verdict: 1 where the opponent (output_1) wins, 2 where the candidate (output_2) does
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
@@ -27,33 +28,18 @@ class AlpacaEval(JudgedSuite):
     """AlpacaEval for the models of one eval recipe."""
 
     title = "AlpacaEval"
+    always_compared = True
 
-    def _draws(self, answers: Answers) -> Iterator[tuple[Question, int, str, str]]:
-        """Yield each question with each draw of its answer, the id of that to the judge, and the
-        answer.
-        """
-        for draw in range(1, answers.draws + 1):
-            for question in self.chosen.questions:
-                name = question.id if draw == 1 else f"{question.id}#{draw}"
-                yield question, draw, name, answers.text(question.id, draw=draw)
-
-    def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
-        """Return every answer with its opponent's."""
-        items = []
-        for question, draw, name, text in self._draws(answers):
-            other = opponent.text(question.id, draw=draw)
-            item = Item(name, question.turns[0], text, other, question=question, draw=draw)
-            items.append(item)
-        return items
-
-    def graded(self, answers: Answers) -> list[Item]:
-        """Return every answer, where grades are asked for."""
-        items = []
-        for question, draw, name, text in self._draws(answers):
-            expected = question.reference[0] if question.reference else None
-            turn = question.turns[0]
-            items.append(Item(name, turn, text, None, expected, question=question, draw=draw))
-        return items if self.recipe.metrics.absolute else []
+    def item(
+        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+    ) -> Item:
+        """Return an answer alone, with the reference where there is one, or with its opponent's."""
+        name = question.id if draw == 1 else f"{question.id}#{draw}"
+        text, other = answers.text(question.id, draw=draw), None
+        reference = question.reference[0] if question.reference else None
+        if opponent is not None:
+            other, reference = opponent.text(question.id, draw=draw), None
+        return Item(name, question.turns[0], text, other, reference, question, draw=draw)
 
     def metrics(self, judged: Judged) -> list[Metric]:
         """Return the metrics, and write the files that alpaca_eval reads; it knows one answer per
@@ -65,44 +51,39 @@ class AlpacaEval(JudgedSuite):
         is_reference = opponent.name == REFERENCE
         other = ", ".join(opponent.facts.models) if is_reference else opponent.name
         annotator = f"judge-{judged.rows[0]['judge'][:12]}"
-        first = [each for each in metrics[0].samples if each.draw == 1]
-        outputs = [
+        first = [sample for sample in metrics[0].samples if sample.draw == 1]
+        outputs: list[dict[str, object]] = [
             {
-                "dataset": each.category,
-                "instruction": each.input,
-                "output": each.answer,
+                "dataset": sample.category,
+                "instruction": sample.input,
+                "output": sample.answer,
                 "generator": name,
             }
-            for each in first
+            for sample in first
         ]
+        annotations = [annotation(sample, name, other, annotator) for sample in first]
         suffix = "" if is_reference else f".against-{opponent.name}"
         folder = judged.answers.folder(self.recipe.name) / "samples"
-        for file, rows in (
-            ("model_outputs.json", outputs),
-            (
-                f"annotations{suffix}.json",
-                [annotation(each, name, other, annotator) for each in first],
-            ),
-        ):
+        files = {"model_outputs.json": outputs, f"annotations{suffix}.json": annotations}
+        for file, rows in files.items():
             write_text(folder / file, json.dumps(rows, indent=2, ensure_ascii=False) + "\n")
         return metrics
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
-        head = ["model", "against", "n", "win", "loss", "tie", "unresolved"]
-        head += ["win rate, tie = half [95%]", "all lost .. won", "mean 1-5"]
-        rows = []
+        outcomes = ("win", "loss", "tie", "unresolved")
+        head = ["model", "against", "n", *outcomes]
+        rows = [[*head, "win rate, tie = half [95%]", "all lost .. won", "mean 1-5"]]
         for log in logs:
-            by_name = {each.metric: each for each in log.metrics}
+            by_name = {metric.metric: metric for metric in log.metrics}
             pairs, grade = by_name["win_rate"].samples, by_name.get("grade")
-            rate = Rate.of(pairs)
+            rate, counts = Rate.of(pairs), Counter(sample.outcome for sample in pairs)
             cells = [log.target, str(log.against), str(len(pairs))]
-            cells += [str(count) for count in counts_of(pairs).values()]
-            cells += [shown_rate(rate), f"{percent(rate.lowest)} .. {percent(rate.highest)}"]
+            cells += [str(counts[outcome]) for outcome in outcomes]
+            cells += [shown_rate(rate), f"{rate.lowest or 0:.1%} .. {rate.highest or 0:.1%}"]
             rows.append([*cells, shown_rate(grade, unit="grade") if grade else "-"])
-        note = "judged in both orders; a pair whose orders disagree is a tie"
-        return [*aligned([head, *rows]), "", note]
+        return [*aligned(rows), "", "judged in both orders; a pair whose orders disagree is a tie"]
 
 
 def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, object]:
@@ -110,9 +91,9 @@ def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) ->
     for the candidate, 1.5 for a tie.
     """
     verdicts = dict(zip(ORDERS, sample.verdicts, strict=True))
-    tie = sample.opponent == sample.answer
+    is_tie = sample.opponent == sample.answer
     first, second = (
-        1.5 if tie or verdicts[order] == "tie" else _PREFERENCE.get((order, verdicts[order]))
+        1.5 if is_tie or verdicts[order] == "tie" else _PREFERENCE.get((order, verdicts[order]))
         for order in ("BA", "AB")
     )
     return {

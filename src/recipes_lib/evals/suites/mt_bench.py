@@ -9,7 +9,7 @@ once as 1 and once as 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
@@ -25,51 +25,42 @@ class MTBench(JudgedSuite):
 
     title = "MT-Bench"
     metric_order = ("grade", "win_rate")
-    graded_by_reference = True
+    graded_by_reference = always_graded = True
 
-    def _turns(self) -> Iterator[tuple[Question, int]]:
-        for question in self.chosen.questions:
-            for turn in range(1, len(question.turns) + 1):
-                yield question, turn
-
-    def compared(self, answers: Answers, opponent: Answers) -> list[Item]:
-        """Return the turns to compare; for a later turn each side's answer is its whole
-        conversation, the last part marked.
+    def item(
+        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+    ) -> Item:
+        """Return a turn with the reference answer where its category needs one. In a comparison a
+        side is its whole conversation; a grade has the conversation in the instruction.
         """
-        items = []
-        for question, turn in self._turns() if self.recipe.metrics.pairwise else ():
-            instruction = question.turns[0]
+        reference = None
+        if question.category in NEEDS_REFERENCE and question.reference is not None:
+            reference = question.reference[turn - 1]
+        instruction, turns = question.turns[0], range(1, turn + 1)
+        text, other = answers.text(question.id, turn), None
+        if opponent is not None:
+            text, other = _side(question, answers, turn), _side(question, opponent, turn)
             if turn > 1:
-                listed = [f"Question {n}: {question.turns[n - 1]}" for n in range(1, turn + 1)]
+                listed = [f"Question {n}: {question.turns[n - 1]}" for n in turns]
                 last = f"(Compare the two conversations by their answers to question {turn}.)"
                 instruction = "\n\n".join([*listed, last])
-            sides = _side(question, answers, turn), _side(question, opponent, turn)
-            items.append(_item(question, turn, instruction, *sides))
-        return items
-
-    def graded(self, answers: Answers) -> list[Item]:
-        """Return the turns to grade."""
-        items = []
-        for question, turn in self._turns():
-            instruction = question.turns[0]
-            if turn > 1:
-                before = [
-                    f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}"
-                    for n in range(1, turn)
-                ]
-                last = f"User: {question.turns[turn - 1]}"
-                note = "(The response to evaluate answers the last message of this conversation.)"
-                instruction = "\n\n".join([*before, last, note])
-            text = answers.text(question.id, turn)
-            items.append(_item(question, turn, instruction, text))
-        return items
+        elif turn > 1:
+            before = [
+                f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}"
+                for n in turns[:-1]
+            ]
+            last = f"User: {question.turns[turn - 1]}"
+            note = "(The response to evaluate answers the last message of this conversation.)"
+            instruction = "\n\n".join([*before, last, note])
+        name = f"{question.id}:{turn}"
+        return Item(name, instruction, text, other, reference, question, turn)
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
-        metrics = [{each.metric: each for each in log.metrics} for log in logs]
+        metrics = [{metric.metric: metric for metric in log.metrics} for log in logs]
         grades = [by_name["grade"].samples for by_name in metrics]
-        turns = sorted({each.turn for each in grades[0]})
+        turns = sorted({sample.turn for sample in grades[0]})
         head = ["model", "n", "turns", "no grade", "mean 1-5 [95%]", "all 1 .. 5"]
         rows = [[*head, *(f"turn {turn}" for turn in turns), "win rate"]]
         for log, by_name, samples in zip(logs, metrics, grades, strict=True):
@@ -77,33 +68,19 @@ class MTBench(JudgedSuite):
             cells = [log.target, str(log.n), str(len(samples)), str(rate.unresolved)]
             cells.append(shown_rate(rate, unit="grade"))
             cells.append(f"{number(rate.lowest)} .. {number(rate.highest)}")
-            cells += [number(_mean(samples, turn)) for turn in turns]
+            cells += [_mean(samples, turn) for turn in turns]
             rows.append([*cells, f"{shown_rate(pairs)} against {log.against}" if pairs else "-"])
         by_category = [["category", *(log.target for log in logs)]]
-        for name in dict.fromkeys(each.category for each in grades[0]):
-            cells = [
-                " / ".join(number(_mean(samples, turn, name)) for turn in turns)
-                for samples in grades
-            ]
+        for name in dict.fromkeys(sample.category for sample in grades[0]):
+            cells = [" / ".join(_mean(samples, turn, name) for turn in turns) for samples in grades]
             by_category.append([name, *cells])
         lines = [*aligned(rows), "", *aligned(by_category), ""]
         return [*lines, "grades are 1-5, as the judge gives them"]
 
 
-def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> float | None:
+def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> str:
     chosen = [each for each in samples if each.turn == turn and category in (None, each.category)]
-    return Rate.of(chosen, "grade").value
-
-
-def _item(
-    question: Question, turn: int, instruction: str, answer: str, opponent: str | None = None
-) -> Item:
-    """What is asked about a turn, with the reference answer where its category needs one."""
-    expected = None
-    if question.category in NEEDS_REFERENCE and question.reference is not None:
-        expected = question.reference[turn - 1]
-    name = f"{question.id}:{turn}"
-    return Item(name, instruction, answer, opponent, expected, question, turn)
+    return number(Rate.of(chosen, "grade").value)
 
 
 def _side(question: Question, answers: Answers, turn: int) -> str:
