@@ -26,16 +26,19 @@ def _audit(
     json: Annotated[bool, "print the scorecard as JSON"] = False,
 ) -> int:
     """The scorecard of the judge behind stored judgments, or of a judge on labelled pairs."""
-    from recipes_lib.evals.audit import audit, audit_banner, audit_on_labels, scorecard_lines
-    from recipes_lib.evals.log import Store
-    from recipes_lib.evals.recipe import load_judge_file
+    from recipes_lib.evals.audit import (
+        audit_banner,
+        audit_on_labels,
+        audit_stored,
+        scorecard_lines,
+    )
 
     if judgments is not None:
         if limit or labels:
             raise RecipeError("--limit and --labels are for asking a judge: leave JUDGMENTS out")
         if not judgments.is_file():
             raise DataError("no such file of judgments", file=judgments)
-        card = audit([*Store(judgments)], load_judge_file(judge).thresholds if judge else None)
+        card = audit_stored(judgments, judge)
         asked: list[str | Path] = [judgments]
     elif judge and labels:
         quiet_libraries()
