@@ -25,12 +25,7 @@ from markupsafe import Markup
 from recipes_lib.analysis import plots, text
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks import SEVERITIES, answer_faults
-from recipes_lib.analysis.claims import (
-    Conclusion,
-    effect_text,
-    limits_text,
-    where_text,
-)
+from recipes_lib.analysis.claims import Conclusion, effect_text, limits_text, where_text
 from recipes_lib.analysis.runs import Arms, Run
 from recipes_lib.analysis.samples import collect_samples
 from recipes_lib.analysis.stats import Limits
@@ -39,6 +34,7 @@ from recipes_lib.analysis.table import Score, score_interval
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import printable
+from recipes_lib.evals.log import EvalLog, Sample
 
 TEMPLATES = Path(__file__).parent / "templates"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
@@ -208,61 +204,54 @@ class Category:
 def categories(arms: Arms) -> dict[str, list[Category]]:
     """Return metrics by category, where a judged or checked evaluation has several."""
     by_title: dict[str, list[Category]] = defaultdict(list)
-    for arm in arms:
-        for run in arm.runs[:1]:
-            for metric in run.metrics:
-                names = dict.fromkeys(sample.category for sample in metric.samples)
-                if metric.suite in ("lm_eval", "heldout_loss") or not 1 < len(names) <= 50:
-                    continue
-                opponent = arms.opponent(metric.opponent)
-                title = f"{metric.label} against {opponent}" if opponent else metric.label
-                for name in names:
-                    kept = [
-                        sample
-                        for sample in metric.samples
-                        if sample.category == name and sample.value is not None
-                    ]
-                    values = np.array([[sample.value for sample in kept]], dtype=float)
-                    limits = None
-                    if kept:
-                        limits = score_interval(values, [sample.id for sample in kept], metric.unit)
-                    value = float(values.mean()) if kept else None
-                    place = "/".join(metric.file.parts[-4:])
-                    by_title[title].append(
-                        Category(
-                            title, name, arm.name, metric.unit, value, limits, len(kept), place
-                        )
-                    )
+    metrics = ((arm, metric) for arm in arms for run in arm.runs[:1] for metric in run.metrics)
+    for arm, metric in metrics:
+        samples: dict[str, list[Sample]] = defaultdict(list)
+        for sample in metric.samples:
+            samples[sample.category] += [sample] if sample.value is not None else []
+        if metric.suite in ("lm_eval", "heldout_loss") or not 1 < len(samples) <= 50:
+            continue
+        opponent = arms.opponent(metric.opponent)
+        title = f"{metric.label} against {opponent}" if opponent else metric.label
+        file = "/".join(metric.file.parts[-4:])
+        for name, some in samples.items():
+            value, limits = None, None
+            if some:
+                values = np.array([[sample.value for sample in some]], dtype=float)
+                value = float(values.mean())
+                limits = score_interval(values, [sample.id for sample in some], metric.unit)
+            row = Category(title, name, arm.name, metric.unit, value, limits, len(some), file)
+            by_title[title].append(row)
     return {title: sorted(rows, key=lambda row: row.category) for title, rows in by_title.items()}
 
 
 def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
     """The audit of each judge in each evaluation: that of the result with the most judgments."""
-    best: dict[tuple[str, str], tuple[int, tuple[str, Any, Any]]] = {}
-    for _, log in arms.logs:
+    audits: dict[tuple[str, str], tuple[str, Any, Any]] = {}
+    for _, log in sorted(arms.logs, key=lambda logged: _weight(logged[1])):
         if log.judge and log.audit:
-            key = (log.eval, log.judge.fingerprint)
-            weight = 1_000_000 * sum(check.result != "not measured" for check in log.audit.checks)
-            weight += log.audit.asked
-            if key not in best or weight > best[key][0]:
-                best[key] = weight, (log.eval, log.judge, log.audit)
-    return [audit for _, audit in best.values()]
+            audits[log.eval, log.judge.fingerprint] = log.eval, log.judge, log.audit
+    return list(audits.values())
+
+
+def _weight(log: EvalLog) -> tuple[int, int]:
+    """How many checks an audit has measured, of how many judgments."""
+    if log.audit is None:
+        return 0, 0
+    measured = sum(check.result != "not measured" for check in log.audit.checks)
+    return measured, log.audit.asked
 
 
 def _reference(
     conclusion: Conclusion, design: Design | None
 ) -> list[tuple[str, str, float, Score | None]]:
     """Published numbers beside ours: (arm, metric, published, our score)."""
+    ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
     return [
-        (arm, metric, value, _score_named(conclusion, arm, metric))
+        (arm, metric, value, ours.get((arm, metric)))
         for arm, numbers in (design.reference if design else {}).items()
         for metric, value in numbers.items()
     ]
-
-
-def _score_named(conclusion: Conclusion, arm: str, metric: str) -> Score | None:
-    scores = [score for score in conclusion.table.scores if score.arm == arm]
-    return next((score for score in scores if score.metric == metric), None)
 
 
 # ---- Numbers ----
@@ -272,33 +261,35 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
     """Yield every number of a report with its kind, n, interval and file."""
     for claim in conclusion.claims:
         row = claim.row.to_dict()
-        row["file"] = " ".join(row.pop("files"))
-        margin = row.pop("p_margin") or (None, None)
         row["flags"] = "; ".join(row["flags"])
         row["trainings"] = min(row["trainings"])
-        row |= {"p_not_worse": margin[0], "p_not_better": margin[1]}
-        yield {"kind": "comparison", **row, "verdict": claim.verdict, "within": claim.within}
+        row["p_not_worse"], row["p_not_better"] = row.pop("p_margin") or (None, None)
+        yield _number("comparison", row | {"verdict": claim.verdict, "within": claim.within})
     for score in conclusion.table.scores:
-        values = asdict(score)
-        limits = values.pop("interval") or (None, None)
-        values["file"] = " ".join(values.pop("files"))
-        yield {"kind": "score", **values, "low": limits[0], "high": limits[1]}
+        yield _number("score", asdict(score))
     for rows in categories(arms).values():
         for category in rows:
-            values = asdict(category)
-            limits = values.pop("interval") or (None, None)
-            yield {"kind": "category", **values, "low": limits[0], "high": limits[1]}
+            yield _number("category", asdict(category))
     for training in trainings(arms):
-        yield {"kind": "training", "n": 1, **asdict(training)}
+        yield _number("training", {"n": 1, **asdict(training)})
     for counts in answer_counts(arms):
         for what, (times, n) in counts["faults"].items():
             known = {"arm": counts["arm"], "eval": counts["eval"], "metric": what}
-            yield {"kind": "answers", **known, "value": times, "n": n}
+            yield _number("answers", {**known, "value": times, "n": n})
     for name, judge, card in _audits(arms):
         for check in card.checks:
             values = asdict(check)
             known = {"metric": values.pop("check"), "eval": name, "label": judge.name}
-            yield {"kind": "judge audit", **known, **values}
+            yield _number("judge audit", known | values)
+
+
+def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """One row of the numbers: an interval is two columns, files are one."""
+    if "interval" in values:
+        values["low"], values["high"] = values.pop("interval") or (None, None)
+    if "files" in values:
+        values["file"] = " ".join(values.pop("files"))
+    return {"kind": kind, **values}
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
