@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated
 
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, printable, say, use_color
 from recipes_lib.data.conversations import Message
@@ -35,32 +35,32 @@ def run(
     distinct = {run.run.path: run for run in trained}
     quiet_libraries()
     loaded = [Family(group) for group in families(list(distinct.values()))]
-    models = [(family, name) for family in loaded for name in family.names]
-    if no_base:
-        models = [(family, name) for family, name in models if name != BASE]
+    asked = [
+        (family, name, _title(family, name, len(loaded)))
+        for family in loaded
+        for name in family.names
+        if not (no_base and name == BASE)
+    ]
     begin: list[Message] = [{"role": "system", "content": system}] if system else []
-    conversations = [list(begin) for _ in models]
+    conversations = [list(begin) for _ in asked]
     for question in [prompt] if prompt is not None else _questions():
-        for (family, name), messages in zip(models, conversations, strict=True):
+        for (family, name, title), messages in zip(asked, conversations, strict=True):
             messages.append({"role": "user", "content": question})
             text = answer(family, name, messages, max_new_tokens, temperature)
             messages.append({"role": "assistant", "content": text})
-            title = name
-            if name == BASE and len(loaded) > 1:
-                title = f"{BASE} {family.recipe.model.name_or_path}"
-                title += f" in {family.recipe.base_format}" if family.recipe.base_format else ""
-            heading = f"\x1b[1m{printable(title)}\x1b[0m" if use_color() else printable(title)
+            heading = f"\x1b[1m{title}\x1b[0m" if use_color() else title
             print(f"{heading}\n{printable(text) or '(empty answer)'}\n", flush=True)
-    next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
-    return ExitCode.DONE
+    return next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
+
+
+def _title(family: Family, name: str, num_bases: int) -> str:
+    model = family.recipe.model.name_or_path if name == BASE and num_bases > 1 else ""
+    form = f"in {family.recipe.base_format}" if model and family.recipe.base_format else ""
+    return printable(" ".join(filter(None, [name, model, form])))
 
 
 def answer(
-    family: Family,
-    name: str,
-    messages: Sequence[Message],
-    max_new_tokens: int,
-    temperature: float,
+    family: Family, name: str, messages: Sequence[Message], max_new_tokens: int, temperature: float
 ) -> str:
     """Return the next answer of a conversation, asked in the prompt format the run was trained with
     (the base: as the first run).

@@ -56,8 +56,7 @@ def run(
             break
     else:
         words = ["ls"]
-    next_step("recipes", *words)
-    return ExitCode.DONE
+    return next_step("recipes", *words)
 
 
 def check_file(path: Path, full: bool) -> Findings:

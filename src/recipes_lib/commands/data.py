@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.commands import RecipeWord
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.core.errors import ExitCode, RecipeErrors
+from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, printable, say, use_color
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
@@ -57,8 +57,7 @@ def run(
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer, color=use_color())
     say()
-    next_step("recipes", "train", recipe, *words)
-    return ExitCode.DONE
+    return next_step("recipes", "train", recipe, *words)
 
 
 def _say_audit(audit: DataAudit, split: str = "") -> None:

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json
 
 if TYPE_CHECKING:
-    from recipes_lib.evals.log import EvalLog
+    pass
 
 
 def run(
@@ -52,23 +51,15 @@ def run(
         results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
         return print_json(results[0] if len(results) == 1 else {"results": results})
     say_results(logs)
-    _say_next(eval, logs)
-    return ExitCode.DONE
-
-
-def _say_next(word: str, logs: Sequence[EvalLog]) -> None:
-    """Name the command that follows: the comparison of several runs, else the judge's audit, else
-    the run's state.
-    """
     judged = [log for log in logs if log.judge]
     pairs = [log for log in logs if log.suite == "alpaca_eval" and log.against == "reference"]
     targets = [*dict.fromkeys(log.target for log in logs)]
     if len(pairs) > 1:
-        next_step("recipes", "eval", word, pairs[1].target, "--against", pairs[0].target)
-    elif judged:
-        next_step("recipes", "judge", "audit", judgments_beside(judged[0].file))
-    else:
-        next_step("recipes", "compare" if len(targets) > 1 else "status", *targets)
+        first, second = pairs[0].target, pairs[1].target
+        return next_step("recipes", "eval", eval, second, "--against", first)
+    if judged:
+        return next_step("recipes", "judge", "audit", judgments_beside(judged[0].file))
+    return next_step("recipes", "compare" if len(targets) > 1 else "status", *targets)
 
 
 def judgments_beside(result: Path) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from recipes_lib.config.documents import SECTIONS, did_you_mean, value_text
 from recipes_lib.config.recipe import RecipeFile, recipe_keys
 from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.terminal import next_step, say
 
 
@@ -22,10 +22,8 @@ def run(
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
         for line in _explanation(name, keys[name]):
-            wrapped = textwrap.wrap(line, width - 2, break_on_hyphens=False)
-            say("\n  ".join(wrapped))
-        next_step("recipes", "explain", name.rpartition(".")[0])
-        return ExitCode.DONE
+            say("\n  ".join(textwrap.wrap(line, width - 2, break_on_hyphens=False)))
+        return next_step("recipes", "explain", name.rpartition(".")[0])
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
     column = max(map(len, inner)) - len(name)
@@ -33,16 +31,11 @@ def run(
         room = max(30, width - column - 5)
         text = textwrap.shorten(schema.get("description") or "", room, placeholder=" ...")
         say(f"  {key.removeprefix(f'{name}.'):<{column}}  {text}".rstrip())
-    next_step("recipes", "explain", next(iter(inner)) if name else "train")
-    return ExitCode.DONE
+    return next_step("recipes", "explain", next(iter(inner)) if name else "train")
 
 
 def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
-    """Return the dotted name of a key, completed if only one section has it.
-
-    Raises:
-        RecipeError: no such key; says what to write instead, or what is near.
-    """
+    """Return the dotted name of a key, completed if only one section has it."""
     plain = word.replace("-", "_")
     ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
     if plain in keys or len(ending) == 1:
@@ -63,20 +56,15 @@ def _explanation(key: str, schema: dict[str, Any]) -> list[str]:
     if section == "train" and name in TRAIN_DEFAULTS:
         source = " (project default, not TRL's)"
     known = source or "default" in schema
-    default = [f"default {value_text(schema.get('default'))}{source}"] if known else []
+    default = [f"  default {value_text(schema.get('default'))}{source}"] if known else []
     text = schema.get("description") or "no documentation upstream"
-    return [f"{key}: {describe(schema)}", *(f"  {line}" for line in (*default, text))]
+    return [f"{key}: {_type_text(schema)}", *default, f"  {text}"]
 
 
-def describe(schema: dict[str, Any]) -> str:
-    """Return what a value must be, in words.
-
-    Example:
-        >>> describe({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "null"}]})
-        'integer >= 1 or null'
-    """
+def _type_text(schema: dict[str, Any]) -> str:
+    """Return what a value must be: `integer >= 1 or null`."""
     if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(describe(part) for part in schema["anyOf"]))
+        return " or ".join(dict.fromkeys(map(_type_text, schema["anyOf"])))
     if "enum" in schema or "const" in schema:
         return ", ".join(map(str, schema.get("enum", [schema.get("const")])))
     bounds = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, shown_size
 from recipes_lib.weights.export import check_repo, export, push
@@ -34,5 +34,4 @@ def run(
         say(f"  {file.name}")
     if push_to_hub:
         say(f"pushed: {push(to.expanduser(), push_to_hub, public)}")
-    next_step("less", to / "README.md")
-    return ExitCode.DONE
+    return next_step("less", to / "README.md")

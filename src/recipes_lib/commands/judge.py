@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
 
@@ -58,8 +58,7 @@ def _audit(
     say("\n".join(scorecard_lines(card)))
     if judgments is None:
         say(f"kept in {shown_path(kept)}")
-    next_step("recipes", "judge", "audit", *asked, "--json")
-    return ExitCode.DONE
+    return next_step("recipes", "judge", "audit", *asked, "--json")
 
 
 ACTIONS = {"audit": _audit}

@@ -100,8 +100,7 @@ def run(
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
     if wait:
         return status.wait(plan.name)
-    next_step("recipes", "launch", "status", plan.name)
-    return ExitCode.DONE
+    return next_step("recipes", "launch", "status", plan.name)
 
 
 def _dry_run_lines(

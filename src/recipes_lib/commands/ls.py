@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from recipes_lib.commands import Json
 from recipes_lib.config.documents import read
-from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 
@@ -36,8 +36,8 @@ def run(
         return print_json(entries)
     if not entries:
         say(f"no recipes match {' '.join(words)}" if words else "no recipes here")
-        next_step("recipes ls" if words else "recipes new my-first --from quickstart/lora-r8")
-        return ExitCode.DONE
+        new = "recipes new my-first --from quickstart/lora-r8"
+        return next_step("recipes ls" if words else new)
     columns = ("name", "method", "launch")
     rows = [[*(entry[key] for key in columns), ", ".join(entry["tags"])] for entry in entries]
     head, *lines = aligned([("recipe", "method", "launch", "tags"), *rows])
@@ -46,8 +46,7 @@ def run(
     for model, group in groupby(listed, key=lambda pair: pair[0]["model"]):
         say("\n".join([model, *(f"  {line}" for _, line in group)]))
     first = next((entry for entry in entries if _START in entry["tags"]), entries[0])
-    next_step("recipes", "new", "my-first", "--from", first["name"])
-    return ExitCode.DONE
+    return next_step("recipes", "new", "my-first", "--from", first["name"])
 
 
 def _entry(file: Path, folder: Path) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 from recipes_lib.commands import Json
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, print_json, say
@@ -43,5 +42,4 @@ def run(
         f" {record.lost:.1%} of that (allowed {LOST_LIMIT:.0%}); the most likely next token is the"
         f" same at {record.same_top_token:.1%} of the positions"
     )
-    next_step("recipes", "export", run, "--to", f"{trained.run.name}-merged", "--merged")
-    return ExitCode.DONE
+    return next_step("recipes", "export", run, "--to", f"{trained.run.name}-merged", "--merged")

@@ -8,7 +8,7 @@ from typing import Annotated
 from recipes_lib.config.documents import read
 from recipes_lib.config.migrate import migrate
 from recipes_lib.config.new import schema_line
-from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.columns import look_at
@@ -30,8 +30,7 @@ def run(
         say(change)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
     say(f"{output}: {len(migration.changes)} changes, {lost} keys not carried over")
-    next_step("recipes", "check", "--full", output)
-    return ExitCode.DONE
+    return next_step("recipes", "check", "--full", output)
 
 
 def _prompt_formats(config: Path) -> tuple[str, ...] | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from recipes_lib.config.new import Method, new_recipe
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, shown_path
 from recipes_lib.core.terminal import next_step, say
@@ -44,5 +44,4 @@ def run(
     if rows is not None:
         for error in check_rows(recipe):
             raise error
-    next_step("recipes", "check", file)
-    return ExitCode.DONE
+    return next_step("recipes", "check", file)

@@ -12,7 +12,7 @@ from recipes_lib.commands import Accelerate, Gpus, Json, Nodes
 from recipes_lib.commands.show import launch_line
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import ExitCode, RecipeError, print_error
+from recipes_lib.core.errors import RecipeError, print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.study.config import load_study, study_file
@@ -49,8 +49,7 @@ def run(
         if json:
             return print_json(study_plan_object(study, gpu))
         say("\n".join(study_plan_lines(study, gpu)))
-        next_step("recipes", "study", "run", shown_path(file), *overrides)
-        return ExitCode.DONE
+        return next_step("recipes", "study", "run", shown_path(file), *overrides)
     # they import torch, and `--help` does not
     from recipes_lib.plan.advice import advise, rows_shown
     from recipes_lib.plan.advice import table as table_lines
@@ -71,15 +70,13 @@ def run(
     path, flags = shown_path(recipe.path), _launch_words(plan, accelerate)
     say(f"$ {launch_line(plan.launch, path, overrides)}")
     if plan.fits:
-        next_step("recipes", "train", path, *flags, *overrides)
-    elif advice is None:
-        next_step("recipes ls")
-    else:
-        card = ["--gpu", gpu] if gpu else []
-        flags = [] if "launch." in advice.words else flags  # a flag would win over it
-        command = shlex.join(["recipes", "plan", path, *card, *flags, *overrides])
-        next_step(f"{command} {advice.words}")
-    return ExitCode.DONE
+        return next_step("recipes", "train", path, *flags, *overrides)
+    if advice is None:
+        return next_step("recipes ls")
+    card = ["--gpu", gpu] if gpu else []
+    flags = [] if "launch." in advice.words else flags  # a flag would win over it
+    command = shlex.join(["recipes", "plan", path, *card, *flags, *overrides])
+    return next_step(f"{command} {advice.words}")
 
 
 def _launch_words(plan: Plan, accelerate: str | None) -> list[str]:

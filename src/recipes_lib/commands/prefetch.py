@@ -5,7 +5,6 @@ find them again without a network.
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,9 +33,7 @@ def run(
     *,
     profile: Annotated[str | None, "the site: its directories hub and cache are filled"] = None,
     check: Annotated[bool, "fetch nothing; look whether all is here (exit 5 if not)"] = False,
-    trust_remote_code: Annotated[
-        bool, "allow code of lm-eval tasks, if the eval recipe asks for it too"
-    ] = False,
+    trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:
     """Fetch, then check in a process of its own that is told to stay offline, as a job on a compute
     node is.
@@ -55,29 +52,25 @@ def run(
     evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
     needs: dict[Need, None] = {}
     for file in files:
-        # beside a recipe, an eval recipe takes the values of its own sections, the recipe the rest
-        meant = [
-            value
-            for value in values
-            if len(evals) in (0, len(files))
-            or (value.removeprefix("--").partition(".")[0] in _EVAL_SECTIONS) == (file in evals)
-        ]
-        needs |= dict.fromkeys(prefetch_needs(file, meant, trust_remote_code))
+        asked = values
+        if evals and len(evals) < len(files):  # an eval takes its own sections, a recipe the rest
+            own = [word for word in values if word.split(".")[0].strip("-") in _EVAL_SECTIONS]
+            asked = own if file in evals else [word for word in values if word not in own]
+        needs |= dict.fromkeys(prefetch_needs(file, asked, trust_remote_code))
     missing = sum(not _is_met(need, check) for need in needs)
-    if check:
-        say(f"{len(needs) - missing} of {len(needs)} found without a network")
-    elif missing:
-        say(f"{len(needs) - missing} of {len(needs)} fetched")
-    if missing or check:
+    if check or missing:
+        how = "found without a network" if check else "fetched"
+        say(f"{len(needs) - missing} of {len(needs)} {how}")
         return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
     command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *files, *values, "--check"]
     command += ["--trust-remote-code"] if trust_remote_code else []
     code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
-    if code == ExitCode.DONE:
-        first = next((file for file in files if file not in evals), None)
-        launch = f"recipes launch {first} --profile {profile or 'P'}"
-        next_step(launch if first else f"recipes eval {shlex.join(files)} RUN")
-    return code
+    if code:
+        return code
+    trained = [file for file in files if file not in evals]
+    if not trained:
+        return next_step("recipes", "eval", *files, "RUN")
+    return next_step("recipes", "launch", trained[0], "--profile", profile or "P")
 
 
 def _is_met(need: Need, check: bool) -> bool:

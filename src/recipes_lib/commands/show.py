@@ -30,42 +30,20 @@ def run(
         print_error(warning)
     if diff is not None:
         other = shown_path(recipe_path(diff))
-        rows = list(different_values(loaded, load_recipe(diff)))
-        table = aligned([("", file, other), *rows]) if rows else ["no difference"]
-        say("\n".join(table))
-        next_step("recipes", "show", other)
-        return ExitCode.DONE
+        rows = _differences(loaded, load_recipe(diff))
+        say("\n".join(aligned([("", file, other), *rows]) if rows else ["no difference"]))
+        return next_step("recipes", "show", other)
     # what somebody wrote and the project's defaults; paths are absolute, so it is a recipe anywhere
     written: dict[str, Any] = {**loaded.values, "train": loaded.train}
     written["run"] = {**written.get("run", {}), "name": loaded.name}
     say(f"# {loaded.name}: {file}")
     say(f"#   {launch_line(plan_launch(loaded.launch), file, overrides)}")
-    lines = list(_lines(loaded, written, ()))
+    lines = list(_lines(loaded, written))
     width = max((len(text) for text, comment in lines if comment and len(text) < 60), default=0)
     for text, comment in lines:
         say(f"{text:<{width}}  # {comment}" if comment else text)
     say(f"# next: {shlex.join(['recipes', 'data', file, *overrides, '--show', '3'])}")
     return ExitCode.DONE
-
-
-def different_values(a: Recipe, b: Recipe) -> Iterator[tuple[str, str, str]]:
-    """Yield (key, value of a with origin, value of b with origin) where the resolved values differ.
-
-    A run's derived name differs by nature and is left out.
-    """
-    # an absent section has no keys
-    left, right = (
-        {key: value for key, value in leaves(recipe.to_dict()) if "." in key or value is not None}
-        for recipe in (a, b)
-    )
-    for key in dict.fromkeys([*left, *right]):
-        derived_name = key == "run.name" and a.run.name is None and b.run.name is None
-        if not derived_name and left.get(key, left) != right.get(key, left):
-            yield key, _cell(a, key, left), _cell(b, key, right)
-
-
-def _cell(recipe: Recipe, key: str, values: dict[str, Any]) -> str:
-    return f"{value_text(values[key])}  ({recipe.origin_of(key)})" if key in values else "-"
 
 
 def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
@@ -77,17 +55,37 @@ def launch_line(launch: Launch, file: str, overrides: Sequence[str]) -> str:
     return shlex.join(["accelerate", "launch", *launch.launcher_words(), *script])
 
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _differences(a: Recipe, b: Recipe) -> list[tuple[str, str, str]]:
+    """Return key, value and place in `a`, and in `b`, where the resolved values differ."""
+    # an absent section has no keys
+    left, right = (
+        {key: value for key, value in _leaves(recipe.to_dict()) if "." in key or value is not None}
+        for recipe in (a, b)
+    )
+    if a.run.name is None and b.run.name is None:  # derived names differ by nature
+        left["run.name"] = right["run.name"] = None
+    return [
+        (key, _cell(a, key, left), _cell(b, key, right))
+        for key in dict.fromkeys([*left, *right])
+        if left.get(key, left) != right.get(key, left)
+    ]
+
+
+def _cell(recipe: Recipe, key: str, values: dict[str, Any]) -> str:
+    return f"{value_text(values[key])}  ({recipe.origin_of(key)})" if key in values else "-"
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys of nested mappings with their values."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from leaves(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def _lines(
-    recipe: Recipe, values: Mapping[str, Any], above: tuple[str, ...]
+    recipe: Recipe, values: Mapping[str, Any], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, str]]:
     """Yield each line of YAML and the place of its value."""
     for key, value in values.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Annotated, Any
 
-from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import rows_from_the_end
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
 from recipes_lib.core.project import runs_root
@@ -30,12 +30,10 @@ def run(
         return print_json(rows)
     if not rows:
         say(f"no runs in {runs_root()}")
-        next_step("recipes train quickstart/lora-r8")
-        return ExitCode.DONE
+        return next_step("recipes train quickstart/lora-r8")
     cells = [[_cell(value) for value in row.values()] for row in rows]
     say("\n".join(aligned([_TITLES, *cells])))
-    next_step("recipes", "status", max(rows, key=lambda row: str(row["updated"]))["run"])
-    return ExitCode.DONE
+    return next_step("recipes", "status", max(rows, key=lambda row: str(row["updated"]))["run"])
 
 
 def _row(run: RunDirectory) -> dict[str, Any]:
@@ -82,9 +80,5 @@ def _show(run: RunDirectory, as_json: bool) -> int:
         say(f"  {key}: {value if value is not None else 'not measured'}")
     if state == "running":
         say("to save a checkpoint and stop:")
-        next_step("touch", run.stop_file)
-    elif state == "finished":
-        next_step("recipes", "chat", run.name)
-    else:
-        next_step(run.train_command())
-    return ExitCode.DONE
+        return next_step("touch", run.stop_file)
+    return next_step(f"recipes chat {run.name}" if state == "finished" else run.train_command())

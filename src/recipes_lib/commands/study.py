@@ -101,8 +101,8 @@ def _report(
     say(f"\nreport: {page}" if kept else f"\n{shown_path(folder)} is read-only: no report")
     if missing:
         return _next("run", loaded)
-    next_step(f"recipes export {study_trainings(loaded)[0].run} --to FOLDER   (or another arm)")
-    return ExitCode.DONE
+    first = study_trainings(loaded)[0].run
+    return next_step("recipes", "export", first, "--to", f"{first}-export")
 
 
 ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}
@@ -110,8 +110,7 @@ ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}
 
 def _next(action: str, study: Study) -> int:
     """Name the next command, with the words of this one; return the code of what is done."""
-    next_step("recipes", "study", action, shown_path(study.path), *study.words)
-    return ExitCode.DONE
+    return next_step("recipes", "study", action, shown_path(study.path), *study.words)
 
 
 def _gate(study: Study, json: bool) -> int:

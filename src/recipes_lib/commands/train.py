@@ -70,8 +70,7 @@ def run(
     if dry_run:
         for warning in loaded.warnings:  # a training says them itself
             print_error(warning)
-        next_step(this_command)
-        return ExitCode.DONE
+        return next_step(this_command)
     if launch.rank:
         say(f"machine {launch.rank} of {launch.machines}: the training prints on machine 0")
     code = supervise(command, loaded, launch)

@@ -155,8 +155,9 @@ def warn(text: str) -> None:
     print(printable(f"warning: {text}"), file=sys.stderr, flush=True)
 
 
-def next_step(*words: str | Path) -> None:
-    """Print the closing line that names the next command to type: one text as it stands, several
-    words quoted for a shell.
+def next_step(*words: str | Path) -> int:
+    """Print the closing line that names the next command to type, and return the exit code of a
+    verb that is done. One text is printed as it stands, several words are quoted for a shell.
     """
     say(f"next: {words[0] if len(words) == 1 else shlex.join(map(str, words))}")
+    return 0
