@@ -49,7 +49,7 @@ def test_a_bad_message_is_described():
         ({**ANSWERED, "weight": 0.5}, "weight 0.5 is not supported"),
         ({**ANSWERED, "weight": "0"}, "weight '0' is not supported"),
         ({**ANSWERED, "reasoning_content": ["a"]}, "thoughts: expected text, found list"),
-        ({**ANSWERED, "reasoning_content": "\udc00"}, "(assistant): lone surrogate"),
+        ({**ANSWERED, "reasoning_content": "\udc00"}, "(assistant): thoughts: lone surrogate"),
         ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "{city"}]}, "'f': not JSON ("),
         ({**ANSWERED, "tool_calls": [{"name": "f", "arguments": "[1]"}]}, "object, found list"),
         ({**ANSWERED, "tool_calls": [{"arguments": {"a": 1}}]}, "a tool call needs a name"),
@@ -126,13 +126,12 @@ def test_a_conversation_that_teaches_nothing_or_the_wrong_thing_is_described():
     silent = {**ANSWERED, "content": " "}
     for messages, words in (
         ((), "no messages"),
-        (turns("system"), "only a system message"),
         (turns("user"), "no assistant turn"),
         (turns("user", "user", "assistant"), "message 1 is user, expected assistant"),
         (turns("assistant", "user", "assistant"), "message 0 is assistant, expected user"),
         (turns("user", "assistant", "system", "assistant"), "message 2 is system, expected user"),
         (turns("user", "assistant", "user"), "the last message is not the assistant's"),
-        ([ASKED, called(None), ASKED, ANSWERED], "tool call without result: message 1 calls"),
+        ([ASKED, called(None), ASKED, ANSWERED], "tool call without result: message 1"),
         ([ASKED, called(None), RESULT], "the last message is not the assistant's"),
         ([ASKED, called(None), RESULT, ASKED, ANSWERED], "message 3 is user, expected assistant"),
         ([ASKED, RESULT, ANSWERED], "message 1 is tool, expected assistant"),

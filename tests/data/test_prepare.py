@@ -207,7 +207,7 @@ def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_js
     assert "rows.jsonl:22: history" in said and "(4 of 24): data.on_bad_row: skip" in said
     audit = prepare(path, prompt_format="chat", on_bad_row="skip").audit
     assert (audit.rows["read"], audit.rows["bad"], audit.rows["used"]) == (24, 4, 20)
-    assert audit.bad_rows["reasons"]["no assistant turn"] == 2
+    assert len(audit.bad_rows["no assistant turn"]) == 2
     assert "4 of 24 rows cannot be used" in "\n".join(audit.warnings())
 
 
@@ -241,14 +241,12 @@ def test_data_that_cannot_teach_what_the_recipe_asks_is_refused_with_its_numbers
 ):
     long = {"instruction": "long " * 300, "response": "b"}
     endless = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    silent = [*TURNS, TURNS[0], {**TURNS[1], "weight": 0}]
     chat = {"prompt_format": "chat"}
     for rows, keys, key, words in (
         ([long] * 3, {"train": {"max_length": 16}}, "train.max_length", "3/3 rows have no superv"),
         ([*tasks(10), long], {"train": {"max_length": 200}}, "train.max_length", "1/11 rows"),
         ([{"text": ""}] * 4, {"prompt_format": "raw"}, "data.source", "4/4 rows have an empty"),
         (tasks(9), {**chat, "chat_template": endless}, "data.chat_template", "9/9 rows do not end"),
-        ([{"messages": silent}], {**chat, "chat_loss": "last"}, "data.chat_loss", "weight 0"),
     ):
         with pytest.raises(RefusedData, match=words) as caught:
             prepare(write_jsonl(rows), **keys)
@@ -260,7 +258,7 @@ def test_an_empty_completion_is_warned_of_with_its_place(prepare, write_jsonl, t
     rows = tasks(60)
     rows[6]["response"] = ""
     audit = prepare(write_jsonl(rows)).audit
-    assert audit.empty_completions.count == 1
+    assert len(audit.empty_completions) == 1
     [line] = [line for line in audit.warnings() if "empty completion" in line]
     assert line.startswith("1 rows") and "rows.jsonl:7" in line
 
@@ -269,10 +267,10 @@ def test_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
     rows = [*tasks(40), {"instruction": "long " * 300, "response": "b"}]
     data = prepare(write_jsonl(rows), train={"max_length": 200}, split=NO_SPLIT)
     bare = data.audit.no_supervised_tokens
-    assert bare.count == 1 and bare.places[0].endswith("rows.jsonl:41")
-    assert data.splits["train"]["without_supervision"] == bare.ids
-    assert len(data.train) == 40 and bare.ids[0] not in data.train["example_id"]
-    assert data.audit.truncated.ids == bare.ids and data.audit.lost_end == 1
+    assert len(bare) == 1 and bare[0].endswith("rows.jsonl:41")
+    [id] = data.splits["train"]["without_supervision"]
+    assert len(data.train) == 40 and id not in data.train["example_id"]
+    assert data.audit.truncated == bare and data.audit.lost_end == 1
     assert "rows.jsonl:41" in "\n".join(data.audit.warnings())
 
 
@@ -303,7 +301,7 @@ def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, writ
 def test_texts_that_could_act_as_special_tokens_are_counted(prepare, write_jsonl, tasks):
     odd = {"instruction": "What is </s>?", "response": "### Response: [INST] </s> </s>"}
     audit = prepare(write_jsonl([*tasks(20), odd])).audit
-    assert audit.special_tokens.count == 1 and audit.found_texts == {"</s>": 3}
+    assert len(audit.special_tokens) == 1
     assert "read as text" in "\n".join(audit.warnings())
     audit = prepare(write_jsonl([*tasks(20), odd]), prompt_format="chat").audit
     assert "ACTING as special tokens" in "\n".join(audit.warnings())
@@ -312,18 +310,18 @@ def test_texts_that_could_act_as_special_tokens_are_counted(prepare, write_jsonl
 def test_a_row_that_does_not_begin_as_the_model_is_asked_is_named(prepare, write_jsonl, tasks):
     rows = [{"prompt": f"What is {i}?\nAnswer: ", "completion": "the answer"} for i in range(20)]
     audit = prepare(write_jsonl(rows), prompt_format="raw").audit
-    assert audit.other_prompt.count == 20
+    assert len(audit.other_prompt) == 20
     [line] = [line for line in audit.warnings() if "asked with" in line]
     assert "20 rows" in line and "rows.jsonl:1" in line
-    assert prepare(write_jsonl(tasks(20))).audit.other_prompt.count == 0
+    assert not prepare(write_jsonl(tasks(20))).audit.other_prompt
     space = MARKED.replace("<|assistant|>\n", "<|assistant|> ")
     audit = prepare(write_jsonl(tasks(20)), prompt_format="chat", chat_template=space).audit
-    assert audit.other_prompt.count == 20
+    assert len(audit.other_prompt) == 20
     thinks = MARKED.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
     rows = tasks(20)
     rows[4]["response"] = "<think>Hmm.</think>Four."
     audit = prepare(write_jsonl(rows), prompt_format="chat", chat_template=thinks).audit
-    assert audit.other_prompt.count == 19 and "enable_thinking" in "\n".join(audit.warnings())
+    assert len(audit.other_prompt) == 19 and "enable_thinking" in "\n".join(audit.warnings())
 
 
 def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_jsonl, tasks):
@@ -341,7 +339,7 @@ def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_j
     ]
     rows[4]["messages"].insert(0, {"role": "system", "content": "Be brief."})
     audit, said = warned(MARKED.replace("{% else %}{{ message['content'] }}", other), rows)
-    assert audit.changed_by_template.count == 1 and "rows.jsonl:5" in said
+    assert len(audit.changed_by_template) == 1 and "rows.jsonl:5" in said
     assert "columns that are not used: score" in said
 
 

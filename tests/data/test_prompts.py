@@ -17,7 +17,7 @@ from recipes_lib.data.prompts import (
     task_prompt,
 )
 from recipes_lib.data.rows import DataRow, SettingError
-from recipes_lib.data.supervision import render_turns
+from recipes_lib.data.supervision import Supervision, encode
 
 TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 THINKING = (
@@ -111,9 +111,10 @@ def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(t
     slow, quick = (generation_prompt(s, tiny_tokenizer, instruction="a") for s in (without, fast))
     assert quick == "[fast]" + slow
     own = {"messages": TURNS, "chat_template_kwargs": '{"enable_thinking": true}'}
+    settings = Supervision.of(fast, {}, tiny_tokenizer)
     for fields, prompt in (({"messages": TURNS}, quick), (own, slow)):
-        chat = render_turns(DataRow("f", 1, 1, fields), fast, tiny_tokenizer, THINKING)
-        assert chat.text.startswith(prompt)
+        [item] = encode([DataRow("f", 1, 1, fields)], settings, tiny_tokenizer, THINKING)
+        assert tiny_tokenizer.decode(item.ids.tolist()).startswith(prompt)
 
 
 def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenizer):
@@ -141,5 +142,6 @@ def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenize
 def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
     call = {"type": "function", "function": {"name": "f", "arguments": {}}}
     row = {"messages": [TURNS[0], {**TURNS[1], "tool_calls": [call]}]}
-    bad = render_turns(DataRow("f", 1, 1, row), section("chat"), tiny_tokenizer, THINKING)
+    settings = Supervision.of(section("chat"), {}, tiny_tokenizer)
+    [bad] = encode([DataRow("f", 1, 1, row)], settings, tiny_tokenizer, THINKING)
     assert bad.drop == ("messages.tool_calls",) and "not rendered by the chat template" in bad.what

@@ -12,7 +12,6 @@ from recipes_lib.data.prompts import task_prompt
 from recipes_lib.data.rows import DataRow, SettingError
 from recipes_lib.data.supervision import (
     Supervision,
-    check_settings,
     decoded_spans,
     encode,
     plain_backend,
@@ -58,7 +57,7 @@ def test_the_completion_carries_loss_and_comes_back(tiny_tokenizer, instruction,
 
 def test_tokens_are_bos_text_eos_and_eos_carries_loss(tiny_tokenizer):
     item = encode_task(tiny_tokenizer, "Do.", "Yes.")
-    assert item.ids[0] == BOS and item.ids[-1] == EOS and item.labels[-1] == EOS and item.ends
+    assert item.ids[0] == BOS and item.ids[-1] == EOS and item.labels[-1] == item.end_token == EOS
     assert (item.ids == EOS).sum() == 1
     assert item.ids.dtype == np.int32 and item.labels.dtype == np.int32
     empty = encode_task(tiny_tokenizer, "Do.", "")
@@ -86,7 +85,8 @@ def test_truncation_cuts_ids_and_mask_together(tiny_tokenizer):
         train = {"max_length": len(whole.ids) - 3, "truncation_mode": mode}
         cut = encode_task(tiny_tokenizer, "Do this.", "Yes and no and yes.", **train)
         assert (cut.ids == whole.ids[part]).all() and (cut.labels == whole.labels[part]).all()
-        assert cut.ends == (mode == "keep_end") and cut.tokens_before == len(whole.ids)
+        assert (cut.end_token == EOS) == (mode == "keep_end")
+        assert cut.tokens_before == len(whole.ids)
     item = encode_task(tiny_tokenizer, "Do " * 50, "Yes.", max_length=16)
     assert len(item.ids) == 16 and item.supervised == 0 and (item.labels == -100).all()
 
@@ -117,17 +117,12 @@ def test_the_tokenizer_is_left_as_it_was(tiny_tokenizer):
 
 
 def test_settings_that_would_not_act_are_refused(tiny_tokenizer):
-    for prompt_format, train, has_texts, words in (
-        ("raw", {"completion_only_loss": True}, True, "true needs prompt and completion"),
-        ("dolly", {"assistant_only_loss": True}, False, "needs prompt_format chat"),
-    ):
-        section = DataSection(source="x", prompt_format=prompt_format)
-        with pytest.raises(SettingError, match=words) as caught:
-            check_settings(section, train, tiny_tokenizer, has_texts)
-        assert caught.value.key == f"train.{next(iter(train))}"
-    check_settings(DataSection(source="x", prompt_format="raw"), {}, tiny_tokenizer, True)
+    section = DataSection(source="x")
+    with pytest.raises(SettingError, match="needs prompt_format chat") as caught:
+        Supervision.of(section, {"assistant_only_loss": True}, tiny_tokenizer)
+    assert caught.value.key == "train.assistant_only_loss"
     with pytest.raises(SettingError, match="no fast version"):
-        check_settings(DataSection(source="x"), {}, object())
+        Supervision.of(section, {}, object())
 
 
 def test_generation_ids_are_the_prompt_s_training_ids(tiny_tokenizer):

@@ -12,7 +12,7 @@ from conversation_samples import FOLDER, TURNS, tokenizer_with
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.prompts import training_template, with_arguments_as_text
 from recipes_lib.data.rows import BadRow, DataRow
-from recipes_lib.data.supervision import Supervision, encode
+from recipes_lib.data.supervision import Supervision, decoded_spans, encode
 
 OF_PICTURES = {"idefics3", "smolvlm", "llava_next"}  # a content must be a list of parts
 PLAIN = sorted(
@@ -143,11 +143,9 @@ def happens(case, tokenizer) -> str:
     [item] = encode([row], settings, tokenizer, template)
     if isinstance(item, BadRow):
         return "refused"
-    assert item.ends
-    learned = [
-        tokenizer.decode(item.ids[slice(*span)].tolist(), clean_up_tokenization_spaces=False)
-        for span in item.spans
-    ]
+    assert item.end_token >= 0
+    spans = decoded_spans(tokenizer, item.ids, item.labels)
+    learned = [span.text for span in spans if span.supervised]
     answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
     words = {"unlike"} if item.other_prompt else set()
     words |= {"changed"} if item.changed else set()

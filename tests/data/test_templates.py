@@ -9,7 +9,7 @@ from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError
 from recipes_lib.data.prompts import chat_template, training_template
 from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError
-from recipes_lib.data.supervision import Supervision, encode
+from recipes_lib.data.supervision import Supervision, decoded_spans, encode
 
 SECOND = ["Second.</s>"]
 BOTH = ["First\n  answer.</s>", *SECOND]
@@ -30,8 +30,7 @@ def encode_chat(messages, tokenizer, *, template=None, train=None, **keys):
 
 def learned(item, tokenizer) -> list[str]:
     return [
-        tokenizer.decode(item.ids[start:end].tolist(), clean_up_tokenization_spaces=False)
-        for start, end in item.spans
+        span.text for span in decoded_spans(tokenizer, item.ids, item.labels) if span.supervised
     ]
 
 
@@ -64,10 +63,11 @@ def test_every_assistant_turn_and_its_end_token_carry_loss(tiny_tokenizer):
     ):
         item = encode_chat(messages, tiny_tokenizer, **keys)
         assert learned(item, tiny_tokenizer) == texts, (messages, keys)
-        assert item.ends and not item.other_prompt
+        assert item.end_token == 2 and not item.other_prompt
         assert item.changed == (keys.get("template") == REWRITING)
     last = [*TURNS[:3], {**TURNS[3], "weight": 0}]
-    assert encode_chat(last, tiny_tokenizer, chat_loss="last").supervised == 0
+    with pytest.raises(DataError, match="nothing to train on"):
+        encode_chat(last, tiny_tokenizer, chat_loss="last")
     whole = encode_chat(TURNS, tiny_tokenizer, train={"completion_only_loss": False})
     assert (whole.labels == whole.ids).all()
 
@@ -101,7 +101,7 @@ def test_a_template_without_an_end_token_is_noticed(tiny_tokenizer):
     endless = "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
     endless += "{% if add_generation_prompt %}assistant:\n{% endif %}"
     item = encode_chat(TURNS[:2], tiny_tokenizer, template=endless)
-    assert not item.ends and learned(item, tiny_tokenizer) == ["First\n  answer.\n"]
+    assert item.end_token < 0 and learned(item, tiny_tokenizer) == ["First\n  answer.\n"]
 
 
 def test_a_template_that_leaves_out_what_a_message_says_is_noticed(tiny_tokenizer):
@@ -132,13 +132,13 @@ def test_loss_is_inside_of_what_trl_s_training_templates_mark(tiny_tokenizer):
             continue
         item = encode_chat(TURNS, tokenizer)
         last = "".join(learned(encode_chat(TURNS, tokenizer, chat_loss="last"), tokenizer))
-        assert item.ends and "Second." in last and "First" not in last, file
+        assert item.end_token >= 0 and "Second." in last and "First" not in last, file
         whole = tokenizer.apply_chat_template(
             TURNS, return_dict=True, return_assistant_tokens_mask=True
         )
         assert item.ids.tolist() == whole["input_ids"], file
         marked = {index for index, mask in enumerate(whole["assistant_masks"]) if mask}
-        assert {i for start, end in item.spans for i in range(start, end)} <= marked, file
+        assert {*(item.labels != -100).nonzero()[0]} <= marked, file
 
 
 def test_the_training_template_is_the_one_that_trl_would_take(tiny_tokenizer):

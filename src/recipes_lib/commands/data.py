@@ -65,7 +65,7 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
     filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
     say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
-    names = ("rows", "weight", "used", "train", "validation", "test", "supervised")
+    names = ("rows", "weight", "used", "train", "validation", "test")
     if len(audit.sources) > 1:
         sources = [[source.source, *_numbers(vars(source), names)] for source in audit.sources]
         say("\n".join(["", *aligned([("source", *names), *sources]), ""]))

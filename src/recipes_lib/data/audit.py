@@ -1,8 +1,5 @@
 """The audit of supervision.json and the gate before step 1: what was read, what was cut, and what
 the loss sees. What would happen silently is counted, and its rows are named.
-
-A text with `</s>` in it can end a turn: such rows are counted, and special tokens are disarmed in
-the plain formats (`data.special_tokens: text`).
 """
 
 from __future__ import annotations
@@ -14,28 +11,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from recipes_lib.data.rows import DataRow, SettingError, listed
 from recipes_lib.data.supervision import Encoded, Supervision, special_ids
-
-
-@dataclass
-class Named:
-    """Rows of which something is true: how many, and which by id and by file and line."""
-
-    count: int = 0
-    ids: list[str] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
-
-    def add(self, row: DataRow) -> None:
-        """Count one more."""
-        self.count += 1
-        self.ids.append(row.id)
-        self.places.append(row.place)
-
-    def __str__(self) -> str:
-        return listed(self.places, 3)
 
 
 @dataclass
@@ -49,106 +27,96 @@ class SourceCounts:
     train: int
     validation: int
     test: int
-    supervised: int
 
 
 @dataclass
 class DataAudit:
-    """supervision.json.
+    """supervision.json. Rows of which something is true are named by file and line.
 
     Args:
         training_template: file and hash of TRL's template that conversations were rendered with.
         template_date: what a template prints as the date of the day.
         rows: read, bad, used, train, validation, test, trained (with loss), and filtered by name.
+        bad_rows: why rows were left out, with how many and where.
         tokens, supervised_tokens, prompt_tokens: total, p5, p50, p95 and max of a row.
-        truncated: cut at `max_length`; lost_end: those that lost their end token.
+        truncated: cut at `max_length`; lost_end: how many lost their end token.
         other_prompt: asked with other tokens than the row begins with.
-        special_tokens: rows whose text has one; found_texts: which, and how often.
+        special_tokens: their text has one.
         duplicates: rows that another is equal to.
     """
 
     prompt_format: str
     loss_on: str
     max_length: int | None
-    truncation_mode: str
     eos_token: str | None
-    training_template: dict[str, str] | None = None
     template_date: str | None = None
+    training_template: dict[str, str] | None = None
     rows: dict[str, Any] = field(default_factory=dict)
     sources: list[SourceCounts] = field(default_factory=list)
-    bad_rows: dict[str, Any] = field(default_factory=dict)
+    bad_rows: dict[str, list[str]] = field(default_factory=dict)
     unused_columns: dict[str, list[str]] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     supervised_tokens: dict[str, int] = field(default_factory=dict)
     prompt_tokens: dict[str, int] = field(default_factory=dict)
-    truncated: Named = field(default_factory=Named)
+    truncated: list[str] = field(default_factory=list)
     lost_end: int = 0
-    no_supervised_tokens: Named = field(default_factory=Named)
-    without_end_token: Named = field(default_factory=Named)
-    empty_completions: Named = field(default_factory=Named)
-    changed_by_template: Named = field(default_factory=Named)
-    other_prompt: Named = field(default_factory=Named)
-    special_tokens: Named = field(default_factory=Named)
-    found_texts: dict[str, int] = field(default_factory=dict)
+    no_supervised_tokens: list[str] = field(default_factory=list)
+    without_end_token: list[str] = field(default_factory=list)
+    empty_completions: list[str] = field(default_factory=list)
+    changed_by_template: list[str] = field(default_factory=list)
+    other_prompt: list[str] = field(default_factory=list)
+    special_tokens: list[str] = field(default_factory=list)
     duplicates: int = 0
     end_tokens: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, settings: Supervision) -> DataAudit:
-        """Return an empty audit of these settings."""
-        return cls(
+    def of(
+        cls,
+        settings: Supervision,
+        rows: Sequence[DataRow],
+        encoded: Sequence[Encoded],
+        tokenizer: Any,
+    ) -> DataAudit:
+        """Count and name the rows that are used."""
+        audit = cls(
             prompt_format=settings.section.prompt_format,
             loss_on="whole text" if settings.whole else "completion",
             max_length=settings.max_length,
-            truncation_mode="keep_end" if settings.keep_end else "keep_start",
             eos_token=settings.eos_token,
             template_date=settings.section.template_date,
         )
+        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+        texts = re.compile("|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)")
+        ends = Counter[str]()
+        for row, item in zip(rows, encoded, strict=True):
+            was_cut = len(item.ids) < item.tokens_before
+            has_end = item.end_token >= 0
+            for names, is_true in (
+                (audit.truncated, was_cut),
+                (audit.no_supervised_tokens, not item.supervised),
+                (audit.without_end_token, not was_cut and not has_end),
+                (audit.empty_completions, row.is_empty),
+                (audit.changed_by_template, item.changed),
+                (audit.other_prompt, item.other_prompt),
+                (audit.special_tokens, any(map(texts.search, row.texts))),
+            ):
+                if is_true:
+                    names.append(row.place)
+            audit.lost_end += was_cut and not has_end
+            if has_end:
+                ends[tokenizer.convert_ids_to_tokens(item.end_token)] += 1
+        audit.end_tokens = dict(ends)
+        audit.tokens = _distribution(len(item.ids) for item in encoded)
+        audit.supervised_tokens = _distribution(item.supervised for item in encoded)
+        audit.prompt_tokens = _distribution(item.prompt_tokens for item in encoded)
+        audit.duplicates = len(rows) - len({row.content for row in rows})
+        return audit
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of supervision.json."""
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> DataAudit:
-        """Read what `to_dict` returned."""
-        return TypeAdapter(cls).validate_python(values)
-
-    def count(self, rows: Sequence[DataRow], encoded: Sequence[Encoded], tokenizer: Any) -> None:
-        """Count and name the rows that are used."""
-        ends = Counter[int]()
-        for row, item in zip(rows, encoded, strict=True):
-            was_cut = item.length < item.tokens_before
-            self.lost_end += was_cut and not item.ends
-            for named, is_true in (
-                (self.truncated, was_cut),
-                (self.no_supervised_tokens, not item.supervised),
-                (self.without_end_token, not was_cut and not item.ends),
-                (self.empty_completions, row.is_empty),
-                (self.changed_by_template, item.changed),
-                (self.other_prompt, item.other_prompt),
-            ):
-                if is_true:
-                    named.add(row)
-            ends[item.end_token] += item.end_token >= 0
-        tokens = sorted(token for token, count in ends.items() if count)
-        self.end_tokens = {
-            str(tokenizer.convert_ids_to_tokens(token)): ends[token] for token in tokens
-        }
-        self.tokens = _distribution(item.length for item in encoded)
-        self.supervised_tokens = _distribution(item.supervised for item in encoded)
-        self.prompt_tokens = _distribution(item.prompt_tokens for item in encoded)
-        special = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
-        pattern = re.compile(
-            "|".join(re.escape(name) for name in special if len(name) > 1) or "(?!)"
-        )
-        for row in rows:
-            if texts := [text for said in row.texts for text in pattern.findall(said)]:
-                self.special_tokens.add(row)
-                for text in texts:
-                    self.found_texts[text] = self.found_texts.get(text, 0) + 1
-
-    def check(self, max_unsupervised_fraction: float, *, evaluates: bool = False) -> None:
+    def check(self, max_unsupervised_fraction: float, *, evaluates: bool) -> None:
         """Refuse data that cannot teach what the recipe asks for: the gate before step 1.
 
         Args:
@@ -157,83 +125,62 @@ class DataAudit:
         Raises:
             RefusedData: it carries this audit.
         """
-        used, bare, open_ended = (
-            self.rows["used"],
-            self.no_supervised_tokens,
-            self.without_end_token,
-        )
-        too_many = bare.count > max_unsupervised_fraction * used
-        if self.empty_completions.count == used:
+        used, bare = self.rows["used"], len(self.no_supervised_tokens)
+        if len(self.empty_completions) == used:
             what = f"{used}/{used} rows have an empty completion: there is nothing to learn"
             raise RefusedData(self, "data.source", what, "check data.columns")
-        if too_many or bare.count == used or not self.rows["trained"]:
+        if bare > max_unsupervised_fraction * used or not self.rows["trained"]:
+            what = f"{bare}/{used} rows have no supervised token"
+            accepted = (
+                f"at most {max_unsupervised_fraction:.0%} are accepted"
+                f" (data.max_unsupervised_fraction); {listed(self.no_supervised_tokens, 3)}"
+            )
             p95 = self.prompt_tokens["p95"]
-            key = "train.max_length"
-            what = f"at max_length={self.max_length}; p95 prompt is {p95}"
-            hint = (
-                f"raise train.max_length above {p95}, or leave long rows out with"
-                f" data.filters.max_tokens: {self.max_length}"
-            )
-            if self.prompt_format == "chat" and not self.truncated.count:
-                key, what = "data.chat_loss", "as the turn with loss has weight 0"
-                hint = "set data.chat_loss: all, or leave these rows out"
-            accepted = f"at most {max_unsupervised_fraction:.0%} are accepted"
-            raise RefusedData(
-                self,
-                key,
-                f"{bare.count}/{used} rows have no supervised token {what}",
-                f"{accepted} (data.max_unsupervised_fraction); {bare}",
-                hint,
-            )
-        if open_ended.count:
+            what += f" at max_length={self.max_length}; p95 prompt is {p95}"
+            hint = f"raise train.max_length above {p95}, or set data.filters.max_tokens"
+            raise RefusedData(self, "train.max_length", what, accepted, hint)
+        if endless := self.without_end_token:
             raise RefusedData(
                 self,
                 "data.chat_template",
-                f"{open_ended.count}/{used} rows do not end with a supervised end token: the model"
-                f" would not learn to stop: {open_ended}",
+                f"{len(endless)}/{used} rows do not end with a supervised end token: the model"
+                f" would not learn to stop: {listed(endless, 3)}",
                 "the template must end an assistant turn with a special token, inside"
                 " {% generation %} if it has that",
             )
         if evaluates and not self.rows["validated"]:
-            raise RefusedData(
-                self,
-                "data.split.validation",
-                "train.eval_strategy asks for a validation loss, but none of"
-                f" {used} rows is held out",
-                "add rows, raise data.split.validation, or set train.eval_strategy: 'no'",
-            )
+            what = "train.eval_strategy asks for a validation loss, but none of"
+            hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
+            what = f"{what} {used} rows is held out"
+            raise RefusedData(self, "data.split.validation", what, hint)
 
     def describe(self) -> list[str]:
-        """Return a line where the conversations were rendered with another template than is saved,
-        or with a date.
-        """
+        """Return how conversations are rendered otherwise than by the template that is saved."""
         lines = []
         if template := self.training_template:
             name = f"{template['file']} ({template['sha256'][:12]})"
-            lines.append(
-                f"chat template: trained through TRL's {name}; the plain one is saved, and answers"
-            )
+            lines.append(f"trained through TRL's {name}; the plain one is saved, and answers")
         if self.template_date:
-            date = f"{self.template_date}, in every resume, chat and evaluation of this run"
-            lines.append(f"chat template: prints the date, fixed to {date}")
-        return lines
+            date = f"fixed to {self.template_date} for this run"
+            lines.append(f"prints the date, {date}, in every resume, chat and evaluation")
+        return [f"chat template: {line}" for line in lines]
 
     def warnings(self) -> list[str]:
         """Return what the user should know before training, one line each."""
         lines = []
-        if bad := self.bad_rows["count"]:
-            read = self.rows["read"]
-            lines.append(
-                f"{bad} of {read} rows cannot be used and are left out (on_bad_row: skip):"
-            )
-            lines += [f"  {num} x {why}" for why, num in [*self.bad_rows["reasons"].items()][:10]]
+        if bad := self.rows["bad"]:
+            what = f"{bad} of {self.rows['read']} rows cannot be used and are left out"
+            lines.append(f"{what} (on_bad_row: skip):")
+            reasons = [*self.bad_rows.items()][:10]
+            lines += [f"  {len(places)} x {what}: {listed(places, 3)}" for what, places in reasons]
         for file, columns in self.unused_columns.items():
             lines.append(f"columns that are not used: {listed(columns)} (in {file})")
-        texts = listed((f"{name} {num}x" for name, num in self.found_texts.items()), 5)
         acting = "ACTING as special tokens" if self.prompt_format == "chat" else "read as text"
-        cut = f"cut at max_length={self.max_length}, {self.lost_end} lose their end"
-        for named, what in (
-            (self.truncated, cut),
+        for places, what in (
+            (
+                self.truncated,
+                f"cut at max_length={self.max_length}, {self.lost_end} lose their end",
+            ),
             (self.no_supervised_tokens, "without a supervised token, left out"),
             (self.empty_completions, "with an empty completion teach only the end token"),
             (self.changed_by_template, "of which the chat template changes or leaves out a text"),
@@ -243,10 +190,10 @@ class DataAudit:
                 " space, or the template begins a thought (data.chat_template_kwargs:"
                 " {enable_thinking: ...})",
             ),
-            (self.special_tokens, f"contain special tokens, {acting}: {texts}"),
+            (self.special_tokens, f"contain special tokens, {acting}"),
         ):
-            if named.count:
-                lines.append(f"{named.count} rows {what}: {named}")
+            if places:
+                lines.append(f"{len(places)} rows {what}: {listed(places, 3)}")
         if self.duplicates:
             lines.append(f"{self.duplicates} exact duplicates")
         if self.end_tokens and self.eos_token not in self.end_tokens:

@@ -7,13 +7,12 @@ text should be. `recipes new --data` asks here too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
-from recipes_lib.config.sections import TEXT_FORMATS, OwnRows, data_format
+from recipes_lib.config.sections import TEXT_FORMATS, DataSection, OwnRows, data_format
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import (
@@ -23,41 +22,25 @@ from recipes_lib.data.conversations import (
     read_messages,
     read_template_kwargs,
     read_tools,
-    without_nulls,
 )
 from recipes_lib.data.rows import (
     BadRow,
     BadRows,
     DataRow,
     SettingError,
-    listed,
-    lone_surrogate,
+    checked_text,
     not_supported,
-    type_name,
 )
-from recipes_lib.data.sources import Table, data_files, other_delimiter, read_file
+from recipes_lib.data.sources import column_names, data_files, other_delimiter, read_file
 
-
-class FieldSet(NamedTuple):
-    """One set of fields that a prompt format reads."""
-
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-
-
-_BESIDE = ("system", "tools", "chat_template_kwargs")
-TASK = FieldSet(("instruction", "response"), ("context",))
-# What each prompt format can read, the best first.
-FIELDS = {
-    "dolly": (TASK,),
-    "alpaca": (TASK,),
-    "chat": (
-        FieldSet(("messages",), _BESIDE),
-        FieldSet(("prompt", "completion"), _BESIDE),
-        FieldSet(("instruction", "response"), ("context", *_BESIDE)),
-    ),
-    "raw": (FieldSet(("prompt", "completion")), FieldSet(("text",))),
+# The sets of fields that a prompt format can read, the best first.
+FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "dolly": (("instruction", "response"),),
+    "alpaca": (("instruction", "response"),),
+    "raw": (("prompt", "completion"), ("text",)),
+    "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
+OF_CHAT = ("system", "tools", "chat_template_kwargs")
 ALIASES = {
     "context": "input",
     "response": "output",
@@ -65,8 +48,6 @@ ALIASES = {
     "system": "system_prompt",
     "tools": "functions",
 }
-# Fields that are not text in a file, and how they become JSON text.
-_STRUCTURED = {"tools": read_tools, "chat_template_kwargs": read_template_kwargs}
 # Columns that other programs put into what the model reads or learns: without what they say, rows
 # are others.
 MEANINGFUL = {
@@ -82,158 +63,115 @@ _SYNONYMS = {
 }
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How the rows of one source become `DataRow`s, decided once from its column names.
+def map_columns(
+    rows: Sequence[DataRow], section: DataSection, columns: Mapping[str, str], bad: BadRows
+) -> tuple[list[DataRow], list[str]]:
+    """Give the rows of one source our fields in place of its columns; those that cannot be used are
+    added to `bad`.
 
     Args:
-        names: our field -> column of the file; `category` and `id` among them.
-        optional: fields that may be missing in a row.
-        meaningful: columns that may not be ignored where they say something.
-        unused: all other columns.
-        dropped: columns and `messages.KEY`s that the recipe leaves out.
+        columns: our name -> column of the file, where it is not of the same name.
+
+    Returns:
+        The usable rows, and the columns that nothing reads.
+
+    Raises:
+        SettingError: columns that the format cannot use.
     """
-
-    prompt_format: str
-    names: Mapping[str, str]
-    optional: tuple[str, ...]
-    meaningful: tuple[str, ...]
-    unused: tuple[str, ...]
-    dropped: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        tables: Sequence[Table],
-        prompt_format: str,
-        columns: Mapping[str, str],
-        dropped: Sequence[str] = (),
-    ) -> Reading:
-        """Decide how to read the rows of one source.
-
-        Args:
-            columns: our name -> column of the file, where it is not of the same name.
-            dropped: `data.drop_columns`.
-
-        Raises:
-            SettingError: no rows, or columns that the format cannot use.
-        """
-        present = next((table.columns for table in tables if table.columns), [])
-        if not present:
-            for table in tables:
-                _ = table.rows  # names the first line that is no row
-            raise SettingError("data.source", f"0 rows in {listed(table.file for table in tables)}")
-        for name, column in columns.items():
-            if column and column not in present:
-                hints = did_you_mean(column, present) or [f"columns are {', '.join(present)}"]
-                what = f"data.columns.{name}: the data has no column '{column}'"
-                raise SettingError("data.columns", what, *hints)
-        present = [name for name in present if name not in dropped]
-        fields = _choose_fields(prompt_format, columns, present)
-        names = {
-            name: known
-            for name in (*fields.required, *fields.optional, "category", "id")
-            if (known := _column(name, columns, present))
-        }
-        rest = [name for name in present if name not in names.values()]
-        meaningful = [name for name in rest if name in MEANINGFUL and columns.get(name) != ""]
-        if "messages" in columns or "messages" not in names:  # else nobody said which one counts
-            meaningful = [name for name in meaningful if name not in ("messages", "conversations")]
-        return cls(
-            prompt_format,
-            names,
-            fields.optional,
-            tuple(meaningful),
-            unused=tuple(name for name in rest if name not in meaningful),
-            dropped=tuple(dropped),
-        )
-
-    def rows(self, table: Table, source: int, bad: BadRows) -> Iterator[DataRow]:
-        """Yield the usable rows of a file; the others are added to `bad`."""
-        for number, (line, values) in enumerate(table.numbered, 1):
-            row = DataRow(table.file, line, number, {}, source=source)
-            try:
-                if isinstance(values, BadRow):
-                    raise values
-                self._fill(row, values, table.columnar)
-            except BadRow as reason:
-                bad.add(row, reason)
-            else:
-                yield row
-
-    def _fill(self, row: DataRow, values: Mapping[str, Any], columnar: bool) -> None:
-        """Put a file's values into the row."""
-        if unread := [name for name in self.meaningful if not is_blank(values.get(name))]:
-            raise not_supported(unread)
-        is_chat = self.prompt_format == "chat"
-        for name, column in self.names.items():
-            value = values.get(column)
-            if columnar and isinstance(value, dict | list):
-                value = without_nulls(value)
-            if name == "category":
-                row.category = None if value is None else str(value)
-            elif name == "id":
-                row.id = str(value) if isinstance(value, str | int) else ""
-            elif name == "messages" or (
-                is_chat and name in ("prompt", "completion") and isinstance(value, list)
-            ):
-                row.fields[name] = read_messages(value, column, self.dropped)
-            elif name in _STRUCTURED:
-                if not is_blank(value):
-                    row.fields[name] = _STRUCTURED[name](value, column)
-            else:
-                value = "" if value is None and name in self.optional else value
-                row.fields[name] = _text(value, column, is_missing=column not in values)
-        prompt, completion = row.fields.get("prompt"), row.fields.get("completion")
-        if isinstance(prompt, list) != isinstance(completion, list):
-            raise BadRow("prompt and completion: one is text, the other a list of messages")
-        if is_chat:
-            messages = conversation_of(row, None)
-            if (system := row.fields.get("system")) and messages[0]["content"] != system:
-                column = self.names["system"]
-                raise BadRow(f"a system message and another text in column '{column}'")
-            check_roles(messages)
+    present = column_names(rows)
+    for name, column in columns.items():
+        if column and column not in present:
+            hints = did_you_mean(column, present) or [f"columns are {', '.join(present)}"]
+            what = f"data.columns.{name}: the data has no column '{column}'"
+            raise SettingError("data.columns", what, *hints)
+    present = [name for name in present if name not in section.drop_columns]
+    required = _fields_for(section.prompt_format, columns, present)
+    if not required:
+        raise _other_columns(section.prompt_format, columns, present)
+    read = [*required, "category", "id"]
+    read += ["context"] if "instruction" in required else []
+    read += OF_CHAT if section.prompt_format == "chat" else []
+    names = {name: known for name in read if (known := _column(name, columns, present))}
+    rest = [name for name in present if name not in names.values()]
+    meaningful = {name for name in rest if name in MEANINGFUL and columns.get(name) != ""}
+    if "messages" in columns or "messages" not in names:  # else nobody said which one counts
+        meaningful -= {"messages", "conversations"}
+    usable = []
+    for row in rows:
+        values, row.fields = row.fields, {}
+        try:
+            if unread := [name for name in meaningful if not is_blank(values.get(name))]:
+                raise not_supported(sorted(unread))
+            _fill(row, values, names, section)
+        except BadRow as reason:
+            bad.add(row, reason)
+        else:
+            usable.append(row)
+    return usable, [name for name in rest if name not in meaningful]
 
 
-def _text(value: Any, column: str, is_missing: bool) -> str:
-    if not isinstance(value, str):
-        missing = " (the column is missing in this row)" if is_missing else ""
-        raise BadRow(f"column '{column}': expected text, found {type_name(value)}{missing}")
-    if what := lone_surrogate(value):
-        raise BadRow(f"column '{column}': {what}")
-    return value
+def _fill(
+    row: DataRow, values: Mapping[str, Any], names: Mapping[str, str], section: DataSection
+) -> None:
+    fields, is_chat = row.fields, section.prompt_format == "chat"
+    for name, column in names.items():
+        value = values.get(column)
+        if name == "category":
+            row.category = None if value is None else str(value)
+        elif name == "id":
+            row.id = str(value) if isinstance(value, str | int) else ""
+        elif name == "messages" or (
+            is_chat and name in ("prompt", "completion") and isinstance(value, list)
+        ):
+            fields[name] = read_messages(value, column, section.drop_columns)
+        elif name in ("tools", "chat_template_kwargs"):
+            if not is_blank(value):
+                read = read_tools if name == "tools" else read_template_kwargs
+                fields[name] = read(value, column)
+        else:
+            if value is None and name in ("context", "system"):
+                value = ""
+            fields[name] = checked_text(value, f"column '{column}'")
+    if isinstance(fields.get("prompt"), list) != isinstance(fields.get("completion"), list):
+        raise BadRow("prompt and completion: one is text, the other a list of messages")
+    if is_chat:
+        messages = conversation_of(row, None)
+        if fields.get("system") and messages[0]["content"] != fields["system"]:
+            raise BadRow(f"a system message and another text in column '{names['system']}'")
+        check_roles(messages)
 
 
 def _column(name: str, columns: Mapping[str, str], present: Sequence[str]) -> str | None:
     """Return the file's column for one of our names: mapped, of the same name, or an alias."""
     if name in columns:
         return columns[name] or None
-    return next((known for known in (name, ALIASES.get(name, name)) if known in present), None)
+    return next((known for known in (name, ALIASES.get(name)) if known in present), None)
 
 
 def _fields_for(
     prompt_format: str, columns: Mapping[str, str], present: Sequence[str]
-) -> FieldSet | None:
-    """Return the first set of fields of the format that the columns can fill."""
-    for fields in FIELDS[prompt_format]:
-        if all(_column(name, columns, present) for name in fields.required):
-            return fields
-    return None
+) -> tuple[str, ...]:
+    """Return the first set of fields of the format that the columns can fill, or none."""
+    for required in FIELDS[prompt_format]:
+        if all(_column(name, columns, present) for name in required):
+            return required
+    return ()
 
 
-def _choose_fields(
+def _formats_for(columns: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the prompt formats that can read rows with these columns, the best first."""
+    return tuple(name for name in FIELDS if _fields_for(name, columns, names))
+
+
+def _other_columns(
     prompt_format: str, columns: Mapping[str, str], present: Sequence[str]
-) -> FieldSet:
-    if fields := _fields_for(prompt_format, columns, present):
-        return fields
-    expected = " / ".join("+".join(fields.required) for fields in FIELDS[prompt_format])
-    fitting = [f"`data.prompt_format: {name}`" for name in _readable_by(columns, present)]
-    mapping = "name them: data.columns: {<our name>: <your column>}"
-    raise SettingError(
-        "data.prompt_format",
-        f"columns are {', '.join(present)}; expected {expected} for prompt_format {prompt_format}",
-        *([f"try {' or '.join(fitting)}", f"or {mapping}"] if fitting else [mapping]),
-    )
+) -> SettingError:
+    expected = " / ".join("+".join(required) for required in FIELDS[prompt_format])
+    what = f"columns are {', '.join(present)}; expected {expected}"
+    fitting = [f"data.prompt_format: {name}" for name in _formats_for(columns, present)]
+    mapping = "data.columns: {<our name>: <your column>}"
+    hint = f"set {' or '.join([*fitting, mapping])}"
+    return SettingError("data.prompt_format", f"{what} for prompt_format {prompt_format}", hint)
 
 
 def look_at(data: Path) -> OwnRows:
@@ -249,37 +187,25 @@ def look_at(data: Path) -> OwnRows:
     file = data_files(data, "train")[0] if data.is_dir() else data
     encoding, delimiter = None, None
     if data_format(file) in TEXT_FORMATS and file.suffix != ".gz" and file.is_file():
-        encoding = _guessed_encoding(file.read_bytes())
-        with file.open(encoding=encoding or "utf-8", errors="replace") as stream:
-            header = stream.readline(100_000)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            encoding = "cp1252"  # of which latin-1 is a part
+            text = file.read_text(encoding=encoding, errors="replace")
         if data_format(file) == ".csv":
-            delimiter = other_delimiter(header.split(",")) or None
-    rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter).rows
-    names = [*rows[0]] if rows else []
+            delimiter = other_delimiter(text.partition("\n")[0].split(",")) or None
+    names = column_names(
+        read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter)
+    )
     columns: dict[str, str] = {}
-    formats = _readable_by(columns, names)
+    formats = _formats_for(columns, names)
     if not formats:
         for ours, synonyms in _SYNONYMS.items():
             if known := next((name for name in synonyms if name in names), ""):
                 columns[ours] = "" if known in columns.values() else known  # one column is not two
-        formats = _readable_by(columns, names)
+        formats = _formats_for(columns, names)
     if not formats:
         what = f"columns {', '.join(names)} are not understood" if names else "has no row"
         hint = "start without --data and set data.source and data.columns yourself"
         raise DataError(what, hint, file=shown_path(file), line=1)
     return OwnRows(data, formats, columns, formats == ("raw",), delimiter, encoding)
-
-
-def _readable_by(columns: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return the prompt formats that can read rows with these columns, the best first."""
-    order = ("dolly", "alpaca", "raw", "chat")
-    return tuple(name for name in order if _fields_for(name, columns, names))
-
-
-def _guessed_encoding(content: bytes) -> str | None:
-    """Return cp1252, of which latin-1 is a part, for a text that is not UTF-8 (nor UTF-16)."""
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return None if b"\0" in content else "cp1252"
-    return None

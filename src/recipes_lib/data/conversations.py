@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from recipes_lib.data.rows import (
     BadRow,
     DataRow,
-    lone_surrogate,
+    checked_text,
     message_texts,
     not_supported,
     type_name,
@@ -34,16 +34,14 @@ class Message(TypedDict):
     name: NotRequired[str]
 
 
-KNOWN_ROLES = ("system", "user", "assistant", "tool")
 CALL = "function_call"  # ShareGPT's turn that is nothing but calls; OpenAI's old key for one
-# Other names of the roles: ShareGPT's, as its `from` key has them, and OpenAI's.
+# Every name of a role -> ours: ShareGPT's, as its `from` key has them, and OpenAI's.
 ROLES = {
-    "human": "user",
-    **dict.fromkeys(("gpt", "model", CALL), "assistant"),
-    **dict.fromkeys(("observation", "function"), "tool"),
-    "developer": "system",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", CALL), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function"), "tool"),
 }
-MESSAGE_KEYS = ("role", "from", "content", "value", "weight")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 KEYS_OF_ROLE = {"assistant": (*THOUGHTS, "tool_calls", CALL), "tool": ("tool_call_id", "name")}
 # Who may speak after whom, the likeliest first.
@@ -104,9 +102,10 @@ def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> lis
             raise BadRow(f"{place}: expected {{role, content}}, found {type_name(item)}")
         given = {key: inner for key, inner in item.items() if f"messages.{key}" not in dropped}
         message = _read_message(given, place)
-        before = messages[-1] if messages and _speaker(given) == CALL else None
+        before = messages[-1] if messages else None
         if (
             before
+            and CALL in (given.get("role"), given.get("from"))
             and before["role"] == "assistant"
             and before.get("weight") == message.get("weight")
         ):
@@ -117,29 +116,23 @@ def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> lis
     return messages
 
 
-def _speaker(message: Mapping[str, Any]) -> Any:
-    return message.get("role") or message.get("from")
-
-
 def _read_message(given: Mapping[str, Any], place: str) -> Message:
-    speaker = _speaker(given)
-    role = ROLES.get(speaker, speaker) if isinstance(speaker, str) else None
-    if role not in KNOWN_ROLES:
-        raise BadRow(
-            f"{place}: unknown role {speaker!r}; roles are {', '.join(KNOWN_ROLES)}",
-            "rename it; ShareGPT's human, gpt, function_call and observation are known too",
-        )
-    known = (*MESSAGE_KEYS, *KEYS_OF_ROLE.get(role, ()))
+    speaker = given.get("role") or given.get("from")
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        roles = ", ".join(dict.fromkeys(ROLES.values()))
+        hint = "rename it; ShareGPT's human, gpt, function_call and observation are known too"
+        raise BadRow(f"{place}: unknown role {speaker!r}; roles are {roles}", hint)
+    known = ("role", "from", "content", "value", "weight", *KEYS_OF_ROLE.get(role, ()))
     if unread := [key for key in given if key not in known and not is_blank(given[key])]:
         raise not_supported([f"messages.{key}" for key in unread])
+    place = f"{place} ({role})"
     message: Message = {"role": role, "content": ""}
     content = given["content"] if given.get("content") is not None else given.get("value")
     if role == "assistant":
         thoughts = [given[key] for key in THOUGHTS if not is_blank(given.get(key))]
-        if thoughts and not isinstance(thoughts[0], str):
-            raise BadRow(f"{place}: thoughts: expected text, found {type_name(thoughts[0])}")
         if thoughts:
-            message["reasoning_content"] = thoughts[0]
+            message["reasoning_content"] = checked_text(thoughts[0], f"{place}: thoughts")
         calls = content if speaker == CALL else given.get("tool_calls") or given.get(CALL)
         if speaker == CALL or not is_blank(calls):
             message["tool_calls"] = _read_calls(calls, place)
@@ -148,36 +141,28 @@ def _read_message(given: Mapping[str, Any], place: str) -> Message:
     if role == "tool":
         answered = {key: given[key] for key in KEYS_OF_ROLE["tool"] if given.get(key)}
         message |= cast(Message, answered)
-    message["content"] = _read_content(content, role, place)
+    message["content"] = checked_text(_content_text(content, role, place), place)
     weight = given.get("weight")
-    if weight is not None and (weight not in (0, 1) or (weight == 1 and role != "assistant")):
-        raise BadRow(
-            f"{place} ({role}): weight {weight!r} is not supported: an assistant turn may have 0"
-            " (no loss) or 1"
-        )
+    if weight not in (None, 0, 1) or (weight == 1 and role != "assistant"):
+        what = f"{place}: weight {weight!r} is not supported"
+        raise BadRow(f"{what}: an assistant turn may have 0 (no loss) or 1")
     if weight == 0 and role == "assistant":
         message["weight"] = 0
-    for text in message_texts(message):
-        if what := lone_surrogate(text):
-            raise BadRow(f"{place} ({role}): {what}")
     return message
 
 
-def _read_content(content: Any, role: str, place: str) -> str:
-    """Return a text, the joined text of parts, or the JSON of what a tool returned."""
+def _content_text(content: Any, role: str, place: str) -> Any:
+    """Return the joined text of parts, the JSON of what a tool returned, or the content itself."""
     parts = content if isinstance(content, list) else []
     kinds = [part.get("type") if isinstance(part, dict) else type_name(part) for part in parts]
-    is_result = isinstance(content, dict) or {*kinds} - {"text"}
-    if role == "tool" and is_result:
+    other = [kind for kind in kinds if kind != "text"]
+    if role == "tool" and (other or isinstance(content, dict)):
         return json.dumps(content, ensure_ascii=False)
+    if other:
+        what = f"content part {kinds.index(other[0])} is {other[0]!r}"
+        raise BadRow(f"{place}: {what}; only {{type: text, text: ...}} is read")
     if isinstance(content, list):
-        for number, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
-            if kind != "text" or not isinstance(part.get("text"), str):
-                what = f"content part {number} is {kind!r}; only {{type: text, text: ...}} is read"
-                raise BadRow(f"{place}: {what}")
-        return "".join(part["text"] for part in parts)
-    if not isinstance(content, str):
-        raise BadRow(f"{place} ({role}): expected text, found {type_name(content)}")
+        return "".join(checked_text(part.get("text"), f"{place}: a content part") for part in parts)
     return content
 
 
@@ -194,8 +179,9 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
         arguments = _from_json(function.get("arguments", function.get("parameters")) or {}, what)
         if not isinstance(arguments, dict):
             raise BadRow(f"{what}: expected an object, found {type_name(arguments)}")
-        identity = {"id": given["id"]} if given.get("id") else {}
         called = {"name": name, "arguments": arguments}
+        checked_text(json.dumps(called, ensure_ascii=False), what)
+        identity = {"id": given["id"]} if given.get("id") else {}
         calls.append({**identity, "type": "function", "function": called})
     return calls
 
@@ -217,17 +203,18 @@ def read_tools(value: Any, column: str) -> str:
     Raises:
         BadRow: they are no list of JSON schemas.
     """
-    tools = _from_json(value, f"column '{column}'")
+    what = f"column '{column}'"
+    tools = _from_json(value, what)
     if not isinstance(tools, list):
         hint = "write [{type: function, function: {name, description, parameters}}]"
-        raise BadRow(f"column '{column}': expected a list, found {type_name(tools)}", hint)
+        raise BadRow(f"{what}: expected a list, found {type_name(tools)}", hint)
     wrapped = []
     for index, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRow(f"column '{column}', tool {index}: no function with a name in it")
+            raise BadRow(f"{what}, tool {index}: no function with a name in it")
         wrapped.append({"type": "function", "function": tool} if function is tool else tool)
-    return _json_text(wrapped, column)
+    return checked_text(json.dumps(wrapped, ensure_ascii=False), what)
 
 
 def read_template_kwargs(value: Any, column: str) -> str:
@@ -236,37 +223,24 @@ def read_template_kwargs(value: Any, column: str) -> str:
     Raises:
         BadRow: they are no object, or one has the name of something else that a template gets.
     """
-    values = _from_json(value, f"column '{column}'")
+    what = f"column '{column}'"
+    values = _from_json(value, what)
     if not isinstance(values, dict):
-        what = f"column '{column}': expected an object, found {type_name(values)}"
-        raise BadRow(what, "write template arguments as in {enable_thinking: false}")
+        hint = "write template arguments as in {enable_thinking: false}"
+        raise BadRow(f"{what}: expected an object, found {type_name(values)}", hint)
     if names := sorted(RESERVED & values.keys()):
-        raise BadRow(f"column '{column}': {names[0]} is no template argument", RESERVED_HINT)
-    return _json_text({key: given for key, given in values.items() if given is not None}, column)
-
-
-def _json_text(value: Any, column: str) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    if what := lone_surrogate(text):
-        raise BadRow(f"column '{column}': {what}")
-    return text
+        raise BadRow(f"{what}: {names[0]} is no template argument", RESERVED_HINT)
+    values = {key: given for key, given in values.items() if given is not None}
+    return checked_text(json.dumps(values, ensure_ascii=False), what)
 
 
 def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the template gets beside the messages: the row's tools, and the arguments `given`
     (`data.chat_template_kwargs`), over which the row's own win.
     """
-    fields = row.fields
-    values = {**given, **json.loads(fields.get("chat_template_kwargs") or "{}")}
-    return values | ({"tools": json.loads(fields["tools"])} if fields.get("tools") else {})
-
-
-def without_key(messages: Sequence[Message], name: str) -> list[Message]:
-    """Return the messages without one of their keys."""
-    return [
-        cast(Message, {key: value for key, value in message.items() if key != name})
-        for message in messages
-    ]
+    own, tools = row.fields.get("chat_template_kwargs"), row.fields.get("tools")
+    values = {**given, **json.loads(own or "{}")}
+    return {**values, "tools": json.loads(tools)} if tools else values
 
 
 def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
@@ -294,9 +268,7 @@ def user_turn(instruction: str, context: str = "") -> str:
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:
-    """Return the conversation with a system message in front, unless it has one or none is
-    given.
-    """
+    """Return the conversation with a system message in front, unless it has one already."""
     if system_prompt is None or (messages and messages[0]["role"] == "system"):
         return list(messages)
     return [{"role": "system", "content": system_prompt}, *messages]
@@ -311,8 +283,7 @@ def check_roles(messages: Sequence[Message]) -> None:
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        only_system = "only a system message" if roles else "no messages"
-        raise BadRow("no assistant turn" if {*roles} - {"system"} else only_system)
+        raise BadRow("no assistant turn" if roles else "no messages")
     for index, (before, role) in enumerate(pairwise(["system", *roles])):
         if role not in _NEXT[before] and (index, role) != (0, "system"):
             expected = _NEXT[before][0]
@@ -322,11 +293,8 @@ def check_roles(messages: Sequence[Message]) -> None:
         raise BadRow(what, "cut the conversation after its last assistant turn")
     for index, (message, following) in enumerate(pairwise(messages)):
         if message.get("tool_calls") and following["role"] != "tool":
-            names = ", ".join(call["function"]["name"] for call in message["tool_calls"])
-            raise BadRow(
-                f"tool call without result: message {index} calls {names}",
-                "put a message of role tool with the result after it, or end the conversation",
-            )
+            hint = "put a message of role tool with the result after it"
+            raise BadRow(f"tool call without result: message {index} is followed by none", hint)
     answers = [index for index, role in enumerate(roles) if role == "assistant"]
     learned = [index for index in answers if messages[index].get("weight") != 0]
     if not learned:
@@ -334,7 +302,5 @@ def check_roles(messages: Sequence[Message]) -> None:
         raise BadRow(what, "give one weight 1, or leave the row out")
     silent = [i for i in learned if not any(map(str.strip, message_texts(messages[i])))]
     if silent and len(silent) < len(answers):  # rows without any answer are counted by the audit
-        raise BadRow(
-            f"message {silent[0]} (assistant) is empty: no text, no thought, no tool call",
-            "cut it out of the conversation, or give it weight: 0",
-        )
+        hint = "cut it out of the conversation, or give it weight: 0"
+        raise BadRow(f"message {silent[0]} (assistant) is empty", hint)

@@ -15,6 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Literal
 
 from recipes_lib.data.rows import DataRow
@@ -62,9 +63,7 @@ class Leak:
     short: bool = False
     begins: str = ""
 
-    @property
-    def shown(self) -> str:
-        """The leak in words."""
+    def __str__(self) -> str:
         how = "whole" if self.short else f"{self.share:.0%} of its {GRAM}-grams"
         text = "question" if self.part == "question" else "answer to question"
         return f"{self.place}: {text} {self.question} ({how}): {self.begins}"
@@ -73,11 +72,10 @@ class Leak:
 @dataclass(frozen=True, kw_only=True)
 class Leaks:
     """What training rows hold of one evaluation: how many rows were searched for how many
-    questions, and the first of the leaks.
+    questions, and the first `NUM_KEPT` leaks.
 
     Args:
         accidental: only short texts of a few questions, as two people may write them.
-        found: the first `NUM_KEPT`.
         why: nothing was searched.
     """
 
@@ -122,13 +120,9 @@ class Leaks:
 
     def lines(self, limit: int) -> list[str]:
         """Return the first leaks, a line each, and how many more rows there are."""
-        lines = [leak.shown for leak in self.found[:limit]]
         rest = self.leaked_rows - len({leak.row for leak in self.found[:limit]})
-        return [*lines, *([f"... and {rest:,} more rows"] if rest > 0 else [])]
-
-
-_Owner = tuple[str, EvalText]  # with the name of its evaluation
-_Gram = tuple[str, ...]
+        more = [f"... and {rest:,} more rows"] if rest > 0 else []
+        return [*map(str, self.found[:limit]), *more]
 
 
 def find_leaks(
@@ -140,71 +134,55 @@ def find_leaks(
         rows: with their texts; each is looked at once.
         evals: texts by the name of their evaluation.
     """
-    index, num_rows = _Index(evals), 0
+    # eval texts -> an index by all words of a short text, and by the 13-grams of a longer one
+    short: dict[tuple[str, ...], list[tuple[str, EvalText]]] = defaultdict(list)
+    owners: dict[tuple[str, ...], list[tuple[str, EvalText]]] = defaultdict(list)
+    num_grams: dict[tuple[str, EvalText], int] = {}
+    for name, texts in evals.items():
+        grams = {text: {*_grams(words_of(text.text))} for text in texts}
+        by_question: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+        for text in texts:
+            by_question[text.question] |= grams[text]
+            words = tuple(words_of(text.text))
+            fewest = FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1
+            if fewest <= len(words) < GRAM:
+                short[words].append((name, text))
+        times = Counter(gram for of_question in by_question.values() for gram in of_question)
+        for text, of_text in grams.items():
+            # of a question that stands there twice, nothing is its own
+            own = {gram for gram in of_text if times[gram] == 1} or of_text
+            num_grams[name, text] = len(own)
+            for gram in own:
+                owners[gram].append((name, text))
+
+    # rows -> leaks
     leaks: dict[str, list[Leak]] = {name: [] for name in evals}
+    num_rows = 0
     for row in rows:
         num_rows += 1
-        for (name, text), share in index.search(row.texts).items():
-            begins = " ".join(text.text.split())
-            if len(begins) > NUM_CHARACTERS:
-                begins = f"{begins[: NUM_CHARACTERS - 3]}..."
-            of_text = (text.question, text.part, share or 1.0, share is None, begins)
-            leaks[name].append(Leak(row.place, row.id, *of_text))
+        shares: dict[tuple[str, EvalText], float] = {}
+        held: dict[tuple[str, EvalText], set[tuple[str, ...]]] = defaultdict(set)
+        for said in row.texts:
+            words = tuple(words_of(said))
+            shares |= dict.fromkeys(short.get(words, ()), 1.0)
+            for gram in _grams(words):
+                for owner in owners.get(gram, ()):
+                    held[owner].add(gram)
+        shares |= {owner: len(grams) / num_grams[owner] for owner, grams in held.items()}
+        for (name, text), share in shares.items():
+            if share >= SHARE:
+                begins = shorten(text.text, NUM_CHARACTERS, placeholder="...")
+                is_short = num_grams[name, text] == 0
+                leak = Leak(row.place, row.id, text.question, text.part, share, is_short, begins)
+                leaks[name].append(leak)
     return {
         name: Leaks.of(leaks[name], num_rows, len({text.question for text in texts}))
         for name, texts in evals.items()
     }
 
 
-class _Index:
-    """Texts of evaluations by their words where they are short, else by their 13-grams."""
-
-    def __init__(self, evals: Mapping[str, Iterable[EvalText]]) -> None:
-        self.whole: dict[_Gram, list[_Owner]] = defaultdict(list)
-        self.owners: dict[_Gram, list[_Owner]] = defaultdict(list)
-        self.num_grams: dict[_Owner, int] = {}
-        for name, texts in evals.items():
-            grams: dict[_Owner, set[_Gram]] = {}
-            by_question: dict[str, set[_Gram]] = defaultdict(set)
-            for text in texts:
-                words = words_of(text.text)
-                if len(words) >= GRAM:
-                    starts = range(len(words) - GRAM + 1)
-                    of_text = {tuple(words[start : start + GRAM]) for start in starts}
-                    grams[name, text] = of_text
-                    by_question[text.question] |= of_text
-                elif len(words) >= (FEWEST_WORDS_OF_ANSWER if text.part == "answer" else 1):
-                    self.whole[tuple(words)].append((name, text))
-            times = Counter(gram for question in by_question.values() for gram in question)
-            for owner, of_text in grams.items():
-                # of a question that stands there twice, nothing is its own
-                own = {gram for gram in of_text if times[gram] == 1} or of_text
-                self.num_grams[owner] = len(own)
-                for gram in own:
-                    self.owners[gram].append(owner)
-        self.words = {word for gram in self.owners for word in gram}
-
-    def search(self, texts: Iterable[str]) -> dict[_Owner, float | None]:
-        """Return which texts the texts of a row hold: the share of their 13-grams, None for a
-        short one.
-        """
-        shares: dict[_Owner, float | None] = {}
-        seen: dict[_Owner, set[_Gram]] = defaultdict(set)
-        for text in texts:
-            words = words_of(text)
-            if len(words) < GRAM:
-                shares |= dict.fromkeys(self.whole.get(tuple(words), ()))
-                continue
-            known = 0  # words in a row that some 13-gram has: most places need no look-up
-            for end, word in enumerate(words, 1):
-                known = known + 1 if word in self.words else 0
-                if known >= GRAM and (gram := tuple(words[end - GRAM : end])) in self.owners:
-                    for owner in self.owners[gram]:
-                        seen[owner].add(gram)
-        for owner, grams in seen.items():
-            if (share := len(grams) / self.num_grams[owner]) >= SHARE:
-                shares[owner] = share
-        return shares
+def _grams(words: Sequence[str]) -> Iterable[tuple[str, ...]]:
+    return zip(*(words[start:] for start in range(GRAM)), strict=False)
 
 
 def words_of(text: str) -> list[str]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
@@ -21,9 +23,9 @@ from recipes_lib.core.ranks import on_main_rank
 from recipes_lib.data.audit import DataAudit, SourceCounts
 from recipes_lib.data.prompts import (
     chat_template,
-    check_template_kwargs,
     format_hash,
     training_template,
+    unread_argument,
 )
 from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, place
 from recipes_lib.data.sources import hub_data_set, is_on_hub, listed_sources, source_files
@@ -33,29 +35,18 @@ from recipes_lib.data.splits import (
     VALIDATION,
     Rows,
     fingerprint_of,
+    first_in_hash_order,
     read_data,
     select_rows,
     split_rows,
 )
-from recipes_lib.data.supervision import (
-    BATCH_ROWS,
-    Encoded,
-    Supervision,
-    check_settings,
-    encode,
-    render_turns,
-)
+from recipes_lib.data.supervision import BATCH_ROWS, Encoded, Supervision, encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 MOST_PREPARED = 12  # prepared data sets in the cache
 _RECORD = "prepared.json"
-# The keys of `train` that decide what is prepared.
-_TRAIN_KEYS = (
-    *("max_length", "truncation_mode", "eos_token", "packing", "packing_strategy"),
-    *("completion_only_loss", "assistant_only_loss", "eval_strategy"),
-)
 
 
 @dataclass(frozen=True)
@@ -88,8 +79,9 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
         DataError: rows, files, columns or settings that cannot be used; with file and line.
     """
     try:
-        folder = on_main_rank(lambda: _prepared_folder(recipe, tokenizer))
-        return _read(folder) or _prepare(recipe, tokenizer, folder.name)
+        settings = Supervision.of(recipe.data, recipe.train, tokenizer)
+        folder = on_main_rank(lambda: _prepared_folder(recipe, settings, tokenizer))
+        return _read(folder) or _prepare(recipe, settings, tokenizer, folder.name)
     except DataError as error:
         raise place(recipe, error) from error.__cause__
 
@@ -97,16 +89,16 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 # ---- the cache ----
 
 
-def _prepared_folder(recipe: Recipe, tokenizer: Any) -> Path:
+def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> Path:
     """Return the folder of the prepared data, made now where it is not there; nothing is in it
     where it cannot be written.
     """
-    key = _key(recipe, tokenizer)
+    key = _key(recipe, settings, tokenizer)
     folder = cache_root() / "rows" / key
     if (folder / _RECORD).is_file():
         folder.touch()
         return folder
-    data = _prepare(recipe, tokenizer, key)
+    data = _prepare(recipe, settings, tokenizer, key)
     scratch = folder.with_name(f".{key}.tmp")
     try:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -121,27 +113,27 @@ def _prepared_folder(recipe: Recipe, tokenizer: Any) -> Path:
     return folder
 
 
-def _key(recipe: Recipe, tokenizer: Any) -> str:
+def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
     """Return a hash of all that decides what is prepared: rows, settings, tokenizer, our code."""
     import tokenizers
     import transformers
 
-    check_settings(recipe.data, recipe.train, tokenizer)
-    sources = listed_sources(recipe.data)
+    section, train = recipe.data, recipe.train
+    sources = listed_sources(section)
     local = [source for source in sources if not is_on_hub(source)]
     files = [file for source in local for file in source_files(source)]
     code = sorted(Path(__file__).parent.glob("*.py"))
     parts: list[Any] = [
-        recipe.data.model_dump(warnings=False),
-        {name: recipe.train.get(name) for name in _TRAIN_KEYS},
+        section.model_dump(warnings=False),
+        [settings.whole, settings.max_length, settings.keep_end, settings.eos_token],
+        [train.get("completion_only_loss"), train.get("eval_strategy")],
         [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
         [tokenizers.__version__, transformers.__version__],
         [[str(file), file_hash(file)] for file in (*files, *code)],
         [hub_data_set(source)._fingerprint for source in sources if source not in local],
     ]
-    if recipe.data.prompt_format == "chat":
-        parts.append(chat_template(recipe.data, tokenizer))
-        parts.append(training_template(recipe.data, tokenizer))
+    if section.prompt_format == "chat":
+        parts += [chat_template(section, tokenizer), training_template(section, tokenizer)]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
 
 
@@ -169,7 +161,7 @@ def _read(folder: Path) -> PreparedData | None:
             name: Dataset.from_file(str(file)) if file.is_file() else None
             for name, file in files.items()
         }
-        audit = DataAudit.from_dict(record.pop("audit"))
+        audit = TypeAdapter(DataAudit).validate_python(record.pop("audit"))
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return PreparedData(**parts, **record, audit=audit)
@@ -178,111 +170,110 @@ def _read(folder: Path) -> PreparedData | None:
 # ---- the work ----
 
 
-def _prepare(recipe: Recipe, tokenizer: Any, key: str) -> PreparedData:
+def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) -> PreparedData:
     section, bad = recipe.data, BadRows()
 
     # files -> rows
-    rows = read_data(section, bad)
+    read = read_data(section, bad)
+    if len(bad) and not read.rows:
+        raise bad.error(read.num_read)
+    rows, filtered = select_rows(read.rows, section)
+    is_pair_loss = recipe.train.get("completion_only_loss") is True
+    if is_pair_loss and any("text" in row.fields for row in rows):
+        what = "train.completion_only_loss: true needs prompt and completion"
+        hint = "remove the key (loss on the whole text)"
+        raise SettingError("train.completion_only_loss", f"{what}; the rows are texts", hint)
+
+    # rows -> tokens
     template, training = None, training_template(section, tokenizer)
     if section.prompt_format == "chat":
         template = training[1] if training else chat_template(section, tokenizer)
-        try:
-            check_template_kwargs(section.chat_template_kwargs, template)
-        except BadRow as reason:
-            key = "data.chat_template_kwargs"
-            raise SettingError(key, f"data.{reason.what}", reason.hint) from None
-    if len(bad) and section.on_bad_row == "error":
-        for row in rows.rows if template else ():  # name those too that the template refuses
-            chat = render_turns(row, section, tokenizer, template or "")
-            if isinstance(chat, BadRow):
-                bad.add(row, chat)
-        raise bad.error(rows.num_read)
-    rows, filtered = select_rows(rows, section, bad)
-
-    # rows -> tokens
-    check_settings(section, recipe.train, tokenizer, any("text" in row.fields for row in rows.rows))
-    settings = Supervision.of(section, recipe.train, tokenizer)
-    usable: list[int] = []
-    encoded: list[Encoded] = []
+        if reason := unread_argument(section.chat_template_kwargs, template):
+            what = f"data.{reason.what}"
+            raise SettingError("data.chat_template_kwargs", what, reason.hint)
+    encoded: dict[str, Encoded] = {}
     for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows.rows[start : start + BATCH_ROWS]
-        for index, item in enumerate(encode(batch, settings, tokenizer, template), start):
+        batch = rows[start : start + BATCH_ROWS]
+        items = encode(batch, settings, tokenizer, template)
+        for row, item in zip(batch, items, strict=True):
             if isinstance(item, BadRow):
-                bad.add(rows.rows[index], item)
+                bad.add(row, item)
             else:
-                usable.append(index)
-                encoded.append(item)
-    rows = rows.take(usable)
+                encoded[row.id] = item
     if len(bad) and (section.on_bad_row == "error" or not encoded):
-        raise bad.error(rows.num_read)
+        raise bad.error(read.num_read)
     if (limit := section.filters.max_tokens) is not None:
-        fitting = [i for i, item in enumerate(encoded) if item.tokens_before <= limit]
-        filtered["max_tokens"] = len(rows) - len(fitting)
+        fitting = {id: item for id, item in encoded.items() if item.tokens_before <= limit}
+        filtered["max_tokens"] = len(encoded) - len(fitting)
         if not fitting:
-            what = f"0 rows: all {len(rows)} rows are longer than {limit} tokens"
+            what = f"0 rows: all {len(encoded)} rows are longer than {limit} tokens"
             raise SettingError("data.filters.max_tokens", what)
-        rows, encoded = rows.take(fitting), [encoded[i] for i in fitting]
+        encoded = fitting
+    rows = [row for row in rows if row.id in encoded]
 
     # tokens -> splits -> data sets
-    parts = split_rows(rows.rows, section.split)
-    parts[TRAIN] = rows.repeated(parts[TRAIN], section.split.seed)
-    audit = DataAudit.of(settings)
-    audit.count(rows.rows, encoded, tokenizer)
-    _count_parts(audit, rows, encoded, parts)
-    audit.rows |= {"filtered": filtered, "bad": len(bad)}
-    audit.bad_rows, audit.unused_columns = bad.record(), rows.unused
+    parts = split_rows(rows, section.split)
+    parts[TRAIN] = _repeated(parts[TRAIN], read, section.split.seed)
+    with_loss = {
+        name: [row for row in part if encoded[row.id].supervised] for name, part in parts.items()
+    }
+    audit = DataAudit.of(settings, rows, [encoded[row.id] for row in rows], tokenizer)
+    audit.rows = {"read": read.num_read, "bad": len(bad), "used": len(rows), "filtered": filtered}
+    audit.rows |= {name: len(part) for name, part in parts.items()}
+    audit.rows |= {"trained": len(with_loss[TRAIN]), "validated": len(with_loss[VALIDATION])}
+    audit.bad_rows, audit.unused_columns = bad.places_by_reason(), read.unused
+    for number, (source, num_rows) in enumerate(read.sources):
+        counts = {name: sum(row.source == number for row in part) for name, part in parts.items()}
+        audit.sources.append(
+            SourceCounts(
+                source=shown_path(Path(source.source)),
+                weight=source.weight,
+                rows=num_rows,
+                used=sum(row.source == number for row in rows),
+                **counts,
+            )
+        )
     if training is not None:
         digest = hashlib.sha256(training[1].encode()).hexdigest()
         audit.training_template = {"file": training[0], "sha256": digest}
     evaluates = recipe.train.get("eval_strategy", "no") != "no"
     audit.check(section.max_unsupervised_fraction, evaluates=evaluates)
-    sets = {
-        name: _dataset(
-            [(rows.rows[i], encoded[i]) for i in indices if encoded[i].supervised], key + name
-        )
-        for name, indices in parts.items()
+    splits: dict[str, Any] = {
+        "method": section.split.method,
+        "seed": section.split.seed,
+        "fractions": {"validation": section.split.validation, "test": section.split.test},
     }
-    bare = {*audit.no_supervised_tokens.ids}
-    splits: dict[str, Any] = {"method": section.split.method, "seed": section.split.seed}
-    splits["fractions"] = {"validation": section.split.validation, "test": section.split.test}
-    for name, indices in parts.items():
-        ids = [rows.rows[index].id for index in indices]
-        without = [id for id in ids if id in bare]
+    for name, part in parts.items():
+        ids = [row.id for row in part]
+        without = [id for id in ids if not encoded[id].supervised]
         splits[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
     return PreparedData(
-        **sets,
+        **{name: _dataset(part, encoded, key + name) for name, part in with_loss.items()},
         audit=audit,
         splits=splits,
-        fingerprint=fingerprint_of(
-            {name: [rows.rows[index] for index in indices] for name, indices in parts.items()}
-        ),
+        fingerprint=fingerprint_of(parts),
         prompt_format_hash=format_hash(section, tokenizer, eos_token=settings.eos_token),
     )
 
 
-def _count_parts(
-    audit: DataAudit, rows: Rows, encoded: Sequence[Encoded], parts: Mapping[str, Sequence[int]]
-) -> None:
-    """Count the rows of each split and source."""
-    with_loss = {name: sum(encoded[i].supervised > 0 for i in part) for name, part in parts.items()}
-    audit.rows = {"read": rows.num_read, "used": len(rows)}
-    audit.rows |= {name: len(indices) for name, indices in parts.items()}
-    audit.rows |= {"trained": with_loss[TRAIN], "validated": with_loss[VALIDATION]}
-    audit.duplicates = len(rows) - len({row.content for row in rows.rows})
-    for number, (source, num_rows) in enumerate(rows.sources):
-        own = {n: [i for i in p if rows.rows[i].source == number] for n, p in parts.items()}
-        counts = SourceCounts(
-            source=shown_path(Path(source.source)),
-            weight=source.weight,
-            rows=num_rows,
-            used=sum(row.source == number for row in rows.rows),
-            **{name: len(indices) for name, indices in own.items()},
-            supervised=sum(encoded[i].supervised for i in own[TRAIN]),
-        )
-        audit.sources.append(counts)
+def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
+    """Return training rows as often as the weights of their sources say: whole times all of them,
+    and the first in hash order once more.
+    """
+    times: dict[str, int] = {}
+    for number, (source, _) in enumerate(read.sources):
+        if source.weight > 1:
+            whole, part = divmod(source.weight, 1)
+            own = [row for row in rows if row.source == number]
+            times |= {row.id: int(whole) for row in own}
+            for row in first_in_hash_order(own, round(part * len(own)), seed):
+                times[row.id] += 1
+    return [row for row in rows for _ in range(times.get(row.id, 1))]
 
 
-def _dataset(items: Sequence[tuple[DataRow, Encoded]], fingerprint: str) -> Dataset | None:
+def _dataset(
+    rows: Sequence[DataRow], encoded: dict[str, Encoded], fingerprint: str
+) -> Dataset | None:
     """Return tokenised rows as a data set, or None for no rows. Without a fingerprint, `datasets`
     would pickle the table, in three times its memory.
     """
@@ -290,16 +281,17 @@ def _dataset(items: Sequence[tuple[DataRow, Encoded]], fingerprint: str) -> Data
     import numpy as np
     import pyarrow
 
-    if not items:
+    if not rows:
         return None
-    ends = pyarrow.array(np.cumsum([0, *(item.length for _, item in items)], dtype=np.int32))
+    items = [encoded[row.id] for row in rows]
+    ends = pyarrow.array(np.cumsum([0, *(len(item.ids) for item in items)], dtype=np.int32))
 
     def tokens(arrays: list[np.ndarray]) -> pyarrow.ListArray:
         return pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.concatenate(arrays)))
 
     columns = {
-        "input_ids": tokens([item.ids for _, item in items]),
-        "labels": tokens([item.labels for _, item in items]),
-        "example_id": pyarrow.array([row.id for row, _ in items], pyarrow.string()),
+        "input_ids": tokens([item.ids for item in items]),
+        "labels": tokens([item.labels for item in items]),
+        "example_id": pyarrow.array([row.id for row in rows], pyarrow.string()),
     }
     return datasets.Dataset(pyarrow.table(columns), fingerprint=fingerprint)

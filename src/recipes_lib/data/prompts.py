@@ -123,24 +123,21 @@ def render_chat(
     from transformers.utils.chat_template_utils import render_jinja_template
 
     marked = bool(GENERATION.search(template))
-
-    def rendered(chat: Sequence[Message]) -> tuple[str, list[Span]]:
-        texts, spans = render_jinja_template(
-            [list(chat)],
-            chat_template=template,
-            add_generation_prompt=prompt,
-            return_assistant_tokens_mask=marked,
-            **{**tokenizer.special_tokens_map, **(values or {})},
-        )
-        return texts[0], spans[0] if marked else []
-
+    render = functools.partial(
+        render_jinja_template,
+        chat_template=template,
+        add_generation_prompt=prompt,
+        return_assistant_tokens_mask=marked,
+        **{**tokenizer.special_tokens_map, **(values or {})},
+    )
     try:
-        return rendered(messages)
+        texts, spans = render([list(messages)])
     except TypeError:
         # DeepSeek's templates join the arguments of a call to text; all others read an object
         if not any("tool_calls" in message for message in messages):
             raise
-        return rendered([with_arguments_as_text(message) for message in messages])
+        texts, spans = render([[with_arguments_as_text(message) for message in messages]])
+    return texts[0], spans[0] if marked else []
 
 
 def with_arguments_as_text(message: Message) -> Message:
@@ -159,49 +156,42 @@ def chat_template(section: DataSection, tokenizer: Any) -> str:
     Raises:
         SettingError: there is no template, or its file does not exist.
     """
-    return _with_date(_plain_template(section, tokenizer), section.template_date)
+    return _with_date(_undated_template(section, tokenizer), section.template_date)
 
 
-def _plain_template(section: DataSection, tokenizer: Any) -> str:
+def _undated_template(section: DataSection, tokenizer: Any) -> str:
     given = section.chat_template
     if given is None:
         own = getattr(tokenizer, "chat_template", None)
         own = own.get("default") if isinstance(own, dict) else own
         if not own:
-            raise SettingError(
-                "data.prompt_format",
-                "prompt_format chat needs a chat template, and the tokenizer has none",
-                "set data.chat_template to a .jinja file or to one that TRL ships (trl:llama3), or"
-                " choose prompt_format dolly, alpaca or raw",
-            )
+            what = "prompt_format chat needs a chat template, and the tokenizer has none"
+            hint = "set data.chat_template to a .jinja file or to one of TRL's, as trl:llama3"
+            raise SettingError("data.prompt_format", what, hint)
         return str(own)
     if is_inline(given):
         return given
-    path = Path(given).expanduser()
-    if given.startswith(TRL):
-        shipped = trl_templates()
-        if given not in shipped:
-            near = did_you_mean(given, shipped) or [
-                f"ChatML is {TRL}qwen2_5; all: {', '.join(shipped)}"
-            ]
-            raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *near)
-        path = shipped[given]
+    shipped = trl_templates()
+    if given.startswith(TRL) and given not in shipped:
+        hints = [f"ChatML is {TRL}qwen2_5; all: {', '.join(shipped)}"]
+        hints = did_you_mean(given, shipped) or hints
+        raise SettingError("data.chat_template", f"TRL ships no template {given!r}", *hints)
+    path = shipped.get(given) or Path(given).expanduser()
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError:
         what = f"no such file: {shown_path(path)}"
-        if path.is_file():
-            why = getattr(error, "strerror", None) or "not UTF-8 text"
-            what = f"{shown_path(path)} cannot be read: {why}"
-        hint = "give a .jinja file in UTF-8, or the template itself"
-        raise SettingError("data.chat_template", what, hint) from None
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"{shown_path(path)} cannot be read: {error}"
+    hint = "give a .jinja file in UTF-8, or the template itself"
+    raise SettingError("data.chat_template", what, hint)
 
 
 def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
     """Return the date that a run's template prints: the recipe's, the one recorded when the run was
     created, or today; None where the template prints none.
     """
-    if section.prompt_format != "chat" or not TODAY.search(_plain_template(section, tokenizer)):
+    if section.prompt_format != "chat" or not TODAY.search(_undated_template(section, tokenizer)):
         return section.template_date
     return section.template_date or recorded or datetime.date.today().isoformat()
 
@@ -219,14 +209,15 @@ def _with_date(template: str, date: str | None) -> str:
     return TODAY.sub(lambda match: repr(day.strftime(match["form"])), template)
 
 
-def check_template_kwargs(names: Iterable[str], template: str) -> None:
-    """Raise a BadRow for a template argument that the chat template does not name."""
+def unread_argument(names: Iterable[str], template: str) -> BadRow | None:
+    """Return the error about a template argument that the chat template does not name."""
     words = set(re.findall(r"[A-Za-z_]\w*", template))
     for name in names:
         if name not in words:
             hints = did_you_mean(name, sorted(words)) or ["remove it, or choose another template"]
             what = f"chat_template_kwargs: the chat template does not read '{name}'"
-            raise BadRow(what, hints[0])
+            return BadRow(what, hints[0])
+    return None
 
 
 def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] | None:
@@ -239,7 +230,7 @@ def training_template(section: DataSection, tokenizer: Any) -> tuple[str, str] |
     given = section.chat_template
     if section.prompt_format != "chat" or (given is not None and not given.startswith(TRL)):
         return None
-    template = _plain_template(section, tokenizer)
+    template = _undated_template(section, tokenizer)
     file = None if GENERATION.search(template) else training_files().get(template)
     if file is None:
         return None

@@ -23,12 +23,11 @@ class DataRow:
     """One row: where it stands, its texts and its identity.
 
     Args:
-        file: path or Hub id, as the user would type it.
         line: counted from 1; None where the format has no lines.
         number: counted from 1 within the file.
         fields: our names -> text (or a list of messages); tools and template arguments are JSON.
         source: position of its source in the mixture.
-        id: unique label in splits.json and supervision.json.
+        id: unique label in splits.json.
         content: SHA-256 of the normalised texts, which alone decides the side of the split.
     """
 
@@ -51,9 +50,10 @@ class DataRow:
         """All texts, of conversations all that each message says."""
         texts: list[str] = []
         for value in self.fields.values():
-            messages = [] if isinstance(value, str) else value
-            texts += [value] if isinstance(value, str) else []
-            texts += [text for message in messages for text in message_texts(message)]
+            if isinstance(value, str):
+                texts.append(value)
+            else:
+                texts += [text for message in value for text in message_texts(message)]
         return texts
 
     @property
@@ -69,10 +69,10 @@ class DataRow:
 
 def message_texts(message: Mapping[str, Any]) -> list[str]:
     """Return all that a message says: its thoughts, its content, and its tool calls as JSON."""
-    texts = [message["reasoning_content"]] if "reasoning_content" in message else []
+    thoughts = [message["reasoning_content"]] if "reasoning_content" in message else []
     calls = message.get("tool_calls", ())
     called = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
-    return [*texts, message["content"], *called]
+    return [*thoughts, message["content"], *called]
 
 
 class SettingError(DataError):
@@ -131,32 +131,24 @@ class BadRows:
         Args:
             num_rows: rows read; None where that is not known.
         """
+        first, *others = self.places_by_reason().items()
         row, reason = self.rows[0]
-        first, *others = self._places_by_reason().items()
         lines = [f"{len(first[1]) - 1} more: {listed(first[1][1:])}"] if len(first[1]) > 1 else []
-        for what, places in others[:NUM_LISTED]:
-            count = "" if len(places) == 1 else f"{len(places)} rows, "
-            lines.append(f"{count}{listed(places, 3)}: {what}")
+        lines += [f"{listed(places, 3)}: {what}" for what, places in others[:NUM_LISTED]]
         if len(others) > NUM_LISTED:
             lines.append(f"{len(others) - NUM_LISTED} other problems")
         lines += dict.fromkeys(bad.hint for _, bad in self.rows if bad.hint)
         if drop := sorted({name for _, bad in self.rows for name in bad.drop}):
             lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
         if num_rows is not None and len(self) < num_rows:
-            lines.append(
-                f"to leave out bad rows ({len(self)} of {num_rows}): data.on_bad_row: skip"
-            )
+            count = f"{len(self)} of {num_rows}"
+            lines.append(f"to leave out bad rows ({count}): data.on_bad_row: skip")
         file = row.file if row.line is not None else row.place
         return DataError(reason.what, *lines, file=file, line=row.line)
 
-    def record(self) -> dict[str, Any]:
-        """Return how many there are, where they stand and why, for supervision.json."""
-        reasons = {what: len(places) for what, places in self._places_by_reason().items()}
-        places = [row.place for row, _ in self.rows]
-        return {"count": len(self), "places": places, "reasons": reasons}
-
-    def _places_by_reason(self) -> dict[str, list[str]]:
+    def places_by_reason(self) -> dict[str, list[str]]:
         """Group the places by what is wrong, whatever numbers stand in the words."""
+        self.rows.sort(key=lambda bad: (bad[0].file, bad[0].number))
         kinds: dict[str, tuple[str, list[str]]] = {}
         for row, reason in self.rows:
             words = re.sub(r"0x\w+|\d+|\\u\w{4}", "#", reason.what)
@@ -177,21 +169,21 @@ def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
 
 
 def type_name(value: Any) -> str:
-    """Return the type of a value in a user's words: `None`, `float nan`, `int`, `list`."""
-    if value is None:
-        return "None"
-    return "float nan" if value != value else type(value).__name__
+    """Return the type of a value in a user's words: `None`, `int`, `list`."""
+    return "None" if value is None else type(value).__name__
 
 
-def lone_surrogate(text: str) -> str:
-    """Return where a text has half of a UTF-16 pair, or a byte that was not UTF-8 when it was read
-    with `surrogateescape`; '' where it has none.
+def checked_text(value: Any, what: str) -> str:
+    """Return a text that has an encoding.
+
+    Raises:
+        BadRow: it is no text, or has half of a UTF-16 pair; `what` says where.
     """
+    if not isinstance(value, str):
+        raise BadRow(f"{what}: expected text, found {type_name(value)}")
     try:
-        text.encode()
+        value.encode()
     except UnicodeEncodeError as error:
-        char = text[error.start]
-        if "\udc80" <= char <= "\udcff":
-            return f"byte 0x{ord(char) - 0xDC00:02x} is not UTF-8 (data.encoding may say more)"
-        return f"lone surrogate {char!r} at character {error.start}"
-    return ""
+        char = value[error.start]
+        raise BadRow(f"{what}: lone surrogate {char!r} at character {error.start}") from None
+    return value

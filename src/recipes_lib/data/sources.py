@@ -15,10 +15,9 @@ import json
 import os
 import re
 import sys
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -28,30 +27,21 @@ from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_
 from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, refuse_pipe, remembered_hash
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import RESERVED, RESERVED_HINT
-from recipes_lib.data.rows import (
-    BadRow,
-    SettingError,
-    listed,
-    lone_surrogate,
-    type_name,
-)
+from recipes_lib.data.conversations import RESERVED, RESERVED_HINT, without_nulls
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, type_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SPLIT_IN_NAME = re.compile(
-    r"(?:^|[-_.])(train|training|test|testing|validation|valid|val|dev|eval)(?=[-_.]|$)"
-)
-SPLIT_NAMES = {
-    "training": "train",
-    "testing": "test",
-    **dict.fromkeys(("valid", "val", "dev", "eval"), "validation"),
+# What names of files call the splits of a data set.
+SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev|eval",
+    "test": "test|testing",
 }
 # Files that `datasets` writes beside the rows.
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json"}
 _OF_CHAT = ("chat_template", "chat_template_kwargs", "system_prompt", "chat_loss")
-ENCODING_HINT = "convert it with iconv, or say what it is: data.encoding (latin-1, cp1252, utf-16)"
 Numbered = tuple[int | None, Row | BadRow]
 
 
@@ -88,8 +78,7 @@ def listed_sources(section: DataSection) -> list[Source]:
     """Return the sources that `data.source` names.
 
     Raises:
-        SettingError: no source, an unknown encoding, or a key that only `chat` reads is set with
-            another prompt format.
+        SettingError: no source, or a key that only `chat` reads is set with another prompt format.
     """
     if not section.source:
         raise SettingError("data.source", "is empty: name at least one source")
@@ -108,16 +97,6 @@ def listed_sources(section: DataSection) -> list[Source]:
         keys: dict[str, Any] = {"source": entry} if isinstance(entry, str) else dict(entry)
         keys["columns"] = {**whole.columns, **(keys.get("columns") or {})}
         sources.append(replace(whole, **keys))
-    for source in sources:
-        try:
-            "".encode(source.encoding)
-        except (LookupError, ValueError):
-            what = f"data.encoding: Python knows no text encoding {source.encoding!r}"
-            hint = "common ones: utf-8, latin-1, cp1252, utf-16"
-            raise SettingError("data.encoding", what, hint) from None
-        if source.delimiter is not None and len(source.delimiter) != 1:
-            what = f"data.delimiter: expected one character, found {source.delimiter!r}"
-            raise SettingError("data.delimiter", what)
     return sources
 
 
@@ -133,27 +112,27 @@ def find_path(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def load_tables(source: Source, max_rows: int | None = None) -> list[Table]:
-    """Return the rows of one source, at most `max_rows` of each file.
+def load_rows(
+    source: Source, bad: BadRows | None = None, max_rows: int | None = None
+) -> list[DataRow]:
+    """Return the rows of one source with the columns of its files, as `read_file` returns them; at
+    most `max_rows` of each file.
 
     Raises:
-        DataError: the file, folder or data set is missing or damaged, or its files have different
-            columns.
+        DataError: the file, folder or data set is missing or damaged.
     """
     if is_on_hub(source):
-        rows = [(None, dict(row)) for row in hub_data_set(source)]
-        return [Table(source.source, list(rows), columnar=True)]
-    tables = [
-        read_file(file, max_rows, encoding=source.encoding, delimiter=source.delimiter)
+        return [
+            DataRow(source.source, None, number, _without_nulls(row))
+            for number, row in enumerate(hub_data_set(source), 1)
+        ]
+    return [
+        row
         for file in source_files(source)
+        for row in read_file(
+            file, bad, max_rows=max_rows, encoding=source.encoding, delimiter=source.delimiter
+        )
     ]
-    first = tables[0]
-    for table in tables[1:]:
-        if table.columns and first.columns and {*table.columns} != {*first.columns}:
-            what = f"columns are {', '.join(table.columns)}, but {', '.join(first.columns)}"
-            hint = "give files of other columns as sources of their own: data.source: [...]"
-            raise DataError(f"{what} in {first.file}", hint, file=table.file)
-    return tables
 
 
 def source_files(source: Source) -> list[Path]:
@@ -201,18 +180,16 @@ def data_files(folder: Path, split: str) -> list[Path]:
     if not files:
         what = f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}"
         raise DataError(what, file=shown)
-    splits = {
-        path: SPLIT_NAMES.get(match.group(1), match.group(1))
-        for path in files
-        if (match := SPLIT_IN_NAME.search(path.name.lower()))
-    }
-    wanted = [path for path in files if splits.get(path) == SPLIT_NAMES.get(split, split)]
-    rest = [path for path in files if path not in splits]
-    if not wanted and not rest:
-        splits_listed = listed(sorted(set(splits.values())))
-        what = f"{shown} has no file of the split '{split}'; splits: {splits_listed}"
+
+    def has(path: Path, words: str) -> bool:
+        return bool(re.search(rf"(^|[-_.])({words})([-_.]|$)", path.name.lower()))
+
+    of_split = [path for path in files if has(path, SPLIT_WORDS.get(split, re.escape(split)))]
+    rest = [path for path in files if not has(path, "|".join(SPLIT_WORDS.values()))]
+    if not of_split and not rest:
+        what = f"{shown} has no file of the split '{split}', only {files[0].name} and the like"
         raise SettingError("data.source_split", what)
-    return wanted or rest
+    return of_split or rest
 
 
 def hub_data_set(source: Source) -> Dataset:
@@ -231,9 +208,6 @@ def hub_data_set(source: Source) -> Dataset:
     except Exception as error:  # the Hub's client raises many types; each becomes one line
         what = f"cannot load '{name}' from the Hub: {one_line(error)}"
         hint = "check the name and the network; for a private or gated data set: hf auth login"
-        is_missing = isinstance(error, datasets.exceptions.DatasetNotFoundError)
-        if is_missing or "Repository Not Found" in str(error):
-            what = f"the Hub has no data set '{name}', or it is not open to you"
         if offline_by_environment():
             what = f"offline, and '{name}' is no file or folder here and not in the Hub's cache"
             hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
@@ -263,56 +237,23 @@ def hub_answers() -> bool:
 # ---- files ----
 
 
-@dataclass
-class Table:
-    """The rows of one file.
-
-    Args:
-        file: the path as the user would type it, or a Hub id.
-        numbered: pairs of a line (None without lines) and a row, or the reason why it is none.
-        columnar: whether Arrow held the rows, which fills in null for keys of other rows.
-    """
-
-    file: str
-    numbered: list[Numbered]
-    columnar: bool = False
-
-    @cached_property
-    def columns(self) -> list[str]:
-        """All column names, in the order of first appearance."""
-        rows = (row for _, row in self.numbered if not isinstance(row, BadRow))
-        return list(dict.fromkeys(name for row in rows for name in row))
-
-    @property
-    def numbered_rows(self) -> list[tuple[int | None, Row]]:
-        """All rows, each with its line.
-
-        Raises:
-            DataError: a line is not a row.
-        """
-        rows = []
-        for line, row in self.numbered:
-            if isinstance(row, BadRow):
-                raise DataError(row.what, *filter(None, [row.hint]), file=self.file, line=line)
-            rows.append((line, row))
-        return rows
-
-    @property
-    def rows(self) -> list[Row]:
-        """All rows, as `numbered_rows`."""
-        return [row for _, row in self.numbered_rows]
+def column_names(rows: Iterable[DataRow]) -> list[str]:
+    """Return all column names, in the order of first appearance."""
+    return list(dict.fromkeys(name for row in rows for name in row.fields))
 
 
 def read_file(
     path: Path,
-    max_rows: int | None = None,
+    bad: BadRows | None = None,
     *,
+    max_rows: int | None = None,
     encoding: str = "utf-8",
     delimiter: str | None = None,
-) -> Table:
-    """Return the rows of a data file.
+) -> list[DataRow]:
+    """Return the rows of a data file, with its columns.
 
     Args:
+        bad: where lines that are no rows are added; without it, they are an error.
         max_rows: no more than the first of these.
         delimiter: between the columns of .csv and .tsv; None for the ending's own.
 
@@ -326,21 +267,27 @@ def read_file(
         endings = f"known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz"
         raise DataError(f"{what}; {endings}", file=file)
     refuse_pipe(path, file)
-    if kind in (".parquet", ".arrow"):
-        return Table(file, _read_columnar(path, kind, file, max_rows), columnar=True)
-    rows: list[Numbered] = []
+    rows, no_rows = [], BadRows() if bad is None else bad
     try:
-        with _open(path, encoding) as stream:
-            rows.extend(islice(_read_text(stream, kind, file, delimiter), max_rows))
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        what = f"the gzip file is truncated or damaged after row {len(rows)}: {error}"
-        raise DataError(what, file=file) from None
-    except UnicodeError as error:
-        line = len(rows) + 1
-        raise DataError(f"not {encoding}: {error}", ENCODING_HINT, file=file, line=line) from None
-    except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror or error}", file=file) from None
-    return Table(file, rows)
+        with _numbered(path, kind, encoding, delimiter) as numbered:
+            for number, (line, values) in enumerate(islice(numbered, max_rows), 1):
+                row = DataRow(file, line, number, {})
+                if isinstance(values, BadRow):
+                    no_rows.add(row, values)
+                else:
+                    row.fields = values
+                    rows.append(row)
+    except DataError as error:
+        error.file = file
+        raise
+    except (LookupError, TypeError) as error:  # what `open` and `csv` say of a bad setting
+        key = "data.encoding" if isinstance(error, LookupError) else "data.delimiter"
+        raise SettingError(key, f"{key}: {error}") from None
+    except Exception as error:  # of gzip, zlib, pyarrow, the disk, or a codec
+        raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
+    if bad is None and len(no_rows):
+        raise no_rows.error()
+    return rows
 
 
 def count_rows(path: Path) -> int:
@@ -351,24 +298,42 @@ def count_rows(path: Path) -> int:
 
         return int(read_metadata(path).num_rows)
     if kind in (".json", ".arrow"):
-        return len(read_file(path).numbered)
+        return len(read_file(path))
     with _open(path, "latin-1") as stream:
         return sum(1 for line in stream if line.strip()) - (kind in (".csv", ".tsv"))
 
 
+@contextmanager
+def _numbered(
+    path: Path, kind: str, encoding: str, delimiter: str | None
+) -> Iterator[Iterator[Numbered]]:
+    """Open a file and yield its rows, each with its line."""
+    if kind in (".parquet", ".arrow"):
+        yield _read_columnar(path, kind)
+        return
+    with _open(path, encoding) as stream:
+        if kind == ".json":
+            yield _read_json(stream.read())
+        elif kind in (".csv", ".tsv"):
+            yield _read_csv(stream, delimiter or ("\t" if kind == ".tsv" else ","))
+        else:
+            yield _read_jsonl(stream)
+
+
 def _open(path: Path, encoding: str) -> TextIO:
-    # Bytes that are not UTF-8 become lone surrogates, so that only their line is a bad row.
-    utf8 = encoding.lower().replace("_", "-") in ("utf-8", "utf8")
-    name, errors = ("utf-8-sig", "surrogateescape") if utf8 else (encoding, "strict")
+    # Bytes that are no text become lone surrogates, so that only their line is a bad row.
+    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding=name, errors=errors, newline="")
-    return path.open(encoding=name, errors=errors, newline="")
+        return gzip.open(path, "rt", encoding=name, errors="surrogateescape", newline="")
+    return path.open(encoding=name, errors="surrogateescape", newline="")
 
 
-def _read_text(stream: TextIO, kind: str, file: str, delimiter: str | None) -> Iterator[Numbered]:
-    if kind in (".csv", ".tsv"):
-        return _read_csv(stream, file, delimiter or ("\t" if kind == ".tsv" else ","))
-    return _read_json(stream.read(), file) if kind == ".json" else _read_jsonl(stream)
+def _no_text(line: str) -> BadRow | None:
+    """Return the error about a byte that `_open` could not decode."""
+    if byte := re.search("[\udc80-\udcff]", line):
+        what = f"byte 0x{ord(byte[0]) - 0xDC00:02x} is not UTF-8"
+        return BadRow(what, "name the encoding: data.encoding (latin-1, cp1252, utf-16)")
+    return None
 
 
 def _read_jsonl(lines: Iterable[str]) -> Iterator[Numbered]:
@@ -379,19 +344,17 @@ def _read_jsonl(lines: Iterable[str]) -> Iterator[Numbered]:
             row = _object(json.loads(line))
         except (ValueError, RecursionError) as error:
             row = BadRow(f"not a JSON object: {_reason(error)}")
-        if what := lone_surrogate(line):
-            row = BadRow(what, ENCODING_HINT)
-        yield number, row
+        yield number, _no_text(line) or row
 
 
-def _read_json(text: str, file: str) -> Iterator[Numbered]:
+def _read_json(text: str) -> Iterator[Numbered]:
     """Read a list of objects, or JSON Lines under the name .json."""
     try:
         rows = json.loads(text or "[]")
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") != "Extra data":
             line = getattr(error, "lineno", 1)
-            raise DataError(f"not JSON: {_reason(error)}", file=file, line=line) from None
+            raise DataError(f"not JSON: {_reason(error)}", line=line) from None
         yield from _read_jsonl(text.splitlines())
         return
     if isinstance(rows, dict) and "\n" not in text.strip():
@@ -400,8 +363,7 @@ def _read_json(text: str, file: str) -> Iterator[Numbered]:
         yield from ((None, _object(row)) for row in rows)
     else:
         what = f"expected a list of objects, found {type_name(rows)}"
-        hint = f"keep the list alone, as with jq .data {file} > rows.json"
-        raise DataError(what, hint, file=file, line=1)
+        raise DataError(what, "keep the list alone, as with jq .data", line=1)
 
 
 def _object(row: Any) -> Row | BadRow:
@@ -416,7 +378,7 @@ def _reason(error: Exception) -> str:
     return "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
-def _read_csv(stream: TextIO, file: str, delimiter: str) -> Iterator[Numbered]:
+def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(stream, delimiter=delimiter, strict=True)
     start = 1
@@ -425,19 +387,18 @@ def _read_csv(stream: TextIO, file: str, delimiter: str) -> Iterator[Numbered]:
         if other := other_delimiter(header):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
             hint = f'say so: data.delimiter: "{other}"'.replace("\t", "\\t")
-            raise DataError(what, hint, file=file, line=1)
+            raise DataError(what, hint, line=1)
         if repeated := sorted({name for name in header if header.count(name) > 1}):
-            what = f"column names appear twice: {', '.join(repeated)}"
-            raise DataError(what, file=file, line=1)
+            raise DataError(f"column names appear twice: {', '.join(repeated)}", line=1)
         start = reader.line_num + 1
         for values in reader:
             if len(values) == len(header):
-                yield start, dict(zip(header, values, strict=True))
+                yield start, _no_text("".join(values)) or dict(zip(header, values, strict=True))
             elif values:
                 yield start, BadRow(f"{len(values)} fields, but the header has {len(header)}")
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"not CSV: {error}", file=file, line=start) from None
+        raise DataError(f"not CSV: {error}", line=start) from None
 
 
 def other_delimiter(header: list[str]) -> str:
@@ -445,20 +406,22 @@ def other_delimiter(header: list[str]) -> str:
     return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
 
 
-def _read_columnar(path: Path, kind: str, file: str, max_rows: int | None) -> list[Numbered]:
+def _read_columnar(path: Path, kind: str) -> Iterator[Numbered]:
     import pyarrow
     from pyarrow.parquet import read_table
 
-    try:
-        if kind == ".parquet":
-            table = read_table(path)
-        else:
-            with pyarrow.memory_map(str(path)) as stream:
-                try:
-                    table = pyarrow.ipc.open_file(stream).read_all()
-                except pyarrow.ArrowInvalid:  # `datasets` writes Arrow's stream format
-                    stream.seek(0)
-                    table = pyarrow.ipc.open_stream(stream).read_all()
-        return [(None, row) for row in table.slice(0, max_rows).to_pylist()]
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
+    if kind == ".parquet":
+        table = read_table(path)
+    else:
+        with pyarrow.memory_map(str(path)) as stream:
+            try:
+                table = pyarrow.ipc.open_file(stream).read_all()
+            except pyarrow.ArrowInvalid:  # `datasets` writes Arrow's stream format
+                stream.seek(0)
+                table = pyarrow.ipc.open_stream(stream).read_all()
+    for batch in table.to_batches():
+        yield from ((None, _without_nulls(row)) for row in batch.to_pylist())
+
+
+def _without_nulls(row: Row) -> Row:
+    return {name: without_nulls(value) for name, value in row.items()}

@@ -16,16 +16,16 @@ import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import DataSection, SplitSection
 from recipes_lib.core.errors import DataError
-from recipes_lib.data.columns import Reading
+from recipes_lib.data.columns import map_columns
 from recipes_lib.data.rows import BadRows, DataRow, SettingError, message_texts, place
-from recipes_lib.data.sources import Source, is_on_hub, listed_sources, load_tables
+from recipes_lib.data.sources import Source, column_names, is_on_hub, listed_sources, load_rows
 
 TRAIN, VALIDATION, TEST = SPLITS = ("train", "validation", "test")
 NUM_CHECKED = 20_000
@@ -47,27 +47,6 @@ class Rows:
     num_read: int = 0
     unused: dict[str, list[str]] = field(default_factory=dict)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def take(self, indices: Sequence[int]) -> Rows:
-        """Return some of the rows, in the order given."""
-        return replace(self, rows=[self.rows[index] for index in indices])
-
-    def repeated(self, indices: Sequence[int], seed: int) -> list[int]:
-        """Return training rows as often as the weights of their sources say: whole times all of
-        them, and the first in hash order once more.
-        """
-        times: dict[int, int] = {}
-        for number, (source, _) in enumerate(self.sources):
-            whole, part = divmod(source.weight, 1)
-            if source.weight > 1:
-                own = [index for index in indices if self.rows[index].source == number]
-                rows = [self.rows[index] for index in own]
-                more = {*first_in_hash_order(rows, round(part * len(own)), seed)}
-                times |= {index: int(whole) + (at in more) for at, index in enumerate(own)}
-        return [index for index in indices for _ in range(times.get(index, 1))]
-
 
 def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
     """Read, check and name the rows of all sources, at most `max_rows` of each file; rows that
@@ -78,21 +57,25 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
     """
     data, columns = Rows(), list[str]()
     for number, source in enumerate(listed_sources(section)):
-        tables = load_tables(source, max_rows)
-        reading = Reading.of(tables, section.prompt_format, source.columns, section.drop_columns)
-        columns += tables[0].columns
-        if reading.unused:
-            data.unused[tables[0].file] = list(reading.unused)
-        data.num_read += sum(len(table.numbered) for table in tables)
-        rows = [row for table in tables for row in reading.rows(table, number, bad)]
+        num_bad = len(bad)
+        read = load_rows(source, bad, max_rows)
+        data.num_read += len(read) + len(bad) - num_bad
+        if not read:
+            if len(bad):
+                raise bad.error()
+            raise SettingError("data.source", f"0 rows in {source.source}")
+        columns += column_names(read)
+        rows, unused = map_columns(read, section, source.columns, bad)
+        if unused:
+            data.unused[read[0].file] = unused
+        for row in rows:
+            row.source, row.content = number, content_hash(row.fields)
         taken = source.num_taken(len(rows))
         if rows and not taken and max_rows is None:
             what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is no row"
             raise SettingError("data.source", what, "raise it, or remove the source")
         data.sources.append((source, len(rows)))
-        for row in rows:
-            row.content = content_hash(row.fields)
-        data.rows += [rows[index] for index in first_in_hash_order(rows, taken, section.split.seed)]
+        data.rows += first_in_hash_order(rows, taken, section.split.seed)
     for name in section.drop_columns:
         if not name.startswith("messages.") and name not in columns:
             hints = did_you_mean(name, columns) or [f"columns are {', '.join(columns)}"]
@@ -106,23 +89,21 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
     return data
 
 
-def select_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, dict[str, int]]:
+def select_rows(rows: Sequence[DataRow], section: DataSection) -> tuple[list[DataRow], dict]:
     """Leave out rows by category, empty completion and `max_examples`.
 
     Returns:
         The rows kept, and per filter how many it left out.
 
     Raises:
-        DataError: no row has a category, or nothing is left.
+        SettingError: no row has a category, or nothing is left.
     """
-    if len(bad) and not len(rows):
-        raise bad.error(rows.num_read)
-    chosen, kept, filtered = section.filters.categories, rows.rows, {}
+    chosen, kept, filtered = section.filters.categories, list(rows), {}
     if chosen is not None:
-        categories = {row.category for row in kept if row.category is not None}
-        if unknown := sorted(set(chosen) - categories):
+        categories = sorted({row.category for row in kept if row.category is not None})
+        if unknown := sorted({*chosen} - {*categories}):
             what = f"no row has the category {', '.join(unknown)}"
-            names = ", ".join(sorted(categories)) or "none; name the column: data.columns.category"
+            names = ", ".join(categories) or "none; name the column: data.columns.category"
             raise SettingError("data.filters.categories", what, f"categories: {names}")
         kept = [row for row in kept if row.category in chosen]
         filtered["categories"] = len(rows) - len(kept)
@@ -132,19 +113,18 @@ def select_rows(rows: Rows, section: DataSection, bad: BadRows) -> tuple[Rows, d
         kept = full
     if not kept:
         raise SettingError("data.filters", f"0 rows: the filters leave none of {len(rows)} rows")
-    first = first_in_hash_order(kept, section.max_examples, section.split.seed)
-    return replace(rows, rows=[kept[index] for index in first]), filtered
+    return first_in_hash_order(kept, section.max_examples, section.split.seed), filtered
 
 
-def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[int]]:
-    """Return the positions of the rows of each split, in file order.
+def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[DataRow]]:
+    """Return the rows of each split, in file order.
 
     Raises:
         SettingError: the fractions leave no training rows.
     """
     sides = [TRAIN] * len(rows)
-    if section.method == "published":
-        _publish(sides, section)
+    if section.method == "published" and section.validation + section.test:
+        sides = _published_sides(len(rows), section)
     elif section.method == "hash":
         places = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
         low, high = section.validation, 1 - section.test
@@ -153,7 +133,10 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
         if section.test and len({*places}) > (2 if low else 1):
             high = min(high, max(places))
         sides = [VALIDATION if at < low else TEST if at >= high else TRAIN for at in places]
-    divided = {name: [i for i, side in enumerate(sides) if side == name] for name in SPLITS}
+    divided = {
+        name: [row for row, side in zip(rows, sides, strict=True) if side == name]
+        for name in SPLITS
+    }
     if not divided[TRAIN]:
         what = f"the split leaves 0 of {len(rows)} rows for training"
         hint = "lower data.split.validation and test, or use data.split.method none"
@@ -161,31 +144,26 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
     return divided
 
 
-def _publish(sides: list[str], section: SplitSection) -> None:
+def _published_sides(num_rows: int, section: SplitSection) -> list[str]:
     """Two calls of `train_test_split` with one seed: first validation and test together.
 
     Source: the training script of the original study.
     """
-    import datasets
+    from datasets import Dataset
 
-    held_out = section.validation + section.test
-    if not held_out:
-        return
-
-    def part(rows: datasets.Dataset, fraction: float) -> datasets.DatasetDict:
+    def halves(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
         # A fraction of the rows is rounded up; a sum like 0.1 + 0.2 must not add a row to that.
         size = math.ceil(round(len(rows) * fraction, 6))
-        return rows.train_test_split(test_size=size, seed=section.seed)
+        both = rows.train_test_split(test_size=size, seed=section.seed)
+        return both["train"], both["test"]
 
-    rows = datasets.Dataset.from_dict({"index": range(len(sides))})
-    rest = part(rows, held_out)["test"]
+    held_out = section.validation + section.test
+    _, rest = halves(Dataset.from_dict({"index": range(num_rows)}), held_out)
     parts = {TEST if section.test else VALIDATION: rest}
     if section.test and section.validation:
-        both = part(rest, section.test / held_out)
-        parts = {VALIDATION: both["train"], TEST: both["test"]}
-    for name, rows in parts.items():
-        for index in rows["index"]:
-            sides[index] = name
+        parts[VALIDATION], parts[TEST] = halves(rest, section.test / held_out)
+    side_of = {index: name for name, part in parts.items() for index in part["index"]}
+    return [side_of.get(index, TRAIN) for index in range(num_rows)]
 
 
 def training_rows(section: DataSection) -> list[DataRow]:
@@ -195,9 +173,8 @@ def training_rows(section: DataSection) -> list[DataRow]:
     Raises:
         DataError: a source is missing or damaged, or no row is left.
     """
-    bad = BadRows()
-    rows, _ = select_rows(read_data(section, bad), section, bad)
-    return rows.take(split_rows(rows.rows, section.split)[TRAIN]).rows
+    rows, _ = select_rows(read_data(section, BadRows()).rows, section)
+    return split_rows(rows, section.split)[TRAIN]
 
 
 def recorded_rows(
@@ -245,7 +222,7 @@ def check_rows(recipe: Recipe, full: bool = False) -> list[DataError]:
             return []
         section = section.model_copy(update={"source": local})
         rows = read_data(section, bad, max_rows=None if full else NUM_CHECKED + 1)
-        if len(bad) and (section.on_bad_row == "error" or not len(rows)):
+        if len(bad) and (section.on_bad_row == "error" or not rows.rows):
             raise bad.error(rows.num_read)
     except DataError as error:
         return [place(recipe, error)]
@@ -265,38 +242,34 @@ def unit_interval(key: str, salt: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{salt}:{key}".encode()).digest()[:8], "big") / 2**64
 
 
-def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -> Sequence[int]:
-    """Return the positions of the `limit` rows that come first in hash order, in file order. The
-    salt is not the split's, so that they fall on all sides.
+def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -> list[DataRow]:
+    """Return the `limit` rows that come first in hash order, in file order. The salt is not the
+    split's, so that they fall on all sides.
     """
     if limit is None or len(rows) <= limit:
-        return range(len(rows))
+        return list(rows)
     places = [unit_interval(row.content.hex(), f"order:{seed}") for row in rows]
-    return sorted(sorted(range(len(rows)), key=places.__getitem__)[:limit])
+    first = sorted(range(len(rows)), key=places.__getitem__)[:limit]
+    return [rows[index] for index in sorted(first)]
 
 
 def content_hash(fields: Mapping[str, Any]) -> bytes:
     """Return the SHA-256 of a row's texts, whatever the prompt format and the order of columns:
     Unicode NFC, newlines as \\n, stripped; empty fields leave no trace.
     """
+
+    def normalised(text: str) -> str:
+        text = unicodedata.normalize("NFC", text)
+        return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
     parts: list[Any] = []
-    for name in sorted(fields):
-        value = fields[name]
-        if isinstance(value, list):
-            turns = [
-                [
-                    message["role"],
-                    *map(_normalised, message_texts(message)),
-                    *([0] if "weight" in message else []),
-                ]
-                for message in value
-            ]
-            parts.append([name, turns])
-        elif value := _normalised(value):
-            parts.append([name, value])
+    for name, value in sorted(fields.items()):
+        if isinstance(value, str):
+            parts += [[name, normalised(value)]] if normalised(value) else []
+            continue
+        turns = []
+        for message in value:
+            turn = [message["role"], *map(normalised, message_texts(message))]
+            turns.append([*turn, 0] if "weight" in message else turn)
+        parts.append([name, turns])
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
-
-
-def _normalised(text: str) -> str:
-    text = unicodedata.normalize("NFC", text)
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()

@@ -1,4 +1,4 @@
-"""What the loss sees: token ids of each row and the spans of tokens that carry loss, in 3 cases.
+"""What the loss sees: token ids of each row and their labels, in 3 cases.
 
 1. Text pairs: the completion begins where the tokens of prompt and completion together part from
    those of the prompt alone.
@@ -13,8 +13,8 @@ padding, batching and packing are its business.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +26,13 @@ import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import one_line
-from recipes_lib.data.conversations import Message, conversation_of, template_values, without_key
+from recipes_lib.data.conversations import Message, conversation_of, template_values
 from recipes_lib.data.prompts import (
     GENERATION,
     Span,
-    check_template_kwargs,
     prompt_and_completion,
     render_chat,
+    unread_argument,
 )
 from recipes_lib.data.rows import BadRow, DataRow, SettingError
 
@@ -46,46 +46,72 @@ _REWRITTEN = (
 )
 
 
+_CALLS_LEFT_OUT = (
+    "tool calls: not rendered by the chat template, so the row would teach to say nothing in their"
+    " place",
+    "set data.chat_template to one that knows tools, as trl:qwen2_5 does",
+)
+
+
 @dataclass(slots=True)
 class Encoded:
     """The tokens of one row.
 
     Args:
         ids: token ids, int32.
-        spans: [start, end) token ranges that carry loss, in order.
-        ends: whether the last token with loss ends the turn.
+        labels: the same where there is loss, -100 elsewhere.
+        end_token: the special token that ends the last answer, -1 where none does or it was cut.
         changed: whether the chat template left out or changed the text of a message.
         other_prompt: whether the row does not begin with the tokens that the model is asked with.
         tokens_before: before truncation, as `prompt_tokens`, those that are not learnt.
-        end_token: the token that ends the answer of a row that was not cut, else -1.
     """
 
     ids: np.ndarray
-    spans: tuple[Span, ...]
-    ends: bool
+    labels: np.ndarray
+    end_token: int
     changed: bool = False
     other_prompt: bool = False
     tokens_before: int = 0
     prompt_tokens: int = 0
-    end_token: int = -1
 
-    @property
-    def length(self) -> int:
-        """Number of tokens."""
-        return len(self.ids)
+    @classmethod
+    def of(
+        cls,
+        ids: Sequence[int],
+        spans: Sequence[Span],
+        settings: Supervision,
+        ends: frozenset[int],
+        **facts: bool,
+    ) -> Encoded:
+        """Label the tokens in `spans`, and cut a row that is too long.
+
+        Args:
+            ends: the tokens that may end an answer.
+        """
+        tokens = np.array(ids, dtype=np.int32)
+        labels = np.full_like(tokens, IGNORED)
+        for start, end in spans:
+            labels[start:end] = tokens[start:end]
+        answer_end = spans[-1][1] if spans else 0
+        prompt_tokens = int((labels == IGNORED).sum())
+        if settings.whole:
+            labels = tokens
+        limit = settings.max_length or len(tokens)
+        first = max(len(tokens) - limit, 0) if settings.keep_end else 0
+        is_kept = first < answer_end <= first + limit and ids[answer_end - 1] in ends
+        return cls(
+            tokens[first : first + limit],
+            labels[first : first + limit],
+            ids[answer_end - 1] if is_kept else -1,
+            tokens_before=len(tokens),
+            prompt_tokens=prompt_tokens,
+            **facts,
+        )
 
     @property
     def supervised(self) -> int:
         """Number of tokens with loss."""
-        return sum(end - start for start, end in self.spans)
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Token ids where there is loss, -100 elsewhere."""
-        labels = np.full(len(self.ids), IGNORED, dtype=np.int32)
-        for start, end in self.spans:
-            labels[start:end] = self.ids[start:end]
-        return labels
+        return int((self.labels != IGNORED).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +132,23 @@ class Supervision:
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
-        """Read the settings; some packing strategies split long rows themselves."""
+        """Read the settings; some packing strategies split long rows themselves.
+
+        Raises:
+            SettingError: a loss that these rows cannot have, or a tokenizer without end or offsets.
+        """
+        is_chat = section.prompt_format == "chat"
+        eos_token = train.get("eos_token") or getattr(tokenizer, "eos_token", None)
+        if train.get("assistant_only_loss") and not is_chat:
+            key = "train.assistant_only_loss"
+            what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
+            raise SettingError(key, what, "loss on the completion alone is the default already")
+        if not getattr(tokenizer, "is_fast", False):
+            what = "the tokenizer has no fast version (tokenizer.json): the loss mask has no place"
+            raise SettingError("model.name_or_path", what)
+        if not is_chat and not eos_token:
+            what = "the tokenizer has no EOS token: the model would never learn to stop"
+            raise SettingError("model.name_or_path", what, "set train.eos_token")
         splits_itself = train.get("packing") and train.get("packing_strategy", "bfd") != "bfd"
         whole = train.get("completion_only_loss") is False
         return cls(
@@ -114,36 +156,8 @@ class Supervision:
             whole=whole and not train.get("assistant_only_loss"),
             max_length=None if splits_itself else train.get("max_length", MAX_LENGTH),
             keep_end=train.get("truncation_mode", "keep_start") == "keep_end",
-            eos_token=train.get("eos_token") or tokenizer.eos_token,
+            eos_token=eos_token,
         )
-
-
-def check_settings(
-    section: DataSection, train: dict[str, Any], tokenizer: Any, has_texts: bool = False
-) -> None:
-    """Refuse settings that would be ignored silently.
-
-    Args:
-        has_texts: whether some rows are one text each.
-
-    Raises:
-        SettingError: a loss that these rows cannot have, or a tokenizer without end or offsets.
-    """
-    is_chat = section.prompt_format == "chat"
-    if train.get("completion_only_loss") is True and has_texts:
-        key = "train.completion_only_loss"
-        what = f"{key}: true needs prompt and completion, but these rows are one text each"
-        raise SettingError(key, what, "remove the key (loss on the whole text)")
-    if train.get("assistant_only_loss") and not is_chat:
-        key = "train.assistant_only_loss"
-        what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
-        raise SettingError(key, what, "loss on the completion alone is the default already")
-    if not getattr(tokenizer, "is_fast", False):
-        what = "the tokenizer has no fast version (tokenizer.json): the loss mask has no place"
-        raise SettingError("model.name_or_path", what)
-    if not is_chat and not (train.get("eos_token") or tokenizer.eos_token):
-        what = "the tokenizer has no EOS token: the model would never learn to stop"
-        raise SettingError("model.name_or_path", what, "set train.eos_token")
 
 
 def encode(
@@ -158,35 +172,13 @@ def encode(
     Args:
         rows: as many as may be tokenised together, see `BATCH_ROWS`.
         template: what conversations are rendered with; None for the plain formats.
+
+    Raises:
+        SettingError: the template is not Jinja.
     """
-    encoded: Iterator[Encoded | BadRow] = (
-        _encode_pairs(rows, settings, tokenizer)
-        if template is None
-        else _encode_chats(rows, settings, tokenizer, template)
-    )
-    for item in encoded:
-        if isinstance(item, Encoded):
-            _truncate(item, settings)
-        yield item
-
-
-def _truncate(item: Encoded, settings: Supervision) -> None:
-    length = item.tokens_before = len(item.ids)
-    item.prompt_tokens = length - item.supervised
-    # A template may put white space behind the answer: it carries loss only where all does.
-    answer_end = item.spans[-1][1] if item.spans else 0
-    if settings.whole:
-        item.spans = ((0, length),)
-    limit = settings.max_length
-    if limit is None or length <= limit:
-        item.end_token = int(item.ids[answer_end - 1]) if item.ends else -1
-        return
-    first = length - limit if settings.keep_end else 0
-    last = item.spans[-1][1] if item.spans else 0
-    item.ids = item.ids[first : first + limit]
-    item.ends = item.ends and last <= first + limit
-    moved = ((max(start - first, 0), min(end - first, limit)) for start, end in item.spans)
-    item.spans = tuple((start, end) for start, end in moved if start < end)
+    if template is None:
+        return _encode_pairs(rows, settings, tokenizer)
+    return _encode_chats(rows, settings, tokenizer, template)
 
 
 @contextmanager
@@ -244,12 +236,9 @@ def _encode_pairs(
         if asked_ids[-1:] == [eos]:
             asked_ids.pop()
         start = 0 if prompt is None else _num_common(asked_ids, ids)
-        yield Encoded(
-            np.array(ids, dtype=np.int32),
-            ((min(start, len(ids) - 1), len(ids)),),
-            ends=ids[-1] == eos,
-            other_prompt=prompt is not None and start < len(asked_ids),
-        )
+        span = (min(start, len(ids) - 1), len(ids))
+        is_other = prompt is not None and start < len(asked_ids)
+        yield Encoded.of(ids, [span], settings, frozenset({eos}), other_prompt=is_other)
 
 
 # ---- conversations ----
@@ -260,108 +249,101 @@ class Rendered:
     """A conversation as text.
 
     Args:
-        turns: of each turn that is to be learned, the spans of characters that the assistant wrote.
+        parts: the spans of characters that are to be learned.
         prompt: what the model is asked with for the last turn.
-        follows: whether each of them goes on from the prompt that asks for it.
+        speaks: whether a turn that is to be learned has a text.
+        changed: whether something that a message says is not in the text.
+        follows: whether each turn goes on from the prompt that asks for it.
     """
 
-    messages: Sequence[Message]
     text: str
-    turns: list[list[Span]]
+    parts: list[Span]
     prompt: str
+    speaks: bool
+    changed: bool
     follows: bool
 
 
-def render_turns(
-    row: DataRow, section: DataSection, tokenizer: Any, template: str
+def _render(
+    row: DataRow, settings: Supervision, tokenizer: Any, template: str
 ) -> Rendered | BadRow:
-    """Render a conversation and say what of it the assistant wrote; or why it cannot be used.
-
-    Raises:
-        SettingError: the template is not Jinja.
-    """
+    """Render a conversation and say what of it the assistant wrote; or why it cannot be used."""
+    section = settings.section
     messages = conversation_of(row, section.system_prompt)
     values = template_values(row, section.chat_template_kwargs)
+    own = values.keys() - {"tools"} if "chat_template_kwargs" in row.fields else ()
+    if reason := unread_argument(own, template):
+        return reason
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = answers[-1:] if section.chat_loss == "last" else answers
+    learned = [index for index in answers if messages[index].get("weight") != 0]
+    if not learned:
+        return BadRow("nothing to train on: data.chat_loss is last, and that turn has weight 0")
+    if settings.whole and any(message.get("weight") == 0 for message in messages):
+        return BadRow("weight 0: with train.completion_only_loss: false, all of the text has loss")
+    chat: list[Any] = [{**message} for message in messages]
+    for message in chat:
+        message.pop("weight", None)
     render = partial(render_chat, tokenizer=tokenizer, template=template, values=values)
     try:
-        if row.fields.get("chat_template_kwargs"):
-            check_template_kwargs(values.keys() - {"tools"}, template)
-        return _rendered(messages, render, template, only_last=section.chat_loss == "last")
+        text, marks = render(chat)
+        prompts = {index: render(chat[:index], prompt=True)[0] for index in answers}
+        if GENERATION.search(template):
+            marked = _marked_turns(text, marks, [*prompts.values()])
+            turns = [turn for index, turn in zip(answers, marked, strict=True) if index in learned]
+        else:
+            turns = []
+            for index in learned:
+                prompt, until = prompts[index], render(chat[: index + 1])[0]
+                if not text.startswith(prompt) or not text.startswith(until):
+                    raise BadRow(*_REWRITTEN)
+                turns.append([(len(prompt), len(until))])
+        for index, turn in zip(learned, turns, strict=True):
+            said = "".join(text[start:end] for start, end in turn)
+            if any(name not in said for name in _called(messages[index])):
+                raise BadRow(*_CALLS_LEFT_OUT, drop=["messages.tool_calls"])
     except BadRow as reason:
         return reason
     except jinja2.TemplateSyntaxError as error:
         what = f"line {error.lineno} of the chat template is not Jinja: {error.message}"
         raise SettingError("data.chat_template", what) from None
     except Exception as error:  # Jinja's own errors, and whatever `raise_exception` is given
-        return BadRow(
-            f"the chat template refuses the conversation: {one_line(error)}",
-            "change the rows, or choose another template (data.chat_template)",
-        )
+        hint = "change the rows, or choose another template (data.chat_template)"
+        return BadRow(f"the chat template refuses the conversation: {one_line(error)}", hint)
+    contents = [message["content"] for message in messages]
+    thoughts = [message.get("reasoning_content", "") for message in messages]
+    names = [name for message in messages for name in _called(message)]
+    return Rendered(
+        text,
+        [part for turn in turns for part in turn],
+        prompts[answers[-1]],
+        speaks=any(contents[index].strip() for index in learned),
+        changed=any(words.strip() not in text for words in (*contents, *thoughts, *names)),
+        follows=all(text.startswith(prompts[index]) for index in learned),
+    )
 
 
-def _rendered(
-    messages: Sequence[Message],
-    render: Callable[..., tuple[str, list[Span]]],
-    template: str,
-    only_last: bool,
-) -> Rendered:
-    chat = without_key(messages, "weight")
-    text, marked = render(chat)
-    if any("tool_calls" in message for message in chat) and _ignores_calls(chat, render, text):
-        raise BadRow(
-            "tool calls: not rendered by the chat template, so the row would teach to say nothing"
-            " in their place",
-            "set data.chat_template to one that knows tools, as trl:qwen2_5 does",
-            drop=["messages.tool_calls"],
-        )
-    answers = [index for index, message in enumerate(chat) if message["role"] == "assistant"]
-    answers = answers[-1:] if only_last else answers
-    learned = [number for number, i in enumerate(answers) if messages[i].get("weight") != 0]
-    prompts = [render(chat[:index], prompt=True)[0] for index in answers]
-    if GENERATION.search(template):
-        marks = _marks_of_turns(text, marked, prompts)
-        turns = [marks[number] for number in learned]
-    else:
-        turns = []
-        for number in learned:
-            until, _ = render(chat[: answers[number] + 1])
-            start, end = len(prompts[number]), len(until)
-            is_prefix = text.startswith(prompts[number]) and text.startswith(until)
-            if not is_prefix or start > end:
-                raise BadRow(*_REWRITTEN)
-            turns.append([(start, end)])
-    follows = all(text.startswith(prompts[number]) for number in learned)
-    return Rendered(messages, text, turns, prompts[-1], follows)
+def _called(message: Message) -> list[str]:
+    return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
-def _ignores_calls(
-    chat: Sequence[Message], render: Callable[..., tuple[str, list[Span]]], text: str
-) -> bool:
-    """Return whether the template renders a conversation with tool calls as if it had none."""
-    try:
-        return render(without_key(chat, "tool_calls"))[0] == text
-    except Exception:  # a template that insists on them has read them
-        return False
-
-
-def _marks_of_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:
+def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:
     """Return the marks of each turn behind its prompt: some templates mark the role's tag, too."""
     marks: list[Span] = []
     for start, end in marked:
         if marks and marks[-1][1] == start:  # the text and the end token, marked apart
             start = marks.pop()[0]
         marks.append((start, end))
-    starts = []
-    for number, prompt in enumerate(prompts):
-        start = len(prompt)
-        if not text.startswith(prompt):
-            own = marks[-1:] if len(prompts) == 1 else marks
-            if len(own) != len(prompts):
-                raise BadRow(*_REWRITTEN)
-            first, last = own[number]
-            # The model is asked behind the role's tag and, say, a begun thought.
-            start = min(max(_num_common(text, prompt), first), last)
-        starts.append(start)
+    starts = [len(prompt) for prompt in prompts]
+    if not all(map(text.startswith, prompts)):
+        # The model is asked behind the role's tag and, say, a thought that the prompt begins.
+        own = marks[-1:] if len(prompts) == 1 else marks
+        if len(own) != len(prompts):
+            raise BadRow(*_REWRITTEN)
+        pairs = zip(prompts, own, strict=True)
+        starts = [
+            min(max(_num_common(text, prompt), first), last) for prompt, (first, last) in pairs
+        ]
     turns: list[list[Span]] = [[] for _ in prompts]
     for first, last in marks:
         number = bisect_left(starts, last) - 1
@@ -373,8 +355,7 @@ def _marks_of_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -
 def _encode_chats(
     rows: Sequence[DataRow], settings: Supervision, tokenizer: Any, template: str
 ) -> Iterator[Encoded | BadRow]:
-    section = settings.section
-    rendered = [render_turns(row, section, tokenizer, template) for row in rows]
+    rendered = [_render(row, settings, tokenizer, template) for row in rows]
     chats = [chat for chat in rendered if isinstance(chat, Rendered)]
     with plain_backend(tokenizer, split_special=False) as backend:
         texts, prompts = [chat.text for chat in chats], [chat.prompt for chat in chats]
@@ -386,65 +367,37 @@ def _encode_chats(
             yield chat
             continue
         encoding, asked_ids = next(encodings), next(prompt_encodings).ids
-        spans = tuple(
-            span
-            for turn in chat.turns
-            for part in turn
-            if (span := _token_span(encoding, chat.text, part, special))
-        )
-        learned = [token for start, end in spans for token in encoding.ids[start:end]]
-        said = tokenizer.decode(learned, skip_special_tokens=True)
-        answers = [message for message in chat.messages if message["role"] == "assistant"]
-        if settings.whole and any(answer.get("weight") == 0 for answer in answers):
-            what = "weight 0: with train.completion_only_loss: false, all of the text has loss"
-            yield BadRow(what)
-        elif learned and not said.strip() and any(answer["content"].strip() for answer in answers):
+        ids = encoding.ids
+        spans = _token_spans(chat, ids, encoding.offsets, special)
+        learned = [token for start, end in spans for token in ids[start:end]]
+        if chat.speaks and not tokenizer.decode(learned, skip_special_tokens=True).strip():
             what = "the chat template renders nothing of what the assistant says"
             yield BadRow(what, "choose a template for plain text messages")
-        else:
-            yield Encoded(
-                np.array(encoding.ids, dtype=np.int32),
-                spans,
-                ends=bool(spans) and encoding.ids[spans[-1][1] - 1] in special,
-                changed=_leaves_something_out(chat),
-                other_prompt=not chat.follows or asked_ids != encoding.ids[: len(asked_ids)],
-            )
+            continue
+        is_other = not chat.follows or asked_ids != ids[: len(asked_ids)]
+        yield Encoded.of(ids, spans, settings, special, changed=chat.changed, other_prompt=is_other)
 
 
-def _leaves_something_out(chat: Rendered) -> bool:
-    """Return whether something that a message says is not in the text. The name of a called tool
-    has to be in what the assistant wrote: it may stand among the tools, too.
+def _token_spans(
+    chat: Rendered, ids: Sequence[int], offsets: Sequence[Span], special: frozenset[int]
+) -> list[Span]:
+    """Return the tokens of each part up to its end-of-turn token, behind which nothing will be
+    written, not even white space.
     """
-    said = "".join(chat.text[slice(*part)] for turn in chat.turns for part in turn)
-    for message in chat.messages:
-        words = (message["content"], message.get("reasoning_content", ""))
-        names = [call["function"]["name"] for call in message.get("tool_calls", ())]
-        if any(text.strip() not in chat.text for text in words):
-            return True
-        if message.get("weight") != 0 and any(name not in said for name in names):
-            return True
-    return False
-
-
-def _token_span(encoding: Any, text: str, part: Span, special: frozenset[int]) -> Span | None:
-    """Return the tokens of a part of a turn up to its end-of-turn token, behind which nothing will
-    be written, not even white space; None for a part without text.
-    """
-    ids = encoding.ids
-    first, last = (_token_at(encoding, text, place) for place in part)
-    for kept in range(last, first, -1):
-        if ids[kept - 1] in special:
-            return first, kept
-        start, end = encoding.token_to_chars(kept - 1) or (0, 0)
-        if text[start:end].strip():
-            break
-    return (first, last) if first < last else None
-
-
-def _token_at(encoding: Any, text: str, position: int) -> int:
-    """Return the index of the first token with a character at or after a position."""
-    tokens = (encoding.char_to_token(place) for place in range(position, len(text)))
-    return next((token for token in tokens if token is not None), len(encoding.ids))
+    ends = [end for _, end in offsets]
+    spans = []
+    for part in chat.parts:
+        first, last = (bisect_right(ends, place) for place in part)
+        kept = last
+        while kept > first and ids[kept - 1] not in special:
+            if chat.text[slice(*offsets[kept - 1])].strip():
+                kept = last
+                break
+            kept -= 1
+        last = kept if kept > first else last
+        if first < last:
+            spans.append((first, last))
+    return spans
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -169,13 +169,12 @@ def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
 
 def _parsed(path: Path, parse: Callable[[Row, int], Parsed]) -> list[Parsed]:
     """Return what each row of a file is, or raise what is wrong with all of them."""
-    table = read_file(path)
     values, errors = [], []
-    for number, (line, row) in enumerate(table.numbered_rows):
+    for number, row in enumerate(read_file(path)):
         try:
-            values.append(parse(valid_texts(row), number))
+            values.append(parse(valid_texts(row.fields), number))
         except DataError as error:
-            errors.append(DataError(error.what, *error.hints, file=table.file, line=line))
+            errors.append(DataError(error.what, *error.hints, file=row.file, line=row.line))
     if errors:
         first, *others = errors
         more = [str(error).partition("\n")[0] for error in others[:NUM_LISTED]]

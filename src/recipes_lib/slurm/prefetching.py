@@ -15,16 +15,15 @@ from recipes_lib.config.documents import read
 from recipes_lib.config.preflight import TOKENIZER_FILES, local_folder, weight_faults
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import DataError, EnvironmentFault, RecipesError
+from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import say
-from recipes_lib.data.rows import BadRow
 from recipes_lib.data.sources import (
     Source,
     hub_answers,
     listed_sources,
-    load_tables,
+    load_rows,
     offline_by_environment,
 )
 from recipes_lib.evals.models import bare_recipe
@@ -75,7 +74,7 @@ def prefetch_needs(
     for recipe in recipes:
         needs.append(_model("model", recipe.model))
         for source in listed_sources(recipe.data):
-            look = partial(_rows, source)
+            look = partial(_count_rows, source)
             needs.append(Need("data", shown_path(Path(source.source)), look, look))
     for suite in evals:
         needs += _of_eval(suite, remote_code)
@@ -87,14 +86,8 @@ def _model(kind: str, section: ModelSection) -> Need:
     return Need(kind, name, partial(fetch_model, section), partial(check_model, section))
 
 
-def _rows(source: Source) -> str:
-    rows = 0
-    for table in load_tables(source):
-        for line, row in table.numbered:
-            if isinstance(row, BadRow):
-                raise DataError(row.what, file=table.file, line=line)
-            rows += 1
-    return f"{rows:,} rows"
+def _count_rows(source: Source) -> str:
+    return f"{len(load_rows(source)):,} rows"
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
