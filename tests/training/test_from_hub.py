@@ -87,14 +87,14 @@ def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "code", "words"),
     [
-        (["model.name_or_path=org/tinny"], 5, ["no model 'org/tinny'", "check the name"]),
+        (["model.name_or_path=org/tinny"], 5, ["org/tinny", "check the name"]),
         (["model.name_or_path=org/gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
         (
             ["model.name_or_path=org/tiny", "model.revision=v2"],
             5,
-            ["no revision 'v2'", "model.revision"],
+            ["v2", "model.revision"],
         ),
-        (["model.name_or_path=org/pickle"], 5, ["no safetensors", "pickles"]),
+        (["model.name_or_path=org/pickle"], 5, ["org/pickle", "safetensors"]),
         (["data.source=org/rowz"], 4, ["no data set 'org/rowz'", "check the name"]),
         (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
     ],

@@ -12,8 +12,8 @@ import torch
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.weights import merge as merging
-from recipes_lib.weights.merge import logits_on, merge_record
-from recipes_lib.weights.runs import BASE, Family, families, finished_run
+from recipes_lib.weights.merge import logits_on
+from recipes_lib.weights.runs import BASE, Family, families, finished_run, merge_record
 
 Runs = Callable[..., Path]
 Verb = Callable[..., tuple[int, str, str]]

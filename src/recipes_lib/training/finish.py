@@ -25,9 +25,8 @@ from recipes_lib.training.build import count_quantized, trains_nothing
 from recipes_lib.training.probe import peak_memory_gib
 from recipes_lib.training.stopping import EXIT_CODES
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.card import write_card
 from recipes_lib.weights.check import SavedWeights, check_saved
-from recipes_lib.weights.export import push_finished_run
+from recipes_lib.weights.export import push_finished_run, write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,13 +51,7 @@ class SavedWeights(BaseModel):
 
 
 def check_saved(
-    model: Any,
-    folder: Path,
-    *,
-    base: str,
-    base_fingerprint: str | None = None,
-    autocast: str | None = None,
-    may_change_nothing: bool = False,
+    model: Any, folder: Path, *, base: str, may_change_nothing: bool = False, **known: str | None
 ) -> SavedWeights:
     """Prove that `folder` holds what was trained; every rank has to call.
 
@@ -64,14 +59,14 @@ def check_saved(
         model: the trained model (`trainer.model`), sharded by FSDP2 or not.
         folder: where `trainer.save_model` wrote it.
         base: what `adapter_config.json` has to name.
-        base_fingerprint, autocast: only kept.
         may_change_nothing: whether the training had no step with a learning rate above 0.
+        known: other fields of the result.
 
     Raises:
         RecipesError: a tensor is not in the file, differs from it, is not finite, or training
             changed nothing; a name in the file is not one that PEFT or transformers reads.
     """
-    tensors, is_zero, problems = _compare_bytes(model, folder)
+    count, is_zero, problems = _compare_bytes(model, folder)
 
     def prove() -> SavedWeights:
         wrong = problems or list(_name_problems(model, folder, base))
@@ -80,20 +75,86 @@ def check_saved(
             what = "; ".join(wrong[:NUM_NAMED]) + more
             raise RecipesError(f"the saved weights are not the trained ones: {what}")
         if is_zero and not may_change_nothing:
-            raise RecipesError(
-                f"the adapter in {folder} changes nothing: every trained tensor is zero",
-                "was the learning rate 0 at every step? train more steps, or lower"
-                " train.warmup_steps",
-            )
-        return SavedWeights(
-            tensors=tensors,
-            sha256=recorded_hashes(folder),
-            base=base,
-            base_fingerprint=base_fingerprint,
-            autocast=autocast,
-        )
+            what = f"the adapter in {folder} changes nothing: every trained tensor is zero"
+            hint = "was the learning rate 0 at every step? train more, or lower train.warmup_steps"
+            raise RecipesError(what, hint)
+        sha256 = recorded_hashes(folder)
+        return SavedWeights(tensors=count, sha256=sha256, base=base, **known)
 
     return on_main_rank(prove)
+
+
+def _compare_bytes(model: Any, folder: Path) -> tuple[int, bool, list[str]]:
+    """Compare every trained tensor with the files; return how many there are, whether all of them
+    are zero, and the problems. An error on rank 0 is kept until all tensors are gathered: the other
+    ranks wait in the gathering.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    count, is_zero = 0, True
+    problems: list[str] = []
+    files: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.safetensors")) if rank() == 0 else ():
+        try:
+            opened = safe_open(file, framework="pt")
+            files |= dict.fromkeys(opened.keys(), opened)
+        except (SafetensorError, OSError) as error:
+            problems.append(f"{file.name} cannot be read: {error}")
+    aliases: dict[int, set[str]] = defaultdict(set)  # a file needs one name of a tied parameter
+    for name, parameter in _named(model):
+        aliases[id(parameter)].add(name)
+    saved_as_another = {
+        name for names in aliases.values() if names & files.keys() for name in names - files.keys()
+    }
+    for name, tensor in trained_tensors(model):
+        if tensor is None:
+            continue
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            problems.append(f"{name} has values that are not finite")
+        elif name in files:
+            if not same_bytes(tensor, files[name].get_tensor(name)):
+                problems.append(f"{name} differs from the trained one")
+        elif name not in saved_as_another:
+            problems.append(f"{name} was not saved")
+        count += 1
+        is_zero &= "lora_A" in name or not bool(tensor.any())
+    return count, is_zero, problems
+
+
+def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
+    """Load the files onto a model without weights, and yield the names that do not fit."""
+    import torch
+    from peft import PeftModel
+
+    def class_of(model: Any) -> Any:  # FSDP2 puts one of its own in front
+        from torch.distributed.fsdp import FSDPModule
+
+        return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
+
+    if not isinstance(model, PeftModel):
+        _, info = class_of(model).from_pretrained(
+            folder, device_map="meta", dtype="auto", output_loading_info=True
+        )
+        missing = {*info["missing_keys"], *map(str, info["mismatched_keys"])}
+        trained = {name for name, weight in _named(model) if weight.requires_grad}
+        yield from (f"{name} is missing in the file" for name in trained & missing)
+        yield from (f"{name} in the file is of no layer" for name in info["unexpected_keys"])
+        return
+    recorded = adapter_config(folder)["base_model_name_or_path"]
+    if recorded != base:
+        yield f"the adapter names the base '{recorded}', but '{base}' was trained"
+        return
+    config = copy.deepcopy(model.get_base_model().config)
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    with torch.device("meta"):
+        empty = class_of(model.get_base_model())(config)
+    try:
+        attach(empty, {"default": folder}, without_base_weights=True)
+    except RecipesError as error:
+        yield error.what
 
 
 def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
@@ -105,27 +166,37 @@ def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
+    from torch.distributed.tensor import DTensor
     from transformers.core_model_loading import revert_weight_conversion
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor | None:
+        gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return gathered.detach().cpu() if rank() == 0 else None
 
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     if isinstance(model, PeftModel):
-        for name, tensor in get_peft_model_state_dict(model, state_dict=state).items():
-            yield name, _whole(tensor)
-        return
-    trained = _trained_names(model)
-    state = {name: value for name, value in state.items() if name in trained}
-    shapes = {
-        name: torch.empty(value.shape, dtype=value.dtype, device="meta")
-        for name, value in state.items()
-    }
-    if set(revert_weight_conversion(model, shapes)) == set(state):
-        for name, tensor in state.items():
-            yield name, _whole(tensor)
-        return
-    once = {name for name, _ in _parameters(model, remove_duplicate=True)}
-    gathered = {name: _whole(value) for name, value in state.items() if name in once}
-    if rank() == 0:
-        yield from revert_weight_conversion(model, gathered).items()
+        state = get_peft_model_state_dict(model, state_dict=state)
+    else:
+        trained = {name for name, weight in _named(model) if weight.requires_grad}
+        state = {name: value for name, value in state.items() if name in trained}
+        shapes = {
+            name: torch.empty(value.shape, dtype=value.dtype, device="meta")
+            for name, value in state.items()
+        }
+        if {*revert_weight_conversion(model, shapes)} != state.keys():
+            names = {name for name, _ in _named(model, once=True)}
+            gathered = {name: whole(state[name]) for name in state if name in names}
+            if rank() == 0:
+                yield from revert_weight_conversion(model, gathered).items()
+            return
+    for name, tensor in state.items():
+        yield name, whole(tensor)
+
+
+def _named(model: Any, once: bool = False) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield every parameter, tied ones by each of their names unless only `once`."""
+    for name, parameter in model.named_parameters(remove_duplicate=once):
+        yield name.replace("_orig_mod.", ""), parameter
 
 
 def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -140,6 +211,9 @@ def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
         return False
     flat = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (first, second))
     return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
+
+
+# ---- are these the files that were written? ----
 
 
 def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
@@ -163,8 +237,8 @@ def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[st
 def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
     """Return which of the recorded files are not what they were, those that are gone first."""
     gone = [name for name in recorded if not (folder / name).is_file()]
-    now = recorded_hashes(folder, [name for name in recorded if name not in gone])
-    return gone + [name for name, sha256 in now.items() if recorded[name] != sha256]
+    now = recorded_hashes(folder, recorded.keys() - gone)
+    return gone + [name for name in recorded if name in now and recorded[name] != now[name]]
 
 
 def adapter_config(adapter: Path) -> dict[str, Any]:
@@ -177,100 +251,3 @@ def adapter_config(adapter: Path) -> dict[str, Any]:
     if not isinstance(settings.get("base_model_name_or_path"), str):
         raise DamagedFile("does not name its base model", file=adapter / ADAPTER_CONFIG)
     return settings
-
-
-def _compare_bytes(model: Any, folder: Path) -> tuple[int, bool, list[str]]:
-    """Compare every trained tensor with the files; return how many there are, whether all of them
-    are zero, and the problems. An error on rank 0 is kept until all tensors are gathered: the other
-    ranks wait in the gathering.
-    """
-    import torch
-    from safetensors import SafetensorError, safe_open
-
-    count, is_zero = 0, True
-    problems, absent = list[str](), list[str]()
-    files: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.safetensors")) if rank() == 0 else ():
-        try:
-            opened = safe_open(file, framework="pt")
-            files |= dict.fromkeys(opened.keys(), opened)
-        except (SafetensorError, OSError) as error:
-            problems.append(f"{file.name} cannot be read: {error}")
-    for name, tensor in trained_tensors(model):
-        if tensor is None:
-            continue
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            problems.append(f"{name} has values that are not finite")
-        elif name not in files:
-            absent.append(name)
-        elif not same_bytes(tensor, files[name].get_tensor(name)):
-            problems.append(f"{name} differs from the trained one")
-        count += 1
-        is_zero &= "lora_A" in name or not bool(tensor.any())
-    aliases = _tied_names(model)
-    lost = [name for name in absent if not files.keys() & aliases.get(name, set())]
-    return count, is_zero, problems + [f"{name} was not saved" for name in lost]
-
-
-def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
-    """Load the files onto a model without weights, and yield the names that do not fit."""
-    import torch
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        _, info = _model_class(model).from_pretrained(
-            folder, device_map="meta", dtype="auto", output_loading_info=True
-        )
-        missing = {*info["missing_keys"], *map(str, info["mismatched_keys"])}
-        yield from (f"{name} is missing in the file" for name in _trained_names(model) & missing)
-        yield from (f"{name} in the file is of no layer" for name in info["unexpected_keys"])
-        return
-    recorded = adapter_config(folder)["base_model_name_or_path"]
-    if recorded != base:
-        yield f"the adapter names the base '{recorded}', but '{base}' was trained"
-        return
-    config = copy.deepcopy(model.get_base_model().config)
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(config, name):
-            delattr(config, name)
-    with torch.device("meta"):
-        empty = _model_class(model.get_base_model())(config)
-    try:
-        attach(empty, {"default": folder}, without_base_weights=True)
-    except RecipesError as error:
-        yield error.what
-
-
-def _model_class(model: Any) -> Any:
-    """Return the class of a model; FSDP2 puts one of its own in front."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
-
-
-def _parameters(
-    model: Any, remove_duplicate: bool = False
-) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield every parameter by each of its names: tied ones have several."""
-    for name, parameter in model.named_parameters(remove_duplicate=remove_duplicate):
-        yield name.replace("_orig_mod.", ""), parameter
-
-
-def _trained_names(model: Any) -> set[str]:
-    return {name for name, parameter in _parameters(model) if parameter.requires_grad}
-
-
-def _tied_names(model: Any) -> dict[str, set[str]]:
-    """Return the other names of each tied parameter, of which a file needs only one."""
-    names: dict[int, set[str]] = {}
-    for name, parameter in _parameters(model):
-        names.setdefault(id(parameter), set()).add(name)
-    return {name: group - {name} for group in names.values() for name in group}
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return a tensor, gathered where it is sharded, on rank 0; None on the others."""
-    from torch.distributed.tensor import DTensor
-
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().cpu() if rank() == 0 else None

@@ -1,6 +1,7 @@
 """A folder to give away: a run's weights with all that is needed to use them by PEFT and
-transformers alone, and nothing of this machine; it may be sent to the Hugging Face Hub, private
-unless asked otherwise. Only files of known kinds are taken, never a pickle.
+transformers alone, a model card (card.md.jinja), and nothing of this machine; it may be sent to the
+Hugging Face Hub, private unless asked otherwise. Only files of known kinds are taken, never a
+pickle.
 """
 
 from __future__ import annotations
@@ -9,20 +10,42 @@ import json
 import secrets
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.core.errors import EnvironmentFault, RecipeError, check_space, one_line
-from recipes_lib.core.files import publish, read_object
+from recipes_lib.config.sections import HUB_ID
+from recipes_lib.core.errors import (
+    EnvironmentFault,
+    RecipeError,
+    RecipesError,
+    check_space,
+    one_line,
+)
+from recipes_lib.core.files import object_or_none, publish, read_object
 from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.weights.card import is_hub_id, public_name, write_card
+from recipes_lib.models.families import auto_class
+from recipes_lib.models.packaged import PACKAGED_HUB_ID, SOURCE, is_packaged
 from recipes_lib.weights.check import ADAPTER_CONFIG, RECORDED
-from recipes_lib.weights.merge import RECORD, merge_record
-from recipes_lib.weights.runs import TrainedRun, check_base_of, check_weights, finished_run
+from recipes_lib.weights.runs import (
+    RECORD,
+    TrainedRun,
+    check_base_of,
+    check_weights,
+    finished_run,
+    merge_record,
+)
 
 _WITH_PATHS = (ADAPTER_CONFIG, "config.json", "tokenizer_config.json")
+# What of a training's summary a card shows.
+NUMBERS = (
+    *("steps", "best_step", "training_rows", "validation_rows", "tokens"),
+    *("first_training_loss", "last_training_loss", "first_validation_loss", "last_validation_loss"),
+    *("seconds", "peak_memory_gib", "world_size"),
+)
 
 
 def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
@@ -37,11 +60,14 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
             the run's.
         EnvironmentFault: weights are missing or damaged, or the disk is too small.
     """
-    name, target, record = trained.run.name, to.expanduser().resolve(), None
+    import yaml
+
+    name, target = trained.run.name, to.expanduser().resolve()
+    record = merge_record(trained) if merged and not trained.full else None
     if merged and trained.full:
         what = f"run '{name}' is a full fine-tuning: its model is whole already"
         raise RecipeError(what, f"recipes export {name} --to DIR")
-    if merged and (record := merge_record(trained)) is None:
+    if merged and record is None:
         what = f"run '{name}' has no merged/ of its present adapter that is whole"
         raise RecipeError(what, f"recipes merge {name}")
     if target.is_relative_to(trained.run.path.resolve()):
@@ -53,7 +79,9 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         check_base_of(trained)
     check_weights(trained)
 
-    source = trained.merged if merged else trained.weights
+    source, recipe, base = trained.weights, trained.recipe, public_name(trained.recipe)
+    if record is not None:
+        source = trained.merged
     taken = {file for pattern in RECORDED for file in source.glob(pattern)} - {source / RECORD}
     target.parent.mkdir(parents=True, exist_ok=True)
     needed = sum(file.stat().st_size for file in taken)
@@ -63,38 +91,24 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         scratch.mkdir()
         for file in taken:
             shutil.copyfile(file, scratch / file.name)
-        _take_paths_out(scratch, trained.recipe)
+        for file in filter(Path.is_file, map(scratch.joinpath, _WITH_PATHS)):
+            values = without_paths(read_object(file))
+            if file.name == ADAPTER_CONFIG:
+                values["base_model_name_or_path"] = base
+                values["revision"] = recipe.model.revision if is_hub_id(base) else None
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            file.write_text(text + "\n", encoding="utf-8")
         summary = trained.run.read_state().get("summary") or {}
-        write_card(scratch, trained.recipe, summary, asdict(record) if record else None)
-        (scratch / "recipe.yaml").write_text(portable_recipe(trained.recipe), encoding="utf-8")
+        write_card(scratch, recipe, summary, asdict(record) if record else None)
+        values = without_paths(recipe.to_dict())
+        values["model"]["name_or_path"] = base
+        text = "# The recipe of this training, resolved; paths are cut to their last part.\n"
+        text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        (scratch / "recipe.yaml").write_text(text, encoding="utf-8")
         publish(scratch, target, replace=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return sorted(path for path in target.rglob("*") if path.is_file())
-
-
-def _take_paths_out(folder: Path, recipe: Recipe) -> None:
-    """Rewrite the copies of settings without this machine's paths, and name the base as others know
-    it.
-    """
-    base = public_name(recipe)
-    for file in filter(Path.is_file, map(folder.joinpath, _WITH_PATHS)):
-        values = without_paths(read_object(file))
-        if file.name == ADAPTER_CONFIG:
-            values["base_model_name_or_path"] = base
-            values["revision"] = recipe.model.revision if is_hub_id(base) else None
-        text = json.dumps(values, indent=2, ensure_ascii=False)
-        file.write_text(text + "\n", encoding="utf-8")
-
-
-def portable_recipe(recipe: Recipe) -> str:
-    """Return the resolved recipe as YAML, its paths cut to their last part."""
-    import yaml
-
-    values = without_paths(recipe.to_dict())
-    values["model"]["name_or_path"] = public_name(recipe)
-    head = "# The recipe of this training, every value resolved; paths are cut to their last part."
-    return f"{head}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
 
 
 def without_paths(value: Any) -> Any:
@@ -110,6 +124,107 @@ def without_paths(value: Any) -> Any:
         return [without_paths(item) for item in value]
     is_path = isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value
     return Path(value).name if is_path else value
+
+
+# ---- the card ----
+
+
+def write_card(
+    folder: Path,
+    recipe: Recipe,
+    summary: Mapping[str, Any],
+    merged: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model card as README.md into a folder of weights: what was trained on what, how to
+    load and serve it, and the numbers.
+
+    Args:
+        summary: rows, steps, losses and time of the run; None where not measured.
+        merged: for an adapter folded into its base, `merge.MergeRecord`.
+    """
+    import jinja2
+    from huggingface_hub import ModelCardData
+
+    base, lora, source = public_name(recipe), recipe.lora, recipe.data.source
+    entries = [source] if isinstance(source, str) else source
+    names = [entry if isinstance(entry, str) else str(entry["source"]) for entry in entries]
+    data = [name if is_hub_id(name) else Path(name).name for name in names]
+    is_adapter = lora is not None and merged is None
+    header = ModelCardData(
+        base_model=base if is_hub_id(base) else None,
+        datasets=[name for name in data if "/" in name] or None,
+        library_name="peft" if is_adapter else "transformers",
+        license=_licence(recipe),
+        pipeline_tag="text-generation",
+        tags=["sft", "trl", *recipe.run.tags],
+    )
+    method = "Full fine-tuning"
+    if lora is not None:
+        kind = "QLoRA" if recipe.quantization else "LoRA"
+        method = f"{kind} (r {lora.get('r')}, alpha {lora.get('lora_alpha')})"
+        method += f" on the {recipe.base_format} base" if recipe.base_format else ""
+    measured = {name: summary[name] for name in NUMBERS if summary.get(name) is not None}
+    blocks = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
+    template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
+    card = blocks.from_string(template).render(
+        header=header,
+        recipe=recipe,
+        method=method,
+        base=base,
+        is_on_hub=is_hub_id(base),
+        data=data,
+        merged=merged,
+        numbers={
+            name.replace("_", " "): f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            for name, value in measured.items()
+        },
+        is_adapter=is_adapter,
+        auto_class=auto_class(str(base_file(recipe, "config.json").get("model_type"))),
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a model's name is one that anybody can download by."""
+    return "/" in name and bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+
+
+def public_name(recipe: Recipe) -> str:
+    """Return the base as others know it: its Hub id, or `./FOLDER`, which is nobody's Hub id."""
+    name = recipe.model.name_or_path
+    if is_hub_id(name):
+        return name
+    if is_packaged(name):
+        return PACKAGED_HUB_ID
+    return str(base_file(recipe, SOURCE).get("hub_id") or f"./{Path(name).name}")
+
+
+def base_file(recipe: Recipe, name: str) -> Mapping[str, Any]:
+    """Return a JSON file of the base's folder; an empty one where it is not here."""
+    folder = _base_folder(recipe)
+    return (object_or_none(folder / name) if folder else None) or {}
+
+
+def _base_folder(recipe: Recipe) -> Path | None:
+    try:
+        return local_folder(recipe)
+    except RecipesError:  # it was moved away since
+        return None
+
+
+def _licence(recipe: Recipe) -> str | None:
+    """Return the licence that the base's own card states, if its files are here."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    folder, stated = _base_folder(recipe), None
+    try:
+        stated = metadata_load(folder / "README.md") if folder else None
+    except (OSError, ValueError, yaml.YAMLError):  # no card, or no header
+        stated = None
+    stated = stated or {}
+    known = stated.get("license_name") or stated.get("license")
+    return known or base_file(recipe, SOURCE).get("license")
 
 
 # ---- to the Hub ----

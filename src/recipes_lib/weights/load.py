@@ -1,5 +1,5 @@
-"""The base model: fetched, loaded as the recipe says, and told apart from others; adapters put on
-it. PEFT loads an adapter on the wrong base in part, and only warns of it: here that is an error.
+"""The base model: fetched, loaded as the recipe says, known by its files; and adapters put on it.
+PEFT loads an adapter on the wrong base in part, and only warns of it: here that is an error.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WEIGHTS = "*.safetensors"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_WEIGHTS = "*.safetensors"
 _SPARE = 1.1  # free memory asked for, as a multiple of the weights
 
 
@@ -46,7 +46,12 @@ def model_path(section: ModelSection) -> str:
     return section.name_or_path
 
 
-# ---- tokenizer ----
+def base_fingerprint(recipe: Recipe) -> str | None:
+    """Return `folder_fingerprint` of the base; None where its weights are not on this machine."""
+    folder = local_folder(recipe)
+    if folder is None or not any(folder.glob(_WEIGHTS)):
+        return None
+    return folder_fingerprint(folder)
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -65,8 +70,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, **_source(recipe.model))
     except OSError as error:
         raise explain_load_failure(recipe.model, error) from None
-    except Exception as error:
-        # transformers and tokenizers raise many types; whatever it is, the files are at fault
+    except Exception as error:  # of many types; whatever it is, the files are at fault
         raise no_tokenizer(recipe, error) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -93,29 +97,6 @@ def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedToken
     return tokenizer
 
 
-def _source(section: ModelSection) -> dict[str, Any]:
-    revision = section.revision or "main"
-    return {"revision": revision, "trust_remote_code": section.trust_remote_code}
-
-
-def _reach_hub(recipe: Recipe, files: str) -> None:
-    """Say that weights are fetched; without a network say so at once, not after minutes of retries.
-
-    Args:
-        files: pattern of what is looked for in the cache.
-    """
-    name, folder = recipe.model.name_or_path, local_folder(recipe)
-    if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
-        return
-    if offline_by_environment() or not hub_answers():
-        raise explain_load_failure(recipe.model, ConnectionError())
-    if files == _WEIGHTS:
-        say(f"fetching {name} from the Hub ...")
-
-
-# ---- model ----
-
-
 def load_model(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -138,53 +119,51 @@ def load_model(
     import transformers
 
     section, path = recipe.model, model_path(recipe.model)
+    attention = section.attn_implementation
     on_main_rank(lambda: _reach_hub(recipe, _WEIGHTS))
     # else transformers 5.24 takes a bot's conversion of pickles, from another revision
     os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
-    kwargs: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
-    if attention := section.attn_implementation:
-        # a training switches to varlen; answers are sdpa's
-        kwargs["attn_implementation"] = "sdpa" if attention == VARLEN else attention
-    if quantization_config is not None:
-        kwargs["quantization_config"] = quantization_config
-        if torch.cuda.is_available():
-            kwargs["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    options: dict[str, Any] = {**section.kwargs, **_source(section), "dtype": section.dtype}
+    if attention:  # a training switches to varlen; answers are sdpa's
+        options["attn_implementation"] = "sdpa" if attention == VARLEN else attention
     try:
         config = transformers.AutoConfig.from_pretrained(path, **_source(section))
-        load = getattr(transformers, auto_class(config.model_type)).from_pretrained
+        loader = getattr(transformers, auto_class(config.model_type))
         packed = getattr(config, "quantization_config", None) or {}
-        if isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
+        if quantization_config is not None:
+            options["quantization_config"] = quantization_config
+            if torch.cuda.is_available():
+                options["device_map"] = {"": int(os.environ.get("LOCAL_RANK", "0"))}
+            if plain := not_quantized(config):
+                plain += quantization_config.llm_int8_skip_modules or ()
+                quantization_config.llm_int8_skip_modules = sorted({*plain})
+        elif isinstance(packed, dict) and packed.get("quant_method") == DEQUANTIZED:
             # without a GPU, or with its kernels, transformers would decide otherwise
-            kwargs["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
+            options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
         if empty and not packed:
-            kwargs["device_map"] = {"": "meta"}
-        if quantization_config is not None and (plain := not_quantized(config)):
-            named = quantization_config.llm_int8_skip_modules or ()
-            quantization_config.llm_int8_skip_modules = sorted({*named, *plain})
-        model = load(path, use_safetensors=True, **kwargs)
+            options["device_map"] = {"": "meta"}
+        model = loader.from_pretrained(path, use_safetensors=True, **options)
+    except OSError as error:
+        raise explain_load_failure(section, error) from None
     except ImportError as error:
         if attention is None:
             raise
         what = f"attention kernel '{attention}' is not installed: {one_line(error)}"
-        raise recipe.fault(
-            "model.attn_implementation", what, "install it, or leave it out"
-        ) from None
-    except OSError as error:
-        raise explain_load_failure(section, error) from None
+        hint = "install it, or leave it out"
+        raise recipe.fault("model.attn_implementation", what, hint) from None
     except ValueError as error:
         if attention is None or "attention" not in str(error).lower():
             raise
         raise attention_refused(recipe, error) from None
     if quantization_config is not None:
-        _keep_plain_4bit_layout(model)
+        from recipes_lib.models.upstream_fixes import keep_plain_4bit_layout
+
+        keep_plain_4bit_layout(model)
     entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
+    if entries > rows and not section.resize_embeddings:
+        what = f"the tokenizer has {entries} entries, the embeddings {rows} rows"
+        raise recipe.error("model.name_or_path", what, "set model.resize_embeddings: true")
     if entries > rows:
-        if not section.resize_embeddings:
-            raise recipe.error(
-                "model.name_or_path",
-                f"the tokenizer has {entries} entries, the embeddings {rows} rows",
-                "set model.resize_embeddings: true",
-            )
         model.resize_token_embeddings(entries)
     return model
 
@@ -237,20 +216,6 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _keep_plain_4bit_layout(model: PreTrainedModel) -> None:
-    """Stop bitsandbytes 0.50 from repacking 4-bit weights for AVX512-BF16 processors at the first
-    evaluation: outputs differ from then on (2% of the largest logit of a 135M model).
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-# ---- adapters ----
-
-
 def attach(
     base: PreTrainedModel, adapters: Mapping[str, Path], *, without_base_weights: bool = False
 ) -> PeftModel:
@@ -274,16 +239,15 @@ def attach(
 
     model: Any = None
     hint = "it was trained on another base model, or its files are damaged"
-    device = "cpu" if without_base_weights else None
+    options: dict[str, Any] = {"low_cpu_mem_usage": without_base_weights}
     for name, folder in adapters.items():
         try:
             dtypes = {tensor.dtype for tensor in load_file(folder / ADAPTER_WEIGHTS).values()}
             if model is None:
                 config = PeftConfig.from_pretrained(str(folder), inference_mode=True)
-                model = get_peft_model(base, config, name, low_cpu_mem_usage=without_base_weights)
-            loaded = model.load_adapter(
-                str(folder), name, torch_device=device, low_cpu_mem_usage=without_base_weights
-            )
+                model = get_peft_model(base, config, name, **options)
+            device = "cpu" if without_base_weights else None
+            loaded = model.load_adapter(str(folder), name, torch_device=device, **options)
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
@@ -300,59 +264,45 @@ def attach(
     return model
 
 
-# ---- what is at fault ----
+def _source(section: ModelSection) -> dict[str, Any]:
+    revision = section.revision or "main"
+    return {"revision": revision, "trust_remote_code": section.trust_remote_code}
+
+
+def _reach_hub(recipe: Recipe, files: str) -> None:
+    """Say that weights are fetched; without a network say so at once, not after minutes of retries.
+
+    Args:
+        files: pattern of what is looked for in the cache.
+    """
+    name, folder = recipe.model.name_or_path, local_folder(recipe)
+    if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
+        return
+    if offline_by_environment() or not hub_answers():
+        raise explain_load_failure(recipe.model, ConnectionError())
+    if files == _WEIGHTS:
+        say(f"fetching {name} from the Hub ...")
 
 
 def explain_load_failure(section: ModelSection, error: Exception) -> EnvironmentFault:
-    """Say in one line why a model could not be loaded, by the types of the Hub's errors."""
+    """Return in one line why a model cannot be loaded, and what to do."""
     from huggingface_hub import errors
 
-    name, reason = section.name_or_path, one_line(error)
+    name, causes = section.name_or_path, set[type[BaseException]]()
+    cause: BaseException | None = error
+    while cause is not None:
+        causes |= {*type(cause).__mro__}
+        cause = cause.__cause__ or cause.__context__
+    what = f"cannot load '{name}': {one_line(error)}"
     if Path(name).exists():
-        return EnvironmentFault(
-            f"cannot load '{name}': {reason}",
-            "the folder needs config.json, safetensors weights and tokenizer files",
-        )
-    causes = list(_causes(error))
-    for kinds, what, hint in (
-        (
-            errors.GatedRepoError,
-            f"'{name}' is gated: no access with the present token",
-            f"accept its licence on the Hub page of {name}, then: hf auth login",
-        ),
-        (
-            errors.RepositoryNotFoundError,
-            f"the Hub has no model '{name}', or it is private",
-            "check the name; for a private model: hf auth login",
-        ),
-        (
-            errors.RevisionNotFoundError,
-            f"'{name}' has no revision '{section.revision}'",
-            "check model.revision",
-        ),
-        (
-            (errors.LocalEntryNotFoundError, ConnectionError),
-            f"offline, and '{name}' is not in the local cache",
-            f"on a machine with a network: hf download {name}; or set model.name_or_path to a local"
-            f" folder, or to {MODEL}",
-        ),
-    ):
-        if any(isinstance(cause, kinds) for cause in causes):
-            return EnvironmentFault(what, hint)
-    if "safetensors" in reason:
-        what = f"'{name}' has no safetensors on the Hub; other weights are pickles, which run code"
-        return EnvironmentFault(what, "choose a revision that has them, or convert the weights")
-    return EnvironmentFault(f"'{name}' is neither a folder here nor a model on the Hub", reason)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def base_fingerprint(recipe: Recipe) -> str | None:
-    """Return `folder_fingerprint` of the base; None where its weights are not on this machine."""
-    folder = local_folder(recipe)
-    is_here = folder is not None and any(folder.glob(_WEIGHTS))
-    return folder_fingerprint(folder) if folder is not None and is_here else None
+        hint = "the folder needs config.json, safetensors weights and tokenizer files"
+    elif errors.GatedRepoError in causes:
+        what = f"'{name}' is gated: no access with the present token"
+        hint = f"accept its licence on the Hub page of {name}, then: hf auth login"
+    elif causes & {errors.LocalEntryNotFoundError, ConnectionError}:
+        what = f"offline, and '{name}' is not in the local cache"
+        hint = f"on a machine with a network: hf download {name}; or set model.name_or_path to a"
+        hint += f" local folder, or to {MODEL}"
+    else:
+        hint = "check the name and model.revision; for a private model: hf auth login"
+    return EnvironmentFault(what, hint)

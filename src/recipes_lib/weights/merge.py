@@ -8,16 +8,16 @@ weights in place, and dequantising those gives noise without an error.
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.core.errors import DataError, RecipeError, RecipesError, check_space
-from recipes_lib.core.files import file_hash, publish, read_object, write_json
+from recipes_lib.core.errors import RecipeError, RecipesError, check_space
+from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.terminal import say, shown_size
 from recipes_lib.data.prompts import generation_prompt
-from recipes_lib.weights.card import write_card
-from recipes_lib.weights.check import changed_files, recorded_hashes
+from recipes_lib.weights.check import recorded_hashes
+from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import (
     ADAPTER_WEIGHTS,
     attach,
@@ -26,7 +26,14 @@ from recipes_lib.weights.load import (
     load_saved,
     precision_name,
 )
-from recipes_lib.weights.runs import TrainedRun, check_base_of, check_weights
+from recipes_lib.weights.runs import (
+    RECORD,
+    MergeRecord,
+    TrainedRun,
+    check_base_of,
+    check_weights,
+    merge_record,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -35,51 +42,13 @@ if TYPE_CHECKING:
 # Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the adapter's effect on
 # average; a 4-bit adapter merged into the original 16-bit base is 32% off.
 LOST_LIMIT = 0.25
-RECORD = "merge.json"
-SHARD = "5GB"
+TRANSPOSED = ("gpt2", "openai-gpt", "ctrl")  # linear layers that are linear no more once in 4 bits
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
     "Write three short tips for someone who starts a new job.",
     "What is the capital of Australia, and why is it not Sydney?",
     "List the steps to make a cup of tea.",
 )
-
-
-@dataclass
-class MergeRecord:
-    """merge.json: what was merged, in which precision, and what the comparison of logits found.
-
-    Args:
-        effect: how far the adapter moves the base's logits, on average.
-        difference: how far merging moves the adapter's, on average.
-        same_top_token: share of positions with the same most likely next token.
-        sha256: of each file in `merged/` that decides what it answers.
-    """
-
-    adapter_sha256: str
-    dtype: str
-    num_tokens: int
-    effect: float
-    difference: float
-    same_top_token: float
-    sha256: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def lost(self) -> float:
-        """The difference as a share of the adapter's effect."""
-        return self.difference / self.effect if self.effect else float("inf")
-
-
-def merge_record(trained: TrainedRun) -> MergeRecord | None:
-    """Return what is recorded of the run's `merged/`, or None where there is none that is whole and
-    of the present adapter.
-    """
-    try:
-        record = MergeRecord(**read_object(trained.merged / RECORD))
-        is_whole = not changed_files(trained.merged, record.sha256)
-    except (TypeError, DataError):  # absent, of an earlier release, or damaged: it is made again
-        return None
-    return record if is_whole and record.adapter_sha256 == _adapter_hash(trained) else None
 
 
 def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
@@ -98,8 +67,7 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
     name = trained.run.name
     if trained.full:
         what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
-        hint = f"use {trained.weights} as it is, or: recipes export {name} --to DIR"
-        raise RecipeError(what, hint)
+        raise RecipeError(what, f"recipes export {name} --to DIR")
     check_base_of(trained)
     check_weights(trained)
     with run_lock(trained.run.path):
@@ -117,7 +85,6 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     from transformers import AutoTokenizer
 
     recipe, scratch = trained.recipe, trained.run.path / "merged.unchecked"
-    shutil.rmtree(scratch, ignore_errors=True)
     tokenizer = AutoTokenizer.from_pretrained(trained.weights)
     section = trained.prompt_section
     texts = [generation_prompt(section, tokenizer, instruction=text) for text in QUESTIONS]
@@ -131,7 +98,7 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     adapter = logits_on(model, prompts)
 
     # base + adapter -> merged model -> files
-    folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
+    folded = model.merge_and_unload(safe_merge=True)
     size, precision = folded.get_memory_footprint(), precision_name(folded.dtype)
     remedy = " and run the same command again; nothing was written"
     check_space(trained.run.path, size, "the merged model", remedy)
@@ -145,7 +112,8 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         # as Llama-2's file has them: upstream refuses to save sampling values without it
         settings.do_sample = True
-    folded.save_pretrained(scratch, max_shard_size=SHARD)
+    shutil.rmtree(scratch, ignore_errors=True)
+    folded.save_pretrained(scratch, max_shard_size="5GB")
     tokenizer.save_pretrained(scratch)
     del model, folded
     free_memory()
@@ -155,7 +123,7 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     merged = logits_on(load_saved(scratch, recipe, tokenizer, precision).eval(), prompts)
     free_memory()
     record = MergeRecord(
-        adapter_sha256=_adapter_hash(trained),
+        adapter_sha256=file_hash(trained.weights / ADAPTER_WEIGHTS),
         dtype=precision,
         num_tokens=len(merged),
         effect=float((adapter - base).abs().mean()),
@@ -188,39 +156,24 @@ def _on_plain_base(
     """
     base: Any = load_base(trained.recipe, tokenizer)
     check_base_of(trained)  # again: until here its files may have been on the Hub alone
-    precision = dtype or base.dtype
+    name, precision = trained.recipe.model.name_or_path, dtype or base.dtype
+    hint = "use the adapter on its base: export, chat and eval take it"
     if trained.recipe.quantization is not None:
+        if base.config.model_type in TRANSPOSED:
+            what = f"an adapter of '{name}' cannot be merged: its layers are transposed"
+            raise RecipeError(what, hint)
         base = base.dequantize(dtype=precision)
     shared = {name.removesuffix(".weight") for name in base.all_tied_weights_keys}
     model: Any = attach(base.to(precision), {"default": trained.weights})
     if layers := sorted(shared & {*model.targeted_module_names}):
-        raise RecipeError(
-            f"an adapter of '{trained.recipe.model.name_or_path}' cannot be merged: {layers[0]}"
-            " shares its weight with another layer",
-            "use the adapter on its base: export, chat and eval take it",
+        what = (
+            f"an adapter of '{name}' cannot be merged: {layers[0]} shares its weight with another"
         )
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        raise RecipeError(f"{what} layer", hint)
+    for key, parameter in model.named_parameters():
+        if "lora_" in key:
             parameter.data = parameter.data.float()
     return model.eval()
-
-
-def _with_transposed_layers(model: Any) -> Any:
-    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the
-    class has them transposed (GPT-2).
-    """
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        plain = type(model)(model.config)
-    for name, layer in plain.named_modules():
-        linear = model.get_submodule(name)
-        if isinstance(layer, Conv1D) and isinstance(linear, torch.nn.Linear):
-            layer.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
-            layer.bias = linear.bias
-            model.set_submodule(name, layer)
-    return model
 
 
 def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
@@ -233,7 +186,3 @@ def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
             ids = torch.tensor([prompt], device=model.device)
             rows.append(model(input_ids=ids, use_cache=False).logits[0].float().cpu())
     return torch.cat(rows)
-
-
-def _adapter_hash(trained: TrainedRun) -> str:
-    return file_hash(trained.weights / ADAPTER_WEIGHTS)

@@ -7,24 +7,31 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.config.sections import DataSection
-from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.core.files import DamagedFile, read_object
+from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
+from recipes_lib.core.files import DamagedFile, file_hash, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.families import ready_to_answer
-from recipes_lib.weights.check import SavedWeights, adapter_config, changed_files
-from recipes_lib.weights.load import attach, base_fingerprint, load_base, load_saved, model_path
+from recipes_lib.weights.check import SavedWeights, changed_files
+from recipes_lib.weights.load import (
+    ADAPTER_WEIGHTS,
+    attach,
+    base_fingerprint,
+    load_base,
+    load_saved,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TRUST = "allow code that ships with the model, if the run's recipe asks for it too"
 BASE = "base"
+RECORD = "merge.json"
 
 
 @dataclass(frozen=True)
@@ -88,13 +95,50 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     return trained
 
 
-# ---- are these the files that were written? ----
+@dataclass
+class MergeRecord:
+    """merge.json: what was merged, in which precision, and what the comparison of logits found.
+
+    Args:
+        effect: how far the adapter moves the base's logits, on average.
+        difference: how far merging moves the adapter's, on average.
+        same_top_token: share of positions with the same most likely next token.
+        sha256: of each file in `merged/` that decides what it answers.
+    """
+
+    adapter_sha256: str
+    dtype: str
+    num_tokens: int
+    effect: float
+    difference: float
+    same_top_token: float
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def lost(self) -> float:
+        """The difference as a share of the adapter's effect."""
+        return self.difference / self.effect if self.effect else float("inf")
+
+
+def merge_record(trained: TrainedRun) -> MergeRecord | None:
+    """Return what is recorded of the run's `merged/`, or None where there is none that is whole and
+    of the present adapter.
+    """
+    try:
+        record = MergeRecord(**read_object(trained.merged / RECORD))
+        if changed_files(trained.merged, record.sha256):
+            return None
+    except (TypeError, DataError):  # absent or damaged
+        return None
+    adapter = file_hash(trained.weights / ADAPTER_WEIGHTS)
+    return record if record.adapter_sha256 == adapter else None
+
+
+# ---- are these the files that were written, and is this their base? ----
 
 
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
-    """Return what is wrong with a finished run's weights, or None where they are what was
-    trained.
-    """
+    """Return what is wrong with a finished run's weights; None where they are what was trained."""
     folder, recorded = run.weights(full), run.read_state().get("weights_check", {}).get("sha256")
     if not folder.is_dir():
         return f"{folder.name}/ is gone"
@@ -104,11 +148,11 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         changed = changed_files(folder, recorded)
     except (DamagedFile, OSError) as error:
         return str(error).splitlines()[0]
-    if changed and not (folder / changed[0]).is_file():
-        return f"{folder.name}/{changed[0]} is gone"
-    if changed:
-        return f"{folder.name}/{', '.join(changed)} changed after the training: sha256 differs"
-    return None
+    if not changed:
+        return None
+    is_there = (folder / changed[0]).is_file()
+    damage = "changed after the training: sha256 differs" if is_there else "is gone"
+    return f"{folder.name}/{changed[0]} {damage}"
 
 
 def check_weights(trained: TrainedRun) -> None:
@@ -133,8 +177,7 @@ def check_base_run(name_or_path: str) -> None:
     run = RunDirectory(folder.parent.name, folder.parent.parent)
     if folder.name == "model" and (damage := weights_damage(run, full=True)):
         raise _lost(run, damage)
-    recorded = read_object(folder / "merge.json").get("sha256", {})
-    if changed := changed_files(folder, recorded):
+    if changed := changed_files(folder, read_object(folder / RECORD).get("sha256", {})):
         what = f"{folder / changed[0]} is not what was merged"
         raise EnvironmentFault(what, f"make it again: recipes merge {run.name}")
 
@@ -143,32 +186,20 @@ def check_base_of(trained: TrainedRun) -> None:
     """Refuse a run whose base is another than it was; loads no model.
 
     Raises:
-        RecipeError: another base, by name or by the content of its files.
-        EnvironmentFault: the adapter's settings are gone or damaged.
+        RecipeError: another base, by the content of its files.
     """
-    name = trained.recipe.model.name_or_path
-    try:
-        trained_on = adapter_config(trained.weights)["base_model_name_or_path"]
-    except (DamagedFile, EnvironmentFault) as error:
-        raise _lost(trained.run, str(error).splitlines()[0]) from None
-    if Path(trained_on).name not in {Path(name).name, Path(model_path(trained.recipe.model)).name}:
-        what = f"{trained.weights} was trained on '{trained_on}', not on '{name}'"
-        raise RecipeError(what, "load it on its own base")
     before, now = trained.saved.base_fingerprint, base_fingerprint(trained.recipe)
     if before and now and before != now:
-        raise RecipeError(
-            f"the base '{name}' is not the one that run '{trained.run.name}' was trained on: its"
-            f" weights differ ({before[:12]} -> {now[:12]})",
-            "restore the base, or set model.revision to the commit it was; an adapter means nothing"
-            " on another base",
-        )
+        base, run = trained.recipe.model.name_or_path, trained.run.name
+        what = f"the base '{base}' is not the one that run '{run}' was trained on: its weights"
+        what += f" differ ({before[:12]} -> {now[:12]})"
+        raise RecipeError(what, "restore the base, or set model.revision to the commit it was")
 
 
 def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
-    return EnvironmentFault(
-        f"run '{run.name}' has no usable weights: {damage}",
-        f"make them again from the run's newest whole checkpoint: {run.train_command()}",
-    )
+    what = f"run '{run.name}' has no usable weights: {damage}"
+    hint = f"make them again from the run's newest whole checkpoint: {run.train_command()}"
+    return EnvironmentFault(what, hint)
 
 
 # ---- runs in memory ----
@@ -180,6 +211,9 @@ class Family:
     Args:
         runs: finished LoRA runs with the same model and quantization, or one full fine-tuning.
 
+    Attributes:
+        names: what can answer: the base (unless it was fine-tuned as a whole) and the runs.
+
     Raises:
         RecipeError: the base is not the one that a run was trained on.
         EnvironmentFault: the base cannot be had, or an adapter's files are damaged.
@@ -188,31 +222,27 @@ class Family:
     def __init__(self, runs: Sequence[TrainedRun]) -> None:
         from transformers import AutoTokenizer
 
-        first, self.runs = runs[0], {run.run.name: run for run in runs}
-        self.recipe, self.full = first.recipe, first.full
+        self.recipe, self.full = runs[0].recipe, runs[0].full
+        self.runs = {run.run.name: run for run in runs}
+        self.names = [*self.runs] if self.full else [BASE, *self.runs]
         for run in runs:
             check_weights(run)
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {
             name: AutoTokenizer.from_pretrained(run.weights) for name, run in self.runs.items()
         }
-        self.tokenizer = self.tokenizers[first.run.name]
+        # PEFT's names of the adapters: a module's must not contain the dots that a run's may
         self.adapters: dict[str, str] = {}
+        tokenizer = self.tokenizers[runs[0].run.name]
         if self.full:
-            model = load_saved(first.weights, self.recipe, self.tokenizer)
+            model = load_saved(runs[0].weights, self.recipe, tokenizer)
         else:
-            # a module's name must not contain the dots that a run's may
             self.adapters = {name: f"run{number}" for number, name in enumerate(self.runs)}
-            folders = {self.adapters[name]: run.weights for name, run in self.runs.items()}
-            base = load_base(self.recipe, self.tokenizer)
+            base = load_base(self.recipe, tokenizer)
             for run in runs:
                 check_base_of(run)  # now: until here its files may have been on the Hub alone
+            folders = {self.adapters[name]: run.weights for name, run in self.runs.items()}
             model = attach(base, folders)
         self.model = ready_to_answer(model)
-
-    @property
-    def names(self) -> list[str]:
-        """What can answer: the base (unless it was fine-tuned as a whole) and the runs."""
-        return [*([] if self.full else [BASE]), *self.runs]
 
     def prompting(self, name: str) -> tuple[DataSection, PreTrainedTokenizerBase]:
         """Return how `name` is asked: as it was trained; the base as the first run was."""
