@@ -137,14 +137,3 @@ def name_experts(config: Any, attribute: str) -> None:
     `num_experts`. On the class, because an entry of the config would be saved with the model.
     """
     type(config).num_experts = property(operator.attrgetter(attribute))
-
-
-def keep_plain_4bit_layout(model: torch.nn.Module) -> None:
-    """Stop bitsandbytes 0.50 from repacking 4-bit weights for AVX512-BF16 processors at the first
-    evaluation: outputs differ from then on (2% of the largest logit of a 135M model).
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False

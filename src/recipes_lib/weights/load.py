@@ -156,9 +156,13 @@ def load_model(
             raise
         raise attention_refused(recipe, error) from None
     if quantization_config is not None:
-        from recipes_lib.models.upstream_fixes import keep_plain_4bit_layout
+        import bitsandbytes
 
-        keep_plain_4bit_layout(model)
+        for module in model.modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit):
+                # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors at the first
+                # evaluation; outputs differ from then on (2% of the largest logit of a 135M model)
+                module.support_avx512bf16_for_cpu = False
     entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if entries > rows and not section.resize_embeddings:
         what = f"the tokenizer has {entries} entries, the embeddings {rows} rows"
