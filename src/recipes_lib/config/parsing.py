@@ -196,21 +196,21 @@ def _without(values: Any, paths: Iterable[KeyPath]) -> Any:
 def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list[str]:
     """Return what is wrong with a key, then hints."""
     name, value = dotted(path), details[0]["input"]
-    kinds = {detail["type"]: detail for detail in details}
+    kinds = {detail["type"] for detail in details}
     if "missing" in kinds:
         return [f"{name} is missing"]
     if "extra_forbidden" in kinds:
         return _unknown(model, path)
     got = value_text(value, 60)
-    if kinds.keys() == {"model_type"}:
+    if kinds == {"model_type"}:
         return [f"section '{name}' must be a mapping of keys, got {got}"]
     messages = [detail["msg"].removeprefix("Value error, ") for detail in details]
     must = " must be" if messages[0].startswith("Input should be ") else ":"
     texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
     what = f"{name}{must} {' or '.join(dict.fromkeys(texts))}"
     hints = [form.format(path[-1]) for kind, form in _FORMS.items() if kind in kinds]
-    expected = kinds["literal_error"]["ctx"]["expected"] if "literal_error" in kinds else ""
-    choices = re.findall(r"'([^']*)'", expected)
+    expected = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]
+    choices = re.findall(r"'([^']*)'", " ".join(expected))
     if len(choices) > _MAX_CHOICES:
         what = f"{name} must be one of {len(choices)} choices"
         hints.append(f"all choices: recipes explain {name}")

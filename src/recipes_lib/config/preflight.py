@@ -5,21 +5,18 @@ the adapter. The architecture is built on the meta device: no weights, no memory
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
 from recipes_lib.config.recipe import Recipe, no_model_at
-from recipes_lib.config.sections import VARLEN
 from recipes_lib.config.upstream import (
     STARTS_WITHOUT_WEIGHTS,
     build_lora_config,
@@ -42,9 +39,6 @@ from recipes_lib.models.families import (
     why_rows_apart,
 )
 from recipes_lib.models.packaged import is_packaged, packaged_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
@@ -79,8 +73,16 @@ def check_upstream(
         return None
 
     launch = collect(lambda: plan_launch(recipe.launch)) or Launch(AccelerateConfig(), 1)
-    checkable = _for_this_machine(recipe, launch.config, notes)
-    collect(lambda: build_sft_config(checkable, "unused", launch.world_size))
+    buildable = recipe
+    if not (launch.config.use_cpu or has_accelerator()):  # it is meant for a GPU
+        keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
+        for key in keys:
+            what = f"note: no GPU on this machine: train.{key} not checked"
+            notes.append(recipe.error(f"train.{key}", what))
+        train = {key: value for key, value in recipe.train.items() if key not in keys}
+        model = recipe.model.model_copy(update={"attn_implementation": None})
+        buildable = replace(recipe, train=train, model=model)
+    collect(lambda: build_sft_config(buildable, "unused", launch.world_size))
     collect(lambda: build_lora_config(recipe))
     collect(lambda: build_quantization_config(recipe))
     collect(lambda: check_packages(recipe))
@@ -89,9 +91,9 @@ def check_upstream(
     folder = collect(lambda: local_folder(recipe))
     if folder is not None:
         errors += check_model_files(recipe, folder, remote_code=remote_code)
-    absent = folder is None or (_from_hub(recipe) and not _has_tokenizer(folder))
     if len(errors) > before:
         return errors
+    absent = folder is None or (_from_hub(recipe) and not _has_tokenizer(folder))
     if folder is None or absent or recipe.model.trust_remote_code:
         why = "model not on this machine" if absent else "the model brings its own code"
         what = f"note: not checked against {recipe.model.name_or_path}: {why}"
@@ -99,25 +101,7 @@ def check_upstream(
         return errors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return errors + list(check_names(recipe, folder, launch.config))
-
-
-def _for_this_machine(
-    recipe: Recipe, accelerate: AccelerateConfig, notes: list[RecipeError]
-) -> Recipe:
-    """Return the recipe without what only a GPU can judge, when it is meant for one and this
-    machine has none.
-    """
-    if accelerate.use_cpu or has_accelerator():
-        return recipe
-    keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
-    if keys:
-        what = f"note: no GPU on this machine: train.{', train.'.join(keys)} not checked"
-        notes.append(recipe.error(f"train.{keys[0]}", what))
-    train = {key: value for key, value in recipe.train.items() if key not in keys}
-    return replace(
-        recipe, train=train, model=recipe.model.model_copy(update={"attn_implementation": None})
-    )
+        return [*errors, *check_names(recipe, folder, launch.config)]
 
 
 def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
@@ -179,9 +163,20 @@ def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
     """
     folder = local_folder(recipe)
     hint = f"its files are beside the weights: {', '.join(TOKENIZER_FILES)}"
-    if folder is not None and not _has_tokenizer(folder):
-        return recipe.error(KEY, f"{folder} has no tokenizer", hint)
-    return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
+    absent = folder is not None and not _has_tokenizer(folder)
+    what = f"{folder} has no tokenizer" if absent else "the tokenizer cannot be read"
+    return recipe.error(KEY, what if absent else f"{what}: {one_line(error)}", hint)
+
+
+def attention_refused(recipe: Recipe, why: str) -> RecipeError:
+    """Return the refusal of `model.attn_implementation`.
+
+    Args:
+        why: the end of a sentence that begins with the kernel's name.
+    """
+    key = "model.attn_implementation"
+    what = f"{key}: {recipe.model.attn_implementation} {why}"
+    return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
 
 
 def check_model_files(
@@ -203,13 +198,14 @@ def check_model_files(
     if names and not any(name.endswith(_CAUSAL) for name in names) and not (kind and kind.images):
         what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
         yield recipe.error(KEY, what, "choose a model that generates text")
-    if packed := config.get("quantization_config"):
-        method = packed.get("quant_method") if isinstance(packed, dict) else packed
-        if method != DEQUANTIZED or recipe.quantization is not None:
-            hint = "give the original model; for QLoRA add a quantization section"
-            if method == DEQUANTIZED:
-                hint = "remove the quantization section: it is trained in model.dtype"
-            yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
+    packed = config.get("quantization_config") or {}
+    method = packed.get("quant_method") if isinstance(packed, dict) else packed
+    if method == DEQUANTIZED and recipe.quantization is not None:
+        hint = "remove the quantization section: it is trained in model.dtype"
+        yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
+    elif packed and method != DEQUANTIZED:
+        hint = "give the original model; for QLoRA add a quantization section"
+        yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
     if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
         yield recipe.error(KEY, "the model needs Python code that ships with it", hint)
@@ -251,125 +247,93 @@ def check_names(
     recipe: Recipe, folder: Path, accelerate: AccelerateConfig
 ) -> Iterator[RecipeError]:
     """Yield names in the recipe or its accelerate config that the model does not have, and what the
-    model's class cannot do.
+    model's class cannot do. The model is built without weights; code that ships with it is not run.
     """
+    import torch
+    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     try:
-        model = architecture(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model = getattr(transformers, auto_class(config.model_type)).from_config(config)
     except Exception as error:
         # transformers raises many types here; whatever it is, the user's model cannot be built
         yield recipe.error(KEY, f"transformers cannot build this model: {one_line(error)}")
         return
-    is_encoder = model.config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if is_encoder and not getattr(model.config, "is_decoder", True):
-        what = f"{type(model).__name__} is an encoder here: it sees the tokens to predict"
+    name, embeddings = type(model).__name__, model.get_input_embeddings()
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and not getattr(config, "is_decoder", True):
+        what = f"{name} is an encoder here: it sees the tokens to predict"
         yield recipe.error(KEY, what, "choose a causal language model")
     longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
-    positions = _table_of_positions(model)
-    if positions and (longest is None or longest > positions):
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    has_table = any(  # of learned vectors, some with two places for padding
+        isinstance(module, torch.nn.Embedding)
+        and module is not embeddings
+        and positions <= module.num_embeddings <= positions + 2
+        for _, module in language_modules(model)
+    )
+    if positions and has_table and (longest is None or longest > positions):
         what = f"train.max_length {longest}: the model has a table of {positions:,} positions"
         hint = f"set train.max_length: {positions} or less"
         yield recipe.error("train.max_length", f"{what} and fails beyond", hint)
-    if recipe.lora is not None:
-        yield from _adapter(recipe, recipe.lora, model)
     packs = "packing" if recipe.train.get("packing") else "padding_free"
     wrapped = packs == "packing" and recipe.train.get("packing_strategy") == "wrapped"
     if recipe.train.get(packs) and not wrapped and (why := why_rows_apart(model)):
-        what = f"train.{packs}: {type(model).__name__} {why}"
+        what = f"train.{packs}: {name} {why}"
         yield recipe.error(f"train.{packs}", what, f"set train.{packs}: false")
-    yield from _layer_classes(recipe, model, accelerate)
+    wrap = "fsdp_transformer_layer_cls_to_wrap"
+    classes = {type(module).__name__ for module in model.modules()}
+    asked = re.split(r"\s*,\s*", str(accelerate.fsdp_config.get(wrap) or ""))
+    for layer in {*asked} - {""} - classes:
+        what = f"{wrap} '{layer}' of {accelerate.path.name} is not in the model"
+        hint = f"its layer classes: {', '.join(sorted(model._no_split_modules or classes))}"
+        yield recipe.error("launch.accelerate", what, hint)
+    if recipe.lora is not None:
+        yield from _adapter(recipe, recipe.lora, model)
     try:
-        entries = _tokenizer_size(folder)
+        entries = len(transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
     except Exception as error:  # as above: any failure to read it is the user's to know
         yield no_tokenizer(recipe, error)
         return
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = embeddings.weight.shape[0]
     if entries > rows and not recipe.model.resize_embeddings:
         what = f"the tokenizer has {entries:,} entries, the model embeds only {rows:,}"
         hint = "set model.resize_embeddings: true, or use the model's own tokenizer"
         yield recipe.error(KEY, what, hint)
 
 
-@lru_cache(maxsize=4)
-def architecture(folder: Path) -> PreTrainedModel:
-    """Return the model of a folder without weights. Code that ships with a model is not run."""
-    import torch
-    import transformers
-
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        return getattr(transformers, auto_class(config.model_type)).from_config(config)
-
-
-@lru_cache(maxsize=4)
-def _tokenizer_size(folder: Path) -> int:
-    from transformers import AutoTokenizer
-
-    return len(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
-
-
-def varlen_refused(recipe: Recipe, why: str) -> RecipeError:
-    """Return the refusal of torch's variable-length attention.
-
-    Args:
-        why: the end of a sentence that begins with the kernel's name.
-    """
-    key = "model.attn_implementation"
-    hint = "leave the key out: the fastest that the model has is taken"
-    return recipe.error(key, f"{key}: {VARLEN} {why}", hint)
-
-
-def attention_refused(recipe: Recipe, error: Exception) -> RecipeError:
-    """Return transformers' refusal of `model.attn_implementation` in one line."""
-    key, reason = "model.attn_implementation", one_line(error).partition(". Please request")[0]
-    what = f"{key}: {recipe.model.attn_implementation} is not for this model: {reason}"
-    return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
-
-
-def _table_of_positions(model: Any) -> int | None:
-    """Return how many positions a model has learned vectors for; None where it computes them."""
-    import torch
-
-    positions = getattr(model.config, "max_position_embeddings", None) or 0
-    tables = [
-        module.num_embeddings
-        for _, module in language_modules(model)
-        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
-    ]
-    return positions if any(positions <= rows <= positions + 2 for rows in tables) else None
-
-
 def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[RecipeError]:
     """Yield names that the model does not have, of which PEFT takes a list if one of them matches;
     targets that cannot work on this architecture; and what PEFT has against the adapters, which are
-    put on a copy without weights.
+    put on the model; it has no weights.
     """
     import torch
     from peft import get_peft_model
 
     modules = {name: module for name, module in language_modules(model) if name}
-    last = {name.rpartition(".")[2] for name in modules}
-    needs, given = needs_of(model), lora.get("target_modules")
+    last = {name.rpartition(".")[2]: module for name, module in modules.items()}
+    linear = {name for name, module in last.items() if isinstance(module, torch.nn.Linear)}
+    layers = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
+    needs, sound = needs_of(model), True
     try:
         config = build_lora_config(recipe)
         assert config is not None
         settled = settle_targets(config, model)
         # PEFT finds former layers of experts, which are parameters now, by itself
         targets = converted(config, model).target_modules
-        wanted = {"target_modules": targets, "modules_to_save": config.modules_to_save}
-        unknown = [
-            (key, name)
-            for key, names in wanted.items()
-            for name in (() if names is None or isinstance(names, str) else names)
-            if not any(f".{module}".endswith(f".{name}") for module in modules)
-        ]
-        for key, name in unknown:
-            place = f"lora.{key}.{lora[key].index(name)}"
-            what = f"lora.{key}: the model has no module '{name}'"
-            yield recipe.error(place, what, *did_you_mean(name, last), f"it has {_layers(modules)}")
-        unfit = {*needs.left_out} & {*(given if isinstance(given, list) else ())} & last
-        for name in unfit:
+        for key in ("target_modules", "modules_to_save"):
+            names = targets if key == "target_modules" else config.modules_to_save
+            for name in () if names is None or isinstance(names, str) else names:
+                if not any(f".{module}".endswith(f".{name}") for module in modules):
+                    sound = False
+                    what = f"lora.{key}: the model has no module '{name}'"
+                    place = f"lora.{key}.{lora[key].index(name)}"
+                    yield recipe.error(place, what, *did_you_mean(name, last), layers)
+        given = lora.get("target_modules")
+        for name in {*needs.left_out} & {*(given if isinstance(given, list) else ())} & {*last}:
+            sound = False
             what = f"lora.target_modules: '{name}' takes no adapter: {needs.because}"
             hint = "leave it out, or say all-linear, which does"
             yield recipe.error("lora.target_modules", what, hint)
@@ -378,36 +342,14 @@ def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[Recip
             key = "lora.init_lora_weights"
             what = f"{key}: {start} starts from weights of layers, and these are experts'"
             yield recipe.error(key, what, "leave the key out, or adapt the attention alone")
-        if not unknown and not unfit:
+        if sound:
             with torch.device("meta"):
-                get_peft_model(copy.deepcopy(model), settled)
+                get_peft_model(model, settled)
     except RecipeError:  # of the config itself, which is reported where it is built
         return
     except (ValueError, TypeError, NotImplementedError) as error:
         if "arget modules" in str(error):
             what = f"lora.target_modules: {one_line(error)}"
-            yield recipe.error("lora.target_modules", what, f"it has {_layers(modules)}")
+            yield recipe.error("lora.target_modules", what, layers)
         elif "meta" not in str(error):  # else it is about tensors without values
             yield refused(recipe, "lora", error)
-
-
-def _layers(modules: dict[str, Any]) -> str:
-    """Return the names of linear layers that an adapter may be put on."""
-    import torch
-
-    linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
-    return ", ".join(sorted({name.rpartition(".")[2] for name in linear} - {"lm_head"}))
-
-
-def _layer_classes(
-    recipe: Recipe, model: Any, accelerate: AccelerateConfig
-) -> Iterator[RecipeError]:
-    key = "fsdp_transformer_layer_cls_to_wrap"
-    classes = {type(module).__name__ for module in model.modules()}
-    stacks = [module for module in model.modules() if type(module).__name__ == "ModuleList"]
-    layers = sorted({type(child).__name__ for stack in stacks for child in stack})
-    for name in re.split(r"\s*,\s*", str(accelerate.fsdp_config.get(key) or "")):
-        if name and name not in classes:
-            what = f"{key} '{name}' of {accelerate.path.name} is not in the model"
-            hint = f"its layer classes: {', '.join(layers)}"
-            yield recipe.error("launch.accelerate", what, hint)

@@ -27,7 +27,7 @@ from recipes_lib.config.batch import (
     sync_each_batch,
     warmup_steps,
 )
-from recipes_lib.config.preflight import varlen_refused
+from recipes_lib.config.preflight import attention_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN
 from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config
@@ -138,7 +138,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     """
     varlen, on_cpu = recipe.model.attn_implementation == VARLEN, args.device.type == "cpu"
     if varlen and (why := why_not_varlen(model)):
-        raise varlen_refused(recipe, why)
+        raise attention_refused(recipe, why)
     wrapped = args.packing and args.packing_strategy == "wrapped"
     if wrapped or recipe.train.get("padding_free") is False:
         return False

@@ -154,7 +154,8 @@ def load_model(
     except ValueError as error:
         if attention is None or "attention" not in str(error).lower():
             raise
-        raise attention_refused(recipe, error) from None
+        reason = one_line(error).partition(". Please request")[0]
+        raise attention_refused(recipe, f"is not for this model: {reason}") from None
     if quantization_config is not None:
         import bitsandbytes
 
