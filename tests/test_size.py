@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1970, 1500),
     "core": (1265, 800),
-    "config": (3080, 1900),
+    "config": (3020, 1900),
     "models": (750, 450),
     "data": (2815, 1650),
     "training": (2450, 1700),
