@@ -98,17 +98,16 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
     """
     data, path = recipe.data, _file(recipe, "questions", fetch)
     questions = _parsed(path, _READERS[SUITES[recipe.suite.name].row])
-    if not questions:
-        raise DataError("0 questions", file=shown_path(path))
     counts = Counter(question.id for question in questions)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        what = f"question ids occur twice: {', '.join(twice[:8])}"
+    twice = [name for name, count in counts.items() if count > 1]
+    if twice or not questions:
+        what = f"question ids occur twice: {', '.join(twice[:8])}" if twice else "0 questions"
         raise DataError(what, file=shown_path(path))
-    chosen, named = questions[: data.max_questions], str(data.questions)
+    chosen, is_packaged = questions[: data.max_questions], data.questions == MT_BENCH_PACKAGE
     if recipe.suite.name == "mt_bench":
-        references: dict[str, tuple[str, ...]] = {}
-        if data.references or named == MT_BENCH_PACKAGE:
-            references = dict(_parsed(_file(recipe, "references", fetch), _fastchat_answer))
+        has_references = data.references or is_packaged
+        rows = _parsed(_file(recipe, "references", fetch), _answer_row) if has_references else ()
+        references = {name: turns for _, name, turns in rows}
         chosen = [replace(question, reference=references.get(question.id)) for question in chosen]
     elif data.references:
         texts, generator = read_answer_file(_file(recipe, "references", fetch), chosen)
@@ -117,11 +116,7 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
             for question in chosen
         ]
     labels = read_labels(Path(data.labels)) if data.labels else {}
-    asked = {question.turns[0].strip() for question in questions}
-    if unknown := [instruction for instruction, _, _ in labels if instruction not in asked]:
-        what = f"no question of this eval has the instruction {unknown[0][:60]!r}"
-        raise DataError(what, "remove the row, or correct it", file=data.labels)
-    published = named == MT_BENCH_PACKAGE or named.startswith("tatsu-lab/alpaca_eval:")
+    published = is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:")
     return QuestionSet(tuple(chosen), len(questions), published, labels)
 
 
@@ -226,51 +221,52 @@ def mt_bench_is_here() -> bool:
 # ---- rows ----
 
 
-def _asked(row: Row) -> str:
-    """An instruction of AlpacaEval, with its input where there is one."""
-    context = row.get("input") or ""
-    return f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _instruction_row(row: Row, number: int) -> Question:
     """AlpacaEval's: an instruction with the opponent's output."""
-    instruction, output = row.get("instruction"), row.get("output")
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise DataError("a question needs a text under 'instruction'")
-    if output is not None and not isinstance(output, str):
-        raise DataError("'output' must be text")
+    output = row.get("output")
+    if not _is_text(row.get("instruction")) or not isinstance(output, str | None):
+        raise DataError("a question needs a text under 'instruction', and under 'output' if any")
     return Question(
-        str(row["id"]) if row.get("id") is not None else str(number),
-        (_asked(row),),
+        str(number if row.get("id") is None else row["id"]),
+        (_with_input(row),),
         row.get("dataset") or "",
-        (output,) if output is not None else None,
+        None if output is None else (output,),
         row.get("generator") or "reference",
     )
 
 
+def _with_input(row: Row) -> str:
+    """An instruction of AlpacaEval, with its input where there is one."""
+    context = row.get("input")
+    return f"{row['instruction']}\n\n{context}" if context else row["instruction"]
+
+
 def _turns_row(row: Row, number: int) -> Question:
     """FastChat's question.jsonl."""
-    turns = row.get("turns")
-    are_texts = isinstance(turns, list) and all(isinstance(turn, str) and turn for turn in turns)
-    if row.get("question_id") is None or not are_texts or not turns:
+    turns: Any = row.get("turns")
+    are_texts = isinstance(turns, list) and all(map(_is_text, turns or [None]))
+    if row.get("question_id") is None or not are_texts:
         raise DataError("a question needs question_id and a list of texts under 'turns'")
     return Question(str(row["question_id"]), tuple(turns), row.get("category") or "general")
 
 
 def _prompt_row(row: Row, number: int) -> Question:
     """A prompt with the checks that its answer must pass."""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError("a row needs a text under 'prompt'")
     checks = row.get("checks")
     if checks is None:
         keys = ("check", "expected", "ignore_case", "tolerance")
         checks = [{key: row[key] for key in keys if row.get(key) is not None}]
+    if not _is_text(row.get("prompt")):
+        raise DataError("a row needs a text under 'prompt'")
     if not isinstance(checks, list) or not all(isinstance(check, dict) for check in checks or [0]):
         raise DataError("'checks' must be a list of checks")
-    name = str(row["id"]) if row.get("id") is not None else str(number + 1)
+    name = str(number + 1 if row.get("id") is None else row["id"])
     category = str(row.get("category") or "all")
-    return Question(name, (prompt,), category, checks=tuple(map(rule_of, checks)))
+    return Question(name, (row["prompt"],), category, checks=tuple(map(rule_of, checks)))
 
 
 _READERS: dict[str, Callable[[Row, int], Question]] = {
@@ -280,15 +276,17 @@ _READERS: dict[str, Callable[[Row, int], Question]] = {
 }
 
 
-def _fastchat_answer(row: Row, number: int) -> tuple[str, tuple[str, ...]]:
-    """The question's id and the texts of FastChat's `choices`."""
-    try:
-        turns = row["choices"][0]["turns"]
-        if all(isinstance(turn, str) for turn in turns):
-            return str(row["question_id"]), tuple(turns)
-    except (KeyError, IndexError, TypeError):
-        pass
-    raise DataError("'choices' must hold the answers: [{\"turns\": [text, ...]}]")
+def _answer_row(row: Row, number: int) -> tuple[str, str, tuple[str, ...]]:
+    """A model with an instruction and its output in alpaca_eval's format, or with a question's id
+    and its turns in FastChat's.
+    """
+    match row:
+        case {"question_id": name, "choices": [{"turns": list(turns)}, *_]}:
+            if all(isinstance(turn, str) for turn in turns):
+                return str(row.get("model_id") or ""), str(name), tuple(turns)
+        case {"instruction": str(), "output": str(output)}:
+            return str(row.get("generator") or ""), _with_input(row), (output,)
+    raise DataError("neither alpaca_eval's instruction and output nor FastChat's choices")
 
 
 # ---- answers in files ----
@@ -309,23 +307,16 @@ def read_answer_file(
         DataError: the file is in neither format, answers two models, or lacks an answer; the
             missing ones are named.
     """
-    by_instruction = {question.turns[0]: question.id for question in questions}
-
-    def answers(row: Row, number: int) -> tuple[str, str, tuple[str, ...]]:
-        if "choices" in row:
-            return str(row.get("model_id", path.stem)), *_fastchat_answer(row, number)
-        if not isinstance(row.get("instruction"), str) or not isinstance(row.get("output"), str):
-            raise DataError("neither alpaca_eval's outputs nor FastChat's answers")
-        generator = str(row.get("generator", path.stem))
-        return generator, by_instruction.get(_asked(row), ""), (row["output"],)
-
-    rows = _parsed(path, answers)
-    names = sorted({name for name, _, _ in rows})
+    ids = {question.turns[0]: question.id for question in questions}
+    rows = _parsed(path, _answer_row)
+    names = sorted({name or path.stem for name, _, _ in rows})
     if len(names) > 1:
         what = f"answers of {len(names)} models: {', '.join(names[:4])}"
         raise DataError(what, "split the file by model", file=shown_path(path))
     texts = {
-        (question, turn): text for _, question, turns in rows for turn, text in enumerate(turns, 1)
+        (ids.get(question, question), turn): text
+        for _, question, turns in rows
+        for turn, text in enumerate(turns, 1)
     }
     asked = [
         (question.id, turn) for question in questions for turn in range(1, len(question.turns) + 1)
@@ -361,10 +352,8 @@ def read_labels(path: Path) -> dict[tuple[str, str, str], str]:
             what = "not a labelled pair: instruction, answer, opponent_answer and label"
             raise DataError(what, "label is win, tie or loss, of `answer`")
         pair = pair_texts(*map(str, texts))
-        other = (pair[0], pair[2], pair[1])
-        if labels.get(pair, label) != label or labels.get(other, TURNED[label]) != TURNED[label]:
+        if labels.setdefault(pair, label) != label:
             raise DataError(f"a pair has two labels: {pair[0][:60]!r}", "remove one of the rows")
-        labels[pair] = label
 
     _parsed(path, read)
     if not labels:

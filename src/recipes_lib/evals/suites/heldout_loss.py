@@ -66,80 +66,76 @@ class HeldoutLoss(Suite):
             RecipeError: its recipe holds no rows of the split out.
             DataError: rows that cannot be used.
         """
-        recipe, rows = self.recipe, self._rows(model)
-        losses = row_losses(network, rows["input_ids"], rows["labels"])
-        chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
-        note = "the validation rows chose the checkpoint: the loss on them is too good"
-        limit = recipe.data.max_questions
-        return EvalLog(
-            suite=recipe.suite.name,
-            eval=recipe.name,
-            n=len(losses),
-            subset=f"subset, the first {limit} rows" if limit else None,
-            banners=(note,) if self.split == "validation" and chosen else (),
-            metrics=tuple(self._metrics(model, rows, losses)),
-        )
-
-    def _rows(self, model: Model) -> dict[str, list[Any]]:
-        """Return the columns of the rows, tokenised as the model's recipe trains on them."""
-        recipe, limit = self.recipes[model.name], self.recipe.data.max_questions
+        limit, source = self.recipe.data.max_questions, self.recipes[model.name]
         if self.split is None:
-            recipe = recipe.reading(str(self.recipe.path_of("data.questions")))
-        prepared = prepare_data(recipe, model.prompts.tokenizer)
-        rows = getattr(prepared, self.split or TRAIN)
+            source = source.reading(str(self.recipe.path_of("data.questions")))
+        rows = getattr(prepare_data(source, model.prompts.tokenizer), self.split or TRAIN)
         if not rows:
             raise RecipeError(
                 f"the recipe of {model.name} holds no {self.split} rows out",
                 f"data.split.{self.split} is their share of the rows; or name a file of rows",
             )
-        return dict(rows[:limit])
-
-    def _metrics(
-        self, model: Model, rows: dict[str, list[Any]], losses: Sequence[float]
-    ) -> list[Metric]:
-        """Return the loss per token, and bits per byte of the same text."""
-        ids = [str(name) for name in rows["example_id"]]
-        first: dict[str, str] = {}  # the first row with these tokens
-        repeats = []
-        for name, tokens, labels in zip(ids, rows["input_ids"], rows["labels"], strict=True):
-            earlier = first.setdefault(hash_of(tokens, labels), name)
-            repeats.append("" if earlier == name else earlier)
-        supervised = [[label for label in labels[1:] if label != -100] for labels in rows["labels"]]
+        rows = rows[:limit]
+        tokens, labels = rows["input_ids"], rows["labels"]
+        supervised = [[label for label in row[1:] if label != -100] for row in labels]
         texts = model.prompts.tokenizer.batch_decode(supervised, skip_special_tokens=True)
         texts = [text.strip() for text in texts]
+        names = [str(name) for name in rows["example_id"]]
+        first: dict[str, str] = {}  # the first row with these tokens
+        same = [
+            first.setdefault(hash_of(*row), name)
+            for name, *row in zip(names, tokens, labels, strict=True)
+        ]
+        nats = row_losses(network, tokens, labels)
+        bits = [loss / math.log(2) for loss in nats]
         num_bytes = [len(text.encode(errors="replace")) for text in texts]
         where = f"on {self.split or 'held-out'} rows"
 
-        def metric(name: str, label: str, task: str, counts: list[int], unit: str) -> Metric:
-            scale = 1.0 if name == LOSS else math.log(2)
-            mean = sum(counts) * scale / len(counts)
+        def metric(losses: list[float], sizes: list[int], unit: str, **known: Any) -> Metric:
+            mean = sum(sizes) / len(sizes)
             samples = [
                 Sample(
-                    id=row,
+                    id=name,
                     value=loss / mean,
                     outcome="graded",
-                    verdicts=(f"{count} {unit}",),
-                    same_as=earlier,
+                    verdicts=(f"{size} {unit}",),
+                    same_as="" if earlier == name else earlier,
                 )
-                for row, loss, count, earlier in zip(ids, losses, counts, repeats, strict=True)
+                for name, loss, size, earlier in zip(names, losses, sizes, same, strict=True)
             ]
-            return metric_of(
-                name,
-                f"{label} {where}",
-                samples,
-                "number",
-                task=task,
-                higher_is_better=False,
-                instead_of="" if name == LOSS else LOSS,
-            )
+            return metric_of(samples=samples, unit="number", higher_is_better=False, **known)
 
-        num_tokens = list(map(len, supervised))
-        rows_hash = hash_of(rows["input_ids"])[:8]
-        metrics = [metric(LOSS, "loss per token", f"tokens-{rows_hash}", num_tokens, "tokens")]
-        if sum(num_bytes):
-            task = f"text-{hash_of(texts)[:8]}"
-            metrics.append(metric("bits_per_byte", "bits per byte", task, num_bytes, "bytes"))
-        return metrics
+        metrics = [
+            metric(
+                nats,
+                list(map(len, supervised)),
+                "tokens",
+                metric=LOSS,
+                label=f"loss per token {where}",
+                task=f"tokens-{hash_of(tokens)[:8]}",
+            )
+        ]
+        if any(num_bytes):
+            per_byte = metric(
+                bits,
+                num_bytes,
+                "bytes",
+                metric="bits_per_byte",
+                label=f"bits per byte {where}",
+                task=f"text-{hash_of(texts)[:8]}",
+                instead_of=LOSS,
+            )
+            metrics.append(per_byte)
+        chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
+        note = "the validation rows chose the checkpoint: the loss on them is too good"
+        return EvalLog(
+            suite=self.recipe.suite.name,
+            eval=self.recipe.name,
+            n=len(names),
+            subset=f"subset, the first {limit} rows" if limit else None,
+            banners=(note,) if self.split == "validation" and chosen else (),
+            metrics=tuple(metrics),
+        )
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
