@@ -11,11 +11,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 MODEL = "test-model"
 OTHER_NAMES: list[str] = []
+NONSENSE = b"200:<html>busy</html>"
+TOP = {" A": -0.1, " B": -2.5}
+
+# "drop", "hang", "drip", a status ("429", with a Retry-After "429:1"), or the bytes STATUS:BODY
+Fault = str | bytes
 
 
 class FaultyServer(ThreadingHTTPServer):
-    """Answers `echo: <last words of the prompt>`; `faults` is asked for each request and returns a
-    fault or None.
+    """Answers `echo: <last words of the prompt>`; `faults` is asked for each request by its number,
+    and returns a fault or None.
     """
 
     daemon_threads = True
@@ -24,7 +29,7 @@ class FaultyServer(ThreadingHTTPServer):
     def __init__(
         self,
         port: int = 0,
-        faults: Callable[[int], str | None] = lambda number: None,
+        faults: Callable[[int], Fault | None] = lambda number: None,
         answer: str | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
@@ -58,10 +63,8 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "test"}
-            for name in (MODEL, *OTHER_NAMES)
-        ]
+        names = (MODEL, *OTHER_NAMES)
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in names]
         self.reply(200, {"object": "list", "data": models})
 
     def do_POST(self):
@@ -87,85 +90,42 @@ class _Handler(BaseHTTPRequestHandler):
                     self.wfile.flush()
                 except OSError:
                     return
-        elif isinstance(fault, tuple):  # (status, location)
-            self.wfile.write(
-                b"HTTP/1.1 %s Moved\r\nContent-Length: 0\r\nLocation: %s\r\n\r\n" % fault
-            )
-        elif isinstance(fault, bytes):  # STATUS[/ENCODING]:BODY
-            head, _, body = fault.partition(b":")
-            status, _, encoding = head.decode().partition("/")
-            self.raw(int(status), body, {"Content-Encoding": encoding} if encoding else {})
-        elif fault.startswith("body:"):
-            self.raw(200, fault.removeprefix("body:").encode())
-        elif fault == "nonsense":
-            self.raw(200, b"<html>busy</html>")
+        elif isinstance(fault, bytes):
+            status, _, content = fault.partition(b":")
+            self.raw(int(status), content, {})
         else:
             status, _, pause = fault.partition(":")
-            self.reply(
-                int(status),
-                {"error": {"message": f"made-up {status}"}},
-                {"Retry-After": pause} if pause else {},
-            )
+            headers = {"Retry-After": pause} if pause else {}
+            self.reply(int(status), {"error": {"message": f"made-up {status}"}}, headers)
 
     def completion(self, body):
-        text = self.server.answer
-        if "messages" in body:
-            text = text if text is not None else "echo: " + body["messages"][-1]["content"][-20:]
-            choice = {
-                "index": 0,
-                "finish_reason": "stop",
-                "message": {"role": "assistant", "content": text},
-            }
-            if body.get("logprobs"):
-                top = [
-                    {"token": " A", "logprob": -0.1, "bytes": None},
-                    {"token": " B", "logprob": -2.5, "bytes": None},
-                ]
-                choice["logprobs"] = {
-                    "content": [
-                        {"token": " A", "logprob": -0.1, "bytes": None, "top_logprobs": top}
-                    ]
-                }
-            kind = "chat.completion"
-        else:
-            text = text if text is not None else f"echo: {str(body['prompt'])[-20:]}"
-            choice = {"index": 0, "finish_reason": "stop", "text": text, "logprobs": None}
-            if body.get("logprobs"):
-                choice["logprobs"] = {
-                    "tokens": [" A"],
-                    "token_logprobs": [-0.1],
-                    "top_logprobs": [{" A": -0.1, " B": -2.5}],
-                    "text_offset": [0],
-                }
-            kind = "text_completion"
+        is_chat = "messages" in body
+        prompt = body["messages"][-1]["content"] if is_chat else str(body["prompt"])
+        text = f"echo: {prompt[-20:]}" if self.server.answer is None else self.server.answer
+        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
+        choice |= {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
+        if body.get("logprobs") and is_chat:
+            top = [{"token": token, "logprob": value} for token, value in TOP.items()]
+            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
+        elif body.get("logprobs"):
+            choice["logprobs"] = {"top_logprobs": [TOP]}
         usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
-        return {
-            "id": "x",
-            "object": kind,
-            "created": 0,
-            "model": MODEL,
-            "choices": [choice],
-            "usage": usage,
-        }
+        return {"id": "x", "created": 0, "model": MODEL, "choices": [choice], "usage": usage}
 
     def reply(self, status, value, headers=None):
         self.raw(status, json.dumps(value).encode(), headers or {})
 
-    def raw(self, status, content, headers=None):
+    def raw(self, status, content, headers):
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in (headers or {}).items():
+        standard = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        for name, value in (standard | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
 
 
-def chaos(seed: int, share: float = 0.3) -> Callable[[int], str | None]:
+def chaos(seed: int, share: float = 0.3) -> Callable[[int], Fault | None]:
     """A share of the requests get a fault, drawn with the seed."""
     rng = random.Random(seed)
-    return lambda number: (
-        rng.choice(["429:0", "500", "503", "drop", "hang", "nonsense"])
-        if rng.random() < share
-        else None
-    )
+    faults = ["429:0", "500", "503", "drop", "hang", NONSENSE]
+    return lambda number: rng.choice(faults) if rng.random() < share else None

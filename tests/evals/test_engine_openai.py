@@ -8,12 +8,14 @@ import time
 from typing import Any
 
 import pytest
-from tests.evals.faulty_server import MODEL, FaultyServer
+from tests.evals.faulty_server import MODEL, NONSENSE, TOP, Fault, FaultyServer
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.evals.engine import Completion, Request, Sampling
 from recipes_lib.evals.engine_openai import OpenAIEngine, ServerFault
 from recipes_lib.evals.recipe import GenerationSection
+
+CHAT = {"messages": ({"role": "user", "content": "hi"},)}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +26,7 @@ def quick_retries(monkeypatch):
 
 def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> OpenAIEngine:
     logprobs = settings.pop("logprobs", False)
-    usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 4, "base_url": server.url}
+    usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 1, "base_url": server.url}
     return OpenAIEngine(GenerationSection(**usual | settings), model, logprobs=logprobs)
 
 
@@ -35,48 +37,48 @@ def ask(engine: OpenAIEngine, count: int = 1, **fields: Any) -> dict[str, Comple
     return {done.key: done for done in engine.complete(requests, sampling)}
 
 
+def first(fault: Fault) -> FaultyServer:
+    """A server whose first reply is a fault."""
+    return FaultyServer(faults=lambda number: fault if number == 1 else None)
+
+
+def always(fault: Fault) -> FaultyServer:
+    """A server that knows nothing else."""
+    return FaultyServer(faults=lambda number: fault)
+
+
 def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
     for fault in ("429:0", "500", "503", "drop", "hang"):
-        with FaultyServer(
-            faults=lambda number, fault=fault: fault if number == 1 else None
-        ) as server:
-            done = ask(engine_for(server, concurrency=1), 2)
+        with first(fault) as server:
+            done = ask(engine_for(server), 2)
             assert [done[key].error for key in "01"] == [None, None], fault
             assert done["0"].text == "echo: Hello there"
-    for fault in ("500", "hang", "drip", "nonsense", "drop"):
-        with FaultyServer(
-            faults=lambda number, fault=fault: fault if number < 4 else None
-        ) as server:
-            engine = engine_for(server, timeout_s=0.2, max_retries=0, concurrency=1)
-            server.faults = lambda number, fault=fault: fault if number == 1 else None
-            done = ask(engine, 2)
+    for fault in ("500", "hang", "drip", NONSENSE, "drop"):
+        with first(fault) as server:
+            done = ask(engine_for(server, timeout_s=0.2, max_retries=0), 2)
             assert done["0"].error and not done["0"].refused, fault
             assert done["1"].error is None, fault
 
 
 def test_the_pause_the_server_asks_for_is_kept():
-    with FaultyServer(faults=lambda number: "429:1" if number == 1 else None) as server:
-        engine = engine_for(server)
-        started = time.monotonic()
-        assert ask(engine)["0"].error is None
+    started = time.monotonic()
+    with first("429:1") as server:
+        assert ask(engine_for(server))["0"].error is None
     assert time.monotonic() - started >= 1.0
 
 
-def test_a_wrong_key_or_address_ends_everything_at_once_with_the_servers_words():
+def test_a_wrong_key_or_address_ends_everything_and_a_refused_body_only_its_request():
     for status in ("401", "403", "404"):
-        with FaultyServer(faults=lambda number, status=status: status) as server:
+        with always(status) as server:
             with pytest.raises(ServerFault, match=f"made-up {status}") as caught:
                 ask(engine_for(server), 8)
-            assert len(server.bodies) <= 8 and caught.value.exit_code == 6
-
-
-def test_a_refused_body_is_the_requests_own_fault_and_not_tried_again():
+            assert len(server.bodies) == 1 and caught.value.exit_code == 6
     for status in ("400", "402", "413", "422"):
-        with FaultyServer(faults=lambda number, status=status: status) as server:
+        with always(status) as server:
             done = ask(engine_for(server))["0"]
             assert len(server.bodies) == 1
         assert done.refused and done.error == f"{status}: made-up {status}"
-    with FaultyServer(faults=lambda number: "422") as server:
+    with always("422") as server:
         run = ask(engine_for(server), prompt="x", ids=(1, 2))["0"]
         judge = ask(engine_for(server, logprobs=True), prompt="x")["0"]
     assert "generation.engine=transformers" in str(run.error)
@@ -91,26 +93,20 @@ def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
         return b"400:" + json.dumps({"error": {"message": message}}).encode()
 
     with FaultyServer(faults=faults) as server:
-        engine = engine_for(server, concurrency=1)
-        done = ask(engine, 3, messages=({"role": "user", "content": "hi"},))
-        assert not any(one.error for one in done.values())
-        assert [body.get("max_completion_tokens") for body in server.bodies] == [
-            None,
-            512,
-            512,
-            512,
-        ]
+        done = ask(engine_for(server), 3, **CHAT)
+        assert not any(completion.error for completion in done.values())
+        limits = [body.get("max_completion_tokens") for body in server.bodies]
+    assert limits == [None, 512, 512, 512]
 
 
 def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
-    chat = ({"role": "user", "content": "hi"},)
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     with FaultyServer() as server:
         plain, own = engine_for(server), engine_for(server, extra_body=extra)
         assert plain.fingerprint != own.fingerprint
-        ask(own, messages=chat, sampling=Sampling(temperature=None))
+        ask(own, **CHAT, sampling=Sampling(temperature=None))
         ask(plain, prompt="x", ids=(1, 2, 3))
-        ask(plain, messages=chat, schema={"type": "object"})
+        ask(plain, **CHAT, schema={"type": "object"})
     assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
     assert "temperature" not in server.bodies[0]
     assert server.bodies[1]["prompt"] == [1, 2, 3]
@@ -118,73 +114,61 @@ def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
 
 
 def test_first_token_probabilities_come_from_both_endpoints():
-    expected = {" A": math.exp(-0.1), " B": math.exp(-2.5)}
-    chat = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "[RESULT]"})
+    expected = {token: math.exp(value) for token, value in TOP.items()}
+    continued = (*CHAT["messages"], {"role": "assistant", "content": "[RESULT]"})
     with FaultyServer() as server:
         engine = engine_for(server, logprobs=True)
         assert ask(engine, prompt="x")["0"].probabilities == expected
-        assert ask(engine, messages=chat)["0"].probabilities == expected
+        assert ask(engine, messages=continued)["0"].probabilities == expected
         assert server.bodies[1]["continue_final_message"] is True
-    none = "body:" + json.dumps({"choices": [{"text": "A", "logprobs": None}]})
-    with FaultyServer(faults=lambda number: none) as server:
-        engine = engine_for(server, logprobs=True, max_retries=0)
-        assert "judge.mode: generate" in str(ask(engine, prompt="x")["0"].error)
+    with always(b'200:{"choices": [{"text": "A", "logprobs": null}]}') as server:
+        done = ask(engine_for(server, logprobs=True), prompt="x")["0"]
+    assert "judge.mode: generate" in str(done.error)
 
 
-HOSTILE = {
-    "lone surrogate": b'{"choices": [{"message": {"content": "fine \\ud800 [RESULT] A"}}]}',
-    "NUL": b'{"choices": [{"message": {"content": "fine \\u0000 [RESULT] A"}}]}',
-    "NaN in usage": (
-        b'{"choices": [{"message": {"content": "fine [RESULT] A"}}],'
-        b' "usage": {"completion_tokens": NaN}}'
-    ),
-    "a list of parts": (
-        b'{"choices": [{"message": {"content": [{"type": "text", "text": "fine [RESULT] A"}]}}]}'
-    ),
-    "a number for a reason": (
-        b'{"choices": [{"message": {"content": "fine [RESULT] A"}, "finish_reason": 3}],'
-        b' "usage": "none", "model": 7}'
-    ),
-}
+HOSTILE = [
+    b'{"choices": [{"message": {"content": "fine \\ud800 [RESULT] A"}}]}',
+    b'{"choices": [{"message": {"content": "fine \\u0000 [RESULT] A"}}]}',
+    b'{"choices": [{"message": {"content": "fine [RESULT] A"}}],'
+    b' "usage": {"completion_tokens": NaN}}',
+    b'{"choices": [{"message": {"content": [{"type": "text", "text": "fine [RESULT] A"}]}}]}',
+    b'{"choices": [{"message": {"content": "fine [RESULT] A"}, "finish_reason": 3}],'
+    b' "usage": "none", "model": 7}',
+]
 NO_REPLY = [
     b"[" * 100_000,
     b'{"choices": [{"text": {"a": 1}}]}',
     b"null",
     b"[1]",
     b'{"choices": []}',
-]
-NO_REPLY += [
     b'{"choices": 3}',
     b"",
     b"\xff\x00",
     b'{"choices": [{"text": "a", "finish_reason": "abort"}]}',
 ]
+REFUSALS = [b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}']
 
 
 def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
-    for what, body in HOSTILE.items():
-        with FaultyServer(faults=lambda number, body=body: b"200:" + body) as server:
-            done = ask(engine_for(server), messages=({"role": "user", "content": "hi"},))["0"]
-        assert (done.error, done.finish_reason, done.num_tokens) == (None, "stop", 0), what
-        assert done.text.startswith("fine ") and done.text.endswith("[RESULT] A"), what
+    for body in HOSTILE:
+        with always(b"200:" + body) as server:
+            done = ask(engine_for(server), **CHAT)["0"]
+        assert (done.error, done.finish_reason, done.num_tokens) == (None, "stop", 0), body
+        assert done.text.startswith("fine ") and done.text.endswith("[RESULT] A"), body
         done.text.encode()
     for body in NO_REPLY:
-        faults = lambda number, body=body: b"200:" + body if number == 1 else None  # noqa: E731
-        with FaultyServer(faults=faults) as server:
-            done = ask(engine_for(server, concurrency=1, max_retries=0), 2)
+        with first(b"200:" + body) as server:
+            done = ask(engine_for(server), 2)
         assert done["0"].error and not done["0"].refused, body[:40]
         assert done["1"].error is None, body[:40]
-    chat = {"messages": ({"role": "user", "content": "hi"},)}
-    for choice, asked in ((b'{"message": {"content": null}}', chat), (b'{"text": null}', {})):
-        reply = b'200:{"choices": [%b]}' % choice
-        with FaultyServer(faults=lambda number, reply=reply: reply) as server:
+    for choice, asked in ((b'{"message": {"content": null}}', CHAT), (b'{"text": null}', {})):
+        with always(b'200:{"choices": [%b]}' % choice) as server:
             done = ask(engine_for(server), **asked)["0"]
         assert (done.text, done.error) == ("", None), choice
-    for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
-        with FaultyServer(faults=lambda number, words=words: b"422:" + words) as server:
+    for words in REFUSALS:
+        with always(b"422:" + words) as server:
             done = ask(engine_for(server))["0"]
-        assert done.refused and len(str(done.error)) < 400, words[:20]
-        str(done.error).encode()
+        assert done.refused and len(str(done.error).encode()) < 400, words[:20]
 
 
 def test_another_model_or_no_server_is_refused_before_anything_is_asked():
@@ -195,8 +179,7 @@ def test_another_model_or_no_server_is_refused_before_anything_is_asked():
     with pytest.raises(ServerFault, match="does not answer") as caught:
         OpenAIEngine(GenerationSection(base_url="http://127.0.0.1:9/v1", max_retries=0), MODEL)
     assert caught.value.exit_code == 6
-    stranger = "body:" + json.dumps({"model": "stranger", "choices": [{"text": "A"}]})
-    with FaultyServer(faults=lambda number: stranger) as server:
+    with always(b'200:{"model": "stranger", "choices": [{"text": "A"}]}') as server:
         engine = engine_for(server)
         with pytest.raises(ServerFault, match="answered as 'stranger'"):
             ask(engine)
@@ -204,8 +187,7 @@ def test_another_model_or_no_server_is_refused_before_anything_is_asked():
 
 def test_a_key_that_the_server_echoes_is_masked(monkeypatch):
     monkeypatch.setenv("MY_KEY", "corp-zebra-violin-42")
-    echo = b'400:{"error": {"message": "Incorrect API key provided: corp-zebra-violin-42"}}'
-    with FaultyServer(faults=lambda number: echo) as server:
+    with always(b'400:{"error": {"message": "Incorrect key: corp-zebra-violin-42"}}') as server:
         done = ask(engine_for(server, api_key_variable="MY_KEY"))["0"]
     assert "corp-zebra-violin-42" not in str(RecipesError(f"missing: {done.error}"))
     monkeypatch.delenv("MY_KEY")

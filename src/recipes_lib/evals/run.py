@@ -6,6 +6,7 @@ its verdicts. Everything is stored as it arrives: the same command continues.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ SUITE_CLASSES: dict[str, type[Suite]] = {
     "checks": Checks,
     "heldout_loss": HeldoutLoss,
 }
+_OVERRIDE = re.compile(r"(?:--)?[^\W\d]\w*(?:\.[^\W\d]\w*)+=")
 OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
 Side = Model | Answers  # a model that is asked, or answers that are there
 
@@ -92,9 +94,7 @@ def evaluate(
     recipes: Sequence[EvalRecipe],
     words: Sequence[str],
     against: str | None = None,
-    *,
-    allow_format_differences: bool = False,
-    remote_code: bool = False,
+    **options: Any,
 ) -> list[EvalLog]:
     """Evaluate models with every eval recipe, and return the logs: recipe after recipe, each in the
     order of the words.
@@ -102,23 +102,17 @@ def evaluate(
     Args:
         recipes: eval recipes.
         words: runs, models, `base` (of the runs beside it), or files with answers.
-        against: the opponent (`reference`, `base`, another model) in the suites that compare; None
-            for each recipe's.
-        allow_format_differences: as for `evaluate_tasks`.
-        remote_code: as for `evaluate_tasks`.
+        against: the opponent in the suites that compare; None for each recipe's.
+        options: of `evaluate_tasks`.
     """
-    if against and not any(recipe.is_judged for recipe in recipes):
+    compares = [recipe.is_judged or not against for recipe in recipes]
+    if not any(compares):
         raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))
-    names = [recipe.name for recipe in recipes]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"two eval recipes are called '{twice}'", "rename one")
     tasks = [
-        EvalTask(recipe, tuple(dict.fromkeys(words)), against if recipe.is_judged else None)
-        for recipe in recipes
+        EvalTask(recipe, tuple(dict.fromkeys(words)), against if compared else None)
+        for recipe, compared in zip(recipes, compares, strict=True)
     ]
-    return evaluate_tasks(
-        tasks, allow_format_differences=allow_format_differences, remote_code=remote_code
-    )
+    return evaluate_tasks(tasks, **options)
 
 
 def evaluate_tasks(
@@ -297,10 +291,12 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     if log.answers.faults:
         banners += _fault_banners(log.answers.faults, recipe.metrics.max_identical_fraction)
     banners += [log.subset] if log.subset else []
-    known: dict[str, Any] = {"eval": log.eval, "suite": log.suite, "file": log.file}
+    metrics = (
+        replace(metric, eval=log.eval, suite=log.suite, file=log.file) for metric in log.metrics
+    )
     log = replace(
         log,
-        metrics=tuple(replace(metric, **known) for metric in log.metrics),
+        metrics=tuple(metrics),
         leaks=leaks,
         banners=tuple(banners),
         settings=recipe.settings_key(),
@@ -367,7 +363,7 @@ def split_words(
     Raises:
         RecipeError: there is no model, a recipe is named twice, or a word is a training recipe.
     """
-    own = [word for word in words if _is_override(word)]
+    own = [word for word in words if _OVERRIDE.match(word)]
     rest = [word for word in words if word not in own]
     for word in rest:
         path = recipe_path(word)
@@ -384,9 +380,3 @@ def split_words(
         hint = f"name runs or models: recipes eval {' '.join(files)} RUN"
         raise RecipeError("nothing to evaluate", hint)
     return recipes, models
-
-
-def _is_override(word: str) -> bool:
-    name, separator, _ = word.partition("=")
-    parts = name.removeprefix("--").split(".")
-    return bool(separator) and len(parts) > 1 and all(part.isidentifier() for part in parts)
