@@ -11,6 +11,7 @@ from tests.evals.faulty_server import MODEL, FaultyServer
 from tests.evals.toy_suite import Toy
 
 from recipes_lib.cli import main
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import DataError, RecipeError
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
@@ -48,27 +49,27 @@ def outcomes(log: EvalLog) -> list[str]:
     return [one.outcome for one in metric(log, "win_rate").samples]
 
 
-def test_two_runs_and_a_base_are_evaluated_and_a_second_time_nothing_is_asked(
-    quick, make_run, tiny_model_dir
+def test_two_runs_and_a_base_are_evaluated_and_a_second_time_nothing_is_asked_or_loaded(
+    quick, make_run, tiny_model_dir, loads
 ):
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("alpaca_eval", "metrics.absolute=true")
     logs = evaluate([recipe], ["one", "two", str(tiny_model_dir)])
     assert [log.target for log in logs][:2] == ["one", "two"]
+    assert logs[2].target.startswith("base--tiny-llama--")
     for log in logs:
         assert len(outcomes(log)) == 4 and log.subset == "subset, n=4 of 40"
         assert metric(log, "grade").unit == "grade"
         assert read_eval_log(log.file).key == log.key
-    assert logs[2].target.startswith("base--tiny-llama--")
     folder = one / "evals" / recipe.name
-    stored = [(folder / f"{name}.jsonl").read_bytes() for name in ("generations", "judgments")]
     outputs = json.loads((folder / "samples/model_outputs.json").read_text())
     assert [row["generator"] for row in outputs] == ["one"] * 4
+    files = [folder / f"{name}.jsonl" for name in ("generations", "judgments")]
+    stored = [file.read_bytes() for file in files]
+    loads.clear()
     (again,) = evaluate([recipe], ["one"])
-    assert stored == [
-        (folder / f"{name}.jsonl").read_bytes() for name in ("generations", "judgments")
-    ]
+    assert [file.read_bytes() for file in files] == stored and not loads
     assert again.metrics == logs[0].metrics and again.key == logs[0].key
     assert metric(again, "win_rate").label == f"win rate on {recipe.name}"
 
@@ -92,27 +93,21 @@ def test_several_answers_per_question_are_judged_each_and_kept_each(quick, make_
     assert len({one.answer for one in samples}) > 4
 
 
-def test_against_the_base_has_files_of_its_own_and_the_base_is_asked_in_the_runs_format(
-    quick, make_run
-):
+def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(quick, make_run):
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
     (log,) = evaluate([recipe], ["one"], "base")
     assert log.against is not None and log.against.startswith("base--tiny-llama--")
-    assert log.opponent is not None and log.opponent.prompt_format == "dolly"
+    assert log.opponent is not None and log.opponent.prompt_format == "dolly"  # the run's
     folder = run / "evals" / recipe.name
     assert (folder / f"judgments.against-{log.against}.jsonl").is_file()
     assert not (folder / "result.json").exists()
     (turned,) = evaluate([recipe], [log.against], "one")
     assert outcomes(turned).count("win") == outcomes(log).count("loss")
-
-
-def test_a_run_against_itself_is_exactly_one_half_and_says_that_it_is_one_model(quick, make_run):
-    make_run("one", 1)
-    (log,) = evaluate([quick("alpaca_eval")], ["one"], "one")
-    assert metric(log, "win_rate").value == 0.5
-    assert all(one.by_rule for one in metric(log, "win_rate").samples)
-    assert any("gave the same answers" in line for line in log.banners)
+    (same,) = evaluate([recipe], ["one"], "one")
+    assert metric(same, "win_rate").value == 0.5
+    assert all(sample.by_rule for sample in metric(same, "win_rate").samples)
+    assert any("gave the same answers" in line for line in same.banners)
 
 
 def test_other_prompt_formats_are_compared_only_when_insisted(quick, make_run):
@@ -226,6 +221,16 @@ def test_words_of_the_command_line_are_told_apart():
         split_words([str(path), "generation.seed=7"])
 
 
+def test_a_training_recipe_among_the_words_is_named_with_its_run():
+    path = str(PROJECT / "evals/quickstart/alpaca_eval.yaml")
+    for recipe in ("quickstart/lora-r8", str(PROJECT / "recipes/quickstart/lora-r8.yaml")):
+        for words in ([path, recipe], [recipe, path]):
+            with pytest.raises(RecipeError, match="is a training recipe") as caught:
+                split_words(words)
+            run = load_recipe(recipe).name
+            assert f"recipes train {recipe}, then name its run: {run}" in str(caught.value)
+
+
 # ---- defects that were found by use ----
 
 
@@ -238,30 +243,11 @@ def test_a_hub_id_whose_last_part_is_a_runs_name_is_a_model(make_run, quick):
     assert log.target.startswith("base--Qwen3-8B--") and log.target != "Qwen3-8B"
 
 
-def test_a_run_named_auto_is_asked_as_it_was_trained(make_run, quick):
-    make_run("auto", 1, prompt_format="alpaca")
-    run, base = evaluate([quick("alpaca_eval")], ["auto", "base"])
-    assert run.answers.prompt_format == base.answers.prompt_format == "alpaca"
-
-
-def test_two_eval_files_of_one_name_do_not_overwrite_each_other(
-    make_run, quick, tmp_path, monkeypatch
-):
-    run = make_run("one", 1)
-    text = quick("alpaca_eval").path.read_text()
-    files = []
-    for folder, tokens in (("p1", 4), ("p2", 5)):
-        (tmp_path / folder / "evals").mkdir(parents=True)
-        (tmp_path / folder / "evals/judge.yaml").write_text((tmp_path / "judge.yaml").read_text())
-        files.append(tmp_path / folder / "evals/mine.yaml")
-        files[-1].write_text(text.replace("max_new_tokens: 6", f"max_new_tokens: {tokens}"))
-    monkeypatch.chdir(tmp_path)
-    recipes = [load_eval(file) for file in files]
-    monkeypatch.chdir(PROJECT)
-    assert [recipe.name for recipe in recipes] == ["p1--evals--mine", "p2--evals--mine"]
-    evaluate(recipes, ["one"])
-    logs, _ = read_eval_logs(run)
-    assert [log.eval for log in logs] == ["p1--evals--mine", "p2--evals--mine"]
+def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch):
+    files = [tmp_path / folder / "evals/mine.yaml" for folder in ("p1", "p2")]
+    for folder in (tmp_path, PROJECT):
+        monkeypatch.chdir(folder)
+        assert [eval_name(file) for file in files] == ["p1--evals--mine", "p2--evals--mine"]
     shipped = [eval_name(path) for path in sorted((PROJECT / "evals").rglob("*.yaml"))]
     assert "alpaca_eval" in shipped and "quickstart--alpaca_eval" in shipped
 
@@ -281,15 +267,14 @@ def test_somebody_elses_recipe_reads_nothing_outside_its_folder(
     make_run, quick, tmp_path, monkeypatch
 ):
     make_run("one", 1)
-    secret = tmp_path / "elsewhere" / "rows.json"
-    secret.parent.mkdir()
+    secret, folder = tmp_path / "elsewhere/rows.json", tmp_path / "theirs"
+    for parent in (secret.parent, folder):
+        parent.mkdir()
     secret.write_text('[{"instruction": "a secret", "output": "x"}]')
-    folder = tmp_path / "theirs"
-    folder.mkdir()
     (folder / "judge.yaml").write_text((tmp_path / "judge.yaml").read_text())
     (folder / "link.json").symlink_to(secret)
-    for name in (str(secret), "link.json"):
-        path = folder / "eval.yaml"
+    path = folder / "eval.yaml"
+    for name in (secret, "link.json"):
         path.write_text(
             f"suite: {{name: alpaca_eval}}\ndata: {{questions: {name}}}\n"
             "judge: {file: judge.yaml}\ngeneration: {max_new_tokens: 2}\n"
@@ -298,29 +283,22 @@ def test_somebody_elses_recipe_reads_nothing_outside_its_folder(
         with pytest.raises(RecipeError, match=r"outside this recipe's folder"):
             evaluate([load_eval(path)], ["one"])
         assert evaluate([load_eval(path)], ["one"], remote_code=True)
-        override = [f"data.questions={secret}"]
-        assert evaluate([load_eval(path, override)], ["one"])
+        assert evaluate([load_eval(path, [f"data.questions={secret}"])], ["one"])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))  # a download is below it, and so is all else
     with pytest.raises(RecipeError, match=r"outside this recipe's folder"):
         evaluate([load_eval(path)], ["one"])
 
 
-def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path, make_run, long_tiny_model_dir):
-    make_run("one", 1)
-    (tmp_path / "my").mkdir()
-    (tmp_path / "my/judge.yaml").write_text(
-        f"judge: {{model: {long_tiny_model_dir}, dtype: float32, mode: logits}}\n"
-    )
-    path = tmp_path / "my/support.yaml"
+def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path):
     questions = PROJECT / "evals/quickstart/alpaca_eval/questions.json"
+    (tmp_path / "judge.yaml").write_text("judge: {model: x, mode: logits}\n")
+    path = tmp_path / "eval.yaml"
     path.write_text(
-        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {questions}, max_questions: 2}}\n"
-        "judge: {file: judge.yaml}\ngeneration: {max_new_tokens: 2}\n"
+        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {questions}}}\n"
+        "judge: {file: judge.yaml}\n"
     )
-    (log,) = evaluate([load_eval(path)], ["one"])
-    assert metric(log, "win_rate").label == f"win rate on {log.eval}"
-    assert len(outcomes(log)) == 2
+    assert load_eval(path).judge
 
 
 def test_a_new_suite_is_one_file_and_two_lines(make_run, tmp_path, monkeypatch, capsys):

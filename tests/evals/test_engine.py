@@ -1,0 +1,71 @@
+"""The engine in this process: an answer is its request's own, whatever its batch, and a batch that
+does not fit is halved.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipes_lib.evals.engine import HFEngine, Request, Sampling
+
+
+@pytest.fixture
+def model_and_tokenizer(tiny_model_dir: Path) -> tuple[Any, Any]:
+    """The tiny model in float64, where rounding chooses no token."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float64").eval()
+    return model, AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
+REQUESTS = [Request(key=str(n), ids=tuple(range(5, 8 + n)), seed=n) for n in range(7)]
+
+
+def answers(model: Any, tokenizer: Any, batch_tokens: int, **sampling: Any) -> dict[str, str]:
+    engine = HFEngine(lambda: nullcontext(model), tokenizer, "f", batch_tokens)
+    settings = Sampling(max_new_tokens=12, **sampling)
+    return {done.key: done.text for done in engine.complete(REQUESTS, settings)}
+
+
+def test_a_sampled_answer_depends_on_its_seed_and_not_on_its_batch(model_and_tokenizer) -> None:
+    for settings in ({"temperature": 1.0}, {"temperature": 0.7, "top_p": 0.9}, {}):
+        alone = answers(*model_and_tokenizer, 1, **settings)
+        assert answers(*model_and_tokenizer, 10_000, **settings) == alone
+    assert answers(*model_and_tokenizer, 1, temperature=1.0) != alone
+
+
+def test_a_batch_out_of_memory_is_halved_and_so_are_those_after_it(
+    model_and_tokenizer, monkeypatch, capsys
+) -> None:
+    import torch
+
+    model, tokenizer = model_and_tokenizer
+    wanted, sizes, generate = answers(model, tokenizer, 1), [], model.generate
+
+    def limited(input_ids: Any, **options: Any) -> Any:
+        sizes.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(input_ids=input_ids, **options)
+
+    monkeypatch.setattr(model, "generate", limited)
+    assert answers(model, tokenizer, 10_000) == wanted
+    assert sizes[0] == 7 and sizes[1] == 3 and max(sizes[2:]) <= 2
+    assert "out of memory" in capsys.readouterr().err
+    monkeypatch.setattr(model, "generate", lambda **_: limited(torch.zeros(3, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(model, tokenizer, 1)
+
+
+def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(
+    model_and_tokenizer,
+) -> None:
+    model, tokenizer = model_and_tokenizer
+    long = Request(key="long", ids=(5,) * model.config.max_position_embeddings)
+    engine = HFEngine(lambda: nullcontext(model), tokenizer, "f")
+    done = {each.key: each for each in engine.complete([long, REQUESTS[0]], Sampling())}
+    assert done["long"].finish_reason == "prompt_too_long" and done["0"].text
