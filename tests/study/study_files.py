@@ -44,18 +44,6 @@ seeds: [42]
 evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
 """
 
-# One recipe under two names, as docs/studies.md has it: an A/A pair.
-TWICE = """\
-# yaml-language-server: $schema=study.schema.json
-question: How far apart do two trainings of one recipe come out?
-factors:
-  rank: [lora.r, lora.lora_alpha]
-arms:
-  r4: {recipe: r4.yaml, seeds: [42]}
-  r4-again: {recipe: r4.yaml, seeds: [43]}
-evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
-"""
-
 JUDGE = """\
 judge:
   model: {model}
@@ -95,9 +83,7 @@ def _lines(file: str, most: int) -> str:
 
 
 def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int = 8) -> Path:
-    """Write the study and everything it names; return the study file, `tiny.yaml`. `twice.yaml`
-    beside it trains one recipe twice.
-    """
+    """Write the study and everything it names; return the study file, `tiny.yaml`."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = folder / "rows.jsonl"
     rows.write_text(_lines("recipes/quickstart/data/instructions.jsonl", 80))
@@ -116,7 +102,6 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
     (folder / "questions.json").write_text(json.dumps(asked))
     turns = _lines("evals/quickstart/mt_bench/question.jsonl", 4)
     (folder / "question.jsonl").write_text(turns)
-    (folder / "twice.yaml").write_text(TWICE)
     study = folder / "tiny.yaml"
     study.write_text(STUDY)
     return study

@@ -38,93 +38,62 @@ def test_in_a_controlled_study_nothing_differs_but_the_declared_factors() -> Non
     assert kinds == {"MULTI_GPU", "FSDP"}
 
 
-QUESTION, R4, RANK, SEEDS = (
-    "question: Does rank 8 beat rank 4?",
-    "  r4: r4.yaml",
-    "  rank: [lora.r, lora.lora_alpha]",
-    "seeds: [42]",
-)
-# (what is put in place of what in the tiny study, line of the answer, words of the answer)
-BAD: list[tuple[str, str, int | None, list[str]]] = [
-    (QUESTION, "question: ''", 2, ["question"]),
-    (QUESTION, "questoin: x?", 2, ["'questoin'", "did you mean question?", "question is missing"]),
-    (R4, "  r4: r5.yaml", 6, ["no such file", "r5.yaml"]),
-    (R4, "  r4: alpaca_eval.yaml", None, ["alpaca_eval.yaml: is an eval recipe"]),
-    (R4, "  r4: tiny.yaml", None, ["tiny.yaml: is a study", "recipes study run STUDY"]),
-    (R4, "  r4: {recipe: r4.yaml, sedes: [1]}", 6, ["did you mean arms.r4.seeds?"]),
-    (R4, "  r4: {recipe: r4.yaml, gpus: 0}", 6, ["arms.r4.gpus"]),
-    (R4, "  r4: {recipe: r4.yaml, gpus: 2}", 6, ["arm 'r4'", "cpu starts one process"]),
-    (R4, "  r4: {recipe: r4.yaml, accelerate: ddp_cpuu}", 6, ["arm 'r4'", "mean ddp_cpu?"]),
-    (
-        R4,
-        "  r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}",
-        None,
-        ["arm 'r4'", "cannot be made of micro-batches"],
-    ),
-    (
-        R4,
-        "  r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}",
-        6,
-        ["r4", "did you mean train.learning_rate?"],
-    ),
-    (
-        R4,
-        "  r4: {recipe: r4.yaml, overrides: [learning_rate=1]}",
-        6,
-        ["r4", "write train.learning_rate"],
-    ),
-    (R4, "  r4: {recipe: r4.yaml, seeds: [-1]}", 6, ["arms.r4.seeds.0"]),
-    (R4, "  r4: {}", 6, ["arms.r4.recipe is missing"]),
-    (R4, "  base: r4.yaml", 6, ["'base' is the base model's"]),
-    (R4, "  ../r4: r4.yaml", 6, ["arm name '../r4'"]),
-    (R4, "  r8: r4.yaml", 7, ["duplicate key 'arms.r8'"]),
-    (RANK, "  rank: [lora.rr]", 4, ["factor 'rank': there is no key 'lora.rr'"]),
-    (RANK, "  rank: []", 4, ["factors.rank"]),
-    (SEEDS, "reference: {r5: {win_rate: 0.5}}", 8, ["no arm 'r5'"]),
-    (SEEDS, "baseline: r5", 8, ["no arm 'r5'", "arms: r4, r8, base"]),
-    (SEEDS, "seeds: []", 8, ["seeds"]),
-    (SEEDS, f"seeds: [{2**32}]", 8, ["seeds.0", "less than 4294967296"]),
-    (SEEDS, "overrides: [train.max_steps=many]", 8, ["train.max_steps", "integer"]),
-    (SEEDS, "overrides: [train.seed=7]", 8, ["train.seed cannot be overridden", "seeds: [1, 2]"]),
-    ("mt_bench.yaml", "mt_bnch.yaml", 9, ["no such file", "did you mean", "mt_bench.yaml?"]),
-    ("mt_bench.yaml", "r4.yaml", None, ["r4.yaml: is a recipe, not an eval recipe"]),
-    ("lm_eval.yaml]", "lm_eval.yaml, mt_bench.yaml]", 9, ["mt_bench' stands there twice"]),
-    (SEEDS, "margins: {win_rate: 2}", 8, ["margins: win_rate: ", "is a share: write points"]),
-    (SEEDS, "margins: {mt_bench/grade: 2 points}", 8, ["grade is no share"]),
-    (SEEDS, "margins: {win_rate: -1 points}", 8, ["must be a number above 0"]),
-    (SEEDS, "margins: {heldout_loss: 0.005}", 8, ["no eval of this study measures it"]),
-    (SEEDS, "primary: win_rat", 8, ["no eval of this study measures 'win_rat'", "metrics: study"]),
-    (SEEDS, "primary: win_rate", 8, ["several evals measure 'win_rate'"]),
-    (SEEDS, "tune: {train.learning_rte: [1, 2]}", 8, ["did you mean train.learning_rate"]),
-    (
-        SEEDS,
-        "tune: {train.learning_rate: [1]}",
-        8,
-        ["at least 2 items"],
-    ),
-    (SEEDS, "tune: {train.learning_rate: [-1, 1]}", 8, ["arm 'r8'", "train.learning_rate"]),
-    (SEEDS, "tune: {data.prompt_format: [chat, raw]}", 8, ["cannot be tuned", "train"]),
-    (SEEDS, "tune: {train.max_length: [9, 99]}", 8, ["changes what the validation loss is"]),
-    (SEEDS, "tune: {lora.r: [4, 8]}", 8, ["is what the factor 'rank' varies"]),
-    (
-        SEEDS,
-        "tune: {train.learning_rate: [1, 2], train.max_steps: [1, 2]}",
-        8,
-        ["tune: ", "at most 1 item"],
-    ),
-    (
-        R4,
-        "  r4: {recipe: r4.yaml, seeds: [1042], tune: {train.learning_rate: [1, 2]}}",
-        6,
-        ["seed 1042 is that of its tuning"],
-    ),
-    (
-        SEEDS,
-        "overrides: [train.eval_strategy='no']\ntune: {train.learning_rate: [1, 2]}",
-        9,
-        ["no validation loss to choose by", "set data.split.validation"],
-    ),
-]
+# What is put in place of what in the tiny study: what the answer says. Its line is that of the
+# place, where the words do not begin with another file.
+BAD = {
+    "question: Does rank 8 beat rank 4?": {
+        "question: ''": "question",
+        "questoin: x?": "did you mean question?",
+    },
+    "r4: r4.yaml": {
+        "r4: r5.yaml": "no such file",
+        "r4: alpaca_eval.yaml": "alpaca_eval.yaml: is an eval recipe",
+        "r4: tiny.yaml": "tiny.yaml: is a study",
+        "r4: {recipe: r4.yaml, sedes: [1]}": "did you mean arms.r4.seeds?",
+        "r4: {recipe: r4.yaml, gpus: 0}": "arms.r4.gpus",
+        "r4: {recipe: r4.yaml, gpus: 2}": "arm 'r4': cpu starts one process",
+        "r4: {recipe: r4.yaml, accelerate: ddp_cpuu}": "did you mean ddp_cpu?",
+        "r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}": "r4.yaml:18: arm 'r4': ",
+        "r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}": "mean train.learning_rate?",
+        "r4: {recipe: r4.yaml, overrides: [learning_rate=1]}": "write train.learning_rate",
+        "r4: {recipe: r4.yaml, seeds: [-1]}": "arms.r4.seeds.0",
+        "r4: {recipe: r4.yaml, seeds: [1042], tune: {lora.lora_dropout: [0, 1]}}": "seed 1042 is",
+        "r4: {}": "arms.r4.recipe is missing",
+        "base: r4.yaml": "'base' is the base model's",
+        "../r4: r4.yaml": "arm name '../r4'",
+    },
+    "r8: r8.yaml": {"r4: r4.yaml": "duplicate key 'arms.r4'"},
+    "rank: [lora.r, lora.lora_alpha]": {
+        "rank: [lora.rr]": "factor 'rank': there is no key 'lora.rr'",
+        "rank: []": "factors.rank",
+    },
+    "seeds: [42]": {
+        "reference: {r5: {win_rate: 0.5}}": "no arm 'r5'",
+        "baseline: r5": "arms: r4, r8, base",
+        "seeds: []": "seeds",
+        f"seeds: [{2**32}]": "less than 4294967296",
+        "overrides: [train.max_steps=many]": "train.max_steps",
+        "overrides: [train.seed=7]": "seeds: [1, 2]",
+        "margins: {win_rate: 2}": "is a share: write points",
+        "margins: {mt_bench/grade: 2 points}": "grade is no share",
+        "margins: {win_rate: -1 points}": "must be a number above 0",
+        "margins: {heldout_loss: 0.005}": "no eval of this study measures it",
+        "primary: win_rat": "no eval of this study measures 'win_rat'",
+        "primary: win_rate": "several evals measure 'win_rate'",
+        "tune: {train.learning_rte: [1, 2]}": "did you mean train.learning_rate",
+        "tune: {train.learning_rate: [1]}": "at least 2 items",
+        "tune: {train.learning_rate: [-1, 1]}": "arm 'r8'",
+        "tune: {train.learning_rate: [1, 2], train.max_steps: [1, 2]}": "at most 1 item",
+        "tune: {data.prompt_format: [chat, raw]}": "cannot be tuned",
+        "tune: {train.max_length: [9, 99]}": "changes what the validation loss is",
+        "tune: {lora.r: [4, 8]}": "is what the factor 'rank' varies",
+    },
+    "mt_bench.yaml": {
+        "mt_bnch.yaml": "mt_bench.yaml?",
+        "r4.yaml": "r4.yaml: is a recipe, not an eval recipe",
+    },
+    "lm_eval.yaml]": {"lm_eval.yaml, mt_bench.yaml]": "mt_bench' stands there twice"},
+}
 
 
 def test_a_bad_study_is_answered_with_its_line(
@@ -133,14 +102,21 @@ def test_a_bad_study_is_answered_with_its_line(
     file = study_folder / "tiny.yaml"
     text = file.read_text()
     wrong = []
-    for old, new, line, words in BAD:
-        assert old in text
-        file.write_text(text.replace(old, new))
-        code, said = main(["check", str(file)]), capsys.readouterr().err
-        place = f"tiny.yaml:{line}: " if line else ""
-        if code != 2 or not all(word in said for word in (place, *words)):
-            wrong.append((new, code, said))
+    for old, answers in BAD.items():
+        line = text[: text.index(old)].count("\n") + 1
+        for new, words in answers.items():
+            file.write_text(text.replace(old, new))
+            code, said = main(["check", str(file)]), capsys.readouterr().err
+            place = "" if ".yaml:" in words else f"tiny.yaml:{line}: "
+            if code != 2 or words not in said or place not in said:
+                wrong.append((new, code, said))
     assert not wrong
+
+
+def test_an_arm_is_tuned_only_where_it_has_a_validation_loss(study_folder: Path) -> None:
+    words = ["tune={train.learning_rate: [1, 2]}", "train.eval_strategy='no'"]
+    with pytest.raises(RecipeErrors, match="no validation loss to choose by"):
+        load_study(study_folder / "tiny.yaml", words)
 
 
 def test_all_errors_of_a_study_and_its_recipes_come_at_once(
@@ -179,6 +155,11 @@ def test_words_of_the_command_line_change_the_study_and_win_over_every_arm(
     assert [arm.recipe.train["max_steps"] for arm in study.arms] == [3, 3]
     names = ["tiny--r4--seed1", "tiny--r4--seed2", "tiny--r8--seed1", "tiny--r8--seed2"]
     assert [training.run for training in study_trainings(study)] == names
+    added = load_study(file, ["seeds=[42, 43]"])  # the first one's run stays where it is
+    assert [training.run for training in study_trainings(added)][:2] == [
+        "tiny--r4",
+        "tiny--r4--seed43",
+    ]
     with pytest.raises(RecipeErrors):
         load_study(file, ["--train.seed=7"])
 
@@ -197,16 +178,8 @@ def test_a_recipe_that_is_handed_to_a_training_is_the_arms_with_its_name_seed_an
     assert handed.to_dict() == {**written, "launch": launch}
 
 
-def test_a_seed_that_is_added_later_leaves_the_first_ones_run_where_it_is(
-    study_folder: Path,
-) -> None:
-    more = load_study(study_folder / "tiny.yaml", ["seeds=[42, 43]"])
-    names = [training.run for training in study_trainings(more)]
-    assert names[:2] == ["tiny--r4", "tiny--r4--seed43"]
-
-
 def test_a_recipe_given_as_a_study_is_told_what_it_is(study_folder: Path) -> None:
-    with pytest.raises(RecipeError, match="is a recipe, not a study"):
+    with pytest.raises(RecipeError, match=r"is a recipe, not a study\n.*recipes train"):
         load_study(study_folder / "r4.yaml")
 
 

@@ -167,37 +167,27 @@ def test_two_studies_share_the_results_of_their_base(
 def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_that_arm(
     tiny_recipe: Path, tmp_path: Path, recipes: Callable[..., tuple[int, str, str]]
 ) -> None:
-    source = Path(__file__).resolve().parents[2] / "recipes/quickstart/data/instructions.jsonl"
-    rows = [json.loads(line) for line in source.read_text().splitlines()[:40]]
-    for name, texts in {"clean": [], "dirty": [TOO_LONG]}.items():
-        more = [{"instruction": text, "context": "", "response": "So."} for text in texts]
-        lines = (json.dumps(row) + "\n" for row in [*rows, *more])
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()[:40]
+    leaked = json.dumps({"instruction": TOO_LONG, "context": "", "response": "So."})
+    for name, more in {"clean": [], "dirty": [leaked]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*rows, *more, ""]))
         words = [f"data.source={tmp_path}/{name}.jsonl", "data.split.method=none"]
         words += ["train.eval_strategy='no'", "train.max_steps=1", f"run.name={name}"]
         assert train([str(tiny_recipe), *words]) == 0
     prompts = [TOO_LONG, *(f"What comes after {number}?" for number in range(7))]
     checks = ({"prompt": text, "check": "min_words", "expected": 0} for text in prompts)
-    (tmp_path / "checks.jsonl").write_text("".join(json.dumps(one) + "\n" for one in checks))
+    (tmp_path / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks))
     mine = tmp_path / "mine.yaml"
     mine.write_text(
         "suite: {name: checks}\ndata: {questions: checks.jsonl}\ngeneration: {max_new_tokens: 4}\n"
     )
-    (tmp_path / "clean.jsonl").rename(tmp_path / "gone.jsonl")
+    (tmp_path / "clean.jsonl").unlink()
     code, out, err = recipes("eval", mine, "clean", "dirty")
-    assert code == 0, err
-    assert "! dirty: 1 of 8 questions of" in out
+    assert code == 0 and "! dirty: 1 of 8 questions of" in out, err
     place = f"evals/{tmp_path.name}--mine/result.json"
-    told = read_object(tmp_path / "runs/dirty" / place)["leaks"]
-    assert told["leaked_rows"] == 1 and told["rows"] == 41
-    assert told["found"][0]["place"].endswith("dirty.jsonl:41")
+    leaks = read_object(tmp_path / "runs/dirty" / place)["leaks"]
+    assert leaks["leaked_rows"] == 1 and leaks["found"][0]["place"].endswith("dirty.jsonl:41")
     assert "no such file" in read_object(tmp_path / "runs/clean" / place)["leaks"]["why"]
-    code, out, err = recipes("compare", "clean", "dirty")
+    out = recipes("compare", "clean", "dirty")[1]
     assert "error: dirty: 1 of 8 questions of" in out and "No verdict about dirty" in out, out
     assert "warning: Nobody searched the training rows of clean" in out
-    (tmp_path / "gone.jsonl").rename(tmp_path / "clean.jsonl")
-    assert recipes("eval", mine, "clean")[0] == 0
-    assert read_object(tmp_path / "runs/clean" / place)["leaks"]["rows"] == 40
-    (tmp_path / "clean.jsonl").write_text((tmp_path / "dirty.jsonl").read_text())
-    assert recipes("eval", mine, "clean")[0] == 0  # the same rows are there, and one more
-    assert read_object(tmp_path / "runs/clean" / place)["leaks"]["rows"] == 40

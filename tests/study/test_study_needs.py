@@ -4,7 +4,6 @@ and what to do, and rows that hold questions of an eval are refused.
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -129,20 +128,3 @@ def test_a_study_edited_while_its_job_waits_is_refused_in_words(
         edited.write_text(text)
     assert not wrong
     assert recipes("study", "run", file, "--no-train")[0] == 0
-
-
-def test_recipes_data_names_every_row_that_holds_a_question_of_an_eval(
-    tiny_recipe: Path, tmp_path: Path, recipes: Recipes
-) -> None:
-    rows = tmp_path / "mine.jsonl"
-    texts = [f"Is {number} a prime number?" for number in range(20)]
-    lines = ({"instruction": text, "response": f"It is {text}"} for text in texts)
-    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    checks = tmp_path / "checks.jsonl"
-    mine = tmp_path / "mine.yaml"
-    mine.write_text("suite: {name: checks}\ndata: {questions: checks.jsonl}\n")
-    words = [tiny_recipe, f"data.source={rows}", "data.split.method=none", "--against", mine]
-    words += ["train.eval_strategy='no'"]
-    checks.write_text(json.dumps({"prompt": texts[4], "check": "exact", "expected": "a"}) + "\n")
-    code, _, err = recipes("data", *words)
-    assert code == 2 and "mine.jsonl:5: question 1 (whole): Is 4 a prime number?" in err
