@@ -24,7 +24,7 @@ LINES = {
     "plan": (1040, 750),
     "evals": (6160, 4300),
     "analysis": (3680, 3000),
-    "study": (1700, 950),
+    "study": (1690, 950),
     "slurm": (1240, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 29600, 20_000

@@ -84,7 +84,7 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
     failed = [line for line in said if line.startswith("failed: ")]
     assert failed and all("tiny--r4" in line for line in failed), said
     missing = missing_of(load_study(trained))
-    assert missing and all("tiny--r4" in one for one in missing), missing
+    assert missing and all("tiny--r4" in title for title in missing), missing
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
 
 

@@ -17,7 +17,6 @@ from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none, publish, utc_now, write_json
 from recipes_lib.core.project import runs_root, shown_path
-from recipes_lib.evals.log import REFERENCE
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.runs import (
     base_run,
@@ -75,18 +74,10 @@ def measured_arms(study: Study) -> Arms:
     folders = {BASE_ARM: [runs_root() / base]} if base else {}
     for training in filter(is_trained, study_trainings(study)):
         folders.setdefault(training.arm.name, []).append(training.directory.path)
-    done = {
-        (result.run, result.recipe.name, result.against)
-        for result in evaluations(study)
-        if is_evaluated(result)
-    }
+    done = {result.file.resolve() for result in evaluations(study) if is_evaluated(result)}
 
     def own(run: Run) -> Run:
-        logs = tuple(
-            log
-            for log in run.evals
-            if (run.name, log.eval, "" if log.against in (None, REFERENCE) else log.against) in done
-        )
+        logs = tuple(log for log in run.evals if log.file.resolve() in done)
         return replace(run, evals=logs, unfinished=())
 
     loaded = load_arms(folders)
@@ -103,19 +94,19 @@ def design_of(study: Study, missing: tuple[str, ...] = ()) -> Design:
         values={arm.name: arm.resolved() for arm in study.arms},
         tuned={arm.name: arm.tuning for arm in study.arms if arm.tuning},
         missing=missing,
-        changed=tuple(changes(study)),
+        changed=changes(study),
         reference=study.file.reference,
         command=f"recipes study run {words}",
     )
 
 
-def changes(study: Study) -> list[str]:
+def changes(study: Study) -> tuple[str, ...]:
     """Return what differs from the design of the first report with verdicts."""
     locked = object_or_none(study_folder(study) / _LOCK)
     if not locked:
-        return []
+        return ()
     when = f"since {str(locked.get('written'))[:10]}"
-    return [f"{what} {when}" for what in design_changes(locked, design_values(study))]
+    return tuple(f"{what} {when}" for what in design_changes(locked, design_values(study)))
 
 
 # ---- The gate ----
@@ -158,26 +149,24 @@ def gate(study: Study) -> Gate:
         RecipesError: an evaluation's files are damaged.
     """
     _, design, conclusion = conclude_study(study)
-    baseline, margins, missing = study.baseline, tuple(study.aims.margins), design.missing
+    baseline, margins = study.baseline, tuple(study.aims.margins)
     claims = [
         claim for claim in conclusion.claims if baseline in claim.row.arms and not claim.row.aside
     ]
-    lacking, not_shown = list(missing), []
+    missing, worse, not_shown = list(design.missing), list[str](), list[str]()
+    for claim in claims:
+        if claim.worse_than(baseline):
+            worse.append(claim.sentence)
+        elif claim.row.margin is not None and not claim.not_worse_than(baseline):
+            not_shown.append(claim.sentence)
     for arm in (arm.name for arm in study.arms if arm.name != baseline):
-        own = [claim for claim in claims if arm in claim.row.arms]
-        if not missing and not any(claim.row.is_tested for claim in own):
-            lacking.append(f"a comparison of {arm} with {baseline} that can be tested")
-        for word in margins:
-            held = [claim for claim in own if is_named(word, claim.row.metric)]
-            if not any(claim.row.margin is not None for claim in held):
-                not_shown.append(f"{arm} and {baseline} have no comparison on {word}")
-    worse = [claim for claim in claims if claim.worse_than(baseline)]
-    not_shown += [
-        claim.sentence
-        for claim in claims
-        if claim.row.margin is not None
-        and not claim.not_worse_than(baseline)
-        and claim not in worse
-    ]
-    sentences = tuple(claim.sentence for claim in worse)
-    return Gate(baseline, len(claims), margins, tuple(lacking), sentences, tuple(not_shown))
+        rows = [claim.row for claim in claims if arm in claim.row.arms]
+        if not design.missing and not any(row.is_tested for row in rows):
+            missing.append(f"a comparison of {arm} with {baseline} that can be tested")
+        held = [row.metric for row in rows if row.margin is not None]
+        not_shown += [
+            f"{arm} and {baseline} have no comparison on {word}"
+            for word in margins
+            if not any(is_named(word, metric) for metric in held)
+        ]
+    return Gate(baseline, len(claims), margins, tuple(missing), tuple(worse), tuple(not_shown))

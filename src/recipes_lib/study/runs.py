@@ -198,16 +198,17 @@ def with_choices(study: Study) -> Study:
     """
 
     def tuned(arm: Arm) -> Arm:
-        tried = candidate_runs(study, arm)
-        diverged = [has_diverged(training) for training in tried]
-        ended = [lost or is_trained(run) for run, lost in zip(tried, diverged, strict=True)]
-        if arm.tuning is None or not all(ended):
-            return arm
-        losses = [
-            None if lost else validation_loss(training.directory)
-            for training, lost in zip(tried, diverged, strict=True)
-        ]
+        losses: list[float | None] = []
+        for training in candidate_runs(study, arm):
+            if has_diverged(training):
+                losses.append(None)
+            elif is_trained(training):
+                losses.append(validation_loss(training.directory))
+            else:
+                return arm
         finite = [loss for loss in losses if loss is not None]
+        if arm.tuning is None:
+            return arm
         if not finite:
             return replace(arm, tuning=replace(arm.tuning, losses=tuple(losses)))
         return arm.tuned(arm.tuning.values[losses.index(min(finite))], losses)
