@@ -275,7 +275,7 @@ def train(request: Mapping[str, Any]) -> int:
     import runpy
 
     from recipes_lib.train import main
-    from recipes_lib.training.process import end_process
+    from recipes_lib.training.stopping import end_process
 
     if request["script"]:
         sys.argv = [request["script"], *request["arguments"]]

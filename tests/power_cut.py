@@ -15,7 +15,6 @@ import pytest
 ASIDE = (
     ".incomplete",
     ".damaged",
-    ".rejected",
     ".replaced",
     "lock.json",
 )  # nothing new, or a heartbeat, which a cut ends anyway

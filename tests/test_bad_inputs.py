@@ -404,12 +404,12 @@ def test_a_defect_is_one_message_and_its_traceback_is_kept(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from recipes_lib.training import reading
+    from recipes_lib.training import build
 
     def break_it(*args: object) -> None:
         raise ZeroDivisionError("nobody expected this")
 
-    monkeypatch.setattr(reading, "load_model", break_it)
+    monkeypatch.setattr(build, "load_model", break_it)
     assert train([str(tiny_recipe)]) == 1
     said = capsys.readouterr().err
     file = tmp_path / "runs" / "tiny" / "traceback.txt"

@@ -12,24 +12,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 
 from recipes_lib.config.launch import add_train_flags
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.environment import importing, quiet_libraries
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.ranks import on_main_rank
+from recipes_lib.core.ranks import on_main_rank, world_size
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.training.launch_check import leave_gpus_out
-from recipes_lib.training.process import (
+from recipes_lib.training.stopping import (
+    StopRequest,
     end_process,
     end_with_launcher,
     exit_status,
     handling,
     report,
 )
-from recipes_lib.training.stopping import StopRequest
 
 
 def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: StopRequest) -> int:
@@ -51,15 +50,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.data.prompts import chat_template, template_date
         from recipes_lib.data.sources import source_hashes
         from recipes_lib.training import fsdp_cpu, launch_check
-        from recipes_lib.training.attempt import attempt
-        from recipes_lib.training.build import build_trainer, start_up_lines
-        from recipes_lib.training.finish import (
-            record_finish,
-            record_stop,
-            save_and_check,
-            summarise_training,
-        )
-        from recipes_lib.training.reading import read_model
+        from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
+        from recipes_lib.training.build import build_trainer, read_model, start_up_lines
         from recipes_lib.training.resume_guard import guarded_values
         from recipes_lib.weights.export import push_target
         from recipes_lib.weights.load import load_checked_tokenizer
@@ -69,19 +61,16 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
     # leaves no run behind.
     launch_check.check_processes(torch.cuda.device_count())
     launch_check.check_precision(recipe)
-    if fsdp_cpu.is_wanted():
-        fsdp_cpu.install()
-    args = build_sft_config(
-        recipe, run.checkpoints, world_size=int(os.environ.get("WORLD_SIZE", "1"))
-    )
+    fsdp_cpu.install()
+    args = build_sft_config(recipe, run.checkpoints, world_size())
     push_to = push_target(recipe)
-    active = launch_check.what_will_run()
+    active = launch_check.what_runs()
     launch_line = launch_check.check_launch(active)
-    weights = run.weights(recipe.lora is None)
 
-    with attempt(run, recipe, stop) as this:  # lock, signals, and the record of how it ended
-        if this.finished:
-            say_once(f"run '{run.name}' is already finished, nothing to do: {weights}")
+    # lock, signals, and the record of how it ended
+    with begin_attempt(run, recipe, stop) as attempt:
+        if attempt.finished:
+            say_once(f"run '{run.name}' is already finished, nothing to do: {attempt.weights}")
             say_once("to train it again, choose another run.name")
             say_once(f"next: recipes chat {run.name}")
             return ExitCode.DONE
@@ -92,10 +81,10 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         # A template that prints the date prints that of the run's first day in every attempt.
         date = on_main_rank(
-            lambda: template_date(recipe.data, tokenizer, this.earlier.get("template_date"))
+            lambda: template_date(recipe.data, tokenizer, attempt.earlier.get("template_date"))
         )
         dated = recipe.data.model_copy(update={"template_date": date})
-        recipe = this.recipe = dataclasses.replace(recipe, data=dated)
+        recipe = attempt.recipe = dataclasses.replace(recipe, data=dated)
         data = prepare_data(recipe, tokenizer)
         if recipe.data.prompt_format == "chat":
             # so that the tokenizer beside the weights carries the template that renders prompts
@@ -112,8 +101,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         guard["prompt_format_hash"] = data.prompt_format_hash
         if data.audit.training_template is not None:
             guard["training_template_hash"] = data.audit.training_template["sha256"]
-        resumption = on_main_rank(
-            lambda: this.continue_or_start(
+        checkpoint = on_main_rank(
+            lambda: attempt.continue_or_start(
                 data,
                 guard,
                 active,
@@ -127,16 +116,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
         model = read_model(recipe, tokenizer, active)
-        trainer = build_trainer(
-            recipe,
-            args,
-            model,
-            tokenizer,
-            data,
-            run,
-            stop,
-            {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard},
-        )
+        marker_facts = {"run": run.name, "data_fingerprint": data.fingerprint, "guard": guard}
+        trainer = build_trainer(recipe, args, model, tokenizer, data, run, stop, marker_facts)
         keep_alive(trainer)
         # what was promised before the model was loaded
         launch_check.check_launch(launch_check.what_runs(trainer.accelerator))
@@ -146,17 +127,14 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
 
         # trainer -> weights. Until here a signal ends the process; from here on it asks for a
         # checkpoint after the step.
-        this.begin_steps()
-        seconds = trainer.train_until_stop(resumption.checkpoint if resumption else None)
+        attempt.begin_steps()
+        seconds = trainer.train_until_stop(checkpoint)
         if stop.agreed:
-            return on_main_rank(lambda: record_stop(run, trainer.state, stop.agreed))
-        stop.close()
-        summary = on_main_rank(
-            lambda: summarise_training(trainer, data, active, resumption, seconds)
-        )
+            return on_main_rank(lambda: attempt.record_stop(trainer.state))
+        summary = on_main_rank(lambda: summarise_training(trainer, data, active, seconds))
         say_once("saving the weights, and comparing them with the trained ones ...")
-        check = save_and_check(trainer, recipe, run, summary)
-        on_main_rank(lambda: record_finish(run, weights, summary, check, push_to))
+        check = save_and_check(trainer, attempt, summary)
+        on_main_rank(lambda: attempt.record_finish(summary, check, push_to))
         return ExitCode.DONE
 
 

@@ -102,7 +102,7 @@ def test_what_an_earlier_attempt_left_is_no_step_of_this_one(tiny_recipe: Path) 
 
 
 def test_a_rank_whose_launcher_was_ended_before_it_began_does_not_begin(tmp_path: Path) -> None:
-    code = "from recipes_lib.training.process import end_with_launcher as e; e(); print('began')"
+    code = "from recipes_lib.training.stopping import end_with_launcher as e; e(); print('began')"
     for folder, began in ((tmp_path, "began\n"), (tmp_path / "gone", "")):
         variables = {"LOCAL_RANK": "0", "RECIPES_EXIT_CODE_FILE": str(folder / "code")}
         said = subprocess.run(

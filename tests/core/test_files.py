@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,16 @@ def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(
         assert (caught.value.file, caught.value.line) == (path, 3)
         assert steps(path, skip_damaged=True) == [1, 2, 4, 5]
         assert f"{path}:3: this line is damaged and left out" in capsys.readouterr().err
+
+
+def test_the_last_row_of_a_long_file_is_read_without_the_others(tmp_path: Path) -> None:
+    path = write(tmp_path / "long.jsonl", *LINES * 60_000, b'{"step": 6, "te')
+    tracemalloc.start()
+    rows = rows_from_the_end(path)
+    assert [next(rows)["step"] for _ in range(7)] == [5, 4, 3, 2, 1, 5, 4]
+    assert tracemalloc.get_traced_memory()[1] < 2**20 < path.stat().st_size / 8
+    tracemalloc.stop()
+    assert sum(row["step"] == 5 for row in rows_from_the_end(path)) == 60_000
 
 
 def test_an_absent_file_has_no_rows(tmp_path: Path) -> None:

@@ -31,13 +31,18 @@ class Launcher:
         self,
         *overrides: str,
         config: str | Path | None = None,
-        script: Path | None = None,
+        patch: str | None = None,
         **environment: str,
     ) -> Child:
-        """Start a training as forked ranks (tests/launch.py); `script` in place of the package."""
+        """Start a training as forked ranks (tests/launch.py), changed by a function of
+        patched.py.
+        """
         words = [self.recipe, *overrides]
         variables = self.environment | environment
-        return self.forks.start(words, config, script=script, **variables)
+        if patch is None:
+            return self.forks.start(words, config, **variables)
+        script = Path(__file__).with_name("patched.py")
+        return self.forks.start(words, config, script=script, PATCH=patch, **variables)
 
     def start_really(self, command: list[str], **environment: str) -> subprocess.Popen[str]:
         """Start a command line as a user does."""

@@ -72,19 +72,20 @@ def assert_same(run: Path, whole: Path) -> None:
     assert loss_series(run) == loss_series(whole)
 
 
-def bytes_at(whole: Path) -> dict[str, int]:
-    """How much is on the disk when each part of a run is about to be written: a disk of that size
+def bytes_at(whole: Path, part: str) -> int:
+    """How much is on the disk when a part of a run is about to be written: a disk of that size
     and a bit fills in the part.
     """
     one = sum(file.stat().st_size for file in (whole / "checkpoints" / "checkpoint-2").rglob("*"))
     records = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
-    return {
-        "the first record": 8 * 1024,
-        "the first checkpoint": records + one // 3,
-        "the tokenizer of a checkpoint": records + one - 20 * 1024,
-        "a later checkpoint": records + 2 * one + one // 2,
-        "the final weights": records + 4 * one + 30 * 1024,
-    }
+    sizes = (
+        8 * 1024,
+        records + one // 3,
+        records + one - 20 * 1024,
+        records + 2 * one + one // 2,
+        records + 4 * one + 30 * 1024,
+    )
+    return sizes[PARTS.index(part)] // 4096 * 4096
 
 
 PARTS = (
@@ -100,7 +101,7 @@ PARTS = (
 def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(
     launcher, whole: Path, tmpfs: Callable[[str], Path], part: str
 ) -> None:
-    runs = tmpfs(f"size={bytes_at(whole)[part] // 4096 * 4096}")
+    runs = tmpfs(f"size={bytes_at(whole, part)}")
     name = "run.name=small"
     code, said = launcher.start(name, RECIPES_RUNS_ROOT=str(runs)).wait()
     assert code == 5, said[-3000:]
@@ -124,29 +125,29 @@ def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(
     assert_same(runs / "small", whole)
 
 
-# The losses are the same in every run, and so is the size of their plot; a plot of times is not.
-SIZE_LIMITS = {"a record": 512, "the optimizer's state": 20 * 1024, "the plot of losses": 30 * 1024}
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("limit", SIZE_LIMITS.values(), ids=SIZE_LIMITS)
-def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
-    launcher, whole: Path, limit: int
-) -> None:
-    name = f"limit-{limit}"
+def limited(launcher, limit: int, value: int, *words: str) -> tuple[int, str]:
+    """Train under a limit of the operating system (`resource.RLIMIT_*`)."""
     child = subprocess.Popen(
-        launcher.command(f"run.name={name}"),
+        launcher.command(*words),
         env={**os.environ, **launcher.environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        preexec_fn=lambda: resource.setrlimit(limit, (value, value)),
     )
-    code, said = launcher.wait(child)
-    assert code == 5, said[-3000:]
+    return launcher.wait(child)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("limit", [512, 20 * 1024], ids=["a record", "the optimizer's state"])
+def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
+    launcher, whole: Path, limit: int
+) -> None:
+    name = f"limit-{limit}"
+    code, said = limited(launcher, resource.RLIMIT_FSIZE, limit, f"run.name={name}")
+    assert code == 5 and "limit on the size of a file" in said, said[-3000:]
     assert_told(said)
-    assert "limit on the size of a file" in said
     launcher.train(f"run.name={name}")
     assert_same(launcher.run(name), whole)
 
@@ -163,22 +164,12 @@ BATCH = ("train.per_device_train_batch_size", "run.global_batch_size")
 def test_a_limit_on_memory_ends_in_one_line_and_loses_nothing(
     launcher, whole: Path, gib: float, larger: list[str]
 ) -> None:
-    limit = int(gib * 2**30)
-    command = launcher.command(f"run.name=memory-{gib}", *larger)
-    child = subprocess.Popen(
-        command,
-        env={**os.environ, **launcher.environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
-    )
-    code, said = launcher.wait(child)
+    name, limit = f"run.name=memory-{gib}", int(gib * 2**30)
+    code, said = limited(launcher, resource.RLIMIT_AS, limit, name, *larger)
     assert code == 5 and "out of memory" in said, said[-3000:]
     assert_told(said)
     if not larger:
-        launcher.train(f"run.name=memory-{gib}")
+        launcher.train(name)
         assert_same(launcher.run(f"memory-{gib}"), whole)
 
 

@@ -105,9 +105,8 @@ def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(
         else ["lora=null", "train.learning_rate=1e-3"]
     )
     launcher.train(f"run.name=whole-{method}", *words, config=four)
-    script = Path(__file__).with_name("kill_at.py")
     name, moment = f"run.name=broken-{method}", {"KILL_MOMENT": "in a step", "KILL_STEP": "5"}
-    launcher.start(name, *words, config=four, script=script, **moment).wait()
+    launcher.start(name, *words, config=four, patch="kill", **moment).wait()
     assert (launcher.run(f"broken-{method}") / "checkpoints/checkpoint-4").is_dir()
     launcher.train(f"run.name=broken-{method}", *words, config=four)
     assert launcher.weights(f"broken-{method}") == launcher.weights(f"whole-{method}")
@@ -172,8 +171,8 @@ def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
         words, own = ["lora=null", "train.learning_rate=1e-3"], f"own-full-{config}"
         launcher.train(f"run.name={own}", *words, config=config)
     name = f"fused-{kind}-{config}"
-    script = Path(__file__).with_name("fused_head.py")
-    code, said = launcher.start(f"run.name={name}", *words, config=config, script=script).wait()
+    child = launcher.start(f"run.name={name}", *words, config=config, patch="fused_head")
+    code, said = child.wait()
     assert code == 0 and "fused head: torch.float32" in said, said[-3000:]
     for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
         ours, fused = launcher.series(own, key), launcher.series(name, key)
@@ -183,19 +182,11 @@ def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
 def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(launcher) -> None:
     """In float32 it would use no tensor cores: FSDP2 must not cast what the layers hand to it."""
     for config in ("ddp_cpu", "fsdp_cpu"):
-        overrides = [
-            "train.bf16=true",
-            "model.dtype=bfloat16",
-            "train.max_steps=4",
-            f"run.name=fused-bf16-{config}",
-        ]
-        script = Path(__file__).with_name("fused_head.py")
-        code, said = launcher.start(*overrides, config=config, script=script).wait()
-        assert (
-            code == 0
-            and "fused head: torch.bfloat16" in said
-            and "fused head: torch.float32" not in said
-        ), said[-3000:]
+        overrides = ["train.bf16=true", "model.dtype=bfloat16", "train.max_steps=4"]
+        overrides.append(f"run.name=fused-bf16-{config}")
+        code, said = launcher.start(*overrides, config=config, patch="fused_head").wait()
+        assert code == 0 and "fused head: torch.bfloat16" in said, said[-3000:]
+        assert "fused head: torch.float32" not in said
     ddp, fsdp = (
         launcher.series(f"fused-bf16-{config}", "loss") for config in ("ddp_cpu", "fsdp_cpu")
     )
@@ -219,14 +210,8 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
     launcher, config: str, method: list[str], request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id
-    overrides = [
-        *method,
-        "lora.lora_dropout=0.3",
-        "train.max_steps=30",
-        "train.save_steps=10",
-        "train.eval_steps=10",
-        "train.logging_steps=3",
-    ]
+    overrides = [*method, "lora.lora_dropout=0.3", "train.max_steps=30", "train.save_steps=10"]
+    overrides += ["train.eval_steps=10", "train.logging_steps=3"]
     launcher.train("run.name=whole-" + name, *overrides, config=config)
     child = launcher.start(f"run.name=broken-{name}", *overrides, config=config)
     metrics = launcher.run(f"broken-{name}") / "metrics.jsonl"
@@ -235,12 +220,8 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
     _, said = child.wait()
     state = launcher.state(f"broken-{name}")
     assert (state["state"], state["exit_code"]) == ("preempted", 75), said[-3000:]
-    saved = sorted(
-        path.name
-        for path in (launcher.run(f"broken-{name}") / "checkpoints").iterdir()
-        if (path / "COMPLETE.json").is_file()
-    )
-    assert f"checkpoint-{state['step']}" in saved
+    saved = launcher.run(f"broken-{name}") / f"checkpoints/checkpoint-{state['step']}"
+    assert (saved / "COMPLETE.json").is_file()
     launcher.train(f"run.name=broken-{name}", *overrides, config=config)
     assert launcher.adapter(f"broken-{name}") == launcher.adapter(f"whole-{name}")
     validated = (launcher.series(f"{run}-{name}", "eval_loss") for run in ("broken", "whole"))
@@ -250,8 +231,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
 def test_a_resume_on_more_ranks_is_refused_or_goes_on_where_it_is_insisted_on(launcher) -> None:
     """The window of the next log is empty after a save: no rank needs another one's sums."""
     words = ["train.logging_steps=5", "train.save_steps=3", "run.name=grows"]
-    script = Path(__file__).with_name("kill_at.py")
-    launcher.start(*words, script=script, KILL_MOMENT="in a step", KILL_STEP="4").wait()
+    launcher.start(*words, patch="kill", KILL_MOMENT="in a step", KILL_STEP="4").wait()
     assert (launcher.run("grows") / "checkpoints/checkpoint-3").is_dir()
     code, said = launcher.start(*words, config="ddp_cpu").wait()
     assert code != 0 and "launch.world_size" in said, said[-2000:]
@@ -262,12 +242,8 @@ def test_a_resume_on_more_ranks_is_refused_or_goes_on_where_it_is_insisted_on(la
 
 
 def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launcher) -> None:
-    overrides = [
-        "run.name=explodes",
-        "lora=null",
-        "train.learning_rate=1e30",
-        "train.lr_scheduler_type=constant",
-    ]
+    overrides = ["run.name=explodes", "lora=null", "train.learning_rate=1e30"]
+    overrides.append("train.lr_scheduler_type=constant")
     code, said = launcher.start(*overrides, config="ddp_cpu").wait()
     assert code != 0 and said.count("gradient norm is nan") == 1, said[-3000:]
     assert launcher.state("explodes")["exit_code"] == 3
@@ -286,8 +262,7 @@ def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finish
 ) -> None:
     name = f"slow-check-{config}"
     words = [f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20"]
-    script = Path(__file__).with_name("slow_check.py")
-    child = launcher.start(*words, config=config, script=script, SLOW_CHECK_S="35")
+    child = launcher.start(*words, config=config, patch="slow_check", SLOW_CHECK_S="35")
     code, said = child.wait()
     assert code == 0 and "finished: " in said, said[-3000:]
     assert launcher.state(name)["state"] == "finished"
@@ -295,8 +270,7 @@ def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finish
 
 def train_watched(launcher, name: str, *overrides: str) -> str:
     """Train under FSDP2 on two ranks, and return what they said."""
-    script = Path(__file__).with_name("watched.py")
-    child = launcher.start(f"run.name={name}", *overrides, config="fsdp_cpu", script=script)
+    child = launcher.start(f"run.name={name}", *overrides, config="fsdp_cpu", patch="watched")
     code, said = child.wait()
     assert code == 0, said[-3000:]
     return said
@@ -339,15 +313,9 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
     gradients out once per step.
     """
     once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
-    overrides = [
-        f"model.name_or_path={larger_model}",
-        "lora=null",
-        "train.per_device_train_batch_size=1",
-        "run.global_batch_size=4",
-        "train.max_steps=2",
-        "train.eval_strategy='no'",
-        "train.save_strategy='no'",
-    ]
+    overrides = [f"model.name_or_path={larger_model}", "lora=null", "train.max_steps=2"]
+    overrides += ["train.per_device_train_batch_size=1", "run.global_batch_size=4"]
+    overrides += ["train.eval_strategy='no'", "train.save_strategy='no'"]
     largest, after = {}, {}
     for name, more in (("each", []), ("once", [once])):
         said = train_watched(launcher, f"shared-{name}", *overrides, *more)

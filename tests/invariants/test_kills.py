@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from tests.tiers import in_ci
@@ -49,8 +48,7 @@ def whole(launcher) -> bytes:
 
 def killed(launcher, moment: str, *words: str) -> tuple[int, str]:
     """Train in a process that kills itself at a moment of step 6."""
-    script = Path(__file__).with_name("kill_at.py")
-    return launcher.start(*words, script=script, KILL_MOMENT=moment, KILL_STEP="6").wait()
+    return launcher.start(*words, patch="kill", KILL_MOMENT=moment, KILL_STEP="6").wait()
 
 
 IN_CI = (

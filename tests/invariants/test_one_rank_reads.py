@@ -14,7 +14,6 @@ from tests.families import build_family
 from tests.tiers import in_ci
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-SCRIPT = Path(__file__).with_name("reads.py")
 SHIPPED = Path(__file__).resolve().parents[2] / "accelerate_configs" / "fsdp_cpu.yaml"
 FULL = ["lora=null", "train.learning_rate=1e-3"]
 METHODS = {
@@ -41,7 +40,7 @@ def tied(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def told(launcher, *overrides: str, config: Path = SHIPPED, **environment: str) -> tuple[int, str]:
-    return launcher.start(*overrides, config=config, script=SCRIPT, **environment).wait()
+    return launcher.start(*overrides, config=config, patch="reads", **environment).wait()
 
 
 def weights(launcher, name: str) -> bytes:

@@ -33,21 +33,11 @@ def wait_for_step(launcher, name: str, child) -> None:
 def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(
     launcher, config: str
 ) -> None:
-    words = [
-        "lora=null",
-        "train.learning_rate=1e30",
-        "train.lr_scheduler_type=constant",
-        f"run.name=explodes-{config}",
-    ]
-    code, said = launcher.wait(
-        launcher.start_really(verb(launcher, "--accelerate", config, *words))
-    )
-    assert code == 3
-    assert (
-        said.count("gradient norm is nan") == 1
-        and "Traceback" not in said
-        and "ChildFailedError" not in said
-    ), said
+    words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
+    words += ["--accelerate", config, f"run.name=explodes-{config}"]
+    code, said = launcher.wait(launcher.start_really(verb(launcher, *words)))
+    assert code == 3 and said.count("gradient norm is nan") == 1, said
+    assert "Traceback" not in said and "ChildFailedError" not in said, said
 
 
 CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
@@ -112,23 +102,14 @@ def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_comma
     launcher,
 ) -> None:
     """The checkpoint of the last step is there before that validation begins."""
-    words = [
-        "train.max_steps=4",
-        "train.save_steps=4",
-        "train.eval_steps=4",
-        "train.per_device_eval_batch_size=1",
-    ]
+    words = [f"train.{key}_steps=4" for key in ("max", "save", "eval")]
+    words += ["train.per_device_eval_batch_size=1"]
     launcher.train("run.name=patient", *words)
-    script = Path(__file__).with_name("slow_validation.py")
-    child = launcher.start(*words, "run.name=hurried", script=script)
-    checkpoint, end = (
-        launcher.run("hurried") / "checkpoints" / "checkpoint-4",
-        time.monotonic() + 90,
-    )
-    while not (checkpoint / "COMPLETE.json").is_file():
-        assert child.poll() is None and time.monotonic() < end, (
-            "no checkpoint before the validation"
-        )
+    child = launcher.start(*words, "run.name=hurried", patch="slow_validation")
+    marker = launcher.run("hurried") / "checkpoints/checkpoint-4/COMPLETE.json"
+    end = time.monotonic() + 90
+    while not marker.is_file():
+        assert child.poll() is None and time.monotonic() < end, "no checkpoint was written"
         time.sleep(0.05)
     time.sleep(2)
     assert "eval_loss" not in (launcher.run("hurried") / "metrics.jsonl").read_text()
@@ -164,34 +145,13 @@ def test_a_signal_to_every_process_of_a_training_spares_its_data_workers_until_t
 
 
 @pytest.mark.nightly
-def test_a_port_that_is_in_use_stops_no_training(launcher) -> None:
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            held.bind(("127.0.0.1", 29500))
-            held.listen()
-        except OSError:
-            pass  # somebody else holds torchrun's usual port, which is as good
-        code, said = launcher.wait(
-            launcher.start_really(
-                verb(launcher, "--accelerate", "ddp_cpu", "run.name=port", "train.max_steps=2")
-            )
-        )
-    assert code == 0, said[-2000:]
-
-
-@pytest.mark.nightly
 def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     """Steps of about two seconds: a short one would be over, and the training ended well, before
     the second Ctrl-C.
     """
-    name, long_steps = (
-        "impatient",
-        ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64"),
-    )
-    child = launcher.start_really(
-        verb(launcher, "--accelerate", "ddp_cpu", f"run.name={name}", *LONG, *long_steps)
-    )
+    name, words = "impatient", ["--accelerate", "ddp_cpu", "run.name=impatient", *LONG]
+    words += ["train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=64"]
+    child = launcher.start_really(verb(launcher, *words))
     wait_for_step(launcher, name, child)  # the next one has only begun
     os.kill(child.pid, signal.SIGINT)
     os.kill(child.pid, signal.SIGINT)
@@ -210,18 +170,6 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
     ]:
         assert time.monotonic() < end, f"still running: {left}"
         time.sleep(0.1)
-
-
-@pytest.mark.nightly
-def test_a_second_training_of_the_same_run_is_told_who_holds_it(launcher) -> None:
-    child = launcher.start_really(verb(launcher, "run.name=held", *LONG))
-    try:
-        wait_for_step(launcher, "held", child)
-        code, said = launcher.wait(launcher.start_really(verb(launcher, "run.name=held", *LONG)))
-        assert code == 5 and "held is in use by process" in said and "on host" in said
-    finally:
-        os.kill(child.pid, signal.SIGTERM)
-        launcher.wait(child)
 
 
 def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
@@ -245,19 +193,9 @@ def test_two_machines_train_as_one_and_both_end_with_the_training_s_code(launche
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    place = [
-        "--accelerate",
-        "ddp_cpu",
-        "--nodes",
-        "2",
-        "--gpus",
-        "1",
-        "--main-process-ip",
-        "127.0.0.1",
-        "--main-process-port",
-        port,
-    ]
-    words = [*place, "run.name=machines", "train.max_steps=2", "train.eval_strategy='no'"]
+    words = ["--accelerate", "ddp_cpu", "--nodes", "2", "--gpus", "1", "run.name=machines"]
+    words += ["--main-process-ip", "127.0.0.1", "--main-process-port", port]
+    words += ["train.max_steps=2", "train.eval_strategy='no'"]
     machines = [
         launcher.start_really(verb(launcher, "--machine-rank", str(rank), *words))
         for rank in (0, 1)

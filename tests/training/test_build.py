@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.families import build_family
 from trl import SFTConfig
 
 import recipes_lib
+from recipes_lib.config.launch import why_each_rank_reads
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
 from recipes_lib.training.build import describe_trainable
 from recipes_lib.training.trainer import RecipeTrainer
+from recipes_lib.weights.load import load_model, load_tokenizer
 
 NF4 = (
     "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
@@ -52,49 +55,7 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
 def test_the_start_up_line_says_that_fsdp2_trains_half_precision_weights_in_float32() -> None:
     model = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
     assert describe_trainable(model) == "6 of 6 parameters in bfloat16"
-    assert (
-        describe_trainable(model, raised=True)
-        == "6 of 6 parameters in float32 (FSDP2 keeps the bfloat16 weights so)"
-    )
-    assert (
-        describe_trainable(model.to(torch.float32), raised=True) == "6 of 6 parameters in float32"
-    )
-
-
-def assigned_arguments(source: str) -> list[str]:
-    """Every `args.X = ...`, `anything.args.X = ...` and `setattr(args, ...)` of a file that knows
-    TRL's arguments.
-    """
-    if not ("SFTConfig" in source or "TrainingArguments" in source or "SFTTrainer" in source):
-        return []
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
-            found.append((node.value, f"{ast.unparse(node)}, line {node.lineno}"))
-        elif (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id == "setattr"
-        ):
-            found.append((node.args[0], f"{ast.unparse(node)}, line {node.lineno}"))
-    return [
-        where
-        for owner, where in found
-        if getattr(owner, "id", getattr(owner, "attr", None)) == "args"
-    ]
-
-
-def test_no_line_assigns_to_the_arguments_after_they_were_built() -> None:
-    sources = {
-        str(path): path.read_text(encoding="utf-8")
-        for path in Path(recipes_lib.__file__).parent.rglob("*.py")
-    }
-    assert [
-        (path, where) for path, source in sources.items() for where in assigned_arguments(source)
-    ] == []
-    assert assigned_arguments(
-        "class SFTTrainer:\n  def f(self):\n    self.args.eval_on_start, x = False, 1"
-    )
+    assert describe_trainable(model, raised=True) == "6 of 6 parameters in float32"
 
 
 def test_a_training_and_its_resumption_change_none_of_their_arguments(
@@ -125,3 +86,45 @@ def test_a_training_and_its_resumption_change_none_of_their_arguments(
     lines = (tiny_recipe.parent / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
     assert sum('"step": 0,' in line for line in lines) <= 1
     assert changed == []
+
+
+# ---- Who reads the weights ----
+
+
+def test_rank_0_reads_alone_where_it_is_asked_for_and_weights_are_handed_on(
+    tiny_recipe: Path,
+) -> None:
+    for words in ([], ["lora=null"], ["lora.init_lora_weights=gaussian"]):
+        recipe = load_recipe(tiny_recipe, words)
+        assert why_each_rank_reads(recipe, sharded=True, asked=True) is None
+        assert "is false" in str(why_each_rank_reads(recipe, sharded=True, asked=False))
+        assert "whole" in str(why_each_rank_reads(recipe, sharded=False, asked=True))
+    reasons = {
+        "quantization={load_in_8bit: true}": "quantized weights cannot be handed on",
+        "model.resize_embeddings=true": "model.resize_embeddings computes new rows",
+        "lora.init_lora_weights=pissa": "lora.init_lora_weights: pissa starts from them",
+        "lora.use_dora=true": "lora.use_dora starts from them",
+        "lora.trainable_token_indices=[1]": "lora.trainable_token_indices starts from them",
+    }
+    for override, reason in reasons.items():
+        recipe = load_recipe(tiny_recipe, [override])
+        assert reason in str(why_each_rank_reads(recipe, sharded=True, asked=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
+def test_a_model_without_weights_is_the_model_in_all_else(
+    family: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = build_family(family, tmp_path / family, tiny_model_dir)
+    words = [f"model.name_or_path={folder}", "model.dtype=bfloat16"]
+    recipe = load_recipe(tiny_recipe, words)
+    tokenizer = load_tokenizer(recipe)
+    whole, empty = (load_model(recipe, tokenizer, empty=without) for without in (False, True))
+    described = [
+        [(name, one.shape, one.dtype) for name, one in model.state_dict().items()]
+        for model in (whole, empty)
+    ]
+    assert described[0] == described[1]
+    assert all(one.is_meta for one in empty.parameters())
+    names = [[name for name, _ in model.named_parameters()] for model in (whole, empty)]
+    assert names[0] == names[1]

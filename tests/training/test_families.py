@@ -1,6 +1,4 @@
-"""Each architecture of `tests/families.py` goes the whole way of a run, or is refused in one line
-before anything is trained.
-"""
+"""Each architecture of `tests/families.py` goes the whole way of a run."""
 
 from __future__ import annotations
 
@@ -28,7 +26,6 @@ from recipes_lib.train import main
 
 Verb = Callable[..., tuple[int, str, str]]
 Write = Callable[..., Path]
-REFUSED: dict[tuple[str, str], str] = {}
 
 
 @pytest.fixture
@@ -70,28 +67,18 @@ WHOLE_WAY_IN_CI = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), in_ci(WHOLE_WAY, *WHOLE_WAY_IN_CI))
-def test_each_family_goes_the_whole_way_or_is_refused_in_one_line_before_training(
+def test_each_family_goes_the_whole_way(
     family: str,
     method: str,
     write_recipe: Write,
     recipes: Verb,
-    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from recipes_lib.training.trainer import RunCallback
 
     recipe, run = write_recipe(family, METHODS[method]), tmp_path / "runs" / "run"
-    code, _, err = recipes("check", "--full", recipe)
-    if reason := REFUSED.get((family, method)):
-        assert code == ExitCode.USAGE and reason in err
-        assert main([str(recipe), "run.name=run"]) == ExitCode.USAGE
-        said = capsys.readouterr().err
-        assert (
-            reason in said and len(said.splitlines()) <= 3 and not list(run.glob("checkpoints/*"))
-        )
-        return
-    assert code == 0
+    assert recipes("check", "--full", recipe)[0] == 0
     assert main([str(recipe), "run.name=whole"]) == 0
     with monkeypatch.context() as patch:
         patch.setattr(RunCallback, "on_step_end", asked_to_stop(RunCallback.on_step_end))
@@ -143,22 +130,11 @@ def assert_plain(given: Path, base: Path) -> None:
     assert changed <= {"dtype", "tie_word_embeddings", "pad_token_id"}
 
 
-@pytest.mark.parametrize(
-    ("family", "sizes"),
-    [
-        (
-            "bart",
-            {
-                "decoder_layers": 2,
-                "decoder_ffn_dim": 96,
-                "decoder_attention_heads": 4,
-                "is_decoder": True,
-                "is_encoder_decoder": False,
-            },
-        ),
-        ("doge", {}),
-    ],
-)
+BART = {"decoder_layers": 2, "decoder_ffn_dim": 96, "decoder_attention_heads": 4}
+BART |= {"is_decoder": True, "is_encoder_decoder": False}
+
+
+@pytest.mark.parametrize(("family", "sizes"), [("bart", BART), ("doge", {})])
 def test_a_decoder_with_positions_of_its_own_and_one_without_its_experts_are_trained(
     family: str, sizes: dict[str, Any], write_recipe: Write, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -177,11 +153,8 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
     """In a file each expert has its matrices, in memory all share one: the Trainer finds none of
     them, and keeps those of the last step.
     """
-    best = {
-        "load_best_model_at_end": True,
-        "greater_is_better": True,
-        "eval_steps": 2,
-    }  # the worst loss, so that it is not the last one
+    # the worst loss, so that it is not the last one
+    best = {"load_best_model_at_end": True, "greater_is_better": True, "eval_steps": 2}
     recipe = write_recipe("mixtral", METHODS["full"], {"train": best})
     assert main([str(recipe), "run.name=run"]) == 0
     run = tmp_path / "runs" / "run"
@@ -190,21 +163,6 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
         for step in (2, 4)
     }
     assert weights_of(run) == {"model.safetensors": saved[2]} != {"model.safetensors": saved[4]}
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("family", ["mistral3", "gemma4", "qwen3_moe"])
-def test_models_that_read_images_and_experts_are_trained_merged_and_answer(
-    family: str, write_recipe: Write, recipes: Verb, tmp_path: Path
-) -> None:
-    """The part of the whole way, below, that differs most between architectures."""
-    recipe = write_recipe(family, METHODS["lora"], {"train": {"max_steps": 2}})
-    assert main([str(recipe), "run.name=run"]) == 0
-    assert recipes("merge", "run")[0] == 0
-    assert recipes("export", "run", "--merged", "--to", tmp_path / "given")[0] == 0
-    assert_plain(tmp_path / "given", tmp_path / family)
-    loader = auto_class(json.loads((tmp_path / family / "config.json").read_text())["model_type"])
-    assert f"{loader}.from_pretrained(" in (tmp_path / "given/README.md").read_text()
 
 
 @pytest.mark.nightly
@@ -287,10 +245,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(tiny_model_dir: Path, tmp_pa
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         EnvironmentFault,
-        match=(
-            r"checkpoint-4 lacks 1 weights of the model, model.layers.1.mlp.down_proj.weight among"
-            r" them"
-        ),
+        match=r"checkpoint-4 lacks 1 weights of the model, model.layers.1.mlp.down_proj.weight",
     ):
         load_whole(AutoModelForCausalLM.from_pretrained(tiny_model_dir), folder)
 

@@ -60,9 +60,15 @@ def test_loss_gradients_and_counts_are_those_of_trls_head(
         ]
         for grads in (our_grads, their_grads)
     )
-    # bf16: a rounding more than TRL, because the scale of the loss comes after the products
-    assert max(our_errors) < (1e-5 if exact else 1e-2)
-    assert exact or sum(our_errors) < 1.1 * sum(their_errors)
+    if exact:
+        assert max(our_errors) < 1e-5
+        return
+    # a rounding more than TRL, because the scale of the loss comes after the products (measured:
+    # 1.05 times its errors together, 0.99 the largest, 1.42 that of one norm's weight)
+    pairs = zip(our_errors, their_errors, strict=True)
+    assert max(ours / theirs for ours, theirs in pairs) < 1.5
+    assert max(our_errors) < 1.1 * max(their_errors)
+    assert sum(our_errors) < 1.1 * sum(their_errors)
 
 
 def gradients_in_float64(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:

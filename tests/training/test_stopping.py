@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from recipes_lib.core.errors import Interrupted
-from recipes_lib.training.process import handling
-from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest
+from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest, handling
 
 
 def test_a_signal_before_the_first_step_ends_the_process_with_one_line_and_a_record(
@@ -29,21 +28,6 @@ def test_a_signal_before_the_first_step_ends_the_process_with_one_line_and_a_rec
     assert os.waitstatus_to_exitcode(os.waitpid(training, 0)[1]) == 130
     said = "interrupted before the first step: nothing is lost"
     assert said in capfd.readouterr().err and said in (tmp_path / "run").read_text()
-
-
-def test_after_the_last_step_a_signal_is_answered_and_stops_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    stop = StopRequest(tmp_path / "STOP")
-    with handling(stop.on_signal):
-        stop.wait_for_step()
-        stop.close()
-        os.kill(os.getpid(), signal.SIGINT)
-    assert (
-        capfd.readouterr().err
-        == "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at"
-        " once) ...\n"
-    )
 
 
 def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(

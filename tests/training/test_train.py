@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from recipes_lib.config.sections import DataSection
@@ -29,15 +30,25 @@ NF4 = (
 )
 
 
+def run_of(recipe: Path, name: str = "tiny") -> Path:
+    return recipe.parent / "runs" / name
+
+
 def run_json(recipe: Path, name: str = "tiny") -> dict[str, Any]:
-    return json.loads((recipe.parent / "runs" / name / "run.json").read_text())
+    return json.loads((run_of(recipe, name) / "run.json").read_text())
+
+
+def adapter(recipe: Path, name: str = "tiny") -> bytes:
+    return (run_of(recipe, name) / "adapter" / ADAPTER).read_bytes()
 
 
 def metrics(recipe: Path, name: str = "tiny") -> list[dict[str, Any]]:
-    return [
-        json.loads(line)
-        for line in (recipe.parent / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    ]
+    text = (run_of(recipe, name) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def losses(recipe: Path, name: str) -> list[float]:
+    return [line["loss"] for line in metrics(recipe, name) if "loss" in line]
 
 
 def logged(recipe: Path, name: str, *keys: str) -> list[list[Any]]:
@@ -60,49 +71,40 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
     tiny_recipe: Path,
 ) -> None:
     assert main([str(tiny_recipe)]) == 0
-    run = tiny_recipe.parent / "runs" / "tiny"
-    names = {path.name for path in run.iterdir()} - {".lock"}
-    expected = (
-        "recipe.yaml resolved.yaml command.txt environment.json run.json splits.json"
-        " supervision.json"
-    )
-    expected += " metrics.jsonl checkpoints adapter"
-    assert names == set(expected.split())
+    run = run_of(tiny_recipe)
+    expected = "recipe.yaml resolved.yaml command.txt environment.json run.json splits.json"
+    expected += " supervision.json metrics.jsonl checkpoints adapter"
+    assert {path.name for path in run.iterdir()} - {".lock"} == {*expected.split()}
     state = run_json(tiny_recipe)
     assert (state["state"], state["exit_code"], state["summary"]["steps"]) == ("finished", 0, 8)
     assert state["weights_check"]["tensors"] == 8
     lines = metrics(tiny_recipe)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
     assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
-    assert {
-        "step",
-        "epoch",
-        "loss",
-        "learning_rate",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "peak_memory_gib",
-    } <= lines[0].keys()
+    keys = "step epoch loss learning_rate grad_norm tokens tokens_per_second peak_memory_gib"
+    assert {*keys.split()} <= lines[0].keys()
     assert lines[-2]["loss"] < lines[0]["loss"]
     card = (run / "adapter" / "README.md").read_text()
     assert "LoRA (r 4" in card and yaml.safe_load(card.split("---")[1])["library_name"] == "peft"
+    # nothing names the directory itself, so that it can be moved
+    shutil.rmtree(run / "checkpoints")
+    for path in run.rglob("*.json"):
+        assert path.name == "environment.json" or str(run) not in path.read_text(), path
 
 
 def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
-    adapter = tiny_recipe.parent / "runs" / "tiny" / "adapter" / ADAPTER
-    written = adapter.stat().st_mtime_ns
+    words = [str(tiny_recipe), "train.max_steps=2"]
+    assert main(words) == 0
+    file = run_of(tiny_recipe) / "adapter" / ADAPTER
+    written = file.stat().st_mtime_ns
     capsys.readouterr()
-    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    assert main(words) == 0
     assert "already finished" in capsys.readouterr().out
-    assert (
-        main([str(tiny_recipe), "train.max_steps=2", "train.learning_rate=1e-3"]) == ExitCode.USAGE
-    )
+    assert main([*words, "train.learning_rate=1e-3"]) == ExitCode.USAGE
     assert "train.learning_rate" in capsys.readouterr().err
-    assert adapter.stat().st_mtime_ns == written and run_json(tiny_recipe)["state"] == "finished"
+    assert file.stat().st_mtime_ns == written and run_json(tiny_recipe)["state"] == "finished"
 
 
 WAYS = {
@@ -120,43 +122,33 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_ends_with_weights_that_reload(tiny_recipe: Path, way: str) -> None:
+def test_every_way_to_train_ends_with_weights_that_reload(
+    tiny_recipe: Path, way: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([str(tiny_recipe), *WAYS[way]]) == 0
+    assert ("NF4 in 14 layers" in capsys.readouterr().out) is (way == "qlora-nf4")
     state = run_json(tiny_recipe)
     assert state["state"] == "finished" and state["weights_check"]["sha256"]
-    weights = "model" if way == "full" else "adapter"
-    assert (tiny_recipe.parent / "runs" / "tiny" / weights).is_dir()
-    assert all(line["loss"] > 0 for line in metrics(tiny_recipe) if "loss" in line)
+    assert (run_of(tiny_recipe) / ("model" if way == "full" else "adapter")).is_dir()
+    assert all(loss > 0 for loss in losses(tiny_recipe, "tiny"))
 
 
-def test_qlora_really_has_nf4_layers(tiny_recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(tiny_recipe), NF4, "train.max_steps=1"]) == 0
-    assert "NF4 in 14 layers" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["lora.lora_dropout=0.3"],
-        ["lora.lora_dropout=0.3", "train.packing=true", "train.max_length=160"],
-        ["lora.lora_dropout=0.3", "train.dataloader_num_workers=2"],
-        ["lora=null"],
-    ],
-    ids=["dropout", "packing", "workers", "full"],
-)
+@pytest.mark.parametrize("overrides", [["lora.lora_dropout=0.3"], ["lora=null"]], ids=str)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     tiny_recipe: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main([str(tiny_recipe), *overrides, "run.name=whole"]) == 0
+    words = [str(tiny_recipe), *overrides]
+    assert main([*words, "run.name=whole"]) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, call=5)
-        assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
+        assert main([*words, "run.name=broken"]) == ExitCode.PREEMPTED
     state = run_json(tiny_recipe, "broken")
     assert (state["state"], state["exit_code"]) == ("preempted", 75)
-    assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
-    runs = tiny_recipe.parent / "runs"
-    weights = "model/model.safetensors" if "lora=null" in overrides else f"adapter/{ADAPTER}"
-    assert (runs / "whole" / weights).read_bytes() == (runs / "broken" / weights).read_bytes()
+    assert main([*words, "run.name=broken"]) == 0
+    [whole], [broken] = (
+        [*run_of(tiny_recipe, name).glob("[am]*/*.safetensors")] for name in ("whole", "broken")
+    )
+    assert whole.read_bytes() == broken.read_bytes()
     keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
     assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
 
@@ -178,11 +170,10 @@ def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
                 assert main([*words, "run.name=whole"]) == 0
                 stop_at(patch, call=5)
             assert main(words) == (ExitCode.PREEMPTED if day == 1 else 0)
-    runs = tiny_recipe.parent / "runs"
     for name in ("whole", "tiny"):
-        assert "template_date: '2031-01-01'" in (runs / name / "resolved.yaml").read_text()
-    whole, resumed = (runs / name / "adapter" / ADAPTER for name in ("whole", "tiny"))
-    assert whole.read_bytes() == resumed.read_bytes()
+        resolved = (run_of(tiny_recipe, name) / "resolved.yaml").read_text()
+        assert "template_date: '2031-01-01'" in resolved
+    assert adapter(tiny_recipe, "whole") == adapter(tiny_recipe)
 
 
 @pytest.mark.parametrize("when", ["at the end of the step before it", "within it"])
@@ -192,13 +183,13 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
     """Steps 2 and 4 save, step 4 evaluates: the ranks agree at steps 1, 2, the save of 2, 3, 4,
     then in the evaluation.
     """
-    overrides = ["lora.lora_dropout=0.3", "train.eval_steps=4"]
-    assert main([str(tiny_recipe), *overrides, "run.name=whole"]) == 0
+    words = [str(tiny_recipe), "lora.lora_dropout=0.3", "train.eval_steps=4"]
+    assert main([*words, "run.name=whole"]) == 0
     with monkeypatch.context() as patch:
         stop_at(patch, call=5 if when.startswith("at") else 7)
-        assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == ExitCode.PREEMPTED
+        assert main([*words, "run.name=broken"]) == ExitCode.PREEMPTED
     assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
-    assert main([str(tiny_recipe), *overrides, "run.name=broken"]) == 0
+    assert main([*words, "run.name=broken"]) == 0
     keys = ("step", "loss", "eval_loss")
     assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
 
@@ -221,11 +212,9 @@ def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
     with monkeypatch.context() as patch:
         patch.setattr(RecipeTrainer, "training_step", interrupted)
         assert main([str(tiny_recipe)]) == code
-    assert run_json(tiny_recipe)["exit_code"] == code
-    assert (
-        tiny_recipe.parent / "runs" / "tiny" / "checkpoints" / "checkpoint-3" / "COMPLETE.json"
-    ).is_file()
-    assert not (tiny_recipe.parent / "runs" / "tiny" / "adapter").exists()
+    run = run_of(tiny_recipe)
+    assert run_json(tiny_recipe)["exit_code"] == code and not (run / "adapter").exists()
+    assert (run / "checkpoints/checkpoint-3/COMPLETE.json").is_file()
     assert main([str(tiny_recipe)]) == 0
 
 
@@ -234,36 +223,39 @@ def test_a_stop_file_is_taken_away_with_the_stop(
 ) -> None:
     from recipes_lib.training.metrics import MetricsCallback
 
-    stop = tiny_recipe.parent / "runs" / "tiny" / "STOP"
+    stop = run_of(tiny_recipe) / "STOP"
     monkeypatch.setattr(MetricsCallback, "on_step_end", lambda self, *args, **kwargs: stop.touch())
     assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
     assert not stop.exists()
 
 
+def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipes_lib.training import build
+
+    monkeypatch.setattr(build, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    training = os.fork()  # the signal ends it at once
+    if not training:
+        os._exit(main([str(tiny_recipe)]))
+    assert os.waitstatus_to_exitcode(os.waitpid(training, 0)[1]) == ExitCode.INTERRUPTED
+    state = run_json(tiny_recipe)
+    assert (state["state"], state["exit_code"]) == ("preempted", 130)
+
+
 def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert (
-        main(
-            [
-                str(tiny_recipe),
-                "lora=null",
-                "train.learning_rate=1e30",
-                "train.lr_scheduler_type=constant",
-            ]
-        )
-        == ExitCode.NUMERICS
-    )
+    words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
+    assert main([str(tiny_recipe), *words]) == ExitCode.NUMERICS
     said = capsys.readouterr().err
-    assert (
-        "at step 2" in said
-        and "learning rate 1e+30" in said
-        and "examples" in said
-        and "Traceback" not in said
-    )
+    assert "at step 2, learning rate 1e+30, examples" in said and "Traceback" not in said
     state = run_json(tiny_recipe)
     assert (state["state"], state["exit_code"]) == ("failed", 3)
-    assert not (tiny_recipe.parent / "runs" / "tiny" / "model").exists()
+    assert not (run_of(tiny_recipe) / "model").exists()
+
+
+# ---- Resuming with something else ----
 
 
 def test_resuming_with_another_learning_rate_shows_the_difference_and_can_be_insisted_on(
@@ -272,39 +264,64 @@ def test_resuming_with_another_learning_rate_shows_the_difference_and_can_be_ins
     with monkeypatch.context() as patch:
         stop_at(patch, call=3)
         assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
-    capsys.readouterr()
-    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
+    words = [str(tiny_recipe), "train.learning_rate=5e-3", "train.logging_steps=2"]
+    assert main(words) == ExitCode.USAGE
     assert "train.learning_rate  0.01 -> 0.005" in capsys.readouterr().err
-    assert (
-        main(
-            [
-                str(tiny_recipe),
-                "train.learning_rate=5e-3",
-                "train.logging_steps=2",
-                "--resume-anyway",
-            ]
-        )
-        == 0
-    )
+    assert main([*words, "--resume-anyway"]) == 0
     assert run_json(tiny_recipe)["resumed"][0]["changed"] == {"train.learning_rate": [0.01, 0.005]}
 
 
 def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from recipes_lib.training.checkpoints import mark_complete
+
     with monkeypatch.context() as patch:
         stop_at(patch, call=3)
         main([str(tiny_recipe)])
-    from recipes_lib.training.checkpoints import find_newest, mark_complete
-
-    checkpoint = find_newest(tiny_recipe.parent / "runs" / "tiny" / "checkpoints")[0]
-    assert checkpoint is not None
+    checkpoint = run_of(tiny_recipe) / "checkpoints/checkpoint-2"
     (checkpoint / "optimizer.pt").unlink()
-    mark_complete(checkpoint, step=int(checkpoint.name.split("-")[1]), world_size=1)
-    capsys.readouterr()
+    mark_complete(checkpoint, step=2, world_size=1)
     assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
     assert "optimizer.pt" in capsys.readouterr().err
     assert main([str(tiny_recipe), "--allow-partial-resume"]) == 0
+
+
+def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=5)
+        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    run = run_of(tiny_recipe)
+    (run / "checkpoints/checkpoint-3/optimizer.pt").write_bytes(b"torn")
+
+    def records() -> dict[Path, tuple[bytes, int]]:
+        held = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in held}
+
+    before = records()
+    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
+    assert main([str(tiny_recipe), "data.max_examples=100"]) == ExitCode.USAGE
+    assert records() == before
+    assert main([str(tiny_recipe)]) == 0
+    assert run_json(tiny_recipe)["attempts"] == 2
+
+
+def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_other_settings(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, call=2)
+        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    (run_of(tiny_recipe) / "checkpoints/checkpoint-1/optimizer.pt").write_bytes(b"torn")
+    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == 0
+    said = capsys.readouterr().out
+    assert "starts from the beginning, with other settings than before: train.learning_rate" in said
+    assert run_json(tiny_recipe)["guard"]["train.learning_rate"] == 5e-3
+
+
+# ---- What is refused, or goes wrong ----
 
 
 def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
@@ -323,17 +340,18 @@ def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
 
     monkeypatch.setattr(RecipeTrainer, "save_model", flip_a_bit)
     assert main([str(tiny_recipe), "train.max_steps=1"]) == ExitCode.FAILED
-    assert "not the trained ones" in capsys.readouterr().err
-    run = tiny_recipe.parent / "runs" / "tiny"
-    assert not (run / "adapter").exists() and (run / "weights.rejected").is_dir()
+    said = capsys.readouterr().err
+    assert "not the trained ones" in said and "weights.unchecked" in said
+    run = run_of(tiny_recipe)
+    assert not (run / "adapter").exists() and (run / "weights.unchecked").is_dir()
     assert run_json(tiny_recipe)["state"] == "failed"
 
 
-def test_one_step_of_warm_up_trains_nothing_and_is_a_warning(
+def test_one_step_of_warm_up_trains_nothing_and_the_schedule_says_so(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tiny_recipe), "train.warmup_steps=0.1", "train.max_steps=1"]) == 0
-    assert "warning: the only step is a warm-up step" in capsys.readouterr().out
+    assert "never reached: warmup takes 1 steps" in capsys.readouterr().out
 
 
 def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
@@ -343,97 +361,6 @@ def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
     assert main([str(tiny_recipe), *words, "run.global_batch_size=32"]) == ExitCode.USAGE
     error = capsys.readouterr().err
     assert "20 training rows" in error and "run.global_batch_size to 20" in error
-
-
-def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe: Path, tmp_path: Path) -> None:
-    """Without mending, TRL asks PEFT's wrapper of the head for a bias that it does not have."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = yaml.safe_load(tiny_recipe.read_text())["model"]["name_or_path"]
-    tied = AutoModelForCausalLM.from_pretrained(source)
-    tied.config.tie_word_embeddings = True
-    tied.tie_weights()
-    tied.save_pretrained(tmp_path / "tied")
-    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "tied")
-    words = [f"model.name_or_path={tmp_path / 'tied'}", "lora.trainable_token_indices=[3, 4, 5]"]
-    assert main([str(tiny_recipe), *words, "train.max_steps=2"]) == 0
-    assert run_json(tiny_recipe)["weights_check"]["tensors"] == 9
-
-
-def test_a_disk_that_fills_during_a_save_loses_nothing(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from transformers import Trainer
-
-    def full(self: Trainer, output_dir: str) -> None:
-        if self.state.global_step == 6:
-            raise RuntimeError(
-                "[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324"
-            )
-        honest(self, output_dir)
-
-    assert main([str(tiny_recipe), "run.name=whole"]) == 0
-    honest = Trainer._save_optimizer_and_scheduler
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-        assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "disk full: " in capsys.readouterr().err
-    assert main([str(tiny_recipe)]) == 0
-    runs = tiny_recipe.parent / "runs"
-    assert (runs / "tiny" / "checkpoints" / "checkpoint-6.incomplete").is_dir()
-    assert (runs / "whole" / "adapter" / ADAPTER).read_bytes() == (
-        runs / "tiny" / "adapter" / ADAPTER
-    ).read_bytes()
-
-
-def test_no_planted_secret_is_in_any_written_file(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    secrets = {
-        "HF_TOKEN": "hf_plantedplantedplanted",
-        "OPENAI_API_KEY": "sk-plantedplantedplanted",
-        "WANDB_API_KEY": "plantedwandbkey0123",
-        "ACCELERATE_SECRET": "plantedaccelerate",
-    }
-    for name, value in secrets.items():
-        monkeypatch.setenv(name, value)
-    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
-    written = [path for path in (tiny_recipe.parent / "runs").rglob("*") if path.is_file()]
-    assert written and not any(path.name == "training_args.bin" for path in written)
-    for path in written:
-        content = path.read_bytes()
-        assert not any(value.encode() in content for value in secrets.values()), path
-
-
-def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
-    losses = []
-    for size in (1, 3, 32):
-        words = [f"train.per_device_eval_batch_size={size}", f"run.name=b{size}"]
-        assert main([str(tiny_recipe), "train.max_steps=1", "train.eval_steps=1", *words]) == 0
-        losses.append(metrics(tiny_recipe, f"b{size}")[-1]["eval_loss"])
-    assert max(losses) - min(losses) < 1e-5
-
-
-def test_adapters_on_a_4bit_base_are_float32_under_fp16(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """TRL makes them bf16, for which a GPU's gradient scaler has no kernel. On a CPU fp16 is
-    refused, so it is set behind the refusal.
-    """
-    from recipes_lib.config import upstream
-
-    build = upstream.build_sft_config
-
-    def with_fp16(*args: Any, **kwargs: Any) -> Any:
-        config = build(*args, **kwargs)
-        config.fp16 = True
-        return config
-
-    monkeypatch.setattr(upstream, "build_sft_config", with_fp16)
-    short = ["train.max_steps=2", "train.eval_steps=2", "train.save_steps=2"]
-    assert main([str(tiny_recipe), NF4, "train.bf16=false", "model.dtype=float16", *short]) == 0
-    said = capsys.readouterr().out
-    assert "precision fp16 mixed" in said and "parameters in float32; base NF4" in said
 
 
 def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
@@ -448,31 +375,124 @@ def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
     assert "the checkpoint is float16 and autocast bfloat16" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "lever",
-    [
-        "train.padding_free=false",
-        "train.activation_checkpointing=true",
-        "train.optim=adamw_torch_fused",
-        "train.per_device_train_batch_size=8",
-        "train.dataloader_num_workers=1",
-    ],
-)
-def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path, lever: str) -> None:
-    for name, overrides in {"plain": [], "pulled": [lever]}.items():
-        assert main([str(tiny_recipe), f"run.name={name}", *overrides]) == 0
-    plain, pulled = (
-        [line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line]
-        for name in ("plain", "pulled")
-    )
-    assert plain == pytest.approx(pulled, abs=2e-5)
+def test_a_disk_that_fills_during_a_save_loses_nothing(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import Trainer
+
+    def full(self: Trainer, output_dir: str) -> None:
+        if self.state.global_step == 6:
+            what = "[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324"
+            raise RuntimeError(what)
+        honest(self, output_dir)
+
+    assert main([str(tiny_recipe), "run.name=whole"]) == 0
+    honest = Trainer._save_optimizer_and_scheduler
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
+        assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    assert "disk full: " in capsys.readouterr().err
+    assert main([str(tiny_recipe)]) == 0
+    assert (run_of(tiny_recipe) / "checkpoints/checkpoint-6.incomplete").is_dir()
+    assert adapter(tiny_recipe, "whole") == adapter(tiny_recipe)
+
+
+def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.core.run_directory import RunDirectory
+    from recipes_lib.training.metrics import MetricsCallback
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.setattr(RunDirectory, "write_state", full)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MetricsCallback, "on_log", full)
+    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
+    assert "disk full: No space left on device" in capsys.readouterr().err
+
+
+def test_no_planted_secret_is_in_any_written_file(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {
+        "HF_TOKEN": "hf_plantedplantedplanted",
+        "OPENAI_API_KEY": "sk-plantedplantedplanted",
+        "WANDB_API_KEY": "plantedwandbkey0123",
+        "ACCELERATE_SECRET": "plantedaccelerate",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    written = [path for path in run_of(tiny_recipe).rglob("*") if path.is_file()]
+    assert written and not any(path.name == "training_args.bin" for path in written)
+    for path in written:
+        content = path.read_bytes()
+        assert not any(value.encode() in content for value in secrets.values()), path
+
+
+def test_a_push_without_a_network_is_refused_before_anything_is_computed(
+    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tiny_recipe), "train.push_to_hub=true"]
+    assert main(words) == ExitCode.USAGE
+    assert "train.hub_model_id" in capsys.readouterr().err
+    assert main([*words, "train.hub_model_id=ada/first"]) == ExitCode.ENVIRONMENT
+    assert "nothing can be pushed" in capsys.readouterr().err
+    assert not (tiny_recipe.parent / "runs").exists()
+
+
+def test_only_the_checked_weights_are_pushed_never_a_checkpoint(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is the only thing here that is not real: what would be uploaded is looked at."""
+    from recipes_lib.weights import export as hub
+
+    pushed: list[set[str]] = []
+
+    def push(folder: Path, repo: str, public: bool) -> str:
+        pushed.append({path.name for path in folder.iterdir()})
+        return repo
+
+    monkeypatch.setattr(hub, "check_repo", lambda repo: None)
+    monkeypatch.setattr(hub, "push", push)
+    assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == 0
+    assert len(pushed) == 1 and ADAPTER in pushed[0]
+    assert not pushed[0] & {"optimizer.pt", "training_args.bin", "rng_state.pth"}
+
+
+# ---- The same mathematics ----
+
+
+def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
+    found = []
+    for size in (1, 3, 32):
+        words = [f"train.per_device_eval_batch_size={size}", f"run.name=b{size}"]
+        assert main([str(tiny_recipe), "train.max_steps=1", "train.eval_steps=1", *words]) == 0
+        found.append(metrics(tiny_recipe, f"b{size}")[-1]["eval_loss"])
+    assert max(found) - min(found) < 1e-5
+
+
+def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path) -> None:
+    levers = {
+        "plain": "train.max_steps=8",
+        "padded": "train.padding_free=false",
+        "checkpointed": "train.activation_checkpointing=true",
+        "fused": "train.optim=adamw_torch_fused",
+        "at-once": "train.per_device_train_batch_size=8",
+        "worker": "train.dataloader_num_workers=1",
+    }
+    for name, lever in levers.items():
+        assert main([str(tiny_recipe), f"run.name={name}", lever]) == 0
+    found = {name: losses(tiny_recipe, name) for name in levers}
+    plain = found.pop("plain")
+    assert found == {name: pytest.approx(plain, abs=2e-5) for name in found}
 
 
 def test_selective_checkpointing_computes_attention_once(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Counted where operators are really computed: what is kept of the first time is not."""
-    import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from recipes_lib.training.trainer import RecipeTrainer
@@ -494,141 +514,33 @@ def test_selective_checkpointing_computes_attention_once(
             return step(self, model, inputs, *args)
 
     monkeypatch.setattr(RecipeTrainer, "training_step", counted)
-    ways = {
-        "plain": [],
-        "checkpointed": ["train.activation_checkpointing=true"],
-        "selective": [
-            "train.activation_checkpointing=true",
-            "train.activation_checkpointing_kwargs={selective: true}",
-        ],
-    }
-    computed, losses = {}, {}
-    for name, overrides in ways.items():
+    on = "train.activation_checkpointing=true"
+    selective = [on, "train.activation_checkpointing_kwargs={selective: true}"]
+    computed = {}
+    for name, overrides in {"plain": [], "checkpointed": [on], "selective": selective}.items():
         returned.clear()
         tokens.clear()
-        overrides = [*overrides, "train.max_steps=2", "train.eval_strategy='no'"]
-        assert main([str(tiny_recipe), f"run.name={name}", *overrides]) == 0
+        words = [*overrides, f"run.name={name}", "train.max_steps=2", "train.eval_strategy='no'"]
+        assert main([str(tiny_recipe), *words]) == 0
         computed[name] = sum(returned) / sum(tokens)
-        losses[name] = [line["loss"] for line in metrics(tiny_recipe, name) if "loss" in line]
     assert computed["selective"] == computed["plain"] == computed["checkpointed"] / 2 > 0
-    assert losses["plain"] == pytest.approx(losses["selective"], abs=1e-6)
+    plain, kept = (losses(tiny_recipe, name) for name in ("plain", "selective"))
+    assert plain == pytest.approx(kept, abs=1e-6)
 
 
-def test_a_push_without_a_network_is_refused_before_anything_is_computed(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(tiny_recipe), "train.push_to_hub=true"]
-    assert main(words) == ExitCode.USAGE
-    assert "train.hub_model_id" in capsys.readouterr().err
-    assert main([*words, "train.hub_model_id=ada/first"]) == ExitCode.ENVIRONMENT
-    assert "nothing can be pushed" in capsys.readouterr().err
-    assert not (tiny_recipe.parent / "runs").exists()
+def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe: Path, tmp_path: Path) -> None:
+    """Without mending, TRL asks PEFT's wrapper of the head for a bias that it does not have."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-
-def test_only_the_checked_weights_are_pushed_never_a_checkpoint(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The Hub is the only thing here that is not real: what would be uploaded is looked
-    at instead.
-    """
-    from recipes_lib.weights import export as hub
-
-    pushed: list[set[str]] = []
-    monkeypatch.setattr(hub, "check_repo", lambda repo: None)
-    monkeypatch.setattr(
-        hub,
-        "push",
-        lambda folder, repo, public: (
-            pushed.append({path.name for path in folder.iterdir()}) or f"{repo}"
-        ),
-    )
-    assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == 0
-    assert len(pushed) == 1 and "adapter_model.safetensors" in pushed[0]
-    assert not pushed[0] & {"optimizer.pt", "training_args.bin", "rng_state.pth"}
-
-
-def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recipes_lib.training import reading
-
-    monkeypatch.setattr(reading, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    training = os.fork()  # the signal ends it at once
-    if not training:
-        os._exit(main([str(tiny_recipe)]))
-    assert os.waitstatus_to_exitcode(os.waitpid(training, 0)[1]) == ExitCode.INTERRUPTED
-    state = run_json(tiny_recipe)
-    assert (state["state"], state["exit_code"]) == ("preempted", 130)
-
-
-def test_the_runs_files_are_where_a_copy_of_the_folder_finds_them(
-    tiny_recipe: Path, tmp_path: Path
-) -> None:
-    """Nothing in a run directory names the directory itself, so that it can be moved."""
-    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
-    run = tiny_recipe.parent / "runs" / "tiny"
-    shutil.rmtree(run / "checkpoints")
-    for path in run.rglob("*.json"):
-        if path.name not in {"environment.json"}:
-            assert str(run) not in path.read_text(), path
-
-
-def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=5)
-        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
-    run = tiny_recipe.parent / "runs" / "tiny"
-    (run / "checkpoints/checkpoint-3/optimizer.pt").write_bytes(b"torn")
-
-    def records() -> dict[Path, tuple[bytes, int]]:
-        held = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
-        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in held}
-
-    before = records()
-    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
-    assert main([str(tiny_recipe), "data.max_examples=100"]) == ExitCode.USAGE
-    assert records() == before
-    assert main([str(tiny_recipe)]) == 0
-    assert run_json(tiny_recipe)["attempts"] == 2
-
-
-def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from recipes_lib.core.run_directory import RunDirectory
-    from recipes_lib.training.metrics import MetricsCallback
-
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    def full_from_now_on(*args: Any, **kwargs: Any) -> None:
-        monkeypatch.setattr(RunDirectory, "write_state", full)
-        full()
-
-    monkeypatch.setattr(MetricsCallback, "on_log", full_from_now_on)
-    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "disk full: No space left on device" in capsys.readouterr().err
-
-
-def test_memory_that_ran_out_is_answered_with_keys_a_recipe_accepts(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    from recipes_lib.training.trainer import RecipeTrainer
-
-    def exhausted(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RecipeTrainer, "training_step", exhausted)
-        assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    said = capsys.readouterr().err
-    assert "too little memory" in said and "train.activation_checkpointing" in said
-    words = ["train.activation_checkpointing=true", "train.per_device_train_batch_size=2"]
-    assert main([str(tiny_recipe), *words]) == 0
+    source = yaml.safe_load(tiny_recipe.read_text())["model"]["name_or_path"]
+    tied = AutoModelForCausalLM.from_pretrained(source)
+    tied.config.tie_word_embeddings = True
+    tied.tie_weights()
+    tied.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "tied")
+    words = [f"model.name_or_path={tmp_path / 'tied'}", "lora.trainable_token_indices=[3, 4, 5]"]
+    assert main([str(tiny_recipe), *words, "train.max_steps=2"]) == 0
+    assert run_json(tiny_recipe)["weights_check"]["tensors"] == 9
 
 
 @pytest.mark.slow

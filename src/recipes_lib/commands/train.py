@@ -7,7 +7,6 @@ the launcher would lose.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import shutil
@@ -28,7 +27,7 @@ from recipes_lib.core.lock import is_held
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.plan.cards import devices_here
-from recipes_lib.training.process import EXIT_CODE_FILE, STOPPING, handling
+from recipes_lib.training.stopping import EXIT_CODE_FILE, STOPPING, handling
 
 _POLL_S = 0.1
 _LETTING_GO_S = 5.0  # a killed rank takes a moment to let go of the run
@@ -85,14 +84,13 @@ def supervise(command: list[str], recipe: Recipe, launch: Launch) -> int:
     A first Ctrl-C or SIGTERM asks for a checkpoint through the STOP file: the launcher would kill
     its ranks 30 s after a signal. A second one ends everything at once; so does the first before
     the first step, when there is nothing to save. The ranks end with their launcher
-    (`process.end_with_launcher`).
+    (`stopping.end_with_launcher`).
     """
     run = RunDirectory(recipe.name)
     earlier = _steps_began(run)
     signals: list[int] = []
     answered, killed = 0, ""
-    expected = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
-    environment = {**os.environ, "RECIPES_EXPECT": json.dumps(expected)}
+    environment = {**os.environ}
     if launch.config.use_cpu:
         # one process is started without accelerate launch, which would say it
         environment["ACCELERATE_USE_CPU"] = "true"

@@ -168,9 +168,19 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
 
 
 def rows_from_the_end(path: Path) -> Iterator[Row]:
-    """Yield the object of each whole line, the last one first. An absent file has none."""
-    content = path.read_bytes() if path.is_file() else b""
-    yield from filter(None, map(parsed_line, reversed(content.splitlines())))
+    """Yield the object of each whole line, the last one first; no more is read of the file than
+    they take. An absent file has none.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        position, rest = file.seek(0, os.SEEK_END), b""
+        while position:
+            end, position = position, max(position - 65536, 0)
+            file.seek(position)
+            rest, *lines = (file.read(end - position) + rest).split(b"\n")
+            yield from filter(None, map(parsed_line, reversed(lines)))
+        yield from filter(None, [parsed_line(rest)])
 
 
 def parsed_line(line: bytes) -> Row | None:

@@ -114,7 +114,7 @@ def keep_alive(trainer: object) -> None:
     """Keep what holds the model from ever being freed, if there are several ranks.
 
     Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank
-    was faster (seen in one of three stops on two ranks). `process.end_process` ends without it.
+    was faster (seen in one of three stops on two ranks). `stopping.end_process` ends without it.
     """
     if world_size() > 1:
         _kept.append(trainer)

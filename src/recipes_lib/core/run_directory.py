@@ -43,8 +43,8 @@ class RunState(TypedDict, total=False):
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
     step: int
-    summary: Mapping[str, Any] | None  # training.finish.TrainingSummary
-    weights_check: Mapping[str, Any]  # weights.saved.SavedWeights
+    summary: Mapping[str, Any] | None  # training.attempt.summarise_training
+    weights_check: Mapping[str, Any]  # weights.check.SavedWeights
     fingerprint: str
     base_fingerprint: str | None
     prompt_format_hash: str

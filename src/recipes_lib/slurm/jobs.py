@@ -9,7 +9,6 @@ of a recipe. A training gets its recipe resolved, as it was when it was launched
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -287,9 +286,8 @@ class _Planner:
             what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
             hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
             raise self.site.document.error("sbatch", what, hint)
-        known = {"world_size": launch.world_size, "distributed_type": launch.distributed_type}
-        gpus, expected = not launch.config.use_cpu, {"RECIPES_EXPECT": json.dumps(known)}
-        return Job(label, "train", tuple(tasks), launch, gpus, (), after_any, throttle, expected)
+        gpus = not launch.config.use_cpu
+        return Job(label, "train", tuple(tasks), launch, gpus, (), after_any, throttle)
 
     def _command(
         self, verb: str, words: Sequence[str], what: str, evals: Sequence[EvalRecipe] = ()

@@ -5,40 +5,40 @@ line of `train.py`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
-from recipes_lib.core.files import utc_now, write_json, write_text
+from recipes_lib.core.files import publish, sync, utc_now, write_json, write_text
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
-from recipes_lib.core.terminal import say
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.training import checkpoints, metrics
-from recipes_lib.training.resume_guard import check_resume, recipe_differences
-from recipes_lib.training.stopping import StopRequest
+from recipes_lib.training.build import count_quantized, trains_nothing
+from recipes_lib.training.probe import peak_memory_gib
+from recipes_lib.training.resume_guard import differences, recipe_differences, refuse_changes
+from recipes_lib.training.stopping import EXIT_CODES, StopRequest
+from recipes_lib.training.trainer import RecipeTrainer
+from recipes_lib.weights.check import SavedWeights, check_saved
+from recipes_lib.weights.export import push_finished_run, write_card
+from recipes_lib.weights.load import base_fingerprint, model_path
 from recipes_lib.weights.runs import weights_damage
 
+if TYPE_CHECKING:
+    from transformers import TrainerState
 
-@dataclass(frozen=True)
-class Resumption:
-    """The checkpoint that an attempt goes on from.
-
-    Args:
-        marker: read at once: the rotation may delete the checkpoint later.
-        changes: {key: [before, now]} of the guarded values that differ, as the user insisted.
-    """
-
-    checkpoint: Path
-    marker: checkpoints.Marker
-    changes: dict[str, list[object]]
+OTHER_RUN = "start a new run with run.name=OTHER"
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Attempt:
         earlier: run.json as an earlier attempt left it; empty where there was none, and on other
             ranks.
         finished: whether the run is finished and its weights are whole.
-        is_ours: rank 0: whether run.json is this attempt's to write: once a new run was begun or an
-            earlier one taken over. A refused attempt leaves every record as it was.
+        owns_records: rank 0: whether a new run was begun or an earlier one taken over. A refused
+            attempt leaves every record as it was.
     """
 
     run: RunDirectory
@@ -58,39 +58,37 @@ class Attempt:
     stop: StopRequest
     earlier: RunState = field(default_factory=lambda: RunState())
     finished: bool = False
-    is_ours: bool = False
+    owns_records: bool = False
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the final weights."""
+        return self.run.weights(self.recipe.lora is None)
 
     def begin(self) -> bool:
         """Rank 0, under the lock: look at what an earlier attempt recorded, or begin the record of
         a new run; return `finished`.
         """
-        self.run.check_inside()
-        self.earlier = self.run.read_state() if self.run.exists() else RunState()
+        run = self.run
+        run.check_inside()
+        self.earlier = run.read_state() if run.exists() else RunState()
+        if self.earlier.get("kind") == "answers":
+            what = f"run '{run.name}' holds answers of a file and cannot be trained"
+            raise RecipeError(what, OTHER_RUN)
         if self.earlier.get("state") == "finished":
-            changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
-            if changed:
-                what = (
-                    f"run '{self.run.name}' is finished, with other settings: {', '.join(changed)}"
-                )
-                raise RecipeError(what, "start a new run with run.name=OTHER")
-            damage = weights_damage(self.run, self.recipe.lora is None)
+            if changed := recipe_differences(self.recipe, self.earlier.get("guard", {})):
+                what = f"run '{run.name}' is finished, with other settings: {', '.join(changed)}"
+                raise RecipeError(what, OTHER_RUN)
+            damage = weights_damage(run, self.recipe.lora is None)
             if damage is None:
                 return True
-            say(
-                f"run '{self.run.name}' is finished, but {damage}; going on from its newest whole"
-                " checkpoint, or from the beginning where there is none"
-            )
-        if self.earlier.get("kind") == "answers":
-            raise RecipeError(
-                f"run '{self.run.name}' holds answers of a file and cannot be trained",
-                "start a new run with run.name=OTHER",
-            )
+            say(f"run '{run.name}' is finished, but {damage}: going on from a checkpoint")
         # one that nobody took away asked an attempt that is over
-        self.run.stop_file.unlink(missing_ok=True)
+        run.stop_file.unlink(missing_ok=True)
         if not self.earlier:
-            self.run.write_state("running", attempts=1, exit_code=None, error=None)
-            write_provenance(self.run, self.recipe)
-            self.is_ours = True
+            run.write_state("running", attempts=1, exit_code=None, error=None)
+            self._write_settings()
+            self.owns_records = True
         return False
 
     def continue_or_start(
@@ -100,9 +98,9 @@ class Attempt:
         active: Active,
         options: argparse.Namespace,
         **recorded: Any,
-    ) -> Resumption | None:
-        """Rank 0: choose the newest complete checkpoint, or None; refuse to continue it with other
-        settings, and make run.json this attempt's.
+    ) -> Path | None:
+        """Rank 0: return the newest complete checkpoint, or None; refuse to continue it with other
+        settings, and make the run's records this attempt's.
 
         Args:
             guard: every value that a resumed run must share with its beginning.
@@ -112,48 +110,48 @@ class Attempt:
             RecipeError: guarded values differ.
             EnvironmentFault: the checkpoint lacks optimizer, scheduler or random state.
         """
-        run, resumption = self.run, None
-        resumed = self.earlier.get("resumed", [])
+        run, resumed = self.run, [*self.earlier.get("resumed", [])]
         newest, broken = checkpoints.find_newest(run.checkpoints)
+        begun = self.earlier.get("guard") or {}
         if newest is not None:
-            marker = checkpoints.read_marker(newest)
-            begun = self.earlier.get("guard") or marker["guard"]
-            changes = check_resume(run.name, begun, guard, options.resume_anyway)
+            begun = begun or checkpoints.read_marker(newest)["guard"]
+        changed = differences(begun, guard) if begun else {}
+        if newest is not None:
+            if not options.resume_anyway:
+                refuse_changes(run.name, changed)
             if not options.allow_partial_resume:
                 checkpoints.check_resumable(newest, active.world_size)
-            resumption = Resumption(newest, marker, changes)
-            resumed = [
-                *resumed,
-                {"from": newest.name, "changed": changes, "partial": options.allow_partial_resume},
-            ]
+            partial = options.allow_partial_resume
+            resumed.append({"from": newest.name, "changed": changed, "partial": partial})
+
         # nothing was refused: from here on the run's files are this attempt's
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for checkpoint, reason in broken.items():
             aside = checkpoints.set_aside(checkpoint, ".incomplete")
             say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
         metrics.forget_after(run.metrics, newest)
-        self._take_over(data, guard=guard, resumed=resumed, **recorded)
-        if resumption is not None:
-            how = "recipe, data, versions unchanged"
-            if resumption.changes:
-                how = f"--resume-anyway over {len(resumption.changes)} changes"
-            say(f"resuming {resumption.checkpoint.name} ({how})")
-        return resumption
+        if self.earlier.get("state") == "finished" and self.weights.is_dir():
+            checkpoints.set_aside(self.weights, ".damaged")
+        self._write_settings()  # now with the date that its template prints
+        write_json(run.path / "environment.json", environment())
+        write_json(run.path / "supervision.json", data.audit.to_dict())
+        write_json(run.path / "splits.json", data.splits)
+        recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "guard": guard}
+        recorded |= {"exit_code": None, "error": None, "steps_began": None, "resumed": resumed}
+        run.write_state("running", **recorded)
+        self.owns_records = True
+        if newest is not None:
+            insisted = f"--resume-anyway over {len(changed)} changes" if changed else ""
+            say(f"resuming {newest.name} ({insisted or 'recipe, data, versions unchanged'})")
+        elif broken or changed:
+            others = f", with other settings than before: {', '.join(changed)}" if changed else ""
+            say(f"no whole checkpoint: training starts from the beginning{others}")
+        return newest
 
-    def _take_over(self, data: PreparedData, **fields: Any) -> None:
-        """Rank 0: nothing was refused, so from here on the run's records are this attempt's."""
-        if self.earlier:
-            fields["attempts"] = self.earlier.get("attempts", 0) + 1
-            write_provenance(self.run, self.recipe)
-        write_settings(self.run, self.recipe)  # now with the date that its template prints
-        weights = self.run.weights(self.recipe.lora is None)
-        if self.earlier.get("state") == "finished" and weights.is_dir():
-            checkpoints.set_aside(weights, ".damaged")
-        write_json(self.run.path / "supervision.json", data.audit.to_dict())
-        write_json(self.run.path / "splits.json", data.splits)
-        fields |= {"exit_code": None, "error": None, "steps_began": None}
-        self.run.write_state("running", **fields)
-        self.is_ours = True
+    def _write_settings(self) -> None:
+        write_text(self.run.path / "recipe.yaml", self.recipe.text)
+        self.recipe.write(self.run.path / RECIPE_FILE)
+        write_text(self.run.path / "command.txt", command_line() + "\n")
 
     def begin_steps(self) -> None:
         """Every rank: from now on a signal asks for a checkpoint. `recipes train` reads in run.json
@@ -166,17 +164,47 @@ class Attempt:
         """Note in run.json how this attempt ended. On a full disk the note may be lost, the error
         itself must not be.
         """
-        if rank() != 0 or not self.is_ours:
+        if rank() != 0 or not self.owns_records:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
-                stopped = code in {ExitCode.PREEMPTED, ExitCode.INTERRUPTED}
-                state: State = "preempted" if stopped else "failed"
+                state: State = "preempted" if code in EXIT_CODES.values() else "failed"
                 self.run.write_state(state, exit_code=code, error=error)
+
+    def record_stop(self, state: TrainerState) -> ExitCode:
+        """Rank 0: record a stop whose checkpoint is written, say how to go on, and return the exit
+        code.
+        """
+        code, step, last = EXIT_CODES[self.stop.agreed], state.global_step, state.max_steps
+        self.run.stop_file.unlink(missing_ok=True)
+        self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
+        where = "in the validation after the last step," if step >= last else "at"
+        done = f"checkpoint-{step} is complete (exit code {int(code)})"
+        say(f"stopped {where} step {step}/{last}: {done}")
+        return code
+
+    def record_finish(
+        self, summary: Mapping[str, Any], check: SavedWeights, push_to: str | None
+    ) -> None:
+        """Rank 0: the weights have their name; put all on the disk, and only then call the run
+        finished.
+        """
+        run = self.run
+        if run.metrics.is_file():
+            sync(run.metrics)
+        run.stop_file.unlink(missing_ok=True)
+        proof = {"summary": summary, "weights_check": check.model_dump()}
+        run.write_state("finished", exit_code=0, error=None, **proof)
+        equal = f"{check.tensors} trained tensors equal the files, byte for byte"
+        say(f"finished: {self.weights} ({equal})")
+        say(f"took {summary['seconds']:,.0f} s, peak memory {summary['peak_memory_gib']:.1f} GiB")
+        if push_to:
+            say(f"pushed: {push_finished_run(run, push_to)}")
+        next_step(f"recipes chat {run.name}")
 
 
 @contextmanager
-def attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
+def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
     """Hold a run for one attempt: rank 0 has the lock, an error is recorded while the run is still
     ours, and all ranks leave together.
 
@@ -184,35 +212,90 @@ def attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[At
         RecipeError: the run is finished with other settings, or holds answers of a file.
         EnvironmentFault: another process holds the run.
     """
-    this = Attempt(run, recipe, stop)
-    stop.stop_file, stop.record = run.stop_file, this.record_failure
+    attempt = Attempt(run, recipe, stop)
+    stop.stop_file, stop.record = run.stop_file, attempt.record_failure
     with ExitStack() as stack:
 
         def begin() -> bool:
             stack.enter_context(run_lock(run.path))
-            return this.begin()
+            return attempt.begin()
 
         try:
-            this.finished = on_main_rank(begin)
-            yield this
+            attempt.finished = on_main_rank(begin)
+            yield attempt
             meet()
         except Exception as error:
             fault = error if isinstance(error, RecipesError) else explain_fault(error)
             code = int(fault.exit_code if fault else ExitCode.FAILED)
-            this.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
+            attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
             if fault is None or fault is error:
                 raise
             raise fault from error
 
 
-def write_settings(run: RunDirectory, recipe: Recipe) -> None:
-    """Write recipe.yaml as it was, and resolved.yaml."""
-    write_text(run.path / "recipe.yaml", recipe.text)
-    recipe.write(run.path / RECIPE_FILE)
+def summarise_training(
+    trainer: RecipeTrainer, data: PreparedData, active: Active, seconds: float
+) -> dict[str, object]:
+    """Return what run.json and the model card say of a training; None where not measured. After a
+    resume, times are those of the attempt that reached the end.
+    """
+    state, tokens = trainer.state, int(trainer._total_train_tokens)
+    logged = (
+        [row[key] for row in state.log_history if key in row] for key in ("loss", "eval_loss")
+    )
+    training, validation = (values or [None] for values in logged)
+    on_cpu = active.device.startswith("cpu")
+    speed = round((tokens - trainer.tokens_before) / seconds, 1) if seconds else None
+    summary: dict[str, object] = {
+        "steps": state.global_step,
+        "training_rows": len(data.train),
+        "validation_rows": len(data.validation) if data.validation is not None else 0,
+        "first_training_loss": training[0],
+        "last_training_loss": training[-1],
+        "first_validation_loss": validation[0],
+        "last_validation_loss": validation[-1],
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": speed,
+        "quantized_layers": count_quantized(trainer.model),
+        "peak_memory_gib": round(max(trainer.loading_peak_gib, peak_memory_gib()), 2),
+        "world_size": active.world_size,
+        "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
+    }
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+        summary["best_step"] = int(state.best_model_checkpoint.rpartition("-")[2])
+    return summary
 
 
-def write_provenance(run: RunDirectory, recipe: Recipe) -> None:
-    """Write what a run is made of: its settings, command.txt and environment.json."""
-    write_settings(run, recipe)
-    write_text(run.path / "command.txt", command_line() + "\n")
-    write_json(run.path / "environment.json", environment())
+def save_and_check(
+    trainer: RecipeTrainer, attempt: Attempt, summary: Mapping[str, Any]
+) -> SavedWeights:
+    """Save the final weights, prove them, and rename them to `adapter/` or `model/`; every rank has
+    to call.
+
+    Raises:
+        RecipesError: the files do not hold what was trained; they stay in `weights.unchecked/`.
+    """
+    args, recipe = trainer.args, attempt.recipe
+    scratch = attempt.run.path / "weights.unchecked"
+    on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
+    trainer.save_model(str(scratch))  # a collective under FSDP2: every rank takes part
+    try:
+        check = check_saved(
+            trainer.model,
+            scratch,
+            base=model_path(recipe.model),
+            base_fingerprint=on_main_rank(lambda: base_fingerprint(recipe)),
+            autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
+            may_change_nothing=trains_nothing(args, trainer.state.max_steps),
+        )
+    except RecipesError as error:
+        error.hints = (*error.hints, f"the weights are kept in {scratch}")
+        raise
+
+    def give_name() -> None:
+        write_card(scratch, recipe, summary)
+        publish(scratch, attempt.weights)
+
+    on_main_rank(give_name)
+    return check

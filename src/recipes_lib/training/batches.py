@@ -40,9 +40,10 @@ class WholeBatches(Sampler[list[int]]):
         world_size: int = 1,
         lengths: list[int] | None = None,
     ) -> None:
-        self.rows, self.per_device, self.seed = rows, per_device, seed
-        self.rank, self.world_size, self.lengths = rank, world_size, lengths
-        self.global_batch = per_device * accumulation * world_size
+        self.rows, self.per_device, self.seed, self.lengths = rows, per_device, seed, lengths
+        self.share = per_device * world_size  # of all processes in one micro-batch
+        self.first = rank * per_device
+        self.global_batch = self.share * accumulation
         self.whole = rows // self.global_batch * self.global_batch
         self.epoch = 0
 
@@ -75,12 +76,12 @@ class WholeBatches(Sampler[list[int]]):
         return self.order()[step * self.global_batch : (step + 1) * self.global_batch]
 
     def __iter__(self) -> Iterator[list[int]]:
-        rows, share = self.order(), self.per_device * self.world_size
-        for start in range(self.rank * self.per_device, len(rows), share):
+        rows = self.order()
+        for start in range(self.first, len(rows), self.share):
             yield rows[start : start + self.per_device]
 
     def __len__(self) -> int:
-        return self.whole // (self.per_device * self.world_size)
+        return self.whole // self.share
 
 
 def row_lengths(rows: Dataset) -> list[int]:
@@ -104,33 +105,19 @@ def make_loader(rows: Dataset, batches: Any, collate: Any, args: TrainingArgumen
     )
 
 
+def _leave_signals_to_the_training(worker: int) -> None:
+    """Slurm sends SIGTERM to every process, and the step that is being trained needs its rows."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def validation_batches(
     rows: Dataset, per_device: int, rank: int, world_size: int
 ) -> tuple[Dataset, list[list[int]]]:
     """Return the rows, filled up so that every process has as many full batches, and the batches of
     one process.
     """
-    missing = -len(rows) % (per_device * world_size)
-    if missing:
+    if missing := -len(rows) % (per_device * world_size):
         filler = Dataset.from_list([FILLER], features=rows.features)
         rows = concatenate_datasets([rows, *[filler] * missing])
     starts = range(rank * per_device, len(rows), per_device * world_size)
     return rows, [list(range(start, start + per_device)) for start in starts]
-
-
-def name_rows(rows: list[int], ids: list[str] | None, at_most: int = 12) -> str:
-    """Return the ids of rows, shortened.
-
-    Example:
-        >>> name_rows([0, 2], ["a", "b", "c"])
-        'examples a, c'
-    """
-    if ids is None:
-        return "examples not known (packed rows)"
-    names = ", ".join(ids[row] for row in rows[:at_most])
-    return f"examples {names}{' ...' if len(rows) > at_most else ''}"
-
-
-def _leave_signals_to_the_training(worker: int) -> None:
-    """Slurm sends SIGTERM to every process, and the step that is being trained needs its rows."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -27,11 +27,17 @@ from recipes_lib.config.batch import (
     sync_each_batch,
     warmup_steps,
 )
+from recipes_lib.config.launch import (
+    READS_ONCE_VARIABLE,
+    Active,
+    reads_once_is_asked,
+    why_each_rank_reads,
+)
 from recipes_lib.config.preflight import attention_refused
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import VARLEN
-from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config
-from recipes_lib.core.ranks import say_once
+from recipes_lib.config.upstream import COMPILE_KEYS, build_lora_config, build_quantization_config
+from recipes_lib.core.ranks import meet, on_main_rank, rank, say_once
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import upstream_fixes
@@ -47,11 +53,65 @@ from recipes_lib.training.attention import use_document_attention, use_varlen
 from recipes_lib.training.metrics import MetricsCallback
 from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
-from recipes_lib.weights.load import precision_name
+from recipes_lib.weights.load import load_model, precision_name
 
 # graphs of one kind of block (with and without gradients, windows, the first length and any); at as
 # many torch goes on without compiling
 MOST_GRAPHS = 32
+
+
+def read_model(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, active: Active
+) -> PreTrainedModel:
+    """Return the base model; every rank has to call, and waits until all have theirs.
+
+    Under FSDP2 each rank keeps a share of the weights: rank 0 reads alone, and accelerate hands its
+    tensors to the others, whose models have shapes and no weights until then (torch's meta device).
+    Elsewhere, and where `why_each_rank_reads` has a reason, each rank reads.
+
+    Raises:
+        RecipesError: as `load_model`; what stops rank 0 stops all.
+    """
+    sharded = active.distributed_type == "FSDP"
+    why = why_each_rank_reads(recipe, sharded, reads_once_is_asked(os.environ))
+    if sharded:
+        # what accelerate and transformers go by; transformers would fill what is empty
+        os.environ[READS_ONCE_VARIABLE] = "false"
+    if why is None:
+        model = _read_by_rank_0(recipe, tokenizer)
+        own = dict(model.named_non_persistent_buffers())
+        kept = sorted(name for name, _ in model.named_buffers() if name not in own)
+        if kept:  # accelerate 1.15 takes every entry of the state dict for a parameter
+            why = f"the model keeps buffers among its weights ({kept[0]})"
+    if why is None:
+        # neither a file nor the state dict has RoPE's frequencies, which rank 0 computed
+        for name, value in on_main_rank(lambda: own).items():
+            parent, _, local = name.rpartition(".")
+            if rank() != 0:
+                model.get_submodule(parent).register_buffer(local, value, persistent=False)
+        os.environ[READS_ONCE_VARIABLE] = "true"
+    else:
+        model = load_model(recipe, tokenizer, build_quantization_config(recipe))
+    meet()
+    if sharded:
+        say_once(f"weights: {f'each rank reads them: {why}' if why else 'read by rank 0 alone'}")
+    return model
+
+
+def _read_by_rank_0(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    failure = None
+    try:
+        model = load_model(recipe, tokenizer, empty=rank() != 0)
+    except Exception as error:
+        failure = error
+
+    def fail() -> None:
+        if failure is not None:
+            raise failure
+
+    on_main_rank(fail)  # the others would wait for what rank 0 does not send
+    fail()
+    return model
 
 
 def build_trainer(
@@ -82,18 +142,23 @@ def build_trainer(
         upstream_fixes.keep_attention(model)
     lora = build_lora_config(recipe)
     train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
+    columns, validation = ["input_ids", "labels"], data.validation
+    if validation is not None and len(validation) and args.eval_strategy != "no":
+        validation = validation.select_columns(columns)
+    else:
+        validation = None
     trainer = RecipeTrainer(
         model=model,
         args=args,
-        train_dataset=_training_rows(train, recipe, args),
-        eval_dataset=_validation_rows(data.validation, args),
+        train_dataset=_training_rows(train.select_columns(columns), recipe, args),
+        eval_dataset=validation,
         processing_class=tokenizer,
         peft_config=lora and settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics)],
-        recipe=recipe,
         stop=stop,
         joins_rows=joins_rows,
         row_ids=None if args.packing else list(train["example_id"]),
+        keep=recipe.train.get("save_total_limit"),
         marker_facts=marker_facts,
     )
     if trainer.is_fsdp_enabled:
@@ -156,8 +221,7 @@ def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) ->
     return apart
 
 
-def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
-    rows = train.select_columns(["input_ids", "labels"])
+def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     if args.packing:
         rows = pack_dataset(rows, recipe.train["max_length"], args.packing_strategy)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -172,18 +236,12 @@ def _training_rows(train: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     return rows
 
 
-def _validation_rows(validation: Dataset | None, args: SFTConfig) -> Dataset | None:
-    if validation is None or not len(validation) or args.eval_strategy == "no":
-        return None
-    return validation.select_columns(["input_ids", "labels"])
-
-
 # ---- What a training says before its first step ----
 
 
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return the batch arithmetic, what is trained, and what is really active."""
-    args, model = trainer.args, trainer.model
+    args, model, rows = trainer.args, trainer.model, len(trainer.lengths)
     padding = ", packed" if args.packing else ", no padding" if trainer.joins_rows else ""
     mixed = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
     attention = getattr(model.config, "_attn_implementation", "unknown")
@@ -192,21 +250,16 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         "accumulation": args.gradient_accumulation_steps,
         "world_size": args.world_size,
     }
-    rows = len(trainer.train_dataset)
     epochs, most = args.num_train_epochs, args.max_steps
-    _, total = steps = planned_steps(rows, **shape, epochs=epochs, max_steps=most)
-    raised = trainer.is_fsdp_enabled and trainer.accelerator.mixed_precision != "no"
-    rate, warmup = args.learning_rate, args.warmup_steps
+    steps = planned_steps(rows, **shape, epochs=epochs, max_steps=most)
+    schedule = describe_schedule(_schedule(args), args.learning_rate, args.warmup_steps, steps[1])
     lines = [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
         f" {attention}{padding}; seed {args.seed}",
         f"batch: {describe_batch(rows, steps, **shape)}",
-        f"schedule: {describe_schedule(_schedule(args), rate, warmup, total)}",
-        f"trains: {describe_trainable(model, raised=raised)}",
+        f"schedule: {schedule}",
+        f"trains: {describe_trainable(model, trainer.is_fsdp_enabled and mixed is not None)}",
     ]
-    if trains_nothing(trainer, total):
-        what = "the only step is a warm-up step with learning rate 0 and trains nothing"
-        lines.append(f"warning: {what}; set train.warmup_steps: 0")
     if isinstance(model, PeftModel):
         lines.append(describe_targets(model))
     weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
@@ -218,10 +271,10 @@ def _schedule(args: SFTConfig) -> str:
     return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
 
 
-def trains_nothing(trainer: RecipeTrainer, steps: int) -> bool:
+def trains_nothing(args: SFTConfig, steps: int) -> bool:
     """Whether the only step of a training is one of warm-up, which begins at learning rate 0."""
-    warms_up = _schedule(trainer.args) not in WITHOUT_WARMUP
-    return warms_up and steps == 1 and warmup_steps(trainer.args.warmup_steps, steps) > 0
+    warms_up = _schedule(args) not in WITHOUT_WARMUP
+    return warms_up and steps == 1 and warmup_steps(args.warmup_steps, steps) > 0
 
 
 def count_quantized(model: Any) -> int:
@@ -229,12 +282,11 @@ def count_quantized(model: Any) -> int:
     return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
 
 
-def describe_trainable(model: Any, *, raised: bool = False) -> str:
-    """Return how many parameters are trained, and where they sit.
+def describe_trainable(model: Any, raised: bool = False) -> str:
+    """Return how many parameters are trained, and in which precision they and the others are.
 
     Args:
-        raised: whether FSDP2 will keep those of half precision in float32, as it does under mixed
-            precision.
+        raised: whether FSDP2 keeps what is trained in float32, as under mixed precision.
     """
     quantized = count_quantized(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
@@ -242,8 +294,7 @@ def describe_trainable(model: Any, *, raised: bool = False) -> str:
     count = sum(weight.numel() for weight in trained)
     total = count + sum(weight.numel() for weight in frozen)
     precision = ", ".join(sorted({precision_name(weight.dtype) for weight in trained}))
-    if raised and not quantized and precision != "float32":
-        precision = f"float32 (FSDP2 keeps the {precision} weights so)"
+    precision = "float32" if raised and not quantized else precision
     kinds = {precision_name(weight.dtype) for weight in frozen} - {"uint8"}
     base = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(kinds))
     return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {base}" if base else "")

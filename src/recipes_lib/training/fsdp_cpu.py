@@ -1,8 +1,5 @@
 """FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with
 eight. It is for tests and small machines: sharding on CPU saves memory, not time.
-
-accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
-FSDP config silently becomes DDP. `install` adds the missing branch to `AcceleratorState.__init__`.
 """
 
 from __future__ import annotations
@@ -16,23 +13,18 @@ from accelerate import state
 from accelerate.utils import DistributedType
 
 
-def is_wanted() -> bool:
-    """Whether this process was launched with an FSDP config on a machine without an accelerator."""
+def install() -> None:
+    """Let this process shard on CPUs where it was launched with an FSDP config on a machine without
+    an accelerator.
+
+    accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
+    FSDP config silently becomes DDP. The missing branch is added to `AcceleratorState.__init__`.
+    """
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return asked and several and not torch.accelerator.is_available()
-
-
-def install() -> None:
-    """Patch accelerate in this process; a second call does nothing.
-
-    Raises:
-        RuntimeError: a GPU is present, so the patch must not act.
-    """
-    if torch.accelerator.is_available():
-        raise RuntimeError("FSDP on CPU was asked for on a machine with an accelerator")
     original = state.AcceleratorState.__init__
-    if hasattr(original, "__wrapped__"):
+    installed = hasattr(original, "__wrapped__")
+    if installed or torch.accelerator.is_available() or not (asked and several):
         return
 
     @functools.wraps(original)
@@ -48,8 +40,7 @@ def install() -> None:
         self.fsdp_plugin = plugin
         # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
         self.device = torch.device("cpu")
-        state.PartialState._shared_state.update(
-            device=self.device, distributed_type=DistributedType.FSDP
-        )
+        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
+        state.PartialState._shared_state.update(shared)
 
     state.AcceleratorState.__init__ = initialise

@@ -60,12 +60,13 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._last = self._started = (time.monotonic(), 0)  # time, tokens; time, step
+        self.began, self.first_step = time.monotonic(), 0
+        self.last_log, self.last_tokens = self.began, 0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Start the clock."""
-        self._started = (time.monotonic(), state.global_step)
-        self._last = (time.monotonic(), tokens_so_far(state))
+        self.began = self.last_log = time.monotonic()
+        self.first_step, self.last_tokens = state.global_step, tokens_so_far(state)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Row | None = None, **_: Any
@@ -75,21 +76,17 @@ class MetricsCallback(TrainerCallback):
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
         line = _line({**logs, "step": state.global_step, "epoch": state.epoch})
-        text = f"step {state.global_step}/{state.max_steps}  "
+        text = f"validation loss {line.get('eval_loss', 0):.4f}"
         if "loss" in logs:
-            seconds = max(now - self._last[0], 1e-9)
-            line["tokens_per_second"] = round((line["tokens"] - self._last[1]) / seconds, 1)
-            began, first = self._started
-            per_step = (now - began) / max(state.global_step - first, 1)
-            text += (
-                f"loss {line['loss']:.4f}  learning rate {line.get('learning_rate', 0):.2e} "
-                f" {line['tokens_per_second']:,.0f} tokens/s "
-                f" {shown_duration(per_step * (state.max_steps - state.global_step))} left"
-            )
-        else:
-            text += f"validation loss {line['eval_loss']:.4f}"
-        self._last = (now, line.get("tokens", self._last[1]))
+            speed = (line["tokens"] - self.last_tokens) / max(now - self.last_log, 1e-9)
+            line["tokens_per_second"], self.last_tokens = round(speed, 1), line["tokens"]
+            per_step = (now - self.began) / max(state.global_step - self.first_step, 1)
+            left = shown_duration(per_step * (state.max_steps - state.global_step))
+            rate = line.get("learning_rate", 0)
+            text = f"loss {line['loss']:.4f}  learning rate {rate:.2e}  {speed:,.0f} tokens/s"
+            text += f"  {left} left"
+        self.last_log = now
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        say(text)
+        say(f"step {state.global_step}/{state.max_steps}  {text}")

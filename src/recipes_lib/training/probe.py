@@ -10,7 +10,6 @@ probe in front, a resumed run would have one such step more than an uninterrupte
 from __future__ import annotations
 
 import contextlib
-import itertools
 import resource
 import time
 from collections.abc import Iterator
@@ -23,12 +22,11 @@ from torch.distributed.tensor import DTensor
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.ranks import of_every_rank
 from recipes_lib.core.terminal import shown_duration
-from recipes_lib.training.batches import row_lengths
 
 BYTES_OF_MOMENTS = 8  # AdamW's two in float32
 
 
-def probe(trainer: Any, model: Any, tokens_to_train: float) -> str:
+def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     """Run the longest micro-batch as a step would, and return a line on its time and memory; every
     rank has to call.
 
@@ -36,49 +34,55 @@ def probe(trainer: Any, model: Any, tokens_to_train: float) -> str:
     its random state is not.
 
     Args:
-        tokens_to_train: of one process in the whole training.
+        lengths: tokens of each row of the data.
+        steps: how many will be trained.
 
     Raises:
         EnvironmentFault: the GPU has too little memory for it.
     """
-    batch, rows = _longest_batch(trainer)
+    args, data = trainer.args, trainer.train_dataset
+    # the worst that can come, not what will
+    longest = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    rows = [data[row] for row in longest[: args.per_device_train_batch_size]]
+    batch = trainer.data_collator(rows)
     tokens = batch["input_ids"].numel()
-    passes = min(2, trainer.args.gradient_accumulation_steps)  # a second one meets gradients
     supervised = max(int((batch["labels"][:, 1:] != -100).sum()), 1)
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    start_of_peak()
+    passes = min(2, args.gradient_accumulation_steps)  # a second one meets gradients
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     seconds = 0.0
+    _start_of_peak()
     try:
         with _nothing_happened(trainer):
             held = _room_for_optimizer(trainer)
             for number in range(1, passes + 1):
                 # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
-                exchanges = number == passes or trainer.syncs_each_batch
+                exchanges = each or number == passes
                 began = time.monotonic()
                 with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
                     trainer.training_step(model, dict(batch), supervised)
                 seconds = time.monotonic() - began
             del held
     except torch.OutOfMemoryError as error:
-        raise of_every_rank(_out_of_memory(trainer.args, rows, tokens)) from error
+        what = "the GPU has too little memory for the longest micro-batch"
+        raise of_every_rank(
+            EnvironmentFault(
+                f"{what} ({len(rows)} rows, {tokens:,} tokens)",
+                "halve train.per_device_train_batch_size: accumulation keeps run.global_batch_size",
+                "or set train.activation_checkpointing: true, or a lower train.max_length; recipes"
+                " plan says what saves how much",
+            )
+        ) from error
     peak = f"{peak_memory_gib():.1f}"
     if torch.cuda.is_available():
         peak += f" of {torch.cuda.mem_get_info()[1] / 2**30:.0f}"
+    rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    tokens_to_train = rows_to_train * sum(lengths) / len(lengths)
+    total = shown_duration(seconds / tokens * tokens_to_train)
     return (
-        f"probe: the longest micro-batch ({rows} rows, {tokens:,} tokens) takes {seconds:.1f} s and"
-        f" {peak} GiB; training takes about {shown_duration(seconds / tokens * tokens_to_train)}"
+        f"probe: the longest micro-batch ({len(rows)} rows, {tokens:,} tokens) takes"
+        f" {seconds:.1f} s and {peak} GiB; training takes about {total}"
     )
-
-
-def _longest_batch(trainer: Any) -> tuple[dict[str, Any], int]:
-    """Return the longest rows of the data as one micro-batch, and how many rows it has: the worst
-    that can come, not what will.
-    """
-    rows = trainer.train_dataset
-    lengths = row_lengths(rows)
-    longest = sorted(range(len(rows)), key=lambda row: (-lengths[row], row))
-    chosen = longest[: trainer.args.per_device_train_batch_size]
-    return trainer.data_collator([rows[row] for row in chosen]), len(chosen)
 
 
 @contextlib.contextmanager
@@ -102,25 +106,12 @@ def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
     if trainer.optimizer.state or "adam" not in name or "paged" in name:
         return []
     each = 2 if "8bit" in name else BYTES_OF_MOMENTS
-    groups = (group["params"] for group in trainer.optimizer.param_groups)
-    trained = itertools.chain.from_iterable(groups)
+    trained = [part for group in trainer.optimizer.param_groups for part in group["params"]]
     own = [part.to_local() if isinstance(part, DTensor) else part for part in trained]
     return [torch.ones(part.numel() * each, dtype=torch.uint8, device=part.device) for part in own]
 
 
-def _out_of_memory(args: Any, rows: int, tokens: int) -> EnvironmentFault:
-    hints = ["train.max_length cuts the longest rows; recipes plan says what saves how much"]
-    if not args.gradient_checkpointing:
-        hints.insert(0, "train.activation_checkpointing=true computes activations twice")
-    if rows > 1:
-        step = rows * args.gradient_accumulation_steps * args.world_size
-        keep = f"with run.global_batch_size={step} keeps the step as it is"
-        hints.insert(0, f"train.per_device_train_batch_size={rows // 2} {keep}")
-    what = "the GPU has too little memory for the longest micro-batch"
-    return EnvironmentFault(f"{what} ({rows} rows, {tokens:,} tokens)", *hints)
-
-
-def start_of_peak() -> None:
+def _start_of_peak() -> None:
     """Begin a new peak; on a CPU the process's own, which getrusage reads too."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

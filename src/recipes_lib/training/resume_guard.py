@@ -57,8 +57,8 @@ def _recipe_values(recipe: Recipe) -> dict[str, object]:
     sections, train = recipe.to_dict(), recipe.train
     # The date is the run's own, and part of `prompt_format_hash`.
     sections["data"].pop("template_date", None)
-    schedule, best = train.get("lr_scheduler_type"), train.get("load_best_model_at_end")
-    chooses = best or schedule in CHOOSING_SCHEDULES
+    chooses = train.get("load_best_model_at_end")
+    chooses = chooses or train.get("lr_scheduler_type") in CHOOSING_SCHEDULES
     sections["train"] = {
         key: value
         for key, value in train.items()
@@ -94,30 +94,26 @@ def differences(
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
-def check_resume(
-    name: str, before: Mapping[str, object], now: Mapping[str, object], anyway: bool
-) -> dict[str, list[object]]:
-    """Return what differs, as {key: [before, now]}, once continuing is allowed.
+def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> None:
+    """Refuse to resume a run with other settings than it was begun with.
 
     Raises:
-        RecipeError: something that changes the result differs and `anyway` is false; the message is
-            a table of it.
+        RecipeError: there are some; the message is a table of them.
     """
-    changed = differences(before, now)
-    if changed and not anyway:
-        width = max(map(len, changed))
-        table = [
-            f"{key:<{width}}  {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()
-        ]
-        raise RecipeError(
-            f"run '{name}' was begun with other settings, so resuming would mix two recipes",
-            *table,
-            "start a new run with run.name=OTHER, restore the settings, or insist with"
-            " --resume-anyway (recorded in run.json)",
-        )
-    return {key: [old, new] for key, (old, new) in changed.items()}
+    if not changed:
+        return
+    width = max(map(len, changed))
+    table = [
+        f"{key:<{width}}  {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()
+    ]
+    raise RecipeError(
+        f"run '{name}' was begun with other settings, so resuming would mix two recipes",
+        *table,
+        "start a new run with run.name=OTHER, restore the settings, or insist with"
+        " --resume-anyway (recorded in run.json)",
+    )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = "absent" if value is None else str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

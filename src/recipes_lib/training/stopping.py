@@ -1,32 +1,54 @@
-"""Stopping on request without losing a step: signals and a STOP file, one agreement of all ranks,
-one checkpoint.
+"""How a process of a training ends: asked to stop, with an error or at its end, and the exit code
+that launchers lose.
 
 SIGTERM, SIGUSR2 (what a Slurm job forwards before its time limit) and a file `STOP` in the run
 directory ask for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code
 130, a second SIGINT ends the process at once. One rank's request is enough: at the end of each
 step, and at each batch of a validation, all ranks take the largest request and act on it together.
+
+Needs no torch: it is imported before anything that may be stopped or may fail.
 """
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import signal
-from collections.abc import Callable
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from recipes_lib.core.errors import ExitCode, Interrupted, Preempted
-from recipes_lib.core.ranks import agree_on_largest, rank
-from recipes_lib.training.process import STOPPING, exit_status
+from recipes_lib.core.errors import (
+    DataError,
+    ExitCode,
+    Interrupted,
+    Preempted,
+    RecipeError,
+    RecipesError,
+    explain_fault,
+    one_line,
+    print_error,
+)
+from recipes_lib.core.ranks import agree_on_largest, rank, world_size
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
-STARTING, STEPS, CLOSING = "starting", "steps", "closing"
-ANSWERS = {  # to a first Ctrl-C, by stage
-    STEPS: STOPPING,
-    CLOSING: "all steps are done: the weights are being saved and checked (Ctrl-C again ends it at"
-    " once) ...",
-}
+STOPPING = (
+    "stopping in a checkpoint after this step or validation batch, or once the weights are saved"
+    " (Ctrl-C again ends it at once) ..."
+)
+# where `recipes train` and a cluster job read the exit code
+EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
+# torch's launcher ends rank 0 as soon as another rank has failed: rank 0 has to say why first
+RANK_0_FIRST_S = 2.0
+_PR_SET_PDEATHSIG = 1
 
 
 class EvaluationStopped(Exception):
@@ -37,9 +59,7 @@ class StopRequest:
     """What this process was asked to do; `agreed` is what all ranks decided.
 
     Before the first step there is nothing to save: a signal ends the process at once, because an
-    exception could be lost or disguised in an import. `wait_for_step` begins the time in which a
-    request waits for the end of the step, `close` that of saving, which a first signal does not
-    stop.
+    exception could be lost or disguised in an import.
 
     Args:
         stop_file: asks as a signal does, once it is there.
@@ -48,56 +68,49 @@ class StopRequest:
     def __init__(self, stop_file: Path | None = None) -> None:
         self.stop_file = stop_file
         self.requested = self.agreed = NOTHING
-        self.stage = STARTING
+        self.steps_began = False
         self.process = os.getpid()
         self.record: Callable[[int, str], None] = lambda code, error: None
 
     def wait_for_step(self) -> None:
-        """From now on a request is noted and acted on at the end of a step; every rank must call
-        this.
+        """From now on a request is noted, and acted on at the end of a step; every rank has to
+        call.
 
         Raises:
             Preempted, Interrupted: the STOP file is there.
         """
         if self.agree() != NOTHING:
             raise _before_first_step(self.agreed)
-        self.stage = STEPS
-
-    def close(self) -> None:
-        """From now on there is nothing to stop: what remains is to save and check the weights."""
-        self.stage = CLOSING
+        self.steps_began = True
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Note what SIGTERM, SIGUSR2 or SIGINT asks for, or end this process."""
         request = INTERRUPT if number == signal.SIGINT else PREEMPT
         if os.getpid() != self.process:
-            # A worker that was forked from the training gets signals of its own from a terminal and
-            # from Slurm. One that prepares data ends; one that loads data goes on, because the
-            # training needs its rows for the step that it finishes.
-            if self.stage == STARTING:
+            # A forked worker gets the signals of a terminal and of Slurm too. One that prepares
+            # data ends; one that loads data goes on: the step that is finished needs its rows.
+            if not self.steps_began:
                 os._exit(EXIT_CODES[request])
             return
         if self.requested == request == INTERRUPT:
             os._exit(ExitCode.INTERRUPTED)
         self.requested = max(self.requested, request)
-        answer = ANSWERS.get(self.stage) or str(_before_first_step(request))
-        if rank() == 0 and (request == INTERRUPT or self.stage == STARTING):
+        answer = STOPPING if self.steps_began else str(_before_first_step(request))
+        if rank() == 0 and (request == INTERRUPT or not self.steps_began):
             os.write(2, f"{answer}\n".encode())  # print may be in the middle of a line
-        if self.stage == STARTING:
+        if not self.steps_began:
             code = int(EXIT_CODES[request])
             self.record(code, answer)
             os._exit(exit_status(code, on_every_rank=True))
 
     def agree(self) -> int:
-        """Return the largest request of any rank; every rank must call this at the same point."""
+        """Return the largest request of any rank; every rank has to call at the same point."""
         if self.agreed == NOTHING:
             self.agreed = agree_on_largest(max(self.requested, self._asked_by_file()))
         return self.agreed
 
     def _asked_by_file(self) -> int:
-        """An empty STOP file asks for preemption; one that says INT (`recipes train`) for an
-        interrupt.
-        """
+        """An empty STOP file asks for preemption; `recipes train` writes INT for an interrupt."""
         try:
             written = self.stop_file.read_bytes().strip() if self.stop_file else None
         except OSError:  # there is none, or the file server is away for a moment
@@ -108,3 +121,100 @@ class StopRequest:
 def _before_first_step(request: int) -> Preempted | Interrupted:
     kind, what = (Interrupted, "interrupted") if request == INTERRUPT else (Preempted, "stopped")
     return kind(f"{what} before the first step: nothing is lost, the same command starts it again")
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher ends: torch starts each rank in a session of
+    its own, which outlives a launcher that is killed.
+    """
+    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is not None and not Path(file).parent.is_dir():  # ended before the line above
+        os._exit(1)
+
+
+@contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM, SIGUSR2 and SIGINT until the block ends."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+def report(error: Exception, run: Path | None) -> int:
+    """Say what stopped this process and return its exit status.
+
+    What all ranks have is said by rank 0 alone: refusals, and errors of `ranks.of_every_rank`. A
+    defect of one rank is said by that rank.
+
+    Args:
+        run: the run's folder, for the traceback of a defect.
+    """
+    _note_for_job(error)
+    message = error if isinstance(error, RecipesError) else explain_fault(error)
+    message = message or _as_defect(error, run)
+    on_every_rank = getattr(error, "on_every_rank", False)
+    if rank() == 0 or not (on_every_rank or message is error):
+        print_error(message)
+    # every rank finds what is wrong with a recipe or data in the same files
+    alike = on_every_rank or world_size() == 1 or isinstance(error, RecipeError | DataError)
+    return exit_status(int(message.exit_code), on_every_rank=alike)
+
+
+def _as_defect(error: Exception, run: Path | None) -> RecipesError:
+    """Keep the traceback in the run's folder: a rerun with --debug may take days."""
+    where = "--debug shows where"
+    if run is not None and run.is_dir():
+        file = run / (f"traceback-rank{rank()}.txt" if world_size() > 1 else "traceback.txt")
+        with suppress(OSError):
+            file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            where = f"the traceback is in {file}"
+    what = f"internal error: {type(error).__name__}: {one_line(error)}"
+    return RecipesError(what, f"this is a bug; {where}")
+
+
+def _note_for_job(error: Exception) -> None:
+    """Leave what stopped this rank, named by its time, where a cluster job looks for the cause: the
+    launcher ends the other ranks, and what they say then hides it.
+    """
+    folder = os.environ.get("RECIPES_RANK_ERRORS")
+    if folder and not isinstance(error, Preempted | Interrupted):
+        text = f"rank {rank()} on {socket.gethostname()}: {str(error) or type(error).__name__}\n"
+        with suppress(OSError):
+            file = Path(folder, f"{time.time_ns()}-rank{rank()}.txt")
+            file.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def exit_status(code: int, on_every_rank: bool) -> int:
+    """Hand the exit code to `recipes train` and return what the launcher is told, which turns every
+    code into 1 and adds a traceback: 0 where every rank ends for the same reason.
+
+    Without `recipes train` the other ranks end a little later than rank 0, which says the reason.
+    """
+    file = os.environ.get(EXIT_CODE_FILE)
+    if file is None:
+        if code and on_every_rank and rank():
+            time.sleep(RANK_0_FIRST_S)
+        return code
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine has a `recipes train` of its own
+        try:
+            Path(file).write_text(str(code), encoding="utf-8")
+        except OSError:  # a full disk: the launcher's 1 is better than 0
+            return code
+    return 0 if on_every_rank else code
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process; of several ranks, without taking the process group apart."""
+    if world_size() > 1:
+        atexit._run_exitfuncs()  # trackers send their last lines there
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

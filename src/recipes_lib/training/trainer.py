@@ -19,7 +19,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
-from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import NumericsError
 from recipes_lib.core.files import sync
 from recipes_lib.core.ranks import meet, of_every_rank, on_main_rank, say_once
@@ -34,7 +33,6 @@ from recipes_lib.training import checkpoints
 from recipes_lib.training.batches import (
     WholeBatches,
     make_loader,
-    name_rows,
     row_lengths,
     validation_batches,
 )
@@ -53,6 +51,7 @@ class RecipeTrainer(SFTTrainer):
             cannot say so: it depends on the loaded model.
         row_ids: example ids by row of the training set, to name examples in errors; None for
             packed rows.
+        keep: how many checkpoints to keep; None for all.
         marker_facts: what each checkpoint's marker records besides step and sizes.
     """
 
@@ -63,59 +62,55 @@ class RecipeTrainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
-        recipe: Recipe,
         stop: StopRequest,
         joins_rows: bool,
         row_ids: list[str] | None,
+        keep: int | None,
         marker_facts: Mapping[str, object],
         **kwargs: Any,
     ) -> None:
-        model = kwargs["model"]
-        self.base_settings = training_settings(model)
+        self.base_settings = training_settings(kwargs["model"])
         super().__init__(*args, **kwargs)
-        self.recipe, self.stop, self.row_ids = recipe, stop, row_ids
-        self.marker_facts = marker_facts
+        self.stop, self.row_ids, self.keep, self.marker_facts = stop, row_ids, keep, marker_facts
         if joins_rows:
             self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
         self.joins_rows = self.data_collator.padding_free
-        asked = self.args.router_aux_loss_coef
-        if self.aux_loss_enabled and not adds_router_loss(self.model, asked, self.base_settings):
-            self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
-            off = {"router_aux_loss_coef": 0.0, "output_router_logits": False}
-            model.config.get_text_config().update(off)
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
-        on_cpu = self.args.device.type == "cpu" and self.args.loss_type == "nll"
-        without_bias = getattr(base.get_output_embeddings(), "bias", None) is None
-        if on_cpu and not self.aux_loss_enabled and has_plain_head(base) and without_bias:
-            score_supervised_positions(base)
+        self._choose_loss()
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
-        self.precision = {
-            name: parameter.dtype
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad
-        }
-        self.batches = self._make_batches()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.precision = {name: parameter.dtype for name, parameter in trained.items()}
+        self.lengths = row_lengths(self.train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        strategy = self.args.train_sampling_strategy
+        self.batches = WholeBatches(
+            len(self.lengths),
+            self.args.per_device_train_batch_size,
+            self.args.gradient_accumulation_steps,
+            None if strategy == "sequential" else seed,
+            self.args.process_index,
+            self.args.world_size,
+            self.lengths if strategy == "group_by_length" else None,
+        )
         self.tokens_before = 0  # of earlier attempts
         self.loading_peak_gib = 0.0
         self.add_callback(RunCallback(self))
 
-    # ---- Which rows are in the step ----
+    def _choose_loss(self) -> None:
+        """Take the router loss only where it belongs to the training, and on a CPU our own head."""
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        asked = self.args.router_aux_loss_coef
+        if self.aux_loss_enabled and not adds_router_loss(self.model, asked, self.base_settings):
+            self.router_aux_loss_coef, self.aux_loss_enabled = 0.0, False
+            off = {"router_aux_loss_coef": 0.0, "output_router_logits": False}
+            base.config.get_text_config().update(off)
+        upstream_fixes.prepare_head(base, sharded=self.is_fsdp_enabled)
+        is_plain = self.args.loss_type == "nll" and not self.aux_loss_enabled
+        is_plain = is_plain and has_plain_head(base) and base.get_output_embeddings().bias is None
+        if is_plain and self.args.device.type == "cpu":
+            score_supervised_positions(base)
 
-    def _make_batches(self) -> WholeBatches:
-        args, rows = self.args, self.train_dataset
-        seed = args.seed if args.data_seed is None else args.data_seed
-        grouped = args.train_sampling_strategy == "group_by_length"
-        return WholeBatches(
-            len(rows),
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            None if args.train_sampling_strategy == "sequential" else seed,
-            args.process_index,
-            args.world_size,
-            row_lengths(rows) if grouped else None,
-        )
+    # ---- Which rows are in the step ----
 
     def get_train_dataloader(self) -> DataLoader:
         """Return whole global batches; not through accelerate, which would deal them out anew."""
@@ -134,8 +129,7 @@ class RecipeTrainer(SFTTrainer):
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm is global: every rank stops at the same step, before the weights change."""
         norm = super()._get_grad_norm(model, grad_norm)
-        loss_scaling_handles_it = self.accelerator.scaler is not None
-        if not loss_scaling_handles_it and not math.isfinite(float(norm)):
+        if self.accelerator.scaler is None and not math.isfinite(float(norm)):
             self.refuse_numbers(f"gradient norm is {float(norm)}", self.state.global_step + 1)
         return norm
 
@@ -147,11 +141,13 @@ class RecipeTrainer(SFTTrainer):
         """
         saved = checkpoints.list_checkpoints(Path(self.args.output_dir))
         per_epoch = len(self.batches) // self.args.gradient_accumulation_steps
-        rows = self.batches.rows_of_step((step - 1) % per_epoch)
+        examples = "examples not known (packed rows)"
+        if self.row_ids is not None:
+            ids = [self.row_ids[row] for row in self.batches.rows_of_step((step - 1) % per_epoch)]
+            examples = f"examples {', '.join(ids[:12])}{' ...' if len(ids) > 12 else ''}"
         raise of_every_rank(
             NumericsError(
-                f"{what} at step {step}, learning rate {self._get_learning_rate():.3g},"
-                f" {name_rows(rows, self.row_ids)}",
+                f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
                 "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples"
                 " with: recipes data",
                 f"last good checkpoint: {saved[-1].name if saved else 'none yet'}",
@@ -201,7 +197,7 @@ class RecipeTrainer(SFTTrainer):
         except EvaluationStopped:
             # the resumed run makes the evaluation again, from the checkpoint of its step
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if on_main_rank(lambda: checkpoints.what_is_missing(folder)) is not None:
+            if on_main_rank(lambda: checkpoints.what_is_wrong(folder)) is not None:
                 self._save_checkpoint(self.model_wrapped, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
         return time.monotonic() - began
@@ -213,18 +209,14 @@ class RecipeTrainer(SFTTrainer):
         and the probe.
         """
         if resume_from_checkpoint is not None:
-            if not self.is_fsdp_enabled:
-                self._mend_loaded(Path(resume_from_checkpoint))
+            self._mend_loaded(resume_from_checkpoint)
             self._total_train_tokens = self.tokens_before = tokens_so_far(self.state)
         prepared = super()._prepare_for_training(
             max_steps, train_dataloader, resume_from_checkpoint
         )
         self.loading_peak_gib = peak_memory_gib()
-        steps = max_steps - self.state.global_step
-        if steps > 0:
-            rows = steps * self.batches.global_batch / self.args.world_size
-            lengths = row_lengths(self.train_dataset)
-            say_once(probe(self, prepared[0], rows * sum(lengths) / len(lengths)))
+        if max_steps > self.state.global_step:
+            say_once(probe(self, prepared[0], self.lengths, max_steps - self.state.global_step))
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -237,20 +229,14 @@ class RecipeTrainer(SFTTrainer):
     def _load_best_model(self) -> None:
         upstream_fixes.reshard(self.model_wrapped)
         super()._load_best_model()
-        if not self.is_fsdp_enabled:
-            self._mend_loaded(Path(str(self.state.best_model_checkpoint)))
+        self._mend_loaded(str(self.state.best_model_checkpoint))
 
-    def _mend_loaded(self, folder: Path) -> None:
+    def _mend_loaded(self, folder: str) -> None:
+        if self.is_fsdp_enabled:
+            return
         if not is_peft_model(self.model):
-            upstream_fixes.load_whole(self.model, folder)
+            upstream_fixes.load_whole(self.model, Path(folder))
         upstream_fixes.restore_precision(self.model, self.precision)
-
-    @property
-    def syncs_each_batch(self) -> bool:
-        """Whether FSDP2 shares out the gradients of every backward pass."""
-        return self.is_fsdp_enabled and bool(
-            self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch")
-        )
 
     # ---- Checkpoints ----
 
@@ -264,8 +250,7 @@ class RecipeTrainer(SFTTrainer):
         with with_settings(self.model, self.base_settings):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / "training_args.bin").unlink(missing_ok=True)
+            Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
         meet()
 
     def seal(self) -> None:
@@ -277,28 +262,32 @@ class RecipeTrainer(SFTTrainer):
         if metrics.is_file():
             sync(metrics)
             sync(metrics.parent)
-        checkpoints.mark_complete(
-            root / f"checkpoint-{step}",
-            step=step,
-            world_size=self.accelerator.num_processes,
-            **self.marker_facts,
-        )
-        best = self.state.best_model_checkpoint
-        keep = self.recipe.train.get("save_total_limit")
-        checkpoints.rotate(root, keep, Path(best) if best else None)
+        facts = {"step": step, "world_size": self.args.world_size, **self.marker_facts}
+        checkpoints.mark_complete(root / f"checkpoint-{step}", **facts)
+        checkpoints.rotate(root, self.keep, self.state.best_model_checkpoint)
 
     def make_up_evaluation(self) -> None:
         """Evaluate the step that a checkpoint was saved at, where that was due and did not happen:
         a stop put it off, or a kill came before it.
         """
-        state, step = self.state, self.state.global_step
-        if not is_evaluation_due(self.args, state) or has_evaluation(state.log_history, step):
+        args, state, step = self.args, self.state, self.state.global_step
+        epoch, is_last = float(state.epoch or 0), step >= state.max_steps
+        if args.eval_strategy == "steps":
+            is_due = step % state.eval_steps == 0 and step >= args.eval_delay
+        else:
+            is_due = epoch.is_integer() and epoch >= args.eval_delay
+        is_done = any(row["step"] == step and "eval_loss" in row for row in state.log_history)
+        if args.eval_strategy == "no" or is_done or not (is_due or is_last):
             return
         self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
         if state.best_global_step != step:
             return
-        if is_save_due(self.args, state):
-            state.best_model_checkpoint = str(Path(self.args.output_dir) / f"checkpoint-{step}")
+        if args.save_strategy == "steps":
+            is_saved = step % state.save_steps == 0 or is_last
+        else:
+            is_saved = args.save_strategy == "best" or epoch.is_integer()
+        if is_saved:
+            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{step}")
         else:  # an uninterrupted run has no checkpoint of this step
             state.best_global_step = None
 
@@ -311,16 +300,12 @@ class RunCallback(TrainerCallback):
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer, self.stop = trainer, trainer.stop
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Make up the evaluation of the checkpoint's step."""
         if state.global_step:
             self.trainer.make_up_evaluation()
 
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Agree with the other ranks; on a request, save now and stop. An evaluation that is due is
         put off.
         """
@@ -332,9 +317,7 @@ class RunCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
         self._end_log_window(args, control)
 
-    def on_epoch_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """The Trainer comes here after a stop inside an epoch too, and after the last step."""
         if self.stop.agreed != NOTHING:
             control.should_evaluate = control.should_save = control.should_log = False
@@ -342,12 +325,12 @@ class RunCallback(TrainerCallback):
             control.should_evaluate = False
         self._end_log_window(args, control)
 
-    def _end_log_window(self, args: Any, control: TrainerControl) -> None:
+    def _end_log_window(self, args: Any, control: Any) -> None:
         """A save ends the log window, so that a resumed run needs no sums of before."""
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == "best")
         control.should_log |= may_save
 
-    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         """Seal the checkpoint; a request that arrived meanwhile needs no second one. After the last
         step the validation follows.
         """
@@ -358,48 +341,15 @@ class RunCallback(TrainerCallback):
         elif self.stop.agree() != NOTHING:
             control.should_training_stop = True
 
-    def on_prediction_step(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A request during an evaluation cuts it short, that of the last step too."""
         if self.stop.agree() != NOTHING:
             raise EvaluationStopped
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Refuse a loss that is not finite: under fp16, which skips infinite gradients, it shows
         here.
         """
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             self.trainer.refuse_numbers(f"loss is {loss}", state.global_step)
-
-
-def is_evaluation_due(args: Any, state: TrainerState) -> bool:
-    """Whether a step is one that is evaluated."""
-    step, epoch = state.global_step, float(state.epoch or 0)
-    if args.eval_strategy == "no":
-        return False
-    if step >= state.max_steps:
-        return True
-    if args.eval_strategy == "steps":
-        return step % state.eval_steps == 0 and step >= args.eval_delay
-    return epoch.is_integer() and epoch >= args.eval_delay
-
-
-def is_save_due(args: Any, state: TrainerState) -> bool:
-    """Whether an uninterrupted run saves a step that is the best one so far."""
-    if args.save_strategy == "steps":
-        return state.global_step % state.save_steps == 0 or state.global_step >= state.max_steps
-    return args.save_strategy == "best" or float(state.epoch or 0).is_integer()
-
-
-def has_evaluation(lines: list[dict[str, Any]], step: int) -> bool:
-    """Whether lines of metrics.jsonl, or of a Trainer's history, hold the evaluation of a step."""
-    return any(line["step"] == step and "eval_loss" in line for line in lines)

@@ -1,0 +1,236 @@
+"""Run a training with one thing changed that a test watches or needs: python patched.py RECIPE
+[override ...], with the name of one of these functions in PATCH.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def fused_head() -> None:
+    """Take the head that a GPU gets, on a CPU, and say in which precision it multiplies."""
+    from trl.kernels import ChunkedLogProbFunction
+
+    from recipes_lib.training import trainer
+
+    trainer.score_supervised_positions = lambda model: None
+    function: Any = ChunkedLogProbFunction
+    original, seen = function.forward, set[str]()
+
+    def forward(ctx: Any, hidden: Any, *rest: Any) -> Any:
+        if str(hidden.dtype) not in seen:
+            seen.add(str(hidden.dtype))
+            print(f"fused head: {hidden.dtype}", flush=True)
+        return original(ctx, hidden, *rest)
+
+    function.forward = staticmethod(forward)
+
+
+def slow_check() -> None:
+    """Check the final weights SLOW_CHECK_S seconds longer."""
+    from recipes_lib.weights import check
+
+    original = check.recorded_hashes
+
+    def recorded_hashes(*arguments: Any) -> dict[str, str]:
+        time.sleep(float(os.environ["SLOW_CHECK_S"]))
+        return original(*arguments)
+
+    check.recorded_hashes = recorded_hashes
+
+
+def slow_validation() -> None:
+    """Validate one batch per second."""
+    from recipes_lib.training.trainer import RunCallback
+
+    original: Any = RunCallback.on_prediction_step
+
+    def on_prediction_step(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(1)
+        return original(*args, **kwargs)
+
+    RunCallback.on_prediction_step = on_prediction_step
+
+
+def kill() -> None:
+    """Die at the moment KILL_MOMENT of the step KILL_STEP."""
+    from transformers import Trainer
+
+    from recipes_lib.training import attempt, checkpoints
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    moment, step = os.environ["KILL_MOMENT"], int(os.environ["KILL_STEP"])
+
+    def at_step(trainer: Any, *rest: Any) -> bool:
+        return trainer.state.global_step == step
+
+    def always(*args: Any) -> bool:
+        return True
+
+    def step_is_there(folder: Any, *rest: Any) -> bool:
+        return (folder / f"checkpoint-{step}").is_dir()
+
+    def is_checkpoint(path: Any, *rest: Any) -> bool:
+        return "checkpoint-" in str(path)
+
+    moments = {
+        "in a step": (RecipeTrainer, "_get_grad_norm", "before", at_step),
+        "before the weights": (Trainer, "_save", "before", at_step),
+        "in the weights": (Trainer, "_save", "torn", at_step),
+        "after the weights": (Trainer, "_save", "after", at_step),
+        "in the optimizer": (Trainer, "_save_optimizer_and_scheduler", "torn", at_step),
+        "after the optimizer": (Trainer, "_save_optimizer_and_scheduler", "after", at_step),
+        "in the random state": (Trainer, "_save_rng_state", "torn", at_step),
+        "before the marker": (RecipeTrainer, "seal", "before", at_step),
+        "before the rotation": (checkpoints, "rotate", "before", step_is_there),
+        "in the rotation": (checkpoints.shutil, "rmtree", "before", is_checkpoint),
+        "in the preparation of the data": (attempt.Attempt, "continue_or_start", "before", always),
+        "before the final save": (attempt, "save_and_check", "before", always),
+        "before the check of the weights": (attempt, "check_saved", "before", always),
+        "before the final rename": (attempt, "publish", "before", always),
+        "after the final rename": (attempt, "publish", "after", always),
+    }
+    _die_in(*moments[moment])
+
+
+def _die_in(owner: Any, name: str, when: str, condition: Callable[..., bool]) -> None:
+    """Replace `owner.name` by one that dies before, during (a file half written) or after
+    its work.
+    """
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if not condition(*args):
+            return original(*args, **kwargs)
+        if when != "before":
+            original(*args, **kwargs)
+        if when == "torn":
+            files = [path for path in os.scandir(args[1]) if path.is_file()]
+            newest = max(files, key=lambda path: path.stat().st_mtime_ns)
+            os.truncate(newest.path, newest.stat().st_size // 2)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(owner, name, wrapped)
+
+
+def reads() -> None:
+    """Say on each rank, before the first step, how many bytes of weights it read and what its
+    buffers are. READS_BREAK lets rank 0 refuse the model after it has read it.
+    """
+    from transformers import core_model_loading
+
+    from recipes_lib.core.errors import RecipeError
+    from recipes_lib.core.ranks import rank
+    from recipes_lib.training import build, trainer
+
+    read, said = 0, False
+    taken, loaded = core_model_loading._materialize_copy, build.load_model
+    trained = trainer.RecipeTrainer.training_step
+
+    def materialize(*args: Any, **options: Any) -> Any:
+        nonlocal read
+        tensor = taken(*args, **options)
+        read += 0 if tensor.is_meta else tensor.nbytes
+        return tensor
+
+    def load_model(*args: Any, **options: Any) -> Any:
+        model = loaded(*args, **options)
+        if "READS_BREAK" in os.environ and rank() == 0:
+            raise RecipeError("rank 0 cannot have this model")
+        return model
+
+    def training_step(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal said
+        if not said:
+            digest = hashlib.sha256()
+            for name, buffer in self.model.named_buffers():
+                digest.update(name.encode() + buffer.cpu().numpy().tobytes())
+            empty = sum(one.is_meta for one in self.model.parameters())
+            where = f"buffers {digest.hexdigest()}; {empty} empty"
+            print(f"rank {rank()}: read {read} bytes; {where}", flush=True)
+            said = True
+        return trained(self, *args, **options)
+
+    core_model_loading._materialize_copy = materialize
+    build.load_model = load_model
+    trainer.RecipeTrainer.training_step = training_step
+
+
+def watched() -> None:
+    """Say at the end, on each rank, how often gradients were shared out, and how many bytes of
+    gradients there were at most, and after each micro-batch.
+    """
+    from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+    from recipes_lib.core.ranks import rank
+    from recipes_lib.training import trainer
+
+    exchanges, most, after = 0, 0, list[int]()
+    groups: list[Any] = []  # of parameters that are gathered and shared out together
+    reduce = _fsdp_param_group.foreach_reduce
+    group, model = _fsdp_param_group.FSDPParamGroup, trainer.RecipeTrainer
+    made, backward, trained = group.__init__, group.post_backward, model.training_step
+    until_stop = model.train_until_stop
+
+    def foreach_reduce(*args: Any) -> Any:
+        nonlocal exchanges
+        exchanges += 1
+        return reduce(*args)
+
+    def remembered(self: Any, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        groups.append(self)
+
+    def measured(self: Any, *args: Any) -> None:
+        nonlocal most
+        most = max(most, _gradient_bytes(groups))
+        backward(self, *args)
+        most = max(most, _gradient_bytes(groups))
+
+    def training_step(self: Any, *args: Any, **options: Any) -> Any:
+        loss = trained(self, *args, **options)
+        after.append(_gradient_bytes(groups))
+        return loss
+
+    def train_until_stop(self: Any, *args: Any) -> float:
+        seconds = until_stop(self, *args)
+        print(f"rank {rank()}: {exchanges} exchanges", flush=True)
+        print(f"rank {rank()}: gradients {most} at most; after {after}", flush=True)
+        return seconds
+
+    group.__init__, group.post_backward = remembered, measured
+    model.training_step, model.train_until_stop = training_step, train_until_stop
+    _fsdp_param_group.foreach_reduce = foreach_reduce
+
+
+def _gradient_bytes(groups: list[Any]) -> int:
+    """Return the bytes of a rank's gradients: whole ones that wait, whole ones of this backward
+    pass, and shares.
+    """
+    total = 0
+    for parameter in (one for group in groups for one in group.fsdp_params):
+        whole = getattr(parameter, "_unsharded_param", None)
+        share = parameter.sharded_param.grad
+        kept = (
+            parameter.unsharded_accumulated_grad,
+            None if whole is None else whole.grad,
+            None if share is None else share.to_local(),
+        )
+        total += sum(one.nbytes for one in kept if one is not None)
+    return total
+
+
+PATCHES = (fused_head, slow_check, slow_validation, kill, reads, watched)
+
+if __name__ == "__main__":
+    from recipes_lib.train import main
+    from recipes_lib.training.stopping import end_process
+
+    next(patch for patch in PATCHES if patch.__name__ == os.environ["PATCH"])()
+    end_process(main(sys.argv[1:]))
