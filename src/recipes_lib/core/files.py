@@ -168,19 +168,15 @@ def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
 
 
 def rows_from_the_end(path: Path) -> Iterator[Row]:
-    """Yield the object of each whole line, the last one first; no more is read of the file than
-    they take. An absent file has none.
-    """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        position, rest = file.seek(0, os.SEEK_END), b""
-        while position:
-            end, position = position, max(position - 65536, 0)
+    """Yield the object of each whole line, last first, reading no more than that takes."""
+    position, rest = path.stat().st_size if path.is_file() else 0, b""
+    while position:
+        end, position = position, max(position - 65536, 0)
+        with path.open("rb") as file:
             file.seek(position)
             rest, *lines = (file.read(end - position) + rest).split(b"\n")
-            yield from filter(None, map(parsed_line, reversed(lines)))
-        yield from filter(None, [parsed_line(rest)])
+        yield from filter(None, map(parsed_line, reversed(lines)))
+    yield from filter(None, [parsed_line(rest)])
 
 
 def parsed_line(line: bytes) -> Row | None:

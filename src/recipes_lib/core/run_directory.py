@@ -43,7 +43,7 @@ class RunState(TypedDict, total=False):
     guard: Mapping[str, object]  # training.resume_guard
     resumed: list[Mapping[str, object]]
     step: int
-    summary: Mapping[str, Any] | None  # training.attempt.summarise_training
+    summary: Mapping[str, Any] | None  # training.attempt
     weights_check: Mapping[str, Any]  # weights.check.SavedWeights
     fingerprint: str
     base_fingerprint: str | None
