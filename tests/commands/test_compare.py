@@ -49,52 +49,53 @@ def make_base(root: Path, **changes) -> None:
     made_up.write_values(base, [float(n % 4 == 0) for n in range(90)])
 
 
-def test_the_table_names_arms_effect_p_n_and_verdict(runs, capsys):
-    assert main(["compare", "r8", "r32"]) == 0
-    shown = capsys.readouterr().out
-    assert (
-        "r32 against r8" in shown
-        and "AlpacaEval win rate, head to head" in shown
-        and "p (Holm)" in shown
-    )
-    assert "pass rate" in shown and "grade" in shown
+ALL = {"alpaca_eval/win_rate", "mt_bench/grade", "checks/pass_rate"}
+
+
+def compare(capsys, *words, code=0) -> str:
+    """Return what the verb printed on stdout, or on stderr if it must fail."""
+    assert main(["compare", *words]) == code
+    out, err = capsys.readouterr()
+    return err if code else out
+
+
+def test_the_table_names_arms_effect_p_n_and_verdict_and_json_is_one_object(runs, capsys):
+    shown = compare(capsys, "r8", "r32")
+    for word in ("r32 against r8", "AlpacaEval win rate, head to head", "p (Holm)", "pass rate"):
+        assert word in shown
     assert shown.rstrip().splitlines()[-1] == "next: recipes compare r8 r32 --html report.html"
+    value = json.loads(compare(capsys, "r8", "r32", "--json"))
+    assert {row["metric"] for row in value["rows"]} == ALL
+    shown = compare(capsys, "r8")
+    assert "value [95%]" in shown and shown.endswith("next: recipes compare r8 base\n")
 
 
-def test_json_is_one_object(runs, capsys):
-    assert main(["compare", "r8", "r32", "--json"]) == 0
-    value = json.loads(capsys.readouterr().out)
-    assert {row["metric"] for row in value["rows"]} == {
-        "alpaca_eval/win_rate",
-        "mt_bench/grade",
-        "checks/pass_rate",
-    }
-    assert "is its effect" not in json.dumps(value)
-
-
-def test_a_run_without_an_evaluation_is_said_to_have_none(runs, capsys):
+def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
     made_up.write_run(runs, "bare")
-    assert main(["compare", "bare"]) == 2
-    said = capsys.readouterr().err
-    assert "none of these has an evaluation with a result" in said and "recipes eval" in said
+    for words, said in (
+        (["bare"], "none of these has an evaluation with a result"),
+        (["r8", "r8"], "named twice"),
+        (["r9"], "no run named"),
+        (["base"], "base of what"),
+        (["r8", "base"], "never evaluated"),
+        (["r8", "r32", "--html", "."], "is a folder"),
+        (["r8", "r32", "--margin", "rouge=0.1"], "--margin rouge: these have no such metric"),
+        (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: no margin"),
+        (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: no margin"),
+    ):
+        assert said in compare(capsys, *words, code=2), words
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [b'{"step": 90, "lo', b"\0" * 512, b'{"step": 9\xff0}\n'],
-    ids=["torn", "zeros", "no text"],
-)
-def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsys, damage):
-    with (runs / "r8" / "metrics.jsonl").open("ab") as stream:
-        stream.write(damage)
-    assert main(["compare", "r8", "r32", "--json"]) == 0
-    said = capsys.readouterr()
-    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {
-        "alpaca_eval/win_rate",
-        "mt_bench/grade",
-        "checks/pass_rate",
-    }
-    assert said.err.count("\n") == 1 and "metrics.jsonl:42: this line is damaged" in said.err
+def test_a_damaged_end_of_the_metrics_costs_the_comparison_a_warning(runs, capsys):
+    metrics = runs / "r8" / "metrics.jsonl"
+    whole, warned = metrics.read_bytes(), ""
+    for damage in (b'{"step": 90, "lo', b"\0" * 512, b'{"step": 9\xff0}\n'):
+        metrics.write_bytes(whole + damage)
+        assert main(["compare", "r8", "r32", "--json"]) == 0
+        out, err = capsys.readouterr()
+        assert {row["metric"] for row in json.loads(out)["rows"]} == ALL
+        warned += err
+    assert warned.count("metrics.jsonl:42: this line is damaged") == 1  # once a file
 
 
 def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(runs, capsys):
@@ -102,56 +103,29 @@ def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(
     lines = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(b"".join([lines[0], b"\xff" + lines[1], *lines[2:]]))
     assert main(["compare", "r8", "r32", "--json"]) == 0
-    said = capsys.readouterr()
-    assert {row["metric"] for row in json.loads(said.out)["rows"]} == {
-        "alpaca_eval/win_rate",
-        "checks/pass_rate",
-    }
-    assert f"an evaluation is damaged and left out: {file}:2: this line is damaged" in said.err
+    out, err = capsys.readouterr()
+    assert {row["metric"] for row in json.loads(out)["rows"]} == ALL - {"mt_bench/grade"}
+    assert f"an evaluation is damaged and left out: {file}:2: this line is damaged" in err
+    samples = runs / "r8" / "evals" / "alpaca_eval" / "items.jsonl"
+    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-3]))
+    said = compare(capsys, "r8", "r32", code=4)
+    assert "the result is of 60 samples, 57 are stored" in said
     for other in ("alpaca_eval", "checks"):
         (runs / "r8" / "evals" / other / "result.json").write_text("")
-    assert main(["compare", "r8"]) == 4
+    compare(capsys, "r8", code=4)
 
 
 def test_html_is_one_file(runs, tmp_path, capsys):
-    assert main(["compare", "r8", "r32", "--html", "out.html"]) == 0
+    compare(capsys, "r8", "r32", "--html", "out.html")
     assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "runs"]
-    assert main(["compare", "r8", "r32", "--html", "runs"]) == 2
 
 
-def test_base_is_the_base_of_the_others(runs, capsys):
-    assert main(["compare", "r8", "base"]) == 2
-    assert "never evaluated" in capsys.readouterr().err
-    make_base(runs)
-    assert main(["compare", "r8", "base"]) == 0
-    assert "r8 against base" in capsys.readouterr().out
-
-
-def test_another_models_base_is_not_taken(runs, capsys):
+def test_base_is_the_base_of_the_others_and_not_another_models(runs, capsys):
     make_base(runs, name_or_path="other/model")
-    assert main(["compare", "r8", "base"]) == 2
-
-
-def test_one_run_shows_its_scores(runs, capsys):
-    assert main(["compare", "r8"]) == 0
-    assert "value [95%]" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [(["r8", "r8"], "named twice"), (["r9"], "no run named"), (["base"], "base of what")],
-)
-def test_words_that_cannot_be_compared(runs, capsys, words, said):
-    assert main(["compare", *words]) == 2
-    assert said in capsys.readouterr().err
-
-
-def test_a_result_that_does_not_agree_with_its_samples_is_refused(runs, capsys):
-    samples = runs / "r8" / "evals" / "alpaca_eval" / "items.jsonl"
-    samples.write_text("".join(samples.read_text().splitlines(keepends=True)[:-3]))
-    assert main(["compare", "r8", "r32"]) == 4
-    assert "the result is of 60 samples, 57 are stored" in capsys.readouterr().err
+    compare(capsys, "r8", "base", code=2)
+    make_base(runs)
+    assert "r8 against base" in compare(capsys, "r8", "base")
 
 
 def test_results_of_other_programs_are_compared_and_nothing_is_written(tmp_path, capsys):
@@ -175,16 +149,3 @@ def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):
     assert all(value == (None, "") for label, value in known.items() if label != "grade")
     assert main(["compare", "r8", "r32", "--margin", "mt_bench/grade=1"]) == 0
     assert "equivalent" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("word", "said"),
-    [
-        ("rouge=0.1", "--margin rouge: these have no such metric in common"),
-        ("mt_bench", "--margin mt_bench: no margin"),
-        ("mt_bench=little", "--margin mt_bench=little: no margin"),
-    ],
-)
-def test_a_margin_that_is_none_is_one_line(runs, capsys, word, said):
-    assert main(["compare", "r8", "r32", "--margin", word]) == 2
-    assert capsys.readouterr().err.startswith(said)

