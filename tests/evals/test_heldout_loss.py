@@ -33,41 +33,34 @@ def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir: Path)
     ids = [[5, 9, 7, 11], [3, 4], list(range(20, 60))]
     labels = [[-100, 9, -100, 11], [-100, 4], [-100] * 30 + list(range(50, 60))]
     wanted = []
-    for row, targets_of in zip(ids, labels, strict=True):
-        logits = model.double()(torch.tensor([row])).logits[0, :-1]
-        targets = torch.tensor(targets_of[1:])
-        wanted.append(float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum")))
+    with torch.no_grad():
+        for row, targets in zip(ids, labels, strict=True):
+            logits = model.double()(torch.tensor([row])).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(targets[1:]), reduction="sum"
+            )
+            wanted.append(float(losses))
     assert row_losses(model.float(), ids, labels) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_it_is_the_validation_loss_of_the_training_and_reads_runs_and_their_base(
+def test_it_is_the_validation_loss_of_the_training_of_adapters_full_runs_and_their_base(
     tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
 ) -> None:
-    words = ["train.max_steps=3", "model.dtype=float32"]
-    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
-    metrics = (tmp_path / "runs/one/metrics.jsonl").read_text().splitlines()
-    trained = [json.loads(line) for line in metrics if "eval_loss" in line][-1]["eval_loss"]
-    code, out, err = recipes("eval", eval_file, "one", "base")
-    assert code == 0, err
-    assert "loss per token" in out and "not comparable" not in out
-    (log,), _ = read_eval_logs(tmp_path / "runs/one")
-    loss, per_byte = log.metrics
-    values = [one.value for one in loss.samples]
-    assert (
-        loss.value == pytest.approx(sum(values) / len(values)) == pytest.approx(trained, rel=1e-5)
-    )
-    assert loss.higher_is_better is False and per_byte.instead_of == "loss"
-    assert f"{math.exp(trained):.2f}" in out
-
-
-def test_a_full_run_and_its_base_are_evaluated(
-    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
-) -> None:
-    words = ["lora=null", "train.max_steps=2", "train.learning_rate=1.0e-3"]
-    assert train([str(tiny_recipe), "run.name=full", *words]) == 0
-    code, out, err = recipes("eval", eval_file, "full", "base")
-    assert code == 0, err
-    assert "full" in out and "base--tiny-llama--" in out
+    for name, words in (("one", ["train.max_steps=3"]), ("full", ["lora=null"])):
+        words = ["train.max_steps=2", "model.dtype=float32", *words, f"run.name={name}"]
+        assert train([str(tiny_recipe), *words]) == 0
+    code, out, err = recipes("eval", eval_file, "one", "full", "base")
+    assert code == 0 and "base--tiny-llama--" in out and "not comparable" not in out, err
+    for name in ("one", "full"):
+        metrics = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        trained = [json.loads(line) for line in metrics if "eval_loss" in line][-1]["eval_loss"]
+        (log,), _ = read_eval_logs(tmp_path / "runs" / name)
+        loss, per_byte = log.metrics
+        values = [sample.value for sample in loss.samples]
+        assert loss.value == pytest.approx(sum(values) / len(values))
+        assert loss.value == pytest.approx(trained, rel=1e-5)
+        assert loss.higher_is_better is False and per_byte.instead_of == "loss"
+        assert f"{math.exp(trained):.2f}" in out
 
 
 def test_models_with_other_tokens_have_bits_per_byte_of_the_same_text(
@@ -86,37 +79,29 @@ def test_models_with_other_tokens_have_bits_per_byte_of_the_same_text(
     assert sizes[0] == sizes[1] and len(sizes[0]) > 20
 
 
-def test_rows_of_a_file_are_read_as_the_recipe_reads_its_own_and_searched_for_leaks(
+def test_rows_of_a_file_are_searched_for_leaks_and_what_has_no_rows_is_refused(
     tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
 ) -> None:
-    assert train([str(tiny_recipe), "run.name=one", "train.max_steps=1"]) == 0
+    words = ["train.max_steps=1", "data.split.validation=0", "train.eval_strategy='no'"]
+    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
+    served = ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]
+    for words, what in (
+        (["one"], "the recipe of one holds no validation rows out"),
+        ([str(tiny_model_dir)], "has no recipe, so no validation split"),
+        (["any", *served], "needs the weights in this process"),
+    ):
+        code, _, err = recipes("eval", eval_file, *words)
+        assert code == 2 and what in err
     rows = (PROJECT / "recipes/quickstart/data/instructions.jsonl").read_text().splitlines()[:40]
     (tmp_path / "mine.jsonl").write_text("\n".join([*rows, *rows[:2] * 12]) + "\n")
     eval_file.write_text("suite: {name: heldout_loss}\ndata: {questions: mine.jsonl}\n")
     code, out, err = recipes("eval", eval_file, "one", str(tiny_model_dir))
-    assert code == 0, err
-    assert "24 of the rows repeat the text of another" in out
+    assert code == 0 and "24 of the rows repeat the text of another" in out, err
     (log,), _ = read_eval_logs(tmp_path / "runs/one")
     samples = log.metrics[0].samples
     assert len(samples) == 64
-    assert {one.same_as for one in samples} == {"", samples[0].id, samples[1].id}
+    assert {sample.same_as for sample in samples} == {"", samples[0].id, samples[1].id}
     assert log.leaks and log.leaks.is_error and log.leaks.leaked_questions > 30
     assert log.banners[0] == log.leaks.summary(log.eval)
-    code, _, err = recipes("data", tiny_recipe, "--against", eval_file)
-    assert code == 2 and "(or their answers) are in" in err
     code, out, err = recipes("eval", eval_file, "one", "data.max_questions=3")
     assert code == 0 and "subset, the first 3 rows" in out, err
-
-
-def test_what_has_no_such_rows_is_refused_before_or_as_it_is_asked(
-    tiny_recipe: Path, tiny_model_dir: Path, eval_file: Path, recipes
-) -> None:
-    code, _, err = recipes("eval", eval_file, str(tiny_model_dir))
-    assert code == 2 and "has no recipe, so no validation split" in err
-    served = ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]
-    code, _, err = recipes("eval", eval_file, "any", *served)
-    assert code == 2 and "needs the weights in this process" in err
-    words = ["train.max_steps=1", "data.split.validation=0", "train.eval_strategy='no'"]
-    assert train([str(tiny_recipe), "run.name=one", *words]) == 0
-    code, _, err = recipes("eval", eval_file, "one")
-    assert code == 2 and "the recipe of one holds no validation rows out" in err

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.engine import (
     MAX_FAILURES_IN_A_ROW,
-    Completion,
     Engine,
     EvaluationIncomplete,
     Failures,
@@ -39,46 +38,51 @@ Place = tuple[str, int, int]  # question, turn, and which of several answers: it
 
 @dataclass
 class Answers:
-    """One model's answers, by question, turn and draw. `run` is None for the outputs that come with
-    the questions.
+    """One model's answers, by question, turn and draw.
+
+    Args:
+        name: the model's name.
+        run: the run folder that they lie in; None for the outputs that come with the questions.
+        texts: the answers.
+        asked: how the model was asked.
+        cut: which of them reached the token limit.
     """
 
     name: str
     run: RunDirectory | None
-    rows: dict[Place, Completion]
-    facts: AnswerFacts = field(default_factory=AnswerFacts)
+    texts: dict[Place, str]
+    asked: AnswerFacts
+    cut: frozenset[Place] = frozenset()
 
     def text(self, question: str, turn: int = 1, draw: int = 1) -> str:
         """Return one answer; of a model that answered once, the one there is."""
-        return self.rows[question, turn, min(draw, self.draws)].text
+        return self.texts[question, turn, min(draw, self.draws)]
 
     def is_cut(self, question: str, turn: int = 1, draw: int = 1) -> bool:
         """Whether an answer reached the token limit."""
-        return self.rows[question, turn, min(draw, self.draws)].finish_reason != "stop"
+        return (question, turn, min(draw, self.draws)) in self.cut
 
     @cached_property
     def draws(self) -> int:
         """How many answers there are to each question."""
-        return max((draw for _, _, draw in self.rows), default=1)
+        return max((draw for _, _, draw in self.texts), default=1)
+
+    @cached_property
+    def facts(self) -> AnswerFacts:
+        """Who answered, how, and what is wrong with the answers."""
+        questions = [question for question, _, _ in self.texts]
+        faults = AnswerFaults.of(list(self.texts.values()), len(self.cut), questions)
+        return replace(self.asked, faults=faults)
 
     @property
     def digest(self) -> str:
         """Hash of all answers: equal for the same answers under two names."""
-        return hash_of(sorted((*place, done.text) for place, done in self.rows.items()))
+        return hash_of(sorted((*place, text) for place, text in self.texts.items()))
 
     def folder(self, eval_name: str) -> Path:
         """Return runs/<run>/evals/<eval>."""
         assert self.run is not None
         return self.run.path / "evals" / eval_name
-
-    def with_faults(self) -> Answers:
-        """Return the answers with what is wrong with them counted."""
-        faults = AnswerFaults.of(
-            [done.text for done in self.rows.values()],
-            sum(done.finish_reason != "stop" for done in self.rows.values()),
-            [question for question, _, _ in self.rows],
-        )
-        return replace(self, facts=replace(self.facts, faults=faults))
 
 
 def answer_all(
@@ -98,7 +102,8 @@ def answer_all(
         seed=section.seed,
     )
     by_category = recipe.suite.name == "mt_bench" and section.temperature is None
-    rows: dict[Place, Completion] = {}
+    texts: dict[Place, str] = {}
+    cut: set[Place] = set()
     model.record()
     with waiting_lock(model.folder(recipe.name)):
         store = Store(model.folder(recipe.name) / "generations.jsonl")
@@ -113,39 +118,31 @@ def answer_all(
                     if by_category:
                         heat = TEMPERATURES.get(question.category, 0.0)
                         own = replace(sampling, temperature=heat)
+                    messages: list[Message] = []
+                    for earlier in range(1, turn):
+                        said, answer = (
+                            question.turns[earlier - 1],
+                            texts[question.id, earlier, draw],
+                        )
+                        messages.append({"role": "user", "content": said})
+                        messages.append({"role": "assistant", "content": answer})
+                    messages.append({"role": "user", "content": question.turns[turn - 1]})
                     place = (question.id, turn, draw)
-                    messages = _conversation(question, turn, draw, rows)
-                    request = _request(place, messages, own, model, engine)
+                    request = _request(place, tuple(messages), own, model, engine)
                     requests.setdefault(own, {})[place] = request
             for own, wanted in requests.items():
                 _ask(store, wanted, own, model, engine)
                 for place, request in wanted.items():
                     row = store.get(request.key) or {}
-                    rows[place] = Completion(
-                        key=request.key,
-                        text=row["answer"],
-                        finish_reason=row["finish_reason"],
-                        num_tokens=row["tokens"],
-                    )
+                    texts[place] = row["answer"]
+                    if row["finish_reason"] != "stop":
+                        cut.add(place)
     facts = model.facts(
         fingerprint=engine.fingerprint,
         decoding=sampling.to_dict() | ({"temperature": "by category"} if by_category else {}),
         server=getattr(engine, "version", None),
     )
-    return Answers(model.name, model.run, rows, facts)
-
-
-def _conversation(
-    question: Question, turn: int, draw: int, rows: Mapping[Place, Completion]
-) -> tuple[Message, ...]:
-    """The turns so far with the model's own answers, ending with the user's turn."""
-    messages: list[Message] = []
-    for number, text in enumerate(question.turns[:turn], 1):
-        messages.append({"role": "user", "content": text})
-        if number < turn:
-            answer = rows[question.id, number, draw].text
-            messages.append({"role": "assistant", "content": answer})
-    return tuple(messages)
+    return Answers(model.name, model.run, texts, facts, frozenset(cut))
 
 
 def _request(
@@ -218,23 +215,20 @@ def reference_answers(questions: Sequence[Question]) -> Answers:
     if missing:
         what = f"{len(missing)} questions have no reference output: {', '.join(missing[:8])}"
         raise RecipeError(what, "set data.references, or name an opponent: --against RUN")
-    rows = {
-        (question.id, 1, 1): Completion(key="", text=str((question.reference or [""])[0]))
-        for question in questions
-    }
+    texts = {(question.id, 1, 1): str((question.reference or [""])[0]) for question in questions}
     models = tuple(sorted({question.generator for question in questions}))
-    return Answers(REFERENCE, None, rows, AnswerFacts(name=REFERENCE, models=models))
+    return Answers(REFERENCE, None, texts, AnswerFacts(name=REFERENCE, models=models))
 
 
 def answers_in_file(path: Path, questions: Sequence[Question]) -> Answers:
     """Return the answers in a file, with a run folder of their own."""
-    texts, generator = read_answer_file(path, questions)
+    by_turn, generator = read_answer_file(path, questions)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", generator).strip("-.") or "answers"
     digest = file_hash(path)
     run = RunDirectory(f"answers--{name[:60]}--{digest[:8]}")
     if not run.exists():
         source = {"file": path.name, "sha256": digest, "generator": generator}
         run.write_state("finished", kind="answers", source=source)
-    rows = {(*place, 1): Completion(key="", text=text) for place, text in texts.items()}
     facts = AnswerFacts(name=run.name, models=(generator,), fingerprint=digest)
-    return Answers(run.name, run, rows, facts)
+    texts = {(question, turn, 1): text for (question, turn), text in by_turn.items()}
+    return Answers(run.name, run, texts, facts)

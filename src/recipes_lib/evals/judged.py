@@ -183,8 +183,7 @@ def _log_of(
 ) -> EvalLog:
     """The log of one model."""
     recipe, chosen = suite.recipe, suite.chosen
-    answers = judged.answers.with_faults()
-    opponent = judged.opponent.with_faults() if judged.opponent else None
+    answers, opponent = judged.answers, judged.opponent
     assert answers.run is not None
     card = audit(judged.rows, recipe.thresholds, _labels_of(judged, suite), probes)
     banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []

@@ -175,9 +175,6 @@ class AnswerFacts:
     quantized: bool | None = None
     server: str | None = None  # its version, where a server answered
     faults: AnswerFaults | None = None
-    tokens: int | None = None
-    new_tokens: int = 0  # of the last command
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -239,7 +239,6 @@ def _ask(job: _Job, subject: Loaded) -> None:
         job.answers[model.name] = answers
         if recipe.is_judged:
             return
-        answers = answers.with_faults()
         log = replace(suite.log(answers), subset=suite.chosen.subset)
         facts = answers.facts
     else:
