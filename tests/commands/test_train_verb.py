@@ -22,9 +22,9 @@ LAUNCHER = """
 import os, pathlib, subprocess, sys, time
 from recipes_lib.core.run_directory import RunDirectory
 run = RunDirectory("tiny")
-begin = "from recipes_lib.training import process as p; p.end_with_launcher(); print(1, flush=True)"
+begin = "from recipes_lib.training.stopping import end_with_launcher as e; e(); print()"
 rank = subprocess.Popen(
-    [sys.executable, "-c", begin + "; import time; time.sleep(60)"],
+    [sys.executable, "-uc", begin + "; import time; time.sleep(60)"],
     env={**os.environ, "LOCAL_RANK": "0"},
     stdout=subprocess.PIPE,
     start_new_session=True,

@@ -9,7 +9,6 @@ import re
 import resource
 import stat
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,28 +81,17 @@ def test_nothing_else_renames_what_others_read() -> None:
     }
 
 
-def test_a_training_is_on_the_disk_before_a_checkpoint_is_complete_or_the_run_finished(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recipes_lib.train import main
-
-    disk = Disk(monkeypatch)
-    assert main([str(tiny_recipe)]) == 0
-    assert not disk.lost
-    assert disk.published.count("COMPLETE.json") == 4
-    assert disk.published.index("adapter") < len(disk.published) - 1 - disk.published[::-1].index(
-        "run.json"
-    )
-
-
-def test_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
+def test_a_training_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
     tiny_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recipes_lib.cli import main as verb
     from recipes_lib.train import main
 
-    assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
     disk = Disk(monkeypatch)
+    assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
+    assert disk.published.count("COMPLETE.json") == 4
+    last_record = len(disk.published) - 1 - disk.published[::-1].index("run.json")
+    assert disk.published.index("adapter") < last_record
     assert verb(["merge", "tiny"]) == 0
     assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
     assert not disk.lost and {"merged", "given"} <= set(disk.published)
@@ -128,25 +116,6 @@ def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
     assert not fetched.exists()  # the copy of 89 MiB that the folder was made of
 
 
-# ---- Who may read what was written ----
-
-
-@pytest.fixture
-def private() -> Callable[[], None]:
-    before = os.umask(0o077)
-    yield
-    os.umask(before)
-
-
-def open_to_others(folder: Path) -> list[str]:
-    return [
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if stat.S_IMODE(path.lstat().st_mode) & 0o077
-    ]
-
-
-@pytest.mark.usefixtures("private")
 def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
@@ -154,20 +123,22 @@ def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
     from recipes_lib.evals.log import Store
     from recipes_lib.train import main
 
-    assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
-    assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
-    Store(tmp_path / "runs" / "tiny" / "judgments.jsonl").append([{"key": "k"}])
-    assert open_to_others(tmp_path / "runs") == [] == open_to_others(tmp_path / "given")
-    assert not stat.S_IMODE((tmp_path / "given").stat().st_mode) & 0o077
-
-
-def test_a_group_that_may_write_can(tmp_path: Path) -> None:
-    before = os.umask(0o002)
+    before = os.umask(0o077)
     try:
-        write_json(tmp_path / "one.json", {})
+        assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
+        assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
+        Store(tmp_path / "runs" / "tiny" / "judgments.jsonl").append([{"key": "k"}])
+        os.umask(0o002)
+        write_json(tmp_path / "shared.json", {})
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "one.json").stat().st_mode) == 0o664
+    written = [
+        *(tmp_path / "runs").rglob("*"),
+        *(tmp_path / "given").rglob("*"),
+        tmp_path / "given",
+    ]
+    assert not [path for path in written if stat.S_IMODE(path.lstat().st_mode) & 0o077]
+    assert stat.S_IMODE((tmp_path / "shared.json").stat().st_mode) == 0o664
 
 
 def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:

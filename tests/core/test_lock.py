@@ -82,22 +82,25 @@ def test_an_earlier_try_that_lives_is_never_taken_over(start, tmp_path: Path, mo
     assert json.loads((tmp_path / "mine" / "lock.json").read_text())["pid"] == child.pid
 
 
-@pytest.mark.parametrize(
-    ("theirs", "mine"),
-    [({"SLURM_JOB_ID": "7"}, ("7", 0)), ({"SLURM_JOB_ID": "6"}, ("7", 1)), ({}, ("7", 1))],
-)
 def test_another_job_and_another_shell_of_one_job_are_refused_at_once(
-    start, tmp_path: Path, monkeypatch, theirs, mine
+    start, tmp_path: Path, monkeypatch
 ) -> None:
-    child = start(**theirs)
-    queued_again(monkeypatch, *mine)
-    with (
-        pytest.raises(EnvironmentFault, match=f"in use by process {child.pid}") as caught,
-        lock.run_lock(tmp_path / "mine"),
+    for holder, caller in (
+        ({"SLURM_JOB_ID": "7"}, ("7", 0)),
+        ({"SLURM_JOB_ID": "6"}, ("7", 1)),
+        ({}, ("7", 1)),
     ):
-        pass
-    assert "rm " in caught.value.hints[-1]
-    assert not (tmp_path / "mine" / "STOP").exists() and child.poll() is None
+        child = start(**holder)
+        queued_again(monkeypatch, *caller)
+        with (
+            pytest.raises(EnvironmentFault, match=f"in use by process {child.pid}") as caught,
+            lock.run_lock(tmp_path / "mine"),
+        ):
+            pass
+        assert "rm " in caught.value.hints[-1]
+        assert not (tmp_path / "mine" / "STOP").exists() and child.poll() is None
+        child.kill()
+        child.wait()
 
 
 def test_a_killed_holder_keeps_nothing_and_the_next_one_waits_where_it_may(

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from recipes_lib.cli import main
 from recipes_lib.core.environment import environment
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.run_directory import RunDirectory, all_runs, open_run
@@ -27,48 +26,21 @@ def test_a_state_keeps_the_fields_written_before(tmp_path: Path) -> None:
     run.write_state("running", attempts=1)
     run.write_state("finished", exit_code=0)
     state = run.read_state()
-    assert (state["state"], state["attempts"], state["exit_code"], state["format_version"]) == (
-        "finished",
-        1,
-        0,
-        1,
-    )
-
-
-def test_a_name_with_a_slash_behind_it_is_the_run_of_that_name_in_every_verb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
-    monkeypatch.chdir(tmp_path)
-    RunDirectory("mine").write_state("running")
-    assert open_run("mine/").path == RunDirectory("mine").path
-    for words in (
-        ["compare"],
-        ["status"],
-        ["merge"],
-        ["chat"],
-        ["export", "--to", "x"],
-        ["eval", "quickstart/mt_bench"],
-    ):
-        answers = []
-        for run in ("mine", "mine/"):
-            code = main([*words, run])
-            answers.append((code, capsys.readouterr().err.replace("mine/", "mine")))
-        assert answers[0] == answers[1], words
+    assert state.items() >= {"state": "finished", "attempts": 1, "exit_code": 0}.items()
 
 
 def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunDirectory("my-first", tmp_path).write_state("finished")
-    assert open_run("my-first", tmp_path).path == open_run(f"{tmp_path}/my-first/", tmp_path).path
-    with pytest.raises(
-        RecipeError, match=r"no such run: /no/where/my-frist\n  runs there: my-first"
-    ):
-        open_run("/no/where/my-frist", tmp_path)
-    with pytest.raises(RecipeError, match="my-first"):
-        open_run("my-frist", tmp_path)
-    assert [run.name for run in all_runs(tmp_path)] == ["my-first"]
+    monkeypatch.chdir(tmp_path)
+    RunDirectory("my-first").write_state("finished")
+    folder = tmp_path / "runs" / "my-first"
+    for word in ("my-first", "my-first/", "runs/my-first", f"{folder}/"):
+        assert open_run(word).path == folder
+    for word in ("/no/where/my-frist", "my-frist"):
+        with pytest.raises(RecipeError, match=r"no .*my-frist.*\n  runs there: my-first"):
+            open_run(word)
+    assert [run.name for run in all_runs()] == ["my-first"]
 
 
 def test_a_run_of_another_format_version_is_refused_with_what_to_do(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,17 +127,12 @@ def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(
 
 
 def limited(launcher, limit: int, value: int, *words: str) -> tuple[int, str]:
-    """Train under a limit of the operating system (`resource.RLIMIT_*`)."""
-    child = subprocess.Popen(
-        launcher.command(*words),
-        env={**os.environ, **launcher.environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(limit, (value, value)),
-    )
-    return launcher.wait(child)
+    """Train under a limit of the operating system (`resource.RLIMIT_*`), which a fresh process sets:
+    a fork of this large one could not even start under it, and would be waited for without end.
+    """
+    script = f"resource.setrlimit({limit}, ({value}, {value})); os.execv(sys.argv[1], sys.argv[1:])"
+    command = [sys.executable, "-c", f"import os, resource, sys; {script}"]
+    return launcher.wait(launcher.start_really([*command, *launcher.command(*words)]))
 
 
 @pytest.mark.nightly
@@ -156,6 +152,7 @@ BATCH = ("train.per_device_train_batch_size", "run.global_batch_size")
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("gib", "larger"),
     [(0.3, []), (2.0, []), (4.0, [f"{key}=304" for key in BATCH])],
