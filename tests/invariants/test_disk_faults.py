@@ -127,8 +127,8 @@ def test_a_disk_without_inodes_ends_in_one_line_and_loses_nothing(
 
 
 def limited(launcher, limit: int, value: int, *words: str) -> tuple[int, str]:
-    """Train under a limit of the operating system (`resource.RLIMIT_*`), which a fresh process sets:
-    a fork of this large one could not even start under it, and would be waited for without end.
+    """Train under a limit of the system (`resource.RLIMIT_*`). A fresh process sets it on itself: a
+    fork of this large one could not even start under it, and would be waited for without end.
     """
     script = f"resource.setrlimit({limit}, ({value}, {value})); os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", f"import os, resource, sys; {script}"]
