@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,24 @@ class Launcher:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)  # no rank is left behind
         return child.returncode, output
+
+    def wait_until(
+        self, child: Child | subprocess.Popen[str], condition: Callable[[], bool]
+    ) -> None:
+        """Wait for a condition that comes true while the training runs."""
+        end = time.monotonic() + 120
+        while not condition():
+            assert child.poll() is None and time.monotonic() < end, "waited in vain"
+            time.sleep(0.01)
+
+    def wait_for_checkpoint(self, child: Child, step: int, run: Path) -> None:
+        marker = run / "checkpoints" / f"checkpoint-{step}" / "COMPLETE.json"
+        self.wait_until(child, marker.is_file)
+
+    def wait_for_step(self, child: Any, name: str) -> None:
+        """Wait until three lines were logged."""
+        file = self.run(name) / "metrics.jsonl"
+        self.wait_until(child, lambda: file.is_file() and file.read_text().count("\n") >= 3)
 
     def end_ranks(self) -> None:
         """End every process of this recipe: torch's launcher gives ranks sessions of their own, and

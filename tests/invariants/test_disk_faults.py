@@ -79,22 +79,14 @@ def bytes_at(whole: Path, part: str) -> int:
     """
     one = sum(file.stat().st_size for file in (whole / "checkpoints" / "checkpoint-2").rglob("*"))
     records = sum(file.stat().st_size for file in whole.iterdir() if file.is_file())
-    sizes = (
-        8 * 1024,
-        records + one // 3,
-        records + one - 20 * 1024,
-        records + 2 * one + one // 2,
-        records + 4 * one + 30 * 1024,
-    )
+    sizes = [8 * 1024, records + one // 3, records + one - 20 * 1024]
+    sizes += [records + 2 * one + one // 2, records + 4 * one + 30 * 1024]
     return sizes[PARTS.index(part)] // 4096 * 4096
 
 
 PARTS = (
-    "the first record",
-    "the first checkpoint",
-    "the tokenizer of a checkpoint",
-    "a later checkpoint",
-    "the final weights",
+    *("the first record", "the first checkpoint", "the tokenizer of a checkpoint"),
+    *("a later checkpoint", "the final weights"),
 )
 
 
@@ -183,10 +175,8 @@ class Ext4:
         self.place.mkdir()
         with self.image.open("wb") as file:
             file.truncate(192 * MIB)
-        made = (
-            shutil.which("mkfs.ext4")
-            and subprocess.run(["mkfs.ext4", "-q", str(self.image)], check=False).returncode == 0
-        )
+        command = ["mkfs.ext4", "-q", str(self.image)]
+        made = shutil.which(command[0]) and not subprocess.run(command, check=False).returncode
         # no flush of its own on a rename: other file systems have none
         if not made or not mounted("-o", "loop,noauto_da_alloc", str(self.image), str(self.place)):
             pytest.skip("this test mounts a disk, which is not allowed here")
@@ -197,10 +187,8 @@ class Ext4:
         replayed).
         """
         self.copies += 1
-        image, place = (
-            self.image.with_name(f"cut-{self.copies}.img"),
-            self.place.with_name(f"cut-{self.copies}"),
-        )
+        place = self.place.with_name(f"cut-{self.copies}")
+        image = place.with_suffix(".img")
         shutil.copyfile(self.image, image)
         place.mkdir()
         assert mounted("-o", "loop", str(image), str(place))
@@ -239,10 +227,9 @@ def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
     run = ext4.cut() / "runs" / "cut"
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     assert_same(run, whole)
+    written = ext4.place / "runs" / "cut" / "adapter"
     for file in (run / "adapter").iterdir():
-        assert (
-            file.read_bytes() == (ext4.place / "runs" / "cut" / "adapter" / file.name).read_bytes()
-        ), file.name
+        assert file.read_bytes() == (written / file.name).read_bytes(), file.name
 
 
 @pytest.mark.parametrize("step", in_ci((2, 6), 6))
@@ -250,10 +237,7 @@ def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
     launcher, whole: Path, ext4: Ext4, step: int
 ) -> None:
     child = launcher.start("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
-    marker = ext4.place / "runs" / "cut" / "checkpoints" / f"checkpoint-{step}" / "COMPLETE.json"
-    deadline = time.monotonic() + 120
-    while not marker.is_file() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    launcher.wait_for_checkpoint(child, step, ext4.place / "runs" / "cut")
     child.signal(signal.SIGSTOP)  # the image is copied piece by piece; a cut is one moment
     place = ext4.cut()
     child.signal(signal.SIGCONT)
@@ -261,9 +245,8 @@ def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
     said = launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(place / "runs"))
     if "already finished" not in said:
         resumed = int(said.split("resuming checkpoint-")[1].split()[0])
-        assert resumed >= step - 2, (
-            said
-        )  # the marker's rename may not be on the disk yet; the checkpoint before it is
+        # the marker's rename may not be on the disk yet; the checkpoint before it is
+        assert resumed >= step - 2, said
     assert_same(place / "runs" / "cut", whole)
 
 
@@ -273,12 +256,7 @@ def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(
 ) -> None:
     root = ext4.place / "runs"
     child = launcher.start("run.name=ro", RECIPES_RUNS_ROOT=str(root))
-    deadline = time.monotonic() + 120
-    while (
-        not (root / "ro" / "checkpoints" / "checkpoint-2" / "COMPLETE.json").is_file()
-        and time.monotonic() < deadline
-    ):
-        time.sleep(0.005)
+    launcher.wait_for_checkpoint(child, 2, root / "ro")
     if not mounted("-o", "remount,abort", str(ext4.place)):
         pytest.skip("this kernel cannot abort a file system")
     code, said = launcher.wait(child)

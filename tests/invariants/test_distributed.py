@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -44,16 +43,12 @@ def test_accumulating_on_one_rank_equals_two_ranks(launcher, compared) -> None:
     assert launcher.series("cpu", "tokens") == launcher.series("ddp_cpu", "tokens")
 
 
-def test_the_adapters_of_one_and_two_ranks_differ_by_rounding_only(launcher, compared) -> None:
-    from safetensors.torch import load
-
-    one, two = load(launcher.adapter("cpu")), load(launcher.adapter("ddp_cpu"))
-    assert one.keys() == two.keys()
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
-
-
 def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) -> None:
     assert launcher.adapter("ddp_cpu") == launcher.adapter("fsdp_cpu")
+    for config, kind in (("ddp_cpu", "DDP"), ("fsdp_cpu", "FSDP")):
+        assert f"{kind}, world size 2" in compared[config]
+        shape = "4 per device x 1 accumulation x 2 ranks = 8 examples per step"
+        assert shape in compared[config]
 
 
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
@@ -73,11 +68,8 @@ def test_rows_that_fill_no_step_are_left_out_alike_on_any_number_of_ranks(
     words = ["data.max_examples=43", "data.split.validation=0.25", "run.global_batch_size=12"]
     words += ["train.per_device_train_batch_size=3", "train.per_device_eval_batch_size=4"]
     words += ["train.max_steps=-1", "train.num_train_epochs=2", "lora.lora_dropout=0"]
-    words += (
-        ["train.packing=true", "run.global_batch_size=6"]
-        if way == "packed"
-        else [f"train.train_sampling_strategy={way}"]
-    )
+    packed = ["train.packing=true", "run.global_batch_size=6"]
+    words += packed if way == "packed" else [f"train.train_sampling_strategy={way}"]
     said = launcher.train(f"run.name=one-{way}", *words, config="cpu")
     assert way == "packed" or "left out" in said
     for config in ("ddp_cpu", "fsdp_cpu"):
@@ -99,24 +91,14 @@ def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(
     config = (PROJECT / "accelerate_configs/ddp_cpu.yaml").read_text()
     four.write_text(config.replace("num_processes: 2", "num_processes: 4"))
     words = ["train.per_device_train_batch_size=2", "train.eval_strategy='no'"]
-    words += (
-        ["lora.lora_dropout=0.2", "lora.r=8"]
-        if method == "lora"
-        else ["lora=null", "train.learning_rate=1e-3"]
-    )
+    full, lora = ["lora=null", "train.learning_rate=1e-3"], ["lora.lora_dropout=0.2", "lora.r=8"]
+    words += full if method == "full" else lora
     launcher.train(f"run.name=whole-{method}", *words, config=four)
     name, moment = f"run.name=broken-{method}", {"KILL_MOMENT": "in a step", "KILL_STEP": "5"}
     launcher.start(name, *words, config=four, patch="kill", **moment).wait()
     assert (launcher.run(f"broken-{method}") / "checkpoints/checkpoint-4").is_dir()
     launcher.train(f"run.name=broken-{method}", *words, config=four)
     assert launcher.weights(f"broken-{method}") == launcher.weights(f"whole-{method}")
-
-
-def test_the_start_up_line_says_what_is_really_active(compared) -> None:
-    assert "DDP, world size 2" in compared["ddp_cpu"]
-    assert "FSDP, world size 2" in compared["fsdp_cpu"]
-    assert "one process, world size 1" in compared["cpu"]
-    assert "4 per device x 1 accumulation x 2 ranks = 8 examples per step" in compared["fsdp_cpu"]
 
 
 def test_bf16_losses_of_fsdp2_are_not_rounded_and_compare_with_ddp(launcher) -> None:
@@ -139,9 +121,8 @@ def test_fsdp2_sums_gradients_in_float32(launcher) -> None:
     words = ["train.bf16=true", "train.adam_beta1=0.0", "train.max_grad_norm=0"]
     words += ["train.max_steps=1", "train.warmup_steps=0", "run.name=summed"]
     launcher.train(*words, config="fsdp_cpu")
-    states = torch.load(
-        launcher.run("summed") / "checkpoints/checkpoint-1/optimizer.bin", weights_only=True
-    )["state"]
+    file = launcher.run("summed") / "checkpoints/checkpoint-1/optimizer.bin"
+    states = torch.load(file, weights_only=True)["state"]
     gradients = torch.cat([state["exp_avg"].flatten() for state in states.values()])
     assert gradients.count_nonzero() > 100
     assert not torch.equal(gradients, gradients.bfloat16().float())
@@ -187,21 +168,8 @@ def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(lau
         code, said = launcher.start(*overrides, config=config, patch="fused_head").wait()
         assert code == 0 and "fused head: torch.bfloat16" in said, said[-3000:]
         assert "fused head: torch.float32" not in said
-    ddp, fsdp = (
-        launcher.series(f"fused-bf16-{config}", "loss") for config in ("ddp_cpu", "fsdp_cpu")
-    )
+    ddp, fsdp = (launcher.series(f"fused-bf16-{kind}_cpu", "loss") for kind in ("ddp", "fsdp"))
     assert ddp == pytest.approx(fsdp, rel=SUM_ORDER)
-
-
-@pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
-def test_qlora_trains_saves_and_reloads_on_two_ranks(launcher, config: str) -> None:
-    said = launcher.train(
-        f"run.name=qlora-{config}", NF4, "train.bf16=true", "train.max_steps=3", config=config
-    )
-    assert "NF4 in 14 layers" in said
-    check = launcher.state(f"qlora-{config}")["weights_check"]
-    assert check["tensors"] == 8 and check["autocast"] == "bfloat16"
-    assert all(0 < loss < 10 for loss in launcher.series(f"qlora-{config}", "loss"))
 
 
 @pytest.mark.parametrize("method", [[], [NF4, "train.bf16=true"]], ids=["lora", "qlora"])
@@ -214,8 +182,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
     overrides += ["train.eval_steps=10", "train.logging_steps=3"]
     launcher.train("run.name=whole-" + name, *overrides, config=config)
     child = launcher.start(f"run.name=broken-{name}", *overrides, config=config)
-    metrics = launcher.run(f"broken-{name}") / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and metrics.read_text().count("\n") >= 3)
+    launcher.wait_for_step(child, f"broken-{name}")
     os.kill(child.ranks()[1], signal.SIGTERM)
     _, said = child.wait()
     state = launcher.state(f"broken-{name}")
@@ -239,21 +206,6 @@ def test_a_resume_on_more_ranks_is_refused_or_goes_on_where_it_is_insisted_on(la
     launcher.train(*words, *insisted, config="ddp_cpu")
     assert launcher.state("grows")["state"] == "finished"
     assert all(0 < loss < 10 for loss in launcher.series("grows", "loss"))
-
-
-def test_an_error_on_two_ranks_is_printed_once_and_its_code_is_in_run_json(launcher) -> None:
-    overrides = ["run.name=explodes", "lora=null", "train.learning_rate=1e30"]
-    overrides.append("train.lr_scheduler_type=constant")
-    code, said = launcher.start(*overrides, config="ddp_cpu").wait()
-    assert code != 0 and said.count("gradient norm is nan") == 1, said[-3000:]
-    assert launcher.state("explodes")["exit_code"] == 3
-
-
-def wait_for(condition, seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
@@ -293,13 +245,8 @@ def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory)
 
     folder = tmp_path_factory.mktemp("larger")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    sizes = {
-        "hidden_size": 512,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 8,
-    }
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
+    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -312,6 +259,8 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
     """Counted on the tensors of each rank, byte by byte, against a training that is told to share
     gradients out once per step.
     """
+    from transformers import AutoModelForCausalLM
+
     once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
     overrides = [f"model.name_or_path={larger_model}", "lora=null", "train.max_steps=2"]
     overrides += ["train.per_device_train_batch_size=1", "run.global_batch_size=4"]
@@ -322,19 +271,13 @@ def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_bat
         found = re.findall(r"rank \d: gradients (\d+) at most; after (\[.*?\])", said)
         assert len(found) == 2 and found[0] == found[1], said[-3000:]
         largest[name], after[name] = int(found[0][0]), json.loads(found[0][1])
-    whole = 4 * sum(parameter.numel() for parameter in load_model(larger_model).parameters())
+    model = AutoModelForCausalLM.from_pretrained(larger_model)
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
     share = whole // 2  # two ranks
     # the probe's two passes and two steps of two micro-batches: once shared out, there are shares
     # and no whole ones
     assert after == {"each": [share] * 6, "once": [whole, share] * 3}
     assert largest["once"] == whole
     assert share < largest["each"] < whole  # and one group's on its way to be shared out
-    assert launcher.series("shared-once", "loss") == pytest.approx(
-        launcher.series("shared-each", "loss"), rel=SUM_ORDER
-    )
-
-
-def load_model(folder: Path):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder)
+    once, each = (launcher.series(f"shared-{name}", "loss") for name in ("once", "each"))
+    assert once == pytest.approx(each, rel=SUM_ORDER)

@@ -58,11 +58,8 @@ def record() -> None:
         os.environ["RECIPES_RUNS_ROOT"] = f"{folder}/runs"
         build_tiny_model(Path(folder) / "model")
         recipe = Path(folder) / "tiny.yaml"
-        recipe.write_text(
-            TINY_RECIPE.format(
-                model=f"{folder}/model", rows=PROJECT / "recipes/quickstart/data/instructions.jsonl"
-            )
-        )
+        rows = PROJECT / "recipes/quickstart/data/instructions.jsonl"
+        recipe.write_text(TINY_RECIPE.format(model=f"{folder}/model", rows=rows))
         losses = {name: trajectory(recipe, name) for name in WAYS}
     environment = {**library_versions(), "devices": describe_devices()}
     GOLDEN.write_text(json.dumps({"environment": environment, "losses": losses}, indent=1) + "\n")

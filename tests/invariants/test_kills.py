@@ -74,41 +74,6 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
     assert launcher.state(name)["state"] == "finished"
 
 
-@pytest.mark.parametrize(
-    ("dtype", "moment"),
-    in_ci(
-        (
-            ("bfloat16", "in a step"),
-            ("bfloat16", "in the optimizer"),
-            ("bfloat16", "before the final save"),
-            ("float32", "in the optimizer"),
-        ),
-        ("bfloat16", "in the optimizer"),
-    ),
-)
-def test_a_kill_of_qlora_changes_nothing(launcher, dtype: str, moment: str) -> None:
-    """TRL trains the adapters of a 4-bit base in bf16, which loading them does not keep."""
-    nf4 = (
-        "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype:"
-        f" {dtype}}}"
-    )
-    words = [
-        *OVERRIDES,
-        nf4,
-        f"model.dtype={dtype}",
-        f"train.bf16={str(dtype == 'bfloat16').lower()}",
-    ]
-    whole, name = f"qlora-{dtype}", f"qlora-{dtype}-{moment.replace(' ', '-')}"
-    if not launcher.run(whole).exists():
-        launcher.train(f"run.name={whole}", *words)
-    code, said = killed(launcher, moment, f"run.name={name}", *words)
-    assert code == -signal.SIGKILL, said[-3000:]
-    launcher.train(f"run.name={name}", *words)
-    assert launcher.adapter(name) == launcher.adapter(whole)
-    for key in ("loss", "eval_loss", "grad_norm"):
-        assert launcher.series(name, key) == launcher.series(whole, key)
-
-
 @pytest.mark.nightly
 def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(
     launcher, whole: bytes

@@ -43,15 +43,6 @@ def told(launcher, *overrides: str, config: Path = SHIPPED, **environment: str) 
     return launcher.start(*overrides, config=config, patch="reads", **environment).wait()
 
 
-def weights(launcher, name: str) -> bytes:
-    (file,) = (
-        file
-        for folder in ("adapter", "model")
-        for file in launcher.run(name).glob(f"{folder}/*.safetensors")
-    )
-    return file.read_bytes()
-
-
 @pytest.mark.parametrize("method", in_ci(METHODS, "lora"))
 def test_what_is_trained_is_the_same_whoever_reads(
     launcher, each: Path, tied: Path, method: str
@@ -73,7 +64,7 @@ def test_what_is_trained_is_the_same_whoever_reads(
     whole = read["each"][0]
     assert (read["each"], read["once"]) == ([whole, whole], [whole, 0]) and whole > 0
     assert len({*buffers["each"], *buffers["once"]}) == 1
-    assert weights(launcher, f"once-{method}") == weights(launcher, f"each-{method}")
+    assert launcher.weights(f"once-{method}") == launcher.weights(f"each-{method}") != {}
     assert launcher.state(f"once-{method}")["weights_check"]["tensors"] > 0
     for key in ("loss", "eval_loss", "grad_norm"):
         assert launcher.series(f"once-{method}", key) == launcher.series(f"each-{method}", key)
@@ -81,10 +72,7 @@ def test_what_is_trained_is_the_same_whoever_reads(
 
 def kill_after_a_checkpoint(launcher, name: str, words: list[str]) -> None:
     child = launcher.start(*words, config=SHIPPED)
-    end = time.monotonic() + 120
-    while not list(launcher.run(name).glob("checkpoints/*/COMPLETE.json")):
-        assert time.monotonic() < end and child.poll() is None, "no checkpoint came"
-        time.sleep(0.02)
+    launcher.wait_for_checkpoint(child, 10, launcher.run(name))
     child.signal(signal.SIGKILL)
     child.wait()
     assert launcher.state(name)["state"] != "finished"

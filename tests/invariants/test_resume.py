@@ -21,34 +21,25 @@ NF4 = (
     "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
 )
 NF4_IN_FLOAT32 = NF4.replace("bfloat16", "float32")
-EPOCHS = [
-    "data.max_examples=40",
-    "data.split.validation=0.2",
-    "train.max_steps=-1",
-    "train.num_train_epochs=2",
-]
+EPOCHS = ["data.max_examples=40", "data.split.validation=0.2"]
+EPOCHS += ["train.max_steps=-1", "train.num_train_epochs=2"]
 MEASURED = ("tokens_per_second", "peak_memory_gib")  # of the machine, not of the training
 
+FULL = ["lora=null", "train.learning_rate=1e-3"]
+BF16, HALF = ["train.bf16=true"], ["train.bf16=true", "model.dtype=bfloat16"]
+BEST = ["train.load_best_model_at_end=true", "train.save_steps=4"]
+RESTARTS = "train.lr_scheduler_type=cosine_with_restarts"
+WORKER = [*EPOCHS, "train.dataloader_num_workers=1"]
 WAYS = {
     "float32": [],
-    "bf16": ["train.bf16=true"],
-    "bf16-weights": ["train.bf16=true", "model.dtype=bfloat16"],
-    "qlora-bf16": [NF4, "train.bf16=true", "model.dtype=bfloat16"],
+    "bf16": BF16,
+    "bf16-weights": HALF,
+    "qlora-bf16": [NF4, *HALF],
     "qlora-float32": [NF4_IN_FLOAT32],
-    "qlora-dora": [NF4, "train.bf16=true", "model.dtype=bfloat16", "lora.use_dora=true"],
-    "qlora-best": [
-        NF4,
-        "train.bf16=true",
-        "train.load_best_model_at_end=true",
-        "train.save_steps=4",
-    ],
-    "full": ["lora=null", "train.learning_rate=1e-3"],
-    "full-bf16": [
-        "lora=null",
-        "train.learning_rate=1e-3",
-        "train.bf16=true",
-        "model.dtype=bfloat16",
-    ],
+    "qlora-dora": [NF4, *HALF, "lora.use_dora=true"],
+    "qlora-best": [NF4, *BF16, *BEST],
+    "full": FULL,
+    "full-bf16": [*FULL, *HALF],
     "dora": ["lora.use_dora=true"],
     "rslora": ["lora.use_rslora=true"],
     "modules-to-save": ["lora.modules_to_save=[lm_head]"],
@@ -57,11 +48,8 @@ WAYS = {
     "adam-8bit": ["train.optim=adamw_8bit", "lora.r=64"],
     "adam-paged": ["train.optim=paged_adamw_32bit"],
     "plateau": ["train.lr_scheduler_type=reduce_lr_on_plateau"],
-    "restarts": [
-        "train.lr_scheduler_type=cosine_with_restarts",
-        "train.lr_scheduler_kwargs={num_cycles: 3}",
-    ],
-    "best": ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
+    "restarts": [RESTARTS, "train.lr_scheduler_kwargs={num_cycles: 3}"],
+    "best": [*BEST, "train.save_total_limit=1"],
     "wrapped": ["train.packing=true", "train.packing_strategy=wrapped"],
     "packing": ["train.packing=true"],
     "checkpointing": ["train.activation_checkpointing=true"],
@@ -69,12 +57,8 @@ WAYS = {
     "left-out": [*EPOCHS, "data.max_examples=45"],
     "epoch-saves": [*EPOCHS, "train.save_strategy=epoch", "train.eval_strategy=epoch"],
     "epoch-evaluations": [*EPOCHS, "train.save_strategy=steps", "train.eval_strategy=epoch"],
-    "workers": [*EPOCHS, "train.dataloader_num_workers=1"],
-    "persistent-workers": [
-        *EPOCHS,
-        "train.dataloader_num_workers=1",
-        "train.dataloader_persistent_workers=true",
-    ],
+    "workers": WORKER,
+    "persistent-workers": [*WORKER, "train.dataloader_persistent_workers=true"],
     "logs-between-saves": ["train.logging_steps=3"],
 }
 
@@ -82,11 +66,7 @@ WAYS = {
 def written(recipe: Path, name: str) -> tuple[dict[str, bytes], list[dict[str, float]]]:
     """The weights and the metrics of a run, without what the machine decides."""
     run = recipe.parent / "runs" / name
-    weights = {
-        file.name: file.read_bytes()
-        for folder in ("adapter", "model")
-        for file in (run / folder).glob("*.safetensors")
-    }
+    weights = {file.name: file.read_bytes() for file in run.glob("[am]*/*.safetensors")}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return weights, [
         {key: value for key, value in line.items() if key not in MEASURED} for line in lines
@@ -164,14 +144,7 @@ def validations(lines: list[dict[str, float]]) -> list[dict[str, float]]:
     return [line for line in lines if "eval_loss" in line]
 
 
-EACH_STEP = [
-    "lora.lora_dropout=0.2",
-    "data.max_examples=28",
-    "data.split.validation=0.2",
-    "train.max_steps=-1",
-    "train.num_train_epochs=2",
-    "train.eval_strategy=epoch",
-]
+EACH_STEP = [*EPOCHS, "data.max_examples=28", "lora.lora_dropout=0.2", "train.eval_strategy=epoch"]
 
 
 def test_a_stop_at_any_step_of_an_epoch_that_is_evaluated_at_its_end_changes_nothing(

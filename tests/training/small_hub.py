@@ -46,25 +46,17 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.reply(404, X_Error_Code="RepoNotFound")
         if revision not in (None, "main", COMMIT):
             return self.reply(404, X_Error_Code="RevisionNotFound")
-        paths = [
-            path
+        sizes = {
+            str(path.relative_to(folder)): path.stat().st_size
             for path in sorted(folder.rglob("*"))
-            if path.is_file() and str(path.relative_to(folder)).startswith(below or "")
-        ]
-        files = [
-            {
-                "type": "file",
-                "path": str(p.relative_to(folder)),
-                "size": p.stat().st_size,
-                "oid": "0" * 40,
-            }
-            for p in paths
-        ]
-        whole = {
-            "id": name,
-            "sha": COMMIT,
-            "siblings": [file | {"rfilename": file["path"]} for file in files],
+            if path.is_file()
         }
+        files = [
+            {"type": "file", "path": path, "rfilename": path, "size": size, "oid": "0" * 40}
+            for path, size in sizes.items()
+            if path.startswith(below or "")
+        ]
+        whole = {"id": name, "sha": COMMIT, "siblings": files}
         return self.reply(200, json.dumps(files if what == "tree" else whole).encode())
 
     def send_file(self, dataset: str | None, name: str, file: str) -> None:

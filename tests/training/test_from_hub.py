@@ -54,12 +54,8 @@ def train_from(
         *overrides: str, entry: tuple[str, ...] = ("recipes_lib.train",)
     ) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
-        environment |= {
-            "HF_ENDPOINT": hub,
-            "HF_HOME": str(tmp_path / "hf"),
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
+        environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
+        environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
         command = [sys.executable, "-m", *entry, str(tiny_recipe), "train.max_steps=2", *overrides]
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -69,11 +65,7 @@ def train_from(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "entry",
-    [("recipes_lib.train",), ("recipes_lib.cli", "train")],
-    ids=["script", "recipes train, planned first"],
-)
+@pytest.mark.parametrize("entry", [("recipes_lib.train",), ("recipes_lib.cli", "train")])
 def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
     ended = train_from("model.name_or_path=org/tiny", "data.source=org/rows", entry=entry)
     assert ended.returncode == 0, ended.stderr
@@ -83,31 +75,21 @@ def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
     assert audit["rows"]["read"] == len(ROWS.read_text(encoding="utf-8").splitlines())
 
 
+MODEL, REVISION = "model.name_or_path=org/", "model.revision=v2"
+REFUSED = {
+    "no such model": ([f"{MODEL}tinny"], 5, ["no model 'org/tinny'", "check the name"]),
+    "gated": ([f"{MODEL}gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
+    "no such revision": ([f"{MODEL}tiny", REVISION], 5, ["no revision 'v2'", "model.revision"]),
+    "pickles only": ([f"{MODEL}pickle"], 5, ["no safetensors", "pickles"]),
+    "no such data set": (["data.source=org/rowz"], 4, ["no data set 'org/rowz'"]),
+    "no such split": (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("overrides", "code", "words"),
-    [
-        (["model.name_or_path=org/tinny"], 5, ["org/tinny", "check the name"]),
-        (["model.name_or_path=org/gated-tiny"], 5, ["'org/gated-tiny' is gated", "hf auth login"]),
-        (
-            ["model.name_or_path=org/tiny", "model.revision=v2"],
-            5,
-            ["v2", "model.revision"],
-        ),
-        (["model.name_or_path=org/pickle"], 5, ["org/pickle", "safetensors"]),
-        (["data.source=org/rowz"], 4, ["no data set 'org/rowz'", "check the name"]),
-        (["data.source=org/rows", "data.source_split=trian"], 4, ["trian", "train"]),
-    ],
-    ids=[
-        "no such model",
-        "gated",
-        "no such revision",
-        "pickles only",
-        "no such data set",
-        "no such split",
-    ],
-)
-def test_what_the_hub_refuses_is_said_in_one_line(overrides, code, words, train_from):
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_hub_refuses_is_said_in_one_line(case, train_from):
+    overrides, code, words = REFUSED[case]
     ended = train_from(*overrides)
     assert ended.returncode == code, ended.stderr
     assert not [word for word in words if word not in ended.stderr], ended.stderr

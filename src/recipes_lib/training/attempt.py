@@ -178,9 +178,8 @@ class Attempt:
         code, step, last = EXIT_CODES[self.stop.agreed], state.global_step, state.max_steps
         self.run.stop_file.unlink(missing_ok=True)
         self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
-        where = "in the validation after the last step," if step >= last else "at"
         done = f"checkpoint-{step} is complete (exit code {int(code)})"
-        say(f"stopped {where} step {step}/{last}: {done}")
+        say(f"stopped at step {step}/{last}: {done}")
         return code
 
     def record_finish(
@@ -240,20 +239,12 @@ def summarise_training(
     resume, times are those of the attempt that reached the end.
     """
     state, tokens = trainer.state, int(trainer._total_train_tokens)
-    logged = (
-        [row[key] for row in state.log_history if key in row] for key in ("loss", "eval_loss")
-    )
-    training, validation = (values or [None] for values in logged)
     on_cpu = active.device.startswith("cpu")
     speed = round((tokens - trainer.tokens_before) / seconds, 1) if seconds else None
     summary: dict[str, object] = {
         "steps": state.global_step,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
-        "first_training_loss": training[0],
-        "last_training_loss": training[-1],
-        "first_validation_loss": validation[0],
-        "last_validation_loss": validation[-1],
         "tokens": tokens,
         "seconds": round(seconds, 1),
         "tokens_per_second": speed,
@@ -262,6 +253,9 @@ def summarise_training(
         "world_size": active.world_size,
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
     }
+    for name, key in (("training", "loss"), ("validation", "eval_loss")):
+        values = [row[key] for row in state.log_history if key in row] or [None]
+        summary |= {f"first_{name}_loss": values[0], f"last_{name}_loss": values[-1]}
     if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
         summary["best_step"] = int(state.best_model_checkpoint.rpartition("-")[2])
     return summary

@@ -103,17 +103,10 @@ def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> N
     if not changed:
         return
     width = max(map(len, changed))
-    table = [
-        f"{key:<{width}}  {_shown(old)} -> {_shown(new)}" for key, (old, new) in changed.items()
-    ]
+    table = [f"{key:<{width}}  {old} -> {new}" for key, (old, new) in changed.items()]
     raise RecipeError(
         f"run '{name}' was begun with other settings, so resuming would mix two recipes",
         *table,
         "start a new run with run.name=OTHER, restore the settings, or insist with"
         " --resume-anyway (recorded in run.json)",
     )
-
-
-def _shown(value: object) -> str:
-    text = "absent" if value is None else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

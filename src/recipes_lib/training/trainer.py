@@ -46,11 +46,9 @@ class RecipeTrainer(SFTTrainer):
     """SFTTrainer with whole global batches, a probe, exact resume and finite losses.
 
     Args:
-        stop: what this process was asked to do.
         joins_rows: whether each micro-batch becomes one row without padding. `args.padding_free`
             cannot say so: it depends on the loaded model.
-        row_ids: example ids by row of the training set, to name examples in errors; None for
-            packed rows.
+        row_ids: example ids by row of the training set; None for packed rows.
         keep: how many checkpoints to keep; None for all.
         marker_facts: what each checkpoint's marker records besides step and sizes.
     """
@@ -202,18 +200,15 @@ class RecipeTrainer(SFTTrainer):
                 self.callback_handler.on_save(self.args, self.state, self.control)
         return time.monotonic() - began
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None
-    ) -> Any:
+    def _prepare_for_training(self, *args: Any) -> Any:
         """As the Trainer's, with the weights of a checkpoint in the precision they were trained in,
         and the probe.
         """
-        if resume_from_checkpoint is not None:
-            self._mend_loaded(resume_from_checkpoint)
+        max_steps, _, checkpoint = args
+        if checkpoint is not None:
+            self._mend_loaded(checkpoint)
             self._total_train_tokens = self.tokens_before = tokens_so_far(self.state)
-        prepared = super()._prepare_for_training(
-            max_steps, train_dataloader, resume_from_checkpoint
-        )
+        prepared = super()._prepare_for_training(*args)
         self.loading_peak_gib = peak_memory_gib()
         if max_steps > self.state.global_step:
             say_once(probe(self, prepared[0], self.lengths, max_steps - self.state.global_step))
