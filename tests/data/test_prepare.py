@@ -38,18 +38,31 @@ def prepare(recipe_for, tiny_tokenizer):
     return prepare
 
 
+@pytest.fixture
+def audit_of(prepare, write_jsonl):
+    """What the audit counts and says of rows."""
+
+    def audit_of(rows, **keys):
+        audit = prepare(write_jsonl(rows), **keys).audit
+        return audit, "\n".join(audit.warnings())
+
+    return audit_of
+
+
 def test_the_data_sets_have_the_columns_that_training_reads(prepare, write_jsonl, tasks):
     data = prepare(write_jsonl(tasks(60)), split={"validation": 0.2, "test": 0.1})
     assert data.train.column_names == ["input_ids", "labels", "example_id"]
-    assert len(data.train) + len(data.validation) + len(data.test) == 60
+    parts = data.train, data.validation, data.test
+    assert sum(map(len, parts)) == 60
     row = data.train[0]
     assert len(row["input_ids"]) == len(row["labels"]) and row["labels"][0] == -100
     assert row["labels"][-1] == row["input_ids"][-1]
     audit = data.audit
-    total = sum(sum(map(len, part["input_ids"])) for part in (data.train, data.validation))
-    assert audit.tokens["total"] == total + sum(map(len, data.test["input_ids"]))
+    assert audit.tokens["total"] == sum(len(ids) for part in parts for ids in part["input_ids"])
     assert audit.end_tokens == {"</s>": 60}
     assert audit.rows["train"] == data.splits["train"]["count"] == len(data.train)
+    data = prepare(write_jsonl(tasks(9)), split={"validation": 0})
+    assert data.validation is None and data.test is None and len(data.train) == 9
 
 
 # ---- held-out rows ----
@@ -61,37 +74,23 @@ def test_a_mixture_never_trains_on_rows_that_one_of_its_sources_holds_out_alone(
     first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(200))], "x.jsonl")
     other = [{"id": i, "instruction": f"Name {i}.", "response": "A"} for i in range(200)]
     second = write_jsonl(other, "y.jsonl")
-
-    def texts(data, tokenizer_rows):
-        return {tuple(ids) for ids in tokenizer_rows["input_ids"]}
-
     split = {"validation": 0.1, "test": 0.1}
     alone = prepare(first, split=split)
-    held_out = texts(alone, alone.validation) | texts(alone, alone.test)
+    held_out = {*map(str, alone.validation["input_ids"]), *map(str, alone.test["input_ids"])}
     assert len(held_out) > 20
     for source in ([str(first), str(second)], [str(second), str(first)]):
-        assert not held_out & texts(alone, prepare(source, split=split).train)
+        train = prepare(source, split=split).train
+        assert not held_out & {*map(str, train["input_ids"])}
 
 
 def test_a_test_split_takes_its_rows_from_training(prepare, write_jsonl, tasks):
     path = write_jsonl(tasks(300))
-    before = prepare(path, split={"validation": 0.15})
-    after = prepare(path, split={"validation": 0.15, "test": 0.15})
-    assert before.splits["validation"]["ids"] == after.splits["validation"]["ids"]
-    assert {*after.splits["test"]["ids"]} < {*before.splits["train"]["ids"]}
-    larger = prepare(path, split={"validation": 0.3, "test": 0.15})
-    assert larger.splits["test"]["ids"] == after.splits["test"]["ids"]
-
-
-def test_equal_rows_fall_on_one_side_whatever_their_ids_and_are_counted(
-    prepare, write_jsonl, tasks
-):
-    rows = [{**row, "id": i} for i, row in enumerate([*tasks(100), *tasks(100)])]
-    data = prepare(write_jsonl(rows), split={"validation": 0.2, "test": 0.2})
-    assert data.audit.duplicates == 100
-    train, held_out = map(str, data.train["input_ids"]), map(str, data.validation["input_ids"])
-    assert not {*train} & {*held_out}
-    assert "100 exact duplicates" in "\n".join(data.audit.warnings())
+    before = prepare(path, split={"validation": 0.15}).splits
+    after = prepare(path, split={"validation": 0.15, "test": 0.15}).splits
+    larger = prepare(path, split={"validation": 0.3, "test": 0.15}).splits
+    assert before["validation"]["ids"] == after["validation"]["ids"]
+    assert {*after["test"]["ids"]} < {*before["train"]["ids"]}
+    assert larger["test"]["ids"] == after["test"]["ids"]
 
 
 def test_the_side_of_a_row_depends_on_nothing_but_its_content(prepare, write_jsonl, tasks):
@@ -99,20 +98,19 @@ def test_the_side_of_a_row_depends_on_nothing_but_its_content(prepare, write_jso
     whole = prepare(write_jsonl(tasks(80)), split=split).splits
     for keys in (
         {"prompt_format": "alpaca"},
-        {"prompt_format": "chat"},
-        {"train": {"max_length": 300, "completion_only_loss": False}},
+        {"prompt_format": "chat", "train": {"max_length": 300}},
     ):
         assert prepare(write_jsonl(tasks(80)), split=split, **keys).splits == whole
     turned = prepare(write_jsonl(tasks(80)[::-1]), split=split).splits
     assert {*turned["validation"]["ids"]} == {*whole["validation"]["ids"]}
     part = prepare(write_jsonl(tasks(40)), split=split).splits
     assert {*part["validation"]["ids"]} <= {*whole["validation"]["ids"]}
-
-
-def test_a_small_data_set_still_has_a_validation_row(prepare, write_jsonl, tasks):
+    # equal rows fall on one side, whatever their ids
+    rows = [{**row, "id": i} for i, row in enumerate([*tasks(100), *tasks(100)])]
+    data = prepare(write_jsonl(rows), split=split)
+    assert not {*map(str, data.train["input_ids"])} & {*map(str, data.validation["input_ids"])}
+    assert "100 exact duplicates" in data.audit.warnings()
     assert len(prepare(write_jsonl(tasks(4)), split={"validation": 0.01}).validation) == 1
-    data = prepare(write_jsonl(tasks(9)), split={"validation": 0})
-    assert data.validation is None and data.test is None and len(data.train) == 9
 
 
 def test_the_published_split_repeats_two_calls_of_train_test_split(prepare, write_jsonl, tasks):
@@ -129,6 +127,9 @@ def test_the_published_split_repeats_two_calls_of_train_test_split(prepare, writ
         assert {*splits[name]["ids"]} == {f"r{i}" for i in part["i"]}
 
 
+# ---- mixtures ----
+
+
 def test_ids_are_labels_that_stay_unique_whether_twice_missing_or_mixed(
     prepare, write_jsonl, tasks
 ):
@@ -138,16 +139,6 @@ def test_ids_are_labels_that_stay_unique_whether_twice_missing_or_mixed(
     second = write_jsonl(rows, "b.jsonl")
     labels = prepare([str(first), str(second)], split=NO_SPLIT).train["example_id"]
     assert len({*labels}) == 10 and {"0", "3", "3#2", "x", "x#2"} < {*labels}
-
-
-def test_a_run_that_validates_needs_a_held_out_row(prepare, write_jsonl, tasks):
-    for split in ({"validation": 0}, NO_SPLIT):
-        with pytest.raises(RefusedData, match="none of 60 rows is held out") as caught:
-            prepare(write_jsonl(tasks(60)), split=split, train={"eval_strategy": "epoch"})
-        assert caught.value.exit_code == ExitCode.DATA and caught.value.file == "recipe.yaml"
-
-
-# ---- mixtures ----
 
 
 def test_weights_take_a_share_of_a_source_or_repeat_its_training_rows_alone(prepare, write_jsonl):
@@ -191,36 +182,29 @@ def test_the_rows_of_a_run_are_found_again_as_long_as_they_are_what_they_were(
 
 
 def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_jsonl):
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    keys = {"prompt_format": "chat", "chat_template": refusing + MARKED}
     rows = [{"messages": [{"role": "user", "content": f"{i}?"}, TURNS[1]]} for i in range(20)]
     bad = [
         {"messages": TURNS[:1]},
         {"messages": TURNS, "history": [["Nought?", "None."]]},
         {"messages": TURNS[:1]},
+        {"messages": [{"role": "system", "content": "Be brief."}, *TURNS]},
     ]
     path = write_jsonl([*rows, *bad])
     with path.open("a") as file:
         file.write("{torn\n")
     with pytest.raises(DataError, match="no assistant turn") as caught:
-        prepare(path, prompt_format="chat")
+        prepare(path, **keys)
     said = str(caught.value)
-    assert caught.value.line == 21 and "1 more: " in said and "rows.jsonl:23" in said
-    assert "rows.jsonl:22: history" in said and "(4 of 24): data.on_bad_row: skip" in said
-    audit = prepare(path, prompt_format="chat", on_bad_row="skip").audit
-    assert (audit.rows["read"], audit.rows["bad"], audit.rows["used"]) == (24, 4, 20)
+    assert caught.value.line == 21 and "1 more: " in said
+    for words in ("23", "22: history", "24: the chat template refuses", "25: not a JSON object"):
+        assert f"rows.jsonl:{words}" in said
+    assert "(5 of 25): data.on_bad_row: skip" in said
+    audit = prepare(path, **keys, on_bad_row="skip").audit
+    assert (audit.rows["read"], audit.rows["bad"], audit.rows["used"]) == (25, 5, 20)
     assert len(audit.bad_rows["no assistant turn"]) == 2
-    assert "4 of 24 rows cannot be used" in "\n".join(audit.warnings())
-
-
-def test_rows_that_the_reader_and_rows_that_the_template_refuses_are_named_together(
-    prepare, write_jsonl
-):
-    system = [{"role": "system", "content": "Be brief."}, *TURNS]
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-    path = write_jsonl([{"messages": TURNS}, {"messages": TURNS[:1]}, {"messages": system}])
-    with pytest.raises(DataError) as caught:
-        prepare(path, prompt_format="chat", chat_template=template + MARKED)
-    assert "rows.jsonl:2: no assistant turn" in str(caught.value)
-    assert "rows.jsonl:3: the chat template refuses" in str(caught.value)
+    assert "5 of 25 rows cannot be used" in "\n".join(audit.warnings())
 
 
 def test_a_misspelt_template_argument_is_named_in_the_recipe_and_in_a_row(prepare, write_jsonl):
@@ -241,37 +225,33 @@ def test_data_that_cannot_teach_what_the_recipe_asks_is_refused_with_its_numbers
 ):
     long = {"instruction": "long " * 300, "response": "b"}
     endless = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    chat = {"prompt_format": "chat"}
+    chat = {"prompt_format": "chat", "chat_template": endless}
+    evaluates = {"train": {"eval_strategy": "epoch"}}
     for rows, keys, key, words in (
         ([long] * 3, {"train": {"max_length": 16}}, "train.max_length", "3/3 rows have no superv"),
         ([*tasks(10), long], {"train": {"max_length": 200}}, "train.max_length", "1/11 rows"),
         ([{"text": ""}] * 4, {"prompt_format": "raw"}, "data.source", "4/4 rows have an empty"),
-        (tasks(9), {**chat, "chat_template": endless}, "data.chat_template", "9/9 rows do not end"),
+        (tasks(9), chat, "data.chat_template", "9/9 rows do not end"),
+        (tasks(9), {**evaluates, "split": NO_SPLIT}, "data.split.validation", "none of 9 rows"),
     ):
         with pytest.raises(RefusedData, match=words) as caught:
             prepare(write_jsonl(rows), **keys)
         assert caught.value.key == key and caught.value.exit_code == ExitCode.DATA
         assert caught.value.audit.rows["used"] == len(rows)
-
-
-def test_an_empty_completion_is_warned_of_with_its_place(prepare, write_jsonl, tasks):
-    rows = tasks(60)
-    rows[6]["response"] = ""
-    audit = prepare(write_jsonl(rows)).audit
-    assert len(audit.empty_completions) == 1
-    [line] = [line for line in audit.warnings() if "empty completion" in line]
-    assert line.startswith("1 rows") and "rows.jsonl:7" in line
+    with pytest.raises(SettingError, match="true needs prompt and completion"):
+        keys = {"prompt_format": "raw", "train": {"completion_only_loss": True}}
+        prepare(write_jsonl([{"text": "a"}]), **keys)
 
 
 def test_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
     rows = [*tasks(40), {"instruction": "long " * 300, "response": "b"}]
     data = prepare(write_jsonl(rows), train={"max_length": 200}, split=NO_SPLIT)
-    bare = data.audit.no_supervised_tokens
-    assert len(bare) == 1 and bare[0].endswith("rows.jsonl:41")
+    [bare] = data.audit.no_supervised_tokens
+    assert bare.endswith("rows.jsonl:41")
     [id] = data.splits["train"]["without_supervision"]
     assert len(data.train) == 40 and id not in data.train["example_id"]
-    assert data.audit.truncated == bare and data.audit.lost_end == 1
-    assert "rows.jsonl:41" in "\n".join(data.audit.warnings())
+    assert data.audit.truncated == [bare] and data.audit.lost_end == 1
+    assert bare in "\n".join(data.audit.warnings())
 
 
 def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, write_jsonl, tasks):
@@ -298,47 +278,44 @@ def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, writ
 # ---- what is counted and warned of ----
 
 
-def test_texts_that_could_act_as_special_tokens_are_counted(prepare, write_jsonl, tasks):
-    odd = {"instruction": "What is </s>?", "response": "### Response: [INST] </s> </s>"}
-    audit = prepare(write_jsonl([*tasks(20), odd])).audit
-    assert len(audit.special_tokens) == 1
-    assert "read as text" in "\n".join(audit.warnings())
-    audit = prepare(write_jsonl([*tasks(20), odd]), prompt_format="chat").audit
-    assert "ACTING as special tokens" in "\n".join(audit.warnings())
+def test_empty_completions_and_special_tokens_are_warned_of_with_their_places(audit_of, tasks):
+    rows = tasks(20)
+    rows[6]["response"] = ""
+    rows[8]["response"] = "### Response: [INST] </s> </s>"
+    audit, said = audit_of(rows)
+    assert len(audit.empty_completions) == len(audit.special_tokens) == 1
+    assert "1 rows with an empty completion" in said and "rows.jsonl:7" in said
+    assert "read as text" in said and "rows.jsonl:9" in said
+    assert "ACTING as special tokens" in audit_of(rows, prompt_format="chat")[1]
 
 
-def test_a_row_that_does_not_begin_as_the_model_is_asked_is_named(prepare, write_jsonl, tasks):
+def test_a_row_that_does_not_begin_as_the_model_is_asked_is_named(audit_of, tasks):
     rows = [{"prompt": f"What is {i}?\nAnswer: ", "completion": "the answer"} for i in range(20)]
-    audit = prepare(write_jsonl(rows), prompt_format="raw").audit
-    assert len(audit.other_prompt) == 20
-    [line] = [line for line in audit.warnings() if "asked with" in line]
-    assert "20 rows" in line and "rows.jsonl:1" in line
-    assert not prepare(write_jsonl(tasks(20))).audit.other_prompt
+    audit, said = audit_of(rows, prompt_format="raw")
+    assert len(audit.other_prompt) == 20 and "20 rows that do not begin" in said
+    assert not audit_of(tasks(20))[0].other_prompt
     space = MARKED.replace("<|assistant|>\n", "<|assistant|> ")
-    audit = prepare(write_jsonl(tasks(20)), prompt_format="chat", chat_template=space).audit
+    audit, _ = audit_of(tasks(20), prompt_format="chat", chat_template=space)
     assert len(audit.other_prompt) == 20
     thinks = MARKED.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
     rows = tasks(20)
     rows[4]["response"] = "<think>Hmm.</think>Four."
-    audit = prepare(write_jsonl(rows), prompt_format="chat", chat_template=thinks).audit
-    assert len(audit.other_prompt) == 19 and "enable_thinking" in "\n".join(audit.warnings())
+    audit, said = audit_of(rows, prompt_format="chat", chat_template=thinks)
+    assert len(audit.other_prompt) == 19 and "enable_thinking" in said
 
 
-def test_what_a_template_changes_or_ends_otherwise_is_warned_of(prepare, write_jsonl, tasks):
-    def warned(template, rows=None):
-        keys = {"prompt_format": "chat", "chat_template": template}
-        audit = prepare(write_jsonl(rows or tasks(20)), **keys).audit
-        return audit, "\n".join(audit.warnings())
-
+def test_what_a_template_changes_or_ends_otherwise_is_warned_of(audit_of, tasks):
     ends = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<unk>{% endfor %}"
-    _, said = warned(ends + "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    ends += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    _, said = audit_of(tasks(20), prompt_format="chat", chat_template=ends)
     assert "set train.eos_token" in said
     other = "{% elif message['role'] == 'user' %}{{ message['content'] }}"
+    other = MARKED.replace("{% else %}{{ message['content'] }}", other)
     rows = [
-        {"messages": [{"role": "user", "content": f"{i}?"}, TURNS[1]], "score": i} for i in range(9)
+        {"messages": [TURNS[0], {**TURNS[1], "content": f"{i}."}], "score": i} for i in range(9)
     ]
     rows[4]["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    audit, said = warned(MARKED.replace("{% else %}{{ message['content'] }}", other), rows)
+    audit, said = audit_of(rows, prompt_format="chat", chat_template=other)
     assert len(audit.changed_by_template) == 1 and "rows.jsonl:5" in said
     assert "columns that are not used: score" in said
 
@@ -358,35 +335,28 @@ def test_the_audit_says_what_the_rows_were_rendered_with(
     assert "tiny_training.jinja" in data.audit.describe()[0] and before.audit.describe() == []
 
 
-# ---- the date that a template prints ----
-
-DATED = "{{ strftime_now('%d %B %Y') }}\n" + MARKED
-
-
-def test_a_date_that_a_template_prints_is_the_recipe_s_in_rows_hash_and_prompt(
+def test_a_date_that_a_template_prints_is_the_recipe_s_or_the_day_the_run_was_created(
     recipe_for, tiny_tokenizer, write_jsonl, tasks
 ):
-    keys = {"prompt_format": "chat", "chat_template": DATED, "split": NO_SPLIT}
-    path, found = write_jsonl(tasks(9)), {}
+    dated = "{{ strftime_now('%d %B %Y') }}\n" + MARKED
+    keys = {"prompt_format": "chat", "chat_template": dated, "split": NO_SPLIT}
+    path, hashes = write_jsonl(tasks(9)), set()
     for date in ("2026-11-28", "2026-11-29"):
         recipe = recipe_for(path, **keys, template_date=date)
-        found[date] = prepare_data(recipe, tiny_tokenizer)
+        data = prepare_data(recipe, tiny_tokenizer)
         day = f"{date[-2:]} November 2026"
-        assert day in tiny_tokenizer.decode(found[date].train[0]["input_ids"])
+        assert day in tiny_tokenizer.decode(data.train[0]["input_ids"])
         assert day in generation_prompt(recipe.data, tiny_tokenizer, instruction="Hi")
-        assert date in "\n".join(found[date].audit.describe())
-    first, second = found.values()
-    assert first.prompt_format_hash != second.prompt_format_hash
-
-
-def test_a_run_keeps_the_date_it_was_created_with(recipe_for, tiny_tokenizer):
-    section = recipe_for("x", prompt_format="chat", chat_template=DATED).data
-    for keys, recorded, date in (
+        assert date in "\n".join(data.audit.describe())
+        hashes.add(data.prompt_format_hash)
+    assert len(hashes) == 2
+    section = recipe_for("x", **keys).data
+    for changed, recorded, date in (
         ({}, "2020-01-02", "2020-01-02"),
         ({"template_date": "2021-01-02"}, "2020-01-02", "2021-01-02"),
         ({"chat_template": MARKED}, "2020-01-02", None),
     ):
-        asked = section.model_copy(update=keys)
+        asked = section.model_copy(update=changed)
         assert template_date(asked, tiny_tokenizer, recorded) == date
     assert template_date(section, tiny_tokenizer, None) > "2026-01-01"
 
@@ -397,16 +367,22 @@ def test_a_run_keeps_the_date_it_was_created_with(recipe_for, tiny_tokenizer):
 def test_a_second_start_reads_the_rows_that_the_first_one_kept(
     prepare, write_jsonl, tasks, cache, monkeypatch
 ):
-    path = write_jsonl(tasks(60))
-    first = prepare(path, split={"test": 0.1})
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_prepare", None)  # nothing is read or tokenised again
-        again = prepare(path, split={"test": 0.1})
-    for name in ("splits", "fingerprint", "prompt_format_hash", "audit"):
-        assert getattr(again, name) == getattr(first, name)
-    for name in ("train", "validation", "test"):
-        assert getattr(again, name).to_list() == getattr(first, name).to_list()
-    assert json.dumps(again.audit.to_dict()) == json.dumps(first.audit.to_dict())
+    from datasets import Dataset
+
+    rows = Dataset.from_list(tasks(60))
+    for module in ("prepare", "sources"):
+        monkeypatch.setattr(f"recipes_lib.data.{module}.hub_data_set", lambda source: rows)
+    for source in (write_jsonl(tasks(60)), "somebody/rows"):
+        first = prepare(source, split={"test": 0.1})
+        with monkeypatch.context() as patch:
+            patch.setattr(preparing, "_prepare", None)  # nothing is read or tokenised again
+            again = prepare(source, split={"test": 0.1})
+        for name in ("splits", "fingerprint", "prompt_format_hash", "audit"):
+            assert getattr(again, name) == getattr(first, name)
+        for name in ("train", "validation", "test"):
+            assert getattr(again, name).to_list() == getattr(first, name).to_list()
+        assert json.dumps(again.audit.to_dict()) == json.dumps(first.audit.to_dict())
+    assert len([*cache.iterdir()]) == 2
 
 
 def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, cache, monkeypatch):
@@ -419,19 +395,6 @@ def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, 
     monkeypatch.setattr(preparing, "MOST_PREPARED", 2)
     prepare(write_jsonl(rows), max_examples=20)
     assert len([*cache.glob("[!.]*")]) == 2
-
-
-def test_a_hub_data_set_is_prepared_once_too(prepare, tasks, monkeypatch, cache):
-    from datasets import Dataset
-
-    rows = Dataset.from_list(tasks(60))
-    for module in ("prepare", "sources"):
-        monkeypatch.setattr(f"recipes_lib.data.{module}.hub_data_set", lambda source: rows)
-    first = prepare("somebody/rows")
-    with monkeypatch.context() as patch:
-        patch.setattr(preparing, "_prepare", None)
-        assert prepare("somebody/rows").train.to_list() == first.train.to_list()
-    assert first.audit.rows["read"] == 60 and len([*cache.iterdir()]) == 1
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(
@@ -454,12 +417,7 @@ def test_trl_packs_the_prepared_rows(prepare, write_jsonl, tasks):
     assert len(packed) < 40 and sum(map(len, packed["labels"])) == data.audit.tokens["total"]
 
 
-def test_errors_about_a_key_stand_at_the_recipe_and_errors_about_a_row_at_the_file(
-    prepare, write_jsonl
-):
+def test_an_error_about_a_key_stands_at_the_recipe(prepare):
     with pytest.raises(DataError) as caught:
         prepare("nowhere.jsonl")
     assert str(caught.value).startswith("recipe.yaml:1: no such file or folder: nowhere.jsonl")
-    with pytest.raises(DataError) as caught:
-        prepare(write_jsonl([{"instruction": "a", "response": 1}]))
-    assert caught.value.file.endswith("rows.jsonl") and caught.value.line == 1

@@ -60,6 +60,9 @@ def test_tokens_are_bos_text_eos_and_eos_carries_loss(tiny_tokenizer):
     assert item.ids[0] == BOS and item.ids[-1] == EOS and item.labels[-1] == item.end_token == EOS
     assert (item.ids == EOS).sum() == 1
     assert item.ids.dtype == np.int32 and item.labels.dtype == np.int32
+    prompt, completion = decoded_spans(tiny_tokenizer, item.ids, item.labels)
+    assert prompt == ("<s>### Instruction:\nDo.\n\n### Response:\n", False, "")
+    assert completion == ("Yes.</s>", True, "</s>")
     empty = encode_task(tiny_tokenizer, "Do.", "")
     assert empty.supervised == 1 and empty.labels[-1] == EOS
 
@@ -130,10 +133,3 @@ def test_generation_ids_are_the_prompt_s_training_ids(tiny_tokenizer):
     prompt = task_prompt("dolly", "Say </s>.")
     ids = prompt_ids(DataSection(source="x"), tiny_tokenizer, prompt)
     assert ids == item.ids[: len(ids)].tolist() and (item.labels[: len(ids)] == -100).all()
-
-
-def test_decoded_spans_cover_the_row_and_mark_its_end(tiny_tokenizer):
-    item = encode_task(tiny_tokenizer, "Do.", "Yes.")
-    prompt, completion = decoded_spans(tiny_tokenizer, item.ids, item.labels)
-    assert prompt == ("<s>### Instruction:\nDo.\n\n### Response:\n", False, "")
-    assert completion == ("Yes.</s>", True, "</s>")

@@ -65,29 +65,25 @@ def test_every_assistant_turn_and_its_end_token_carry_loss(tiny_tokenizer):
         assert learned(item, tiny_tokenizer) == texts, (messages, keys)
         assert item.end_token == 2 and not item.other_prompt
         assert item.changed == (keys.get("template") == REWRITING)
-    last = [*TURNS[:3], {**TURNS[3], "weight": 0}]
-    with pytest.raises(DataError, match="nothing to train on"):
-        encode_chat(last, tiny_tokenizer, chat_loss="last")
     whole = encode_chat(TURNS, tiny_tokenizer, train={"completion_only_loss": False})
     assert (whole.labels == whole.ids).all()
-
-
-def test_ids_are_those_of_apply_chat_template(tiny_tokenizer):
     item = encode_chat(TURNS, tiny_tokenizer, system_prompt="Brief.")
     messages = [{"role": "system", "content": "Brief."}, *TURNS]
-    whole = tiny_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-    assert item.ids.tolist() == whole["input_ids"]
+    ids = tiny_tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
+    assert item.ids.tolist() == ids
 
 
 def test_a_template_that_cannot_say_what_is_learned_names_the_row(tiny_tokenizer):
     refusing = "{{ raise_exception('no system messages here') }}"
     silent = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    last = [*TURNS[:3], {**TURNS[3], "weight": 0}]
     qwen = (FOLDER / "qwen3.jinja").read_text(encoding="utf-8")
     for messages, keys, words, hint in (
         (TURNS, {"template": REWRITING}, "renders the first messages diff", "{% generation %}"),
         (TURNS, {"template": qwen}, "renders the first messages diff", "trl:NAME"),
         (TURNS, {"template": refusing}, "refuses the conversation: no system", "another template"),
         (silent, {"train": {"completion_only_loss": False}}, "weight 0: with train", ""),
+        (last, {"chat_loss": "last"}, "nothing to train on", ""),
     ):
         with pytest.raises(DataError, match=words) as caught:
             encode_chat(messages, tiny_tokenizer, **keys)
@@ -97,14 +93,11 @@ def test_a_template_that_cannot_say_what_is_learned_names_the_row(tiny_tokenizer
             encode_chat(TURNS, tiny_tokenizer, template=marked + "{% for m in messages %}\n{{ m }")
 
 
-def test_a_template_without_an_end_token_is_noticed(tiny_tokenizer):
+def test_a_template_without_an_end_token_or_a_part_of_a_message_is_noticed(tiny_tokenizer):
     endless = "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
     endless += "{% if add_generation_prompt %}assistant:\n{% endif %}"
     item = encode_chat(TURNS[:2], tiny_tokenizer, template=endless)
     assert item.end_token < 0 and learned(item, tiny_tokenizer) == ["First\n  answer.\n"]
-
-
-def test_a_template_that_leaves_out_what_a_message_says_is_noticed(tiny_tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, *TURNS]
     for dropped, cut in (("system", "''"), ("assistant", "message['content'][:5]")):
         template = (
