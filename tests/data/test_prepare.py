@@ -198,7 +198,7 @@ def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_js
         prepare(path, **keys)
     said = str(caught.value)
     assert caught.value.line == 21 and "1 more: " in said
-    for words in ("23", "22: history", "24: the chat template refuses", "25: not a JSON object"):
+    for words in ("23", "22: history", "24: the chat template refuses", "25: the line: not JSON"):
         assert f"rows.jsonl:{words}" in said
     assert "(5 of 25): data.on_bad_row: skip" in said
     audit = prepare(path, **keys, on_bad_row="skip").audit
@@ -346,7 +346,7 @@ def test_a_date_that_a_template_prints_is_the_recipe_s_or_the_day_the_run_was_cr
         data = prepare_data(recipe, tiny_tokenizer)
         day = f"{date[-2:]} November 2026"
         assert day in tiny_tokenizer.decode(data.train[0]["input_ids"])
-        assert day in generation_prompt(recipe.data, tiny_tokenizer, instruction="Hi")
+        assert day in generation_prompt(recipe.data, tiny_tokenizer, TURNS[:1])
         assert date in "\n".join(data.audit.describe())
         hashes.add(data.prompt_format_hash)
     assert len(hashes) == 2

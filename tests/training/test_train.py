@@ -582,5 +582,5 @@ def test_a_training_template_trains_and_the_plain_one_is_saved(
     tokenizer = AutoTokenizer.from_pretrained(saved)
     # what a held-out loss is measured with
     assert prompts.training_template(section, tokenizer) == ("phi3_training.jinja", text)
-    asked = prompts.generation_prompt(section, tokenizer, instruction="Why?")
+    asked = prompts.generation_prompt(section, tokenizer, [{"role": "user", "content": "Why?"}])
     assert asked == "<|user|>\nWhy?<|end|>\n<|assistant|>\n"

@@ -49,7 +49,7 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) 
     runs("lora", "lora.chat")
     family = Family([finished_run(open_run(name)) for name in ("lora", "lora.chat")])
     texts = {
-        name: generation_prompt(*family.prompting(name), instruction="Say hi.")
+        name: generation_prompt(*family.prompting(name), [{"role": "user", "content": "Say hi."}])
         for name in family.names
     }
     assert texts["lora"] == texts["base"] == "### Instruction:\nSay hi.\n\n### Response:\n"

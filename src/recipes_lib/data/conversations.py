@@ -16,6 +16,7 @@ from recipes_lib.data.rows import (
     checked_text,
     message_texts,
     not_supported,
+    parsed_json,
     type_name,
 )
 
@@ -168,7 +169,8 @@ def _content_text(content: Any, role: str, place: str) -> Any:
 
 def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Return tool calls of any spelling (OpenAI's, `{name, arguments}`, JSON text of either)."""
-    value = _from_json(value, f"{place}: the tool call")
+    if isinstance(value, str):
+        value = parsed_json(value, f"{place}: the tool call")
     calls = []
     for given in value if isinstance(value, list) else [value]:
         function = given.get("function", given) if isinstance(given, dict) else None
@@ -176,7 +178,9 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
         if not function or not isinstance(name, str) or not name.strip():
             raise BadRow(f"{place}: a tool call needs a name, as in {{name, arguments}}")
         what = f"{place}: the arguments of tool call '{name}'"
-        arguments = _from_json(function.get("arguments", function.get("parameters")) or {}, what)
+        arguments = function.get("arguments", function.get("parameters")) or {}
+        if isinstance(arguments, str):
+            arguments = parsed_json(arguments, what)
         if not isinstance(arguments, dict):
             raise BadRow(f"{what}: expected an object, found {type_name(arguments)}")
         called = {"name": name, "arguments": arguments}
@@ -186,17 +190,6 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     return calls
 
 
-def _from_json(value: Any, what: str) -> Any:
-    """Return a value, read from JSON where it is text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deep")
-        raise BadRow(f"{what}: not JSON ({reason}): {value[:40]!r}", "write it as JSON") from None
-
-
 def read_tools(value: Any, column: str) -> str:
     """Return the tools of a row as JSON text in OpenAI's spelling, also of bare functions.
 
@@ -204,7 +197,7 @@ def read_tools(value: Any, column: str) -> str:
         BadRow: they are no list of JSON schemas.
     """
     what = f"column '{column}'"
-    tools = _from_json(value, what)
+    tools = parsed_json(value, what) if isinstance(value, str) else value
     if not isinstance(tools, list):
         hint = "write [{type: function, function: {name, description, parameters}}]"
         raise BadRow(f"{what}: expected a list, found {type_name(tools)}", hint)
@@ -224,7 +217,7 @@ def read_template_kwargs(value: Any, column: str) -> str:
         BadRow: they are no object, or one has the name of something else that a template gets.
     """
     what = f"column '{column}'"
-    values = _from_json(value, what)
+    values = parsed_json(value, what) if isinstance(value, str) else value
     if not isinstance(values, dict):
         hint = "write template arguments as in {enable_thinking: false}"
         raise BadRow(f"{what}: expected an object, found {type_name(values)}", hint)
@@ -255,16 +248,12 @@ def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
         messages = [*prompt, *fields["completion"]]
     else:
         if prompt is None:
-            prompt = user_turn(fields["instruction"], fields.get("context", ""))
-            completion = fields["response"]
+            prompt, completion = fields["instruction"], fields["response"]
+            if fields.get("context", "").strip():
+                prompt += f"\n\n{fields['context']}"
         question = {"role": "user", "content": prompt}
         messages = [question, {"role": "assistant", "content": completion}]
     return with_system_prompt(messages, fields.get("system") or system_prompt)
-
-
-def user_turn(instruction: str, context: str = "") -> str:
-    """Return an instruction and its context as one user message, a blank line between them."""
-    return f"{instruction}\n\n{context}" if context.strip() else instruction
 
 
 def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -> list[Message]:

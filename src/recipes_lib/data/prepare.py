@@ -142,7 +142,7 @@ def _write(data: PreparedData, folder: Path) -> None:
 
     for name in SPLITS:
         if (rows := getattr(data, name)) is not None:
-            table = rows.with_format("arrow")[:]
+            table = rows.data.table
             with pyarrow.ipc.new_stream(folder / f"{name}.arrow", table.schema) as stream:
                 stream.write_table(table)
     names = ("splits", "fingerprint", "prompt_format_hash")
@@ -223,16 +223,10 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
     audit.rows |= {"trained": len(with_loss[TRAIN]), "validated": len(with_loss[VALIDATION])}
     audit.bad_rows, audit.unused_columns = bad.places_by_reason(), read.unused
     for number, (source, num_rows) in enumerate(read.sources):
-        counts = {name: sum(row.source == number for row in part) for name, part in parts.items()}
-        audit.sources.append(
-            SourceCounts(
-                source=shown_path(Path(source.source)),
-                weight=source.weight,
-                rows=num_rows,
-                used=sum(row.source == number for row in rows),
-                **counts,
-            )
-        )
+        own = {name: sum(row.source == number for row in part) for name, part in parts.items()}
+        own["used"] = sum(row.source == number for row in rows)
+        name = shown_path(Path(source.source))
+        audit.sources.append(SourceCounts(name, source.weight, num_rows, **own))
     if training is not None:
         digest = hashlib.sha256(training[1].encode()).hexdigest()
         audit.training_template = {"file": training[0], "sha256": digest}
@@ -278,20 +272,13 @@ def _dataset(
     would pickle the table, in three times its memory.
     """
     import datasets
-    import numpy as np
     import pyarrow
 
     if not rows:
         return None
-    items = [encoded[row.id] for row in rows]
-    ends = pyarrow.array(np.cumsum([0, *(len(item.ids) for item in items)], dtype=np.int32))
-
-    def tokens(arrays: list[np.ndarray]) -> pyarrow.ListArray:
-        return pyarrow.ListArray.from_arrays(ends, pyarrow.array(np.concatenate(arrays)))
-
     columns = {
-        "input_ids": tokens([item.ids for item in items]),
-        "labels": tokens([item.labels for item in items]),
-        "example_id": pyarrow.array([row.id for row in rows], pyarrow.string()),
+        "input_ids": [encoded[row.id].ids for row in rows],
+        "labels": [encoded[row.id].labels for row in rows],
+        "example_id": [row.id for row in rows],
     }
     return datasets.Dataset(pyarrow.table(columns), fingerprint=fingerprint)

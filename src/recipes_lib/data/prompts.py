@@ -19,7 +19,7 @@ from typing import Any, cast
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import Message, user_turn, with_system_prompt
+from recipes_lib.data.conversations import Message, with_system_prompt
 from recipes_lib.data.rows import BadRow, DataRow, SettingError
 
 # The prompt of a task without and with a context.
@@ -64,33 +64,15 @@ def prompt_and_completion(row: DataRow, prompt_format: str) -> tuple[str | None,
     return (None, fields["text"]) if "text" in fields else (fields["prompt"], fields["completion"])
 
 
-def generation_prompt(
-    section: DataSection,
-    tokenizer: Any,
-    *,
-    instruction: str | None = None,
-    context: str = "",
-    messages: Sequence[Message] | None = None,
-) -> str:
+def generation_prompt(section: DataSection, tokenizer: Any, messages: Sequence[Message]) -> str:
     """Return the prompt alone, up to where the model must start to write, exactly as in training.
 
     Args:
-        instruction: a single task; give either this or `messages`.
         messages: a conversation that ends with a user turn; plain formats repeat their headings.
-
-    Raises:
-        ValueError: neither or both of them, or a conversation that ends with the assistant.
     """
-    if (instruction is None) == (messages is None):
-        raise ValueError("give either an instruction or messages")
-    prompt_format = section.prompt_format
-    if messages is None:
-        if prompt_format in HEADINGS:
-            return task_prompt(prompt_format, instruction or "", context)
-        messages = [{"role": "user", "content": user_turn(instruction or "", context)}]
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation to be continued must end with a user turn")
-    if prompt_format == "chat":
+    if section.prompt_format == "chat":
         messages = with_system_prompt(messages, section.system_prompt)
         template, values = chat_template(section, tokenizer), section.chat_template_kwargs
         return render_chat(messages, tokenizer, template, values, prompt=True)[0]
@@ -99,10 +81,10 @@ def generation_prompt(
         text = message["content"]
         if message["role"] == "assistant":
             parts[-1] += text
-        elif prompt_format == "raw" or message["role"] == "system":
+        elif section.prompt_format == "raw" or message["role"] == "system":
             parts.append(text)
         else:
-            parts.append(task_prompt(prompt_format, text))
+            parts.append(task_prompt(section.prompt_format, text))
     return "\n\n".join(parts)
 
 

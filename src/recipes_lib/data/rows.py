@@ -168,6 +168,20 @@ def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
     return ", ".join(names[:limit]) + (f", ... ({rest} more)" if rest > 0 else "")
 
 
+def parsed_json(text: str, what: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        BadRow: it is no JSON; `what` says where.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deep")
+        at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise BadRow(f"{what}: not JSON ({reason}{at})") from None
+
+
 def type_name(value: Any) -> str:
     """Return the type of a value in a user's words: `None`, `int`, `list`."""
     return "None" if value is None else type(value).__name__

@@ -28,7 +28,7 @@ from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, refuse_pipe, remembered_hash
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import RESERVED, RESERVED_HINT, without_nulls
-from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, type_name
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, parsed_json, type_name
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -338,44 +338,33 @@ def _no_text(line: str) -> BadRow | None:
 
 def _read_jsonl(lines: Iterable[str]) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = _object(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            row = BadRow(f"not a JSON object: {_reason(error)}")
-        yield number, _no_text(line) or row
+        if line.strip():
+            try:
+                row = _object(parsed_json(line, "the line"))
+            except BadRow as reason:
+                row = reason
+            yield number, _no_text(line) or row
 
 
 def _read_json(text: str) -> Iterator[Numbered]:
     """Read a list of objects, or JSON Lines under the name .json."""
     try:
-        rows = json.loads(text or "[]")
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         if getattr(error, "msg", "") != "Extra data":
-            line = getattr(error, "lineno", 1)
-            raise DataError(f"not JSON: {_reason(error)}", line=line) from None
-        yield from _read_jsonl(text.splitlines())
+            raise DataError(f"not JSON: {error}", line=getattr(error, "lineno", None)) from None
+        yield from _read_jsonl(text.split("\n"))
         return
-    if isinstance(rows, dict) and "\n" not in text.strip():
-        yield 1, rows  # JSON Lines with a single row
-    elif isinstance(rows, list):
-        yield from ((None, _object(row)) for row in rows)
-    else:
+    if not isinstance(rows, list):
         what = f"expected a list of objects, found {type_name(rows)}"
         raise DataError(what, "keep the list alone, as with jq .data", line=1)
+    yield from ((None, _object(row)) for row in rows)
 
 
 def _object(row: Any) -> Row | BadRow:
     if isinstance(row, dict):
         return row
     return BadRow(f"expected an object with columns, found {type_name(row)}")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "nested too deep" if isinstance(error, RecursionError) else str(error).partition(";")[0]
 
 
 def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:

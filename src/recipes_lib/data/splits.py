@@ -51,9 +51,6 @@ class Rows:
 def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
     """Read, check and name the rows of all sources, at most `max_rows` of each file; rows that
     cannot be used are added to `bad`.
-
-    Raises:
-        DataError: see `sources` and `columns`.
     """
     data, columns = Rows(), list[str]()
     for number, source in enumerate(listed_sources(section)):
@@ -90,13 +87,8 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
 
 
 def select_rows(rows: Sequence[DataRow], section: DataSection) -> tuple[list[DataRow], dict]:
-    """Leave out rows by category, empty completion and `max_examples`.
-
-    Returns:
-        The rows kept, and per filter how many it left out.
-
-    Raises:
-        SettingError: no row has a category, or nothing is left.
+    """Return the rows that the filters and `max_examples` keep, and per filter how many it left
+    out.
     """
     chosen, kept, filtered = section.filters.categories, list(rows), {}
     if chosen is not None:
@@ -117,13 +109,9 @@ def select_rows(rows: Sequence[DataRow], section: DataSection) -> tuple[list[Dat
 
 
 def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list[DataRow]]:
-    """Return the rows of each split, in file order.
-
-    Raises:
-        SettingError: the fractions leave no training rows.
-    """
+    """Return the rows of each split, in file order."""
     sides = [TRAIN] * len(rows)
-    if section.method == "published" and section.validation + section.test:
+    if section.method == "published":
         sides = _published_sides(len(rows), section)
     elif section.method == "hash":
         places = [unit_interval(row.content.hex(), str(section.seed)) for row in rows]
@@ -133,10 +121,9 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
         if section.test and len({*places}) > (2 if low else 1):
             high = min(high, max(places))
         sides = [VALIDATION if at < low else TEST if at >= high else TRAIN for at in places]
-    divided = {
-        name: [row for row, side in zip(rows, sides, strict=True) if side == name]
-        for name in SPLITS
-    }
+    divided: dict[str, list[DataRow]] = {name: [] for name in SPLITS}
+    for row, side in zip(rows, sides, strict=True):
+        divided[side].append(row)
     if not divided[TRAIN]:
         what = f"the split leaves 0 of {len(rows)} rows for training"
         hint = "lower data.split.validation and test, or use data.split.method none"
@@ -151,27 +138,25 @@ def _published_sides(num_rows: int, section: SplitSection) -> list[str]:
     """
     from datasets import Dataset
 
-    def halves(rows: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
+    def drawn(rows: Dataset, fraction: float) -> Dataset:
         # A fraction of the rows is rounded up; a sum like 0.1 + 0.2 must not add a row to that.
         size = math.ceil(round(len(rows) * fraction, 6))
-        both = rows.train_test_split(test_size=size, seed=section.seed)
-        return both["train"], both["test"]
+        return rows.train_test_split(test_size=size, seed=section.seed)["test"]
 
-    held_out = section.validation + section.test
-    _, rest = halves(Dataset.from_dict({"index": range(num_rows)}), held_out)
-    parts = {TEST if section.test else VALIDATION: rest}
-    if section.test and section.validation:
-        parts[VALIDATION], parts[TEST] = halves(rest, section.test / held_out)
-    side_of = {index: name for name, part in parts.items() for index in part["index"]}
-    return [side_of.get(index, TRAIN) for index in range(num_rows)]
+    sides, held_out = [TRAIN] * num_rows, section.validation + section.test
+    if held_out:
+        rows = drawn(Dataset.from_dict({"index": range(num_rows)}), held_out)
+        for index in rows["index"]:
+            sides[index] = VALIDATION if section.validation else TEST
+        if section.validation and section.test:
+            for index in drawn(rows, section.test / held_out)["index"]:
+                sides[index] = TEST
+    return sides
 
 
 def training_rows(section: DataSection) -> list[DataRow]:
     """Return the usable rows that a training on this section learns from, without a tokenizer:
     those that `filters.max_tokens` leaves out are among them.
-
-    Raises:
-        DataError: a source is missing or damaged, or no row is left.
     """
     rows, _ = select_rows(read_data(section, BadRows()).rows, section)
     return split_rows(rows, section.split)[TRAIN]
@@ -180,14 +165,8 @@ def training_rows(section: DataSection) -> list[DataRow]:
 def recorded_rows(
     section: DataSection, splits: Mapping[str, Any], fingerprint: str
 ) -> list[DataRow] | None:
-    """Return the rows that a run was trained on, or None where they are not what is read now.
-
-    Args:
-        splits: the run's splits.json.
-        fingerprint: of its data, as it was recorded.
-
-    Raises:
-        DataError: the data is not there, or damaged.
+    """Return the rows that a run was trained on, by its splits.json and its recorded fingerprint;
+    None where they are not what is read now.
     """
     by_id = {row.id: row for row in read_data(section, BadRows()).rows}
     try:
@@ -199,7 +178,7 @@ def recorded_rows(
 
 
 def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
-    """Return a SHA-256 over split, id and content of all rows used, in order."""
+    """Return a SHA-256 over split, id and content of all rows, in order."""
     digest = hashlib.sha256()
     for name in SPLITS:
         for row in parts[name]:
@@ -208,10 +187,8 @@ def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
 
 
 def check_rows(recipe: Recipe, full: bool = False) -> list[DataError]:
-    """Return what is wrong with a recipe's local rows, read as training would, without a tokenizer.
-
-    Args:
-        full: read all rows, not the first `NUM_CHECKED` of each file.
+    """Return what is wrong with a recipe's local rows, read as training would, without a tokenizer:
+    the first `NUM_CHECKED` of each file, or in `full`.
     """
     section, bad = recipe.data, BadRows()
     try:
