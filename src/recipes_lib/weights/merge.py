@@ -15,7 +15,6 @@ from recipes_lib.core.errors import RecipeError, RecipesError, check_space
 from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.terminal import say, shown_size
-from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.check import recorded_hashes
 from recipes_lib.weights.export import write_card
@@ -87,10 +86,10 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
 
     recipe, scratch = trained.recipe, trained.run.path / "merged.unchecked"
     tokenizer = AutoTokenizer.from_pretrained(trained.weights)
-    section = trained.prompt_section
-    asked: list[list[Message]] = [[{"role": "user", "content": text}] for text in QUESTIONS]
-    texts = [generation_prompt(section, tokenizer, messages) for messages in asked]
-    prompts = [tokenizer(text).input_ids for text in texts]
+    prompts, section = [], trained.prompt_section
+    for text in QUESTIONS:
+        asked = generation_prompt(section, tokenizer, [{"role": "user", "content": text}])
+        prompts.append(tokenizer(asked).input_ids)
 
     # base + adapter -> logits
     say(f"loading {recipe.model.name_or_path} and the adapter ...")
