@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.core.files import DamagedFile, file_hashes, read_object
+from recipes_lib.core.files import file_hashes, read_object
 from recipes_lib.core.ranks import on_main_rank, rank
 from recipes_lib.weights.load import attach
 
@@ -53,11 +53,9 @@ class SavedWeights(BaseModel):
 def check_saved(
     model: Any, folder: Path, *, base: str, may_change_nothing: bool = False, **known: str | None
 ) -> SavedWeights:
-    """Prove that `folder` holds what was trained; every rank has to call.
+    """Prove that `folder` holds the trained model; every rank has to call.
 
     Args:
-        model: the trained model (`trainer.model`), sharded by FSDP2 or not.
-        folder: where `trainer.save_model` wrote it.
         base: what `adapter_config.json` has to name.
         may_change_nothing: whether the training had no step with a learning rate above 0.
         known: other fields of the result.
@@ -141,7 +139,7 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
         yield from (f"{name} is missing in the file" for name in trained & missing)
         yield from (f"{name} in the file is of no layer" for name in info["unexpected_keys"])
         return
-    recorded = adapter_config(folder)["base_model_name_or_path"]
+    recorded = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if recorded != base:
         yield f"the adapter names the base '{recorded}', but '{base}' was trained"
         return
@@ -226,7 +224,7 @@ def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[st
         names = sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})
     hashes = file_hashes(folder, names)
     if ADAPTER_CONFIG in hashes:
-        settings = adapter_config(folder)
+        settings = read_object(folder / ADAPTER_CONFIG)
         for key in ("base_model_name_or_path", "revision"):
             settings.pop(key, None)
         text = json.dumps(settings, sort_keys=True)
@@ -239,15 +237,3 @@ def changed_files(folder: Path, recorded: Mapping[str, str]) -> list[str]:
     gone = [name for name in recorded if not (folder / name).is_file()]
     now = recorded_hashes(folder, recorded.keys() - gone)
     return gone + [name for name in recorded if name in now and recorded[name] != now[name]]
-
-
-def adapter_config(adapter: Path) -> dict[str, Any]:
-    """Return the settings of an adapter.
-
-    Raises:
-        DamagedFile: they are not readable, or name no base.
-    """
-    settings = read_object(adapter / ADAPTER_CONFIG)
-    if not isinstance(settings.get("base_model_name_or_path"), str):
-        raise DamagedFile("does not name its base model", file=adapter / ADAPTER_CONFIG)
-    return settings

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -215,12 +216,10 @@ def _licence(recipe: Recipe) -> str | None:
     import yaml
     from huggingface_hub import metadata_load
 
-    folder, stated = _base_folder(recipe), None
-    try:
-        stated = metadata_load(folder / "README.md") if folder else None
-    except (OSError, ValueError, yaml.YAMLError):  # no card, or no header
-        stated = None
-    stated = stated or {}
+    stated: Mapping[str, Any] = {}
+    if folder := _base_folder(recipe):
+        with suppress(OSError, ValueError, yaml.YAMLError):  # no card, or no header
+            stated = metadata_load(folder / "README.md") or {}
     known = stated.get("license_name") or stated.get("license")
     return known or base_file(recipe, SOURCE).get("license")
 
