@@ -68,7 +68,8 @@ WRONG = [
     (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
     (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate"]),
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),
-    (["export", "my-first"], ["--to is missing", "recipes export my-first --to my-first-export"]),
+    (["export", "my-first"], ["--to: the folder to write, for example my-first-export"]),
+    (["new"], ["NAME: name of the recipe", "--from: the recipe to start from, for example"]),
     (["data", RECIPE, "--show=1.5"], ["--show: expected a whole number"]),
     (["data", RECIPE, "--show=-1"], ["--show: expected a whole number"]),
 ]

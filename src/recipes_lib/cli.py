@@ -64,9 +64,16 @@ class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are ours."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise the usage error instead of printing and exiting."""
+        """Raise the usage error instead of printing and exiting; say what a missing word is."""
+        missing = message.removeprefix("the following arguments are required: ").split(", ")
+        hints = [
+            f"{name}: {action.help}"
+            for action in self._actions
+            for name in action.option_strings or [str(action.metavar)]
+            if name in missing and action.help
+        ]
         usage = self.format_usage().strip()
-        raise RecipeError(f"{self.prog}: {message}", usage, f"more: {self.prog} --help")
+        raise RecipeError(f"{self.prog}: {message}", *hints, usage, f"more: {self.prog} --help")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

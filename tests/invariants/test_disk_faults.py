@@ -134,7 +134,7 @@ def test_a_limit_on_the_size_of_files_ends_in_one_line_and_loses_nothing(
 ) -> None:
     name = f"limit-{limit}"
     code, said = limited(launcher, resource.RLIMIT_FSIZE, limit, f"run.name={name}")
-    assert code == 5 and "limit on the size of a file" in said, said[-3000:]
+    assert code == 5 and "ulimit -f" in said, said[-3000:]
     assert_told(said)
     launcher.train(f"run.name={name}")
     assert_same(launcher.run(name), whole)

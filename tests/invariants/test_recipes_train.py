@@ -161,7 +161,7 @@ def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
     )
     os.kill(worker, signal.SIGKILL)
     code, said = launcher.wait(child)
-    assert code == 1 and "ended without a word" in said
+    assert code == 1 and "ended without saying why" in said
     assert launcher.state("gone")["state"] == "failed"
 
 

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import DamagedFile, read_object, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
 from recipes_lib.core.terminal import next_step, print_json, say, warn
 
 if TYPE_CHECKING:
-    from recipes_lib.analysis.claims import Conclusion
     from recipes_lib.analysis.runs import Arms
 
 _BASE = "base"
@@ -39,8 +38,12 @@ def run(
     """Compare and print."""
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude
+    from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.summary import conclusion_lines
 
+    if html and html.is_dir():
+        hint = f"name a file: --html {html / 'report.html'}"
+        raise RecipeError(f"--html {html} is a folder", hint)
     damaged: list[DamagedFile] = []
     arms = load_words(runs, damaged)
     for error in damaged:
@@ -58,19 +61,17 @@ def run(
             what = f"--margin {word}: these have no such metric in common"
             raise RecipeError(what, f"metrics: {known or 'none'}")
     if html:
-        _write_html(html, conclusion, arms)
+        write_text(html, report_html(conclusion, arms))
     if json:
         return print_json(conclusion.to_dict())
     say("\n".join(conclusion_lines(conclusion)))
     if html:
         say(f"\nreport: {shown_path(html)}")
         say("a study declares what may differ, so that a cause can be named: docs/studies.md")
-        next_step("recipes", "compare", *runs, "--json")
-    elif len(arms.by_name) == 1 and _BASE not in runs:
-        next_step("recipes", "compare", *runs, _BASE)
-    else:
-        next_step("recipes", "compare", *runs, "--html", "report.html")
-    return ExitCode.DONE
+    if len(arms.by_name) == 1 and _BASE not in runs:
+        return next_step("recipes", "compare", *runs, _BASE)
+    more = ["--json"] if html else ["--html", "report.html"]
+    return next_step("recipes", "compare", *runs, *more)
 
 
 def _margin(word: str) -> tuple[str, Margin]:
@@ -142,12 +143,3 @@ def _identity(sections: dict[str, Any]) -> list[object]:
     model = sections.get("model") or {}
     keys = ("name_or_path", "revision", "dtype")
     return [*(model.get(key) for key in keys), sections.get("quantization")]
-
-
-def _write_html(path: Path, conclusion: Conclusion, arms: Arms) -> None:
-    from recipes_lib.analysis.report import report_html
-
-    if path.is_dir():
-        hint = f"name a file: --html {path / 'report.html'}"
-        raise RecipeError(f"--html {path} is a folder", hint)
-    write_text(path, report_html(conclusion, arms))

@@ -70,7 +70,8 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
         sources = [[source.source, *_numbers(vars(source), names)] for source in audit.sources]
         say("\n".join(["", *aligned([("source", *names), *sources]), ""]))
     say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}")
-    say("\n".join(audit.describe()))
+    for line in audit.describe():
+        say(line)
     keys = ("total", "p5", "p50", "p95", "max")
     lengths = {
         "prompt": audit.prompt_tokens,

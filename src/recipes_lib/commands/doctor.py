@@ -50,7 +50,7 @@ def check_versions() -> Iterator[DoctorLine]:
     if missing := [name for name in PACKAGES if installed_version(name) is None]:
         yield FAIL, f"not installed: {', '.join(missing)}", REINSTALL
     if other:
-        yield WARN, f"other than tested: {', '.join(other)}", REINSTALL
+        yield WARN, f"not the tested versions: {', '.join(other)}", REINSTALL
     else:
         yield OK, f"Python {platform.python_version()}, packages as tested", ""
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
-from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, shown_size
 from recipes_lib.weights.export import check_repo, export, push
@@ -16,15 +14,12 @@ from recipes_lib.weights.runs import finished_run
 def run(
     run: Annotated[str, "a finished run: LoRA, QLoRA or full fine-tuning"],
     *,
-    to: Annotated[Path | None, "the folder; it must not exist, or be empty"] = None,
+    to: Annotated[Path, "the folder to write, for example my-first-export; a new or empty one"],
     merged: Annotated[bool, "the merged model (recipes merge RUN) instead of the adapter"] = False,
     push_to_hub: Annotated[str | None, "OWNER/NAME: export, and upload the folder"] = None,
     public: Annotated[bool, "make a new repository public (default: private)"] = False,
 ) -> int:
     """Export, and push if asked; no model is loaded."""
-    if to is None:
-        hint = f"for example: recipes export {shlex.quote(run)} --to {shlex.quote(run)}-export"
-        raise RecipeError("recipes export: --to is missing, the folder to write", hint)
     if push_to_hub:
         check_repo(push_to_hub)
     files = export(finished_run(open_run(run), remote_code=True), to, merged)

@@ -63,7 +63,7 @@ def run(
             "one recipe or study at a time; put options of the site into its profile: sbatch",
         )
     if not profile:
-        hint = f"there are {', '.join(profile_names())}; copy launch/profiles/example.yaml"
+        hint = f"profiles: {', '.join(profile_names())}, or a copy of launch/profiles/example.yaml"
         raise RecipeError("recipes launch: --profile is missing", hint)
     if dry_run + prepare + wait > 1:
         raise RecipeError("recipes launch: --dry-run, --prepare or --wait, only one of them")

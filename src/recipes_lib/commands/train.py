@@ -149,7 +149,7 @@ def _record_end(run: RunDirectory, killed: str, code: int) -> None:
     end = time.monotonic() + _LETTING_GO_S
     while is_held(run.path) and time.monotonic() < end:
         time.sleep(_POLL_S)
-    what = killed or "the training ended without a word"
+    what = killed or "the training ended without saying why"
     if run.exists() and run.read_state()["state"] == "running" and not is_held(run.path):
         run.write_state("preempted" if killed else "failed", exit_code=code, error=what)
     elif not killed:
