@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipes_lib.config.batch import describe_schedule, planned_steps, solve_batch, warmup_steps
+from recipes_lib.config.batch import planned_steps, solve_batch
 from recipes_lib.core.errors import RecipeError
 
 SIZES = st.integers(min_value=1, max_value=64)
@@ -33,15 +33,6 @@ def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values():
         assert not [word for word in words if word not in str(caught.value)]
 
 
-def test_warmup_is_what_transformers_makes_of_it():
-    from transformers import TrainingArguments
-
-    for value in (0, 0.03, 0.1, 0.5, 1, 7):
-        args = TrainingArguments("unused", use_cpu=True, warmup_steps=value)
-        for steps in (1, 2, 33, 1128):
-            assert warmup_steps(value, steps) == args.get_warmup_steps(steps)
-
-
 @pytest.mark.parametrize(
     ("rows", "accumulation", "epochs"), [(305, 1, 1), (305, 4, 1.5), (64, 8, 1)]
 )
@@ -63,8 +54,3 @@ def test_steps_are_what_the_trainer_plans(rows, accumulation, epochs, tmp_path):
     _, planned, *_, max_steps = trainer.set_initial_training_values(args, loader)
     shape = {"per_device": 4, "accumulation": accumulation, "world_size": 1}
     assert planned_steps(rows, **shape, epochs=epochs) == (planned, max_steps)
-
-
-def test_a_first_step_that_trains_nothing_is_said_to_do_so():
-    assert "trains nothing" in describe_schedule("cosine", 1e-3, 0.03, 2)
-    assert describe_schedule("constant", 1e-3, 0.03, 2).endswith("no warmup")

@@ -45,7 +45,7 @@ def test_every_style_passes_the_check_and_accounts_for_every_key_and_comment(
     style, migrated, tmp_path, capsys
 ):
     _, text, printed = migrated(style)
-    assert not load_recipe(tmp_path / "out" / "recipe.yaml").warnings
+    assert not load_recipe(tmp_path / "out" / "recipe.yaml").document.warnings
     assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
     flat = (FLAT / f"{style}.yaml").read_text(encoding="utf-8")
     for key in yaml.safe_load(flat):

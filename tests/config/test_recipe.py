@@ -19,8 +19,8 @@ def test_every_shipped_recipe_loads_without_a_warning():
         if path.name.startswith("_") or "studies" in path.parts:
             continue
         recipe = load_recipe(path)
-        if recipe.warnings or recipe.name != f"{path.parent.name}--{path.stem}":
-            wrong[path] = recipe.warnings
+        if recipe.document.warnings or recipe.name != f"{path.parent.name}--{path.stem}":
+            wrong[path] = recipe.document.warnings
     assert not wrong
 
 

@@ -57,7 +57,7 @@ def run(
     from recipes_lib.plan.steps import rows_of
 
     recipe = load_recipe(recipe_or_study, overrides)
-    for warning in recipe.warnings:
+    for warning in recipe.document.warnings:
         print_error(warning)
     launch = launch_for(recipe, gpu, gpus, nodes, accelerate)
     plan = plan_of(recipe, launch, card_for(launch, gpu), rows_of(recipe, tokens_per_row))

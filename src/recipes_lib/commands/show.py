@@ -26,7 +26,7 @@ def run(
 ) -> int:
     """Print the recipe as YAML, so that the output is a recipe again."""
     loaded, file = load_recipe(recipe, overrides), shown_path(recipe_path(recipe))
-    for warning in loaded.warnings:
+    for warning in loaded.document.warnings:
         print_error(warning)
     if diff is not None:
         other = shown_path(recipe_path(diff))
@@ -34,7 +34,7 @@ def run(
         say("\n".join(aligned([("", file, other), *rows]) if rows else ["no difference"]))
         return next_step("recipes", "show", other)
     # what somebody wrote and the project's defaults; paths are absolute, so it is a recipe anywhere
-    written: dict[str, Any] = {**loaded.values, "train": loaded.train}
+    written: dict[str, Any] = {**loaded.document.values, "train": loaded.train}
     written["run"] = {**written.get("run", {}), "name": loaded.name}
     say(f"# {loaded.name}: {file}")
     say(f"#   {launch_line(plan_launch(loaded.launch), file, overrides)}")

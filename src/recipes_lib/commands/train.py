@@ -67,7 +67,7 @@ def run(
         command = ["env", "ACCELERATE_USE_CPU=true", *command]
     say(f"$ {shlex.join(command)}")
     if dry_run:
-        for warning in loaded.warnings:  # a training says them itself
+        for warning in loaded.document.warnings:  # a training says them itself
             print_error(warning)
         return next_step(this_command)
     if launch.rank:

@@ -33,11 +33,8 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 def sync_each_batch(recipe: Recipe) -> bool:
     """Return whether FSDP2 shares out the gradients of every backward pass, instead of once per
-    optimizer step.
-
-    Between two passes a process then keeps its share of them; else it keeps all of them, in
-    float32. For adapters that is little, and one exchange per step is faster; for a whole model it
-    is 4 bytes per parameter on every GPU, however many share the rest. A recipe decides itself with
+    optimizer step: else each GPU keeps all of them in float32, 4 bytes per trained parameter. A
+    recipe decides itself with
     `train.accelerator_config.gradient_accumulation_kwargs.sync_each_batch`.
     """
     config = recipe.train.get("accelerator_config") or {}
@@ -49,16 +46,10 @@ def sync_each_batch(recipe: Recipe) -> bool:
 
 def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
     """Return the gradient accumulation steps that make one optimizer step see exactly
-    `global_batch_size` examples.
-
-    Args:
-        global_batch_size: examples per optimizer step over all processes.
-        per_device: examples per micro-batch of one process.
-        world_size: number of processes.
+    `global_batch_size` examples, `per_device` at a time on each of `world_size` processes.
 
     Raises:
-        RecipeError: no whole number does it; the message shows the arithmetic and the nearest legal
-            values.
+        RecipeError: no whole number does it; shows the arithmetic and the nearest legal values.
 
     Example:
         >>> solve_batch(64, per_device=4, world_size=2)
@@ -106,10 +97,7 @@ def planned_steps(
 def describe_batch(
     rows: int, steps: tuple[int, int], *, per_device: int, accumulation: int, world_size: int
 ) -> str:
-    """Return the batch arithmetic of the start-up lines.
-
-    Args:
-        steps: what `planned_steps` returned.
+    """Return the batch arithmetic of the start-up lines; `steps` is what `planned_steps` returned.
 
     Example:
         >>> shape = {"per_device": 4, "accumulation": 8, "world_size": 2}
@@ -120,44 +108,30 @@ def describe_batch(
         left out, because they fill no step: 40
     """
     examples = per_device * accumulation * world_size
-    rest = rows % examples
+    rest = rows % examples if steps[1] >= steps[0] else 0
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"
-    text = (
+    return (
         f"{per_device} per device x {accumulation} accumulation x {ranks} = {examples} examples per"
         f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
+        + (f"; left out, because they fill no step: {rest}" if rest else "")
     )
-    if not rest or steps[1] < steps[0]:
-        return text
-    return f"{text}; left out, because they fill no step: {rest}"
 
 
-def warmup_steps(value: float, steps: int) -> int:
-    """Return the warm-up steps of a run; a value below 1 is a fraction of all steps, rounded up as
-    transformers does.
-
-    Example:
-        >>> warmup_steps(0.03, 2), warmup_steps(0.1, 60), warmup_steps(5, 60)
-        (1, 6, 5)
-    """
-    return int(value) if value >= 1 else math.ceil(steps * value)
-
-
-def describe_schedule(scheduler: str, learning_rate: float, warmup: float, steps: int) -> str:
+def describe_schedule(scheduler: str, learning_rate: float, warmup: int, steps: int) -> str:
     """Return the schedule of the start-up lines. A warm-up begins at 0, so its first step moves no
     weight.
 
     Example:
-        >>> describe_schedule("cosine", 1e-3, 0.1, 39)
+        >>> describe_schedule("cosine", 1e-3, 4, 39)
         'cosine, learning rate 0.001, warmup 4 of 39 steps (step 1 trains nothing)'
         >>> describe_schedule("linear", 1e-3, 0, 60)
         'linear, learning rate 0.001, no warmup'
         >>> describe_schedule("linear", 1e-3, 500, 60)
         'linear, learning rate 0.001, never reached: warmup takes 500 steps, and the run has 60'
     """
-    number = 0 if scheduler in WITHOUT_WARMUP else warmup_steps(warmup, steps)
     head = f"{scheduler}, learning rate {learning_rate:g}, "
-    if not number:
+    if scheduler in WITHOUT_WARMUP or not warmup:
         return head + "no warmup"
-    if number >= steps:
-        return f"{head}never reached: warmup takes {number:,} steps, and the run has {steps:,}"
-    return f"{head}warmup {number:,} of {steps:,} steps (step 1 trains nothing)"
+    if warmup >= steps:
+        return f"{head}never reached: warmup takes {warmup:,} steps, and the run has {steps:,}"
+    return f"{head}warmup {warmup:,} of {steps:,} steps (step 1 trains nothing)"

@@ -33,30 +33,18 @@ TRAIN_FLAGS = {
     "allow_partial_resume": "continue from a checkpoint that lacks optimizer or random state",
     "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
 }
-_FSDP = "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)"
-_REFUSED = {
-    "deepspeed_config": _FSDP,
-    "megatron_lm_config": _FSDP,
-    "parallelism_config": "only data parallelism and FSDP2 are supported; remove it",
-}
 # accelerate takes any key of fsdp_config unread
-_FSDP_KEYS = {
-    "fsdp_version",
-    "fsdp_state_dict_type",
-    "fsdp_auto_wrap_policy",
-    "fsdp_transformer_layer_cls_to_wrap",
-    "fsdp_min_num_params",
-    "fsdp_reshard_after_forward",
-    "fsdp_offload_params",
-    "fsdp_cpu_ram_efficient_loading",
-    "fsdp_activation_checkpointing",
-    # of FSDP1, without effect here; `accelerate config` writes them
-    "fsdp_backward_prefetch",
-    "fsdp_forward_prefetch",
-    "fsdp_use_orig_params",
-    "fsdp_sync_module_states",
-    "fsdp_sharding_strategy",
-}
+_OF_FSDP2 = (
+    *("version", "state_dict_type", "auto_wrap_policy", "transformer_layer_cls_to_wrap"),
+    *("min_num_params", "reshard_after_forward", "offload_params", "activation_checkpointing"),
+    "cpu_ram_efficient_loading",
+)
+# without effect here; `accelerate config` writes them
+_OF_FSDP1 = (
+    *("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states"),
+    "sharding_strategy",
+)
+_FSDP_KEYS = {f"fsdp_{name}" for name in (*_OF_FSDP2, *_OF_FSDP1)}
 
 
 class AccelerateConfig(Section):
@@ -85,32 +73,30 @@ def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         folders = [root / "accelerate_configs" for root in (Path.cwd(), project_root())]
-        places = [folder / f"{name_or_path}.yaml" for folder in folders]
-        path = next((place for place in places if place.is_file()), places[-1])
-        if not path.is_file():
-            names = sorted({entry.stem for folder in folders for entry in folder.glob("*.yaml")})
+        known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
+        if str(name_or_path) not in known:
             what = f"launch.accelerate '{name_or_path}' is not a file in accelerate_configs/"
-            near = did_you_mean(str(name_or_path), names)
-            raise RecipeError(what, *near, f"there are {', '.join(names) or 'none'}")
+            near = did_you_mean(str(name_or_path), known)
+            raise RecipeError(what, *near, f"there are {', '.join(sorted(known))}")
+        path = known[str(name_or_path)]
     config = parse(AccelerateConfig, read(path, yaml_1_1=True), accelerate_rules)
     return config.model_copy(update={"path": path})
 
 
 def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[RecipeError]:
     """Yield what accelerate would take and cannot be launched here."""
-    for key, instead in _REFUSED.items():
+    for key in ("deepspeed_config", "megatron_lm_config", "parallelism_config"):
         if document.values.get(key):
-            yield document.error(key, f"{key} cannot be used here", instead)
+            hint = "use distributed_type: FSDP (accelerate_configs/fsdp.yaml)"
+            yield document.error(key, f"{key} cannot be used here", hint)
     for key in config.fsdp_config.keys() - _FSDP_KEYS:
-        name = f"fsdp_config.{key}"
         near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.")
-        yield document.error(name, f"unknown key '{name}'", *near)
-    if config.distributed_type != "FSDP":
-        return
-    if config.fsdp_config.get("fsdp_version") != 2:
+        yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)
+    if config.distributed_type == "FSDP" and config.fsdp_config.get("fsdp_version") != 2:
         what = "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"
         yield document.error("fsdp_config.fsdp_version", what)
-    if config.fsdp_config.get("fsdp_state_dict_type") != "FULL_STATE_DICT":
+    kept = config.fsdp_config.get("fsdp_state_dict_type")
+    if config.distributed_type == "FSDP" and kept != "FULL_STATE_DICT":
         key = "fsdp_config.fsdp_state_dict_type"
         what = f"{key} must be FULL_STATE_DICT: a sharded final save writes no adapter"
         yield document.error(key, what)
@@ -223,14 +209,13 @@ def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | Non
         asked: `fsdp_cpu_ram_efficient_loading` of the launch.
     """
     lora = recipe.lora or {}
+    start = lora.get("init_lora_weights", True)
     reasons = {
         "each of them needs them whole": not sharded,
         f"{READS_ONCE_KEY} is false": not asked,
         "quantized weights cannot be handed on": recipe.quantization,
         "model.resize_embeddings computes new rows from the others": recipe.model.resize_embeddings,
-        f"lora.init_lora_weights: {lora.get('init_lora_weights')} starts from them": (
-            lora.get("init_lora_weights", True) not in STARTS_WITHOUT_WEIGHTS
-        ),
+        f"lora.init_lora_weights: {start} starts from them": start not in STARTS_WITHOUT_WEIGHTS,
     }
     for key in ("use_dora", "trainable_token_indices", "layer_replication"):
         reasons[f"lora.{key} starts from them"] = lora.get(key)
@@ -259,11 +244,9 @@ def plan_launch(
     per_machine = 1 if single else max(config.num_processes // config.num_machines, 1)
     launch = Launch(config, gpus or per_machine, nodes or config.num_machines)
     if single and launch.world_size > 1:
-        raise RecipeError(
-            f"{config.path.stem} starts one process, but {launch.world_size} were asked for",
-            "several processes: ddp or fsdp on GPUs, ddp_cpu or fsdp_cpu without (--accelerate"
-            " NAME, or launch.accelerate)",
-        )
+        what = f"{config.path.stem} starts one process, but {launch.world_size} were asked for"
+        hint = "several processes: ddp or fsdp on GPUs, ddp_cpu or fsdp_cpu without"
+        raise RecipeError(what, f"{hint} (--accelerate NAME, or launch.accelerate)")
     return launch
 
 
@@ -277,8 +260,7 @@ def plan_launch_of(
     """
     launch = plan_launch(recipe.launch, accelerate, gpus, nodes)
     asked_by = os.path.relpath(launch.config.path)
-    conflict = precision_conflict(recipe.train, launch.config.mixed_precision, asked_by)
-    if conflict:
+    if conflict := precision_conflict(recipe.train, launch.config.mixed_precision, asked_by):
         raise recipe.error("train.bf16", *conflict)
     return launch
 

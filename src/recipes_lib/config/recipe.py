@@ -7,8 +7,8 @@ absolute paths and no `extends`, and is what jobs, resumed runs and evaluations 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -66,11 +66,10 @@ class Recipe:
     """A resolved recipe.
 
     `train` holds what goes to `SFTConfig`: the recipe's keys and the project's defaults. `name` is
-    the run's name, `text` the recipe's file, `values` what was written, `origins` where each dotted
-    key was. Paths are absolute.
+    the run's name, `document` knows where each value was written. Paths are absolute.
     """
 
-    path: Path
+    document: Document
     name: str
     model: ModelSection
     data: DataSection
@@ -79,10 +78,11 @@ class Recipe:
     train: dict[str, Any]
     lora: dict[str, Any] | None
     quantization: dict[str, Any] | None
-    origins: Mapping[str, Origin]
-    warnings: tuple[RecipeError, ...]
-    text: str = ""
-    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        """The recipe's file."""
+        return self.document.path
 
     @property
     def base_format(self) -> str | None:
@@ -122,20 +122,19 @@ class Recipe:
         """
         section, _, name = key.partition(".")
         ours = section == "train" and name in TRAIN_DEFAULTS
-        return self.origins.get(key, PROJECT_DEFAULT if ours else UPSTREAM_DEFAULT)
+        default = PROJECT_DEFAULT if ours else UPSTREAM_DEFAULT
+        places = {dotted(path): place for path, place in self.document.origins.items()}
+        return places.get(key, default)
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
         """Return an error placed where `key` was written; for a default, where its section or else
         the recipe is.
         """
-        above = (key.rsplit(".", levels)[0] for levels in range(key.count(".") + 1))
-        written = (self.origins[key] for key in above if key in self.origins)
-        origin = next(written, Origin(str(self.path)))
-        return RecipeError(what, *hints, file=origin.file, line=origin.line)
+        return self.document.error(key, what, *hints)
 
     def fault(self, key: str, what: str, *hints: str) -> EnvironmentFault:
         """Return an error of the machine, placed where `key` asks for what it has not."""
-        origin = self.origin_of(key)
+        origin = self.document.origin(key)
         return EnvironmentFault(what, *hints, file=origin.file, line=origin.line)
 
 
@@ -172,7 +171,7 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
     train = values.get("train")
     name = file.run.name or f"{document.path.resolve().parent.name}--{document.path.stem}"
     return Recipe(
-        path=document.path,
+        document=document,
         name=check_run_name(name, origin.file, origin.line),
         model=file.model,
         data=file.data,
@@ -181,10 +180,6 @@ def recipe_of(file: RecipeFile, document: Document) -> Recipe:
         train=TRAIN_DEFAULTS | (train if isinstance(train, dict) else {}),  # check asks of bad ones
         lora=values.get("lora"),
         quantization=values.get("quantization"),
-        origins={dotted(path): origin for path, origin in document.origins.items()},
-        warnings=tuple(document.warnings),
-        text=document.text,
-        values=values,
     )
 
 
@@ -209,9 +204,9 @@ def recipe_keys() -> dict[str, dict[str, Any]]:
 # model was loaded. Each rule yields the key to blame, what is wrong, and hints.
 
 _Finding = tuple[str, ...]
+_IN_MODEL = ("dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "revision")
 _NOT_IN_MODEL_KWARGS = {
-    **dict.fromkeys(("dtype", "torch_dtype"), "write model.dtype"),
-    **dict.fromkeys(("attn_implementation", "trust_remote_code", "revision"), "write it in model"),
+    **{key: f"write model.{key.removeprefix('torch_')}" for key in _IN_MODEL},
     "quantization_config": "write a quantization section",
     "device_map": "the launcher decides where the model lies",
     "use_safetensors": "safetensors are always read",
@@ -265,22 +260,19 @@ def _adapter(recipe: RecipeFile, train: dict[str, Any]) -> Iterator[_Finding]:
     if "lm_head" in (targets if isinstance(targets, list) else [targets]):
         what = f"{key} holds lm_head: the loss cannot run through an adapter on the output layer"
         yield key, what, "remove lm_head"
-    if recipe.quantization is None:
-        return
     quantization = _written(recipe.quantization)
     four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
-    if not four and not eight:
+    if recipe.quantization is not None and not four and not eight:
         hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
         yield "quantization", "quantization switches nothing on", hint
-    elif recipe.lora is None:
+    elif recipe.quantization is not None and recipe.lora is None:
         what = "quantized weights cannot be trained without an adapter"
         yield "quantization", what, "add a lora section, or remove quantization"
     # A 4-bit layer answers in the base's precision; where autocast's is the other half, the next
     # concatenation ends the run.
-    dtype, halves = recipe.model.dtype, ("float16", "bfloat16")
+    dtype, under = recipe.model.dtype, "train.fp16" if train.get("fp16") else "train.bf16"
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else dtype
-    if four and dtype in halves and dtype != half:
-        under = "train.fp16" if train.get("fp16") else "train.bf16"
+    if four and dtype in ("float16", "bfloat16") and dtype != half:
         what = f"model.dtype {dtype} under {under}: 4-bit layers would mix the two"
         yield "model.dtype", f"{what}, which torch refuses", f"set model.dtype: {half}"
 

@@ -17,8 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.documents import COMMAND_LINE, Origin
-from recipes_lib.config.preflight import KEY as MODEL_KEY
+from recipes_lib.config.documents import COMMAND_LINE, Document, Origin
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED, DataSection, LaunchSection, ModelSection, RunSection
 from recipes_lib.core.errors import RecipeError
@@ -229,7 +228,9 @@ def bare_recipe(
 ) -> Recipe:
     """Return settings for a model that nobody trained here; weights/ loads what a recipe names."""
     return Recipe(
-        path=Path(model.name_or_path),
+        document=Document(
+            Path(model.name_or_path), origins={("model", "name_or_path"): Origin(COMMAND_LINE)}
+        ),
         name=model.name_or_path,
         model=model,
         data=data or DataSection(source=""),
@@ -238,8 +239,6 @@ def bare_recipe(
         train={},
         lora=None,
         quantization=quantization,
-        origins={MODEL_KEY: Origin(COMMAND_LINE)},
-        warnings=(),
     )
 
 

@@ -25,7 +25,6 @@ from recipes_lib.config.batch import (
     describe_schedule,
     planned_steps,
     sync_each_batch,
-    warmup_steps,
 )
 from recipes_lib.config.launch import (
     READS_ONCE_VARIABLE,
@@ -252,7 +251,9 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     }
     epochs, most = args.num_train_epochs, args.max_steps
     steps = planned_steps(rows, **shape, epochs=epochs, max_steps=most)
-    schedule = describe_schedule(_schedule(args), args.learning_rate, args.warmup_steps, steps[1])
+    schedule = describe_schedule(
+        _schedule(args), args.learning_rate, args.get_warmup_steps(steps[1]), steps[1]
+    )
     lines = [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
         f" {attention}{padding}; seed {args.seed}",
@@ -274,7 +275,7 @@ def _schedule(args: SFTConfig) -> str:
 def trains_nothing(args: SFTConfig, steps: int) -> bool:
     """Whether the only step of a training is one of warm-up, which begins at learning rate 0."""
     warms_up = _schedule(args) not in WITHOUT_WARMUP
-    return warms_up and steps == 1 and warmup_steps(args.warmup_steps, steps) > 0
+    return warms_up and steps == 1 and args.get_warmup_steps(steps) > 0
 
 
 def count_quantized(model: Any) -> int:
