@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1968, 1500),
     "core": (1266, 800),
-    "config": (3020, 1900),
+    "config": (2970, 1900),
     "models": (750, 450),
     "data": (2755, 1650),
     "training": (2098, 1700),
