@@ -251,9 +251,8 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     }
     epochs, most = args.num_train_epochs, args.max_steps
     steps = planned_steps(rows, **shape, epochs=epochs, max_steps=most)
-    schedule = describe_schedule(
-        _schedule(args), args.learning_rate, args.get_warmup_steps(steps[1]), steps[1]
-    )
+    warmup = args.get_warmup_steps(steps[1])
+    schedule = describe_schedule(_schedule(args), args.learning_rate, warmup, steps[1])
     lines = [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
         f" {attention}{padding}; seed {args.seed}",
