@@ -89,7 +89,6 @@ MISTAKES = {
     "dataset_kwargs: {data_files: {test: gone.jsonl}}": "gone.jsonl",
     "output_type: multiple_choise": "multiple_choise",
     'doc_to_target: "{{answer"': "TemplateSyntaxError",
-    "metric_list: [{metric: accc}]": "no metric 'accc'",
     "test_split: tset": "tset",
 }
 OPTIONS = {
@@ -121,7 +120,8 @@ def test_a_mistake_in_a_task_or_an_option_is_one_line(small_task, make_run, monk
 CODE = {
     "doc_to_text: !function evil.f": "this task runs code: !function evil.f",
     "doc_to_text: !<!function> evil.f": "this task runs code: !function evil.f",
-    "metric_list: [{metric: ./evil}]": "this task runs code: metric: ./evil",
+    "metric_list: [{metric: ./evil}]": "lm-eval has no metric './evil'",
+    "metric_list: [{metric: accc}]": "lm-eval has no metric 'accc'",
     "generation_kwargs: {custom_generate: ./evil}": "custom_generate: ./evil",
     "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch ran') }}\"": "could run code",
     "doc_to_text: \"{{ question|attr('__class__') }}\"": "could run code",

@@ -227,8 +227,8 @@ def test_a_training_recipe_among_the_words_is_named_with_its_run():
         for words in ([path, recipe], [recipe, path]):
             with pytest.raises(RecipeError, match="is a training recipe") as caught:
                 split_words(words)
-            run = load_recipe(recipe).name
-            assert f"recipes train {recipe}, then name its run: {run}" in str(caught.value)
+            assert f"name its run, {load_recipe(recipe).name}" in str(caught.value)
+            assert f"recipes train {recipe}" in str(caught.value)
 
 
 # ---- defects that were found by use ----

@@ -198,18 +198,16 @@ class HFEngine:
 
         waiting = sorted(requests, key=lambda request: -len(request.ids))
         while waiting:
-            with self.using() as model:
-                context, device = _context(model), model.device.type
-            if len(waiting[0].ids) >= context:
-                yield Completion(key=waiting.pop(0).key, finish_reason="prompt_too_long")
-                continue
-            self.batch_tokens = self.batch_tokens or _BATCH_TOKENS.get(device, 8192)
-            width = len(waiting[0].ids) + max_new_tokens
-            batch = waiting[: max(1, min(MAX_ROWS, self.batch_tokens // max(width, 1)))]
-            done = None
+            batch, done = waiting[:1], None
+            width = len(batch[0].ids) + max_new_tokens
             try:
                 with self.using() as model:
-                    done = answer(model, batch)
+                    if len(batch[0].ids) < _context(model):
+                        limit = self.batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
+                        batch = waiting[: max(1, min(MAX_ROWS, limit // max(width, 1)))]
+                        done = answer(model, batch)
+                    else:
+                        done = [Completion(key=batch[0].key, finish_reason="prompt_too_long")]
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise

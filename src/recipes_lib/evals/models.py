@@ -349,20 +349,25 @@ def loaded(models: Sequence[Model]) -> Iterator[list[Loaded]]:
     """Give the models of one group of `grouped`, on one base in memory, which is freed
     afterwards.
     """
-    memory: list[Any] = []  # the family of the runs, or the base alone
+    trained = [model.trained for model in models if model.trained]
+    memory: list[Any] = []  # the family of the runs, or the base alone, or why it cannot be loaded
 
     @contextmanager
     def using(model: Model) -> Iterator[Any]:
-        trained = [other.trained for other in models if other.trained]
-        if not memory and trained:
-            memory.append(Family(trained))
-        elif not memory:
-            memory.append(ready_to_answer(load_base(model.recipe, model.prompts.tokenizer)))
-        if trained:
-            with memory[0].answering(model.name if model.trained else BASE) as network:
-                yield network
-        else:
+        try:
+            if not memory and trained:
+                memory.append(Family(trained))
+            elif not memory:
+                memory.append(ready_to_answer(load_base(model.recipe, model.prompts.tokenizer)))
+        except Exception as error:
+            memory.append(error)
+        if isinstance(memory[0], Exception):
+            raise memory[0]
+        if not trained:
             yield memory[0]
+            return
+        with memory[0].answering(model.name if model.trained else BASE) as network:
+            yield network
 
     try:
         yield [Loaded(model, partial(using, model)) for model in models]

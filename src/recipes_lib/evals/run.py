@@ -368,7 +368,7 @@ def split_words(
         path = recipe_path(word)
         is_yaml = path.suffix in (".yaml", ".yml") and path.is_file()
         if is_yaml and not is_run(word) and read(path).kind == "recipe":
-            hint = f"recipes train {word}, then name its run: {load_recipe(path).name}"
+            hint = f"name its run, {load_recipe(path).name}; train it first: recipes train {word}"
             raise RecipeError(f"{word} is a training recipe; runs are evaluated", hint)
     files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
     if not files:

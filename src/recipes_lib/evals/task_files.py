@@ -15,7 +15,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ def _library() -> Path | None:
     return Path(spec.origin).resolve().parent if spec and spec.origin else None
 
 
+@cache
+def _metrics() -> frozenset[str]:
+    """The names of lm-eval's own metrics, none where it is not installed. It loads the code of any
+    other from a folder or the Hub.
+    """
+    library = _library()
+    text = (library / "api/metrics.py").read_text(encoding="utf-8") if library else ""
+    return frozenset(re.findall(r'metric="([^"]+)"', text))
+
+
 @lru_cache(maxsize=2)
 def _names_in(folder: Path) -> frozenset[str]:
     """The names of tasks, groups and tags in a folder, read off its files as text: half a second,
@@ -117,18 +127,6 @@ def readable(recipe: Path) -> list[Path]:
     return [own, project] if own.is_relative_to(project) else [own]
 
 
-def metrics_in(folder: Path) -> Iterator[tuple[str, RecipeError]]:
-    """Yield the metrics that the task files of a folder name, each with the error for one that
-    lm-eval does not have: it would load the code of one with that name from a folder or the Hub.
-    """
-    for path in sorted(folder.rglob("*.yaml")):
-        for key, node in _nodes(_tree(path)):
-            if key == "metric" and (name := _text(node)):
-                what = f"lm-eval has no metric '{name}' and would run the code of one"
-                line = node.start_mark.line + 1
-                yield name, RecipeError(what, ALLOW, file=shown_path(path), line=line)
-
-
 def _in_file(
     path: Path, base: Path, allowed: Sequence[Path], seen: set[Path]
 ) -> Iterator[RecipeError]:
@@ -158,13 +156,12 @@ def _code_of(key: str, node: yaml.Node) -> str | None:
     """
     value = _text(node)
     is_on = value.lower() not in ("", "false", "no", "off", "0")
-    is_plain = value.replace("_", "").replace("-", "").isalnum()
     if not node.tag.startswith(_PLAIN) or "python/" in node.tag:
         return f"this task runs code: {node.tag} {value[:80]}".rstrip()
-    if is_on and (
-        key in _CODE_KEYS or "custom_generate" in value or (key == "metric" and not is_plain)
-    ):
+    if is_on and (key in _CODE_KEYS or "custom_generate" in value):
         return f"this task runs code: {key}: {value[:100]}"
+    if is_on and key == "metric" and _metrics() and value not in _metrics():
+        return f"lm-eval has no metric '{value[:100]}' and would run the code of one"
     if ("{{" in value or "{%" in value) and (reason := _could_run_code(value)):
         return f"this template could run code: {reason}"
     return None

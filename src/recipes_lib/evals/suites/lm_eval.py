@@ -26,7 +26,6 @@ from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
 from recipes_lib.evals.questions import check_allowed
 from recipes_lib.evals.suites import Suite
-from recipes_lib.evals.task_files import metrics_in
 from recipes_lib.evals.verdicts import metric_of, shown_rate
 from recipes_lib.weights.load import model_path
 
@@ -157,15 +156,9 @@ def _task_manager(recipe: EvalRecipe) -> Any:
     """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
     recipe's suffice.
     """
-    from lm_eval.api import metrics  # noqa: F401  (fills the registry)
-    from lm_eval.api.registry import metric_registry
     from lm_eval.tasks import TaskManager
 
     folder = recipe.data.include_path
-    if folder and not recipe.generation.trust_remote_code:
-        for metric, error in metrics_in(Path(folder)):
-            if metric not in metric_registry:
-                raise error
     manager = TaskManager(include_path=folder, include_defaults=False)
     if all(manager.match_tasks([task]) for task in recipe.suite.tasks or ()):
         return manager
