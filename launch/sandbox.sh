@@ -2,7 +2,6 @@
 # A Slurm cluster of four made-up nodes on this machine, on 127.0.0.1 only: to try `recipes launch` and to test it. Needs root, no systemd.
 #   launch/sandbox.sh start [FOLDER]           FOLDER (default .slurm) then holds everything; use it with: source FOLDER/env.sh
 #   launch/sandbox.sh stop [FOLDER]
-#   launch/sandbox.sh node FOLDER NUMBER       start the daemon of one node again
 #   launch/sandbox.sh run COMMAND [WORD ...]   start, run the command, stop; its exit code
 # Each node claims 8 GPUs, 16 cores and 64 GB. Nothing is behind the GPUs: links to /dev/null, as Slurm wants a file for each.
 # SANDBOX_NODES, SANDBOX_PORT (of the controller; nodes follow) and SANDBOX_SLURM_CONF (further lines of slurm.conf) change it.
@@ -117,14 +116,10 @@ stop() {
   return $code
 }
 
-usage() { sed -n '2,6s/^# //p' "$0"; }
+usage() { sed -n '2,5s/^# //p' "$0"; }
 
 case ${1:-} in
   -h | --help) usage ;;
-  node)   # start the daemon of one node again: node FOLDER NUMBER
-    FOLDER=$(cd "$2" && pwd)
-    export SLURM_CONF=$FOLDER/etc/slurm.conf
-    start_node "$FOLDER" "$3" ;;
   start | stop)
     mkdir -p "${2:-.slurm}"
     FOLDER=$(cd "${2:-.slurm}" && pwd)

@@ -80,12 +80,10 @@ class Cluster:
         self.work = folder / "work"
         self.work.mkdir()
         self.runs = self.work / "runs"
+        own = ("SLURM_", "SBATCH_")
+        plain = {name: value for name, value in os.environ.items() if not name.startswith(own)}
         self.environment = {
-            **{
-                name: value
-                for name, value in os.environ.items()
-                if not name.startswith(("SLURM_", "SBATCH_"))
-            },
+            **plain,
             "SLURM_CONF": str(folder / "slurm" / "etc" / "slurm.conf"),
             "RECIPES_RUNS_ROOT": str(self.runs),
             "OMP_NUM_THREADS": "1",
@@ -94,14 +92,8 @@ class Cluster:
         }
 
     def call(self, *argv: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            argv,
-            env=self.environment,
-            cwd=self.work,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        where = {"env": self.environment, "cwd": self.work}
+        return subprocess.run(argv, **where, capture_output=True, text=True, timeout=timeout)
 
     def recipes(self, *words: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         return self.call(sys.executable, "-m", "recipes_lib.cli", *words, timeout=timeout)
@@ -123,41 +115,12 @@ class Cluster:
         rows = json.loads((self.runs / name / "slurm" / "jobs.json").read_text())["jobs"]
         return {row["label"]: row["id"] for row in rows}
 
-    def start_node(self, node: str) -> None:
-        """Start a node's daemon again, as the sandbox did, and wait until Slurm uses it."""
-        started = self.call(
-            str(SANDBOX), "node", str(self.folder / "slurm"), node.removeprefix("node")
-        )
-        assert started.returncode == 0, started.stdout + started.stderr
-
-        def is_back() -> bool:
-            # Any state of a node that answers but these will do: one that still ends the lost job
-            # takes other jobs too.
-            lines = [
-                line.split()
-                for line in self.call("sinfo", "-h", "-r", "-N", "-o", "%N %T").stdout.splitlines()
-            ]
-            states = [state for name, state in lines if name == node]
-            if states and not any(
-                state.startswith(("down", "drain", "unknown")) for state in states
-            ):
-                return True
-            # Asked again each time: a word that came before the daemon had registered, or while the
-            # lost job ended, has no effect.
-            self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
-            time.sleep(1)
-            return False
-
-        self.wait_for(is_back, f"{node} to come back")
-
     def daemons(self) -> str:
         """Return what Slurm says of its nodes, and the end of each daemon's log."""
-        logs = sorted((self.folder / "slurm").rglob("*.log"))
-        ends = (
-            "\n".join([f"== {log.name}", *log.read_text(errors="replace").splitlines()[-15:]])
-            for log in logs
-        )
-        return "\n".join([self.call("sinfo", "-h", "-N", "-o", "%N %T %E").stdout, *ends])
+        lines = [self.call("sinfo", "-h", "-N", "-o", "%N %T %E").stdout]
+        for log in sorted((self.folder / "slurm").rglob("*.log")):
+            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-15:]]
+        return "\n".join(lines)
 
     def queue(self) -> list[str]:
         return self.call("squeue", "-h", "-o", "%i %j %T").stdout.splitlines()
@@ -221,47 +184,32 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """
     missing = [program for program in NEEDED if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
-        reason = (
-            f"{', '.join(missing)} missing: apt-get install slurm-wlm munge"
-            if missing
-            else "the sandbox cluster needs root"
-        )
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        reason = f"needs root, and of {', '.join(missing)}: apt-get install slurm-wlm munge"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
     environment = {**os.environ, "SANDBOX_PORT": str(free_ports())}
-    started = subprocess.run(
-        [SANDBOX, "start", folder / "slurm"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert started.returncode == 0, started.stderr
+
+    def sandbox(action: str, timeout: float) -> None:
+        words = [SANDBOX, action, folder / "slurm"]
+        done = subprocess.run(
+            words, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        assert done.returncode == 0, done.stderr
+
+    sandbox("start", 60)
     try:
         yield Cluster(folder)
     finally:
-        stopped = subprocess.run(
-            [SANDBOX, "stop", folder / "slurm"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        sandbox("stop", 120)
         left = processes_of(folder)
-    assert stopped.returncode == 0, stopped.stderr
     assert not left, f"left behind: {left}"
 
 
 def free_ports() -> int:
-    """Return a port from which on a controller and four nodes (100 further up) find room.
-
-    Below the ports that Linux gives to whoever asks for any: a node whose daemon is down for a
-    while must find its own port free again.
+    """Return a port from which on a controller and four nodes (100 further up) find room: below
+    those where the ranks of a job meet, and those that Linux gives to whoever asks for any.
     """
     for _ in range(50):
-        # from 12,000 on stand the ports where the ranks of a job meet
         port = random.randrange(10_000, 11_800)
         if all(is_free(port + offset) for offset in (0, 101, 102, 103, 104)):
             return port

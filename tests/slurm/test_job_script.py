@@ -113,32 +113,17 @@ def test_ranks_meet_at_a_port_that_linux_gives_to_nobody_else(job, in_slurm) -> 
 
 def test_a_node_that_does_not_see_the_folder_of_the_runs_is_exit_5(job, tmp_path: Path) -> None:
     assert job("eval", "true")[0] == 0
-    text = (
-        (tmp_path / "eval.sbatch")
-        .read_text()
-        .replace(f"FOLDER={tmp_path}", f"FOLDER={tmp_path}/elsewhere/slurm")
-    )
-    done = subprocess.run(["bash", "-c", text], capture_output=True, text=True, timeout=60)
-    assert (
-        done.returncode == 5 and f"this node does not see {tmp_path}/elsewhere/slurm" in done.stderr
-    )
+    script = (tmp_path / "eval.sbatch").read_text()
+    elsewhere = script.replace(f"FOLDER={tmp_path}", f"FOLDER={tmp_path}/elsewhere/slurm")
+    done = subprocess.run(["bash", "-c", elsewhere], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5
+    assert f"this node does not see {tmp_path}/elsewhere/slurm" in done.stderr
 
 
 def test_a_command_is_an_argument_list_not_a_line_of_shell(job, tmp_path: Path) -> None:
-    code, said = job(
-        "eval",
-        "printf",
-        "%s|",
-        "$(touch oops)",
-        "a  b",
-        "'; touch oops",
-        "--foo",
-        "*",
-        "a\nb\\n",
-        "$HEAD",
-    )
-    assert code == 0 and "$(touch oops)|a  b|'; touch oops|--foo|*|a\nb\\n|$HEAD|" in said
-    assert not (tmp_path / "oops").exists()
+    odd = ("$(touch oops)", "a  b", "'; touch oops", "--foo", "*", "a\nb\\n", "$HEAD")
+    code, said = job("eval", "printf", "%s|", *odd)
+    assert code == 0 and "|".join(odd) in said and not (tmp_path / "oops").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "0\n"
 
 
@@ -147,13 +132,9 @@ def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(
 ) -> None:
     assert "yes" in job("eval", "printenv", "FROM_SITE", setup="export FROM_SITE=yes")[1]
     code, said = job("eval", "touch", "ran", setup="module load nothing")
-    number = (tmp_path / "eval.sbatch").read_text().splitlines().index(
-        "module load nothing || environment_failed"
-    ) + 1
-    assert (
-        code == 5
-        and f"the site's environment failed: line {number} of {tmp_path}/eval.sbatch" in said
-    )
+    lines = (tmp_path / "eval.sbatch").read_text().splitlines()
+    number = lines.index("module load nothing || environment_failed") + 1
+    assert code == 5 and f"environment failed: line {number} of {tmp_path}/eval.sbatch" in said
     assert not (tmp_path / "ran").exists()
     assert (tmp_path / "eval.exit_code").read_text() == "5\n"
 
@@ -168,8 +149,9 @@ def test_the_code_of_a_training_is_the_one_it_left_and_none_is_a_failure(job) ->
 
 def test_the_first_failing_rank_is_named_first(job) -> None:
     script = """
-    echo "rank 1: late" > "$RECIPES_RANK_ERRORS/200-rank1.txt"; echo "rank 3: out of memory" > "$RECIPES_RANK_ERRORS/100-rank3.txt"; exit 1
-    """.strip()  # noqa: E501
+    echo "rank 1: late" > "$RECIPES_RANK_ERRORS/200-rank1.txt"
+    echo "rank 3: out of memory" > "$RECIPES_RANK_ERRORS/100-rank3.txt"; exit 1
+    """
     code, said = job("train", "bash", "-c", script)
     assert code == 1 and "first error: rank 3: out of memory" in said and "late" not in said
 
@@ -179,15 +161,19 @@ def test_a_stopped_training_without_slurm_says_that_it_can_be_continued(job) -> 
     assert code == 75 and "launch it again to continue" in said
 
 
+# bash cannot trap a signal that was ignored when it started; python can, as the training does
+STOPS = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    pathlib.Path(os.environ["RECIPES_EXIT_CODE_FILE"]).write_text("75")
+    sys.exit(75)
+"""
+
+
 def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
-    # bash cannot trap a signal that was ignored when it started; python can, as the training does
-    python = (
-        "import os, signal, time, pathlib, sys\nos.kill(os.getppid(),"
-        " signal.SIGUSR2)\ntime.sleep(1)\ndef save(*_):\n   "
-        " pathlib.Path(os.environ['RECIPES_EXIT_CODE_FILE']).write_text('75');"
-        " sys.exit(0)\nsignal.signal(signal.SIGUSR2, save)\ntime.sleep(30)\n"
-    )
-    (tmp_path / "stop.py").write_text(python)
+    ask = "os.kill(os.getppid(), signal.SIGUSR2); time.sleep(1)\n"
+    listen = "signal.signal(signal.SIGUSR2, save); time.sleep(30)\n"
+    (tmp_path / "stop.py").write_text(f"{STOPS}{ask}{listen}")
     code, said = job("train", "python3", "stop.py")
     assert code == 75 and "USR2" in said
 
@@ -200,14 +186,9 @@ def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(
     """
     for by, queued_again in (("USR2", True), ("TERM", False)):
         shown = '"show job"*) echo "JobId=7 Requeue=1 Restarts=0 B=1" ;; *) exit 1 ;;'
+        stop = f"os.kill(os.getppid(), signal.SIG{by}); time.sleep({30 if by == 'USR2' else 1})"
         (tmp_path / "stop.py").write_text(
-            "import os, signal, time, pathlib, sys\n"
-            "def save(*_):\n"
-            "    pathlib.Path(os.environ['RECIPES_EXIT_CODE_FILE']).write_text('75')\n"
-            "    sys.exit(75)\n"
-            "signal.signal(signal.SIGUSR2, save)\n"
-            f"os.kill(os.getppid(), signal.SIG{by})\n"
-            f"time.sleep(30 if {by!r} == 'USR2' else 1); save()\n"
+            f"{STOPS}signal.signal(signal.SIGUSR2, save)\n{stop}\nsave()\n"
         )
         code, said = job("train", "python3", "stop.py", **in_slurm(shown))
         assert code == 75 and ("saved; back into the queue" in said) is queued_again, said
@@ -223,16 +204,10 @@ def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, in_slurm, tmp_pat
     one, both = "echo 'JobId=7 Restarts=0 B=1'", "printf 'JobId=%s Restarts=0 B=1\\n' 8 7"
     answers = f'"show job 7_1 "*) {one} ;; "show job"*) {both} ;; *) exit 1 ;;'
     array = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    assert job("eval", "true", **in_slurm())[0] == 0  # no answer says nothing of a later try
     code, said = job("eval", "true", **in_slurm(answers, **array))
     assert code == 0 and "taken over" not in said, said
     assert (tmp_path / "eval.1.exit_code").read_text() == "0\n"
-
-
-def test_a_controller_that_does_not_answer_says_nothing_of_a_later_try(
-    job, in_slurm, tmp_path: Path
-) -> None:
-    assert job("eval", "true", **in_slurm())[0] == 0
-    assert (tmp_path / "eval.exit_code").read_text() == "0\n"
 
 
 def test_each_process_takes_its_share_of_the_tasks_cores(job, in_slurm, monkeypatch) -> None:

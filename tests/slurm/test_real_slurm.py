@@ -5,9 +5,7 @@ the time limit, cancelling, an array with a failing arm, pasted lines, two nodes
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -171,51 +169,3 @@ def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(
     assert "2 node(s) x 2 process(es)" in log and "DDP, world size 4" in log
     alone, four = load(cluster.adapter("alone")), load(cluster.adapter("four"))
     assert max(float((alone[name] - four[name]).abs().max()) for name in alone) < 1e-4
-
-
-@pytest.mark.nightly
-def test_what_slurm_refuses_leaves_nothing_queued(cluster, tiny) -> None:
-    for flags, word in (({"partition": "nowhere"}, "partition"), ({"time": "9-00:00:00"}, "time")):
-        site = cluster.profile("refused", sbatch=flags)
-        done = cluster.recipes("launch", "tiny.yaml", "--profile", str(site), "--stages", "train")
-        assert done.returncode == 2 and word in done.stderr.lower(), done.stderr
-        assert f"{site.name}:2" in done.stderr and cluster.queue() == []
-
-
-@pytest.mark.nightly
-def test_a_failing_training_keeps_its_exit_code_and_cancels_what_waits_for_it(
-    cluster, tiny, profile
-) -> None:
-    explode = ("lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant")
-    evals = ("--evals", str(PROJECT / "evals/quickstart/house_style.yaml"))
-    launch = ("--accelerate", "ddp_cpu", "--gpus", "2", *evals, *explode, "run.name=explodes")
-    cluster.launch("tiny.yaml", "--profile", profile, *launch)
-    states = cluster.ended("explodes")
-    assert states["train"]["exit_code"] == 3, cluster.log("explodes")
-    assert [state["state"] for state in states.values()].count("done") == 0
-    assert cluster.queue() == []
-
-
-@pytest.mark.nightly
-def test_a_job_whose_node_is_lost_goes_on_elsewhere_and_never_two_tries_train(
-    cluster, tiny, profile, whole
-) -> None:
-    """The node's slurmd ends, its processes live on: Slurm queues the job again while the first try
-    still trains, and the second waits for it.
-    """
-    cluster.launch("tiny.yaml", "--profile", profile, "--stages", "train", "run.name=lost", *STEPS)
-    cluster.wait_for(lambda: cluster.steps("lost") >= 4, "the fourth step")
-    job = cluster.jobs("lost")["train"]
-    node = cluster.call("squeue", "-h", "-o", "%N", "-j", job).stdout.strip()
-    first = json.loads((cluster.runs / "lost" / "lock.json").read_text())
-    pid = (cluster.folder / "slurm" / "run" / f"slurmd-{node}.pid").read_text()
-    os.kill(int(pid), signal.SIGKILL)
-    try:
-        down = ("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
-        assert cluster.call(*down).returncode == 0
-        os.kill(first["pid"], 0)  # the first try is not gone with the node's daemon
-        states = cluster.ended("lost")
-    finally:
-        cluster.start_node(node)
-    assert states["train"]["state"] == "done", cluster.log("lost")
-    assert cluster.adapter("lost") == cluster.adapter(whole)
