@@ -92,43 +92,29 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
     trained: Path,
 ) -> None:
     def grades() -> list[float | None]:
-        return [
-            item.value
-            for one in load_run(RunDirectory("tiny--r8").path).metrics
-            if one.metric == "grade"
-            for item in one.samples
-        ]
+        metrics = load_run(RunDirectory("tiny--r8").path).metrics
+        return [s.value for metric in metrics if metric.metric == "grade" for s in metric.samples]
 
     judge, rubric = trained.with_name("judge.yaml"), trained.with_name("mine.txt")
-    first = (PROJECT / "evals/rubrics/helpfulness.txt").read_text()
-    judge.write_text(
-        judge.read_text().replace(f"{PROJECT}/evals/rubrics/helpfulness.txt", rubric.name)
-    )
-    seen, rows = [], []
+    shipped = PROJECT / "evals/rubrics/helpfulness.txt"
+    judge.write_text(judge.read_text().replace(str(shipped), rubric.name))
+    first, seen, rows, results = shipped.read_text(), [], [], []
     for text in (first, first.replace("?", ", and funny?", 1), first):
         rubric.write_text(text)
         run(trained)
         seen.append(grades())
         rows.append((rows_of("judgments"), rows_of("generations")))
+        base = RunDirectory(base_run(load_study(trained))).path / "evals" / "study--mt_bench"
+        results.append((base / "result.json").read_bytes())
     assert seen[0] == seen[2] and rows[0][1] == rows[2][1]
     assert rows[1][0] == rows[2][0] and sum(rows[1][0].values()) > sum(rows[0][0].values())
+    # the base's result of other settings is kept
+    earlier = [folder / "result.json" for folder in base.glob("earlier/*/")]
+    assert results[1] in [file.read_bytes() for file in earlier]
     questions = trained.with_name("mt_bench.yaml")
     questions.write_text(questions.read_text().replace("data: {", "data: {max_questions: 2, "))
     run(trained)
     assert len(grades()) == 4 and rows_of("judgments") == rows[2][0]
-
-
-def test_a_base_that_was_evaluated_with_other_settings_keeps_both_results(trained: Path) -> None:
-    run(trained)
-    base = RunDirectory(base_run(load_study(trained))).path / "evals" / "study--mt_bench"
-    before = (base / "result.json").read_bytes(), (base / "items.jsonl").read_bytes()
-    eval = trained.with_name("mt_bench.yaml")
-    text = eval.read_text()
-    eval.write_text(text.replace("max_new_tokens: 12", "max_new_tokens: 5"))
-    run(trained)
-    (kept,) = base.glob("earlier/*/")
-    assert ((kept / "result.json").read_bytes(), (kept / "items.jsonl").read_bytes()) == before
-    assert (base / "result.json").read_bytes() != before[0]
 
 
 def test_an_eval_against_another_run_is_part_of_the_comparison(

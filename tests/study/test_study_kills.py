@@ -117,25 +117,13 @@ def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(
         for what, value in expected.items():
             assert found[what] == value, f"{what} differs"
     assert ended
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_second_run_does_nothing_and_a_changed_question_asks_only_for_its_answers(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    study = write_tiny_study(tmp_path / "study", tiny_model_dir)
-    root = tmp_path / "runs"
-    run_to_the_end(study, root)
-    trained, before = weights(root), stores(root)
-    run_to_the_end(study, root)
-    assert (weights(root), stores(root)) == (trained, before)
-    questions = tmp_path / "study" / "questions.json"
+    # a changed question asks for its answers and their judgments alone
+    done, before, questions = weights(root), stores(root), study.with_name("questions.json")
     rows = json.loads(questions.read_text())
     rows[0]["instruction"] += " Please."
     questions.write_text(json.dumps(rows))
     run_to_the_end(study, root)
-    assert weights(root) == trained
+    assert weights(root) == done
     grown = {name: len(rows) - len(before[name]) for name, rows in stores(root).items()}
     answered = {name: more for name, more in grown.items() if "generations" in name and more}
     assert set(answered.values()) == {1} and len(answered) == 3, grown

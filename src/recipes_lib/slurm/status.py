@@ -118,24 +118,26 @@ def first_error(folder: Path, task: str) -> str:
 
 def show_status(names: Sequence[str], as_json: bool = False) -> int:
     """Print the jobs of the launches named, or of all."""
-    launches = {name: states_of(_folder(name)) for name in names or _launched()}
+    folders = {Path(name).name: _folder(name) for name in names or _launched()}
+    states = {name: states_of(folder) for name, folder in folders.items()}
     if as_json:
-        return print_json({Path(name).name: list(map(vars, t)) for name, t in launches.items()})
-    if not launches:
+        return print_json({name: list(map(vars, tasks)) for name, tasks in states.items()})
+    if not folders:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")
         return ExitCode.DONE
-    failed = []
-    for name, tasks in launches.items():
+    next_log = list(folders)[-1]
+    for name, tasks in states.items():
         say(name)
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
         for line in aligned([("job", "task", "what", "state", ""), *table]):
             say(f"  {line}")
         for task in (task for task in tasks if not task.active and not task.succeeded):
-            failed.append(f"{name} --stage {task.label}")
-            if error := first_error(_folder(name), task.label):
+            if (folders[name] / f"{task.label}.log").is_file():
+                next_log = f"{name} --stage {task.label}"
+            if error := first_error(folders[name], task.label):
                 say(f"  {task.label}: {error}")
-    next_step(f"recipes launch logs {[*failed, *launches][0]}")
+    next_step(f"recipes launch logs {next_log}")
     return ExitCode.DONE
 
 
