@@ -126,18 +126,18 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")
         return ExitCode.DONE
-    next_log = list(folders)[-1]
+    next_log = ""
     for name, tasks in states.items():
         say(name)
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
         for line in aligned([("job", "task", "what", "state", ""), *table]):
             say(f"  {line}")
         for task in (task for task in tasks if not task.active and not task.succeeded):
-            if (folders[name] / f"{task.label}.log").is_file():
+            if not next_log and (folders[name] / f"{task.label}.log").is_file():
                 next_log = f"{name} --stage {task.label}"
             if error := first_error(folders[name], task.label):
                 say(f"  {task.label}: {error}")
-    next_step(f"recipes launch logs {next_log}")
+    next_step(f"recipes launch logs {next_log or list(folders)[-1]}")
     return ExitCode.DONE
 
 
