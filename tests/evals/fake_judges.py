@@ -50,6 +50,11 @@ def says(letter: str, words: str | None = None) -> Completion:
     return reply(words or f"Response {letter} is better than Response {other}. [RESULT] {letter}")
 
 
+def longer(request: JudgeRequest) -> Completion:
+    first, second = request.answers
+    return says("A" if len(first) >= len(second) else "B")
+
+
 def sound(request: JudgeRequest) -> Completion:
     """Prefers what people would: the answer with more distinct words before any line addressed to
     it; the first when equal.

@@ -101,6 +101,10 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
         (tmp_path / "judge.yaml").write_text(text)
         assert main(["check", str(path)]) == 2
         assert "judge.yaml" in capsys.readouterr().err
+    (tmp_path / "judge.yaml").write_text("judge: {model: m}\nthresholds: {unparsed_max: 0.1}\n")
+    path.write_text(path.read_text() + "thresholds: 5\n")
+    assert main(["check", str(path)]) == 2
+    assert "judged.yaml:4: section 'thresholds' must be a mapping" in capsys.readouterr().err
     path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
     assert main(["check", str(path)]) == 4
     assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err

@@ -4,13 +4,16 @@ judges in this process and behind an address.
 
 from __future__ import annotations
 
-import os
+import itertools
 import re
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
-from tests.evals.fake_judges import FakeJudge, reply
+from tests.evals.fake_judges import FakeJudge, longer, reply
 from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 
 from recipes_lib.core.errors import EnvironmentFault, ExitCode
@@ -26,14 +29,15 @@ from recipes_lib.evals.judge import (
     verdict_tokens,
 )
 from recipes_lib.evals.log import Store
+from recipes_lib.evals.recipe import load_judge_file
 from recipes_lib.evals.verdicts import Rate
 
-EVALS = Path(__file__).resolve().parents[2] / "evals"
-
-
-def longer(request: JudgeRequest) -> Completion:
-    first, second = request.answers
-    return reply(f"The longer one. [RESULT] {'A' if len(first) >= len(second) else 'B'}")
+PROJECT = Path(__file__).resolve().parents[2]
+PAIRS = [
+    Item("1", "Name a fruit.", "An apple.", "A hammer."),
+    Item("2", "Count to three.", "One, two, three. " * 6, "Three."),
+    Item("3", "Say hello.", "Hello!", "Good morning to everyone here."),
+]
 
 
 def pairs(count: int) -> list[Item]:
@@ -48,27 +52,21 @@ def pairs(count: int) -> list[Item]:
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
     judge, store = FakeJudge(longer), Store(tmp_path / "j.jsonl")
     rows = ask(pairs(10), judge, store)
-    assert len(rows) == len(store) == 20
+    assert len(rows) == len(store) == len(judge.asked) == 20
     assert {(request.item.name, request.order) for request in judge.asked} == {
         (str(n), order) for n in range(10) for order in ("AB", "BA")
     }
     again = FakeJudge(longer)
     assert ask(pairs(10), again, Store(store.path)) == rows and not again.asked
     assert swap_consistency(pair_samples(store)).value == 1.0
-    ab, ba = build_requests([Item("q", "x", "ours", "other")], FakeJudge(longer))
-    assert (ab.order, ab.answers, ba.order, ba.answers) == (
-        "AB",
-        ("ours", "other"),
-        "BA",
-        ("other", "ours"),
-    )
+    answers = [each.answers for each in build_requests([Item("q", "x", "ours", "other")], judge)]
+    assert answers == [("ours", "other"), ("other", "ours")]
 
 
 def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
     def keys(item: Item, rubric: str = "helpfulness", fingerprint: str = "j") -> set[str]:
-        judge = FakeJudge(
-            longer, fingerprint=fingerprint, rubric=str(EVALS / f"rubrics/{rubric}.txt")
-        )
+        path = str(PROJECT / f"evals/rubrics/{rubric}.txt")
+        judge = FakeJudge(longer, fingerprint=fingerprint, rubric=path)
         return {request.key for request in build_requests([item], judge)}
 
     item = Item("q", "x", "a", "b")
@@ -81,27 +79,23 @@ def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
     assert not any(keys(item) & other for other in changed)
 
 
-def test_empty_and_identical_answers_are_decided_without_the_judge(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Path) -> None:
     def count_tokens(text: str) -> int:
         raise AssertionError("a prompt that is not sent was counted")
 
-    judge, store, syncs = FakeJudge(longer, count_tokens), Store(tmp_path / "j.jsonl"), []
-    monkeypatch.setattr(os, "fsync", syncs.append)
+    judge, store = FakeJudge(longer, count_tokens), Store(tmp_path / "j.jsonl")
     items = [
         Item("empty", "x", " \n", "b"),
         Item("opponent", "x", "a", ""),
         Item("none", "x", "", ""),
-        *(Item(str(n), "x", f"{n} é", f"{n} é ") for n in range(500)),
+        Item("same", "x", "é", "é "),
     ]
     ask(items, judge, store)
-    assert not judge.asked and len(store) == 2 * len(items) and len(syncs) <= 4
-    outcomes = {sample.id: sample.outcome for sample in pair_samples(store)}
-    assert (outcomes["empty"], outcomes["opponent"], outcomes["none"]) == ("loss", "win", "tie")
-    assert Rate.of(pair_samples(store)).value == 0.5  # a model against itself
-    absolute = Store(tmp_path / "absolute.jsonl")
-    (row,) = ask([Item("empty", "x", "")], judge, absolute)
+    assert not judge.asked and len(store) == 2 * len(items)
+    outcomes = [sample.outcome for sample in pair_samples(store)]
+    assert outcomes == ["loss", "win", "tie", "tie"]
+    assert Rate.of(pair_samples(store)).value == 0.5
+    (row,) = ask([Item("empty", "x", "")], judge, Store(tmp_path / "absolute.jsonl"))
     assert row["value"] == 1
 
 
@@ -126,88 +120,67 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
 
 
 def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) -> None:
-    cases = {
-        "truncated": reply("so [RESULT] A", finish_reason="length"),
-        "empty": reply(""),
-        "unparsed": reply(probabilities={"A": float("nan"), "B": 0.5}),
-    }
-    for status, given in cases.items():
-        store = Store(tmp_path / f"{status}.jsonl")
+    cases = [
+        ("truncated", reply("so [RESULT] A", finish_reason="length")),
+        ("empty", reply("")),
+        ("unparsed", reply(probabilities={"A": float("nan"), "B": 0.5})),
+        ("unparsed", reply(probabilities={"A": 0.2, "B": 0.2})),
+    ]
+    for number, (status, given) in enumerate(cases):
+        store = Store(tmp_path / f"{number}.jsonl")
         rows = ask(pairs(1), FakeJudge(lambda request, given=given: given), store)
-        assert {(row["status"], row["value"]) for row in rows} == {(status, None)}, status
+        assert {(row["status"], row["value"]) for row in rows} == {(status, None)}, given
     judge = FakeJudge(longer, lambda text: len(text.split()), max_context_tokens=570)
     rows = ask(pairs(2), judge, Store(tmp_path / "long.jsonl"))
     assert not judge.asked and {row["status"] for row in rows} == {"truncated"}
-
-
-def test_probabilities_give_the_verdict_and_their_mass_is_stored(tmp_path: Path) -> None:
     shares = FakeJudge(lambda request: reply(probabilities={"4": 0.3, "2": 0.1, "x": 0.6}))
-    (row,) = ask([Item("q", "x", "a")], shares, Store(tmp_path / "j.jsonl"))
+    (row,) = ask([Item("q", "x", "a")], shares, Store(tmp_path / "shares.jsonl"))
     assert (row["value"], row["probabilities"]["4"]) == (4, 0.3)
-    tied = FakeJudge(lambda request: reply(probabilities={"A": 0.2, "B": 0.2}))
-    rows = ask(pairs(1), tied, Store(tmp_path / "tied.jsonl"))
-    assert {row["status"] for row in rows} == {"unparsed"}
 
 
-def test_failures_in_a_row_end_the_run_and_the_same_command_continues_it(tmp_path: Path) -> None:
-    path, calls = tmp_path / "j.jsonl", []
+def test_what_failed_is_missing_and_the_same_command_asks_it(tmp_path: Path) -> None:
+    """Timeouts, refused bodies, a server that dies after six replies, and Ctrl-C: each reply was
+    stored before the next one was waited for.
+    """
+    calls = itertools.count()
 
-    def breaks(request: JudgeRequest) -> Completion:
-        calls.append(request)
-        return longer(request) if len(calls) <= 6 else reply(error="503: overloaded")
+    def dies(request: JudgeRequest) -> Completion:
+        return longer(request) if next(calls) < 6 else reply(error="503: overloaded")
 
-    with pytest.raises(EvaluationIncomplete, match="503") as caught:
-        ask(pairs(10), FakeJudge(breaks, max_consecutive_failures=3), Store(path))
-    assert caught.value.exit_code is ExitCode.EVALUATION_INCOMPLETE
-    assert len(Store(path)) == 6
-    rest = FakeJudge(longer)
-    ask(pairs(10), rest, Store(path))
-    assert len(rest.asked) == 14 and len(Store(path)) == 20
+    def interrupted(request: JudgeRequest) -> Completion:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return longer(request)
 
-
-def test_failed_and_refused_requests_are_missing_and_asked_by_the_same_command(
-    tmp_path: Path,
-) -> None:
-    flip = iter([True, False] * 10)
-    judges = {
-        r"8 judgments are missing: timeout \(8 times\)": lambda request: (
-            longer(request) if next(flip) else reply(error="timeout")
+    cases = [
+        (
+            lambda request: longer(request) if next(calls) % 2 else reply(error="timeout"),
+            EvaluationIncomplete,
+            r"8 judgments are missing: timeout \(8 times\)",
+            8,
         ),
-        r"16 judgments are missing: 402: pay first \(16 times\)\n.*change the recipe": (
-            lambda request: reply(error="402: pay first", refused=True)
+        (
+            lambda request: reply(error="402: pay first", refused=True),
+            EvaluationIncomplete,
+            r"16 judgments are missing: 402: pay first \(16 times\)\n.*change the recipe",
+            0,
         ),
-    }
-    for number, (words, answer) in enumerate(judges.items()):
-        path = tmp_path / f"{number}.jsonl"
-        with pytest.raises(EvaluationIncomplete, match=words):
-            ask(pairs(8), FakeJudge(answer), Store(path))
-        known = len(Store(path))
+        (dies, EvaluationIncomplete, "failed 3 times in a row: 503", 6),
+        (interrupted, KeyboardInterrupt, None, 5),
+    ]
+    for number, (answer, error, words, known) in enumerate(cases):
+        path, calls = tmp_path / f"{number}.jsonl", itertools.count()
+        most = 3 if answer is dies else 20
+        with pytest.raises(error, match=words) as caught:
+            ask(pairs(8), FakeJudge(answer, max_consecutive_failures=most), Store(path))
+        assert getattr(caught.value, "exit_code", 6) == ExitCode.EVALUATION_INCOMPLETE
+        assert len(Store(path)) == known
         rest = FakeJudge(longer)
         ask(pairs(8), rest, Store(path))
         assert len(rest.asked) == 16 - known
 
 
-def test_each_reply_is_stored_before_the_next_one_is_waited_for(tmp_path: Path) -> None:
-    path, seen = tmp_path / "j.jsonl", []
-
-    def answers(request: JudgeRequest) -> Completion:
-        seen.append(len(Store(path)))
-        if len(seen) == 6:
-            raise KeyboardInterrupt
-        return longer(request)
-
-    with pytest.raises(KeyboardInterrupt):
-        ask(pairs(10), FakeJudge(answers), Store(path))
-    assert seen == [0, 1, 2, 3, 4, 5]
-
-
 # ---- judges made of models ----
-
-PAIRS = [
-    Item("1", "Name a fruit.", "An apple.", "A hammer."),
-    Item("2", "Count to three.", "One, two, three. " * 6, "Three."),
-    Item("3", "Say hello.", "Hello!", "Good morning to everyone here."),
-]
 
 
 def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_file, tmp_path):
@@ -216,17 +189,16 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
     store = Store(tmp_path / "j.jsonl")
     with opened(judge_file()) as judge:
         rows = ask(PAIRS, judge, store)
-        requests = {one.key: one for one in build_requests(PAIRS, judge)}
+        requests = list(build_requests(PAIRS, judge))
         assert len(requests) == len(rows) == 6
         tokenizer = judge.tokenizer
         with judge._engine.using() as model:
             pass
         lead, tokens = verdict_tokens(tokenizer, "[RESULT]", ("A", "B"))
-        for request, row in zip(requests.values(), rows, strict=True):
-            prompt = request.prompt
+        for request, row in zip(requests, rows, strict=True):
             messages = [
-                {"role": "system", "content": prompt.system},
-                {"role": "user", "content": prompt.user},
+                {"role": "system", "content": request.prompt.system},
+                {"role": "user", "content": request.prompt.user},
             ]
             text = tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
@@ -235,21 +207,19 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
             with torch.no_grad():
                 expected = torch.softmax(model(torch.tensor([ids])).logits[0, -1].float(), -1)
             for verdict, (token,) in tokens.items():
-                assert row["probabilities"][verdict] == pytest.approx(
-                    float(expected[token]), rel=1e-4
-                )
+                share = pytest.approx(float(expected[token]), rel=1e-4)
+                assert row["probabilities"][verdict] == share
             assert row["status"] == "ok"
     with opened(judge_file()) as judge:
         assert ask(PAIRS, judge, store) == rows
         assert judge._engine is None, "weights were loaded for nothing"
 
 
-@pytest.mark.parametrize("style", ["chat", "prometheus"])
-def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path, style):
-    with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
-        store = Store(tmp_path / "j.jsonl")
-        (row,) = ask([Item("1", "Hi", "Hello.")], judge, store)
-    assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
+def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path):
+    for style in ("chat", "prometheus"):
+        with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
+            (row,) = ask([Item("1", "Hi", "Hello.")], judge, Store(tmp_path / f"{style}.jsonl"))
+        assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
 
 
 def test_weights_mode_and_precision_are_part_of_the_fingerprint(judge_file):
@@ -283,13 +253,9 @@ def test_verdicts_are_told_apart_by_one_token_or_refused():
             ids = super().encode(text)
             return [*ids[:-2], 1000] if text.endswith(" 1") else ids
 
-    for tokenizer in (Letters(), SomeMerge()):
-        lead, tokens = verdict_tokens(tokenizer, "[R]", ("1", "2"))
-        last = {"1": {ord("1")}, "2": {ord("2")}}
-        assert (lead, tokens) in (
-            ([ord(char) for char in "[R] "], last),
-            ([ord(char) for char in "[R]"], {"1": {1000}, "2": {32}}),
-        )
+    spaced, bare = [ord(char) for char in "[R] "], [ord(char) for char in "[R]"]
+    assert verdict_tokens(Letters(), "[R]", ("1", "2")) == (spaced, {"1": {49}, "2": {50}})
+    assert verdict_tokens(SomeMerge(), "[R]", ("1", "2")) == (bare, {"1": {1000}, "2": {32}})
     with pytest.raises(EnvironmentFault, match="apart by one token"):
         verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
 
@@ -298,33 +264,26 @@ def test_verdicts_are_told_apart_by_one_token_or_refused():
 
 
 def served(judge_file, url: str, **keys):
-    return judge_file(**{"engine": "openai", "model": MODEL, "base_url": url, **keys})
+    usual = {"engine": "openai", "model": MODEL, "base_url": url, "mode": "generate"}
+    return judge_file(**usual | keys)
 
 
-@pytest.mark.parametrize("style", ["chat", "prometheus"])
-@pytest.mark.parametrize("mode", ["generate", "logits"])
-def test_a_served_judge_is_asked_in_both_orders(judge_file, tmp_path, mode, style):
-    with FaultyServer(answer="Both fine. [RESULT] A") as server:
-        with opened(served(judge_file, server.url, mode=mode, prompt_style=style)) as judge:
-            store = Store(tmp_path / "j.jsonl")
-            rows = ask(PAIRS, judge, store)
-        sent = server.bodies
-    assert len(rows) == len(sent) == 6 and {row["value"] for row in rows} == {"A"}
-    assert {row["order"] for row in rows} == {"AB", "BA"}
-    assert all(("messages" in body) == (style == "chat") for body in sent)
-    if mode == "logits":
-        assert all(row["probabilities"]["A"] > row["probabilities"]["B"] for row in rows)
-        assert all(body["max_tokens"] == 1 for body in sent)
-
-
-def test_a_judge_that_answers_in_json_is_asked_for_it(judge_file, tmp_path):
-    with FaultyServer(answer='{"feedback": "fuller", "result": "A"}') as server:
-        with opened(served(judge_file, server.url, mode="json")) as judge:
-            store = Store(tmp_path / "j.jsonl")
-            rows = ask(PAIRS, judge, store)
-        form = server.bodies[0]["response_format"]["json_schema"]["schema"]
-    assert form["properties"]["result"]["enum"] == ["A", "B"]
-    assert {row["value"] for row in rows} == {"A"}
+def test_a_served_judge_is_asked_in_both_orders_in_every_mode_and_style(judge_file, tmp_path):
+    for mode, style in itertools.product(("generate", "logits", "json"), ("chat", "prometheus")):
+        text = '{"feedback": "fuller", "result": "A"}' if mode == "json" else "Fine. [RESULT] A"
+        with FaultyServer(answer=text) as server:
+            section = served(judge_file, server.url, mode=mode, prompt_style=style)
+            with opened(section) as judge:
+                rows = ask(PAIRS, judge, Store(tmp_path / f"{mode}-{style}.jsonl"))
+            sent = server.bodies
+        assert len(rows) == len(sent) == 6 and {row["value"] for row in rows} == {"A"}, mode
+        assert sorted(row["order"] for row in rows) == ["AB"] * 3 + ["BA"] * 3
+        assert all(("messages" in body) == (style == "chat") for body in sent)
+        if mode == "logits":
+            assert all(body["max_tokens"] == 1 for body in sent)
+        elif mode == "json" and style == "chat":
+            form = sent[0]["response_format"]["json_schema"]["schema"]
+            assert form["properties"]["result"]["enum"] == ["A", "B"]
 
 
 def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(
@@ -332,9 +291,8 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
 ):
     with FaultyServer(answer="Both fine. [RESULT] A") as server:
         monkeypatch.setenv("RECIPES_JUDGE_URL", server.url)
-        with opened(served(judge_file, "http://localhost:1/v1", mode="generate")) as judge:
-            store = Store(tmp_path / "a.jsonl")
-            assert len(ask(PAIRS, judge, store)) == 6
+        with opened(served(judge_file, "http://localhost:1/v1")) as judge:
+            assert len(ask(PAIRS, judge, Store(tmp_path / "a.jsonl"))) == 6
         elsewhere = served(judge_file, "http://judge.invalid/v1", max_retries=0)
         with opened(elsewhere) as judge, pytest.raises(ServerFault, match=r"judge\.invalid"):
             ask(PAIRS, judge, Store(tmp_path / "b.jsonl"))
@@ -358,9 +316,8 @@ def test_no_judgment_waits_for_another_and_one_that_is_asked_again_comes_after_t
         return mumbled if number == 2 else None
 
     with FaultyServer(answer="The first. [RESULT] A", faults=faults) as server:
-        with opened(served(judge_file, server.url, mode="generate", concurrency=4)) as judge:
-            store = Store(tmp_path / "j.jsonl")
-            rows = ask(items, judge, store)
+        with opened(served(judge_file, server.url, concurrency=4)) as judge:
+            rows = ask(items, judge, Store(tmp_path / "j.jsonl"))
         temperatures = [body["temperature"] for body in server.bodies]
     assert held == [True] and len(rows) == 80
     assert sum(bool(row["attempts"]) for row in rows) == 1
@@ -384,44 +341,66 @@ def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_
     with FaultyServer(answer="Both fine. [RESULT] A", faults=faults) as server:
         store = Store(tmp_path / "a.jsonl")
         with (
-            opened(served(judge_file, server.url, mode="generate")) as judge,
+            opened(served(judge_file, server.url)) as judge,
             pytest.raises(EvaluationIncomplete, match="system_role"),
         ):
             ask(PAIRS, judge, store)
-        alone = served(judge_file, server.url, mode="generate", system_role=False)
-        with opened(alone) as judge:
+        with opened(served(judge_file, server.url, system_role=False)) as judge:
             assert len(ask(PAIRS, judge, store)) == 6
 
 
+# ---- faults and deaths ----
+
+MANY = [Item(str(n), f"Question {n}?", f"First {n}.", f"Second {n}.") for n in range(150)]
+
+
+def judge_many(judge: str, judgments: str) -> None:
+    """Run in a process of its own, which the test below kills."""
+    with opened(load_judge_file(judge).judge) as opened_judge:
+        ask(MANY, opened_judge, Store(judgments))
+
+
 @pytest.mark.slow
-def test_faults_and_deaths_of_the_server_lose_no_judgment_and_ask_none_twice(judge_file, tmp_path):
-    """300 judgments: a third of the requests go wrong, and the server dies in the middle of the
-    first two commands.
+def test_faults_and_deaths_of_server_and_process_lose_no_judgment_and_ask_none_twice(
+    judge_file, tmp_path
+):
+    """300 judgments: a third of the requests go wrong, the server dies in the middle of the first
+    two commands, and the third one is killed with SIGKILL.
     """
-    items = [Item(str(n), f"Question {n}?", f"First {n}.", f"Second {n}.") for n in range(150)]
     path, ends = tmp_path / "j.jsonl", []
     for life in range(9):
         stored = {(row["question_id"], row["order"]) for row in Store(path)}
-        trouble = chaos(life)
+        trouble, last = chaos(life), {0: 60, 1: 120}.get(life, 10**9)
+        killed: list[subprocess.Popen] = []
 
-        def faults(number: int, trouble=trouble, last=(100, 200)[life] if life < 2 else 10**9):
+        def faults(number: int, trouble=trouble, last=last, killed=killed):
+            if killed and number == 100:
+                killed[0].kill()
             return "drop" if number > last else trouble(number)
 
         with FaultyServer(faults=faults, answer="A is fuller. [RESULT] A") as server:
-            keys = {"concurrency": 16, "timeout_s": 0.5, "max_retries": 3, "mode": "generate"}
-            with opened(served(judge_file, server.url, **keys)) as judge:
-                try:
-                    ask(items, judge, Store(path))
-                    ends.append(0)
-                except EvaluationIncomplete as error:
-                    ends.append(int(error.exit_code))
+            keys = {"concurrency": 16, "timeout_s": 0.5, "max_retries": 3}
+            section = served(judge_file, server.url, **keys)
+            if life == 2:
+                code = "import sys; from tests.evals.test_judge import judge_many as judge;"
+                command = [sys.executable, "-c", f"{code} judge(*sys.argv[1:])"]
+                process = subprocess.Popen([*command, tmp_path / "judge.yaml", path], cwd=PROJECT)
+                killed.append(process)
+                ends.append(process.wait(200))
+            else:
+                with opened(section) as judge:
+                    try:
+                        ask(MANY, judge, Store(path))
+                        ends.append(0)
+                    except EvaluationIncomplete as error:
+                        ends.append(int(error.exit_code))
             asked = {asked_in(body) for body in server.bodies}
         assert not asked & stored
         assert len(Store(path)) > len(stored)
         if ends[-1] == 0:
             break
     rows = list(Store(path))
-    assert ends[:2] == [6, 6] and ends[-1] == 0
+    assert ends[:3] == [6, 6, -signal.SIGKILL] and ends[-1] == 0
     assert len({(row["question_id"], row["order"]) for row in rows}) == len(rows) == 300
     assert {row["value"] for row in rows} == {"A"}
 

@@ -39,15 +39,13 @@ from recipes_lib.evals.log import (
 )
 
 
-def log_of(
-    run: Path, key: str = "k" * 64, values: tuple[float, ...] = (1.0, 0.0, 0.5), answer: str = "x"
-) -> EvalLog:
-    names = {1.0: "win", 0.0: "loss", 0.5: "tie"}
+def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> EvalLog:
+    file = log_file(run, "support", "base--x")
     samples = tuple(
         Sample(
             f"q{number}",
-            value=value,
-            outcome=names[value],
+            value=float(number < won),
+            outcome="win" if number < won else "loss",
             verdicts=("A", "B"),
             lengths=(3, 4),
             input="Wie spät?",
@@ -55,19 +53,18 @@ def log_of(
             opponent="y",
             raws=("[RESULT] A", None),
         )
-        for number, value in enumerate(values)
+        for number in range(4)
     )
-    open_one = Sample("q9", verdicts=("A", "unparsed"))
     metric = Metric(
         "win_rate",
         "win rate on support",
-        (*samples, open_one),
+        (*samples, Sample("q9", verdicts=("A", "unparsed"))),
         opponent="base--x",
-        value=sum(values) / len(values),
-        n=len(values),
+        value=won / 4,
+        n=4,
         eval="support",
         suite="alpaca_eval",
-        file=log_file(run, "support", "base--x"),
+        file=file,
     )
     return EvalLog(
         suite="alpaca_eval",
@@ -75,12 +72,12 @@ def log_of(
         target=run.name,
         against="base--x",
         key=key,
-        n=4,
+        n=5,
         metrics=(metric,),
         answers=AnswerFacts(name=run.name, faults=AnswerFaults(n=4, cut=1)),
         judge=JudgeFacts(name="prometheus", fingerprint="f", model="m"),
         audit=Scorecard(judge="f", checks=(Check(check="swap consistency", value=0.5, n=3),)),
-        file=log_file(run, "support", "base--x"),
+        file=file,
     )
 
 
@@ -89,22 +86,18 @@ def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_log(log)
     assert read_eval_log(log.file) == log
     assert read_eval_logs(tmp_path / "run") == ((log,), ())
-
-
-def test_text_that_is_not_unicode_is_readable_afterwards(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "run", answer="half an emoji \ud83d")
-    write_log(log)
+    write_log(log_of(tmp_path / "run", answer="half an emoji \ud83d"))
     assert read_eval_log(log.file).metrics[0].samples[0].answer == "half an emoji \ufffd"
 
 
 def test_a_result_of_other_settings_is_kept_beside(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_log(log_of(run, "a" * 64))
-    write_log(log_of(run, "b" * 64, (0.0, 0.0)))
+    write_log(log_of(run, "b" * 64, won=0))
     file = log_file(run, "support", "base--x")
     assert read_eval_log(file).metrics[0].value == 0.0
     (earlier,) = file.parent.glob("earlier/*/result*.json")
-    assert read_eval_log(earlier).metrics[0].value == 0.5
+    assert read_eval_log(earlier).metrics[0].value == 0.25
     assert len(read_eval_logs(run)[0]) == 1
 
 
@@ -112,9 +105,9 @@ def test_changed_files_are_found(tmp_path: Path) -> None:
     log = log_of(tmp_path / "run")
     changes = {
         "a line less": lambda text: "".join(text.splitlines(keepends=True)[1:]),
-        "another value": lambda text: text.replace('"value": 0.5', '"value": 0.75'),
+        "another value": lambda text: text.replace('"value": 1.0', '"value": 0.75'),
         "a line twice": lambda text: text + text.splitlines(keepends=True)[0],
-        "no number": lambda text: text.replace('"value": 0.5', '"value": "half"'),
+        "no number": lambda text: text.replace('"value": 1.0', '"value": "one"'),
     }
     for what, change in changes.items():
         write_log(log)
@@ -137,19 +130,19 @@ def test_changed_files_are_found(tmp_path: Path) -> None:
 # ---- answers and judgments as they arrive ----
 
 
-def row(index: int, **fields) -> dict:
-    return {"key": text_hash(str(index)), "question_id": str(index), "raw": "Fine.", **fields}
+def row(index: int, raw: str = "Fine.") -> dict:
+    return {"key": text_hash(str(index)), "question_id": index, "raw": raw}
 
 
 def test_a_row_is_stored_once_and_read_back(tmp_path: Path) -> None:
     store = Store(tmp_path / "deep" / "judgments.jsonl")
     assert len(store) == 0 and not store.path.exists()
     texts = ["line\u2028separator", "\ud800 surrogate", "\x1b[31m", "🙂" * 1000, "a\nb\r\n"]
-    rows = [row(n, raw=text) for n, text in enumerate(texts)]
+    rows = [row(n, text) for n, text in enumerate(texts)]
     store.append([*rows, rows[0]])
     store.append(rows[:1])
     read = Store(store.path)
-    assert [one["raw"] for one in read] == [valid_texts(text) for text in texts]
+    assert [stored["raw"] for stored in read] == [valid_texts(text) for text in texts]
     assert rows[1]["key"] in read and read.get("nothing") is None
 
 
@@ -159,10 +152,9 @@ def test_a_file_cut_anywhere_keeps_every_whole_line(
     tmp_path_factory, cut: int, texts: list[str]
 ) -> None:
     path = tmp_path_factory.mktemp("store") / "j.jsonl"
-    rows = [row(index, raw=text) for index, text in enumerate(texts)]
+    rows = [row(index, text) for index, text in enumerate(texts)]
     Store(path).append(rows)
     data = path.read_bytes()
-    cut = min(cut, len(data))
     path.write_bytes(data[:cut])
     reopened = Store(path)
     assert len(reopened) == data[:cut].count(b"\n")
@@ -211,16 +203,16 @@ for index in range(2000):
 @pytest.mark.slow
 def test_a_writer_killed_at_any_moment_loses_and_repeats_nothing(tmp_path: Path) -> None:
     path, draw, kept = tmp_path / "j.jsonl", random.Random(11), 0
+    path.touch()
     for _ in range(5):
-        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(path)])
-        grown = path.stat().st_size if path.exists() else 0
-        while (path.stat().st_size if path.exists() else 0) < grown + 100_000:
+        writer, grown = subprocess.Popen([sys.executable, "-c", WRITER, path]), path.stat().st_size
+        while path.stat().st_size < grown + 100_000:
             assert writer.poll() is None
             time.sleep(0.001)
         time.sleep(draw.random() * 0.02)
         writer.kill()
         assert writer.wait(60) == -signal.SIGKILL
-        rows = [one["question_id"] for one in Store(path)]
+        rows = [stored["question_id"] for stored in Store(path)]
         assert len(rows) > kept and rows == list(range(len(rows)))
         kept = len(rows)
 
@@ -230,16 +222,13 @@ def test_a_hundred_thousand_judgments_load_and_are_audited_within_six_seconds(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "j.jsonl"
-    usual = {"kind": "relative", "status": "ok", "source": "judge", "judge": "j", "attempts": []}
-    usual |= {"cut": False, "lengths": [1, 2], "probe": "", "raw": "because " * 60 + "[RESULT] A"}
+    usual = {"status": "ok", "source": "judge", "judge": "j", "attempts": [], "cut": False}
+    usual |= {"lengths": [1, 2], "probe": "", "raw": "because " * 60 + "[RESULT] A"}
     with path.open("w") as file:
         for index in range(100_000):
-            judged = {
-                "question_id": str(index // 2),
-                "question": str(index // 2),
-                "order": ("AB", "BA")[index % 2],
-            }
-            judged |= {"key": text_hash(str(index)), "value": "AB"[index % 3 % 2]}
+            judged = {"key": text_hash(str(index)), "value": "AB"[index % 3 % 2]}
+            judged |= dict.fromkeys(("question_id", "question"), str(index // 2))
+            judged |= {"order": ("AB", "BA")[index % 2]}
             file.write(json.dumps(judged | usual) + "\n")
     start = time.process_time()
     card = audit(list(Store(path)))

@@ -14,19 +14,17 @@ from hypothesis import strategies as st
 
 from recipes_lib.evals.verdicts import CHOICES, GRADES, parse_verdict
 
-GOLDEN = [
-    json.loads(line)
-    for line in Path(__file__).with_name("verdicts.golden.jsonl").read_text("utf-8").splitlines()
-]
-ALLOWED = {"absolute": GRADES, "relative": CHOICES}
+GOLDEN = Path(__file__).with_name("verdicts.golden.jsonl").read_text("utf-8").splitlines()
 FEEDBACK = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"), max_size=80)
 
 
 def test_golden_verdicts_and_what_is_taken_beyond_the_official_parser() -> None:
-    assert len(GOLDEN) == 130
+    rows = list(map(json.loads, GOLDEN))
+    assert len(rows) == 130
     wrong = []
-    for row in GOLDEN:
-        verdict = parse_verdict(row["text"], ALLOWED[row["mode"]], row.get("finish_reason"))
+    for row in rows:
+        allowed = GRADES if row["mode"] == "absolute" else CHOICES
+        verdict = parse_verdict(row["text"], allowed, row.get("finish_reason"))
         if (verdict.value, verdict.status) != (row["ours"], row["status"]):
             wrong.append((row, verdict))
         if row["ours"] is not None and row["official"] is None:  # a full stop, a colon, Markdown
@@ -43,7 +41,6 @@ def test_json_verdicts() -> None:
         '{"result": "C"}': None,
         '{"result": 4}': None,
         "[RESULT] A": None,
-        "": None,
         "[" * 100_000: None,
     }
     for text, value in cases.items():
@@ -69,28 +66,14 @@ def test_two_different_verdicts_are_never_one(
     assert verdict.value == last or "conflict" in (verdict.reason or "")
     both = parse_verdict(f"[RESULT] {first}\n{feedback}\n[RESULT] {last}", CHOICES)
     assert first == last or both.status != "ok"
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.text(st.characters(categories=["L"]), min_size=1, max_size=20))
-def test_words_after_the_verdict_undo_it(score: int, words: str) -> None:
-    assert parse_verdict(f"Fine. [RESULT] {score} {words}", GRADES).value is None
+    after = parse_verdict(f"Fine. [RESULT] {last} {feedback} indeed", CHOICES)
+    assert after.value is None  # words after a verdict undo it
 
 
 def test_a_text_that_repeats_itself_is_read_in_linear_time() -> None:
+    pieces = ("[RESULT] ", "score ( ", "# #", "[", "[result", "<|", " ", "\n", "score of ", "((1")
     started = time.process_time()
-    for piece in (
-        "[RESULT] ",
-        "score ( ",
-        "# #",
-        "[",
-        "[result",
-        "<|",
-        " ",
-        "\n",
-        "score of ",
-        "((1",
-    ):
+    for piece in pieces:
         for allowed in (GRADES, CHOICES):
             text = piece * (200_000 // len(piece))
             assert parse_verdict(text, allowed).status != "ok"

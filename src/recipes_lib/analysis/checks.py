@@ -328,7 +328,7 @@ def _kinship(log: EvalLog, run: Run) -> str:
     path = Path(model)
     if (path.is_absolute() or path.exists()) and path.resolve().is_relative_to(home):
         return "its own weights"
-    if run.name in (model, judge.run):
+    if run.name == model:
         return "itself"
     names = ((run.resolved.get("model") or {}).get("name_or_path"), *log.answers.models)
     if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:

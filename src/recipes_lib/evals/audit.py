@@ -266,7 +266,7 @@ def audit_on_labels(
     ids = {text_hash("\0".join(texts))[:16]: texts for texts in outcomes}
     chosen = dict(sorted(ids.items())[:limit])
     items = [Item(name, *texts) for name, texts in chosen.items()]
-    names = [re.sub(r"[^\w.-]+", "-", name) for name in (file.judge.name, labels.stem)]
+    names = [re.sub(r"[^\w.-]+", "-", name) for name in (Path(judge).stem, labels.stem)]
     folder = runs_root() / f"judge--{names[0]}" / names[1]
     with waiting_lock(folder), opened(file.judge) as opened_judge:
         store = Store(folder / "judgments.jsonl")

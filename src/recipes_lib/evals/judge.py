@@ -1,13 +1,9 @@
 """Asking a judge in both orders, over a store; the judge is a model in this process or a server.
 
-Each reply is stored as it arrives, and what is stored is not asked again, so the same command
-continues an evaluation that ended early. A malformed verdict is asked again a bounded number of
-times with a new seed, and every attempt is stored. A request that failed or was refused is not
-stored: it is missing, and the evaluation says so.
-
-In mode `logits` the lead-in (`[RESULT]`) stands at the start of the judge's turn and the
-probabilities of the allowed verdicts are read from the next token. Weights load with the first
-question, so an evaluation that finds all its judgments stored loads none.
+Each reply is stored as it arrives, and what is stored is not asked again: the same command
+continues. A malformed verdict is asked again with a new seed, and every attempt is stored. A
+request that failed or was refused is missing, and the evaluation says so. In mode `logits` the
+lead-in (`[RESULT]`) stands at the start of the judge's turn and the next token is the verdict.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from tqdm import tqdm
 
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import Row, hash_of, model_fingerprint, read_object
+from recipes_lib.core.files import Row, hash_of, model_fingerprint
 from recipes_lib.data.conversations import Message
 from recipes_lib.evals.engine import (
     Completion,
@@ -44,8 +40,12 @@ from recipes_lib.evals.questions import Question
 from recipes_lib.evals.recipe import JudgeSection
 from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, parse_verdict
 from recipes_lib.models.families import ready_to_answer
-from recipes_lib.weights.load import explain_load_failure, load_model, model_path
-from recipes_lib.weights.merge import RECORD, free_memory
+from recipes_lib.weights.load import (
+    explain_load_failure,
+    free_memory,
+    load_model,
+    model_path,
+)
 
 REASK_TEMPERATURE = 0.7
 _FINGERPRINT = (
@@ -56,21 +56,17 @@ _FINGERPRINT = (
 
 @dataclass(frozen=True)
 class Item:
-    """One answer to grade (absolute), or a candidate's and its opponent's to compare (relative).
+    """One answer to grade (absolute), or a candidate's and its opponent's to compare (relative)."""
 
-    `name` is its id among the judgments; `question`, `turn` and `draw` say what it answers, where a
-    suite asks; `probe` is the kind of probe that it is.
-    """
-
-    name: str
+    name: str  # its id among the judgments
     instruction: str
     answer: str
     opponent: str | None = None
     reference: str | None = None
-    question: Question | None = None
+    question: Question | None = None  # what it answers, where a suite asks
     turn: int = 1
     draw: int = 1
-    probe: str = ""
+    probe: str = ""  # the kind of probe that it is
 
     @property
     def orders(self) -> tuple[str, ...]:
@@ -80,19 +76,16 @@ class Item:
 
 @dataclass(frozen=True)
 class JudgeRequest:
-    """One question to the judge about an item in an order, with the answers in the prompt's order
-    before they are cut. `seed` and `temperature` change with each attempt; `attempts` are those
-    before.
-    """
+    """One question to the judge about an item in an order."""
 
     key: str
     item: Item
     order: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...]  # in the prompt's order, before they are cut
     prompt: JudgePrompt
     seed: int = 0
     temperature: float = 0.0
-    attempts: tuple[Row, ...] = ()
+    attempts: tuple[Row, ...] = ()  # those before, with other seeds
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -171,9 +164,7 @@ def ask(
 def build_requests(
     items: Sequence[Item], judge: Judge, by_reference: bool = False, rules: bool = True
 ) -> Iterator[JudgeRequest]:
-    """Yield the requests of each item: both orders of a pair, or the one of a single answer;
-    arguments as for `ask`.
-    """
+    """Yield the requests of each item, in both orders of a pair; arguments as for `ask`."""
     if not items:
         return
     section = judge.section
@@ -217,9 +208,7 @@ def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
 
 
 def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate") -> JudgeVerdict:
-    """Return the verdict of a reply, from its probabilities where it has them, else from its
-    text.
-    """
+    """Return the verdict of a reply, from its probabilities where it has them."""
     shares = reply.probabilities
     if shares is None:
         return parse_verdict(reply.text, request.allowed, reply.finish_reason, mode == "json")
@@ -313,11 +302,10 @@ class Judge:
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
         return JudgeFacts(
-            name=self.section.name,
+            name=self.section.name or self.section.model,
             fingerprint=self.fingerprint,
             server=getattr(self._engine, "version", None),
             weights=self.weights,
-            run=read_object(Path(self.section.model) / RECORD).get("run"),  # a run of ours, merged
             model=self.section.model,
             mode=self.section.mode,
             weak=self.section.weak,
@@ -424,8 +412,7 @@ def opened(section: JudgeSection) -> Iterator[Judge]:
     """Give a judge; afterwards its memory is free again.
 
     Raises:
-        EnvironmentFault: the judge's tokenizer or weights cannot be had, or its server serves
-            another model.
+        EnvironmentFault: it cannot be had, or its server serves another model.
     """
     judge = Judge(section)
     try:
@@ -455,8 +442,7 @@ def verdict_tokens(
     digits for example, or merges it with some verdicts only, it becomes part of the lead-in.
 
     Raises:
-        EnvironmentFault: two verdicts start with the same token, so that the next token cannot tell
-            them apart.
+        EnvironmentFault: two verdicts start with the same token.
     """
 
     def encode(text: str) -> list[int]:

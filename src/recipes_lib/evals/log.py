@@ -57,30 +57,24 @@ _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One value of a metric: an answer with its verdict, a row with its loss, a task's item.
-
-    Samples of one `id` (turns, and several draws of one question) are not independent. `value` is
-    1, 0.5 or 0 for a pair, a grade, or a task's score; None where there is no verdict: `outcome` is
-    "unresolved" then. `verdicts` are what was said in order AB and BA (a grade alone in grading),
-    or why there is none; `raws` are the texts behind them. `lengths` are characters: the answer's,
-    then its opponent's. `cut` says that the answer reached the token limit. `same_as` is the id of
-    the first sample with the same text, where no `input` shows it.
+    Samples of one `id` (turns, and several draws of one question) are not independent.
     """
 
     id: str
     turn: int = 1
     draw: int = 1
     category: str = "all"
-    value: float | None = None
+    value: float | None = None  # 1, 0.5 or 0 for a pair; a grade; a score; None: no verdict
     outcome: str = UNRESOLVED
-    verdicts: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()  # in order AB and BA, or a grade; else why there is none
     by_rule: bool = False
-    lengths: tuple[int, ...] = ()
-    cut: bool = False
-    same_as: str = ""
+    lengths: tuple[int, ...] = ()  # characters: the answer's, then its opponent's
+    cut: bool = False  # the answer reached the token limit
+    same_as: str = ""  # id of the first sample with the same text, where no `input` shows it
     input: str | None = field(default=None, repr=False)
     answer: str | None = field(default=None, repr=False)
     opponent: str | None = field(default=None, repr=False)
-    raws: tuple[str | None, ...] = field(default=(), repr=False)
+    raws: tuple[str | None, ...] = field(default=(), repr=False)  # the texts behind the verdicts
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -100,13 +94,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of one evaluation. In result.json the samples and the last three are left out.
+    """One metric of one evaluation: what is reported, with its 95% interval over questions.
 
-    `value` is what is reported, with its 95% interval over questions; `n` counts the samples with a
-    value. A metric without samples (a perplexity of lm-eval, a table of another program) is shown
-    and never tested. `parts` are the tasks and groups below a group of lm-eval, whose samples are
-    those of its tasks. `instead_of` names the metric of this evaluation that is compared in its
-    place where two models share that one.
+    Without samples (a perplexity of lm-eval, a table of another program) it is shown and never
+    tested. In result.json the samples and the last three fields are left out.
     """
 
     metric: str
@@ -119,9 +110,11 @@ class Metric:
     value: float | None = None
     low: float | None = None
     high: float | None = None
-    n: int = 0
-    instead_of: str = ""
-    parts: tuple[str, ...] = ()
+    n: int = 0  # samples with a value
+    instead_of: str = ""  # the metric that is compared in its place, where two models share that
+    parts: tuple[
+        str, ...
+    ] = ()  # tasks and groups below a group of lm-eval, which has their samples
     num_fewshot: int | None = None
     version: str | None = None  # of the task
     eval: str = ""
@@ -188,7 +181,6 @@ class JudgeFacts:
     server: str | None = None  # its version
     weak: str | None = None  # why its numbers mean little
     weights: str | None = None  # their hash, where they are here
-    run: str | None = None  # the run of ours that it was merged from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,35 +228,32 @@ class EvalLog:
 
     `key` is the hash of all that decides the result: weights, questions, sampling, judge, prompts
     and the version of this code; `settings` of what the eval recipe and its files alone decide.
-    `against` is None for a suite without an opponent. `banners` must be read before the numbers,
-    heaviest first; `notes` are remarks. `leaks` is None where nobody looked for leaks. `source` is
-    the program that wrote the files, where it was not this one. `file` is result.json.
     """
 
     suite: str
     eval: str
     target: str = ""
-    against: str | None = None
+    against: str | None = None  # for a suite with an opponent
     key: str = ""
     settings: str = ""
     n: int = 0
     subset: str | None = None
-    banners: tuple[str, ...] = ()
+    banners: tuple[str, ...] = ()  # must be read before the numbers, heaviest first
     notes: tuple[str, ...] = ()
     metrics: tuple[Metric, ...] = ()
     answers: AnswerFacts = field(default_factory=AnswerFacts)
     opponent: AnswerFacts | None = None
     judge: JudgeFacts | None = None
     audit: Scorecard | None = None
-    leaks: Leaks | None = None
+    leaks: Leaks | None = None  # None: nobody looked
     recipe: dict[str, Any] = field(default_factory=dict, repr=False)
     written: str = ""
     command: str = ""
     lm_eval_command: str | None = None
     git: dict[str, Any] = field(default_factory=dict)
     libraries: dict[str, Any] = field(default_factory=dict, repr=False)
-    source: str = ""
-    file: Path = Path()
+    source: str = ""  # the program that wrote the files, where it was not this one
+    file: Path = Path()  # result.json
 
 
 _schema: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
@@ -351,13 +340,11 @@ def is_current(
 def read_eval_logs(
     run: Path, report: Callable[[DamagedFile], None] | None = None
 ) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
-    """Return a run's finished evaluations, and the names of those that were begun and have no
-    result.
+    """Return a run's finished evaluations, and the names of those that have no whole result.
 
     Args:
         run: its folder.
-        report: is called with each result that is damaged, which is then left out; None to raise
-            the error.
+        report: is called with each damaged result; None to raise the error.
 
     Raises:
         DataError: a file is damaged, or a result's numbers do not agree with its items.
@@ -436,11 +423,8 @@ def _check_samples(metric: Metric) -> None:
 
 
 def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
-    """Yield metrics, a group of lm-eval tasks with the samples of its tasks: one mean that can be
-    tested.
-
-    The items weigh as in the value that lm-eval reported, all alike or all tasks alike; a group of
-    which neither gives that value keeps it alone.
+    """Yield metrics, a group of lm-eval tasks with the samples of its tasks where they give the
+    value that lm-eval reported: all items weigh alike, or all tasks.
     """
     for group in metrics:
         tasks = [
@@ -469,12 +453,8 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
 def one_and_the_same(
     texts: Sequence[str], questions: Iterable[object], fewest_letters: int = 0
 ) -> int:
-    """Return how often the most frequent text occurs that answers more than one question. Texts
-    are the same where their letters are, if there are enough of them to tell.
-
-    Args:
-        fewest_letters: a shorter text does not count: where rules check the answers, one of a few
-            letters is the answer to many questions.
+    """Return how often the most frequent text occurs that answers more than one question, and has
+    `fewest_letters`. Texts are the same where their letters are, if there are enough of them.
     """
     asked: dict[str, list[object]] = defaultdict(list)
     for text, question in zip(texts, questions, strict=True):
@@ -485,11 +465,8 @@ def one_and_the_same(
 
 
 def ends_in_loop(answer: str) -> bool:
-    """Whether an answer ends in a phrase of two words or more that occurs three times; its last
-    word may be cut.
-
-    Source: Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration", whose repetition
-        is the same.
+    """Whether an answer ends in a phrase of two words or more that occurs three times, as in
+    Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration"; a last word may be cut.
 
     Example:
         >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
@@ -517,12 +494,8 @@ class Store:
     """The rows of a JSON-lines file that is appended to and never changed.
 
     A row's `key`, a hash of everything that makes it, occurs once, so what is stored is not asked
-    again. Rows are on the disk before `append` returns. A kill or a power cut leaves at most a
-    last line without its end, which the next append cuts; any other damaged line is an error.
-    Whoever appends holds the folder (`core.lock.waiting_lock`).
-
-    Args:
-        path: the file; made with its first row.
+    again. A kill or a power cut leaves at most a last line without its end, which the next append
+    cuts. Whoever appends holds the folder (`core.lock.waiting_lock`).
 
     Raises:
         DataError: a line is damaged or a key occurs twice.
@@ -547,7 +520,7 @@ class Store:
                 self._size += len(line)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Append the rows whose key is new.
+        """Append the rows whose key is new; they are on the disk when it returns.
 
         Raises:
             EnvironmentFault: the disk is full; nothing of these rows is left behind.

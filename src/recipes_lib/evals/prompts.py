@@ -1,13 +1,10 @@
 """The prompts of a judge: absolute grading (1-5) and relative comparison (A or B).
 
-The form is that of the Prometheus 2 models: order and headings of the sections, the `Score n:`
-lines, the output line with `[RESULT]`. The wording stands in evals/prompts/ (Jinja templates) and
-evals/rubrics/. An answer cannot speak to the judge: it stands, as it was written, between two lines
-with a code that it cannot know.
-
-A judge that was trained on certain sentences is another judge under a paraphrase. Those sentences
-are not ours, so `judge.relative_prompt: package:prometheus-eval` reads them from the authors' wheel
-(20 KB, fetched once, not installed). One line is added, the fence's.
+The form is that of the Prometheus 2 models; the wording stands in evals/prompts/ (Jinja templates)
+and evals/rubrics/. An answer cannot speak to the judge: it stands, as it was written, between two
+lines with a code that it cannot know. A judge that was trained on certain sentences is another
+judge under a paraphrase: `package:prometheus-eval` reads them from the authors' wheel and adds one
+line, the fence's.
 
 Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating
 Other Language Models"; prometheus-eval 0.1.20, `prometheus_eval/prompts.py`.
@@ -58,14 +55,12 @@ class Rubric:
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """A prompt ready to send; `fits` is false where even the shortest cut of the answers is too
-    long.
-    """
+    """A prompt ready to send."""
 
     system: str
     user: str
     cut: bool = False
-    fits: bool = True
+    fits: bool = True  # false where even the shortest cut of the answers is too long
 
     @property
     def hash(self) -> str:

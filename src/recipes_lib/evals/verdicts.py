@@ -4,11 +4,8 @@ metric with its interval.
 A verdict stands at the very end of the text, in one of the forms that the parser of prometheus-eval
 takes (`[RESULT] 4`, `4/5`, `score of 3 out of 5`, `[RESULT] Response A`, `Result: B`), or what chat
 models make of them: Markdown around it, `[RESULT]: A`, `[[A]]`, a full stop. Different verdicts in
-one text are a conflict. A text without a verdict is never a tie and never dropped.
-
-The candidate is Response A in order "AB" and Response B in order "BA". When both verdicts are ok,
-the sample is a win or a loss if they name the same answer, and a tie if they do not. A sample with
-a verdict that is missing or not ok is unresolved: it widens the bounds, once as lost, once as won.
+one text are a conflict. A text without a verdict is never a tie and never dropped: its sample is
+unresolved, and widens the bounds, once as lost, once as won.
 """
 
 from __future__ import annotations

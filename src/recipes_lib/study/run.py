@@ -390,7 +390,7 @@ def _warn_of_silent_judges(study: Study) -> None:
     from recipes_lib.evals.engine_openai import OpenAIEngine  # openai
 
     judges = [recipe.judge for recipe in study.evals if recipe.judge]
-    for file, judge in {judge.file or judge.name: judge for judge in judges}.items():
+    for file, judge in {judge.file or judge.model: judge for judge in judges}.items():
         if judge.engine == "openai" and "RECIPES_JUDGE_WANTED" not in os.environ:
             section = judge.model_copy(update={"max_retries": 0, "timeout_s": 5.0})
             try:
