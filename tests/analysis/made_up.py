@@ -13,7 +13,6 @@ from recipes_lib.evals.log import (
     REFERENCE,
     SCORE,
     AnswerFacts,
-    AnswerFaults,
     Check,
     EvalLog,
     JudgeFacts,
@@ -187,7 +186,6 @@ def write_eval(
         name=folder.name,
         models=("some/model",),
         fingerprint=f"weights of {folder.name}",
-        faults=AnswerFaults(n=len(whole[0].samples) if whole else 0, cut=0),
     )
     against = facts.get("against")
     log = EvalLog(

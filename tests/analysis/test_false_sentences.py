@@ -31,8 +31,8 @@ from recipes_lib.core.files import model_fingerprint
 from recipes_lib.data.leaks import Leak, Leaks
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.log import (
-    AnswerFaults,
     Check,
+    EvalLog,
     JudgeFacts,
     Scorecard,
     read_eval_log,
@@ -373,14 +373,22 @@ def test_short_right_answers_are_not_taken_for_one_text(tmp_path: Path) -> None:
     assert "degenerate-answers" not in codes(compared(one=[folders[0]], two=[folders[1]]))
 
 
+def half_cut(log: EvalLog) -> EvalLog:
+    """The log, every second answer at the token limit."""
+    samples = [
+        replace(sample, cut=number % 2 == 0, answer=made_up.plain_text(log.target, sample.id))
+        for number, sample in enumerate(log.metrics[0].samples)
+    ]
+    return replace(log, metrics=(replace(log.metrics[0], samples=tuple(samples)),))
+
+
 def test_answers_that_hit_the_token_limit_stop_the_sentence_with_the_command_that_helps(
     two: list[Path],
 ) -> None:
     file = two[0] / "evals/alpaca_eval/result.json"
     log = read_eval_log(file)
-    answers = replace(log.answers, faults=AnswerFaults(n=100, cut=60))
     recipe = log.recipe | {"generation": {"max_new_tokens": 64}}
-    write_log(replace(log, answers=answers, recipe=recipe))
+    write_log(replace(half_cut(log), recipe=recipe))
     conclusion = compared(one=[two[0]], two=[two[1]])
     assert claim_of(conclusion).verdict == "no verdict"
     assert any("max_new_tokens=128" in line for line in conclusion.cannot_say)
@@ -392,8 +400,7 @@ def test_cut_answers_to_checks_by_rule_are_counted_both_ways_and_stop_no_sentenc
     folders = [write_run(tmp_path, name) for name in ("one", "two")]
     for folder in folders:
         file = write_values(folder, [float(folder.name == "one")] * 40)
-        log = read_eval_log(file)
-        write_log(replace(log, answers=replace(log.answers, faults=AnswerFaults(n=40, cut=20))))
+        write_log(half_cut(read_eval_log(file)))
     claim = claim_of(compared(one=[folders[0]], two=[folders[1]]), "pass_rate")
     assert claim.verdict in ("higher", "lower") and not claim.stopped_by
 

@@ -54,30 +54,25 @@ def test_alpaca_evals_win_rate_of_our_annotations_is_our_number(
         judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")
         (log,) = evaluate([load_eval(path)], [str(tmp_path / "answers.json")])
     (metric,) = log.metrics
-    outcomes = {sample.outcome for sample in metric.samples}
-    assert outcomes == {"win", "loss", "tie", "unresolved"}
+    outcomes = [sample.outcome for sample in metric.samples]
+    assert {*outcomes} == {"win", "loss", "tie", "unresolved"}
     (file,) = log.file.parent.glob("samples/annotations.json")
     command = [sys.executable, "-W", "ignore", "-c", WIN_RATE, str(file)]
     rate = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert rate["win_rate"] / 100 == pytest.approx(metric.value)
     assert rate["n_total"] == metric.n < len(questions)
-    assert rate["n_draws"] == sum(sample.outcome == "tie" for sample in metric.samples)
+    assert rate["n_draws"] == outcomes.count("tie")
+
+
+def finds_the_good_one(server: FaultyServer) -> str:
+    """The verdict on the last request: for the good answer wherever it stands."""
+    prompt = server.bodies[-1]["messages"][-1]["content"]
+    first, second = prompt.partition("###Response A:")[2].split("###Response B:")
+    return f"[RESULT] {'A' if first.count('good') > second.count('good') else 'B'}"
 
 
 class SoundServer(FaultyServer):
-    """A judge that finds the good answer wherever it stands, whatever else the other one says."""
-
-    @property
-    def answer(self) -> str:
-        """Its verdict on the last request."""
-        prompt = self.bodies[-1]["messages"][-1]["content"]
-        first, second = prompt.partition("###Response B:")[::2]
-        worth = [part.count("good") for part in (first.partition("###Response A:")[2], second)]
-        return f"[RESULT] {'A' if worth[0] > worth[1] else 'B'}"
-
-    @answer.setter
-    def answer(self, value: str | None) -> None:
-        """What other servers always say."""
+    answer = property(finds_the_good_one, lambda self, value: None)
 
 
 def test_a_sound_judge_passes_its_probes_with_every_model_that_it_judges(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ from recipes_lib.evals.audit import (
 )
 from recipes_lib.evals.judge import Item, ask
 from recipes_lib.evals.log import Sample, Scorecard, Store
-from recipes_lib.evals.verdicts import Rate
+from recipes_lib.evals.verdicts import bounds_of, metric_of
 
 ITEMS = [
     Item(
@@ -118,9 +119,9 @@ def test_outcomes_of_both_orders(tmp_path: Path) -> None:
         ask(ITEMS[:3], FakeJudge(lambda request, both=both: says(both[request.order])), store)
         samples = pair_samples(store)
         assert {sample.outcome for sample in samples} == {outcome}
-    rate = Rate.of(samples)
-    assert (rate.value, rate.n, rate.lowest, rate.highest) == (None, 0, 0.0, 1.0)
-    assert Rate.of([]).value is None
+    rate = metric_of("win_rate", "", samples)
+    assert (rate.value, rate.n, bounds_of(samples)) == (None, 0, (0.0, 1.0))
+    assert metric_of("win_rate", "", []).value is None
 
 
 def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:
@@ -135,7 +136,8 @@ def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:
             for outcome, value, verdicts in [kinds[n % 3]]
         ]
 
-    for measure in (swap_consistency, first_position, Rate.of):
+    rate = partial(metric_of, "win_rate", "")
+    for measure in (swap_consistency, first_position, rate):
         once, four = (measure(samples(draws)) for draws in (1, 4))
         assert four.high - four.low > 0.9 * (once.high - once.low), measure
     assert first_position(samples(1)).value == pytest.approx(2 / 3)

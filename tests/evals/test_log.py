@@ -22,7 +22,6 @@ from recipes_lib.core.files import DamagedFile, valid_texts
 from recipes_lib.evals.audit import audit
 from recipes_lib.evals.log import (
     AnswerFacts,
-    AnswerFaults,
     Check,
     EvalLog,
     JudgeFacts,
@@ -74,7 +73,7 @@ def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> E
         key=key,
         n=5,
         metrics=(metric,),
-        answers=AnswerFacts(name=run.name, faults=AnswerFaults(n=4, cut=1)),
+        answers=AnswerFacts(name=run.name, models=("m",)),
         judge=JudgeFacts(name="prometheus", fingerprint="f", model="m"),
         audit=Scorecard(judge="f", checks=(Check(check="swap consistency", value=0.5, n=3),)),
         file=file,

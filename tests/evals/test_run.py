@@ -161,9 +161,9 @@ def test_one_answer_for_all_questions_is_flagged_and_empty_answers_lose(
     null, mute = evaluate(
         [quick("alpaca_eval")], [str(tmp_path / "null.json"), str(tmp_path / "mute.json")]
     )
-    assert any("one and the same answer" in line for line in null.banners)
+    assert any("are one and the same" in line for line in null.banners)
     assert outcomes(mute) == ["loss"] * 4
-    assert mute.answers.faults is not None and mute.answers.faults.empty == 4
+    assert "4 of 4 answers are empty" in mute.banners
 
 
 def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(
@@ -318,6 +318,6 @@ def test_a_new_suite_is_one_file_and_two_lines(make_run, tmp_path, monkeypatch, 
     (log,), _ = read_eval_logs(run)
     assert (log.suite, log.subset, log.metrics[0].n) == ("toy", "subset, n=3 of 40", 3)
     assert log.metrics[0].value == sum(one.value or 0 for one in log.metrics[0].samples) / 3
-    assert log.answers.name == "one" and log.answers.faults and log.answers.faults.n == 3
+    assert log.answers.name == "one"
     assert main(["compare", "one", "two"]) == 0
     assert "letters" in capsys.readouterr().out

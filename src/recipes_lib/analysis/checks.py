@@ -22,14 +22,13 @@ from recipes_lib.analysis.text import sentence_list, setting_text
 from recipes_lib.core.files import folder_fingerprint, read_object
 from recipes_lib.evals.audit import HUMAN, PROBES
 from recipes_lib.evals.leaks import is_searched
-from recipes_lib.evals.log import FEWEST_LETTERS, EvalLog, one_and_the_same
+from recipes_lib.evals.log import CUT, EvalLog, answer_faults
 from recipes_lib.training.resume_guard import flatten
 
 Severity = Literal["error", "confound", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "confound", "warning", "note")
 DEGENERATE, SOME_DEGENERATE = 0.2, 0.1  # of all answers
 LONGER = 1.5
-CUT = "hit the token limit"
 # What only an audit asks; the rest is measured from the judgments themselves.
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
 UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
@@ -404,28 +403,6 @@ def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Findin
     severity: Severity = "error" if times / n > DEGENERATE else "warning"
     title, lines = f"{times} of {n} {arm} answers in {log.eval} {what}", (run_place(log.file),)
     return Finding("degenerate-answers", severity, title, lines, remedy, (arm,), _metrics((log,)))
-
-
-def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
-    """Return what is wrong with the answers of a log, in words, as (how many, of how many)."""
-    if log.suite in ("lm_eval", "heldout_loss"):
-        return {}
-    samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
-    answered = [sample for sample in samples.values() if sample.answer is not None]
-    faults = log.answers.faults
-    counts: dict[str, tuple[int, int]] = {}
-    if faults:
-        counts["are empty"] = faults.empty, faults.n
-        counts["end in a loop"] = faults.loops, faults.n
-        counts["are one and the same"] = faults.identical, faults.n
-        if faults.cut is not None:
-            counts[CUT] = faults.cut, faults.n
-    if answered:
-        fewest = 0 if log.judge else FEWEST_LETTERS
-        texts = [sample.answer or "" for sample in answered]
-        same = one_and_the_same(texts, [sample.id for sample in answered], fewest)
-        counts["are one and the same"] = same, len(answered)
-    return counts
 
 
 # ---- What was asked, and how ----

@@ -24,7 +24,7 @@ from markupsafe import Markup
 
 from recipes_lib.analysis import plots, text
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.checks import SEVERITIES, answer_faults
+from recipes_lib.analysis.checks import SEVERITIES
 from recipes_lib.analysis.claims import Conclusion, effect_text, limits_text, where_text
 from recipes_lib.analysis.runs import Arms, Run
 from recipes_lib.analysis.samples import collect_samples
@@ -34,7 +34,7 @@ from recipes_lib.analysis.table import Score, score_interval
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import EvalLog, Sample
+from recipes_lib.evals.log import EvalLog, Sample, answer_faults
 
 TEMPLATES = Path(__file__).parent / "templates"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it

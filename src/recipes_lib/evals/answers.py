@@ -28,7 +28,7 @@ from recipes_lib.evals.engine import (
     Request,
     Sampling,
 )
-from recipes_lib.evals.log import REFERENCE, AnswerFacts, AnswerFaults, Store
+from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe

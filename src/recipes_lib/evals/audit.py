@@ -30,7 +30,7 @@ from recipes_lib.evals.judge import Item, ask, opened
 from recipes_lib.evals.log import ORDERS, Check, Sample, Scorecard, Store, text_hash
 from recipes_lib.evals.questions import read_labels
 from recipes_lib.evals.recipe import Thresholds, load_judge_file
-from recipes_lib.evals.verdicts import rate_of, sample_of, shown_rate
+from recipes_lib.evals.verdicts import numbers_of, sample_of, shown_rate
 
 SWAP = "both orders name the same answer"
 UNPARSED = "judgments without a verdict"
@@ -130,11 +130,8 @@ def pair_samples(rows: Iterable[Row]) -> list[Sample]:
 
 def _check(name: str, values: Iterable[float], questions: Sequence[str]) -> Check:
     """A share that is described, or not measured where there are no values."""
-    rate = rate_of([float(value) for value in values], questions)
-    result: Any = "not measured" if rate.value is None else "described"
-    return Check(
-        check=name, value=rate.value, low=rate.low, high=rate.high, n=rate.n, result=result
-    )
+    numbers = numbers_of([float(value) for value in values], questions)
+    return Check(check=name, result="described" if numbers["n"] else "not measured", **numbers)
 
 
 def _needing(check: Check, least: float | None = None, most: float | None = None) -> Check:

@@ -451,7 +451,7 @@ def verdict_tokens(
     spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
     columns = enumerate(zip(*spaced.values(), strict=False))
     common = next((place for place, column in columns if len(set(column)) > 1), 0)
-    lead_ids = next(iter(spaced.values()))[:common]
+    lead_ids = spaced[allowed[0]][:common]
     tokens = {verdict: ids[common] for verdict, ids in spaced.items()}
     if len(set(tokens.values())) < len(allowed):
         lead_ids = encode(f"{lead_in} ")

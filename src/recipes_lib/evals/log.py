@@ -46,6 +46,8 @@ SCORE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 UNRESOLVED = "unresolved"
 REFERENCE = "reference"  # the opponent that is the questions' own reference answers
 RESULT_VERSION = 2
+EMPTY, CUT, LOOPS = "are empty", "hit the token limit", "end in a loop"
+SAME = "are one and the same"
 FEWEST_LETTERS = 20  # fewer do not tell whether two answers are one
 _NO_LETTERS = re.compile(r"[\d\W_]+")
 _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is asked twice"
@@ -133,28 +135,6 @@ class Metric:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerFaults:
-    """What is wrong with the answers of one model; `identical` is as `one_and_the_same` counts."""
-
-    n: int = 0
-    empty: int = 0
-    cut: int | None = None  # reached the token limit; None where a file does not say
-    identical: int = 0
-    loops: int = 0
-
-    @classmethod
-    def of(cls, texts: Sequence[str], cut: int | None, questions: Sequence[str]) -> AnswerFaults:
-        """Count what is wrong with answers to `questions`, of which `cut` reached the limit."""
-        return cls(
-            n=len(texts),
-            empty=sum(not text.strip() for text in texts),
-            cut=cut,
-            identical=one_and_the_same(texts, questions),
-            loops=sum(map(ends_in_loop, texts)),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class AnswerFacts:
     """Who answered and how: `models` are the names of the weights, `fingerprint` their hash."""
 
@@ -167,7 +147,6 @@ class AnswerFacts:
     dtype: str | None = None
     quantized: bool | None = None
     server: str | None = None  # its version, where a server answered
-    faults: AnswerFaults | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,18 +429,28 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
 # ---- faults of answers ----
 
 
-def one_and_the_same(
-    texts: Sequence[str], questions: Iterable[object], fewest_letters: int = 0
-) -> int:
-    """Return how often the most frequent text occurs that answers more than one question, and has
-    `fewest_letters`. Texts are the same where their letters are, if there are enough of them.
+def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
+    """Return what is wrong with the answers of a log, in words, as (how many, of how many). Where
+    rules check them, a text of a few letters is the answer to many questions.
     """
-    asked: dict[str, list[object]] = defaultdict(list)
-    for text, question in zip(texts, questions, strict=True):
+    samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
+    answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
+    if not answered or log.suite == "lm_eval":
+        return {}
+    texts = {key: sample.answer or "" for key, sample in answered.items()}
+    asked: dict[str, list[str]] = defaultdict(list)
+    for key, text in texts.items():
         letters = _NO_LETTERS.sub("", text).casefold()
-        asked[letters if len(letters) >= FEWEST_LETTERS else text.strip()].append(question)
-    several = (text for text in asked if len(set(asked[text])) > 1)
-    return max((len(asked[text]) for text in several if len(text) >= fewest_letters), default=0)
+        is_long = len(letters) >= FEWEST_LETTERS
+        if is_long or log.judge:
+            asked[letters if is_long else text.strip()].append(key[0])
+    counts = {
+        EMPTY: sum(not text.strip() for text in texts.values()),
+        CUT: sum(sample.cut for sample in answered.values()),
+        LOOPS: sum(map(ends_in_loop, texts.values())),
+        SAME: max((len(ids) for ids in asked.values() if len(set(ids)) > 1), default=0),
+    }
+    return {what: (count, len(texts)) for what, count in counts.items()}
 
 
 def ends_in_loop(answer: str) -> bool:

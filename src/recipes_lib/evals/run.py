@@ -26,7 +26,7 @@ from recipes_lib.evals.engine_openai import OpenAIEngine
 from recipes_lib.evals.judge import Judge, opened
 from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_models
 from recipes_lib.evals.leaks import leaks_of_run
-from recipes_lib.evals.log import REFERENCE, AnswerFaults, EvalLog, log_file, write_log
+from recipes_lib.evals.log import REFERENCE, SAME, EvalLog, answer_faults, log_file, write_log
 from recipes_lib.evals.models import Loaded, Model, base_of, grouped, is_run, loaded, resolve
 from recipes_lib.evals.questions import QuestionSet, check_allowed, is_answer_file, load_questions
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, find_eval, load_eval, no_opponent
@@ -287,8 +287,10 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     leaks = leaks_of_run(recipe, log)
     banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
     banners += log.banners
-    if log.answers.faults:
-        banners += _fault_banners(log.answers.faults, recipe.metrics.max_identical_fraction)
+    for what, (count, n) in answer_faults(log).items():
+        most = max(2, recipe.metrics.max_identical_fraction * n) if what == SAME else 0.1 * n
+        if count > most:
+            banners.append(f"{count} of {n} answers {what}")
     banners += [log.subset] if log.subset else []
     metrics = (
         replace(metric, eval=log.eval, suite=log.suite, file=log.file) for metric in log.metrics
@@ -306,21 +308,6 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     )
     write_log(log)
     return log
-
-
-def _fault_banners(faults: AnswerFaults, max_identical_fraction: float) -> list[str]:
-    """The lines about one answer for many questions, and about cut, empty and looping ones."""
-    lines = []
-    if faults.identical > max(2, max_identical_fraction * faults.n):
-        lines.append(f"{faults.identical} of {faults.n} prompts got one and the same answer")
-    for count, text in (
-        (faults.empty, "are empty"),
-        (faults.cut or 0, "reached max_new_tokens and are cut"),
-        (faults.loops, "end in a loop, one phrase three times"),
-    ):
-        if count > 0.1 * faults.n:
-            lines.append(f"{count} of {faults.n} answers {text}")
-    return lines
 
 
 def say_results(logs: Sequence[EvalLog]) -> None:

@@ -170,37 +170,15 @@ def _raw(row: Mapping[str, Any]) -> str | None:
 # ---- metrics ----
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A mean with its 95% interval over questions, None where there are too few values for one;
-    and what it would be if everything unresolved had got the lowest, and the highest value.
+def numbers_of(
+    values: Sequence[float | None], clusters: Sequence[str], unit: str = "share"
+) -> dict[str, Any]:
+    """Return value, low, high and n: the mean of the values that are known, with its 95% interval
+    over clusters, None where there are too few for one.
     """
-
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    n: int = 0
-    unresolved: int = 0
-    lowest: float | None = None
-    highest: float | None = None
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], unit: str = "share") -> Rate:
-        """Return the mean of samples; those of one question are one observation."""
-        clusters = [each.same_as or each.id for each in samples]
-        return rate_of([each.value for each in samples], clusters, unit)
-
-
-def rate_of(values: Sequence[float | None], clusters: Sequence[str], unit: str = "share") -> Rate:
-    """Return the mean of the values that are known, with its interval over clusters."""
     known = [pair for pair in zip(values, clusters, strict=True) if pair[0] is not None]
-    if not values:
-        return Rate()
-    missing, total = len(values) - len(known), math.fsum(value or 0.0 for value, _ in known)
-    bounds = [(total + missing * end) / len(values) for end in UNIT_SCALES.get(unit, ())]
-    lowest, highest = bounds or (None, None)
     if not known:
-        return Rate(unresolved=missing, lowest=lowest, highest=highest)
+        return {"n": 0}
     import numpy as np  # which `recipes study --help` does without
 
     from recipes_lib.analysis.stats import estimate, mean_interval
@@ -211,7 +189,8 @@ def rate_of(values: Sequence[float | None], clusters: Sequence[str], unit: str =
     else:
         ends = estimate(table, names).interval()
     low, high = ends or (None, None)
-    return Rate(total / len(known), low, high, len(known), missing, lowest, highest)
+    mean = math.fsum(value or 0.0 for value, _ in known) / len(known)
+    return {"value": mean, "low": low, "high": high, "n": len(known)}
 
 
 def metric_of(
@@ -221,19 +200,20 @@ def metric_of(
     unit: Literal["share", "grade", "number"] = "share",
     **known: Any,
 ) -> Metric:
-    """Return a metric that is the mean of samples."""
-    rate = Rate.of(samples, unit)
-    return Metric(
-        metric,
-        label,
-        tuple(samples),
-        unit=unit,
-        value=rate.value,
-        low=rate.low,
-        high=rate.high,
-        n=rate.n,
-        **known,
+    """Return a metric that is the mean of samples; those of one question are one observation."""
+    clusters = [sample.same_as or sample.id for sample in samples]
+    numbers = numbers_of([sample.value for sample in samples], clusters, unit)
+    return Metric(metric, label, tuple(samples), unit=unit, **numbers, **known)
+
+
+def bounds_of(samples: Sequence[Sample], unit: str = "share") -> tuple[float, float]:
+    """Return the mean if everything unresolved had got the lowest value, and the highest."""
+    values = [sample.value for sample in samples]
+    lowest, highest = (
+        math.fsum(end if value is None else value for value in values) / len(values)
+        for end in UNIT_SCALES[unit]
     )
+    return lowest, highest
 
 
 # ---- numbers in tables ----
@@ -244,7 +224,7 @@ def number(value: float | None, digits: int = 2) -> str:
     return "n/a" if value is None else f"{value:.{digits}f}"
 
 
-def shown_rate(rate: Rate | Metric | Check, digits: int = 2, unit: str = "share") -> str:
+def shown_rate(rate: Metric | Check, digits: int = 2, unit: str = "share") -> str:
     """Return a value with its interval, a share in percent."""
     scale, digits, sign = (100, 1, "%") if unit == "share" else (1, digits, "")
     if rate.value is None:

@@ -18,7 +18,7 @@ from recipes_lib.evals.judge import Item
 from recipes_lib.evals.judged import Judged, JudgedSuite
 from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
 from recipes_lib.evals.questions import Question
-from recipes_lib.evals.verdicts import Rate, shown_rate
+from recipes_lib.evals.verdicts import bounds_of, shown_rate
 
 # by order and verdict: 1 where the opponent (output_1) wins, 2 where the candidate (output_2) does
 _PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
@@ -77,11 +77,12 @@ class AlpacaEval(JudgedSuite):
         rows = [[*head, "win rate, tie = half [95%]", "all lost .. won", "mean 1-5"]]
         for log in logs:
             by_name = {metric.metric: metric for metric in log.metrics}
-            pairs, grade = by_name["win_rate"].samples, by_name.get("grade")
-            rate, counts = Rate.of(pairs), Counter(sample.outcome for sample in pairs)
-            cells = [log.target, str(log.against), str(len(pairs))]
+            wins, grade = by_name["win_rate"], by_name.get("grade")
+            counts = Counter(sample.outcome for sample in wins.samples)
+            lowest, highest = bounds_of(wins.samples)
+            cells = [log.target, str(log.against), str(len(wins.samples))]
             cells += [str(counts[outcome]) for outcome in outcomes]
-            cells += [shown_rate(rate), f"{rate.lowest or 0:.1%} .. {rate.highest or 0:.1%}"]
+            cells += [shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"]
             rows.append([*cells, shown_rate(grade, unit="grade") if grade else "-"])
         return [*aligned(rows), "", "judged in both orders; a pair whose orders disagree is a tie"]
 

@@ -35,7 +35,7 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.suites import Suite
-from recipes_lib.evals.verdicts import Rate, metric_of, shown_rate
+from recipes_lib.evals.verdicts import metric_of, shown_rate
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
@@ -96,7 +96,7 @@ class Checks(Suite):
                 [sample for sample in samples if name in ("", sample.category)]
                 for samples in by_log
             ]
-            values = [shown_rate(Rate.of(samples)) for samples in cells]
+            values = [shown_rate(metric_of("pass_rate", "", samples)) for samples in cells]
             rows.append([names.get(name, name), str(max(map(len, cells))), *values])
         return aligned(rows)
 

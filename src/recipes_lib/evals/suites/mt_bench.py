@@ -10,6 +10,7 @@ once as 1 and once as 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
@@ -17,7 +18,7 @@ from recipes_lib.evals.judge import Item
 from recipes_lib.evals.judged import JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
-from recipes_lib.evals.verdicts import Rate, number, shown_rate
+from recipes_lib.evals.verdicts import bounds_of, number, shown_rate
 
 
 class MTBench(JudgedSuite):
@@ -64,10 +65,10 @@ class MTBench(JudgedSuite):
         head = ["model", "n", "turns", "no grade", "mean 1-5 [95%]", "all 1 .. 5"]
         rows = [[*head, *(f"turn {turn}" for turn in turns), "win rate"]]
         for log, by_name, samples in zip(logs, metrics, grades, strict=True):
-            rate, pairs = Rate.of(samples, "grade"), by_name.get("win_rate")
-            cells = [log.target, str(log.n), str(len(samples)), str(rate.unresolved)]
-            cells.append(shown_rate(rate, unit="grade"))
-            cells.append(f"{number(rate.lowest)} .. {number(rate.highest)}")
+            grade, pairs = by_name["grade"], by_name.get("win_rate")
+            lowest, highest = bounds_of(samples, "grade")
+            cells = [log.target, str(log.n), str(len(samples)), str(len(samples) - grade.n)]
+            cells += [shown_rate(grade, unit="grade"), f"{lowest:.2f} .. {highest:.2f}"]
             cells += [_mean(samples, turn) for turn in turns]
             rows.append([*cells, f"{shown_rate(pairs)} against {log.against}" if pairs else "-"])
         by_category = [["category", *(log.target for log in logs)]]
@@ -79,8 +80,12 @@ class MTBench(JudgedSuite):
 
 
 def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> str:
-    chosen = [each for each in samples if each.turn == turn and category in (None, each.category)]
-    return number(Rate.of(chosen, "grade").value)
+    grades = [
+        sample.value
+        for sample in samples
+        if sample.turn == turn and category in (None, sample.category) and sample.value
+    ]
+    return number(fmean(grades) if grades else None)
 
 
 def _side(question: Question, answers: Answers, turn: int) -> str:
