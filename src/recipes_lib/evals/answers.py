@@ -44,14 +44,14 @@ class Answers:
         name: the model's name.
         run: the run folder that they lie in; None for the outputs that come with the questions.
         texts: the answers.
-        asked: how the model was asked.
+        facts: who answered, and how.
         cut: which of them reached the token limit.
     """
 
     name: str
     run: RunDirectory | None
     texts: dict[Place, str]
-    asked: AnswerFacts
+    facts: AnswerFacts
     cut: frozenset[Place] = frozenset()
 
     def text(self, question: str, turn: int = 1, draw: int = 1) -> str:
@@ -66,13 +66,6 @@ class Answers:
     def draws(self) -> int:
         """How many answers there are to each question."""
         return max((draw for _, _, draw in self.texts), default=1)
-
-    @cached_property
-    def facts(self) -> AnswerFacts:
-        """Who answered, how, and what is wrong with the answers."""
-        questions = [question for question, _, _ in self.texts]
-        faults = AnswerFaults.of(list(self.texts.values()), len(self.cut), questions)
-        return replace(self.asked, faults=faults)
 
     @property
     def digest(self) -> str:
