@@ -25,34 +25,15 @@ DENSE: dict[str, Any] = {
     "pad_token_id": None,
 }
 EXPERTS: dict[str, Any] = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
-MAMBA: dict[str, Any] = {
-    "mamba_n_heads": 4,
-    "mamba_d_head": 32,
-    "mamba_n_groups": 1,
-    "mamba_d_state": 16,
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_chunk_size": 16,
-}
-ROUTED: dict[str, Any] = {
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "n_shared_experts": 1,
-}
-DEEPSEEK: dict[str, Any] = {
-    **ROUTED,
-    "kv_lora_rank": 16,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 16,
-    "v_head_dim": 16,
-    "head_dim": 8,
-    "num_key_value_heads": 4,
-}
+_MAMBA_SIZES = {"n_heads": 4, "d_head": 32, "n_groups": 1, "d_state": 16, "d_conv": 4}
+MAMBA: dict[str, Any] = {f"mamba_{key}": value for key, value in _MAMBA_SIZES.items()}
+MAMBA |= {"mamba_expand": 2, "mamba_chunk_size": 16}
+ROUTED: dict[str, Any] = {"moe_intermediate_size": 32, "n_routed_experts": 4, "n_group": 1}
+ROUTED |= {"num_experts_per_tok": 2, "topk_group": 1, "n_shared_experts": 1}
+ROUTED |= {"first_k_dense_replace": 1}
+DEEPSEEK: dict[str, Any] = {**ROUTED, "kv_lora_rank": 16, "q_lora_rank": 24, "head_dim": 8}
+DEEPSEEK |= {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+DEEPSEEK |= {"num_key_value_heads": 4}
 LINEAR_ATTENTION: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "linear_num_key_heads": 2,
@@ -64,41 +45,27 @@ WINDOWS: dict[str, Any] = {
     "sliding_window": 32,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+SHARED = {**EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32}
+LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GEMMA3: dict[str, Any] = {**WINDOWS, "query_pre_attn_scalar": 16}
-GEMMA4: dict[str, Any] = {
-    **WINDOWS,
-    "global_head_dim": 32,
-    "hidden_size_per_layer_input": 16,
-    "vocab_size_per_layer_input": 520,
-}
+GEMMA4: dict[str, Any] = {**WINDOWS, "global_head_dim": 32, "hidden_size_per_layer_input": 16}
+GEMMA4 |= {"vocab_size_per_layer_input": 520}
 LLAMA4: dict[str, Any] = {
-    "num_local_experts": 4,
+    **LOCAL_EXPERTS,
     "num_experts_per_tok": 1,
     "intermediate_size_mlp": 96,
     "interleave_moe_layer_step": 1,
     "moe_layers": [0, 1],
     "attention_chunk_size": 256,
 }
-VISION: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 
 # their ids, which the tokenizer's texts never have
 _IMAGE_TOKENS = {
     "qwen3_5": ("image_token_id", "video_token_id"),
     "gemma3": ("boi_token_index", "eoi_token_index", "image_token_index"),
-    "gemma4": (
-        "boi_token_id",
-        "eoi_token_id",
-        "image_token_id",
-        "audio_token_id",
-        "video_token_id",
-    ),
+    "gemma4": tuple(f"{kind}_token_id" for kind in ("boi", "eoi", "image", "audio", "video")),
     "llama4": ("boi_token_index", "eoi_token_index", "image_token_index"),
     "mistral3": ("image_token_index",),
 }
@@ -144,7 +111,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "block_auto_adjust_ff_dim": False,
     },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512},
-    "gpt_oss": {**WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {**WINDOWS, **LOCAL_EXPERTS},
     "llama4_text": LLAMA4,
     "nemotron_h": {
         "layers_block_type": ["mamba", "attention"],
@@ -164,23 +131,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "expand": 2,
         "chunk_size": 16,
     },
-    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
+    "granitemoe": {**LOCAL_EXPERTS, "logits_scaling": 2.0},
     "granitemoehybrid": {
         **MAMBA,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
+        **LOCAL_EXPERTS,
         "shared_intermediate_size": 64,
         "layer_types": ["mamba", "attention"],
         "position_embedding_type": "rope",
     },
     "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen3_5_moe_text": {
-        **EXPERTS,
-        **LINEAR_ATTENTION,
-        "shared_expert_intermediate_size": 32,
-    },
-    "qwen3_next": {**EXPERTS, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 32},
+    "mixtral": LOCAL_EXPERTS,
+    "qwen3_5_moe_text": SHARED,
+    "qwen3_next": SHARED,
     "glm4_moe": ROUTED,
     "deepseek_v3": DEEPSEEK,
     # as their checkpoints are on the Hub: a language model that reads images
@@ -263,57 +225,51 @@ def write_family_recipe(path: Path, tiny_recipe: str, *changes: dict[str, Any]) 
     return path
 
 
+CHOICE_TASK = """
+task: tiny_choice
+output_type: multiple_choice
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+WORDS_TASK = """
+task: tiny_words
+output_type: generate_until
+doc_to_target: "{{choices[answer]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 6}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+"""
+BOTH_TASKS = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+num_fewshot: 0
+doc_to_text: "{{question}}:"
+metadata: {version: 1.0}
+"""
+OWN_EVALS = {
+    "tiny_choice": CHOICE_TASK + BOTH_TASKS,
+    "tiny_words": WORDS_TASK + BOTH_TASKS,
+    "lm_eval": "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
+    " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n",
+    "checks": "suite: {name: checks}\ndata: {questions: questions.jsonl}\ngeneration:"
+    " {max_new_tokens: 6}\n",
+    "heldout_loss": "suite: {name: heldout_loss}\ndata: {questions: validation}\n",
+}
+
+
 def write_own_evals(folder: Path) -> list[Path]:
     """Write eval recipes of the suites without a judge: lm_eval with one task that compares choices
     and one that generates, for prompts of several lengths; checks; heldout_loss.
     """
-    rows = [
-        {
-            "question": f"Pick {'one of these ' * n}{n}",
-            "choices": ["one", "two three"],
-            "answer": n % 2,
-        }
-        for n in range(4)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    common = {
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}},
-        "test_split": "test",
-        "num_fewshot": 0,
-        "doc_to_text": "{{question}}:",
-        "metadata": {"version": 1.0},
-    }
-    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
-    choice = {
-        "task": "tiny_choice",
-        "output_type": "multiple_choice",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-    }
-    words = {
-        "task": "tiny_words",
-        "output_type": "generate_until",
-        "doc_to_target": "{{choices[answer]}}",
-    }
-    words |= {"generation_kwargs": {"until": ["\n"], "max_gen_toks": 6}}
-    for task in (
-        choice | {"metric_list": metrics},
-        words | {"metric_list": [metrics[0] | {"metric": "exact_match"}]},
-    ):
-        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(common | task))
+    rows = [{"question": f"Pick {'one of these ' * n}{n}", "answer": n % 2} for n in range(4)]
+    lines = [json.dumps({**row, "choices": ["one", "two three"]}) + "\n" for row in rows]
+    (folder / "rows.jsonl").write_text("".join(lines))
     question = {"prompt": "Name a metal.", "check": "contains", "expected": "gold"}
     (folder / "questions.jsonl").write_text(json.dumps(question) + "\n")
-    texts = {
-        "lm_eval": "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
-        " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n",
-        "checks": "suite: {name: checks}\ndata: {questions: questions.jsonl}\ngeneration:"
-        " {max_new_tokens: 6}\n",
-        "heldout_loss": "suite: {name: heldout_loss}\ndata: {questions: validation}\n",
-    }
-    for name, text in texts.items():
+    for name, text in OWN_EVALS.items():
         (folder / f"{name}.yaml").write_text(text)
-    return [folder / f"{name}.yaml" for name in texts]
+    return [folder / f"{name}.yaml" for name in ("lm_eval", "checks", "heldout_loss")]
 
 
 def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:

