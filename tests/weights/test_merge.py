@@ -65,9 +65,8 @@ def test_what_changed_since_is_merged_again(runs: Runs, recipes: Verb) -> None:
         (run / file).write_bytes(content[:-2] + b"xx")
         assert merge_record(trained) is None, file
         (run / file).write_bytes(content)
-    assert (
-        json.loads(recipes("merge", "lora", "--dtype", "bfloat16", "--json")[1])["already"] is False
-    )
+    other = json.loads(recipes("merge", "lora", "--dtype", "bfloat16", "--json")[1])
+    assert not other["already"]
 
 
 def test_a_merge_that_is_not_the_adapter_is_refused_and_kept_apart(
@@ -103,17 +102,13 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
 
 
 def test_runs_of_one_base_share_it_and_others_do_not(runs: Runs) -> None:
-    runs("lora", "lora.chat", "qlora", "full")
-    names = ("lora", "lora.chat", "qlora", "full")
-    found = families([finished_run(open_run(name)) for name in names])
-    assert [[run.run.name for run in group] for group in found] == [
-        ["lora", "lora.chat"],
-        ["qlora"],
-        ["full"],
-    ]
-    family = Family(found[0])
+    names = ["lora", "lora.chat", "qlora", "full"]
+    runs(*names)
+    groups = families([finished_run(open_run(name)) for name in names])
+    shared = [[run.run.name for run in group] for group in groups]
+    assert shared == [["lora", "lora.chat"], ["qlora"], ["full"]]
+    family, seen = Family(groups[0]), []
     assert family.names == [BASE, "lora", "lora.chat"]
-    seen = []
     for name in family.names:
         with family.answering(name) as model:
             seen.append(logits_on(model, ROWS))
