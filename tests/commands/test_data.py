@@ -11,7 +11,6 @@ import pytest
 from pyarrow import parquet
 
 from recipes_lib.cli import main
-from recipes_lib.commands import data as command
 
 
 @pytest.fixture
@@ -52,13 +51,6 @@ def test_it_prints_counts_lengths_marked_rows_and_the_next_command(recipe_file, 
     assert "### Response:\n[[It is " in out and "]]<EOS </s>>" in out and out.count("-- ") == 1
     assert "\x1b" not in out and "\\x1b[31m" in out
     assert out.rstrip().endswith("next: recipes train try.yaml data.max_examples=20")
-
-
-def test_colours_are_for_a_terminal_only(recipe_file, capsys, monkeypatch):
-    monkeypatch.setattr(command, "use_color", lambda: True)
-    out = run(capsys, "data", "try.yaml", "--show", "1")
-    assert f"{command.GREEN}It is " in out and f"{command.REVERSE}</s>{command.RESET}" in out
-    assert "[[" not in out and "\x1b[31m" not in out
 
 
 def test_refused_data_prints_its_numbers_first_and_names_the_line_of_the_recipe(

@@ -6,17 +6,11 @@ from __future__ import annotations
 
 import errno
 import pickle
-import shutil
-from pathlib import Path
-
-import pytest
 
 from recipes_lib.core.errors import (
-    EnvironmentFault,
     ExitCode,
     RecipeError,
     RecipeErrors,
-    check_space,
     explain_fault,
 )
 
@@ -84,13 +78,3 @@ def test_several_errors_are_in_the_order_of_their_places_and_survive_pickling() 
     for copy in (errors, pickle.loads(pickle.dumps(errors))):
         assert str(copy) == "first\na.yaml:7: second\n  do this"
         assert copy.exit_code == ExitCode.USAGE
-
-
-def test_a_full_disk_is_noticed_before_a_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=100 * 2**20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    check_space(tmp_path, 80 * 2**20, "a save", "")
-    with pytest.raises(EnvironmentFault, match=r"disk full: a save needs 90\.0 MiB"):
-        check_space(tmp_path, 90 * 2**20, "a save", "")

@@ -74,7 +74,7 @@ def test_an_earlier_try_that_lives_is_never_taken_over(start, tmp_path: Path, mo
     queued_again(monkeypatch, "7", 1)
     monkeypatch.setattr(lock, "REQUEUE_WAIT_S", 1.0)
     with (
-        pytest.raises(lock.LockHeld, match=f"by process {child.pid} .*Slurm job 7"),
+        pytest.raises(EnvironmentFault, match=f"by process {child.pid} .*Slurm job 7"),
         lock.run_lock(tmp_path / "mine"),
     ):
         pass

@@ -12,7 +12,7 @@ from typing import Annotated
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.run_directory import open_run
-from recipes_lib.core.terminal import next_step, printable, say, use_color
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
@@ -48,15 +48,14 @@ def run(
             messages.append({"role": "user", "content": question})
             text = answer(family, name, messages, max_new_tokens, temperature)
             messages.append({"role": "assistant", "content": text})
-            heading = f"\x1b[1m{title}\x1b[0m" if use_color() else title
-            print(f"{heading}\n{printable(text) or '(empty answer)'}\n", flush=True)
+            say(f"{title}\n{text or '(empty answer)'}\n")
     return next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
 
 
 def _title(family: Family, name: str, num_bases: int) -> str:
     model = family.recipe.model.name_or_path if name == BASE and num_bases > 1 else ""
     form = f"in {family.recipe.base_format}" if model and family.recipe.base_format else ""
-    return printable(" ".join(filter(None, [name, model, form])))
+    return " ".join(filter(None, [name, model, form]))
 
 
 def answer(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from recipes_lib.commands import RecipeWord
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.core.errors import RecipeErrors
-from recipes_lib.core.terminal import aligned, next_step, printable, say, use_color
+from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import find_eval, load_eval
@@ -21,8 +21,6 @@ from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
     from recipes_lib.data.audit import DataAudit
-
-GREY, GREEN, REVERSE, RESET = "\x1b[90m", "\x1b[32m", "\x1b[7m", "\x1b[0m"
 
 
 def run(
@@ -55,7 +53,7 @@ def run(
     _say_audit(data.audit, f" (split: {data.splits['method']})")
     _say_leaks(loaded, [word for word in against if "=" not in word])
     for row in data.train.select(range(min(show, len(data.train)))):
-        _show_row(row, tokenizer, color=use_color())
+        _show_row(row, tokenizer)
     say()
     return next_step("recipes", "train", recipe, *words)
 
@@ -101,10 +99,8 @@ def _say_leaks(recipe: Recipe, evals: Sequence[str]) -> None:
         raise RecipeErrors(errors)
 
 
-def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
-    """Print one training row: prompt grey, text with loss green (or in [[...]]), the end token
-    marked.
-    """
+def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
+    """Print one training row: text with loss in [[...]], the end token marked."""
     from recipes_lib.data.supervision import IGNORED, decoded_spans
 
     num_supervised = sum(label != IGNORED for label in row["labels"])
@@ -112,13 +108,11 @@ def _show_row(row: Mapping[str, Any], tokenizer: Any, *, color: bool) -> None:
     spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
     if not spans[-1].text.strip():
         spans.pop()  # a newline that the template puts after the last turn
+    shown = ""
     for span in spans:
-        text, end = printable(span.text.removesuffix(span.end_token)), printable(span.end_token)
-        if color:
-            shown = f"{GREEN}{text}{REVERSE}{end}" if span.supervised else f"{GREY}{text}{end}"
-            print(f"{shown}{RESET}", end="")
-        elif span.supervised:
-            print(f"[[{text}]]" + (f"<EOS {end}>" if end else ""), end="")
+        if span.supervised:
+            end = f"<EOS {span.end_token}>" if span.end_token else ""
+            shown += f"[[{span.text.removesuffix(span.end_token)}]]{end}"
         else:
-            print(text, end="")
-    print(flush=True)
+            shown += span.text
+    say(shown)

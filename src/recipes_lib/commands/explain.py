@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import textwrap
 from typing import Annotated, Any
 
@@ -10,27 +9,26 @@ from recipes_lib.config.documents import SECTIONS, did_you_mean, value_text
 from recipes_lib.config.recipe import RecipeFile, recipe_keys
 from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import aligned, next_step, say
 
 
 def run(
     key: Annotated[str, "train.learning_rate, a section such as train, or nothing"] = "",
 ) -> int:
     """Print what is known about a key."""
-    keys, width = recipe_keys(), min(120, max(40, shutil.get_terminal_size().columns))
+    keys = recipe_keys()
     name = _full_name(key, keys) if key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
-        for line in _explanation(name, keys[name]):
-            say("\n  ".join(textwrap.wrap(line, width - 2, break_on_hyphens=False)))
+        say("\n".join(_explanation(name, keys[name])))
         return next_step("recipes", "explain", name.rpartition(".")[0])
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
-    column = max(map(len, inner)) - len(name)
+    rows = []
     for key, schema in inner.items():
-        room = max(30, width - column - 5)
-        text = textwrap.shorten(schema.get("description") or "", room, placeholder=" ...")
-        say(f"  {key.removeprefix(f'{name}.'):<{column}}  {text}".rstrip())
+        text = textwrap.shorten(schema.get("description") or "", 80, placeholder=" ...")
+        rows.append([f"  {key.removeprefix(f'{name}.')}", text])
+    say("\n".join(aligned(rows)))
     return next_step("recipes", "explain", next(iter(inner)) if name else "train")
 
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import enum
 import errno
 import re
-import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from recipes_lib.core.terminal import mask_secrets, printable, shown_size
+from recipes_lib.core.terminal import mask_secrets, printable
 
 
 class ExitCode(enum.IntEnum):
@@ -185,17 +184,3 @@ def _of_machine(what: str, error: BaseException, remedy: str) -> EnvironmentFaul
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
     where = f" ({file})" if file else ""
     return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then {_RESUME}")
-
-
-def check_space(folder: Path, needed: int, what: str, remedy: str) -> None:
-    """Refuse to write `needed` bytes if less than 1.2 times as many are free.
-
-    Args:
-        what: what is written, as the message names it.
-        remedy: what follows "free some space".
-    """
-    free = shutil.disk_usage(folder).free
-    if free < 1.2 * needed:
-        need, spare = shown_size(needed), shown_size(free)
-        full = f"disk full: {what} needs {need} (and 20% spare), {spare} are free in {folder}"
-        raise EnvironmentFault(full, f"free some space{remedy}")

@@ -25,10 +25,6 @@ _PROBE_S = 0.5  # `is_held` of another process has a free lock for a moment
 REQUEUE_WAIT_S = 600.0
 
 
-class LockHeld(EnvironmentFault):
-    """Another process holds a folder."""
-
-
 @contextmanager
 def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
     """Hold `folder` for this process.
@@ -37,8 +33,8 @@ def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
     hold is refused at once.
 
     Raises:
-        LockHeld: another process holds it; the message says which, where and since when.
-        EnvironmentFault: the folder cannot be made or locked.
+        EnvironmentFault: another process holds it (the message says which, where and since when),
+            or the folder cannot be made or locked.
     """
     lock, note = FileLock(folder / ".lock"), folder / LOCK_NOTE
     try:
@@ -51,7 +47,7 @@ def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
                 (folder / "STOP").touch()
         lock.acquire(timeout=wait_s, poll_interval=0.2)
     except Timeout:
-        raise LockHeld(
+        raise EnvironmentFault(
             f"{folder.name} is in use{describe_holder(note)}",
             f"wait for it, or stop it: touch {folder / 'STOP'}",
             f"only if that process or its machine is gone for good: rm {folder / '.lock'} {note}",

@@ -126,12 +126,6 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def use_color() -> bool:
-    """Whether colour escapes may be written: a terminal, and NO_COLOR is not set (no-color.org)."""
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return not plain and sys.stdout.isatty()
-
-
 def say(text: str = "") -> None:
     """Print one line (or several) on stdout at once.
 

@@ -23,7 +23,6 @@ from recipes_lib.core.errors import (
     EnvironmentFault,
     RecipeError,
     RecipesError,
-    check_space,
     one_line,
 )
 from recipes_lib.core.files import object_or_none, publish, read_object
@@ -83,8 +82,6 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         source = trained.merged
     taken = {file for pattern in RECORDED for file in source.glob(pattern)} - {source / RECORD}
     target.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(file.stat().st_size for file in taken)
-    check_space(target.parent, needed, "the export", ", or export to another disk")
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         scratch.mkdir()

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from recipes_lib.core.errors import RecipeError, RecipesError, check_space
+from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.terminal import say, shown_size
@@ -100,8 +100,6 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
     # base + adapter -> merged model -> files
     folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
     size, precision = folded.get_memory_footprint(), precision_name(folded.dtype)
-    remedy = " and run the same command again; nothing was written"
-    check_space(trained.run.path, size, "the merged model", remedy)
     if recipe.quantization is not None:
         say(
             f"the {recipe.base_format} base is dequantised first; what quantization took from the"
