@@ -14,8 +14,8 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1968, 1500),
-    "core": (1266, 800),
+    "commands": (1944, 1500),
+    "core": (1240, 800),
     "config": (2970, 1900),
     "models": (750, 450),
     "data": (2755, 1650),
