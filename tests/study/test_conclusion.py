@@ -12,6 +12,7 @@ from tests.analysis import made_up
 
 from recipes_lib.analysis.aims import Aims, Margin
 from recipes_lib.analysis.runs import Arms, load_arms
+from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Study, load_study
@@ -91,6 +92,15 @@ def test_an_interim_look_has_no_verdict_and_locks_nothing(
 def test_where_a_job_runs_is_no_other_design(file: Path) -> None:
     report_study(load_study(file, ["seeds=[42, 43]"]))
     assert not (changes(load_study(file, ["seeds=[43, 42]"])))
+
+
+def test_the_step_after_the_report_is_not_the_status_which_names_the_report(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", "report", str(file), "seeds=[42, 43]"]) == ExitCode.DONE
+    said = capsys.readouterr().out
+    assert "r8 is better than r4" in said
+    assert said.splitlines()[-1].startswith("next: recipes export tiny--r4 --to ")
 
 
 # ---- The gate ----
