@@ -78,9 +78,9 @@ def _is_met(need: Need, check: bool) -> bool:
     try:
         if not check:
             say(f"{need.kind} {need.name}")
-        found = need.look(not check)
+        what = need.look(not check)
         if check:
-            say(f"here: {need.kind} {need.name}: {found}")
+            say(f"here: {need.kind} {need.name}: {what}")
         return True
     except RecipesError as error:
         print_error(error)
