@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tests.evals.toy_suite import Toy
 
 from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
 from recipes_lib.evals.run import SUITE_CLASSES, EvalTask, evaluate, evaluate_tasks, split_words
@@ -169,15 +170,18 @@ def test_one_answer_for_all_questions_is_flagged_and_empty_answers_lose(
 def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(
     quick, make_run
 ):
-    make_run("one", 1)
+    make_run("Qwen3-8B", 1)
     with FaultyServer(answer="An answer.") as server:
         words = ["generation.engine=openai", f"generation.base_url={server.url}"]
         words += [f"generation.served_name={MODEL}", "generation.max_retries=0"]
-        (log,) = evaluate([quick("alpaca_eval", *words)], ["one"])
+        (log,) = evaluate([quick("alpaca_eval", *words)], ["Qwen3-8B"])
         assert all(isinstance(body["prompt"], list) for body in server.bodies)
+        # a Hub id whose last part is a run's name is no run
+        (other,) = evaluate([quick("alpaca_eval", *words)], ["Qwen/Qwen3-8B"])
+        assert log.target == "Qwen3-8B" and other.target.startswith("base--Qwen3-8B--")
         server.faults = lambda number: "500"
-        with pytest.raises(Exception, match="answers of one are missing") as caught:
-            evaluate([quick("alpaca_eval", *words, "data.max_questions=6")], ["one"])
+        with pytest.raises(Exception, match="answers of Qwen3-8B are missing") as caught:
+            evaluate([quick("alpaca_eval", *words, "data.max_questions=6")], ["Qwen3-8B"])
     assert caught.value.exit_code == 6 and len(outcomes(log)) == 4
 
 
@@ -197,6 +201,22 @@ def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
         (1, "one"),
         (1, "two"),
     ]
+
+
+def test_a_base_that_cannot_be_loaded_is_tried_once_for_all_models_on_it(
+    quick, make_run, monkeypatch
+):
+    make_run("one", 1), make_run("two", 2)
+    tries, lost = [], []
+
+    def broken(runs):
+        tries.append(runs)
+        raise EnvironmentFault("not enough memory")
+
+    monkeypatch.setattr("recipes_lib.evals.models.Family", broken)
+    task = EvalTask(quick("alpaca_eval"), ("one", "two"))
+    assert not evaluate_tasks([task], on_error=lambda _, word, error: lost.append(word))
+    assert lost == ["one", "two"] and len(tries) == 1
 
 
 def test_the_table_says_what_must_be_read_first(quick, make_run, capsys):
@@ -221,8 +241,11 @@ def test_words_of_the_command_line_are_told_apart():
         split_words([str(path), "generation.seed=7"])
 
 
-def test_a_training_recipe_among_the_words_is_named_with_its_run():
+def test_a_training_recipe_among_the_words_is_named_with_its_run(tmp_path):
     path = str(PROJECT / "evals/quickstart/alpaca_eval.yaml")
+    shutil.copy(PROJECT / "recipes/quickstart/lora-r8.yaml", tmp_path / "mine.yaml")
+    (tmp_path / "mine").mkdir()  # a model beside its recipe is no recipe
+    assert split_words([path, str(tmp_path / "mine")])[1] == [str(tmp_path / "mine")]
     for recipe in ("quickstart/lora-r8", str(PROJECT / "recipes/quickstart/lora-r8.yaml")):
         for words in ([path, recipe], [recipe, path]):
             with pytest.raises(RecipeError, match="is a training recipe") as caught:
@@ -232,15 +255,6 @@ def test_a_training_recipe_among_the_words_is_named_with_its_run():
 
 
 # ---- defects that were found by use ----
-
-
-def test_a_hub_id_whose_last_part_is_a_runs_name_is_a_model(make_run, quick):
-    make_run("Qwen3-8B", 1)
-    with FaultyServer(answer="An answer.") as server:
-        server_words = ["generation.engine=openai", f"generation.base_url={server.url}"]
-        server_words += [f"generation.served_name={MODEL}"]
-        (log,) = evaluate([quick("alpaca_eval", *server_words)], ["Qwen/Qwen3-8B"])
-    assert log.target.startswith("base--Qwen3-8B--") and log.target != "Qwen3-8B"
 
 
 def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch):

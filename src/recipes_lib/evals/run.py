@@ -353,8 +353,9 @@ def split_words(
     rest = [word for word in words if word not in own]
     for word in rest:
         path = recipe_path(word)
-        is_yaml = path.suffix in (".yaml", ".yml") and path.is_file()
-        if is_yaml and not is_run(word) and read(path).kind == "recipe":
+        is_file = path.suffix in (".yaml", ".yml") and path.is_file()
+        is_model = is_run(word) or Path(word).is_dir()
+        if is_file and not is_model and read(path).kind == "recipe":
             hint = f"name its run, {load_recipe(path).name}; train it first: recipes train {word}"
             raise RecipeError(f"{word} is a training recipe; runs are evaluated", hint)
     files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]

@@ -180,7 +180,7 @@ def rule_of(written: Mapping[str, object]) -> AnswerRule:
     wants, expected = RULES[name]
     try:
         expected.validate_python(written.get("expected"), strict=True)
-    except ValidationError:
+    except (ValidationError, re.error, jsonschema.exceptions.SchemaError):
         what = f"check '{name}' expects {wants}, not {written.get('expected')!r}"
         raise DataError(what) from None
     try:
@@ -222,28 +222,13 @@ def _is_json(answer: str, schema: Any) -> bool:
 # ---- what a row may expect ----
 
 
-def _json_schema(value: Any) -> Any:
-    try:
-        jsonschema.Draft202012Validator.check_schema(value)
-    except jsonschema.exceptions.SchemaError as error:
-        raise ValueError(error.message) from None
-    return value
-
-
-def _pattern(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(str(error)) from None
-    return value
-
-
 _Text = Annotated[str, Field(pattern=r"\S")]
 _TEXTS = TypeAdapter[Any](_Text | Annotated[list[_Text], Field(min_length=1)])
 _COUNT = TypeAdapter[Any](Annotated[int, Field(ge=0)])
 _LETTER = TypeAdapter[Any](Annotated[str, Field(pattern="^[A-Za-z]$")])
-_PATTERN = TypeAdapter[Any](Annotated[str, AfterValidator(_pattern)])
-_SCHEMA = TypeAdapter[Any](Annotated[dict[str, Any] | bool, AfterValidator(_json_schema)])
+_PATTERN = TypeAdapter[Any](Annotated[str, AfterValidator(re.compile)])
+_check_schema = jsonschema.Draft202012Validator.check_schema
+_SCHEMA = TypeAdapter[Any](Annotated[dict[str, Any] | bool, AfterValidator(_check_schema)])
 # the checks that there are: what they want under `expected`, in words and as a type
 RULES: Mapping[str, tuple[str, TypeAdapter[Any]]] = {
     "exact": ("a text, or a list of which one must be the answer", _TEXTS),

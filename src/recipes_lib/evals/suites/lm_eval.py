@@ -37,14 +37,8 @@ _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
 # most machines have
 _CPU_BATCH = 8
-_SETTINGS = (
-    "num_fewshot",
-    "limit",
-    "apply_chat_template",
-    "system_instruction",
-    "fewshot_as_multiturn",
-    "gen_kwargs",
-)
+# of the suite's section: what is not a keyword of simple_evaluate, or stands there by itself
+_OTHER_KEYS = {"name", "tasks", "batch_size", "options"}
 # keywords of simple_evaluate that are one key of lm_eval's file, with its defaults
 _SEEDS = {
     "random_seed": 0,
@@ -60,15 +54,10 @@ class LMEval(Suite):
     title = "lm-eval"
 
     def measure(self, model: Model, network: Any) -> EvalLog:
-        """Return the log of one model.
-
-        Raises:
-            RecipeError: an unknown task or option, or a mistake in a task file.
-            EnvironmentFault: lm-eval is not installed, or a data set cannot be had.
-        """
+        """Return the log of one model; what lm-eval raises is told in a line."""
         recipe, suite = self.recipe, self.recipe.suite
         folder = model.folder(recipe.name).resolve()
-        settings = {name: getattr(suite, name) for name in _SETTINGS} | suite.options
+        settings = suite.model_dump(exclude=_OTHER_KEYS) | suite.options
         # rounding depends on what shares a batch, so answers of another set are not reused
         requests = hash_of(model.fingerprint, [suite.tasks, settings, _batch_size(recipe)])[:16]
         (folder / "cache").mkdir(parents=True, exist_ok=True)
@@ -132,11 +121,12 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
     the number of items.
 
     Args:
+        recipe: an eval recipe of lm_eval.
         remote_code: whether the command line allowed code of the tasks.
 
     Raises:
-        RecipeError: a task that does not exist, or runs code that is not allowed.
-        EnvironmentFault: a task's own code needs what is not installed.
+        RecipeError: a mistake in a task, or code that is not allowed.
+        EnvironmentFault: data cannot be had, or a package that a task needs.
     """
     check_allowed(recipe, remote_code)
     with _inside(recipe):
@@ -275,7 +265,7 @@ def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
     suite, notes, options = recipe.suite, list[str](), dict(recipe.suite.options)
     arguments, needs_merge = _model_args(model)
     config: dict[str, Any] = {"model": "hf", "model_args": arguments, "tasks": suite.tasks}
-    config |= {name: getattr(suite, name) for name in _SETTINGS}
+    config |= suite.model_dump(exclude=_OTHER_KEYS)
     config |= {"batch_size": _batch_size(recipe), "include_path": recipe.data.include_path}
     if not suite.apply_chat_template:
         del config["fewshot_as_multiturn"]
