@@ -112,24 +112,11 @@ def _at_the_end(text: str, is_choice: bool) -> set[str]:
 # ---- samples ----
 
 
-def outcome_of(verdicts: Sequence[str]) -> str:
-    """Return the outcome of the verdicts in order AB and BA: win, loss, tie, or unresolved where
-    one of them is a status.
-
-    Example:
-        >>> outcome_of(("A", "B")), outcome_of(("A", "A")), outcome_of(("A", "empty"))
-        ('win', 'tie', 'unresolved')
-    """
-    if not set(verdicts) <= {"A", "B", "tie"}:
-        return UNRESOLVED
-    first, second = verdicts
-    return "tie" if first == second or "tie" in verdicts else "win" if first == "A" else "loss"
-
-
 def sample_of(
     question_id: str, rows: Mapping[str, Mapping[str, Any]], orders: Sequence[str], **known: Any
 ) -> Sample:
-    """Return a comparison or a grade as a sample.
+    """Return a comparison or a grade as a sample. Where both orders name the same answer it wins,
+    where they differ it is a tie; without both verdicts it is unresolved.
 
     Args:
         question_id: id of the question.
@@ -141,12 +128,13 @@ def sample_of(
     verdicts = tuple(
         str(row["value"] if row["status"] == "ok" else row["status"]) for row in judged
     )
-    if len(orders) == 2:
-        outcome = outcome_of(verdicts)
-        value = SCORE.get(outcome)
-    else:
-        outcome = "graded" if verdicts[0].isdigit() else UNRESOLVED
-        value = float(verdicts[0]) if outcome == "graded" else None
+    outcome, value = UNRESOLVED, None
+    if len(orders) == 1 and verdicts[0].isdigit():
+        outcome, value = "graded", float(verdicts[0])
+    elif set(verdicts) <= {"A", "B", "tie"}:
+        is_tie = "tie" in verdicts or len(set(verdicts)) == 1
+        outcome = "tie" if is_tie else "win" if verdicts[0] == "A" else "loss"
+        value = SCORE[outcome]
     return Sample(
         question_id,
         value=value,
