@@ -162,7 +162,7 @@ def test_what_failed_is_missing_and_the_same_command_asks_it(tmp_path: Path) -> 
             r"16 judgments are missing: 402: pay first \(16 times\)\n.*change the recipe",
             0,
         ),
-        (dies, EvaluationIncomplete, "failed 3 times in a row: 503", 6),
+        (dies, EvaluationIncomplete, r"10 judgments are missing: 503: overloaded \(3 times\)", 6),
         (interrupted, KeyboardInterrupt, None, 5),
     ]
     for number, (answer, error, words, known) in enumerate(cases):

@@ -157,17 +157,14 @@ def assert_only_the_fence_is_added(template: Template, constants: dict, kind: st
 
 
 def test_all_but_the_fence_is_the_packages_text() -> None:
-    for kind in KINDS:
-        assert_only_the_fence_is_added(template_of(CONSTANTS, kind), CONSTANTS, kind)
-
-
-def test_all_but_the_fence_is_the_real_packages_text() -> None:
-    file = cache_root() / "packages" / "prometheus-eval-0.1.20" / "prompts.py"
-    if not file.is_file():
-        pytest.skip("recipes prefetch evals/mt_bench.yaml fetches prometheus-eval's prompts")
-    for kind in KINDS:
-        real = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml").judge.template(kind)
-        assert_only_the_fence_is_added(real, runpy.run_path(str(file)), kind)
+    """Of the real package too, where `recipes prefetch evals/mt_bench.yaml` has fetched it."""
+    sources = [CONSTANTS]
+    if prometheus_is_here():
+        file = cache_root() / "packages" / "prometheus-eval-0.1.20" / "prompts.py"
+        sources.append(runpy.run_path(str(file)))
+    for constants in sources:
+        for kind in KINDS:
+            assert_only_the_fence_is_added(template_of(constants, kind), constants, kind)
 
 
 def test_a_package_that_is_not_here_or_was_changed_is_not_read(

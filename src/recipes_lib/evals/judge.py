@@ -141,9 +141,8 @@ def ask(
                 for reply in replies:
                     failed.add(reply)
                     if failed.in_a_row >= section.max_consecutive_failures:
-                        what = f"the judge failed {failed.in_a_row} times in a row: {failed}"
-                        hint = f"{len(store)} judgments are stored; {failed.remedy()}"
-                        raise EvaluationIncomplete(what, hint, file=store.path)
+                        again.clear()
+                        break
                     if reply.error is not None:
                         continue
                     request = waiting[reply.key]
@@ -157,7 +156,9 @@ def ask(
                     bar.update()
             waiting = again
     if missing := sum(key not in store for key in requests):
-        raise EvaluationIncomplete(f"{missing} judgments are missing: {failed}", failed.remedy())
+        what = f"{missing} judgments are missing: {failed}"
+        hint = f"{len(store)} judgments are stored; {failed.remedy()}"
+        raise EvaluationIncomplete(what, hint, file=store.path)
     return [row for key in requests if (row := store.get(key))]
 
 

@@ -411,15 +411,15 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
             for each in metrics
             if each.task in group.parts and each.metric == group.metric and not each.parts
         ]
-        total = sum(len(each.samples) for each in tasks)
-        for tasks_alike in (False, True) if tasks and all(each.samples for each in tasks) else ():
-            samples = []
-            for task in tasks:
-                weight = total / len(tasks) / len(task.samples) if tasks_alike else 1.0
-                for each in task.samples:
-                    value = (each.value or 0.0) * weight
-                    samples.append(replace(each, id=f"{task.task}/{each.id}", value=value))
-            mean = sum(each.value or 0.0 for each in samples) / total
+        sizes = [len(task.samples) for task in tasks]
+        by_task = [sum(sizes) / len(sizes) / size for size in sizes] if all(sizes) else []
+        for weights in ([1.0] * len(sizes), by_task) if by_task else ():
+            samples = [
+                replace(each, id=f"{task.task}/{each.id}", value=(each.value or 0.0) * weight)
+                for task, weight in zip(tasks, weights, strict=True)
+                for each in task.samples
+            ]
+            mean = math.fsum(each.value or 0.0 for each in samples) / len(samples)
             if group.value is not None and abs(mean - group.value) <= 1e-6:
                 group = replace(group, samples=tuple(samples))
                 break
