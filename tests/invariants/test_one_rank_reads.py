@@ -39,10 +39,6 @@ def tied(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return build_family("qwen3", tmp_path_factory.mktemp("tied") / "qwen3", tiny_model_dir)
 
 
-def told(launcher, *overrides: str, config: Path = SHIPPED, **environment: str) -> tuple[int, str]:
-    return launcher.start(*overrides, config=config, patch="reads", **environment).wait()
-
-
 @pytest.mark.parametrize("method", in_ci(METHODS, "lora"))
 def test_what_is_trained_is_the_same_whoever_reads(
     launcher, each: Path, tied: Path, method: str
@@ -55,7 +51,7 @@ def test_what_is_trained_is_the_same_whoever_reads(
         words_of_run = [f"run.name={name}-{method}", *words]
         if name == "once" and method in ("lora", "full"):
             kill_after_a_checkpoint(launcher, f"{name}-{method}", words_of_run)
-        code, said = told(launcher, *words_of_run, config=config)
+        code, said = launcher.start(*words_of_run, config=config, patch="reads").wait()
         assert code == 0, said[-3000:]
         found = sorted(re.findall(r"rank (\d): read (\d+) bytes; buffers (\w+); 0 empty", said))
         assert [rank for rank, *_ in found] == ["0", "1"], said[-3000:]
@@ -80,7 +76,8 @@ def kill_after_a_checkpoint(launcher, name: str, words: list[str]) -> None:
 
 def test_what_stops_rank_0_ends_both_and_is_said_once(launcher) -> None:
     began = time.monotonic()
-    _, said = told(launcher, "run.name=stopped", READS_BREAK="recipe")
+    words = {"config": SHIPPED, "patch": "reads", "READS_BREAK": "recipe"}
+    _, said = launcher.start("run.name=stopped", **words).wait()
     assert said.count("rank 0 cannot have this model") == 1 and "rank 0: read" not in said
     assert time.monotonic() - began < 100
     assert launcher.state("stopped")["exit_code"] in (2, 5)

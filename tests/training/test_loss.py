@@ -13,7 +13,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from recipes_lib.train import main
 from recipes_lib.training import trainer
-from recipes_lib.training.loss import TOKENS_PER_TILE, TokenLogProbs, score_supervised_positions
+from recipes_lib.training.loss import TOKENS_PER_TILE, score_supervised_positions
 
 
 def random_batch(rows: int = 3, tokens: int = 90) -> dict[str, torch.Tensor]:
@@ -80,24 +80,6 @@ def gradients_in_float64(folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
     chosen = log_probs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
     (-chosen[labels != -100].sum() / 77).backward()
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
-
-
-def test_the_gradient_is_that_of_float64() -> None:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(300, 64, generator=generator).requires_grad_()
-    weight = (torch.randn(997, 64, generator=generator) / 4).requires_grad_()
-    targets = torch.randint(0, 997, (300,), generator=generator)
-    log_probs, entropy, is_top1 = TokenLogProbs.apply(hidden, weight, targets, True)
-    (-log_probs.sum() / 300).backward()
-    exact = [one.detach().double().requires_grad_() for one in (hidden, weight)]
-    all_log_probs = (exact[0] @ exact[1].t()).log_softmax(-1)
-    (-all_log_probs.gather(1, targets[:, None]).sum() / 300).backward()
-    for one, reference in zip((hidden, weight), exact, strict=True):
-        assert torch.allclose(one.grad.double(), reference.grad, rtol=1e-4, atol=1e-7)
-    assert torch.allclose(
-        entropy.double(), -(all_log_probs.exp() * all_log_probs).sum(-1), atol=1e-4
-    )
-    assert torch.equal(is_top1, all_log_probs.argmax(-1) == targets)
 
 
 def test_a_batch_without_supervised_tokens_has_a_loss_and_gradients_of_zero(

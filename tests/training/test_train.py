@@ -347,13 +347,6 @@ def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
     assert run_json(tiny_recipe)["state"] == "failed"
 
 
-def test_one_step_of_warm_up_trains_nothing_and_the_schedule_says_so(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(tiny_recipe), "train.warmup_steps=0.1", "train.max_steps=1"]) == 0
-    assert "never reached: warmup takes 1 steps" in capsys.readouterr().out
-
-
 def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
     tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ audited the rows, so that nothing is dropped without being named. Packing is TRL
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -155,11 +156,12 @@ def build_trainer(
         peft_config=lora and settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics)],
         stop=stop,
-        joins_rows=joins_rows,
         row_ids=None if args.packing else list(train["example_id"]),
         keep=recipe.train.get("save_total_limit"),
         marker_facts=marker_facts,
     )
+    if joins_rows:  # `args.padding_free` cannot say so: it depends on the loaded model
+        trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
     if trainer.is_fsdp_enabled:
         kwargs = trainer.accelerator.gradient_state.plugin_kwargs
         kwargs["sync_each_batch"] = sync_each_batch(recipe)
@@ -169,7 +171,6 @@ def build_trainer(
         for parameter in trainer.model.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
-        trainer.precision = dict.fromkeys(trainer.precision, torch.float32)
     if any(recipe.train.get(key) for key in COMPILE_KEYS):
         compile_blocks(trainer.model, recipe, run)
     upstream_fixes.tell_empty_parameters_apart(trainer.model)
@@ -241,7 +242,9 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return the batch arithmetic, what is trained, and what is really active."""
     args, model, rows = trainer.args, trainer.model, len(trainer.lengths)
-    padding = ", packed" if args.packing else ", no padding" if trainer.joins_rows else ""
+    padding = (
+        ", packed" if args.packing else ", no padding" if trainer.data_collator.padding_free else ""
+    )
     mixed = "bf16 mixed" if args.bf16 else "fp16 mixed" if args.fp16 else None
     attention = getattr(model.config, "_attn_implementation", "unknown")
     shape = {

@@ -1,7 +1,6 @@
 """The LM head of a training on a CPU: supervised positions alone, their gradient in the same pass.
 
-Where Triton does not run, TRL 1.16's head scores every position, makes the logits twice and
-multiplies back in float32. Everything else of the loss is TRL's `SFTTrainer.compute_loss`.
+There TRL 1.16's head scores every position, makes the logits twice and multiplies back in float32.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ class TokenLogProbs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the three, and keep the gradients of their log-probability."""
+        """Return the three, and keep the gradients of the first."""
         half = torch.is_autocast_enabled("cpu")
         dtype = torch.get_autocast_dtype("cpu") if half else weight.dtype
         weight_used = weight.to(dtype)
@@ -81,10 +80,10 @@ def score_supervised_positions(model: Any) -> None:
         hidden = self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
         mask, weight = labels != -100, self.get_output_embeddings().weight
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        scores = TokenLogProbs.apply(
-            hidden[:, :-1][mask], whole, labels[mask], torch.is_grad_enabled()
+        tokens, grad = hidden[:, :-1][mask], torch.is_grad_enabled()
+        log_probs, entropy, top1 = TokenLogProbs.apply(tokens, whole, labels[mask], grad)
+        return FusedCausalLMOutput(
+            label_mask=mask, log_probs=log_probs, entropy=entropy, is_top1=top1
         )
-        values = dict(zip(("log_probs", "entropy", "is_top1"), scores, strict=True))
-        return FusedCausalLMOutput(label_mask=mask, **values)
 
     model.forward = types.MethodType(forward, model)

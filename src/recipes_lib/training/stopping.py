@@ -180,9 +180,7 @@ def _as_defect(error: Exception, run: Path | None) -> RecipesError:
 
 
 def _note_for_job(error: Exception) -> None:
-    """Leave what stopped this rank, named by its time, where a cluster job looks for the cause: the
-    launcher ends the other ranks, and what they say then hides it.
-    """
+    """Leave the cause, by its time, where a job looks: what ranks say that are ended hides it."""
     folder = os.environ.get("RECIPES_RANK_ERRORS")
     if folder and not isinstance(error, Preempted | Interrupted):
         text = f"rank {rank()} on {socket.gethostname()}: {str(error) or type(error).__name__}\n"

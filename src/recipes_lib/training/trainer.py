@@ -4,7 +4,6 @@ TRL's.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
@@ -46,8 +45,6 @@ class RecipeTrainer(SFTTrainer):
     """SFTTrainer with whole global batches, a probe, exact resume and finite losses.
 
     Args:
-        joins_rows: whether each micro-batch becomes one row without padding. `args.padding_free`
-            cannot say so: it depends on the loaded model.
         row_ids: example ids by row of the training set; None for packed rows.
         keep: how many checkpoints to keep; None for all.
         marker_facts: what each checkpoint's marker records besides step and sizes.
@@ -61,7 +58,6 @@ class RecipeTrainer(SFTTrainer):
         self,
         *args: Any,
         stop: StopRequest,
-        joins_rows: bool,
         row_ids: list[str] | None,
         keep: int | None,
         marker_facts: Mapping[str, object],
@@ -70,14 +66,9 @@ class RecipeTrainer(SFTTrainer):
         self.base_settings = training_settings(kwargs["model"])
         super().__init__(*args, **kwargs)
         self.stop, self.row_ids, self.keep, self.marker_facts = stop, row_ids, keep, marker_facts
-        if joins_rows:
-            self.data_collator = dataclasses.replace(self.data_collator, padding_free=True)
-        self.joins_rows = self.data_collator.padding_free
         self._choose_loss()
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.precision = {name: parameter.dtype for name, parameter in trained.items()}
         self.lengths = row_lengths(self.train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         strategy = self.args.train_sampling_strategy
@@ -190,6 +181,8 @@ class RecipeTrainer(SFTTrainer):
     def train_until_stop(self, checkpoint: Path | None) -> float:
         """Train until the planned end or an agreed stop; return the seconds it took."""
         began = time.monotonic()
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.precision = {name: parameter.dtype for name, parameter in trained.items()}
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationStopped:
