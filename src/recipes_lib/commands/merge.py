@@ -37,9 +37,8 @@ def run(
     what = "already merged, nothing to do" if was_there else "merged"
     say(f"{what}: {shown_path(trained.merged)} ({record.dtype})")
     say(
-        f"on {record.num_tokens} tokens the adapter moves the base's logits by"
-        f" {record.effect:.3g} on average; merging moves them by {record.difference:.3g}, which is"
-        f" {record.lost:.1%} of that (allowed {LOST_LIMIT:.0%}); the most likely next token is the"
-        f" same at {record.same_top_token:.1%} of the positions"
+        f"the adapter moves the base's logits by {record.effect:.3g} on average; merging moves"
+        f" them by {record.difference:.3g}, which is {record.lost:.1%} of that (allowed"
+        f" {LOST_LIMIT:.0%})"
     )
     return next_step("recipes", "export", run, "--to", f"{trained.run.name}-merged", "--merged")

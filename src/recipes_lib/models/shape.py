@@ -25,9 +25,6 @@ from recipes_lib.models.families import auto_class, prepare_for_training, settle
 def known_configs() -> dict[str, Mapping[str, Any]]:
     """Return repository name -> content of its config.json, for models that people fine-tune:
     `recipes/FOLDER/model.json` and `recipes/models.jsonl`, shipped and of the working directory.
-
-    Raises:
-        RecipeError: a file cannot be read.
     """
     configs: dict[str, Mapping[str, Any]] = {}
     for folder in (project_root() / "recipes", Path("recipes")):

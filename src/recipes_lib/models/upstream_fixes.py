@@ -84,9 +84,6 @@ def load_whole(model: Any, folder: Path) -> None:
     """Load all of a fully trained model's weights from a checkpoint: transformers' Trainer passes
     over experts, one parameter in memory and a matrix each in the file. Delete with
     https://github.com/huggingface/transformers/issues/48805.
-
-    Raises:
-        EnvironmentFault: weights are missing in the checkpoint.
     """
     saved, report = type(model).from_pretrained(
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True

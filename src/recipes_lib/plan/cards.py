@@ -61,8 +61,6 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
         memory_gib: the real memory of a card; one that is not in the table then has this and no
             peak.
 
-    Raises:
-        RecipeError: there is none; the nearest names are given.
 
     Example:
         >>> card_named("H100").name, card_named("4090").name, card_named("a100-mig-3g.20gb").tflops

@@ -262,9 +262,6 @@ def launch_for(
 def card_for(launch: Launch, gpu: str | None) -> Card:
     """Return the card of that name; else the processor for a launch without GPUs, this machine's
     smallest GPU that the launch takes, or the table's default.
-
-    Raises:
-        RecipeError: unknown card.
     """
     if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
         return Card("cpu", psutil.virtual_memory().available / GIB / launch.per_machine)
@@ -283,12 +280,7 @@ def cards_here() -> list[Card]:
 
 
 def model_config(recipe: Recipe) -> Any:
-    """Return the configuration of a recipe's model: a folder's, a known model's, or the Hub's.
-
-    Raises:
-        RecipeError: an architecture that transformers does not know.
-        EnvironmentFault: nothing is known of the name, and the Hub does not answer.
-    """
+    """Return the configuration of a recipe's model: a folder's, a known model's, or the Hub's."""
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     values = known_config(name)
     try:

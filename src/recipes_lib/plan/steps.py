@@ -44,10 +44,6 @@ class RowLengths:
 def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
     """Return the rows of a recipe: tokenised where data and tokenizer are here, else estimated from
     characters or assumed, which `source` says.
-
-    Raises:
-        RecipeError: a file or folder of the data is not here.
-        DataError: the data are here and cannot be used.
     """
     section, folder, files = recipe.data, local_folder(recipe), []
     sources = listed_sources(section)
@@ -105,11 +101,7 @@ class Steps:
 
 
 def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
-    """Return the steps of a training: whole global batches, as the training makes them.
-
-    Raises:
-        RecipeError: the batch cannot be divided among the processes.
-    """
+    """Return the steps of a training: whole global batches, as the training makes them."""
     train = recipe.train
     max_length = train.get("max_length", MAX_LENGTH)
     lengths = [min(length, max_length or length) for length in rows.tokens]

@@ -91,7 +91,7 @@ def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Tr
     """Return what a training of this model keeps, from the cache if it was traced before.
 
     Raises:
-        ValueError: transformers cannot build the model, or LoRA's targets are not in it.
+        ValueError: as `shape.on_meta`.
     """
     adapter = lora and {
         key: sorted(value) if isinstance(value, set) else str(value)

@@ -54,11 +54,6 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     Args:
         to: must not exist, or be empty.
         merged: the adapter folded into its base instead of the adapter alone.
-
-    Raises:
-        RecipeError: the folder has something in it, there is no merged model, or the base is not
-            the run's.
-        EnvironmentFault: weights are missing or damaged, or the disk is too small.
     """
     import yaml
 
@@ -225,12 +220,7 @@ def _licence(recipe: Recipe) -> str | None:
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what cannot be pushed to, before anything is computed.
-
-    Raises:
-        RecipeError: not a repository's name.
-        EnvironmentFault: offline.
-    """
+    """Refuse what cannot be pushed to, before anything is computed."""
     from huggingface_hub import constants
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -249,9 +239,6 @@ def push(folder: Path, repo: str, public: bool) -> str:
     Args:
         repo: OWNER/NAME; made if it does not exist.
         public: whether a new repository can be read by everybody.
-
-    Raises:
-        EnvironmentFault: not logged in, not allowed, or no network; the export stays on the disk.
     """
     from huggingface_hub import HfApi
 
@@ -266,12 +253,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
 
 
 def push_target(recipe: Recipe) -> str | None:
-    """Return where a finished run's weights are pushed (`train.push_to_hub`), or None.
-
-    Raises:
-        RecipeError: no `train.hub_model_id`, or not a repository's name.
-        EnvironmentFault: offline.
-    """
+    """Return where a finished run's weights are pushed (`train.push_to_hub`), or None."""
     if not recipe.train.get("push_to_hub"):
         return None
     repo = recipe.train.get("hub_model_id")

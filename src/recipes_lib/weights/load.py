@@ -55,13 +55,7 @@ def base_fingerprint(recipe: Recipe) -> str | None:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """Load the base's tokenizer; its padding token is the end token where it has none, as in TRL.
-
-    Raises:
-        EnvironmentFault: the model is gated, the revision is wrong, or there is no network and no
-            local copy.
-        RecipeError: the model's files hold no tokenizer that can be read.
-    """
+    """Load the base's tokenizer; without a padding token it pads with the end token, as in TRL."""
     from transformers import AutoTokenizer
 
     path = model_path(recipe.model)
@@ -83,9 +77,6 @@ def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedToken
 
     Args:
         remote_code: whether the command line allowed the model's own code.
-
-    Raises:
-        RecipeErrors: everything that upstream and the model's files have against the recipe.
     """
     unchecked: list[RecipeError] = []
     errors = check_upstream(recipe, remote_code=remote_code, notes=unchecked)
@@ -110,10 +101,6 @@ def load_model(
         quantization_config: a `BitsAndBytesConfig`, or None for none.
         empty: whether to leave the weights out (meta device); those of a checkpoint that is
             quantized are read all the same.
-
-    Raises:
-        EnvironmentFault: the weights, or an attention kernel that was asked for, cannot be had.
-        RecipeError: the tokenizer has more entries than the embeddings.
     """
     import torch
     import transformers

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import file_hash, publish, write_json
 from recipes_lib.core.lock import run_lock
 from recipes_lib.core.terminal import say, shown_size
+from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.check import recorded_hashes
 from recipes_lib.weights.export import write_card
@@ -37,7 +39,6 @@ from recipes_lib.weights.runs import (
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
 # Measured on SmolLM2-135M, rank 8: merging in bfloat16 costs 3-5% of the adapter's effect on
 # average; a 4-bit adapter merged into the original 16-bit base is 32% off.
@@ -59,8 +60,6 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
     Raises:
         RecipeError: a full fine-tuning, another base than the adapter's, or an architecture whose
             adapters cannot be folded.
-        EnvironmentFault: not enough disk space, another process works on the run, or the base
-            cannot be had.
         RecipesError: the merged model does not answer like the adapter.
     """
     name = trained.run.name
@@ -69,64 +68,76 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
         raise RecipeError(what, f"recipes export {name} --to DIR")
     check_base_of(trained)
     check_weights(trained)
+    scratch = trained.run.path / "merged.unchecked"
     with run_lock(trained.run.path):
         record = merge_record(trained)
         if record is not None and dtype in (None, record.dtype):
             return record, True
+        shutil.rmtree(scratch, ignore_errors=True)  # of a merge that was killed
         try:
-            return _merge(trained, dtype), False
+            return _merge(trained, dtype, scratch), False
         finally:
-            shutil.rmtree(trained.run.path / "merged.unchecked", ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
+def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
     import torch
     from transformers import AutoTokenizer
 
-    recipe, scratch = trained.recipe, trained.run.path / "merged.unchecked"
+    recipe = trained.recipe
     tokenizer = AutoTokenizer.from_pretrained(trained.weights)
-    prompts, section = [], trained.prompt_section
-    for text in QUESTIONS:
-        asked = generation_prompt(section, tokenizer, [{"role": "user", "content": text}])
-        prompts.append(tokenizer(asked).input_ids)
+    prompts = []
+    for question in QUESTIONS:
+        asked: list[Message] = [{"role": "user", "content": question}]
+        text = generation_prompt(trained.prompt_section, tokenizer, asked)
+        prompts.append(tokenizer(text).input_ids)
 
-    # base + adapter -> logits
+    # the adapter in float32 on a fresh copy of its base, which is not quantized any more
     say(f"loading {recipe.model.name_or_path} and the adapter ...")
-    model = _on_plain_base(trained, tokenizer, getattr(torch, dtype) if dtype else None)
+    plain: Any = load_base(recipe, tokenizer)
+    check_base_of(trained)  # again: until here its files may have been on the Hub alone
+    precision = getattr(torch, dtype) if dtype else plain.dtype
+    if recipe.quantization is not None:
+        say(
+            f"the {recipe.base_format} base is dequantised first; what quantization took from the"
+            " original weights stays lost: the adapter was trained on what was left"
+        )
+        plain = plain.dequantize(dtype=precision)
+    # Zamba2: what is folded into a shared weight at one place would be there at all
+    shared = {key.removesuffix(".weight") for key in plain.all_tied_weights_keys}
+    model: Any = attach(plain.to(precision), {"default": trained.weights})
+    if layers := sorted(shared & {*model.targeted_module_names}):
+        what = f"the adapter cannot be merged: {layers[0]} shares its weight with another layer"
+        raise RecipeError(what, "use the adapter on its base: export, chat and eval take it")
+    for key, parameter in model.eval().named_parameters():
+        if "lora_" in key:
+            parameter.data = parameter.data.float()
     with model.disable_adapter():
         base = logits_on(model, prompts)
     adapter = logits_on(model, prompts)
 
     # base + adapter -> merged model -> files
     folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
-    size, precision = folded.get_memory_footprint(), precision_name(folded.dtype)
-    if recipe.quantization is not None:
-        say(
-            f"the {recipe.base_format} base is dequantised first; what quantization took from the"
-            " original weights stays lost: the adapter was trained on what was left"
-        )
-    say(f"writing {shown_size(size)} in {precision} ...")
+    size, written = folded.get_memory_footprint(), precision_name(folded.dtype)
+    say(f"writing {shown_size(size)} in {written} ...")
     settings = folded.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         # as Llama-2's file has them: upstream refuses to save sampling values without it
         settings.do_sample = True
-    shutil.rmtree(scratch, ignore_errors=True)
-    folded.save_pretrained(scratch, max_shard_size="5GB")
-    tokenizer.save_pretrained(scratch)
-    del model, folded
+    folded.save_pretrained(folder, max_shard_size="5GB")
+    tokenizer.save_pretrained(folder)
+    del plain, model, folded
     free_memory()
 
     # files -> model -> the same logits?
     say("loading what was written, to compare it with the adapter ...")
-    merged = logits_on(load_saved(scratch, recipe, tokenizer, precision).eval(), prompts)
+    merged = logits_on(load_saved(folder, recipe, tokenizer, written).eval(), prompts)
     free_memory()
     record = MergeRecord(
         adapter_sha256=file_hash(trained.weights / ADAPTER_WEIGHTS),
-        dtype=precision,
-        num_tokens=len(merged),
+        dtype=written,
         effect=float((adapter - base).abs().mean()),
         difference=float((merged - adapter).abs().mean()),
-        same_top_token=float((merged.argmax(-1) == adapter.argmax(-1)).float().mean()),
     )
     if not record.lost <= LOST_LIMIT:  # NaN is no agreement
         raise RecipesError(
@@ -135,40 +146,11 @@ def _merge(trained: TrainedRun, dtype: str | None) -> MergeRecord:
             f" {LOST_LIMIT:.0%} is allowed",
             "its effect is lost in rounding (try --dtype float32), or these are not its weights",
         )
-    write_card(scratch, recipe, trained.run.read_state().get("summary") or {}, asdict(record))
-    record.sha256 = recorded_hashes(scratch)
-    write_json(scratch / RECORD, asdict(record))
-    publish(scratch, trained.merged)
+    write_card(folder, recipe, trained.run.read_state().get("summary") or {}, asdict(record))
+    record.sha256 = recorded_hashes(folder)
+    write_json(folder / RECORD, asdict(record))
+    publish(folder, trained.merged)
     return record
-
-
-def _on_plain_base(
-    trained: TrainedRun, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None
-) -> Any:
-    """Return the adapter in float32 on a fresh copy of its base in `dtype`, dequantised where it is
-    quantized.
-
-    Raises:
-        RecipeError: layers that share one weight have adapters (Zamba2): what is folded into it at
-            one place would be there at all.
-    """
-    base: Any = load_base(trained.recipe, tokenizer)
-    check_base_of(trained)  # again: until here its files may have been on the Hub alone
-    name, precision = trained.recipe.model.name_or_path, dtype or base.dtype
-    hint = "use the adapter on its base: export, chat and eval take it"
-    if trained.recipe.quantization is not None:
-        base = base.dequantize(dtype=precision)
-    shared = {name.removesuffix(".weight") for name in base.all_tied_weights_keys}
-    model: Any = attach(base.to(precision), {"default": trained.weights})
-    if layers := sorted(shared & {*model.targeted_module_names}):
-        what = (
-            f"an adapter of '{name}' cannot be merged: {layers[0]} shares its weight with another"
-        )
-        raise RecipeError(f"{what} layer", hint)
-    for key, parameter in model.named_parameters():
-        if "lora_" in key:
-            parameter.data = parameter.data.float()
-    return model.eval()
 
 
 def _with_transposed_layers(model: Any) -> Any:

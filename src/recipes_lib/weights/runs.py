@@ -72,10 +72,6 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
 
     Args:
         remote_code: whether the command line allowed code that ships with the model.
-
-    Raises:
-        RecipeError: the run is not finished, or its model needs code that was not allowed.
-        EnvironmentFault: its weights or its settings are gone.
     """
     state = run.read_state()["state"]
     if state != "finished":
@@ -102,16 +98,13 @@ class MergeRecord:
     Args:
         effect: how far the adapter moves the base's logits, on average.
         difference: how far merging moves the adapter's, on average.
-        same_top_token: share of positions with the same most likely next token.
         sha256: of each file in `merged/` that decides what it answers.
     """
 
     adapter_sha256: str
     dtype: str
-    num_tokens: int
     effect: float
     difference: float
-    same_top_token: float
     sha256: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -156,21 +149,13 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
 
 
 def check_weights(trained: TrainedRun) -> None:
-    """Refuse weights that are not what was trained.
-
-    Raises:
-        EnvironmentFault: which file, and the command that makes the weights again.
-    """
+    """Refuse weights that are not what was trained."""
     if damage := weights_damage(trained.run, trained.full):
         raise _lost(trained.run, damage)
 
 
 def check_base_run(name_or_path: str) -> None:
-    """Refuse to train on damaged weights of a run (`runs/NAME/model` or `merged`).
-
-    Raises:
-        EnvironmentFault: which file, and the command that makes it again.
-    """
+    """Refuse to train on damaged weights of a run (`runs/NAME/model` or `merged`)."""
     folder = Path(name_or_path).expanduser().resolve()
     if not (folder.parent / "run.json").is_file():
         return
@@ -183,11 +168,7 @@ def check_base_run(name_or_path: str) -> None:
 
 
 def check_base_of(trained: TrainedRun) -> None:
-    """Refuse a run whose base is another than it was; loads no model.
-
-    Raises:
-        RecipeError: another base, by the content of its files.
-    """
+    """Refuse a run whose base is another than it was; loads no model."""
     before, now = trained.saved.base_fingerprint, base_fingerprint(trained.recipe)
     if before and now and before != now:
         base, run = trained.recipe.model.name_or_path, trained.run.name
@@ -213,10 +194,6 @@ class Family:
 
     Attributes:
         names: what can answer: the base (unless it was fine-tuned as a whole) and the runs.
-
-    Raises:
-        RecipeError: the base is not the one that a run was trained on.
-        EnvironmentFault: the base cannot be had, or an adapter's files are damaged.
     """
 
     def __init__(self, runs: Sequence[TrainedRun]) -> None:
