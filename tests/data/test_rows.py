@@ -4,6 +4,7 @@ named by file and line, all at once.
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from pathlib import Path
@@ -19,7 +20,7 @@ from recipes_lib.data import sources
 from recipes_lib.data.columns import look_at
 from recipes_lib.data.conversations import conversation_of, template_values
 from recipes_lib.data.rows import BadRows, SettingError, message_texts
-from recipes_lib.data.sources import Source, count_rows, data_files, listed_sources, read_file
+from recipes_lib.data.sources import count_rows, data_files, listed_sources, read_file
 from recipes_lib.data.splits import read_data
 
 TASK = {"instruction": "Größe?", "response": 'Say "é",\nthen stop.'}
@@ -45,55 +46,47 @@ def read(write_jsonl):
 
 def write_all(folder: Path, rows: list[dict[str, str]]) -> dict[str, Path]:
     """Write the same rows in every format."""
-    import csv
-
-    files = {name: folder / f"rows.{name}" for name in ("jsonl", "json", "csv", "tsv", "parquet")}
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    files["jsonl"].write_text(lines)
-    files["json"].write_text(json.dumps(rows))
-    for name, sign in (("csv", ","), ("tsv", "\t")):
+    table = pyarrow.Table.from_pylist(rows)
+    names = (
+        *("rows.jsonl", "rows.json", "lines.json", "rows.jsonl.gz", "bom.jsonl"),
+        *("rows.csv", "rows.tsv", "old.csv", "rows.parquet", "file.arrow", "stream.arrow"),
+    )
+    files = {name: folder / name for name in names}
+    files["rows.jsonl"].write_text(lines)
+    files["rows.json"].write_text(json.dumps(rows))
+    files["lines.json"].write_text(lines)
+    files["rows.jsonl.gz"].write_bytes(gzip.compress(lines.encode()))
+    files["bom.jsonl"].write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    for name, sign in (("rows.csv", ","), ("rows.tsv", "\t")):
         with files[name].open("w", newline="") as stream:
             writer = csv.DictWriter(stream, [*rows[0]], delimiter=sign)
             writer.writeheader()
             writer.writerows(rows)
-    table = pyarrow.Table.from_pylist(rows)
-    parquet.write_table(table, files["parquet"])
-    for name, new in (("arrow", pyarrow.ipc.new_file), ("stream", pyarrow.ipc.new_stream)):
-        files[name] = folder / f"{name}.arrow"
+    files["old.csv"].write_bytes(files["rows.csv"].read_text().encode("latin-1"))
+    parquet.write_table(table, files["rows.parquet"])
+    for name, new in (
+        ("file.arrow", pyarrow.ipc.new_file),
+        ("stream.arrow", pyarrow.ipc.new_stream),
+    ):
         with new(str(files[name]), table.schema) as stream:
             stream.write_table(table)
-    (folder / "lines.json").write_text(lines)
-    (folder / "rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    (folder / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    (folder / "old.csv").write_bytes(files["csv"].read_text().encode("latin-1"))
-    names = ("lines.json", "rows.jsonl.gz", "bom.jsonl", "old.csv")
-    return files | {name: folder / name for name in names}
+    return files
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
     for name, file in write_all(tmp_path, TASKS).items():
         encoding = {"encoding": "latin-1"} if name == "old.csv" else {}
-        found = [row.fields for row in rows_of(file, **encoding)]
-        assert found == TASKS, name
-        if name not in ("csv", "tsv", "old.csv"):  # a text with line ends counts as more
+        assert [row.fields for row in rows_of(file, **encoding)] == TASKS, name
+        if file.suffix not in (".csv", ".tsv"):  # a text with line ends counts as more
             assert count_rows(file) == 3, name
-
-
-def test_an_encoding_or_a_delimiter_that_is_none_is_the_recipe_s_mistake(tmp_path):
-    (tmp_path / "a.csv").write_text("instruction,response\na,b\n")
-    for keys in ({"delimiter": "::"}, {"encoding": "utf-7x"}):
-        with pytest.raises(SettingError) as caught:
-            rows_of(tmp_path / "a.csv", **keys)
-        assert caught.value.key == f"data.{next(iter(keys))}" and caught.value.file is None
+    assert len(read_file(tmp_path / "rows.jsonl", max_rows=2)) == 2
 
 
 def test_nothing_is_converted(tmp_path):
     (tmp_path / "a.csv").write_text("instruction,response\nNA,007\nnull,1e3\n")
-    found = [row.fields for row in rows_of(tmp_path / "a.csv")]
-    assert found == [
-        {"instruction": "NA", "response": "007"},
-        {"instruction": "null", "response": "1e3"},
-    ]
+    found = [[*row.fields.values()] for row in rows_of(tmp_path / "a.csv")]
+    assert found == [["NA", "007"], ["null", "1e3"]]
 
 
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
@@ -118,23 +111,20 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
     ):
         file = tmp_path / name
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(DataError) as caught:
-            rows_of(file)
-        assert caught.value.line == line and words in caught.value.what, (content, caught.value)
+        for reader in (rows_of, read_file)[: 2 if line and "surrogate" not in words else 1]:
+            with pytest.raises(DataError) as caught:
+                reader(file)
+            assert caught.value.line == line and words in caught.value.what, caught.value
 
 
 def test_a_folder_is_its_files_of_the_split(tmp_path):
     for name in ("b-train.jsonl", "a-train.jsonl", "test.jsonl", "notes.md", ".hidden.jsonl"):
         (tmp_path / name).write_text(json.dumps(TASK) + "\n")
     names = [file.name for file in data_files(tmp_path, "train")]
-    assert names == ["a-train.jsonl", "b-train.jsonl"]
+    assert names == ["a-train.jsonl", "b-train.jsonl"] and len(rows_of(tmp_path)) == 2
     assert [file.name for file in data_files(tmp_path, "test")] == ["test.jsonl"]
-    assert len(rows_of(tmp_path)) == 2
     with pytest.raises(SettingError, match="no file of the split"):
         data_files(tmp_path, "validation")
-    (tmp_path / "c-train.jsonl").write_text('{"other": "x"}\n')
-    with pytest.raises(DataError, match=r"c-train.jsonl:1: column 'instruction': expected text"):
-        rows_of(tmp_path)
 
 
 def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
@@ -163,18 +153,21 @@ def test_the_hub_is_away_only_where_no_connection_can_be_made(monkeypatch):
         assert sources.hub_answers() == answers, error
 
 
-def test_sources_take_the_keys_of_data_and_say_what_is_wrong_with_them():
+def test_sources_take_the_keys_of_data_and_say_what_is_wrong_with_them(write_jsonl):
     source = [{"source": "a", "columns": {"response": "r"}, "weight": 2}, "b"]
     first, second = listed_sources(DataSection(source=source, columns={"instruction": "q"}))
     assert first.columns == {"instruction": "q", "response": "r"} and first.weight == 2
     assert (second.source, second.columns) == ("b", {"instruction": "q"})
+    file = write_jsonl(["instruction,response", "a,b"], "a.csv")
     for keys, words in (
         ({"system_prompt": "Be brief."}, "data.system_prompt acts in prompt_format chat alone"),
         ({"prompt_format": "chat", "chat_template_kwargs": {"tools": 1}}, "no template argument"),
+        ({"delimiter": "::"}, "data.delimiter: "),
+        ({"encoding": "utf-7x"}, "data.encoding: unknown encoding"),
     ):
-        with pytest.raises(SettingError, match=words):
-            listed_sources(DataSection(source="a", **keys))
-    assert Source(source="a", columns={}, weight=0.5).num_taken(9) == 4
+        with pytest.raises(SettingError, match=words) as caught:
+            rows_of(file, **keys)
+        assert caught.value.file is None
 
 
 # ---- columns ----
@@ -182,19 +175,18 @@ def test_sources_take_the_keys_of_data_and_say_what_is_wrong_with_them():
 
 def test_columns_are_mapped_by_name_alias_and_recipe(read):
     task = {"instruction": "a", "response": "b", "context": "c"}
+    mapped = {"instruction": "q", "response": "answer"}
     for row, columns in (
         (task, {}),
         ({"instruction": "a", "output": "b", "input": "c"}, {}),
-        ({"q": "a", "answer": "b", "context": "c"}, {"instruction": "q", "response": "answer"}),
+        ({"q": "a", "answer": "b", "context": "c"}, mapped),
     ):
         assert read([row], columns=columns)[0].fields == task
-    [row] = read([{**task, "context": None}])
-    assert row.fields["context"] == ""
+    assert read([{**task, "context": None}])[0].fields["context"] == ""
 
 
 def test_columns_of_another_format_name_the_format_to_try(read):
     for row, prompt_format, suggestion in (
-        ({"instruction": "", "context": "", "response": ""}, "raw", "dolly"),
         ({"instruction": "", "input": "", "output": ""}, "raw", "alpaca"),
         ({"messages": []}, "dolly", "chat"),
         ({"prompt": "", "completion": ""}, "dolly", "raw"),
@@ -220,8 +212,6 @@ def test_a_value_that_is_not_text_names_line_column_and_type(read):
                 read([good, {**good, column: value}, good, {**good, column: value}], prompt_format)
             assert caught.value.line == 2 and "rows.jsonl:4" in caught.value.hints[0]
             assert f"column '{column}': expected text, found {found}" in caught.value.what
-    with pytest.raises(DataError, match="expected text, found None"):
-        read([good, {"instruction": "a"}])
 
 
 def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read):
@@ -230,6 +220,7 @@ def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read)
         ({**TASK, "history": [["earlier", "turn"]]}, "dolly", "history"),
         ({**TASK, "system": "Be brief."}, "alpaca", "system"),
         ({"messages": TURNS, "documents": [{"title": "t"}]}, "chat", "documents"),
+        ({"messages": TURNS, "conversations": TURNS[:1]}, "chat", "conversations"),
         ({"messages": [TURNS[0], named]}, "chat", "messages.name"),
     ):
         with pytest.raises(DataError, match=f"{name}: not supported") as caught:
@@ -242,11 +233,13 @@ def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read)
 
 
 def test_a_system_column_is_the_system_message_of_its_row(read):
-    for row in ({"messages": TURNS, "system": "Be brief."}, {**TASK, "system_prompt": "Be brief."}):
+    for row, system in (
+        ({"messages": TURNS, "system": "Be brief."}, "Be brief."),
+        ({**TASK, "system_prompt": "Be brief."}, "Be brief."),
+        ({**TASK, "system": None}, "the recipe's"),
+    ):
         [found] = read([row], "chat")
-        assert conversation_of(found, "the recipe's")[0]["content"] == "Be brief."
-    [found] = read([{**TASK, "system": None}], "chat")
-    assert conversation_of(found, "the recipe's")[0]["content"] == "the recipe's"
+        assert conversation_of(found, "the recipe's")[0]["content"] == system
     other = [{"role": "system", "content": "Be long."}, *TURNS]
     with pytest.raises(DataError, match="a system message and another text"):
         read([{"messages": other, "system": "Be brief."}], "chat")
@@ -257,8 +250,8 @@ def test_tools_and_template_arguments_have_columns_of_their_own(read):
     wrapped = [{"type": "function", "function": tool}]
     row = {"messages": TURNS, "tools": [tool], "chat_template_kwargs": {"a": 1, "b": None}}
     text = {"messages": TURNS, "functions": json.dumps(wrapped), "chat_template_kwargs": '{"a": 1}'}
-    for one in (row, text):
-        [found] = read([one], "chat")
+    for given in (row, text):
+        [found] = read([given], "chat")
         assert template_values(found, {"a": 0, "c": 2}) == {"a": 1, "c": 2, "tools": wrapped}
     for more, words in (
         ({"tools": tool}, "expected a list, found dict"),
@@ -266,13 +259,9 @@ def test_tools_and_template_arguments_have_columns_of_their_own(read):
         ({"tools": ["weather"]}, "no function with a name"),
         ({"chat_template_kwargs": [1]}, "expected an object, found list"),
         ({"chat_template_kwargs": {"tools": "f"}}, "tools is no template argument"),
-        ({"conversations": TURNS}, "conversations: not supported"),
     ):
         with pytest.raises(DataError, match=words):
             read([{"messages": TURNS, **more}], "chat")
-    both = {"messages": TURNS, "conversations": TURNS[:1]}
-    for keys in ({"columns": {"messages": "messages"}}, {"drop_columns": ["conversations"]}):
-        assert read([both], "chat", **keys)[0].fields["messages"] == TURNS
 
 
 def test_what_arrow_fills_in_with_null_is_not_there(tmp_path):
@@ -280,7 +269,7 @@ def test_what_arrow_fills_in_with_null_is_not_there(tmp_path):
         {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": {name: 1}}]}
         for name in "fg"
     ]
-    rows = [{"messages": [TURNS[0], one]} for one in (*calls, TURNS[1])]
+    rows = [{"messages": [TURNS[0], answer]} for answer in (*calls, TURNS[1])]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     found = rows_of(tmp_path / "rows.parquet", "chat")
     assert [message_texts(row.fields["messages"][1])[1:] for row in found] == [
@@ -303,21 +292,14 @@ def test_the_content_of_a_row_is_its_texts_whatever_surrounds_them(read):
 
 def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
     three = ("dolly", "alpaca", "chat")
+    asked = {"instruction": "question", "response": "answer"}
+    put_in = {"instruction": "input", "response": "output", "context": ""}
     for row, formats, columns in (
         (TASK, three, {}),
-        (
-            {"question": "a", "answer": "b"},
-            three,
-            {"instruction": "question", "response": "answer"},
-        ),
-        ({"messages": TURNS}, ("chat",), {}),
+        ({"question": "a", "answer": "b"}, three, asked),
         ({"conversations": TURNS}, ("chat",), {}),
         ({"instruction": "a", "input": "", "output": "b"}, three, {}),
-        (
-            {"input": "a", "output": "b"},
-            three,
-            {"instruction": "input", "response": "output", "context": ""},
-        ),
+        ({"input": "a", "output": "b"}, three, put_in),
         ({"prompt": "a", "completion": "b"}, ("raw", "chat"), {}),
         ({"text": "a"}, ("raw",), {}),
     ):
@@ -332,13 +314,3 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
             look_at(tmp_path / "odd.jsonl")
     with pytest.raises(DataError, match="no such file"):
         look_at(tmp_path / "nowhere.jsonl")
-
-
-def test_all_rows_of_a_file_at_once_or_the_line_that_is_none(tmp_path, write_jsonl):
-    path = write_jsonl(TASKS)
-    assert [row.fields for row in read_file(path)] == TASKS
-    assert len(read_file(path, max_rows=2)) == 2
-    path.write_text(path.read_text() + "{torn")
-    with pytest.raises(DataError) as caught:
-        read_file(path)
-    assert caught.value.line == 4

@@ -117,13 +117,8 @@ class DataAudit:
         return asdict(self)
 
     def check(self, max_unsupervised_fraction: float, *, evaluates: bool) -> None:
-        """Refuse data that cannot teach what the recipe asks for: the gate before step 1.
-
-        Args:
-            evaluates: whether the training computes a validation loss.
-
-        Raises:
-            RefusedData: it carries this audit.
+        """Raise RefusedData where the data cannot teach what the recipe asks for: the gate before
+        step 1. `evaluates` is whether the training computes a validation loss.
         """
         used, bare = self.rows["used"], len(self.no_supervised_tokens)
         if len(self.empty_completions) == used:

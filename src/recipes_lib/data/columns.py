@@ -74,9 +74,6 @@ def map_columns(
 
     Returns:
         The usable rows, and the columns that nothing reads.
-
-    Raises:
-        SettingError: columns that the format cannot use.
     """
     present = column_names(rows)
     for name, column in columns.items():
@@ -175,11 +172,7 @@ def _other_columns(
 
 
 def look_at(data: Path) -> OwnRows:
-    """Guess from the first row of a file, or of a folder's first training file, how to read it.
-
-    Raises:
-        DataError: no such file, no row, damaged, or columns that mean nothing to us.
-    """
+    """Guess from the first row of a file, or of a folder's first training file, how to read it."""
     data = data.expanduser()
     if not data.exists():
         hint = "for a data set on the Hub: start without --data and set data.source"

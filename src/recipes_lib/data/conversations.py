@@ -86,13 +86,8 @@ def without_nulls(value: Any) -> Any:
 
 
 def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> list[Message]:
-    """Return messages with `role`/`content` or `from`/`value` keys in our spelling.
-
-    Args:
-        dropped: `messages.KEY` of the keys to leave out.
-
-    Raises:
-        BadRow: what is wrong with the first bad one.
+    """Return messages with `role`/`content` or `from`/`value` keys in our spelling, without the
+    keys of which `dropped` has `messages.KEY`; or raise a BadRow about the first bad one.
     """
     if not isinstance(value, list):
         raise BadRow(f"column '{column}': expected a list of messages, found {type_name(value)}")
@@ -191,11 +186,7 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def read_tools(value: Any, column: str) -> str:
-    """Return the tools of a row as JSON text in OpenAI's spelling, also of bare functions.
-
-    Raises:
-        BadRow: they are no list of JSON schemas.
-    """
+    """Return the tools of a row as JSON text in OpenAI's spelling, also of bare functions."""
     what = f"column '{column}'"
     tools = parsed_json(value, what) if isinstance(value, str) else value
     if not isinstance(tools, list):
@@ -211,11 +202,7 @@ def read_tools(value: Any, column: str) -> str:
 
 
 def read_template_kwargs(value: Any, column: str) -> str:
-    """Return the template arguments of a row as JSON text; what is null is not given.
-
-    Raises:
-        BadRow: they are no object, or one has the name of something else that a template gets.
-    """
+    """Return the template arguments of a row as JSON text; what is null is not given."""
     what = f"column '{column}'"
     values = parsed_json(value, what) if isinstance(value, str) else value
     if not isinstance(values, dict):
@@ -265,10 +252,8 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 def check_roles(messages: Sequence[Message]) -> None:
     """Check who speaks when: a system message or none, then user and assistant in turn, results of
-    tools after the calls, the assistant last, be it with a call.
-
-    Raises:
-        BadRow: it is another order, a call has no result, or a turn that is to be learned is empty.
+    tools after the calls, the assistant last, be it with a call; and that there is something to
+    learn.
     """
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:

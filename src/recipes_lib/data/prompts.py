@@ -134,9 +134,6 @@ def with_arguments_as_text(message: Message) -> Message:
 def chat_template(section: DataSection, tokenizer: Any) -> str:
     """Return the template of the `chat` format: the given one (inline, a file, or one of TRL's),
     else the tokenizer's own; with the run's date in it, if it prints one.
-
-    Raises:
-        SettingError: there is no template, or its file does not exist.
     """
     return _with_date(_undated_template(section, tokenizer), section.template_date)
 

@@ -92,13 +92,7 @@ def place(recipe: Recipe, error: DataError) -> DataError:
 
 
 class BadRow(Exception):
-    """Why one row cannot be used.
-
-    Args:
-        what: what is wrong with it.
-        hint: what to do, where the words do not say it.
-        drop: entries of `data.drop_columns` with which the row could be used.
-    """
+    """Why one row cannot be used, what to do, and with which `data.drop_columns` it could be."""
 
     def __init__(self, what: str, hint: str = "", drop: Sequence[str] = ()) -> None:
         super().__init__(what)
@@ -126,10 +120,8 @@ class BadRows:
         self.rows.append((bare, reason.with_traceback(None)))
 
     def error(self, num_rows: int | None = None) -> DataError:
-        """Return one error for all of them: the first at its place, the others by what is wrong.
-
-        Args:
-            num_rows: rows read; None where that is not known.
+        """Return one error for all of them, of `num_rows` that were read: the first at its place,
+        the others by what is wrong.
         """
         first, *others = self.places_by_reason().items()
         row, reason = self.rows[0]
@@ -169,11 +161,7 @@ def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
 
 
 def parsed_json(text: str, what: str) -> Any:
-    """Return the value of a JSON text.
-
-    Raises:
-        BadRow: it is no JSON; `what` says where.
-    """
+    """Return the value of a JSON text, or raise a BadRow that says where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -188,10 +176,8 @@ def type_name(value: Any) -> str:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """Return a text that has an encoding.
-
-    Raises:
-        BadRow: it is no text, or has half of a UTF-16 pair; `what` says where.
+    """Return a text, or raise a BadRow that says where it is none, or has half of a UTF-16
+    pair.
     """
     if not isinstance(value, str):
         raise BadRow(f"{what}: expected text, found {type_name(value)}")

@@ -64,22 +64,9 @@ class Source:
     max_examples: int | None = None
     weight: float = 1
 
-    def num_taken(self, num_rows: int) -> int:
-        """Return how many of its rows are used.
-
-        Example:
-            >>> Source(source="a", columns={}, weight=0.5, max_examples=30).num_taken(100)
-            15
-        """
-        return round(min(num_rows, self.max_examples or num_rows) * min(self.weight, 1))
-
 
 def listed_sources(section: DataSection) -> list[Source]:
-    """Return the sources that `data.source` names.
-
-    Raises:
-        SettingError: no source, or a key that only `chat` reads is set with another prompt format.
-    """
+    """Return the sources that `data.source` names; the keys that they share are checked."""
     if not section.source:
         raise SettingError("data.source", "is empty: name at least one source")
     for name in sorted(RESERVED & section.chat_template_kwargs.keys()):
@@ -115,11 +102,8 @@ def find_path(name: str) -> Path | None:
 def load_rows(
     source: Source, bad: BadRows | None = None, max_rows: int | None = None
 ) -> list[DataRow]:
-    """Return the rows of one source with the columns of its files, as `read_file` returns them; at
-    most `max_rows` of each file.
-
-    Raises:
-        DataError: the file, folder or data set is missing or damaged.
+    """Return the rows of one source, as `read_file` returns them; at most `max_rows` of each
+    file.
     """
     if is_on_hub(source):
         return [
@@ -136,11 +120,7 @@ def load_rows(
 
 
 def source_files(source: Source) -> list[Path]:
-    """Return the files of a local source.
-
-    Raises:
-        DataError: there is nothing of this name, or no data file of the split in the folder.
-    """
+    """Return the files of a local source, or raise an error that names the nearest."""
     if (path := find_path(source.source)) is not None:
         return [path] if path.is_file() else data_files(path, source.source_split)
     path = Path(source.source).expanduser()
@@ -152,9 +132,6 @@ def source_files(source: Source) -> list[Path]:
 def source_hashes(section: DataSection) -> dict[str, str]:
     """Return the SHA-256 of each local file that a recipe's rows come from, by its number and name;
     a data set of the Hub is known by name and revision alone.
-
-    Raises:
-        DataError: a source is missing.
     """
     return {
         f"data {number} {file.name}": remembered_hash(file)
@@ -167,9 +144,6 @@ def source_hashes(section: DataSection) -> dict[str, str]:
 def data_files(folder: Path, split: str) -> list[Path]:
     """Return the data files of a folder in name order; those of `split` where names tell splits
     apart.
-
-    Raises:
-        DataError: the folder has no data file, or none of this split.
     """
     shown = shown_path(folder)
     refuse_pipe(folder, shown)
@@ -193,11 +167,7 @@ def data_files(folder: Path, split: str) -> list[Path]:
 
 
 def hub_data_set(source: Source) -> Dataset:
-    """Return a Hub data set as `datasets` loads it, from its cache where it is offline.
-
-    Raises:
-        SettingError: it is neither on the Hub nor in the cache, or not open to the user.
-    """
+    """Return a Hub data set as `datasets` loads it, from its cache where it is offline."""
     import datasets
 
     name = source.source
@@ -362,9 +332,8 @@ def _read_json(text: str) -> Iterator[Numbered]:
 
 
 def _object(row: Any) -> Row | BadRow:
-    if isinstance(row, dict):
-        return row
-    return BadRow(f"expected an object with columns, found {type_name(row)}")
+    what = f"expected an object with columns, found {type_name(row)}"
+    return row if isinstance(row, dict) else BadRow(what)
 
 
 def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:

@@ -67,7 +67,7 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
             data.unused[read[0].file] = unused
         for row in rows:
             row.source, row.content = number, content_hash(row.fields)
-        taken = source.num_taken(len(rows))
+        taken = round(min(len(rows), source.max_examples or len(rows)) * min(source.weight, 1))
         if rows and not taken and max_rows is None:
             what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is no row"
             raise SettingError("data.source", what, "raise it, or remove the source")

@@ -44,8 +44,6 @@ _REWRITTEN = (
     "name the one of TRL's that trains it (data.chat_template: trl:NAME), mark the assistant's text"
     " with {% generation %} ... {% endgeneration %}, or set data.chat_loss: last",
 )
-
-
 _CALLS_LEFT_OUT = (
     "tool calls: not rendered by the chat template, so the row would teach to say nothing in their"
     " place",
@@ -83,11 +81,7 @@ class Encoded:
         ends: frozenset[int],
         **facts: bool,
     ) -> Encoded:
-        """Label the tokens in `spans`, and cut a row that is too long.
-
-        Args:
-            ends: the tokens that may end an answer.
-        """
+        """Label the tokens in `spans`, and cut a row that is too long; `ends` may end an answer."""
         tokens = np.array(ids, dtype=np.int32)
         labels = np.full_like(tokens, IGNORED)
         for start, end in spans:
@@ -132,10 +126,8 @@ class Supervision:
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
-        """Read the settings; some packing strategies split long rows themselves.
-
-        Raises:
-            SettingError: a loss that these rows cannot have, or a tokenizer without end or offsets.
+        """Read the settings, and refuse those that cannot act; some packing strategies split long
+        rows themselves.
         """
         is_chat = section.prompt_format == "chat"
         eos_token = train.get("eos_token") or getattr(tokenizer, "eos_token", None)
@@ -172,9 +164,6 @@ def encode(
     Args:
         rows: as many as may be tokenised together, see `BATCH_ROWS`.
         template: what conversations are rendered with; None for the plain formats.
-
-    Raises:
-        SettingError: the template is not Jinja.
     """
     if template is None:
         return _encode_pairs(rows, settings, tokenizer)
