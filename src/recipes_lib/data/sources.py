@@ -9,6 +9,7 @@ reported where its column should be text.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -16,7 +17,6 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -237,22 +237,25 @@ def read_file(
         endings = f"known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz"
         raise DataError(f"{what}; {endings}", file=file)
     refuse_pipe(path, file)
+    try:
+        codecs.lookup(encoding)
+        csv.reader([], delimiter=delimiter or ",")
+    except (LookupError, TypeError) as error:
+        key = "data.encoding" if isinstance(error, LookupError) else "data.delimiter"
+        raise SettingError(key, f"{key}: {error}") from None
     rows, no_rows = [], BadRows() if bad is None else bad
     try:
-        with _numbered(path, kind, encoding, delimiter) as numbered:
-            for number, (line, values) in enumerate(islice(numbered, max_rows), 1):
-                row = DataRow(file, line, number, {})
-                if isinstance(values, BadRow):
-                    no_rows.add(row, values)
-                else:
-                    row.fields = values
-                    rows.append(row)
+        numbered = islice(_numbered(path, kind, encoding, delimiter), max_rows)
+        for number, (line, values) in enumerate(numbered, 1):
+            row = DataRow(file, line, number, {})
+            if isinstance(values, BadRow):
+                no_rows.add(row, values)
+            else:
+                row.fields = values
+                rows.append(row)
     except DataError as error:
         error.file = file
         raise
-    except (LookupError, TypeError) as error:  # what `open` and `csv` say of a bad setting
-        key = "data.encoding" if isinstance(error, LookupError) else "data.delimiter"
-        raise SettingError(key, f"{key}: {error}") from None
     except Exception as error:  # of gzip, zlib, pyarrow, the disk, or a codec
         raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
     if bad is None and len(no_rows):
@@ -273,21 +276,17 @@ def count_rows(path: Path) -> int:
         return sum(1 for line in stream if line.strip()) - (kind in (".csv", ".tsv"))
 
 
-@contextmanager
-def _numbered(
-    path: Path, kind: str, encoding: str, delimiter: str | None
-) -> Iterator[Iterator[Numbered]]:
-    """Open a file and yield its rows, each with its line."""
+def _numbered(path: Path, kind: str, encoding: str, delimiter: str | None) -> Iterator[Numbered]:
     if kind in (".parquet", ".arrow"):
-        yield _read_columnar(path, kind)
+        yield from _read_columnar(path, kind)
         return
     with _open(path, encoding) as stream:
         if kind == ".json":
-            yield _read_json(stream.read())
+            yield from _read_json(stream.read())
         elif kind in (".csv", ".tsv"):
-            yield _read_csv(stream, delimiter or ("\t" if kind == ".tsv" else ","))
+            yield from _read_csv(stream, delimiter or ("\t" if kind == ".tsv" else ","))
         else:
-            yield _read_jsonl(stream)
+            yield from _read_jsonl(stream)
 
 
 def _open(path: Path, encoding: str) -> TextIO:

@@ -284,7 +284,8 @@ def _render(
             turns = []
             for index in learned:
                 prompt, until = prompts[index], render(chat[: index + 1])[0]
-                if not text.startswith(prompt) or not text.startswith(until):
+                is_prefix = text.startswith(prompt) and text.startswith(until)
+                if not is_prefix or len(prompt) > len(until):
                     raise BadRow(*_REWRITTEN)
                 turns.append([(len(prompt), len(until))])
         for index, turn in zip(learned, turns, strict=True):
