@@ -93,6 +93,16 @@ def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path
     assert "no such file" in said(capsys, "new", "y", "--from", "nowhere.yaml", code=2)
     rows = ("--data", "no.jsonl")
     assert "no such file" in said(capsys, "new", "y", "--from", QUICKSTART, *rows, code=4)
+    again = said(capsys, "new", "y", "--from", QUICKSTART, "--output", "x.yaml", code=2)
+    assert "choose another --output" in again and "name" not in again
+
+
+def test_new_leaves_no_recipe_of_rows_that_cannot_be_read(capsys, tmp_path):
+    row = {"instruction": "a", "response": "b"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"instruction": "a"}))
+    rows = ("--data", "bad.jsonl")
+    assert "bad.jsonl:2" in said(capsys, "new", "y", "--from", QUICKSTART, *rows, code=4)
+    assert not (tmp_path / "y.yaml").exists()
 
 
 def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):

@@ -26,10 +26,6 @@ BAD_EVALS = {
         1,
         "data.max_questions",
     ),
-    "suite: {name: mt_bench}\ndata: {questions: gone.jsonl}\njudge: {model: x}": (
-        2,
-        "no such file",
-    ),
     f"suite: {{name: mt_bench}}\n{WHEEL}": (0, "judge.file is missing"),
     f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{file: gone.yaml}}": (3, "no such file"),
     f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{model: x, temprature: 1}}": (3, "temperature"),
@@ -105,6 +101,9 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
     path.write_text(path.read_text() + "thresholds: 5\n")
     assert main(["check", str(path)]) == 2
     assert "judged.yaml:4: section 'thresholds' must be a mapping" in capsys.readouterr().err
+    path.write_text("suite: {name: checks}\ndata: {questions: gone.jsonl}\n")
+    assert main(["check", str(path)]) == 4  # as of a missing data.source
+    assert "judged.yaml:2: data.questions: no such file" in capsys.readouterr().err
     path.write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
     assert main(["check", str(path)]) == 4
     assert "q.jsonl:1: unknown check 'exactly'" in capsys.readouterr().err

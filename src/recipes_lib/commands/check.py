@@ -46,7 +46,7 @@ def run(
     if errors:
         summary = f"{len(errors)} error{'s' * (len(errors) > 1)} in {broken} of {count}"
         print(summary, file=sys.stderr)
-        of_data = all(isinstance(error, DataError) for error in by_place)
+        of_data = all(error.exit_code == ExitCode.DATA for error in by_place)
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{count} ok")
     for file in files:

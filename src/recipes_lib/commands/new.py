@@ -7,7 +7,7 @@ from typing import Annotated
 
 from recipes_lib.config.new import Method, new_recipe
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import check_run_name, shown_path
 from recipes_lib.core.terminal import next_step, say
@@ -26,22 +26,24 @@ def run(
     method: Annotated[Method | None, "what is trained"] = None,
     output: Annotated[Path | None, "default: NAME.yaml, in ./recipes if there is one"] = None,
 ) -> int:
-    """Write the recipe and print it. It is written also if a row cannot be read, so that the key
-    the error names can be set in it.
-    """
+    """Write the recipe and print it; nothing is left where the rows cannot be read."""
     check_run_name(name)
     folder = Path("recipes") if Path("recipes").is_dir() else Path()
     target = output or folder / f"{name}.yaml"
     file = shown_path(target)
     if target.exists():
-        raise RecipeError("exists already", "choose another name, or --output PATH", file=file)
+        hint = "choose another --output" if output else "choose another name, or --output PATH"
+        raise RecipeError("exists already", hint, file=file)
     origin, rows = load_recipe(from_), look_at(data) if data else None
     text = new_recipe(name, target, origin, model=model, rows=rows, method=method)
     write_text(target, text)
-    recipe = load_recipe(target)
+    try:
+        recipe = load_recipe(target)
+        for error in check_rows(recipe) if rows else ():
+            raise error
+    except RecipesError:
+        target.unlink()
+        raise
     say(f"wrote {file}:")
     say(text.rstrip("\n"))
-    if rows is not None:
-        for error in check_rows(recipe):
-            raise error
     return next_step("recipes", "check", file)

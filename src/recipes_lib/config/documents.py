@@ -18,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.core.terminal import holds_secret
 
@@ -45,6 +45,12 @@ for _name, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(_pattern), [None])
 _Yaml11Loader.add_implicit_resolver(f"{_TAG}float", re.compile(r"[-+]?\d+[eE][-+]?\d+\Z"), [None])
+
+
+class MissingRows(RecipeError):
+    """A key names a file of rows that does not exist: a fault of the data, as `data.source`'s."""
+
+    exit_code = ExitCode.DATA
 
 
 @dataclass(frozen=True)

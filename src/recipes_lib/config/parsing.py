@@ -25,7 +25,7 @@ from recipes_lib.config.documents import (
     value_text,
     wrong_kind,
 )
-from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
 
 _MAX_CHOICES = 16
 _MAX_KEYS = 30
@@ -101,7 +101,10 @@ def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
             raise wrong_kind(kind, expected, document.file)
     value, errors = judge(model, document, *rules)
     if value is None or errors:
-        raise RecipeErrors(errors)
+        failure = RecipeErrors(errors)
+        if all(error.exit_code == ExitCode.DATA for error in errors):
+            failure.exit_code = ExitCode.DATA
+        raise failure
     return value
 
 

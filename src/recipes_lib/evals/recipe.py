@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, HttpUrl, PrivateAttr, field_validator
 
-from recipes_lib.config.documents import Document, did_you_mean, read
+from recipes_lib.config.documents import Document, MissingRows, did_you_mean, near_file, read
 from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import file_hash, hash_of
@@ -557,8 +557,10 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
             what = f"data.{key}: {shown_path(place)} is a folder, not a file of rows"
             yield document.error(f"data.{key}", what, "name the file in it")
         elif not may_be_elsewhere and not place.exists():
+            kind = MissingRows if place.suffix in SUFFIXES else RecipeError
             what = f"data.{key}: no such file: {shown_path(place)}"
-            yield document.error(f"data.{key}", what)
+            at = document.origin(f"data.{key}")
+            yield kind(what, *near_file(place), file=at.file, line=at.line)
     if generation.samples > 1:
         why, hint = facts.one_answer, "alpaca_eval and checks take several answers per question"
         if not why and not generation.temperature:
