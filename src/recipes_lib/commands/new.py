@@ -32,8 +32,7 @@ def run(
     target = output or folder / f"{name}.yaml"
     file = shown_path(target)
     if target.exists():
-        hint = "choose another --output" if output else "choose another name, or --output PATH"
-        raise RecipeError("exists already", hint, file=file)
+        raise RecipeError("exists already", "write elsewhere: --output OTHER.yaml", file=file)
     origin, rows = load_recipe(from_), look_at(data) if data else None
     text = new_recipe(name, target, origin, model=model, rows=rows, method=method)
     write_text(target, text)
@@ -44,6 +43,5 @@ def run(
     except RecipesError:
         target.unlink()
         raise
-    say(f"wrote {file}:")
-    say(text.rstrip("\n"))
+    say(f"wrote {file}:\n{text.rstrip()}")
     return next_step("recipes", "check", file)
