@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1944, 1500),
     "core": (1240, 800),
-    "config": (2970, 1900),
+    "config": (2980, 1900),
     "models": (705, 450),
     "data": (2666, 1650),
     "training": (2091, 1700),
