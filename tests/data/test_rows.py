@@ -81,6 +81,9 @@ def test_every_format_gives_the_same_rows(tmp_path):
         if file.suffix not in (".csv", ".tsv"):  # a text with line ends counts as more
             assert count_rows(file) == 3, name
     assert len(read_file(tmp_path / "rows.jsonl", max_rows=2)) == 2
+    odd = '{"text": "a\u2028b"}\n{"text": "c"}\n'  # a separator inside of a text ends no line
+    (tmp_path / "odd.json").write_text(odd, encoding="utf-8")
+    assert [row.fields["text"] for row in read_file(tmp_path / "odd.json")] == ["a\u2028b", "c"]
 
 
 def test_nothing_is_converted(tmp_path):

@@ -19,13 +19,6 @@ from recipes_lib.data.prompts import task_prompt
 NO_SPLIT = {"method": "none"}
 
 
-@pytest.fixture
-def dolly(shared_data):
-    """The first 200 rows of the stratified real data."""
-    with (shared_data / "dolly" / "dolly-1k-stratified.jsonl").open(encoding="utf-8") as stream:
-        return [json.loads(next(stream)) for _ in range(200)]
-
-
 @pytest.fixture(scope="module")
 def whole_dolly(shared_data):
     return sorted(str(path) for path in (shared_data / "dolly").glob("*.part*.jsonl"))
@@ -47,7 +40,11 @@ def ours(recipe, tokenizer) -> list[dict[str, list[int]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny_tokenizer", "smollm2_tokenizer"])
-def test_two_hundred_dolly_rows_are_equal(recipe_for, write_jsonl, trl_rows, request, dolly, name):
+def test_two_hundred_dolly_rows_are_equal(
+    recipe_for, write_jsonl, trl_rows, request, shared_data, name
+):
+    with (shared_data / "dolly" / "dolly-1k-stratified.jsonl").open(encoding="utf-8") as stream:
+        dolly = [json.loads(next(stream)) for _ in range(200)]
     tokenizer, path = request.getfixturevalue(name), write_jsonl(dolly)
     keys = {"split": NO_SPLIT, "max_unsupervised_fraction": 1.0}
     for train in (
