@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 # what several verbs take
 RecipeWord = Annotated[str, "path or name of a recipe"]
 Json = Annotated[bool, "print one JSON object"]
-Accelerate = Annotated[
-    str | None, "a file in accelerate_configs/, or a path; default: the recipe's"
-]
+Accelerate = Annotated[str | None, "a file in accelerate_configs/ or a path; default: the recipe's"]
 Gpus = Annotated[int | None, "processes on each machine; default: the recipe's launch.gpus"]
 Nodes = Annotated[int | None, "machines; default: the recipe's launch.nodes"]
 

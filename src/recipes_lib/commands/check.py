@@ -25,9 +25,7 @@ Findings = tuple[list[RecipesError], list[RecipeError]]  # errors; warnings and 
 def run(
     paths: Annotated[list[str], "YAML files, names of recipes, or folders with YAML files"],
     *,
-    full: Annotated[
-        bool, "also build TRL's, PEFT's and bitsandbytes' objects, and read all local rows"
-    ] = False,
+    full: Annotated[bool, "also build upstream's objects, and read all local rows"] = False,
 ) -> int:
     """Check every file; print warnings and notes, then all errors."""
     files = list(dict.fromkeys(file for path in paths for file in _files(Path(path))))

@@ -23,15 +23,9 @@ _BASE = "base"
 
 
 def run(
-    runs: Annotated[
-        list[str],
-        "evaluated runs, `base` for the base model of the others, folders of lm-eval with samples,"
-        " annotations.json of alpaca_eval",
-    ],
+    runs: Annotated[list[str], "evaluated runs, base, lm-eval folders, alpaca_eval annotations"],
     *,
-    margin: Annotated[
-        list[str], "METRIC=M, differences that do not matter: win_rate='2 points' loss=0.005"
-    ] = [],  # noqa: B006 (it is not changed)
+    margin: Annotated[list[str], "what does not matter: win_rate='2 points' loss=0.005"] = [],  # noqa: B006 (it is not changed)
     html: Annotated[Path | None, "write the report, one file that needs nothing else"] = None,
     json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
 ) -> int:

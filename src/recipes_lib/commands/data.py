@@ -28,9 +28,7 @@ def run(
     overrides: Sequence[str] = (),
     *,
     show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
-    against: Annotated[
-        list[str], "evals whose questions and answers must not be in the rows that train"
-    ] = [],  # noqa: B006 (it is not changed)
+    against: Annotated[list[str], "evals whose questions must not be in the rows that train"] = [],  # noqa: B006 (it is not changed)
 ) -> int:
     """Prepare the recipe's data, print the audit and some rows.
 

@@ -19,18 +19,13 @@ if TYPE_CHECKING:
 
 def run(
     eval: Annotated[str, "an eval recipe, for example evals/quickstart/alpaca_eval.yaml, or more"],
-    run_or_model: Annotated[
-        list[str],
-        "runs, base (of the runs beside it), Hub ids, model folders, or files with answers",
-    ],
+    run_or_model: Annotated[list[str], "runs, base, Hub ids, model folders, or files of answers"],
     overrides: Sequence[str] = (),
     *,
     against: Annotated[str | None, "the opponent: reference, base, another run or model"] = None,
     allow_format_differences: Annotated[bool, "compare models with different prompts"] = False,
     trust_remote_code: Annotated[
-        bool,
-        "allow code that ships with a model or a task, if the recipe asks for it too, and files"
-        " outside the eval recipe's folder",
+        bool, "allow code that ships with a model or task, and files outside the recipe's folder"
     ] = False,
     json: Annotated[bool, "print one JSON object: result.json, or a list of them"] = False,
 ) -> int:

@@ -20,9 +20,7 @@ def run(
     *,
     from_: Annotated[str, "the recipe to start from, for example quickstart/lora-r8"],
     model: Annotated[str | None, "another base model: a Hub id or a folder"] = None,
-    data: Annotated[
-        Path | None, "your rows: jsonl, json, csv, tsv, parquet, arrow, or a folder of them"
-    ] = None,
+    data: Annotated[Path | None, "your rows: jsonl, json, csv, parquet, ..., or a folder"] = None,
     method: Annotated[Method | None, "what is trained"] = None,
     output: Annotated[Path | None, "default: NAME.yaml, in ./recipes if there is one"] = None,
 ) -> int:

@@ -28,9 +28,7 @@ def run(
     recipe_or_study: Annotated[str, "path or name of a recipe, or a study file"],
     overrides: Sequence[str],
     *,
-    gpu: Annotated[
-        str | None, "a card: h100, l40s, 4090, ... or cpu; default: this machine"
-    ] = None,
+    gpu: Annotated[str | None, "h100, l40s, 4090, ... or cpu; default: this machine's"] = None,
     gpus: Gpus = None,
     nodes: Nodes = None,
     accelerate: Accelerate = None,

@@ -44,9 +44,7 @@ def _run(
     *,
     jobs: Annotated[int, "trainings at the same time, each with GPUs of its own (default 1)"] = 1,
     no_train: Annotated[bool, "train nothing: evaluate what is trained, and report"] = False,
-    trust_remote_code: Annotated[
-        bool, "allow code that ships with a model, if the recipe asks for it"
-    ] = False,
+    trust_remote_code: Annotated[bool, "allow a model's own code, if the recipe asks"] = False,
 ) -> int:
     """Train, evaluate and report what is not done yet; the same command continues."""
     loaded = with_choices(load_study(study, overrides))
@@ -76,11 +74,7 @@ def _report(
     study: _StudyWord,
     overrides: Sequence[str],
     *,
-    gate: Annotated[
-        bool,
-        "for CI, without a report: exit code 1 if an arm is worse than its baseline, 6 if results"
-        " are missing",
-    ] = False,
+    gate: Annotated[bool, "for CI: exit 1 if an arm is worse, 6 if results are missing"] = False,
     json: Json = False,
 ) -> int:
     """The report of what was measured, without training or evaluating anything."""
