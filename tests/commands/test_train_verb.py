@@ -137,6 +137,7 @@ def bare(recipe: Path, *words: str) -> list[str]:
     return [*launcher, str(config), "-m", "recipes_lib.train", str(recipe), *words]
 
 
+@pytest.mark.slow
 def test_under_a_bare_launch_rank_0_alone_opens_the_recipe_and_both_train_it(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_under_a_bare_launch_rank_0_alone_opens_the_recipe_and_both_train_it(
     assert RunDirectory("tiny").read_state()["state"] == "finished"
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_recipe_is_said_once_by_a_bare_launch_of_two_ranks(
     tiny_recipe: Path, tmp_path: Path
 ) -> None:
