@@ -139,7 +139,7 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         os.kill(child.pid, signal.SIGINT)
     code, said = launcher.wait(child)
     assert code == 130
-    assert "the same command goes on from the newest complete checkpoint" in said, said[-2000:]
+    assert "the same command goes on" in said, said[-2000:]
     assert (launcher.state(name)["state"], launcher.state(name)["exit_code"]) == ("preempted", 130)
     end = time.monotonic() + 5  # a killed process takes a moment to give its memory back
     while left := [

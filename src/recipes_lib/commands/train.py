@@ -154,4 +154,4 @@ def _record_end(run: RunDirectory, killed: str, code: int) -> None:
         run.write_state("preempted" if killed else "failed", exit_code=code, error=what)
     elif not killed:
         return
-    say(f"{what} (exit {code}); the same command goes on from the newest complete checkpoint")
+    say(f"{what} (exit {code}); the same command goes on, from a checkpoint if there is one")
