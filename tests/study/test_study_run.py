@@ -164,7 +164,7 @@ def holding(folder: Path, seconds: float) -> subprocess.Popen[str]:
 
 
 def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_for(
-    study: Path, run: Run
+    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = holding(RunDirectory("tiny").path, 60)
     with pytest.raises(EnvironmentFault, match=f"process {other.pid}"):
@@ -176,6 +176,11 @@ def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_
     code, said = run()
     assert code == 0 and other.wait() == 0
     assert any(f"tiny--r4 is being trained by process {other.pid}" in line for line in said)
+    # a Slurm job that was queued again waits for its earlier try
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    other = holding(RunDirectory("tiny").path, 1.5)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run()[0] == 0 and other.wait() == 0
 
 
 def in_a_process(study: Path, **environment: str) -> subprocess.Popen[str]:

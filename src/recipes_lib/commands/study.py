@@ -4,9 +4,7 @@ what is heavy.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Annotated
 
 from recipes_lib.analysis.text import count
@@ -85,14 +83,12 @@ def _report(
     if gate:
         return _gate(loaded, json)
     folder = study_folder(loaded)
-    kept = not folder.is_dir() or os.access(folder, os.W_OK)
-    with study_lock(loaded) if kept else nullcontext():
-        conclusion, missing = report_study(loaded, keep=kept)
+    with study_lock(loaded):
+        conclusion, missing = report_study(loaded)
     if json:
         return print_json(conclusion.to_dict())
     say("\n".join(conclusion_lines(conclusion)))
-    page = shown_path(folder / "report" / "report.html")
-    say(f"\nreport: {page}" if kept else f"\n{shown_path(folder)} is read-only: no report")
+    say(f"\nreport: {shown_path(folder / 'report' / 'report.html')}")
     if missing:
         return _next("run", loaded)
     first = study_trainings(loaded)[0].run

@@ -43,26 +43,22 @@ def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     return arms, design, conclude(arms, study.aims, design)
 
 
-def report_study(study: Study, *, keep: bool = True) -> tuple[Conclusion, tuple[str, ...]]:
+def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
     """Compare the arms, write the report, and lock the design with the first verdicts; return what
     may be said, and what is not measured yet.
-
-    Args:
-        keep: False to write nothing, where the study's folder is read-only.
 
     Raises:
         RecipesError: an evaluation's files are damaged.
     """
     arms, design, conclusion = conclude_study(study)
     folder = study_folder(study)
-    if keep:
-        write_json(folder / "comparison.json", conclusion.to_dict())
-        scratch = folder / ".report.tmp"
-        shutil.rmtree(scratch, ignore_errors=True)
-        write_report(scratch, conclusion, arms, design)
-        publish(scratch, folder / "report")
-        if not conclusion.descriptive and not (folder / _LOCK).is_file():
-            write_json(folder / _LOCK, {"written": utc_now(), **design_values(study)})
+    write_json(folder / "comparison.json", conclusion.to_dict())
+    scratch = folder / ".report.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    write_report(scratch, conclusion, arms, design)
+    publish(scratch, folder / "report")
+    if not conclusion.descriptive and not (folder / _LOCK).is_file():
+        write_json(folder / _LOCK, {"written": utc_now(), **design_values(study)})
     return conclusion, design.missing
 
 

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -402,18 +402,24 @@ def _warn_of_silent_judges(study: Study) -> None:
 # ---- The folder of a study ----
 
 
-def study_lock(study: Study) -> AbstractContextManager[None]:
-    """Return what holds a study for this process.
+@contextmanager
+def study_lock(study: Study) -> Iterator[None]:
+    """Hold a study for this process; a Slurm job that was queued again waits for its earlier try.
 
     Raises:
         EnvironmentFault: another process runs it; host, process and time are named.
     """
     folder = study_folder(study)
-    if is_held(folder):
-        what = f"study '{study.name}' is being run{describe_holder(folder / LOCK_NOTE)}"
-        watch = f"look at it: recipes study status {shown_path(study.path)}"
-        raise EnvironmentFault(what, watch)
-    return run_lock(folder)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock(folder))
+        except EnvironmentFault:
+            if not is_held(folder):
+                raise
+            what = f"study '{study.name}' is being run{describe_holder(folder / LOCK_NOTE)}"
+            watch = f"look at it: recipes study status {shown_path(study.path)}"
+            raise EnvironmentFault(what, watch) from None
+        yield
 
 
 def _claim_folder(study: Study) -> None:
@@ -435,5 +441,4 @@ def _claim_folder(study: Study) -> None:
             what = f"the study was edited after it was launched: {', '.join(changed)}"
             hint = f"evaluate what it is now: recipes launch {file} ..."
             raise RecipeError(what, hint, file=file)
-    words = f"# run with: {shlex.join(study.words)}\n" if study.words else ""
-    write_text(kept, f"{_COPY}{study.path.resolve()}\n{words}{study.document.text}")
+    write_text(kept, f"{_COPY}{study.path.resolve()}\n{study.document.text}")
