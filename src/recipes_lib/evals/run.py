@@ -7,7 +7,8 @@ its verdicts. Everything is stored as it arrives: the same command continues.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -206,29 +207,28 @@ def _job(task: EvalTask, remote_code: bool) -> _Job:
 def _ask_group(group: Sequence[Model], jobs: Sequence[_Job], failed: OnError) -> None:
     """Load one base, and let every suite ask the models on it."""
 
-    def lose(model: Model, job: _Job, error: Exception) -> None:
-        """Leave a model out, and those that are compared with it."""
-        for word in job.words_with(model):
-            del job.sides[word]
-            failed(job.task, word, error)
-
-    usable = []
-    for model in group:
+    @contextmanager
+    def losing(model: Model, *losers: _Job) -> Iterator[None]:
+        """Leave a model that fails out of jobs, and what is compared with it."""
         try:
+            yield
+        except Exception as error:
+            for job in losers:
+                for word in job.words_with(model):
+                    del job.sides[word]
+                    failed(job.task, word, error)
+
+    for model in group:
+        with losing(model, *jobs):
             if model.trained:
                 check_weights(model.trained)
-            usable.append(model)
-        except Exception as error:
-            for job in jobs:
-                lose(model, job, error)
+    usable = [model for model in group if any(job.words_with(model) for job in jobs)]
     with loaded(usable) as subjects:
         for subject in subjects:
             for job in jobs:
-                try:
-                    if job.words_with(subject.model):
+                if job.words_with(subject.model):
+                    with losing(subject.model, job):
                         _ask(job, subject)
-                except Exception as error:  # its weights could not be loaded, or not asked
-                    lose(subject.model, job, error)
 
 
 def _ask(job: _Job, subject: Loaded) -> None:

@@ -158,7 +158,7 @@ def _code_of(key: str, node: yaml.Node) -> str | None:
     is_on = value.lower() not in ("", "false", "no", "off", "0")
     if not node.tag.startswith(_PLAIN) or "python/" in node.tag:
         return f"this task runs code: {node.tag} {value[:80]}".rstrip()
-    if is_on and (key in _CODE_KEYS or "custom_generate" in value):
+    if is_on and (key in _CODE_KEYS or (key and "custom_generate" in value)):
         return f"this task runs code: {key}: {value[:100]}"
     if is_on and key == "metric" and _metrics() and value not in _metrics():
         return f"lm-eval has no metric '{value[:100]}' and would run the code of one"
