@@ -36,7 +36,7 @@ BAD_EVALS = {
         "at temperature 0 the 4 answers",
     ),
     f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{model: x}}\n"
-    "generation: {samples: 2, temperature: 1}": (4, "one conversation per question"),
+    "generation: {samples: 2, temperature: 1}": (4, "takes one answer to a question"),
     "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl', labels: mine.json}": (
         2,
         "compares no",

@@ -54,18 +54,16 @@ class SuiteFacts:
 
     judged: bool = False
     metrics: tuple[str, ...] = ()  # that of its table first; none where the recipe's tasks decide
-    one_answer: str = ""  # why it takes one answer per question, where it does
     row: Literal["instruction", "turns", "prompt", ""] = ""  # the key of a question in its rows
+    takes_samples: bool = False  # several answers to a question
 
 
 SUITES = {
-    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade"), row="instruction"),
-    "mt_bench": SuiteFacts(
-        True, ("grade", "win_rate"), "it grades one conversation per question", "turns"
-    ),
-    "lm_eval": SuiteFacts(one_answer="its tasks say themselves how often they ask (`repeats`)"),
-    "checks": SuiteFacts(metrics=("pass_rate",), row="prompt"),
-    "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte"), one_answer="it writes none"),
+    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade"), "instruction", True),
+    "mt_bench": SuiteFacts(True, ("grade", "win_rate"), "turns"),
+    "lm_eval": SuiteFacts(),
+    "checks": SuiteFacts(False, ("pass_rate",), "prompt", True),
+    "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte")),
 }
 
 
@@ -561,14 +559,13 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
             what = f"data.{key}: no such file: {shown_path(place)}"
             at = document.origin(f"data.{key}")
             yield kind(what, *near_file(place), file=at.file, line=at.line)
-    if generation.samples > 1:
-        why, hint = facts.one_answer, "alpaca_eval and checks take several answers per question"
-        if not why and not generation.temperature:
-            why = f"at temperature 0 the {generation.samples} answers to a question are identical"
-            hint = "set generation.temperature above 0, for example 0.7"
-        if why:
-            what = f"generation.samples: {suite.name}: {why}"
-            yield document.error("generation.samples", what, hint)
+    if generation.samples > 1 and not facts.takes_samples:
+        what = f"generation.samples: {suite.name} takes one answer to a question"
+        yield document.error("generation.samples", what, "remove it")
+    elif generation.samples > 1 and not generation.temperature:
+        what = f"at temperature 0 the {generation.samples} answers to a question are identical"
+        hint = "set generation.temperature above 0, for example 0.7"
+        yield document.error("generation.samples", what, hint)
     yield from _server_rules(generation, document, "generation")
     if recipe.judge:
         yield from _judge_rules(recipe.judge, document)
