@@ -98,7 +98,7 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
 def job_commands(job: Job, profile: Profile) -> list[str]:
     """Return the lines of a script that do the work."""
     lines = [
-        f"export {name}={shlex.quote(value)}   # it refuses to do anything else"
+        f"export {name}={shlex.quote(value)}   # an edited study is refused"
         for name, value in job.expected.items()
     ]
     if len(job.tasks) == 1:

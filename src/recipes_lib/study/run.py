@@ -148,10 +148,11 @@ class StudyRunner:
                 self.say(f"{arm.name}: {losses_text(arm)}")
                 if arm.tuning.chosen is None:
                     self._note([arm.name], NumericsError(losses_text(arm)))
-        undecided = [
-            arm.name for arm in self.study.arms if arm.tuning and arm.tuning.chosen is None
+        ready = [
+            training
+            for training in study_trainings(self.study)
+            if training.arm.tuning is None or training.arm.tuning.chosen is not None
         ]
-        ready = [run for run in study_trainings(self.study) if run.arm.name not in undecided]
         self._train(ready)
         if trained := {training.run for training in ready if is_trained(training)}:
             from recipes_lib.study.report import report_study  # scipy
@@ -181,17 +182,15 @@ class StudyRunner:
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
             for training in waiting:
-                changed = ", ".join(settings_changed(training)[:3])
-                why = (
-                    f"was trained with other settings ({changed})" if changed else "is not trained"
-                )
-                self.failed[training.run] = (ExitCode.FAILED, why)
+                changed = settings_changed(training)[:3]
+                why = f"was trained with other settings ({', '.join(changed)})"
+                self.failed[training.run] = (1, why if changed else "is not trained")
             return
         devices = devices_here() if self.jobs > 1 else []
         held_before: set[str] = set()
         self._training = True
         while (waiting and self._stopped is None) or self._running:
-            # in order: small trainings do not keep a large one waiting
+            # start what there is room for, in order: a large one is not kept waiting by small ones
             for training in list(waiting) if self._stopped is None else ():
                 taken = [device for _, _, own in self._running for device in own]
                 free = [device for device in devices if device not in taken]
@@ -208,6 +207,7 @@ class StudyRunner:
                 else:
                     break
             time.sleep(_POLL_S)
+            # hand signals on, and note what has ended
             while self._signals:
                 number = self._signals.pop(0)
                 for _, process, _ in self._running:
@@ -235,9 +235,8 @@ class StudyRunner:
         if training.state.get("state") == "finished" and not changed:
             changed = ["its weights are gone"]
         if changed:
-            self.say(
-                f"{name} had other settings ({', '.join(changed[:3])}): moved to {move_aside(run)}"
-            )
+            place, what = move_aside(run), ", ".join(changed[:3])
+            self.say(f"{name} had other settings ({what}): moved to {place}")
         recipe = study_folder(self.study) / "recipes" / f"{name}.yaml"
         training.recipe.write(recipe)
         words = ["train", shown_path(recipe), *self.flags]
