@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,18 @@ from recipes_lib.train import main as train
 NF4 = (
     "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
 )
+CONFIGS = Path(__file__).resolve().parents[1] / "accelerate_configs"
+
+
+def exit_code(argv: list[str]) -> int:
+    try:
+        return recipes(argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+
+def missing_words(said: str, words: str) -> list[str]:
+    return [word for word in words.split() if word not in said] + said.split("Traceback")[1:]
 
 
 def change_config(folder: Path, **values: object) -> None:
@@ -33,19 +44,11 @@ def truncate_shard(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def pickle_weights(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def missing_shard(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-    index = {
-        "weight_map": {
-            "a": "model-00001-of-00002.safetensors",
-            "b": "model-00002-of-00002.safetensors",
-        }
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (folder / "model.safetensors").rename(folder / first)
+    index = json.dumps({"weight_map": {"a": first, "b": second}})
+    (folder / "model.safetensors.index.json").write_text(index)
 
 
 def bigger_vocabulary(folder: Path) -> None:
@@ -56,18 +59,11 @@ def bigger_vocabulary(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def remote_code(folder: Path) -> None:
-    change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.OwnModel"})
-
-
-def already_quantized(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-
-
-def gguf_only(folder: Path) -> None:
+def emptied(folder: Path, *names: str) -> None:
     shutil.rmtree(folder)
     folder.mkdir()
-    (folder / "weights.gguf").write_bytes(b"GGUF")
+    for name in names:
+        (folder / name).write_bytes(b"GGUF")
 
 
 def without_tokenizer(folder: Path) -> None:
@@ -79,135 +75,74 @@ def deep_config(folder: Path) -> None:
     (folder / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
 
 
-def nothing(folder: Path) -> None:
+def as_it_is(folder: Path) -> None:
     """The fault is in the recipe."""
 
 
-MODELS: dict[str, tuple[Callable[[Path], None], list[str], int, list[str]]] = {
+MODELS = {
     "tokenizer larger than the embeddings": (
-        bigger_vocabulary,
-        [],
-        2,
-        ["520", "512", "model.resize_embeddings"],
-    ),
-    "QLoRA under FSDP without a storage type": (
-        nothing,
-        [NF4, "launch.accelerate=fsdp_cpu"],
-        2,
-        ["bnb_4bit_quant_storage", "bfloat16"],
-    ),
-    "attention kernel that is not installed": (
-        nothing,
-        ["model.attn_implementation=flash_attention_2", "model.dtype=bfloat16"],
-        5,
-        ["flash_attention_2", "not installed"],
-    ),
-    "attention that is misspelt": (
-        nothing,
-        ["model.attn_implementation=sdpaa"],
-        2,
-        ["model.attn_implementation", "did you mean sdpa?"],
-    ),
-    "attention without a backward pass on a CPU": (
-        nothing,
-        ["model.attn_implementation=flex_attention"],
-        2,
-        ["flex_attention", "backward", "sdpa"],
-    ),
+        bigger_vocabulary, "", 2, "520 512 model.resize_embeddings"),
     "an encoder": (
         lambda folder: change_config(folder, model_type="bert", architectures=["BertModel"]),
-        [],
-        2,
-        ["BertModel"],
-    ),
-    "GGUF weights alone": (gguf_only, [], 2, ["GGUF"]),
-    "a folder without a model": (
-        lambda folder: shutil.rmtree(folder) or folder.mkdir(),
-        [],
-        2,
-        ["config.json"],
-    ),
-    "a model without a tokenizer": (without_tokenizer, [], 2, ["tokenizer"]),
-    "a config.json nested too deeply": (deep_config, [], 2, ["config.json"]),
-    "a rank beyond the model's widths": (
-        nothing,
-        ["lora.r=1000000000"],
-        2,
-        ["lora.r"],
-    ),
-    "targets that are all excluded": (
-        nothing,
-        ["lora.exclude_modules=[q_proj,v_proj]"],
-        2,
-        ["exclude_modules"],
-    ),
-    "already quantized": (already_quantized, [], 2, ["gptq"]),
-    "pickled weights": (pickle_weights, [], 2, ["safetensors"]),
+        "", 2, "BertModel"),
+    "already quantized": (
+        lambda folder: change_config(folder, quantization_config={"quant_method": "gptq"}),
+        "", 2, "gptq"),
     "remote code without leave": (
-        remote_code,
-        ["model.trust_remote_code=true"],
-        2,
-        ["--trust-remote-code"],
-    ),
-    "truncated shard": (truncate_shard, [], 2, ["model.safetensors", "damaged"]),
+        lambda folder: change_config(folder, auto_map={"AutoModelForCausalLM": "modeling_own.X"}),
+        "model.trust_remote_code=true", 2, "--trust-remote-code"),
+    "GGUF weights alone": (lambda folder: emptied(folder, "weights.gguf"), "", 2, "GGUF"),
+    "a folder without a model": (emptied, "", 2, "config.json"),
+    "a model without a tokenizer": (without_tokenizer, "", 2, "tokenizer"),
+    "a config.json nested too deeply": (deep_config, "", 2, "config.json"),
+    "pickled weights": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "", 2, "safetensors"),
+    "truncated shard": (truncate_shard, "", 2, "model.safetensors damaged"),
     "index that names a missing shard": (
-        missing_shard,
-        [],
-        2,
-        ["model-00002-of-00002.safetensors"],
-    ),
+        missing_shard, "", 2, "model-00002-of-00002.safetensors"),
+    "QLoRA under FSDP without a storage type": (
+        as_it_is, f"{NF4};launch.accelerate=fsdp_cpu", 2, "bnb_4bit_quant_storage bfloat16"),
+    "attention kernel that is not installed": (
+        as_it_is, "model.attn_implementation=flash_attention_2;model.dtype=bfloat16",
+        5, "flash_attention_2 not installed"),
+    "attention that is misspelt": (
+        as_it_is, "model.attn_implementation=sdpaa",
+        2, "model.attn_implementation did you mean sdpa?"),
+    "attention without a backward pass on a CPU": (
+        as_it_is, "model.attn_implementation=flex_attention", 2, "flex_attention backward sdpa"),
+    "a rank beyond the model's widths": (as_it_is, "lora.r=1000000000", 2, "lora.r"),
+    "targets that are all excluded": (
+        as_it_is, "lora.exclude_modules=[q_proj,v_proj]", 2, "exclude_modules"),
     "a target module that the model has not": (
-        nothing,
-        ["lora.target_modules=[q_prj]"],
-        2,
-        ["q_prj", "q_proj"],
-    ),
-}
+        as_it_is, "lora.target_modules=[q_prj]", 2, "q_prj q_proj"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
-    case: str,
-    tiny_recipe: Path,
-    tiny_model_dir: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys
 ) -> None:
     damage, overrides, code, words = MODELS[case]
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, folder)
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     damage(folder)
-    assert train([str(tiny_recipe), f"model.name_or_path={folder}", *overrides]) == code
+    own = [word for word in overrides.split(";") if word]
+    assert train([str(tiny_recipe), f"model.name_or_path={folder}", *own]) == code
     said = capsys.readouterr().err
-    assert all(word in said for word in words), said
-    assert "Traceback" not in said
+    assert not missing_words(said, words), said
 
 
-@pytest.mark.parametrize(
-    ("damage", "verb"),
-    [
-        (without_tokenizer, ["check", "--full"]),
-        (without_tokenizer, ["data"]),
-        (deep_config, ["check", "--full"]),
-        (deep_config, ["data"]),
-        (deep_config, ["plan"]),
-    ],
-)
+@pytest.mark.parametrize("damage", [without_tokenizer, deep_config])
 def test_a_model_that_cannot_be_read_is_one_line_of_every_verb(
-    damage: Callable[[Path], None],
-    verb: list[str],
-    tiny_recipe: Path,
-    tiny_model_dir: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    damage, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys
 ) -> None:
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     damage(folder)
     tiny_recipe.write_text(tiny_recipe.read_text().replace(str(tiny_model_dir), str(folder)))
-    assert recipes([*verb, str(tiny_recipe)]) == 2
-    assert "tiny.yaml:2: " in (said := capsys.readouterr().err) and "internal error" not in said, (
-        said
-    )
+    for verb in (["check", "--full"], ["data"], ["plan"] if damage is deep_config else ["data"]):
+        assert recipes([*verb, str(tiny_recipe)]) == 2
+        said = capsys.readouterr().err
+        assert "tiny.yaml:2: " in said and "internal error" not in said, said
 
 
 TASK = {
@@ -218,153 +153,83 @@ TASK = {
 
 
 def rows(*changes: dict[str, object], count: int = 20) -> str:
-    """Rows of the dolly columns; the first ones are changed, a value None removes the column."""
+    """Rows of the dolly columns; the first ones are changed, a value ABSENT removes the column."""
     lines = []
     for number in range(max(count, len(changes))):
-        row = {**TASK, "instruction": f"{TASK['instruction']} {number}"} | (
-            changes[number] if number < len(changes) else {}
-        )
+        row = {**TASK, "instruction": f"{TASK['instruction']} {number}"}
+        row |= changes[number] if number < len(changes) else {}
         lines.append(json.dumps({key: value for key, value in row.items() if value != "ABSENT"}))
     return "\n".join(lines) + "\n"
 
 
+def chat(*messages: dict[str, str]) -> str:
+    return json.dumps({"messages": messages}) + "\n"
+
+
 CHAT, RAW = "data.prompt_format=chat", "data.prompt_format=raw"
-HELLO = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+HELLO = ({"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"})
 FOREIGN = {"instruction": "ABSENT", "context": "ABSENT", "response": "ABSENT"}
-DATA: dict[str, tuple[str | bytes, list[str], int, list[str]]] = {
+TEXTS = "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(20))
+EMPTY = "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9))
+LONG = [{"instruction": "word " * 300}] * 3
+DATA: dict[str, tuple[str | bytes, str, int, str]] = {
     "dolly columns under another format": (
-        rows(),
-        [RAW],
-        4,
-        ["columns are instruction, context", "data.prompt_format: dolly"],
-    ),
+        rows(), RAW, 4, "columns are instruction, context data.prompt_format: dolly"),
     "unknown columns": (
-        rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1),
-        [],
-        4,
-        ["columns are ask, tell", "data.columns"],
-    ),
-    "an empty file": ("", [], 4, ["rows.jsonl", "0 rows"]),
+        rows({**FOREIGN, "ask": "a", "tell": "b"}, count=1), "", 4, "ask, tell data.columns"),
+    "an empty file": ("", "", 4, "rows.jsonl 0 rows"),
     "prompts longer than max_length": (
-        rows(),
-        ["train.max_length=4"],
-        4,
-        ["20/20 rows", "max_length=4", "p95 prompt is"],
-    ),
+        rows(), "train.max_length=4", 4, "20/20 rows max_length=4 p95 prompt is"),
     "too many prompts longer than max_length": (
-        rows(*[{"instruction": "word " * 300}] * 3),
-        [],
-        4,
-        ["3/20 rows", "data.max_unsupervised_fraction", "max_length=192"],
-    ),
-    "only empty texts": (
-        "".join(json.dumps({"text": "", "id": number}) + "\n" for number in range(9)),
-        [RAW],
-        4,
-        ["9/9 rows have an empty completion"],
-    ),
-    "null as response": (
-        rows({}, {"response": None}),
-        [],
-        4,
-        ["rows.jsonl:2:", "'response'", "None"],
-    ),
-    "a number as response": (
-        rows({"response": 3}),
-        [],
-        4,
-        ["rows.jsonl:1:", "'response'", "int"],
-    ),
-    "a list as response": (
-        rows({}, {}, {"response": ["a"]}),
-        [],
-        4,
-        ["rows.jsonl:3:", "'response'", "list"],
-    ),
-    "a lone surrogate": (rows({"response": "\ud800"}), [], 4, ["rows.jsonl:1:", "'response'"]),
+        rows(*LONG), "", 4, "3/20 rows data.max_unsupervised_fraction max_length=192"),
+    "only empty texts": (EMPTY, RAW, 4, "9/9 rows have an empty completion"),
+    "null as response": (rows({}, {"response": None}), "", 4, "rows.jsonl:2: 'response' None"),
+    "a number as response": (rows({"response": 3}), "", 4, "rows.jsonl:1: 'response' int"),
+    "a list as response": (rows({}, {"response": ["a"]}), "", 4, "rows.jsonl:2: 'response' list"),
+    "a lone surrogate": (rows({"response": "\ud800"}), "", 4, "rows.jsonl:1: 'response'"),
     "a latin-1 file": (
-        b'{"instruction": "caf\xe9", "response": "x"}\n',
-        [],
-        4,
-        ["rows.jsonl:1", "UTF-8", "byte"],
-    ),
-    "a torn line": (rows() + '{"instruction": "a", \n', [], 4, ["rows.jsonl:21"]),
+        b'{"instruction": "caf\xe9", "response": "x"}\n', "", 4, "rows.jsonl:1 UTF-8 byte"),
+    "a torn line": (rows() + '{"instruction": "a", \n', "", 4, "rows.jsonl:21"),
     "a truncated gzip file": (
-        gzip.compress(rows().encode())[:-20],
-        [],
-        4,
-        ["rows.jsonl.gz", "Compressed file ended"],
-    ),
+        gzip.compress(rows().encode())[:-20], "", 4, "rows.jsonl.gz Compressed file ended"),
     "messages and no chat template": (
-        json.dumps({"messages": HELLO}) + "\n",
-        [CHAT, "model.name_or_path={plain}"],
-        4,
-        ["chat template", "data.chat_template"],
-    ),
-    "the assistant is not last": (
-        json.dumps({"messages": HELLO[:1]}) + "\n",
-        [CHAT],
-        4,
-        ["rows.jsonl:1:", "assistant"],
-    ),
+        chat(*HELLO), f"{CHAT};model.name_or_path=plain", 4, "chat template data.chat_template"),
+    "the assistant is not last": (chat(HELLO[0]), CHAT, 4, "rows.jsonl:1: assistant"),
     "only a system message": (
-        json.dumps({"messages": [{"role": "system", "content": "Be nice"}]}) + "\n",
-        [CHAT],
-        4,
-        ["rows.jsonl:1:", "no assistant turn"],
-    ),
+        chat({"role": "system", "content": "Be nice"}), CHAT, 4, "rows.jsonl:1: assistant"),
     "a tool call": (
-        json.dumps({"messages": [*HELLO, {"role": "tool", "content": "3"}]}) + "\n",
-        [CHAT],
-        4,
-        ["rows.jsonl:1:", "tool"],
-    ),
+        chat(*HELLO, {"role": "tool", "content": "3"}), CHAT, 4, "rows.jsonl:1: tool"),
     "loss on the completion of texts": (
-        "".join(json.dumps({"text": f"a b {number}"}) + "\n" for number in range(20)),
-        [RAW, "train.completion_only_loss=true"],
-        4,
-        ["command line: train.completion_only_loss"],
-    ),
+        TEXTS, f"{RAW};train.completion_only_loss=true",
+        4, "command line: train.completion_only_loss"),
     "a validation loss without held-out rows": (
-        rows(),
-        ["data.split.validation=0"],
-        2,
-        ["tiny.yaml:", "train.eval_strategy", "data.split.validation"],
-    ),
-}
+        rows(), "data.split.validation=0",
+        2, "tiny.yaml: train.eval_strategy data.split.validation"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", DATA)
 def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
-    case: str,
-    tiny_recipe: Path,
-    tiny_model_dir: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     """The audit and the training give the same answer."""
     content, overrides, code, words = DATA[case]
-    file = tmp_path / next(
-        (name for name in ("rows.jsonl.gz", "rows.csv") if any(name in word for word in words)),
-        "rows.jsonl",
-    )
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / ("rows.jsonl.gz" if ".gz" in words else "rows.jsonl")
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    plain = shutil.copytree(tiny_model_dir, tmp_path / "plain")
-    (plain / "chat_template.jinja").unlink()
-    argv = [
-        str(tiny_recipe),
-        f"data.source={file}",
-        *(override.replace("{plain}", str(plain)) for override in overrides),
-    ]
+    shutil.copytree(tiny_model_dir, "plain")
+    Path("plain/chat_template.jinja").unlink()
+    own = [word.replace("=plain", "=./plain") for word in overrides.split(";") if word]
+    argv = [str(tiny_recipe), f"data.source={file}", *own]
     for entry in (lambda: recipes(["data", *argv]), lambda: train(argv)):
         assert entry() == code
         said = capsys.readouterr().err
-        assert not [word for word in words if word not in said], said
-        assert "Traceback" not in said and not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
+        assert not missing_words(said, words), said
+        assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
 
 
 def test_a_folder_whose_files_differ_in_columns_is_refused(
-    tiny_recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe: Path, tmp_path: Path, capsys
 ) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.jsonl").write_text(rows())
@@ -374,35 +239,22 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(
     assert "b.jsonl" in said and "column" in said
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
+def test_data_that_is_odd_is_reported_and_trained_on(
+    tiny_recipe: Path, tmp_path: Path, capsys
+) -> None:
+    for changes, words in (
         ([{"response": ""}], "empty completion"),
         ([{"response": "</s> [INST]"}], "1 rows contain special tokens, read as text"),
         ([TASK, TASK], "1 exact duplicates"),
-    ],
-    ids=["an empty completion", "a special token", "a duplicate"],
-)
-def test_data_that_is_odd_is_reported_and_trained_on(
-    changes: list[dict[str, object]],
-    words: str,
-    tiny_recipe: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "rows.jsonl").write_text(rows(*changes, count=60))
-    assert (
-        recipes(["data", str(tiny_recipe), f"data.source={tmp_path / 'rows.jsonl'}", "--show", "0"])
-        == 0
-    )
-    assert words in capsys.readouterr().out
+    ):
+        (tmp_path / "rows.jsonl").write_text(rows(*changes, count=60))
+        source = f"data.source={tmp_path / 'rows.jsonl'}"
+        assert recipes(["data", str(tiny_recipe), source, "--show", "0"]) == 0
+        assert words in capsys.readouterr().out
 
 
 def test_a_defect_is_one_message_and_its_traceback_is_kept(
-    tiny_recipe: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_recipe: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     from recipes_lib.training import build
 
@@ -411,131 +263,69 @@ def test_a_defect_is_one_message_and_its_traceback_is_kept(
 
     monkeypatch.setattr(build, "load_model", break_it)
     assert train([str(tiny_recipe)]) == 1
-    said = capsys.readouterr().err
-    file = tmp_path / "runs" / "tiny" / "traceback.txt"
-    assert (
-        said.count("internal error: ZeroDivisionError: nobody expected this") == 1
-        and str(file) in said
-        and "Traceback" not in said
-    )
-    assert "break_it" in file.read_text()
+    said, file = capsys.readouterr().err, tmp_path / "runs" / "tiny" / "traceback.txt"
+    assert said.count("internal error: ZeroDivisionError: nobody expected this") == 1
+    assert str(file) in said and "Traceback" not in said and "break_it" in file.read_text()
     with pytest.raises(ZeroDivisionError):
         train([str(tiny_recipe), "--debug"])
 
 
-LINES: dict[str, tuple[list[str], int, list[str]]] = {
-    "a batch that does not divide": (
-        ["train", "{recipe}", "run.global_batch_size=9"],
-        2,
-        ["9 / (4 per device x 1", "8 or 12"],
-    ),
-    "an offline data set": (
-        ["train", "{recipe}", "data.source=nobody/nothing"],
-        4,
-        ["offline", "data.source"],
-    ),
-    "an offline model": (
-        ["train", "{recipe}", "model.name_or_path=nobody/nothing"],
-        5,
-        ["offline", "nobody/nothing", "hf download"],
-    ),
-    "a folder that is not there": (
-        ["train", "{recipe}", "model.name_or_path=./nowhere"],
-        2,
-        ["./nowhere"],
-    ),
-    "an optimizer whose package is not installed": (
-        ["train", "{recipe}", "train.optim=galore_adamw"],
-        5,
-        ["train.optim needs the package galore_torch"],
-    ),
-    "a tracker that is not installed": (
-        ["train", "{recipe}", "train.report_to=swanlab"],
-        5,
-        ["swanlab is not installed", "[tracking]"],
-    ),
-    **{
-        f"the run name {name[:9]!r}": (
-            ["train", "{recipe}", f"run.name={name!r}"],
-            2,
-            ["run.name", "cannot be a folder name"],
-        )
-        for name in (
-            "../../etc",
-            "/abs",
-            "a/b",
-            "",
-            "x" * 300,
-            "\N{GRINNING FACE}",
-            "dot.",
-            "a\nb",
-            "..",
-        )
-    },
-    "a layer class that the model has not": (
-        ["train", "{recipe}", "launch.accelerate={wrap}"],
-        2,
-        ["LlamaLayer", "LlamaDecoderLayer"],
-    ),
-    "a sharded final save": (
-        ["train", "{recipe}", "--accelerate", "{sharded}"],
-        2,
-        ["sharded.yaml:12:", "FULL_STATE_DICT"],
-    ),
-    "a value like a flag": (["train", "{recipe}", "run.name=--foo"], 2, ["run.name"]),
-    "a value like a command": (["train", "{recipe}", "run.name=$(touch x)"], 2, ["run.name"]),
-    "a bare TRL flag": (["train", "{recipe}", "--learning_rate=1e-4"], 2, ["train.learning_rate"]),
-    "an unknown verb": (["trian", "{recipe}"], 2, ["train"]),
-    "an unknown flag": (["check", "--ful", "{recipe}"], 2, ["--full"]),
-    "an unknown launch": (["train", "{recipe}", "--accelerate", "dpp_cpu"], 2, ["ddp_cpu"]),
-    "an unknown run": (["status", "nothing"], 2, ["nothing"]),
-    "talk to a run that is not there": (["chat", "nothing", "--prompt", "x"], 2, ["nothing"]),
-    "a recipe that is not there": (["train", "nowhere.yaml"], 2, ["nowhere.yaml"]),
-    "an accelerate config as a recipe": (
-        ["train", "{configs}/ddp.yaml"],
-        2,
-        ["accelerate config"],
-    ),
-}
+NO_FOLDER = ("../../etc", "/abs", "a/b", "", "x" * 300, "\N{GRINNING FACE}", "dot.", "a\nb", "..")
+# words of a command line after `recipes`; exit code; words of the answer
+LINES: list[tuple[list[str], int, str]] = [
+    (["train", "tiny.yaml", "run.global_batch_size=9"], 2, "9 / (4 per device x 1 8 or 12"),
+    (["train", "tiny.yaml", "data.source=nobody/nothing"], 4, "offline data.source"),
+    (["train", "tiny.yaml", "model.name_or_path=nobody/nothing"],
+     5, "offline nobody/nothing hf download"),
+    (["train", "tiny.yaml", "model.name_or_path=./nowhere"], 2, "./nowhere"),
+    (["train", "tiny.yaml", "train.optim=galore_adamw"],
+     5, "train.optim needs the package galore_torch"),
+    (["train", "tiny.yaml", "train.report_to=swanlab"], 5, "swanlab is not installed [tracking]"),
+    *((["train", "tiny.yaml", f"run.name={name!r}"], 2, "run.name cannot be a folder name")
+      for name in NO_FOLDER),
+    (["train", "tiny.yaml", "launch.accelerate=wrap.yaml"], 2, "LlamaLayer LlamaDecoderLayer"),
+    (["train", "tiny.yaml", "--accelerate", "sharded.yaml"],
+     2, "sharded.yaml:12: FULL_STATE_DICT"),
+    (["train", "tiny.yaml", "run.name=--foo"], 2, "run.name"),
+    (["train", "tiny.yaml", "run.name=$(touch x)"], 2, "run.name"),
+    (["train", "tiny.yaml", "--learning_rate=1e-4"], 2, "train.learning_rate"),
+    (["trian", "tiny.yaml"], 2, "train"),
+    (["check", "--ful", "tiny.yaml"], 2, "--full"),
+    (["train", "tiny.yaml", "--accelerate", "dpp_cpu"], 2, "ddp_cpu"),
+    (["status", "nothing"], 2, "nothing"),
+    (["chat", "nothing", "--prompt", "x"], 2, "nothing"),
+    (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
+    (["train", str(CONFIGS / "ddp.yaml")], 2, "accelerate config"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LINES)
+@pytest.mark.parametrize("first", range(0, len(LINES), 4))
 def test_a_bad_command_line_gets_one_answer(
-    case: str, tiny_recipe: Path, capfd: pytest.CaptureFixture[str]
+    first: int, tiny_recipe: Path, capfd, monkeypatch
 ) -> None:
-    words, code, expected = LINES[case]
-    configs = Path(__file__).resolve().parents[1] / "accelerate_configs"
-    fsdp = (configs / "fsdp_cpu.yaml").read_text(encoding="utf-8")
-    fsdp = fsdp.replace("num_processes: 2", "num_processes: 1")
-    wrap, sharded = tiny_recipe.with_name("wrap.yaml"), tiny_recipe.with_name("sharded.yaml")
-    wrap.write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n", encoding="utf-8")
-    sharded.write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"), encoding="utf-8")
-    argv = [
-        word.format(recipe=tiny_recipe, configs=configs, wrap=wrap, sharded=sharded)
-        for word in words
-    ]
-    assert exit_code(argv) == code
-    said = capfd.readouterr().err
-    assert all(word in said for word in expected), said
-    assert "Traceback" not in said and not (tiny_recipe.parent / "x").exists()
+    monkeypatch.chdir(tiny_recipe.parent)
+    fsdp = (CONFIGS / "fsdp_cpu.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
+    Path("wrap.yaml").write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n")
+    Path("sharded.yaml").write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
+    wrong = []
+    for argv, code, words in LINES[first : first + 4]:
+        answer, said = exit_code(argv), capfd.readouterr().err
+        if answer != code or missing_words(said, words):
+            wrong.append((argv, answer, said))
+    assert not wrong and not Path("x").exists()
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["check", "pipe.yaml"],
-        ["train", "tiny.yaml", "data.source=pipe.jsonl"],
-        ["plan", "tiny.yaml", "data.source=pipe.parquet"],
-        ["new", "mine", "--from", "tiny.yaml", "--data", "pipe.jsonl", "--output", "mine.yaml"],
-        ["judge", "audit", "--judge", "pipe.yaml", "--labels", "pipe.json"],
-    ],
-    ids=lambda words: " ".join(words[:2]),
-)
+PIPES = [
+    ["check", "pipe.yaml"],
+    ["train", "tiny.yaml", "data.source=pipe.jsonl"],
+    ["plan", "tiny.yaml", "data.source=pipe.parquet"],
+    ["new", "mine", "--from", "tiny.yaml", "--data", "pipe.jsonl", "--output", "mine.yaml"],
+    ["judge", "audit", "--judge", "pipe.yaml", "--labels", "pipe.json"],
+]
+
+
 def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
-    words: list[str],
-    tiny_recipe: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    tiny_recipe: Path, monkeypatch, capfd
 ) -> None:
     monkeypatch.chdir(tiny_recipe.parent)
     for ending in ("yaml", "json", "jsonl", "parquet"):
@@ -547,39 +337,25 @@ def test_a_pipe_in_the_place_of_a_file_is_refused_and_not_waited_for(
     before = signal.signal(signal.SIGALRM, give_up)
     signal.alarm(60)
     try:
-        assert (train(words[1:]) if words[0] == "train" else exit_code(words)) in (
-            ExitCode.USAGE,
-            ExitCode.DATA,
-        )
+        for words in PIPES:
+            code = train(words[1:]) if words[0] == "train" else exit_code(words)
+            assert code in (ExitCode.USAGE, ExitCode.DATA)
+            assert "is a pipe or a device" in capfd.readouterr().err
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
-    assert "is a pipe or a device" in capfd.readouterr().err
 
 
 def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
-    tiny_recipe: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_recipe: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """Here a file is in the way; a read-only or vanished disk takes the same path."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
     assert train([str(tiny_recipe)]) == 5
     said = capsys.readouterr().err
-    assert (
-        "run 'tiny' cannot be made" in said
-        and "RECIPES_RUNS_ROOT" in said
-        and "internal error" not in said
-    )
-
-
-def exit_code(argv: list[str]) -> int:
-    try:
-        return recipes(argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
+    assert "run 'tiny' cannot be made" in said and "RECIPES_RUNS_ROOT" in said
+    assert "internal error" not in said
 
 
 def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(
@@ -594,17 +370,7 @@ def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(
 def test_a_grown_vocabulary_trains_when_the_recipe_says_so(
     tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(tiny_model_dir, folder)
+    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     bigger_vocabulary(folder)
-    assert (
-        train(
-            [
-                str(tiny_recipe),
-                f"model.name_or_path={folder}",
-                "model.resize_embeddings=true",
-                "train.max_steps=1",
-            ]
-        )
-        == 0
-    )
+    words = [f"model.name_or_path={folder}", "model.resize_embeddings=true", "train.max_steps=1"]
+    assert train([str(tiny_recipe), *words]) == 0
