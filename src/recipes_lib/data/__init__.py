@@ -1,3 +1,3 @@
-"""From rows on disk to token ids and the mask of the loss: sources -> columns -> prompts -> splits
--> supervision -> audit, in the order of `preparation.prepare_data`.
+"""From rows on disk to token ids and the mask of the loss: sources -> columns -> splits -> prompts
+-> supervision -> audit, as `prepare.prepare_data` calls them.
 """

@@ -135,18 +135,15 @@ class DataAudit:
             hint = f"raise train.max_length above {p95}, or set data.filters.max_tokens"
             raise RefusedData(self, "train.max_length", what, accepted, hint)
         if endless := self.without_end_token:
-            raise RefusedData(
-                self,
-                "data.chat_template",
-                f"{len(endless)}/{used} rows do not end with a supervised end token: the model"
-                f" would not learn to stop: {listed(endless, 3)}",
-                "the template must end an assistant turn with a special token, inside"
-                " {% generation %} if it has that",
-            )
+            what = f"{len(endless)}/{used} rows do not end with a supervised end token"
+            why = f"the model would not learn to stop: {listed(endless, 3)}"
+            hint = "end an assistant turn with a special token, inside {% generation %} if there"
+            raise RefusedData(self, "data.chat_template", what, why, hint)
         if evaluates and not self.rows["validated"]:
-            what = "train.eval_strategy asks for a validation loss, but none of"
+            what = (
+                f"none of {used} rows is held out for the validation that train.eval_strategy asks"
+            )
             hint = "add rows, raise data.split.validation, or set train.eval_strategy: 'no'"
-            what = f"{what} {used} rows is held out"
             raise RefusedData(self, "data.split.validation", what, hint)
 
     def describe(self) -> list[str]:
@@ -181,9 +178,8 @@ class DataAudit:
             (self.changed_by_template, "of which the chat template changes or leaves out a text"),
             (
                 self.other_prompt,
-                "that do not begin with the tokens the model is asked with: the prompt ends in a"
-                " space, or the template begins a thought (data.chat_template_kwargs:"
-                " {enable_thinking: ...})",
+                "that do not begin as the model is asked: the prompt ends in a space, or the"
+                " template begins a thought (data.chat_template_kwargs: {enable_thinking: ...})",
             ),
             (self.special_tokens, f"contain special tokens, {acting}"),
         ):
