@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from tests.families import build_family
+from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.plan.plan import Plan, card_for, launch_for, plan_of
@@ -25,26 +26,15 @@ def plan(recipe: str | Path, *words: str, gpu: str = "h100", gpus: int | None = 
 
 def kept_in_a_step(recipe: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[int, int]:
     """Train one step; return the tokens of its first micro-batch and the bytes autograd kept."""
-    import torch
     from transformers import Trainer
 
     passes: list[tuple[int, int]] = []
     original = Trainer.training_step
 
     def training_step(self: Any, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
-        weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
-        seen: dict[int, torch.Tensor] = {}  # kept alive, so that no address is used twice
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            address = tensor.untyped_storage().data_ptr()
-            if address not in weights:
-                seen.setdefault(address, tensor)
-            return tensor
-
-        tokens = inputs["input_ids"].numel()
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with counting_what_is_kept(model.parameters()) as kept:
             loss = original(self, model, inputs, *args, **options)
-        passes.append((tokens, sum(one.untyped_storage().nbytes() for one in seen.values())))
+        passes.append((inputs["input_ids"].numel(), bytes_of(kept)))
         return loss
 
     with monkeypatch.context() as patch:

@@ -44,20 +44,17 @@ def test_a_training_has_the_tokens_and_steps_of_its_plan(
     assert summary["tokens"] == pytest.approx(planned.tokens, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [
-        ({"eval_strategy": "no"}, 0),
-        ({"eval_strategy": "epoch"}, 3),
-        ({"eval_strategy": "steps", "eval_steps": 50}, 6),
-        ({"eval_strategy": "steps", "logging_steps": 20}, 15),
-        ({"eval_strategy": "steps"}, 30),  # TRL logs and evaluates every 10 steps
-        ({"eval_strategy": "steps", "eval_steps": 0.1}, 10),
-        ({"eval_strategy": "steps", "eval_steps": 50, "eval_on_start": True}, 7),
-    ],
-)
-def test_validations_are_counted_as_the_trainer_makes_them(train: dict, expected: int) -> None:
-    assert validations(300, 100, train) == expected
+def test_validations_are_counted_as_the_trainer_makes_them() -> None:
+    assert validations(300, 100, {}) == 0
+    assert validations(300, 100, {"eval_strategy": "epoch"}) == 3
+    for settings, expected in (
+        ({"eval_steps": 50}, 6),
+        ({"logging_steps": 20}, 15),
+        ({}, 30),  # TRL logs and evaluates every 10 steps
+        ({"eval_steps": 0.1}, 10),
+        ({"eval_steps": 50, "eval_on_start": True}, 7),
+    ):
+        assert validations(300, 100, {"eval_strategy": "steps", **settings}) == expected
 
 
 def test_a_row_is_the_whole_micro_batch_unless_rows_are_padded(tiny_recipe: Path) -> None:

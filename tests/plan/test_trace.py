@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from tests.families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family_config
+from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.models import shape
 from recipes_lib.models.shape import known_config
@@ -55,21 +56,11 @@ def really_kept(config: Any, lora: peft.LoraConfig | None, tokens: int) -> int:
     for buffer in model.buffers():
         buffer.data.fill_(0 if buffer.dtype in (torch.int64, torch.bool) else 0.5)
     ids = torch.arange(tokens)[None] % 500
-    addresses = {one.data_ptr() for one in (*model.parameters(), *model.buffers(), ids)}
-    seen: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address not in addresses:
-            seen.setdefault(address, tensor)
-        return tensor
-
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
-        pack(shape.text_decoder(model.train())(input_ids=ids, use_cache=False).last_hidden_state)
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+    known = (*model.parameters(), *model.buffers(), ids)
+    with torch.autocast("cpu", torch.bfloat16), counting_what_is_kept(known) as kept:
+        decoder = shape.text_decoder(model.train())
+        last = decoder(input_ids=ids, use_cache=False).last_hidden_state
+        return bytes_of([*kept, last])
 
 
 def differences(families: list[str]) -> list[str]:

@@ -109,8 +109,8 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     # the model: its types, and what a pass keeps
     config, dtype = model_config(recipe), str(recipe.model.dtype)
     if dtype == "auto":
-        own = getattr(config.get_text_config(), "dtype", None)
-        dtype = str(own or "bfloat16").removeprefix("torch.")
+        own = str(getattr(config.get_text_config(), "dtype", "")).removeprefix("torch.")
+        dtype = own if own in ("float32", "float16") else "bfloat16"
     half = "float16" if train.get("fp16") else "bfloat16" if train.get("bf16", True) else None
     bits = 4 if quantization.get("load_in_4bit") else 8 if quantization else None
     nested = bool(quantization.get("bnb_4bit_use_double_quant"))
