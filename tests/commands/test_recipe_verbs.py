@@ -177,9 +177,10 @@ def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
     )
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text("extends: _b.yaml\n")
+    (tmp_path / "good.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
     err = said(capsys, "check", ".", code=2)
     assert err.count("unknown key 'train.sed'") == 1
-    assert "1 error in 3 of 3 files" in err
+    assert "1 error in 3 of 4 files" in err
 
 
 def test_check_full_notes_models_that_are_not_here_once(capsys):

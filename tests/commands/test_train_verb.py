@@ -30,6 +30,8 @@ rank = subprocess.Popen(
     start_new_session=True,
 )
 rank.stdout.readline()
+helper = subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL)  # in the launcher's own group
+pathlib.Path("helper").write_text(str(helper.pid))
 pathlib.Path("rank").write_text(str(rank.pid))
 if "resuming" not in sys.argv:
     run.write_state("running", steps_began="now" if "stepping" in sys.argv else None)
@@ -62,9 +64,9 @@ def supervised(recipe: Path, *words: str) -> subprocess.Popen[str]:
     return child
 
 
-def rank_is_gone(folder: Path) -> bool:
-    """Whether the rank's process ended."""
-    pid = int((folder / "rank").read_text())
+def is_gone(folder: Path, name: str = "rank") -> bool:
+    """Whether the process of that name ended."""
+    pid = int((folder / name).read_text())
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
@@ -76,7 +78,7 @@ def test_a_first_signal_asks_for_a_checkpoint_and_the_reported_code_is_returned(
     said, _ = child.communicate(timeout=60)
     assert child.returncode == 130 and "stopping in a checkpoint" in said
     assert RunDirectory("tiny").stop_file.read_text() == "INT"
-    assert rank_is_gone(tiny_recipe.parent)  # none outlives its launcher
+    assert is_gone(tiny_recipe.parent)  # none outlives its launcher
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
@@ -90,7 +92,7 @@ def test_before_the_first_step_a_signal_ends_everything_at_once(
     assert "the same command" in said
     state = RunDirectory("tiny").read_state()
     assert (state["state"], state["exit_code"]) == ("preempted", code)
-    assert rank_is_gone(tiny_recipe.parent)
+    assert is_gone(tiny_recipe.parent) and is_gone(tiny_recipe.parent, "helper")
 
 
 def test_what_an_earlier_attempt_left_is_no_step_of_this_one(tiny_recipe: Path) -> None:
@@ -119,7 +121,7 @@ def test_a_second_ctrl_c_ends_at_once_where_the_first_is_not_heard(tiny_recipe: 
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=30)
     assert child.returncode == 130 and "interrupted at once" in said
-    assert rank_is_gone(tiny_recipe.parent)
+    assert is_gone(tiny_recipe.parent)
 
 
 def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: Path) -> None:
@@ -127,7 +129,7 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: 
     said, _ = child.communicate(timeout=60)
     assert child.returncode == ExitCode.FAILED and "ended without saying why" in said
     assert RunDirectory("tiny").read_state()["state"] == "failed"
-    assert rank_is_gone(tiny_recipe.parent)
+    assert is_gone(tiny_recipe.parent)
 
 
 def bare(recipe: Path, *words: str) -> list[str]:
