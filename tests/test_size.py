@@ -14,7 +14,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1915, 1500),
+    "commands": (1914, 1500),
     "core": (1240, 800),
     "config": (2980, 1900),
     "models": (704, 450),
