@@ -68,6 +68,8 @@ BAD_LINES = [
 GOOD = "model:\n  name_or_path: a/b\ndata:\n  source: rows.jsonl\n"
 HALF = "lora: {r: 8}\nquantization: {load_in_4bit: true}\ntrain: {fp16: true, bf16: false}\n"
 EIGHT = "quantization:\n  load_in_8bit: true\n"
+WRAPPED = "train: {packing: true, packing_strategy: wrapped}\n"
+SELECTIVE = "train: {activation_checkpointing_kwargs: {selective: true}}\n"
 NONE_OUT = "  split: {method: none}\ntrain: {eval_strategy: epoch}\n"
 # (content, line or None, words)
 BAD_FILES = [
@@ -79,6 +81,8 @@ BAD_FILES = [
     (GOOD.replace("rows.jsonl", "[]"), 4, "data.source at least 1 item"),
     (GOOD.replace("rows.jsonl", "[{source: a, wieght: 2}]"), 4, "data.source.0.weight"),
     (GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF, 3, "train.fp16 dtype: float16"),
+    (GOOD.replace("b\nd", "b\n  attn_implementation: varlen\nd") + WRAPPED, 3, "wrapped sdpa"),
+    (GOOD + SELECTIVE, 5, "selective needs train.activation_checkpointing: true"),
     (GOOD + "run: {global_batch_size: 10}\n", 5, "10 / (8 per device x 1 processes = 8) 8 or 16"),
     (GOOD + "launch: {gpus: 4}\n", 5, "single_gpu starts one process, but 4"),
     (GOOD + "launch: {accelerate: dpp}\n", 5, "did you mean ddp?"),

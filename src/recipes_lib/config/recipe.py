@@ -21,6 +21,7 @@ from recipes_lib.config.launch import plan_launch, precision_conflict
 from recipes_lib.config.parsing import Section, judge, parse
 from recipes_lib.config.sections import (
     HUB_ID,
+    VARLEN,
     DataSection,
     LaunchSection,
     ModelSection,
@@ -217,7 +218,7 @@ _NOT_IN_MODEL_KWARGS = {
 def recipe_rules(recipe: RecipeFile, document: Document) -> Iterator[RecipeError]:
     """Yield what a recipe cannot mean; values of a wrong type were left out."""
     train = _written(recipe.train)
-    for rule in (_model(recipe), _adapter(recipe, train), _validation(recipe, train)):
+    for rule in (_model(recipe, train), _adapter(recipe, train), _validation(recipe, train)):
         for key, what, *hints in rule:
             yield document.error(key, what, *hints)
     yield from _launch(recipe, train, document)
@@ -249,7 +250,18 @@ def _written(section: Section | None) -> dict[str, Any]:
     return {} if section is None else section.model_dump(exclude_unset=True)
 
 
-def _model(recipe: RecipeFile) -> Iterator[_Finding]:
+def _model(recipe: RecipeFile, train: dict[str, Any]) -> Iterator[_Finding]:
+    wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
+    padded = train.get("padding_free") is False
+    if recipe.model.attn_implementation == VARLEN and (wrapped or padded):
+        key, why = "model.attn_implementation", "wrapped rows" if wrapped else "padding_free: false"
+        yield key, f"{key}: {VARLEN} under {why} would silently be sdpa", "remove one of them"
+    how = train.get("activation_checkpointing_kwargs") or {}
+    checkpoints = train.get("activation_checkpointing") and not how.get("use_reentrant")
+    if how.get("selective") and not checkpoints:  # TRL would say so, but it is not given the key
+        key = "train.activation_checkpointing_kwargs"
+        what = f"{key}: selective needs train.activation_checkpointing: true, not reentrant"
+        yield key, what, "set it, or remove selective"
     for key in recipe.model.kwargs.keys() & _NOT_IN_MODEL_KWARGS.keys():
         what = f"model.kwargs.{key} cannot be set there"
         yield f"model.kwargs.{key}", what, _NOT_IN_MODEL_KWARGS[key]
