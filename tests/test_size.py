@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1914, 1500),
     "core": (1240, 800),
-    "config": (2980, 1900),
+    "config": (2990, 1900),
     "models": (704, 450),
     "data": (2662, 1650),
     "training": (2091, 1700),
