@@ -463,9 +463,9 @@ def ends_in_loop(answer: str) -> bool:
     """
     words = answer.split()
     for end in (words, words[:-1]):
+        if end.count(end[-1] if end else "") < 3:  # most texts need no further look
+            continue
         for size in range(2, len(end) // 3 + 1):
-            if end[-1] != end[-1 - size]:  # most places need no copy
-                continue
             if end[-size:] == end[-2 * size : -size] == end[-3 * size : -2 * size]:
                 return True
     return False
