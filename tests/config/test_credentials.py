@@ -64,26 +64,19 @@ def test_records_and_commands_show_stars() -> None:
         "api_key": "***",
         "n": 3,
     }
-    words = [
-        "recipes",
-        "x",
+    secret = [
         "--hub-token",
         "PLANTED",
         "judge.api_key=PLANTED",
-        "judge.base_url=http://u:PLANTED@h/v1",
-        "train.eos_token=</s>",
+        "judge.base_url=http://u:PLANTED@h",
     ]
-    assert "PLANTED" not in masked_command(words) and "train.eos_token=</s>" in masked_command(
-        words
-    )
+    shown = masked_command(["recipes", "x", *secret, "train.eos_token=</s>"])
+    assert "PLANTED" not in shown and "train.eos_token=</s>" in shown
 
 
 def test_errors_and_lines_on_the_terminal_show_stars(capsys: pytest.CaptureFixture[str]) -> None:
-    print_error(
-        DataError(
-            "cannot read https://u:PLANTED@h/x", "tried ?token=PLANTED", file="hf_PLANTEDPLANTED"
-        )
-    )
+    what = "cannot read https://u:PLANTED@h/x"
+    print_error(DataError(what, "tried ?token=PLANTED", file="hf_PLANTEDPLANTED"))
     say(json.dumps({"url": "https://u:PLANTED@h/x"}))
     out, err = capsys.readouterr()
     assert "PLANTED" not in out + err and "https://***@h/x" in out and "https://***@h/x" in err

@@ -52,32 +52,25 @@ def test_a_model_is_served_under_its_own_name_and_further_words_go_on(serve):
     assert words == ["serve", "org/judge", "--served-model-name", "org/judge", "--port", "8001"]
 
 
-@pytest.mark.parametrize(
-    ("rank", "pattern", "limit"),
-    [(4, {}, "8"), (8, {}, "8"), (9, {}, "16"), (32, {}, "32"), (16, {"q_proj": 100}, "128")],
-)
 def test_an_adapter_is_served_on_its_base_with_a_rank_that_vllm_knows_and_that_suffices(
-    serve, tmp_path, rank, pattern, limit
+    serve, tmp_path
 ):
-    run = make_run(tmp_path / "my-run", rank, rank_pattern=pattern)
-    _, words = serve(f"{run}/")
-    assert words[:4] == ["serve", "org/base model", "--served-model-name", "org/base model"]
-    assert words[4:] == [
-        "--enable-lora",
-        "--max-lora-rank",
-        limit,
-        "--lora-modules",
-        f"my-run={run}/adapter",
-    ]
+    ranks = ((4, {}, "8"), (8, {}, "8"), (9, {}, "16"), (16, {"q_proj": 100}, "128"))
+    for number, (rank, pattern, limit) in enumerate(ranks):
+        run = make_run(tmp_path / f"run{number}", rank, rank_pattern=pattern)
+        _, words = serve(f"{run}/")
+        base = ["serve", "org/base model", "--served-model-name", "org/base model"]
+        lora = ["--enable-lora", "--max-lora-rank", limit, "--lora-modules"]
+        assert words == [*base, *lora, f"run{number}={run}/adapter"]
 
 
-@pytest.mark.parametrize("folder", ["merged", "model"])
-def test_whole_weights_of_a_run_come_before_its_adapter(serve, tmp_path, folder):
+def test_whole_weights_of_a_run_come_before_its_adapter(serve, tmp_path):
     run = make_run(tmp_path / "my-run")
-    (run / folder).mkdir()
-    (run / folder / "config.json").write_text("{}")
-    _, words = serve(str(run))
-    assert words == ["serve", f"{run}/{folder}", "--served-model-name", "my-run"]
+    for folder in ("model", "merged"):
+        (run / folder).mkdir()
+        (run / folder / "config.json").write_text("{}")
+        _, words = serve(str(run))
+        assert words == ["serve", f"{run}/{folder}", "--served-model-name", "my-run"]
 
 
 def test_what_cannot_be_served_is_said_with_our_exit_codes(serve, tmp_path):

@@ -12,7 +12,10 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
@@ -44,30 +47,24 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Callable[..., CompletedProcess[str]]:
+    """Run a command with a judge."""
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 55, "cwd": tmp_path}
+    return lambda *words: subprocess.run([SCRIPT, *words], env=environment, **how)
+
+
 @pytest.mark.parametrize("code", [0, 6])
 def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
-    environment, tmp_path: Path, code: int
+    run, tmp_path: Path, code: int
 ) -> None:
     asks = (
         "import os, sys, urllib.request as u; url = os.environ['RECIPES_JUDGE_URL']; "
         "print(url, os.path.exists('eval a.judge.log')); os.system(sys.argv[2]); "
         f"print(u.urlopen(url + '/models').read()); sys.exit({code})"
     )
-    words = [
-        str(SCRIPT),
-        "org/judge",
-        "--max-model-len",
-        "4096",
-        "--",
-        sys.executable,
-        "-c",
-        asks,
-        "$(touch oops)",
-        WAITS,
-    ]
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
-    )
+    command = [sys.executable, "-c", asks, "$(touch oops)", WAITS]
+    done = run("org/judge", "--max-model-len", "4096", "--", *command)
     assert done.returncode == code and '"id": "org/judge"' in done.stdout, done.stderr
     assert "/v1 False\n" in done.stdout and not list(tmp_path.glob("*.wanted*"))
     log = (tmp_path / "eval a.judge.log").read_text()
@@ -80,45 +77,27 @@ def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
     assert port != 20001 and not answers(port) and not (tmp_path / "oops").exists()
 
 
-def test_a_command_that_asks_no_judge_starts_none(environment, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [SCRIPT, "org/judge", "--", "sh", "-c", "exit 3"], env=environment, timeout=60, cwd=tmp_path
-    )
-    assert done.returncode == 3 and not (tmp_path / "eval a.judge.log").exists()
+def test_a_command_that_asks_no_judge_starts_none(run, tmp_path: Path) -> None:
+    assert run("org/judge", "--", "sh", "-c", "exit 3").returncode == 3
+    assert not (tmp_path / "eval a.judge.log").exists()
 
 
 def test_a_server_that_ends_before_it_answers_is_exit_5_with_its_last_words(
-    environment, tmp_path: Path
+    run, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [SCRIPT, "broken", "--", "sh", "-c", WAITS + "touch ran"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-    )
-    assert (
-        done.returncode == 5
-        and "no memory for the cache" in done.stderr
-        and not (tmp_path / "ran").exists()
-    )
+    done = run("broken", "--", "sh", "-c", WAITS + "touch ran")
+    assert done.returncode == 5 and "no memory for the cache" in done.stderr
+    assert not (tmp_path / "ran").exists()
     log = tmp_path / "eval a.judge.log"
     first = log.read_text()
-    subprocess.run([SCRIPT, "broken", "--", "sh", "-c", WAITS], env=environment, timeout=60)
-    # issue: the next try of a job deleted what the judge said before it failed
+    run("broken", "--", "sh", "-c", WAITS)
+    # the next try of a job must not delete what the judge said before it failed
     assert log.read_text().startswith(first) and len(log.read_text()) > len(first)
 
 
 def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> None:
-    words = [
-        str(SCRIPT),
-        "org/judge",
-        "--",
-        "sh",
-        "-c",
-        WAITS + "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60",
-    ]
+    command = WAITS + "echo $RECIPES_JUDGE_URL > coming; mv coming up; exec sleep 60"
+    words = [SCRIPT, "org/judge", "--", "sh", "-c", command]
     child = subprocess.Popen(words, env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists():
@@ -132,32 +111,14 @@ def test_term_ends_the_command_and_its_judge(environment, tmp_path: Path) -> Non
         time.sleep(0.05)
 
 
-def test_a_server_that_dies_while_it_is_asked_ends_the_command_with_its_last_words(
-    environment, tmp_path: Path
-) -> None:
-    words = [str(SCRIPT), "mortal", "--", "sh", "-c", WAITS + "touch stop; exec sleep 60"]
-    started = time.monotonic()
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=55, cwd=tmp_path
-    )
-    assert (
-        done.returncode == 5
-        and "ended while it was needed:" in done.stderr
-        and "the engine died" in done.stderr
-    )
-    assert time.monotonic() - started < 50
+def test_a_server_that_dies_while_it_is_asked_ends_the_command_with_its_last_words(run) -> None:
+    done = run("mortal", "--", "sh", "-c", WAITS + "touch stop; exec sleep 60")
+    assert done.returncode == 5 and "ended while it was needed:" in done.stderr
+    assert "the engine died" in done.stderr
 
 
-def test_a_server_that_is_not_the_one_that_was_started_is_not_asked(
-    environment, tmp_path: Path
-) -> None:
+def test_a_server_that_is_not_the_one_that_was_started_is_not_asked(run, tmp_path: Path) -> None:
     """It serves the same model at the same port, under no name of this job."""
-    words = [SCRIPT, "usurped", "--", "sh", "-c", WAITS + "touch ran"]
-    done = subprocess.run(
-        words, env=environment, capture_output=True, text=True, timeout=60, cwd=tmp_path
-    )
-    assert (
-        done.returncode == 5
-        and "another server answers at" in done.stderr
-        and not (tmp_path / "ran").exists()
-    )
+    done = run("usurped", "--", "sh", "-c", WAITS + "touch ran")
+    assert done.returncode == 5 and "another server answers at" in done.stderr
+    assert not (tmp_path / "ran").exists()

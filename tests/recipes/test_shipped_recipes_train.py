@@ -184,34 +184,21 @@ def shrunk(recipe: Recipe, model: Path, folder: Path) -> list[str]:
     """Overrides that shrink batch, length and steps, and take what only a GPU can do out of the
     way.
     """
+    whole = recipe.run.global_batch_size
     overrides = [
-        f"model.name_or_path={model}",
-        f"data.source={rows_of(recipe, folder)}",
-        "data.max_examples=60",
-        "run.name=shrunk",
+        *(f"model.name_or_path={model}", f"data.source={rows_of(recipe, folder)}"),
+        *("data.max_examples=60", "run.name=shrunk", "train.max_steps=2"),
+        f"train.max_length={448 if 'HuggingFaceH4/Multi' in str(recipe.data.source) else 224}",
+        *("train.per_device_train_batch_size=2", "train.logging_steps=1"),
+        *("train.save_steps=2", "train.eval_steps=2"),
+        "run.global_batch_size=4" if whole else "train.gradient_accumulation_steps=1",
     ]
     if recipe.data.split.test < 0.01:  # of 60 rows, too
         overrides += ["data.split.validation=0.1"]
-    overrides += [
-        "train.max_steps=2",
-        f"train.max_length={448 if 'HuggingFaceH4/Multi' in str(recipe.data.source) else 224}",
-        "train.per_device_train_batch_size=2",
-        "train.logging_steps=1",
-    ]
-    overrides += ["train.save_steps=2", "train.eval_steps=2"]
-    overrides += (
-        ["run.global_batch_size=4"]
-        if recipe.run.global_batch_size
-        else ["train.gradient_accumulation_steps=1"]
-    )
     if (recipe.launch.gpus or 1) > 2:
         overrides += ["launch.gpus=2"]  # the two ranks of this machine
-    if recipe.train.get("fp16"):
-        overrides += [
-            "train.fp16=false",
-            "train.bf16=true",
-            "model.dtype=bfloat16",
-        ]  # fp16 does nothing on a CPU, so it is refused there
+    if recipe.train.get("fp16"):  # it does nothing on a CPU, so it is refused there
+        overrides += ["train.fp16=false", "train.bf16=true", "model.dtype=bfloat16"]
     if recipe.lora and (experts := recipe.lora.get("target_parameters")):
         names = ", ".join(f"1.{name.partition('.')[2]}" for name in experts[:2])
         overrides += [f"lora.target_parameters=[{names}]"]  # two layers here
@@ -252,35 +239,17 @@ def test_the_recipe_trains_two_steps(
 
 
 def launch_on_two_ranks(path: Path, config: str, overrides: list[str]) -> None:
-    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file"]
     file = str(PROJECT / "accelerate_configs" / f"{config}.yaml")
-    command = [
-        accelerate,
-        "launch",
-        "--config_file",
-        file,
-        "-m",
-        "recipes_lib.train",
-        str(path),
-        *overrides,
-    ]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIME_LIMIT_S,
-    )
+    command = [*launcher, file, "-m", "recipes_lib.train", str(path), *overrides]
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": TIME_LIMIT_S}
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **how)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:1000] + done.stderr[-2000:]
 
 
 def check_launch(line: str, config: str) -> None:
-    expected = {
-        "cpu": "one process, world size 1",
-        "ddp_cpu": "DDP, world size 2",
-        "fsdp_cpu": "FSDP, world size 2",
-    }
-    assert line.startswith(expected[config])
+    kinds = {"cpu": "one process", "ddp_cpu": "DDP", "fsdp_cpu": "FSDP"}
+    assert line.startswith(f"{kinds[config]}, world size {1 if config == 'cpu' else 2}")
 
 
 def check_weights(run: Path, state: dict[str, Any], lora: dict[str, Any] | None) -> None:
