@@ -133,28 +133,6 @@ def test_names_are_checked_against_a_local_model(write, tiny_model_dir):
         assert not words or errors[0].file == "command line"
 
 
-def test_an_fsdp_layer_class_must_exist_in_the_model(write, tiny_model_dir, tmp_path):
-    config = tmp_path / "fsdp.yaml"
-    config.write_text(
-        "distributed_type: FSDP\nfsdp_config:\n  fsdp_version: 2\n  fsdp_state_dict_type:"
-        " FULL_STATE_DICT\n  fsdp_transformer_layer_cls_to_wrap: MistralDecoderLayer\n"
-    )
-    [error] = check_upstream(local(write, tiny_model_dir, f"launch.accelerate={config}"))
-    assert "MistralDecoderLayer" in error.what and "LlamaDecoderLayer" in str(error)
-
-
-def test_a_tokenizer_larger_than_the_embeddings_is_refused(write, tiny_model_dir, tmp_path):
-    folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "grown"))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    extra = {"id": len(tokenizer["model"]["vocab"]), "content": "<|extra|>", "special": True}
-    tokenizer["added_tokens"].append(extra | flags)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    [error] = check_upstream(local(write, folder))
-    assert "513 entries" in error.what and "model.resize_embeddings: true" in str(error)
-    assert not check_upstream(local(write, folder, "model.resize_embeddings=true"))
-
-
 @pytest.fixture
 def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
     """A copy of the tiny model that a test may damage."""
