@@ -138,7 +138,12 @@ def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenize
 
 
 def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
-    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
-    row = {"messages": [ASKED, {**TURNS[1], "tool_calls": [call]}]}
-    bad = encode_row(row, section("chat"), tiny_tokenizer)
-    assert bad.drop == ("messages.tool_calls",) and "not rendered by the chat template" in bad.what
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    called = [ASKED, {**TURNS[1], "tool_calls": [call]}]
+    followed = [*called, {"role": "tool", "content": "3"}, TURNS[1]]
+    silent = [ASKED, {**called[1], "weight": 0}, *followed[2:]]
+    for messages, chat_loss in ((called, "all"), (followed, "last"), (silent, "all")):
+        setting = section("chat", chat_loss=chat_loss)
+        bad = encode_row({"messages": messages}, setting, tiny_tokenizer)
+        assert bad.drop == ("messages.tool_calls",)
+        assert "not rendered by the chat template" in bad.what

@@ -26,7 +26,7 @@ import numpy as np
 
 from recipes_lib.config.sections import MAX_LENGTH, DataSection
 from recipes_lib.core.errors import one_line
-from recipes_lib.data.conversations import Message, conversation_of, template_values
+from recipes_lib.data.conversations import conversation_of, template_values
 from recipes_lib.data.prompts import (
     GENERATION,
     Span,
@@ -288,9 +288,12 @@ def _render(
                 if not is_prefix or len(prompt) > len(until):
                     raise BadRow(*_REWRITTEN)
                 turns.append([(len(prompt), len(until))])
-        for index, turn in zip(learned, turns, strict=True):
-            said = "".join(text[start:end] for start, end in turn)
-            if any(name not in said for name in _called(messages[index])):
+        # a call is in its turn where that is learned, else anywhere in the text
+        turn_of = dict(zip(learned, turns, strict=True))
+        for index, message in enumerate(messages):
+            said = "".join(text[slice(*part)] for part in turn_of.get(index, [(0, len(text))]))
+            names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+            if any(name not in said for name in names):
                 raise BadRow(*_CALLS_LEFT_OUT, drop=["messages.tool_calls"])
     except BadRow as reason:
         return reason
@@ -302,19 +305,14 @@ def _render(
         return BadRow(f"the chat template refuses the conversation: {one_line(error)}", hint)
     contents = [message["content"] for message in messages]
     thoughts = [message.get("reasoning_content", "") for message in messages]
-    names = [name for message in messages for name in _called(message)]
     return Rendered(
         text,
         [part for turn in turns for part in turn],
         prompts[answers[-1]],
         speaks=any(contents[index].strip() for index in learned),
-        changed=any(words.strip() not in text for words in (*contents, *thoughts, *names)),
+        changed=any(words.strip() not in text for words in (*contents, *thoughts)),
         follows=all(text.startswith(prompts[index]) for index in learned),
     )
-
-
-def _called(message: Message) -> list[str]:
-    return [call["function"]["name"] for call in message.get("tool_calls", ())]
 
 
 def _marked_turns(text: str, marked: Sequence[Span], prompts: Sequence[str]) -> list[list[Span]]:
