@@ -92,7 +92,7 @@ def test_at_the_time_limit_a_job_saves_and_goes_back_into_the_queue_as_often_as_
     log = cluster.log("asked")
     assert states["train"]["state"] == "done" and "back into the queue" in log, log
     assert cluster.adapter("asked") == cluster.adapter(whole)
-    short = cluster.profile("short", sbatch={"time": "00:01:00"}, signal_lead_s=20, max_requeues=0)
+    short = cluster.profile("short", sbatch={"time": "00:02:00"}, signal_lead_s=30, max_requeues=0)
     words = ("tiny.yaml", "--profile", str(short), "--stages", "train", "run.name=limited")
     cluster.launch(*words, *ENDLESS)
     states = cluster.ended("limited")
