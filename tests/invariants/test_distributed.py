@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load
 from tests.families import build_family
 from tests.tiers import in_ci
 
@@ -41,6 +42,8 @@ def test_accumulating_on_one_rank_equals_two_ranks(launcher, compared) -> None:
         assert len(one) == len(two) > 0
         assert one == pytest.approx(two, rel=SUM_ORDER)
     assert launcher.series("cpu", "tokens") == launcher.series("ddp_cpu", "tokens")
+    one, two = (load(launcher.adapter(config)) for config in ("cpu", "ddp_cpu"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
 
 
 def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) -> None:
@@ -181,6 +184,8 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_
     overrides = [*method, "lora.lora_dropout=0.3", "train.max_steps=30", "train.save_steps=10"]
     overrides += ["train.eval_steps=10", "train.logging_steps=3"]
     launcher.train("run.name=whole-" + name, *overrides, config=config)
+    quantized = launcher.state(f"whole-{name}")["summary"]["quantized_layers"]
+    assert quantized == (14 if method else 0)
     child = launcher.start(f"run.name=broken-{name}", *overrides, config=config)
     launcher.wait_for_step(child, f"broken-{name}")
     os.kill(child.ranks()[1], signal.SIGTERM)

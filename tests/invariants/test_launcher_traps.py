@@ -24,6 +24,30 @@ def test_multi_gpu_on_a_cpu_trains_once_on_two_ranks_not_twice(launcher, tmp_pat
 
 
 @pytest.mark.nightly
+def test_what_accelerate_starts_otherwise_than_it_was_asked_is_refused(
+    launcher, tmp_path: Path
+) -> None:
+    """With the real command: who started a process is read from the process table."""
+    multi_cpu = tmp_path / "multi_cpu.yaml"
+    multi_cpu.write_text("{distributed_type: MULTI_CPU, use_cpu: true, num_processes: 2}")
+    on_cpu = launcher.command("run.name=trap", *SHORT, config="cpu")
+    on_cpu[2:4] = ["--cpu", "--num_processes", "2"]
+    cases = [
+        (on_cpu, {}, "2 processes were asked for, but accelerate launch started 1"),
+        (launcher.command("run.name=trap", config=multi_cpu), {}, "did you mean MULTI_GPU"),
+        (
+            launcher.command("run.name=trap", *SHORT, config="ddp_cpu"),
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            "MULTI_GPU was asked for, but FSDP is active",
+        ),
+    ]
+    for command, environment, refused in cases:
+        code, said = launcher.wait(launcher.start_really(command, **environment))
+        assert code != 0 and said.count(refused) == 1, said[-3000:]
+        assert not launcher.run("trap").exists()
+
+
+@pytest.mark.nightly
 def test_fsdp_that_falls_back_to_ddp_is_refused(launcher, tmp_path: Path) -> None:
     """The same launch without the patch: what accelerate does by itself."""
     script = tmp_path / "unpatched.py"

@@ -4,6 +4,7 @@ checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -26,11 +27,17 @@ def verb(launcher, *words: str) -> list[str]:
 def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(
     launcher, config: str
 ) -> None:
+    """Somebody holds torchrun's usual port meanwhile, which hinders no training."""
     words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
     words += ["--accelerate", config, f"run.name=explodes-{config}"]
-    code, said = launcher.wait(launcher.start_really(verb(launcher, *words)))
+    with socket.socket() as held:
+        with contextlib.suppress(OSError):  # it is held already
+            held.bind(("127.0.0.1", 29500))
+            held.listen()
+        code, said = launcher.wait(launcher.start_really(verb(launcher, *words)))
     assert code == 3 and said.count("gradient norm is nan") == 1, said
     assert "Traceback" not in said and "ChildFailedError" not in said, said
+    assert launcher.state(f"explodes-{config}")["exit_code"] == 3
 
 
 CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
@@ -151,9 +158,14 @@ def test_a_second_ctrl_c_ends_at_once_and_leaves_no_process(launcher) -> None:
         time.sleep(0.1)
 
 
-def test_a_training_that_is_killed_is_said_to_be_so(launcher) -> None:
+def test_a_second_training_is_told_who_holds_the_run_and_a_killed_one_is_said_to_be_so(
+    launcher,
+) -> None:
     child = launcher.start_really(verb(launcher, "run.name=gone", *LONG))
     launcher.wait_for_step(child, "gone")
+    code, said = launcher.train_here("run.name=gone", *LONG)
+    assert code == 5 and "in use by process" in said, said
+    assert launcher.state("gone")["state"] == "running"
     worker = next(
         int(pid.name)
         for pid in Path("/proc").iterdir()

@@ -94,20 +94,29 @@ def test_more_processes_than_gpus_are_refused_with_the_numbers(
     check_processes(1)
 
 
-def test_accelerate_launch_that_starts_one_process_of_two_is_refused(
+def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    multi_cpu = tmp_path / "multi.yaml"
+    """`--cpu --num_processes 2` starts one process; ACCELERATE_USE_FSDP of a shell wins."""
+    multi_cpu, ddp = tmp_path / "multi.yaml", tmp_path / "ddp.yaml"
     multi_cpu.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
-    asked = {
-        "2 processes were asked for": ["--cpu", "--num_processes", "2", "-m", "recipes_lib.train"],
-        "MULTI_CPU": ["--config_file", str(multi_cpu), "-m", "recipes_lib.train"],
-    }
-    for said, words in asked.items():
-        command = ["python", "/bin/accelerate", "launch", *words]
+    ddp.write_text("distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\n")
+    two, sharded = Active(2, "DDP", "cpu"), Active(2, "FSDP", "cpu")
+    cases = [
+        (["--cpu", "--num_processes", "2"], ALONE, "2 processes were asked for.*started 1"),
+        (["--config_file", str(ddp)], ALONE, "2 processes were asked for"),
+        (["--config_file", str(ddp), "--num_processes=4"], two, "4 processes .* started 2"),
+        (["--config_file", str(multi_cpu)], ALONE, "MULTI_CPU"),
+        (["--config_file", str(ddp)], sharded, "MULTI_GPU was asked for, but FSDP is active"),
+        (["--config_file", str(ddp), "--use_fsdp"], sharded, None),
+        (["--config_file", str(ddp)], two, None),
+    ]
+    for words, active, said in cases:
+        command = ["python", "/bin/accelerate", "launch", *words, "-m", "recipes_lib.train"]
         monkeypatch.setattr(psutil.Process, "cmdline", lambda self, command=command: command)
+        monkeypatch.setenv("WORLD_SIZE", str(active.world_size))
+        if said is None:
+            assert check_launch(active)
+            continue
         with pytest.raises(RecipeError, match=said):
-            check_processes(0)
-        with monkeypatch.context() as patch:
-            patch.setenv("LOCAL_WORLD_SIZE", "2")
-            check_processes(0)
+            check_launch(active)

@@ -118,6 +118,7 @@ WAYS = {
     "best": ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
     "chat": ["data.prompt_format=chat"],
     "whole-text": ["train.completion_only_loss=false"],
+    "warm-up alone": ["train.max_steps=1", "train.warmup_steps=0.1"],
 }
 
 
@@ -216,6 +217,22 @@ def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
     assert run_json(tiny_recipe)["exit_code"] == code and not (run / "adapter").exists()
     assert (run / "checkpoints/checkpoint-3/COMPLETE.json").is_file()
     assert main([str(tiny_recipe)]) == 0
+
+
+def test_a_signal_while_the_weights_are_saved_stops_nothing(
+    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from recipes_lib.training import attempt
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return honest(*args, **options)
+
+    honest = attempt.check_saved
+    monkeypatch.setattr(attempt, "check_saved", interrupted)
+    assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
+    assert "once the weights are saved" in capfd.readouterr().err
+    assert run_json(tiny_recipe)["state"] == "finished"
 
 
 def test_a_stop_file_is_taken_away_with_the_stop(

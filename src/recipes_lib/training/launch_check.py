@@ -46,20 +46,12 @@ def what_runs(state: Any = None) -> Active:
 
 
 def check_processes(num_gpus: int) -> None:
-    """Check that the launcher started the processes that it was asked for, each with a GPU of its
-    own where it means GPUs.
-
-    Args:
-        num_gpus: how many this process can see.
+    """Check that each process has a GPU of its own, where the launch means GPUs.
 
     Raises:
-        RecipeError: it starts one process where several were asked for, as `--cpu --num_processes
-            2` and MULTI_CPU do, or more processes than there are GPUs.
+        RecipeError: there are more processes than the GPUs that each of them can see.
     """
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
-    if not processes and (asked := _asked_of_accelerate_launch()) > 1:
-        what = f"{asked} processes were asked for, but accelerate launch started one"
-        raise RecipeError(what, DDP_ON_CPU)
     if 0 < num_gpus < processes and not _asks_for("ACCELERATE_USE_CPU"):
         raise RecipeError(
             f"{processes} processes on this machine, but each of them sees {num_gpus} GPU(s)",
@@ -68,19 +60,18 @@ def check_processes(num_gpus: int) -> None:
         )
 
 
-def _asked_of_accelerate_launch() -> int:
-    """Return how many processes the command line that started this one asks for."""
+def _asked_of_accelerate_launch() -> tuple[int, str]:
+    """Return the number and type of processes that were asked for; 1 and "" where not known."""
     try:
         command = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):
-        return 1
-    if not any(word.endswith("launch") for word in command):
-        return 1
-    flags = dict(itertools.pairwise(part for word in command for part in word.split("=", 1)))
-    if "--num_processes" in flags:
-        return int(flags["--num_processes"])
-    file = flags.get("--config_file")
-    return load_accelerate_config(file).num_processes if file else 1
+        command = []
+    words = [part for word in command for part in word.split("=", 1)]
+    is_launch = any(word.endswith("launch") for word in command)
+    flags = dict(itertools.pairwise(words)) if is_launch else {}
+    config = load_accelerate_config(flags["--config_file"]) if "--config_file" in flags else None
+    kind = config.distributed_type if config and "--use_fsdp" not in command else ""
+    return int(flags.get("--num_processes") or (config.num_processes if config else 1)), kind
 
 
 def check_precision(recipe: Recipe) -> None:
@@ -99,14 +90,22 @@ def check_launch(active: Active) -> str:
     """Return the start-up line that states what is active, once it agrees with what was asked.
 
     Raises:
-        RecipeError: another number of processes, or another distribution, than asked is running.
+        RecipeError: fewer processes, or another distribution, than asked for are running.
     """
     running, kind = active.world_size, active.distributed_type
+    asked, asked_kind = _asked_of_accelerate_launch()
+    refused: list[str] = []
     if world_size() != running:
         what = f"the launcher started {world_size()} processes, but each of them would train alone"
-        remedy = "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"
-        raise RecipeError(what, remedy)
-    if _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
+        refused = [what, "set ACCELERATE_USE_CPU=true, or use accelerate_configs/ddp_cpu.yaml"]
+    elif asked > running:
+        what = f"{asked} processes were asked for, but accelerate launch started {running}"
+        refused = [what, DDP_ON_CPU]
+    elif _asks_for("ACCELERATE_USE_FSDP") and kind != "FSDP" and running > 1:
         what = f"FSDP was asked for, but {kind} is active"
-        raise RecipeError(what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}")
+        refused = [what, f"set fsdp_version: 2 in the accelerate config; {DDP_ON_CPU}"]
+    elif kind == "FSDP" and asked_kind not in ("", "FSDP"):
+        refused = [f"{asked_kind} was asked for, but FSDP is active", "unset ACCELERATE_USE_FSDP"]
+    if refused:
+        raise RecipeError(*refused)
     return f"{kind}, world size {running}, {active.device}"
