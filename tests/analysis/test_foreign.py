@@ -100,7 +100,7 @@ def test_the_newest_results_are_read_and_damage_is_named(tmp_path: Path) -> None
     with pytest.raises(DataError, match="no samples"):
         read_foreign(folder)
     (folder / "some__model/results_2026-02-01T00-00-00.0.json").write_text("{")
-    with pytest.raises(DataError, match="no JSON"):
+    with pytest.raises(DataError, match="not JSON"):
         read_foreign(folder)
 
 
@@ -126,7 +126,11 @@ def test_what_is_no_result_of_theirs_is_refused_in_a_line(tmp_path: Path) -> Non
         with pytest.raises(DataError, match="neither"):
             read_foreign(other)
     assert read_foreign(tmp_path) is None and read_foreign(tmp_path / "gone") is None
-    file = annotations(tmp_path / "two.json", "mine", [3.0])
+    file = annotations(tmp_path / "two.json", "mine", [2.0])
+    write_json(file, [*json.loads(file.read_text()), 3])
+    with pytest.raises(DataError, match="annotation 2 is not an object"):
+        read_foreign(file)
+    annotations(file, "mine", [3.0])
     with pytest.raises(DataError, match="preference 3"):
         read_foreign(file)
 

@@ -77,11 +77,12 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["r8", "r8"], "named twice"),
         (["r9"], "no run named"),
         (["base"], "base of what"),
+        (["runs/"], "is a folder without a run"),
         (["r8", "base"], "never evaluated"),
         (["r8", "r32", "--html", "."], "is a folder"),
         (["r8", "r32", "--margin", "rouge=0.1"], "--margin rouge: these have no such metric"),
-        (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: no margin"),
-        (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: no margin"),
+        (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),
+        (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: not METRIC"),
     ):
         assert said in compare(capsys, *words, code=2), words
 
@@ -135,6 +136,8 @@ def test_results_of_other_programs_are_compared_and_nothing_is_written(tmp_path,
     assert main(["compare", str(first), str(second)]) == 0
     shown = capsys.readouterr().out
     assert "b is better than a" in shown or "a is worse than b" in shown
+    assert "next: recipes compare" in shown and main(["compare", str(first)]) == 0
+    assert " base\n" not in capsys.readouterr().out  # other programs' files know no base
     files = [str(annotations(tmp_path / f"{n}.json", n, [2.0, 1.0] * 40)) for n in ("x", "y")]
     assert main(["compare", *files, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["n"] == 80

@@ -158,6 +158,8 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels", str(labels)]
+    assert main([*words[:-1], "gone.jsonl"]) == 4
+    assert capsys.readouterr().err == "gone.jsonl: no such file\n"
     with FaultyServer(answer="The first one. [RESULT] A") as server:
         judge_file(engine="openai", model=MODEL, base_url=server.url, mode="generate")
         assert main([*words, "--limit", "6", "--probe-pairs", "1"]) == 0

@@ -19,6 +19,7 @@ from recipes_lib.core.errors import RecipeError
 from recipes_lib.evals.log import read_eval_log
 from recipes_lib.evals.recipe import load_eval
 from recipes_lib.evals.run import evaluate
+from recipes_lib.evals.suites.lm_eval import load_tasks
 from recipes_lib.evals.task_files import code_in, unknown_tasks
 
 TASK = """\
@@ -82,6 +83,25 @@ def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
     assert read_eval_log(logs[0].file).metrics == logs[0].metrics
     (some,) = evaluate([load_eval(small_task, ["suite.limit=5"])], ["one"])
     assert some.metrics[0].n == 5 and some.subset and some.banners == (some.subset,)
+
+
+def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, monkeypatch):
+    from lm_eval import tasks
+
+    class Tasks(tasks.TaskManager):
+        """Has the small task in place of lm-eval's 14,000, which take ten seconds."""
+
+        def __init__(self, include_path: str, include_defaults: bool = True) -> None:
+            library = [str(tmp_path)] if include_defaults else []
+            super().__init__(include_path=[*library, include_path], include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", Tasks)
+    for task in ("tiny_choice", "{task: tiny_choice, num_fewshot: 1}"):
+        folder = tmp_path / "own"
+        folder.mkdir(exist_ok=True)
+        (folder / "group.yaml").write_text(f"group: mine\ntask: [{task}]\n")
+        words = [f"data.include_path={folder}", "suite.tasks=[mine]"]
+        assert load_tasks(load_eval(small_task, words)) == 8
 
 
 MISTAKES = {

@@ -19,6 +19,7 @@ from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, 
 from recipes_lib.evals.run import SUITE_CLASSES, EvalTask, evaluate, evaluate_tasks, split_words
 
 PROJECT = Path(__file__).resolve().parents[2]
+MODEL_OUTPUTS = "runs/one/evals/{}/samples/model_outputs.json"
 
 
 @pytest.fixture
@@ -229,6 +230,15 @@ def test_the_table_says_what_must_be_read_first(quick, make_run, capsys):
     assert main(["eval", str(recipe.path), "one", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["banners"] and result["metrics"][0]["metric"] == "win_rate"
+    outputs = json.loads((recipe.path.parent / MODEL_OUTPUTS.format(recipe.name)).read_text())
+    answers = recipe.path.with_name("theirs.json")
+    answers.write_text(json.dumps([row | {"generator": "theirs"} for row in outputs]))
+    other = str(shutil.copy(recipe.path, recipe.path.with_name("other.yaml")))
+    assert main(["eval", other, str(recipe.path), "one", "judge.seed=0"]) == 0
+    assert "--against" not in capsys.readouterr().out  # one is no opponent of itself
+    assert main(["eval", str(recipe.path), "one", str(answers), "judge.seed=0"]) == 0
+    printed = capsys.readouterr().out.strip().splitlines()[-1]
+    assert printed.endswith(" --against one judge.seed=0") and str(recipe.path) in printed
 
 
 def test_words_of_the_command_line_are_told_apart():
@@ -257,11 +267,15 @@ def test_a_training_recipe_among_the_words_is_named_with_its_run(tmp_path):
 # ---- defects that were found by use ----
 
 
-def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch):
+def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch, quick):
     files = [tmp_path / folder / "evals/mine.yaml" for folder in ("p1", "p2")]
     for folder in (tmp_path, PROJECT):
         monkeypatch.chdir(folder)
         assert [eval_name(file) for file in files] == ["p1--evals--mine", "p2--evals--mine"]
+    first, second = quick("alpaca_eval"), quick("mt_bench")
+    second._name = first.name
+    with pytest.raises(RecipeError, match=f"two eval recipes are called '{first.name}'"):
+        evaluate([first, second], ["one"])
     shipped = [eval_name(path) for path in sorted((PROJECT / "evals").rglob("*.yaml"))]
     assert "alpaca_eval" in shipped and "quickstart--alpaca_eval" in shipped
 

@@ -21,6 +21,7 @@ from recipes_lib.evals.suites.lm_eval import metrics_of
 
 _MODEL = re.compile(r"^(pretrained|peft|path|model|tokenizer|delta|revision)=")
 _AGAIN = "run lm-eval again with --log_samples and --output_path"
+FOLDERS = "lm-eval: the folder of --output_path; alpaca_eval: its annotations.json"
 
 
 def read_foreign(path: Path) -> Run | None:
@@ -33,7 +34,7 @@ def read_foreign(path: Path) -> Run | None:
         results = sorted(path.glob("results*.json")) or sorted(path.glob("*/results*.json"))
         if results:
             return _lm_eval(path, results[-1])
-        annotations = sorted(path.glob("annotations*.json"))
+        annotations = sorted(path.glob("*annotations*.json"))
         return _alpaca_eval(annotations[0]) if annotations else None
     if not path.is_file() or path.suffix != ".json":
         return None
@@ -45,7 +46,7 @@ def read_foreign(path: Path) -> Run | None:
         return _alpaca_eval(path)
     raise DataError(
         "neither results of lm-eval nor annotations of alpaca_eval",
-        "lm-eval: the folder of --output_path; alpaca_eval: its annotations.json",
+        FOLDERS,
         file=path,
     )
 
@@ -55,7 +56,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:
-        raise DataError(f"is no JSON: {error}", file=path) from None
+        raise DataError(f"is not JSON: {error}", file=path) from None
 
 
 def _run(name: str, folder: Path, log: EvalLog) -> Run:
@@ -71,10 +72,13 @@ def _alpaca_eval(path: Path) -> Run:
     between them a weighted verdict.
     """
     rows = _json(path)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise DataError(f"annotation {number} is not an object", file=path)
     names = {key: {str(row.get(key)) for row in rows} for key in ("generator_2", "annotator")}
     for key, values in names.items():
         if len(values) > 1:
-            what = f"holds several of {key}: {', '.join(sorted(values)[:3])}"
+            what = f"has several values of {key}: {', '.join(sorted(values)[:3])}"
             raise DataError(what, "one file is one model and one judge", file=path)
     rivals = sorted({str(row.get("generator_1") or "reference") for row in rows})
     samples = []
@@ -202,7 +206,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 row["doc_id"]
             except (ValueError, KeyError, TypeError):
-                raise DataError("is no sample of lm-eval", _AGAIN, file=path, line=number) from None
+                what = "is not a sample of lm-eval"
+                raise DataError(what, _AGAIN, file=path, line=number) from None
             yield row
 
 

@@ -62,7 +62,7 @@ def run(
     if html:
         say(f"\nreport: {shown_path(html)}")
         say("a study declares what may differ, so that a cause can be named: docs/studies.md")
-    if len(arms.by_name) == 1 and _BASE not in runs:
+    if [run.foreign for arm in arms for run in arm.runs] == [False] and _BASE not in runs:
         return next_step("recipes", "compare", *runs, _BASE)
     more = ["--json"] if html else ["--html", "report.html"]
     return next_step("recipes", "compare", *runs, *more)
@@ -71,7 +71,8 @@ def run(
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    wrong = "no margin" if margin is None or not metric else margin.fits(metric)
+    form = "not METRIC=NUMBER or METRIC='NUMBER points'"
+    wrong = form if margin is None or not metric else margin.fits(metric)
     if margin is None or wrong:
         hint = "for example --margin win_rate='2 points' loss=0.005"
         raise RecipeError(f"--margin {word}: {wrong}", hint)
@@ -85,7 +86,7 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
         RecipeError: a word names nothing, a run is named twice, or `base` is asked for and none of
             the runs' bases was evaluated.
     """
-    from recipes_lib.analysis.foreign import read_foreign, unique_names
+    from recipes_lib.analysis.foreign import FOLDERS, read_foreign, unique_names
     from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
 
     folders, runs = [], []
@@ -98,6 +99,9 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
             if foreign is not None:
                 runs.append(foreign)
                 continue
+            if path.is_dir() and not RunDirectory(path.name).exists():
+                what = f"{word} is a folder without a run, results of lm-eval or annotations"
+                raise RecipeError(what, FOLDERS)
         folders.append(open_run(word))
         runs.append(load_run(folders[-1].path, damaged.append))
     if _BASE in words:

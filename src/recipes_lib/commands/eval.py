@@ -8,13 +8,10 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(
@@ -49,9 +46,11 @@ def run(
     judged = [log for log in logs if log.judge]
     pairs = [log for log in logs if log.suite == "alpaca_eval" and log.against == "reference"]
     targets = [*dict.fromkeys(log.target for log in logs)]
-    if len(pairs) > 1:
-        first, second = pairs[0].target, pairs[1].target
-        return next_step("recipes", "eval", eval, second, "--against", first)
+    if len({log.target for log in pairs}) > 1:
+        first, second, *_ = dict.fromkeys(log.target for log in pairs)
+        file = next(recipe.path for recipe in recipes if recipe.name == pairs[0].eval)
+        own = [word for word in (*run_or_model, *overrides) if "=" in word]
+        return next_step("recipes", "eval", shown_path(file), second, "--against", first, *own)
     if judged:
         return next_step("recipes", "judge", "audit", judgments_beside(judged[0].file))
     return next_step("recipes", "compare" if len(targets) > 1 else "status", *targets)

@@ -232,10 +232,10 @@ def read_file(
     """
     path = path.expanduser()
     kind, file = data_format(path), shown_path(path)
-    if kind is None:
-        what = "not a data file" if path.exists() else "no such file"
-        endings = f"known endings: {', '.join(DATA_FORMATS)}, text formats also with .gz"
-        raise DataError(f"{what}; {endings}", file=file)
+    if kind is None or not path.exists():
+        endings = f"{', '.join(DATA_FORMATS)}, text formats also with .gz"
+        what = f"not a data file; known endings: {endings}" if path.exists() else "no such file"
+        raise DataError(what, file=file)
     refuse_pipe(path, file)
     try:
         codecs.lookup(encoding)

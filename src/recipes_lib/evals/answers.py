@@ -113,10 +113,8 @@ def answer_all(
                         own = replace(sampling, temperature=heat)
                     messages: list[Message] = []
                     for earlier in range(1, turn):
-                        said, answer = (
-                            question.turns[earlier - 1],
-                            texts[question.id, earlier, draw],
-                        )
+                        said = question.turns[earlier - 1]
+                        answer = texts[question.id, earlier, draw]
                         messages.append({"role": "user", "content": said})
                         messages.append({"role": "assistant", "content": answer})
                     messages.append({"role": "user", "content": question.turns[turn - 1]})

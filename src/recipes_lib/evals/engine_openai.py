@@ -13,15 +13,16 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
-
-import openai
+from typing import TYPE_CHECKING, Any
 
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import hash_of, valid_texts
 from recipes_lib.core.terminal import remember_secret
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Request, Sampling
 from recipes_lib.evals.recipe import ServerSection
+
+if TYPE_CHECKING:
+    import openai
 
 TOP_LOGPROBS = 20
 LONGEST_PAUSE_S = 60.0  # the client follows a Retry-After of up to a minute
@@ -62,6 +63,9 @@ class OpenAIEngine:
         fingerprint: str | None = None,
         logprobs: bool = False,
     ) -> None:
+        import openai  # half a second, which stored judgments do without
+
+        self._openai = openai
         self.server, self.model, self.logprobs = server, model, logprobs
         extra = [server.extra_body] if server.extra_body else []
         self.fingerprint = hash_of("openai", model, fingerprint, *extra)
@@ -70,7 +74,7 @@ class OpenAIEngine:
         self.version = asyncio.run(self._connect())
 
     def _client(self) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(
+        return self._openai.AsyncOpenAI(
             base_url=self.server.address,
             api_key=self._key,
             timeout=self.server.timeout_s,
@@ -85,11 +89,12 @@ class OpenAIEngine:
         async with self._client() as client:
             try:
                 served = [str(model.id) async for model in client.models.list()]
-            except openai.NotFoundError:  # it has no list; the first request will show it
+            except self._openai.NotFoundError:  # it has no list; the first request will show it
                 return None
-            except (openai.OpenAIError, *_UNREADABLE) as error:
+            except (self._openai.OpenAIError, *_UNREADABLE) as error:
                 hint = "start it (launch/vllm_server.sh), then run the same command to continue"
-                if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+                refusals = self._openai.AuthenticationError, self._openai.PermissionDeniedError
+                if isinstance(error, refusals):
                     hint = f"check {self.server.api_key_variable or 'api_key_variable'}"
                 what = f"{address} does not answer: {error.__cause__ or error}"
                 raise ServerFault(what, hint) from None
@@ -102,7 +107,7 @@ class OpenAIEngine:
                 once = client.with_options(max_retries=0)
                 reply: Any = await once.get(f"{root}/version", cast_to=object)
                 return str(reply["version"])[:40]
-            except (openai.OpenAIError, *_UNREADABLE):
+            except (self._openai.OpenAIError, *_UNREADABLE):
                 return None
 
     def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
@@ -141,7 +146,7 @@ class OpenAIEngine:
             async with asyncio.timeout(longest):
                 reply = await self._send(client, request, sampling)
             return self._read(request, reply)
-        except openai.APIStatusError as error:
+        except self._openai.APIStatusError as error:
             said, status = f"{error.status_code}: {_words(error)}", error.status_code
             if status in (400, 404, 405, 422):
                 if request.ids or self.logprobs:
@@ -155,7 +160,7 @@ class OpenAIEngine:
             return Completion(key=request.key, error=said, refused=refused)
         except TimeoutError:
             return Completion(key=request.key, error="no whole answer in time")
-        except (openai.OpenAIError, OSError, *_UNREADABLE) as error:
+        except (self._openai.OpenAIError, OSError, *_UNREADABLE) as error:
             cause = error.__cause__ or error
             what = f"{type(cause).__name__}: {valid_texts(str(cause))[:200]}"
             return Completion(key=request.key, error=what)
@@ -189,7 +194,7 @@ class OpenAIEngine:
         create: Any = client.chat.completions.create
         try:
             return await create(**settings, **{self._limit: limit})
-        except openai.BadRequestError as error:
+        except self._openai.BadRequestError as error:
             if self._limit != "max_tokens" or "max_completion_tokens" not in _words(error):
                 raise
             self._limit = "max_completion_tokens"

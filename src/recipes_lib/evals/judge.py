@@ -40,12 +40,7 @@ from recipes_lib.evals.questions import Question
 from recipes_lib.evals.recipe import JudgeSection
 from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, parse_verdict
 from recipes_lib.models.families import ready_to_answer
-from recipes_lib.weights.load import (
-    explain_load_failure,
-    free_memory,
-    load_model,
-    model_path,
-)
+from recipes_lib.weights.load import explain_load_failure, free_memory, load_model, model_path
 
 REASK_TEMPERATURE = 0.7
 _FINGERPRINT = (

@@ -106,6 +106,10 @@ def evaluate(
         against: the opponent in the suites that compare; None for each recipe's.
         options: of `evaluate_tasks`.
     """
+    names = [recipe.name for recipe in recipes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        hint = "their results would be one file: rename one of them"
+        raise RecipeError(f"two eval recipes are called '{twice}'", hint)
     compares = [recipe.is_judged or not against for recipe in recipes]
     if not any(compares):
         raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))
@@ -133,7 +137,7 @@ def evaluate_tasks(
             every error.
 
     Raises:
-        RecipeError: a word is no model, or formats differ.
+        RecipeError: a word is not a model, or formats differ.
         EvaluationIncomplete: answers or judgments are missing (exit 6).
     """
 
@@ -347,7 +351,7 @@ def split_words(
     are models.
 
     Raises:
-        RecipeError: there is no model, a recipe is named twice, or a word is a training recipe.
+        RecipeError: there is no model, or a word is a training recipe.
     """
     own = [word for word in words if _OVERRIDE.match(word)]
     rest = [word for word in words if word not in own]

@@ -35,6 +35,7 @@ from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import warn
 from recipes_lib.data.splits import check_rows
+from recipes_lib.evals.engine_openai import OpenAIEngine
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.plan.cards import devices_here
@@ -386,8 +387,6 @@ def unmet(
 
 def _warn_of_silent_judges(study: Study) -> None:
     """Warn of judges whose server gives no answer; it may be started until the trainings end."""
-    from recipes_lib.evals.engine_openai import OpenAIEngine  # openai
-
     judges = [recipe.judge for recipe in study.evals if recipe.judge]
     for file, judge in {judge.file or judge.model: judge for judge in judges}.items():
         if judge.engine == "openai" and "RECIPES_JUDGE_WANTED" not in os.environ:

@@ -21,14 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import jsonschema
 import jsonschema.exceptions
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.core.errors import DataError

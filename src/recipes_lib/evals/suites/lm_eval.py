@@ -144,13 +144,20 @@ def _batch_size(recipe: EvalRecipe) -> Any:
 
 def _task_manager(recipe: EvalRecipe) -> Any:
     """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
-    recipe's suffice.
+    recipe's suffice: each task is among them, and each part of a group.
     """
     from lm_eval.tasks import TaskManager
 
     folder = recipe.data.include_path
     manager = TaskManager(include_path=folder, include_defaults=False)
-    if all(manager.match_tasks([task]) for task in recipe.suite.tasks or ()):
+
+    def suffices(task: Any) -> bool:
+        name = task.get("group") or task.get("task") if isinstance(task, dict) else task
+        entry = manager.task_index.get(name)
+        parts = (entry.cfg or {}).get("task") if entry and name in manager.all_groups else ()
+        return entry is not None and all(map(suffices, parts or ()))
+
+    if all(map(suffices, recipe.suite.tasks or ())):
         return manager
     return TaskManager(include_path=folder)
 
