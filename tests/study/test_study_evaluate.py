@@ -176,4 +176,4 @@ def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_th
     assert "no such file" in read_object(tmp_path / "runs/clean" / place)["leaks"]["why"]
     out = recipes("compare", "clean", "dirty")[1]
     assert "error: dirty: 1 of 8 questions of" in out and "No verdict about dirty" in out, out
-    assert "warning: Nobody searched the training rows of clean" in out
+    assert "warning: The training rows of clean were not searched" in out

@@ -614,8 +614,8 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
                     "leaked-questions", severity, title, lines, remedy, (arm.name,), metrics
                 )
     for name, who in unknown.items():
-        rows = f"the training rows of {sentence_list([*who])}"
-        title = f"Nobody searched {rows} for questions of {name}"
+        rows = f"The training rows of {sentence_list([*who])}"
+        title = f"{rows} were not searched for questions of {name}"
         touched = tuple(who) if len(who) == 1 else ()
         yield Finding("leaks-not-searched", "warning", title, (), "", touched)
 

@@ -391,7 +391,7 @@ def _why_not(row: TableRow, bounded: bool) -> str:
     if row.higher_is_better is None:
         return "its files do not say whether more or less of it is better"
     if questions < FEWEST_QUESTIONS:
-        return f"{count(questions, 'question')} cannot reach p <= {ALPHA:g}, whatever they say"
+        return f"{count(questions, 'question')} are too few to reach p <= {ALPHA:g}"
     if not bounded and questions < FEWEST_LOSSES:
         return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
     if not bounded and test.resolved.tail_against:

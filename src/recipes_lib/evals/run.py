@@ -188,9 +188,12 @@ def _job(task: EvalTask, remote_code: bool) -> _Job:
     opponent = recipe.opponent(task.against)
     named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]
     known: dict[str, Side] = {}
+    files = [*filter(is_answer_file, named)]
     if recipe.is_judged:
-        files = filter(is_answer_file, named)
         known |= {word: answers_in_file(Path(word), chosen.questions) for word in files}
+    elif files:
+        what = f"{files[0]} is a file of answers; {recipe.suite.name} asks a model"
+        raise RecipeError(what, "answers in files: alpaca_eval and mt_bench")
     known |= resolve([word for word in named if word not in known], recipe, remote_code)
     targets = [side for word in task.words if isinstance(side := known[word], Model)]
     reference = reference_answers(chosen.questions) if opponent == REFERENCE else None
