@@ -158,6 +158,10 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels", str(labels)]
+    turned = dict(rows[0], answer=rows[0]["opponent_answer"], opponent_answer=rows[0]["answer"])
+    (tmp_path / "both.jsonl").write_text(f"{json.dumps(rows[0])}\n{json.dumps(turned)}\n")
+    assert main([*words[:-1], str(tmp_path / "both.jsonl")]) == 4
+    assert "both.jsonl:2: a pair has two labels" in capsys.readouterr().err
     assert main([*words[:-1], "gone.jsonl"]) == 4
     assert capsys.readouterr().err == "gone.jsonl: no such file\n"
     with FaultyServer(answer="The first one. [RESULT] A") as server:

@@ -102,6 +102,7 @@ def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, mon
         (folder / "group.yaml").write_text(f"group: mine\ntask: [{task}]\n")
         words = [f"data.include_path={folder}", "suite.tasks=[mine]"]
         assert load_tasks(load_eval(small_task, words)) == 8
+    assert load_tasks(load_eval(small_task, ["suite.tasks=['tiny_*']"])) == 8
 
 
 MISTAKES = {

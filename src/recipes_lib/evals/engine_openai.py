@@ -93,8 +93,7 @@ class OpenAIEngine:
                 return None
             except (self._openai.OpenAIError, *_UNREADABLE) as error:
                 hint = "start it (launch/vllm_server.sh), then run the same command to continue"
-                refusals = self._openai.AuthenticationError, self._openai.PermissionDeniedError
-                if isinstance(error, refusals):
+                if getattr(error, "status_code", 0) in (401, 403):
                     hint = f"check {self.server.api_key_variable or 'api_key_variable'}"
                 what = f"{address} does not answer: {error.__cause__ or error}"
                 raise ServerFault(what, hint) from None

@@ -356,7 +356,8 @@ def read_labels(path: Path) -> dict[tuple[str, str, str], str]:
             what = "not a labelled pair: instruction, answer, opponent_answer and label"
             raise DataError(what, "label is win, tie or loss, of `answer`")
         pair = pair_texts(*map(str, texts))
-        if labels.setdefault(pair, label) != label:
+        turned = labels.get((pair[0], pair[2], pair[1]), TURNED[label])  # the answers exchanged
+        if labels.setdefault(pair, label) != label or turned != TURNED[label]:
             raise DataError(f"a pair has two labels: {pair[0][:60]!r}", "remove one of the rows")
 
     _parsed(path, read)

@@ -108,8 +108,7 @@ def evaluate(
     """
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        hint = "their results would be one file: rename one of them"
-        raise RecipeError(f"two eval recipes are called '{twice}'", hint)
+        raise RecipeError(f"two eval recipes are called '{twice}'", "rename one of them")
     compares = [recipe.is_judged or not against for recipe in recipes]
     if not any(compares):
         raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))

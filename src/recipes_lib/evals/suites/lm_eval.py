@@ -61,6 +61,7 @@ class LMEval(Suite):
         # rounding depends on what shares a batch, so answers of another set are not reused
         requests = hash_of(model.fingerprint, [suite.tasks, settings, _batch_size(recipe)])[:16]
         (folder / "cache").mkdir(parents=True, exist_ok=True)
+        settings["use_cache"] = str(folder / "cache" / requests)
         with _inside(recipe):
             from lm_eval import simple_evaluate
             from lm_eval.models.huggingface import HFLM
@@ -77,13 +78,9 @@ class LMEval(Suite):
                 )
             finally:
                 del network.tie_weights
+            manager, tasks = _tasks(recipe)
             results = simple_evaluate(
-                model=harness,
-                tasks=suite.tasks,
-                task_manager=_task_manager(recipe),
-                use_cache=str(folder / "cache" / requests),
-                log_samples=True,
-                **settings,
+                model=harness, tasks=tasks, task_manager=manager, log_samples=True, **settings
             )
         # as plain values, which is how lm_eval itself writes them
         results = json.loads(json.dumps(results, default=handle_non_serializable))
@@ -130,8 +127,8 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
     """
     check_allowed(recipe, remote_code)
     with _inside(recipe):
-        tasks = _task_manager(recipe).load(recipe.suite.tasks or [])["tasks"]
-        return sum(len(task.eval_docs) for task in tasks.values())
+        manager, tasks = _tasks(recipe)
+        return sum(len(task.eval_docs) for task in manager.load(tasks)["tasks"].values())
 
 
 def _batch_size(recipe: EvalRecipe) -> Any:
@@ -142,13 +139,14 @@ def _batch_size(recipe: EvalRecipe) -> Any:
     return _CPU_BATCH if str(size).startswith("auto") and not torch.cuda.is_available() else size
 
 
-def _task_manager(recipe: EvalRecipe) -> Any:
-    """lm-eval's task manager; its own tasks take ten seconds to index and are left out where the
-    recipe's suffice: each task is among them, and each part of a group.
+def _tasks(recipe: EvalRecipe) -> tuple[Any, list[str]]:
+    """lm-eval's task manager, and the tasks with their patterns filled in. Its own tasks take ten
+    seconds to index and are left out where the recipe's suffice: each task is among them, and each
+    part of a group.
     """
     from lm_eval.tasks import TaskManager
 
-    folder = recipe.data.include_path
+    folder, tasks = recipe.data.include_path, recipe.suite.tasks or []
     manager = TaskManager(include_path=folder, include_defaults=False)
 
     def suffices(task: Any) -> bool:
@@ -157,9 +155,10 @@ def _task_manager(recipe: EvalRecipe) -> Any:
         parts = (entry.cfg or {}).get("task") if entry and name in manager.all_groups else ()
         return entry is not None and all(map(suffices, parts or ()))
 
-    if all(map(suffices, recipe.suite.tasks or ())):
-        return manager
-    return TaskManager(include_path=folder)
+    if not all(map(suffices, tasks)):
+        manager = TaskManager(include_path=folder)
+    names = [name for task in tasks for name in manager.match_tasks([task]) or [task]]
+    return manager, [*dict.fromkeys(names)]
 
 
 @contextlib.contextmanager
