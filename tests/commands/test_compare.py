@@ -74,7 +74,7 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
     made_up.write_run(runs, "bare")
     for words, said in (
         (["bare"], "none of these has an evaluation with a result"),
-        (["r8", "r8"], "named twice"),
+        (["r8", "r8"], "'r8' is named twice"),
         (["r9"], "no run named"),
         (["base"], "base of what"),
         (["runs/"], "is a folder without a run"),

@@ -158,14 +158,14 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
     labels = tmp_path / "labels.jsonl"
     labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels", str(labels)]
-    turned = dict(rows[0], answer=rows[0]["opponent_answer"], opponent_answer=rows[0]["answer"])
-    (tmp_path / "both.jsonl").write_text(f"{json.dumps(rows[0])}\n{json.dumps(turned)}\n")
-    assert main([*words[:-1], str(tmp_path / "both.jsonl")]) == 4
-    assert "both.jsonl:2: a pair has two labels" in capsys.readouterr().err
-    assert main([*words[:-1], "gone.jsonl"]) == 4
-    assert capsys.readouterr().err == "gone.jsonl: no such file\n"
     with FaultyServer(answer="The first one. [RESULT] A") as server:
         judge_file(engine="openai", model=MODEL, base_url=server.url, mode="generate")
+        turned = dict(rows[0], answer=rows[0]["opponent_answer"], opponent_answer=rows[0]["answer"])
+        (tmp_path / "both.jsonl").write_text(f"{json.dumps(rows[0])}\n{json.dumps(turned)}\n")
+        assert main([*words[:-1], str(tmp_path / "both.jsonl")]) == 4
+        assert "both.jsonl:2: a pair has two labels" in capsys.readouterr().err
+        assert main([*words[:-1], "gone.jsonl"]) == 4
+        assert capsys.readouterr().err == "gone.jsonl: no such file\n"
         assert main([*words, "--limit", "6", "--probe-pairs", "1"]) == 0
         assert "failed its audit" in capsys.readouterr().out and len(server.bodies) == 16
         assert main([*words, "--json", "--probe-pairs", "1"]) == 0

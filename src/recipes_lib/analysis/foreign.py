@@ -230,6 +230,6 @@ def unique_names(runs: Sequence[Run]) -> dict[str, Run]:
         name = run.name if len(by_name[run.name]) == 1 else f"{run.name}-{run.folder.name}"
         if name in named:
             hint = "a run compared with itself shows nothing"
-            raise RecipeError(f"'{name}' is named twice", hint)
+            raise RecipeError(f"'{run.name}' is named twice", hint)
         named[name] = run
     return named
