@@ -5,6 +5,7 @@ folder when it is there.
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,8 +34,12 @@ def imports_are_not_searched_for_garbage() -> None:
 
 
 def pytest_unconfigure() -> None:
-    """Let go of what was frozen: Triton reports what the end of a process leaves."""
+    """Let go of what was frozen: Triton reports what the end of a process leaves. End the workers
+    that load rows: they outlive a training in this process, and no SIGTERM ends them.
+    """
     gc.unfreeze()
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 @pytest.fixture(scope="session")

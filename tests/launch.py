@@ -125,6 +125,8 @@ class Forks:
     def close(self) -> None:
         """End the server and whatever still runs below it."""
         if self.server is not None and self.server.stdin:
+            # an empty line: processes that a test forked hold the pipe open too
+            self.server.stdin.write("\n")
             self.server.stdin.close()
             self.server.wait(timeout=30)
 
@@ -147,7 +149,7 @@ def serve() -> None:
             reap(running)
         if sys.stdin in ready:
             line = sys.stdin.readline()
-            if not line:
+            if not line.strip():
                 break
             request = json.loads(line)
             pid = os.fork()

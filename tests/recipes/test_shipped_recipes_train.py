@@ -37,6 +37,11 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# SmolLM3's reads what the rows of its data say, as the real one does.
+SMOLLM3 = (
+    CHATML
+    + "{% if enable_thinking or custom_instructions or xml_tools or python_tools %}{% endif %}"
+)
 # Model of the recipe: its architecture, the template its tokenizer has (TRL's copy of it; SmolLM3's
 # and Olmo 3's are not among them, and are ChatML in their simplest form), and what ends a turn.
 # Llama-2, SmolLM2 and whatever brings data.chat_template take the tiny tokenizer's own.
@@ -46,7 +51,7 @@ MODELS = {
     "meta-llama/Llama-3.1-8B": ("llama", None, None),
     "Qwen/Qwen3-8B": ("qwen3", "trl:qwen3", "<|im_end|>"),
     "Qwen/Qwen3.5-4B": ("qwen3_5", "trl:qwen3_5_nothink", "<|im_end|>"),
-    "HuggingFaceTB/SmolLM3-3B": ("smollm3", CHATML, "<|im_end|>"),
+    "HuggingFaceTB/SmolLM3-3B": ("smollm3", SMOLLM3, "<|im_end|>"),
     "google/gemma-3-4b-pt": ("gemma3", None, None),
     "openai/gpt-oss-20b": ("gpt_oss", "trl:gptoss", "<|return|>"),
     "mistralai/Mistral-7B-v0.1": ("mistral", None, None),
