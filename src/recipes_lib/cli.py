@@ -32,13 +32,13 @@ from recipes_lib.core.errors import (
 START_HERE = {
     "new": "start a recipe of your own from an existing one",
     "check": "check recipes and configs, files or folders",
-    "data": "what the model reads and what the loss sees",
-    "plan": "what a training or a study needs: memory, steps, time, what to change",
+    "data": "what the model reads, and which tokens carry loss",
+    "plan": "what a training or study needs: memory, steps, time, and what to change",
     "train": "train a recipe, or continue it",
-    "chat": "talk to runs and their base model",
+    "chat": "chat with runs and their base model",
     "eval": "answer, judge and benchmark runs and models",
-    "study": "compare variants: plan, run, status, report",
-    "export": "a folder to give away: weights, tokenizer, model card",
+    "study": "compare variants of a recipe: plan, run, status, report",
+    "export": "write a folder to share: weights, tokenizer, model card",
     "launch": "submit a recipe or a study as Slurm jobs; status, cancel, logs",
 }
 MORE = {
@@ -48,10 +48,10 @@ MORE = {
     "migrate": "turn a flat TRL config into a recipe",
     "status": "the state of runs",
     "merge": "fold an adapter into its base model",
-    "judge": "the scorecard of a judge",
-    "compare": "the tested table for any runs, outside a study",
+    "judge": "audit a judge: its scorecard",
+    "compare": "compare any runs, or results of lm-eval and alpaca_eval",
     "prefetch": "fetch models, data and judges for nodes without a network",
-    "doctor": "versions, device, disk, token: what is missing and what to do",
+    "doctor": "check versions, device, disk and token, and say what to do",
 }
 VERBS = {**START_HERE, **MORE}
 _OVERRIDES = (

@@ -77,7 +77,7 @@ BAD_FILES = [
     (GOOD + f"train: {{seed: {2**32}}}\n", 5, "train.seed less than 4294967296"),
     (GOOD + EIGHT, 5, "adapter add a lora section"),
     (GOOD + NONE_OUT, 6, "train.eval_strategy no validation rows"),
-    (GOOD + "lora: {r: 8}\nquantization: {}\n", 6, "switches nothing on"),
+    (GOOD + "lora: {r: 8}\nquantization: {}\n", 6, "turns nothing on"),
     (GOOD.replace("rows.jsonl", "[]"), 4, "data.source at least 1 item"),
     (GOOD.replace("rows.jsonl", "[{source: a, wieght: 2}]"), 4, "data.source.0.weight"),
     (GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF, 3, "train.fp16 dtype: float16"),

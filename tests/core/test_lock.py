@@ -64,7 +64,7 @@ def test_a_job_that_was_queued_again_asks_its_earlier_try_to_stop_and_waits_for_
         assert child.wait(timeout=10) == 0
         note = json.loads((tmp_path / "mine" / "lock.json").read_text())
         assert (note["pid"], note["job"], note["restarts"]) == (os.getpid(), "7", 1)
-    assert f"still held by process {child.pid} on host" in capsys.readouterr().out
+    assert f"still in use by process {child.pid} on host" in capsys.readouterr().out
     assert not (tmp_path / "mine" / "lock.json").exists()
 
 

@@ -160,7 +160,7 @@ def test_weights_take_a_share_of_a_source_or_repeat_its_training_rows_alone(prep
     assert {*repeated} == {2, 3} and sum(repeated) == round(2.5 * len(repeated))
     assert not {*data.validation["example_id"]} & {*times}
     assert half.train + more.train == len(data.train)
-    with pytest.raises(DataError, match="is no row"):
+    with pytest.raises(DataError, match="is below one"):
         prepare([source[1], {**source[0], "weight": 0.001}])
 
 

@@ -92,7 +92,7 @@ BAD = {
         "mt_bnch.yaml": "mt_bench.yaml?",
         "r4.yaml": "r4.yaml: is a recipe, not an eval recipe",
     },
-    "lm_eval.yaml]": {"lm_eval.yaml, mt_bench.yaml]": "mt_bench' stands there twice"},
+    "lm_eval.yaml]": {"lm_eval.yaml, mt_bench.yaml]": "mt_bench' is listed twice"},
 }
 
 

@@ -19,7 +19,7 @@ def _audit(
     *,
     judge: Annotated[str | None, "judge file: who is asked, and the thresholds"] = None,
     labels: Annotated[Path | None, "rows: instruction, answer, opponent_answer, label"] = None,
-    limit: Annotated[int | None, "ask about so many pairs; a larger number later asks more"] = None,
+    limit: Annotated[int | None, "ask about N pairs; a larger N later asks about the rest"] = None,
     probe_pairs: Annotated[int, "pairs for the two probes, 4 judgments each", 0] = 10,
     json: Annotated[bool, "print the scorecard as JSON"] = False,
 ) -> int:

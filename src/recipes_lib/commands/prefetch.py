@@ -32,7 +32,7 @@ def run(
     overrides: Sequence[str],
     *,
     profile: Annotated[str | None, "the site: its directories hub and cache are filled"] = None,
-    check: Annotated[bool, "fetch nothing; look whether all is here (exit 5 if not)"] = False,
+    check: Annotated[bool, "fetch nothing; check that everything is here (exit 5 if not)"] = False,
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:
     """Fetch, then check in a process of its own that is told to stay offline, as a job on a compute

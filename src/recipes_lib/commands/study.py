@@ -40,7 +40,7 @@ def _run(
     overrides: Sequence[str],
     debug: bool,
     *,
-    jobs: Annotated[int, "trainings at the same time, each with GPUs of its own (default 1)"] = 1,
+    jobs: Annotated[int, "trainings at the same time, each on its own GPUs (default 1)"] = 1,
     no_train: Annotated[bool, "train nothing: evaluate what is trained, and report"] = False,
     trust_remote_code: Annotated[bool, "allow a model's own code, if the recipe asks"] = False,
 ) -> int:

@@ -208,7 +208,7 @@ def _place(migration: Migration, key: str, value: Any) -> None:
         "warmup_steps decides": key == "warmup_ratio" and (flat.get("warmup_steps") or not value),
         "warmup_ratio decides": key == "warmup_steps" and not value and flat.get("warmup_ratio"),
         "the tokenizer is the model's": is_model,
-        "the base is not loaded so": dotted.startswith("quantization.") and not loads,
+        "the base model is not loaded that way": dotted.startswith("quantization.") and not loads,
     }
     reasons_to_leave = {
         NOT_CARRIED.get(key, ""): key in NOT_CARRIED,
@@ -285,7 +285,7 @@ def _mixture(migration: Migration, key: str, value: Any) -> None:
         lost.append(f"test_split_size {size} rows (data.split.validation is a fraction)")
     migration.move(key, "data.source", sources)
     if lost:
-        migration.leave(key, f"no place in data.source: {', '.join(lost)}")
+        migration.leave(key, f"data.source cannot hold: {', '.join(lost)}")
 
 
 def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> None:

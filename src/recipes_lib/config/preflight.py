@@ -264,7 +264,7 @@ def check_names(
     name, embeddings = type(model).__name__, model.get_input_embeddings()
     is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if is_encoder and not getattr(config, "is_decoder", True):
-        what = f"{name} is an encoder here: it sees the tokens to predict"
+        what = f"{name} is an encoder: it sees the tokens it has to predict"
         yield recipe.error(KEY, what, "choose a causal language model")
     longest = recipe.train.get("max_length", upstream_default("train", "max_length"))
     positions = getattr(config, "max_position_embeddings", None) or 0

@@ -209,7 +209,7 @@ _IN_MODEL = ("dtype", "torch_dtype", "attn_implementation", "trust_remote_code",
 _NOT_IN_MODEL_KWARGS = {
     **{key: f"write model.{key.removeprefix('torch_')}" for key in _IN_MODEL},
     "quantization_config": "write a quantization section",
-    "device_map": "the launcher decides where the model lies",
+    "device_map": "the launcher decides on which device the model is",
     "use_safetensors": "safetensors are always read",
     "token": "a secret never belongs in a file; log in with 'hf auth login'",
 }
@@ -276,7 +276,7 @@ def _adapter(recipe: RecipeFile, train: dict[str, Any]) -> Iterator[_Finding]:
     four, eight = (quantization.get(f"load_in_{bits}bit") is True for bits in (4, 8))
     if recipe.quantization is not None and not four and not eight:
         hint = "set load_in_4bit: true or load_in_8bit: true, or remove the section"
-        yield "quantization", "quantization switches nothing on", hint
+        yield "quantization", "the quantization section turns nothing on", hint
     elif recipe.quantization is not None and recipe.lora is None:
         what = "quantized weights cannot be trained without an adapter"
         yield "quantization", what, "add a lora section, or remove quantization"
@@ -339,8 +339,8 @@ def no_model_at(name: str) -> _Finding | None:
         what = f"'{name}' is a {'GGUF ' * name.endswith('.gguf')}file"
         return what, "a model is a folder with config.json, safetensors and a tokenizer"
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        return f"no such folder: {name}", "a relative folder is meant from the working directory"
+        return f"no such folder: {name}", "a relative path starts at the working directory"
     if not HUB_ID.fullmatch(name):
         what = f"{name!r} is not a folder here, and cannot be a name on the Hub"
-        return what, "the Hub's names are like meta-llama/Llama-3.1-8B"
+        return what, "a Hub name looks like meta-llama/Llama-3.1-8B"
     return None

@@ -41,8 +41,8 @@ def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         if wait_s != _FOR_EVER and is_held(folder) and _is_earlier_try(note):
             wait_s = REQUEUE_WAIT_S
-            who = f"{describe_holder(note)}, an earlier try of this job"
-            say(f"{folder.name} is still held{who}: waiting up to {wait_s / 60:.0f} minutes")
+            who = f"{describe_holder(note)}, an earlier attempt of this job"
+            say(f"{folder.name} is still in use{who}: waiting up to {wait_s / 60:.0f} minutes")
             with suppress(OSError):
                 (folder / "STOP").touch()
         lock.acquire(timeout=wait_s, poll_interval=0.2)

@@ -175,7 +175,7 @@ class DataAudit:
             ),
             (self.no_supervised_tokens, "without a supervised token, left out"),
             (self.empty_completions, "with an empty completion teach only the end token"),
-            (self.changed_by_template, "of which the chat template changes or leaves out a text"),
+            (self.changed_by_template, "where the chat template changes or drops text"),
             (
                 self.other_prompt,
                 "that do not begin as the model is asked: the prompt ends in a space, or the"

@@ -149,7 +149,7 @@ def find_leaks(
                 short[words].append((name, text))
         times = Counter(gram for of_question in by_question.values() for gram in of_question)
         for text, of_text in grams.items():
-            # of a question that stands there twice, nothing is its own
+            # of a question that is listed twice, nothing is its own
             own = {gram for gram in of_text if times[gram] == 1} or of_text
             num_grams[name, text] = len(own)
             for gram in own:

@@ -69,7 +69,7 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
             row.source, row.content = number, content_hash(row.fields)
         taken = round(min(len(rows), source.max_examples or len(rows)) * min(source.weight, 1))
         if rows and not taken and max_rows is None:
-            what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is no row"
+            what = f"data.source[{number}].weight: {source.weight} of {len(rows)} rows is below one"
             raise SettingError("data.source", what, "raise it, or remove the source")
         data.sources.append((source, len(rows)))
         data.rows += first_in_hash_order(rows, taken, section.split.seed)

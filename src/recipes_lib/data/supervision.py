@@ -136,7 +136,7 @@ class Supervision:
             what = f"{key}: true needs prompt_format chat, not {section.prompt_format}"
             raise SettingError(key, what, "loss on the completion alone is the default already")
         if not getattr(tokenizer, "is_fast", False):
-            what = "the tokenizer has no fast version (tokenizer.json): the loss mask has no place"
+            what = "the tokenizer has no fast version (tokenizer.json), which the loss mask needs"
             raise SettingError("model.name_or_path", what)
         if not is_chat and not eos_token:
             what = "the tokenizer has no EOS token: the model would never learn to stop"

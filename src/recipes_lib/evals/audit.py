@@ -83,7 +83,7 @@ def audit(
         empty, injected = (_probe_check(probe, probed) for probe in PROBES)
     except KeyError as error:
         what = f"a judgment has no field {error}"
-        raise DataError(what, "was it written by another program or version?") from None
+        raise DataError(what, "another program or version may have written it") from None
     if len(judges) > 1:
         listed = ", ".join(sorted(name[:12] for name in judges))
         what = f"judgments of {len(judges)} judges in one audit: {listed}"

@@ -216,11 +216,11 @@ class OpenAIEngine:
         if isinstance(text, list):  # content in parts
             text = "".join(part["text"] for part in text)
         if not isinstance(text, str | None):
-            raise TypeError(f"the reply's text is not text: {str(text)[:80]!r}")
+            raise TypeError(f"the reply holds no text: {str(text)[:80]!r}")
         finish = getattr(choice, "finish_reason", None)
         finish = valid_texts(finish) if isinstance(finish, str) and finish else "stop"
         if finish.lower() in ("abort", "aborted", "cancelled", "error"):
-            raise ValueError(f"the server broke the reply off (finish_reason {finish})")
+            raise ValueError(f"the server cut the reply short (finish_reason {finish})")
         tokens = getattr(getattr(reply, "usage", None), "completion_tokens", 0)
         return Completion(
             key=request.key,
@@ -245,7 +245,8 @@ def _key_of(server: ServerSection) -> str:
         what = f"the environment variable {name} is not set"
         raise EnvironmentFault(what, f"export {name}=...")
     if not (value.isascii() and value.isprintable()):
-        raise EnvironmentFault(f"the environment variable {name} has characters that no key has")
+        what = f"the environment variable {name} holds characters that a key cannot have"
+        raise EnvironmentFault(what)
     return remember_secret(value)  # a server may send it back in an error
 
 

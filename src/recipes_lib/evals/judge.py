@@ -453,6 +453,6 @@ def verdict_tokens(
         lead_ids = encode(f"{lead_in} ")
         tokens = {verdict: encode(verdict)[0] for verdict in allowed}
     if len(set(tokens.values())) < len(allowed):
-        what = f"this judge's tokenizer cannot tell {', '.join(allowed)} apart by one token"
+        what = f"this judge's tokenizer has no single token for each of {', '.join(allowed)}"
         raise EnvironmentFault(what, "set judge.mode: generate")
     return lead_ids, {verdict: {token} for verdict, token in tokens.items()}

@@ -118,7 +118,7 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
     labels = read_labels(Path(data.labels)) if data.labels else {}
     asked = {question.turns[0].strip() for question in questions}
     if unknown := [instruction for instruction, _, _ in labels if instruction not in asked]:
-        what = f"no question of this eval has the instruction {unknown[0][:60]!r}"
+        what = f"this eval has no question with the instruction {unknown[0][:60]!r}"
         raise DataError(what, "remove the row, or correct it", file=data.labels)
     published = is_packaged or str(data.questions).startswith("tatsu-lab/alpaca_eval:")
     return QuestionSet(tuple(chosen), len(questions), published, labels)

@@ -341,7 +341,7 @@ class _Reader:
             with self.reported(place):
                 recipe = load_eval(self.file(place, name))
                 if recipe.name in [other.name for other in evals]:
-                    what = f"evals: '{recipe.name}' stands there twice"
+                    what = f"evals: '{recipe.name}' is listed twice"
                     raise self.document.error(place, what, "rename or remove it")
                 evals.append(recipe)
         return evals

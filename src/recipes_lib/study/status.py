@@ -202,7 +202,7 @@ def _power_line(study: Study) -> str | None:
     unit = "grade" if kind == "grade" else "share"
     sizes = f"{count(questions, 'question')}, {count(seeds, 'seed')} per arm, assumed spread"
     if unit == "share" and least >= 1:
-        return f"finds no difference of {primary}, not even 100 points ({sizes}): ask more"
+        return f"cannot detect any difference in {primary}, not even 100 points ({sizes}): ask more"
     return f"finds {difference_text(least, unit, signed=False)} of {primary} ({sizes})"
 
 

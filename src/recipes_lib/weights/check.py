@@ -137,7 +137,7 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
         missing = {*info["missing_keys"], *map(str, info["mismatched_keys"])}
         trained = {name for name, weight in _named(model) if weight.requires_grad}
         yield from (f"{name} is missing in the file" for name in trained & missing)
-        yield from (f"{name} in the file is of no layer" for name in info["unexpected_keys"])
+        yield from (f"{name} in the file belongs to no layer" for name in info["unexpected_keys"])
         return
     recorded = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if recorded != base:
