@@ -399,7 +399,8 @@ def _why_not(row: TableRow, bounded: bool) -> str:
     if bounded and row.first_value == row.second_value and row.unit == "share":
         ends = {0.0: "nothing", 1.0: "everything"}
         if row.first_value in ends and not test.unresolved:
-            return f"both arms have {ends[row.first_value]} right: the questions cannot tell them apart"
+            right = f"both arms have {ends[row.first_value]} right"
+            return f"{right}: the questions cannot tell them apart"
     return ""
 
 
