@@ -311,7 +311,7 @@ def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
     file = tmp_path / "old.csv"
     file.write_bytes("instruction;response\nGröße?;é\n".encode("latin-1"))
     assert look_at(file).keys == {"delimiter": ";", "encoding": "cp1252"}
-    for content, words in (('{"a": "b"}', "columns a are not understood"), ("", "has no row")):
+    for content, words in (('{"a": "b"}', "columns a are not understood"), ("", "has no rows")):
         (tmp_path / "odd.jsonl").write_text(content)
         with pytest.raises(DataError, match=words):
             look_at(tmp_path / "odd.jsonl")

@@ -187,9 +187,9 @@ def look_at(data: Path) -> OwnRows:
             text = file.read_text(encoding=encoding, errors="replace")
         if data_format(file) == ".csv":
             delimiter = other_delimiter(text.partition("\n")[0].split(",")) or None
-    names = column_names(
-        read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter)
-    )
+    rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter)
+    if not (names := column_names(rows)):
+        raise DataError("the file has no rows", file=shown_path(file))
     columns: dict[str, str] = {}
     formats = _formats_for(columns, names)
     if not formats:
@@ -198,7 +198,7 @@ def look_at(data: Path) -> OwnRows:
                 columns[ours] = "" if known in columns.values() else known  # one column is not two
         formats = _formats_for(columns, names)
     if not formats:
-        what = f"columns {', '.join(names)} are not understood" if names else "has no row"
         hint = "start without --data and set data.source and data.columns yourself"
+        what = f"columns {', '.join(names)} are not understood"
         raise DataError(what, hint, file=shown_path(file), line=1)
     return OwnRows(data, formats, columns, formats == ("raw",), delimiter, encoding)

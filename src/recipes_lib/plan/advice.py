@@ -161,7 +161,7 @@ def rows_shown(plan: Plan, advice: Advice | None) -> list[PlanRow]:
     speed, source = plan.speed, plan.speed_source
     add("time", text, tokens_per_second=speed, speed=source, seconds=plan.seconds)
 
-    text = "" if plan.fits else "no change of this recipe is known to make it fit: a larger card"
+    text = "" if plan.fits else "no known change of this recipe makes it fit: use more memory"
     if advice is not None:
         text = f"{advice.words}  ({advice.why}; {advice.plan.needed:.1f} GiB)"
     add("try", text, advice=advice and advice.words)
