@@ -22,6 +22,7 @@ LIGHT = [
     *([], ["--help"], ["--version"], ["ls"], ["status"], ["check", "recipes"]),
     *(["explain", "train"], ["show", RECIPE], ["show", RECIPE, "--diff", RECIPE]),
     *([verb, "--help"] for verb in cli.VERBS),
+    *([verb, "nonsense"] for verb in ("plan", "train", "chat", "merge")),
 ]
 
 
@@ -42,7 +43,7 @@ main(["check", {RECIPE!r}])  # it imports only what the kind of its file needs
 others = ("analysis", "evals", "slurm", "study")
 assert not [name for name in others if f"recipes_lib.{{name}}" in sys.modules]
 for argv in {LIGHT!r}:
-    assert main(argv) == 0, argv
+    assert main(argv) == 2 * ("nonsense" in argv), argv
     heavy = [name for name in {HEAVY!r} if name in sys.modules]
     assert not heavy, (argv, heavy)
 """)
@@ -66,6 +67,8 @@ WRONG = [
     (["ls", "--diff"], ["unknown option '--diff'"]),
     (["explain", "train", "train.seed=1"], ["unknown argument 'train.seed'"]),
     (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
+    (["show", RECIPE, "foo.bar=1"], ["command line: unknown section or key 'foo'"]),
+    (["show", RECIPE, "--origins"], ["command line: '--origins' is not section.key=value"]),
     (["show", RECIPE, "--learning_rate=3"], ["write train.learning_rate"]),
     (["show", RECIPE, "train.sed=3"], ["command line: unknown key", "did you mean train.seed?"]),
     (["export", "my-first"], ["--to: the folder to write, for example my-first-export"]),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recipes_lib import __version__
-from recipes_lib.commands import declare, parameters
+from recipes_lib.commands import GIVEN, declare, parameters
 from recipes_lib.core.errors import (
     ExitCode,
     RecipeError,
@@ -153,7 +153,8 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
     function = actions[arguments.pop("action")] if actions else module.run
     if "overrides" in parameters(function):
         arguments["overrides"] = unknown
-    options = [f"--{name.replace('_', '-')}" for name in parameters(function)]
+    flags = parameters(function).keys() - {*GIVEN}
+    options = [f"--{name.replace('_', '-')}" for name in flags]
     for word in unknown:
         name = word.partition("=")[0]
         is_option = name.startswith("-") and "." not in name

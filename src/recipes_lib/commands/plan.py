@@ -48,15 +48,15 @@ def run(
             return print_json(study_plan_object(study, gpu))
         say("\n".join(study_plan_lines(study, gpu)))
         return next_step("recipes", "study", "run", shown_path(file), *overrides)
-    # they import torch, and `--help` does not
+    recipe = load_recipe(recipe_or_study, overrides)
+    for warning in recipe.document.warnings:
+        print_error(warning)
+    # they import torch, and what is refused above does not wait for it
     from recipes_lib.plan.advice import advise, rows_shown
     from recipes_lib.plan.advice import table as table_lines
     from recipes_lib.plan.plan import card_for, launch_for, plan_of
     from recipes_lib.plan.steps import rows_of
 
-    recipe = load_recipe(recipe_or_study, overrides)
-    for warning in recipe.document.warnings:
-        print_error(warning)
     launch = launch_for(recipe, gpu, gpus, nodes, accelerate)
     plan = plan_of(recipe, launch, card_for(launch, gpu), rows_of(recipe, tokens_per_row))
     advice = advise(plan, overrides)

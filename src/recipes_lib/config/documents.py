@@ -92,10 +92,11 @@ class Document:
         return kind_of(self).name
 
     def origin(self, key: str | KeyPath) -> Origin:
-        """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest above."""
+        """Return the place of a key (`"lora.r"` or `("lora", "r")`), else of the nearest around."""
         path = tuple(key.split(".")) if isinstance(key, str) else key
-        above = (path[:length] for length in range(len(path), 0, -1))
-        return next((self.origins[key] for key in above if key in self.origins), Origin(self.file))
+        around = [path[:length] for length in range(len(path), 0, -1)]
+        around += [known for known in self.origins if known[: len(path)] == path]
+        return next((self.origins[key] for key in around if key in self.origins), Origin(self.file))
 
     def error(self, key: str | KeyPath, what: str, *hints: str) -> RecipeError:
         """Return an error at the place of a key."""
