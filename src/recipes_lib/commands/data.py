@@ -16,7 +16,7 @@ from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.recipe import find_eval, load_eval
+from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval
 from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ def run(
     # an override may follow the evals
     words = [*overrides, *(word for word in against if "=" in word)]
     loaded = load_recipe(recipe, words)
+    evals = [load_eval(find_eval(word)) for word in against if "=" not in word]
     tokenizer = load_tokenizer(loaded)
     try:
         data = prepare_data(loaded, tokenizer)
@@ -49,7 +50,7 @@ def run(
         _say_audit(error.audit)
         raise
     _say_audit(data.audit, f" (split: {data.splits['method']})")
-    _say_leaks(loaded, [word for word in against if "=" not in word])
+    _say_leaks(loaded, evals)
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer)
     say()
@@ -84,9 +85,8 @@ def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     return [f"{values[key]:,}" for key in keys]
 
 
-def _say_leaks(recipe: Recipe, evals: Sequence[str]) -> None:
+def _say_leaks(recipe: Recipe, asked: Sequence[EvalRecipe]) -> None:
     """Print what the rows that train hold of each eval; raise if it is too much."""
-    asked = [load_eval(find_eval(word)) for word in evals]
     errors = []
     for name, leaks in (search_recipe(recipe, asked, fetch=True) if asked else {}).items():
         if leaks.is_error:

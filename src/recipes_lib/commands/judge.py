@@ -34,8 +34,9 @@ def _audit(
     if judgments is not None:
         if limit or labels:
             raise RecipeError("--limit and --labels are for asking a judge: leave JUDGMENTS out")
-        if not judgments.is_file():
-            raise DataError("no such file of judgments", file=judgments)
+        if not judgments.is_file() or not judgments.stat().st_size:
+            hint = "an evaluation writes runs/RUN/evals/EVAL/judgments.jsonl"
+            raise DataError("no file with judgments", hint, file=judgments)
         card = audit_stored(judgments, judge)
         asked: list[str | Path] = [judgments]
     elif judge and labels:

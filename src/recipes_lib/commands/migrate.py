@@ -29,7 +29,7 @@ def run(
     for change in migration.changes:
         say(change)
     lost = sum("NOT CARRIED OVER" in change for change in migration.changes)
-    say(f"{output}: {len(migration.changes)} changes, {lost} keys not carried over")
+    say(f"{output}: {len(migration.changes)} changes, not carried over: {lost}")
     return next_step("recipes", "check", "--full", output)
 
 
