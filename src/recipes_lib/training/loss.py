@@ -32,7 +32,7 @@ class TokenLogProbs(torch.autograd.Function):
         for_hidden, for_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
-        log_probs, entropy = torch.empty(2, len(hidden)).unbind()
+        log_probs, entropy = torch.empty(len(hidden)), torch.empty(len(hidden))
         is_top1 = torch.zeros(len(hidden), dtype=torch.bool)
         for start in range(0, len(hidden), TOKENS_PER_TILE):
             tile = slice(start, start + TOKENS_PER_TILE)
