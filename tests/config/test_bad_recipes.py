@@ -74,11 +74,12 @@ NONE_OUT = "  split: {method: none}\ntrain: {eval_strategy: epoch}\n"
 # (content, line or None, words)
 BAD_FILES = [
     (GOOD + "lora: {r: -8}\n", 5, "lora.r -8"),
+    (GOOD + "lora:\n\tr: 8\n", 6, "a tab indent with spaces"),
     (GOOD + f"train: {{seed: {2**32}}}\n", 5, "train.seed less than 4294967296"),
     (GOOD + EIGHT, 5, "adapter add a lora section"),
     (GOOD + NONE_OUT, 6, "train.eval_strategy no validation rows"),
     (GOOD + "lora: {r: 8}\nquantization: {}\n", 6, "turns nothing on"),
-    (GOOD.replace("rows.jsonl", "[]"), 4, "data.source at least 1 item"),
+    (GOOD.replace("rows.jsonl", "[]"), 4, "data.source string or a list of at least 1 item, got"),
     (GOOD.replace("rows.jsonl", "[{source: a, wieght: 2}]"), 4, "data.source.0.weight"),
     (GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF, 3, "train.fp16 dtype: float16"),
     (GOOD.replace("b\nd", "b\n  attn_implementation: varlen\nd") + WRAPPED, 3, "wrapped sdpa"),

@@ -147,6 +147,7 @@ def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
 
 REFUSED = [
     (SHORT + "learning_rate: -1\n", "flat.yaml:3: train.learning_rate must be greater than 0"),
+    (SHORT + "seed: 1\nseed: 2\n", "flat.yaml:4: duplicate key 'seed': lines 3 and 4"),
     (SHORT + "beta: 0.1\n", "DPO"),
     (SHORT + "loss_type: sigmoid\n", "flat.yaml:3: train.loss_type"),
     ("base_model: a\nsequence_len: 3\n", "axolotl"),

@@ -243,7 +243,9 @@ def _refusal(error: yaml.YAMLError) -> tuple[str, int | None]:
     """Return what PyYAML says about a text, and the line."""
     what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
     mark, start = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
-    if start:
+    if "cannot start any token" in what:
+        what = "a tab, @ or ` begins a key or value; indent with spaces, quote text"
+    elif start:
         what += f" {getattr(error, 'context', '')} that begins on line {start.line + 1}"
     return f"YAML: {what}", mark.line + 1 if mark else None
 

@@ -169,7 +169,7 @@ def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) 
         _place(migration, key, value)
     _complete(migration, prompt_formats)
     _, errors = judge(RecipeFile, migration.document(), recipe_rules)
-    if errors:
+    if errors := [*(error for error in flat.problems if "duplicate" in str(error)), *errors]:
         raise RecipeErrors(errors)
     return migration
 

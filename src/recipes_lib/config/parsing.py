@@ -210,6 +210,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     messages = [detail["msg"].removeprefix("Value error, ") for detail in details]
     must = " must be" if messages[0].startswith("Input should be ") else ":"
     texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
+    texts = [text.replace("List should have", "a list of").split(" after val")[0] for text in texts]
     what = f"{name}{must} {' or '.join(dict.fromkeys(texts))}"
     hints = [form.format(path[-1]) for kind, form in _FORMS.items() if kind in kinds]
     expected = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]
