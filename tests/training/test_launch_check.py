@@ -31,6 +31,11 @@ def test_what_is_not_what_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match=r"(?s)FSDP was asked for, but DDP is active.*fsdp_cpu"):
         check_launch(Active(2, "DDP", "cpu"))
+    met = SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2, device="cpu")
+    monkeypatch.setattr("accelerate.PartialState", lambda: met)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(RecipeError, match=r"(?s)but FSDP1 is active.*fsdp_version: 2"):
+        check_launch(what_runs())
 
 
 def test_fsdp_of_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def what_runs(state: Any = None) -> Active:
     known = state or PartialState()
     kind = str(getattr(known.distributed_type, "value", known.distributed_type))
     if state is None and known.num_processes > 1 and _asks_for("ACCELERATE_USE_FSDP"):
-        kind = "FSDP"
+        kind = "FSDP1" if os.getenv("FSDP_VERSION") == "1" else "FSDP"
     words = {"MULTI_GPU": "DDP", "MULTI_CPU": "DDP", "NO": "one process"}
     return Active(known.num_processes, words.get(kind, kind), str(known.device))
 
