@@ -137,7 +137,7 @@ class DataAudit:
         if endless := self.without_end_token:
             what = f"{len(endless)}/{used} rows do not end with a supervised end token"
             why = f"the model would not learn to stop: {listed(endless, 3)}"
-            hint = "end an assistant turn with a special token, inside {% generation %} if there"
+            hint = "end each assistant turn with a special token, inside any {% generation %} block"
             raise RefusedData(self, "data.chat_template", what, why, hint)
         if evaluates and not self.rows["validated"]:
             what = (
