@@ -80,7 +80,7 @@ def test_the_advice_typed_as_it_stands_keeps_its_word(plan: Run) -> None:
 def test_what_nothing_makes_fit_says_so(plan: Run) -> None:
     words = ("lora=null", "model.name_or_path=meta-llama/Llama-3.1-8B", "train.max_length=512")
     code, out, _ = plan(LORA, "--gpu", "h100-mig-1g.10gb", *words)
-    assert code == 0 and "DOES NOT FIT" in out and "larger card" in out
+    assert code == 0 and "DOES NOT FIT" in out and "use more memory" in out
     assert out.splitlines()[-1] == "next: recipes ls"
 
 

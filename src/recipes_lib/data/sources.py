@@ -178,8 +178,10 @@ def hub_data_set(source: Source) -> Dataset:
     except Exception as error:  # the Hub's client raises many types; each becomes one line
         what = f"cannot load '{name}' from the Hub: {one_line(error)}"
         hint = "check the name and the network; for a private or gated data set: hf auth login"
+        if "Repository Not Found" in str(error):
+            what = f"the Hub has no data set '{name}', or you have no access to it"
         if offline_by_environment():
-            what = f"offline, and '{name}' is no file or folder here and not in the Hub's cache"
+            what = f"offline, and '{name}' is not a file or folder, and not in the Hub's cache"
             hint = f"put a file at {name}/train.jsonl, or set data.source to a path"
         raise SettingError("data.source", what, hint) from error
 

@@ -295,6 +295,14 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
         what = f"offline, and '{name}' is not in the local cache"
         hint = f"on a machine with a network: hf download {name}; or set model.name_or_path to a"
         hint += f" local folder, or to {MODEL}"
+    elif errors.RepositoryNotFoundError in causes:
+        what = f"the Hub has no model '{name}', or it is private"
+        hint = "check the name; for a private model: hf auth login"
+    elif errors.RevisionNotFoundError in causes:
+        what, hint = f"'{name}' has no revision '{section.revision}'", "check model.revision"
+    elif "safetensors" in str(error):
+        what = f"'{name}' has no safetensors on the Hub; other weights are pickles, which run code"
+        hint = "choose a revision that has them, or convert the weights"
     else:
         hint = "check the name and model.revision; for a private model: hf auth login"
     return EnvironmentFault(what, hint)
