@@ -136,7 +136,7 @@ def test_a_source_that_is_nowhere_names_the_nearest(tmp_path, monkeypatch):
         rows_of(tmp_path / "row.jsonl")
     assert "rows.jsonl" in caught.value.hints[0]
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(SettingError, match="offline, and 'nobody/nothing' is no file"):
+    with pytest.raises(SettingError, match="offline, and 'nobody/nothing' is not a file"):
         rows_of("nobody/nothing")
 
 

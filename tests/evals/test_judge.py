@@ -253,7 +253,7 @@ def test_verdicts_are_told_apart_by_one_token_or_refused():
     spaced, bare = [ord(char) for char in "[R] "], [ord(char) for char in "[R]"]
     assert verdict_tokens(Letters(), "[R]", ("1", "2")) == (spaced, {"1": {49}, "2": {50}})
     assert verdict_tokens(SomeMerge(), "[R]", ("1", "2")) == (bare, {"1": {1000}, "2": {32}})
-    with pytest.raises(EnvironmentFault, match="apart by one token"):
+    with pytest.raises(EnvironmentFault, match="no single token for each"):
         verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
 
 
