@@ -75,6 +75,7 @@ class _Job:
 
     @property
     def recipe(self) -> EvalRecipe:
+        """The eval recipe of the task."""
         return self.task.recipe
 
     def asked(self) -> list[Model]:
