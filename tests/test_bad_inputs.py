@@ -296,7 +296,8 @@ LINES: list[tuple[list[str], int, str]] = [
     (["chat", "nothing", "--prompt", "x"], 2, "nothing"),
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
     *((["judge", "audit", name], 4, f"{name}: evals/EVAL/judgments.jsonl")
-      for name in ("empty.jsonl", "nowhere.jsonl", ".")),
+      for name in ("empty.jsonl", "nowhere.jsonl", "rows.jsonl", ".")),
+    (["launch", "nowhere"], 2, "nowhere: no such file"),  # before --profile
     (["train", str(CONFIGS / "ddp.yaml")], 2, "accelerate config"),
 ]  # fmt: skip
 
@@ -309,6 +310,7 @@ def test_a_bad_command_line_gets_one_answer(
     fsdp = (CONFIGS / "fsdp_cpu.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
     Path("wrap.yaml").write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n")
     Path("empty.jsonl").touch()
+    Path("rows.jsonl").write_text('{"instruction": "a"}\n')
     Path("sharded.yaml").write_text(fsdp.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
     wrong = []
     for argv, code, words in LINES[first : first + 4]:

@@ -5,9 +5,9 @@ above it, and nothing else.
 from __future__ import annotations
 
 import ast
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import recipes_lib
 
@@ -32,8 +32,7 @@ MOST_INSIDE_FUNCTIONS = 55
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 
 
-@dataclass(frozen=True)
-class Import:
+class Import(NamedTuple):
     """One module of ours that imports another, both without the package's name."""
 
     module: str
@@ -41,28 +40,30 @@ class Import:
     in_function: bool
     for_types: bool
 
+    @property
+    def tops(self) -> list[str]:
+        """The packages of both, or the modules that have a place of their own."""
+        names = (self.module, self.imported)
+        return [name if name in LEVEL else name.split(".")[0] for name in names]
+
 
 @cache
 def imports() -> list[Import]:
     """Return every import among our modules, wherever in the file it stands; one statement counts
     once for each module it names.
     """
-    files = {
-        str(path.relative_to(ROOT).with_suffix(""))
-        .replace("/", ".")
-        .removesuffix(".__init__"): path
-        for path in ROOT.rglob("*.py")
-    }
-    found = []
+    files = {}
+    for path in ROOT.rglob("*.py"):
+        name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        files[name.removesuffix(".__init__")] = path
+    result = []
 
     def visit(module: str, node: ast.AST, in_function: bool, for_types: bool) -> None:
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("recipes_lib."):
             package = str(node.module).removeprefix("recipes_lib").removeprefix(".")
             names = {f"{package}.{alias.name}".removeprefix(".") for alias in node.names}
-            found.extend(
-                Import(module, name, in_function, for_types)
-                for name in names & files.keys() or {package} - {""}
-            )
+            named = names & files.keys() or {package} - {""}
+            result.extend(Import(module, name, in_function, for_types) for name in named)
         in_function |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         for_types |= isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
         for child in ast.iter_child_nodes(node):
@@ -70,44 +71,32 @@ def imports() -> list[Import]:
 
     for module, path in files.items():
         visit(module, ast.parse(path.read_text(encoding="utf-8")), False, False)
-    return found
+    return result
 
 
-def top(module: str) -> str:
-    return module if module in LEVEL else module.split(".")[0]
-
-
-def test_every_package_has_a_place_in_the_order() -> None:
-    assert {
-        top(module) for found in imports() for module in (found.module, found.imported)
-    } <= LEVEL.keys()
-
-
-def test_no_import_runs_upwards() -> None:
-    assert not {
-        (found.module, found.imported)
-        for found in imports()
-        if LEVEL[top(found.module)] < LEVEL[top(found.imported)]
+def test_no_import_runs_upwards_and_every_package_has_a_place_in_the_order() -> None:
+    upwards = {
+        (line.module, line.imported)
+        for line in imports()
+        if LEVEL[line.tops[0]] < LEVEL[line.tops[1]]
     }
+    assert not upwards
 
 
 def test_modules_do_not_import_each_other_in_a_circle() -> None:
     """Those of one package, and those of packages on one level; what only annotations need is left
     out.
     """
-    pairs = {
-        (found.module, found.imported)
-        for found in imports()
-        if not found.for_types and found.module != found.imported
-    }
+    lines = [line for line in imports() if not line.for_types and line.module != line.imported]
+    pairs = {(line.module, line.imported) for line in lines}
     left = {module for pair in pairs for module in pair}
     while left:
         inner = [pair for pair in pairs if left.issuperset(pair)]
-        bound = {one for one, _ in inner} & {other for _, other in inner}
+        bound = {module for module, _ in inner} & {imported for _, imported in inner}
         assert bound != left, f"a circle among {sorted(left)}"
         left = bound
 
 
 def test_imports_inside_functions_become_fewer() -> None:
-    inside = [f"{found.module}: {found.imported}" for found in imports() if found.in_function]
+    inside = [f"{line.module}: {line.imported}" for line in imports() if line.in_function]
     assert len(inside) <= MOST_INSIDE_FUNCTIONS, f"{len(inside)}: {inside}"

@@ -14,8 +14,8 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1914, 1500),
-    "core": (1240, 800),
+    "commands": (1845, 1500),
+    "core": (1140, 800),
     "config": (2990, 1900),
     "models": (704, 450),
     "data": (2665, 1650),

@@ -24,8 +24,8 @@ def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, capsys)
     monkeypatch.setattr(doctor, "DOCTOR_CHECKS", (check_broken, doctor.check_disk))
     assert main(["doctor"]) == 5
     out = capsys.readouterr().out
-    assert "fail  broken" in out and "libtorch.so is damaged" in out and "GiB free" in out
-    assert out.splitlines()[-1] == "next: make setup; recipes doctor"
+    assert "GiB free" in out
+    assert "fail  broken        ImportError: libtorch.so is damaged -> make setup" in out
 
 
 def test_what_would_stop_or_change_a_training_is_found(tmp_path, monkeypatch):

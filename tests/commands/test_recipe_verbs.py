@@ -117,8 +117,8 @@ def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
 
 def test_diff_shows_only_what_differs_with_origins(capsys):
     out = said(capsys, "show", QUICKSTART, "--diff", "quickstart/lora-r32")
-    keys = [line.split()[0] for line in out.splitlines()[1:-1]]
-    assert keys == ["lora.r", "lora.lora_alpha", "run.tags"]
+    keys = [line.split()[0] for line in out.splitlines()[1:]]
+    assert keys == ["lora.lora_alpha", "lora.r", "run.tags"]
     assert "lora-r32.yaml:" in out
     assert said(capsys, "show", QUICKSTART, "--diff", QUICKSTART).startswith("no difference")
     other = ("llama2-7b-dolly/qlora-r8", "--diff", "llama2-7b-dolly/lora-bf16-r8")
@@ -141,7 +141,6 @@ def test_explain_says_type_default_and_documentation(capsys):
     ):
         out = said(capsys, "explain", key)
         assert not [word for word in words if word not in " ".join(out.split())], out
-        assert out.splitlines()[-1].startswith("next: recipes explain")
     sections = ["model", "quantization", "lora", "data", "train", "run", "launch"]
     assert [line.split()[0] for line in said(capsys, "explain").splitlines()[:-1]] == sections
 

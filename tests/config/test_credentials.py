@@ -27,12 +27,9 @@ SECRETS = [
     ("ftp://me:PLAN@TED@host/x", "ftp://***@host/x"),
     ("http://h/v1?key=PLANTED&n=3", "http://h/v1?key=***&n=3"),
     ("http://h/v1?n=3&access_token=PLANTED#top", "http://h/v1?n=3&access_token=***#top"),
-    ("https://h/f?X-Amz-Signature=PLANTED", "https://h/f?X-Amz-Signature=***"),
     ("Authorization: Bearer PLANTEDPLANTED", "Authorization: ***"),
     ("hf_PLANTEDPLANTEDPLANTED", "***"),
     ("sk-proj-PLANTEDPLANTEDPLANTED-x", "***"),
-    ("ghp_PLANTEDPLANTEDPLANTED", "***"),
-    ("github_pat_PLANTED_PLANTEDPLANTED", "***"),
 ]
 HARMLESS = [
     "https://huggingface.co/@someone",

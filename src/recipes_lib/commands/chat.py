@@ -1,7 +1,4 @@
-"""`recipes chat RUN [RUN...]`: type a question, read what the base and each run answer.
-
-Each model keeps its own conversation: it reads its earlier answers, not those of the others.
-"""
+"""`recipes chat RUN [RUN...]`: type a question, read what the base and each run answer."""
 
 from __future__ import annotations
 
@@ -31,39 +28,34 @@ def run(
     """Load every run once and answer until the input ends."""
     if not 0 <= temperature < float("inf"):
         raise RecipeError("recipes chat: --temperature must be 0 or more")
-    trained = [finished_run(open_run(name), trust_remote_code) for name in dict.fromkeys(runs)]
+    trained = [finished_run(open_run(name), trust_remote_code) for name in runs]
     distinct = {run.run.path: run for run in trained}
     quiet_libraries()
     loaded = [Family(group) for group in families(list(distinct.values()))]
-    asked = [
-        (family, name, _title(family, name, len(loaded)))
+    begin: list[Message] = [{"role": "system", "content": system}] if system else []
+    conversations = [  # each model reads its own earlier answers
+        (family, name, list(begin))
         for family in loaded
         for name in family.names
         if not (no_base and name == BASE)
     ]
-    begin: list[Message] = [{"role": "system", "content": system}] if system else []
-    conversations = [list(begin) for _ in asked]
     for question in [prompt] if prompt is not None else _questions():
-        for (family, name, title), messages in zip(asked, conversations, strict=True):
+        for family, name, messages in conversations:
             messages.append({"role": "user", "content": question})
             text = answer(family, name, messages, max_new_tokens, temperature)
             messages.append({"role": "assistant", "content": text})
+            recipe, title = family.recipe, name
+            if name == BASE and len(loaded) > 1:
+                form = f" in {recipe.base_format}" if recipe.base_format else ""
+                title = f"{name} {recipe.model.name_or_path}{form}"
             say(f"{title}\n{text or '(empty answer)'}\n")
     return next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
-
-
-def _title(family: Family, name: str, num_bases: int) -> str:
-    model = family.recipe.model.name_or_path if name == BASE and num_bases > 1 else ""
-    form = f"in {family.recipe.base_format}" if model and family.recipe.base_format else ""
-    return " ".join(filter(None, [name, model, form]))
 
 
 def answer(
     family: Family, name: str, messages: Sequence[Message], max_new_tokens: int, temperature: float
 ) -> str:
-    """Return the next answer of a conversation, asked in the prompt format the run was trained with
-    (the base: as the first run).
-    """
+    """Return the next answer, asked in the run's prompt format (the base: as the first run)."""
     import torch
 
     from recipes_lib.data.supervision import prompt_ids
@@ -87,13 +79,10 @@ def answer(
 
 def _questions() -> Iterator[str]:
     """Yield lines of the input until an empty one."""
-    at_terminal = sys.stdin.isatty()
-    if at_terminal:
+    mark = "> " if sys.stdin.isatty() else ""
+    if mark:
         say("type a question; an empty line or Ctrl-D ends")
-    while True:
-        if at_terminal:
-            print("> ", end="", flush=True)
-        line = sys.stdin.readline().strip()
-        if not line:
-            return
+    print(mark, end="", flush=True)
+    while line := sys.stdin.readline().strip():
         yield line
+        print(mark, end="", flush=True)

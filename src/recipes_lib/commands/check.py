@@ -1,6 +1,4 @@
-"""`recipes check`: recipes, bases and every other YAML of a project, files or whole folders,
-everything wrong at once.
-"""
+"""`recipes check`: recipes, bases and every other YAML of a project, everything wrong at once."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from typing import Annotated
 from recipes_lib.config.documents import Document, kind_of, no_such_file, read, wrong_kind
 from recipes_lib.config.launch import AccelerateConfig, accelerate_rules
 from recipes_lib.config.parsing import judge
-from recipes_lib.config.recipe import Recipe, check_recipe, recipe_of
+from recipes_lib.config.recipe import check_recipe, recipe_of
 from recipes_lib.core.errors import DataError, ExitCode, RecipeError, RecipesError, print_error
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import next_step, say
@@ -48,13 +46,12 @@ def run(
         return ExitCode.DATA if of_data else ExitCode.USAGE
     say(f"{count} ok")
     for file in files:
-        kind, shown = read(file).kind, shown_path(file)
-        if kind in ("recipe", "study"):
-            words = ["data", shown, "--show", "3"] if kind == "recipe" else ["study", "plan", shown]
-            break
-    else:
-        words = ["ls"]
-    return next_step("recipes", *words)
+        kind = read(file).kind
+        if kind == "recipe":
+            return next_step("recipes", "data", shown_path(file), "--show", "3")
+        if kind == "study":
+            return next_step("recipes", "study", "plan", shown_path(file))
+    return next_step("recipes ls")
 
 
 def check_file(path: Path, full: bool) -> Findings:
@@ -86,8 +83,6 @@ def check_file(path: Path, full: bool) -> Findings:
             from recipes_lib.evals.recipe import load_eval
 
             local_questions(load_eval(path))
-        elif kind.name == "flat":
-            raise RecipeError(f"is {kind.title}", kind.use, file=document.file)
         elif kind.name != "lm_eval_task":  # it is seen with the eval recipe that names it
             raise wrong_kind(kind, "recipe", document.file)
     except RecipeError as error:
@@ -105,20 +100,16 @@ def _check_recipe(document: Document, full: bool, is_base: bool) -> Findings:
         recipe = recipe_of(file, document)
     except RecipeError:  # a run's name
         return [*wrong], document.warnings
-    errors: list[RecipesError] = [*(wrong or _check_model(recipe, full, document.warnings))]
+    errors: list[RecipesError] = [*wrong]
+    folder = Path(recipe.model.name_or_path)
+    if not wrong and (full or folder.is_dir()):
+        from recipes_lib.config.preflight import check_model_files, check_upstream
+
+        notes = document.warnings
+        errors += check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
     if wrong or not errors:
         errors += check_rows(recipe, full and not wrong)
     return errors, document.warnings
-
-
-def _check_model(recipe: Recipe, full: bool, notes: list[RecipeError]) -> Iterable[RecipeError]:
-    """Return what is wrong with a folder's files, and with `full` all that upstream says."""
-    folder = Path(recipe.model.name_or_path)
-    if not full and not folder.is_dir():
-        return []
-    from recipes_lib.config.preflight import check_model_files, check_upstream
-
-    return check_upstream(recipe, notes=notes) if full else check_model_files(recipe, folder)
 
 
 def _check_study(path: Path, full: bool) -> Findings:

@@ -1,7 +1,4 @@
-"""`recipes compare A B...`: the tested table of runs, lm-eval folders or alpaca_eval annotations.
-
-Reads files only, and writes nothing but what --html names.
-"""
+"""`recipes compare A B...`: the tested table of runs, lm-eval folders or alpaca_eval files."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.files import DamagedFile, read_object, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
@@ -61,22 +58,21 @@ def run(
     say("\n".join(conclusion_lines(conclusion)))
     if html:
         say(f"\nreport: {shown_path(html)}")
-        say("a study declares what may differ, so that a cause can be named: docs/studies.md")
+        return ExitCode.DONE
     if [run.foreign for arm in arms for run in arm.runs] == [False] and _BASE not in runs:
         return next_step("recipes", "compare", *runs, _BASE)
-    more = ["--json"] if html else ["--html", "report.html"]
-    return next_step("recipes", "compare", *runs, *more)
+    return next_step("recipes", "compare", *runs, "--html", "report.html")
 
 
 def _margin(word: str) -> tuple[str, Margin]:
     metric, _, value = word.partition("=")
     margin = Margin.read(value)
-    form = "not METRIC=NUMBER or METRIC='NUMBER points'"
-    wrong = form if margin is None or not metric else margin.fits(metric)
-    if margin is None or wrong:
-        hint = "for example --margin win_rate='2 points' loss=0.005"
-        raise RecipeError(f"--margin {word}: {wrong}", hint)
-    return metric, margin
+    if margin is None or not metric:
+        what = "not METRIC=NUMBER or METRIC='NUMBER points'"
+    elif not (what := margin.fits(metric)):
+        return metric, margin
+    hint = "for example --margin win_rate='2 points' loss=0.005"
+    raise RecipeError(f"--margin {word}: {what}", hint)
 
 
 def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:

@@ -1,8 +1,6 @@
-"""`recipes data RECIPE`: what the model will read and what the loss will see, before anything
-trains.
+"""`recipes data RECIPE`: what the model will read and what the loss will see.
 
-Loads the tokenizer, not the model. The same audit runs before step 1 of every training and is
-written to supervision.json.
+Loads the tokenizer, not the model. The same audit runs before step 1 of every training.
 """
 
 from __future__ import annotations
@@ -30,12 +28,7 @@ def run(
     show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
     against: Annotated[list[str], "evals whose questions must not be in the rows that train"] = [],  # noqa: B006 (it is not changed)
 ) -> int:
-    """Prepare the recipe's data, print the audit and some rows.
-
-    Raises:
-        DataError: the data cannot be used; if it was read, its numbers are printed before.
-        RecipeErrors: the rows hold questions or answers of an eval.
-    """
+    """Prepare the recipe's data, print the audit and some rows."""
     from recipes_lib.data.audit import RefusedData
     from recipes_lib.data.prepare import prepare_data
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from recipes_lib.core.environment import PACKAGES, installed_version
+from recipes_lib.core.environment import PACKAGES, describe_devices, installed_version
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import next_step, say
@@ -21,7 +21,7 @@ DoctorLine = tuple[str, str, str]  # level, what is so, what to do
 
 def run() -> int:
     """Print the findings; exit 5 when something cannot work."""
-    failed = []
+    failed = False
     for check in DOCTOR_CHECKS:
         topic = check.__name__.removeprefix("check_")
         try:
@@ -30,10 +30,8 @@ def run() -> int:
             findings = [(FAIL, f"{type(error).__name__}: {error}", REINSTALL)]
         for level, text, remedy in findings:
             say(f"{level:<5} {topic:<13} {text}{f' -> {remedy}' if remedy else ''}")
-            if level == FAIL:
-                failed.append(remedy)
-    next_step(f"{failed[0]}; recipes doctor" if failed else "recipes ls")
-    return int(ExitCode.ENVIRONMENT if failed else ExitCode.DONE)
+            failed |= level == FAIL
+    return ExitCode.ENVIRONMENT if failed else next_step("recipes ls")
 
 
 def check_versions() -> Iterator[DoctorLine]:
@@ -60,9 +58,8 @@ def check_device() -> Iterator[DoctorLine]:
     import torch
 
     if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(index)
-            yield OK, f"{index}: {card.name}, {card.total_memory / 2**30:.0f} GiB", ""
+        for card in describe_devices():
+            yield OK, card, ""
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             remedy = "train.bf16=false train.fp16=true model.dtype=float16"
             yield WARN, "this GPU has no bf16", remedy

@@ -1,6 +1,4 @@
-"""`recipes eval EVAL... RUN_OR_MODEL...`: answer the questions of an eval, judge the answers, and
-print a table of the runs.
-"""
+"""`recipes eval EVAL... RUN_OR_MODEL...`: answer an eval's questions, judge, and print a table."""
 
 from __future__ import annotations
 
@@ -43,17 +41,11 @@ def run(
         results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
         return print_json(results[0] if len(results) == 1 else {"results": results})
     say_results(logs)
-    judged = [log for log in logs if log.judge]
-    pairs = [log for log in logs if log.suite == "alpaca_eval" and log.against == "reference"]
-    targets = [*dict.fromkeys(log.target for log in logs)]
-    if len({log.target for log in pairs}) > 1:
-        first, second, *_ = dict.fromkeys(log.target for log in pairs)
-        file = next(recipe.path for recipe in recipes if recipe.name == pairs[0].eval)
-        own = [word for word in (*run_or_model, *overrides) if "=" in word]
-        return next_step("recipes", "eval", shown_path(file), second, "--against", first, *own)
-    if judged:
-        return next_step("recipes", "judge", "audit", judgments_beside(judged[0].file))
-    return next_step("recipes", "compare" if len(targets) > 1 else "status", *targets)
+    targets = dict.fromkeys(log.target for log in logs)
+    judged = [log.file for log in logs if log.judge]
+    if judged and len(targets) == 1:
+        return next_step("recipes", "judge", "audit", judgments_beside(judged[0]))
+    return next_step("recipes", "compare", *targets)
 
 
 def judgments_beside(result: Path) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import textwrap
-from typing import Annotated, Any
+from typing import Annotated
+
+from pydantic.json_schema import JsonSchemaValue
 
 from recipes_lib.config.documents import SECTIONS, did_you_mean, value_text
 from recipes_lib.config.recipe import RecipeFile, recipe_keys
 from recipes_lib.config.upstream import CLASSES, TRAIN_DEFAULTS
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.terminal import aligned, next_step, say
 
 
@@ -17,11 +19,11 @@ def run(
 ) -> int:
     """Print what is known about a key."""
     keys = recipe_keys()
-    name = _full_name(key, keys) if key else ""
+    name = _full_name(key) if key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
         say("\n".join(_explanation(name, keys[name])))
-        return next_step("recipes", "explain", name.rpartition(".")[0])
+        return ExitCode.DONE
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
     rows = []
@@ -32,9 +34,9 @@ def run(
     return next_step("recipes", "explain", next(iter(inner)) if name else "train")
 
 
-def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
+def _full_name(word: str) -> str:
     """Return the dotted name of a key, completed if only one section has it."""
-    plain = word.replace("-", "_")
+    keys, plain = recipe_keys(), word.replace("-", "_")
     ending = [key for key in keys if key == plain or key.endswith(f".{plain}")]
     if plain in keys or len(ending) == 1:
         return plain if plain in keys else ending[0]
@@ -48,7 +50,7 @@ def _full_name(word: str, keys: dict[str, dict[str, Any]]) -> str:
     raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
 
 
-def _explanation(key: str, schema: dict[str, Any]) -> list[str]:
+def _explanation(key: str, schema: JsonSchemaValue) -> list[str]:
     section, _, name = key.partition(".")
     source = f" ({CLASSES[section]})" if section in CLASSES else ""
     if section == "train" and name in TRAIN_DEFAULTS:
@@ -59,7 +61,7 @@ def _explanation(key: str, schema: dict[str, Any]) -> list[str]:
     return [f"{key}: {_type_text(schema)}", *default, f"  {text}"]
 
 
-def _type_text(schema: dict[str, Any]) -> str:
+def _type_text(schema: JsonSchemaValue) -> str:
     """Return what a value must be: `integer >= 1 or null`."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(map(_type_text, schema["anyOf"])))

@@ -1,6 +1,4 @@
-"""`recipes judge audit`: the scorecard of a judge, from stored judgments or from pairs that people
-labelled.
-"""
+"""`recipes judge audit`: the scorecard of a judge, from stored judgments or from labelled pairs."""
 
 from __future__ import annotations
 
@@ -9,9 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.core.environment import quiet_libraries
-from recipes_lib.core.errors import DataError, RecipeError
+from recipes_lib.core.errors import DataError, ExitCode, RecipeError
+from recipes_lib.core.files import Row, rows_from_the_end
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import next_step, print_json, say
+from recipes_lib.core.terminal import print_json, say
 
 
 def _audit(
@@ -24,25 +23,19 @@ def _audit(
     json: Annotated[bool, "print the scorecard as JSON"] = False,
 ) -> int:
     """The scorecard of the judge behind stored judgments, or of a judge on labelled pairs."""
-    from recipes_lib.evals.audit import (
-        audit_banner,
-        audit_on_labels,
-        audit_stored,
-        scorecard_lines,
-    )
+    from recipes_lib.evals import audit
 
     if judgments is not None:
         if limit or labels:
             raise RecipeError("--limit and --labels are for asking a judge: leave JUDGMENTS out")
-        if not judgments.is_file() or not judgments.stat().st_size:
+        if not {"key", "judge"} <= next(rows_from_the_end(judgments), Row()).keys():
             hint = "an evaluation writes runs/RUN/evals/EVAL/judgments.jsonl"
-            raise DataError("no file with judgments", hint, file=judgments)
-        card = audit_stored(judgments, judge)
-        asked: list[str | Path] = [judgments]
+            what = "is not a file of judgments" if judgments.exists() else "no such file"
+            raise DataError(what, hint, file=judgments)
+        card = audit.audit_stored(judgments, judge)
     elif judge and labels:
         quiet_libraries()
-        card, kept = audit_on_labels(judge, labels, limit, probe_pairs)
-        asked = ["--judge", judge, "--labels", labels]
+        card, kept = audit.audit_on_labels(judge, labels, limit, probe_pairs)
     else:
         raise RecipeError(
             "recipes judge audit: nothing to audit",
@@ -52,12 +45,12 @@ def _audit(
         )
     if json:
         return print_json(asdict(card))
-    if banner := audit_banner(card):
+    if banner := audit.audit_banner(card):
         say(f"! {banner}\n")
-    say("\n".join(scorecard_lines(card)))
+    say("\n".join(audit.scorecard_lines(card)))
     if judgments is None:
         say(f"kept in {shown_path(kept)}")
-    return next_step("recipes", "judge", "audit", *asked, "--json")
+    return ExitCode.DONE
 
 
 ACTIONS = {"audit": _audit}

@@ -1,6 +1,4 @@
-"""`recipes launch RECIPE|STUDY --profile P`: submit a chain of Slurm jobs; `recipes launch
-status|cancel|logs`: look after it.
-"""
+"""`recipes launch RECIPE|STUDY --profile P`: submit Slurm jobs; status, cancel, logs after that."""
 
 from __future__ import annotations
 
@@ -10,8 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
+from recipes_lib.config.documents import no_such_file
 from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.project import recipe_path
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
@@ -20,6 +20,7 @@ from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
 from recipes_lib.slurm.submit import directives, job_commands, submit_chain
 from recipes_lib.slurm.submit import dry_run as sbatch_lines
 from recipes_lib.slurm.submit import prepare as write_scripts
+from recipes_lib.study.config import study_file
 
 EPILOG = (
     "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was launched."
@@ -41,7 +42,6 @@ def run(
     prepare: Annotated[bool, "only write the scripts of the jobs, and print their folder"] = False,
     wait: Annotated[bool, "wait until the whole chain is over; its exit code"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
-    allow_partial_resume: Annotated[bool, TRAIN_FLAGS["allow_partial_resume"]] = False,
     trust_remote_code: Annotated[bool, TRAIN_FLAGS["trust_remote_code"]] = False,
     stage: Annotated[str | None, "logs: the task, for example train or eval-mt_bench"] = None,
     lines: Annotated[int, "logs: lines of each task (default 40)"] = 40,
@@ -62,6 +62,8 @@ def run(
             f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
             "one recipe or study at a time; put options of the site into its profile: sbatch",
         )
+    if study_file(first) is None and not recipe_path(first).exists():
+        raise no_such_file(Path(first))
     if not profile:
         hint = f"profiles: {', '.join(profile_names())}, or a copy of launch/profiles/example.yaml"
         raise RecipeError("recipes launch: --profile is missing", hint)
@@ -69,11 +71,7 @@ def run(
         raise RecipeError("recipes launch: --dry-run, --prepare or --wait, only one of them")
     site = load_profile(profile)
     site.enter()
-    flags = flag_words(
-        resume_anyway=resume_anyway,
-        allow_partial_resume=allow_partial_resume,
-        trust_remote_code=trust_remote_code,
-    )
+    flags = flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code)
     named = [word for word in evals if "=" not in word]
     asked = LaunchRequest(values, accelerate, gpus, nodes, stages, named, flags)
     plan = plan_target(first, site, asked)
@@ -106,9 +104,7 @@ def run(
 def _dry_run_lines(
     plan: JobPlan, site: SiteProfile, typed: str, remarks: list[str]
 ) -> Iterator[str]:
-    """Yield commands that bash takes as they stand: the one that writes the scripts, and the sbatch
-    line of each job; what its script asks for and runs are comments.
-    """
+    """Yield commands that bash takes as they stand; what its script holds is comments."""
     yield from (f"# {remark}" for remark in remarks)
     yield "# bash takes these lines as they are; the first one writes the scripts"
     yield typed.replace(" --dry-run", " --prepare")

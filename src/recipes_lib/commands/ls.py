@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NamedTuple
 
 from recipes_lib.commands import Json
 from recipes_lib.config.documents import read
@@ -13,6 +13,16 @@ from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 
 _START = "start-here"
+
+
+class ListedRecipe(NamedTuple):
+    """What is listed of a recipe."""
+
+    name: str
+    model: str
+    method: str = "-"
+    launch: str = "-"
+    tags: tuple[str, ...] = ()
 
 
 def run(
@@ -25,31 +35,27 @@ def run(
     entries = [
         entry
         for folder in folders.values()
-        for file in sorted(folder.rglob("*.yaml"))
-        if not file.name.startswith("_") and (entry := _entry(file, folder)) is not None
+        for file in sorted(folder.rglob("[!_]*.yaml"))
+        if (entry := _entry(file, folder)) is not None
     ]
     for word in words:
-        entries = [entry for entry in entries if word.lower() in str(entry).lower()]
-    starts = {entry["model"] for entry in entries if _START in entry["tags"]}
-    entries.sort(key=lambda entry: (entry["model"] not in starts, entry["model"], entry["name"]))
+        entries = [entry for entry in entries if word.lower() in str(tuple(entry)).lower()]
+    starts = {entry.model for entry in entries if _START in entry.tags}
+    entries.sort(key=lambda e: (e.model not in starts, e.model, _START not in e.tags, e.name))
     if json:
-        return print_json(entries)
+        return print_json([entry._asdict() for entry in entries])
     if not entries:
-        say(f"no recipes match {' '.join(words)}" if words else "no recipes here")
-        new = "recipes new my-first --from quickstart/lora-r8"
-        return next_step("recipes ls" if words else new)
-    columns = ("name", "method", "launch")
-    rows = [[*(entry[key] for key in columns), ", ".join(entry["tags"])] for entry in entries]
+        say(f"no recipes match {' '.join(words)}")
+        return next_step("recipes ls")
+    rows = [[name, method, launch, ", ".join(tags)] for name, _, method, launch, tags in entries]
     head, *lines = aligned([("recipe", "method", "launch", "tags"), *rows])
     say(f"  {head}")
-    listed = zip(entries, lines, strict=True)
-    for model, group in groupby(listed, key=lambda pair: pair[0]["model"]):
+    for model, group in groupby(zip(entries, lines, strict=True), key=lambda pair: pair[0].model):
         say("\n".join([model, *(f"  {line}" for _, line in group)]))
-    first = next((entry for entry in entries if _START in entry["tags"]), entries[0])
-    return next_step("recipes", "new", "my-first", "--from", first["name"])
+    return next_step("recipes", "new", "my-first", "--from", entries[0].name)
 
 
-def _entry(file: Path, folder: Path) -> dict[str, Any] | None:
+def _entry(file: Path, folder: Path) -> ListedRecipe | None:
     """Return what is listed of a file; None for a file of another kind."""
     name = file.relative_to(folder).with_suffix("").as_posix()
     try:
@@ -57,18 +63,14 @@ def _entry(file: Path, folder: Path) -> dict[str, Any] | None:
         if document.kind != "recipe":
             return None
     except RecipesError:
-        why = f"cannot be read: recipes check {shown_path(file)}"
-        return {"name": name, "model": why, "method": "-", "launch": "-", "tags": []}
+        return ListedRecipe(name, f"cannot be read: recipes check {shown_path(file)}")
     values = document.values
     sections = {key: value if isinstance(value, dict) else {} for key, value in values.items()}
     method, lora, tags = "full", sections.get("lora"), sections.get("run", {}).get("tags")
     if lora:
         kind = "DoRA" if lora.get("use_dora") else "LoRA"
         method = f"{'Q' if sections.get('quantization') else ''}{kind} r={lora.get('r', 8)}"
-    return {
-        "name": name,
-        "model": str(sections.get("model", {}).get("name_or_path", "?")),
-        "method": method,
-        "launch": str(sections.get("launch", {}).get("accelerate", "single_gpu")),
-        "tags": [str(tag) for tag in tags] if isinstance(tags, list) else [],
-    }
+    model = str(sections.get("model", {}).get("name_or_path", "?"))
+    launch = str(sections.get("launch", {}).get("accelerate", "single_gpu"))
+    shown = tuple(map(str, tags)) if isinstance(tags, list) else ()
+    return ListedRecipe(name, model, method, launch, shown)

@@ -1,6 +1,4 @@
-"""`recipes merge RUN`: fold an adapter into its base, check the result on real prompts, and keep it
-in the run as `merged/`.
-"""
+"""`recipes merge RUN`: fold an adapter into its base, and keep the checked result as `merged/`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""`recipes plan RECIPE_OR_STUDY`: what a training needs before it is started: memory, steps, time,
-and which setting to change.
-"""
+"""`recipes plan RECIPE_OR_STUDY`: memory, steps, time, and which setting to change."""
 
 from __future__ import annotations
 

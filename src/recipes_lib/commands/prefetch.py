@@ -1,6 +1,4 @@
-"""`recipes prefetch RECIPE|STUDY|EVAL...`: fetch models, data and judges on the login node, and
-find them again without a network.
-"""
+"""`recipes prefetch RECIPE|STUDY|EVAL...`: fetch models, data and judges on the login node."""
 
 from __future__ import annotations
 
@@ -35,9 +33,7 @@ def run(
     check: Annotated[bool, "fetch nothing; check that everything is here (exit 5 if not)"] = False,
     trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
 ) -> int:
-    """Fetch, then check in a process of its own that is told to stay offline, as a job on a compute
-    node is.
-    """
+    """Fetch, then check in a process that stays offline, as a job on a compute node does."""
     files = [word for word in words if "=" not in word]
     values = [*(word for word in words if "=" in word), *overrides]
     if not files:

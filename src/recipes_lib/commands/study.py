@@ -1,6 +1,4 @@
-"""`recipes study plan|run|status|report STUDY`: variants compared. Only `run` and `report` import
-what is heavy.
-"""
+"""`recipes study plan|run|status|report STUDY`; only `run` and `report` import what is heavy."""
 
 from __future__ import annotations
 
@@ -52,8 +50,8 @@ def _run(
         folder = study_folder(loaded)
         answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
         say("\n".join(["", *answer]))
-        if (folder / "report" / "report.html").is_file():
-            say(f"report: {shown_path(folder / 'report' / 'report.html')}")
+        if (page := folder / "report" / "report.html").is_file():
+            say(f"report: {shown_path(page)}")
     _next("run" if code else "report", loaded)
     return code
 
@@ -82,13 +80,12 @@ def _report(
     loaded = with_choices(load_study(study, overrides))
     if gate:
         return _gate(loaded, json)
-    folder = study_folder(loaded)
     with study_lock(loaded):
         conclusion, missing = report_study(loaded)
     if json:
         return print_json(conclusion.to_dict())
     say("\n".join(conclusion_lines(conclusion)))
-    say(f"\nreport: {shown_path(folder / 'report' / 'report.html')}")
+    say(f"\nreport: {shown_path(study_folder(loaded) / 'report' / 'report.html')}")
     if missing:
         return _next("run", loaded)
     first = study_trainings(loaded)[0].run
@@ -110,19 +107,15 @@ def _gate(study: Study, json: bool) -> int:
     if json:
         print_json(answer.to_dict())
         return answer.code
-    for result in answer.missing:
-        say(f"missing: {result}")
-    for sentence in answer.worse:
-        say(f"worse: {sentence}")
-    for sentence in answer.not_shown:
-        say(f"not shown within its margin: {sentence}")
-    margins = f" and within {', '.join(answer.margins)}" if answer.margins else ""
-    verdict = f"passed: no arm is shown to be worse than {study.baseline}{margins}"
+    failed = [*answer.worse, *(f"not shown: {sentence}" for sentence in answer.not_shown)]
+    for line in (*(f"missing: {result}" for result in answer.missing), *failed):
+        say(line)
     if answer.missing:
-        verdict = f"not decided: {count(len(answer.missing), 'result')} missing"
-    elif answer.code:
-        failed = len(answer.worse) + len(answer.not_shown)
-        verdict = f"failed: {count(failed, 'comparison')} of {answer.comparisons} above"
-    say(verdict)
-    _next("run" if answer.missing else "report", study)
+        say(f"not decided: {count(len(answer.missing), 'result')} missing")
+        _next("run", study)
+    elif failed:
+        say(f"failed: {count(len(failed), 'comparison')} of {answer.comparisons} above")
+    else:
+        margins = f" and within {', '.join(answer.margins)}" if answer.margins else ""
+        say(f"passed: no arm is shown to be worse than {study.baseline}{margins}")
     return answer.code

@@ -1,8 +1,7 @@
-"""`recipes train RECIPE [section.key=value ...]`: start the training script the way the recipe's
-`launch` section says.
+"""`recipes train RECIPE [section.key=value ...]`: start the training script as its `launch` says.
 
-It prints the plain command it stands for, runs it, hands signals on, and returns the exit code that
-the launcher would lose.
+It prints the plain command, runs it, hands signals on, and returns the exit code that the launcher
+would lose.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ def run(
     main_process_port: Annotated[int | None, "of several machines: a port of machine 0"] = None,
     dry_run: Annotated[bool, "print the command and do nothing"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
-    allow_partial_resume: Annotated[bool, TRAIN_FLAGS["allow_partial_resume"]] = False,
     trust_remote_code: Annotated[bool, TRAIN_FLAGS["trust_remote_code"]] = False,
 ) -> int:
     """Launch, wait, and return the training's own exit code."""
@@ -56,10 +54,7 @@ def run(
     this_command = shlex.join(["recipes", *(word for word in typed if word != "--dry-run")])
     launch = place_machine(launch, machine_rank, main_process_ip, main_process_port, this_command)
     flags = flag_words(
-        resume_anyway=resume_anyway,
-        allow_partial_resume=allow_partial_resume,
-        trust_remote_code=trust_remote_code,
-        debug=debug,
+        resume_anyway=resume_anyway, trust_remote_code=trust_remote_code, debug=debug
     )
     command = launch.command(["-m", "recipes_lib.train", recipe, *overrides, *flags])
     if launch.config.use_cpu and launch.world_size == 1 and devices_here():
@@ -143,9 +138,7 @@ def _ask_for_checkpoint(run: RunDirectory, number: int) -> None:
 
 
 def _record_end(run: RunDirectory, killed: str, code: int) -> None:
-    """Record how a training ended that could not do so itself. A run that another process holds is
-    that one's.
-    """
+    """Record how a training ended that could not do so itself, unless another process holds it."""
     end = time.monotonic() + _LETTING_GO_S
     while is_held(run.path) and time.monotonic() < end:
         time.sleep(_POLL_S)

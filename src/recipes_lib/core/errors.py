@@ -1,8 +1,7 @@
 """What goes wrong for a user: one hierarchy of exceptions, one form of message, one exit code each.
 
-A `RecipesError` is never printed where it happens: the entry points (`recipes` and `python -m
-recipes_lib.train`) print it once, without a traceback, and exit with its code. Any other exception
-is a defect; `--debug` shows its traceback.
+The entry points print a `RecipesError` once, without a traceback, and exit with its code. Any other
+exception is a defect; `--debug` shows its traceback.
 """
 
 from __future__ import annotations
@@ -62,11 +61,12 @@ class RecipeError(RecipesError):
     """Wrong usage, or a recipe (or another YAML of ours) that cannot be accepted."""
 
     exit_code = ExitCode.USAGE
+    _errors: list[RecipeError] | None = None
 
     @property
     def errors(self) -> list[RecipeError]:
         """The errors that it stands for: itself, or several."""
-        return [self]
+        return self._errors or [self]
 
 
 class RecipeErrors(RecipeError):
@@ -76,11 +76,6 @@ class RecipeErrors(RecipeError):
         self._errors = sorted(errors, key=lambda error: (str(error.file or ""), error.line or 0))
         super().__init__(f"{len(self._errors)} errors")
         self.args = (self._errors,)  # what pickle makes it from again, on the other ranks
-
-    @property
-    def errors(self) -> list[RecipeError]:
-        """The errors, in the order of file and line."""
-        return self._errors
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.errors))
@@ -117,9 +112,7 @@ class Interrupted(RecipesError):
 
 
 def one_line(error: BaseException) -> str:
-    """Return another library's error on one line of at most 300 characters; its type if it is
-    empty.
-    """
+    """Return another library's error on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
@@ -157,9 +150,7 @@ _RESUME = "run the same command again: a training resumes from its newest comple
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
-    """Return an error of the machine (memory, a disk, a file that cannot be read or written) as one
-    that says what to do; None for any other error.
-    """
+    """Return an error of memory, a disk or a file as one that says what to do, else None."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, RecipesError):  # those say it themselves
         number, reason = getattr(cause, "errno", None), one_line(cause)

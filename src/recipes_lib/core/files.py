@@ -35,9 +35,7 @@ class DamagedFile(DataError):
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new one and nothing
-    between; on an error, which names the file, the old one is untouched.
-    """
+    """Write a file atomically: on an error, which names the file, the old one is untouched."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
     try:
@@ -67,8 +65,8 @@ def write_json(path: Path, value: Any) -> None:
 def publish(scratch: Path, final: Path, replace: bool = True) -> None:
     """Give a finished folder its final name, once everything in it is on the disk.
 
-    A crash leaves the old folder, the new one, or neither, never a mixture; the next `publish`
-    removes what it left behind. Without `replace`, only an empty folder is replaced.
+    A crash leaves the old folder, the new one, or neither. Without `replace`, only an empty folder
+    is replaced.
     """
     sync_tree(scratch)
     old = final.with_name(f".{final.name}.replaced")
@@ -114,12 +112,7 @@ def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
 
 
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
-    """Return a JSON object; an absent file is an empty one.
-
-    Raises:
-        DamagedFile: the file is not a JSON object; says the remedy.
-        EnvironmentFault: it cannot be read.
-    """
+    """Return a JSON object, empty for an absent file; a `DamagedFile` error says the remedy."""
     if not path.is_file():
         return {}
     try:
@@ -143,15 +136,10 @@ def object_or_none(path: Path) -> Row | None:
 
 
 def read_rows(path: Path, skip_damaged: bool = False) -> Iterator[Row]:
-    """Yield the objects of a JSON-lines file; an absent file has none. A crash may have cut the
-    last line: it is left out, with a warning.
+    """Yield the objects of a JSON-lines file; an absent file has none.
 
-    Args:
-        skip_damaged: leave out damaged lines anywhere: for logs, where a line less changes no
-            result.
-
-    Raises:
-        DamagedFile: a line before the last one is not a JSON object.
+    A crash may have cut the last line: it is left out, with a warning. A damaged line before it is
+    a `DamagedFile`, or left out too with `skip_damaged`: in logs, a line less changes no result.
     """
     if not path.is_file():
         return
@@ -185,16 +173,13 @@ def parsed_line(line: bytes) -> Row | None:
         value = json.loads(line.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         return None
-    if not isinstance(value, dict):
-        return None
-    # an escape, or the first byte of a surrogate
-    return valid_texts(value) if b"\\u" in line or b"\xed" in line else value
+    if isinstance(value, dict) and (b"\\u" in line or b"\xed" in line):
+        return valid_texts(value)  # an escape, or the first byte of a surrogate
+    return value if isinstance(value, dict) else None
 
 
 def valid_texts(value: Any) -> Any:
-    """Return a JSON value whose texts every later reader takes: lone surrogates and NUL become the
-    replacement character.
-    """
+    """Return a JSON value with the replacement character for lone surrogates and NUL."""
     if isinstance(value, dict):
         return {valid_texts(key): valid_texts(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -235,9 +220,7 @@ def remembered_hash(path: Path) -> str:
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """Return a hash of a model folder's weights and settings, by which a base, an evaluated model
-    and a judge are known; it does not depend on where the folder lies, or where its base does.
-    """
+    """Return a hash of a model's weights and settings, wherever it and its base lie."""
     files = sorted(folder.glob("*.safetensors"))  # no other weights are read
     parts: list[Any] = [[path.name, remembered_hash(path)] for path in files]
     for name in ("config.json", "adapter_config.json", "generation_config.json"):
@@ -252,9 +235,7 @@ def folder_fingerprint(folder: Path) -> str:
 
 
 def model_fingerprint(path: str, revision: str | None) -> str:
-    """Return a hash of a base model as `from_pretrained` takes it: its files if they are local,
-    else its Hub name and commit.
-    """
+    """Return a hash of a base model: of its files if they are local, else of name and commit."""
     if Path(path).is_dir():
         return folder_fingerprint(Path(path))
     from huggingface_hub import try_to_load_from_cache

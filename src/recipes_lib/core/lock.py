@@ -1,6 +1,4 @@
-"""One process per folder: a lock of the operating system, which ends with its process however that
-ends, and a note that says who holds it.
-"""
+"""One process per folder: a lock that ends with its process, and a note that says who holds it."""
 
 from __future__ import annotations
 
@@ -9,12 +7,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import object_or_none, utc_now, write_json
+from recipes_lib.core.files import Row, object_or_none, utc_now, write_json
 from recipes_lib.core.terminal import say
 
 LOCK_NOTE = "lock.json"
@@ -27,14 +24,9 @@ REQUEUE_WAIT_S = 600.0
 
 @contextmanager
 def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
-    """Hold `folder` for this process.
+    """Hold `folder` for this process; a folder that another process holds is an EnvironmentFault.
 
-    A Slurm job that was queued again asks its earlier try to stop and waits for it; anybody else's
-    hold is refused at once.
-
-    Raises:
-        EnvironmentFault: another process holds it (the message says which, where and since when),
-            or the folder cannot be made or locked.
+    A Slurm job that was queued again asks its earlier try to stop and waits for it.
     """
     lock, note = FileLock(folder / ".lock"), folder / LOCK_NOTE
     try:
@@ -69,9 +61,7 @@ def run_lock(folder: Path, wait_s: float = _PROBE_S) -> Iterator[None]:
 
 @contextmanager
 def waiting_lock(folder: Path) -> Iterator[None]:
-    """Hold `folder` after whoever holds it now: what that process makes is there then and not made
-    twice.
-    """
+    """Hold `folder` after whoever holds it now, so that nothing is made twice."""
     if is_held(folder):
         who = describe_holder(folder / LOCK_NOTE)
         say(f"{'/'.join(folder.parts[-3:])} is in use{who}: waiting for it")
@@ -99,7 +89,7 @@ def describe_holder(note: Path) -> str:
     return f" by process {holder['pid']} on host {holder['host']}{job} since {holder['since']}"
 
 
-def _note() -> dict[str, Any]:
+def _note() -> Row:
     """Who holds a folder: the Slurm job and how often it was queued again tell tries apart."""
     return {
         "host": socket.gethostname(),

@@ -1,7 +1,4 @@
-"""Where things lie: what is shipped, the runs, the cache, and which names a run may have.
-
-Nothing here creates a folder or reads a recipe.
-"""
+"""Where things lie: what is shipped, the runs, the cache, and which names a run may have."""
 
 from __future__ import annotations
 
@@ -17,9 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 @lru_cache(maxsize=1)
 def project_root() -> Path:
-    """Return the folder that holds recipes/, evals/, accelerate_configs/ and launch/: the checkout
-    this library runs from, or what an installed package brings (setup.py).
-    """
+    """Return the folder of recipes/, evals/ and so on: the checkout, or the installed package's."""
     checkout = PACKAGE.parents[1]
     return checkout if (checkout / "recipes").is_dir() else PACKAGE / "shipped"
 
@@ -30,30 +25,22 @@ def runs_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Return the folder for what can be made again: RECIPES_CACHE, default `.cache` in the
-    checkout, or in the user's cache folder for an installed package.
-    """
+    """Return the folder for what can be made again: RECIPES_CACHE, or a default."""
     root = project_root()
     usual = Path.home() / ".cache/recipes" if root.parent == PACKAGE else root / ".cache"
     return Path(os.environ.get("RECIPES_CACHE") or usual)
 
 
 def recipe_path(name: str | Path) -> Path:
-    """Return the file a recipe's path or short name means: `quickstart/lora-r8` is
-    recipes/quickstart/lora-r8.yaml of the working directory or of this project. A name that is
-    found nowhere is returned as it is, so that reading it says so.
-    """
+    """Return the file of a path or short name (`quickstart/lora-r8`); the name where it is none."""
     path = Path(name)
     file = path if path.suffix in (".yaml", ".yml") else Path(f"{name}.yaml")
-    folders = (Path(), Path("recipes"), project_root() / "recipes")
-    places = (path, *(folder / file for folder in folders))
+    places = (path, file, "recipes" / file, project_root() / "recipes" / file)
     return next((place for place in places if place.is_file()), path)
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` as a user would type it: relative to the working directory if it lies inside.
-    Symbolic links are not followed.
-    """
+    """Return `path` as a user would type it: relative if it lies in the working directory."""
     absolute = Path(os.path.abspath(path))  # noqa: PTH100 (resolve would follow links)
     inside = absolute.is_relative_to(Path.cwd())
     return str(absolute.relative_to(Path.cwd()) if inside else path)

@@ -1,8 +1,7 @@
-"""Work that one rank does for all: the result, or the error, reaches every rank, so that all go on
-or all stop.
+"""Work that one rank does for all: the result, or the error, reaches every rank.
 
-It goes through the store in which the processes met, not through a collective: `train.ddp_timeout`
-would end that while a large model is hashed, and before the recipe is read there is no group.
+It goes through the store in which the processes met: a collective would end at `train.ddp_timeout`
+while a large model is hashed, and before the recipe is read there is no group.
 """
 
 from __future__ import annotations
@@ -45,14 +44,10 @@ def say_once(text: str) -> None:
 
 
 def on_main_rank(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 and return its result on every rank, however long it takes.
+    """Run `work` on rank 0 and return its result, or raise its error, on every rank.
 
     Every rank must call this at the same points. Inside `work` a further call just runs: the other
-    ranks wait for the outer result.
-
-    Raises:
-        Exception: what `work` raised on rank 0, on every rank, with `on_every_rank` set; an error
-            of another library is its text on the other ranks.
+    ranks wait for the outer result. An error of another library is its text on the other ranks.
     """
     global _working_alone
     store = None if _working_alone else _store()
@@ -111,20 +106,13 @@ def agree_on_largest(value: int) -> int:
 
 
 def keep_alive(trainer: object) -> None:
-    """Keep what holds the model from ever being freed, if there are several ranks.
-
-    Freeing a DDP model takes its gloo process group apart, which waits for ever when the other rank
-    was faster (seen in one of three stops on two ranks). `stopping.end_process` ends without it.
-    """
+    """Never free a model of several ranks: gloo's group waits for ever where a rank was faster."""
     if world_size() > 1:
         _kept.append(trainer)
 
 
 def _store() -> Any:
-    """Return the store that all processes share; None for one process.
-
-    Before there is a process group it is the one of the rendezvous, which the group uses later.
-    """
+    """Return the store of the rendezvous, which the process group uses later; None for one."""
     if world_size() == 1 or not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return None
     if not _kept:

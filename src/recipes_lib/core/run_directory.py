@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, cast, get_args
 
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.core.files import DamagedFile, read_object, utc_now, write_json
+from recipes_lib.core.files import DamagedFile, Row, read_object, utc_now, write_json
 from recipes_lib.core.project import check_run_name, runs_root
 
 State = Literal["created", "running", "preempted", "failed", "finished"]
@@ -25,9 +25,7 @@ FORMAT_VERSION = 1
 
 
 class RunState(TypedDict, total=False):
-    """run.json. Only `state` is in each; the others as far as the run came, and by its kind: of a
-    training, of a `base` that is evaluated, of `answers` of a file.
-    """
+    """run.json of a training, an evaluated `base`, or `answers` of a file; only `state` is sure."""
 
     format_version: int
     name: str
@@ -54,9 +52,7 @@ class RunState(TypedDict, total=False):
 
 
 class RunDirectory:
-    """A folder under the runs root (default: `runs_root()`). Creating the object touches nothing on
-    the disk, and refuses a name that is not legal or a link that leads out of the root.
-    """
+    """A folder under the runs root, which need not exist; a link out of the root is refused."""
 
     def __init__(self, name: str, root: Path | None = None) -> None:
         check_run_name(name)
@@ -78,9 +74,7 @@ class RunDirectory:
         return self.state_file.is_file()
 
     def train_command(self) -> str:
-        """Return the command that trains this run, as it was typed: it continues what was stopped,
-        and makes lost weights again.
-        """
+        """Return the command that trains or continues this run, as it was typed."""
         try:
             words = shlex.split((self.path / "command.txt").read_text(encoding="utf-8"))
             typed = words[words.index("recipes_lib.train") + 1 :]
@@ -89,12 +83,7 @@ class RunDirectory:
         return shlex.join(["recipes", "train", *typed])
 
     def read_state(self) -> RunState:
-        """Return the content of run.json.
-
-        Raises:
-            RecipeError: there is no such run.
-            EnvironmentFault: run.json is damaged, or of another version of the format.
-        """
+        """Return run.json; a damaged one, or one of another version, is an EnvironmentFault."""
         if not self.exists():
             raise _no_such_run(f"no run named '{self.name}' in {self.root}", self.name, self.root)
         self.check_inside()
@@ -133,9 +122,7 @@ class RunDirectory:
 
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
-    """Return an existing run, given its name or its folder as a user types it (`my-first`,
-    `my-first/`, `runs/my-first/`); an unknown one is a RecipeError that lists similar names.
-    """
+    """Return an existing run, given its name or folder (`my-first`, `runs/my-first/`)."""
     path = Path(name)
     if len(path.parts) > 1:
         if not path.is_dir():
@@ -155,12 +142,14 @@ def all_runs(root: Path | None = None) -> list[RunDirectory]:
 
 def _no_such_run(what: str, name: str, root: Path) -> RecipeError:
     names = [run.name for run in all_runs(root)]
-    near = difflib.get_close_matches(name, names, n=3) or names[:5]
-    hint = f"runs there: {', '.join(near)}" if near else "no run there yet: recipes train RECIPE"
-    return RecipeError(what, hint)
+    if near := difflib.get_close_matches(name, names, n=3):
+        return RecipeError(what, f"did you mean {' or '.join(near)}?")
+    more = f" and {len(names) - 5} more: recipes status" if len(names) > 5 else ""
+    listed = f"runs there: {', '.join(names[:5])}{more}"
+    return RecipeError(what, listed if names else "no run there yet: recipes train RECIPE")
 
 
-def read_resolved(folder: Path) -> dict[str, Any]:
+def read_resolved(folder: Path) -> Row:
     """Return a run's resolved recipe; an absent one is empty, a damaged one a DataError."""
     import yaml
 

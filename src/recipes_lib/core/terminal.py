@@ -1,7 +1,6 @@
 """Text that people read and records that stay: no secrets and no control characters in them.
 
-Masked is what has the form of a token, passwords in URLs, and the values of variables, keys and
-options whose names say that they are secret.
+Masked are tokens by their form, passwords in URLs, and values whose names say that they are secret.
 """
 
 from __future__ import annotations
@@ -25,13 +24,11 @@ _SECRET_NAME = re.compile(
 _VOCABULARY = re.compile(r"(?:^|[_.-])(?:eos|bos|pad|unk|sep|cls|mask|image|audio|video)_token$")
 _SECRETS = re.compile(
     r"\bhf_[A-Za-z0-9]{12,}"
-    r"|\bgithub_pat_\w{16,}|\bgh[pousr]_[A-Za-z0-9]{16,}"
     r"|\bsk-[\w-]*[A-Za-z0-9]{20,}[\w-]*"  # and not a run named sk-baseline-lora-r8
     r"|\bBearer\s+[\w.~+/-]{12,}=*"
     r"|(?<=://)[^/\s:?#'\"@]*:[^/\s?#'\"]+(?=@)"  # user:password@host
     r"|(?:(?<=http://)|(?<=https://))[^/\s?#'\"@]+(?=@)"  # token@host
-    r"|(?P<name>[?&](?i:[\w.-]*(?:token|secret|password|signature)|(?:api_?|access_)?key)=)"
-    r"[^&\s#'\"]+"
+    r"|(?P<name>[?&](?i:[\w.-]*(?:token|secret|password)|(?:api_?|access_)?key)=)[^&\s#'\"]+"
 )
 _SPACES_AND_JOINERS = "\n\t\u200c\u200d"  # the joiners of Persian, Hindi and emoji
 _remembered: set[str] = set()
@@ -43,9 +40,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def remember_secret(value: str) -> str:
-    """Mask this value from now on, whatever form it has, and return it: a server may repeat the key
-    that it was sent.
-    """
+    """Mask this value from now on, and return it: a server may repeat the key it was sent."""
     _remembered.add(value)
     return value
 
@@ -92,8 +87,7 @@ def masked_command(words: Sequence[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """Return `text` with stars for secrets, and control characters (ANSI escapes among them) shown
-    instead of obeyed.
+    """Return `text` with stars for secrets and control characters shown instead of obeyed.
 
     Example:
         >>> printable("a\\x1b[31mb\\tc")
@@ -127,11 +121,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def say(text: str = "") -> None:
-    """Print one line (or several) on stdout at once.
-
-    When nobody reads any more (`| head`), the rest is dropped: a training must not end because its
-    log is not read.
-    """
+    """Print on stdout at once; when nobody reads any more (`| head`), the rest is dropped."""
     try:
         print(printable(text), flush=True)
     except BrokenPipeError:
@@ -150,8 +140,6 @@ def warn(text: str) -> None:
 
 
 def next_step(*words: str | Path) -> int:
-    """Print the closing line that names the next command to type, and return the exit code of a
-    verb that is done. One text is printed as it stands, several words are quoted for a shell.
-    """
+    """Name the next command (one text as it stands, several words quoted); return exit code 0."""
     say(f"next: {words[0] if len(words) == 1 else shlex.join(map(str, words))}")
     return 0
