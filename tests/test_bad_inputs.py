@@ -4,7 +4,6 @@ and key words of the answer.
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -190,8 +189,6 @@ DATA: dict[str, tuple[str | bytes, str, int, str]] = {
     "a latin-1 file": (
         b'{"instruction": "caf\xe9", "response": "x"}\n', "", 4, "rows.jsonl:1 UTF-8 byte"),
     "a torn line": (rows() + '{"instruction": "a", \n', "", 4, "rows.jsonl:21"),
-    "a truncated gzip file": (
-        gzip.compress(rows().encode())[:-20], "", 4, "rows.jsonl.gz Compressed file ended"),
     "messages and no chat template": (
         chat(*HELLO), f"{CHAT};model.name_or_path=plain", 4, "chat template data.chat_template"),
     "the assistant is not last": (chat(HELLO[0]), CHAT, 4, "rows.jsonl:1: assistant"),
@@ -215,7 +212,7 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
     """The audit and the training give the same answer."""
     content, overrides, code, words = DATA[case]
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / ("rows.jsonl.gz" if ".gz" in words else "rows.jsonl")
+    file = tmp_path / "rows.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
     shutil.copytree(tiny_model_dir, "plain")
     Path("plain/chat_template.jinja").unlink()
@@ -369,7 +366,7 @@ def test_a_model_without_a_padding_token_trains_and_still_learns_to_stop(
     """The padding token becomes the end token, which must keep its loss."""
     assert train([str(tiny_recipe), "train.max_steps=1"]) == 0
     audit = json.loads((tmp_path / "runs" / "tiny" / "supervision.json").read_text())
-    assert not audit["without_end_token"] and audit["end_tokens"]["</s>"] > 0
+    assert not audit["places"]["without_end_token"] and audit["end_tokens"]["</s>"] > 0
 
 
 def test_a_grown_vocabulary_trains_when_the_recipe_says_so(

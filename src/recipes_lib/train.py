@@ -89,8 +89,8 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         if recipe.data.prompt_format == "chat":
             # so that the tokenizer beside the weights carries the template that renders prompts
             tokenizer.chat_template = chat_template(recipe.data, tokenizer)
-        audited = (f"warning: {warning}" for warning in data.audit.warnings())
-        for line in (*data.audit.describe(), *map(str, recipe.document.warnings), *audited):
+        audited = (f"warning: {warning}" for warning in data.audit.warnings)
+        for line in (*data.audit.notes, *map(str, recipe.document.warnings), *audited):
             say_once(line)
 
         # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a

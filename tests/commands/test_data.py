@@ -145,7 +145,7 @@ CALLING = (
 
 
 def shapes(folder):
-    """Own rows as people have them, 30 of each; the third as CSV with a BOM and as latin-1."""
+    """Own rows as people have them, 30 of each; the third as CSV with a BOM."""
     called = {"role": "assistant", "content": None, "tool_calls": None}
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
     sharegpt, openai, pairs, alpaca = [], [], [], []
@@ -164,13 +164,12 @@ def shapes(folder):
                 "tools": [{"type": "function", "function": {"name": "f"}}],
             }
         )
-        pairs.append(f"Où est {i} ?;Là, à {i}.\n")
+        pairs.append(f'Où est {i} ?,"Là, à {i}."\n')
         alpaca.append({"instruction": f"Add {i}.", "input": "", "output": f"{i}"})
     (folder / "sharegpt.json").write_text(json.dumps(sharegpt))
     write(folder / "openai.jsonl", openai)
-    text = "question;answer\n" + "".join(pairs)
+    text = "question,answer\n" + "".join(pairs)
     (folder / "bom.csv").write_text(text, encoding="utf-8-sig")
-    (folder / "latin.csv").write_text(text, encoding="latin-1")
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
     parquet.write_table(pyarrow.Table.from_pylist(openai), folder / "nested.parquet")
 
@@ -184,7 +183,6 @@ def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(recipe_file, 
         "sharegpt.json": "[[0.]]<EOS </s>>",
         "openai.jsonl": '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>',
         "bom.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
-        "latin.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
         "alpaca.json": "Add 0.</s><|assistant|>[[0]]",
         "nested.parquet": '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>',
     }

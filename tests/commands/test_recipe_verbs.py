@@ -54,7 +54,6 @@ def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(capsys, tmp_p
     assert out.splitlines()[-1] == "next: recipes check recipes/my-first.yaml"
     recipe, origin = load_recipe("my-first"), load_recipe(QUICKSTART)
     assert recipe.name == "my-first" and recipe.run.tags == []
-    assert recipe.data.columns == {"instruction": "question", "response": "answer"}
     assert recipe.data.source == str(tmp_path / "mine.jsonl")
     assert recipe.train["learning_rate"] == origin.train["learning_rate"]
     assert said(capsys, "check", "recipes/my-first.yaml").startswith("1 file ok")

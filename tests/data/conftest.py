@@ -52,7 +52,7 @@ def write_jsonl(tmp_path: Path):
 
 
 def task_rows(count: int) -> list[dict[str, str]]:
-    """Different rows in Dolly's schema; every third one has a context."""
+    """Different rows in Dolly's schema; one in three has a context."""
     categories = ("open_qa", "closed_qa", "summarization")
     return [
         {
@@ -67,7 +67,6 @@ def task_rows(count: int) -> list[dict[str, str]]:
 
 @pytest.fixture
 def tasks():
-    """The function that makes rows in Dolly's schema."""
     return task_rows
 
 
@@ -97,14 +96,10 @@ def trl_rows(tmp_path: Path):
             output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to=[], **train
         )
         trainer._tokenizer, trainer.chat_template = tokenizer, tokenizer.chat_template
-        trainer.completion_only_loss = (
-            "completion" in rows[0]
-            if args.completion_only_loss is None
-            else args.completion_only_loss
-        )
-        prepared = trainer._prepare_dataset(
-            Dataset.from_list(rows), tokenizer, args, False, None, "train"
-        )
+        whole = train.get("completion_only_loss") is False
+        trainer.completion_only_loss = "completion" in rows[0] and not whole
+        data = Dataset.from_list(rows)
+        prepared = trainer._prepare_dataset(data, tokenizer, args, False, None, "train")
         return prepared.select_columns(["input_ids", "labels"]).to_list()
 
     return prepare

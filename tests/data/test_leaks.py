@@ -36,7 +36,6 @@ def test_a_long_question_is_found_whatever_its_case_marks_white_space_and_surrou
 def test_a_question_without_spaces_is_found_by_its_characters() -> None:
     for question in (
         "请用简单的语言解释光合作用的过程，并举一个日常生活中的例子。",
-        "日本の四季について説明し、それぞれの季節の行事を一つずつ挙げてください。",
         "ช่วยอธิบายว่าทำไมท้องฟ้าจึงเป็นสีฟ้าในเวลากลางวัน",
     ):
         leaks = found(asked(question), f"ABC {question} 123", question[: len(question) // 3])
@@ -89,8 +88,6 @@ def test_every_leaked_answer_is_named_and_very_short_ones_are_no_sign() -> None:
     assert leaks.lines(3)[3] == "... and 107 more rows"
     assert leaks.lines(1)[0].startswith("rows.jsonl:2: answer to question 0 (100% of its 13-grams)")
 
-
-def test_messages_of_a_conversation_are_texts_of_a_row() -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": LONG}]
     row = DataRow("rows.jsonl", 1, 1, {"messages": turns}, id="a")
     assert find_leaks([row], {"eval": asked(LONG)})["eval"].is_error

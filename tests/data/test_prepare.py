@@ -4,20 +4,20 @@ kept for the next start.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from conversation_samples import MARKED
 
+from recipes_lib.config.sections import SplitSection
 from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.data import prepare as preparing
 from recipes_lib.data.audit import RefusedData
 from recipes_lib.data.prepare import prepare_data
 from recipes_lib.data.prompts import generation_prompt, template_date
-from recipes_lib.data.rows import SettingError
-from recipes_lib.data.splits import recorded_rows, training_rows
+from recipes_lib.data.rows import DataRow, SettingError
+from recipes_lib.data.splits import recorded_rows, split_rows, training_rows
 
 NO_SPLIT = {"method": "none"}
 TURNS = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "First."}]
@@ -40,11 +40,11 @@ def prepare(recipe_for, tiny_tokenizer):
 
 @pytest.fixture
 def audit_of(prepare, write_jsonl):
-    """What the audit counts and says of rows."""
+    """What the audit names and says of rows."""
 
     def audit_of(rows, **keys):
         audit = prepare(write_jsonl(rows), **keys).audit
-        return audit, "\n".join(audit.warnings())
+        return audit.places, "\n".join(audit.warnings)
 
     return audit_of
 
@@ -57,10 +57,10 @@ def test_the_data_sets_have_the_columns_that_training_reads(prepare, write_jsonl
     row = data.train[0]
     assert len(row["input_ids"]) == len(row["labels"]) and row["labels"][0] == -100
     assert row["labels"][-1] == row["input_ids"][-1]
-    audit = data.audit
-    assert audit.tokens["total"] == sum(len(ids) for part in parts for ids in part["input_ids"])
-    assert audit.end_tokens == {"</s>": 60}
-    assert audit.rows["train"] == data.splits["train"]["count"] == len(data.train)
+    total = sum(len(ids) for part in parts for ids in part["input_ids"])
+    assert data.audit.tokens["row, as trained"]["total"] == total
+    assert data.audit.end_tokens == {"</s>": 60}
+    assert data.audit.rows["train"] == data.splits["train"]["count"] == len(data.train)
     data = prepare(write_jsonl(tasks(9)), split={"validation": 0})
     assert data.validation is None and data.test is None and len(data.train) == 9
 
@@ -96,43 +96,47 @@ def test_a_test_split_takes_its_rows_from_training(prepare, write_jsonl, tasks):
 def test_the_side_of_a_row_depends_on_nothing_but_its_content(prepare, write_jsonl, tasks):
     split = {"validation": 0.2}
     whole = prepare(write_jsonl(tasks(80)), split=split).splits
-    for keys in (
-        {"prompt_format": "alpaca"},
-        {"prompt_format": "chat", "train": {"max_length": 300}},
-    ):
+    for keys in ({"prompt_format": "alpaca"}, {"prompt_format": "chat"}):
         assert prepare(write_jsonl(tasks(80)), split=split, **keys).splits == whole
+    held_out = {*whole["validation"]["ids"]}
     turned = prepare(write_jsonl(tasks(80)[::-1]), split=split).splits
-    assert {*turned["validation"]["ids"]} == {*whole["validation"]["ids"]}
+    assert {*turned["validation"]["ids"]} == held_out
     part = prepare(write_jsonl(tasks(40)), split=split).splits
-    assert {*part["validation"]["ids"]} <= {*whole["validation"]["ids"]}
+    assert {*part["validation"]["ids"]} <= held_out
     # equal rows fall on one side, whatever their ids
     rows = [{**row, "id": i} for i, row in enumerate([*tasks(100), *tasks(100)])]
     data = prepare(write_jsonl(rows), split=split)
     assert not {*map(str, data.train["input_ids"])} & {*map(str, data.validation["input_ids"])}
-    assert "100 exact duplicates" in data.audit.warnings()
+    assert "100 exact duplicates" in data.audit.warnings
     assert len(prepare(write_jsonl(tasks(4)), split={"validation": 0.01}).validation) == 1
 
 
-def test_the_published_split_repeats_two_calls_of_train_test_split(prepare, write_jsonl, tasks):
+def test_the_published_split_repeats_two_calls_of_train_test_split():
     import datasets
 
-    rows = datasets.Dataset.from_dict({"i": range(100)})
-    first = rows.train_test_split(test_size=0.3, seed=42)
+    first = datasets.Dataset.from_dict({"i": range(100)}).train_test_split(test_size=0.3, seed=42)
     second = first["test"].train_test_split(test_size=2 / 3, seed=42)
-    named = write_jsonl([{**row, "id": f"r{i}"} for i, row in enumerate(tasks(100))])
-    split = {"method": "published", "validation": 0.1, "test": 0.2, "seed": 42}
-    splits = prepare(named, split=split).splits
+    found = published(100, 0.1, 0.2)
     parts = {"train": first["train"], "validation": second["train"], "test": second["test"]}
     for name, part in parts.items():
-        assert {*splits[name]["ids"]} == {f"r{i}" for i in part["i"]}
+        assert {row.number for row in found[name]} == {*part["i"]}
+    for fractions, sizes in (
+        ((0.1, 0.2), [10_507, 1_501, 3_003]),
+        ((0.1, 0.1), [12_008, 1_501, 1_502]),
+    ):
+        assert [len(part) for part in published(15_011, *fractions).values()] == sizes
+
+
+def published(num_rows, validation, test):
+    rows = [DataRow("f", None, number, {}) for number in range(num_rows)]
+    section = SplitSection(method="published", validation=validation, test=test, seed=42)
+    return split_rows(rows, section)
 
 
 # ---- mixtures ----
 
 
-def test_ids_are_labels_that_stay_unique_whether_twice_missing_or_mixed(
-    prepare, write_jsonl, tasks
-):
+def test_ids_are_labels_that_stay_unique(prepare, write_jsonl, tasks):
     first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(5))], "a.jsonl")
     ids = ["x", "x", None, 3, ""]
     rows = [{**row, "id": id} for row, id in zip(tasks(9)[4:], ids, strict=True)]
@@ -142,24 +146,21 @@ def test_ids_are_labels_that_stay_unique_whether_twice_missing_or_mixed(
 
 
 def test_weights_take_a_share_of_a_source_or_repeat_its_training_rows_alone(prepare, write_jsonl):
-    def rows(name, count):
-        return [
+    source = []
+    for name, count, weight in (("half", 40, 0.25), ("more", 20, 2.5)):
+        rows = [
             {"id": f"{name}{i}", "instruction": f"{name} {i}?", "response": f"{i}"}
             for i in range(count)
         ]
-
-    source = [
-        {"source": str(write_jsonl(rows("half", 40), "half.jsonl")), "weight": 0.25},
-        {"source": str(write_jsonl(rows("more", 20), "more.jsonl")), "weight": 2.5},
-    ]
+        source.append({"source": str(write_jsonl(rows, f"{name}.jsonl")), "weight": weight})
     data = prepare(source, split={"validation": 0.1})
     half, more = data.audit.sources
-    assert (half.rows, half.used, more.used) == (40, 10, 20)
+    assert (half["rows"], half["used"], more["used"]) == (40, 10, 20)
     times = Counter(data.train["example_id"])
     repeated = [count for name, count in times.items() if name.startswith("more")]
     assert {*repeated} == {2, 3} and sum(repeated) == round(2.5 * len(repeated))
     assert not {*data.validation["example_id"]} & {*times}
-    assert half.train + more.train == len(data.train)
+    assert half["train"] + more["train"] == len(data.train)
     with pytest.raises(DataError, match="is below one"):
         prepare([source[1], {**source[0], "weight": 0.001}])
 
@@ -204,7 +205,7 @@ def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_js
     audit = prepare(path, **keys, on_bad_row="skip").audit
     assert (audit.rows["read"], audit.rows["bad"], audit.rows["used"]) == (25, 5, 20)
     assert len(audit.bad_rows["no assistant turn"]) == 2
-    assert "5 of 25 rows cannot be used" in "\n".join(audit.warnings())
+    assert "5 of 25 rows cannot be used" in "\n".join(audit.warnings)
 
 
 def test_a_misspelt_template_argument_is_named_in_the_recipe_and_in_a_row(prepare, write_jsonl):
@@ -220,38 +221,31 @@ def test_a_misspelt_template_argument_is_named_in_the_recipe_and_in_a_row(prepar
         prepare(write_jsonl(rows), **keys, chat_template_kwargs={"thinking": True})
 
 
-def test_data_that_cannot_teach_what_the_recipe_asks_is_refused_with_its_numbers(
-    prepare, write_jsonl, tasks
-):
+def test_data_that_cannot_teach_is_refused_with_its_numbers(prepare, write_jsonl, tasks):
     long = {"instruction": "long " * 300, "response": "b"}
     endless = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
-    chat = {"prompt_format": "chat", "chat_template": endless}
-    evaluates = {"train": {"eval_strategy": "epoch"}}
     for rows, keys, key, words in (
-        ([long] * 3, {"train": {"max_length": 16}}, "train.max_length", "3/3 rows have no superv"),
         ([*tasks(10), long], {"train": {"max_length": 200}}, "train.max_length", "1/11 rows"),
-        ([{"text": ""}] * 4, {"prompt_format": "raw"}, "data.source", "4/4 rows have an empty"),
-        (tasks(9), chat, "data.chat_template", "9/9 rows do not end"),
-        (tasks(9), {**evaluates, "split": NO_SPLIT}, "data.split.validation", "none of 9 rows"),
+        (
+            *(tasks(9), {"prompt_format": "chat", "chat_template": endless}),
+            *("data.chat_template", "9/9 rows do not end"),
+        ),
     ):
         with pytest.raises(RefusedData, match=words) as caught:
             prepare(write_jsonl(rows), **keys)
         assert caught.value.key == key and caught.value.exit_code == ExitCode.DATA
         assert caught.value.audit.rows["used"] == len(rows)
-    with pytest.raises(SettingError, match="true needs prompt and completion"):
-        keys = {"prompt_format": "raw", "train": {"completion_only_loss": True}}
-        prepare(write_jsonl([{"text": "a"}]), **keys)
 
 
 def test_rows_without_loss_are_dropped_and_named(prepare, write_jsonl, tasks):
     rows = [*tasks(40), {"instruction": "long " * 300, "response": "b"}]
     data = prepare(write_jsonl(rows), train={"max_length": 200}, split=NO_SPLIT)
-    [bare] = data.audit.no_supervised_tokens
-    assert bare.endswith("rows.jsonl:41")
+    places = data.audit.places
+    [bare] = places["no_supervised_tokens"]
+    assert bare.endswith("rows.jsonl:41") and bare in "\n".join(data.audit.warnings)
     [id] = data.splits["train"]["without_supervision"]
     assert len(data.train) == 40 and id not in data.train["example_id"]
-    assert data.audit.truncated == [bare] and data.audit.lost_end == 1
-    assert bare in "\n".join(data.audit.warnings())
+    assert places["truncated"] == places["lost_end"] == [bare]
 
 
 def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, write_jsonl, tasks):
@@ -262,9 +256,8 @@ def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, writ
         ({"drop_empty_completions": True}, 30),
         ({"max_tokens": 200}, 30),
     ):
-        audit = prepare(path, filters=filters).audit
-        assert audit.rows["used"] == left
-        assert [*audit.rows["filtered"].values()] == [31 - left]
+        rows = prepare(path, filters=filters).audit.rows
+        assert rows["used"] == left and [*rows["filtered"].values()] == [31 - left]
     assert prepare(path, max_examples=12).audit.rows["used"] == 12
     for filters, words in (
         ({"categories": ["poetry"]}, "no row has the category poetry"),
@@ -282,26 +275,28 @@ def test_empty_completions_and_special_tokens_are_warned_of_with_their_places(au
     rows = tasks(20)
     rows[6]["response"] = ""
     rows[8]["response"] = "### Response: [INST] </s> </s>"
-    audit, said = audit_of(rows)
-    assert len(audit.empty_completions) == len(audit.special_tokens) == 1
+    places, said = audit_of(rows)
+    assert len(places["empty_completions"]) == len(places["special_tokens"]) == 1
     assert "1 rows with an empty completion" in said and "rows.jsonl:7" in said
     assert "read as text" in said and "rows.jsonl:9" in said
     assert "ACTING as special tokens" in audit_of(rows, prompt_format="chat")[1]
 
 
 def test_a_row_that_does_not_begin_as_the_model_is_asked_is_named(audit_of, tasks):
-    rows = [{"prompt": f"What is {i}?\nAnswer: ", "completion": "the answer"} for i in range(20)]
-    audit, said = audit_of(rows, prompt_format="raw")
-    assert len(audit.other_prompt) == 20 and "20 rows that do not begin" in said
-    assert not audit_of(tasks(20))[0].other_prompt
+    pairs = [{"prompt": f"What is {i}?\nAnswer: ", "completion": "the answer"} for i in range(20)]
+    thoughts = tasks(20)
+    thoughts[4]["response"] = "<think>Hmm.</think>Four."
     space = MARKED.replace("<|assistant|>\n", "<|assistant|> ")
-    audit, _ = audit_of(tasks(20), prompt_format="chat", chat_template=space)
-    assert len(audit.other_prompt) == 20
     thinks = MARKED.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
-    rows = tasks(20)
-    rows[4]["response"] = "<think>Hmm.</think>Four."
-    audit, said = audit_of(rows, prompt_format="chat", chat_template=thinks)
-    assert len(audit.other_prompt) == 19 and "enable_thinking" in said
+    for rows, number, keys in (
+        (tasks(20), 0, {}),
+        (pairs, 20, {"prompt_format": "raw"}),
+        (tasks(20), 20, {"prompt_format": "chat", "chat_template": space}),
+        (thoughts, 19, {"prompt_format": "chat", "chat_template": thinks}),
+    ):
+        places, said = audit_of(rows, **keys)
+        assert len(places["other_prompt"]) == number
+        assert (f"{number} rows that do not begin" in said) == bool(number)
 
 
 def test_what_a_template_changes_or_ends_otherwise_is_warned_of(audit_of, tasks):
@@ -315,24 +310,9 @@ def test_what_a_template_changes_or_ends_otherwise_is_warned_of(audit_of, tasks)
         {"messages": [TURNS[0], {**TURNS[1], "content": f"{i}."}], "score": i} for i in range(9)
     ]
     rows[4]["messages"].insert(0, {"role": "system", "content": "Be brief."})
-    audit, said = audit_of(rows, prompt_format="chat", chat_template=other)
-    assert len(audit.changed_by_template) == 1 and "rows.jsonl:5" in said
+    places, said = audit_of(rows, prompt_format="chat", chat_template=other)
+    assert len(places["changed_by_template"]) == 1 and "rows.jsonl:5" in said
     assert "columns that are not used: score" in said
-
-
-def test_the_audit_says_what_the_rows_were_rendered_with(
-    prepare, write_jsonl, tasks, tiny_tokenizer, tmp_path, monkeypatch
-):
-    rows = write_jsonl(tasks(20))
-    before = prepare(rows, prompt_format="chat")
-    file, own = tmp_path / "tiny_training.jinja", tiny_tokenizer.chat_template
-    file.write_text(MARKED)
-    monkeypatch.setattr("recipes_lib.data.prompts.training_files", lambda: {own: file})
-    data = prepare(rows, prompt_format="chat")
-    assert data.train.to_list() == before.train.to_list()
-    assert data.prompt_format_hash == before.prompt_format_hash
-    assert data.audit.training_template["file"] == "tiny_training.jinja"
-    assert "tiny_training.jinja" in data.audit.describe()[0] and before.audit.describe() == []
 
 
 def test_a_date_that_a_template_prints_is_the_recipe_s_or_the_day_the_run_was_created(
@@ -340,24 +320,19 @@ def test_a_date_that_a_template_prints_is_the_recipe_s_or_the_day_the_run_was_cr
 ):
     dated = "{{ strftime_now('%d %B %Y') }}\n" + MARKED
     keys = {"prompt_format": "chat", "chat_template": dated, "split": NO_SPLIT}
-    path, hashes = write_jsonl(tasks(9)), set()
-    for date in ("2026-11-28", "2026-11-29"):
-        recipe = recipe_for(path, **keys, template_date=date)
-        data = prepare_data(recipe, tiny_tokenizer)
-        day = f"{date[-2:]} November 2026"
-        assert day in tiny_tokenizer.decode(data.train[0]["input_ids"])
-        assert day in generation_prompt(recipe.data, tiny_tokenizer, TURNS[:1])
-        assert date in "\n".join(data.audit.describe())
-        hashes.add(data.prompt_format_hash)
-    assert len(hashes) == 2
+    recipe = recipe_for(write_jsonl(tasks(9)), **keys, template_date="2026-11-28")
+    data = prepare_data(recipe, tiny_tokenizer)
+    assert "28 November 2026" in tiny_tokenizer.decode(data.train[0]["input_ids"])
+    assert "28 November 2026" in generation_prompt(recipe.data, tiny_tokenizer, TURNS[:1])
+    assert "2026-11-28" in "\n".join(data.audit.notes)
     section = recipe_for("x", **keys).data
-    for changed, recorded, date in (
-        ({}, "2020-01-02", "2020-01-02"),
-        ({"template_date": "2021-01-02"}, "2020-01-02", "2021-01-02"),
-        ({"chat_template": MARKED}, "2020-01-02", None),
+    for changed, date in (
+        ({}, "2020-01-02"),
+        ({"template_date": "2021-01-02"}, "2021-01-02"),
+        ({"chat_template": MARKED}, None),
     ):
         asked = section.model_copy(update=changed)
-        assert template_date(asked, tiny_tokenizer, recorded) == date
+        assert template_date(asked, tiny_tokenizer, "2020-01-02") == date
     assert template_date(section, tiny_tokenizer, None) > "2026-01-01"
 
 
@@ -381,20 +356,16 @@ def test_a_second_start_reads_the_rows_that_the_first_one_kept(
             assert getattr(again, name) == getattr(first, name)
         for name in ("train", "validation", "test"):
             assert getattr(again, name).to_list() == getattr(first, name).to_list()
-        assert json.dumps(again.audit.to_dict()) == json.dumps(first.audit.to_dict())
     assert len([*cache.iterdir()]) == 2
 
 
-def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, cache, monkeypatch):
+def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, cache):
     prepare(write_jsonl(tasks(60)))
     rows = tasks(60)
     rows[7]["response"] = rows[7]["response"].replace("14", "15")  # as long as it was
     for keys in ({}, {"train": {"max_length": 99}}, {"prompt_format": "alpaca"}):
         prepare(write_jsonl(rows), **keys)
-    assert len([*cache.glob("[!.]*")]) == 4
-    monkeypatch.setattr(preparing, "MOST_PREPARED", 2)
-    prepare(write_jsonl(rows), max_examples=20)
-    assert len([*cache.glob("[!.]*")]) == 2
+    assert len([*cache.iterdir()]) == 4
 
 
 def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(
@@ -407,17 +378,3 @@ def test_a_cache_that_cannot_be_written_or_is_damaged_stops_nothing(
     assert prepare(path).train.to_list() == first.train.to_list()
     monkeypatch.setenv("RECIPES_CACHE", "/dev/null")
     assert prepare(path).train.to_list() == first.train.to_list()
-
-
-def test_trl_packs_the_prepared_rows(prepare, write_jsonl, tasks):
-    from trl import pack_dataset
-
-    data = prepare(write_jsonl(tasks(40)), train={"max_length": 256}, split=NO_SPLIT)
-    packed = pack_dataset(data.train.select_columns(["input_ids", "labels"]), 256, "bfd")
-    assert len(packed) < 40 and sum(map(len, packed["labels"])) == data.audit.tokens["total"]
-
-
-def test_an_error_about_a_key_stands_at_the_recipe(prepare):
-    with pytest.raises(DataError) as caught:
-        prepare("nowhere.jsonl")
-    assert str(caught.value).startswith("recipe.yaml:1: no such file or folder: nowhere.jsonl")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-from conversation_samples import FOLDER
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.data.conversations import read_messages, read_tools
 from recipes_lib.data.prompts import (
     chat_template,
     format_hash,
     generation_prompt,
-    render_chat,
     task_prompt,
 )
 from recipes_lib.data.rows import DataRow, SettingError
@@ -60,18 +55,16 @@ def test_the_generation_prompt_is_the_training_prompt(tiny_tokenizer):
         (section(), [*TURNS, ASKED], dolly),
     ):
         assert generation_prompt(setting, tiny_tokenizer, messages) == prompt
-    for messages in ([], TURNS):
-        with pytest.raises(ValueError, match="must end with a user turn"):
-            generation_prompt(section(), tiny_tokenizer, messages)
+    with pytest.raises(ValueError, match="must end with a user turn"):
+        generation_prompt(section(), tiny_tokenizer, TURNS)
 
 
-def test_a_template_is_the_tokenizer_s_inline_a_file_or_one_of_trl(
-    tiny_tokenizer, tmp_path, monkeypatch
-):
+def test_a_template_is_the_tokenizer_s_inline_a_file_or_one_of_trl(tiny_tokenizer, tmp_path):
     trl = pytest.importorskip("trl.chat_template_utils")
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")
     for given, template in (
+        (None, tiny_tokenizer.chat_template),
         (str(file), "{{ messages }}"),
         ("{{ m }}", "{{ m }}"),
         ("trl:llama3", trl.llama3_chat_template),
@@ -79,16 +72,13 @@ def test_a_template_is_the_tokenizer_s_inline_a_file_or_one_of_trl(
         chosen = chat_template(section("chat", chat_template=given), tiny_tokenizer)
         assert chosen == template
     for given, words, hint in (
-        ("other.jinja", r"no such file: other\.jinja", ".jinja file"),
+        ("other.jinja", r"other\.jinja cannot be read: .*No such file", ".jinja file"),
         ("trl:lama3", "TRL ships no template 'trl:lama3'", "did you mean trl:llama3?"),
         ("trl:chatml", "TRL ships no template 'trl:chatml'", "ChatML is trl:qwen2_5"),
     ):
         with pytest.raises(SettingError, match=words) as caught:
             chat_template(section("chat", chat_template=given), tiny_tokenizer)
         assert hint in caught.value.hints[0]
-    monkeypatch.setattr(tiny_tokenizer, "chat_template", None)
-    with pytest.raises(SettingError, match="needs a chat template"):
-        chat_template(section("chat"), tiny_tokenizer)
 
 
 def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_tokenizer):
@@ -115,28 +105,6 @@ def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(t
         assert tiny_tokenizer.decode(item.ids.tolist()).startswith(prompt)
 
 
-def test_tools_calls_results_and_thoughts_reach_templates_of_today(tiny_tokenizer):
-    call = {"id": "call_0001", "name": "sky", "arguments": '{"place": "Bonn"}'}
-    messages = read_messages(
-        [
-            {"role": "user", "content": "Well?"},
-            {"role": "assistant", "thinking": "Look up.", "tool_calls": [call]},
-            {"role": "tool", "content": "blue", "tool_call_id": "call_0001"},
-        ],
-        "messages",
-    )
-    nothing = {"type": "object", "properties": {}}
-    sky = {"name": "sky", "description": "Its colour.", "parameters": nothing}
-    tools = json.loads(read_tools([sky], "tools"))
-    for name in ("qwen3", "llama3_1", "gptoss", "glm4moe", "deepseekv3", "gemma4"):
-        template = (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
-        text, _ = render_chat(messages, tiny_tokenizer, template, {"tools": tools}, prompt=True)
-        said = ["sky", "place", "Bonn", "blue"]
-        said += [] if name == "deepseekv3" else ["Its colour."]  # it knows no tools, only calls
-        said += ["Look up."] if name in ("qwen3", "gptoss", "glm4moe", "gemma4") else []
-        assert [word for word in said if word not in text] == [], name
-
-
 def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
     call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
     called = [ASKED, {**TURNS[1], "tool_calls": [call]}]
@@ -145,5 +113,5 @@ def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
     for messages, chat_loss in ((called, "all"), (followed, "last"), (silent, "all")):
         setting = section("chat", chat_loss=chat_loss)
         bad = encode_row({"messages": messages}, setting, tiny_tokenizer)
-        assert bad.drop == ("messages.tool_calls",)
         assert "not rendered by the chat template" in bad.what
+        assert "data.drop_columns: [messages.tool_calls]" in bad.hints[1]

@@ -5,7 +5,6 @@ named by file and line, all at once.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from pathlib import Path
 from unittest.mock import Mock
@@ -44,61 +43,45 @@ def read(write_jsonl):
     return lambda rows, *args, **keys: rows_of(write_jsonl(rows), *args, **keys)
 
 
-def write_all(folder: Path, rows: list[dict[str, str]]) -> dict[str, Path]:
+def write_all(folder: Path, rows: list[dict[str, str]]) -> list[Path]:
     """Write the same rows in every format."""
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    table = pyarrow.Table.from_pylist(rows)
-    names = (
-        *("rows.jsonl", "rows.json", "lines.json", "rows.jsonl.gz", "bom.jsonl"),
-        *("rows.csv", "rows.tsv", "old.csv", "rows.parquet", "file.arrow", "stream.arrow"),
-    )
-    files = {name: folder / name for name in names}
-    files["rows.jsonl"].write_text(lines)
-    files["rows.json"].write_text(json.dumps(rows))
-    files["lines.json"].write_text(lines)
-    files["rows.jsonl.gz"].write_bytes(gzip.compress(lines.encode()))
-    files["bom.jsonl"].write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    for name, sign in (("rows.csv", ","), ("rows.tsv", "\t")):
-        with files[name].open("w", newline="") as stream:
+    for name, content in (
+        ("rows.jsonl", lines),
+        ("rows.json", json.dumps(rows)),
+        ("lines.json", lines),
+        ("bom.jsonl", "\ufeff" + lines),
+    ):
+        (folder / name).write_text(content, encoding="utf-8")
+    for name, sign in (("rows.csv", ","), ("rows.tsv", "\t"), ("old.csv", ",")):
+        encoding = "latin-1" if name == "old.csv" else "utf-8"
+        with (folder / name).open("w", newline="", encoding=encoding) as stream:
             writer = csv.DictWriter(stream, [*rows[0]], delimiter=sign)
             writer.writeheader()
             writer.writerows(rows)
-    files["old.csv"].write_bytes(files["rows.csv"].read_text().encode("latin-1"))
-    parquet.write_table(table, files["rows.parquet"])
-    for name, new in (
-        ("file.arrow", pyarrow.ipc.new_file),
-        ("stream.arrow", pyarrow.ipc.new_stream),
-    ):
-        with new(str(files[name]), table.schema) as stream:
-            stream.write_table(table)
-    return files
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "rows.parquet")
+    return sorted(folder.iterdir())
 
 
 def test_every_format_gives_the_same_rows(tmp_path):
-    for name, file in write_all(tmp_path, TASKS).items():
-        encoding = {"encoding": "latin-1"} if name == "old.csv" else {}
-        assert [row.fields for row in rows_of(file, **encoding)] == TASKS, name
+    for file in write_all(tmp_path, TASKS):
+        encoding = {"encoding": "latin-1"} if file.name == "old.csv" else {}
+        assert [row.fields for row in rows_of(file, **encoding)] == TASKS, file
         if file.suffix not in (".csv", ".tsv"):  # a text with line ends counts as more
-            assert count_rows(file) == 3, name
+            assert count_rows(file) == 3, file
     assert len(read_file(tmp_path / "rows.jsonl", max_rows=2)) == 2
+    (tmp_path / "a.csv").write_text("instruction,response\nNA,007\nnull,1e3\n")
+    found = [[*row.fields.values()] for row in rows_of(tmp_path / "a.csv")]
+    assert found == [["NA", "007"], ["null", "1e3"]], "nothing is converted"
     odd = '{"text": "a\u2028b"}\n{"text": "c"}\n'  # a separator inside of a text ends no line
     (tmp_path / "odd.json").write_text(odd, encoding="utf-8")
     assert [row.fields["text"] for row in read_file(tmp_path / "odd.json")] == ["a\u2028b", "c"]
 
 
-def test_nothing_is_converted(tmp_path):
-    (tmp_path / "a.csv").write_text("instruction,response\nNA,007\nnull,1e3\n")
-    found = [[*row.fields.values()] for row in rows_of(tmp_path / "a.csv")]
-    assert found == [["NA", "007"], ["null", "1e3"]]
-
-
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
     good = json.dumps(TASK)
     for name, content, line, words in (
-        ("a.jsonl", f"{good}\n{{torn\n", 2, "the line: not JSON (Expecting prop"),
         ("a.jsonl", f"{good}\n[1]\n", 2, "expected an object with columns, found list"),
-        ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "is not UTF-8"),
-        ("a.jsonl", f'{good}\n{{"instruction": "x\\ud83dy", "response": ""}}', 2, "lone surrogate"),
         ("a.json", "[\n{]", 2, "not JSON"),
         ("a.json", '{"data": [{}],\n "b": 2}', 1, "expected a list of objects"),
         ("a.csv", "instruction,response\na\n", 2, "1 fields, but the header has 2"),
@@ -107,17 +90,13 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path):
         ("a.csv", "a,a\nb,c\n", 1, "column names appear twice: a"),
         ("a.csv", "instruction,response\na,\xe9\n".encode("latin-1"), 2, "is not UTF-8"),
         ("a.parquet", b"PAR1", None, "cannot be read as parquet"),
-        ("a.jsonl.gz", gzip.compress(good.encode() * 99)[:-9], None, "Compressed file ended"),
-        ("a.jsonl.gz", b"text", None, "Not a gzipped file"),
-        ("a.txt", "text", None, "not a data file"),
-        ("a.jsonl", "", None, "0 rows in"),
+        ("a.jsonl.gz", "", None, "not a data file; known endings: .jsonl, .ndjson, .json, .csv"),
     ):
         file = tmp_path / name
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
-        for reader in (rows_of, read_file)[: 2 if line and "surrogate" not in words else 1]:
-            with pytest.raises(DataError) as caught:
-                reader(file)
-            assert caught.value.line == line and words in caught.value.what, caught.value
+        with pytest.raises(DataError) as caught:
+            read_file(file)
+        assert caught.value.line == line and words in caught.value.what, caught.value
 
 
 def test_a_folder_is_its_files_of_the_split(tmp_path):
@@ -164,13 +143,11 @@ def test_sources_take_the_keys_of_data_and_say_what_is_wrong_with_them(write_jso
     file = write_jsonl(["instruction,response", "a,b"], "a.csv")
     for keys, words in (
         ({"system_prompt": "Be brief."}, "data.system_prompt acts in prompt_format chat alone"),
-        ({"prompt_format": "chat", "chat_template_kwargs": {"tools": 1}}, "no template argument"),
         ({"delimiter": "::"}, "data.delimiter: "),
         ({"encoding": "utf-7x"}, "data.encoding: unknown encoding"),
     ):
-        with pytest.raises(SettingError, match=words) as caught:
+        with pytest.raises(SettingError, match=words):
             rows_of(file, **keys)
-        assert caught.value.file is None
 
 
 # ---- columns ----
@@ -178,11 +155,11 @@ def test_sources_take_the_keys_of_data_and_say_what_is_wrong_with_them(write_jso
 
 def test_columns_are_mapped_by_name_alias_and_recipe(read):
     task = {"instruction": "a", "response": "b", "context": "c"}
-    mapped = {"instruction": "q", "response": "answer"}
     for row, columns in (
         (task, {}),
         ({"instruction": "a", "output": "b", "input": "c"}, {}),
-        ({"q": "a", "answer": "b", "context": "c"}, mapped),
+        ({"question": "a", "answer": "b", "input": "c"}, {}),
+        ({"q": "a", "a": "b", "context": "c"}, {"instruction": "q", "response": "a"}),
     ):
         assert read([row], columns=columns)[0].fields == task
     assert read([{**task, "context": None}])[0].fields["context"] == ""
@@ -192,29 +169,15 @@ def test_columns_of_another_format_name_the_format_to_try(read):
     for row, prompt_format, suggestion in (
         ({"instruction": "", "input": "", "output": ""}, "raw", "alpaca"),
         ({"messages": []}, "dolly", "chat"),
-        ({"prompt": "", "completion": ""}, "dolly", "raw"),
-        ({"question": "", "answer": ""}, "dolly", "data.columns"),
+        ({"query": "", "target": ""}, "dolly", "data.columns"),
     ):
         with pytest.raises(SettingError, match="columns are ") as caught:
             read([row], prompt_format)
         assert suggestion in "\n".join(caught.value.hints)
-    for keys, words in (
-        ({"columns": {"response": "answr"}}, "no column 'answr'"),
-        ({"drop_columns": ["categry"]}, "no column 'categry'"),
-    ):
-        with pytest.raises(SettingError, match=words) as caught:
-            read([{**TASK, "category": "", "answer": "b"}], **keys)
-        assert caught.value.hints[0].startswith("did you mean ")
-
-
-def test_a_value_that_is_not_text_names_line_column_and_type(read):
-    good = {"instruction": "a", "response": "b", "text": "c"}
-    for value, found in ((None, "None"), (3, "int"), (float("nan"), "float"), (["a"], "list")):
-        for prompt_format, column in (("dolly", "response"), ("chat", "response"), ("raw", "text")):
-            with pytest.raises(DataError) as caught:
-                read([good, {**good, column: value}, good, {**good, column: value}], prompt_format)
-            assert caught.value.line == 2 and "rows.jsonl:4" in caught.value.hints[0]
-            assert f"column '{column}': expected text, found {found}" in caught.value.what
+    for keys in ({"columns": {"response": "categry"}}, {"drop_columns": ["categry"]}):
+        with pytest.raises(SettingError, match="no column 'categry'") as caught:
+            read([{**TASK, "category": ""}], **keys)
+        assert caught.value.hints[0].startswith("did you mean category")
 
 
 def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read):
@@ -261,25 +224,19 @@ def test_tools_and_template_arguments_have_columns_of_their_own(read):
         ({"tools": "weather"}, "not JSON"),
         ({"tools": ["weather"]}, "no function with a name"),
         ({"chat_template_kwargs": [1]}, "expected an object, found list"),
-        ({"chat_template_kwargs": {"tools": "f"}}, "tools is no template argument"),
     ):
         with pytest.raises(DataError, match=words):
             read([{"messages": TURNS, **more}], "chat")
 
 
 def test_what_arrow_fills_in_with_null_is_not_there(tmp_path):
-    calls = [
-        {"role": "assistant", "content": "", "tool_calls": [{"name": name, "arguments": {name: 1}}]}
-        for name in "fg"
-    ]
+    turn = {"role": "assistant", "content": ""}
+    calls = [{**turn, "tool_calls": [{"name": name, "arguments": {name: 1}}]} for name in "fg"]
     rows = [{"messages": [TURNS[0], answer]} for answer in (*calls, TURNS[1])]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     found = rows_of(tmp_path / "rows.parquet", "chat")
-    assert [message_texts(row.fields["messages"][1])[1:] for row in found] == [
-        ['{"name": "f", "arguments": {"f": 1}}'],
-        ['{"name": "g", "arguments": {"g": 1}}'],
-        [],
-    ]
+    said = [message_texts(row.fields["messages"][1])[1:] for row in found]
+    assert said == [[f'{{"name": "{name}", "arguments": {{"{name}": 1}}}}'] for name in "fg"] + [[]]
 
 
 def test_the_content_of_a_row_is_its_texts_whatever_surrounds_them(read):
@@ -295,25 +252,23 @@ def test_the_content_of_a_row_is_its_texts_whatever_surrounds_them(read):
 
 def test_a_new_recipe_reads_rows_as_their_first_one_asks(tmp_path, write_jsonl):
     three = ("dolly", "alpaca", "chat")
-    asked = {"instruction": "question", "response": "answer"}
-    put_in = {"instruction": "input", "response": "output", "context": ""}
-    for row, formats, columns in (
-        (TASK, three, {}),
-        ({"question": "a", "answer": "b"}, three, asked),
-        ({"conversations": TURNS}, ("chat",), {}),
-        ({"instruction": "a", "input": "", "output": "b"}, three, {}),
-        ({"input": "a", "output": "b"}, three, put_in),
-        ({"prompt": "a", "completion": "b"}, ("raw", "chat"), {}),
-        ({"text": "a"}, ("raw",), {}),
+    for row, formats in (
+        (TASK, three),
+        ({"question": "a", "answer": "b"}, three),
+        ({"conversations": TURNS}, ("chat",)),
+        ({"instruction": "a", "input": "", "output": "b"}, three),
+        ({"prompt": "a", "completion": "b"}, ("raw", "chat")),
+        ({"text": "a"}, ("raw",)),
     ):
-        found = look_at(write_jsonl([row]))
-        assert (found.prompt_formats, found.columns) == (formats, columns)
-    file = tmp_path / "old.csv"
-    file.write_bytes("instruction;response\nGröße?;é\n".encode("latin-1"))
-    assert look_at(file).keys == {"delimiter": ";", "encoding": "cp1252"}
-    for content, words in (('{"a": "b"}', "columns a are not understood"), ("", "has no rows")):
-        (tmp_path / "odd.jsonl").write_text(content)
+        assert look_at(write_jsonl([row])).prompt_formats == formats
+    for name, content, words in (
+        ("odd.jsonl", b'{"a": "b"}', "columns a are not understood"),
+        ("odd.jsonl", b"", "has no rows"),
+        ("odd.csv", b"instruction;response\na;b\n", "separated by ';'"),
+        ("odd.csv", "instruction,response\na,\xe9\n".encode("latin-1"), "is not UTF-8"),
+    ):
+        (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=words):
-            look_at(tmp_path / "odd.jsonl")
+            look_at(tmp_path / name)
     with pytest.raises(DataError, match="no such file"):
         look_at(tmp_path / "nowhere.jsonl")

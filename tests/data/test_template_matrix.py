@@ -15,10 +15,8 @@ from recipes_lib.data.rows import BadRow, DataRow
 from recipes_lib.data.supervision import Supervision, decoded_spans, encode
 
 OF_PICTURES = {"idefics3", "smolvlm", "llava_next"}  # a content must be a list of parts
-PLAIN = sorted(
-    {file.stem for file in FOLDER.glob("*.jinja") if not file.stem.endswith("_training")}
-    - OF_PICTURES
-)
+FILES = {file.stem for file in FOLDER.glob("*.jinja") if not file.stem.endswith("_training")}
+PLAIN = sorted(FILES - OF_PICTURES)
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
@@ -45,6 +43,7 @@ def thinking(message, thought):
 
 
 THOUGHT = [TURNS[0], thinking(TURNS[1], "Hmm one.")]
+TOOLS = {"tools": [{"type": "function", "function": ADD}]}
 CASES = {
     "single": {"messages": TURNS[:2]},
     "system": {"messages": [SYSTEM, *TURNS[:2]]},
@@ -53,11 +52,8 @@ CASES = {
     "thoughts": {"messages": [*THOUGHT, TURNS[2], thinking(TURNS[3], "Hmm two.")]},
     "asked to think": {"messages": THOUGHT, "kwargs": {"enable_thinking": True}},
     "asked not to": {"messages": TURNS, "kwargs": {"enable_thinking": False}},
-    "tools": {"messages": CALLS, "tools": [{"type": "function", "function": ADD}]},
-    "tools, long": {
-        "messages": [SYSTEM, *CALLS, *TURNS],
-        "tools": [{"type": "function", "function": ADD}],
-    },
+    "tools": {"messages": CALLS, **TOOLS},
+    "tools, long": {"messages": [SYSTEM, *CALLS, *TURNS], **TOOLS},
 }
 # What does not simply carry loss as it would be written: template -> case -> what happens.
 #   refused     the row cannot be used
@@ -79,12 +75,7 @@ PROMPT_THINKS = {
     **dict.fromkeys(CASES, "unlike"),
     **dict.fromkeys(NO_THOUGHTS, "changed, unlike"),  # they stand in the content
 }
-PHI = {
-    **NO_THOUGHTS,
-    **ENDS_OTHERWISE,
-    **CALLS_REFUSED,
-    "thoughts": "changed, earlier",
-}
+PHI = {**NO_THOUGHTS, **ENDS_OTHERWISE, **CALLS_REFUSED, "thoughts": "changed, earlier"}
 EXPECTED = {
     **dict.fromkeys(("cohere", "cohere2", "gemma3"), NO_THOUGHTS | CALLS_REFUSED),
     "deepseek_r1_distill": PROMPT_THINKS | CALLS_REFUSED,
@@ -116,15 +107,12 @@ def written(case, index, tokenizer) -> str:
 
     def text(messages, prompt):
         values = {"tools": case.get("tools"), **case.get("kwargs", {})}
+        values |= {"tokenize": False, "add_generation_prompt": prompt}
         try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, **values
-            )
+            return tokenizer.apply_chat_template(messages, **values)
         except TypeError:  # DeepSeek's reads arguments as text
             messages = list(map(with_arguments_as_text, messages))
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=prompt, **values
-            )
+            return tokenizer.apply_chat_template(messages, **values)
 
     prompt, whole = text(case["messages"][:index], True), text(case["messages"][: index + 1], False)
     return whole[len(prompt) :].rstrip() if whole.startswith(prompt) else ""
@@ -133,9 +121,8 @@ def written(case, index, tokenizer) -> str:
 def happens(case, tokenizer) -> str:
     """In the words of `EXPECTED`; empty where each turn carries loss as it would be written."""
     messages = case["messages"]
-    section = DataSection(
-        source="x", prompt_format="chat", chat_template_kwargs=case.get("kwargs", {})
-    )
+    kwargs = case.get("kwargs", {})
+    section = DataSection(source="x", prompt_format="chat", chat_template_kwargs=kwargs)
     settings = Supervision.of(section, {"max_length": 4096}, tokenizer)
     tools = {"tools": json.dumps(case["tools"])} if "tools" in case else {}
     row = DataRow("f", 1, 1, {"messages": messages, **tools})

@@ -88,25 +88,8 @@ def test_a_template_that_cannot_say_what_is_learned_names_the_row(tiny_tokenizer
         with pytest.raises(DataError, match=words) as caught:
             encode_chat(messages, tiny_tokenizer, **keys)
         assert caught.value.line == 7 and hint in "\n".join(caught.value.hints)
-    for marked in ("", "{% generation %}{% endgeneration %}"):
-        with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja"):
-            encode_chat(TURNS, tiny_tokenizer, template=marked + "{% for m in messages %}\n{{ m }")
-
-
-def test_a_template_without_an_end_token_or_a_part_of_a_message_is_noticed(tiny_tokenizer):
-    endless = "{% for m in messages %}{{ m['role'] }}:\n{{ m['content'] }}\n{% endfor %}"
-    endless += "{% if add_generation_prompt %}assistant:\n{% endif %}"
-    item = encode_chat(TURNS[:2], tiny_tokenizer, template=endless)
-    assert item.end_token < 0 and learned(item, tiny_tokenizer) == ["First\n  answer.\n"]
-    messages = [{"role": "system", "content": "Be brief."}, *TURNS]
-    for dropped, cut in (("system", "''"), ("assistant", "message['content'][:5]")):
-        template = (
-            f"{{% for message in messages %}}<|{{{{ message['role'] }}}}|>\n{{{{ {cut} if"
-            f" message['role'] == '{dropped}' else message['content'] }}}}{{{{ eos_token }}}}{{%"
-            " endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-        )
-        assert encode_chat(messages, tiny_tokenizer, template=template).changed
-    assert not encode_chat(messages, tiny_tokenizer).changed
+    with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja"):
+        encode_chat(TURNS, tiny_tokenizer, template="{% for m in messages %}\n{{ m }")
 
 
 # ---- TRL's templates ----
@@ -117,8 +100,7 @@ def test_loss_is_inside_of_what_trl_s_training_templates_mark(tiny_tokenizer):
     files = sorted(FOLDER.glob("*_training.jinja"))
     assert len(files) > 20
     for file in files:
-        template = file.read_text(encoding="utf-8")
-        tokenizer = tokenizer_with(template, tiny_tokenizer)
+        tokenizer = tokenizer_with(file.read_text(encoding="utf-8"), tiny_tokenizer)
         if file.stem in of_pictures:  # a content must be a list of parts
             with pytest.raises(DataError, match=r"the chat template re(fuses|nders nothing)"):
                 encode_chat(TURNS, tokenizer)
@@ -126,9 +108,8 @@ def test_loss_is_inside_of_what_trl_s_training_templates_mark(tiny_tokenizer):
         item = encode_chat(TURNS, tokenizer)
         last = "".join(learned(encode_chat(TURNS, tokenizer, chat_loss="last"), tokenizer))
         assert item.end_token >= 0 and "Second." in last and "First" not in last, file
-        whole = tokenizer.apply_chat_template(
-            TURNS, return_dict=True, return_assistant_tokens_mask=True
-        )
+        keys = {"return_dict": True, "return_assistant_tokens_mask": True}
+        whole = tokenizer.apply_chat_template(TURNS, **keys)
         assert item.ids.tolist() == whole["input_ids"], file
         marked = {index for index, mask in enumerate(whole["assistant_masks"]) if mask}
         assert {*(item.labels != -100).nonzero()[0]} <= marked, file

@@ -25,12 +25,10 @@ def whole_dolly(shared_data):
 
 
 def pairs(rows) -> list[dict[str, str]]:
+    prompts = [task_prompt("dolly", row["instruction"], row["context"]) for row in rows]
     return [
-        {
-            "prompt": task_prompt("dolly", row["instruction"], row["context"]),
-            "completion": row["response"],
-        }
-        for row in rows
+        {"prompt": prompt, "completion": row["response"]}
+        for prompt, row in zip(prompts, rows, strict=True)
     ]
 
 
@@ -94,11 +92,10 @@ def test_rows_are_equal_for_a_tokenizer_of_llama_2_s_kind(recipe_for, write_json
         {"instruction": f"What is {i}?", "context": "", "response": f"{starts[i % 2]} {i}. "}
         for i in range(30)
     ]
-    data = prepare_data(recipe_for(write_jsonl(rows), split=NO_SPLIT), tokenizer)
-    assert data.train.select_columns(["input_ids", "labels"]).to_list() == trl_rows(
-        pairs(rows), tokenizer
-    )
-    assert data.audit.other_prompt  # the case is really there
+    recipe = recipe_for(write_jsonl(rows), split=NO_SPLIT)
+    assert ours(recipe, tokenizer) == trl_rows(pairs(rows), tokenizer)
+    places = prepare_data(recipe, tokenizer).audit.places
+    assert places["other_prompt"]  # the case is really there
 
 
 def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(
@@ -109,8 +106,7 @@ def test_a_tokenizer_that_appends_the_end_token_by_itself_does_not_get_two(
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     rows = [{"instruction": f"What is {i}?", "response": f"It is {i}."} for i in range(9)]
-    path = write_jsonl(rows)
-    recipe = recipe_for(path, split=NO_SPLIT)
+    recipe = recipe_for(write_jsonl(rows), split=NO_SPLIT)
     assert ours(recipe, tokenizer) == ours(recipe, tiny_tokenizer)
 
 
@@ -131,7 +127,7 @@ def test_trl_drops_128_rows_of_the_whole_dolly_and_we_name_them(
     recipe_for, whole_dolly, smollm2_tokenizer
 ):
     data = prepare_data(recipe_for(whole_dolly, split=NO_SPLIT), smollm2_tokenizer)
-    bare = data.audit.no_supervised_tokens
+    bare = data.audit.places["no_supervised_tokens"]
     assert data.audit.rows["read"] == 15_011 and len(data.train) == 15_011 - 128
     assert len({*bare}) == len(bare) == 128
 
@@ -142,17 +138,3 @@ def test_the_whole_dolly_is_equal(recipe_for, whole_dolly, trl_rows, smollm2_tok
     rows = [json.loads(line) for text in texts for line in text.splitlines()]
     recipe = recipe_for(whole_dolly, split=NO_SPLIT)
     assert ours(recipe, smollm2_tokenizer) == trl_rows(pairs(rows), smollm2_tokenizer)
-
-
-@pytest.mark.nightly
-def test_the_published_splits_of_the_whole_dolly_have_the_published_sizes(
-    recipe_for, whole_dolly, tiny_tokenizer
-):
-    for validation, test, sizes in (
-        (0.1, 0.2, (10_507, 1_501, 3_003)),
-        (0.1, 0.1, (12_008, 1_501, 1_502)),
-    ):
-        split = {"method": "published", "validation": validation, "test": test}
-        train = {"completion_only_loss": False}
-        data = prepare_data(recipe_for(whole_dolly, split=split, train=train), tiny_tokenizer)
-        assert (len(data.train), len(data.validation), len(data.test)) == sizes

@@ -57,20 +57,15 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
     say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
     names = ("rows", "weight", "used", "train", "validation", "test")
     if len(audit.sources) > 1:
-        sources = [[source.source, *_numbers(vars(source), names)] for source in audit.sources]
+        sources = [[source["source"], *_numbers(source, names)] for source in audit.sources]
         say("\n".join(["", *aligned([("source", *names), *sources]), ""]))
     say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}")
-    for line in audit.describe():
+    for line in audit.notes:
         say(line)
     keys = ("total", "p5", "p50", "p95", "max")
-    lengths = {
-        "prompt": audit.prompt_tokens,
-        "row, as trained": audit.tokens,
-        "with loss": audit.supervised_tokens,
-    }
-    cells = [[title, *_numbers(counts, keys)] for title, counts in lengths.items()]
+    cells = [[title, *_numbers(counts, keys)] for title, counts in audit.tokens.items()]
     say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
-    for note in audit.warnings():
+    for note in audit.warnings:
         say(f"note: {note}")
 
 

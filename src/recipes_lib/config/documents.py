@@ -25,7 +25,7 @@ from recipes_lib.core.terminal import holds_secret
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
-_DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".gz")
+_DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _MAX_VALUES = 10_000  # with aliases expanded; a recipe has some hundred
 _SECRET = "looks like a secret; a recipe must not hold one"
 _SECRET_HINT = (

@@ -53,7 +53,7 @@ def new_recipe(
         if lora is not None and lora.get("target_modules") != "all-linear":
             values["lora"]["target_modules"] = "all-linear"
     if rows is not None:
-        values["data"] |= {"source": _relative(target, rows.file), **rows.keys}
+        values["data"]["source"] = _relative(target, rows.file)
         if origin.data.prompt_format not in rows.prompt_formats:
             values["data"]["prompt_format"] = rows.prompt_formats[0]
         if train.get("max_steps", -1) > 0:
@@ -63,7 +63,7 @@ def new_recipe(
         if train.get("save_strategy", "steps") == "steps":
             # the best model is chosen among checkpoints
             values["train"]["save_steps"] = 0.2 if train.get("load_best_model_at_end") else 0.05
-        if rows.whole_text and train.get("completion_only_loss"):
+        if rows.prompt_formats == ("raw",) and train.get("completion_only_loss"):
             values["train"]["completion_only_loss"] = None
     if method is not None:
         if method == "full":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -19,8 +19,7 @@ from recipes_lib.config.parsing import IsPath, Section
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 TRL = "trl:"  # before the name of a chat template that TRL ships
-TEXT_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-DATA_FORMATS = (*TEXT_FORMATS, ".parquet", ".arrow")
+DATA_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 VARLEN = "varlen"
 MAX_LENGTH = 1024  # TRL's default of max_length
 # The keys of `data` that say how a model is asked.
@@ -28,13 +27,9 @@ ASKED = ("prompt_format", "chat_template", "chat_template_kwargs", "system_promp
 
 
 def data_format(path: Path) -> str | None:
-    """The format's extension (`.jsonl`, ...), looking through .gz; None if it is not a
-    data file.
-    """
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]] or [""]
-    if suffixes[-1] == ".gz":
-        return suffixes[0] if suffixes[0] in TEXT_FORMATS else None
-    return suffixes[-1] if suffixes[-1] in DATA_FORMATS else None
+    """Return the ending of a data file (`.jsonl`, ...); None if it is not one."""
+    ending = path.suffix.lower()
+    return ending if ending in DATA_FORMATS else None
 
 
 def is_inline(template: str) -> bool:
@@ -166,7 +161,7 @@ class DataSection(Section):
     """The training data and how a row becomes a prompt and a completion."""
 
     source: _Source | _Sources
-    """Hub id, local file (jsonl, json, csv, parquet, arrow, also .gz), folder, or a list of
+    """Hub id, local file (jsonl, json, csv, parquet), folder, or a list of
     {source, subset, source_split, columns, encoding, delimiter, max_examples, weight} for a
     mixture.
     """
@@ -267,26 +262,7 @@ class LaunchSection(Section):
 
 @dataclass(frozen=True)
 class OwnRows:
-    """How somebody's data file is to be read.
-
-    Args:
-        file: the file or folder.
-        prompt_formats: those that can read its rows, best first.
-        columns: our name -> the file's, where they differ.
-        whole_text: whether a row is one text, so that no completion can carry the loss alone.
-        delimiter: between the columns of a text file, where its ending does not tell.
-        encoding: of a text file that is not UTF-8, guessed.
-    """
+    """Somebody's data file or folder, and the prompt formats that can read its rows, best first."""
 
     file: Path
     prompt_formats: tuple[str, ...]
-    columns: dict[str, str] = field(default_factory=dict)
-    whole_text: bool = False
-    delimiter: str | None = None
-    encoding: str | None = None
-
-    @property
-    def keys(self) -> dict[str, Any]:
-        """The keys of `data` that say how the file is read, where it does not say so itself."""
-        keys = {"columns": self.columns, "delimiter": self.delimiter, "encoding": self.encoding}
-        return {key: value for key, value in keys.items() if value}

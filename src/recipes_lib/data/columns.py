@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
-from recipes_lib.config.sections import TEXT_FORMATS, DataSection, OwnRows, data_format
+from recipes_lib.config.sections import DataSection, OwnRows
 from recipes_lib.core.errors import DataError
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import (
@@ -23,15 +23,8 @@ from recipes_lib.data.conversations import (
     read_template_kwargs,
     read_tools,
 )
-from recipes_lib.data.rows import (
-    BadRow,
-    BadRows,
-    DataRow,
-    SettingError,
-    checked_text,
-    not_supported,
-)
-from recipes_lib.data.sources import column_names, data_files, other_delimiter, read_file
+from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, checked_text, unsupported
+from recipes_lib.data.sources import column_names, data_files, read_file
 
 # The sets of fields that a prompt format can read, the best first.
 FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -41,12 +34,14 @@ FIELDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "chat": (("messages",), ("prompt", "completion"), ("instruction", "response")),
 }
 OF_CHAT = ("system", "tools", "chat_template_kwargs")
+# Names that files use for ours.
 ALIASES = {
-    "context": "input",
-    "response": "output",
-    "messages": "conversations",
-    "system": "system_prompt",
-    "tools": "functions",
+    "instruction": ("question",),
+    "context": ("input",),
+    "response": ("output", "answer"),
+    "messages": ("conversations",),
+    "system": ("system_prompt",),
+    "tools": ("functions",),
 }
 # Columns that other programs put into what the model reads or learns: without what they say, rows
 # are others.
@@ -55,25 +50,13 @@ MEANINGFUL = {
     *("system", "system_prompt", "tools", "functions", "chat_template_kwargs"),
     *("image", "images", "audio", "audios", "video", "videos"),
 }
-# Names that files use for ours, best first; `input` is the question where nothing else is.
-_SYNONYMS = {
-    "instruction": ("instruction", "question", "query", "input_text", "input"),
-    "response": ("response", "output", "answer", "completion", "target"),
-    "context": ("context", "input"),
-}
 
 
 def map_columns(
     rows: Sequence[DataRow], section: DataSection, columns: Mapping[str, str], bad: BadRows
 ) -> tuple[list[DataRow], list[str]]:
-    """Give the rows of one source our fields in place of its columns; those that cannot be used are
-    added to `bad`.
-
-    Args:
-        columns: our name -> column of the file, where it is not of the same name.
-
-    Returns:
-        The usable rows, and the columns that nothing reads.
+    """Give the rows of one source our fields in place of its columns (`columns`: our name -> the
+    file's). Return the usable rows, and the columns that nothing reads.
     """
     present = column_names(rows)
     for name, column in columns.items():
@@ -82,12 +65,18 @@ def map_columns(
             what = f"data.columns.{name}: the data has no column '{column}'"
             raise SettingError("data.columns", what, *hints)
     present = [name for name in present if name not in section.drop_columns]
-    required = _fields_for(section.prompt_format, columns, present)
+    prompt_format = section.prompt_format
+    required = _fields_for(prompt_format, columns, present)
     if not required:
-        raise _other_columns(section.prompt_format, columns, present)
+        expected = " / ".join("+".join(fields) for fields in FIELDS[prompt_format])
+        what = f"columns are {', '.join(present)}; expected {expected}"
+        fitting = [f"data.prompt_format: {other}" for other in _formats_for(columns, present)]
+        hint = " or ".join([*fitting, "data.columns: {<our name>: <your column>}"])
+        what += f" for prompt_format {prompt_format}"
+        raise SettingError("data.prompt_format", what, f"set {hint}")
     read = [*required, "category", "id"]
     read += ["context"] if "instruction" in required else []
-    read += OF_CHAT if section.prompt_format == "chat" else []
+    read += OF_CHAT if prompt_format == "chat" else []
     names = {name: known for name in read if (known := _column(name, columns, present))}
     rest = [name for name in present if name not in names.values()]
     meaningful = {name for name in rest if name in MEANINGFUL and columns.get(name) != ""}
@@ -98,7 +87,7 @@ def map_columns(
         values, row.fields = row.fields, {}
         try:
             if unread := [name for name in meaningful if not is_blank(values.get(name))]:
-                raise not_supported(sorted(unread))
+                raise unsupported(sorted(unread))
             _fill(row, values, names, section)
         except BadRow as reason:
             bad.add(row, reason)
@@ -142,7 +131,7 @@ def _column(name: str, columns: Mapping[str, str], present: Sequence[str]) -> st
     """Return the file's column for one of our names: mapped, of the same name, or an alias."""
     if name in columns:
         return columns[name] or None
-    return next((known for known in (name, ALIASES.get(name)) if known in present), None)
+    return next((known for known in (name, *ALIASES.get(name, ())) if known in present), None)
 
 
 def _fields_for(
@@ -160,45 +149,19 @@ def _formats_for(columns: Mapping[str, str], names: Sequence[str]) -> tuple[str,
     return tuple(name for name in FIELDS if _fields_for(name, columns, names))
 
 
-def _other_columns(
-    prompt_format: str, columns: Mapping[str, str], present: Sequence[str]
-) -> SettingError:
-    expected = " / ".join("+".join(required) for required in FIELDS[prompt_format])
-    what = f"columns are {', '.join(present)}; expected {expected}"
-    fitting = [f"data.prompt_format: {name}" for name in _formats_for(columns, present)]
-    mapping = "data.columns: {<our name>: <your column>}"
-    hint = f"set {' or '.join([*fitting, mapping])}"
-    return SettingError("data.prompt_format", f"{what} for prompt_format {prompt_format}", hint)
-
-
 def look_at(data: Path) -> OwnRows:
-    """Guess from the first row of a file, or of a folder's first training file, how to read it."""
+    """Return what can read a file, or a folder's first training file, by its first row."""
     data = data.expanduser()
     if not data.exists():
         hint = "for a data set on the Hub: start without --data and set data.source"
         raise DataError("no such file", hint, file=shown_path(data))
     file = data_files(data, "train")[0] if data.is_dir() else data
-    encoding, delimiter = None, None
-    if data_format(file) in TEXT_FORMATS and file.suffix != ".gz" and file.is_file():
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            encoding = "cp1252"  # of which latin-1 is a part
-            text = file.read_text(encoding=encoding, errors="replace")
-        if data_format(file) == ".csv":
-            delimiter = other_delimiter(text.partition("\n")[0].split(",")) or None
-    rows = read_file(file, max_rows=1, encoding=encoding or "utf-8", delimiter=delimiter)
-    if not (names := column_names(rows)):
+    names = column_names(read_file(file, max_rows=1))
+    if not names:
         raise DataError("the file has no rows", file=shown_path(file))
-    columns: dict[str, str] = {}
-    formats = _formats_for(columns, names)
-    if not formats:
-        for ours, synonyms in _SYNONYMS.items():
-            if known := next((name for name in synonyms if name in names), ""):
-                columns[ours] = "" if known in columns.values() else known  # one column is not two
-        formats = _formats_for(columns, names)
+    formats = _formats_for({}, names)
     if not formats:
         hint = "start without --data and set data.source and data.columns yourself"
         what = f"columns {', '.join(names)} are not understood"
         raise DataError(what, hint, file=shown_path(file), line=1)
-    return OwnRows(data, formats, columns, formats == ("raw",), delimiter, encoding)
+    return OwnRows(data, formats)

@@ -15,23 +15,21 @@ from recipes_lib.data.rows import (
     DataRow,
     checked_text,
     message_texts,
-    not_supported,
     parsed_json,
     type_name,
+    unsupported,
 )
 
 
 class Message(TypedDict):
-    """One turn of a conversation, as the chat templates read it. The assistant's may have thoughts,
-    calls in OpenAI's spelling and a weight of 0 for no loss, a tool's the call that it answers.
-    """
+    """One turn of a conversation, as the chat templates read it."""
 
     role: str
     content: str
-    reasoning_content: NotRequired[str]
-    tool_calls: NotRequired[list[dict[str, Any]]]
-    weight: NotRequired[int]
-    tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]  # of the assistant, as the next two
+    tool_calls: NotRequired[list[dict[str, Any]]]  # in OpenAI's spelling
+    weight: NotRequired[int]  # 0 for no loss
+    tool_call_id: NotRequired[str]  # of a tool: the call that it answers
     name: NotRequired[str]
 
 
@@ -52,43 +50,24 @@ _NEXT = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
-# What the template gets from us, so that no template argument may have the name.
-RESERVED = {
-    *("messages", "conversations", "tools", "documents", "chat_template"),
-    *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
-}
-RESERVED_HINT = "messages and tools have columns of their own; the others are set by the program"
 
 
 def is_blank(value: Any) -> bool:
-    """Return whether a value says nothing: None, empty (as JSON too), or made of such values alone,
-    as Arrow has them.
-
-    Example:
-        >>> is_blank({"name": None, "calls": []}), is_blank(False)
-        (True, False)
-    """
+    """Return whether a value says nothing: None, empty (as JSON too), or made of such values."""
     if isinstance(value, dict | list):
         return all(map(is_blank, value.values() if isinstance(value, dict) else value))
     return value is None or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
 
 
 def without_nulls(value: Any) -> Any:
-    """Return the value without the keys that Arrow fills in with null, as another row has them.
-
-    Example:
-        >>> without_nulls([{"name": "f", "arguments": {"city": "Bonn", "unit": None}}])
-        [{'name': 'f', 'arguments': {'city': 'Bonn'}}]
-    """
+    """Return the value without the keys that Arrow fills in with null, as another row has them."""
     if isinstance(value, dict):
         return {key: without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> list[Message]:
-    """Return messages with `role`/`content` or `from`/`value` keys in our spelling, without the
-    keys of which `dropped` has `messages.KEY`; or raise a BadRow about the first bad one.
-    """
+    """Return messages of any spelling in ours, without the keys dropped as `messages.KEY`."""
     if not isinstance(value, list):
         raise BadRow(f"column '{column}': expected a list of messages, found {type_name(value)}")
     messages: list[Message] = []
@@ -97,18 +76,13 @@ def read_messages(value: Any, column: str, dropped: Collection[str] = ()) -> lis
         if not isinstance(item, dict):
             raise BadRow(f"{place}: expected {{role, content}}, found {type_name(item)}")
         given = {key: inner for key, inner in item.items() if f"messages.{key}" not in dropped}
-        message = _read_message(given, place)
-        before = messages[-1] if messages else None
-        if (
-            before
-            and CALL in (given.get("role"), given.get("from"))
-            and before["role"] == "assistant"
-            and before.get("weight") == message.get("weight")
-        ):
+        messages.append(_read_message(given, place))
+        if CALL in (given.get("role"), given.get("from")) and len(messages) > 1:
             # ShareGPT writes what the assistant says and what it calls then as two turns
-            before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
-        else:
-            messages.append(message)
+            before, message = messages[-2:]
+            if [before["role"], before.get("weight")] == ["assistant", message.get("weight")]:
+                before["tool_calls"] = before.get("tool_calls", []) + message["tool_calls"]
+                messages.pop()
     return messages
 
 
@@ -121,7 +95,7 @@ def _read_message(given: Mapping[str, Any], place: str) -> Message:
         raise BadRow(f"{place}: unknown role {speaker!r}; roles are {roles}", hint)
     known = ("role", "from", "content", "value", "weight", *KEYS_OF_ROLE.get(role, ()))
     if unread := [key for key in given if key not in known and not is_blank(given[key])]:
-        raise not_supported([f"messages.{key}" for key in unread])
+        raise unsupported([f"messages.{key}" for key in unread])
     place = f"{place} ({role})"
     message: Message = {"role": role, "content": ""}
     content = given["content"] if given.get("content") is not None else given.get("value")
@@ -164,8 +138,7 @@ def _content_text(content: Any, role: str, place: str) -> Any:
 
 def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     """Return tool calls of any spelling (OpenAI's, `{name, arguments}`, JSON text of either)."""
-    if isinstance(value, str):
-        value = parsed_json(value, f"{place}: the tool call")
+    value = parsed_json(value, f"{place}: the tool call")
     calls = []
     for given in value if isinstance(value, list) else [value]:
         function = given.get("function", given) if isinstance(given, dict) else None
@@ -174,8 +147,7 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
             raise BadRow(f"{place}: a tool call needs a name, as in {{name, arguments}}")
         what = f"{place}: the arguments of tool call '{name}'"
         arguments = function.get("arguments", function.get("parameters")) or {}
-        if isinstance(arguments, str):
-            arguments = parsed_json(arguments, what)
+        arguments = parsed_json(arguments, what)
         if not isinstance(arguments, dict):
             raise BadRow(f"{what}: expected an object, found {type_name(arguments)}")
         called = {"name": name, "arguments": arguments}
@@ -188,7 +160,7 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
 def read_tools(value: Any, column: str) -> str:
     """Return the tools of a row as JSON text in OpenAI's spelling, also of bare functions."""
     what = f"column '{column}'"
-    tools = parsed_json(value, what) if isinstance(value, str) else value
+    tools = parsed_json(value, what)
     if not isinstance(tools, list):
         hint = "write [{type: function, function: {name, description, parameters}}]"
         raise BadRow(f"{what}: expected a list, found {type_name(tools)}", hint)
@@ -204,20 +176,16 @@ def read_tools(value: Any, column: str) -> str:
 def read_template_kwargs(value: Any, column: str) -> str:
     """Return the template arguments of a row as JSON text; what is null is not given."""
     what = f"column '{column}'"
-    values = parsed_json(value, what) if isinstance(value, str) else value
+    values = parsed_json(value, what)
     if not isinstance(values, dict):
         hint = "write template arguments as in {enable_thinking: false}"
         raise BadRow(f"{what}: expected an object, found {type_name(values)}", hint)
-    if names := sorted(RESERVED & values.keys()):
-        raise BadRow(f"{what}: {names[0]} is no template argument", RESERVED_HINT)
     values = {key: given for key, given in values.items() if given is not None}
     return checked_text(json.dumps(values, ensure_ascii=False), what)
 
 
 def template_values(row: DataRow, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the template gets beside the messages: the row's tools, and the arguments `given`
-    (`data.chat_template_kwargs`), over which the row's own win.
-    """
+    """Return the arguments of the template and the row's tools; the row's own arguments win."""
     own, tools = row.fields.get("chat_template_kwargs"), row.fields.get("tools")
     values = {**given, **json.loads(own or "{}")}
     return {**values, "tools": json.loads(tools)} if tools else values
@@ -228,18 +196,16 @@ def conversation_of(row: DataRow, system_prompt: str | None) -> list[Message]:
     message or a `system` column of the row wins over the recipe's `system_prompt`.
     """
     fields = row.fields
-    prompt, completion = fields.get("prompt"), fields.get("completion")
     if "messages" in fields:
         messages = fields["messages"]
-    elif isinstance(prompt, list):
-        messages = [*prompt, *fields["completion"]]
+    elif isinstance(fields.get("prompt"), list):
+        messages = [*fields["prompt"], *fields["completion"]]
     else:
-        if prompt is None:
-            prompt, completion = fields["instruction"], fields["response"]
-            if fields.get("context", "").strip():
-                prompt += f"\n\n{fields['context']}"
-        question = {"role": "user", "content": prompt}
-        messages = [question, {"role": "assistant", "content": completion}]
+        names = ("prompt", "completion") if "prompt" in fields else ("instruction", "response")
+        question, answer = (fields[name] for name in names)
+        if fields.get("context", "").strip():
+            question += f"\n\n{fields['context']}"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return with_system_prompt(messages, fields.get("system") or system_prompt)
 
 
@@ -251,10 +217,7 @@ def with_system_prompt(messages: Sequence[Message], system_prompt: str | None) -
 
 
 def check_roles(messages: Sequence[Message]) -> None:
-    """Check who speaks when: a system message or none, then user and assistant in turn, results of
-    tools after the calls, the assistant last, be it with a call; and that there is something to
-    learn.
-    """
+    """Check who speaks when, and that there is something to learn."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise BadRow("no assistant turn" if roles else "no messages")

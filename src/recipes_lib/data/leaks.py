@@ -28,7 +28,6 @@ FEWEST_WORDS_OF_ANSWER = 8
 # long as they are of fewer questions than this.
 ACCIDENTAL = 0.01
 NUM_KEPT = 100
-NUM_CHARACTERS = 60  # characters of a text
 # Chinese, Japanese, Thai, Lao, Burmese and Khmer put no spaces between words: each character counts
 # as one.
 _UNSPACED = (
@@ -51,9 +50,7 @@ class EvalText:
 
 @dataclass(frozen=True)
 class Leak:
-    """A row that holds a text of an evaluation: `share` of its 13-grams, or a short one whole.
-    `begins` is how the text begins.
-    """
+    """A row that holds a text of an evaluation: `share` of its 13-grams, or a short one whole."""
 
     place: str
     row: str
@@ -61,7 +58,7 @@ class Leak:
     part: TextPart
     share: float
     short: bool = False
-    begins: str = ""
+    begins: str = ""  # how the text begins
 
     def __str__(self) -> str:
         how = "whole" if self.short else f"{self.share:.0%} of its {GRAM}-grams"
@@ -71,21 +68,15 @@ class Leak:
 
 @dataclass(frozen=True, kw_only=True)
 class Leaks:
-    """What training rows hold of one evaluation: how many rows were searched for how many
-    questions, and the first `NUM_KEPT` leaks.
+    """What training rows hold of one evaluation."""
 
-    Args:
-        accidental: only short texts of a few questions, as two people may write them.
-        why: nothing was searched.
-    """
-
-    rows: int = 0
+    rows: int = 0  # that were searched
     questions: int = 0
     leaked_rows: int = 0
     leaked_questions: int = 0
-    accidental: bool = False
-    found: list[Leak] = field(default_factory=list)
-    why: str = ""
+    accidental: bool = False  # only short texts of a few questions, as two people may write them
+    found: list[Leak] = field(default_factory=list)  # the first `NUM_KEPT`
+    why: str = ""  # nothing was searched
 
     @classmethod
     def of(cls, leaks: Sequence[Leak], rows: int, questions: int) -> Leaks:
@@ -128,12 +119,7 @@ class Leaks:
 def find_leaks(
     rows: Iterable[DataRow], evals: Mapping[str, Sequence[EvalText]]
 ) -> dict[str, Leaks]:
-    """Return what rows hold of the texts of each evaluation, in the order of the rows.
-
-    Args:
-        rows: with their texts; each is looked at once.
-        evals: texts by the name of their evaluation.
-    """
+    """Return what rows hold of the texts of each evaluation, by its name."""
     # eval texts -> an index by all words of a short text, and by the 13-grams of a longer one
     short: dict[tuple[str, ...], list[tuple[str, EvalText]]] = defaultdict(list)
     owners: dict[tuple[str, ...], list[tuple[str, EvalText]]] = defaultdict(list)
@@ -171,7 +157,7 @@ def find_leaks(
         shares |= {owner: len(grams) / num_grams[owner] for owner, grams in held.items()}
         for (name, text), share in shares.items():
             if share >= SHARE:
-                begins = shorten(text.text, NUM_CHARACTERS, placeholder="...")
+                begins = shorten(text.text, 60, placeholder="...")
                 is_short = num_grams[name, text] == 0
                 leak = Leak(row.place, row.id, text.question, text.part, share, is_short, begins)
                 leaks[name].append(leak)

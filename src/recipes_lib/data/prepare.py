@@ -13,14 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter
-
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import file_hash, publish, write_json
+from recipes_lib.core.files import file_hash, hash_of, publish, write_json
 from recipes_lib.core.project import cache_root, shown_path
 from recipes_lib.core.ranks import on_main_rank
-from recipes_lib.data.audit import DataAudit, SourceCounts
+from recipes_lib.data.audit import DataAudit
 from recipes_lib.data.prompts import (
     chat_template,
     format_hash,
@@ -45,7 +43,6 @@ from recipes_lib.data.supervision import BATCH_ROWS, Encoded, Supervision, encod
 if TYPE_CHECKING:
     from datasets import Dataset
 
-MOST_PREPARED = 12  # prepared data sets in the cache
 _RECORD = "prepared.json"
 
 
@@ -55,29 +52,19 @@ class PreparedData:
 
     The data sets have the columns `input_ids`, `labels` (-100 where there is no loss) and
     `example_id`. They are truncated, and rows without supervised tokens are dropped.
-
-    Args:
-        audit: supervision.json, where all dropped rows are named.
-        splits: content of splits.json.
-        fingerprint: `splits.fingerprint_of`.
-        prompt_format_hash: `prompts.format_hash`.
     """
 
     train: Dataset
     validation: Dataset | None
     test: Dataset | None
-    audit: DataAudit
-    splits: dict[str, Any]
-    fingerprint: str
+    audit: DataAudit  # supervision.json, where all dropped rows are named
+    splits: dict[str, Any]  # splits.json
+    fingerprint: str  # `splits.fingerprint_of`
     prompt_format_hash: str
 
 
 def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
-    """Read, split, tokenise and audit the data of a recipe; every rank has to call.
-
-    Raises:
-        DataError: rows, files, columns or settings that cannot be used; with file and line.
-    """
+    """Read, split, tokenise and audit the data of a recipe; every rank has to call."""
     try:
         settings = Supervision.of(recipe.data, recipe.train, tokenizer)
         folder = on_main_rank(lambda: _prepared_folder(recipe, settings, tokenizer))
@@ -90,24 +77,22 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 
 
 def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> Path:
-    """Return the folder of the prepared data, made now where it is not there; nothing is in it
-    where it cannot be written.
-    """
+    """Return the folder of the prepared data; it is empty where it cannot be written."""
+    from datasets import DatasetDict
+
     key = _key(recipe, settings, tokenizer)
     folder = cache_root() / "rows" / key
     if (folder / _RECORD).is_file():
-        folder.touch()
         return folder
-    data = _prepare(recipe, settings, tokenizer, key)
-    scratch = folder.with_name(f".{key}.tmp")
+    data, scratch = _prepare(recipe, settings, tokenizer, key), folder.with_name(f".{key}.tmp")
+    names = ("splits", "fingerprint", "prompt_format_hash")
+    record = {name: getattr(data, name) for name in names} | {"audit": vars(data.audit)}
+    parts = {name: rows for name in SPLITS if (rows := getattr(data, name)) is not None}
     try:
         shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-        _write(data, scratch)
+        DatasetDict(parts).save_to_disk(scratch)
+        write_json(scratch / _RECORD, record)
         publish(scratch, folder)
-        prepared = [path for path in folder.parent.iterdir() if (path / _RECORD).is_file()]
-        for path in sorted(prepared, key=lambda path: path.stat().st_mtime)[:-MOST_PREPARED]:
-            shutil.rmtree(path, ignore_errors=True)
     except OSError:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
@@ -122,46 +107,27 @@ def _key(recipe: Recipe, settings: Supervision, tokenizer: Any) -> str:
     sources = listed_sources(section)
     local = [source for source in sources if not is_on_hub(source)]
     files = [file for source in local for file in source_files(source)]
-    code = sorted(Path(__file__).parent.glob("*.py"))
+    files += sorted(Path(__file__).parent.glob("*.py"))
     parts: list[Any] = [
-        section.model_dump(warnings=False),
-        [settings.whole, settings.max_length, settings.keep_end, settings.eos_token],
-        [train.get("completion_only_loss"), train.get("eval_strategy")],
+        [str(settings), train.get("completion_only_loss"), train.get("eval_strategy")],
         [tokenizer.special_tokens_map, tokenizer.backend_tokenizer.to_str()],
         [tokenizers.__version__, transformers.__version__],
-        [[str(file), file_hash(file)] for file in (*files, *code)],
+        [[str(file), file_hash(file)] for file in files],
         [hub_data_set(source)._fingerprint for source in sources if source not in local],
     ]
     if section.prompt_format == "chat":
         parts += [chat_template(section, tokenizer), training_template(section, tokenizer)]
-    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:32]
-
-
-def _write(data: PreparedData, folder: Path) -> None:
-    import pyarrow
-
-    for name in SPLITS:
-        if (rows := getattr(data, name)) is not None:
-            table = rows.data.table
-            with pyarrow.ipc.new_stream(folder / f"{name}.arrow", table.schema) as stream:
-                stream.write_table(table)
-    names = ("splits", "fingerprint", "prompt_format_hash")
-    record = {name: getattr(data, name) for name in names}
-    write_json(folder / _RECORD, {"audit": data.audit.to_dict(), **record})
+    return hash_of(parts)[:32]
 
 
 def _read(folder: Path) -> PreparedData | None:
-    """Return what `_write` wrote; None on a machine that does not see the folder."""
-    from datasets import Dataset
+    """Return what `_prepared_folder` kept; None on a machine that does not see the folder."""
+    from datasets import load_from_disk
 
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
-        files = {name: folder / f"{name}.arrow" for name in SPLITS}
-        parts: dict[str, Any] = {
-            name: Dataset.from_file(str(file)) if file.is_file() else None
-            for name, file in files.items()
-        }
-        audit = TypeAdapter(DataAudit).validate_python(record.pop("audit"))
+        parts: dict[str, Any] = dict.fromkeys(SPLITS) | dict(load_from_disk(str(folder)))
+        audit = DataAudit(**record.pop("audit"))
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return PreparedData(**parts, **record, audit=audit)
@@ -189,8 +155,7 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
     if section.prompt_format == "chat":
         template = training[1] if training else chat_template(section, tokenizer)
         if reason := unread_argument(section.chat_template_kwargs, template):
-            what = f"data.{reason.what}"
-            raise SettingError("data.chat_template_kwargs", what, reason.hint)
+            raise SettingError("data.chat_template_kwargs", f"data.{reason.what}", *reason.hints)
     encoded: dict[str, Encoded] = {}
     for start in range(0, len(rows), BATCH_ROWS):
         batch = rows[start : start + BATCH_ROWS]
@@ -218,20 +183,20 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
         name: [row for row in part if encoded[row.id].supervised] for name, part in parts.items()
     }
     audit = DataAudit.of(settings, rows, [encoded[row.id] for row in rows], tokenizer)
-    audit.rows = {"read": read.num_read, "bad": len(bad), "used": len(rows), "filtered": filtered}
+    audit.rows |= {"read": read.num_read, "bad": len(bad), "filtered": filtered}
     audit.rows |= {name: len(part) for name, part in parts.items()}
     audit.rows |= {"trained": len(with_loss[TRAIN]), "validated": len(with_loss[VALIDATION])}
     audit.bad_rows, audit.unused_columns = bad.places_by_reason(), read.unused
     for number, (source, num_rows) in enumerate(read.sources):
-        own = {name: sum(row.source == number for row in part) for name, part in parts.items()}
-        own["used"] = sum(row.source == number for row in rows)
+        counts = {"used": sum(row.source == number for row in rows)}
+        counts |= {name: sum(row.source == number for row in part) for name, part in parts.items()}
         name = shown_path(Path(source.source))
-        audit.sources.append(SourceCounts(name, source.weight, num_rows, **own))
+        audit.sources.append({"source": name, "weight": source.weight, "rows": num_rows} | counts)
     if training is not None:
         digest = hashlib.sha256(training[1].encode()).hexdigest()
         audit.training_template = {"file": training[0], "sha256": digest}
-    evaluates = recipe.train.get("eval_strategy", "no") != "no"
-    audit.check(section.max_unsupervised_fraction, evaluates=evaluates)
+    audit.describe(settings)
+    audit.check(settings, evaluates=recipe.train.get("eval_strategy", "no") != "no")
     splits: dict[str, Any] = {
         "method": section.split.method,
         "seed": section.split.seed,
@@ -242,7 +207,7 @@ def _prepare(recipe: Recipe, settings: Supervision, tokenizer: Any, key: str) ->
         without = [id for id in ids if not encoded[id].supervised]
         splits[name] = {"count": len(ids), "ids": ids, "without_supervision": without}
     return PreparedData(
-        **{name: _dataset(part, encoded, key + name) for name, part in with_loss.items()},
+        **{name: _data_set(part, encoded, key + name) for name, part in with_loss.items()},
         audit=audit,
         splits=splits,
         fingerprint=fingerprint_of(parts),
@@ -265,12 +230,8 @@ def _repeated(rows: Sequence[DataRow], read: Rows, seed: int) -> list[DataRow]:
     return [row for row in rows for _ in range(times.get(row.id, 1))]
 
 
-def _dataset(
-    rows: Sequence[DataRow], encoded: dict[str, Encoded], fingerprint: str
-) -> Dataset | None:
-    """Return tokenised rows as a data set, or None for no rows. Without a fingerprint, `datasets`
-    would pickle the table, in three times its memory.
-    """
+def _data_set(rows: Sequence[DataRow], encoded: dict[str, Encoded], name: str) -> Dataset | None:
+    """Return tokenised rows as a data set, or None for no rows."""
     import datasets
     import pyarrow
 
@@ -281,4 +242,5 @@ def _dataset(
         "labels": [encoded[row.id].labels for row in rows],
         "example_id": [row.id for row in rows],
     }
-    return datasets.Dataset(pyarrow.table(columns), fingerprint=fingerprint)
+    # without a fingerprint, `datasets` would pickle the table, in three times its memory
+    return datasets.Dataset(pyarrow.table(columns), fingerprint=name)

@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.sections import TRL, DataSection, is_inline, trl_templates
+from recipes_lib.core.errors import one_line
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import Message, with_system_prompt
 from recipes_lib.data.rows import BadRow, DataRow, SettingError
@@ -45,12 +46,7 @@ Span = tuple[int, int]
 
 
 def task_prompt(prompt_format: str, instruction: str, context: str = "") -> str:
-    """Return the prompt of a `dolly` or `alpaca` example, with or without a block for the context.
-
-    Example:
-        >>> task_prompt("dolly", "Say hi.")
-        '### Instruction:\\nSay hi.\\n\\n### Response:\\n'
-    """
+    """Return the prompt of a `dolly` or `alpaca` example; an empty context has no block."""
     heading = HEADINGS[prompt_format][1 if context.strip() else 0]
     return heading.format(instruction=instruction, context=context)
 
@@ -65,10 +61,8 @@ def prompt_and_completion(row: DataRow, prompt_format: str) -> tuple[str | None,
 
 
 def generation_prompt(section: DataSection, tokenizer: Any, messages: Sequence[Message]) -> str:
-    """Return the prompt alone, up to where the model must start to write, exactly as in training.
-
-    Args:
-        messages: a conversation that ends with a user turn; plain formats repeat their headings.
+    """Return the prompt alone, up to where the model must start to write, exactly as in training;
+    plain formats repeat their headings for each turn.
     """
     if not messages or messages[-1]["role"] != "user":
         raise ValueError("a conversation to be continued must end with a user turn")
@@ -158,18 +152,14 @@ def _undated_template(section: DataSection, tokenizer: Any) -> str:
     path = shipped.get(given) or Path(given).expanduser()
     try:
         return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        what = f"no such file: {shown_path(path)}"
     except (OSError, UnicodeDecodeError) as error:
-        what = f"{shown_path(path)} cannot be read: {error}"
-    hint = "give a .jinja file in UTF-8, or the template itself"
-    raise SettingError("data.chat_template", what, hint)
+        what = f"{shown_path(path)} cannot be read: {one_line(error)}"
+        hint = "give a .jinja file in UTF-8, or the template itself"
+        raise SettingError("data.chat_template", what, hint) from None
 
 
 def template_date(section: DataSection, tokenizer: Any, recorded: str | None) -> str | None:
-    """Return the date that a run's template prints: the recipe's, the one recorded when the run was
-    created, or today; None where the template prints none.
-    """
+    """Return the date that a run's template prints: the recipe's, the recorded one, or today."""
     if section.prompt_format != "chat" or not TODAY.search(_undated_template(section, tokenizer)):
         return section.template_date
     return section.template_date or recorded or datetime.date.today().isoformat()
@@ -225,11 +215,7 @@ def training_files() -> dict[str, Path]:
 
 def format_hash(section: DataSection, tokenizer: Any, eos_token: str | None = None) -> str:
     """Return what identifies the prompt format: two runs with the same hash turn the same example
-    into the same prompt text.
-
-    Args:
-        tokenizer: the base model's, or the one saved with a run.
-        eos_token: `train.eos_token` where it is set: TRL writes it into a run's tokenizer only.
+    into the same prompt text. `eos_token` is `train.eos_token` where the tokenizer is the base's.
     """
     form: Any = HEADINGS.get(section.prompt_format, "")
     if section.prompt_format == "chat":

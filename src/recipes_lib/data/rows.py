@@ -20,25 +20,16 @@ NUM_LISTED = 10
 
 @dataclass(slots=True)
 class DataRow:
-    """One row: where it stands, its texts and its identity.
-
-    Args:
-        line: counted from 1; None where the format has no lines.
-        number: counted from 1 within the file.
-        fields: our names -> text (or a list of messages); tools and template arguments are JSON.
-        source: position of its source in the mixture.
-        id: unique label in splits.json.
-        content: SHA-256 of the normalised texts, which alone decides the side of the split.
-    """
+    """One row: where it stands, its texts and its identity."""
 
     file: str
-    line: int | None
-    number: int
-    fields: dict[str, Any]
+    line: int | None  # counted from 1; None where the format has no lines
+    number: int  # counted from 1 within the file
+    fields: dict[str, Any]  # our names -> text or messages; tools and template arguments are JSON
     category: str | None = None
-    source: int = 0
-    id: str = ""
-    content: bytes = b""
+    source: int = 0  # position of its source in the mixture
+    id: str = ""  # unique label in splits.json
+    content: bytes = b""  # SHA-256 of the normalised texts, which alone decides the split
 
     @property
     def place(self) -> str:
@@ -83,6 +74,10 @@ class SettingError(DataError):
         self.key = key
 
 
+class BadRow(DataError):
+    """Why one row cannot be used, and what to do; `BadRows` knows which row."""
+
+
 def place(recipe: Recipe, error: DataError) -> DataError:
     """Give an error without a file the place of its key, or of `data.source`, in the recipe."""
     if error.file is None:
@@ -91,18 +86,11 @@ def place(recipe: Recipe, error: DataError) -> DataError:
     return error
 
 
-class BadRow(Exception):
-    """Why one row cannot be used, what to do, and with which `data.drop_columns` it could be."""
-
-    def __init__(self, what: str, hint: str = "", drop: Sequence[str] = ()) -> None:
-        super().__init__(what)
-        self.what, self.hint, self.drop = what, hint, tuple(drop)
-
-
-def not_supported(names: Sequence[str]) -> BadRow:
+def unsupported(names: Sequence[str]) -> BadRow:
     """Return the error about columns or message keys that say something and are not read."""
-    what = f"{', '.join(names)}: not supported, and without it the row would say something else"
-    return BadRow(what, drop=names)
+    joined = ", ".join(names)
+    what = f"{joined}: not supported, and without it the row would say something else"
+    return BadRow(what, f"to train without it: data.drop_columns: [{joined}]")
 
 
 class BadRows:
@@ -129,9 +117,7 @@ class BadRows:
         lines += [f"{listed(places, 3)}: {what}" for what, places in others[:NUM_LISTED]]
         if len(others) > NUM_LISTED:
             lines.append(f"{len(others) - NUM_LISTED} other problems")
-        lines += dict.fromkeys(bad.hint for _, bad in self.rows if bad.hint)
-        if drop := sorted({name for _, bad in self.rows for name in bad.drop}):
-            lines.append(f"to train without it: data.drop_columns: [{', '.join(drop)}]")
+        lines += dict.fromkeys(hint for _, bad in self.rows for hint in bad.hints)
         if num_rows is not None and len(self) < num_rows:
             count = f"{len(self)} of {num_rows}"
             lines.append(f"to leave out bad rows ({count}): data.on_bad_row: skip")
@@ -149,21 +135,16 @@ class BadRows:
 
 
 def listed(names: Iterable[Any], limit: int = NUM_LISTED) -> str:
-    """Return the first names of a list, and how many there are more.
-
-    Example:
-        >>> listed(range(5), limit=3)
-        '0, 1, 2, ... (2 more)'
-    """
+    """Return the first names of a list, and how many there are more: `a, b, ... (2 more)`."""
     names = [str(name) for name in names]
-    rest = len(names) - limit
-    return ", ".join(names[:limit]) + (f", ... ({rest} more)" if rest > 0 else "")
+    rest = [f"... ({len(names) - limit} more)"] if len(names) > limit else []
+    return ", ".join([*names[:limit], *rest])
 
 
-def parsed_json(text: str, what: str) -> Any:
-    """Return the value of a JSON text, or raise a BadRow that says where it is none."""
+def parsed_json(value: Any, what: str) -> Any:
+    """Return the value of a JSON text, or raise a BadRow; a value that is no text is returned."""
     try:
-        return json.loads(text)
+        return json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         reason = getattr(error, "msg", "nested too deep")
         at = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
@@ -176,9 +157,7 @@ def type_name(value: Any) -> str:
 
 
 def checked_text(value: Any, what: str) -> str:
-    """Return a text, or raise a BadRow that says where it is none, or has half of a UTF-16
-    pair.
-    """
+    """Return a text, or raise a BadRow where it is none or has half of a UTF-16 pair."""
     if not isinstance(value, str):
         raise BadRow(f"{what}: expected text, found {type_name(value)}")
     try:

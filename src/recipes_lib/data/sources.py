@@ -1,17 +1,14 @@
 """Where the rows come from: a local file, a folder, a Hub data set, or a mixture of these. A local
-path wins over a Hub id of the same name. Files are JSON Lines, JSON, CSV and TSV, also as .gz,
-Parquet and Arrow.
+path wins over a Hub id of the same name.
 
 Nothing is converted, which is why `datasets` reads no text: its CSV reader turns the answer "NA"
-into null and "007" into 7, and its JSON reader names no line. A number stays a number, and is
-reported where its column should be text.
+into null and "007" into 7, and its JSON reader names no line.
 """
 
 from __future__ import annotations
 
 import codecs
 import csv
-import gzip
 import json
 import os
 import re
@@ -27,7 +24,7 @@ from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_
 from recipes_lib.core.errors import DataError, one_line
 from recipes_lib.core.files import Row, refuse_pipe, remembered_hash
 from recipes_lib.core.project import shown_path
-from recipes_lib.data.conversations import RESERVED, RESERVED_HINT, without_nulls
+from recipes_lib.data.conversations import without_nulls
 from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, parsed_json, type_name
 
 if TYPE_CHECKING:
@@ -47,12 +44,7 @@ Numbered = tuple[int | None, Row | BadRow]
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One source of a mixture; a single `data.source` is a mixture of one.
-
-    Args:
-        weight: how often an epoch has its training rows; below 1, the share of its rows that is
-            read at all.
-    """
+    """One source of a mixture; a single `data.source` is a mixture of one."""
 
     source: str
     subset: str | None = None
@@ -62,16 +54,13 @@ class Source:
     encoding: str = "utf-8"
     delimiter: str | None = None
     max_examples: int | None = None
-    weight: float = 1
+    weight: float = 1  # times that an epoch has its training rows; below 1, the share that is read
 
 
 def listed_sources(section: DataSection) -> list[Source]:
     """Return the sources that `data.source` names; the keys that they share are checked."""
     if not section.source:
         raise SettingError("data.source", "is empty: name at least one source")
-    for name in sorted(RESERVED & section.chat_template_kwargs.keys()):
-        key = "data.chat_template_kwargs"
-        raise SettingError(key, f"{key}: {name} is no template argument", RESERVED_HINT)
     absent = DataSection(source="")
     for key in _OF_CHAT if section.prompt_format != "chat" else ():
         if getattr(section, key) != getattr(absent, key):
@@ -102,21 +91,15 @@ def find_path(name: str) -> Path | None:
 def load_rows(
     source: Source, bad: BadRows | None = None, max_rows: int | None = None
 ) -> list[DataRow]:
-    """Return the rows of one source, as `read_file` returns them; at most `max_rows` of each
-    file.
-    """
+    """Return the rows of one source, as `read_file` returns them; at most `max_rows` of a file."""
     if is_on_hub(source):
         return [
-            DataRow(source.source, None, number, _without_nulls(row))
+            DataRow(source.source, None, number, without_nulls(row))
             for number, row in enumerate(hub_data_set(source), 1)
         ]
-    return [
-        row
-        for file in source_files(source)
-        for row in read_file(
-            file, bad, max_rows=max_rows, encoding=source.encoding, delimiter=source.delimiter
-        )
-    ]
+    keys: dict[str, Any] = {"encoding": source.encoding, "delimiter": source.delimiter}
+    files = source_files(source)
+    return [row for file in files for row in read_file(file, bad, max_rows=max_rows, **keys)]
 
 
 def source_files(source: Source) -> list[Path]:
@@ -130,9 +113,7 @@ def source_files(source: Source) -> list[Path]:
 
 
 def source_hashes(section: DataSection) -> dict[str, str]:
-    """Return the SHA-256 of each local file that a recipe's rows come from, by its number and name;
-    a data set of the Hub is known by name and revision alone.
-    """
+    """Return the SHA-256 of each local file of a recipe's rows, by its number and name."""
     return {
         f"data {number} {file.name}": remembered_hash(file)
         for number, source in enumerate(listed_sources(section), 1)
@@ -142,9 +123,7 @@ def source_hashes(section: DataSection) -> dict[str, str]:
 
 
 def data_files(folder: Path, split: str) -> list[Path]:
-    """Return the data files of a folder in name order; those of `split` where names tell splits
-    apart.
-    """
+    """Return a folder's data files in name order, of `split` where names tell splits apart."""
     shown = shown_path(folder)
     refuse_pipe(folder, shown)
     files: list[Path] = []
@@ -155,15 +134,17 @@ def data_files(folder: Path, split: str) -> list[Path]:
         what = f"no data file in this folder; known endings: {', '.join(DATA_FORMATS)}"
         raise DataError(what, file=shown)
 
-    def has(path: Path, words: str) -> bool:
-        return bool(re.search(rf"(^|[-_.])({words})([-_.]|$)", path.name.lower()))
+    def of_split(words: str) -> list[Path]:
+        name = re.compile(rf"(^|[-_.])({words})([-_.]|$)")
+        return [path for path in files if name.search(path.name.lower())]
 
-    of_split = [path for path in files if has(path, SPLIT_WORDS.get(split, re.escape(split)))]
-    rest = [path for path in files if not has(path, "|".join(SPLIT_WORDS.values()))]
-    if not of_split and not rest:
+    named = of_split("|".join(SPLIT_WORDS.values()))
+    chosen = of_split(SPLIT_WORDS.get(split, re.escape(split)))
+    chosen = chosen or [path for path in files if path not in named]
+    if not chosen:
         what = f"{shown} has no file of the split '{split}', only {files[0].name} and the like"
         raise SettingError("data.source_split", what)
-    return of_split or rest
+    return chosen
 
 
 def hub_data_set(source: Source) -> Dataset:
@@ -226,18 +207,13 @@ def read_file(
 
     Args:
         bad: where lines that are no rows are added; without it, they are an error.
-        max_rows: no more than the first of these.
         delimiter: between the columns of .csv and .tsv; None for the ending's own.
-
-    Raises:
-        DataError: no such file, not a known format, or damaged; with file and line.
     """
     path = path.expanduser()
     kind, file = data_format(path), shown_path(path)
     if kind is None or not path.exists():
-        endings = f"{', '.join(DATA_FORMATS)}, text formats also with .gz"
-        what = f"not a data file; known endings: {endings}" if path.exists() else "no such file"
-        raise DataError(what, file=file)
+        what = f"not a data file; known endings: {', '.join(DATA_FORMATS)}"
+        raise DataError(what if path.exists() else "no such file", file=file)
     refuse_pipe(path, file)
     try:
         codecs.lookup(encoding)
@@ -249,16 +225,14 @@ def read_file(
     try:
         numbered = islice(_numbered(path, kind, encoding, delimiter), max_rows)
         for number, (line, values) in enumerate(numbered, 1):
-            row = DataRow(file, line, number, {})
             if isinstance(values, BadRow):
-                no_rows.add(row, values)
+                no_rows.add(DataRow(file, line, number, {}), values)
             else:
-                row.fields = values
-                rows.append(row)
+                rows.append(DataRow(file, line, number, values))
     except DataError as error:
         error.file = file
         raise
-    except Exception as error:  # of gzip, zlib, pyarrow, the disk, or a codec
+    except Exception as error:  # of pyarrow, the disk, or a codec
         raise DataError(f"cannot be read as {kind[1:]}: {one_line(error)}", file=file) from None
     if bad is None and len(no_rows):
         raise no_rows.error()
@@ -272,17 +246,22 @@ def count_rows(path: Path) -> int:
         from pyarrow.parquet import read_metadata
 
         return int(read_metadata(path).num_rows)
-    if kind in (".json", ".arrow"):
+    if kind == ".json":
         return len(read_file(path))
-    with _open(path, "latin-1") as stream:
+    with path.open("rb") as stream:
         return sum(1 for line in stream if line.strip()) - (kind in (".csv", ".tsv"))
 
 
 def _numbered(path: Path, kind: str, encoding: str, delimiter: str | None) -> Iterator[Numbered]:
-    if kind in (".parquet", ".arrow"):
-        yield from _read_columnar(path, kind)
+    if kind == ".parquet":
+        from pyarrow.parquet import read_table
+
+        for batch in read_table(path).to_batches():
+            yield from ((None, without_nulls(row)) for row in batch.to_pylist())
         return
-    with _open(path, encoding) as stream:
+    # Bytes that are no text become lone surrogates, so that only their line is a bad row.
+    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    with path.open(encoding=name, errors="surrogateescape", newline="") as stream:
         if kind == ".json":
             yield from _read_json(stream.read())
         elif kind in (".csv", ".tsv"):
@@ -291,16 +270,8 @@ def _numbered(path: Path, kind: str, encoding: str, delimiter: str | None) -> It
             yield from _read_jsonl(stream)
 
 
-def _open(path: Path, encoding: str) -> TextIO:
-    # Bytes that are no text become lone surrogates, so that only their line is a bad row.
-    name = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding=name, errors="surrogateescape", newline="")
-    return path.open(encoding=name, errors="surrogateescape", newline="")
-
-
 def _no_text(line: str) -> BadRow | None:
-    """Return the error about a byte that `_open` could not decode."""
+    """Return the error about a byte that could not be decoded."""
     if byte := re.search("[\udc80-\udcff]", line):
         what = f"byte 0x{ord(byte[0]) - 0xDC00:02x} is not UTF-8"
         return BadRow(what, "name the encoding: data.encoding (latin-1, cp1252, utf-16)")
@@ -343,7 +314,7 @@ def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:
     start = 1
     try:
         header = next(reader, [])
-        if other := other_delimiter(header):
+        if len(header) == 1 and (other := next((s for s in ";\t|," if s in header[0]), "")):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
             hint = f'say so: data.delimiter: "{other}"'.replace("\t", "\\t")
             raise DataError(what, hint, line=1)
@@ -358,29 +329,3 @@ def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:
             start = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"not CSV: {error}", line=start) from None
-
-
-def other_delimiter(header: list[str]) -> str:
-    """Return the sign in a header that was read as one column; '' where there is none."""
-    return next((sign for sign in ";\t|," if sign in header[0]), "") if len(header) == 1 else ""
-
-
-def _read_columnar(path: Path, kind: str) -> Iterator[Numbered]:
-    import pyarrow
-    from pyarrow.parquet import read_table
-
-    if kind == ".parquet":
-        table = read_table(path)
-    else:
-        with pyarrow.memory_map(str(path)) as stream:
-            try:
-                table = pyarrow.ipc.open_file(stream).read_all()
-            except pyarrow.ArrowInvalid:  # `datasets` writes Arrow's stream format
-                stream.seek(0)
-                table = pyarrow.ipc.open_stream(stream).read_all()
-    for batch in table.to_batches():
-        yield from ((None, _without_nulls(row)) for row in batch.to_pylist())
-
-
-def _without_nulls(row: Row) -> Row:
-    return {name: without_nulls(value) for name, value in row.items()}

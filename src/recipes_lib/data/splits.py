@@ -33,25 +33,16 @@ NUM_CHECKED = 20_000
 
 @dataclass
 class Rows:
-    """The usable rows of all sources in file order.
+    """The usable rows of all sources in file order."""
 
-    Args:
-        rows: with their texts; their ids are unique.
-        sources: each source of the mixture, and how many usable rows it has.
-        num_read: rows in the files, those that cannot be used included.
-        unused: the columns that nothing reads, by the first file that has them.
-    """
-
-    rows: list[DataRow] = field(default_factory=list)
-    sources: list[tuple[Source, int]] = field(default_factory=list)
-    num_read: int = 0
-    unused: dict[str, list[str]] = field(default_factory=dict)
+    rows: list[DataRow] = field(default_factory=list)  # their ids are unique
+    sources: list[tuple[Source, int]] = field(default_factory=list)  # with number of usable rows
+    num_read: int = 0  # rows in the files, those that cannot be used included
+    unused: dict[str, list[str]] = field(default_factory=dict)  # columns by file
 
 
 def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None) -> Rows:
-    """Read, check and name the rows of all sources, at most `max_rows` of each file; rows that
-    cannot be used are added to `bad`.
-    """
+    """Read, check and name the rows of all sources; those that cannot be used go to `bad`."""
     data, columns = Rows(), list[str]()
     for number, source in enumerate(listed_sources(section)):
         num_bad = len(bad)
@@ -87,9 +78,7 @@ def read_data(section: DataSection, bad: BadRows, *, max_rows: int | None = None
 
 
 def select_rows(rows: Sequence[DataRow], section: DataSection) -> tuple[list[DataRow], dict]:
-    """Return the rows that the filters and `max_examples` keep, and per filter how many it left
-    out.
-    """
+    """Return the rows that the filters and `max_examples` keep, and what each filter left out."""
     chosen, kept, filtered = section.filters.categories, list(rows), {}
     if chosen is not None:
         categories = sorted({row.category for row in kept if row.category is not None})
@@ -132,10 +121,7 @@ def split_rows(rows: Sequence[DataRow], section: SplitSection) -> dict[str, list
 
 
 def _published_sides(num_rows: int, section: SplitSection) -> list[str]:
-    """Two calls of `train_test_split` with one seed: first validation and test together.
-
-    Source: the training script of the original study.
-    """
+    """Divide as the original study's script: two calls of `train_test_split` with one seed."""
     from datasets import Dataset
 
     def drawn(rows: Dataset, fraction: float) -> Dataset:
@@ -155,9 +141,7 @@ def _published_sides(num_rows: int, section: SplitSection) -> list[str]:
 
 
 def training_rows(section: DataSection) -> list[DataRow]:
-    """Return the usable rows that a training on this section learns from, without a tokenizer:
-    those that `filters.max_tokens` leaves out are among them.
-    """
+    """Return the usable rows that train, without a tokenizer, and so before `max_tokens`."""
     rows, _ = select_rows(read_data(section, BadRows()).rows, section)
     return split_rows(rows, section.split)[TRAIN]
 
@@ -165,9 +149,7 @@ def training_rows(section: DataSection) -> list[DataRow]:
 def recorded_rows(
     section: DataSection, splits: Mapping[str, Any], fingerprint: str
 ) -> list[DataRow] | None:
-    """Return the rows that a run was trained on, by its splits.json and its recorded fingerprint;
-    None where they are not what is read now.
-    """
+    """Return the rows that a run was trained on, None where they are not what is read now."""
     by_id = {row.id: row for row in read_data(section, BadRows()).rows}
     try:
         parts = {name: [by_id[id] for id in splits[name]["ids"]] for name in SPLITS}
@@ -187,9 +169,7 @@ def fingerprint_of(parts: Mapping[str, Sequence[DataRow]]) -> str:
 
 
 def check_rows(recipe: Recipe, full: bool = False) -> list[DataError]:
-    """Return what is wrong with a recipe's local rows, read as training would, without a tokenizer:
-    the first `NUM_CHECKED` of each file, or in `full`.
-    """
+    """Return what is wrong with the first local rows (all in `full`), without a tokenizer."""
     section, bad = recipe.data, BadRows()
     try:
         entries = [section.source] if isinstance(section.source, str) else section.source
@@ -231,22 +211,23 @@ def first_in_hash_order(rows: Sequence[DataRow], limit: int | None, seed: int) -
 
 
 def content_hash(fields: Mapping[str, Any]) -> bytes:
-    """Return the SHA-256 of a row's texts, whatever the prompt format and the order of columns:
-    Unicode NFC, newlines as \\n, stripped; empty fields leave no trace.
+    """Return the SHA-256 of a row's texts, whatever the prompt format and the order of columns;
+    empty fields leave no trace.
     """
-
-    def normalised(text: str) -> str:
-        text = unicodedata.normalize("NFC", text)
-        return text.replace("\r\n", "\n").replace("\r", "\n").strip()
-
     parts: list[Any] = []
     for name, value in sorted(fields.items()):
         if isinstance(value, str):
-            parts += [[name, normalised(value)]] if normalised(value) else []
+            text = _normalised(value)
+            parts += [[name, text]] if text else []
             continue
         turns = []
         for message in value:
-            turn = [message["role"], *map(normalised, message_texts(message))]
+            turn = [message["role"], *map(_normalised, message_texts(message))]
             turns.append([*turn, 0] if "weight" in message else turn)
         parts.append([name, turns])
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()
+
+
+def _normalised(text: str) -> str:
+    text = unicodedata.normalize("NFC", text)
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()

@@ -48,29 +48,21 @@ _CALLS_LEFT_OUT = (
     "tool calls: not rendered by the chat template, so the row would teach to say nothing in their"
     " place",
     "set data.chat_template to one that knows tools, as trl:qwen2_5 does",
+    "to train without them: data.drop_columns: [messages.tool_calls]",
 )
 
 
 @dataclass(slots=True)
 class Encoded:
-    """The tokens of one row.
+    """The tokens of one row."""
 
-    Args:
-        ids: token ids, int32.
-        labels: the same where there is loss, -100 elsewhere.
-        end_token: the special token that ends the last answer, -1 where none does or it was cut.
-        changed: whether the chat template left out or changed the text of a message.
-        other_prompt: whether the row does not begin with the tokens that the model is asked with.
-        tokens_before: before truncation, as `prompt_tokens`, those that are not learnt.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-    end_token: int
-    changed: bool = False
-    other_prompt: bool = False
-    tokens_before: int = 0
-    prompt_tokens: int = 0
+    ids: np.ndarray  # int32
+    labels: np.ndarray  # the same where there is loss, -100 elsewhere
+    end_token: int  # the special token that ends the last answer, -1 for none or if it was cut
+    changed: bool = False  # the chat template left out or changed the text of a message
+    other_prompt: bool = False  # does not begin with the tokens that the model is asked with
+    tokens_before: int = 0  # before truncation
+    prompt_tokens: int = 0  # before truncation, those that are not learnt
 
     @classmethod
     def of(
@@ -110,25 +102,17 @@ class Encoded:
 
 @dataclass(frozen=True, kw_only=True)
 class Supervision:
-    """The settings that decide about loss, taken from `data` and `train`.
-
-    Args:
-        whole: loss on every token, the prompt included.
-        max_length: longest row in tokens; None for no limit.
-        keep_end: cut the start of rows that are too long instead of their end.
-    """
+    """The settings that decide about loss, taken from `data` and `train`."""
 
     section: DataSection
-    whole: bool
-    max_length: int | None
-    keep_end: bool
+    whole: bool  # loss on every token, the prompt included
+    max_length: int | None  # longest row in tokens
+    keep_end: bool  # cut the start of rows that are too long instead of their end
     eos_token: str | None
 
     @classmethod
     def of(cls, section: DataSection, train: dict[str, Any], tokenizer: Any) -> Supervision:
-        """Read the settings, and refuse those that cannot act; some packing strategies split long
-        rows themselves.
-        """
+        """Read the settings, and refuse those that cannot act."""
         is_chat = section.prompt_format == "chat"
         eos_token = train.get("eos_token") or getattr(tokenizer, "eos_token", None)
         if train.get("assistant_only_loss") and not is_chat:
@@ -153,17 +137,10 @@ class Supervision:
 
 
 def encode(
-    rows: Sequence[DataRow],
-    settings: Supervision,
-    tokenizer: Any,
-    template: str | None = None,
+    rows: Sequence[DataRow], settings: Supervision, tokenizer: Any, template: str | None = None
 ) -> Iterator[Encoded | BadRow]:
-    """Tokenise rows in order and truncate them; in place of a conversation of which nobody can say
-    what the assistant wrote stands the reason.
-
-    Args:
-        rows: as many as may be tokenised together, see `BATCH_ROWS`.
-        template: what conversations are rendered with; None for the plain formats.
+    """Tokenise rows, at most `BATCH_ROWS` together, and cut them, or say why one cannot be used.
+    Conversations are rendered with `template`; plain formats have none.
     """
     if template is None:
         return _encode_pairs(rows, settings, tokenizer)
@@ -172,9 +149,7 @@ def encode(
 
 @contextmanager
 def plain_backend(tokenizer: Any, split_special: bool) -> Iterator[Any]:
-    """Yield the tokenizer's backend, for a moment without truncation and padding, and with special
-    tokens in text as text if asked.
-    """
+    """Yield the tokenizer's backend without truncation and padding; special tokens may be text."""
     backend = tokenizer.backend_tokenizer
     before = backend.encode_special_tokens, backend.truncation, backend.padding
     backend.encode_special_tokens = split_special
@@ -233,24 +208,15 @@ def _encode_pairs(
 # ---- conversations ----
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as text.
-
-    Args:
-        parts: the spans of characters that are to be learned.
-        prompt: what the model is asked with for the last turn.
-        speaks: whether a turn that is to be learned has a text.
-        changed: whether something that a message says is not in the text.
-        follows: whether each turn goes on from the prompt that asks for it.
-    """
+class Rendered(NamedTuple):
+    """A conversation as text."""
 
     text: str
-    parts: list[Span]
-    prompt: str
-    speaks: bool
-    changed: bool
-    follows: bool
+    parts: list[Span]  # of characters, that are to be learned
+    prompt: str  # what the model is asked with for the last turn
+    speaks: bool  # whether a turn that is to be learned has a text
+    changed: bool  # whether something that a message says is not in the text
+    follows: bool  # whether each turn goes on from the prompt that asks for it
 
 
 def _render(
@@ -294,7 +260,7 @@ def _render(
             said = "".join(text[slice(*part)] for part in turn_of.get(index, [(0, len(text))]))
             names = [call["function"]["name"] for call in message.get("tool_calls", ())]
             if any(name not in said for name in names):
-                raise BadRow(*_CALLS_LEFT_OUT, drop=["messages.tool_calls"])
+                raise BadRow(*_CALLS_LEFT_OUT)
     except BadRow as reason:
         return reason
     except jinja2.TemplateSyntaxError as error:
@@ -369,9 +335,7 @@ def _encode_chats(
 def _token_spans(
     chat: Rendered, ids: Sequence[int], offsets: Sequence[Span], special: frozenset[int]
 ) -> list[Span]:
-    """Return the tokens of each part up to its end-of-turn token, behind which nothing will be
-    written, not even white space.
-    """
+    """Return the tokens of each part up to its end-of-turn token, without white space behind it."""
     ends = [end for _, end in offsets]
     spans = []
     for part in chat.parts:

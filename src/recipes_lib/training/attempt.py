@@ -134,7 +134,7 @@ class Attempt:
             checkpoints.set_aside(self.weights, ".damaged")
         self._write_settings()  # now with the date that its template prints
         write_json(run.path / "environment.json", environment())
-        write_json(run.path / "supervision.json", data.audit.to_dict())
+        write_json(run.path / "supervision.json", vars(data.audit))
         write_json(run.path / "splits.json", data.splits)
         recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "guard": guard}
         recorded |= {"exit_code": None, "error": None, "steps_began": None, "resumed": resumed}
