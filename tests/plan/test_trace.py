@@ -16,13 +16,8 @@ from recipes_lib.plan.trace import Precision, trace, trace_now
 
 # Families that the tiny models of the other tests do not have, with what their configs need.
 MORE: dict[str, dict[str, Any]] = {
-    **{
-        family: {}
-        for family in (
-            *("mistral", "ministral3", "gemma", "gemma2", "olmo2", "exaone4"),
-            *("apertus", "hunyuan_v1_dense", "arcee", "cohere", "glm"),
-        )
-    },
+    **{name: {} for name in ("mistral", "ministral3", "gemma", "gemma2", "olmo2", "exaone4")},
+    **{name: {} for name in ("apertus", "hunyuan_v1_dense", "arcee", "cohere", "glm")},
     **dict.fromkeys(("deepseek_v2", "glm4_moe_lite"), DEEPSEEK),
     "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
     "qwen3_5_text": LINEAR_ATTENTION,

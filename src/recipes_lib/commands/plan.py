@@ -13,6 +13,7 @@ from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeError, print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
+from recipes_lib.plan.cards import card_named
 from recipes_lib.study.config import load_study, study_file
 from recipes_lib.study.run import refuse_unmet
 from recipes_lib.study.runs import with_choices
@@ -31,10 +32,12 @@ def run(
     nodes: Nodes = None,
     accelerate: Accelerate = None,
     tokens_per_row: Annotated[int | None, "for data that are not on this machine"] = None,
-    table: Annotated[bool, "other methods and numbers of cards too"] = False,
+    table: Annotated[bool, "what other settings, methods and cards would do"] = False,
     json: Json = False,
 ) -> int:
     """Plan and print."""
+    if gpu not in (None, "cpu"):
+        card_named(gpu)  # an unknown card is refused before torch is imported
     file = study_file(recipe_or_study)
     if file is not None:
         if gpus or nodes or accelerate or tokens_per_row:
@@ -60,8 +63,8 @@ def run(
     advice = advise(plan, overrides)
     rows = rows_shown(plan, advice)
     if json:
-        return print_json({key: value for row in rows for key, value in row.values.items()})
-    lines = [f"{row.label:<9} {row.text}" for row in rows if row.text]
+        return print_json({key: value for _, _, values in rows for key, value in values.items()})
+    lines = [f"{label:<9} {text}" for label, text, _ in rows if text]
     say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
     path, flags = shown_path(recipe.path), _launch_words(plan, accelerate)
     say(f"$ {launch_line(plan.launch, path, overrides)}")

@@ -18,18 +18,12 @@ from recipes_lib.core.errors import RecipeError
 
 @dataclass(frozen=True)
 class Card:
-    """One kind of card.
-
-    Args:
-        memory_gib: what a process can see of it.
-        tflops: dense bf16 peak, None where it is not known.
-        assumed: whether nobody named it and this machine has none.
-    """
+    """One kind of card."""
 
     name: str
-    memory_gib: float
-    tflops: float | None = None
-    assumed: bool = False
+    memory_gib: float  # what a process can see of it
+    tflops: float | None = None  # dense bf16 peak, None where it is not known
+    assumed: bool = False  # nobody named it, and this machine has none
 
 
 CARDS = (
@@ -55,12 +49,8 @@ DEFAULT = "h100-80gb"
 
 def card_named(name: str, memory_gib: float | None = None) -> Card:
     """Return the table's card of a name as people type it or CUDA gives it; a MIG slice by its
-    profile, with its share of seven of the speed.
-
-    Args:
-        memory_gib: the real memory of a card; one that is not in the table then has this and no
-            peak.
-
+    profile, with its share of seven of the speed. With `memory_gib`, the real memory, a card that
+    is not in the table has that and no peak.
 
     Example:
         >>> card_named("H100").name, card_named("4090").name, card_named("a100-mig-3g.20gb").tflops
@@ -69,20 +59,17 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
         ('h100-pcie-80gb', None)
     """
     words = {*re.split(r"[^a-z0-9]+", name.lower())}
-
-    def kind(card: Card) -> set[str]:
-        return {*card.name.split("-")[:-1]} - {"rtx"}
-
-    def likeness(card: Card) -> tuple[int, float]:
-        size = card.name.rpartition("-")[2] in words
-        return len(kind(card)), size if memory_gib is None else -abs(card.memory_gib - memory_gib)
-
-    alike = [card for card in CARDS if kind(card) <= words]
+    alike: dict[Card, tuple[int, float]] = {}  # the more words and the nearer the memory, the more
+    for card in CARDS:
+        *kind, size = card.name.removeprefix("rtx-").split("-")
+        if words >= {*kind}:
+            near = size in words if memory_gib is None else -abs(card.memory_gib - memory_gib)
+            alike[card] = len(kind), near
     if not alike and memory_gib is None:
         names = [card.name for card in CARDS]
         known = f"cards: {', '.join(names)}, h100-mig-3g.40gb (any profile), cpu"
         raise RecipeError(f"--gpu: there is no card '{name}'", *did_you_mean(name, names), known)
-    card = max(alike, key=likeness, default=Card(name, memory_gib or 0.0))
+    card = max(alike, key=alike.__getitem__, default=Card(name, memory_gib or 0.0))
     if slice_of := re.search(r"(\d+)g\.(\d+)gb", name.lower()):
         tflops = card.tflops and round(card.tflops * int(slice_of[1]) / 7)
         return Card(name, round(0.97 * float(slice_of[2]), 1), tflops)

@@ -41,7 +41,7 @@ CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
 # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
 CPU_PROCESS_GIB = 0.8
 TILE = 128  # tokens of the loss whose logits are there at once
-_counted: dict[str, RowLengths] = {}
+_counted: dict[str, RowLengths] = {}  # the arms of a study have the same rows
 _ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
 _ON_CPU = {on_gpu: on_cpu for on_cpu, on_gpu in _ON_GPUS.items()}
 # of a recipe's `train` section, what decides about speed
@@ -50,31 +50,20 @@ _SPEED_KEYS = ("bf16", "fp16", "activation_checkpointing", "packing", "per_devic
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training needs.
-
-    Args:
-        card: of a CPU, the memory is the process's share.
-        method: `full`, `LoRA`, `QLoRA` or `LoRA on 8 bits`.
-        checkpointing: whether the blocks are computed again in the backward pass.
-        memory: GiB of one process, by what it is for.
-        speed: tokens per second of all processes; None where neither the card's peak nor an
-            earlier training is known.
-        speed_source: where that number is from.
-        seconds: from start to end.
-    """
+    """What a training needs."""
 
     recipe: Recipe
     launch: Launch
-    card: Card
-    method: str
-    checkpointing: bool
+    card: Card  # of a CPU, the memory is the process's share
+    method: str  # full, LoRA, QLoRA or LoRA on 8 bits
+    checkpointing: bool  # whether the blocks are computed again in the backward pass
     rows: RowLengths
     trace: Trace
     steps: Steps
-    memory: dict[str, float]
-    speed: float | None
+    memory: dict[str, float]  # GiB of one process, by what it is for
+    speed: float | None  # tokens per second of all processes, None where it is not known
     speed_source: str
-    seconds: float | None
+    seconds: float | None  # from start to end
 
     @property
     def needed(self) -> float:
@@ -93,16 +82,7 @@ class Plan:
 
 
 def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None = None) -> Plan:
-    """Return the plan of a recipe under a launch, on a card.
-
-    Args:
-        rows: where they are counted already.
-
-    Raises:
-        RecipeError: an unknown architecture, LoRA's targets are not in the model, or a batch that
-            cannot be divided.
-        EnvironmentFault: the model's configuration cannot be had.
-    """
+    """Return the plan of a recipe under a launch, on a card; `rows` if they are counted already."""
     train, quantization, lora = recipe.train, recipe.quantization or {}, build_lora_config(recipe)
     on_cpu = card.name == "cpu"
 
@@ -122,7 +102,11 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
         raise recipe.error(key, f"{key}: {one_line(error)}") from None
 
     # the rows, and memory for the largest micro-batch of them
-    rows = rows or _rows_once(recipe)
+    values = recipe.to_dict()
+    same_rows = hash_of(values["data"], values["model"], train.get("max_length"))
+    if rows is None and same_rows not in _counted:
+        _counted[same_rows] = rows_of(recipe)
+    rows = rows or _counted[same_rows]
     steps = steps_of(recipe, launch.world_size, rows)
     asked = train.get("activation_checkpointing", train.get("gradient_checkpointing"))
     by_launch = launch.config.fsdp_config.get("fsdp_activation_checkpointing")
@@ -133,7 +117,7 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     method = {4: "QLoRA", 8: "LoRA on 8 bits"}.get(bits or 0, "LoRA") if lora else "full"
     speed, source, seconds = None, "not known for this card", None
     operations = ((4 if lora else 6) + (2 if checkpointing else 0)) * traced.active  # of a token
-    same = _speed_key(recipe.to_dict(), card.name, launch.world_size)
+    same = _speed_key(values, card.name, launch.world_size)
     if measured := _measured_speeds(runs_root()).get(same):
         _, speed, run = measured
         source = f"measured by the run {run}"
@@ -235,15 +219,6 @@ def _optimizer_bytes(name: str, weight_bytes: float) -> float:
     if "8bit" in name:
         return 1.05 * moments
     return moments * (4.0 if "paged" in name or "bnb" in name else weight_bytes)
-
-
-def _rows_once(recipe: Recipe) -> RowLengths:
-    """Return the rows of a recipe; the arms of a study have the same, and are not counted again."""
-    values = recipe.to_dict()
-    key = hash_of(values["data"], values["model"], recipe.train.get("max_length"))
-    if key not in _counted:
-        _counted[key] = rows_of(recipe)
-    return _counted[key]
 
 
 # ---- what is planned for ----

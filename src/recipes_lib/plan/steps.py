@@ -11,9 +11,10 @@ from recipes_lib.config.batch import accumulation_steps, planned_steps
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import MAX_LENGTH
+from recipes_lib.core.errors import DataError
 from recipes_lib.data.prepare import prepare_data
-from recipes_lib.data.rows import BadRows
-from recipes_lib.data.sources import count_rows, find_path, is_on_hub, listed_sources, source_files
+from recipes_lib.data.rows import BadRows, place
+from recipes_lib.data.sources import count_rows, is_on_hub, listed_sources, source_files
 from recipes_lib.data.splits import read_data
 from recipes_lib.weights.load import load_tokenizer
 
@@ -26,33 +27,25 @@ ASSUMED_ROWS, ASSUMED_TOKENS = 15_000, 200
 
 @dataclass(frozen=True)
 class RowLengths:
-    """The training rows.
+    """The training rows."""
 
-    Args:
-        tokens: of a sample of the rows, not cut to `max_length`.
-        source: where the numbers come from, for the reader.
-        counted: whether the tokens are counted and not estimated.
-    """
-
-    tokens: tuple[int, ...] = field(repr=False)
+    tokens: tuple[int, ...] = field(repr=False)  # of a sample of the rows, not cut to `max_length`
     train: int
     validation: int
-    source: str
-    counted: bool = False
+    source: str  # where the numbers come from, for the reader
+    counted: bool = False  # and not estimated
 
 
 def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
-    """Return the rows of a recipe: tokenised where data and tokenizer are here, else estimated from
-    characters or assumed, which `source` says.
-    """
-    section, folder, files = recipe.data, local_folder(recipe), []
+    """Return the rows, tokenised where data and tokenizer are on this machine, else estimated."""
+    section, folder = recipe.data, local_folder(recipe)
     sources = listed_sources(section)
-    on_hub = [source for source in sources if find_path(source.source) is None]
-    for source in on_hub:
-        if not is_on_hub(source):
-            raise recipe.error("data.source", f"no such file or folder: {source.source}")
-    if not on_hub:
-        files = [file for source in sources for file in source_files(source)]
+    local = [source for source in sources if not is_on_hub(source)]
+    try:
+        files = [file for source in local for file in source_files(source)]
+    except DataError as error:
+        raise place(recipe, error) from None
+    if len(local) == len(sources):
         is_small = sum(file.stat().st_size for file in files) <= LARGEST_FILE
         if is_small and folder is not None and (folder / "tokenizer_config.json").is_file():
             data = prepare_data(recipe, load_tokenizer(recipe))
@@ -76,23 +69,17 @@ def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
 
 @dataclass(frozen=True)
 class Steps:
-    """How much a training computes.
-
-    Args:
-        tokens: of all steps, without padding.
-        largest: tokens of the largest micro-batch; `row` of its longest row.
-        validation: tokens of all validations.
-    """
+    """How much a training computes."""
 
     steps: int
     per_epoch: int
     per_device: int
     accumulation: int
     world_size: int
-    tokens: int
-    largest: int
-    row: int
-    validation: int
+    tokens: int  # of all steps, without padding
+    largest: int  # tokens of the largest micro-batch
+    row: int  # tokens of its longest row
+    validation: int  # tokens of all validations
 
     @property
     def examples(self) -> int:
@@ -123,29 +110,21 @@ def steps_of(recipe: Recipe, world_size: int, rows: RowLengths) -> Steps:
     )
     # an epoch of fewer rows than a step takes has those alone
     in_epoch = min(per_epoch * per_device * accumulation * world_size, number)
-    tokens = steps / per_epoch * in_epoch * mean
+    tokens = round(steps / per_epoch * in_epoch * mean)
+    validation = round(validations(steps, per_epoch, train) * rows.validation * mean)
+    largest = per_device * longest
     joined = bool(packed) or train.get("padding_free") is not False  # one row, end to end
-    return Steps(
-        steps=steps,
-        per_epoch=per_epoch,
-        per_device=per_device,
-        accumulation=accumulation,
-        world_size=world_size,
-        tokens=round(tokens),
-        largest=per_device * longest,
-        row=per_device * longest if joined else longest,
-        validation=round(validations(steps, per_epoch, train) * rows.validation * mean),
-    )
+    batch = (per_device, accumulation, world_size)
+    row = largest if joined else longest
+    return Steps(steps, per_epoch, *batch, tokens, largest, row, validation)
 
 
 def validations(steps: int, per_epoch: int, train: Mapping[str, Any]) -> int:
-    """Return how often the validation set is read. Unset `eval_steps` are `logging_steps`, and
-    those TRL's 10.
-    """
+    """Return how often the validation set is read."""
     strategy = train.get("eval_strategy", "no")
     if strategy == "no":
         return 0
-    every = float(train.get("eval_steps") or train.get("logging_steps") or 10)
+    every = float(train.get("eval_steps") or train.get("logging_steps") or 10)  # TRL's own 10
     if strategy == "epoch":
         every = per_epoch
     elif every < 1:  # a share of all steps

@@ -36,19 +36,12 @@ EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_expe
 
 @dataclass(frozen=True)
 class Precision:
-    """The types a training computes in.
+    """The types a training computes in."""
 
-    Args:
-        weights: of the base.
-        half: autocast's, None for none.
-        bits: 4 or 8 for quantized linear layers.
-        nested: double quantization.
-    """
-
-    weights: str = "bfloat16"
-    half: str | None = "bfloat16"
-    bits: int | None = None
-    nested: bool = False
+    weights: str = "bfloat16"  # of the base
+    half: str | None = "bfloat16"  # autocast's
+    bits: int | None = None  # 4 or 8 for quantized linear layers
+    nested: bool = False  # double quantization
 
     @property
     def compute_bytes(self) -> int:
@@ -58,41 +51,27 @@ class Precision:
 
 @dataclass(frozen=True)
 class Trace:
-    """Numbers of a model, and bytes of one forward pass.
-
-    Args:
-        active: parameters that multiply each token; of experts, those that it is sent to.
-        per_token: kept for the backward pass; `constant` does not grow with the tokens.
-        checkpointed: per token, where only the inputs of the blocks are kept.
-        block: per token, of the largest block: what recomputation brings back.
-        outside: parameters of embeddings, head and everything that is in no block.
-        carries_state: layers that carry a state were traced as torch computes them; special
-            kernels keep less.
-    """
+    """Numbers of a model, and bytes of one forward pass."""
 
     parameters: int
     trained: int
-    active: int
+    active: int  # parameters that multiply each token; of experts, those that it is sent to
     weight_bytes: int
     trained_bytes: int
-    per_token: float
-    constant: float
-    checkpointed: float
-    block: float
+    per_token: float  # kept for the backward pass
+    constant: float  # the same, what does not grow with the tokens
+    checkpointed: float  # per token, where only the inputs of the blocks are kept
+    block: float  # per token, of the largest block: what recomputation brings back
     largest_layer: int
-    outside: int
+    outside: int  # parameters of embeddings, head and everything that is in no block
     layers: int
     hidden: int
     vocabulary: int
-    carries_state: bool
+    carries_state: bool  # traced as torch computes it; special kernels keep less
 
 
 def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Trace:
-    """Return what a training of this model keeps, from the cache if it was traced before.
-
-    Raises:
-        ValueError: as `shape.on_meta`.
-    """
+    """Return what a training of this model keeps, from the cache if it was traced before."""
     adapter = lora and {
         key: sorted(value) if isinstance(value, set) else str(value)
         for key, value in lora.to_dict().items()
