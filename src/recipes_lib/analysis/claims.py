@@ -18,7 +18,6 @@ from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.stats import ALPHA
 from recipes_lib.analysis.table import TableRow, TestedTable, build_table
 from recipes_lib.analysis.text import (
-    count,
     difference_text,
     interval_text,
     metric_text,
@@ -26,6 +25,7 @@ from recipes_lib.analysis.text import (
     question_text,
     sentence_list,
 )
+from recipes_lib.core.terminal import count
 
 Verdict = Literal["better", "worse", "higher", "lower", "not shown", "no verdict", "not tested"]
 Within = Literal["", "equivalent", "not worse", "not better"]

@@ -27,7 +27,7 @@ from recipes_lib.analysis.stats import (
     mean_interval,
     wilson,
 )
-from recipes_lib.analysis.text import count
+from recipes_lib.core.terminal import count
 from recipes_lib.evals.log import Metric
 
 FEWEST_QUESTIONS = 6  # five that all agree have p = 0.06

@@ -107,16 +107,6 @@ def p_text(p: float | None) -> str:
     return "p = 1" if p >= 0.9995 else f"p = {p:.3f}"
 
 
-def count(n: int, noun: str, plural: str | None = None) -> str:
-    """Return a number with its noun.
-
-    Example:
-        >>> count(1, "item"), count(1200, "item"), count(2, "entry", "entries")
-        ('1 item', '1,200 items', '2 entries')
-    """
-    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
-
-
 def sentence_list(names: Sequence[str], most: int = 0) -> str:
     """Return names as a list in a sentence, of many the first `most`.
 

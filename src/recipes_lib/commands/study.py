@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from recipes_lib.analysis.text import count
 from recipes_lib.commands import Json, flag_words
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import next_step, print_json, say
+from recipes_lib.core.terminal import count, next_step, print_json, say
 from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.run import StudyRunner, refuse_unmet, study_lock
 from recipes_lib.study.runs import study_folder, study_trainings, with_choices

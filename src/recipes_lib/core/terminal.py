@@ -101,6 +101,11 @@ def printable(text: str) -> str:
     )
 
 
+def count(n: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: 1 item, 1,200 items."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
 def shown_size(num_bytes: float) -> str:
     """Return a size as text."""
     return f"{num_bytes / 2**20:,.1f} MiB"

@@ -10,11 +10,11 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any
 
-from recipes_lib.analysis.text import count, difference_text, question_text, sentence_list
+from recipes_lib.analysis.text import difference_text, question_text, sentence_list
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.files import rows_from_the_end
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held
-from recipes_lib.core.terminal import aligned
+from recipes_lib.core.terminal import aligned, count
 from recipes_lib.evals.questions import local_questions
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import Study, full_name, known_metrics
