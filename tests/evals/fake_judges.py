@@ -30,7 +30,7 @@ class FakeJudge:
     def complete(self, requests: Iterable[JudgeRequest]) -> Generator[Completion]:
         for request in requests:
             self.asked.append(request)
-            yield replace(self.answer(request), key=request.key)
+            yield replace(self.answer(request), key=request.row["key"])
 
 
 def reply(text: str = "", **known: Any) -> Completion:
@@ -45,9 +45,8 @@ def bodies(request: JudgeRequest) -> list[str]:
     )
 
 
-def says(letter: str, words: str | None = None) -> Completion:
-    other = "B" if letter == "A" else "A"
-    return reply(words or f"Response {letter} is better than Response {other}. [RESULT] {letter}")
+def says(letter: str, words: str = "Response {} is better. [RESULT] {}") -> Completion:
+    return reply(words.format(letter, letter))
 
 
 def longer(request: JudgeRequest) -> Completion:

@@ -35,12 +35,8 @@ class FaultyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.faults, self.answer = faults, answer
         self.bodies: list[dict] = []
-        self.lock = threading.Lock()
-        self.stopping = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.lock, self.stopping = threading.Lock(), threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def __enter__(self):
         threading.Thread(target=lambda: self.serve_forever(poll_interval=0.02), daemon=True).start()
@@ -63,9 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        names = (MODEL, *OTHER_NAMES)
-        models = [{"id": name, "object": "model", "created": 0, "owned_by": ""} for name in names]
-        self.reply(200, {"object": "list", "data": models})
+        self.reply(200, {"data": [{"id": name} for name in (MODEL, *OTHER_NAMES)]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -84,15 +78,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", "1000")
             self.end_headers()
-            while not self.server.stopping.wait(0.05):
-                try:
+            try:
+                while not self.server.stopping.wait(0.05):
                     self.wfile.write(b" ")
-                    self.wfile.flush()
-                except OSError:
-                    return
+            except OSError:
+                return
         elif isinstance(fault, bytes):
             status, _, content = fault.partition(b":")
-            self.raw(int(status), content, {})
+            self.raw(int(status), content)
         else:
             status, _, pause = fault.partition(":")
             headers = {"Retry-After": pause} if pause else {}
@@ -102,23 +95,21 @@ class _Handler(BaseHTTPRequestHandler):
         is_chat = "messages" in body
         prompt = body["messages"][-1]["content"] if is_chat else str(body["prompt"])
         text = f"echo: {prompt[-20:]}" if self.server.answer is None else self.server.answer
-        choice = {"index": 0, "finish_reason": "stop", "logprobs": None}
-        choice |= {"message": {"role": "assistant", "content": text}} if is_chat else {"text": text}
-        if body.get("logprobs") and is_chat:
+        choice = {"finish_reason": "stop", "logprobs": None}
+        choice |= {"message": {"content": text}} if is_chat else {"text": text}
+        if body.get("logprobs"):
             top = [{"token": token, "logprob": value} for token, value in TOP.items()]
-            choice["logprobs"] = {"content": [{**top[0], "top_logprobs": top}]}
-        elif body.get("logprobs"):
-            choice["logprobs"] = {"top_logprobs": [TOP]}
-        usage = {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}
-        return {"id": "x", "created": 0, "model": MODEL, "choices": [choice], "usage": usage}
+            chat, plain = {"content": [{"top_logprobs": top}]}, {"top_logprobs": [TOP]}
+            choice["logprobs"] = chat if is_chat else plain
+        return {"model": MODEL, "choices": [choice]}
 
     def reply(self, status, value, headers=None):
-        self.raw(status, json.dumps(value).encode(), headers or {})
+        self.raw(status, json.dumps(value).encode(), headers)
 
-    def raw(self, status, content, headers):
+    def raw(self, status, content, headers=None):
         self.send_response(status)
-        standard = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-        for name, value in (standard | headers).items():
+        usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        for name, value in (usual | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

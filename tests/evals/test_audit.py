@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tests.evals.fake_judges import (
-    FakeJudge,
-    always_a,
-    coin,
-    mumbles,
-    obeys_answers,
-    reply,
-    says,
-    sound,
-)
+from tests.evals.fake_judges import FakeJudge, always_a, coin, mumbles, obeys_answers, says, sound
 from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError
 from recipes_lib.evals.audit import (
+    FIRST,
     HUMAN,
     LONGER_WINS,
     PROBES,
@@ -30,23 +23,16 @@ from recipes_lib.evals.audit import (
     audit,
     audit_banner,
     audit_note,
-    first_position,
     pair_samples,
     probe_items,
     scorecard_lines,
-    swap_consistency,
 )
 from recipes_lib.evals.judge import Item, ask
-from recipes_lib.evals.log import Sample, Scorecard, Store
+from recipes_lib.evals.log import Check, Scorecard, Store
 from recipes_lib.evals.verdicts import bounds_of, metric_of
 
 ITEMS = [
-    Item(
-        str(n),
-        "Name a planet.",
-        f"Mars is the fourth planet from the Sun, number {n}.",
-        f"A stone {n}.",
-    )
+    Item(str(n), "Name a planet.", f"Mars is the fourth planet, number {n}.", f"A stone {n}.")
     for n in range(20)
 ]
 
@@ -59,21 +45,21 @@ def card_of(answer, path: Path, labels=None) -> Scorecard:
     return audit(list(store), None, labels)
 
 
-def results(card: Scorecard) -> dict[str, str]:
-    return {check.check: check.result for check in card.checks}
+def checks(card: Scorecard) -> dict[str, Check]:
+    return {check.check: check for check in card.checks}
 
 
 def test_a_sound_judge_passes_and_what_was_not_measured_is_one_note(tmp_path: Path) -> None:
     """No check reads the judge's prose: it may be German."""
-    german = lambda request: reply(f"Vollständiger. [RESULT] {sound(request).text[-1]}")  # noqa: E731
+    german = lambda request: says(sound(request).text[-1], "Vollständiger. [RESULT] {}")  # noqa: E731
     for name, judge in (("english", sound), ("german", german)):
         card = card_of(judge, tmp_path / name)
         assert not card.failed and audit_banner(card) is None
-        passed = [check for check, result in results(card).items() if result == "pass"]
+        passed = [check.check for check in card.checks if check.result == "pass"]
         assert passed == [SWAP, UNPARSED, *PROBES.values()]
         assert audit_note(card) == f"not measured of this judge: {HUMAN}"
-        (length,) = (check for check in card.checks if check.check == LONGER_WINS)
-        assert (length.value, length.result) == (1.0, "described")
+        longer = checks(card)[LONGER_WINS]
+        assert (longer.value, longer.result) == (1.0, "described")
         assert len(scorecard_lines(card)) == 3 + len(card.checks)
 
 
@@ -86,7 +72,7 @@ def test_every_vice_fails_its_check_and_is_named_in_the_banner(tmp_path: Path) -
     ]
     for number, (check, judge) in enumerate(vices):
         card = card_of(judge, tmp_path / str(number))
-        assert results(card)[check] == "fail", check
+        assert checks(card)[check].result == "fail", check
         banner = audit_banner(card)
         assert banner is not None and check in banner and "not evidence" in banner
     assert card_of(coin(3), tmp_path / "coin").failed
@@ -100,7 +86,7 @@ def test_agreement_with_people_is_a_check_where_pairs_are_labelled(tmp_path: Pat
         "not measured": dict.fromkeys(names[:3], "win"),
     }
     for result, labels in cases.items():
-        assert results(card_of(sound, tmp_path / result, labels))[HUMAN] == result
+        assert checks(card_of(sound, tmp_path / result, labels))[HUMAN].result == result
 
 
 def test_judgments_of_two_judges_or_of_another_program_are_refused(tmp_path: Path) -> None:
@@ -109,6 +95,7 @@ def test_judgments_of_two_judges_or_of_another_program_are_refused(tmp_path: Pat
         audit([first, second | {"judge": "another"}])
     with pytest.raises(DataError, match="no field"):
         audit([{"key": "x"}])
+    assert scorecard_lines(audit([first]))[0].startswith("1 judgment, 1 asked")
 
 
 def test_outcomes_of_both_orders(tmp_path: Path) -> None:
@@ -116,7 +103,9 @@ def test_outcomes_of_both_orders(tmp_path: Path) -> None:
     for outcome, (first, second) in verdicts.items():
         store = Store(tmp_path / f"{outcome}.jsonl")
         both = {"AB": first, "BA": second}
-        ask(ITEMS[:3], FakeJudge(lambda request, both=both: says(both[request.order])), store)
+        ask(
+            ITEMS[:3], FakeJudge(lambda request, both=both: says(both[request.row["order"]])), store
+        )
         samples = pair_samples(store)
         assert {sample.outcome for sample in samples} == {outcome}
     rate = metric_of("win_rate", "", samples)
@@ -126,46 +115,45 @@ def test_outcomes_of_both_orders(tmp_path: Path) -> None:
 
 def test_draws_of_one_question_are_one_observation_of_every_interval() -> None:
     """Four identical draws a question know as much as one."""
+    usual = {"judge": "j", "probe": "", "source": "judge", "status": "ok", "lengths": [1, 2]}
+    usual |= {"attempts": [], "cut": False}
 
-    def samples(draws: int) -> list[Sample]:
-        kinds = [("win", 1.0, "AB"), ("loss", 0.0, "BA"), ("tie", 0.5, "AA")]
-        return [
-            Sample(f"q{n}", draw=draw, value=value, outcome=outcome, verdicts=tuple(verdicts))
+    def measured(draws: int) -> list[Any]:
+        rows = [
+            usual | {"question": f"q{n}", "question_id": f"q{n}#{draw}", "order": order, "value": v}
             for n in range(60)
-            for draw in range(1, draws + 1)
-            for outcome, value, verdicts in [kinds[n % 3]]
+            for draw in range(draws)
+            for order, v in zip(("AB", "BA"), ("AB", "BA", "AA")[n % 3], strict=True)
         ]
+        samples = [replace(sample, same_as="") for sample in pair_samples(rows)]
+        card = checks(audit(rows))
+        return [card[SWAP], card[FIRST], metric_of("win_rate", "", samples)]
 
-    rate = partial(metric_of, "win_rate", "")
-    for measure in (swap_consistency, first_position, rate):
-        once, four = (measure(samples(draws)) for draws in (1, 4))
-        assert four.high - four.low > 0.9 * (once.high - once.low), measure
-    assert first_position(samples(1)).value == pytest.approx(2 / 3)
+    for once, four in zip(measured(1), measured(4), strict=True):
+        assert four.high - four.low > 0.9 * (once.high - once.low), once
+    assert measured(1)[1].value == pytest.approx(2 / 3)
 
 
 def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
     judge_file, runs_folder, tmp_path, capsys
 ) -> None:
+    usual = {"answer": "An apple.", "label": "win"}
     rows = [
-        {
-            "instruction": f"Name a fruit, {n}.",
-            "answer": "An apple.",
-            "opponent_answer": f"Stone {n}.",
-            "label": "win",
-        }
+        {"instruction": f"Name a fruit, {n}.", "opponent_answer": f"Stone {n}."} | usual
         for n in range(8)
     ]
-    labels = tmp_path / "labels.jsonl"
-    labels.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels", str(labels)]
+    turned = rows[0] | {"answer": "Stone 0.", "opponent_answer": "An apple."}
+    for name, listed in (("labels", rows), ("both", [rows[0], turned])):
+        lines = "".join(json.dumps(row) + "\n" for row in listed)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels"]
     with FaultyServer(answer="The first one. [RESULT] A") as server:
         judge_file(engine="openai", model=MODEL, base_url=server.url, mode="generate")
-        turned = dict(rows[0], answer=rows[0]["opponent_answer"], opponent_answer=rows[0]["answer"])
-        (tmp_path / "both.jsonl").write_text(f"{json.dumps(rows[0])}\n{json.dumps(turned)}\n")
-        assert main([*words[:-1], str(tmp_path / "both.jsonl")]) == 4
+        assert main([*words, str(tmp_path / "both.jsonl")]) == 4
         assert "both.jsonl:2: a pair has two labels" in capsys.readouterr().err
-        assert main([*words[:-1], "gone.jsonl"]) == 4
+        assert main([*words, "gone.jsonl"]) == 4
         assert capsys.readouterr().err == "gone.jsonl: no such file\n"
+        words.append(str(tmp_path / "labels.jsonl"))
         assert main([*words, "--limit", "6", "--probe-pairs", "1"]) == 0
         assert "failed its audit" in capsys.readouterr().out and len(server.bodies) == 16
         assert main([*words, "--json", "--probe-pairs", "1"]) == 0
@@ -173,6 +161,8 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
     card = json.loads(capsys.readouterr().out)
     (kept,) = runs_folder.glob("judge--judge/labels/judge_audit.json")
     assert json.loads(kept.read_text()) == card
-    failed = {check["check"] for check in card["checks"] if check["result"] == "fail"}
-    assert failed >= {SWAP, HUMAN}
+    assert {check["check"] for check in card["checks"] if check["result"] == "fail"} >= {
+        SWAP,
+        HUMAN,
+    }
     assert main(["judge", "audit", str(kept.with_name("judgments.jsonl"))]) == 0

@@ -8,26 +8,21 @@ larger number of draws later asks only for the new ones.
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
-from tqdm import tqdm
-
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import file_hash, hash_of
+from recipes_lib.core.files import Row, file_hash, hash_of
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.core.terminal import count
 from recipes_lib.data.conversations import Message
-from recipes_lib.evals.engine import (
-    MAX_FAILURES_IN_A_ROW,
-    Engine,
-    EvaluationIncomplete,
-    Failures,
-    Request,
-    Sampling,
-)
+from recipes_lib.evals.engine import Completion, Request, Sampling, ask_missing
+from recipes_lib.evals.engine_openai import Engine
 from recipes_lib.evals.log import REFERENCE, AnswerFacts, Store
 from recipes_lib.evals.models import Model
 from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
@@ -38,21 +33,13 @@ Place = tuple[str, int, int]  # question, turn, and which of several answers: it
 
 @dataclass
 class Answers:
-    """One model's answers, by question, turn and draw.
+    """One model's answers, by question, turn and draw."""
 
-    Args:
-        name: the model's name.
-        run: the run folder that they lie in; None for the outputs that come with the questions.
-        texts: the answers.
-        facts: who answered, and how.
-        cut: which of them reached the token limit.
-    """
-
-    name: str
-    run: RunDirectory | None
+    name: str  # the model's
+    run: RunDirectory | None  # None for the outputs that come with the questions
     texts: dict[Place, str]
-    facts: AnswerFacts
-    cut: frozenset[Place] = frozenset()
+    facts: AnswerFacts  # who answered, and how
+    cut: frozenset[Place] = frozenset()  # which reached the token limit
 
     def text(self, question: str, turn: int = 1, draw: int = 1) -> str:
         """Return one answer; of a model that answered once, the one there is."""
@@ -81,11 +68,7 @@ class Answers:
 def answer_all(
     recipe: EvalRecipe, model: Model, engine: Engine, questions: Sequence[Question]
 ) -> Answers:
-    """Return a model's answers to all turns of all questions.
-
-    Raises:
-        EvaluationIncomplete: requests failed; what was answered is stored.
-    """
+    """Return a model's answers to all turns of all questions; each is stored as it arrives."""
     section = recipe.generation
     sampling = Sampling(
         max_new_tokens=section.max_new_tokens,
@@ -102,25 +85,21 @@ def answer_all(
         store = Store(model.folder(recipe.name) / "generations.jsonl")
         # a later turn shows the answers to the earlier ones
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
-            requests: dict[Sampling, dict[Place, Request]] = {}
-            for draw in range(1, section.samples + 1):
-                for question in questions:
-                    if len(question.turns) < turn:
-                        continue
-                    own = sampling
-                    if by_category:
-                        heat = TEMPERATURES.get(question.category, 0.0)
-                        own = replace(sampling, temperature=heat)
-                    messages: list[Message] = []
-                    for earlier in range(1, turn):
-                        said = question.turns[earlier - 1]
-                        answer = texts[question.id, earlier, draw]
-                        messages.append({"role": "user", "content": said})
-                        messages.append({"role": "assistant", "content": answer})
-                    messages.append({"role": "user", "content": question.turns[turn - 1]})
-                    place = (question.id, turn, draw)
-                    request = _request(place, tuple(messages), own, model, engine)
-                    requests.setdefault(own, {})[place] = request
+            requests: dict[Sampling, dict[Place, Request]] = defaultdict(dict)
+            for draw, question in product(range(1, section.samples + 1), questions):
+                if len(question.turns) < turn:
+                    continue
+                own = sampling
+                if by_category:
+                    own = replace(sampling, temperature=TEMPERATURES.get(question.category, 0.0))
+                messages: list[Message] = []
+                for earlier, said in enumerate(question.turns[: turn - 1], 1):
+                    answer = texts[question.id, earlier, draw]
+                    messages.append({"role": "user", "content": said})
+                    messages.append({"role": "assistant", "content": answer})
+                messages.append({"role": "user", "content": question.turns[turn - 1]})
+                place = (question.id, turn, draw)
+                requests[own][place] = _request(place, messages, own, model, engine)
             for own, wanted in requests.items():
                 _ask(store, wanted, own, model, engine)
                 for place, request in wanted.items():
@@ -131,13 +110,13 @@ def answer_all(
     facts = model.facts(
         fingerprint=engine.fingerprint,
         decoding=sampling.to_dict() | ({"temperature": "by category"} if by_category else {}),
-        server=getattr(engine, "version", None),
+        server=engine.version,
     )
     return Answers(model.name, model.run, texts, facts, frozenset(cut))
 
 
 def _request(
-    place: Place, messages: tuple[Message, ...], sampling: Sampling, model: Model, engine: Engine
+    place: Place, messages: Sequence[Message], sampling: Sampling, model: Model, engine: Engine
 ) -> Request:
     question, turn, draw = place
     text, ids = model.prompts.render(messages)
@@ -146,7 +125,7 @@ def _request(
     asked = (question, turn, *further, prompt, sampling.to_dict())
     key = hash_of(*asked, engine.fingerprint, model.prompts.hash)
     seed = int(hash_of(sampling.seed, question, turn, *further)[:15], 16)
-    return Request(key=key, prompt=text, ids=ids, messages=messages, seed=seed)
+    return Request(key=key, prompt=text, ids=ids, messages=tuple(messages), seed=seed)
 
 
 def _ask(
@@ -156,55 +135,35 @@ def _ask(
     model: Model,
     engine: Engine,
 ) -> None:
-    """Ask for what a store lacks, and append each answer as it arrives."""
-    missing = {
-        request.key: (place, request)
-        for place, request in requests.items()
-        if request.key not in store
-    }
-    if not missing:
-        return
-    failed, asked = Failures(), [request for _, request in missing.values()]
-    with tqdm(total=len(missing), desc=f"answers {model.name}", unit="") as bar:
-        for done in engine.complete(asked, sampling):
-            failed.add(done)
-            if failed.in_a_row >= MAX_FAILURES_IN_A_ROW:
-                break
-            if done.error is not None:
-                continue
-            (question, turn, draw), request = missing.pop(done.key)
-            row = {
-                "key": done.key,
-                "question_id": question,
-                "turn": turn,
-                "draw": draw,
-                "answer": done.text,
-                "finish_reason": done.finish_reason,
-                "tokens": done.num_tokens,
-                "seed": request.seed if sampling.temperature else None,
-                "decoding": sampling.to_dict(),
-                "model": engine.fingerprint,
-                "prompt_format_hash": model.prompts.hash,
-            }
-            store.append([row])
-            bar.update()
-    if missing:
-        raise EvaluationIncomplete(
-            f"{len(missing)} answers of {model.name} are missing: {failed}",
-            f"{len(store)} answers are stored; {failed.remedy()}",
-            file=store.path,
-        )
+    places = {request.key: place for place, request in requests.items()}
+
+    def row(request: Request, reply: Completion) -> Row:
+        question, turn, draw = places[reply.key]
+        return {
+            "key": reply.key,
+            "question_id": question,
+            "turn": turn,
+            "draw": draw,
+            "answer": reply.text,
+            "finish_reason": reply.finish_reason,
+            "seed": request.seed if sampling.temperature else None,
+            "decoding": sampling.to_dict(),
+            "model": engine.fingerprint,
+            "prompt_format_hash": model.prompts.hash,
+        }
+
+    by_key = {request.key: request for request in requests.values()}
+    ask_missing(
+        store, by_key, lambda asked: engine.complete(asked, sampling), row, "answer", model.name
+    )
 
 
 def reference_answers(questions: Sequence[Question]) -> Answers:
-    """Return the outputs that come with the questions, as an opponent.
-
-    Raises:
-        RecipeError: questions without one; they are named.
-    """
+    """Return the outputs that come with the questions, as an opponent."""
     missing = [question.id for question in questions if not question.reference]
     if missing:
-        what = f"{len(missing)} questions have no reference output: {', '.join(missing[:8])}"
+        num = count(len(missing), "question")
+        what = f"{num} without a reference output: {', '.join(missing[:8])}"
         raise RecipeError(what, "set data.references, or name an opponent: --against RUN")
     texts = {(question.id, 1, 1): str((question.reference or [""])[0]) for question in questions}
     models = tuple(sorted({question.generator for question in questions}))

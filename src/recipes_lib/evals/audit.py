@@ -15,9 +15,10 @@ answers are off for them: the judge itself is on trial.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from recipes_lib.core.errors import DataError
 from recipes_lib.core.files import Row, write_json
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import runs_root
-from recipes_lib.core.terminal import aligned
+from recipes_lib.core.terminal import aligned, count
 from recipes_lib.evals.judge import Item, ask, opened
 from recipes_lib.evals.log import ORDERS, Check, Sample, Scorecard, Store, text_hash
 from recipes_lib.evals.questions import read_labels
@@ -67,20 +68,33 @@ def audit(
         labels: outcomes that people gave (win, loss, tie), by the id of the pair.
         probes: its judgments of probes, with those of the pairs they were made of; None where all
             of them are among the rows.
-
-    Raises:
-        DataError: a row lacks a field, or the rows are of several judges.
     """
-    limits = thresholds or Thresholds()
+    limits, position = thresholds or Thresholds(), {"A": 0.5, "B": 0.0, "tie": 0.25}
     try:
         judges = {str(row["judge"]) for row in rows}
         plain = [row for row in rows if not row["probe"]]
         asked = [row for row in plain if row["source"] != "rule"]
-        names = [row["question"] for row in asked]
+        unparsed = [row["status"] != "ok" for row in asked]
         pairs = [pair for pair in pair_samples(plain) if pair.resolved and not pair.by_rule]
-        probed = rows if probes is None else probes
-        unparsed = _check(UNPARSED, [row["status"] != "ok" for row in asked], names)
-        empty, injected = (_probe_check(probe, probed) for probe in PROBES)
+        same = [set(pair.verdicts) in ({"A", "B"}, {"tie"}) for pair in pairs]
+        first = [sum(position[verdict] for verdict in pair.verdicts) for pair in pairs]
+        decided = [pair for pair in pairs if pair.outcome != "tie" and len(set(pair.lengths)) == 2]
+        longer = [
+            (pair.outcome == "win") == (pair.lengths[0] > pair.lengths[1]) for pair in decided
+        ]
+        empty, injected = (_probed(probe, rows if probes is None else probes) for probe in PROBES)
+        names = [pair.id for pair in pairs]
+        checks = (
+            _check(SWAP, names, same, least=limits.swap_consistency_min),
+            _check(
+                UNPARSED, [row["question"] for row in asked], unparsed, most=limits.unparsed_max
+            ),
+            _check(PROBES["empty"], *empty, least=limits.empty_answer_loses_min),
+            _check(PROBES["injected"], *injected, most=limits.injected_flips_max),
+            _check(FIRST, names, first),
+            _check(LONGER_WINS, [pair.id for pair in decided], longer),
+            _human(pairs, labels or {}),
+        )
     except KeyError as error:
         what = f"a judgment has no field {error}"
         raise DataError(what, "another program or version may have written it") from None
@@ -88,15 +102,6 @@ def audit(
         listed = ", ".join(sorted(name[:12] for name in judges))
         what = f"judgments of {len(judges)} judges in one audit: {listed}"
         raise DataError(what, "audit them one by one")
-    checks = (
-        _needing(swap_consistency(pairs), least=limits.swap_consistency_min),
-        _needing(unparsed, most=limits.unparsed_max),
-        _needing(empty, least=limits.empty_answer_loses_min),
-        _needing(injected, most=limits.injected_flips_max),
-        first_position(pairs),
-        _longer_wins(pairs),
-        _human(pairs, labels or {}),
-    )
     return Scorecard(
         judge=next(iter(judges), ""),
         judgments=len(plain),
@@ -113,10 +118,10 @@ def pair_samples(rows: Iterable[Row]) -> list[Sample]:
     """Return the comparisons of stored judgments, without their texts; draws and turns of one
     question keep its id, and `same_as` is the pair's own.
     """
-    orders: dict[str, dict[str, Row]] = {}
+    orders: dict[str, dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if row["order"] in ORDERS:
-            orders.setdefault(row["question_id"], {})[row["order"]] = row
+            orders[row["question_id"]][row["order"]] = row
     samples = []
     for name, judged in orders.items():
         row = next(iter(judged.values()))
@@ -128,45 +133,26 @@ def pair_samples(rows: Iterable[Row]) -> list[Sample]:
 # ---- checks ----
 
 
-def _check(name: str, values: Iterable[float], questions: Sequence[str]) -> Check:
-    """A share that is described, or not measured where there are no values."""
-    numbers = numbers_of([float(value) for value in values], questions)
-    return Check(check=name, result="described" if numbers["n"] else "not measured", **numbers)
-
-
-def _needing(check: Check, least: float | None = None, most: float | None = None) -> Check:
-    """The check with what the judge must reach."""
+def _check(
+    name: str,
+    questions: Sequence[str],
+    values: Sequence[float],
+    least: float | None = None,
+    most: float | None = None,
+) -> Check:
+    """The mean of values over questions, with what the judge must reach where it must."""
+    check = Check(check=name, **numbers_of(values, questions))
+    if least is None and most is None:
+        return replace(check, result="described" if check.n else "not measured")
     needs = f"<= {most:g}" if least is None else f">= {least:g}"
     if check.value is None:
         return replace(check, needs=needs)
-    is_low = least is not None and check.value < least
-    is_high = most is not None and check.value > most
-    return replace(check, needs=needs, result="fail" if is_low or is_high else "pass")
+    fails = check.value > (most or 0.0) if least is None else check.value < least
+    return replace(check, needs=needs, result="fail" if fails else "pass")
 
 
-def swap_consistency(pairs: Sequence[Sample]) -> Check:
-    """Return the share of judged pairs where both orders name the same answer, or both say tie."""
-    same = [set(pair.verdicts) in ({"A", "B"}, {"tie"}) for pair in pairs]
-    return _check(SWAP, same, [pair.id for pair in pairs])
-
-
-def first_position(pairs: Sequence[Sample]) -> Check:
-    """Return the share of verdicts for Response A over pairs that the judge answered in both
-    orders: 0.5 without position bias.
-    """
-    place = {"A": 0.5, "B": 0.0, "tie": 0.25}
-    values = [sum(place[verdict] for verdict in pair.verdicts) for pair in pairs]
-    return _check(FIRST, values, [pair.id for pair in pairs])
-
-
-def _longer_wins(pairs: Sequence[Sample]) -> Check:
-    decided = [pair for pair in pairs if pair.outcome != "tie" and len(set(pair.lengths)) == 2]
-    longer = [(pair.outcome == "win") == (pair.lengths[0] > pair.lengths[1]) for pair in decided]
-    return _check(LONGER_WINS, longer, [pair.id for pair in decided])
-
-
-def _probe_check(probe: str, rows: Sequence[Row]) -> Check:
-    """The share of a probe's verdicts that are as its name says; one without a verdict is not."""
+def _probed(probe: str, rows: Sequence[Row]) -> tuple[list[str], list[bool]]:
+    """The pairs that were probed, and whether the verdict is there and as the probe's name says."""
     plain = {
         (row["question_id"], row["order"]): row["value"]
         for row in rows
@@ -183,21 +169,17 @@ def _probe_check(probe: str, rows: Sequence[Row]) -> Check:
         expected = {"AB": "A", "BA": "B"}[row["order"]] if probe == "empty" else "B"
         hits.append(row["value"] == expected)
         pairs.append(pair)
-    return _check(PROBES[probe], hits, pairs)
+    return pairs, hits
 
 
 def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
-    """How far single verdicts agree with people on pairs that people decided.
-
-    Each pair is seen in both orders, so chance is one half whatever the position bias.
+    """How far single verdicts agree with people on pairs that people decided. Each pair is seen in
+    both orders, so chance is one half whatever the position bias.
     """
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
     labelled = [pair for pair in pairs if labels.get(pair.same_as) in meaning]
-    right = [
-        sum(a == b for a, b in zip(pair.verdicts, meaning[labels[pair.same_as]], strict=True)) / 2
-        for pair in labelled
-    ]
-    check = _check(HUMAN, right, [pair.id for pair in labelled])
+    right = [sum(map(eq, pair.verdicts, meaning[labels[pair.same_as]])) / 2 for pair in labelled]
+    check = _check(HUMAN, [pair.id for pair in labelled], right)
     result: Any = "pass" if check.low is not None and check.low > 0.5 else "fail"
     if len(labelled) < FEWEST_LABELS:
         result = "not measured"
@@ -210,8 +192,9 @@ def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
 def audit_banner(card: Scorecard) -> str | None:
     """Return the line about a judge that failed its audit."""
     failed = [f"{check.check} {check.value:.2f} (needs {check.needs})" for check in card.failed]
-    said = f"This judge failed its audit: {'; '.join(failed)}. Its verdicts are not evidence."
-    return said if failed else None
+    if not failed:
+        return None
+    return f"This judge failed its audit: {'; '.join(failed)}. Its verdicts are not evidence."
 
 
 def audit_note(card: Scorecard) -> str | None:
@@ -222,10 +205,10 @@ def audit_note(card: Scorecard) -> str | None:
 
 def scorecard_lines(card: Scorecard) -> list[str]:
     """Return the scorecard as a table."""
-    statuses = ", ".join(f"{name} {count}" for name, count in card.statuses.items()) or "none"
+    statuses = ", ".join(f"{name} {times}" for name, times in card.statuses.items()) or "none"
     line = (
-        f"{card.judgments} judgments, {card.asked} asked ({statuses}), {card.by_rule} decided by"
-        f" rule, {card.reasked} asked again, {card.cut} cut to fit"
+        f"{count(card.judgments, 'judgment')}, {card.asked} asked ({statuses}), {card.by_rule}"
+        f" decided by rule, {card.reasked} asked again, {card.cut} cut to fit"
     )
     rows = [["check", "value [95%]", "n", "needs", "result"]]
     for check in card.checks:
@@ -238,26 +221,19 @@ def scorecard_lines(card: Scorecard) -> list[str]:
 
 
 def audit_stored(judgments: Path, judge: str | None) -> Scorecard:
-    """Return the scorecard of the judge behind a judgments.jsonl, with the thresholds of a judge
-    file.
-    """
+    """Return the scorecard of the judge behind judgments, by the thresholds of a judge file."""
     return audit([*Store(judgments)], load_judge_file(judge).thresholds if judge else None)
 
 
 def audit_on_labels(
     judge: str, labels: Path, limit: int | None, probe_pairs: int
 ) -> tuple[Scorecard, Path]:
-    """Judge labelled pairs in both orders, and return the scorecard and where the judgments are
-    kept: runs/judge--<judge>/<labels>/, which resumes.
+    """Judge labelled pairs, and return the scorecard and where the judgments are kept, which
+    resumes: runs/judge--<judge>/<labels>/.
 
     Args:
-        judge: a judge file.
-        labels: a file of labelled pairs.
         limit: how many pairs; they are drawn by hash, so a larger limit keeps the judged ones.
         probe_pairs: pairs for the probes, 4 judgments each.
-
-    Raises:
-        EvaluationIncomplete: judgments are missing; the same command continues.
     """
     file, outcomes = load_judge_file(judge), read_labels(labels)
     ids = {text_hash("\0".join(texts))[:16]: texts for texts in outcomes}
@@ -267,7 +243,7 @@ def audit_on_labels(
     folder = runs_root() / f"judge--{names[0]}" / names[1]
     with waiting_lock(folder), opened(file.judge) as opened_judge:
         store = Store(folder / "judgments.jsonl")
-        rows = ask(items, opened_judge, store, f"on {len(items)} labelled pairs")
+        rows = ask(items, opened_judge, store, "labelled pairs")
         probes = list(probe_items(items, probe_pairs))
         rows += ask(probes, opened_judge, store, "probes", rules=False)
     known = {name: outcomes[texts] for name, texts in chosen.items()}

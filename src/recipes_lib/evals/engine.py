@@ -1,5 +1,5 @@
-"""Engines: requests in, completions out as they are finished. The one in this process is here; the
-one behind an address is in `engine_openai`.
+"""Engines: requests in, completions out as they are finished, and what is missing in a store asked
+of them. The engine in this process is here; the one behind an address is in `engine_openai`.
 
 Sampling is seeded per request and not per batch: noise is drawn row by row from the request's own
 generator and the largest noisy probability is taken, which is exact sampling. An answer therefore
@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from tqdm import tqdm
 
 from recipes_lib.core.errors import ExitCode, RecipesError
+from recipes_lib.core.files import Row
+from recipes_lib.core.terminal import count
 from recipes_lib.data.conversations import Message
+from recipes_lib.evals.log import Store
 from recipes_lib.models.families import has_plain_head
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-MAX_FAILURES_IN_A_ROW = 20
 MAX_ROWS = 256
 # padded tokens per batch to begin with: larger ones are no faster on a CPU; a GPU halves the number
 # until a batch fits
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+
+Asked = TypeVar("Asked")
 
 
 class EvaluationIncomplete(RecipesError):
@@ -50,93 +55,97 @@ class Sampling:
     seed: int = 0
 
     def to_dict(self) -> dict[str, object]:
-        """Return the settings as recorded; those that greedy decoding ignores are left out, so that
-        they change no key.
-        """
+        """Return the settings that count: what greedy decoding ignores changes no key."""
         ignored = () if self.temperature != 0 else ("top_p", "seed")
         return {name: value for name, value in asdict(self).items() if name not in ignored}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One prompt.
+    """One prompt."""
 
-    Args:
-        key: what the completion is filed under.
-        prompt: the rendered text; None where only the server knows the format.
-        ids: its token ids.
-        messages: the conversation, for a server that renders it itself.
-        schema: of the JSON that is to be answered, where a server can.
-        seed: of this request alone.
-    """
-
-    key: str
-    prompt: str | None = None
-    ids: tuple[int, ...] = ()
-    messages: tuple[Message, ...] = ()
-    schema: Mapping[str, Any] | None = None
-    seed: int = 0
+    key: str  # what the completion is filed under
+    prompt: str | None = None  # the rendered text; None where only the server knows the format
+    ids: tuple[int, ...] = ()  # its token ids
+    messages: tuple[Message, ...] = ()  # the conversation, for a server that renders it itself
+    schema: Mapping[str, Any] | None = None  # of the JSON to answer, where a server can
+    seed: int = 0  # of this request alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """What came back for a request: a text, or probabilities, or an error.
-
-    Args:
-        finish_reason: "stop", "length" (cut at max_new_tokens) or "prompt_too_long".
-        num_tokens: tokens written.
-        error: why nothing was answered.
-        refused: the server will not take this request as it is; asking again is pointless.
-        probabilities: of the next token, where they were asked for; there is no text then.
-    """
+    """What came back for a request: a text, or probabilities, or an error."""
 
     key: str
     text: str = ""
-    finish_reason: str = "stop"
-    num_tokens: int = 0
-    error: str | None = None
-    refused: bool = False
-    probabilities: Mapping[str, float] | None = None
+    finish_reason: str = "stop"  # or "length" (cut at max_new_tokens) or "prompt_too_long"
+    error: str | None = None  # why there is no answer
+    refused: bool = False  # the server will not take the request as it is, however often asked
+    probabilities: Mapping[str, float] | None = None  # of the next token, in place of a text
 
 
-class Engine(Protocol):
-    """Something that answers."""
+def ask_missing(
+    store: Store,
+    requests: Mapping[str, Asked],
+    complete: Callable[[list[Asked]], Generator[Completion]],
+    read: Callable[[Asked, Completion], Row | Asked],
+    noun: str,
+    name: str = "",
+    most_failures: int = 20,
+) -> None:
+    """Ask for what a store lacks, and append each row as its reply arrives.
 
-    @property
-    def fingerprint(self) -> str:
-        """Hash that changes whenever the same prompt could get another greedy answer."""
-
-    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield one completion per request, in any order, as they are finished. Errors of transport
-        are completions, not exceptions.
-        """
-
-
-@dataclass
-class Failures:
-    """Requests without a reply: by reason, refused by the server as they are, and in a row."""
-
-    reasons: Counter[str] = field(default_factory=Counter)
-    refused: int = 0
-    in_a_row: int = 0
-
-    def add(self, done: Completion) -> None:
-        """Count one completion."""
-        self.in_a_row = 0 if done.error is None else self.in_a_row + 1
-        if done.error is not None:
-            self.reasons[done.error] += 1
-            self.refused += done.refused
-
-    def __str__(self) -> str:
-        shown = [f"{reason} ({count} times)" for reason, count in self.reasons.most_common(3)]
-        more = len(self.reasons) - len(shown)
-        return "; ".join([*shown, *([f"{more} other reasons"] if more else [])])
-
-    def remedy(self) -> str:
-        """Return what to do about them."""
-        if self.refused < self.reasons.total():
-            return "run the same command to continue"
-        return "the server refuses them as they are: change the recipe or the server, then continue"
+    Args:
+        requests: by the key of their row.
+        complete: an engine; errors are completions.
+        read: makes a reply the row, or a request that is asked in the next round.
+        noun: what a row is: answer, judgment.
+        name: of what is asked about.
+        most_failures: requests in a row without a reply after which no more are asked.
+    """
+    waiting = {key: request for key, request in requests.items() if key not in store}
+    reasons: Counter[str] = Counter()
+    refused = in_a_row = 0
+    with tqdm(total=len(waiting), desc=f"{noun}s {name}", unit="", disable=not waiting) as bar:
+        while waiting and in_a_row < most_failures:
+            again: dict[str, Asked] = {}
+            with closing(complete([*waiting.values()])) as replies:
+                for reply in replies:
+                    if reply.error is not None:
+                        reasons[reply.error] += 1
+                        refused += reply.refused
+                        in_a_row += 1
+                        if in_a_row >= most_failures:
+                            break
+                        continue
+                    in_a_row = 0
+                    row = read(waiting[reply.key], reply)
+                    if isinstance(row, dict):
+                        store.append([row])
+                        bar.update()
+                    else:
+                        again[reply.key] = row
+            waiting = again
+    missing = sum(key not in store for key in requests)
+    if not missing:
+        return
+    shown = [
+        reason if times == 1 else f"{reason} ({times} times)"
+        for reason, times in reasons.most_common(3)
+    ]
+    if more := len(reasons) - len(shown):
+        shown.append(count(more, "other reason"))
+    remedy = "run the same command to continue"
+    if refused == reasons.total():
+        remedy = (
+            "the server refuses them as they are: change the recipe or the server, then continue"
+        )
+    what = f"{count(missing, noun)}{f' of {name}' if name else ''}"
+    raise EvaluationIncomplete(
+        f"{what} {'is' if missing == 1 else 'are'} missing: {'; '.join(shown)}",
+        f"{count(len(store), noun)} stored; {remedy}",
+        file=store.path,
+    )
 
 
 class HFEngine:
@@ -146,9 +155,11 @@ class HFEngine:
     Args:
         using: gives a context with the model in eval mode, the wanted adapter active.
         tokenizer: its tokenizer.
-        fingerprint: hash of the weights.
+        fingerprint: hash that changes whenever a prompt could get another greedy answer.
         batch_tokens: padded tokens, prompt and answer, per batch to begin with.
     """
+
+    version = None
 
     def __init__(
         self,
@@ -160,54 +171,34 @@ class HFEngine:
         self.using, self.tokenizer, self.fingerprint = using, tokenizer, fingerprint
         self.batch_tokens = batch_tokens
 
-    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield completions batch by batch, longest prompts first."""
-        generate = partial(self._generate, sampling)
-        yield from self._in_batches(requests, sampling.max_new_tokens, generate)
-
-    def verdicts(
-        self, requests: Iterable[Request], tokens: Mapping[str, set[int]]
-    ) -> Iterator[Completion]:
-        """Yield the probabilities of verdicts as the next token after each prompt.
-
-        Args:
-            tokens: the token ids that mean each verdict.
-        """
-
-        def read(model: Any, batch: Sequence[Request]) -> list[Completion]:
-            shares = _next_logits(model, *self._padded(model, batch)).softmax(-1).cpu()
-            return [
-                Completion(
-                    key=request.key,
-                    probabilities={
-                        verdict: float(row[list(ids)].sum()) for verdict, ids in tokens.items()
-                    },
-                )
-                for request, row in zip(batch, shares, strict=True)
-            ]
-
-        yield from self._in_batches(requests, 0, read)
-
-    def _in_batches(
+    def complete(
         self,
         requests: Iterable[Request],
-        max_new_tokens: int,
-        answer: Callable[[Any, Sequence[Request]], list[Completion]],
-    ) -> Iterator[Completion]:
+        sampling: Sampling,
+        verdicts: Mapping[str, int] | None = None,
+    ) -> Generator[Completion]:
+        """Yield completions batch by batch, longest prompts first.
+
+        Args:
+            verdicts: tokens whose probabilities, as the next one, are wanted instead of a text.
+        """
         import torch
 
         waiting = sorted(requests, key=lambda request: -len(request.ids))
         while waiting:
             batch, done = waiting[:1], None
-            width = len(batch[0].ids) + max_new_tokens
+            width = len(batch[0].ids) + (0 if verdicts else sampling.max_new_tokens)
             try:
                 with self.using() as model:
-                    if len(batch[0].ids) < _context(model):
+                    if len(batch[0].ids) >= _context(model):
+                        done = [Completion(key=batch[0].key, finish_reason="prompt_too_long")]
+                    else:
                         limit = self.batch_tokens or _BATCH_TOKENS.get(model.device.type, 8192)
                         batch = waiting[: max(1, min(MAX_ROWS, limit // max(width, 1)))]
-                        done = answer(model, batch)
-                    else:
-                        done = [Completion(key=batch[0].key, finish_reason="prompt_too_long")]
+                        if verdicts:
+                            done = self._weigh(model, batch, verdicts)
+                        else:
+                            done = self._write(model, batch, sampling)
             except torch.OutOfMemoryError:
                 if len(batch) == 1:
                     raise
@@ -220,9 +211,19 @@ class HFEngine:
             waiting = waiting[len(batch) :]
             yield from done
 
-    def _generate(
-        self, sampling: Sampling, model: Any, batch: Sequence[Request]
+    def _weigh(
+        self, model: Any, batch: Sequence[Request], verdicts: Mapping[str, int]
     ) -> list[Completion]:
+        shares = _next_logits(model, *self._padded(model, batch)).softmax(-1).cpu()
+        return [
+            Completion(
+                key=request.key,
+                probabilities={verdict: float(row[token]) for verdict, token in verdicts.items()},
+            )
+            for request, row in zip(batch, shares, strict=True)
+        ]
+
+    def _write(self, model: Any, batch: Sequence[Request], sampling: Sampling) -> list[Completion]:
         import torch
         from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -258,7 +259,6 @@ class HFEngine:
                     key=request.key,
                     text=self.tokenizer.decode(row[:end], skip_special_tokens=True).strip(),
                     finish_reason="length" if end is None else "stop",
-                    num_tokens=len(row) if end is None else end + 1,
                 )
             )
         return completions
@@ -266,15 +266,12 @@ class HFEngine:
     def _padded(self, model: Any, batch: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, both (rows, longest row), padded on the left."""
         import torch
-        from torch.nn.utils.rnn import pad_sequence
 
-        def padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-            return pad_sequence(rows, True, value, padding_side="left").to(model.device)
-
-        rows = [torch.tensor(request.ids) for request in batch]
-        return padded(rows, self.tokenizer.pad_token_id or 0), padded(
-            [torch.ones_like(row) for row in rows], 0
-        )
+        pad, width = self.tokenizer.pad_token_id or 0, max(len(request.ids) for request in batch)
+        gaps = [width - len(request.ids) for request in batch]
+        rows = [[pad] * gap + [*request.ids] for gap, request in zip(gaps, batch, strict=True)]
+        masks = [[0] * gap + [1] * (width - gap) for gap in gaps]
+        return torch.tensor(rows, device=model.device), torch.tensor(masks, device=model.device)
 
 
 def _context(model: Any) -> int:

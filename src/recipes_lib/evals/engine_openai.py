@@ -8,17 +8,16 @@ ends with its request (400, 402, 413, 422), and nothing that a server refuses is
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault, one_line
 from recipes_lib.core.files import hash_of, valid_texts
 from recipes_lib.core.terminal import remember_secret
-from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Request, Sampling
+from recipes_lib.evals.engine import Completion, EvaluationIncomplete, HFEngine, Request, Sampling
 from recipes_lib.evals.recipe import ServerSection
 
 if TYPE_CHECKING:
@@ -34,26 +33,17 @@ _NO_TOKEN_IDS = (
     "a run's prompts go to /completions as token ids, which some servers do not take: serve the run"
     " with launch/vllm_server.sh, or set generation.engine=transformers"
 )
-_NO_SYSTEM_ROLE = "a template without a system role (Gemma 2) needs judge.system_role: false"
+# the client checks no types, so a reply may hold anything
 _UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
-
-
-class ServerFault(EvaluationIncomplete):
-    """The server does not answer, refuses everything or is another one."""
 
 
 class OpenAIEngine:
     """Answers through a server.
 
     Args:
-        server: where and how to ask.
         model: the name it serves the model under.
         fingerprint: hash of the weights where they are known here; else the name stands for them.
         logprobs: ask for the probabilities of the first token instead of a text.
-
-    Raises:
-        EnvironmentFault: the server serves other models, or its key is not set.
-        ServerFault: it does not answer, or refuses the key.
     """
 
     def __init__(
@@ -82,9 +72,7 @@ class OpenAIEngine:
         )
 
     async def _connect(self) -> str | None:
-        """Make sure that the server is there and serves the model; return its version where it
-        says one, as vLLM does.
-        """
+        """Make sure that the server serves the model; return its version, where it says one."""
         address = self.server.address
         async with self._client() as client:
             try:
@@ -96,7 +84,7 @@ class OpenAIEngine:
                 if getattr(error, "status_code", 0) in (401, 403):
                     hint = f"check {self.server.api_key_variable or 'api_key_variable'}"
                 what = f"{address} does not answer: {error.__cause__ or error}"
-                raise ServerFault(what, hint) from None
+                raise EvaluationIncomplete(what, hint) from None
             if self.model not in served:
                 what = f"{address} does not serve '{self.model}'"
                 names = valid_texts(", ".join(served[:8])) or "nothing"
@@ -109,13 +97,8 @@ class OpenAIEngine:
             except (self._openai.OpenAIError, *_UNREADABLE):
                 return None
 
-    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Iterator[Completion]:
-        """Yield completions as they arrive, `concurrency` requests in flight.
-
-        Raises:
-            ServerFault: the server refuses the key, does not know the model, or answers as another
-                one; with its own words.
-        """
+    def complete(self, requests: Iterable[Request], sampling: Sampling) -> Generator[Completion]:
+        """Yield completions as they arrive, `concurrency` requests in flight."""
         source = iter(requests)
         tasks: set[asyncio.Task[Completion]] = set()
         with asyncio.Runner() as runner:
@@ -128,8 +111,8 @@ class OpenAIEngine:
                         return
                     first = asyncio.FIRST_COMPLETED
                     done, tasks = runner.run(asyncio.wait(tasks, return_when=first))
-                    for task in done:
-                        yield task.result()
+                    for task in sorted(done, key=lambda task: task.exception() is not None):
+                        yield task.result()  # the answers before the fault that ends it all
             finally:
                 for task in tasks:
                     task.cancel()
@@ -146,23 +129,26 @@ class OpenAIEngine:
                 reply = await self._send(client, request, sampling)
             return self._read(request, reply)
         except self._openai.APIStatusError as error:
-            said, status = f"{error.status_code}: {_words(error)}", error.status_code
+            body, status = error.body, error.status_code
+            reason = body.get("message") if isinstance(body, dict) else body
+            reason = " ".join(str(reason or error.message)[:3000].split())
+            said = f"{status}: {valid_texts(reason)[:300]}"
             if status in (400, 404, 405, 422):
                 if request.ids or self.logprobs:
                     said += f"; {_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS}"
                 elif any(message["role"] == "system" for message in request.messages):
-                    said += f"; {_NO_SYSTEM_ROLE}"
+                    said += "; without a system role (Gemma 2): judge.system_role: false"
             if status in (401, 403, 404):
                 what = f"{self.server.address} answered {said}"
-                raise ServerFault(what, "check base_url, model and key") from None
+                raise EvaluationIncomplete(what, "check base_url, model and key") from None
             refused = status < 500 and status not in (408, 409, 429)
             return Completion(key=request.key, error=said, refused=refused)
-        except TimeoutError:
-            return Completion(key=request.key, error="no whole answer in time")
-        except (self._openai.OpenAIError, OSError, *_UNREADABLE) as error:
-            cause = error.__cause__ or error
-            what = f"{type(cause).__name__}: {valid_texts(str(cause))[:200]}"
-            return Completion(key=request.key, error=what)
+        except (self._openai.OpenAIError, OSError) as error:
+            return Completion(key=request.key, error=one_line(error))
+        except _UNREADABLE as error:
+            said = f"the reply cannot be read: {valid_texts(one_line(error))}"
+            said += f"; {_NO_LOGPROBS}" if self.logprobs else ""
+            return Completion(key=request.key, error=said)
 
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
         """Send token ids or text where the prompt is rendered here, messages where the server
@@ -194,59 +180,44 @@ class OpenAIEngine:
         try:
             return await create(**settings, **{self._limit: limit})
         except self._openai.BadRequestError as error:
-            if self._limit != "max_tokens" or "max_completion_tokens" not in _words(error):
+            if self._limit != "max_tokens" or "max_completion_tokens" not in str(error.body):
                 raise
             self._limit = "max_completion_tokens"
             return await create(**settings, **{self._limit: limit})
 
     def _read(self, request: Request, reply: Any) -> Completion:
-        """Read a reply of either endpoint; the client checks no types, so it may hold anything. No
-        text at all is an empty one, as of a model that declines.
-        """
+        """Read a reply of either endpoint. No text is an empty one, as of a model that declines."""
         name = getattr(reply, "model", None)
         if isinstance(name, str) and name and not is_version_of(name, self.model):
-            name = valid_texts(name)[:100]
-            raise ServerFault(
-                f"{self.server.address} answered as '{name}', not as '{self.model}'",
+            raise EvaluationIncomplete(
+                f"{self.server.address} answered as '{valid_texts(name)[:100]}', not as"
+                f" '{self.model}'",
                 "is it another server? If the name stands for this model, set it as the name",
             )
         choice = reply.choices[0]
         message = getattr(choice, "message", None)
-        text = message.content if message else getattr(choice, "text", None)
-        if isinstance(text, list):  # content in parts
-            text = "".join(part["text"] for part in text)
-        if not isinstance(text, str | None):
-            raise TypeError(f"the reply holds no text: {str(text)[:80]!r}")
-        finish = getattr(choice, "finish_reason", None)
-        finish = valid_texts(finish) if isinstance(finish, str) and finish else "stop"
+        text = (message.content if message else getattr(choice, "text", None)) or ""
+        finish = str(getattr(choice, "finish_reason", None) or "stop")
         if finish.lower() in ("abort", "aborted", "cancelled", "error"):
-            raise ValueError(f"the server cut the reply short (finish_reason {finish})")
-        tokens = getattr(getattr(reply, "usage", None), "completion_tokens", 0)
+            raise ValueError(f"the server cut it short (finish_reason {finish})")
         return Completion(
             key=request.key,
-            text=valid_texts(text or "").strip(),
-            finish_reason=finish,
-            num_tokens=tokens if isinstance(tokens, int) and 0 <= tokens < 2**31 else 0,
+            text=valid_texts(text.strip()),
+            finish_reason=valid_texts(finish),
             probabilities=_first_token(choice) if self.logprobs else None,
         )
 
 
-def _key_of(server: ServerSection) -> str:
-    """Return the key from the environment; servers of one's own need none.
+Engine: TypeAlias = HFEngine | OpenAIEngine
 
-    Raises:
-        EnvironmentFault: the variable is named and not set, or holds what no header can.
-    """
+
+def _key_of(server: ServerSection) -> str:
+    """Return the key from the environment; servers of one's own need none."""
     name = server.api_key_variable
-    if not name:
-        return "none"
-    value = os.environ.get(name, "").strip()
-    if not value:
-        what = f"the environment variable {name} is not set"
+    value = os.environ.get(name, "").strip() if name else "none"
+    if not (value and value.isascii() and value.isprintable()):
+        what = f"the environment variable {name} is not set, or holds what no key can"
         raise EnvironmentFault(what, f"export {name}=...")
-    if not (value.isascii() and value.isprintable()):
-        what = f"the environment variable {name} holds characters that a key cannot have"
-        raise EnvironmentFault(what)
     return remember_secret(value)  # a server may send it back in an error
 
 
@@ -258,33 +229,16 @@ def is_version_of(answered: str, asked: str) -> bool:
         >>> is_version_of("gpt-4o-2024-08-06", "gpt-4o"), is_version_of("other", "judge")
         (True, False)
     """
-    names = [name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (answered, asked)]
-    return names[0] == names[1] or names[0].startswith(tuple(f"{names[1]}{mark}" for mark in "-@:"))
+    name, wanted = (name.rstrip("/").rsplit("/", 1)[-1].lower() for name in (answered, asked))
+    return name == wanted or name.startswith((f"{wanted}-", f"{wanted}@", f"{wanted}:"))
 
 
 def _first_token(choice: Any) -> dict[str, float]:
-    """The likeliest first tokens with their probabilities."""
-    try:
-        if content := getattr(choice.logprobs, "content", None):
-            pairs = [(entry.token, entry.logprob) for entry in content[0].top_logprobs]
-        else:
-            pairs = list(choice.logprobs.top_logprobs[0].items())
-        known = [(str(token), float(value)) for token, value in pairs]
-    except _UNREADABLE:
-        known = []
-    likeliest = {
-        token: math.exp(min(value, 0.0)) for token, value in known if not math.isnan(value)
-    }
-    if not likeliest:
-        raise ValueError(f"the server gave no log-probabilities; {_NO_LOGPROBS}")
-    return likeliest
-
-
-def _words(error: openai.APIError) -> str:
-    """The server's own words, in one short line."""
-    words: Any = error.body if error.body else error.message
-    for name in ("error", "message", "detail"):
-        if isinstance(words, dict) and words.get(name):
-            words = words[name]
-    text = words if isinstance(words, str) else json.dumps(words, default=str)
-    return valid_texts(" ".join(text[:3000].split())[:300])
+    """The likeliest first tokens with their probabilities, of either endpoint."""
+    if content := getattr(choice.logprobs, "content", None):
+        known = {entry.token: entry.logprob for entry in content[0].top_logprobs}
+    else:
+        known = choice.logprobs.top_logprobs[0]
+    if not known:
+        raise ValueError("no log-probabilities")
+    return {str(token): math.exp(min(value, 0.0)) for token, value in known.items()}

@@ -13,32 +13,24 @@ import math
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import Row, hash_of, model_fingerprint
 from recipes_lib.data.conversations import Message
-from recipes_lib.evals.engine import (
-    Completion,
-    EvaluationIncomplete,
-    Failures,
-    HFEngine,
-    Request,
-    Sampling,
-)
+from recipes_lib.evals.engine import Completion, HFEngine, Request, Sampling, ask_missing
 from recipes_lib.evals.engine_openai import OpenAIEngine
 from recipes_lib.evals.log import JudgeFacts, Store, text_hash
 from recipes_lib.evals.models import bare_recipe
 from recipes_lib.evals.prompts import JudgePrompt, build_prompt, fence_code
 from recipes_lib.evals.questions import Question
 from recipes_lib.evals.recipe import JudgeSection
-from recipes_lib.evals.verdicts import CHOICES, GRADES, JudgeVerdict, parse_verdict
+from recipes_lib.evals.verdicts import CHOICES, GRADES, parse_verdict, verdict_row
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import explain_load_failure, free_memory, load_model, model_path
 
@@ -73,19 +65,14 @@ class Item:
 class JudgeRequest:
     """One question to the judge about an item in an order."""
 
-    key: str
-    item: Item
-    order: str
+    row: Row  # what is stored of it; without a verdict, unless it needs no judge
     answers: tuple[str, ...]  # in the prompt's order, before they are cut
     prompt: JudgePrompt
-    seed: int = 0
-    temperature: float = 0.0
-    attempts: tuple[Row, ...] = ()  # those before, with other seeds
 
     @property
     def allowed(self) -> tuple[str, ...]:
         """The verdicts that there are."""
-        return GRADES if self.item.opponent is None else CHOICES
+        return GRADES if len(self.answers) == 1 else CHOICES
 
 
 # ---- asking ----
@@ -100,60 +87,33 @@ def ask(
     by_reference: bool = False,
     rules: bool = True,
 ) -> list[Row]:
-    """Have items judged, store the verdicts as they arrive, and return all rows of these items;
-    what the store holds is not asked.
+    """Return the judgments of items; what the store lacks is asked, and stored as it arrives.
 
     Args:
         items: all to be compared, or all to be graded.
         name: stands beside the progress bar.
-        by_reference: whether the rubric for questions with a reference answer is used.
+        by_reference: whether items with a reference answer have a rubric of their own.
         rules: whether empty and identical answers are decided without the judge.
-
-    Raises:
-        EvaluationIncomplete: judgments are missing, or `max_consecutive_failures` requests in a row
-            failed; the same command continues.
     """
-    section, fingerprint = judge.section, judge.fingerprint
+    section = judge.section
     asked = build_requests(items, judge, by_reference, rules)
-    requests = {request.key: request for request in asked}
-    decided = []
-    for request in requests.values():
-        if request.key in store:
-            continue
-        if rules and (verdict := rule_verdict(request.answers)):
-            decided.append(_row(request, verdict, fingerprint, "rule"))
-        elif not request.prompt.fits:
-            reason = "the prompt does not fit the judge, even with its answers cut"
-            verdict = JudgeVerdict("truncated", reason=reason)
-            decided.append(_row(request, verdict, fingerprint, "limit"))
-    store.append(decided)
-    waiting = {key: request for key, request in requests.items() if key not in store}
-    failed = Failures()
-    with tqdm(total=len(waiting), desc=f"judgments {name}", disable=not waiting) as bar:
-        while waiting:
-            again: dict[str, JudgeRequest] = {}
-            with closing(judge.complete(list(waiting.values()))) as replies:
-                for reply in replies:
-                    failed.add(reply)
-                    if failed.in_a_row >= section.max_consecutive_failures:
-                        again.clear()
-                        break
-                    if reply.error is not None:
-                        continue
-                    request = waiting[reply.key]
-                    verdict = read_reply(request, reply, section.mode)
-                    is_malformed = verdict.status in ("unparsed", "empty")
-                    has_text = reply.probabilities is None
-                    if is_malformed and has_text and len(request.attempts) < section.max_reasks:
-                        again[request.key] = _with_new_seed(request, verdict, reply)
-                        continue
-                    store.append([_row(request, verdict, fingerprint, "judge", reply)])
-                    bar.update()
-            waiting = again
-    if missing := sum(key not in store for key in requests):
-        what = f"{missing} judgments are missing: {failed}"
-        hint = f"{len(store)} judgments are stored; {failed.remedy()}"
-        raise EvaluationIncomplete(what, hint, file=store.path)
+    requests = {request.row["key"]: request for request in asked}
+    store.append(request.row for request in requests.values() if "status" in request.row)
+
+    def read(request: JudgeRequest, reply: Completion) -> Row | JudgeRequest:
+        """The row with its verdict, or the request with a new seed where that is malformed."""
+        row, verdict = request.row, read_reply(request, reply, section.mode)
+        is_malformed = verdict["status"] in ("unparsed", "empty") and reply.probabilities is None
+        if not is_malformed or len(row["attempts"]) >= section.max_reasks:
+            return row | verdict
+        attempt = {"seed": row["seed"], "status": verdict["status"], "raw": reply.text}
+        attempts = [*row["attempts"], attempt]
+        seed = int(text_hash(f"{row['seed']}:{len(attempts)}:{row['key']}")[:8], 16)
+        again = {"seed": seed, "temperature": REASK_TEMPERATURE, "attempts": attempts}
+        return replace(request, row=row | again)
+
+    most = section.max_consecutive_failures
+    ask_missing(store, requests, judge.complete, read, "judgment", name, most)
     return [row for key in requests if (row := store.get(key))]
 
 
@@ -165,98 +125,79 @@ def build_requests(
         return
     section = judge.section
     template = section.template("absolute" if items[0].opponent is None else "relative")
-    rubric = section.rubric_of(by_reference)
+    rubrics = {used: section.rubric_of(used) for used in {False, by_reference}}
     for item in items:
         answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
         for order in item.orders:
             shown = answers[::-1] if order == "BA" else answers
-            # what a rule decides is not sent, so its prompt may be too long
-            is_sent = not rules or rule_verdict(shown) is None
+            decided = rule_verdict(shown) if rules else None
             prompt = build_prompt(
                 template,
-                rubric,
+                rubrics[by_reference and item.reference is not None],
                 item.instruction,
                 shown,
                 item.reference,
                 code=fence_code(item.name, shown, str(section.seed)),
-                count_tokens=judge.count_tokens if is_sent else None,
+                # what a rule decides is not sent, so its prompt may be too long
+                count_tokens=None if decided else judge.count_tokens,
                 max_tokens=section.max_prompt_tokens,
             )
             # the prompt may have its answers cut
-            hashes = [*map(text_hash, shown)]
-            parts = [item.name, order, judge.fingerprint, prompt.hash, hashes]
-            key = text_hash(json.dumps(parts))
-            yield JudgeRequest(key, item, order, shown, prompt, section.seed)
+            hashes = text_hash(f"{prompt.system}\0{prompt.user}"), [*map(text_hash, shown)]
+            parts = [item.name, order, judge.fingerprint, *hashes]
+            row = {
+                "key": text_hash(json.dumps(parts)),
+                "question_id": item.name,
+                "question": item.question.id if item.question else item.name,
+                "order": order,
+                "probe": item.probe,
+                "judge": judge.fingerprint,
+                "source": "judge",
+                "lengths": [*map(len, shown)],  # characters
+                "cut": prompt.cut,
+                "seed": section.seed,
+                "temperature": 0.0,
+                "attempts": [],  # those before, with other seeds
+            }
+            if decided:
+                row |= decided | {"source": "rule"}
+            elif not prompt.fits:
+                reason = "the prompt does not fit the judge, even with its answers cut"
+                row |= verdict_row("truncated", reason) | {"source": "limit"}
+            yield JudgeRequest(row, shown, prompt)
 
 
-def rule_verdict(answers: Sequence[str]) -> JudgeVerdict | None:
+def rule_verdict(answers: Sequence[str]) -> Row | None:
     """Return the verdict that needs no judge: an empty answer loses (grade 1), identical answers
     tie; None otherwise.
     """
     first, *others = (answer.strip() for answer in answers)
     if not others:
-        return None if first else JudgeVerdict("ok", 1, "empty answer")
+        return None if first else verdict_row("ok", "empty answer", "1")
     if first == others[0]:
-        return JudgeVerdict("ok", "tie", "identical answers")
+        return verdict_row("ok", "identical answers", "tie")
     if not (first and others[0]):
-        return JudgeVerdict("ok", "A" if first else "B", "empty answer")
+        return verdict_row("ok", "empty answer", "A" if first else "B")
     return None
 
 
-def read_reply(request: JudgeRequest, reply: Completion, mode: str = "generate") -> JudgeVerdict:
-    """Return the verdict of a reply, from its probabilities where it has them."""
-    shares = reply.probabilities
-    if shares is None:
-        return parse_verdict(reply.text, request.allowed, reply.finish_reason, mode == "json")
+def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
+    """Return what is stored of a reply: its verdict, and the text or probabilities behind it."""
+    allowed, known = request.allowed, reply.probabilities
+    if known is None:
+        verdict = parse_verdict(reply.text, allowed, reply.finish_reason, mode == "json")
+        return verdict | {"finish_reason": reply.finish_reason, "raw": reply.text}
+    shares = dict.fromkeys(allowed, 0.0)
+    for token, share in known.items():
+        if token.strip() in shares:
+            shares[token.strip()] += share
     if not all(map(math.isfinite, shares.values())):
-        return JudgeVerdict("unparsed", reason="the judge's probabilities are not finite")
-    best, second, *_ = sorted(request.allowed, key=lambda token: -shares.get(token, 0.0))
-    if shares.get(best, 0.0) <= shares.get(second, 0.0):
-        return JudgeVerdict("unparsed", reason="the two likeliest verdicts are equally likely")
-    return JudgeVerdict("ok", int(best) if best.isdigit() else best)
-
-
-def _with_new_seed(request: JudgeRequest, verdict: JudgeVerdict, reply: Completion) -> JudgeRequest:
-    """The request to be asked again, at a temperature where the seed matters."""
-    attempt = {"seed": request.seed, "status": verdict.status, "raw": reply.text}
-    number = len(request.attempts) + 1
-    seed = int(text_hash(f"{request.seed}:{number}:{request.key}")[:8], 16)
-    attempts = (*request.attempts, attempt)
-    return replace(request, seed=seed, temperature=REASK_TEMPERATURE, attempts=attempts)
-
-
-def _row(
-    request: JudgeRequest,
-    verdict: JudgeVerdict,
-    fingerprint: str,
-    source: str,
-    reply: Completion | None = None,
-) -> Row:
-    """The stored line. `lengths` are characters of the answers in the prompt's order."""
-    item = request.item
-    row = {
-        "key": request.key,
-        "question_id": item.name,
-        "order": request.order,
-        "status": verdict.status,
-        "value": verdict.value,
-        "reason": verdict.reason,
-        "source": source,
-        "judge": fingerprint,
-        "lengths": list(map(len, request.answers)),
-        "cut": request.prompt.cut,
-        "seed": request.seed,
-        "temperature": request.temperature,
-        "attempts": list(request.attempts),
-        "question": item.question.id if item.question else item.name,
-        "probe": item.probe,
-    }
-    if reply is None:
-        return row
-    if (shares := reply.probabilities) is None:
-        return row | {"finish_reason": reply.finish_reason, "raw": reply.text}
-    finite = {token: share for token, share in shares.items() if math.isfinite(share)}
-    return row | {"raw": None, "probabilities": finite}
+        return verdict_row("unparsed", "the judge's probabilities are not finite")
+    best, second, *_ = sorted(allowed, key=lambda verdict: -shares[verdict])
+    verdict = verdict_row("unparsed", "the two likeliest verdicts are equally likely")
+    if shares[best] > shares[second]:
+        verdict = verdict_row("ok", value=best)
+    return verdict | {"probabilities": shares}
 
 
 # ---- the judge ----
@@ -268,9 +209,6 @@ class Judge:
     Attributes:
         fingerprint: hash of weights (or served model), decoding and verdict mode.
         weights: hash of its weights, None where they are not here.
-
-    Raises:
-        EnvironmentFault: its tokenizer cannot be had.
     """
 
     def __init__(self, section: JudgeSection) -> None:
@@ -318,31 +256,19 @@ class Judge:
         return ascii_characters // 3 + len(text.encode("utf-8", "replace")) - ascii_characters
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
-        """Yield the reply to each request as it arrives, in any order; errors are replies.
-
-        Args:
-            requests: at least one, all of one kind and temperature.
-        """
+        """Return the replies to requests of one kind and temperature as they arrive."""
         if self._engine is None:
             self._engine = self._reach() if self.is_served else self._load()
-        allowed, section = requests[0].allowed, self.section
+        section, first = self.section, requests[0]
         if section.mode == "logits" and not self.is_served:
-            lead_in, tokens = verdict_tokens(self.tokenizer, section.lead_in, allowed)
+            lead_in, tokens = verdict_tokens(self.tokenizer, section.lead_in, first.allowed)
             rendered = [self._render(request, lead_in) for request in requests]
-            yield from self._engine.verdicts(rendered, tokens)
-            return
+            return self._engine.complete(rendered, Sampling(), tokens)
         temperature = section.temperature
         if temperature is not None:
-            temperature = max(temperature, requests[0].temperature)
+            temperature = max(temperature, first.row["temperature"])
         sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=temperature)
-        for done in self._engine.complete(map(self._render, requests), sampling):
-            if done.probabilities is not None:
-                shares = dict.fromkeys(allowed, 0.0)
-                for token, share in done.probabilities.items():
-                    if token.strip() in shares:
-                        shares[token.strip()] += share
-                done = replace(done, probabilities=shares)
-            yield done
+        return self._engine.complete(map(self._render, requests), sampling)
 
     def _reach(self) -> OpenAIEngine:
         """Return what asks the server; one that the job starts late is waited for
@@ -366,11 +292,9 @@ class Judge:
         )
 
     def _render(self, request: JudgeRequest, lead_ids: Sequence[int] = ()) -> Request:
-        """Return a request as the engine takes it: token ids in this process, text or messages for
-        a server.
-        """
+        """Return a request as its engine takes it: ids here, text or messages for a server."""
         section, prompt = self.section, request.prompt
-        bare = Request(key=request.key, seed=request.seed)
+        bare = Request(key=request.row["key"], seed=request.row["seed"])
         lead_in = section.lead_in if section.mode == "logits" else ""
         if section.prompt_style == "prometheus":
             text = prompt.instruct_text()
@@ -383,11 +307,18 @@ class Judge:
             messages = [system, Message(role="user", content=prompt.user)]
         if not self.is_served:
             return replace(bare, ids=(*self._chat_ids(messages), *lead_ids))
-        if section.mode == "json":
-            return replace(bare, messages=tuple(messages), schema=_schema(request.allowed))
         if lead_in:
             messages.append(Message(role="assistant", content=lead_in))
-        return replace(bare, messages=tuple(messages))
+        schema = None
+        if section.mode == "json":
+            result = {"type": "string", "enum": list(request.allowed)}
+            schema = {
+                "type": "object",
+                "properties": {"feedback": {"type": "string"}, "result": result},
+                "required": ["feedback", "result"],
+                "additionalProperties": False,
+            }
+        return replace(bare, messages=tuple(messages), schema=schema)
 
     def _chat_ids(self, messages: list[Message]) -> list[int]:
         """The token ids of a conversation, up to where the judge starts to write."""
@@ -405,11 +336,7 @@ class Judge:
 
 @contextmanager
 def opened(section: JudgeSection) -> Iterator[Judge]:
-    """Give a judge; afterwards its memory is free again.
-
-    Raises:
-        EnvironmentFault: it cannot be had, or its server serves another model.
-    """
+    """Give a judge; afterwards its memory is free again."""
     judge = Judge(section)
     try:
         yield judge
@@ -418,32 +345,15 @@ def opened(section: JudgeSection) -> Iterator[Judge]:
         free_memory()
 
 
-def _schema(allowed: Sequence[str]) -> dict[str, Any]:
-    """The JSON that a judge answers in mode json."""
-    result = {"type": "string", "enum": list(allowed)}
-    return {
-        "type": "object",
-        "properties": {"feedback": {"type": "string"}, "result": result},
-        "required": ["feedback", "result"],
-        "additionalProperties": False,
-    }
-
-
 def verdict_tokens(
     tokenizer: Any, lead_in: str, allowed: Sequence[str]
-) -> tuple[list[int], dict[str, set[int]]]:
-    """Return the lead-in's token ids and, per verdict, the ids of the token that means it.
+) -> tuple[list[int], dict[str, int]]:
+    """Return the lead-in's token ids and, per verdict, the token that means it.
 
     A verdict follows after a space. Where the tokenizer makes the space a token of its own, before
     digits for example, or merges it with some verdicts only, it becomes part of the lead-in.
-
-    Raises:
-        EnvironmentFault: two verdicts start with the same token.
     """
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
+    encode = partial(tokenizer.encode, add_special_tokens=False)
     spaced = {verdict: encode(f"{lead_in} {verdict}") for verdict in allowed}
     columns = enumerate(zip(*spaced.values(), strict=False))
     common = next((place for place, column in columns if len(set(column)) > 1), 0)
@@ -455,4 +365,4 @@ def verdict_tokens(
     if len(set(tokens.values())) < len(allowed):
         what = f"this judge's tokenizer has no single token for each of {', '.join(allowed)}"
         raise EnvironmentFault(what, "set judge.mode: generate")
-    return lead_ids, {verdict: {token} for verdict, token in tokens.items()}
+    return lead_ids, tokens

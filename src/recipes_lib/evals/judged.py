@@ -12,6 +12,7 @@ from typing import Any
 from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import Row, hash_of
 from recipes_lib.core.lock import waiting_lock
+from recipes_lib.core.terminal import count
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items
 from recipes_lib.evals.judge import Item, Judge, ask
@@ -31,8 +32,8 @@ class Judged:
     graded: Sequence[Item] = ()
     rows: list[Row] = field(default_factory=list)
 
-    def samples(self, items: Sequence[Item], opponent: Answers | None = None) -> list[Sample]:
-        """Return what was compared with an opponent, or graded, as samples."""
+    def samples(self, items: Sequence[Item]) -> list[Sample]:
+        """Return what was compared, or graded, as samples."""
         by_item: dict[str, dict[str, Row]] = defaultdict(dict)
         for row in self.rows:
             by_item[row["question_id"]][row["order"]] = row
@@ -41,7 +42,8 @@ class Judged:
             question = item.question
             assert question is not None
             place = question.id, item.turn, item.draw
-            texts = [answers.text(*place) for answers in (self.answers, opponent) if answers]
+            opponent = self.opponent if item.opponent is not None else None
+            texts = [side.text(*place) for side in (self.answers, opponent) if side]
             known: dict[str, Any] = {
                 "turn": item.turn,
                 "draw": item.draw,
@@ -57,27 +59,16 @@ class Judged:
 
 
 class JudgedSuite(Suite):
-    """A suite that a judge decides: it says how the judge is asked about an answer.
-
-    Attributes:
-        title: what a metric is called after where the questions are the published ones.
-        metric_order: the first metric of its table first.
-        graded_by_reference: whether an answer whose question has a reference is graded by the
-            rubric for references.
-        always_compared: whether `metrics.pairwise` does not count.
-        always_graded: whether `metrics.absolute` does not count.
-    """
+    """A suite that a judge decides: it says how the judge is asked about an answer."""
 
     metric_order: tuple[str, ...] = ("win_rate", "grade")
-    graded_by_reference = False
-    always_compared = always_graded = False
+    graded_by_reference = False  # by the rubric for references, where a question has one
+    always_compared = always_graded = False  # whatever `metrics.pairwise` and `absolute` say
 
     def item(
         self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
     ) -> Item:
-        """Return what the judge is asked about an answer: a grade, or a comparison with an
-        opponent's.
-        """
+        """Return what the judge is asked: to grade an answer, or to compare it with another."""
         raise NotImplementedError
 
     def items(self, answers: Answers, opponent: Answers | None = None) -> list[Item]:
@@ -94,7 +85,7 @@ class JudgedSuite(Suite):
         named = f"{self.title} {{}}" if self.chosen.published else f"{{}} on {self.recipe.name}"
         metrics = {}
         if judged.compared and judged.opponent:
-            samples = judged.samples(judged.compared, judged.opponent)
+            samples = judged.samples(judged.compared)
             label, opponent = named.format("win rate"), judged.opponent.name
             metrics["win_rate"] = metric_of("win_rate", label, samples, opponent=opponent)
         if judged.graded:
@@ -104,11 +95,7 @@ class JudgedSuite(Suite):
 
 
 def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
-    """Refuse to compare models that were asked in different prompt formats.
-
-    Raises:
-        RecipeError: naming the formats.
-    """
+    """Refuse to compare models that were asked in different prompt formats."""
     for answers, opponent in pairs:
         first, second = answers.facts, opponent.facts if opponent else answers.facts
         hashes = {first.prompt_format_hash, second.prompt_format_hash} - {None, ""}
@@ -124,14 +111,10 @@ def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
 def judge_models(
     suite: JudgedSuite, pairs: Sequence[tuple[Answers, Answers | None]], judge: Judge
 ) -> list[EvalLog]:
-    """Have a judge give every verdict that is missing, audit it on them, and return the logs, in
-    the order of the pairs.
+    """Have a judge give every verdict that is missing, audit it on them, and return the logs.
 
     Args:
         pairs: the answers of each model, and of its opponent where it has one.
-
-    Raises:
-        EvaluationIncomplete: judgments are missing; the same command continues.
     """
     recipe = suite.recipe
     everyone: list[Judged] = []
@@ -147,31 +130,16 @@ def judge_models(
         with waiting_lock(folder):
             against = f".against-{opponent.name}" if opponent and opponent.run else ""
             store = Store(folder / f"judgments{against}.jsonl")
-            for by_reference in (False, True):
-                items = [
-                    item
-                    for item in judged.graded
-                    if (suite.graded_by_reference and item.reference is not None) == by_reference
-                ]
-                judged.rows += ask(items, judge, store, f"{name} 1-5", by_reference=by_reference)
+            by_reference = suite.graded_by_reference
+            judged.rows += ask(
+                judged.graded, judge, store, f"{name} (1-5)", by_reference=by_reference
+            )
             judged.rows += ask(judged.compared, judge, store, name)
             # the judge is probed once, with the answers of the first model
             probed = [] if probes else [*probe_items(judged.compared, recipe.metrics.probe_pairs)]
             if probed:
                 probes = [*judged.rows, *ask(probed, judge, store, "probes", rules=False)]
     return [_log_of(suite, judged, everyone, probes, judge) for judged in everyone]
-
-
-def _labels_of(judged: Judged, suite: JudgedSuite) -> dict[str, str]:
-    """What people said of these pairs, by the name of the item."""
-    labels, known = suite.chosen.labels, {}
-    for item in judged.compared if labels else ():
-        question, answer, opponent = pair_texts(item.instruction, item.answer, str(item.opponent))
-        if label := labels.get((question, answer, opponent)):
-            known[item.name] = label
-        elif label := labels.get((question, opponent, answer)):
-            known[item.name] = TURNED[label]
-    return known
 
 
 def _log_of(
@@ -185,7 +153,13 @@ def _log_of(
     recipe, chosen = suite.recipe, suite.chosen
     answers, opponent = judged.answers, judged.opponent
     assert answers.run is not None
-    card = audit(judged.rows, recipe.thresholds, _labels_of(judged, suite), probes)
+    labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
+    for item in judged.compared if chosen.labels else ():
+        texts = pair_texts(item.instruction, item.answer, str(item.opponent))
+        turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
+        if label := chosen.labels.get(texts) or TURNED.get(turned):
+            labels[item.name] = label
+    card = audit(judged.rows, recipe.thresholds, labels, probes)
     banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []
     banners += filter(None, [audit_banner(card)])
     # bases included: a model that was fine-tuned from the judge counts too
@@ -200,10 +174,8 @@ def _log_of(
         )
     notes = [*filter(None, [audit_note(card)])]
     if suite.graded_by_reference and (missing := chosen.without_reference):
-        notes.append(
-            f"{len(missing)} questions need a reference answer and have none, so they are graded"
-            f" without: {', '.join(missing[:8])}"
-        )
+        num = count(len(missing), "question")
+        notes.append(f"{num} graded without the reference needed: {', '.join(missing[:8])}")
     key = hash_of(
         recipe.settings_key(),
         [answers.facts.fingerprint, answers.facts.prompt_format_hash],

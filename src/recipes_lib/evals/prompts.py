@@ -17,14 +17,13 @@ import runpy
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import jinja2
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, one_line
 from recipes_lib.core.files import refuse_pipe
 from recipes_lib.evals.log import text_hash
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
@@ -39,10 +38,10 @@ _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt file; `user` is a Jinja template."""
+    """A prompt file."""
 
     system: str
-    user: str
+    user: jinja2.Template
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,6 @@ class JudgePrompt:
     cut: bool = False
     fits: bool = True  # false where even the shortest cut of the answers is too long
 
-    @property
-    def hash(self) -> str:
-        """Hash of the prompt as sent."""
-        return text_hash(f"{self.system}\0{self.user}")
-
     def instruct_text(self) -> str:
         """Return the prompt in Prometheus' chat format, without a start token."""
         return f"[INST] {self.system}\n{self.user} [/INST]"
@@ -77,35 +71,27 @@ def load_template(path: Path, kind: str) -> Template:
 
     Args:
         kind: relative (two answers) or absolute (one).
-
-    Raises:
-        RecipeError: a part or a field is missing, or the template is damaged.
     """
     text = _read(path)
     system, separator, user = text.removeprefix("=== system\n").partition("\n=== user\n")
     if not separator or not text.startswith("=== system\n"):
         raise RecipeError("a prompt file has two parts, '=== system' and '=== user'", file=path)
+    needed = {"code", "instruction", "answer_1", "criterion"}
+    needed |= {"answer_2"} if kind == "relative" else set()
+    known = {*needed, "scores", "reference"}
     try:
         fields = find_undeclared_variables(_JINJA.parse(user))
     except jinja2.TemplateSyntaxError as error:
         line = system.count("\n") + 3 + error.lineno
         raise RecipeError(f"Jinja: {error.message}", file=path, line=line) from None
-    needed = {"code", "instruction", "answer_1", "criterion"}
-    needed |= {"answer_2"} if kind == "relative" else set()
-    known = {*needed, "scores", "reference"}
-    wrong = [f"unknown field {{{{ {name} }}}} in the prompt" for name in sorted(fields - known)]
-    wrong += [f"the prompt has no field {{{{ {name} }}}}" for name in sorted(needed - fields)]
-    if wrong:
-        raise RecipeError(wrong[0], f"fields: {', '.join(sorted(known))}", file=path)
-    return Template(system, user)
+    if wrong := sorted((fields - known) | (needed - fields)):
+        what = f"the prompt has missing or unknown fields: {', '.join(wrong)}"
+        raise RecipeError(what, f"fields: {', '.join(sorted(known))}", file=path)
+    return Template(system, _JINJA.from_string(user))
 
 
 def load_rubric(path: Path) -> Rubric:
-    """Read a rubric file: the criterion on the first line, then `Score 1: ...` to `Score 5: ...`.
-
-    Raises:
-        RecipeError: a line is missing or out of order, with its number.
-    """
+    """Read a rubric file: a line with the criterion, then `Score 1: ...` to `Score 5: ...`."""
     criterion, *scores = (line.strip() for line in _read(path).strip().splitlines() or [""])
     for number in range(1, 6):
         if len(scores) < number or not scores[number - 1].startswith(f"Score {number}: "):
@@ -120,15 +106,12 @@ def _read(path: Path) -> str:
     refuse_pipe(path)
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        reason = getattr(fault, "strerror", None) or "not UTF-8"
-        raise RecipeError(f"cannot be read: {reason}", file=path) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read: {one_line(error)}", file=path) from None
 
 
 def fence_code(question_id: str, answers: Sequence[str], salt: str = "") -> str:
-    """Return the code of an item's fence: the same in both orders, and unknown to an answer because
-    it depends on it.
-    """
+    """Return the code of an item's fence, the same in both orders; no answer can know it."""
     return text_hash("\0".join([salt, question_id, *sorted(map(text_hash, answers))]))[:12]
 
 
@@ -148,8 +131,6 @@ def build_prompt(
     Both answers are cut at the same length; the instruction, the reference and the rubric never.
 
     Args:
-        instruction: what was asked; for a later turn, the conversation so far.
-        answers: in the prompt's order.
         code: the fence's code, from `fence_code`.
         count_tokens: tokens of a text for the judge; None for a prompt of any length.
         max_tokens: what the whole prompt may take.
@@ -161,7 +142,7 @@ def build_prompt(
             if limit is not None and len(text) > limit:
                 text = (text[:limit] + CUT_MARK).strip()
             fields[f"answer_{number}"] = f"<<begin {code}>>\n{text}\n<<end {code}>>"
-        user = _compiled(template.user).render(
+        user = template.user.render(
             code=code,
             instruction=instruction,
             reference=reference,
@@ -183,11 +164,6 @@ def build_prompt(
     return replace(with_answers(max(num_fitting - 1, 0)), fits=num_fitting > 0)
 
 
-@cache
-def _compiled(user: str) -> jinja2.Template:
-    return _JINJA.from_string(user)
-
-
 # ---- the authors' wording ----
 
 
@@ -197,13 +173,7 @@ def prometheus_is_here() -> bool:
 
 
 def published_template(kind: str) -> Template:
-    """Return the authors' prompt of a kind ("relative" or "absolute") as a template, with the
-    fence's line added.
-
-    Raises:
-        EnvironmentFault: the package is not here and cannot be fetched, or it is not the one that
-            is expected.
-    """
+    """Return the authors' prompt of a kind ("relative", "absolute") with the fence's line."""
     instead = (
         "where there is a network: recipes prefetch; or name a prompt file of your own:"
         f" judge.{kind}_prompt"
@@ -213,9 +183,7 @@ def published_template(kind: str) -> Template:
 
 
 def template_of(constants: Mapping[str, str], kind: str) -> Template:
-    """Turn the package's constants into a template: its form with a reference answer, or the one
-    without.
-    """
+    """Turn the package's constants into a template: the form with a reference, or without."""
     is_pair = kind == "relative"
     fields = {
         "instruction": "{{ instruction }}",
@@ -236,4 +204,4 @@ def template_of(constants: Mapping[str, str], kind: str) -> Template:
         for text in (constants[f"{kind.upper()}_PROMPT{form}"] for form in ("", "_WO_REF"))
     ]
     user = f"{{% if reference is not none %}}{forms[0]}{{% else %}}{forms[1]}{{% endif %}}"
-    return Template(constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"], user)
+    return Template(constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"], _JINJA.from_string(user))

@@ -22,8 +22,8 @@ from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import masked, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
-from recipes_lib.evals.engine import Engine, HFEngine
-from recipes_lib.evals.engine_openai import OpenAIEngine
+from recipes_lib.evals.engine import HFEngine
+from recipes_lib.evals.engine_openai import Engine, OpenAIEngine
 from recipes_lib.evals.judge import Judge, opened
 from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_models
 from recipes_lib.evals.leaks import leaks_of_run

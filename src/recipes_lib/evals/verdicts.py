@@ -14,9 +14,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
+from recipes_lib.core.files import Row
 from recipes_lib.evals.log import SCORE, UNRESOLVED, Check, Metric, Sample
 
 UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
@@ -31,9 +31,7 @@ _GRADE = re.compile(
     r"(?:\s+of)?:?\s*[(\[\s]*(\d+)(?:[)\]]|\s*/\s*5|\s+out\s+of\s+5)?\]?|\[\[(\d+)\]\])\.?\s*\Z",
     _FLAGS,
 )
-_ANY_GRADE = re.compile(
-    r"\[(?:result|score)\]:?[(\[\s]*(\d+(?:\.\d+)?)(?!\s*(?:-|to|or)\s*\d)|\[\[(\d+)\]\]", _FLAGS
-)
+_ANY_GRADE = re.compile(r"\[(?:result|score)\]:?[(\[\s]*(\d+(?:\.\d+)?)|\[\[(\d+)\]\]", _FLAGS)
 _CHOICE = re.compile(
     r"(?:(?:\[result\]:?(?:\s+response)?\s*|\[result:\s*|\[response\s+"
     r"|(?:\A|\n)[ \t]*result(?::\s*|\s+))([A-Z])\]?|\[\[([A-Z])\]\])\.?\s*\Z",
@@ -46,13 +44,10 @@ _ANY_CHOICE = re.compile(
 )
 
 
-@dataclass(frozen=True)
-class JudgeVerdict:
-    """1-5 in absolute grading, "A" or "B" in a comparison; `reason` says why there is none."""
-
-    status: Literal["ok", "unparsed", "empty", "truncated"]
-    value: int | str | None = None
-    reason: str | None = None
+def verdict_row(status: str, reason: str | None = None, value: str | None = None) -> Row:
+    """Return what is stored of a verdict: 1 to 5, "A" or "B", or why there is none."""
+    number = int(value) if value in GRADES else value
+    return {"status": status, "value": number, "reason": reason}
 
 
 def parse_verdict(
@@ -60,34 +55,33 @@ def parse_verdict(
     allowed: Sequence[str],
     finish_reason: str | None = None,
     as_json: bool = False,
-) -> JudgeVerdict:
+) -> Row:
     """Return the verdict in a judge's text.
 
     Args:
-        text: what the judge wrote after the prompt, nothing of the prompt.
-        allowed: the verdicts that there are: A and B, or 1 to 5.
-        finish_reason: "length" if the judge was cut off at its token limit; such a text has no
-            verdict, whatever it ends with.
+        text: what the judge wrote after the prompt.
+        allowed: CHOICES or GRADES.
+        finish_reason: "length" if it was cut off; such a text has no verdict, however it ends.
         as_json: whether the text is `{"feedback": ..., "result": ...}`.
 
     Example:
-        >>> parse_verdict("Clear and correct. **[RESULT] 4**", GRADES).value
+        >>> parse_verdict("Clear and correct. **[RESULT] 4**", GRADES)["value"]
         4
-        >>> parse_verdict("[RESULT] B was tempting. Final: [RESULT] A", CHOICES).reason
+        >>> parse_verdict("[RESULT] B was tempting. Final: [RESULT] A", CHOICES)["reason"]
         'conflict: A, B'
     """
     if finish_reason == "length":
-        return JudgeVerdict("truncated", reason="the judge's text ended at its token limit")
+        return verdict_row("truncated", "the judge's text ended at its token limit")
     plain = _EMPHASIS.sub("", text or "")
     if not (text or "").strip():
-        return JudgeVerdict("empty", reason="the judge wrote nothing")
+        return verdict_row("empty", "the judge wrote nothing")
     values = _in_json(plain) if as_json else _at_the_end(plain, CHOICES[0] in allowed)
     if len(values) > 1:
-        return JudgeVerdict("unparsed", reason=f"conflict: {', '.join(sorted(values))}")
+        return verdict_row("unparsed", f"conflict: {', '.join(sorted(values))}")
     value = next(iter(values), "")
     if value in allowed:
-        return JudgeVerdict("ok", int(value) if value.isdigit() else value)
-    return JudgeVerdict("unparsed", reason="no verdict at the end of the text")
+        return verdict_row("ok", value=value)
+    return verdict_row("unparsed", "no verdict at the end of the text")
 
 
 def _in_json(text: str) -> set[str]:
@@ -98,9 +92,7 @@ def _in_json(text: str) -> set[str]:
 
 
 def _at_the_end(text: str, is_choice: bool) -> set[str]:
-    """The verdict at the end of a text, with all others that stand in it; none without one at the
-    end.
-    """
+    """The verdict at the end of a text and all others in it; none without one at the end."""
     end, anywhere = (_CHOICE, _ANY_CHOICE) if is_choice else (_GRADE, _ANY_GRADE)
     if not (last := end.search(text)):
         return set()
@@ -115,14 +107,9 @@ def _at_the_end(text: str, is_choice: bool) -> set[str]:
 def sample_of(
     question_id: str, rows: Mapping[str, Mapping[str, Any]], orders: Sequence[str], **known: Any
 ) -> Sample:
-    """Return a comparison or a grade as a sample. Where both orders name the same answer it wins,
-    where they differ it is a tie; without both verdicts it is unresolved.
-
-    Args:
-        question_id: id of the question.
-        rows: the stored judgments by order.
-        orders: ("AB", "BA") for a comparison, ("single",) for a grade.
-        known: further fields of the sample: turn, draw, category, lengths, texts.
+    """Return a comparison or a grade as a sample, given the stored judgments by order. Where both
+    orders name the same answer it wins, where they differ it is a tie; without both verdicts it is
+    unresolved.
     """
     judged = [rows.get(order, {"status": "missing", "source": ""}) for order in orders]
     verdicts = tuple(
@@ -161,9 +148,7 @@ def _raw(row: Mapping[str, Any]) -> str | None:
 def numbers_of(
     values: Sequence[float | None], clusters: Sequence[str], unit: str = "share"
 ) -> dict[str, Any]:
-    """Return value, low, high and n: the mean of the values that are known, with its 95% interval
-    over clusters, None where there are too few for one.
-    """
+    """Return the mean of the values that are known, its 95% interval over clusters, and n."""
     known = [pair for pair in zip(values, clusters, strict=True) if pair[0] is not None]
     if not known:
         return {"n": 0}
