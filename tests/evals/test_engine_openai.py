@@ -24,17 +24,18 @@ def quick_retries(monkeypatch):
     monkeypatch.setattr("recipes_lib.evals.engine_openai.LONGEST_PAUSE_S", 0.0)
 
 
-def engine_for(server: FaultyServer, model: str = MODEL, **settings: Any) -> OpenAIEngine:
-    logprobs = settings.pop("logprobs", False)
+def engine_for(
+    server: FaultyServer, model: str = MODEL, logprobs: bool = False, **settings: Any
+) -> OpenAIEngine:
     usual = {"timeout_s": 0.6, "max_retries": 2, "concurrency": 1, "base_url": server.url}
     return OpenAIEngine(GenerationSection(**usual | settings), model, logprobs=logprobs)
 
 
-def ask(engine: OpenAIEngine, count: int = 1, **fields: Any) -> dict[str, Completion]:
-    fields = fields or {"prompt": "Hello there"}
+def ask(engine: OpenAIEngine, number: int = 1, **fields: Any) -> list[Completion]:
     sampling = fields.pop("sampling", Sampling())
-    requests = [Request(key=str(n), **fields) for n in range(count)]
-    return {done.key: done for done in engine.complete(requests, sampling)}
+    fields = fields or {"prompt": "Hello there"}
+    requests = [Request(key=str(n), **fields) for n in range(number)]
+    return sorted(engine.complete(requests, sampling), key=lambda done: int(done.key))
 
 
 def first(fault: Fault) -> FaultyServer:
@@ -51,19 +52,18 @@ def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
     for fault in ("429:0", "500", "503", "drop", "hang"):
         with first(fault) as server:
             done = ask(engine_for(server), 2)
-            assert [done[key].error for key in "01"] == [None, None], fault
-            assert done["0"].text == "echo: Hello there"
+            assert [each.error for each in done] == [None, None], fault
+            assert done[0].text == "echo: Hello there"
     for fault in ("500", "hang", "drip", NONSENSE, "drop"):
         with first(fault) as server:
-            done = ask(engine_for(server, timeout_s=0.2, max_retries=0), 2)
-            assert done["0"].error and not done["0"].refused, fault
-            assert done["1"].error is None, fault
+            failed, answered = ask(engine_for(server, timeout_s=0.2, max_retries=0), 2)
+            assert failed.error and not failed.refused and answered.error is None, fault
 
 
 def test_the_pause_the_server_asks_for_is_kept():
     started = time.monotonic()
     with first("429:1") as server:
-        assert ask(engine_for(server))["0"].error is None
+        assert ask(engine_for(server))[0].error is None
     assert time.monotonic() - started >= 1.0
 
 
@@ -75,12 +75,12 @@ def test_a_wrong_key_or_address_ends_everything_and_a_refused_body_only_its_requ
             assert len(server.bodies) == 1 and caught.value.exit_code == 6
     for status in ("400", "402", "413", "422"):
         with always(status) as server:
-            done = ask(engine_for(server))["0"]
+            (done,) = ask(engine_for(server))
             assert len(server.bodies) == 1
         assert done.refused and done.error == f"{status}: made-up {status}"
     with always("422") as server:
-        run = ask(engine_for(server), prompt="x", ids=(1, 2))["0"]
-        judge = ask(engine_for(server, logprobs=True), prompt="x")["0"]
+        (run,) = ask(engine_for(server), prompt="x", ids=(1, 2))
+        (judge,) = ask(engine_for(server, logprobs=True), prompt="x")
     assert "generation.engine=transformers" in str(run.error)
     assert "judge.mode: generate" in str(judge.error)
 
@@ -93,8 +93,7 @@ def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
         return b"400:" + json.dumps({"error": {"message": message}}).encode()
 
     with FaultyServer(faults=faults) as server:
-        done = ask(engine_for(server), 3, **CHAT)
-        assert not any(completion.error for completion in done.values())
+        assert not any(done.error for done in ask(engine_for(server), 3, **CHAT))
         limits = [body.get("max_completion_tokens") for body in server.bodies]
     assert limits == [None, 512, 512, 512]
 
@@ -118,54 +117,44 @@ def test_first_token_probabilities_come_from_both_endpoints():
     continued = (*CHAT["messages"], {"role": "assistant", "content": "[RESULT]"})
     with FaultyServer() as server:
         engine = engine_for(server, logprobs=True)
-        assert ask(engine, prompt="x")["0"].probabilities == expected
-        assert ask(engine, messages=continued)["0"].probabilities == expected
+        assert ask(engine, prompt="x")[0].probabilities == expected
+        assert ask(engine, messages=continued)[0].probabilities == expected
         assert server.bodies[1]["continue_final_message"] is True
-    with always(b'200:{"choices": [{"text": "A", "logprobs": null}]}') as server:
-        done = ask(engine_for(server, logprobs=True), prompt="x")["0"]
-    assert "judge.mode: generate" in str(done.error)
+    for logprobs in (b"null", b'{"top_logprobs": [{}]}', b"3"):
+        with always(b'200:{"choices": [{"text": "A", "logprobs": %b}]}' % logprobs) as server:
+            (done,) = ask(engine_for(server, logprobs=True), prompt="x")
+        assert "judge.mode: generate" in str(done.error), logprobs
 
 
-HOSTILE = [
-    b'{"choices": [{"message": {"content": "fine \\ud800 [RESULT] A"}}]}',
-    b'{"choices": [{"message": {"content": "fine \\u0000 [RESULT] A"}}]}',
-    b'{"choices": [{"message": {"content": "fine [RESULT] A"}}],'
-    b' "usage": {"completion_tokens": NaN}}',
-    b'{"choices": [{"message": {"content": "fine [RESULT] A"}}], "usage": "none", "model": 7}',
-]
-NO_REPLY = [
-    b"[" * 100_000,
-    b'{"choices": [{"text": {"a": 1}}]}',
-    b"null",
-    b"[1]",
-    b'{"choices": []}',
-    b'{"choices": 3}',
-    b"",
-    b"\xff\x00",
-    b'{"choices": [{"text": "a", "finish_reason": "abort"}]}',
-]
-REFUSALS = [b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}']
+def chat_reply(content: bytes, more: bytes = b"") -> bytes:
+    return b'200:{"choices": [{"message": {"content": %b}}]%b}' % (content, more)
 
 
 def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
-    for body in HOSTILE:
-        with always(b"200:" + body) as server:
-            done = ask(engine_for(server), **CHAT)["0"]
+    fine = [
+        chat_reply(b'"fine \\ud800 [RESULT] A"'),
+        chat_reply(b'"fine \\u0000 [RESULT] A"'),
+        chat_reply(b'"fine [RESULT] A"', b', "usage": NaN, "model": 7'),
+    ]
+    for body in fine:
+        with always(body) as server:
+            (done,) = ask(engine_for(server), **CHAT)
         assert (done.error, done.finish_reason) == (None, "stop"), body
         assert done.text.startswith("fine ") and done.text.endswith("[RESULT] A"), body
         done.text.encode()
-    for body in NO_REPLY:
+    with always(chat_reply(b"null")) as server:
+        (done,) = ask(engine_for(server), **CHAT)
+    assert (done.text, done.error) == ("", None)
+    unreadable = [b"[" * 100_000, b"null", b"[1]", b"", b"\xff\x00"]
+    unreadable += [b'{"choices": []}', b'{"choices": 3}', b'{"choices": [{"text": {"a": 1}}]}']
+    unreadable += [b'{"choices": [{"text": "a", "finish_reason": "abort"}]}']
+    for body in unreadable:
         with first(b"200:" + body) as server:
-            done = ask(engine_for(server), 2)
-        assert done["0"].error and not done["0"].refused, body[:40]
-        assert done["1"].error is None, body[:40]
-    for choice, asked in ((b'{"message": {"content": null}}', CHAT), (b'{"text": null}', {})):
-        with always(b'200:{"choices": [%b]}' % choice) as server:
-            done = ask(engine_for(server), **asked)["0"]
-        assert (done.text, done.error) == ("", None), choice
-    for words in REFUSALS:
+            failed, answered = ask(engine_for(server), 2)
+        assert failed.error and not failed.refused and answered.error is None, body[:40]
+    for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
         with always(b"422:" + words) as server:
-            done = ask(engine_for(server))["0"]
+            (done,) = ask(engine_for(server))
         assert done.refused and len(str(done.error).encode()) < 400, words[:20]
 
 
@@ -186,11 +175,12 @@ def test_another_model_or_no_server_is_refused_before_anything_is_asked():
 def test_a_key_that_the_server_echoes_is_masked(monkeypatch):
     monkeypatch.setenv("MY_KEY", "corp-zebra-violin-42")
     with always(b'400:{"error": {"message": "Incorrect key: corp-zebra-violin-42"}}') as server:
-        done = ask(engine_for(server, api_key_variable="MY_KEY"))["0"]
-    assert "corp-zebra-violin-42" not in str(RecipesError(f"missing: {done.error}"))
-    monkeypatch.delenv("MY_KEY")
-    with FaultyServer() as server, pytest.raises(EnvironmentFault, match="MY_KEY is not set"):
-        engine_for(server, api_key_variable="MY_KEY")
+        (done,) = ask(engine_for(server, api_key_variable="MY_KEY"))
+        assert "corp-zebra-violin-42" not in str(RecipesError(f"missing: {done.error}"))
+        for value in ("", "two\nlines"):
+            monkeypatch.setenv("MY_KEY", value)
+            with pytest.raises(EnvironmentFault, match="MY_KEY is not set"):
+                engine_for(server, api_key_variable="MY_KEY")
 
 
 def test_no_more_requests_than_allowed_are_in_flight():

@@ -31,8 +31,8 @@ PAIRS = [
 
 
 def pairs(number: int) -> list[Item]:
-    texts = [("long answer " * (n % 3 + 1), "short") for n in range(number)]
-    return [Item(str(n), f"Question {n}", *both) for n, both in enumerate(texts)]
+    long = "long answer "
+    return [Item(str(n), f"Question {n}", long * (n % 3 + 1), "short") for n in range(number)]
 
 
 # ---- the loop ----
@@ -184,19 +184,18 @@ def test_probabilities_are_those_of_the_next_token_and_weights_load_once(judge_f
         assert judge._engine is None, "weights were loaded for nothing"
 
 
-def test_a_judge_that_writes_is_parsed_and_its_nonsense_stays_unparsed(judge_file, tmp_path):
-    for style in ("chat", "prometheus"):
-        with opened(judge_file(mode="generate", prompt_style=style, max_reasks=1)) as judge:
-            (row,) = ask([Item("1", "Hi", "Hello.")], judge, Store(tmp_path / f"{style}.jsonl"))
-        assert row["status"] in ("unparsed", "truncated", "empty") and row["raw"] is not None
-
-
-def test_weights_mode_and_precision_are_part_of_the_fingerprint(judge_file):
+def test_every_way_to_ask_is_part_of_the_fingerprint_and_nonsense_has_no_verdict(
+    judge_file, tmp_path
+):
     prints = set()
-    changes = [{}, {"mode": "generate"}, {"dtype": "bfloat16"}, {"prompt_style": "prometheus"}]
-    for keys in (*changes, {"lead_in": "Result:"}, {"temperature": 0.5}):
+    written = {"mode": "generate", "max_reasks": 1}
+    changes = [{}, {"dtype": "bfloat16"}, {"lead_in": "Result:"}, written]
+    changes += [written | {"prompt_style": "prometheus"}, written | {"temperature": 0.5}]
+    for keys in changes:
         with opened(judge_file(**keys)) as judge:
             prints.add(judge.fingerprint)
+            (row,) = ask([Item("1", "Hi", "Hello.")], judge, Store(tmp_path / judge.fingerprint))
+        assert (row["status"] == "ok") == ("mode" not in keys) == ("probabilities" in row), keys
     assert len(prints) == 6
 
 
@@ -206,7 +205,6 @@ def test_long_answers_are_cut_to_the_judges_context(judge_file, tmp_path):
         rows = ask(long, judge, Store(tmp_path / "j.jsonl"))
         request = next(build_requests(long, judge))
         assert judge.count_tokens(request.prompt.instruct_text()) <= 3000
-        assert "###Feedback:" in request.prompt.user
     assert all(row["cut"] and row["status"] == "ok" for row in rows)
 
 
@@ -272,27 +270,26 @@ def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_
 
 def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_path):
     """Gemma 2 and the like refuse a system message."""
+    store = Store(tmp_path / "a.jsonl")
     with opened(judge_file(mode="generate")) as judge:
+        refusal = "{{ raise_exception('no system role') }}"
         judge.tokenizer.chat_template = (
-            "{% for m in messages %}{% if m['role'] == 'system' %}"
-            "{{ raise_exception('no system role') }}{% endif %}{{ m['content'] }}{% endfor %}"
+            f"{{% if messages[0]['role'] == 'system' %}}{refusal}{{% endif %}}"
         )
         with pytest.raises(EnvironmentFault, match=r"no system role\n.*judge\.system_role: false"):
-            ask(PAIRS, judge, Store(tmp_path / "here.jsonl"))
+            ask(PAIRS, judge, store)
 
     def faults(number):
-        roles = [message["role"] for message in server.bodies[number - 1]["messages"]]
-        return "400" if "system" in roles else None
+        return "400" if server.bodies[number - 1]["messages"][0]["role"] == "system" else None
 
     with FaultyServer(answer="Both fine. [RESULT] A", faults=faults) as server:
-        store = Store(tmp_path / "a.jsonl")
-        with (
-            opened(served(judge_file, server.url)) as judge,
-            pytest.raises(EvaluationIncomplete, match="system_role"),
-        ):
-            ask(PAIRS, judge, store)
-        with opened(served(judge_file, server.url, system_role=False)) as judge:
-            assert len(ask(PAIRS, judge, store)) == 6
+        for keys in ({}, {"system_role": False}):
+            with opened(served(judge_file, server.url, **keys)) as judge:
+                if keys:
+                    assert len(ask(PAIRS, judge, store)) == 6
+                    continue
+                with pytest.raises(EvaluationIncomplete, match="system_role"):
+                    ask(PAIRS, judge, store)
 
 
 # ---- faults and deaths ----
@@ -317,31 +314,30 @@ def test_faults_and_deaths_of_server_and_process_lose_no_judgment_and_ask_none_t
     for life in range(9):
         stored = {(row["question_id"], row["order"]) for row in Store(path)}
         trouble, last = chaos(life), {0: 60, 1: 120}.get(life, 10**9)
-        killed: list[subprocess.Popen] = []
+        process: list[subprocess.Popen] = []
 
-        def faults(number: int, trouble=trouble, last=last, killed=killed):
-            if killed and number == 100:
-                killed[0].kill()
+        def faults(number: int, trouble=trouble, last=last, process=process):
+            if process and number == 100:
+                process[0].kill()
             return "drop" if number > last else trouble(number)
 
         with FaultyServer(faults=faults, answer="A is fuller. [RESULT] A") as server:
             keys = {"concurrency": 16, "timeout_s": 0.5, "max_retries": 3}
-            section = served(judge_file, server.url, **keys)
+            served(judge_file, server.url, **keys)
             if life == 2:
                 code = "import sys; from tests.evals.test_judge import judge_many as judge;"
                 command = [sys.executable, "-c", f"{code} judge(*sys.argv[1:])"]
-                process = subprocess.Popen([*command, tmp_path / "judge.yaml", path], cwd=PROJECT)
-                killed.append(process)
-                ends.append(process.wait(200))
+                process += [
+                    subprocess.Popen([*command, tmp_path / "judge.yaml", path], cwd=PROJECT)
+                ]
+                ends.append(process[0].wait(200))
             else:
-                with opened(section) as judge:
-                    try:
-                        ask(MANY, judge, Store(path))
-                        ends.append(0)
-                    except EvaluationIncomplete as error:
-                        ends.append(int(error.exit_code))
-            asked = {asked_in(body) for body in server.bodies}
-        assert not asked & stored
+                try:
+                    judge_many(str(tmp_path / "judge.yaml"), path)
+                    ends.append(0)
+                except EvaluationIncomplete as error:
+                    ends.append(int(error.exit_code))
+            assert not {asked_in(body) for body in server.bodies} & stored
         assert len(Store(path)) > len(stored)
         if ends[-1] == 0:
             break
@@ -353,8 +349,6 @@ def test_faults_and_deaths_of_server_and_process_lose_no_judgment_and_ask_none_t
 
 def asked_in(body: dict) -> tuple[str, str]:
     """The pair and the order that a request asks for."""
-    first, second, number = re.search(
-        r"(First|Second) \d+\.\n.*?(First|Second) (\d+)\.\n", body["messages"][-1]["content"], re.S
-    ).groups()
-    assert first != second
+    text = body["messages"][-1]["content"]
+    first, number = re.search(r"(First|Second) (\d+)\.\n", text).groups()
     return number, "AB" if first == "First" else "BA"

@@ -4,6 +4,7 @@ reach the rubric; and the published judge's own wording, from its authors' wheel
 
 from __future__ import annotations
 
+import re
 import runpy
 import subprocess
 from pathlib import Path
@@ -14,22 +15,19 @@ from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.core.project import cache_root
 from recipes_lib.evals.prompts import (
     CUT_MARK,
-    PROMETHEUS_PACKAGE,
-    Template,
     build_prompt,
     fence_code,
     load_rubric,
     load_template,
     prometheus_is_here,
-    published_template,
     template_of,
 )
 from recipes_lib.evals.recipe import load_judge_file
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
-KINDS = ("relative", "absolute")
 RELATIVE, ABSOLUTE = (
-    load_template(EVALS / f"prompts/prometheus-{kind}.txt", kind) for kind in KINDS
+    load_template(EVALS / f"prompts/prometheus-{kind}.txt", kind)
+    for kind in ("relative", "absolute")
 )
 RUBRIC = load_rubric(EVALS / "rubrics" / "helpfulness.txt")
 
@@ -46,16 +44,14 @@ def test_the_sections_stand_in_the_formats_order() -> None:
     prompt = relative("Paris", "Lyon", reference="Rome")
     graded = build_prompt(ABSOLUTE, RUBRIC, "Name a city.", ["Paris"], "Rome", code="c0de")
     marks = {
-        prompt.user: "###Task Description:|[RESULT] (A or B)|###Instruction:|###Response A:|Paris"
-        "|###Response B:|Lyon|###Reference Answer:|Rome|###Score Rubric:|###Feedback:",
-        graded.user: "###The instruction to evaluate:|###Response to evaluate:"
-        "|###Reference Answer (Score 5):|###Score Rubrics:|Score 1:|Score 5:|###Feedback:",
+        prompt.user: r"Task Desc.*\[RESULT\] \(A or B\).*Instruction:.*Response A:.*Paris.*"
+        r"Response B:.*Lyon.*Reference Answer:.*Rome.*Score Rubric:.*\[Does the.*\]\n.*Feedback:",
+        graded.user: "instruction to evaluate:.*Response to evaluate:.*"
+        "Reference Answer .Score 5.:.*Score Rubrics:.*Score 1:.*Score 5:.*Feedback:",
     }
-    for text, names in marks.items():
-        places = [text.index(name) for name in names.split("|")]
-        assert places == sorted(places)
-    assert f"[{RUBRIC.criterion}]" in prompt.user and "Score 1:" not in prompt.user
-    assert "eference" not in relative("Paris", "Lyon").user
+    for text, pattern in marks.items():
+        assert re.search(pattern, text, re.DOTALL)
+    assert "Score 1:" not in prompt.user and "eference" not in relative("Paris", "Lyon").user
     text = prompt.instruct_text()
     assert text.startswith("[INST] You are") and text.endswith("###Feedback:  [/INST]")
 
@@ -69,9 +65,8 @@ def test_the_judge_reads_answers_as_they_were_written_between_lines_with_a_code(
         assert f"<<begin c0de>>\n{answer}\n<<end c0de>>" in relative("Lyon", answer).user
         assert fence_code("q", ["Lyon", answer]) not in answer
     assert fence_code("1", ["a", "b"]) == fence_code("1", ["b", "a"])
-    others = [fence_code("2", ["a", "b"]), fence_code("1", ["a", "c"])]
-    others.append(fence_code("1", ["a", "b"], "salt"))
-    assert len({fence_code("1", ["a", "b"]), *others}) == 4
+    others = [("2", ["a", "b"]), ("1", ["a", "c"]), ("1", ["a", "b"], "salt")]
+    assert len({fence_code("1", ["a", "b"]), *(fence_code(*each) for each in others)}) == 4
 
 
 def test_long_answers_are_cut_alike_and_the_rubric_stays() -> None:
@@ -95,26 +90,19 @@ def test_long_answers_are_cut_alike_and_the_rubric_stays() -> None:
 
 def test_a_broken_prompt_or_rubric_says_what_is_wrong_and_where(tmp_path: Path) -> None:
     template = (EVALS / "prompts/prometheus-relative.txt").read_text()
-    path = tmp_path / "p.txt"
-    for old, new, said in (
-        ("=== system\n", "", "system"),
-        ("{{ code }}", "", "code"),
-        ("{{ answer_2 }}", "", "answer_2"),  # a judge that sees one answer prefers nothing
-        ("{{ instruction }}", "{{ instructon }}", "instructon"),
-        ("{% endif %} and a", "{% endif and a", r"p\.txt:5: Jinja"),
-    ):
-        path.write_text(template.replace(old, new))
-        with pytest.raises(RecipeError, match=said):
-            load_template(path, "relative")
-    scores = "".join(f"Score {n}: x\n" for n in range(1, 7))
+    path, scores = tmp_path / "p.txt", "".join(f"Score {n}: x\n" for n in range(1, 7))
     for text, said in (
+        (template.replace("=== system\n", ""), "system"),
+        (template.replace("{{ answer_2 }}", ""), "answer_2"),  # one answer alone is not preferred
+        (template.replace("{{ instruction }}", "{{ instructon }}"), "instructon"),
+        (template.replace("{% endif %} and a", "{% endif and a"), r"p\.txt:5: Jinja"),
         ("Is it good?\nScore 1: no\nScore 3: yes\n", r"p\.txt:3: .*Score 2"),
         (f"Is it good?\n{scores}", r"p\.txt:7: .*nothing else"),
         ("", "Score 1"),
     ):
         path.write_text(text)
         with pytest.raises(RecipeError, match=said):
-            load_rubric(path)
+            load_template(path, "relative") if "===" in text else load_rubric(path)
     path.write_text(template.replace("{{ code }}", "{{ code.__class__.__mro__ }} {{ code }}"))
     unsafe = load_template(path, "relative")
     with pytest.raises(Exception, match="unsafe"):  # a template of others runs no code
@@ -137,50 +125,35 @@ CONSTANTS = {
 }
 
 
-def assert_only_the_fence_is_added(template: Template, constants: dict, kind: str) -> None:
-    answers = ["blue", "red"] if kind == "relative" else ["blue"]
-    scores = "\n".join([f"[{RUBRIC.criterion}]", *RUBRIC.scores])
-    fields = {
-        "instruction": "What is it?",
-        "response": "blue",
-        "response_A": "blue",
-        "response_B": "red",
-        "rubric": RUBRIC.criterion if kind == "relative" else scores,
-    }
-    for reference in (None, "It is blue."):
-        prompt = build_prompt(template, RUBRIC, "What is it?", answers, reference, code="c0de")
-        name = f"{kind.upper()}_PROMPT" + ("_WO_REF" if reference is None else "")
-        bare = "\n".join(line for line in prompt.user.split("\n") if "c0de" not in line)
-        assert bare == constants[name].format(**fields, reference_answer=reference)
-        assert prompt.system == constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"]
-        assert "<<begin c0de>>\nblue\n<<end c0de>>" in prompt.user and "\n5. " in prompt.user
-
-
 def test_all_but_the_fence_is_the_packages_text() -> None:
     """Of the real package too, where `recipes prefetch evals/mt_bench.yaml` has fetched it."""
     sources = [CONSTANTS]
     if prometheus_is_here():
         file = cache_root() / "packages" / "prometheus-eval-0.1.20" / "prompts.py"
         sources.append(runpy.run_path(str(file)))
+    fields = {"instruction": "What?", "response": "blue", "response_A": "blue", "response_B": "red"}
+    scores = "\n".join([f"[{RUBRIC.criterion}]", *RUBRIC.scores])
     for constants in sources:
-        for kind in KINDS:
-            assert_only_the_fence_is_added(template_of(constants, kind), constants, kind)
+        for kind, answers, rubric in (
+            ("relative", ["blue", "red"], RUBRIC.criterion),
+            ("absolute", ["blue"], scores),
+        ):
+            template = template_of(constants, kind)
+            for ending, reference in (("_WO_REF", None), ("", "It is blue.")):
+                prompt = build_prompt(template, RUBRIC, "What?", answers, reference, code="c0de")
+                bare = "\n".join(line for line in prompt.user.split("\n") if "c0de" not in line)
+                filled = fields | {"rubric": rubric, "reference_answer": reference}
+                assert bare == constants[f"{kind.upper()}_PROMPT{ending}"].format(**filled)
+                assert prompt.system == constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"]
+                assert "<<begin c0de>>\nblue\n<<end c0de>>" in prompt.user
+                assert "\n5. " in prompt.user
 
 
-def test_a_package_that_is_not_here_or_was_changed_is_not_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
     failed = subprocess.CompletedProcess([], 1, "", "no network\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     judge = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml").judge
-    assert judge.relative_prompt == PROMETHEUS_PACKAGE
     said = r"cannot fetch prometheus-eval==0\.1\.20: no network\n.*prefetch.*judge\.relative_prompt"
     with pytest.raises(EnvironmentFault, match=said):
         judge.template("relative")
-    file = cache_root() / "packages" / "prometheus-eval-0.1.20" / "prompts.py"
-    file.parent.mkdir(parents=True)
-    file.write_text("raise SystemExit('this was run')\n")
-    assert not prometheus_is_here()
-    with pytest.raises(EnvironmentFault, match="no network"):
-        published_template("relative")
