@@ -23,7 +23,7 @@ import jinja2
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from recipes_lib.core.errors import RecipeError, one_line
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.files import refuse_pipe
 from recipes_lib.evals.log import text_hash
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
@@ -107,7 +107,8 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"cannot be read: {one_line(error)}", file=path) from None
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise RecipeError(f"cannot be read: {reason}", file=path) from None
 
 
 def fence_code(question_id: str, answers: Sequence[str], salt: str = "") -> str:
