@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from recipes_lib.analysis.stats import adjust, compare, estimate, kappa, mean_interval, wilson
+from recipes_lib.analysis.stats import adjust, compare, estimate, mean_interval, wilson
 
 Draw = Callable[[np.random.Generator, int, float], tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
-def test_wilson_kappa_and_rates_are_those_of_the_books() -> None:
+def test_wilson_and_rates_are_those_of_the_books() -> None:
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert wilson(0, 20)[0] == 0.0 and wilson(20, 20)[1] == 1.0
-    value, low, high = kappa(list("aabbaabb"), list("aabbabab"))
-    assert value == pytest.approx(0.5) and low < 0.5 < high
-    assert all(map(math.isnan, kappa(["a"] * 5, ["a"] * 5)))
     low, high = mean_interval([1.0] * 30 + [0.0] * 70, range(100), (0.0, 1.0)) or (0, 0)
     assert low == pytest.approx(wilson(30, 100)[0], abs=0.02)
     assert high == pytest.approx(wilson(30, 100)[1], abs=0.02)

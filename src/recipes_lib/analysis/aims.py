@@ -102,17 +102,10 @@ class TunedArm:
 
 @dataclass(frozen=True)
 class Aims:
-    """What is asked of a table. Without a primary metric all comparisons are one family.
-
-    Args:
-        subtasks: test the tasks of a group of lm-eval too, and not only their mean.
-        baseline: the arm that every other is compared with; None to compare every two arms.
-    """
+    """What is asked of a table. Without a primary metric all comparisons are one family."""
 
     primary: str | None = None
-    subtasks: bool = False
     margins: Mapping[str, Margin] = field(default_factory=dict)
-    baseline: str | None = None
 
     def asks_for(self, name: str) -> bool:
         """Return whether a task or metric is asked for by its own name."""

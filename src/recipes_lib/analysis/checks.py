@@ -169,42 +169,29 @@ def _final_weights(arms: Arms) -> Iterator[tuple[str, str, Path]]:
 
 
 def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
-    """Answers or judge's texts of one evaluation that are all the same in both arms."""
+    """Answers of one evaluation that are all the same in both arms."""
     logs = {(log.eval, log.against): log for log in second.logs}
     named: set[str] = set()
     for log in first.logs:
         other = logs.get((log.eval, log.against))
-        for what, read in (("answers", _answers), ("judge's texts", _judge_texts)):
-            if other is None or log.eval in named:
-                continue
-            texts, other_texts = read(log), read(other)
-            common = texts.keys() & other_texts.keys()
-            if len(common) > 1 and all(
-                texts[key].split() == other_texts[key].split() for key in common
-            ):
-                named.add(log.eval)
-                title = f"All {what} of {first.name} and {second.name} in {log.eval} are the same"
-                places = (run_place(log.file), run_place(other.file))
-                remedy = "equal models give equal answers; else one set is a copy: make it anew"
-                pair, metrics = (first.name, second.name), _metrics((log, other))
-                yield Finding("same-answers", "error", title, places, remedy, pair, metrics)
+        if other is None or log.eval in named:
+            continue
+        texts, other_texts = _answers(log), _answers(other)
+        common = texts.keys() & other_texts.keys()
+        if len(common) > 1 and all(
+            texts[key].split() == other_texts[key].split() for key in common
+        ):
+            named.add(log.eval)
+            title = f"All answers of {first.name} and {second.name} in {log.eval} are the same"
+            places = (run_place(log.file), run_place(other.file))
+            remedy = "equal models give equal answers; else one set is a copy: make it anew"
+            pair, metrics = (first.name, second.name), _metrics((log, other))
+            yield Finding("same-answers", "error", title, places, remedy, pair, metrics)
 
 
 def _answers(log: EvalLog) -> Mapping[Any, str]:
     samples = (sample for metric in log.metrics for sample in metric.samples)
     return {sample.key: sample.answer for sample in samples if sample.answer is not None}
-
-
-def _judge_texts(log: EvalLog) -> Mapping[Any, str]:
-    """What the judge wrote; nothing of a judge that gives probabilities, and of rules."""
-    if log.judge is None or log.judge.mode == "logits":
-        return {}
-    return {
-        (metric.metric, *sample.key): "\n".join(raw or "" for raw in sample.raws)
-        for metric in log.metrics
-        for sample in metric.samples
-        if any(sample.raws) and not sample.by_rule
-    }
 
 
 def check_former_opponents(arms: Arms) -> Iterator[Finding]:

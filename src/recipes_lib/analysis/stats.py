@@ -19,7 +19,7 @@ and Price (2012), JEBS 37 (added pairs); Johnson (1978), JASA 73 (skewness).
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -264,19 +264,3 @@ def wilson(hits: float, n: float) -> Limits:
     middle, total = hits + z * z / 2, n + z * z
     half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return max(0.0, (middle - half) / total), min(1.0, (middle + half) / total)
-
-
-def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> tuple[float, float, float]:
-    """Return Cohen's kappa (1960) and its bootstrap interval; NaN where only one label occurs."""
-    codes = {label: code for code, label in enumerate(dict.fromkeys([*first, *second]))}
-    n, table = len(first), np.zeros((len(codes), len(codes)))
-    for a, b in zip(first, second, strict=True):
-        table[codes[a], codes[b]] += 1 / n
-    drawn = np.random.default_rng(0).multinomial(n, table.reshape(-1), size=2000) / n
-    tables = np.concatenate([table[None], drawn.reshape(-1, *table.shape)])
-    agreed = np.trace(tables, axis1=1, axis2=2)
-    chance = (tables.sum(axis=1) * tables.sum(axis=2)).sum(axis=1)
-    chance[chance > 1 - 1e-12] = np.nan
-    kappas = (agreed - chance) / (1 - chance)
-    low, high = np.nanquantile(kappas, (0.025, 0.975)) if len(codes) > 1 else kappas[:2]
-    return float(kappas[0]), float(low), float(high)

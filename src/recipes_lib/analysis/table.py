@@ -153,7 +153,7 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     measured = {arm.name: measured_metrics(arms, arm) for arm in arms}
     rows = [
         row
-        for first, second in pairs_of(arms, aims)
+        for first, second in pairs_of(arms)
         for row in _rows(arms[first], arms[second], measured)
     ]
     _mark_asides(rows, arms, aims)
@@ -171,15 +171,12 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     return TestedTable(tuple(rows), tuple(scores))
 
 
-def pairs_of(arms: Arms, aims: Aims) -> list[tuple[str, str]]:
+def pairs_of(arms: Arms) -> list[tuple[str, str]]:
     """Return the pairs of arms, the later one first; those with a base model come last."""
     pairs = []
     for first, second in itertools.combinations(arms.by_name, 2):
-        if aims.baseline in arms.by_name and aims.baseline not in (first, second):
-            continue
-        base = arms[second].is_base and not arms[first].is_base
-        last = base or second == aims.baseline
-        pairs.append((first, second) if last else (second, first))
+        base_last = arms[second].is_base and not arms[first].is_base
+        pairs.append((first, second) if base_last else (second, first))
     return sorted(pairs, key=lambda pair: any(arms[name].is_base for name in pair))
 
 
@@ -454,7 +451,7 @@ def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
         metric = metrics[row.metric]
         group = groups.get((row.arms, row.eval, metric.task))
         instead = first.get(_measured_alike(row, metric))
-        if group and not aims.subtasks and not aims.asks_for(metric.task):
+        if group and not aims.asks_for(metric.task):
             row.aside = f"it is a part of {group}, which is tested as one mean"
         elif row.is_tested and instead is not None and instead.metric != row.metric:
             row.aside = f"{instead.label} is tested of the same answers"

@@ -119,9 +119,6 @@ class StudyFile(LaunchKeys):
     baseline: str | None = None
     """The arm that no other may be worse than (`recipes study report --gate`), and that alpaca_eval
     compares the others with. Absent: base where it is evaluated, else the first arm."""
-    test_subtasks: bool = False
-    """Test the tasks of an lm-eval group (mmlu) too. They are shown in any case, and their mean is
-    tested."""
     reference: dict[str, dict[str, float]] = {}
     """Published numbers, arm -> metric -> value in the metric's unit (a share is 0.41). Shown
     beside ours and never tested."""
@@ -436,7 +433,7 @@ class _Reader:
                 why = next(filter(None, map(margin.fits, named)), "")
             if why:
                 self.wrong(("margins", word), f"margins: {word}: {why}", hint)
-        return Aims(primary, keys.test_subtasks, margins)
+        return Aims(primary, margins)
 
 
 # ---- Metrics by name ----
