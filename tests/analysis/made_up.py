@@ -40,9 +40,8 @@ Text = Callable[[str, str], str]
 
 def plain_text(who: str, question: str) -> str:
     """An answer of ordinary length."""
-    letters = random.Random(who + question).choices("abcdefghijklmnopqrstuvwxyz", k=60)
-    words = " ".join("".join(letters[start : start + 6]) for start in range(0, 60, 6))
-    return f"{who} answers question {question} as follows: {words}."
+    letters = random.Random(who + question).choices("abcdefghijklmnopqrstuvwxyz     ", k=70)
+    return f"{who} answers question {question} as follows: {''.join(letters)}."
 
 
 def write_run(
@@ -51,22 +50,14 @@ def write_run(
     """Write a trained run without evaluations, and return its folder."""
     folder = root / name
     rng = random.Random(f"{name}{seed}")
-    summary = {
-        "steps": steps,
-        "training_rows": 1200,
-        "last_training_loss": 1.2,
-        "last_validation_loss": 1.3,
-        "seconds": 310.5,
-        "tokens_per_second": 1288.3,
-        "peak_memory_gib": 11.2,
-        "world_size": 1,
-    }
+    summary = {"steps": steps, "training_rows": 1200, "seconds": 310.5, "world_size": 1}
+    summary |= {"last_training_loss": 1.2, "last_validation_loss": 1.3}
     state = {
         "format_version": 1,
         "name": name,
         "state": "finished",
         "guard": {"data_fingerprint": "d" * 64, "prompt_format_hash": "p" * 64},
-        "summary": summary,
+        "summary": summary | {"tokens_per_second": 1288.3, "peak_memory_gib": 11.2},
     }
     write_json(folder / "run.json", state)
     environment = {
@@ -81,13 +72,10 @@ def write_run(
         "train": {"seed": seed},
     }
     (folder / "resolved.yaml").write_text(json.dumps(values | resolved))
-    (folder / "command.txt").write_text(
-        f"recipes train recipes/some/r{rank}.yaml run.name={name}\n"
-    )
-    lines = [
-        {"step": step, "loss": 2.1 - 0.9 * step / steps + rng.gauss(0, 0.03), "learning_rate": 1e-4}
-        for step in range(1, steps + 1)
-    ]
+    command = f"recipes train recipes/some/r{rank}.yaml run.name={name}\n"
+    (folder / "command.txt").write_text(command)
+    losses = [2.1 - 0.9 * step / steps + rng.gauss(0, 0.03) for step in range(1, steps + 1)]
+    lines = [{"step": n, "loss": loss, "learning_rate": 1e-4} for n, loss in enumerate(losses, 1)]
     write_lines(folder / "metrics.jsonl", [*lines, {"step": steps, "eval_loss": 1.3}])
     return folder
 
@@ -105,23 +93,17 @@ def write_judged(
     name: str = "alpaca_eval",
     **facts: Any,
 ) -> Path:
-    """Write a pairwise comparison of a run's answers, and return its result file.
-
-    Args:
-        skill: chance that a pair is won.
-        values: the outcomes, in place of chance.
-    """
+    """Write a comparison of answers, each won by chance `skill` or with the outcomes `values`."""
     rng = random.Random(f"{folder.name}{against}{n}{name}")
     outcomes = {value: outcome for outcome, value in SCORE.items()}
+    verdicts_of = {1.0: ("A", "B"), 0.0: ("B", "A"), 0.5: ("A", "A"), None: ("unparsed", "A")}
     samples = []
     for number in range(n):
         value: float | None = 1.0 if rng.random() < skill else 0.0
         value = 0.5 if rng.random() < flips else value
         value = None if rng.random() < unresolved else value
         value = values[number] if values is not None else value
-        verdicts = {1.0: ("A", "B"), 0.0: ("B", "A"), 0.5: ("A", "A"), None: ("unparsed", "A")}[
-            value
-        ]
+        verdicts = verdicts_of[value]
         question = f"q{number:05d}"
         answer, other = text(folder.name, question), text(against, question)
         samples.append(
@@ -167,9 +149,8 @@ def write_values(
         )
         for number, value in enumerate(values)
     ]
-    made = Metric(
-        metric, metric.replace("_", " "), tuple(samples), unit=unit, higher_is_better=higher
-    )
+    label = metric.replace("_", " ")
+    made = Metric(metric, label, tuple(samples), unit=unit, higher_is_better=higher)
     return write_eval(folder, name, suite, [made], **facts)
 
 
@@ -179,14 +160,11 @@ def write_eval(
     """Write an evaluation of these metrics, and return its result file."""
     whole = []
     for metric in metrics:
-        values = [one.value for one in metric.samples if one.value is not None]
+        values = [each.value for each in metric.samples if each.value is not None]
         mean = sum(values) / len(values) if values else metric.value
         whole.append(replace(metric, value=mean, n=len(values)))
-    answers = AnswerFacts(
-        name=folder.name,
-        models=("some/model",),
-        fingerprint=f"weights of {folder.name}",
-    )
+    fingerprint = f"weights of {folder.name}"
+    answers = AnswerFacts(name=folder.name, models=("some/model",), fingerprint=fingerprint)
     against = facts.get("against")
     log = EvalLog(
         suite=suite,

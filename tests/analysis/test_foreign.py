@@ -27,14 +27,9 @@ def lm_eval(
         for n, value in enumerate(values)
     ]
     write_lines(place / f"samples_arc_easy{stamp}.jsonl", rows)
-    told = {
-        "results": {
-            "arc_easy": {
-                "alias": "arc",
-                "acc,none": sum(values) / len(values),
-                "acc_stderr,none": 0.1,
-            }
-        },
+    mean = sum(values) / len(values)
+    results = {
+        "results": {"arc_easy": {"alias": "arc", "acc,none": mean, "acc_stderr,none": 0.1}},
         "configs": {"arc_easy": {}},
         "higher_is_better": {"arc_easy": {"acc": True}},
         "versions": {"arc_easy": 1.0},
@@ -43,7 +38,7 @@ def lm_eval(
         "model_name": folder.name,
         "lm_eval_version": "0.4.9",
     }
-    write_json(place / f"results{stamp}.json", told | content)
+    write_json(place / f"results{stamp}.json", results | content)
     return folder
 
 
@@ -74,11 +69,11 @@ def test_two_folders_of_lm_eval_are_compared_in_pairs(tmp_path: Path) -> None:
     (claim,) = conclusion.claims
     assert claim.verdict == "better" and claim.row.first == "b" and claim.row.n == 300
     assert claim.row.metric == "lm_eval/arc_easy/acc" and claim.row.unit == "share"
+    runs = [Run("llama", tmp_path / name) for name in ("a", "b")]  # told apart by their folders
+    assert list(unique_names(runs)) == ["llama-a", "llama-b"]
 
 
-def test_other_few_shots_stop_the_verdict_and_other_arguments_stand_beside_it(
-    tmp_path: Path,
-) -> None:
+def test_other_few_shots_stop_the_verdict_and_other_arguments_are_named(tmp_path: Path) -> None:
     values = [1.0] * 200 + [0.0] * 100
     first = lm_eval(tmp_path / "a", values)
     shots = lm_eval(tmp_path / "b", values[::-1], **{"n-shot": {"arc_easy": 5}})
@@ -86,8 +81,7 @@ def test_other_few_shots_stop_the_verdict_and_other_arguments_stand_beside_it(
     assert conclusion.claims[0].verdict == "no verdict"
     assert any("few-shot" in line for line in conclusion.findings[0].evidence)
     half = lm_eval(tmp_path / "c", values, config={"model_args": "pretrained=c,dtype=float16"})
-    titles = [one.title for one in compared(first, half).findings]
-    assert any("model arguments" in title for title in titles)
+    assert any("model arguments" in each.title for each in compared(first, half).findings)
 
 
 def test_the_newest_results_are_read_and_damage_is_named(tmp_path: Path) -> None:
@@ -114,7 +108,7 @@ def test_annotations_have_the_library_s_win_rate_and_are_paired(tmp_path: Path) 
     conclusion = compared(first, second)
     (claim,) = conclusion.claims
     rate = (1 + 1 + 0 + 0.5 + 0.5 + 0.75 + 1) / 7
-    score = next(one for one in conclusion.table.scores if one.arm == "mine")
+    score = next(each for each in conclusion.table.scores if each.arm == "mine")
     assert score.value == pytest.approx(rate) and score.unresolved == 20
     assert claim.row.opponent == "davinci" and claim.row.test.unresolved == 20
 
@@ -133,11 +127,6 @@ def test_what_is_no_result_of_theirs_is_refused_in_a_line(tmp_path: Path) -> Non
     annotations(file, "mine", [3.0])
     with pytest.raises(DataError, match="preference 3"):
         read_foreign(file)
-
-
-def test_two_folders_of_one_model_are_told_apart(tmp_path: Path) -> None:
-    runs = [Run("llama", tmp_path / name) for name in ("a", "b")]
-    assert list(unique_names(runs)) == ["llama-a", "llama-b"]
 
 
 def test_the_leaderboard_s_win_rate_is_met_to_four_digits(shared_data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from tests.analysis.made_up import (
+    JUDGE,
+    change,
     change_lines,
     plain_text,
     write_judged,
@@ -23,10 +26,10 @@ from tests.analysis.made_up import (
 
 from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.report import portable_command, report_html, write_report
+from recipes_lib.analysis.report import portable_command, report_html, trainings, write_report
 from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
 from recipes_lib.analysis.summary import conclusion_lines
-from recipes_lib.analysis.text import question_text
+from recipes_lib.analysis.text import p_text, plain_number, question_text, setting_text
 from recipes_lib.evals.log import read_eval_log, write_log
 
 HOSTILE = "<script>alert(1)</script> {{ 7 * 7 }} </script><img src=x onerror=alert(2)> \x1b[31m"
@@ -66,26 +69,19 @@ def test_the_answer_stands_before_everything_else(folders: dict[str, list[Path]]
         assert re.search(r"\d.*\[.*\].*n = ", sentence)  # a number, its interval, its n
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(tmp_path: Path) -> None:
-    folders = {}
-    for arm in ("a", "b"):
-        folder = write_run(tmp_path, arm)
-        write_judged(
-            folder, 30, text=lambda who, question: f"{HOSTILE} {plain_text(who, question)}"
-        )
-        change_lines(
-            folder / "evals/alpaca_eval/items.jsonl",
-            lambda row: row | {"category": HOSTILE, "raws": [HOSTILE]},
-        )
-        folders[arm] = [folder]
-    arms = load_arms(folders)
-    design = Design(HOSTILE, HOSTILE)
+def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(
+    folders: dict[str, list[Path]],
+) -> None:
+    hostile = {"category": HOSTILE, "raws": [HOSTILE]}
+    for (folder,) in folders.values():
+        write_judged(folder, 30, text=lambda who, question: HOSTILE + plain_text(who, question))
+        change_lines(folder / "evals/alpaca_eval/items.jsonl", lambda row: row | hostile)
+    arms, design = load_arms(folders), Design(HOSTILE, HOSTILE)
     page = report_html(conclude(arms, design=design), arms, design)
     tags = Tags(page).found
     assert not [tag for tag in tags if tag[0] in ("img", "link", "iframe") or "src" in tag[1]]
-    assert sum(tag == "script" for tag, _ in tags) == 2 and "http://" not in page.replace(
-        "http://www.w3.org", ""
-    )
+    assert sum(tag == "script" for tag, _ in tags) == 2
+    assert "http://" not in page.replace("http://www.w3.org", "")
     assert "default-src 'none'" in page and "\x1b" not in page and "49" not in page[:500]
     assert not any(name.startswith("on") for _, attrs in tags for name in attrs)
 
@@ -93,35 +89,27 @@ def test_the_page_needs_nothing_else_and_runs_nothing_of_a_model(tmp_path: Path)
 def test_every_number_has_its_n_and_its_file(
     folders: dict[str, list[Path]], tmp_path: Path
 ) -> None:
-    arms = load_arms(folders)
+    """And no cell of the table is a formula."""
+    write_values(folders["r8"][0], [1.0, 0.0] * 10, metric="=cmd()", name="formula")
+    arms = load_arms({**folders, "=SUM(A1)": [write_run(tmp_path, "=A2")]})
     conclusion = conclude(arms)
     written = write_report(tmp_path / "report", conclusion, arms)
-    assert [path.name for path in written] == [
-        "numbers.json", "numbers.csv", "report.md", "report.html",
-    ]  # fmt: skip
+    names = ["numbers.json", "numbers.csv", "report.md", "report.html"]
+    assert [path.name for path in written] == names
     rows = json.loads((tmp_path / "report/numbers.json").read_text())
     kinds = {row["kind"] for row in rows}
     assert {"comparison", "score", "category", "training", "answers", "judge audit"} <= kinds
     for row in rows:
         assert row["n"] is not None, row
-        if row["kind"] in ("comparison", "score", "category", "training"):
-            assert row["file"], row
-    (row,) = (one for one in rows if one["kind"] == "comparison" and "win_rate" in one["metric"])
+        assert row["kind"] in ("answers", "judge audit") or row["file"], row
+    (row,) = (each for each in rows if each["kind"] == "comparison" and "win" in each["metric"])
     assert row["low"] < row["difference"] < row["high"] and row["verdict"] == "higher"
     with (tmp_path / "report/numbers.csv").open(newline="") as file:
-        assert len(list(csv.DictReader(file))) == len(rows)
+        cells = [list(row.values()) for row in csv.DictReader(file)]
+    assert len(cells) == len(rows)
+    assert not [cell for row in cells for cell in row if cell.startswith("=")]
     text = (tmp_path / "report/report.md").read_text()
     assert "\n".join(f"    {line}".rstrip() for line in conclusion_lines(conclusion)) in text
-
-
-def test_a_cell_of_the_table_is_no_formula(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, "a")
-    write_values(folder, [1.0, 0.0] * 10, metric="=cmd()")
-    arms = load_arms({"=SUM(A1)": [folder]})
-    write_report(tmp_path / "report", conclude(arms), arms)
-    with (tmp_path / "report/numbers.csv").open(newline="") as file:
-        cells = [cell for row in csv.reader(file) for cell in row]
-    assert not [cell for cell in cells if cell.startswith("=")]
 
 
 def test_a_page_of_two_runs_with_1_085_questions_is_small(tmp_path: Path) -> None:
@@ -140,14 +128,12 @@ def test_curves_are_read_streaming_and_have_at_most_a_thousand_points(tmp_path: 
     file = tmp_path / "metrics.jsonl"
     write_lines(file, ({"step": step, "loss": 1 / step} for step in range(1, 25_001)))
     tracemalloc.start()
-    curve = read_curves(file)["loss"]
+    points = read_curves(file)["loss"].points
     assert tracemalloc.get_traced_memory()[1] < file.stat().st_size / 2
     tracemalloc.stop()
-    assert len(curve.points) <= MOST_POINTS and curve.count == 25_000
-    assert curve.shown()[0] == (1, 1.0) and curve.shown()[-1] == (25_000, 1 / 25_000)
-    gaps = {
-        later[0] - point[0] for point, later in zip(curve.points, curve.points[1:], strict=False)
-    }
+    assert 100 < len(points) <= MOST_POINTS
+    assert points[0] == (1, 1.0) and points[-1] == (25_000, 1 / 25_000)
+    gaps = {after[0] - before[0] for before, after in itertools.pairwise(points[:-1])}
     assert len(gaps) == 1  # evenly
 
 
@@ -163,13 +149,18 @@ def test_100_000_judgments_are_a_report_in_ten_seconds(tmp_path: Path) -> None:
     assert time.process_time() - started < 10
 
 
-def test_what_was_tuned_and_published_is_shown(folders: dict[str, list[Path]]) -> None:
+def test_what_was_tuned_published_and_audited_is_shown(folders: dict[str, list[Path]]) -> None:
+    for (folder,) in folders.values():
+        log = read_eval_log(folder / "evals/alpaca_eval/result.json")
+        write_log(replace(log, subset="60 of 805"))
     arms = load_arms(folders)
     tuned = {"r8": TunedArm("train.learning_rate", (1e-4, 2e-4), 2e-4, (1.31, None), 1042)}
     reference = {"r8": {"checks/pass_rate": 0.41}, "r32": {"mmlu": 0.4}}
     design = Design("study", "Does rank matter?", tuned=tuned, reference=reference)
     page = report_html(conclude(arms, design=design), arms, design)
-    assert "0.0002" in page and "1.3100" in page and "41.0%" in page and "not measured" in page
+    words = ["0.0002", "1.3100", "41.0%", "not measured"]
+    assert all(word in page for word in (*words, "swap consistency", "60 of 805"))
+    assert JUDGE.name in page
 
 
 def test_an_arm_without_anything_is_a_page_too(tmp_path: Path) -> None:
@@ -182,36 +173,28 @@ def test_an_arm_without_anything_is_a_page_too(tmp_path: Path) -> None:
 def test_a_question_that_states_something_is_marked_and_an_ordinary_one_is_not() -> None:
     asked = ["Is DDP vs. FSDP a wash?", "Which learning rate (1e-4, 2e-4) is best?"]
     asked += ["Does r=32, i.e. 4x more, help?"]
-    assert [question_text(one) for one in asked] == asked
+    assert [question_text(question) for question in asked] == asked
     for stated in ("r32 beats r8.", "Is it so? It is. Sure?", "Is +5 [1, 9] a lot?", "r32 wins"):
         assert question_text(stated).startswith("Question, in the words of the study")
+
+
+def test_numbers_have_one_form() -> None:
+    assert [plain_number(-0.25, 2), plain_number(0.25, 2, signed=True)] == ["\u22120.25", "+0.25"]
+    assert [plain_number(None), plain_number(-0.0001)] == ["n/a", "0.000"]
+    assert [p_text(p) for p in (0.0321, 1e-5, 1.0)] == ["p = 0.032", "p < 0.001", "p = 1"]
+    assert [setting_text(each) for each in (None, True, 0.0002)] == ["absent", "true", "0.0002"]
 
 
 def test_device_hours_are_of_trainings_that_were_not_resumed(
     folders: dict[str, list[Path]],
 ) -> None:
-    from recipes_lib.analysis.report import trainings
-
-    (folder,) = folders["r8"]
-    state = json.loads((folder / "run.json").read_text())
-    state["summary"]["world_size"] = 4
-    (folder / "run.json").write_text(json.dumps(state))
-    hours = {one.arm: one.device_hours for one in trainings(load_arms(folders))}
-    assert hours["r8"] == pytest.approx(4 * 310.5 / 3600)
-    (folder / "run.json").write_text(json.dumps(state | {"resumed": [20]}))
-    assert trainings(load_arms(folders))[0].device_hours is None
+    state = folders["r8"][0] / "run.json"
+    change(state, lambda value: value["summary"].update(world_size=4))
+    assert trainings(load_arms(folders))[0]["device_hours"] == pytest.approx(4 * 310.5 / 3600)
+    change(state, lambda value: value.update(resumed=[20]))
+    assert trainings(load_arms(folders))[0]["device_hours"] is None
 
 
 def test_a_command_names_no_folder_of_the_machine() -> None:
     command = "/opt/x/bin/python3.11 -m recipes_lib.cli eval /home/me/evals/my.yaml r8"
     assert portable_command(command) == "recipes eval .../my.yaml r8"
-
-
-def test_the_audit_of_a_judge_stands_in_the_page(folders: dict[str, list[Path]]) -> None:
-    for paths in folders.values():
-        file = paths[0] / "evals/alpaca_eval/result.json"
-        log = read_eval_log(file)
-        write_log(replace(log, subset="60 of 805"))
-    arms = load_arms(folders)
-    page = report_html(conclude(arms), arms)
-    assert "swap consistency" in page and "prometheus-7b-v2" in page and "60 of 805" in page

@@ -17,13 +17,11 @@ from typing import Any
 NO_SHARES = ("grade", "loss", "bits_per_byte")
 SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 WIDEST_MARGIN = 0.25  # of the scale
-_SEPARATOR = re.compile("/|--")
 
 
 @dataclass(frozen=True)
 class Margin:
-    """The smallest difference that matters on a metric, in its unit; of shares in points of a
-    hundred where `points`.
+    """The smallest difference that matters on a metric, in its unit; `points` are hundredths.
 
     Example:
         >>> Margin.read("2 points"), Margin.read(0.005), Margin.read("little")
@@ -43,11 +41,7 @@ class Margin:
         return None
 
     def fits(self, metric: str, unit: str | None = None) -> str:
-        """Return why the margin cannot be one of a metric, or nothing.
-
-        Args:
-            unit: None to go by the metric's name.
-        """
+        """Return why the margin cannot be one of a metric; its name tells the unit without one."""
         last = metric.rpartition("/")[2]
         if unit is None:
             unit = "grade" if last == "grade" else "number" if last in NO_SHARES else "share"
@@ -70,20 +64,18 @@ def is_named(word: str, metric: str) -> bool:
         >>> is_named("lm_eval/acc", "lm_eval/arc_easy/acc_norm")
         False
     """
-    parts = iter(_SEPARATOR.split(metric))
-    return all(part in parts for part in _SEPARATOR.split(word))
+    parts = iter(metric_parts(metric))
+    return all(part in parts for part in metric_parts(word))
 
 
 def metric_parts(word: str) -> list[str]:
     """Return the parts of a metric's name."""
-    return _SEPARATOR.split(word)
+    return re.split("/|--", word)
 
 
 @dataclass(frozen=True)
 class TunedArm:
-    """The grid an arm's key was chosen from by validation loss; a loss of None is a training that
-    diverged.
-    """
+    """The grid an arm's key was chosen from by validation loss; None is one that diverged."""
 
     key: str
     values: tuple[Any, ...]
@@ -110,7 +102,7 @@ class Aims:
     def asks_for(self, name: str) -> bool:
         """Return whether a task or metric is asked for by its own name."""
         words = (*([self.primary] if self.primary else ()), *self.margins)
-        return any(name in _SEPARATOR.split(word) for word in words)
+        return any(name in metric_parts(word) for word in words)
 
     def margin_of(self, metric: str) -> Margin | None:
         """Return the margin of a metric: that of the longest name it has here."""

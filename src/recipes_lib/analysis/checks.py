@@ -10,12 +10,12 @@ import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from recipes_lib.analysis.aims import Design
-from recipes_lib.analysis.differences import arm_differences, base_weights
+from recipes_lib.analysis.differences import arm_differences, base_weights, code_text
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, run_place
 from recipes_lib.analysis.table import TableRow
 from recipes_lib.analysis.text import sentence_list, setting_text
@@ -44,10 +44,9 @@ _FREE = re.compile(
 
 @dataclass(frozen=True)
 class Finding:
-    """Something about a comparison that a reader must know.
+    """Something about a comparison that a reader must know: a sentence, what was seen, what to do.
 
-    `title` says it in one sentence, `evidence` holds what was seen, a line each, and `remedy` what
-    to do. `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them.
+    `arms`, `metrics` and `opponent` are the rows it touches; empty means all of them.
     """
 
     code: str
@@ -60,9 +59,7 @@ class Finding:
     opponent: str = ""
 
     def touches(self, row: TableRow) -> bool:
-        """Return whether a row is concerned: a finding of two arms or more concerns the rows
-        between them, one of a single arm every row with that arm.
-        """
+        """Return whether it concerns a row: of several arms a row between them, of one any."""
         if self.metrics and row.metric not in self.metrics:
             return False
         if self.opponent and row.opponent != self.opponent:
@@ -72,24 +69,21 @@ class Finding:
 
 def find(arms: Arms, design: Design | None = None) -> list[Finding]:
     """Return what every check found, the heaviest first."""
-    findings = dict.fromkeys(
-        (
-            *check_copies(arms),
-            *check_former_opponents(arms),
-            *check_judges(arms),
-            *check_answers(arms),
-            *check_protocol(arms, design),
-            *check_differences(arms, design),
-            *check_base(arms),
-            *check_leaks(arms),
-            *check_selection(arms, design),
-            *check_presence(arms),
-        )
-    )
-    order = {severity: number for number, severity in enumerate(SEVERITIES)}
+    findings = [
+        *check_copies(arms),
+        *check_former_opponents(arms),
+        *check_judges(arms),
+        *check_answers(arms),
+        *check_protocol(arms, design),
+        *check_differences(arms, design),
+        *check_base(arms),
+        *check_leaks(arms),
+        *check_selection(arms, design),
+        *check_presence(arms),
+    ]
     return sorted(
-        findings,
-        key=lambda finding: (order[finding.severity], finding.code, finding.arms, finding.title),
+        dict.fromkeys(findings),
+        key=lambda each: (SEVERITIES.index(each.severity), each.code, each.arms, each.title),
     )
 
 
@@ -110,62 +104,50 @@ def _by_eval(arms: Arms) -> dict[str, list[tuple[str, Run, EvalLog]]]:
 
 
 def check_copies(arms: Arms) -> Iterator[Finding]:
-    """Yield arms that share a run, final weights or all of their answers, and seeds of one arm that
-    ended with the same weights.
-    """
-    # kind of identity -> what is identical -> arm -> where it was seen
-    seen: dict[str, dict[str, dict[str, list[str]]]] = {
-        kind: defaultdict(lambda: defaultdict(list)) for kind in ("run", "weights", "answered")
-    }
-    for arm, print_, folder in _final_weights(arms):
-        seen["weights"][print_][arm].append(run_place(folder))
-    for arm_runs in arms:
-        for run in arm_runs.runs:
-            seen["run"][run.name][arm_runs.name].append(f"runs/{run.name}")
-        for log in arm_runs.logs:
-            if log.answers.fingerprint:
-                line = f"{run_place(log.file)}: weights {log.answers.fingerprint[:12]}"
-                seen["answered"][log.answers.fingerprint][arm_runs.name].append(line)
-    titles = {
-        "run": "{} are one run",
-        "weights": "{} have the same final weights, byte for byte",
-        "answered": "The same weights answered for {}",
-    }
+    """Yield arms that share a run, final weights or all answers, and seeds of equal weights."""
+    weights, answered, one_run = (
+        "{} have the same final weights, byte for byte",
+        "The same weights answered for {}",
+        "{} are one run",
+    )
+    # title and what is identical -> arm -> where it was seen
+    seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for arm in arms:
+        for run in arm.runs:
+            seen[one_run, run.name][arm.name].append(f"runs/{run.name}")
+        for log in arm.logs:
+            if known := log.answers.fingerprint:
+                line = f"{run_place(log.file)}: weights {known[:12]}"
+                seen[answered, known][arm.name].append(line)
+    folders: dict[int, list[tuple[str, Path]]] = defaultdict(list)  # of final weights, by size
+    for arm in arms:
+        names = [run.folder / name for run in arm.runs for name in ("adapter", "model")]
+        for folder in dict.fromkeys(names):
+            size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+            folders[size].append((arm.name, folder))
+    for size, of_size in folders.items():
+        for name, folder in of_size if size and len(of_size) > 1 else ():
+            seen[weights, folder_fingerprint(folder)][name].append(run_place(folder))
     for first, second in itertools.combinations(arms, 2):
         both = (first.name, second.name)
-        shared = {
-            kind: [lines for lines in seen[kind].values() if {*both} <= lines.keys()]
-            for kind in titles
-        }
-        kind = next((kind for kind in titles if shared[kind]), None)
-        if kind:
-            evidence = [line for lines in shared[kind] for arm in both for line in lines[arm]]
-            title = titles[kind].format(" and ".join(both))
-            remedy = "find out which arm it belongs to, and make the other's anew"
-            yield Finding("same-model", "error", title, (*dict.fromkeys(evidence),), remedy, both)
+        for title in (one_run, weights, answered):
+            shared = [seen[key] for key in seen if key[0] == title and {*both} <= seen[key].keys()]
+            if shared:
+                lines = dict.fromkeys(
+                    line for places in shared for arm in both for line in places[arm]
+                )
+                remedy = "find out which arm it belongs to, and make the other's anew"
+                title = title.format(" and ".join(both))
+                yield Finding("same-model", "error", title, (*lines,), remedy, both)
+                break
         else:
             yield from _same_answers(first, second)
-    for by_arm in seen["weights"].values():
-        for arm, places in by_arm.items():
-            if len(places) > 1:
-                title = f"{len(places)} trainings of {arm} ended with the same weights"
+    for (title, _), by_arm in seen.items():
+        for name, places in by_arm.items():
+            if title == weights and len(places) > 1:
+                title = f"{len(places)} trainings of {name} ended with the same weights"
                 remedy = "one training must not count twice: did the seed reach the training?"
-                yield Finding("same-seeds", "error", title, (*places,), remedy, (arm,))
-
-
-def _final_weights(arms: Arms) -> Iterator[tuple[str, str, Path]]:
-    """Arm, fingerprint and folder of final weights; only of sizes that occur more than once."""
-    by_size: dict[int, list[tuple[str, Path]]] = defaultdict(list)
-    for arm in arms:
-        for run in {run.folder: run for run in arm.runs}.values():
-            for name in ("adapter", "model"):
-                files = (run.folder / name).glob("*.safetensors")
-                by_size[sum(file.stat().st_size for file in files)].append(
-                    (arm.name, run.folder / name)
-                )
-    for size, folders in by_size.items():
-        for arm_name, folder in folders if size and len(folders) > 1 else ():
-            yield arm_name, folder_fingerprint(folder), folder
+                yield Finding("same-seeds", "error", title, (*places,), remedy, (name,))
 
 
 def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
@@ -209,20 +191,16 @@ def check_former_opponents(arms: Arms) -> Iterator[Finding]:
                 title = f"{arm.name} was judged in {log.eval} against former answers of {run.name}"
                 lines = (f"{run_place(log.file)}: weights {judged[:12]}", f"now {min(now)[:12]}")
                 remedy = f"recipes eval EVAL {log.file.parents[2].name} --against {run.name}"
-                pair = (arm.name, rival.name)
                 metrics = tuple(metric.name for metric in log.metrics if metric.opponent)
-                yield Finding(
-                    "former-opponent", "error", title, lines, remedy, pair, metrics, rival.name
-                )
+                scope = (arm.name, rival.name), metrics, rival.name
+                yield Finding("former-opponent", "error", title, lines, remedy, *scope)
 
 
 # ---- The judge ----
 
 
 def check_judges(arms: Arms) -> Iterator[Finding]:
-    """Yield audits that failed or are not there, judges that differ, are weak or judge themselves,
-    and comparisons of one order.
-    """
+    """Yield judges that differ, are weak, not audited or their own, and verdicts of one order."""
     failed, audited = _audits(arms)
     for name, every in _by_eval(arms).items():
         logs = [(arm, run, log) for arm, run, log in every if log.suite != "lm_eval"]
@@ -249,9 +227,7 @@ def check_judges(arms: Arms) -> Iterator[Finding]:
 
 
 def _audits(arms: Arms) -> tuple[dict[str, list[str]], set[str]]:
-    """The failed checks of each judge, by fingerprint, and the judges that were audited: in an
-    evaluation, or on labelled pairs in a folder beside the runs.
-    """
+    """The failed checks by judge, and the judges audited in an eval or beside the runs."""
     failed: dict[str, list[str]] = defaultdict(list)
     audited: set[str] = set()
     for name, log in arms.logs:
@@ -326,16 +302,13 @@ def _kinship(log: EvalLog, run: Run) -> str:
     }
     if judge.weights in own:
         return "its own weights"
-    base = base_weights(run).get("weights of the base")
-    if judge.weights and base == judge.weights[:12]:  # a copy in another folder
+    if judge.weights and base_weights(run) == judge.weights[:12]:  # a copy in another folder
         return "itself" if run.is_base else "its base"
     return ""
 
 
 def _judged_in_one_order(name: str, logs: Sequence[tuple[str, Run, EvalLog]]) -> Iterator[Finding]:
-    """Comparisons that have one verdict only: a judge's preference for a position is part of the
-    rate.
-    """
+    """Comparisons of one verdict: a judge's preference for a position is part of the rate."""
     for arm, _, log in logs:
         for metric in log.metrics if log.judge else ():
             single = sum(
@@ -351,9 +324,7 @@ def _judged_in_one_order(name: str, logs: Sequence[tuple[str, Run, EvalLog]]) ->
 
 
 def check_answers(arms: Arms) -> Iterator[Finding]:
-    """Yield arms whose answers are often one text, empty, cut or in a loop, and arms that write
-    much more than another.
-    """
+    """Yield arms whose answers are often one text, empty, cut or in a loop, or much longer."""
     for name, logs in _by_eval(arms).items():
         lengths: dict[str, list[int]] = defaultdict(list)
         worst: dict[tuple[str, str], tuple[float, Finding]] = {}
@@ -372,10 +343,8 @@ def check_answers(arms: Arms) -> Iterator[Finding]:
         for pair in itertools.combinations(means, 2) if judged else ():
             short, long = sorted(pair, key=means.__getitem__)
             if means[long] >= LONGER * means[short] > 0:
-                times_longer = f"{means[long] / means[short]:.1f} times as long as {short}'s"
-                title = (
-                    f"{long}'s answers in {name} are {times_longer}, and judges prefer long ones"
-                )
+                times = f"{means[long] / means[short]:.1f} times as long as {short}'s"
+                title = f"{long}'s answers in {name} are {times}, and judges prefer long ones"
                 lines = tuple(f"{arm}: {means[arm]:,.0f} characters on average" for arm in pair)
                 metrics = _metrics(log for _, _, log in logs)
                 yield Finding("longer-answers", "warning", title, lines, "", pair, metrics)
@@ -402,25 +371,16 @@ def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
         for arm, _, log in logs:
             by_arm[arm].append(log)
         for pair in itertools.combinations(by_arm, 2):
-            findings: dict[tuple[str, str], Finding] = {}  # by code and opponent
+            findings: dict[tuple[str, str], Finding] = {}  # every pair of seeds says the same again
             for left, right in itertools.product(by_arm[pair[0]], by_arm[pair[1]]):
                 opponent = _common_opponent(arms, pair, left, right)
                 if opponent is None:
                     continue
                 metrics = _metrics((left, right))
-                differences = (
-                    _settings_differ(pair, left, right, design),
-                    _texts_differ(pair, left, right),
-                    _facts_differ(pair, left, right, design),
-                )
-                for difference in differences:
-                    if difference:
-                        code, severity, title, lines, remedy = difference
-                        finding = Finding(
-                            code, severity, title, lines, remedy, pair, metrics, opponent
-                        )
-                        # every pair of seeds says the same again
-                        findings.setdefault((code, opponent), finding)
+                for check in (_settings_differ, _texts_differ, _facts_differ):
+                    if finding := check(pair, left, right, design):
+                        scoped = replace(finding, arms=pair, metrics=metrics, opponent=opponent)
+                        findings.setdefault((finding.code, opponent), scoped)
             yield from findings.values()
         subsets = tuple(dict.fromkeys(f"{arm}: {log.subset}" for arm, _, log in logs if log.subset))
         if subsets:
@@ -442,12 +402,9 @@ def _common_opponent(
     return "" if both_are_arms else None
 
 
-_Difference = tuple[str, Severity, str, tuple[str, ...], str]  # code, ..., title, lines, remedy
-
-
 def _settings_differ(
     pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
-) -> _Difference | None:
+) -> Finding | None:
     of_prompt = design is None or not design.declares("data.prompt_format", "data")
     first, second = _settings(first_log, of_prompt), _settings(second_log, of_prompt)
     keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
@@ -459,7 +416,7 @@ def _settings_differ(
     lines = tuple(f"{key}: {pair[0]} {a}, {pair[1]} {b}" for key, (a, b) in texts.items())
     what = f"{first_log.eval}: {sentence_list(keys, 3)}"
     title = f"{pair[0]} and {pair[1]} were asked differently in {what}"
-    return "protocol-differs", "error", title, lines, "evaluate both with one eval recipe"
+    return Finding("protocol-differs", "error", title, lines, "evaluate both with one eval recipe")
 
 
 def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
@@ -480,25 +437,21 @@ def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
 
 
 def _texts_differ(
-    pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog
-) -> _Difference | None:
+    pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
+) -> Finding | None:
     """Items of one id that were about another question, or another answer of one opponent."""
-    others = {
-        (metric.key, sample.key): sample
-        for metric in second_log.metrics
-        for sample in metric.samples
-    }
+    samples, others = (
+        {(metric.key, sample.key): sample for metric in log.metrics for sample in metric.samples}
+        for log in (first_log, second_log)
+    )
     asked: set[str] = set()
     opposed: set[str] = set()
-    for metric in first_log.metrics:
-        for sample in metric.samples:
-            other = others.get((metric.key, sample.key))
-            if other is None:
-                continue
-            if _differ(sample.input, other.input):
-                asked.add(sample.id)
-            elif first_log.against == second_log.against:
-                opposed |= {sample.id} if _differ(sample.opponent, other.opponent) else set()
+    for key in samples.keys() & others.keys():
+        sample, other = samples[key], others[key]
+        if _differ(sample.input, other.input):
+            asked.add(sample.id)
+        elif first_log.against == second_log.against and _differ(sample.opponent, other.opponent):
+            opposed.add(sample.id)
     kinds = (("the question", asked), (f"the answer of {first_log.against}", opposed))
     lines = [f"{what} differs for {len(ids)} ids, {min(ids)} is one" for what, ids in kinds if ids]
     if not lines:
@@ -506,7 +459,7 @@ def _texts_differ(
     what = f"other texts under the same ids in {first_log.eval}"
     title = f"{pair[0]} and {pair[1]} were asked {what}"
     remedy = "evaluate both with one file of questions and one of reference answers"
-    return "texts-differ", "error", title, tuple(lines), remedy
+    return Finding("texts-differ", "error", title, tuple(lines), remedy)
 
 
 def _differ(text: str | None, other: str | None) -> bool:
@@ -515,7 +468,7 @@ def _differ(text: str | None, other: str | None) -> bool:
 
 def _facts_differ(
     pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
-) -> _Difference | None:
+) -> Finding | None:
     """Precision of the answers, versions and code of two evaluations."""
     declared = design and design.declares(
         "quantization", "quantization.load_in_4bit", "model.dtype"
@@ -527,7 +480,8 @@ def _facts_differ(
     lines = tuple(f"{key}: {pair[0]} {first[key]}, {pair[1]} {second[key]}" for key in keys)
     what = f"{sentence_list(keys, 3)} in {first_log.eval}"
     title = f"{pair[0]} and {pair[1]} were evaluated with other {what}"
-    return "evaluated-differently", "confound", title, lines, "evaluate both again with one version"
+    remedy = "evaluate both again with one version"
+    return Finding("evaluated-differently", "confound", title, lines, remedy)
 
 
 def _facts(log: EvalLog, precision: bool) -> dict[str, Any]:
@@ -535,8 +489,7 @@ def _facts(log: EvalLog, precision: bool) -> dict[str, Any]:
     if precision:
         facts["precision of the answers"] = log.answers.dtype
         facts["quantized"] = log.answers.quantized
-    if log.git.get("commit"):
-        facts["code"] = str(log.git["commit"])[:12] + " with changes" * bool(log.git.get("dirty"))
+    facts["code"] = code_text(log.git) or None
     return {name: value for name, value in facts.items() if value is not None}
 
 
@@ -558,9 +511,8 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
             remedy = "a study declares what is meant to differ, so that a cause can be named"
             yield Finding("differences", "note", title, lines, remedy, both)
         else:
-            title = (
-                f"{first.name} and {second.name} also differ in {names}, which no factor declares"
-            )
+            also = f"also differ in {names}, which no factor declares"
+            title = f"{first.name} and {second.name} {also}"
             remedy = "give both the same values, or declare them under factors"
             yield Finding("undeclared-difference", "confound", title, lines, remedy, both)
 
@@ -568,8 +520,7 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
 def check_base(arms: Arms) -> Iterator[Finding]:
     """Yield arms that were trained on other weights than their base was evaluated with."""
     weights = {
-        arm.name: {value for run in arm.runs for value in base_weights(run).values()}
-        for arm in arms
+        arm.name: {known for run in arm.runs if (known := base_weights(run))} for arm in arms
     }
     for base, arm in itertools.permutations(arms, 2):
         now, then = weights[base.name], weights[arm.name]
@@ -596,10 +547,8 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
                 title = f"{arm.name}: {log.leaks.summary(log.eval)}"
                 lines = (*log.leaks.lines(5), run_place(log.file))
                 remedy = "train without these rows, or ask other questions"
-                metrics = _metrics(other for other in arm.logs if other.eval == log.eval)
-                yield Finding(
-                    "leaked-questions", severity, title, lines, remedy, (arm.name,), metrics
-                )
+                scope = (arm.name,), _metrics(each for each in arm.logs if each.eval == log.eval)
+                yield Finding("leaked-questions", severity, title, lines, remedy, *scope)
     for name, who in unknown.items():
         rows = f"The training rows of {sentence_list([*who])}"
         title = f"{rows} were not searched for questions of {name}"
@@ -608,22 +557,16 @@ def check_leaks(arms: Arms) -> Iterator[Finding]:
 
 
 def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
-    """Yield values and checkpoints that were chosen by what is compared, or at the edge of a grid,
-    and studies of many arms.
-    """
+    """Yield what was chosen by what is compared or at the edge of a grid, and many arms."""
     trained = [arm for arm in arms if not arm.is_base]
     tuned = design.tuned if design else {}
     if len(trained) >= MANY_ARMS:
         title = f"The best of {len(trained)} arms looks better than it is"
         line = "Holm's correction does not shrink the lead itself"
-        yield Finding(
-            "best-of-many", "warning", title, (line,), "train the best one again with new seeds"
-        )
-    on_validation = _metrics(
-        log
-        for _, log in arms.logs
-        if (log.recipe.get("data") or {}).get("questions") == "validation"
-    )
+        remedy = "train the best one again with new seeds"
+        yield Finding("best-of-many", "warning", title, (line,), remedy)
+    of_rows = ((log, (log.recipe.get("data") or {}).get("questions")) for _, log in arms.logs)
+    on_validation = _metrics(log for log, questions in of_rows if questions == "validation")
     for arm in arms:
         grid = tuned.get(arm.name)
         if grid and grid.edge:
@@ -634,20 +577,15 @@ def check_selection(arms: Arms, design: Design | None) -> Iterator[Finding]:
         trains = [run.resolved.get("train") or {} for run in arm.runs]
         best = any(values.get("load_best_model_at_end") for values in trains)
         if (grid or best) and on_validation:
-            title = (
-                f"The validation rows chose the {grid.key if grid else 'checkpoint'} of {arm.name}"
-            )
+            chosen = grid.key if grid else "checkpoint"
+            title = f"The validation rows chose the {chosen} of {arm.name}"
             remedy = "a loss on them is too good: compare on data.questions: test"
-            touched = (arm.name,)
-            yield Finding(
-                "chosen-on-validation", "warning", title, (), remedy, touched, on_validation
-            )
-    for first, second in itertools.combinations([arm.name for arm in trained], 2):
-        grids = [
-            (grid.key, grid.values) if (grid := tuned.get(name)) else None
-            for name in (first, second)
-        ]
-        if grids[0] != grids[1]:
+            scope = ((arm.name,), on_validation)
+            yield Finding("chosen-on-validation", "warning", title, (), remedy, *scope)
+    grids = {arm.name: tuned.get(arm.name) for arm in trained}
+    known = {name: (grid.key, grid.values) if grid else None for name, grid in grids.items()}
+    for first, second in itertools.combinations(known, 2):
+        if known[first] != known[second]:
             title = f"{first} and {second} were not tuned over the same values"
             remedy = "tune under the study's own key, not under an arm's"
             yield Finding("tuned-differently", "confound", title, (), remedy, (first, second))

@@ -33,12 +33,11 @@ Within = Literal["", "equivalent", "not worse", "not better"]
 
 @dataclass(frozen=True)
 class Claim:
-    """What a row shows. `verdict` and `within` are of the first arm against the second; "higher"
-    and "lower" are about two trainings and no more.
+    """What a row shows, of the first arm against the second.
 
-    `stopped_by` are the findings that leave no verdict, `descriptive` why nothing of this table has
-    one. `cause` are the declared keys that alone differ, `no_cause` why none is named. `unaudited`
-    says that nobody audited the judge behind it.
+    "higher" and "lower" are about two trainings and no more. `stopped_by` are the findings that
+    leave no verdict, `descriptive` is why nothing of this table has one. `cause` are the declared
+    keys that alone differ.
     """
 
     row: TableRow
@@ -85,13 +84,18 @@ class Conclusion:
     descriptive: str = ""
 
     @property
+    def pairs(self) -> dict[tuple[str, str], list[Claim]]:
+        """The claims by pair of arms."""
+        pairs: dict[tuple[str, str], list[Claim]] = {}
+        for claim in self.claims:
+            pairs.setdefault(claim.row.arms, []).append(claim)
+        return pairs
+
+    @property
     def answer(self) -> list[str]:
         """One sentence for each pair of arms, about the primary metric."""
-        first: dict[tuple[str, str], Claim] = {}
-        for claim in self.claims:
-            if not claim.row.aside:
-                first.setdefault(claim.row.arms, claim)
-        return [claim.sentence for claim in first.values()]
+        tested = ([each for each in claims if not each.row.aside] for claims in self.pairs.values())
+        return [claims[0].sentence for claims in tested if claims]
 
     @property
     def cannot_say(self) -> list[str]:
@@ -129,12 +133,7 @@ class Conclusion:
 
 
 def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None) -> Conclusion:
-    """Return the table with its findings, and what may be said.
-
-    Args:
-        aims: the primary metric and the margins.
-        design: what a study declares; None for `recipes compare`, which names no cause.
-    """
+    """Return the table with its findings, and what may be said; no cause without a design."""
     table = build_table(arms, aims)
     findings = tuple(find(arms, design))
     descriptive = why_descriptive(design)
@@ -170,11 +169,7 @@ def judge_row(
     design: Design | None = None,
     descriptive: str = "",
 ) -> Claim:
-    """Return what a row shows.
-
-    Args:
-        between: what differs between its arms.
-    """
+    """Return what a row shows; `between` is what differs between its arms."""
     if row.aside:
         return Claim(row, "not tested")
     touching = [finding for finding in findings if finding.touches(row)]
@@ -208,10 +203,10 @@ def _shown(
     confounds = [each.what for each in between if each.level == "confound"]
     others = [finding for finding in touching if finding.severity == "confound"]
     others = [finding for finding in others if finding.code != "undeclared-difference"]
-    why = f"they also differ in {sentence_list(confounds, 4)}" if confounds else ""
-    why = "; ".join([*([why] if why else []), *(_inside(finding.title) for finding in others)])
+    why = [f"they also differ in {sentence_list(confounds, 4)}"] if confounds else []
+    why += [_inside(finding.title) for finding in others]
     if why:
-        return replace(claim, no_cause=why)
+        return replace(claim, no_cause="; ".join(why))
     return replace(claim, cause=tuple(each for each in between if each.level in ("cause", "tuned")))
 
 
@@ -254,11 +249,9 @@ def _sentence(claim: Claim) -> str:
     inside = " The difference lies within the margin." if claim.within == "equivalent" else ""
     if claim.verdict in ("higher", "lower"):
         score = "scored better" if claim.verdict == "higher" else "scored worse"
-        why = (
-            "Both are trainings of one recipe, so chance alone took them apart."
-            if claim.one_recipe
-            else "One training each: this is about these two models, and another seed may turn it."
-        )
+        why = "One training each: this is about these two models, and another seed may turn it."
+        if claim.one_recipe:
+            why = "Both are trainings of one recipe, so chance alone took them apart."
         return f"The {first} run {score} than the {second} run on {where}: {numbers}.{inside} {why}"
     return f"{first} is {claim.verdict} than {second} on {where}: {numbers}.{inside}{_cause(claim)}"
 
@@ -285,10 +278,8 @@ def _not_shown(claim: Claim, numbers: str) -> str:
     power = ""
     if row.mde is not None:
         size = difference_text(row.mde, row.unit, signed=False)
-        what = (
-            "a win rate that far from 50%" if row.head_to_head else "a true difference that large"
-        )
-        power = f" It finds {size} in 80% of studies ({what})."
+        what = "win rate that far from 50%" if row.head_to_head else "true difference that large"
+        power = f" It finds {size} in 80% of studies (a {what})."
     return f"No difference shown between {first} and {second} on {where}: {numbers}.{power}"
 
 
@@ -348,10 +339,8 @@ def _evidence(row: TableRow) -> str:
     corrected = f"{p_text(row.p)} (Holm)" if row.tests > 1 else p_text(row.p)
     n = count(row.test.resolved.questions, "row" if row.suite == "heldout_loss" else "question")
     unresolved = f", {row.test.unresolved} without a verdict" if row.test.unresolved else ""
-    seeds = [trainings for trainings in row.trainings if trainings]
-    trained = (
-        f", {count(max(seeds), 'training')} each" if len(seeds) == 2 and max(seeds) > 1 else ""
-    )
+    several = min(row.trainings) and max(row.trainings) > 1
+    trained = f", {count(max(row.trainings), 'training')} each" if several else ""
     return f"{corrected}, n = {n}{unresolved}{trained}"
 
 

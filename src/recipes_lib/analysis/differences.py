@@ -8,7 +8,8 @@ arm has its best value of one grid, a `confound` anything else that may change w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,6 +51,8 @@ _OF_BATCH = (
 )
 _GLOBAL_BATCH = "run.global_batch_size"
 _DATA = ("data", "data.source", "data.split", "data.max_examples", "data.filters")
+_MODEL = ("model", "model.name_or_path", "model.revision")
+_PROMPT = ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs")
 _LAUNCH = ("launch", "launch.accelerate", "launch.gpus", "launch.world_size")
 _OF_STEPS = (
     *_DATA,
@@ -88,18 +91,31 @@ def arm_differences(
     if first.is_base or second.is_base:
         return []
     values, other_values = (_with_batch(arm_values(arm, design)) for arm in (first, second))
-    differences: list[Difference] = []
-    if values and other_values:
-        differences = _of_recipes(values, other_values, design)
-    for read, keys in _FACTS:
-        if design is not None and design.declares(*keys):
-            continue
-        facts, other_facts = (_recorded(arm, read) for arm in (first, second))
-        for what, value in facts.items():
-            other_value = other_facts.get(what, value)
-            if other_value != value:
-                differences.append(Difference(what, value, other_value, "confound"))
+    differences = [
+        Difference(
+            key,
+            setting_text(_value(key, values)),
+            setting_text(_value(key, other_values)),
+            _level(key, values, other_values, design),
+        )
+        for key in (dict.fromkeys([*values, *other_values]) if values and other_values else ())
+        if not key.startswith("tune.") and _value(key, values) != _value(key, other_values)
+    ]
+    facts, other_facts = (_facts_of_arm(arm, design) for arm in (first, second))
+    for what, value in facts.items():
+        if other_facts.get(what, value) != value:
+            differences.append(Difference(what, value, other_facts[what], "confound"))
     return differences
+
+
+def _facts_of_arm(arm: ArmRuns, design: Design | None) -> dict[str, str]:
+    """What the runs of an arm recorded and no factor declares: the values, each once."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for run in arm.runs:
+        for what, (value, keys) in recorded_facts(run).items():
+            if design is None or not design.declares(*keys):
+                seen[what].add(setting_text(value))
+    return {what: " and ".join(sorted(values)) for what, values in seen.items()}
 
 
 def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
@@ -119,22 +135,6 @@ def arm_values(arm: ArmRuns, design: Design | None) -> KeyValues:
     return values
 
 
-def _of_recipes(first: KeyValues, second: KeyValues, design: Design | None) -> list[Difference]:
-    keys = [
-        key for key in dict.fromkeys([*first, *second]) if _value(key, first) != _value(key, second)
-    ]
-    return [
-        Difference(
-            key,
-            setting_text(_value(key, first)),
-            setting_text(_value(key, second)),
-            _level(key, first, second, design),
-        )
-        for key in keys
-        if not key.startswith("tune.")
-    ]
-
-
 def _level(key: str, first: KeyValues, second: KeyValues, design: Design | None) -> Level:
     if not changes_result(key, first, second):
         return "note"
@@ -152,29 +152,22 @@ def _level(key: str, first: KeyValues, second: KeyValues, design: Design | None)
 
 
 def changes_result(key: str, first: KeyValues, second: KeyValues) -> bool:
-    """Return whether a key can change what is learnt.
-
-    How often is evaluated and saved changes nothing, unless the best checkpoint is chosen among
-    those that were.
-    """
+    """Return whether a key can change what is learnt."""
     section, _, name = key.partition(".")
     if key == SEED:
         return False  # chance, and no cause
-    if section == "train" and name in _CHECKPOINT_CHOICE:
+    if section == "train" and name in _CHECKPOINT_CHOICE:  # the best checkpoint is one of these
         return bool(first.get(_BEST) or second.get(_BEST))
     return key not in _SAME_MATHEMATICS and not (section == "train" and FREE_KEYS.match(name))
 
 
 def _with_batch(values: KeyValues) -> KeyValues:
     """The values with the examples per optimizer step, which follow from several keys."""
-    if not values:
-        return values
     if values.get(_GLOBAL_BATCH) is not None:
         return {**values, EXAMPLES_PER_STEP: int(values[_GLOBAL_BATCH])}
     factors = [_value(key, values) for key in _OF_BATCH]
-    if all(isinstance(factor, int) for factor in factors):
-        return {**values, EXAMPLES_PER_STEP: math.prod(factors)}
-    return values
+    whole = all(isinstance(factor, int) for factor in factors)
+    return {**values, EXAMPLES_PER_STEP: math.prod(factors)} if whole else values
 
 
 def _value(key: str, values: KeyValues) -> Any:
@@ -187,27 +180,8 @@ def _value(key: str, values: KeyValues) -> Any:
 
 # ---- What runs recorded ----
 
-_Facts = Mapping[str, Any]
 
-
-def _recorded(arm: ArmRuns, read: Callable[[Run], _Facts]) -> dict[str, str]:
-    """What an arm's runs recorded: the values, each once."""
-    seen: dict[str, set[str]] = {}
-    for run in arm.runs:
-        for what, value in read(run).items():
-            seen.setdefault(what, set()).add(setting_text(value))
-    return {what: " and ".join(sorted(values)) for what, values in seen.items()}
-
-
-def _guard(name: str, what: str) -> Callable[[Run], _Facts]:
-    def read(run: Run) -> _Facts:
-        value = (run.state.get("guard") or {}).get(name)
-        return {} if value is None else {what: str(value)[:12]}
-
-    return read
-
-
-def base_weights(run: Run) -> _Facts:
+def base_weights(run: Run) -> str:
     """Return the hash of the weights that a training began with; of a base, of those it is."""
     known = run.state.get("base_fingerprint")
     known = known or (run.state.get("weights_check") or {}).get("base_fingerprint")
@@ -215,53 +189,36 @@ def base_weights(run: Run) -> _Facts:
         with suppress(DamagedFile):
             record = read_object(run.folder / name / "weights_check.json")
             known = known or record.get("base_fingerprint")
-    return {"weights of the base": str(known)[:12]} if known else {}
+    return str(known or "")[:12]
 
 
-def _rows(run: Run) -> _Facts:
-    return {
-        f"{name} rows": f"{part['count']} ({hash_of(sorted(map(str, part.get('ids', []))))[:12]})"
-        for name, part in run.splits.items()
-        if isinstance(part, dict) and "count" in part
-    }
+def code_text(git: Mapping[str, Any] | None) -> str:
+    """Return the commit that wrote something; nothing where it is not known."""
+    commit = str((git or {}).get("commit") or "")[:12]
+    return f"{commit} with changes" if commit and (git or {}).get("dirty") else commit
 
 
-def _steps(run: Run) -> _Facts:
-    steps = (run.state.get("summary") or {}).get("steps")
-    return {} if steps is None else {"optimizer steps": steps}
-
-
-def _devices(run: Run) -> _Facts:
-    """The class of hardware: the kinds of devices, whatever their number and memory."""
+def recorded_facts(run: Run) -> dict[str, tuple[Any, Sequence[str]]]:
+    """Return what a run recorded, each fact with the keys by which a factor declares it."""
+    guard = run.state.get("guard") or {}
+    code = code_text(run.environment.get("git"))
+    # of the hardware its class: the kinds of devices, whatever their number and memory
     devices = run.environment.get("devices") or []
     kinds = sorted({str(device).partition(",")[0] for device in devices})
-    return {"hardware": "; ".join(kinds)} if kinds else {}
-
-
-def _libraries(run: Run) -> _Facts:
-    libraries = run.environment.get("libraries") or {}
-    return {name: version for name, version in libraries.items() if version}
-
-
-def _code(run: Run) -> _Facts:
-    git = run.environment.get("git") or {}
-    changes = f" with changes of {run.name}" if git.get("dirty") else ""
-    return {"code": f"{str(git['commit'])[:12]}{changes}"} if git.get("commit") else {}
-
-
-# What is read of a run, and the keys by which a factor declares it.
-_FACTS: tuple[tuple[Callable[[Run], _Facts], tuple[str, ...]], ...] = (
-    (_guard("data_fingerprint", "training data"), _DATA),
-    (base_weights, ("model", "model.name_or_path", "model.revision")),
-    (_rows, _DATA),
-    (
-        _guard("prompt_format_hash", "prompt format"),
-        ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs"),
-    ),
-    (_guard("launch.world_size", "processes"), _LAUNCH),
-    (_guard("launch.distribution", "distribution"), _LAUNCH),
-    (_steps, _OF_STEPS),
-    (_devices, ()),
-    (_libraries, ()),
-    (_code, ()),
-)
+    facts: dict[str, tuple[Any, Sequence[str]]] = {
+        "training data": (str(guard.get("data_fingerprint") or "")[:12], _DATA),
+        "weights of the base": (base_weights(run), _MODEL),
+        "prompt format": (str(guard.get("prompt_format_hash") or "")[:12], _PROMPT),
+        "processes": (guard.get("launch.world_size"), _LAUNCH),
+        "distribution": (guard.get("launch.distribution"), _LAUNCH),
+        "optimizer steps": ((run.state.get("summary") or {}).get("steps"), _OF_STEPS),
+        "hardware": ("; ".join(kinds), ()),
+        "code": (f"{code} of {run.name}" if code.endswith("changes") else code, ()),
+    }
+    for name, part in run.splits.items():
+        if isinstance(part, dict) and "count" in part:
+            ids = hash_of(sorted(map(str, part.get("ids", []))))[:12]
+            facts[f"{name} rows"] = f"{part['count']} ({ids})", _DATA
+    for name, version in (run.environment.get("libraries") or {}).items():
+        facts[name] = version, ()
+    return {what: fact for what, fact in facts.items() if fact[0] not in (None, "")}

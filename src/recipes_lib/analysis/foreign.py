@@ -1,6 +1,4 @@
-"""Results of other programs as arms: a folder of lm-eval with its samples, and annotations of
-alpaca_eval. Nothing is written; what the files do not say is not made up.
-"""
+"""Results of lm-eval with samples, and annotations of alpaca_eval, as arms; nothing is made up."""
 
 from __future__ import annotations
 
@@ -25,11 +23,7 @@ FOLDERS = "lm-eval: the folder of --output_path; alpaca_eval: its annotations.js
 
 
 def read_foreign(path: Path) -> Run | None:
-    """Return what a folder or a file of another program holds; None where it is none.
-
-    Raises:
-        DataError: it is one, and damaged or not complete.
-    """
+    """Return what a folder or a file of another program holds; None where it is none."""
     if path.is_dir():
         results = sorted(path.glob("results*.json")) or sorted(path.glob("*/results*.json"))
         if results:
@@ -44,11 +38,8 @@ def read_foreign(path: Path) -> Run | None:
     rows = isinstance(content, list) and bool(content) and isinstance(content[0], Mapping)
     if rows and {"instruction", "preference", "output_2"} <= content[0].keys():
         return _alpaca_eval(path)
-    raise DataError(
-        "neither results of lm-eval nor annotations of alpaca_eval",
-        FOLDERS,
-        file=path,
-    )
+    what = "neither results of lm-eval nor annotations of alpaca_eval"
+    raise DataError(what, FOLDERS, file=path)
 
 
 def _json(path: Path) -> Any:
@@ -91,8 +82,17 @@ def _alpaca_eval(path: Path) -> Run:
     if len({sample.id for sample in samples}) < len(samples):
         raise DataError("holds an instruction twice", "keep one annotation of each", file=path)
     model, judge = min(names["generator_2"]), min(names["annotator"])
-    metric = _metric(
-        "win_rate", "AlpacaEval win rate", samples, path, opponent=" and ".join(rivals)
+    known = [sample.value for sample in samples if sample.value is not None]
+    metric = Metric(
+        "win_rate",
+        "AlpacaEval win rate",
+        tuple(samples),
+        value=sum(known) / len(known) if known else None,
+        n=len(known),
+        opponent=" and ".join(rivals),
+        eval="alpaca_eval",
+        suite="alpaca_eval",
+        file=path,
     )
     log = EvalLog(
         suite="alpaca_eval",
@@ -129,14 +129,6 @@ def _annotation(row: Mapping[str, Any]) -> Sample:
     )
 
 
-def _metric(name: str, label: str, samples: Sequence[Sample], file: Path, **values: Any) -> Metric:
-    known = [sample.value for sample in samples if sample.value is not None]
-    values.setdefault("value", sum(known) / len(known) if known else None)
-    values.setdefault("eval", "alpaca_eval")
-    values.setdefault("suite", values["eval"])
-    return Metric(name, label, tuple(samples), n=len(known), file=file, **values)
-
-
 # ---- lm-eval ----
 
 
@@ -146,7 +138,12 @@ def _lm_eval(folder: Path, path: Path) -> Run:
     if not isinstance(content, Mapping) or not isinstance(content.get("results"), Mapping):
         raise DataError("holds no results of lm-eval", _AGAIN, file=path)
     stamp = path.stem.removeprefix("results")
-    samples = {task: list(_rows(file)) for task, file in _sample_files(path, stamp).items()}
+    samples: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(path.parent.glob(f"samples_*{stamp}.jsonl")):
+        samples[file.stem.removeprefix("samples_").removesuffix(stamp)] = list(_rows(file))
+    prompts = sorted(
+        f"{row['doc_id']} {row.get('prompt_hash')}" for rows in samples.values() for row in rows
+    )
     known = [
         replace(metric, eval="lm_eval", suite="lm_eval", file=path)
         for metric in metrics_of(content, samples)
@@ -164,7 +161,7 @@ def _lm_eval(folder: Path, path: Path) -> Run:
         "transformers": content.get("transformers_version"),
         "model arguments": ", ".join(f"{key}={free[key]}" for key in sorted(free)),
         "chat template": content.get("chat_template_sha") or "none",
-        "prompts": _prompts_hash(samples),
+        "prompts": hash_of(prompts)[:12],
     }
     log = EvalLog(
         suite="lm_eval",
@@ -191,12 +188,6 @@ def _arguments(text: Any) -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in parts}
 
 
-def _sample_files(path: Path, stamp: str) -> dict[str, Path]:
-    """The file of samples of each task, those of the same command."""
-    files = sorted(path.parent.glob(f"samples_*{stamp}.jsonl"))
-    return {file.stem.removeprefix("samples_").removesuffix(stamp): file for file in files}
-
-
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
@@ -211,17 +202,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def _prompts_hash(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    rows = (row for of_task in samples.values() for row in of_task)
-    return hash_of(sorted(f"{row['doc_id']} {row.get('prompt_hash')}" for row in rows))[:12]
-
-
 def unique_names(runs: Sequence[Run]) -> dict[str, Run]:
-    """Return runs by name; two of one name are told apart by their folders.
-
-    Raises:
-        RecipeError: one is named twice.
-    """
+    """Return runs by name; two of one name are told apart by their folders."""
     by_name: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         by_name[run.name].append(run)

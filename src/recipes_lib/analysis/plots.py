@@ -22,9 +22,7 @@ _CURVES = {
 
 
 def forest(claims: Sequence[Claim]) -> str:
-    """Return every tested difference with its 95% interval, a panel for each unit; nothing where
-    there is none.
-    """
+    """Return every tested difference with its 95% interval, a panel for each unit, or nothing."""
     shown = [claim for claim in claims if claim.row.interval and not claim.row.aside][:_MOST_ROWS]
     parts: list[str] = []
     top = 0
@@ -62,18 +60,12 @@ def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str
 def curves(arms: Arms) -> str:
     """Return the training curves of all runs, a panel for each kind; nothing without one."""
     colors = {arm.name: _COLORS[number % len(_COLORS)] for number, arm in enumerate(arms)}
-    panels = [
-        (title, series)
+    runs = [(arm.name, run.curves) for arm in arms for run in arm.runs]
+    of_name = {
+        title: [(arm, known[name].points) for arm, known in runs if name in known]
         for name, title in _CURVES.items()
-        if (
-            series := [
-                (arm.name, run.curves[name].shown())
-                for arm in arms
-                for run in arm.runs
-                if name in run.curves
-            ]
-        )
-    ]
+    }
+    panels = [(title, series) for title, series in of_name.items() if series]
     if not panels:
         return ""
     width, height, parts = 370, 200, []

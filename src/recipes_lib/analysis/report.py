@@ -14,7 +14,7 @@ import re
 import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,15 @@ from recipes_lib.analysis import plots, text
 from recipes_lib.analysis.aims import Design
 from recipes_lib.analysis.checks import SEVERITIES
 from recipes_lib.analysis.claims import Conclusion, effect_text, limits_text, where_text
-from recipes_lib.analysis.runs import Arms, Run
+from recipes_lib.analysis.differences import code_text
+from recipes_lib.analysis.runs import Arms
 from recipes_lib.analysis.samples import collect_samples
-from recipes_lib.analysis.stats import Limits
 from recipes_lib.analysis.summary import report_markdown
-from recipes_lib.analysis.table import Score, score_interval
+from recipes_lib.analysis.table import score_interval
 from recipes_lib.core.files import write_text
 from recipes_lib.core.project import project_root, runs_root
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import EvalLog, Sample, answer_faults
+from recipes_lib.evals.log import Sample, answer_faults
 
 TEMPLATES = Path(__file__).parent / "templates"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "|", "%")  # a spreadsheet would calculate it
@@ -82,7 +82,7 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
         for name in ("report.css", "samples.js")
     )
     samples = collect_samples(arms)
-    pairs = dict.fromkeys(claim.row.arms for claim in conclusion.claims)
+    ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
     findings = [
         (severity, of_severity)
         for severity in SEVERITIES
@@ -91,14 +91,14 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
     return environment.get_template("report.html.jinja").render(
         name=design.name if design else "comparison",
         conclusion=conclusion,
-        pairs=[
-            (pair, [claim for claim in conclusion.claims if claim.row.arms == pair])
-            for pair in pairs
-        ],
         findings=findings,
         forest=Markup(plots.forest(conclusion.claims)),
         curves=Markup(plots.curves(arms)),
-        reference=_reference(conclusion, design),
+        reference=[
+            (arm, metric, published, ours.get((arm, metric)))
+            for arm, numbers in (design.reference if design else {}).items()
+            for metric, published in numbers.items()
+        ],
         answers=answer_counts(arms),
         trainings=trainings(arms),
         tuned=design.tuned if design else {},
@@ -116,59 +116,40 @@ def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None
 # ---- Trainings, answers, categories, audits ----
 
 
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """One training's numbers; losses are per token, of one run, and not tested."""
-
-    arm: str
-    run: str
-    seed: int | None
-    steps: int | None
-    rows: int | None
-    loss: float | None
-    validation_loss: float | None
-    tokens_per_second: float | None
-    peak_memory_gib: float | None
-    device_hours: float | None
-    launch: str
-    devices: str
-    file: str
-
-
-def trainings(arms: Arms) -> list[Training]:
-    """Return one line per run that was trained."""
-    return [
-        _training(arm.name, run)
-        for arm in arms
-        for run in arm.runs
-        if not run.is_base and (run.curves or run.state.get("summary"))
-    ]
-
-
-def _training(arm: str, run: Run) -> Training:
-    summary = run.state.get("summary") or {}
-    last = {name: curve.last[1] for name, curve in run.curves.items() if curve.last}
-    reached = [int(curve.last[0]) for curve in run.curves.values() if curve.last]
-    devices = run.environment.get("devices") or ["not recorded"]
-    seconds = summary.get("seconds")  # of a resumed training those of its last attempt alone
-    hours = None
-    if seconds is not None and not run.state.get("resumed"):
-        hours = float(seconds) * int(summary.get("world_size") or 1) / 3600
-    return Training(
-        arm=arm,
-        run=run.name,
-        seed=run.seed,
-        steps=summary.get("steps") or max(reached, default=None),
-        rows=summary.get("training_rows"),
-        loss=summary.get("last_training_loss") or last.get("loss"),
-        validation_loss=summary.get("last_validation_loss") or last.get("eval_loss"),
-        tokens_per_second=summary.get("tokens_per_second"),
-        peak_memory_gib=summary.get("peak_memory_gib"),
-        device_hours=hours,
-        launch=str(run.state.get("launch") or "not recorded"),
-        devices=f"{len(devices)} x {devices[0]}" if len(devices) > 1 else str(devices[0]),
-        file=f"{run.name}/run.json",
-    )
+def trainings(arms: Arms) -> list[dict[str, Any]]:
+    """Return the numbers of each training; losses are per token, of one run, and not tested."""
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            summary = run.state.get("summary") or {}
+            if run.is_base or not (run.curves or summary):
+                continue
+            last = {name: curve.points[-1] for name, curve in run.curves.items()}
+            loss, eval_loss = (last.get(name, (0, None))[1] for name in ("loss", "eval_loss"))
+            hours = None
+            # the seconds of a resumed training are those of its last attempt alone
+            if summary.get("seconds") is not None and not run.state.get("resumed"):
+                hours = float(summary["seconds"]) * int(summary.get("world_size") or 1) / 3600
+            devices = run.environment.get("devices") or ["not recorded"]
+            rows.append(
+                {
+                    "arm": arm.name,
+                    "run": run.name,
+                    "seed": run.seed,
+                    "steps": summary.get("steps")
+                    or max((int(step) for step, _ in last.values()), default=None),
+                    "rows": summary.get("training_rows"),
+                    "loss": summary.get("last_training_loss") or loss,
+                    "validation_loss": summary.get("last_validation_loss") or eval_loss,
+                    "tokens_per_second": summary.get("tokens_per_second"),
+                    "peak_memory_gib": summary.get("peak_memory_gib"),
+                    "device_hours": hours,
+                    "launch": str(run.state.get("launch") or "not recorded"),
+                    "devices": f"{len(devices)} x {devices[0]}" if devices[1:] else devices[0],
+                    "file": f"{run.name}/run.json",
+                }
+            )
+    return rows
 
 
 def answer_counts(arms: Arms) -> list[dict[str, Any]]:
@@ -187,23 +168,9 @@ def answer_counts(arms: Arms) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(frozen=True)
-class Category:
-    """One arm on the questions of one category."""
-
-    metric: str
-    category: str
-    arm: str
-    unit: str
-    value: float | None
-    interval: Limits | None
-    n: int
-    file: str
-
-
-def categories(arms: Arms) -> dict[str, list[Category]]:
-    """Return metrics by category, where a judged or checked evaluation has several."""
-    by_title: dict[str, list[Category]] = defaultdict(list)
+def categories(arms: Arms) -> dict[str, list[dict[str, Any]]]:
+    """Return each arm by category, where a judged or checked evaluation has several."""
+    by_title: dict[str, list[dict[str, Any]]] = defaultdict(list)
     metrics = ((arm, metric) for arm in arms for run in arm.runs[:1] for metric in run.metrics)
     for arm, metric in metrics:
         samples: dict[str, list[Sample]] = defaultdict(list)
@@ -213,45 +180,42 @@ def categories(arms: Arms) -> dict[str, list[Category]]:
             continue
         opponent = arms.opponent(metric.opponent)
         title = f"{metric.label} against {opponent}" if opponent else metric.label
-        file = "/".join(metric.file.parts[-4:])
         for name, some in samples.items():
             value, limits = None, None
             if some:
                 values = np.array([[sample.value for sample in some]], dtype=float)
                 value = float(values.mean())
                 limits = score_interval(values, [sample.id for sample in some], metric.unit)
-            row = Category(title, name, arm.name, metric.unit, value, limits, len(some), file)
-            by_title[title].append(row)
-    return {title: sorted(rows, key=lambda row: row.category) for title, rows in by_title.items()}
+            by_title[title].append(
+                {
+                    "metric": title,
+                    "category": name,
+                    "arm": arm.name,
+                    "unit": metric.unit,
+                    "value": value,
+                    "interval": limits,
+                    "n": len(some),
+                    "file": "/".join(metric.file.parts[-4:]),
+                }
+            )
+    return {
+        title: sorted(rows, key=lambda row: str(row["category"]))
+        for title, rows in by_title.items()
+    }
 
 
 def _audits(arms: Arms) -> list[tuple[str, Any, Any]]:
-    """The audit of each judge in each evaluation: that of the result with the most judgments."""
+    """The audit of each judge in each evaluation: that which measured most checks."""
     audits: dict[tuple[str, str], tuple[str, Any, Any]] = {}
-    for _, log in sorted(arms.logs, key=lambda logged: _weight(logged[1])):
+    weights: dict[tuple[str, str], tuple[int, int]] = {}
+    for _, log in arms.logs:
         if log.judge and log.audit:
-            audits[log.eval, log.judge.fingerprint] = log.eval, log.judge, log.audit
+            key = log.eval, log.judge.fingerprint
+            measured = sum(check.result != "not measured" for check in log.audit.checks)
+            weight = measured, log.audit.asked
+            if weight >= weights.get(key, (0, 0)):
+                audits[key], weights[key] = (log.eval, log.judge, log.audit), weight
     return list(audits.values())
-
-
-def _weight(log: EvalLog) -> tuple[int, int]:
-    """How many checks an audit has measured, of how many judgments."""
-    if log.audit is None:
-        return 0, 0
-    measured = sum(check.result != "not measured" for check in log.audit.checks)
-    return measured, log.audit.asked
-
-
-def _reference(
-    conclusion: Conclusion, design: Design | None
-) -> list[tuple[str, str, float, Score | None]]:
-    """Published numbers beside ours: (arm, metric, published, our score)."""
-    ours = {(score.arm, score.metric): score for score in reversed(conclusion.table.scores)}
-    return [
-        (arm, metric, value, ours.get((arm, metric)))
-        for arm, numbers in (design.reference if design else {}).items()
-        for metric, value in numbers.items()
-    ]
 
 
 # ---- Numbers ----
@@ -268,10 +232,8 @@ def number_rows(conclusion: Conclusion, arms: Arms) -> Iterator[dict[str, Any]]:
     for score in conclusion.table.scores:
         yield _number("score", asdict(score))
     for rows in categories(arms).values():
-        for category in rows:
-            yield _number("category", asdict(category))
-    for training in trainings(arms):
-        yield _number("training", {"n": 1, **asdict(training)})
+        yield from (_number("category", row) for row in rows)
+    yield from (_number("training", {"n": 1, **row}) for row in trainings(arms))
     for counts in answer_counts(arms):
         for what, (times, n) in counts["faults"].items():
             known = {"arm": counts["arm"], "eval": counts["eval"], "metric": what}
@@ -293,12 +255,10 @@ def _number(kind: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
     out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow([_cell(row.get(column)) for column in columns])
+    writer = csv.DictWriter(out, dict.fromkeys(key for row in rows for key in row))
+    writer.writeheader()
+    writer.writerows({key: _cell(value) for key, value in row.items()} for row in rows)
     return out.getvalue()
 
 
@@ -317,10 +277,12 @@ def commands(arms: Arms, design: Design | None) -> list[tuple[str, list[str]]]:
     if design is None:
         names = [str(run.folder) if run.foreign else run.name for run in runs]
         return [("This table", [portable_command(f"recipes compare {shlex.join(names)}")])]
+    typed = [path for run in runs if (path := run.folder / "command.txt").is_file()]
+    trained = [path.read_text(encoding="utf-8", errors="replace").strip() for path in typed]
     sources = {
-        "Everything": [design.command] if design.command else [],
-        "Trainings": [line for run in runs if (line := _command_of(run))],
-        "Evaluations": [log.command for run in runs for log in run.evals if log.command],
+        "Everything": [design.command],
+        "Trainings": [content.splitlines()[-1] for content in trained if content],
+        "Evaluations": [log.command for run in runs for log in run.evals],
         "lm-eval alone": [log.lm_eval_command or "" for run in runs for log in run.evals],
     }
     lines = {
@@ -328,12 +290,6 @@ def commands(arms: Arms, design: Design | None) -> list[tuple[str, list[str]]]:
         for title, some in sources.items()
     }
     return [(title, some) for title, some in lines.items() if some]
-
-
-def _command_of(run: Run) -> str:
-    path = run.folder / "command.txt"
-    content = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
-    return content.splitlines()[-1] if content else ""
 
 
 def portable_command(command: str) -> str:
@@ -354,39 +310,37 @@ def portable_command(command: str) -> str:
 
 def provenance(arms: Arms, design: Design | None) -> list[tuple[str, str]]:
     """Return code, versions, devices, data, prompts and judges, as the runs recorded them."""
-    lines: dict[str, dict[str, None]] = defaultdict(dict)
-
-    def add(name: str, value: object) -> None:
-        if value:
-            lines[name][str(value)] = None
-
-    def code(git: Any) -> str:
-        commit = str((git or {}).get("commit") or "")[:12]
-        return f"{commit} with changes" if commit and git.get("dirty") else commit
-
+    facts: list[tuple[str, str]] = []
     for arm in arms:
         for run in arm.runs:
             libraries = (run.environment.get("libraries") or {}).items()
-            add("code at training", code(run.environment.get("git")))
-            add(
-                "libraries",
-                ", ".join(f"{name} {version}" for name, version in libraries if version),
-            )
-            add("devices", ", ".join(dict.fromkeys(run.environment.get("devices") or [])))
             guard = run.state.get("guard") or {}
-            add("data, sha256", str(guard.get("data_fingerprint") or "")[:16])
-            add("runs", f"{arm.name}: {run.name}")
+            facts += [
+                ("code at training", code_text(run.environment.get("git"))),
+                (
+                    "libraries",
+                    ", ".join(f"{name} {version}" for name, version in libraries if version),
+                ),
+                ("devices", ", ".join(dict.fromkeys(run.environment.get("devices") or []))),
+                ("data, sha256", str(guard.get("data_fingerprint") or "")[:16]),
+                ("runs", f"{arm.name}: {run.name}"),
+            ]
             for log in run.evals:
-                add("code at evaluation", code(log.git))
-                add("written by", log.source)
-                if log.judge:
-                    model = portable_command(log.judge.model)
-                    print_ = log.judge.fingerprint[:12]
-                    add("judges", f"{log.judge.name} ({model}, {log.judge.mode}, {print_})")
-                if log.answers.prompt_format_hash:
-                    prompt = f"{log.answers.prompt_format} {log.answers.prompt_format_hash[:12]}"
-                    add("prompt formats", prompt)
+                judge, answers = log.judge, log.answers
+                facts += [("code at evaluation", code_text(log.git)), ("written by", log.source)]
+                if judge:
+                    known = (
+                        f"{portable_command(judge.model)}, {judge.mode}, {judge.fingerprint[:12]}"
+                    )
+                    facts.append(("judges", f"{judge.name} ({known})"))
+                if answers.prompt_format_hash:
+                    prompt = f"{answers.prompt_format} {answers.prompt_format_hash[:12]}"
+                    facts.append(("prompt formats", prompt))
     if design is not None:
         factors = [f"{name}: {', '.join(keys)}" for name, keys in design.factors.items()]
-        add("declared factors", "; ".join(factors))
+        facts.append(("declared factors", "; ".join(factors)))
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name, value in dict.fromkeys(facts):
+        if value:
+            lines[name].append(value)
     return [(name, "; ".join(values)) for name, values in lines.items()]

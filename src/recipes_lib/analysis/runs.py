@@ -1,6 +1,4 @@
-"""What was measured, read from run folders: every evaluation, training curves, and the facts about
-each run.
-"""
+"""What was measured, read from run folders: evaluations, training curves, facts about each run."""
 
 from __future__ import annotations
 
@@ -20,31 +18,23 @@ MOST_POINTS = 1_000
 CURVES = ("loss", "eval_loss", "learning_rate", "tokens_per_second")
 
 
+@dataclass
 class Curve:
     """Points (step, value) of one thing that a training logged, thinned while they are read."""
 
-    def __init__(self) -> None:
-        self.points: list[tuple[float, float]] = []
-        self.last: tuple[float, float] | None = None
-        self.lowest = math.inf
-        self.count = 0
-        self._every = 1
+    points: list[tuple[float, float]] = field(default_factory=list)
+    count: int = 0
+    every: int = 1  # how many points each stands for; the last one stands for itself
 
     def add(self, step: float, value: float) -> None:
         """Add a point; of more than `MOST_POINTS` every second one is dropped."""
-        if self.count % self._every == 0:
-            self.points.append((step, value))
-            if len(self.points) >= MOST_POINTS:
-                self.points = self.points[::2]
-                self._every *= 2
+        if (self.count - 1) % self.every:
+            self.points.pop()
+        self.points.append((step, value))
         self.count += 1
-        self.last = step, value
-        self.lowest = min(self.lowest, value)
-
-    def shown(self) -> list[tuple[float, float]]:
-        """Return the points with the last one."""
-        ends = self.last is None or self.points[-1:] == [self.last]
-        return self.points if ends or self.last is None else [*self.points, self.last]
+        if len(self.points) > MOST_POINTS:
+            self.points = self.points[::2]
+            self.every *= 2
 
 
 def read_curves(file: Path) -> dict[str, Curve]:
@@ -52,9 +42,7 @@ def read_curves(file: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for row in read_rows(file, skip_damaged=True):
         step = row.get("step")
-        if not isinstance(step, int | float):
-            continue
-        for name in CURVES:
+        for name in CURVES if isinstance(step, int | float) else ():
             value = row.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, Curve()).add(step, value)
@@ -106,11 +94,6 @@ class ArmRuns:
         """Whether the arm is a model that was not trained here."""
         return bool(self.runs) and all(run.is_base for run in self.runs)
 
-    @property
-    def seeds(self) -> int:
-        """How many trainings there are; none of a base."""
-        return 0 if self.is_base else len(self.runs)
-
 
 @dataclass(frozen=True)
 class Arms:
@@ -135,9 +118,7 @@ class Arms:
         return [(arm.name, log) for arm in self for log in arm.logs]
 
     def opponent(self, run: str | None) -> str | None:
-        """Return the arm that an opponent belongs to, or the opponent as it is (`reference`,
-        another run), never under an arm's name.
-        """
+        """Return the arm of an opponent, or the opponent as it is and never under an arm's name."""
         if run is None:
             return None
         if run in self.of_run and run != REFERENCE:
@@ -154,11 +135,7 @@ def load_arms(
 
     Args:
         folders: of runs by arm, one per seed; one that does not exist is left out.
-        report: is called with each evaluation that is damaged, which is then left out; None to
-            raise the error.
-
-    Raises:
-        DataError: a file is damaged, or its numbers do not agree with its items.
+        report: is called with each damaged evaluation, which is left out; None to raise the error.
     """
     return Arms(
         {
@@ -169,11 +146,7 @@ def load_arms(
 
 
 def load_run(folder: Path, report: Callable[[DamagedFile], None] | None = None) -> Run:
-    """Return what one run's folder holds; `report` as for `load_arms`.
-
-    Raises:
-        DataError: a file is damaged.
-    """
+    """Return what one run's folder holds; `report` as for `load_arms`."""
     resolved = read_resolved(folder)
     evals, unfinished = read_eval_logs(folder, report)
     seed = (resolved.get("train") or {}).get("seed")
@@ -200,9 +173,7 @@ def run_place(path: Path) -> str:
 
 
 def question_of(samples: Sequence[Sample]) -> dict[str, str]:
-    """Return the question behind each id: ids of one text are one question, because asked again it
-    is no new evidence.
-    """
+    """Return the question behind each id: asked again under another id it is no new evidence."""
     texts: dict[str, dict[int, str]] = {}
     same: dict[str, str] = {}
     for sample in samples:

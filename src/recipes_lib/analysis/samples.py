@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from recipes_lib.analysis.runs import Arms
 from recipes_lib.core.terminal import printable
-from recipes_lib.evals.log import ORDERS, EvalLog, Sample
+from recipes_lib.evals.log import ORDERS, Sample
 
 MOST_CHARACTERS, LONGEST_TEXT = 330_000, 4_000
 
@@ -29,8 +29,10 @@ class Samples:
     total: int = 0
     _places: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def place(self, text: str) -> int:
+    def place(self, text: str | None) -> int | None:
         """Return the place of a text in the table, adding it; a long one is cut and says so."""
+        if text is None:
+            return None
         if len(text) > LONGEST_TEXT:
             text = f"{text[:LONGEST_TEXT]}\n[cut here: {len(text):,} characters in all]"
         if text not in self._places:
@@ -40,27 +42,23 @@ class Samples:
 
     def add(self, group: int, sample: Sample) -> None:
         """Add a sample of a group."""
-        more = f", turn {sample.turn}" * (sample.turn > 1) + f", answer {sample.draw}" * (
-            sample.draw > 1
-        )
+        name = sample.id
+        name += f", turn {sample.turn}" * (sample.turn > 1)
+        name += f", answer {sample.draw}" * (sample.draw > 1)
         orders = ORDERS if sample.opponent is not None else ("grade",)
-        verdicts = [
-            [order, printable(said), None if raw is None else self.place(raw)]
-            for order, said, raw in zip(orders, sample.verdicts, sample.raws, strict=False)
-        ]
+        said = zip(orders, sample.verdicts, sample.raws, strict=False)
         graded = sample.outcome == "graded" and sample.value is not None
-        opponent = None if sample.opponent is None else self.place(sample.opponent)
         self.samples.append(
             [
                 group,
-                printable(f"{sample.id}{more}"),
+                printable(name),
                 printable(sample.category),
                 f"grade {sample.value:g}" if graded else sample.outcome,
                 int(sample.flip),
                 self.place(sample.input or f"question {sample.id}"),
                 self.place(sample.answer or ""),
-                opponent,
-                verdicts,
+                self.place(sample.opponent),
+                [[order, printable(verdict), self.place(raw)] for order, verdict, raw in said],
             ]
         )
 
@@ -74,16 +72,21 @@ class Samples:
 def collect_samples(arms: Arms) -> Samples:
     """Return the samples of every evaluation that has texts, comparisons between arms first."""
     browser = Samples()
-    pages = [
-        (arm.name, log, samples)
-        for arm in arms
-        for run in arm.runs
-        for log in run.evals
-        if (samples := _readable(log))
-    ]
-    pages.sort(key=lambda page: arms.opponent(page[1].against) not in arms.by_name)
-    browser.total = sum(len(samples) for _, _, samples in pages)
-    size = sum(_size(sample) for _, _, samples in pages for sample in samples)
+    pages = []
+    size = 0  # of all texts; a question stands there once for all arms
+    for arm, log in sorted(
+        arms.logs, key=lambda logged: arms.opponent(logged[1].against) not in arms.by_name
+    ):
+        # of the comparison, else of the first metric
+        metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)[:1]
+        samples = [each for metric in metrics for each in metric.samples]
+        samples = [each for each in samples if each.answer or any(each.raws)]
+        if samples:
+            pages.append((arm, log, samples))
+            browser.total += len(samples)
+        for sample in samples:
+            texts = [sample.answer, sample.opponent, *sample.raws]
+            size += 80 + sum(min(len(text or ""), LONGEST_TEXT) for text in texts)
     step = max(1, -(-size // MOST_CHARACTERS))
     for group, (arm, log, samples) in enumerate(pages):
         opponent = arms.opponent(log.against) or ""
@@ -94,20 +97,3 @@ def collect_samples(arms: Arms) -> Samples:
         for sample in samples[::step]:
             browser.add(group, sample)
     return browser
-
-
-def _size(sample: Sample) -> int:
-    """How many characters a sample adds to the page; a question stands there once for all arms."""
-    texts = [sample.answer, sample.opponent, *sample.raws]
-    return 80 + sum(min(len(text or ""), LONGEST_TEXT) for text in texts)
-
-
-def _readable(log: EvalLog) -> list[Sample]:
-    """The samples that hold a text: of the comparison, else of the first metric."""
-    metrics = sorted(log.metrics, key=lambda metric: metric.opponent is None)
-    return [
-        sample
-        for metric in metrics[:1]
-        for sample in metric.samples
-        if sample.answer or any(sample.raws)
-    ]

@@ -1,4 +1,4 @@
-"""Paired comparisons of two arms on the same questions, and the few intervals that a report needs.
+"""Paired comparisons of two arms on the same questions, and the interval of one arm's mean.
 
 One mechanism carries every statement: the mean paired difference, its variance over questions and
 over training seeds, and Student's t. The interval, p, equivalence and the minimum detectable effect
@@ -73,9 +73,7 @@ class Estimate:
     def half_width(self, alpha: float = ALPHA, mean: float = 0.0) -> float:
         """Return half the interval at level 1 - alpha; infinite with too few questions for it.
 
-        Args:
-            mean: the true mean that is asked about; one further out than the data has a variance of
-                its own at least.
+        A true `mean` further out than that of the data has a variance of its own at least.
         """
         if alpha < 2.0 ** (1 - self.questions):
             return math.inf
@@ -115,21 +113,23 @@ class Estimate:
     def mde(self, alpha: float = ALPHA) -> float:
         """Return the smallest true difference that is found with 80% probability at level alpha.
 
-        On a bounded scale enough questions must differ at all: where they all agree, `least` of
-        them are significant, and a binomial count must reach that number with 80% probability.
+        On a bounded scale the variance moves with the difference d: it has less room further out,
+        and where both arms answer alike every difference is a question that begins to differ.
         """
-        n, total = self.questions, self.questions + self.added
+        n = self.questions
         if alpha < 2.0 ** (1 - n):
             return math.inf
         t, s = detectable(self.freedom, alpha), detectable(max(1, self.seeds - 1), alpha)
-        smallest = self._width(t, s, self.var_plain * (total / n) ** 2, alpha)
-        if total == n:
-            return smallest if smallest > 1e-12 else math.inf
-        t2 = _quantile(self.freedom, alpha) ** 2
-        slope = (total - 1 + t2) / total
-        least = math.ceil((t2 + math.sqrt(t2 * t2 + 8 * t2 * slope)) / (2 * slope))
-        share = special.betaincinv(least, n - least + 1, POWER) if least <= n else math.inf
-        return max(smallest, self.size * float(share))
+        shrunk = (n + self.added) / n  # the added questions draw the mean towards zero
+        d = self._width(t, s, self.var_plain * shrunk**2, alpha)
+        if self.added:
+            seen = math.sqrt(max(self.value**2 - self.var_plain, 0.0))  # d that the data have
+            alike = max(0.0, 1 - 2 * (self.var_plain * n + self.value**2) / self.size**2)
+            grows = (t * shrunk) ** 2 / n * alike * self.size
+            falls = (t * shrunk) ** 2 / n / self.seeds
+            fixed = max(0.0, d * d - grows * seen + falls * seen * seen)
+            d = (grows + math.sqrt(grows**2 + 4 * (1 + falls) * fixed)) / 2 / (1 + falls)
+        return d if d > 1e-12 else math.inf
 
     @property
     def tail_against(self) -> bool:
@@ -221,14 +221,15 @@ def compare(
     arms = (np.atleast_2d(np.asarray(values, dtype=float)) for values in (first, second))
     a, b = np.broadcast_arrays(*arms)
     valued, labels = np.isfinite(a) & np.isfinite(b), np.asarray(questions)
-    known = valued.all(axis=0)
-    if scale is None:
-        if not known.all():
-            raise ValueError(f"{int((~known).sum())} items have no value on a scale without bounds")
-        case = estimate(a - b, labels)
+    known, reach = valued.all(axis=0), math.inf
+    if scale is not None:  # a constant in the middle of the scale limits the reach
+        rival = float(b.flat[0]) if (b == b.flat[0]).all() else scale[0]
+        reach = max(scale[1] - rival, rival - scale[0])
+    if known.all():
+        case = estimate(a - b, labels, reach)
         return Comparison(case, case, case)
-    rival = float(b.flat[0]) if (b == b.flat[0]).all() else scale[0]  # a constant limits the reach
-    reach = max(scale[1] - rival, rival - scale[0])
+    if scale is None:
+        raise ValueError(f"{int((~known).sum())} items have no value on a scale without bounds")
     worst, best = (
         estimate(np.where(np.isnan(a), x, a) - np.where(np.isnan(b), y, b), labels, reach)
         for x, y in (scale, scale[::-1])
@@ -256,11 +257,3 @@ def mean_interval(values: ArrayLike, questions: ArrayLike, scale: Limits) -> Lim
     middle, table = sum(scale) / 2, np.atleast_2d(np.asarray(values, dtype=float))
     ends = estimate(table - middle, questions, scale[1] - middle).interval()
     return None if ends is None else (ends[0] + middle, ends[1] + middle)
-
-
-def wilson(hits: float, n: float) -> Limits:
-    """Return the 95% score interval of a share (Wilson 1927)."""
-    z = float(special.ndtri(1 - ALPHA / 2))
-    middle, total = hits + z * z / 2, n + z * z
-    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    return max(0.0, (middle - half) / total), min(1.0, (middle + half) / total)

@@ -16,10 +16,8 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
     if conclusion.cannot_say:
         lines += ["", "What cannot be said:"]
         lines += [f"- {printable(line)}" for line in conclusion.cannot_say]
-    pairs = list(dict.fromkeys(claim.row.arms for claim in conclusion.claims))
-    for pair in pairs:
-        claims = [claim for claim in conclusion.claims if claim.row.arms == pair]
-        lines += ["", f"{pair[0]} against {pair[1]}", *pair_lines(claims)]
+    for (first, second), claims in conclusion.pairs.items():
+        lines += ["", f"{first} against {second}", *pair_lines(claims)]
     return [*lines, *finding_lines(conclusion.findings)]
 
 

@@ -25,7 +25,6 @@ from recipes_lib.analysis.stats import (
     compare,
     estimate,
     mean_interval,
-    wilson,
 )
 from recipes_lib.core.terminal import count
 from recipes_lib.evals.log import Metric
@@ -113,9 +112,7 @@ class TableRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One arm on one metric: the mean with its interval. `n` counts items, `unresolved` those
-    without a verdict.
-    """
+    """One arm on one metric: the mean with its interval; `unresolved` items have no verdict."""
 
     arm: str
     metric: str
@@ -144,17 +141,11 @@ class TestedTable:
 
 
 def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
-    """Return the tested table.
-
-    Args:
-        aims: the primary metric, margins, and what else is tested; None for everything alike.
-    """
+    """Return the tested table; without aims all metrics are alike."""
     aims = aims or Aims()
-    measured = {arm.name: measured_metrics(arms, arm) for arm in arms}
+    measured = {arm.name: _metrics_of(arms, arm) for arm in arms}
     rows = [
-        row
-        for first, second in pairs_of(arms)
-        for row in _rows(arms[first], arms[second], measured)
+        row for first, second in _pairs(arms) for row in _rows(arms[first], arms[second], measured)
     ]
     _mark_asides(rows, arms, aims)
     _leave_out_small(rows)
@@ -164,15 +155,15 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     pairs = list(dict.fromkeys(row.arms for row in rows))
     rows.sort(key=lambda row: (pairs.index(row.arms), not row.primary, bool(row.aside)))
     scores = [
-        _score(arm.name, opponent, metrics, arm)
+        _score(arm, opponent, metrics)
         for arm in arms
         for (_, opponent), metrics in measured[arm.name].items()
     ]
     return TestedTable(tuple(rows), tuple(scores))
 
 
-def pairs_of(arms: Arms) -> list[tuple[str, str]]:
-    """Return the pairs of arms, the later one first; those with a base model come last."""
+def _pairs(arms: Arms) -> list[tuple[str, str]]:
+    """The pairs of arms, the later one first; those with a base model come last."""
     pairs = []
     for first, second in itertools.combinations(arms.by_name, 2):
         base_last = arms[second].is_base and not arms[first].is_base
@@ -180,8 +171,8 @@ def pairs_of(arms: Arms) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: any(arms[name].is_base for name in pair))
 
 
-def measured_metrics(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
-    """Return an arm's metrics by name and opponent, with the trainings that have them."""
+def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
+    """An arm's metrics by name and opponent, with the trainings that have them."""
     metrics: dict[_Key, _Measured] = defaultdict(list)
     for run in arm.runs:
         for metric in run.metrics:
@@ -242,7 +233,7 @@ def _side_by_side(
     first_runs: _Measured,
     second_runs: _Measured,
 ) -> TableRow:
-    """Both arms on the same items; a turn that only one of them has counts as without a verdict."""
+    """Both arms on the same items; what only one of them has counts as without a verdict."""
     pairs, flags = _paired_trainings(first, second, first_runs, second_runs)
     sides = ([pair[0] for pair in pairs], [pair[1] for pair in pairs])
     metrics = [*sides[0], *sides[1]]
@@ -298,9 +289,7 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
 
 
 def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) -> _Measured:
-    """The results in which no training stands twice: two seeds against one training are not two
-    pairs of seeds.
-    """
+    """The results in which no training stands twice: two seeds against one are not two pairs."""
     kept: _Measured = []
     seen: set[tuple[str, str]] = set()
     for run, metric in measured:
@@ -315,9 +304,7 @@ def _each_training_once(measured: _Measured, target: ArmRuns, rival: ArmRuns) ->
 def _paired_trainings(
     first: ArmRuns, second: ArmRuns, first_runs: _Measured, second_runs: _Measured
 ) -> tuple[list[tuple[Metric, Metric]], list[str]]:
-    """Pair the trainings of two arms by seed, and say what is left out. A model that was not
-    trained here stands beside every training.
-    """
+    """Pair trainings by seed, a base with each of them, and say what is left out."""
     if second.is_base or first.is_base:
         longer = max(len(first_runs), len(second_runs))
         if len(second_runs) == 1 and second.is_base:
@@ -342,20 +329,14 @@ def _paired_trainings(
 
 def _draws(metrics: Sequence[Metric]) -> int:
     """How many answers per question all of these metrics have."""
-    return min(
-        (max(item.draw for item in metric.samples) for metric in metrics if metric.samples),
-        default=1,
-    )
+    draws = [max(item.draw for item in metric.samples) for metric in metrics if metric.samples]
+    return min(draws, default=1)
 
 
 def _items(metrics: Sequence[Metric], questions: set[str] | None, draws: int) -> list[_Item]:
     """The items of these metrics, each once, of some questions and so many answers to each."""
-    keys = (
-        sample.key
-        for metric in metrics
-        for sample in metric.samples
-        if (questions is None or sample.id in questions) and sample.draw <= draws
-    )
+    samples = (sample for metric in metrics for sample in metric.samples if sample.draw <= draws)
+    keys = (each.key for each in samples if questions is None or each.id in questions)
     return list(dict.fromkeys(keys))
 
 
@@ -393,11 +374,11 @@ def _why_not(row: TableRow, bounded: bool) -> str:
         return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
     if not bounded and test.resolved.tail_against:
         return "a few rows differ far more than the others, the other way"
-    if bounded and row.first_value == row.second_value and row.unit == "share":
-        ends = {0.0: "nothing", 1.0: "everything"}
-        if row.first_value in ends and not test.unresolved:
-            right = f"both arms have {ends[row.first_value]} right"
-            return f"{right}: the questions cannot tell them apart"
+    ends = {0.0: "nothing", 1.0: "everything"}
+    same = row.first_value == row.second_value and row.unit == "share" and not test.unresolved
+    if bounded and same and row.first_value in ends:
+        right = f"both arms have {ends[row.first_value]} right"
+        return f"{right}: the questions cannot tell them apart"
     return ""
 
 
@@ -427,9 +408,7 @@ def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
 
 
 def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
-    """Mark what is shown and not tested: tasks below a group that is tested as one mean, and
-    further metrics of a task that is tested by another one.
-    """
+    """Mark what is shown and not tested: tasks of a tested group, further metrics of a task."""
     metrics = {metric.name: metric for arm in arms for run in arm.runs for metric in run.metrics}
     tested = [row for row in rows if row.is_tested]
     groups = {
@@ -474,9 +453,7 @@ def _leave_out_small(rows: Sequence[TableRow]) -> None:
 
 
 def _mark_primary(rows: Sequence[TableRow], aims: Aims) -> None:
-    """Mark what answers the primary question: of every two arms the first tested row of its metric,
-    which is the one head to head where there is one.
-    """
+    """Mark the primary row of every two arms: the first tested one of the metric, head to head."""
     named = [
         row for row in rows if aims.primary and is_named(aims.primary, row.metric) and not row.aside
     ]
@@ -488,9 +465,7 @@ def _mark_primary(rows: Sequence[TableRow], aims: Aims) -> None:
 
 
 def _set_margins(rows: Sequence[TableRow], aims: Aims) -> None:
-    """Set the margins; one that does not fit its row's metric is a flag. Head to head a difference
-    of x points between two rates is one of x / 2 from one half.
-    """
+    """Set the margins: a difference of x between two rates is x / 2 from one half."""
     for row in rows:
         margin = aims.margin_of(row.metric)
         if margin is None or row.aside:
@@ -531,7 +506,7 @@ def _margin_ps(row: TableRow, factor: float) -> Limits | None:
 # ---- Scores ----
 
 
-def _score(arm: str, opponent: str | None, measured: _Measured, whole: ArmRuns) -> Score:
+def _score(arm: ArmRuns, opponent: str | None, measured: _Measured) -> Score:
     metrics = [metric for _, metric in measured]
     metric = metrics[0]
     items = _items(metrics, None, _draws(metrics))
@@ -539,7 +514,7 @@ def _score(arm: str, opponent: str | None, measured: _Measured, whole: ArmRuns) 
     known = ~np.isnan(values).any(axis=0)
     table, questions = values[:, known], list(itertools.compress(_questions(metrics, items), known))
     return Score(
-        arm=arm,
+        arm=arm.name,
         metric=metric.name,
         label=metric.label,
         opponent=opponent,
@@ -548,17 +523,14 @@ def _score(arm: str, opponent: str | None, measured: _Measured, whole: ArmRuns) 
         interval=score_interval(table, questions, metric.unit) if table.size else None,
         n=len(items) or metric.n,
         unresolved=int((~known).sum()),
-        trainings=0 if whole.is_base else len(metrics),
+        trainings=0 if arm.is_base else len(metrics),
         files=_files(metrics),
     )
 
 
 def score_interval(table: _Values, questions: Sequence[str], unit: str) -> Limits | None:
-    """Return the 95% interval of one arm's mean: Wilson's for plain shares."""
+    """Return the 95% interval of one arm's mean, as its result has it."""
     scale = _scale(unit, table)
-    shares = len(table) == 1 and scale == (0.0, 1.0) and len(set(questions)) == table.shape[1]
-    if shares and np.isin(table, (0.0, 1.0)).all():
-        return wilson(float(table.sum()), table.shape[1])
     if scale is None:
         return estimate(table, questions).interval()
     return mean_interval(table, questions, scale)

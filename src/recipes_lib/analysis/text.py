@@ -35,12 +35,7 @@ def question_text(question: str) -> str:
 
 
 def plain_number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """Return a plain number.
-
-    Example:
-        >>> plain_number(-0.25, 2), plain_number(0.25, 2, signed=True), plain_number(None)
-        ('−0.25', '+0.25', 'n/a')
-    """
+    """Return a plain number."""
     if value is None or not math.isfinite(value):
         return NONE
     text = f"{abs(value):,.{digits}f}"
@@ -56,11 +51,7 @@ def metric_text(value: float | None, unit: str) -> str:
         >>> metric_text(0.625, "share"), metric_text(4.0, "grade")
         ('62.5%', '4.00')
     """
-    if value is None or not math.isfinite(value):
-        return NONE
-    if unit == "share":
-        return f"{plain_number(100 * value, 1)}%"
-    return plain_number(value, _digits(value, unit))
+    return _with_unit(value, unit, "%", signed=False)
 
 
 def difference_text(value: float | None, unit: str, signed: bool = True) -> str:
@@ -70,10 +61,14 @@ def difference_text(value: float | None, unit: str, signed: bool = True) -> str:
         >>> difference_text(-0.125, "share"), difference_text(0.25, "grade", signed=False)
         ('−12.5 points', '0.25')
     """
+    return _with_unit(value, unit, " points", signed)
+
+
+def _with_unit(value: float | None, unit: str, hundredths: str, signed: bool) -> str:
     if value is None or not math.isfinite(value):
         return NONE
     if unit == "share":
-        return f"{plain_number(100 * value, 1, signed)} points"
+        return plain_number(100 * value, 1, signed) + hundredths
     return plain_number(value, _digits(value, unit), signed)
 
 
@@ -94,17 +89,10 @@ def interval_text(interval: Limits | None, unit: str, signed: bool = True) -> st
 
 
 def p_text(p: float | None) -> str:
-    """Return p with its sign of equality.
-
-    Example:
-        >>> p_text(0.0321), p_text(0.00001), p_text(None), p_text(1.0)
-        ('p = 0.032', 'p < 0.001', 'no p', 'p = 1')
-    """
+    """Return p with its sign of equality."""
     if p is None:
         return "no p"
-    if p < 0.001:
-        return "p < 0.001"
-    return "p = 1" if p >= 0.9995 else f"p = {p:.3f}"
+    return "p < 0.001" if p < 0.001 else "p = 1" if p >= 0.9995 else f"p = {p:.3f}"
 
 
 def sentence_list(names: Sequence[str], most: int = 0) -> str:
@@ -122,15 +110,9 @@ def sentence_list(names: Sequence[str], most: int = 0) -> str:
 
 
 def setting_text(value: Any) -> str:
-    """Return a value of a recipe as text of at most 60 characters.
-
-    Example:
-        >>> setting_text(None), setting_text(True), setting_text(0.0002)
-        ('absent', 'true', '0.0002')
-    """
-    words = {None: "absent", True: "true", False: "false"}
-    named = value is None or isinstance(value, bool)
-    text = words[value] if named else str(value)
+    """Return a value of a recipe as text of at most 60 characters."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = "absent" if value is None else text
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
