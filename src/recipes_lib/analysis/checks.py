@@ -343,8 +343,8 @@ def check_answers(arms: Arms) -> Iterator[Finding]:
         for pair in itertools.combinations(means, 2) if judged else ():
             short, long = sorted(pair, key=means.__getitem__)
             if means[long] >= LONGER * means[short] > 0:
-                times = f"{means[long] / means[short]:.1f} times as long as {short}'s"
-                title = f"{long}'s answers in {name} are {times}, and judges prefer long ones"
+                ratio = f"{means[long] / means[short]:.1f} times as long as {short}'s"
+                title = f"{long}'s answers in {name} are {ratio}, and judges prefer long ones"
                 lines = tuple(f"{arm}: {means[arm]:,.0f} characters on average" for arm in pair)
                 metrics = _metrics(log for _, _, log in logs)
                 yield Finding("longer-answers", "warning", title, lines, "", pair, metrics)

@@ -42,7 +42,9 @@ def read_curves(file: Path) -> dict[str, Curve]:
     curves: dict[str, Curve] = {}
     for row in read_rows(file, skip_damaged=True):
         step = row.get("step")
-        for name in CURVES if isinstance(step, int | float) else ():
+        if not isinstance(step, int | float):
+            continue
+        for name in CURVES:
             value = row.get(name)
             if isinstance(value, int | float) and math.isfinite(value):
                 curves.setdefault(name, Curve()).add(step, value)
