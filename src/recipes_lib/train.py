@@ -32,10 +32,10 @@ from recipes_lib.training.stopping import (
 
 
 def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: StopRequest) -> int:
-    """The straight line from recipe to weights; return the exit code.
+    """The straight line from recipe to weights, which every rank walks; return the exit code.
 
-    Every rank walks it. What only one may do (folders, files, messages) rank 0 does inside
-    `on_main_rank`, which hands its result, or its error, to all: all go on or all stop.
+    What only one may do (folders, files, messages) rank 0 does inside `on_main_rank`, which hands
+    its result, or its error, to all: all go on or all stop.
     """
     quiet_libraries()
     # Here and not on top: a process for the CPU has hidden the GPUs before torch looks for them,
@@ -53,7 +53,6 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
         from recipes_lib.training.build import build_trainer, read_model, start_up_lines
         from recipes_lib.training.resume_guard import guarded_values
-        from recipes_lib.weights.export import push_target
         from recipes_lib.weights.load import load_checked_tokenizer
         from recipes_lib.weights.runs import check_base_run
 
@@ -63,7 +62,6 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
     launch_check.check_precision(recipe)
     fsdp_cpu.install()
     args = build_sft_config(recipe, run.checkpoints, world_size())
-    push_to = push_target(recipe)
     active = launch_check.what_runs()
     launch_line = launch_check.check_launch(active)
 
@@ -75,8 +73,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
             say_once(f"next: recipes chat {run.name}")
             return ExitCode.DONE
 
-        # arguments -> tokenizer -> rows. The audit is a gate: rows without anything to learn from
-        # stop the run in `prepare_data`.
+        # arguments -> tokenizer -> rows; rows without anything to learn from stop the run
         check_packages(recipe)
         tokenizer = load_checked_tokenizer(recipe, remote_code=options.trust_remote_code)
         # A template that prints the date prints that of the run's first day in every attempt.
@@ -93,25 +90,21 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         for line in (*data.audit.notes, *map(str, recipe.document.warnings), *audited):
             say_once(line)
 
-        # rows -> checkpoint. A resumed run must share every guarded value with its beginning; a
-        # refusal leaves its records alone.
+        # rows -> checkpoint. A resumed run must share every guarded value with its beginning.
         guard = guarded_values(
             recipe, data.fingerprint, active.world_size, active.distributed_type, library_versions()
         )
         guard["prompt_format_hash"] = data.prompt_format_hash
         if data.audit.training_template is not None:
             guard["training_template_hash"] = data.audit.training_template["sha256"]
+        known = {"launch": launch_line, "template_date": date}
         checkpoint = on_main_rank(
             lambda: attempt.continue_or_start(
-                data,
-                guard,
-                active,
-                options,
-                launch=launch_line,
-                template_date=date,
-                data_files=source_hashes(recipe.data),
+                data, guard, active, options, **known, data_files=source_hashes(recipe.data)
             )
         )
+        if checkpoint is not None:
+            args.eval_on_start = False  # its step is evaluated already, or made up for
 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
@@ -134,14 +127,12 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         summary = on_main_rank(lambda: summarise_training(trainer, data, active, seconds))
         say_once("saving the weights, and comparing them with the trained ones ...")
         check = save_and_check(trainer, attempt, summary)
-        on_main_rank(lambda: attempt.record_finish(summary, check, push_to))
+        on_main_rank(lambda: attempt.record_finish(summary, check))
         return ExitCode.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train one recipe to its planned end, or to a checkpoint it can continue from; return the exit
-    code (`errors.ExitCode`).
-    """
+    """Train one recipe to its end or to a checkpoint; return the exit code (`ExitCode`)."""
     options, overrides = parse_arguments(argv)
     end_with_launcher()
     leave_gpus_out()

@@ -83,7 +83,7 @@ def row_of(family: str) -> str:
     model = without_weights(family)
     adapters, _, left = describe_targets(adapted(family)).partition("; none on ")
     images = images_of(model.config)
-    left = ", ".join([left.partition(" (")[0], *images] if left else images)
+    left = ", ".join([left, *images] if left else images)
     alone = "; experts " + ("adapted" if "experts" in adapters else "not")
     experts = describe_experts(model, 0.0) is not None
     together = "no: " + why if (why := why_rows_apart(model)) else "yes"
@@ -215,19 +215,19 @@ def test_experts_alone_are_adapted_where_parameters_are_named_and_no_modules(
 
 EXPERTS = (
     ("llama", {}, None),
-    ("qwen3_moe", {}, "4 in a layer, adapted; routers frozen; auxiliary loss none"),
-    ("gpt_oss", {}, "frozen (lora.target_parameters: [experts.down_proj, experts.gate_up_proj]"),
+    ("qwen3_moe", {}, "adapted; routers: frozen; auxiliary loss: x 0"),
+    ("gpt_oss", {}, "frozen"),
     (
         "granitemoe",
         {"target_modules": [], "target_parameters": ["experts.down_proj"]},
-        "4 in a layer, adapted; routers frozen; auxiliary loss none",
+        "adapted; routers: frozen; auxiliary loss: x 0",
     ),
     (
         "qwen3_moe",
         {"target_modules": ["q_proj"], "target_parameters": ["gate.weight"]},
-        "routers trained; auxiliary loss x 0.001",
+        "routers: trained; auxiliary loss: x 0.001",
     ),
-    ("mixtral", None, "4 in a layer, trained; routers trained; auxiliary loss x 0.001"),
+    ("mixtral", None, "experts: trained; routers: trained; auxiliary loss: x 0.001"),
 )
 
 

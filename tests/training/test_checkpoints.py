@@ -109,9 +109,9 @@ def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(
         ("", 2, r"rng_state_1\.pth"),
     ],
 )
-def test_a_missing_training_state_is_an_error_that_names_the_flag(
+def test_a_missing_training_state_is_an_error_that_names_the_file(
     tmp_path: Path, without: str, num_processes: int, said: str
 ) -> None:
     checkpoint = make_checkpoint(tmp_path, 5, without=without)
-    with pytest.raises(EnvironmentFault, match=rf"(?s){said}.*--allow-partial-resume"):
+    with pytest.raises(EnvironmentFault, match=rf"(?s){said}.*restore the files"):
         checkpoints.check_resumable(checkpoint, num_processes)

@@ -301,7 +301,6 @@ def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
     mark_complete(checkpoint, step=2, world_size=1)
     assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
     assert "optimizer.pt" in capsys.readouterr().err
-    assert main([str(tiny_recipe), "--allow-partial-resume"]) == 0
 
 
 def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
@@ -439,36 +438,6 @@ def test_no_planted_secret_is_in_any_written_file(
     for path in written:
         content = path.read_bytes()
         assert not any(value.encode() in content for value in secrets.values()), path
-
-
-def test_a_push_without_a_network_is_refused_before_anything_is_computed(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(tiny_recipe), "train.push_to_hub=true"]
-    assert main(words) == ExitCode.USAGE
-    assert "train.hub_model_id" in capsys.readouterr().err
-    assert main([*words, "train.hub_model_id=ada/first"]) == ExitCode.ENVIRONMENT
-    assert "nothing can be pushed" in capsys.readouterr().err
-    assert not (tiny_recipe.parent / "runs").exists()
-
-
-def test_only_the_checked_weights_are_pushed_never_a_checkpoint(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The Hub is the only thing here that is not real: what would be uploaded is looked at."""
-    from recipes_lib.weights import export as hub
-
-    pushed: list[set[str]] = []
-
-    def push(folder: Path, repo: str, public: bool) -> str:
-        pushed.append({path.name for path in folder.iterdir()})
-        return repo
-
-    monkeypatch.setattr(hub, "check_repo", lambda repo: None)
-    monkeypatch.setattr(hub, "push", push)
-    assert main([str(tiny_recipe), "train.push_to_hub=true", "train.hub_model_id=ada/first"]) == 0
-    assert len(pushed) == 1 and ADAPTER in pushed[0]
-    assert not pushed[0] & {"optimizer.pt", "training_args.bin", "rng_state.pth"}
 
 
 # ---- The same mathematics ----

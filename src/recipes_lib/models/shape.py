@@ -1,7 +1,5 @@
-"""A model without its weights: its configuration, its parts, and what of it is trained.
-
-Built on torch's meta device by the same functions that prepare a model for training, so that a plan
-counts what a training trains.
+"""A model without its weights, on torch's meta device, built by the same functions that prepare one
+for training: a plan counts what a training trains.
 """
 
 from __future__ import annotations
@@ -47,10 +45,8 @@ def known_config(name: str) -> Mapping[str, Any] | None:
 
 
 def configuration(values: Mapping[str, Any]) -> Any:
-    """Return the configuration of a model from the contents of its config.json.
-
-    Raises:
-        ValueError: the installed transformers does not know the model's type.
+    """Return the configuration of a model from the contents of its config.json; a ValueError says
+    that the installed transformers does not know its type.
     """
     values = dict(values)
     return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
@@ -59,10 +55,8 @@ def configuration(values: Mapping[str, Any]) -> Any:
 def on_meta(
     config: Any, dtype: torch.dtype, lora: peft.LoraConfig | None = None, attention: str = "eager"
 ) -> Any:
-    """Return the model that a recipe trains, without weights; LoRA's starting values do not matter.
-
-    Raises:
-        ValueError: transformers cannot build it, or LoRA's targets are not in it.
+    """Return the model that a recipe trains, without weights; a ValueError says that transformers
+    cannot build it, or that LoRA's targets are not in it.
     """
     loader, config = getattr(transformers, auto_class(config.model_type)), copy.deepcopy(config)
     with torch.device("meta"):
@@ -87,7 +81,5 @@ def text_decoder(model: Any) -> torch.nn.Module:
 
 def layers(model: Any) -> list[torch.nn.Module]:
     """Return the blocks of a model's text part, in their order."""
-    lists = (
-        part for part in text_decoder(model).modules() if isinstance(part, torch.nn.ModuleList)
-    )
-    return list(next(lists))
+    parts = text_decoder(model).modules()
+    return list(next(part for part in parts if isinstance(part, torch.nn.ModuleList)))

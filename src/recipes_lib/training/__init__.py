@@ -1,3 +1,1 @@
-"""From a resolved recipe to trained weights: model, trainer, checkpoints, stopping, and the check
-of what was saved.
-"""
+"""From a resolved recipe to trained weights: model, trainer, checkpoints, stopping."""

@@ -25,13 +25,13 @@ from recipes_lib.core.run_directory import RunDirectory, RunState, State
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.training import checkpoints, metrics
-from recipes_lib.training.build import count_quantized, trains_nothing
+from recipes_lib.training.build import count_quantized, warmup_steps
 from recipes_lib.training.probe import peak_memory_gib
 from recipes_lib.training.resume_guard import differences, recipe_differences, refuse_changes
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.check import SavedWeights, check_saved
-from recipes_lib.weights.export import push_finished_run, write_card
+from recipes_lib.weights.export import write_card
 from recipes_lib.weights.load import base_fingerprint, model_path
 from recipes_lib.weights.runs import weights_damage
 
@@ -46,11 +46,9 @@ class Attempt:
     """This process's part of one attempt.
 
     Args:
-        earlier: run.json as an earlier attempt left it; empty where there was none, and on other
-            ranks.
+        earlier: rank 0: run.json as an earlier attempt left it, empty where there was none.
         finished: whether the run is finished and its weights are whole.
-        owns_records: rank 0: whether a new run was begun or an earlier one taken over. A refused
-            attempt leaves every record as it was.
+        owns_records: rank 0: whether the records are this attempt's; a refused one changes none.
     """
 
     run: RunDirectory
@@ -65,11 +63,12 @@ class Attempt:
         """The folder of the final weights."""
         return self.run.weights(self.recipe.lora is None)
 
-    def begin(self) -> bool:
-        """Rank 0, under the lock: look at what an earlier attempt recorded, or begin the record of
-        a new run; return `finished`.
+    def begin(self, stack: ExitStack) -> bool:
+        """Rank 0: lock the run until `stack` closes, look at what an earlier attempt recorded, or
+        begin the record of a new run; return `finished`.
         """
         run = self.run
+        stack.enter_context(run_lock(run.path))
         run.check_inside()
         self.earlier = run.read_state() if run.exists() else RunState()
         if self.earlier.get("kind") == "answers":
@@ -83,8 +82,7 @@ class Attempt:
             if damage is None:
                 return True
             say(f"run '{run.name}' is finished, but {damage}: going on from a checkpoint")
-        # one that nobody took away asked an attempt that is over
-        run.stop_file.unlink(missing_ok=True)
+        run.stop_file.unlink(missing_ok=True)  # it asked an attempt that is over
         if not self.earlier:
             run.write_state("running", attempts=1, exit_code=None, error=None)
             self._write_settings()
@@ -105,10 +103,6 @@ class Attempt:
         Args:
             guard: every value that a resumed run must share with its beginning.
             **recorded: further fields of run.json.
-
-        Raises:
-            RecipeError: guarded values differ.
-            EnvironmentFault: the checkpoint lacks optimizer, scheduler or random state.
         """
         run, resumed = self.run, [*self.earlier.get("resumed", [])]
         newest, broken = checkpoints.find_newest(run.checkpoints)
@@ -119,10 +113,8 @@ class Attempt:
         if newest is not None:
             if not options.resume_anyway:
                 refuse_changes(run.name, changed)
-            if not options.allow_partial_resume:
-                checkpoints.check_resumable(newest, active.world_size)
-            partial = options.allow_partial_resume
-            resumed.append({"from": newest.name, "changed": changed, "partial": partial})
+            checkpoints.check_resumable(newest, active.world_size)
+            resumed.append({"from": newest.name, "changed": changed})
 
         # nothing was refused: from here on the run's files are this attempt's
         run.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -154,16 +146,12 @@ class Attempt:
         write_text(self.run.path / "command.txt", command_line() + "\n")
 
     def begin_steps(self) -> None:
-        """Every rank: from now on a signal asks for a checkpoint. `recipes train` reads in run.json
-        that there is something to save.
-        """
+        """Every rank: from now on a signal asks for a checkpoint, as run.json says."""
         self.stop.wait_for_step()
         on_main_rank(lambda: self.run.write_state("running", steps_began=utc_now()))
 
     def record_failure(self, code: int, error: str) -> None:
-        """Note in run.json how this attempt ended. On a full disk the note may be lost, the error
-        itself must not be.
-        """
+        """Note in run.json how this attempt ended, unless a full disk prevents it."""
         if rank() != 0 or not self.owns_records:
             return
         with suppress(OSError, RecipesError):
@@ -172,9 +160,7 @@ class Attempt:
                 self.run.write_state(state, exit_code=code, error=error)
 
     def record_stop(self, state: TrainerState) -> ExitCode:
-        """Rank 0: record a stop whose checkpoint is written, say how to go on, and return the exit
-        code.
-        """
+        """Rank 0: record a stop whose checkpoint is written, and return the exit code."""
         code, step, last = EXIT_CODES[self.stop.agreed], state.global_step, state.max_steps
         self.run.stop_file.unlink(missing_ok=True)
         self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
@@ -182,9 +168,7 @@ class Attempt:
         say(f"stopped at step {step}/{last}: {done}")
         return code
 
-    def record_finish(
-        self, summary: Mapping[str, Any], check: SavedWeights, push_to: str | None
-    ) -> None:
+    def record_finish(self, summary: Mapping[str, Any], check: SavedWeights) -> None:
         """Rank 0: the weights have their name; put all on the disk, and only then call the run
         finished.
         """
@@ -197,8 +181,6 @@ class Attempt:
         equal = f"{check.tensors} trained tensors equal the files, byte for byte"
         say(f"finished: {self.weights} ({equal})")
         say(f"took {summary['seconds']:,.0f} s, peak memory {summary['peak_memory_gib']:.1f} GiB")
-        if push_to:
-            say(f"pushed: {push_finished_run(run, push_to)}")
         next_step(f"recipes chat {run.name}")
 
 
@@ -206,21 +188,12 @@ class Attempt:
 def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
     """Hold a run for one attempt: rank 0 has the lock, an error is recorded while the run is still
     ours, and all ranks leave together.
-
-    Raises:
-        RecipeError: the run is finished with other settings, or holds answers of a file.
-        EnvironmentFault: another process holds the run.
     """
     attempt = Attempt(run, recipe, stop)
     stop.stop_file, stop.record = run.stop_file, attempt.record_failure
     with ExitStack() as stack:
-
-        def begin() -> bool:
-            stack.enter_context(run_lock(run.path))
-            return attempt.begin()
-
         try:
-            attempt.finished = on_main_rank(begin)
+            attempt.finished = on_main_rank(lambda: attempt.begin(stack))
             yield attempt
             meet()
         except Exception as error:
@@ -270,7 +243,7 @@ def save_and_check(
     Raises:
         RecipesError: the files do not hold what was trained; they stay in `weights.unchecked/`.
     """
-    args, recipe = trainer.args, attempt.recipe
+    args, recipe, steps = trainer.args, attempt.recipe, trainer.state.max_steps
     scratch = attempt.run.path / "weights.unchecked"
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP2: every rank takes part
@@ -281,15 +254,11 @@ def save_and_check(
             base=model_path(recipe.model),
             base_fingerprint=on_main_rank(lambda: base_fingerprint(recipe)),
             autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-            may_change_nothing=trains_nothing(args, trainer.state.max_steps),
+            may_change_nothing=warmup_steps(args, steps) >= steps == 1,
         )
     except RecipesError as error:
         error.hints = (*error.hints, f"the weights are kept in {scratch}")
         raise
-
-    def give_name() -> None:
-        write_card(scratch, recipe, summary)
-        publish(scratch, attempt.weights)
-
-    on_main_rank(give_name)
+    on_main_rank(lambda: write_card(scratch, recipe, summary))
+    on_main_rank(lambda: publish(scratch, attempt.weights))
     return check

@@ -34,8 +34,8 @@ def sdpa_by_document(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' `sdpa_attention_forward`, example by example where `cu_seq_lens_q` tells
-    their bounds. Queries, keys and values are (1, heads, tokens, channels).
+    """As transformers' `sdpa_attention_forward`, for each example between two of `cu_seq_lens_q`.
+    Queries, keys and values are (1, heads, tokens, channels).
     """
     bounds = kwargs.get("cu_seq_lens_q")
     whole_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
@@ -88,8 +88,6 @@ def varlen_attention(
 
 
 def use_varlen(model: Any) -> None:
-    """Switch a model from sdpa to `varlen`. No mask is registered under the name, so transformers
-    makes none.
-    """
+    """Switch a model from sdpa to `varlen`, under whose name there is no mask to be made."""
     AttentionInterface.register(VARLEN, varlen_attention)
     model.set_attn_implementation(VARLEN)

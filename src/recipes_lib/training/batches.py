@@ -1,5 +1,4 @@
-"""Which rows a step trains on, and in which order: the same on any number of processes, and in a
-resumed run.
+"""Which rows a step trains on: the same on any number of processes, and in a resumed run.
 
 An epoch is shuffled by seed and cut to whole global batches. accelerate would repeat rows until
 every process has a full batch, and would make the rows of a step depend on the number of processes.
@@ -49,7 +48,7 @@ class WholeBatches(Sampler[list[int]]):
 
     @property
     def batch_sampler(self) -> WholeBatches:
-        """Itself: where the Trainer looks for `set_epoch`, whether it skips batches or not."""
+        """Itself: the Trainer looks for `set_epoch` there, whether it skips batches or not."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
@@ -57,9 +56,7 @@ class WholeBatches(Sampler[list[int]]):
         self.epoch = epoch
 
     def order(self) -> list[int]:
-        """Return the rows of this epoch, cut before they are grouped: else the shortest rows would
-        always be those left out.
-        """
+        """Return the rows of this epoch, cut before grouping: else the shortest are never in it."""
         if self.seed is None:
             return list(range(self.whole))
         draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
@@ -101,21 +98,19 @@ def make_loader(rows: Dataset, batches: Any, collate: Any, args: TrainingArgumen
         persistent_workers=bool(workers and args.dataloader_persistent_workers),
         prefetch_factor=args.dataloader_prefetch_factor if workers else None,
         generator=torch.Generator(),
-        worker_init_fn=_leave_signals_to_the_training,
+        worker_init_fn=_ignore_sigterm,
     )
 
 
-def _leave_signals_to_the_training(worker: int) -> None:
-    """Slurm sends SIGTERM to every process, and the step that is being trained needs its rows."""
+def _ignore_sigterm(worker: int) -> None:
+    # Slurm sends it to every process, and the step that is being trained needs its rows
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def validation_batches(
     rows: Dataset, per_device: int, rank: int, world_size: int
 ) -> tuple[Dataset, list[list[int]]]:
-    """Return the rows, filled up so that every process has as many full batches, and the batches of
-    one process.
-    """
+    """Return the rows, filled up to full batches of all processes, and the batches of one."""
     if missing := -len(rows) % (per_device * world_size):
         filler = Dataset.from_list([FILLER], features=rows.features)
         rows = concatenate_datasets([rows, *[filler] * missing])

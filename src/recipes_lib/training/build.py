@@ -1,7 +1,5 @@
-"""Puts model, data and recipe together into a trainer, and says what came out.
-
-TRL's dataset preparation is skipped: `data.prepare` has tokenised, masked, truncated and
-audited the rows, so that nothing is dropped without being named. Packing is TRL's `pack_dataset`.
+"""Puts model, data and recipe together into a trainer, and says what came out. TRL's preparation of
+rows is skipped: `data.prepare` names whatever it drops. Packing is TRL's `pack_dataset`.
 """
 
 from __future__ import annotations
@@ -20,13 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
-from recipes_lib.config.batch import (
-    WITHOUT_WARMUP,
-    describe_batch,
-    describe_schedule,
-    planned_steps,
-    sync_each_batch,
-)
+from recipes_lib.config.batch import WITHOUT_WARMUP, describe_batch, planned_steps, sync_each_batch
 from recipes_lib.config.launch import (
     READS_ONCE_VARIABLE,
     Active,
@@ -55,9 +47,7 @@ from recipes_lib.training.stopping import StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.load import load_model, precision_name
 
-# graphs of one kind of block (with and without gradients, windows, the first length and any); at as
-# many torch goes on without compiling
-MOST_GRAPHS = 32
+MOST_GRAPHS = 32  # of one kind of block (gradients, windows, lengths); torch compiles no more then
 
 
 def read_model(
@@ -65,12 +55,9 @@ def read_model(
 ) -> PreTrainedModel:
     """Return the base model; every rank has to call, and waits until all have theirs.
 
-    Under FSDP2 each rank keeps a share of the weights: rank 0 reads alone, and accelerate hands its
-    tensors to the others, whose models have shapes and no weights until then (torch's meta device).
-    Elsewhere, and where `why_each_rank_reads` has a reason, each rank reads.
-
-    Raises:
-        RecipesError: as `load_model`; what stops rank 0 stops all.
+    Under FSDP2 rank 0 reads alone, and accelerate hands each other rank its share of the tensors;
+    until then their models have shapes and no weights (torch's meta device). Elsewhere, and where
+    `why_each_rank_reads` has a reason, each rank reads.
     """
     sharded = active.distributed_type == "FSDP"
     why = why_each_rank_reads(recipe, sharded, reads_once_is_asked(os.environ))
@@ -124,12 +111,7 @@ def build_trainer(
     stop: StopRequest,
     marker_facts: Mapping[str, object],
 ) -> RecipeTrainer:
-    """Return the trainer, with the adapter (if the recipe has one) already on the model.
-
-    Raises:
-        RecipeError: a 4-bit base whose `model.dtype: auto` became the other half precision than
-            autocast's; fewer rows than one step takes.
-    """
+    """Return the trainer, with the adapter (if the recipe has one) already on the model."""
     half = torch.float16 if args.fp16 else torch.bfloat16 if args.bf16 else None
     if recipe.quantization and half and model.dtype.itemsize == 2 and model.dtype != half:
         wanted = precision_name(half)
@@ -143,15 +125,13 @@ def build_trainer(
     lora = build_lora_config(recipe)
     train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
     columns, validation = ["input_ids", "labels"], data.validation
-    if validation is not None and len(validation) and args.eval_strategy != "no":
-        validation = validation.select_columns(columns)
-    else:
+    if args.eval_strategy == "no":
         validation = None
     trainer = RecipeTrainer(
         model=model,
         args=args,
         train_dataset=_training_rows(train.select_columns(columns), recipe, args),
-        eval_dataset=validation,
+        eval_dataset=validation.select_columns(columns) if validation else None,
         processing_class=tokenizer,
         peft_config=lora and settle_targets(lora, model),
         callbacks=[MetricsCallback(run.metrics)],
@@ -163,8 +143,8 @@ def build_trainer(
     if joins_rows:  # `args.padding_free` cannot say so: it depends on the loaded model
         trainer.data_collator = dataclasses.replace(trainer.data_collator, padding_free=True)
     if trainer.is_fsdp_enabled:
-        kwargs = trainer.accelerator.gradient_state.plugin_kwargs
-        kwargs["sync_each_batch"] = sync_each_batch(recipe)
+        gradients = trainer.accelerator.gradient_state
+        gradients.plugin_kwargs["sync_each_batch"] = sync_each_batch(recipe)
     if args.fp16:
         # Loss scaling cannot undo the scale of gradients of fewer bits than float32, and TRL makes
         # the adapters of a quantized base bfloat16.
@@ -180,9 +160,8 @@ def build_trainer(
 
 
 def compile_blocks(model: Any, recipe: Recipe, run: RunDirectory) -> None:
-    """Have each decoder block compiled when it is first used: one kind of block is compiled once
-    for all layers, and under FSDP2 each still gathers its own weights. What was compiled is kept in
-    the run's folder.
+    """Have each decoder block compiled when it is first used: once for all blocks of its kind. What
+    was compiled is kept in the run's folder.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.path / "compiled"))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
@@ -197,9 +176,6 @@ def compile_blocks(model: Any, recipe: Recipe, run: RunDirectory) -> None:
 def choose_attention(recipe: Recipe, args: SFTConfig, model: PreTrainedModel) -> bool:
     """Choose how the examples of a micro-batch share a row; return whether each micro-batch becomes
     one row without padding. A recipe that says `padding_free` itself, or packs, is left alone.
-
-    Raises:
-        RecipeError: `varlen` was asked for, and the model is not for it.
     """
     varlen, on_cpu = recipe.model.attn_implementation == VARLEN, args.device.type == "cpu"
     if varlen and (why := why_not_varlen(model)):
@@ -240,7 +216,7 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
 
 
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
-    """Return the batch arithmetic, what is trained, and what is really active."""
+    """Return what is really active, the batch arithmetic and what is trained."""
     args, model, rows = trainer.args, trainer.model, len(trainer.lengths)
     padding = (
         ", packed" if args.packing else ", no padding" if trainer.data_collator.padding_free else ""
@@ -252,32 +228,30 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         "accumulation": args.gradient_accumulation_steps,
         "world_size": args.world_size,
     }
-    epochs, most = args.num_train_epochs, args.max_steps
-    steps = planned_steps(rows, **shape, epochs=epochs, max_steps=most)
-    warmup = args.get_warmup_steps(steps[1])
-    schedule = describe_schedule(_schedule(args), args.learning_rate, warmup, steps[1])
+    steps = planned_steps(rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps)
     lines = [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
         f" {attention}{padding}; seed {args.seed}",
         f"batch: {describe_batch(rows, steps, **shape)}",
-        f"schedule: {schedule}",
         f"trains: {describe_trainable(model, trainer.is_fsdp_enabled and mixed is not None)}",
     ]
     if isinstance(model, PeftModel):
         lines.append(describe_targets(model))
     weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
-    experts = describe_experts(model, weight)
-    return [*lines, experts] if experts else lines
+    if experts := describe_experts(model, weight):
+        lines.append(experts)
+    if (warmup := warmup_steps(args, steps[1])) >= steps[1]:
+        lines.append(
+            f"warning: warmup takes {warmup:,} steps and the run has {steps[1]:,}: the learning"
+            " rate is never reached; lower train.warmup_steps"
+        )
+    return lines
 
 
-def _schedule(args: SFTConfig) -> str:
-    return str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-
-
-def trains_nothing(args: SFTConfig, steps: int) -> bool:
-    """Whether the only step of a training is one of warm-up, which begins at learning rate 0."""
-    warms_up = _schedule(args) not in WITHOUT_WARMUP
-    return warms_up and steps == 1 and args.get_warmup_steps(steps) > 0
+def warmup_steps(args: SFTConfig, steps: int) -> int:
+    """Return the steps of the warm-up, which begins at learning rate 0."""
+    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+    return 0 if schedule in WITHOUT_WARMUP else args.get_warmup_steps(steps)
 
 
 def count_quantized(model: Any) -> int:
@@ -291,13 +265,11 @@ def describe_trainable(model: Any, raised: bool = False) -> str:
     Args:
         raised: whether FSDP2 keeps what is trained in float32, as under mixed precision.
     """
-    quantized = count_quantized(model)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    frozen = [weight for weight in model.parameters() if not weight.requires_grad]
-    count = sum(weight.numel() for weight in trained)
-    total = count + sum(weight.numel() for weight in frozen)
-    precision = ", ".join(sorted({precision_name(weight.dtype) for weight in trained}))
-    precision = "float32" if raised and not quantized else precision
-    kinds = {precision_name(weight.dtype) for weight in frozen} - {"uint8"}
-    base = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(kinds))
-    return f"{count:,} of {total:,} parameters in {precision}" + (f"; base {base}" if base else "")
+    quantized, counts, kinds = count_quantized(model), [0, 0], [set[str](), set[str]()]
+    for weight in model.parameters():
+        counts[weight.requires_grad] += weight.numel()
+        kinds[weight.requires_grad].add(precision_name(weight.dtype))
+    precision = "float32" if raised and not quantized else ", ".join(sorted(kinds[True]))
+    base = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(kinds[False]))
+    text = f"{counts[True]:,} of {sum(counts):,} parameters in {precision}"
+    return text + (f"; base {base}" if base else "")

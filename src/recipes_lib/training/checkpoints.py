@@ -1,10 +1,8 @@
-"""Training checkpoints that can be trusted: complete ones are marked last, broken ones are set
-aside, none is used half-written.
+"""Training checkpoints that can be trusted: none is used half-written.
 
 A checkpoint is complete when COMPLETE.json in it, written last, lists every file with its size (and
-its sha256 up to 1 GB), and all of them are there. Resuming uses the newest complete checkpoint
-whose files are still those. What a crash left behind, or a disk damaged, is renamed to
-checkpoint-N.incomplete, never deleted.
+its sha256 up to 1 GB), and all of them are there. Resuming uses the newest whose files are still
+those. What a crash left behind, or a disk damaged, is renamed to checkpoint-N.incomplete.
 """
 
 from __future__ import annotations
@@ -23,11 +21,8 @@ HASHED_UP_TO = 10**9  # bytes: all GPUs wait for the hashes, 1.4 s for each GB
 
 
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
-    """Flush every file of a checkpoint to the disk, then write its marker, once every rank has
-    written its part.
-
-    Args:
-        **facts: what the marker records beside sizes and hashes: step, run, data, guarded values.
+    """Flush every file of a checkpoint to the disk, then write its marker with these facts; every
+    rank has written its part.
     """
     paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
     files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(paths)}
@@ -44,8 +39,8 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def what_is_wrong(checkpoint: Path, hashes: bool = False) -> str | None:
-    """Return why a checkpoint cannot be used, by the sizes of its files and, where asked for, by
-    their hashes; None for a whole one.
+    """Return why a checkpoint cannot be used, by the sizes of its files, or their hashes too; None
+    for a whole one.
     """
     try:
         marker = read_marker(checkpoint)
@@ -90,12 +85,7 @@ def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def check_resumable(checkpoint: Path, num_processes: int) -> None:
-    """Refuse a checkpoint that lacks training state: the Trainer would go on with a fresh one, and
-    say nothing.
-
-    Raises:
-        EnvironmentFault: optimizer, scheduler or random-number state is missing.
-    """
+    """Refuse a checkpoint that lacks training state: the Trainer would begin a fresh one."""
     needed = ["trainer_state.json", "scheduler.pt", "rng_state.pth"]
     if num_processes > 1:
         needed[2:] = [f"rng_state_{rank}.pth" for rank in range(num_processes)]
@@ -108,14 +98,12 @@ def check_resumable(checkpoint: Path, num_processes: int) -> None:
             f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh"
             " state, and end with other weights",
             f"it was written by {written_by} process(es), {num_processes} would resume it",
-            "restore the files, or accept another result with --allow-partial-resume",
+            "restore the files, or start a new run with run.name=OTHER",
         )
 
 
 def rotate(folder: Path, keep: int | None, best: str | None) -> None:
-    """Delete the oldest complete checkpoints beyond `keep`; never the newest, the best or an
-    incomplete one.
-    """
+    """Delete the oldest complete checkpoints beyond `keep`, never the newest or the best one."""
     complete = [path for path in list_checkpoints(folder) if what_is_wrong(path) is None]
     for checkpoint in complete[: -max(keep, 1)] if keep is not None else ():
         if best is None or checkpoint.resolve() != Path(best).resolve():
@@ -124,9 +112,7 @@ def rotate(folder: Path, keep: int | None, best: str | None) -> None:
 
 
 def set_aside(folder: Path, ending: str) -> Path:
-    """Rename a folder to its name with `ending`, and a number where that exists; return the new
-    path.
-    """
+    """Rename a folder to its name with `ending` (and a number); return the new path."""
     numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
     names = (folder.with_name(f"{folder.name}{ending}{number}") for number in numbers)
     return folder.rename(next(path for path in names if not path.exists()))

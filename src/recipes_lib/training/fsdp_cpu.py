@@ -1,6 +1,4 @@
-"""FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with
-eight. It is for tests and small machines: sharding on CPU saves memory, not time.
-"""
+"""FSDP2 on CPU processes: a machine without GPUs runs the same sharded code as one with eight."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from accelerate.utils import DistributedType
 
 
 def install() -> None:
-    """Let this process shard on CPUs where it was launched with an FSDP config on a machine without
-    an accelerator.
+    """Let this process shard on CPUs where it was launched with an FSDP config.
 
     accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
     FSDP config silently becomes DDP. The missing branch is added to `AcceleratorState.__init__`.

@@ -32,8 +32,7 @@ def what_runs(state: Any = None) -> Active:
     """Return the processes that have met, in our words: one process, DDP, FSDP.
 
     Args:
-        state: an Accelerator. Before there is one, FSDP is the launcher's word: accelerate's own
-            state has it only with the trainer.
+        state: an Accelerator. Before there is one, FSDP is the launcher's word.
     """
     from accelerate import PartialState
 
@@ -46,11 +45,11 @@ def what_runs(state: Any = None) -> Active:
 
 
 def check_processes(num_gpus: int) -> None:
-    """Check that each process has a GPU of its own, where the launch means GPUs.
-
-    Raises:
-        RecipeError: there are more processes than the GPUs that each of them can see.
-    """
+    """Refuse backends that are not supported, and more processes than GPUs that each can see."""
+    for backend in ("DEEPSPEED", "MEGATRON_LM"):  # by flags or variables alone
+        if _asks_for(f"ACCELERATE_USE_{backend}"):
+            hint = f"unset ACCELERATE_USE_{backend}, or use accelerate_configs/fsdp.yaml"
+            raise RecipeError(f"{backend} was asked for, and cannot be used here", hint)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
     if 0 < num_gpus < processes and not _asks_for("ACCELERATE_USE_CPU"):
         raise RecipeError(
@@ -75,23 +74,14 @@ def _asked_of_accelerate_launch() -> tuple[int, str]:
 
 
 def check_precision(recipe: Recipe) -> None:
-    """Check that the launcher asks for no other mixed precision than the recipe: its word, which
-    accelerate hands on in a variable, would win.
-
-    Raises:
-        RecipeError: it asks for another one.
-    """
+    """Refuse another mixed precision of the launcher than the recipe's: accelerate's would win."""
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if conflict := precision_conflict(recipe.train, asked, "the launcher"):
         raise recipe.error("train.bf16", *conflict)
 
 
 def check_launch(active: Active) -> str:
-    """Return the start-up line that states what is active, once it agrees with what was asked.
-
-    Raises:
-        RecipeError: fewer processes, or another distribution, than asked for are running.
-    """
+    """Return the start-up line that states what is active, once it agrees with what was asked."""
     running, kind = active.world_size, active.distributed_type
     asked, asked_kind = _asked_of_accelerate_launch()
     refused: list[str] = []

@@ -1,6 +1,5 @@
 """The LM head of a training on a CPU: supervised positions alone, their gradient in the same pass.
-
-There TRL 1.16's head scores every position, makes the logits twice and multiplies back in float32.
+TRL 1.16's head scores every position, makes the logits twice and multiplies back in float32.
 """
 
 from __future__ import annotations
@@ -17,18 +16,14 @@ TOKENS_PER_TILE = 128  # measured: 32, 64, 256 and 1,000 are slower
 
 
 class TokenLogProbs(torch.autograd.Function):
-    """Log-probability, entropy and rank-one flag, (N,) each, of N targets; hidden is (N, H), weight
-    (V, H). Logits exist tile by tile.
-    """
+    """Log-probability, entropy and rank-one flag of N targets; hidden is (N, H), weight (V, H)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the three, and keep the gradients of the first."""
+    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, with_gradient: bool) -> Any:
+        """Return the three, and keep the gradients of the first; logits exist tile by tile."""
         half = torch.is_autocast_enabled("cpu")
-        dtype = torch.get_autocast_dtype("cpu") if half else weight.dtype
-        weight_used = weight.to(dtype)
+        weight_used = weight.to(torch.get_autocast_dtype("cpu") if half else weight.dtype)
+        dtype = weight_used.dtype
         for_hidden, for_weight = (with_gradient and need for need in ctx.needs_input_grad[:2])
         grad_hidden = torch.empty_like(hidden) if for_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if for_weight else None
@@ -53,19 +48,17 @@ class TokenLogProbs(torch.autograd.Function):
                 grad_hidden[tile] = gradient @ weight_used
             if grad_weight is not None:
                 grad_weight += gradient.t() @ inputs
-        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
+        ctx.gradients = grad_hidden, grad_weight
         ctx.mark_non_differentiable(entropy, is_top1)
         return log_probs, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, each: Any, *_: Any) -> Any:
         """Scale the gradients; the weight's by one number, as `nll` weighs all tokens of a step."""
-        (grad_hidden, grad_weight), each = ctx.gradients, upstream[0]
-        if grad_hidden is not None:
-            grad_hidden = (grad_hidden * each[:, None]).to(grad_hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = (grad_weight * (each[0] if len(each) else 0)).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        hidden, weight = ctx.gradients
+        hidden = None if hidden is None else hidden * each[:, None]
+        weight = None if weight is None else weight * each[:1].sum()  # no tokens: 0
+        return hidden, weight, None, None
 
 
 def score_supervised_positions(model: Any) -> None:
@@ -81,9 +74,7 @@ def score_supervised_positions(model: Any) -> None:
         mask, weight = labels != -100, self.get_output_embeddings().weight
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         tokens, grad = hidden[:, :-1][mask], torch.is_grad_enabled()
-        log_probs, entropy, top1 = TokenLogProbs.apply(tokens, whole, labels[mask], grad)
-        return FusedCausalLMOutput(
-            label_mask=mask, log_probs=log_probs, entropy=entropy, is_top1=top1
-        )
+        log_p, entropy, top1 = TokenLogProbs.apply(tokens, whole, labels[mask], grad)
+        return FusedCausalLMOutput(label_mask=mask, log_probs=log_p, entropy=entropy, is_top1=top1)
 
     model.forward = types.MethodType(forward, model)

@@ -18,8 +18,7 @@ KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy"
 
 def forget_after(path: Path, checkpoint: Path | None) -> None:
     """Cut off of a metrics.jsonl what was logged after a checkpoint, which a resumed run logs
-    again, and the evaluation of its step where the checkpoint knows nothing of it. Lines that it
-    lacks of before are written again from the checkpoint.
+    again, and an evaluation that the checkpoint does not know; write lines again that it lacks.
     """
     step, history = 0, []
     if checkpoint is not None:

@@ -1,10 +1,9 @@
-"""The probe: forward and backward on the longest micro-batch, before a process's first step.
+"""The probe: forward and backward on the longest micro-batch, before a process's first step. It
+shows in the first seconds what memory a step takes and about how long the training will be.
 
-It shows in the first seconds what memory a step really takes and about how long the training will
-be. Nothing of it remains: gradients are dropped, random state, order of the data, counts and
-metrics are as before. It is always on, because DDP on three processes and more sums the gradients
-of the first backward pass of a process in another order (it then rebuilds its buckets): without a
-probe in front, a resumed run would have one such step more than an uninterrupted one.
+Nothing of it remains. It is always on, because DDP on three processes and more sums the gradients
+of a process's first backward pass in another order (it then rebuilds its buckets): without a probe
+in front, a resumed run would have one such step more than an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,22 +22,16 @@ from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.ranks import of_every_rank
 from recipes_lib.core.terminal import shown_duration
 
-BYTES_OF_MOMENTS = 8  # AdamW's two in float32
-
 
 def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
-    """Run the longest micro-batch as a step would, and return a line on its time and memory; every
-    rank has to call.
+    """Run the longest micro-batch as a step would, and return a line on its time and memory.
 
-    To be called when the model is wrapped and a checkpoint's weights and optimizer are loaded, but
-    its random state is not.
+    Every rank has to call it when the model is wrapped and a checkpoint's weights and optimizer are
+    loaded, but its random state is not.
 
     Args:
         lengths: tokens of each row of the data.
         steps: how many will be trained.
-
-    Raises:
-        EnvironmentFault: the GPU has too little memory for it.
     """
     args, data = trainer.args, trainer.train_dataset
     # the worst that can come, not what will
@@ -101,11 +94,11 @@ def _nothing_happened(trainer: Any) -> Iterator[None]:
 
 
 def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
-    """Hold what the optimizer's state will take; nothing where a checkpoint has brought it."""
+    """Hold what AdamW's two moments will take; nothing where a checkpoint has brought them."""
     name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if trainer.optimizer.state or "adam" not in name or "paged" in name:
         return []
-    each = 2 if "8bit" in name else BYTES_OF_MOMENTS
+    each = 2 if "8bit" in name else 8  # bytes
     trained = [part for group in trainer.optimizer.param_groups for part in group["params"]]
     own = [part.to_local() if isinstance(part, DTensor) else part for part in trained]
     return [torch.ones(part.numel() * each, dtype=torch.uint8, device=part.device) for part in own]

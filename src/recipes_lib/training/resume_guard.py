@@ -1,6 +1,4 @@
-"""Whether a run may be continued: everything that changes its result must be as it was when the run
-began.
-"""
+"""Whether a run may be continued: everything that changes its result must be as it began."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ FREE_KEYS = re.compile(
 # So may these, unless a validation chooses the weights or the learning rate.
 FREE_WITHOUT_CHOICE = re.compile(r"^(save_.*|eval_.*|per_device_eval_batch_size)$")
 CHOOSING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-# What of training itself changes the bytes that come out: whole global batches and a probe before
-# the first step of every process.
-TRAINING_PROTOCOL = 2
+TRAINING_PROTOCOL = 2  # whole global batches, and a probe before each process's first step
 
 
 def guarded_values(
@@ -45,9 +41,7 @@ def guarded_values(
 def recipe_differences(
     recipe: Recipe, before: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
-    """Return what the recipe itself would change of a run's guarded values, before any data is
-    read.
-    """
+    """Return what the recipe itself would change of a run's guarded values; reads no data."""
     sections = ("model", "quantization", "lora", "data", "train", "run")
     own = {key: value for key, value in before.items() if key.partition(".")[0] in sections}
     return differences(own, _recipe_values(recipe))
@@ -87,19 +81,13 @@ def flatten(value: Any, prefix: str = "") -> dict[str, object]:
 def differences(
     before: Mapping[str, object], now: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
-    """Return {key: (before, now)} of the keys that differ; one missing on one side counts as
-    None.
-    """
+    """Return {key: (before, now)} of the keys that differ; one that is missing counts as None."""
     keys = sorted(before.keys() | now.keys())
     return {key: (before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)}
 
 
 def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> None:
-    """Refuse to resume a run with other settings than it was begun with.
-
-    Raises:
-        RecipeError: there are some; the message is a table of them.
-    """
+    """Refuse to resume a run with other settings than it was begun with, in a table of them."""
     if not changed:
         return
     width = max(map(len, changed))

@@ -1,12 +1,10 @@
 """How a process of a training ends: asked to stop, with an error or at its end, and the exit code
-that launchers lose.
+that launchers lose. Needs no torch.
 
-SIGTERM, SIGUSR2 (what a Slurm job forwards before its time limit) and a file `STOP` in the run
-directory ask for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code
-130, a second SIGINT ends the process at once. One rank's request is enough: at the end of each
-step, and at each batch of a validation, all ranks take the largest request and act on it together.
-
-Needs no torch: it is imported before anything that may be stopped or may fail.
+SIGTERM, SIGUSR2 (of a Slurm job before its time limit) and a file `STOP` in the run directory ask
+for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code 130, a second one
+ends the process at once. One rank's request is enough: after each step, and each batch of a
+validation, all ranks act on the largest request.
 """
 
 from __future__ import annotations
@@ -56,13 +54,10 @@ class EvaluationStopped(Exception):
 
 
 class StopRequest:
-    """What this process was asked to do; `agreed` is what all ranks decided.
+    """What this process was asked to do, by a signal or a file; `agreed` is what all ranks decided.
 
     Before the first step there is nothing to save: a signal ends the process at once, because an
     exception could be lost or disguised in an import.
-
-    Args:
-        stop_file: asks as a signal does, once it is there.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
@@ -73,12 +68,7 @@ class StopRequest:
         self.record: Callable[[int, str], None] = lambda code, error: None
 
     def wait_for_step(self) -> None:
-        """From now on a request is noted, and acted on at the end of a step; every rank has to
-        call.
-
-        Raises:
-            Preempted, Interrupted: the STOP file is there.
-        """
+        """From now on a request is acted on at the end of a step; every rank has to call."""
         if self.agree() != NOTHING:
             raise _before_first_step(self.agreed)
         self.steps_began = True
@@ -88,7 +78,7 @@ class StopRequest:
         request = INTERRUPT if number == signal.SIGINT else PREEMPT
         if os.getpid() != self.process:
             # A forked worker gets the signals of a terminal and of Slurm too. One that prepares
-            # data ends; one that loads data goes on: the step that is finished needs its rows.
+            # data ends; one that loads data goes on: the last step needs its rows.
             if not self.steps_began:
                 os._exit(EXIT_CODES[request])
             return
@@ -124,9 +114,7 @@ def _before_first_step(request: int) -> Preempted | Interrupted:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel end this rank when its launcher ends: torch starts each rank in a session of
-    its own, which outlives a launcher that is killed.
-    """
+    """Have the kernel end this rank with its launcher: torch gives each rank its own session."""
     if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -148,10 +136,8 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def report(error: Exception, run: Path | None) -> int:
-    """Say what stopped this process and return its exit status.
-
-    What all ranks have is said by rank 0 alone: refusals, and errors of `ranks.of_every_rank`. A
-    defect of one rank is said by that rank.
+    """Say what stopped this process and return its exit status. Rank 0 alone says what all ranks
+    have (refusals, `ranks.of_every_rank`), each rank its own defects.
 
     Args:
         run: the run's folder, for the traceback of a defect.
@@ -168,7 +154,7 @@ def report(error: Exception, run: Path | None) -> int:
 
 
 def _as_defect(error: Exception, run: Path | None) -> RecipesError:
-    """Keep the traceback in the run's folder: a rerun with --debug may take days."""
+    """Keep the traceback in the run's folder: to come to it again may take days."""
     where = "--debug shows where"
     if run is not None and run.is_dir():
         file = run / (f"traceback-rank{rank()}.txt" if world_size() > 1 else "traceback.txt")
@@ -190,8 +176,8 @@ def _note_for_job(error: Exception) -> None:
 
 
 def exit_status(code: int, on_every_rank: bool) -> int:
-    """Hand the exit code to `recipes train` and return what the launcher is told, which turns every
-    code into 1 and adds a traceback: 0 where every rank ends for the same reason.
+    """Hand the exit code to `recipes train`, and return what the launcher is told: 0 where every
+    rank ends for one reason, because it turns each code into 1 and adds a traceback.
 
     Without `recipes train` the other ranks end a little later than rank 0, which says the reason.
     """

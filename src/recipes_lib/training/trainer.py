@@ -1,6 +1,4 @@
-"""SFTTrainer with whole global batches, a probe, exact resume and finite losses; loop and loss stay
-TRL's.
-"""
+"""SFTTrainer with what this project adds; loop and loss stay TRL's."""
 
 from __future__ import annotations
 
@@ -29,12 +27,7 @@ from recipes_lib.models.families import (
     with_settings,
 )
 from recipes_lib.training import checkpoints
-from recipes_lib.training.batches import (
-    WholeBatches,
-    make_loader,
-    row_lengths,
-    validation_batches,
-)
+from recipes_lib.training.batches import WholeBatches, make_loader, row_lengths, validation_batches
 from recipes_lib.training.loss import score_supervised_positions
 from recipes_lib.training.metrics import tokens_so_far
 from recipes_lib.training.probe import peak_memory_gib, probe
@@ -69,18 +62,17 @@ class RecipeTrainer(SFTTrainer):
         self._choose_loss()
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
-        self.lengths = row_lengths(self.train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        strategy = self.args.train_sampling_strategy
-        self.batches = WholeBatches(
-            len(self.lengths),
-            self.args.per_device_train_batch_size,
-            self.args.gradient_accumulation_steps,
-            None if strategy == "sequential" else seed,
-            self.args.process_index,
-            self.args.world_size,
-            self.lengths if strategy == "group_by_length" else None,
+        lengths, settings = row_lengths(self.train_dataset), self.args
+        seed = settings.seed if settings.data_seed is None else settings.data_seed
+        shape = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+        strategy, place = (
+            settings.train_sampling_strategy,
+            (settings.process_index, settings.world_size),
         )
+        seed = None if strategy == "sequential" else seed
+        alike = lengths if strategy == "group_by_length" else None
+        self.batches = WholeBatches(len(lengths), *shape, seed, *place, alike)
+        self.lengths = lengths
         self.tokens_before = 0  # of earlier attempts
         self.loading_peak_gib = 0.0
         self.add_callback(RunCallback(self))
@@ -99,21 +91,16 @@ class RecipeTrainer(SFTTrainer):
         if is_plain and self.args.device.type == "cpu":
             score_supervised_positions(base)
 
-    # ---- Which rows are in the step ----
-
     def get_train_dataloader(self) -> DataLoader:
         """Return whole global batches; not through accelerate, which would deal them out anew."""
         return make_loader(self.train_dataset, self.batches, self.data_collator, self.args)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return as many full batches for every rank, filled up with rows without loss."""
-        args = self.args
-        rows, batches = validation_batches(
-            self.eval_dataset, args.per_device_eval_batch_size, args.process_index, args.world_size
-        )
+        args, size = self.args, self.args.per_device_eval_batch_size
+        place = (args.process_index, args.world_size)
+        rows, batches = validation_batches(self.eval_dataset, size, *place)
         return make_loader(rows, batches, self.data_collator, args)
-
-    # ---- Numbers that are not finite ----
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         """The norm is global: every rank stops at the same step, before the weights change."""
@@ -123,34 +110,25 @@ class RecipeTrainer(SFTTrainer):
         return norm
 
     def refuse_numbers(self, what: str, step: int) -> None:
-        """Stop the training at a step.
-
-        Raises:
-            NumericsError: always, with the rows of the step.
-        """
+        """Raise what stops the training at a step, with the rows of the step."""
         saved = checkpoints.list_checkpoints(Path(self.args.output_dir))
         per_epoch = len(self.batches) // self.args.gradient_accumulation_steps
         examples = "examples not known (packed rows)"
         if self.row_ids is not None:
             ids = [self.row_ids[row] for row in self.batches.rows_of_step((step - 1) % per_epoch)]
             examples = f"examples {', '.join(ids[:12])}{' ...' if len(ids) > 12 else ''}"
-        raise of_every_rank(
-            NumericsError(
-                f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
-                "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples"
-                " with: recipes data",
-                f"last good checkpoint: {saved[-1].name if saved else 'none yet'}",
-            )
+        error = NumericsError(
+            f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
+            "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
+            " recipes data",
+            f"last good checkpoint: {saved[-1].name if saved else 'none yet'}",
         )
-
-    # ---- Validation loss per token, which leaves the random state alone ----
+        raise of_every_rank(error)
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Return the loss over all supervised tokens of all ranks; the Trainer's is a mean of the
-        batches' means.
-        """
+        """Return the loss over the supervised tokens of all ranks, not a mean of batches' means."""
         sums = torch.zeros(2, dtype=torch.float64)
         adds_router_loss = self.aux_loss_enabled
         self.callback_handler.eval_dataloader = dataloader
@@ -194,9 +172,7 @@ class RecipeTrainer(SFTTrainer):
         return time.monotonic() - began
 
     def _prepare_for_training(self, *args: Any) -> Any:
-        """As the Trainer's, with the weights of a checkpoint in the precision they were trained in,
-        and the probe.
-        """
+        """Add the probe, and give a checkpoint's weights the precision they were trained in."""
         max_steps, _, checkpoint = args
         if checkpoint is not None:
             self._mend_loaded(checkpoint)
@@ -232,18 +208,16 @@ class RecipeTrainer(SFTTrainer):
         """The card is written once, beside the final weights."""
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As the Trainer's, with the base's own settings and without the arguments, which hold
-        tokens; the other ranks wait for rank 0, however long it writes.
-        """
+        """Save with the base's own settings, and without the arguments, which hold tokens."""
         with with_settings(self.model, self.base_settings):
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             Path(output_dir or self.args.output_dir, "training_args.bin").unlink(missing_ok=True)
-        meet()
+        meet()  # however long rank 0 writes
 
     def seal(self) -> None:
-        """Rank 0, after a save: mark the checkpoint complete, once the lines logged up to it, which
-        no resumed run writes again, are on the disk.
+        """Rank 0, after a save: mark the checkpoint complete, once the lines logged up to it are on
+        the disk: no resumed run writes them again.
         """
         root, step = Path(self.args.output_dir), self.state.global_step
         metrics = root.with_name("metrics.jsonl")
@@ -255,9 +229,7 @@ class RecipeTrainer(SFTTrainer):
         checkpoints.rotate(root, self.keep, self.state.best_model_checkpoint)
 
     def make_up_evaluation(self) -> None:
-        """Evaluate the step that a checkpoint was saved at, where that was due and did not happen:
-        a stop put it off, or a kill came before it.
-        """
+        """Evaluate a checkpoint's step where a stop put that off or a kill came before it."""
         args, state, step = self.args, self.state, self.state.global_step
         epoch, is_last = float(state.epoch or 0), step >= state.max_steps
         if args.eval_strategy == "steps":
@@ -281,9 +253,7 @@ class RecipeTrainer(SFTTrainer):
 
 
 class RunCallback(TrainerCallback):
-    """What happens between steps: stops, the end of a log window at each save, the last evaluation,
-    the seal of a checkpoint.
-    """
+    """What happens between steps. A save ends the log window: a resumed run needs no sums of it."""
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer, self.stop = trainer, trainer.stop
@@ -294,9 +264,7 @@ class RunCallback(TrainerCallback):
             self.trainer.make_up_evaluation()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Agree with the other ranks; on a request, save now and stop. An evaluation that is due is
-        put off.
-        """
+        """Agree with the other ranks; on a request save, stop and put off an evaluation."""
         if state.global_step >= state.max_steps:
             # after the save where there is one: the trained weights must not wait for it
             control.should_evaluate = args.eval_strategy != "no" and not control.should_save
@@ -314,14 +282,11 @@ class RunCallback(TrainerCallback):
         self._end_log_window(args, control)
 
     def _end_log_window(self, args: Any, control: Any) -> None:
-        """A save ends the log window, so that a resumed run needs no sums of before."""
         may_save = control.should_save or (control.should_evaluate and args.save_strategy == "best")
         control.should_log |= may_save
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Seal the checkpoint; a request that arrived meanwhile needs no second one. After the last
-        step the validation follows.
-        """
+        """Seal the checkpoint; a request that arrived meanwhile needs no second one."""
         meet()  # rank 0 may have written longer than `train.ddp_timeout`
         on_main_rank(self.trainer.seal)
         if state.global_step >= state.max_steps:
@@ -335,9 +300,7 @@ class RunCallback(TrainerCallback):
             raise EvaluationStopped
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Refuse a loss that is not finite: under fp16, which skips infinite gradients, it shows
-        here.
-        """
+        """Refuse a loss that is not finite: fp16 skips infinite gradients, and shows it here."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             self.trainer.refuse_numbers(f"loss is {loss}", state.global_step)

@@ -1,9 +1,6 @@
 """Proof that the weights on the disk are the weights that were trained: each trained tensor equals
 the file byte for byte, and PEFT and transformers find every name of the file in a model without
-weights. No second copy of the base is loaded, and nothing is compared within a tolerance.
-
-The hashes of the files go into run.json, and whoever reads weights compares with them
-(`changed_files`).
+weights. Hashes of the files go into run.json, and whoever reads weights compares (`changed_files`).
 """
 
 from __future__ import annotations
@@ -59,10 +56,6 @@ def check_saved(
         base: what `adapter_config.json` has to name.
         may_change_nothing: whether the training had no step with a learning rate above 0.
         known: other fields of the result.
-
-    Raises:
-        RecipesError: a tensor is not in the file, differs from it, is not finite, or training
-            changed nothing; a name in the file is not one that PEFT or transformers reads.
     """
     count, is_zero, problems = _compare_bytes(model, folder)
 
@@ -84,8 +77,7 @@ def check_saved(
 
 def _compare_bytes(model: Any, folder: Path) -> tuple[int, bool, list[str]]:
     """Compare every trained tensor with the files; return how many there are, whether all of them
-    are zero, and the problems. An error on rank 0 is kept until all tensors are gathered: the other
-    ranks wait in the gathering.
+    are zero, and the problems. The other ranks wait in the gathering: no error may cut it short.
     """
     import torch
     from safetensors import SafetensorError, safe_open
@@ -124,14 +116,13 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
     """Load the files onto a model without weights, and yield the names that do not fit."""
     import torch
     from peft import PeftModel
+    from torch.distributed.fsdp import FSDPModule
 
-    def class_of(model: Any) -> Any:  # FSDP2 puts one of its own in front
-        from torch.distributed.fsdp import FSDPModule
-
-        return type(model).__mro__[2] if isinstance(model, FSDPModule) else type(model)
-
-    if not isinstance(model, PeftModel):
-        _, info = class_of(model).from_pretrained(
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    is_sharded = isinstance(plain, FSDPModule)  # it puts a class of its own in front
+    kind: Any = type(plain).__mro__[2] if is_sharded else type(plain)
+    if plain is model:
+        _, info = kind.from_pretrained(
             folder, device_map="meta", dtype="auto", output_loading_info=True
         )
         missing = {*info["missing_keys"], *map(str, info["mismatched_keys"])}
@@ -143,12 +134,12 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
     if recorded != base:
         yield f"the adapter names the base '{recorded}', but '{base}' was trained"
         return
-    config = copy.deepcopy(model.get_base_model().config)
+    config = copy.deepcopy(plain.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
             delattr(config, name)
     with torch.device("meta"):
-        empty = class_of(model.get_base_model())(config)
+        empty = kind(config)
     try:
         attach(empty, {"default": folder}, without_base_weights=True)
     except RecipesError as error:
@@ -158,9 +149,8 @@ def _name_problems(model: Any, folder: Path, base: str) -> Iterator[str]:
 def trained_tensors(model: Any) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield each trained tensor under its name in the file, whole, one at a time.
 
-    Every rank has to call (FSDP2 gathers the shards); only rank 0 gets the tensors. Where one name
-    in the file stands for several parameters or the other way round (experts, some families that
-    read images), rank 0 holds all of them at once.
+    Every rank has to call (FSDP2 gathers the shards); only rank 0 gets the tensors, and all of them
+    at once where names in the file are not those of parameters (experts, some with images).
     """
     import torch
     from peft import PeftModel, get_peft_model_state_dict
@@ -198,10 +188,8 @@ def _named(model: Any, once: bool = False) -> Iterator[tuple[str, torch.nn.Param
 
 
 def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Return whether two tensors have one dtype, one shape and the same bytes.
-
-    `torch.equal` alone is no proof: it calls float32 and bfloat16 equal, and -0.0 and 0.0, and a
-    NaN unequal to itself.
+    """Return whether two tensors have one dtype, one shape and the same bytes; `torch.equal` alone
+    takes float32 for bfloat16, -0.0 for 0.0, and a NaN for unequal to itself.
     """
     import torch
 
@@ -215,10 +203,8 @@ def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the SHA-256 of the weights and of every other file that decides what a model answers.
-
-    That of an adapter's settings leaves out the base's name and revision: a base may be moved, and
-    has a check of its own.
+    """Return the SHA-256 of every file that decides what a model answers. That of an adapter's
+    settings leaves out the base's name and revision: it may be moved, and has its own check.
     """
     if names is None:
         names = sorted({file.name for pattern in RECORDED for file in folder.glob(pattern)})

@@ -1,7 +1,5 @@
-"""A folder to give away: a run's weights with all that is needed to use them by PEFT and
-transformers alone, a model card (card.md.jinja), and nothing of this machine; it may be sent to the
-Hugging Face Hub, private unless asked otherwise. Only files of known kinds are taken, never a
-pickle.
+"""A folder to give away: a run's weights with all that PEFT and transformers need, a model card
+(card.md.jinja), and nothing of this machine. Only files of known kinds are taken, never a pickle.
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -19,14 +16,8 @@ from typing import Any
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import HUB_ID
-from recipes_lib.core.errors import (
-    EnvironmentFault,
-    RecipeError,
-    RecipesError,
-    one_line,
-)
+from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError, one_line
 from recipes_lib.core.files import object_or_none, publish, read_object
-from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.families import auto_class
 from recipes_lib.models.packaged import PACKAGED_HUB_ID, SOURCE, is_packaged
 from recipes_lib.weights.check import ADAPTER_CONFIG, RECORDED
@@ -35,7 +26,6 @@ from recipes_lib.weights.runs import (
     TrainedRun,
     check_base_of,
     check_weights,
-    finished_run,
     merge_record,
 )
 
@@ -49,12 +39,7 @@ NUMBERS = (
 
 
 def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
-    """Write the run's weights into a new folder; return the files, by name.
-
-    Args:
-        to: must not exist, or be empty.
-        merged: the adapter folded into its base instead of the adapter alone.
-    """
+    """Write the run's weights, or `merged/`, into a new folder; return the files, by name."""
     import yaml
 
     name, target = trained.run.name, to.expanduser().resolve()
@@ -126,8 +111,7 @@ def write_card(
     summary: Mapping[str, Any],
     merged: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the model card as README.md into a folder of weights: what was trained on what, how to
-    load and serve it, and the numbers.
+    """Write the model card as README.md: what was trained on what, how to use it, the numbers.
 
     Args:
         summary: rows, steps, losses and time of the run; None where not measured.
@@ -137,6 +121,8 @@ def write_card(
     from huggingface_hub import ModelCardData
 
     base, lora, source = public_name(recipe), recipe.lora, recipe.data.source
+    stated = base_file(recipe, "README.md")
+    licence = stated.get("license_name") or stated.get("license")
     entries = [source] if isinstance(source, str) else source
     names = [entry if isinstance(entry, str) else str(entry["source"]) for entry in entries]
     data = [name if is_hub_id(name) else Path(name).name for name in names]
@@ -145,7 +131,7 @@ def write_card(
         base_model=base if is_hub_id(base) else None,
         datasets=[name for name in data if "/" in name] or None,
         library_name="peft" if is_adapter else "transformers",
-        license=_licence(recipe),
+        license=licence or base_file(recipe, SOURCE).get("license"),
         pipeline_tag="text-generation",
         tags=["sft", "trl", *recipe.run.tags],
     )
@@ -191,36 +177,23 @@ def public_name(recipe: Recipe) -> str:
 
 
 def base_file(recipe: Recipe, name: str) -> Mapping[str, Any]:
-    """Return a JSON file of the base's folder; an empty one where it is not here."""
-    folder = _base_folder(recipe)
-    return (object_or_none(folder / name) if folder else None) or {}
-
-
-def _base_folder(recipe: Recipe) -> Path | None:
-    try:
-        return local_folder(recipe)
-    except RecipesError:  # it was moved away since
-        return None
-
-
-def _licence(recipe: Recipe) -> str | None:
-    """Return the licence that the base's own card states, if its files are here."""
+    """Return a JSON file of the base's folder, or the header of its README.md, or {}."""
     import yaml
     from huggingface_hub import metadata_load
 
-    stated: Mapping[str, Any] = {}
-    if folder := _base_folder(recipe):
-        with suppress(OSError, ValueError, yaml.YAMLError):  # no card, or no header
-            stated = metadata_load(folder / "README.md") or {}
-    known = stated.get("license_name") or stated.get("license")
-    return known or base_file(recipe, SOURCE).get("license")
+    with suppress(RecipesError, OSError, ValueError, yaml.YAMLError):  # moved away, or no header
+        folder = local_folder(recipe)
+        if folder is not None:
+            read = metadata_load if name == "README.md" else object_or_none
+            return read(folder / name) or {}
+    return {}
 
 
 # ---- to the Hub ----
 
 
 def check_repo(repo: str) -> None:
-    """Refuse what cannot be pushed to, before anything is computed."""
+    """Refuse what cannot be pushed to, before anything is written."""
     from huggingface_hub import constants
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -234,12 +207,7 @@ def check_repo(repo: str) -> None:
 
 
 def push(folder: Path, repo: str, public: bool) -> str:
-    """Upload an exported folder as it is and return its address.
-
-    Args:
-        repo: OWNER/NAME; made if it does not exist.
-        public: whether a new repository can be read by everybody.
-    """
+    """Upload an exported folder to OWNER/NAME, made if it does not exist; return its address."""
     from huggingface_hub import HfApi
 
     api, message = HfApi(), "Weights exported from a checked run"
@@ -250,23 +218,3 @@ def push(folder: Path, repo: str, public: bool) -> str:
         what = f"could not push to '{repo}': {one_line(error)}"
         raise EnvironmentFault(what, "hf auth login, or check the name and the network") from error
     return str(address)
-
-
-def push_target(recipe: Recipe) -> str | None:
-    """Return where a finished run's weights are pushed (`train.push_to_hub`), or None."""
-    if not recipe.train.get("push_to_hub"):
-        return None
-    repo = recipe.train.get("hub_model_id")
-    if not repo:
-        what = "train.push_to_hub needs train.hub_model_id: OWNER/NAME"
-        raise recipe.error("train.push_to_hub", what)
-    check_repo(repo)
-    return str(repo)
-
-
-def push_finished_run(run: RunDirectory, repo: str) -> str:
-    """Export a finished run and upload the export, private; return its address."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "export"
-        export(finished_run(run), target, merged=False)
-        return push(target, repo, public=False)

@@ -1,6 +1,4 @@
-"""The base model: fetched, loaded as the recipe says, known by its files; and adapters put on it.
-PEFT loads an adapter on the wrong base in part, and only warns of it: here that is an error.
-"""
+"""The base model: fetched, loaded as the recipe says, known by its files; and adapters on it."""
 
 from __future__ import annotations
 
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = "*.safetensors"
-_SPARE = 1.1  # free memory asked for, as a multiple of the weights
 
 
 def model_path(section: ModelSection) -> str:
@@ -72,11 +69,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after upstream's check of the recipe, which is made again where the
-    model's files come only now.
-
-    Args:
-        remote_code: whether the command line allowed the model's own code.
+    """Load the tokenizer after upstream's check of the recipe; where the files of the model come
+    only now, the check is made again.
     """
     unchecked: list[RecipeError] = []
     errors = check_upstream(recipe, remote_code=remote_code, notes=unchecked)
@@ -143,14 +137,11 @@ def load_model(
             raise
         reason = one_line(error).partition(". Please request")[0]
         raise attention_refused(recipe, f"is not for this model: {reason}") from None
-    if quantization_config is not None:
-        import bitsandbytes
-
-        for module in model.modules():
-            if isinstance(module, bitsandbytes.nn.Linear4bit):
-                # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors at the first
-                # evaluation; outputs differ from then on (2% of the largest logit of a 135M model)
-                module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors in the first
+        # evaluation, and outputs differ from then on (2% of the largest logit of a 135M model)
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     entries, rows = len(tokenizer), model.get_input_embeddings().weight.shape[0]
     if entries > rows and not section.resize_embeddings:
         what = f"the tokenizer has {entries} entries, the embeddings {rows} rows"
@@ -161,9 +152,7 @@ def load_model(
 
 
 def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Load the base as the run was trained on it: quantized where its recipe says so, on the GPU
-    where one has room.
-    """
+    """Load the base as its recipe says, on the GPU where one has room."""
     base = load_model(recipe, tokenizer, build_quantization_config(recipe))
     return base if recipe.quantization else base.to(device_with_room(base))
 
@@ -171,11 +160,7 @@ def load_base(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedM
 def load_saved(
     folder: Path, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, dtype: str | None = None
 ) -> PreTrainedModel:
-    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone.
-
-    Args:
-        dtype: None for the recipe's.
-    """
+    """Load a whole model (a full fine-tuning, or a merged one) from its folder alone."""
     values = {"name_or_path": str(folder), "revision": None, "resize_embeddings": False}
     section = recipe.model.model_copy(update=values | ({"dtype": dtype} if dtype else {}))
     model = load_model(dataclasses.replace(recipe, model=section), tokenizer)
@@ -183,12 +168,10 @@ def load_saved(
 
 
 def device_with_room(model: PreTrainedModel) -> torch.device:
-    """Return this process's GPU, or the CPU where there is none or its free memory does not hold
-    the model: what was trained in shards on several GPUs may be too large for one.
-    """
+    """Return this process's GPU, or the CPU where there is none with room for the model."""
     import torch
 
-    needed = _SPARE * model.get_memory_footprint()
+    needed = 1.1 * model.get_memory_footprint()
     if not torch.cuda.is_available() or needed >= torch.cuda.mem_get_info()[0]:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -211,18 +194,12 @@ def free_memory() -> None:
 def attach(
     base: PreTrainedModel, adapters: Mapping[str, Path], *, without_base_weights: bool = False
 ) -> PeftModel:
-    """Return the base with adapters on it, each in the precision it was trained in.
-
-    PEFT raises adapters to float32 on loading; TRL trains those of a quantized base in bfloat16,
-    which rounds differently.
+    """Return the base with adapters on it, each in the precision it was trained in: PEFT raises
+    them to float32, and those of a quantized base are bfloat16, which rounds differently.
 
     Args:
         adapters: the folder of each, by PEFT's name for it.
         without_base_weights: whether the base is on the meta device.
-
-    Raises:
-        RecipeError: an adapter does not fit the base: a name of its file is not in the model, or
-            the other way round.
     """
     import torch
     from peft import PeftConfig, get_peft_model
@@ -262,10 +239,8 @@ def _source(section: ModelSection) -> dict[str, Any]:
 
 
 def _reach_hub(recipe: Recipe, files: str) -> None:
-    """Say that weights are fetched; without a network say so at once, not after minutes of retries.
-
-    Args:
-        files: pattern of what is looked for in the cache.
+    """Say that weights are fetched; without a network say so at once, not after minutes of retries;
+    `files` is what the cache needs.
     """
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
@@ -286,6 +261,7 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
         causes |= {*type(cause).__mro__}
         cause = cause.__cause__ or cause.__context__
     what = f"cannot load '{name}': {one_line(error)}"
+    hint = "check the name and model.revision; for a private model: hf auth login"
     if Path(name).exists():
         hint = "the folder needs config.json, safetensors weights and tokenizer files"
     elif errors.GatedRepoError in causes:
@@ -297,12 +273,4 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
         hint += f" local folder, or to {MODEL}"
     elif errors.RepositoryNotFoundError in causes:
         what = f"the Hub has no model '{name}', or it is private"
-        hint = "check the name; for a private model: hf auth login"
-    elif errors.RevisionNotFoundError in causes:
-        what, hint = f"'{name}' has no revision '{section.revision}'", "check model.revision"
-    elif "safetensors" in str(error):
-        what = f"'{name}' has no safetensors on the Hub; other weights are pickles, which run code"
-        hint = "choose a revision that has them, or convert the weights"
-    else:
-        hint = "check the name and model.revision; for a private model: hf auth login"
     return EnvironmentFault(what, hint)

@@ -1,8 +1,5 @@
 """An adapter folded into its base: `merged/`, a whole model that needs no PEFT, no bitsandbytes and
 no base beside it. Its logits are compared with the adapter's before it gets its name.
-
-A 4-bit base is loaded afresh and dequantised first: a forward pass on a CPU may repack 4-bit
-weights in place, and dequantising those gives noise without an error.
 """
 
 from __future__ import annotations
@@ -56,11 +53,6 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
 
     Args:
         dtype: precision of the merged weights; None for the base's.
-
-    Raises:
-        RecipeError: a full fine-tuning, another base than the adapter's, or an architecture whose
-            adapters cannot be folded.
-        RecipesError: the merged model does not answer like the adapter.
     """
     name = trained.run.name
     if trained.full:
@@ -92,7 +84,8 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
         text = generation_prompt(trained.prompt_section, tokenizer, asked)
         prompts.append(tokenizer(text).input_ids)
 
-    # the adapter in float32 on a fresh copy of its base, which is not quantized any more
+    # The adapter in float32 on a fresh copy of its base, which is not quantized any more: a forward
+    # pass on a CPU may repack 4-bit weights in place, and dequantising those gives noise.
     say(f"loading {recipe.model.name_or_path} and the adapter ...")
     plain: Any = load_base(recipe, tokenizer)
     check_base_of(trained)  # again: until here its files may have been on the Hub alone
@@ -154,9 +147,7 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
 
 
 def _with_transposed_layers(model: Any) -> Any:
-    """Give a dequantised model the layers of its class: 4-bit ones become linear also where the
-    class has them transposed (GPT-2).
-    """
+    """Give a dequantised model the layers of its class: GPT-2 has them transposed."""
     import torch
     from transformers.pytorch_utils import Conv1D
 

@@ -1,6 +1,4 @@
-"""Trained runs loaded for use: one base model serves the base and every adapter trained on it,
-without merging. Weights are compared with the hashes in run.json wherever they are read.
-"""
+"""Trained runs loaded for use: one base model serves itself and every adapter trained on it."""
 
 from __future__ import annotations
 
@@ -68,11 +66,7 @@ class TrainedRun:
 
 
 def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
-    """Return a run that has weights.
-
-    Args:
-        remote_code: whether the command line allowed code that ships with the model.
-    """
+    """Return a run that has weights; `remote_code` is whether the command line allows such code."""
     state = run.read_state()["state"]
     if state != "finished":
         what = f"run '{run.name}' is {state}, not finished"
@@ -98,7 +92,6 @@ class MergeRecord:
     Args:
         effect: how far the adapter moves the base's logits, on average.
         difference: how far merging moves the adapter's, on average.
-        sha256: of each file in `merged/` that decides what it answers.
     """
 
     adapter_sha256: str
@@ -114,9 +107,7 @@ class MergeRecord:
 
 
 def merge_record(trained: TrainedRun) -> MergeRecord | None:
-    """Return what is recorded of the run's `merged/`, or None where there is none that is whole and
-    of the present adapter.
-    """
+    """Return the record of a `merged/` that is whole and of the present adapter, or None."""
     try:
         record = MergeRecord(**read_object(trained.merged / RECORD))
         if changed_files(trained.merged, record.sha256):
@@ -187,10 +178,7 @@ def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
 
 
 class Family:
-    """Runs that share a base model, on one loaded copy of it.
-
-    Args:
-        runs: finished LoRA runs with the same model and quantization, or one full fine-tuning.
+    """Runs that share a base model, on one loaded copy of it; or one full fine-tuning.
 
     Attributes:
         names: what can answer: the base (unless it was fine-tuned as a whole) and the runs.
@@ -228,9 +216,8 @@ class Family:
 
     @contextmanager
     def answering(self, name: str) -> Iterator[PreTrainedModel]:
-        """Give the model with the adapter of one run active, or none for `base`, in the run's
-        precision: without autocast the float32 adapters of a bf16 base would compute in float32.
-        The base answers as it is loaded.
+        """Give the model with the adapter of a run, or none for `base`, in the run's precision:
+        without autocast the float32 adapters of a bf16 base would compute in float32.
         """
         import torch
 
