@@ -103,8 +103,9 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
                 data, guard, active, options, **known, data_files=source_hashes(recipe.data)
             )
         )
-        if checkpoint is not None:
-            args.eval_on_start = False  # its step is evaluated already, or made up for
+        attempt.owns_records = True
+        if checkpoint is not None and checkpoint.name != "checkpoint-0":
+            args.eval_on_start = False
 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))

@@ -62,9 +62,11 @@ class Launcher:
         if config is None:
             return [sys.executable, *script]
         accelerate = str(Path(sys.executable).with_name("accelerate"))
-        path = str(PROJECT / "accelerate_configs" / f"{config}.yaml")
-        path = str(config) if isinstance(config, Path) else path
-        return [accelerate, "launch", "--config_file", path, *script]
+        path = (
+            PROJECT / "accelerate_configs" / f"{config}.yaml"
+        )  # an absolute config stays as it is
+        path = config if isinstance(config, Path) else path
+        return [accelerate, "launch", "--config_file", str(path), *script]
 
     def wait(self, child: Child | subprocess.Popen[str]) -> tuple[int, str]:
         if isinstance(child, Child):

@@ -58,6 +58,23 @@ def slow_validation() -> None:
     RunCallback.on_prediction_step = on_prediction_step
 
 
+def fail_on_rank_1() -> None:
+    """Run out of memory on rank 1 alone, in the third step."""
+    import torch
+
+    from recipes_lib.core.ranks import rank
+    from recipes_lib.training.trainer import RecipeTrainer
+
+    original = RecipeTrainer.training_step
+
+    def training_step(self: Any, *args: Any) -> Any:
+        if rank() == 1 and self.state.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, *args)
+
+    RecipeTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
 def kill() -> None:
     """Die at the moment KILL_MOMENT of the step KILL_STEP."""
     from transformers import Trainer
@@ -226,7 +243,7 @@ def _gradient_bytes(groups: list[Any]) -> int:
     return total
 
 
-PATCHES = (fused_head, slow_check, slow_validation, kill, reads, watched)
+PATCHES = (fail_on_rank_1, fused_head, slow_check, slow_validation, kill, reads, watched)
 
 if __name__ == "__main__":
     from recipes_lib.train import main

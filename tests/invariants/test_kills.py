@@ -74,6 +74,18 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
     assert launcher.state(name)["state"] == "finished"
 
 
+def test_a_killed_qlora_ends_with_the_bytes_of_an_uninterrupted_one(launcher) -> None:
+    """4-bit weights are read anew; kernels and adapters must come out as before the kill."""
+    nf4 = "load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16"
+    words = [f"quantization={{{nf4}}}", "train.bf16=true", "model.dtype=bfloat16", *OVERRIDES]
+    launcher.train("run.name=whole-qlora", *words)
+    code, said = killed(launcher, "in a step", "run.name=killed-qlora", *words)
+    assert code == -signal.SIGKILL, said[-3000:]
+    said = launcher.train("run.name=killed-qlora", *words)
+    assert "resuming checkpoint-6" in said
+    assert launcher.adapter("killed-qlora") == launcher.adapter("whole-qlora")
+
+
 @pytest.mark.nightly
 def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(
     launcher, whole: bytes

@@ -38,14 +38,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def describe(
-        self, kind: str, name: str, what: str | None, revision: str | None, below: str | None
-    ) -> None:
+    def describe(self, kind: str, name: str, what: str | None, _: Any, below: str | None) -> None:
         folder = ROOT / kind / name
         if not folder.is_dir():
             return self.reply(404, X_Error_Code="RepoNotFound")
-        if revision not in (None, "main", COMMIT):
-            return self.reply(404, X_Error_Code="RevisionNotFound")
         sizes = {
             str(path.relative_to(folder)): path.stat().st_size
             for path in sorted(folder.rglob("*"))

@@ -36,9 +36,7 @@ def joined_and_alone(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor
 def test_examples_in_one_row_are_kept_apart(
     family: str, by_document: bool, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    folder = tiny_model_dir
-    if family != "llama":
-        folder = build_family(family, tmp_path / family, tiny_model_dir)
+    folder = build_family(family, tmp_path / family, tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if by_document:
         assert attention.use_document_attention(model)
@@ -78,20 +76,8 @@ def test_varlen_hands_bounds_window_and_scale_to_torchs_kernel(
     query, key = torch.zeros(1, 4, 12, 8), torch.zeros(1, 2, 12, 8)
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
-        output, _ = attention.varlen_attention(
-            torch.nn.Module(),
-            *(query, key, key, None),
-            scaling=0.5,
-            sliding_window=4,
-            cu_seq_lens_q=bounds,
-            max_length_q=7,
-        )
+        options = {"scaling": 0.5, "sliding_window": 4, "cu_seq_lens_q": bounds, "max_length_q": 7}
+        output, _ = attention.varlen_attention(torch.nn.Module(), query, key, key, None, **options)
     assert output.shape == (1, 12, 4, 8)
-    assert seen == {
-        "scale": 0.5,
-        "window_size": (3, 0),
-        "enable_gqa": True,
-        "longest": 7,
-        "shapes": ((12, 4, 8), (12, 2, 8)),
-        "dtype": torch.bfloat16,
-    }
+    expected = {"scale": 0.5, "window_size": (3, 0), "enable_gqa": True, "longest": 7}
+    assert seen == {**expected, "shapes": ((12, 4, 8), (12, 2, 8)), "dtype": torch.bfloat16}

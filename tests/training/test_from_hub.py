@@ -46,28 +46,23 @@ def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 def train_from(
     hub: str, tiny_recipe: Path, tmp_path: Path
 ) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Train the tiny recipe for two steps with overrides, in a process of its own with an empty
-    cache.
-    """
+    """Train the tiny recipe for two steps, in a process of its own with an empty cache."""
 
-    def train(
-        *overrides: str, entry: tuple[str, ...] = ("recipes_lib.train",)
-    ) -> subprocess.CompletedProcess[str]:
+    def train(*overrides: str) -> subprocess.CompletedProcess[str]:
         environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
         environment |= {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "hf")}
         environment |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
-        command = [sys.executable, "-m", *entry, str(tiny_recipe), "train.max_steps=2", *overrides]
+        words = ["-m", "recipes_lib.train", str(tiny_recipe), "train.max_steps=2", *overrides]
         return subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+            [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=300
         )
 
     return train
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("entry", [("recipes_lib.train",), ("recipes_lib.cli", "train")])
-def test_model_and_rows_are_fetched_and_trained_on(entry, train_from, tmp_path):
-    ended = train_from("model.name_or_path=org/tiny", "data.source=org/rows", entry=entry)
+def test_model_and_rows_are_fetched_and_trained_on(train_from, tmp_path):
+    ended = train_from("model.name_or_path=org/tiny", "data.source=org/rows")
     assert ended.returncode == 0, ended.stderr
     assert "fetching org/tiny from the Hub" in ended.stdout
     assert (tmp_path / "runs/tiny/adapter/adapter_model.safetensors").is_file()

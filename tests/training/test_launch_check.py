@@ -25,10 +25,11 @@ ALONE = Active(1, "one process", "cpu")
 
 
 def test_what_is_not_what_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert check_launch(ALONE) == "one process, world size 1, cpu"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="each of them would train alone"):
         check_launch(ALONE)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match=r"(?s)FSDP was asked for, but DDP is active.*fsdp_cpu"):
         check_launch(Active(2, "DDP", "cpu"))
     met = SimpleNamespace(distributed_type="MULTI_CPU", num_processes=2, device="cpu")
@@ -36,11 +37,9 @@ def test_what_is_not_what_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("FSDP_VERSION", "1")
     with pytest.raises(RecipeError, match=r"(?s)but FSDP1 is active.*fsdp_version: 2"):
         check_launch(what_runs())
-
-
-def test_fsdp_of_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert check_launch(ALONE) == "one process, world size 1, cpu"
+    for upstream, ours in {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP"}.items():
+        state = SimpleNamespace(distributed_type=upstream, num_processes=2, device="cpu")
+        assert what_runs(state).distributed_type == ours
 
 
 def test_a_launch_for_the_cpu_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,13 +79,7 @@ def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(
         check_precision(bf16)
 
 
-def test_accelerates_names_become_ours() -> None:
-    for upstream, ours in {"MULTI_CPU": "DDP", "MULTI_GPU": "DDP", "FSDP": "FSDP"}.items():
-        state = SimpleNamespace(distributed_type=upstream, num_processes=2, device="cpu")
-        assert what_runs(state).distributed_type == ours
-
-
-def test_more_processes_than_gpus_are_refused_with_the_numbers(
+def test_more_processes_than_gpus_and_other_backends_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -97,6 +90,10 @@ def test_more_processes_than_gpus_are_refused_with_the_numbers(
         check_processes(num_gpus)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     check_processes(1)
+    for backend in ("MEGATRON_LM", "DEEPSPEED"):  # asked for by a flag or a shell, without a config
+        monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
+        with pytest.raises(RecipeError, match=f"{backend} was asked for.*cannot be used"):
+            check_processes(1)
 
 
 def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
@@ -109,7 +106,6 @@ def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
     two, sharded = Active(2, "DDP", "cpu"), Active(2, "FSDP", "cpu")
     cases = [
         (["--cpu", "--num_processes", "2"], ALONE, "2 processes were asked for.*started 1"),
-        (["--config_file", str(ddp)], ALONE, "2 processes were asked for"),
         (["--config_file", str(ddp), "--num_processes=4"], two, "4 processes .* started 2"),
         (["--config_file", str(multi_cpu)], ALONE, "MULTI_CPU"),
         (["--config_file", str(ddp)], sharded, "MULTI_GPU was asked for, but FSDP is active"),

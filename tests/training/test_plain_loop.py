@@ -48,9 +48,7 @@ def test_losses_are_those_of_a_plain_loop(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Phi's head has a bias, Gemma 2's caps its logits."""
-    folder = tiny_model_dir
-    if family != "llama":
-        folder = build_family(family, tmp_path / family, tiny_model_dir)
+    folder = build_family(family, tmp_path / family, tiny_model_dir)
     trainers: list[Any] = []
     monkeypatch.setattr(
         RunCallback, "on_step_begin", lambda self, *_, **__: trainers.append(self.trainer)

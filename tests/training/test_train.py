@@ -55,16 +55,16 @@ def logged(recipe: Path, name: str, *keys: str) -> list[list[Any]]:
     return [[line.get(key) for key in keys] for line in metrics(recipe, name)]
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, *, call: int, request: int = 1) -> None:
-    """Ask for a stop at the n-th time that the ranks agree (the end of step n, unless an evaluation
-    or a save comes between).
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, *words: Any) -> None:
+    """Train, and stop at the n-th time that the ranks agree (the end of step n, unless an
+    evaluation or a save comes between).
     """
     from recipes_lib.training.stopping import StopRequest
 
     calls = iter(range(1, 10_000))
-    monkeypatch.setattr(
-        StopRequest, "_asked_by_file", lambda self: request if next(calls) >= call else 0
-    )
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "_asked_by_file", lambda self: next(calls) >= call)
+        assert main([*map(str, words)]) == ExitCode.PREEMPTED
 
 
 def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
@@ -140,9 +140,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
 ) -> None:
     words = [str(tiny_recipe), *overrides]
     assert main([*words, "run.name=whole"]) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=5)
-        assert main([*words, "run.name=broken"]) == ExitCode.PREEMPTED
+    stop_at(monkeypatch, 5, *words, "run.name=broken")
     state = run_json(tiny_recipe, "broken")
     assert (state["state"], state["exit_code"]) == ("preempted", 75)
     assert main([*words, "run.name=broken"]) == 0
@@ -169,8 +167,9 @@ def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
             patch.setattr(prompts, "datetime", clock)
             if day == 1:
                 assert main([*words, "run.name=whole"]) == 0
-                stop_at(patch, call=5)
-            assert main(words) == (ExitCode.PREEMPTED if day == 1 else 0)
+                stop_at(monkeypatch, 5, *words)
+            else:
+                assert main(words) == 0
     for name in ("whole", "tiny"):
         resolved = (run_of(tiny_recipe, name) / "resolved.yaml").read_text()
         assert "template_date: '2031-01-01'" in resolved
@@ -186,9 +185,7 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
     """
     words = [str(tiny_recipe), "lora.lora_dropout=0.3", "train.eval_steps=4"]
     assert main([*words, "run.name=whole"]) == 0
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=5 if when.startswith("at") else 7)
-        assert main([*words, "run.name=broken"]) == ExitCode.PREEMPTED
+    stop_at(monkeypatch, 5 if when.startswith("at") else 7, *words, "run.name=broken")
     assert not any("eval_loss" in line for line in metrics(tiny_recipe, "broken"))
     assert main([*words, "run.name=broken"]) == 0
     keys = ("step", "loss", "eval_loss")
@@ -224,12 +221,13 @@ def test_a_signal_while_the_weights_are_saved_stops_nothing(
 ) -> None:
     from recipes_lib.training import attempt
 
-    def interrupted(*args: Any, **options: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGINT)
-        return honest(*args, **options)
+    honest = attempt.write_card
 
-    honest = attempt.check_saved
-    monkeypatch.setattr(attempt, "check_saved", interrupted)
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        honest(*args)
+
+    monkeypatch.setattr(attempt, "write_card", interrupted)
     assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
     assert "once the weights are saved" in capfd.readouterr().err
     assert run_json(tiny_recipe)["state"] == "finished"
@@ -275,40 +273,12 @@ def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
 # ---- Resuming with something else ----
 
 
-def test_resuming_with_another_learning_rate_shows_the_difference_and_can_be_insisted_on(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=3)
-        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
-    words = [str(tiny_recipe), "train.learning_rate=5e-3", "train.logging_steps=2"]
-    assert main(words) == ExitCode.USAGE
-    assert "train.learning_rate  0.01 -> 0.005" in capsys.readouterr().err
-    assert main([*words, "--resume-anyway"]) == 0
-    assert run_json(tiny_recipe)["resumed"][0]["changed"] == {"train.learning_rate": [0.01, 0.005]}
-
-
-def test_a_missing_optimizer_state_is_an_error_not_a_fresh_start(
+def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_on(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from recipes_lib.training.checkpoints import mark_complete
 
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=3)
-        main([str(tiny_recipe)])
-    checkpoint = run_of(tiny_recipe) / "checkpoints/checkpoint-2"
-    (checkpoint / "optimizer.pt").unlink()
-    mark_complete(checkpoint, step=2, world_size=1)
-    assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "optimizer.pt" in capsys.readouterr().err
-
-
-def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=5)
-        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    stop_at(monkeypatch, 5, tiny_recipe)
     run = run_of(tiny_recipe)
     (run / "checkpoints/checkpoint-3/optimizer.pt").write_bytes(b"torn")
 
@@ -316,20 +286,30 @@ def test_a_refused_resume_leaves_every_record_of_the_run_as_it_was(
         held = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock"]
         return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in held}
 
-    before = records()
-    assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == ExitCode.USAGE
+    before, optimizer = records(), run / "checkpoints/checkpoint-2/optimizer.pt"
+    other = [str(tiny_recipe), "train.learning_rate=5e-3", "train.logging_steps=2"]
+    assert main(other) == ExitCode.USAGE
+    assert "train.learning_rate  0.01 -> 0.005" in capsys.readouterr().err
     assert main([str(tiny_recipe), "data.max_examples=100"]) == ExitCode.USAGE
     assert records() == before
-    assert main([str(tiny_recipe)]) == 0
-    assert run_json(tiny_recipe)["attempts"] == 2
+    # a marker that does not know of the optimizer: the Trainer would begin with a fresh one
+    content = optimizer.read_bytes()
+    optimizer.unlink()
+    marker = json.loads((optimizer.parent / "COMPLETE.json").read_text())
+    mark_complete(optimizer.parent, step=2, world_size=1, guard=marker["guard"])
+    assert main([*other, "--resume-anyway"]) == ExitCode.ENVIRONMENT
+    assert "lacks optimizer.pt" in capsys.readouterr().err
+    optimizer.write_bytes(content)
+    assert main([*other, "--resume-anyway"]) == 0
+    state = run_json(tiny_recipe)
+    assert state["resumed"][0]["changed"] == {"train.learning_rate": [0.01, 0.005]}
+    assert state["attempts"] == 2
 
 
 def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_other_settings(
     tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=2)
-        assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
+    stop_at(monkeypatch, 2, tiny_recipe)
     (run_of(tiny_recipe) / "checkpoints/checkpoint-1/optimizer.pt").write_bytes(b"torn")
     assert main([str(tiny_recipe), "train.learning_rate=5e-3"]) == 0
     said = capsys.readouterr().out
@@ -382,28 +362,6 @@ def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
     words = [NF4, "train.bf16=true", "model.dtype=auto", f"model.name_or_path={half}"]
     assert main([str(tiny_recipe), *words]) == ExitCode.USAGE
     assert "the checkpoint is float16 and autocast bfloat16" in capsys.readouterr().err
-
-
-def test_a_disk_that_fills_during_a_save_loses_nothing(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from transformers import Trainer
-
-    def full(self: Trainer, output_dir: str) -> None:
-        if self.state.global_step == 6:
-            what = "[enforce fail at inline_container.cc:672] . unexpected pos 186432 vs 186324"
-            raise RuntimeError(what)
-        honest(self, output_dir)
-
-    assert main([str(tiny_recipe), "run.name=whole"]) == 0
-    honest = Trainer._save_optimizer_and_scheduler
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
-        assert main([str(tiny_recipe)]) == ExitCode.ENVIRONMENT
-    assert "disk full: " in capsys.readouterr().err
-    assert main([str(tiny_recipe)]) == 0
-    assert (run_of(tiny_recipe) / "checkpoints/checkpoint-6.incomplete").is_dir()
-    assert adapter(tiny_recipe, "whole") == adapter(tiny_recipe)
 
 
 def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
@@ -539,9 +497,7 @@ def test_a_training_template_trains_and_the_plain_one_is_saved(
     plain = (folder / "phi3.jinja").read_text(encoding="utf-8")
     (model / "chat_template.jinja").write_text(plain, encoding="utf-8")
     words = [str(tiny_recipe), "data.prompt_format=chat", f"model.name_or_path={model}"]
-    with monkeypatch.context() as patch:
-        stop_at(patch, call=2)
-        assert main(words) == ExitCode.PREEMPTED
+    stop_at(monkeypatch, 2, *words)
     said = capsys.readouterr().out
     assert said.count("chat template: trained through TRL's phi3_training.jinja") == 1
     text = (folder / "phi3_training.jinja").read_text(encoding="utf-8")

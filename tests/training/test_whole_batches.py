@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from recipes_lib.training.batches import WholeBatches, make_loader, row_lengths, validation_batches
@@ -77,9 +75,11 @@ def test_without_a_seed_rows_keep_their_order_and_an_error_can_name_the_rows_of_
 
 
 def test_validation_rows_are_each_evaluated_once_by_one_rank() -> None:
-    rows = Dataset.from_dict(
-        {"input_ids": [[row] * 3 for row in range(11)], "labels": [[1] * 3] * 11}
-    )
+    rows = Dataset.from_dict({"input_ids": [[7] * length for length in LENGTHS[:11]]})
+    rows = rows.add_column("labels", [[1]] * 11)
+    assert row_lengths(rows.shuffle(seed=1)) == [
+        len(row["input_ids"]) for row in rows.shuffle(seed=1)
+    ]
     seen: list[int] = []
     for rank in range(2):
         filled, batches = validation_batches(rows, 4, rank, 2)
@@ -93,14 +93,6 @@ def test_a_loader_draws_nothing_from_the_random_state_that_dropout_uses() -> Non
     rows = Dataset.from_dict({"input_ids": [[1]] * 4})
     args = TrainingArguments(use_cpu=True, output_dir="unused")
 
-    def loaded() -> Iterator[DataLoader]:
-        yield from make_loader(rows, [[0, 1], [2, 3]], list, args)
-
     before = torch.get_rng_state()
-    assert len([*loaded()]) == 2
+    assert len([*make_loader(rows, [[0, 1], [2, 3]], list, args)]) == 2
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_lengths_are_those_of_the_rows_after_a_shuffle() -> None:
-    rows = Dataset.from_dict({"input_ids": [[1] * length for length in LENGTHS]}).shuffle(seed=1)
-    assert row_lengths(rows) == [len(ids) for ids in rows["input_ids"]]

@@ -56,15 +56,12 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) 
     assert texts["lora.chat"] == "<s><|user|>\nSay hi.</s>\n<|assistant|>\n"
 
 
-def test_answers_are_computed_in_the_precision_of_the_training(tiny_recipe: Path) -> None:
+def test_answers_are_computed_in_the_precision_of_the_training(runs: Runs) -> None:
     import torch
 
-    from recipes_lib.train import main
-
-    words = ["run.name=half", "train.bf16=true", "train.max_steps=3", "train.eval_strategy='no'"]
-    assert main([str(tiny_recipe), *words]) == 0
-    family = Family([finished_run(open_run("half"))])
-    for name, half in (("half", True), ("base", False)):
+    runs("qlora")
+    family = Family([finished_run(open_run("qlora"))])
+    for name, half in (("qlora", True), ("base", False)):
         with family.answering(name) as model:
             assert torch.is_autocast_enabled(model.device.type) == half
 
@@ -75,22 +72,14 @@ def test_escapes_and_control_characters_in_answers_are_shown_not_obeyed(
     runs("lora")
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True, raising=False)
     controls = set("\x1b\x07\r\x08\x9b\u202e")
-    for terminal in (False, True):
-        monkeypatch.setattr(
-            type(sys.stdout), "isatty", lambda self, yes=terminal: yes, raising=False
-        )
-        for written, shown in (
-            (NASTY, "\\x1b[31mred"),
-            (NASTY, "[bold]loud[/bold]"),
-            (NASTY, "\\u202eevil"),
-            (PERSIAN, PERSIAN),
-            ("", "(empty answer)"),
-        ):
-            monkeypatch.setattr(chat, "answer", lambda *args, text=written: text)
-            code, out, _ = recipes("chat", "lora", "--prompt", "hi")
-            assert code == 0 and shown in out
-            assert not set(out.replace("\x1b[1m", "").replace("\x1b[0m", "")) & controls
+    nasty = ("\\x1b[31mred", "[bold]loud[/bold]", "\\u202eevil")
+    for written, shown in ((NASTY, nasty), (PERSIAN, (PERSIAN,)), ("", ("(empty answer)",))):
+        monkeypatch.setattr(chat, "answer", lambda *args, text=written: text)
+        code, out, _ = recipes("chat", "lora", "--prompt", "hi")
+        assert code == 0 and not [part for part in shown if part not in out]
+        assert not set(out.replace("\x1b[1m", "").replace("\x1b[0m", "")) & controls
 
 
 def test_the_turns_before_and_the_system_prompt_reach_the_model(

@@ -53,10 +53,8 @@ def test_every_kind_of_adapter_is_proven_and_hashed(tiny_model_dir: Path, tmp_pa
     for name, settings in ADAPTERS.items():
         folder = tmp_path / name
         model = trained_adapter(tiny_model_dir, folder, **settings)
-        saved = check_saved(model, folder, base=str(tiny_model_dir), autocast="bfloat16")
-        assert saved.tensors >= 8, name
-        assert saved.sha256 == recorded_hashes(folder), name
-        assert saved.autocast == "bfloat16", name
+        saved = check_saved(model, folder, base=str(tiny_model_dir))
+        assert saved.tensors >= 8 and saved.sha256 == recorded_hashes(folder), name
 
 
 def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(

@@ -70,14 +70,11 @@ def test_damaged_weights_are_refused_by_every_verb_that_reads_them(
         code, _, err = recipes(*words)
         assert code == 5 and "has no usable weights" in err and "make them again" in err, words
     assert not (tmp_path / "out").exists()
-
-
-def test_a_training_does_not_start_from_damaged_weights_of_a_run(runs: Callable[..., Path]) -> None:
-    run = runs("full")
-    check_base_run(str(run / "model"))
-    flip(run / "model/model.safetensors")
+    model = runs("full") / "model"
+    check_base_run(str(model))  # a training from it
+    flip(model / "model.safetensors")
     with pytest.raises(EnvironmentFault, match="has no usable weights"):
-        check_base_run(str(run / "model"))
+        check_base_run(str(model))
 
 
 def test_another_base_than_the_trained_one_is_refused(

@@ -32,12 +32,13 @@ def test_why_a_model_cannot_be_had_is_said_by_the_type_of_the_hubs_error() -> No
         (errors.GatedRepoError("403 Error", response=response), "is gated"),
         (errors.LocalEntryNotFoundError("not here"), "offline, and 'org/m' is not in the local"),
         (ConnectionError(), "offline"),
-        (OSError("Request ID: 401403404"), "cannot load 'org/m': Request ID"),
+        (errors.RepositoryNotFoundError("404", response=response), "no model 'org/m'"),
+        (errors.RevisionNotFoundError("no v9 at 404", response=response), "'org/m': no v9"),
     ):
-        error = OSError("transformers says something else")
+        assert words in explain_load_failure(section, cause).what, words
+        error = OSError("no v9, says transformers")
         error.__cause__ = cause
-        for raised in (cause, error) if isinstance(cause, errors.HfHubHTTPError) else (cause,):
-            assert words in explain_load_failure(section, raised).what, words
+        assert words in explain_load_failure(section, error).what, words
 
 
 def test_a_model_that_one_gpu_does_not_hold_is_loaded_on_the_cpu(

@@ -50,7 +50,7 @@ def on_main_rank(work: Callable[[], T]) -> T:
     ranks wait for the outer result. An error of another library is its text on the other ranks.
     """
     global _working_alone
-    store = None if _working_alone else _store()
+    store = None if _working_alone else shared_store()
     if store is None:
         return work()
     key = f"recipes/{next(_calls)}"
@@ -78,7 +78,7 @@ def on_main_rank(work: Callable[[], T]) -> T:
 
 def meet() -> None:
     """Wait until every rank is here, however long one of them reads or writes files."""
-    store = None if _working_alone else _store()
+    store = None if _working_alone else shared_store()
     if store is not None:
         key = f"recipes/{next(_calls)}"
         store.add(key, 1)
@@ -111,7 +111,7 @@ def keep_alive(trainer: object) -> None:
         _kept.append(trainer)
 
 
-def _store() -> Any:
+def shared_store() -> Any:
     """Return the store of the rendezvous, which the process group uses later; None for one."""
     if world_size() == 1 or not {"LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys():
         return None

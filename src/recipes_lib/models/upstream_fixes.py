@@ -23,12 +23,11 @@ _ATTENTION_KERNELS = ("scaled_dot_product", "flash_attn", "varlen_attn")
 
 
 def prepare_head(model: Any, *, sharded: bool) -> None:
-    """Let the loss read the weight of a head that PEFT has wrapped; `model` is the causal language
-    model inside PEFT's wrapper.
+    """Let the loss read the weight of a head that PEFT has wrapped.
 
     TRL's fused head (trl/trainer/utils.py) reads `lm_head.bias`, which PEFT's wrapper of trained
-    tokens does not have (`lora.trainable_token_indices` on tied embeddings). Under FSDP2 no loss
-    calls a trained head (`lora.modules_to_save`), so nothing gathers it, and the gradient of its
+    tokens does not have (`lora.trainable_token_indices` on tied embeddings). Under FSDP2 nothing
+    calls and gathers a trained head (`lora.modules_to_save`), and the gradient of its
     `full_tensor()` would be each rank's own. Delete when TRL calls the head.
     """
     head = model.get_output_embeddings()
@@ -37,9 +36,8 @@ def prepare_head(model: Any, *, sharded: bool) -> None:
 
     def gather(*_: Any) -> None:
         head = model.get_output_embeddings()
-        if isinstance(head, FSDPModule) and any(
-            weight.requires_grad for weight in head.parameters()
-        ):
+        is_trained = any(weight.requires_grad for weight in head.parameters())
+        if isinstance(head, FSDPModule) and is_trained:
             head.unshard()
 
     if sharded:
@@ -47,11 +45,9 @@ def prepare_head(model: Any, *, sharded: bool) -> None:
 
 
 def reduce_in_float32(accelerator: Any) -> None:
-    """Have FSDP2 sum gradients in float32, and leave the layers' outputs as they are.
-
-    `FullyShardedDataParallelPlugin.set_mixed_precision` (accelerate/utils/dataclasses.py) sums them
-    in the autocast type, and casts the outputs to it, and with them the logged loss: 1716.97 and
-    1717.25 become 1720. Delete when a launch can set the policy's types one by one.
+    """Have FSDP2 sum gradients in float32, and leave the layers' outputs and the loss as they are:
+    accelerate's `set_mixed_precision` casts all to the autocast type. Delete when a launch can set
+    the policy's types one by one.
     """
     plugin = accelerator.state.fsdp_plugin
     policy = plugin.mixed_precision_policy
@@ -62,9 +58,7 @@ def reduce_in_float32(accelerator: Any) -> None:
 
 
 def reshard(model: torch.nn.Module) -> None:
-    """Let go of gathered weights before others are loaded: a validation leaves the root's gathered,
-    and shards are what is loaded. Delete when transformers' `Trainer._load_best_model` does so.
-    """
+    """Let go of what a validation gathered, before loading shards. Delete when the Trainer does."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -89,12 +83,8 @@ def load_whole(model: Any, folder: Path) -> None:
         folder, dtype=model.dtype, use_safetensors=True, output_loading_info=True
     )
     if lost := sorted(report["missing_keys"]):
-        raise of_every_rank(
-            EnvironmentFault(
-                f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them",
-                "remove it to go on from an earlier one",
-            )
-        )
+        what = f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them"
+        raise of_every_rank(EnvironmentFault(what, "remove it to go on from an earlier one"))
     model.load_state_dict(saved.state_dict())
 
 

@@ -1,6 +1,4 @@
-"""One attempt at one run, from its lock to its recorded outcome: what stands around the straight
-line of `train.py`.
-"""
+"""One attempt at one run, from its lock to its recorded outcome; `train.py` calls it in order."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ class Attempt:
     Args:
         earlier: rank 0: run.json as an earlier attempt left it, empty where there was none.
         finished: whether the run is finished and its weights are whole.
-        owns_records: rank 0: whether the records are this attempt's; a refused one changes none.
+        owns_records: whether the records are this attempt's; a refused one changes none.
     """
 
     run: RunDirectory
@@ -64,9 +62,7 @@ class Attempt:
         return self.run.weights(self.recipe.lora is None)
 
     def begin(self, stack: ExitStack) -> bool:
-        """Rank 0: lock the run until `stack` closes, look at what an earlier attempt recorded, or
-        begin the record of a new run; return `finished`.
-        """
+        """Rank 0: lock the run until `stack` closes, and begin its record; return `finished`."""
         run = self.run
         stack.enter_context(run_lock(run.path))
         run.check_inside()
@@ -131,7 +127,6 @@ class Attempt:
         recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "guard": guard}
         recorded |= {"exit_code": None, "error": None, "steps_began": None, "resumed": resumed}
         run.write_state("running", **recorded)
-        self.owns_records = True
         if newest is not None:
             insisted = f"--resume-anyway over {len(changed)} changes" if changed else ""
             say(f"resuming {newest.name} ({insisted or 'recipe, data, versions unchanged'})")
@@ -152,7 +147,7 @@ class Attempt:
 
     def record_failure(self, code: int, error: str) -> None:
         """Note in run.json how this attempt ended, unless a full disk prevents it."""
-        if rank() != 0 or not self.owns_records:
+        if not self.owns_records:
             return
         with suppress(OSError, RecipesError):
             if self.run.exists() and self.run.read_state()["state"] == "running":
@@ -169,9 +164,7 @@ class Attempt:
         return code
 
     def record_finish(self, summary: Mapping[str, Any], check: SavedWeights) -> None:
-        """Rank 0: the weights have their name; put all on the disk, and only then call the run
-        finished.
-        """
+        """Rank 0: put all on the disk, and only then call the run finished."""
         run = self.run
         if run.metrics.is_file():
             sync(run.metrics)
@@ -186,9 +179,7 @@ class Attempt:
 
 @contextmanager
 def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Iterator[Attempt]:
-    """Hold a run for one attempt: rank 0 has the lock, an error is recorded while the run is still
-    ours, and all ranks leave together.
-    """
+    """Hold a run for one attempt: rank 0 has the lock, and all ranks leave together."""
     attempt = Attempt(run, recipe, stop)
     stop.stop_file, stop.record = run.stop_file, attempt.record_failure
     with ExitStack() as stack:
@@ -199,7 +190,8 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
         except Exception as error:
             fault = error if isinstance(error, RecipesError) else explain_fault(error)
             code = int(fault.exit_code if fault else ExitCode.FAILED)
-            attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
+            if rank() == 0 or not getattr(error, "on_every_rank", False):
+                attempt.record_failure(code, str(fault or f"{type(error).__name__}: {error}"))
             if fault is None or fault is error:
                 raise
             raise fault from error
@@ -208,9 +200,7 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
 def summarise_training(
     trainer: RecipeTrainer, data: PreparedData, active: Active, seconds: float
 ) -> dict[str, object]:
-    """Return what run.json and the model card say of a training; None where not measured. After a
-    resume, times are those of the attempt that reached the end.
-    """
+    """Return what run.json and the card say of a training; after a resume, times are the last's."""
     state, tokens = trainer.state, int(trainer._total_train_tokens)
     on_cpu = active.device.startswith("cpu")
     speed = round((tokens - trainer.tokens_before) / seconds, 1) if seconds else None
@@ -237,12 +227,7 @@ def summarise_training(
 def save_and_check(
     trainer: RecipeTrainer, attempt: Attempt, summary: Mapping[str, Any]
 ) -> SavedWeights:
-    """Save the final weights, prove them, and rename them to `adapter/` or `model/`; every rank has
-    to call.
-
-    Raises:
-        RecipesError: the files do not hold what was trained; they stay in `weights.unchecked/`.
-    """
+    """Save the final weights, prove them, and only then give them their name; every rank calls."""
     args, recipe, steps = trainer.args, attempt.recipe, trainer.state.max_steps
     scratch = attempt.run.path / "weights.unchecked"
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))

@@ -34,9 +34,7 @@ def sdpa_by_document(
     attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers' `sdpa_attention_forward`, for each example between two of `cu_seq_lens_q`.
-    Queries, keys and values are (1, heads, tokens, channels).
-    """
+    """As transformers' `sdpa_attention_forward`, for each example between two `cu_seq_lens_q`."""
     bounds = kwargs.get("cu_seq_lens_q")
     whole_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
     limited = kwargs.get("sliding_window") is not None or kwargs.get("position_bias") is not None

@@ -160,9 +160,7 @@ def build_trainer(
 
 
 def compile_blocks(model: Any, recipe: Recipe, run: RunDirectory) -> None:
-    """Have each decoder block compiled when it is first used: once for all blocks of its kind. What
-    was compiled is kept in the run's folder.
-    """
+    """Have each decoder block compiled when it is first used, once for all blocks of its kind."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(run.path / "compiled"))
     torch._dynamo.config.recompile_limit = MOST_GRAPHS
     backend = recipe.train.get("torch_compile_backend") or "inductor"

@@ -21,9 +21,7 @@ HASHED_UP_TO = 10**9  # bytes: all GPUs wait for the hashes, 1.4 s for each GB
 
 
 def mark_complete(checkpoint: Path, **facts: Any) -> None:
-    """Flush every file of a checkpoint to the disk, then write its marker with these facts; every
-    rank has written its part.
-    """
+    """Flush every file of a checkpoint to the disk, then write its marker with these facts."""
     paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
     files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(paths)}
     hashed = [name for name, size in files.items() if size <= HASHED_UP_TO]
@@ -39,9 +37,7 @@ def read_marker(checkpoint: Path) -> dict[str, Any]:
 
 
 def what_is_wrong(checkpoint: Path, hashes: bool = False) -> str | None:
-    """Return why a checkpoint cannot be used, by the sizes of its files, or their hashes too; None
-    for a whole one.
-    """
+    """Return why a checkpoint cannot be used, by sizes or hashes too; None for a whole one."""
     try:
         marker = read_marker(checkpoint)
         sizes, recorded = dict(marker["files"]), dict(marker["sha256"])
@@ -70,9 +66,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
-    """Return the newest whole checkpoint, and why others cannot be used: newer ones, and older ones
-    by the sizes of their files. Nothing is changed.
-    """
+    """Return the newest whole checkpoint, and why others cannot be used; change nothing."""
     whole: Path | None = None
     broken: dict[Path, str] = {}
     for checkpoint in reversed(list_checkpoints(folder)):
@@ -86,17 +80,15 @@ def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
 
 def check_resumable(checkpoint: Path, num_processes: int) -> None:
     """Refuse a checkpoint that lacks training state: the Trainer would begin a fresh one."""
-    needed = ["trainer_state.json", "scheduler.pt", "rng_state.pth"]
-    if num_processes > 1:
-        needed[2:] = [f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    ranks = [f"rng_state_{rank}.pth" for rank in range(num_processes)]
+    needed = ["trainer_state.json", "scheduler.pt"]
+    needed += ranks if num_processes > 1 else ["rng_state.pth"]
     missing = [name for name in needed if not (checkpoint / name).is_file()]
-    if not [*checkpoint.glob("optimizer*")]:
-        missing.append("optimizer.pt")
+    missing += [] if [*checkpoint.glob("optimizer*")] else ["optimizer.pt"]
     if missing:
         written_by = read_marker(checkpoint).get("world_size", "?")
         raise EnvironmentFault(
-            f"{checkpoint.name} lacks {', '.join(missing)}: training would go on with a fresh"
-            " state, and end with other weights",
+            f"{checkpoint.name} lacks {', '.join(missing)}, without which other weights come out",
             f"it was written by {written_by} process(es), {num_processes} would resume it",
             "restore the files, or start a new run with run.name=OTHER",
         )

@@ -1,6 +1,4 @@
-"""What the launcher asked for, by the variables that it hands to each process, against what is
-really running; several ways to launch silently do something else.
-"""
+"""What the launcher asked for against what is really running: launchers change it silently."""
 
 from __future__ import annotations
 

@@ -34,7 +34,6 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
         steps: how many will be trained.
     """
     args, data = trainer.args, trainer.train_dataset
-    # the worst that can come, not what will
     longest = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     rows = [data[row] for row in longest[: args.per_device_train_batch_size]]
     batch = trainer.data_collator(rows)
@@ -58,23 +57,19 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
             del held
     except torch.OutOfMemoryError as error:
         what = "the GPU has too little memory for the longest micro-batch"
-        raise of_every_rank(
-            EnvironmentFault(
-                f"{what} ({len(rows)} rows, {tokens:,} tokens)",
-                "halve train.per_device_train_batch_size: accumulation keeps run.global_batch_size",
-                "or set train.activation_checkpointing: true, or a lower train.max_length; recipes"
-                " plan says what saves how much",
-            )
-        ) from error
-    peak = f"{peak_memory_gib():.1f}"
-    if torch.cuda.is_available():
-        peak += f" of {torch.cuda.mem_get_info()[1] / 2**30:.0f}"
+        fault = EnvironmentFault(
+            f"{what} ({len(rows)} rows, {tokens:,} tokens)",
+            "halve train.per_device_train_batch_size: accumulation keeps run.global_batch_size",
+            "or set train.activation_checkpointing: true; recipes plan says what saves how much",
+        )
+        raise of_every_rank(fault) from error
+    on_gpu = torch.cuda.is_available()
+    of_all = f" of {torch.cuda.mem_get_info()[1] / 2**30:.0f}" if on_gpu else ""
     rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
-    tokens_to_train = rows_to_train * sum(lengths) / len(lengths)
-    total = shown_duration(seconds / tokens * tokens_to_train)
+    total = shown_duration(seconds / tokens * rows_to_train * sum(lengths) / len(lengths))
     return (
         f"probe: the longest micro-batch ({len(rows)} rows, {tokens:,} tokens) takes"
-        f" {seconds:.1f} s and {peak} GiB; training takes about {total}"
+        f" {seconds:.1f} s and {peak_memory_gib():.1f}{of_all} GiB; training takes about {total}"
     )
 
 

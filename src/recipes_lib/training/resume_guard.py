@@ -64,12 +64,7 @@ def _recipe_values(recipe: Recipe) -> dict[str, object]:
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, object]:
-    """Return nested mappings as one mapping with dotted keys.
-
-    Example:
-        >>> flatten({"a": {"b": 1, "c": {}}, "d": None})
-        {'a.b': 1, 'd': None}
-    """
+    """Return nested mappings as one with dotted keys: {"a": {"b": 1}} as {"a.b": 1}."""
     if not isinstance(value, dict):
         return {prefix: value}
     flat: dict[str, object] = {}

@@ -1,10 +1,9 @@
-"""How a process of a training ends: asked to stop, with an error or at its end, and the exit code
-that launchers lose. Needs no torch.
+"""How a process of a training ends: asked to stop, with an error or at its end. Needs no torch.
 
 SIGTERM, SIGUSR2 (of a Slurm job before its time limit) and a file `STOP` in the run directory ask
 for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code 130, a second one
-ends the process at once. One rank's request is enough: after each step, and each batch of a
-validation, all ranks act on the largest request.
+ends the process at once. After each step, and each batch of a validation, all ranks act on the
+largest request.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from recipes_lib.core.errors import (
     one_line,
     print_error,
 )
-from recipes_lib.core.ranks import agree_on_largest, rank, world_size
+from recipes_lib.core.ranks import agree_on_largest, rank, shared_store, world_size
 
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
@@ -56,8 +55,8 @@ class EvaluationStopped(Exception):
 class StopRequest:
     """What this process was asked to do, by a signal or a file; `agreed` is what all ranks decided.
 
-    Before the first step there is nothing to save: a signal ends the process at once, because an
-    exception could be lost or disguised in an import.
+    Before the first step there is nothing to save: a signal ends the process at once. An exception
+    could be lost in an import.
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
@@ -136,8 +135,8 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def report(error: Exception, run: Path | None) -> int:
-    """Say what stopped this process and return its exit status. Rank 0 alone says what all ranks
-    have (refusals, `ranks.of_every_rank`), each rank its own defects.
+    """Say what stopped this process and return its exit status. Rank 0 says what all ranks have;
+    else the rank that failed first speaks: the others have lost their connection to it.
 
     Args:
         run: the run's folder, for the traceback of a defect.
@@ -145,12 +144,19 @@ def report(error: Exception, run: Path | None) -> int:
     _note_for_job(error)
     message = error if isinstance(error, RecipesError) else explain_fault(error)
     message = message or _as_defect(error, run)
-    on_every_rank = getattr(error, "on_every_rank", False)
-    if rank() == 0 or not (on_every_rank or message is error):
-        print_error(message)
     # every rank finds what is wrong with a recipe or data in the same files
-    alike = on_every_rank or world_size() == 1 or isinstance(error, RecipeError | DataError)
+    alike = world_size() == 1 or isinstance(error, RecipeError | DataError)
+    alike = alike or getattr(error, "on_every_rank", False)
+    if rank() == 0 if alike else _fails_first():
+        print_error(message)
     return exit_status(int(message.exit_code), on_every_rank=alike)
+
+
+def _fails_first() -> bool:
+    with suppress(Exception):
+        store = shared_store()
+        return store is None or store.add("recipes/failed", 1) == 1
+    return rank() == 0  # the store has ended with it
 
 
 def _as_defect(error: Exception, run: Path | None) -> RecipesError:
@@ -186,10 +192,12 @@ def exit_status(code: int, on_every_rank: bool) -> int:
         if code and on_every_rank and rank():
             time.sleep(RANK_0_FIRST_S)
         return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # each machine has a `recipes train` of its own
+    # each machine has a `recipes train` of its own, and a rank that fails alone may end rank 0
+    if os.environ.get("LOCAL_RANK", "0") == "0" or not on_every_rank:
         try:
-            Path(file).write_text(str(code), encoding="utf-8")
-        except OSError:  # a full disk: the launcher's 1 is better than 0
+            with Path(file).open("x", encoding="utf-8") as report:
+                report.write(str(code))
+        except OSError:  # another rank was first; or a full disk: the launcher's 1 is better than 0
             return code
     return 0 if on_every_rank else code
 

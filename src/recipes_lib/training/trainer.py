@@ -62,17 +62,18 @@ class RecipeTrainer(SFTTrainer):
         self._choose_loss()
         if self.is_fsdp_enabled:
             upstream_fixes.reduce_in_float32(self.accelerator)
-        lengths, settings = row_lengths(self.train_dataset), self.args
+        settings, self.lengths = self.args, row_lengths(self.train_dataset)
         seed = settings.seed if settings.data_seed is None else settings.data_seed
-        shape = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
-        strategy, place = (
-            settings.train_sampling_strategy,
-            (settings.process_index, settings.world_size),
+        strategy = settings.train_sampling_strategy
+        self.batches = WholeBatches(
+            len(self.lengths),
+            settings.per_device_train_batch_size,
+            settings.gradient_accumulation_steps,
+            None if strategy == "sequential" else seed,
+            settings.process_index,
+            settings.world_size,
+            self.lengths if strategy == "group_by_length" else None,
         )
-        seed = None if strategy == "sequential" else seed
-        alike = lengths if strategy == "group_by_length" else None
-        self.batches = WholeBatches(len(lengths), *shape, seed, *place, alike)
-        self.lengths = lengths
         self.tokens_before = 0  # of earlier attempts
         self.loading_peak_gib = 0.0
         self.add_callback(RunCallback(self))
@@ -113,10 +114,9 @@ class RecipeTrainer(SFTTrainer):
         """Raise what stops the training at a step, with the rows of the step."""
         saved = checkpoints.list_checkpoints(Path(self.args.output_dir))
         per_epoch = len(self.batches) // self.args.gradient_accumulation_steps
-        examples = "examples not known (packed rows)"
-        if self.row_ids is not None:
-            ids = [self.row_ids[row] for row in self.batches.rows_of_step((step - 1) % per_epoch)]
-            examples = f"examples {', '.join(ids[:12])}{' ...' if len(ids) > 12 else ''}"
+        rows = self.batches.rows_of_step((step - 1) % per_epoch)
+        ids = self.row_ids and [self.row_ids[row] for row in rows[:12]]
+        examples = f"examples {', '.join(ids)}" if ids else "examples not known (packed rows)"
         error = NumericsError(
             f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
             "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
@@ -129,8 +129,7 @@ class RecipeTrainer(SFTTrainer):
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Return the loss over the supervised tokens of all ranks, not a mean of batches' means."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        adds_router_loss = self.aux_loss_enabled
+        sums, adds_router_loss = torch.zeros(2, dtype=torch.float64), self.aux_loss_enabled
         self.callback_handler.eval_dataloader = dataloader
         self.model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
@@ -216,9 +215,7 @@ class RecipeTrainer(SFTTrainer):
         meet()  # however long rank 0 writes
 
     def seal(self) -> None:
-        """Rank 0, after a save: mark the checkpoint complete, once the lines logged up to it are on
-        the disk: no resumed run writes them again.
-        """
+        """Rank 0: mark the checkpoint complete, once the lines logged up to it are on the disk."""
         root, step = Path(self.args.output_dir), self.state.global_step
         metrics = root.with_name("metrics.jsonl")
         if metrics.is_file():

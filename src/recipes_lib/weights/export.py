@@ -1,5 +1,5 @@
-"""A folder to give away: a run's weights with all that PEFT and transformers need, a model card
-(card.md.jinja), and nothing of this machine. Only files of known kinds are taken, never a pickle.
+"""A folder to give away: a run's weights and a model card, for PEFT and transformers alone, with
+nothing of this machine. Only files of known kinds are taken, never a pickle.
 """
 
 from __future__ import annotations

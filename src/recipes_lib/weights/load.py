@@ -69,9 +69,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def load_checked_tokenizer(recipe: Recipe, remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load the tokenizer after upstream's check of the recipe; where the files of the model come
-    only now, the check is made again.
-    """
+    """Load the tokenizer after upstream's check of the recipe, made again where files come now."""
     unchecked: list[RecipeError] = []
     errors = check_upstream(recipe, remote_code=remote_code, notes=unchecked)
     if not errors:
@@ -239,9 +237,7 @@ def _source(section: ModelSection) -> dict[str, Any]:
 
 
 def _reach_hub(recipe: Recipe, files: str) -> None:
-    """Say that weights are fetched; without a network say so at once, not after minutes of retries;
-    `files` is what the cache needs.
-    """
+    """Say that weights are fetched; without a network say so at once, not after retries."""
     name, folder = recipe.model.name_or_path, local_folder(recipe)
     if is_packaged(name) or Path(name).is_dir() or (folder and any(folder.glob(files))):
         return
