@@ -64,7 +64,7 @@ class Launcher:
         accelerate = str(Path(sys.executable).with_name("accelerate"))
         path = (
             PROJECT / "accelerate_configs" / f"{config}.yaml"
-        )  # an absolute config stays as it is
+        )
         path = config if isinstance(config, Path) else path
         return [accelerate, "launch", "--config_file", str(path), *script]
 
