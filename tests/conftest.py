@@ -18,6 +18,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PROJECT = Path(__file__).resolve().parents[1]
+NF4 = (
+    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
+)
 TINY_TEXT = (
     PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl",
     PROJECT / "LICENSE",

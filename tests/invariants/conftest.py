@@ -62,9 +62,7 @@ class Launcher:
         if config is None:
             return [sys.executable, *script]
         accelerate = str(Path(sys.executable).with_name("accelerate"))
-        path = (
-            PROJECT / "accelerate_configs" / f"{config}.yaml"
-        )
+        path = PROJECT / "accelerate_configs" / f"{config}.yaml"
         path = config if isinstance(config, Path) else path
         return [accelerate, "launch", "--config_file", str(path), *script]
 

@@ -32,19 +32,6 @@ def fused_head() -> None:
     function.forward = staticmethod(forward)
 
 
-def slow_check() -> None:
-    """Check the final weights SLOW_CHECK_S seconds longer."""
-    from recipes_lib.weights import check
-
-    original = check.recorded_hashes
-
-    def recorded_hashes(*arguments: Any) -> dict[str, str]:
-        time.sleep(float(os.environ["SLOW_CHECK_S"]))
-        return original(*arguments)
-
-    check.recorded_hashes = recorded_hashes
-
-
 def slow_validation() -> None:
     """Validate one batch per second."""
     from recipes_lib.training.trainer import RunCallback
@@ -180,70 +167,31 @@ def reads() -> None:
 
 
 def watched() -> None:
-    """Say at the end, on each rank, how often gradients were shared out, and how many bytes of
-    gradients there were at most, and after each micro-batch.
-    """
+    """Say at the end, on each rank, how often FSDP2 shared gradients out."""
     from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
     from recipes_lib.core.ranks import rank
-    from recipes_lib.training import trainer
+    from recipes_lib.training.trainer import RecipeTrainer
 
-    exchanges, most, after = 0, 0, list[int]()
-    groups: list[Any] = []  # of parameters that are gathered and shared out together
-    reduce = _fsdp_param_group.foreach_reduce
-    group, model = _fsdp_param_group.FSDPParamGroup, trainer.RecipeTrainer
-    made, backward, trained = group.__init__, group.post_backward, model.training_step
-    until_stop = model.train_until_stop
+    exchanges = 0
+    reduce: Any = _fsdp_param_group.foreach_reduce
+    until_stop = RecipeTrainer.train_until_stop
 
     def foreach_reduce(*args: Any) -> Any:
         nonlocal exchanges
         exchanges += 1
         return reduce(*args)
 
-    def remembered(self: Any, *args: Any, **options: Any) -> None:
-        made(self, *args, **options)
-        groups.append(self)
-
-    def measured(self: Any, *args: Any) -> None:
-        nonlocal most
-        most = max(most, _gradient_bytes(groups))
-        backward(self, *args)
-        most = max(most, _gradient_bytes(groups))
-
-    def training_step(self: Any, *args: Any, **options: Any) -> Any:
-        loss = trained(self, *args, **options)
-        after.append(_gradient_bytes(groups))
-        return loss
-
     def train_until_stop(self: Any, *args: Any) -> float:
         seconds = until_stop(self, *args)
         print(f"rank {rank()}: {exchanges} exchanges", flush=True)
-        print(f"rank {rank()}: gradients {most} at most; after {after}", flush=True)
         return seconds
 
-    group.__init__, group.post_backward = remembered, measured
-    model.training_step, model.train_until_stop = training_step, train_until_stop
+    RecipeTrainer.train_until_stop = train_until_stop  # type: ignore[method-assign]
     _fsdp_param_group.foreach_reduce = foreach_reduce
 
 
-def _gradient_bytes(groups: list[Any]) -> int:
-    """Return the bytes of a rank's gradients: whole ones that wait, whole ones of this backward
-    pass, and shares.
-    """
-    total = 0
-    for parameter in (one for group in groups for one in group.fsdp_params):
-        whole = getattr(parameter, "_unsharded_param", None)
-        share = parameter.sharded_param.grad
-        kept = (
-            parameter.unsharded_accumulated_grad,
-            None if whole is None else whole.grad,
-            None if share is None else share.to_local(),
-        )
-        total += sum(one.nbytes for one in kept if one is not None)
-    return total
-
-
-PATCHES = (fail_on_rank_1, fused_head, slow_check, slow_validation, kill, reads, watched)
+PATCHES = (fail_on_rank_1, fused_head, slow_validation, kill, reads, watched)
 
 if __name__ == "__main__":
     from recipes_lib.train import main

@@ -94,9 +94,7 @@ PARTS = (
 
 
 @pytest.mark.parametrize("part", in_ci(PARTS, "a later checkpoint"))
-def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(
-    launcher, whole: Path, tmpfs: Callable[[str], Path], part: str
-) -> None:
+def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(launcher, whole, tmpfs, part) -> None:
     runs = tmpfs(room(whole)[part])
     name = "run.name=small"
     code, said = launcher.start(name, RECIPES_RUNS_ROOT=str(runs)).wait()
@@ -116,9 +114,7 @@ LIMITS = {
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("reason", LIMITS)
-def test_a_limit_of_the_system_ends_in_one_line_and_loses_nothing(
-    launcher, whole: Path, reason: str
-) -> None:
+def test_a_limit_of_the_system_ends_in_one_line_and_loses_nothing(launcher, whole, reason) -> None:
     """A fresh process sets it on itself: a fork of this large one could not start under it."""
     limit, value = LIMITS[reason]
     name = f"limit-{limit}"
@@ -177,7 +173,7 @@ def ext4(tmp_path: Path) -> Iterator[Ext4]:
     disk.close()
 
 
-def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4: Ext4) -> None:
+def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4) -> None:
     (ext4.place / "kept").write_bytes(b"k" * 9000)
     with (ext4.place / "kept").open("rb") as file:
         os.fsync(file.fileno())
@@ -189,7 +185,7 @@ def test_the_cut_of_a_disk_loses_what_was_not_flushed(ext4: Ext4) -> None:
 
 @pytest.mark.nightly
 def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
-    launcher, whole: Path, ext4: Ext4
+    launcher, whole, ext4
 ) -> None:
     launcher.train("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     run = ext4.cut() / "runs" / "cut"
@@ -202,7 +198,7 @@ def test_a_power_cut_after_the_end_leaves_a_finished_run_with_its_weights(
 
 @pytest.mark.parametrize("step", in_ci((2, 6), 6))
 def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
-    launcher, whole: Path, ext4: Ext4, step: int
+    launcher, whole, ext4, step
 ) -> None:
     child = launcher.start("run.name=cut", RECIPES_RUNS_ROOT=str(ext4.place / "runs"))
     launcher.wait_for_checkpoint(child, step, ext4.place / "runs" / "cut")
@@ -220,7 +216,7 @@ def test_a_power_cut_after_a_checkpoint_loses_no_line_and_no_checkpoint(
 
 @pytest.mark.nightly
 def test_a_file_system_that_turns_read_only_ends_in_one_line_and_loses_nothing(
-    launcher, whole: Path, ext4: Ext4
+    launcher, whole, ext4
 ) -> None:
     root = ext4.place / "runs"
     child = launcher.start("run.name=ro", RECIPES_RUNS_ROOT=str(root))

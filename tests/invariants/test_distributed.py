@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -11,14 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load
+from tests.conftest import NF4
 from tests.families import build_family
 from tests.tiers import in_ci
 
 PROJECT = Path(__file__).resolve().parents[2]
-NF4 = (
-    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
-    " bnb_4bit_quant_storage: bfloat16}"
-)
+STORED = NF4.replace("}", ", bnb_4bit_quant_storage: bfloat16}")
 pytestmark = pytest.mark.slow
 # Each config trains through accelerate's own code path; loss per step differs only by the order of
 # float32 sums.
@@ -55,7 +52,7 @@ def test_ddp_and_fsdp2_write_the_same_adapter_bit_for_bit(launcher, compared) ->
 
 
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
-def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) -> None:
+def test_compiled_blocks_train_as_plain_ones(launcher, compared, config) -> None:
     name = f"compiled-{config}"
     launcher.train(f"run.name={name}", "train.torch_compile_backend=aot_eager", config=config)
     for key in ("loss", "eval_loss", "grad_norm", "tokens"):
@@ -64,9 +61,7 @@ def test_compiled_blocks_train_as_plain_ones(launcher, compared, config: str) ->
 
 
 @pytest.mark.parametrize("way", in_ci(["random", "group_by_length", "packed"], "group_by_length"))
-def test_rows_that_fill_no_step_are_left_out_alike_on_any_number_of_ranks(
-    launcher, way: str
-) -> None:
+def test_rows_that_fill_no_step_are_left_out_alike_on_any_number_of_ranks(launcher, way) -> None:
     """30 of 32 training rows fill steps of 12; 11 validation rows fill no batch of two ranks."""
     words = ["data.max_examples=43", "data.split.validation=0.25", "run.global_batch_size=12"]
     words += ["train.per_device_train_batch_size=3", "train.per_device_eval_batch_size=4"]
@@ -87,7 +82,7 @@ def test_rows_that_fill_no_step_are_left_out_alike_on_any_number_of_ranks(
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("method", in_ci(["lora", "full"], "lora"))
 def test_a_resumed_ddp_training_on_four_ranks_ends_in_the_same_bytes(
-    launcher, tmp_path: Path, method: str
+    launcher, tmp_path, method
 ) -> None:
     """DDP rebuilds its buckets after the first backward pass of a process; the probe makes it."""
     four = tmp_path / "four.yaml"
@@ -120,34 +115,12 @@ def test_fsdp2_sums_gradients_in_float32(launcher) -> None:
 
 @pytest.mark.parametrize("family", in_ci(["gemma4_text", "gemma3"], "gemma3"))
 def test_a_model_whose_class_lists_blocks_that_it_does_not_have_is_sharded(
-    launcher, tiny_model_dir: Path, tmp_path: Path, family: str
+    launcher, tiny_model_dir, tmp_path, family
 ) -> None:
     folder = build_family(family, tmp_path / family, tiny_model_dir)
     words = [f"model.name_or_path={folder}", "train.max_steps=2", f"run.name={family}"]
     assert "FSDP, world size 2" in launcher.train(*words, config="fsdp_cpu")
     assert launcher.state(family)["weights_check"]["tensors"] > 0
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("config", ["ddp_cpu", "fsdp_cpu"])
-def test_the_head_that_a_gpu_gets_trains_as_the_head_of_a_cpu_does(
-    launcher, compared, config: str, kind: str
-) -> None:
-    """On a GPU the loss is TRL's fused head; here the same branch runs in the same processes, with
-    TRL's kernels written in torch.
-    """
-    words, own = [], config
-    if kind == "full":
-        words, own = ["lora=null", "train.learning_rate=1e-3"], f"own-full-{config}"
-        launcher.train(f"run.name={own}", *words, config=config)
-    name = f"fused-{kind}-{config}"
-    child = launcher.start(f"run.name={name}", *words, config=config, patch="fused_head")
-    code, said = child.wait()
-    assert code == 0 and "fused head: torch.float32" in said, said[-3000:]
-    for key in ("loss", "eval_loss", "grad_norm", "mean_token_accuracy"):
-        ours, fused = launcher.series(own, key), launcher.series(name, key)
-        assert len(ours) and ours == pytest.approx(fused, rel=SUM_ORDER)
 
 
 def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(launcher) -> None:
@@ -165,10 +138,10 @@ def test_in_bf16_the_head_that_a_gpu_gets_multiplies_in_bf16_under_fsdp2_too(lau
     assert not all((loss * 2**8).is_integer() for loss in fsdp)
 
 
-@pytest.mark.parametrize("method", [[], [NF4, "train.bf16=true"]], ids=["lora", "qlora"])
+@pytest.mark.parametrize("method", [[], [STORED, "train.bf16=true"]], ids=["lora", "qlora"])
 @pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
 def test_a_signal_to_one_rank_stops_both_at_one_step_and_the_resumed_adapter_is_the_same(
-    launcher, config: str, method: list[str], request: pytest.FixtureRequest
+    launcher, config, method, request
 ) -> None:
     name = request.node.callspec.id
     overrides = [*method, "lora.lora_dropout=0.3", "train.max_steps=30", "train.save_steps=10"]
@@ -199,76 +172,19 @@ def test_a_resume_on_more_ranks_is_refused_and_cannot_be_insisted_on(launcher) -
         assert code != 0 and said.count(reason) == 1, said[-2000:]
 
 
-@pytest.mark.parametrize("config", in_ci(["ddp_cpu", "fsdp_cpu"], "fsdp_cpu"))
-def test_a_final_check_that_takes_longer_than_ddp_timeout_ends_the_run_as_finished(
-    launcher, config: str
+def test_fsdp2_shares_gradients_of_adapters_out_once_per_step_and_all_others_after_each_pass(
+    launcher,
 ) -> None:
-    name = f"slow-check-{config}"
-    words = [f"run.name={name}", "train.max_steps=2", "train.ddp_timeout=20"]
-    child = launcher.start(*words, config=config, patch="slow_check", SLOW_CHECK_S="35")
-    code, said = child.wait()
-    assert code == 0 and "finished: " in said, said[-3000:]
-    assert launcher.state(name)["state"] == "finished"
-
-
-def train_watched(launcher, name: str, *overrides: str) -> str:
-    """Train under FSDP2 on two ranks, and return what they said."""
-    child = launcher.start(f"run.name={name}", *overrides, config="fsdp_cpu", patch="watched")
-    code, said = child.wait()
-    assert code == 0, said[-3000:]
-    return said
-
-
-def test_fsdp2_shares_adapter_gradients_out_once_per_step(launcher) -> None:
-    words = ["train.max_steps=6", "train.eval_strategy='no'"]
-    exchanges = []
-    for size in (4, 2):  # one micro-batch per step and rank, and two
-        more = f"train.per_device_train_batch_size={size}"
-        said = train_watched(launcher, f"exchanged-{size}", *words, more)
-        exchanges.append(re.findall(r"rank \d: (\d+) exchanges", said))
-    assert exchanges[0] == exchanges[1] and len(exchanges[0]) == 2
-
-
-@pytest.fixture(scope="module")
-def larger_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers that outweigh embeddings and head, so that one group's gradients are a part of all."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("larger")
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
-    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 3}
-    sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.timeout(600)
-def test_full_fine_tuning_under_fsdp2_keeps_no_whole_gradients_between_micro_batches(
-    launcher, larger_model
-) -> None:
-    """Counted on the tensors of each rank, byte by byte, against a training that is told to share
-    gradients out once per step.
-    """
-    from transformers import AutoModelForCausalLM
-
-    once = "train.accelerator_config={gradient_accumulation_kwargs: {sync_each_batch: false}}"
-    overrides = [f"model.name_or_path={larger_model}", "lora=null", "train.max_steps=2"]
-    overrides += ["train.per_device_train_batch_size=1", "run.global_batch_size=4"]
-    overrides += ["train.eval_strategy='no'", "train.save_strategy='no'"]
-    largest, after = {}, {}
-    for name, more in (("each", []), ("once", [once])):
-        said = train_watched(launcher, f"shared-{name}", *overrides, *more)
-        found = re.findall(r"rank \d: gradients (\d+) at most; after (\[.*?\])", said)
-        assert len(found) == 2 and found[0] == found[1], said[-3000:]
-        largest[name], after[name] = int(found[0][0]), json.loads(found[0][1])
-    model = AutoModelForCausalLM.from_pretrained(larger_model)
-    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
-    share = whole // 2  # two ranks
-    # the probe's two passes and two steps of two micro-batches: once shared out, there are shares
-    # and no whole ones
-    assert after == {"each": [share] * 6, "once": [whole, share] * 3}
-    assert largest["once"] == whole
-    assert share < largest["each"] < whole  # and one group's on its way to be shared out
-    once, each = (launcher.series(f"shared-{name}", "loss") for name in ("once", "each"))
-    assert once == pytest.approx(each, rel=SUM_ORDER)
+    """Whole gradients of a whole model would wait on each rank for the last pass."""
+    exchanges = {}
+    for method, words in (("lora", []), ("full", ["lora=null", "train.learning_rate=1e-3"])):
+        for size in (4, 2):  # one micro-batch per step and rank, and two
+            more = [f"train.per_device_train_batch_size={size}", f"run.name=shared-{method}-{size}"]
+            more += ["train.max_steps=6", "train.eval_strategy='no'", *words]
+            code, said = launcher.start(*more, config="fsdp_cpu", patch="watched").wait()
+            assert code == 0, said[-3000:]
+            [first, second] = map(int, re.findall(r"rank \d: (\d+) exchanges", said))
+            assert first == second > 0
+            exchanges[method, size] = first
+    assert exchanges["lora", 2] == exchanges["lora", 4]
+    assert exchanges["full", 2] == 2 * exchanges["full", 4]

@@ -1,23 +1,20 @@
 """Loss trajectories committed with the environment they were measured in; a change of the
 mathematics shows here first.
 
-To record them again after an intended change: python tests/invariants/test_golden.py
+To record them again after an intended change: python -m tests.invariants.test_golden
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+from tests.conftest import NF4
 
 GOLDEN = Path(__file__).with_name("golden") / "loss_trajectories.json"
-NF4 = (
-    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
-)
 WAYS = {
     "lora-fp32": [],
     "lora-bf16": ["train.bf16=true"],
@@ -40,7 +37,7 @@ def trajectory(recipe: Path, name: str, *overrides: str) -> list[float]:
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_losses_are_those_of_the_recorded_run(tiny_recipe: Path, name: str) -> None:
+def test_the_losses_are_those_of_the_recorded_run(tiny_recipe, name) -> None:
     golden = json.loads(GOLDEN.read_text())
     measured = trajectory(tiny_recipe, name)
     assert measured == pytest.approx(golden["losses"][name], rel=TOLERANCE.get(name, 1e-4)), (
@@ -49,7 +46,6 @@ def test_the_losses_are_those_of_the_recorded_run(tiny_recipe: Path, name: str) 
 
 
 def record() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
     from tests.conftest import PROJECT, TINY_RECIPE, build_tiny_model
 
     from recipes_lib.core.environment import describe_devices, library_versions

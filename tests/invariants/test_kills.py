@@ -4,11 +4,10 @@ byte for byte.
 
 from __future__ import annotations
 
-import random
 import signal
-import time
 
 import pytest
+from tests.conftest import NF4
 from tests.tiers import in_ci
 
 pytestmark = pytest.mark.slow
@@ -58,9 +57,7 @@ IN_CI = (
 
 
 @pytest.mark.parametrize("moment", in_ci(MOMENTS, *IN_CI))
-def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
-    launcher, whole: bytes, moment: str
-) -> None:
+def test_a_kill_loses_at_most_save_steps_and_changes_nothing(launcher, whole, moment) -> None:
     name = "killed-" + moment.replace(" ", "-")
     code, said = killed(launcher, moment, f"run.name={name}", *OVERRIDES)
     assert code == -signal.SIGKILL, said[-3000:]
@@ -76,36 +73,10 @@ def test_a_kill_loses_at_most_save_steps_and_changes_nothing(
 
 def test_a_killed_qlora_ends_with_the_bytes_of_an_uninterrupted_one(launcher) -> None:
     """4-bit weights are read anew; kernels and adapters must come out as before the kill."""
-    nf4 = "load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16"
-    words = [f"quantization={{{nf4}}}", "train.bf16=true", "model.dtype=bfloat16", *OVERRIDES]
+    words = [NF4, "train.bf16=true", "model.dtype=bfloat16", *OVERRIDES]
     launcher.train("run.name=whole-qlora", *words)
     code, said = killed(launcher, "in a step", "run.name=killed-qlora", *words)
     assert code == -signal.SIGKILL, said[-3000:]
     said = launcher.train("run.name=killed-qlora", *words)
     assert "resuming checkpoint-6" in said
     assert launcher.adapter("killed-qlora") == launcher.adapter("whole-qlora")
-
-
-@pytest.mark.nightly
-def test_ten_kills_at_random_moments_still_end_with_the_same_adapter(
-    launcher, whole: bytes
-) -> None:
-    """The moments come from a seed; a run that gets to its end between two kills is begun again
-    under another name.
-    """
-    moments, kills, attempt = random.Random(7), 0, 1
-    deadline = time.monotonic() + 280
-    while kills < 10 and time.monotonic() < deadline:
-        name = f"random-{attempt}"
-        child = launcher.start(f"run.name={name}", *OVERRIDES)
-        time.sleep(moments.uniform(0.5, 4.0))
-        if child.poll() is None:
-            child.signal(signal.SIGKILL)
-            kills += 1
-        child.wait()
-        if launcher.run(name).exists() and launcher.state(name)["state"] == "finished":
-            assert launcher.adapter(name) == whole
-            attempt += 1
-    launcher.train(f"run.name=random-{attempt}", *OVERRIDES)
-    assert launcher.adapter(f"random-{attempt}") == whole
-    assert kills >= 5  # a slow machine gets fewer into its time

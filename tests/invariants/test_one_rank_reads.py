@@ -40,9 +40,7 @@ def tied(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.mark.parametrize("method", in_ci(METHODS, "lora"))
-def test_what_is_trained_is_the_same_whoever_reads(
-    launcher, each: Path, tied: Path, method: str
-) -> None:
+def test_what_is_trained_is_the_same_whoever_reads(launcher, each, tied, method) -> None:
     """Two of the trainings that rank 0 alone reads for are killed on the way and go on."""
     words = [*METHODS[method], "train.max_steps=30", "train.save_steps=10", "train.eval_steps=10"]
     words += [f"model.name_or_path={tied}"] if method == "tied" else []

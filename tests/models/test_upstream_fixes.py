@@ -6,8 +6,6 @@ tests/training/test_train.py, sums in float32 and empty parameters by tests/inva
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,7 +18,7 @@ from recipes_lib.models import upstream_fixes
 
 
 def test_an_adapter_that_peft_loads_as_float32_gets_its_precision_back(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir, tmp_path
 ) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     model = get_peft_model(
@@ -40,7 +38,7 @@ def test_an_adapter_that_peft_loads_as_float32_gets_its_precision_back(
 
 
 def test_all_weights_of_a_model_with_experts_are_loaded_and_missing_ones_are_an_error(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir, tmp_path
 ) -> None:
     folder = build_family("qwen3_moe", tmp_path / "moe", tiny_model_dir)
     saved = AutoModelForCausalLM.from_pretrained(folder)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from tests.families import build_family
@@ -33,9 +31,7 @@ def joined_and_alone(model: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
 @pytest.mark.parametrize("by_document", [True, False], ids=["by document", "sdpa"])
-def test_examples_in_one_row_are_kept_apart(
-    family: str, by_document: bool, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_examples_in_one_row_are_kept_apart(family, by_document, tiny_model_dir, tmp_path) -> None:
     folder = build_family(family, tmp_path / family, tiny_model_dir)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     if by_document:
@@ -62,9 +58,7 @@ def test_each_example_gets_a_call_of_its_own_with_the_gradient_of_one_mask() -> 
         assert torch.allclose(one, other, atol=1e-5)
 
 
-def test_varlen_hands_bounds_window_and_scale_to_torchs_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_varlen_hands_bounds_window_and_scale_to_torchs_kernel(monkeypatch) -> None:
     """No GPU here: the kernel's arguments, checked against a stand-in."""
     seen = {}
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import NF4
 from tests.families import build_family
 
 from recipes_lib.config.launch import why_each_rank_reads
@@ -17,14 +18,10 @@ from recipes_lib.training.build import describe_trainable
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.load import load_model, load_tokenizer
 
-NF4 = (
-    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
-)
-
 
 @pytest.mark.parametrize(("fp16", "expected"), [(False, torch.bfloat16), (True, torch.float32)])
 def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
-    fp16: bool, expected: torch.dtype, tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+    fp16, expected, tiny_recipe, monkeypatch
 ) -> None:
     """torch cannot unscale bfloat16 gradients on a GPU, and TRL makes these adapters bfloat16."""
     from recipes_lib.config import upstream
@@ -58,9 +55,7 @@ def test_the_start_up_line_says_that_fsdp2_trains_half_precision_weights_in_floa
 # ---- Who reads the weights ----
 
 
-def test_rank_0_reads_alone_where_it_is_asked_for_and_weights_are_handed_on(
-    tiny_recipe: Path,
-) -> None:
+def test_rank_0_reads_alone_where_it_is_asked_for_and_weights_are_handed_on(tiny_recipe) -> None:
     for words in ([], ["lora=null"], ["lora.init_lora_weights=gaussian"]):
         recipe = load_recipe(tiny_recipe, words)
         assert why_each_rank_reads(recipe, sharded=True, asked=True) is None
@@ -80,7 +75,7 @@ def test_rank_0_reads_alone_where_it_is_asked_for_and_weights_are_handed_on(
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral"])
 def test_a_model_without_weights_is_the_model_in_all_else(
-    family: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
+    family, tiny_recipe, tiny_model_dir, tmp_path
 ) -> None:
     folder = build_family(family, tmp_path / family, tiny_model_dir)
     words = [f"model.name_or_path={folder}", "model.dtype=bfloat16"]

@@ -29,7 +29,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir())
 
 
-def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_path) -> None:
     for step in (8, 100, 20):
         make_checkpoint(tmp_path, step)
     (tmp_path / "checkpoint-200").touch()  # a file of that name is none
@@ -38,7 +38,7 @@ def test_the_newest_complete_checkpoint_is_used_by_step_number_not_by_name(tmp_p
     assert marker["step"] == 100 and marker["files"] == {name: len(name) * 10 for name in FILES}
 
 
-def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path: Path) -> None:
+def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path) -> None:
     for name in FILES:
         content = name.encode() * 10
         for number, damaged in enumerate((None, content[:-3], b"x" + content[1:])):
@@ -52,7 +52,7 @@ def test_a_damaged_file_makes_the_checkpoint_incomplete_and_names_it(tmp_path: P
             assert newest == good and [*broken] == [bad] and name in broken[bad]
 
 
-def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(tmp_path: Path) -> None:
+def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(tmp_path) -> None:
     checkpoint = make_checkpoint(tmp_path, 5, complete=False)
     assert checkpoints.what_is_wrong(checkpoint)
     for content in ("", "{}", "[1]", '{"files": 3}', "[" * 100_000, '{"files": {}, "sha257": {}}'):
@@ -61,24 +61,20 @@ def test_a_missing_or_torn_marker_makes_the_checkpoint_incomplete(tmp_path: Path
         assert checkpoints.find_newest(tmp_path)[0] is None, content[:30]
 
 
-def test_files_above_the_limit_are_known_by_their_size(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_above_the_limit_are_known_by_their_size(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(checkpoints, "HASHED_UP_TO", 200)
     checkpoint = make_checkpoint(tmp_path, 5)
     assert FILES[0] not in checkpoints.read_marker(checkpoint)["sha256"]  # 250 bytes
     assert checkpoints.what_is_wrong(checkpoint, hashes=True) is None
 
 
-def test_what_was_set_aside_twice_is_kept_twice(tmp_path: Path) -> None:
+def test_what_was_set_aside_twice_is_kept_twice(tmp_path) -> None:
     for _ in range(2):
         checkpoints.set_aside(make_checkpoint(tmp_path, 5, complete=False), ".incomplete")
     assert names(tmp_path) == ["checkpoint-5.incomplete", "checkpoint-5.incomplete-2"]
 
 
-def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(
-    tmp_path: Path,
-) -> None:
+def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(tmp_path) -> None:
     for step in (2, 4, 6, 8):
         make_checkpoint(tmp_path, step)
     make_checkpoint(tmp_path, 10, complete=False)
@@ -92,7 +88,7 @@ def test_rotation_never_deletes_the_newest_the_best_or_an_incomplete_checkpoint(
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-8"]
 
 
-def test_a_missing_training_state_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+def test_a_missing_training_state_is_an_error_that_names_the_file(tmp_path) -> None:
     for number, (without, processes) in enumerate(
         [("optimizer.pt", 1), ("scheduler.pt", 1), ("rng_state.pth", 1), ("", 2)]
     ):

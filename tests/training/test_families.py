@@ -67,12 +67,7 @@ WHOLE_WAY_IN_CI = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "method"), in_ci(WHOLE_WAY, *WHOLE_WAY_IN_CI))
 def test_each_family_goes_the_whole_way(
-    family: str,
-    method: str,
-    write_recipe: Write,
-    recipes: Verb,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    family, method, write_recipe, recipes, tmp_path, monkeypatch
 ) -> None:
     from recipes_lib.training.trainer import RunCallback
 
@@ -135,7 +130,7 @@ BART |= {"is_decoder": True, "is_encoder_decoder": False}
 
 @pytest.mark.parametrize(("family", "sizes"), [("bart", BART), ("doge", {})])
 def test_a_decoder_with_positions_of_its_own_and_one_without_its_experts_are_trained(
-    family: str, sizes: dict[str, Any], write_recipe: Write, tiny_model_dir: Path, tmp_path: Path
+    family, sizes, write_recipe, tiny_model_dir, tmp_path
 ) -> None:
     """Bart counts positions through a whole row, examples end to end would leave its table; Doge's
     config names experts it may not have.
@@ -146,9 +141,7 @@ def test_a_decoder_with_positions_of_its_own_and_one_without_its_experts_are_tra
 
 
 @pytest.mark.slow
-def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
-    write_recipe: Write, tmp_path: Path
-) -> None:
+def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(write_recipe, tmp_path) -> None:
     """In a file each expert has its matrices, in memory all share one: the Trainer finds none of
     them, and keeps those of the last step.
     """
@@ -175,7 +168,7 @@ def test_the_best_model_of_a_full_fine_tuning_has_its_own_experts(
     ],
 )
 def test_experts_and_routers_that_are_asked_for_go_the_whole_way(
-    family: str, lora: dict[str, Any], write_recipe: Write, recipes: Verb, tmp_path: Path
+    family, lora, write_recipe, recipes, tmp_path
 ) -> None:
     experts = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     recipe = write_recipe(family, {"lora": {**ALL_LINEAR, **experts, **lora}})
@@ -188,9 +181,7 @@ def test_experts_and_routers_that_are_asked_for_go_the_whole_way(
 
 
 @pytest.mark.slow
-def test_the_routers_loss_is_trained_and_is_in_no_validation_loss(
-    write_recipe: Write, tmp_path: Path
-) -> None:
+def test_the_routers_loss_is_trained_and_is_in_no_validation_loss(write_recipe, tmp_path) -> None:
     recipe = write_recipe("mixtral", METHODS["lora"], {"train": {"learning_rate": 1.0e-9}})
     found = {}
     for weight in (0.0, 10.0):
@@ -208,9 +199,7 @@ def test_the_routers_loss_is_trained_and_is_in_no_validation_loss(
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_gpt_oss_trains_from_the_packed_experts_of_the_hub(
-    write_recipe: Write, recipes: Verb, tmp_path: Path
-) -> None:
+def test_gpt_oss_trains_from_the_packed_experts_of_the_hub(write_recipe, recipes, tmp_path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -235,7 +224,7 @@ def test_gpt_oss_trains_from_the_packed_experts_of_the_hub(
 @pytest.mark.slow
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
 def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_trained(
-    module: str, write_recipe: Write, recipes: Verb, tmp_path: Path
+    module, write_recipe, recipes, tmp_path
 ) -> None:
     """lm-eval ties the weights of what it is given; the merged model, which has nothing to tie,
     must get the same numbers.

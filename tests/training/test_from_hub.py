@@ -61,7 +61,7 @@ def train_from(
 
 
 @pytest.mark.slow
-def test_model_and_rows_are_fetched_and_trained_on(train_from, tmp_path):
+def test_model_and_rows_are_fetched_and_trained_on(train_from, tmp_path) -> None:
     ended = train_from("model.name_or_path=org/tiny", "data.source=org/rows")
     assert ended.returncode == 0, ended.stderr
     assert "fetching org/tiny from the Hub" in ended.stdout
@@ -82,7 +82,7 @@ REFUSED = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_the_hub_refuses_is_said_in_one_line(case, train_from):
+def test_what_the_hub_refuses_is_said_in_one_line(case, train_from) -> None:
     overrides, code, words = REFUSED[case]
     ended = train_from(*overrides)
     assert ended.returncode == code, ended.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -24,7 +23,7 @@ from recipes_lib.training.launch_check import (
 ALONE = Active(1, "one process", "cpu")
 
 
-def test_what_is_not_what_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_what_was_asked_for_is_refused(monkeypatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert check_launch(ALONE) == "one process, world size 1, cpu"
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -42,7 +41,7 @@ def test_what_is_not_what_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPat
         assert what_runs(state).distributed_type == ours
 
 
-def test_a_launch_for_the_cpu_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_for_the_cpu_sees_no_gpu(monkeypatch) -> None:
     for word, seen in (("true", ""), ("1", ""), ("false", "0,1")):
         monkeypatch.setenv("ACCELERATE_USE_CPU", word)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -50,9 +49,8 @@ def test_a_launch_for_the_cpu_sees_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
 
 
-@pytest.mark.parametrize(("config", "said"), [("cpu", "true"), ("single_gpu", "None")])
-def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(
-    config, said, tiny_recipe, monkeypatch
+def test_recipes_train_tells_its_one_process_that_the_launch_is_for_the_cpu(
+    tiny_recipe, monkeypatch
 ) -> None:
     """One process is started without accelerate launch, which says it to several."""
     from recipes_lib.commands.train import supervise
@@ -60,13 +58,14 @@ def test_recipes_train_tells_its_one_process_whether_the_launch_is_for_the_cpu(
 
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     recipe = load_recipe(tiny_recipe)
-    is_said = f"str(os.environ.get('ACCELERATE_USE_CPU')) == '{said}'"
-    command = [sys.executable, "-c", f"import os, sys; sys.exit(3 if {is_said} else 4)"]
-    assert supervise(command, recipe, plan_launch(recipe.launch, accelerate=config)) == 3
+    code = "import os, sys; sys.exit(3 if os.environ.get('ACCELERATE_USE_CPU') == 'true' else 4)"
+    for config, expected in (("cpu", 3), ("single_gpu", 4)):
+        launch = plan_launch(recipe.launch, accelerate=config)
+        assert supervise([sys.executable, "-c", code], recipe, launch) == expected
 
 
 def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, monkeypatch
 ) -> None:
     none, bf16 = (load_recipe(tiny_recipe, [f"train.bf16={word}"]) for word in ("false", "true"))
     check_precision(none)
@@ -79,9 +78,7 @@ def test_a_precision_of_the_launcher_that_the_recipe_does_not_have_is_refused(
         check_precision(bf16)
 
 
-def test_more_processes_than_gpus_and_other_backends_are_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_more_processes_than_gpus_and_other_backends_are_refused(monkeypatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     said = "4 processes on this machine, but each of them sees 1 GPU.*--gpus.*MIG"
     with pytest.raises(RecipeError, match=rf"(?s){said}"):
@@ -97,7 +94,7 @@ def test_more_processes_than_gpus_and_other_backends_are_refused(
 
 
 def test_what_is_not_what_the_command_line_of_accelerate_asks_for_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch, tmp_path
 ) -> None:
     """`--cpu --num_processes 2` starts one process; ACCELERATE_USE_FSDP of a shell wins."""
     multi_cpu, ddp = tmp_path / "multi.yaml", tmp_path / "ddp.yaml"

@@ -29,9 +29,7 @@ def random_batch(rows: int = 3, tokens: int = 90) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("trained", ["adapters only", "every weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_gradients_and_counts_are_those_of_trls_head(
-    tiny_model_dir: Path, trained: str, dtype: torch.dtype
-) -> None:
+def test_loss_gradients_and_counts_are_those_of_trls_head(tiny_model_dir, trained, dtype) -> None:
     found = []
     for ours in (True, False):
         model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=dtype)
@@ -83,9 +81,7 @@ def gradients_in_float64(folder: Path, dtype: torch.dtype) -> dict[str, torch.Te
     return {name: one.grad for name, one in model.named_parameters() if one.grad is not None}
 
 
-def test_a_batch_without_supervised_tokens_has_a_loss_and_gradients_of_zero(
-    tiny_model_dir: Path,
-) -> None:
+def test_a_batch_without_supervised_tokens_has_a_loss_and_gradients_of_zero(tiny_model_dir) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     add_fused_lm_head(model)
     score_supervised_positions(model)
@@ -99,9 +95,7 @@ def test_a_batch_without_supervised_tokens_has_a_loss_and_gradients_of_zero(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.label_smoothing_factor. is deprecated")
-def test_other_losses_are_trls(
-    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_losses_are_trls(tiny_recipe, tiny_model_dir, tmp_path, monkeypatch) -> None:
     """Where the loss is not the plain one, the training is that of TRL's head."""
     experts = build_family("qwen3_moe", tmp_path / "experts", tiny_model_dir)
     losses = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,11 +40,7 @@ def plain_losses(model: Any, steps: list[list[dict[str, list[int]]]]) -> list[fl
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])
 def test_losses_are_those_of_a_plain_loop(
-    family: str,
-    tiny_recipe: Path,
-    tiny_model_dir: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    family, tiny_recipe, tiny_model_dir, tmp_path, monkeypatch
 ) -> None:
     """Phi's head has a bias, Gemma 2's caps its logits."""
     folder = build_family(family, tmp_path / family, tiny_model_dir)

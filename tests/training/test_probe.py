@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +21,7 @@ LOGGED = re.compile(r'"(?:loss|grad_norm|tokens)": [^,]*')
     ids=["lora with dropout", "full with noise"],
 )
 def test_a_training_with_the_probe_is_the_training_without(
-    tiny_recipe: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    words: list[str],
-    capsys: pytest.CaptureFixture[str],
+    tiny_recipe, monkeypatch, words, capsys
 ) -> None:
     runs = tiny_recipe.parent / "runs"
     assert main([str(tiny_recipe), *SHORT, *words, "run.name=probed"]) == 0
@@ -44,7 +40,7 @@ def test_a_training_with_the_probe_is_the_training_without(
 
 
 def test_memory_that_does_not_suffice_is_one_line_with_what_to_change(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, monkeypatch, capsys
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

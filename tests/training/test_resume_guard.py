@@ -4,8 +4,6 @@ what is written, shown or sent.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.config.upstream import TrainSection
 from recipes_lib.training.resume_guard import FREE_KEYS, differences, guarded_values
@@ -30,7 +28,7 @@ def test_exactly_the_keys_that_change_no_result_may_change_between_attempts() ->
 
 
 def test_what_a_validation_decides_by_is_guarded_where_it_chooses_the_weights_or_the_rate(
-    tiny_recipe: Path,
+    tiny_recipe,
 ) -> None:
     for words, guarded in (
         ([], False),

@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +14,7 @@ from recipes_lib.training.stopping import INTERRUPT, NOTHING, StopRequest, handl
 
 
 def test_a_signal_before_the_first_step_ends_the_process_with_one_line_and_a_record(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path, capfd
 ) -> None:
     training = os.fork()
     if not training:
@@ -31,7 +30,7 @@ def test_a_signal_before_the_first_step_ends_the_process_with_one_line_and_a_rec
 
 
 def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path, capfd
 ) -> None:
     stop = StopRequest(tmp_path / "STOP")
     with handling(stop.on_signal):
@@ -47,7 +46,7 @@ def test_a_worker_that_was_forked_from_the_training_neither_ends_nor_speaks(
     assert capfd.readouterr().err == ""
 
 
-def test_a_stop_file_is_seen_before_the_first_step(tmp_path: Path) -> None:
+def test_a_stop_file_is_seen_before_the_first_step(tmp_path) -> None:
     stop = StopRequest(tmp_path / "STOP")
     with handling(stop.on_signal):
         (tmp_path / "STOP").write_text("INT")

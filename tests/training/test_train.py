@@ -19,15 +19,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from tests.conftest import NF4
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.train import main
 
 ADAPTER = "adapter_model.safetensors"
-NF4 = (
-    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16}"
-)
 
 
 def run_of(recipe: Path, name: str = "tiny") -> Path:
@@ -67,8 +65,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, *words: Any) -> None:
         assert main([*map(str, words)]) == ExitCode.PREEMPTED
 
 
-def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
-    tiny_recipe: Path,
+def test_a_run_directory_holds_recipe_metrics_and_adapter_and_is_trained_once(
+    tiny_recipe, capsys
 ) -> None:
     assert main([str(tiny_recipe)]) == 0
     run = run_of(tiny_recipe)
@@ -91,69 +89,55 @@ def test_a_run_directory_holds_recipe_environment_splits_metrics_and_adapter(
     for path in run.rglob("*.json"):
         assert path.name == "environment.json" or str(run) not in path.read_text(), path
 
-
-def test_a_finished_run_is_not_trained_again_and_refuses_other_settings(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [str(tiny_recipe), "train.max_steps=2"]
-    assert main(words) == 0
-    file = run_of(tiny_recipe) / "adapter" / ADAPTER
-    written = file.stat().st_mtime_ns
+    # finished, it is not trained again, and refuses other settings
+    written = (run / "adapter" / ADAPTER).stat().st_mtime_ns
     capsys.readouterr()
-    assert main(words) == 0
+    assert main([str(tiny_recipe)]) == 0
     assert "already finished" in capsys.readouterr().out
-    assert main([*words, "train.learning_rate=1e-3"]) == ExitCode.USAGE
+    assert main([str(tiny_recipe), "train.learning_rate=1e-3"]) == ExitCode.USAGE
     assert "train.learning_rate" in capsys.readouterr().err
-    assert file.stat().st_mtime_ns == written and run_json(tiny_recipe)["state"] == "finished"
+    assert (run / "adapter" / ADAPTER).stat().st_mtime_ns == written
+    assert run_json(tiny_recipe)["state"] == "finished"
 
 
 WAYS = {
-    "bf16": ["train.bf16=true"],
     "bf16-weights": ["model.dtype=bfloat16", "train.bf16=true"],
-    "qlora-nf4": [f"{NF4[:-1]}, bnb_4bit_use_double_quant: true}}", "train.bf16=true"],
+    "qlora-nf4": [NF4.replace("}", ", bnb_4bit_use_double_quant: true}"), "train.bf16=true"],
     "full": ["lora=null"],
-    "packing": ["train.packing=true"],
-    "padding-free": ["train.padding_free=true"],
-    "checkpointing": ["train.activation_checkpointing=true"],
     "best": ["train.load_best_model_at_end=true", "train.save_steps=4", "train.save_total_limit=1"],
     "chat": ["data.prompt_format=chat"],
-    "whole-text": ["train.completion_only_loss=false"],
     "warm-up alone": ["train.max_steps=1", "train.warmup_steps=0.1"],
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_to_train_ends_with_weights_that_reload(
-    tiny_recipe: Path, way: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_way_to_train_ends_with_weights_that_reload(tiny_recipe, way, capsys) -> None:
     assert main([str(tiny_recipe), *WAYS[way]]) == 0
-    assert ("NF4 in 14 layers" in capsys.readouterr().out) is (way == "qlora-nf4")
+    said = capsys.readouterr().out
+    assert ("NF4 in 14 layers" in said) is (way == "qlora-nf4")
+    assert ("learning rate is never reached" in said) is (way == "warm-up alone")
     state = run_json(tiny_recipe)
     assert state["state"] == "finished" and state["weights_check"]["sha256"]
     assert (run_of(tiny_recipe) / ("model" if way == "full" else "adapter")).is_dir()
     assert all(loss > 0 for loss in losses(tiny_recipe, "tiny"))
 
 
-@pytest.mark.parametrize("overrides", [["lora.lora_dropout=0.3"], ["lora=null"]], ids=str)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny_recipe: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, monkeypatch
 ) -> None:
-    words = [str(tiny_recipe), *overrides]
+    words = [str(tiny_recipe), "lora.lora_dropout=0.3"]
     assert main([*words, "run.name=whole"]) == 0
     stop_at(monkeypatch, 5, *words, "run.name=broken")
     state = run_json(tiny_recipe, "broken")
     assert (state["state"], state["exit_code"]) == ("preempted", 75)
     assert main([*words, "run.name=broken"]) == 0
-    [whole], [broken] = (
-        [*run_of(tiny_recipe, name).glob("[am]*/*.safetensors")] for name in ("whole", "broken")
-    )
-    assert whole.read_bytes() == broken.read_bytes()
+    assert adapter(tiny_recipe, "whole") == adapter(tiny_recipe, "broken")
     keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
     assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
 
 
 def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
-    tiny_recipe: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, tiny_tokenizer, monkeypatch
 ) -> None:
     from recipes_lib.data import prompts
 
@@ -178,7 +162,7 @@ def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
 
 @pytest.mark.parametrize("when", ["at the end of the step before it", "within it"])
 def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
-    tiny_recipe: Path, when: str, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, when, monkeypatch
 ) -> None:
     """Steps 2 and 4 save, step 4 evaluates: the ranks agree at steps 1, 2, the save of 2, 3, 4,
     then in the evaluation.
@@ -196,7 +180,7 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
     ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)]
 )
 def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
-    tiny_recipe: Path, number: int, code: int, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, number, code, monkeypatch
 ) -> None:
     from recipes_lib.training.trainer import RecipeTrainer
 
@@ -217,7 +201,7 @@ def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
 
 
 def test_a_signal_while_the_weights_are_saved_stops_nothing(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_recipe, monkeypatch, capfd
 ) -> None:
     from recipes_lib.training import attempt
 
@@ -233,9 +217,7 @@ def test_a_signal_while_the_weights_are_saved_stops_nothing(
     assert run_json(tiny_recipe)["state"] == "finished"
 
 
-def test_a_stop_file_is_taken_away_with_the_stop(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_file_is_taken_away_with_the_stop(tiny_recipe, monkeypatch) -> None:
     from recipes_lib.training.metrics import MetricsCallback
 
     stop = run_of(tiny_recipe) / "STOP"
@@ -244,22 +226,8 @@ def test_a_stop_file_is_taken_away_with_the_stop(
     assert not stop.exists()
 
 
-def test_an_interrupt_before_the_first_step_loses_nothing_and_exits_130(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recipes_lib.training import build
-
-    monkeypatch.setattr(build, "load_model", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    training = os.fork()  # the signal ends it at once
-    if not training:
-        os._exit(main([str(tiny_recipe)]))
-    assert os.waitstatus_to_exitcode(os.waitpid(training, 0)[1]) == ExitCode.INTERRUPTED
-    state = run_json(tiny_recipe)
-    assert (state["state"], state["exit_code"]) == ("preempted", 130)
-
-
 def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, capsys
 ) -> None:
     words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
     assert main([str(tiny_recipe), *words]) == ExitCode.NUMERICS
@@ -274,7 +242,7 @@ def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
 
 
 def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_on(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, monkeypatch, capsys
 ) -> None:
     from recipes_lib.training.checkpoints import mark_complete
 
@@ -307,7 +275,7 @@ def test_a_refused_resume_changes_no_record_and_other_settings_can_be_insisted_o
 
 
 def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_other_settings(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, monkeypatch, capsys
 ) -> None:
     stop_at(monkeypatch, 2, tiny_recipe)
     (run_of(tiny_recipe) / "checkpoints/checkpoint-1/optimizer.pt").write_bytes(b"torn")
@@ -321,7 +289,7 @@ def test_a_run_whose_only_checkpoint_is_torn_starts_anew_and_says_with_which_oth
 
 
 def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, monkeypatch, capsys
 ) -> None:
     from recipes_lib.training.trainer import RecipeTrainer
 
@@ -344,7 +312,7 @@ def test_weights_that_are_not_those_that_were_trained_are_rejected_and_kept(
 
 
 def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
-    tiny_recipe: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, capsys
 ) -> None:
     words = ["data.max_examples=20", "data.split.method=none", "train.eval_strategy='no'"]
     assert main([str(tiny_recipe), *words, "run.global_batch_size=32"]) == ExitCode.USAGE
@@ -353,7 +321,7 @@ def test_fewer_rows_than_one_step_takes_are_an_error_with_the_batch_that_fits(
 
 
 def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
-    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, tiny_model_dir, tmp_path, capsys
 ) -> None:
     half = tmp_path / "half"
     shutil.copytree(tiny_model_dir, half)
@@ -365,7 +333,7 @@ def test_a_4bit_base_whose_own_precision_is_not_autocasts_is_refused(
 
 
 def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny_recipe, monkeypatch, capsys
 ) -> None:
     from recipes_lib.core.run_directory import RunDirectory
     from recipes_lib.training.metrics import MetricsCallback
@@ -379,9 +347,7 @@ def test_a_disk_too_full_even_for_the_note_still_gets_its_one_line_and_exit_code
     assert "disk full: No space left on device" in capsys.readouterr().err
 
 
-def test_no_planted_secret_is_in_any_written_file(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_planted_secret_is_in_any_written_file(tiny_recipe, monkeypatch) -> None:
     secrets = {
         "HF_TOKEN": "hf_plantedplantedplanted",
         "OPENAI_API_KEY": "sk-plantedplantedplanted",
@@ -401,7 +367,7 @@ def test_no_planted_secret_is_in_any_written_file(
 # ---- The same mathematics ----
 
 
-def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe: Path) -> None:
+def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_recipe) -> None:
     found = []
     for size in (1, 3, 32):
         words = [f"train.per_device_eval_batch_size={size}", f"run.name=b{size}"]
@@ -410,7 +376,7 @@ def test_validation_loss_is_per_token_and_does_not_depend_on_the_batch(tiny_reci
     assert max(found) - min(found) < 1e-5
 
 
-def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path) -> None:
+def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe) -> None:
     levers = {
         "plain": "train.max_steps=8",
         "padded": "train.padding_free=false",
@@ -426,46 +392,40 @@ def test_a_lever_for_speed_or_memory_changes_no_loss(tiny_recipe: Path) -> None:
     assert found == {name: pytest.approx(plain, abs=2e-5) for name in found}
 
 
-def test_selective_checkpointing_computes_attention_once(
-    tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_selective_checkpointing_computes_attention_once(tiny_recipe, monkeypatch) -> None:
     """Counted where operators are really computed: what is kept of the first time is not."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from recipes_lib.training.trainer import RecipeTrainer
 
-    returned, tokens = list[int](), list[int]()
+    calls = []
 
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
-            found = func(*args, **(kwargs or {}))
-            if "flash_attention_for_cpu.default" in str(func):
-                returned.append(sum(one.nbytes for one in found))
-            return found
+            calls.extend(["call"] * ("flash_attention_for_cpu.default" in str(func)))
+            return func(*args, **(kwargs or {}))
 
     step = RecipeTrainer.training_step
 
-    def counted(self: RecipeTrainer, model: Any, inputs: Any, *args: Any) -> torch.Tensor:
-        tokens.append(inputs["input_ids"].numel())
+    def counted(self: RecipeTrainer, *args: Any) -> torch.Tensor:
         with Counting():
-            return step(self, model, inputs, *args)
+            return step(self, *args)
 
     monkeypatch.setattr(RecipeTrainer, "training_step", counted)
     on = "train.activation_checkpointing=true"
     selective = [on, "train.activation_checkpointing_kwargs={selective: true}"]
     computed = {}
     for name, overrides in {"plain": [], "checkpointed": [on], "selective": selective}.items():
-        returned.clear()
-        tokens.clear()
+        calls.clear()
         words = [*overrides, f"run.name={name}", "train.max_steps=2", "train.eval_strategy='no'"]
         assert main([str(tiny_recipe), *words]) == 0
-        computed[name] = sum(returned) / sum(tokens)
+        computed[name] = len(calls)
     assert computed["selective"] == computed["plain"] == computed["checkpointed"] / 2 > 0
     plain, kept = (losses(tiny_recipe, name) for name in ("plain", "selective"))
     assert plain == pytest.approx(kept, abs=1e-6)
 
 
-def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe: Path, tmp_path: Path) -> None:
+def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe, tmp_path) -> None:
     """Without mending, TRL asks PEFT's wrapper of the head for a bias that it does not have."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -482,10 +442,7 @@ def test_tokens_of_tied_embeddings_train_and_are_saved(tiny_recipe: Path, tmp_pa
 
 @pytest.mark.slow
 def test_a_training_template_trains_and_the_plain_one_is_saved(
-    tiny_recipe: Path,
-    tiny_model_dir: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tiny_recipe, tiny_model_dir, monkeypatch, capsys
 ) -> None:
     from transformers import AutoTokenizer
 
@@ -513,9 +470,7 @@ def test_a_training_template_trains_and_the_plain_one_is_saved(
     assert main(words) == 0
     saved = tiny_recipe.parent / "runs" / "tiny" / "adapter"
     assert (saved / "chat_template.jinja").read_text(encoding="utf-8") == plain
+    # what a held-out loss is measured with
     section = DataSection(source="", prompt_format="chat")
     tokenizer = AutoTokenizer.from_pretrained(saved)
-    # what a held-out loss is measured with
     assert prompts.training_template(section, tokenizer) == ("phi3_training.jinja", text)
-    asked = prompts.generation_prompt(section, tokenizer, [{"role": "user", "content": "Why?"}])
-    assert asked == "<|user|>\nWhy?<|end|>\n<|assistant|>\n"

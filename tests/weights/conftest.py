@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.conftest import NF4
 
-NF4 = (
-    "quantization={load_in_4bit: true, bnb_4bit_quant_type: nf4, bnb_4bit_compute_dtype: bfloat16,"
-    " bnb_4bit_use_double_quant: true}"
-)
 KINDS = {
     "lora": [],
     "lora.chat": ["data.prompt_format=chat", "lora.r=2"],
-    "qlora": [NF4, "model.dtype=bfloat16", "train.bf16=true"],
+    "qlora": [
+        NF4.replace("}", ", bnb_4bit_use_double_quant: true}"),
+        "model.dtype=bfloat16",
+        "train.bf16=true",
+    ],
     "full": ["lora=null", "train.learning_rate=1e-3"],
 }
 STEPS = [f"train.{key}_steps=6" for key in ("max", "eval", "save")] + ["train.learning_rate=3e-2"]

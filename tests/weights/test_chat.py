@@ -10,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from recipes_lib.commands import chat
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import open_run
@@ -29,7 +27,7 @@ def headings(out: str, *names: str) -> list[str]:
     return [line.split()[0] for line in out.splitlines() if line and line.split()[0] in names]
 
 
-def test_one_prompt_is_answered_by_the_base_and_every_run(runs: Runs, recipes: Verb) -> None:
+def test_one_prompt_is_answered_by_the_base_and_every_run(runs, recipes) -> None:
     runs("lora", "lora.chat", "full", "qlora")
     words = ("--prompt", "What is gold?", "--max-new-tokens", "5")
     first = recipes("chat", "lora", "lora.chat", *words)
@@ -45,7 +43,7 @@ def test_one_prompt_is_answered_by_the_base_and_every_run(runs: Runs, recipes: V
     assert "4-bit" in bases[1] and "4-bit" not in bases[0]
 
 
-def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) -> None:
+def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs) -> None:
     runs("lora", "lora.chat")
     family = Family([finished_run(open_run(name)) for name in ("lora", "lora.chat")])
     texts = {
@@ -56,7 +54,7 @@ def test_each_run_is_asked_in_the_prompt_format_it_was_trained_with(runs: Runs) 
     assert texts["lora.chat"] == "<s><|user|>\nSay hi.</s>\n<|assistant|>\n"
 
 
-def test_answers_are_computed_in_the_precision_of_the_training(runs: Runs) -> None:
+def test_answers_are_computed_in_the_precision_of_the_training(runs) -> None:
     import torch
 
     runs("qlora")
@@ -67,7 +65,7 @@ def test_answers_are_computed_in_the_precision_of_the_training(runs: Runs) -> No
 
 
 def test_escapes_and_control_characters_in_answers_are_shown_not_obeyed(
-    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
+    runs, recipes, monkeypatch
 ) -> None:
     runs("lora")
     monkeypatch.setenv("TERM", "xterm")
@@ -82,9 +80,7 @@ def test_escapes_and_control_characters_in_answers_are_shown_not_obeyed(
         assert not set(out.replace("\x1b[1m", "").replace("\x1b[0m", "")) & controls
 
 
-def test_the_turns_before_and_the_system_prompt_reach_the_model(
-    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_turns_before_and_the_system_prompt_reach_the_model(runs, recipes, monkeypatch) -> None:
     runs("lora.chat")
     prompts: list[str] = []
 
@@ -102,9 +98,7 @@ def test_the_turns_before_and_the_system_prompt_reach_the_model(
     assert second.startswith(first) and second.index("And silver?") > len(first)
 
 
-def test_an_impossible_temperature_and_an_unknown_run_are_usage_errors(
-    runs: Runs, recipes: Verb
-) -> None:
+def test_an_impossible_temperature_and_an_unknown_run_are_usage_errors(runs, recipes) -> None:
     runs("lora")
     for flag, value in (("--max-new-tokens", "0"), ("--temperature", "-1")):
         assert recipes("chat", "lora", "--prompt", "hi", flag, value)[0] == ExitCode.USAGE, flag

@@ -5,11 +5,11 @@ the proof finds.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.weights.check import changed_files, check_saved, recorded_hashes, same_bytes
@@ -39,17 +39,7 @@ def trained_adapter(model_dir: Path, folder: Path, **settings: Any) -> Any:
     return model
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the tensors of the only weight file of a folder."""
-    from safetensors.torch import load_file, save_file
-
-    (file,) = folder.glob("*.safetensors")
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def test_every_kind_of_adapter_is_proven_and_hashed(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_every_kind_of_adapter_is_proven_and_hashed(tiny_model_dir, tmp_path) -> None:
     for name, settings in ADAPTERS.items():
         folder = tmp_path / name
         model = trained_adapter(tiny_model_dir, folder, **settings)
@@ -57,16 +47,11 @@ def test_every_kind_of_adapter_is_proven_and_hashed(tiny_model_dir: Path, tmp_pa
         assert saved.tensors >= 8 and saved.sha256 == recorded_hashes(folder), name
 
 
-def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(tiny_model_dir, tmp_path) -> None:
     import torch
 
     def flip_one_bit(tensors: dict[str, Any]) -> None:
         next(iter(tensors.values())).view(torch.uint8)[0, 0] ^= 1
-
-    def drop(tensors: dict[str, Any]) -> None:
-        tensors.popitem()
 
     def rename(tensors: dict[str, Any]) -> None:
         name, tensor = tensors.popitem()
@@ -79,22 +64,20 @@ def test_a_damaged_adapter_is_refused_with_the_name_of_the_tensor(
     def round_to_half(tensors: dict[str, Any]) -> None:
         tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 
-    missed = []
-    for change in (flip_one_bit, drop, rename, add, round_to_half):
+    for change in (flip_one_bit, dict.popitem, rename, add, round_to_half):
         folder = tmp_path / change.__name__
         model = trained_adapter(tiny_model_dir, folder)
-        rewrite(folder, change)
-        try:
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(RecipesError, match=r"layers\.") as caught:
             check_saved(model, folder, base=str(tiny_model_dir))
-        except RecipesError as error:
-            assert "layers." in error.what, change.__name__
-        else:
-            missed.append(change.__name__)
-    assert not missed
+        assert "not the trained ones" in caught.value.what, change.__name__
 
 
 def test_an_adapter_that_changes_nothing_is_not_finite_or_of_another_base_is_refused(
-    tiny_model_dir: Path, tmp_path: Path
+    tiny_model_dir, tmp_path
 ) -> None:
     for value, base, word in (
         (0.0, str(tiny_model_dir), "changes nothing"),
@@ -111,7 +94,7 @@ def test_an_adapter_that_changes_nothing_is_not_finite_or_of_another_base_is_ref
             check_saved(model, folder, base=base)
 
 
-def test_a_whole_model_with_tied_embeddings_and_one_of_experts_are_proven(tmp_path: Path) -> None:
+def test_a_whole_model_with_tied_embeddings_and_one_of_experts_are_proven(tmp_path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -140,9 +123,7 @@ def test_same_bytes_tells_dtypes_and_signs_of_zero_apart() -> None:
     assert not same_bytes(zero, -zero) and not same_bytes(zero, zero.bfloat16())
 
 
-def test_a_base_may_be_moved_but_no_other_file_may_change(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_base_may_be_moved_but_no_other_file_may_change(tiny_model_dir, tmp_path) -> None:
     trained_adapter(tiny_model_dir, tmp_path)
     recorded = recorded_hashes(tmp_path)
     file = tmp_path / "adapter_config.json"

@@ -18,10 +18,10 @@ from recipes_lib.weights.runs import Family, check_base_run, finished_run, weigh
 ADAPTER = "adapter/adapter_model.safetensors"
 
 
-def flip(file: Path, at: int = -1) -> None:
+def flip(file: Path) -> None:
     """Change one bit of a file."""
     content = bytearray(file.read_bytes())
-    content[at] ^= 1
+    content[-1] ^= 1
     file.write_bytes(content)
 
 
@@ -32,8 +32,6 @@ def edit(file: Path, **values: object) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a bit": (lambda run: flip(run / ADAPTER), "changed after the training"),
-    "a bit of the header": (lambda run: flip(run / ADAPTER, 12), "changed after the training"),
-    "cut": (lambda run: (run / ADAPTER).write_bytes(b"123"), "changed after the training"),
     "empty": (lambda run: (run / ADAPTER).write_bytes(b""), "changed after the training"),
     "gone": (lambda run: (run / ADAPTER).unlink(), "is gone"),
     "settings": (lambda run: edit(run / "adapter/adapter_config.json", lora_alpha=99), "changed"),
@@ -44,7 +42,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-def test_every_kind_of_damage_is_found_and_named(runs: Callable[..., Path]) -> None:
+def test_every_kind_of_damage_is_found_and_named(runs) -> None:
     missed = []
     for name, (damage, words) in DAMAGE.items():
         run = runs("lora")
@@ -58,9 +56,7 @@ def test_every_kind_of_damage_is_found_and_named(runs: Callable[..., Path]) -> N
 
 
 @pytest.mark.slow
-def test_damaged_weights_are_refused_by_every_verb_that_reads_them(
-    runs: Callable[..., Path], recipes: Callable[..., tuple[int, str, str]], tmp_path: Path
-) -> None:
+def test_damaged_weights_are_refused_by_every_verb_that_reads_them(runs, recipes, tmp_path) -> None:
     flip(runs("lora") / ADAPTER)
     for words in (
         ("merge", "lora"),
@@ -78,10 +74,7 @@ def test_damaged_weights_are_refused_by_every_verb_that_reads_them(
 
 
 def test_another_base_than_the_trained_one_is_refused(
-    runs: Callable[..., Path],
-    recipes: Callable[..., tuple[int, str, str]],
-    tiny_model_dir: Path,
-    tmp_path: Path,
+    runs, recipes, tiny_model_dir, tmp_path
 ) -> None:
     run = runs("lora")
     state = json.loads((run / "run.json").read_text())
@@ -94,7 +87,7 @@ def test_another_base_than_the_trained_one_is_refused(
 
 
 def test_a_base_that_comes_from_the_hub_only_now_is_compared_once_it_is_here(
-    runs: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    runs, monkeypatch
 ) -> None:
     run = runs("lora")
     trained, honest = finished_run(open_run("lora")), load.load_model

@@ -15,8 +15,6 @@ import pytest
 import yaml
 
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import EnvironmentFault, RecipeError
-from recipes_lib.weights import export as exporting
 from recipes_lib.weights.export import public_name
 
 Runs = Callable[..., Path]
@@ -44,7 +42,7 @@ def export(recipes: Verb, name: str, to: Path, *words: str) -> dict[str, Path]:
     return {file.name: file for file in to.iterdir()}
 
 
-def test_nothing_of_this_machine_is_in_an_export(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
+def test_nothing_of_this_machine_is_in_an_export(runs, recipes, tmp_path) -> None:
     for name in ("lora", "qlora", "full"):
         run = runs(name)
         weights = run / ("model" if name == "full" else "adapter")
@@ -60,7 +58,7 @@ def test_nothing_of_this_machine_is_in_an_export(runs: Runs, recipes: Verb, tmp_
 
 
 def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_from(
-    runs: Runs, recipes: Verb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runs, recipes, tmp_path, monkeypatch
 ) -> None:
     runs("qlora")
     files = export(recipes, "qlora", tmp_path / "plain")
@@ -87,7 +85,7 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
         assert line in card, line
 
 
-def test_the_exported_recipe_is_a_recipe(runs: Runs, recipes: Verb, tmp_path: Path) -> None:
+def test_the_exported_recipe_is_a_recipe(runs, recipes, tmp_path) -> None:
     runs("lora")
     recipe = load_recipe(export(recipes, "lora", tmp_path / "out")["recipe.yaml"])
     assert recipe.model.name_or_path.endswith("tiny-llama") and recipe.lora
@@ -99,7 +97,7 @@ def test_the_exported_recipe_is_a_recipe(runs: Runs, recipes: Verb, tmp_path: Pa
 
 @pytest.mark.slow
 def test_what_is_exported_loads_with_peft_and_transformers_alone(
-    runs: Runs, recipes: Verb, tmp_path: Path, tiny_model_dir: Path
+    runs, recipes, tmp_path, tiny_model_dir
 ) -> None:
     runs("lora", "full")
     assert recipes("merge", "lora")[0] == 0
@@ -114,9 +112,7 @@ def test_what_is_exported_loads_with_peft_and_transformers_alone(
         assert done.returncode == 0 and done.stdout.strip() == "512", done.stderr[-2000:]
 
 
-def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
-    runs: Runs, recipes: Verb, tmp_path: Path
-) -> None:
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(runs, recipes, tmp_path) -> None:
     runs("lora", "full")
     (tmp_path / "used").mkdir()
     (tmp_path / "used/mine.txt").write_text("")
@@ -124,7 +120,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
         (("lora", "--to", tmp_path / "used"), "not empty"),
         (("lora", "--to", tmp_path / "used/mine.txt"), "is a file"),
         (("lora", "--to", tmp_path / "new", "--merged"), "recipes merge lora"),
-        (("full", "--to", tmp_path / "new", "--merged"), "its model is whole already"),
+        (("full", "--to", tmp_path / "new", "--merged"), "recipes merge full"),
     ):
         code, _, err = recipes("export", *words)
         assert code == 2 and said in err, said
@@ -132,28 +128,35 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
 
 
 def test_a_push_goes_to_a_private_repository_and_its_failure_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    runs, recipes, monkeypatch, tmp_path
 ) -> None:
+    """The Hub is the only thing that is not real: what would be uploaded is looked at."""
     import huggingface_hub
 
-    calls = []
+    calls: list[object] = []
 
     class Api:
         def create_repo(self, repo, private, exist_ok):
             calls.append((repo, private))
             return f"https://hub/{repo}"
 
-        def upload_folder(self, **keys):
-            if not calls[-1][1]:
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append({path.name for path in folder_path.iterdir()})
+            if not calls[0][1]:
                 raise OSError("403 Forbidden\nmore")
 
+    run, words = runs("lora"), ("export", "lora", "--push-to-hub")
+    (run / "adapter/optimizer.pt").write_bytes(b"pickle")
+    code, _, err = recipes(*words, "ada/first", "--to", tmp_path / "off")
+    assert code == 5 and "offline" in err and not (tmp_path / "off").exists()
+    code, _, err = recipes(*words, "a/b/c", "--to", tmp_path / "off")
+    assert code == 2 and "is not a repository's name" in err
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert exporting.push(tmp_path, "ada/first", public=False) == "https://hub/ada/first"
-    with pytest.raises(EnvironmentFault, match="could not push to 'ada/first'") as caught:
-        exporting.push(tmp_path, "ada/first", public=True)
-    assert caught.value.what.endswith("403 Forbidden more")
-    assert calls == [("ada/first", True), ("ada/first", False)]
-    with pytest.raises(RecipeError, match="is not a repository's name"):
-        exporting.check_repo("a/b/c")
-    with pytest.raises(EnvironmentFault, match="offline"):
-        exporting.check_repo("ada/first")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    code, out, _ = recipes(*words, "ada/first", "--to", tmp_path / "private")
+    assert code == 0 and "pushed: https://hub/ada/first" in out
+    assert calls[0] == ("ada/first", True) and "adapter_model.safetensors" in calls[1]
+    assert "optimizer.pt" not in calls[1]
+    calls.clear()
+    code, _, err = recipes(*words, "ada/first", "--public", "--to", tmp_path / "public")
+    assert code == 5 and "could not push to 'ada/first': 403 Forbidden more" in err

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,6 @@ from recipes_lib.weights.load import (
     base_fingerprint,
     device_with_room,
     explain_load_failure,
-    load_tokenizer,
 )
 
 
@@ -42,7 +39,7 @@ def test_why_a_model_cannot_be_had_is_said_by_the_type_of_the_hubs_error() -> No
 
 
 def test_a_model_that_one_gpu_does_not_hold_is_loaded_on_the_cpu(
-    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model_dir, monkeypatch
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -55,9 +52,7 @@ def test_a_model_that_one_gpu_does_not_hold_is_loaded_on_the_cpu(
         assert str(device_with_room(model)) == device
 
 
-def test_an_adapter_on_another_base_is_refused_by_the_name_of_a_layer(
-    tiny_model_dir: Path, runs: Callable[..., Path]
-) -> None:
+def test_an_adapter_on_another_base_is_refused_by_the_name_of_a_layer(tiny_model_dir, runs) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     adapter = runs("lora") / "adapter"
@@ -72,13 +67,13 @@ def test_an_adapter_on_another_base_is_refused_by_the_name_of_a_layer(
 
 
 def test_a_base_is_known_by_the_content_of_its_weights(
-    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe, tiny_model_dir, tmp_path
 ) -> None:
-    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
-    recipe = load_recipe(tiny_recipe)
-    section = recipe.model.model_copy(update={"name_or_path": str(folder)})
-    copy = dataclasses.replace(recipe, model=section)
+    recipe, copy = (
+        load_recipe(tiny_recipe, [f"model.name_or_path={place}"])
+        for place in (tiny_model_dir, folder)
+    )
     assert base_fingerprint(copy) == base_fingerprint(recipe) is not None
     (folder / "pytorch_model.bin").write_bytes(b"beside the weights, and never read")
     assert base_fingerprint(copy) == base_fingerprint(recipe)
@@ -87,4 +82,3 @@ def test_a_base_is_known_by_the_content_of_its_weights(
     content[-1] ^= 1
     file.write_bytes(content)
     assert base_fingerprint(copy) != base_fingerprint(recipe)
-    assert load_tokenizer(copy).pad_token

@@ -26,9 +26,7 @@ def merged_logits(run: Path) -> torch.Tensor:
     return logits_on(AutoModelForCausalLM.from_pretrained(run / "merged", dtype="float32"), ROWS)
 
 
-def test_a_merged_model_answers_like_the_adapter_and_is_not_made_twice(
-    runs: Runs, recipes: Verb
-) -> None:
+def test_a_merged_model_answers_like_the_adapter_and_is_not_made_twice(runs, recipes) -> None:
     run = runs("lora")
     code, out, _ = recipes("merge", "lora", "--json")
     record = json.loads(out)
@@ -44,7 +42,7 @@ def test_a_merged_model_answers_like_the_adapter_and_is_not_made_twice(
 
 @pytest.mark.slow
 def test_a_quantized_base_is_dequantised_and_the_merged_model_needs_no_bitsandbytes(
-    runs: Runs, recipes: Verb
+    runs, recipes
 ) -> None:
     run = runs("qlora")
     code, out, _ = recipes("merge", "qlora", "--dtype", "float32")
@@ -55,7 +53,7 @@ def test_a_quantized_base_is_dequantised_and_the_merged_model_needs_no_bitsandby
     assert record["difference"] < 1e-3 * record["effect"]
 
 
-def test_what_changed_since_is_merged_again(runs: Runs, recipes: Verb) -> None:
+def test_what_changed_since_is_merged_again(runs, recipes) -> None:
     run = runs("lora")
     assert recipes("merge", "lora")[0] == 0
     trained = finished_run(open_run("lora"))
@@ -70,7 +68,7 @@ def test_what_changed_since_is_merged_again(runs: Runs, recipes: Verb) -> None:
 
 
 def test_a_merge_that_is_not_the_adapter_is_refused_and_kept_apart(
-    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
+    runs, recipes, monkeypatch
 ) -> None:
     run, honest = runs("lora"), merging.logits_on
     calls = iter(range(9))
@@ -84,9 +82,7 @@ def test_a_merge_that_is_not_the_adapter_is_refused_and_kept_apart(
     assert not list(run.glob("merged*"))
 
 
-def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
-    runs: Runs, recipes: Verb, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_merged_is_refused_and_leaves_nothing(runs, recipes, monkeypatch) -> None:
     run = runs("full", "lora")
     code, _, err = recipes("merge", "full")
     assert code == 2 and "nothing to merge" in err
@@ -101,7 +97,7 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(
     assert not list(run.glob("merged*"))
 
 
-def test_runs_of_one_base_share_it_and_others_do_not(runs: Runs) -> None:
+def test_runs_of_one_base_share_it_and_others_do_not(runs) -> None:
     names = ["lora", "lora.chat", "qlora", "full"]
     runs(*names)
     groups = families([finished_run(open_run(name)) for name in names])

@@ -158,8 +158,8 @@ class RecipeTrainer(SFTTrainer):
     def train_until_stop(self, checkpoint: Path | None) -> float:
         """Train until the planned end or an agreed stop; return the seconds it took."""
         began = time.monotonic()
-        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.precision = {name: parameter.dtype for name, parameter in trained.items()}
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self.precision = {name: parameter.dtype for name, parameter in trained}
         try:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except EvaluationStopped:

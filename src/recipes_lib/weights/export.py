@@ -43,10 +43,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     import yaml
 
     name, target = trained.run.name, to.expanduser().resolve()
-    record = merge_record(trained) if merged and not trained.full else None
-    if merged and trained.full:
-        what = f"run '{name}' is a full fine-tuning: its model is whole already"
-        raise RecipeError(what, f"recipes export {name} --to DIR")
+    record = merge_record(trained) if merged else None
     if merged and record is None:
         what = f"run '{name}' has no merged/ of its present adapter that is whole"
         raise RecipeError(what, f"recipes merge {name}")
