@@ -4,8 +4,7 @@
         -m recipes_lib.train RECIPE [section.key=value ...]
 
 The same line trains on a laptop's CPU, one GPU, several (DDP, FSDP2) or several machines: only the
-accelerate config differs. Run it again after any interruption and it continues from the newest
-complete checkpoint.
+accelerate config differs. Run it again after any interruption, and it continues.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.weights.load import load_checked_tokenizer
         from recipes_lib.weights.runs import check_base_run
 
-    # recipe -> arguments. The processes meet here. Nothing is on the disk yet: what is refused now
-    # leaves no run behind.
+    # recipe -> arguments. The processes meet here; what is refused now leaves no run behind.
     launch_check.check_processes(torch.cuda.device_count())
     launch_check.check_precision(recipe)
     fsdp_cpu.install()

@@ -173,9 +173,7 @@ def converted(config: LoraConfig, model: Any) -> LoraConfig:
 
 
 def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
-    """Return a LoRA config that leaves out what reads images, and whose `all-linear` leaves out
-    routers and what cannot be adapted; other targets stay as they are.
-    """
+    """Return a LoRA config without what reads images, routers and what takes no adapter."""
     settled, images = copy.deepcopy(config), images_of(model.config)
     left_out: tuple[str, ...] = ()
     if config.target_modules == "all-linear":

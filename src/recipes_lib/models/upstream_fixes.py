@@ -1,7 +1,5 @@
-"""Ways around bugs of the libraries, each with its place upstream and what ends it.
-
-Versions that have them: torch 2.13, transformers 5.24, trl 1.16, peft 0.21, accelerate 1.15. A fix
-is deleted when its test in tests/models/test_upstream_fixes.py passes without it.
+"""Ways around bugs of torch 2.13, transformers 5.24, trl 1.16, peft 0.21, accelerate 1.15, each
+with its place upstream. One is deleted when its test (test_upstream_fixes.py) passes without it.
 """
 
 from __future__ import annotations

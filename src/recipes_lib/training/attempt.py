@@ -94,11 +94,7 @@ class Attempt:
         **recorded: Any,
     ) -> Path | None:
         """Rank 0: return the newest complete checkpoint, or None; refuse to continue it with other
-        settings, and make the run's records this attempt's.
-
-        Args:
-            guard: every value that a resumed run must share with its beginning.
-            **recorded: further fields of run.json.
+        settings, and make the run's records this attempt's (`recorded`: more fields of run.json).
         """
         run, resumed = self.run, [*self.earlier.get("resumed", [])]
         newest, broken = checkpoints.find_newest(run.checkpoints)
@@ -159,8 +155,7 @@ class Attempt:
         code, step, last = EXIT_CODES[self.stop.agreed], state.global_step, state.max_steps
         self.run.stop_file.unlink(missing_ok=True)
         self.run.write_state("preempted", exit_code=int(code), step=step, error=None)
-        done = f"checkpoint-{step} is complete (exit code {int(code)})"
-        say(f"stopped at step {step}/{last}: {done}")
+        say(f"stopped at step {step}/{last}: checkpoint-{step} is complete (exit code {int(code)})")
         return code
 
     def record_finish(self, summary: Mapping[str, Any], check: SavedWeights) -> None:

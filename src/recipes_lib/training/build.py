@@ -55,9 +55,8 @@ def read_model(
 ) -> PreTrainedModel:
     """Return the base model; every rank has to call, and waits until all have theirs.
 
-    Under FSDP2 rank 0 reads alone, and accelerate hands each other rank its share of the tensors;
-    until then their models have shapes and no weights (torch's meta device). Elsewhere, and where
-    `why_each_rank_reads` has a reason, each rank reads.
+    Under FSDP2 rank 0 reads alone, and accelerate hands each other rank its share; until then their
+    models are on torch's meta device. Where `why_each_rank_reads` has a reason, each rank reads.
     """
     sharded = active.distributed_type == "FSDP"
     why = why_each_rank_reads(recipe, sharded, reads_once_is_asked(os.environ))
@@ -258,10 +257,8 @@ def count_quantized(model: Any) -> int:
 
 
 def describe_trainable(model: Any, raised: bool = False) -> str:
-    """Return how many parameters are trained, and in which precision they and the others are.
-
-    Args:
-        raised: whether FSDP2 keeps what is trained in float32, as under mixed precision.
+    """Return how many parameters are trained, and in which precision they and the others are;
+    `raised` is whether FSDP2 keeps the trained ones in float32, as under mixed precision.
     """
     quantized, counts, kinds = count_quantized(model), [0, 0], [set[str](), set[str]()]
     for weight in model.parameters():

@@ -27,11 +27,7 @@ def leave_gpus_out() -> None:
 
 
 def what_runs(state: Any = None) -> Active:
-    """Return the processes that have met, in our words: one process, DDP, FSDP.
-
-    Args:
-        state: an Accelerator. Before there is one, FSDP is the launcher's word.
-    """
+    """Return what has met: one process, DDP, or FSDP (the launcher says so until then)."""
     from accelerate import PartialState
 
     known = state or PartialState()

@@ -27,11 +27,7 @@ def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
     """Run the longest micro-batch as a step would, and return a line on its time and memory.
 
     Every rank has to call it when the model is wrapped and a checkpoint's weights and optimizer are
-    loaded, but its random state is not.
-
-    Args:
-        lengths: tokens of each row of the data.
-        steps: how many will be trained.
+    loaded, but its random state is not. `lengths` are those of all rows, `steps` are to come.
     """
     args, data = trainer.args, trainer.train_dataset
     longest = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))

@@ -31,11 +31,9 @@ def guarded_values(
     versions: Mapping[str, str | None],
 ) -> dict[str, object]:
     """Return every value that a resumed run must share with its beginning, by dotted key."""
-    surroundings = {
-        "launch": {"world_size": world_size, "distribution": distribution},
-        "version": {**versions, "training": TRAINING_PROTOCOL},
-    }
-    return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(surroundings)}
+    launch = {"world_size": world_size, "distribution": distribution}
+    around = {"launch": launch, "version": {**versions, "training": TRAINING_PROTOCOL}}
+    return {**_recipe_values(recipe), "data_fingerprint": data_fingerprint, **flatten(around)}
 
 
 def recipe_differences(

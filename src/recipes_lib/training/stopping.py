@@ -135,11 +135,8 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def report(error: Exception, run: Path | None) -> int:
-    """Say what stopped this process and return its exit status. Rank 0 says what all ranks have;
+    """Say what stopped this process, and return its exit status. Rank 0 says what all ranks have;
     else the rank that failed first speaks: the others have lost their connection to it.
-
-    Args:
-        run: the run's folder, for the traceback of a defect.
     """
     _note_for_job(error)
     message = error if isinstance(error, RecipesError) else explain_fault(error)
@@ -160,7 +157,7 @@ def _fails_first() -> bool:
 
 
 def _as_defect(error: Exception, run: Path | None) -> RecipesError:
-    """Keep the traceback in the run's folder: to come to it again may take days."""
+    """Keep the traceback of a defect in the run's folder: to come to it again may take days."""
     where = "--debug shows where"
     if run is not None and run.is_dir():
         file = run / (f"traceback-rank{rank()}.txt" if world_size() > 1 else "traceback.txt")

@@ -39,7 +39,6 @@ class RecipeTrainer(SFTTrainer):
 
     Args:
         row_ids: example ids by row of the training set; None for packed rows.
-        keep: how many checkpoints to keep; None for all.
         marker_facts: what each checkpoint's marker records besides step and sizes.
     """
 

@@ -34,8 +34,7 @@ class SavedWeights(BaseModel):
     Args:
         tensors: how many trained tensors were compared with the files.
         sha256: of each file in the folder that decides what the model answers.
-        base: name of the base.
-        base_fingerprint: of the base's files (`load.base_fingerprint`).
+        base_fingerprint: of the base's files.
         autocast: half precision that the training ran in (`bfloat16`, `float16`), None for none.
     """
 

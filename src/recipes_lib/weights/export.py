@@ -85,12 +85,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
 
 
 def without_paths(value: Any) -> Any:
-    """Return nested values with every absolute path cut to its last part.
-
-    Example:
-        >>> without_paths({"model": "/home/ada/models/tiny", "data": ["~/rows/a.jsonl", "b/c.csv"]})
-        {'model': 'tiny', 'data': ['a.jsonl', 'b/c.csv']}
-    """
+    """Return nested values with every absolute path cut to its last part."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):

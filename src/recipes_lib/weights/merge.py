@@ -160,7 +160,7 @@ def _with_transposed_layers(model: Any) -> Any:
 
 
 def logits_on(model: Any, prompts: list[list[int]]) -> torch.Tensor:
-    """Return the logits of each prompt's tokens one after the other, shape (tokens, vocabulary)."""
+    """Return the logits of all prompts' tokens, shape (tokens, vocabulary)."""
     import torch
 
     rows = []

@@ -79,10 +79,7 @@ def finished_run(run: RunDirectory, remote_code: bool = False) -> TrainedRun:
     if recipe.model.trust_remote_code and not remote_code:
         what = f"the model of run '{run.name}' runs code that ships with it"
         raise RecipeError(what, "pass --trust-remote-code, as its training did")
-    trained = TrainedRun(run, recipe)
-    if not trained.weights.is_dir():
-        raise _lost(run, f"{trained.weights.name}/ is gone")
-    return trained
+    return TrainedRun(run, recipe)
 
 
 @dataclass
@@ -118,7 +115,7 @@ def merge_record(trained: TrainedRun) -> MergeRecord | None:
     return record if record.adapter_sha256 == adapter else None
 
 
-# ---- are these the files that were written, and is this their base? ----
+# ---- Are these the files that were written, and is this their base? ----
 
 
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
@@ -163,8 +160,9 @@ def check_base_of(trained: TrainedRun) -> None:
     before, now = trained.saved.base_fingerprint, base_fingerprint(trained.recipe)
     if before and now and before != now:
         base, run = trained.recipe.model.name_or_path, trained.run.name
-        what = f"the base '{base}' is not the one that run '{run}' was trained on: its weights"
-        what += f" differ ({before[:12]} -> {now[:12]})"
+        what = (
+            f"'{base}' is not the base of run '{run}': its weights differ ({before[:8]}, {now[:8]})"
+        )
         raise RecipeError(what, "restore the base, or set model.revision to the commit it was")
 
 
