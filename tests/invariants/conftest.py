@@ -152,12 +152,7 @@ class Launcher:
 
 
 @pytest.fixture(scope="module")
-def launcher(
-    tiny_model_dir: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_recipe_text: Callable[[Path], str],
-    forks: Forks,
-) -> Launcher:
+def launcher(tiny_model_dir, tmp_path_factory, tiny_recipe_text, forks) -> Launcher:
     """One folder of runs for all tests of a module, so that they can share the runs they compare
     with.
     """

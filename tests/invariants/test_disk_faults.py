@@ -32,7 +32,7 @@ def mounted(*words: str) -> bool:
 
 
 @pytest.fixture
-def tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def tmpfs(tmp_path) -> Iterator[Callable[[str], Path]]:
     """A function that mounts a tmpfs with these options (or gives the same one others) and returns
     its folder.
     """
@@ -167,7 +167,7 @@ class Ext4:
 
 
 @pytest.fixture
-def ext4(tmp_path: Path) -> Iterator[Ext4]:
+def ext4(tmp_path) -> Iterator[Ext4]:
     disk = Ext4(tmp_path)
     yield disk
     disk.close()

@@ -25,7 +25,7 @@ METHODS = {
 
 
 @pytest.fixture(scope="module")
-def each(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def each(tmp_path_factory) -> Path:
     """The shipped config, with every rank reading."""
     shipped, path = SHIPPED.read_text(encoding="utf-8"), tmp_path_factory.mktemp("each") / "f.yaml"
     assert "fsdp_cpu_ram_efficient_loading: true" in shipped
@@ -34,7 +34,7 @@ def each(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def tied(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tied(tiny_model_dir, tmp_path_factory) -> Path:
     """A model whose head is its embeddings."""
     return build_family("qwen3", tmp_path_factory.mktemp("tied") / "qwen3", tiny_model_dir)
 

@@ -72,7 +72,7 @@ def written(recipe: Path, name: str) -> tuple[dict[str, bytes], list[dict[str, f
 
 
 @pytest.fixture
-def resumed(tiny_recipe: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def resumed(tiny_recipe, monkeypatch) -> Callable[..., int]:
     """A function that trains `whole` without a break, and `name` with one at a step, and returns
     the exit code of resuming it.
     """

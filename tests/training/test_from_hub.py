@@ -19,7 +19,7 @@ ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
 
 
 @pytest.fixture(scope="module")
-def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def hub(tiny_model_dir, tmp_path_factory) -> Iterator[str]:
     """The address of a Hub with the tiny model, also as pickle and gated, and the quickstart's
     rows.
     """
@@ -43,9 +43,7 @@ def hub(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture
-def train_from(
-    hub: str, tiny_recipe: Path, tmp_path: Path
-) -> Callable[..., subprocess.CompletedProcess[str]]:
+def train_from(hub, tiny_recipe, tmp_path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Train the tiny recipe for two steps, in a process of its own with an empty cache."""
 
     def train(*overrides: str) -> subprocess.CompletedProcess[str]:

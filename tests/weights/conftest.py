@@ -25,11 +25,7 @@ STEPS = [f"train.{key}_steps=6" for key in ("max", "eval", "save")] + ["train.le
 
 
 @pytest.fixture(scope="session")
-def runs_of_all_kinds(
-    tiny_model_dir: Path,
-    tiny_recipe_text: Callable[[Path], str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Path]:
+def runs_of_all_kinds(tiny_model_dir, tiny_recipe_text, tmp_path_factory) -> Iterator[Path]:
     """The folder of four finished runs, trained once; read it, and change only copies (`runs`)."""
     from recipes_lib.core.project import project_root
     from recipes_lib.train import main
@@ -48,9 +44,7 @@ def runs_of_all_kinds(
 
 
 @pytest.fixture
-def runs(
-    runs_of_all_kinds: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Path]:
+def runs(runs_of_all_kinds, tmp_path, monkeypatch) -> Callable[..., Path]:
     """A function that copies runs into this test's own runs root and returns the folder of the last
     one.
     """

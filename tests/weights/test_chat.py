@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from recipes_lib.commands import chat
@@ -16,8 +14,6 @@ from recipes_lib.core.run_directory import open_run
 from recipes_lib.data.prompts import generation_prompt
 from recipes_lib.weights.runs import Family, finished_run
 
-Verb = Callable[..., tuple[int, str, str]]
-Runs = Callable[..., Path]
 NASTY = "\x1b[31mred\x1b[0m \x1b]0;title\x07 [bold]loud[/bold] \r\x08\x9b2J \u202eevil"
 PERSIAN = "می\u200cخواهم क्\u200dष 👩\u200d👧"
 

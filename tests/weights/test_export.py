@@ -17,7 +17,6 @@ import yaml
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.weights.export import public_name
 
-Runs = Callable[..., Path]
 Verb = Callable[..., tuple[int, str, str]]
 ALONE = """
 import sys, builtins

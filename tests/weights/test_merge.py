@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,6 @@ from recipes_lib.weights import merge as merging
 from recipes_lib.weights.merge import logits_on
 from recipes_lib.weights.runs import BASE, Family, families, finished_run, merge_record
 
-Runs = Callable[..., Path]
-Verb = Callable[..., tuple[int, str, str]]
 ROWS = [[1, 20, 40, 60, 80], [1, 9, 8, 7]]
 
 
