@@ -119,8 +119,7 @@ def test_an_error_ends_with_its_own_exit_code_and_words(failing, capsys):
         assert cli.main(["ls"]) == code
         out, err = capsys.readouterr()
         assert err.startswith(said) and not out and "Traceback" not in err
-    with pytest.raises(RuntimeError):
-        cli.main(["ls", "--debug"])
+    assert cli.main(["ls", "--debug"]) == 1 and "Traceback" in capsys.readouterr().err
     assert cli.main(["show", "nowhere.yaml", "--debug"]) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and "nowhere.yaml: no such file" in err
@@ -161,10 +160,9 @@ def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
         f'question: q\narms:\n  a: {{recipe: {RECIPE}, overrides: ["{word}"]}}\nseeds: [1]\n'
         f"evals: [{project_root()}/evals/quickstart/house_style.yaml]\n"
     )
-    for verb in (["study", "plan"], ["plan"]):
-        assert cli.main([*verb, "my files/study.yaml", word]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert shlex.split(lines[-1])[-2:] == ["my files/study.yaml", word]
+    assert cli.main(["study", "plan", "my files/study.yaml", word, "--gpu", "cpu"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line)[-2:] == ["my files/study.yaml", word]
     assert cli.main(["check", "my files/study.yaml"]) == 0
     assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "my files/study.yaml"
 

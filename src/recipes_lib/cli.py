@@ -1,5 +1,4 @@
-"""`recipes VERB ...`: finds the verb, imports its module, and turns errors into one message and an
-exit code.
+"""`recipes VERB ...`: imports the verb's module, and turns errors into a line and an exit code.
 
 A verb is a module in `commands/` with a function `run`, or several in `ACTIONS`, and one line in
 `VERBS`. The function's parameters are its command line (`commands.declare`).
@@ -33,7 +32,7 @@ START_HERE = {
     "new": "start a recipe of your own from an existing one",
     "check": "check recipes and configs, files or folders",
     "data": "what the model reads, and which tokens carry loss",
-    "plan": "what a training or study needs: memory, steps, time, and what to change",
+    "plan": "what a training needs: memory, steps, time, and what to change",
     "train": "train a recipe, or continue it",
     "chat": "chat with runs and their base model",
     "eval": "answer, judge and benchmark runs and models",
@@ -98,11 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
     except Exception as error:
-        message = error if isinstance(error, RecipesError) else explain_fault(error)
-        if debug and message is not error:
-            raise
         if debug:
             traceback.print_exc()
+        message = error if isinstance(error, RecipesError) else explain_fault(error)
         if message is None:
             what = f"internal error: {type(error).__name__}: {one_line(error)}"
             message = RecipesError(what, "this is a bug; --debug shows where")
@@ -129,11 +126,7 @@ def _run(words: Sequence[str], debug: bool) -> int:
 
 
 def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, Any]]:
-    """Return the function of a verb, and its arguments as the words say them.
-
-    Raises:
-        RecipeError: a word is unknown, has a wrong value, or is missing.
-    """
+    """Return the function of a verb, and its arguments as the words say them."""
     module = importlib.import_module(f"recipes_lib.commands.{verb}")
     description = f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}."
     parser = _Parser(prog=f"recipes {verb}", description=description, allow_abbrev=False)

@@ -121,9 +121,7 @@ def _schema(hint: Any) -> dict[str, Any]:
 
 
 def _union(members: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the schema of a union; text beside an enum or a mapping only exists for upstream's
-    command line.
-    """
+    """Return the schema of a union, without text that only exists for upstream's command line."""
     plain = [typing.get_origin(member) or member for member in members]
     parsed_from_text = any(
         isinstance(kind, type) and issubclass(kind, dict | enum.Enum) for kind in plain

@@ -126,5 +126,5 @@ def test_bad_input_is_one_message(plan: Run) -> None:
     ):
         found, _, err = plan(LORA, *words)
         assert found == code and said in err and "Traceback" not in err, (words, err)
-    code, _, err = plan("lora-rank", "--gpus", 2)
-    assert code == 2 and "are for a recipe" in err
+    code, _, err = plan(ROOT / "recipes/studies/lora-rank.yaml")
+    assert code == 2 and "is a study, not a recipe" in err

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 RecipeWord = Annotated[str, "path or name of a recipe"]
 Json = Annotated[bool, "print one JSON object"]
 Accelerate = Annotated[str | None, "a file in accelerate_configs/ or a path; default: the recipe's"]
+Gpu = Annotated[str | None, "h100, l40s, 4090, ... or cpu; default: this machine's"]
 Gpus = Annotated[int | None, "processes on each machine; default: the recipe's launch.gpus"]
 Nodes = Annotated[int | None, "machines; default: the recipe's launch.nodes"]
 
@@ -19,9 +20,8 @@ GIVEN = ("overrides", "debug", "typed")  # what the command line hands over besi
 
 
 def declare(parser: argparse.ArgumentParser, function: Callable[..., int]) -> None:
-    """Declare a function's parameters: those before the `*` as arguments, the others as flags.
-
-    Each is `Annotated[type, help]`, a whole number `Annotated[int, help, least]` (1 by default).
+    """Declare a function's parameters: arguments, and flags after the `*`; each is
+    `Annotated[type, help]`, a whole number `Annotated[int, help, least]` (1 by default).
     """
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in parameters(function).items():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Annotated
 
 from recipes_lib.core.environment import quiet_libraries
@@ -12,6 +14,7 @@ from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import generation_prompt
+from recipes_lib.evals.engine import HFEngine, Request, Sampling
 from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
 
 
@@ -28,6 +31,7 @@ def run(
     """Load every run once and answer until the input ends."""
     if not 0 <= temperature < float("inf"):
         raise RecipeError("recipes chat: --temperature must be 0 or more")
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     trained = [finished_run(open_run(name), trust_remote_code) for name in runs]
     distinct = {run.run.path: run for run in trained}
     quiet_libraries()
@@ -42,7 +46,7 @@ def run(
     for question in [prompt] if prompt is not None else _questions():
         for family, name, messages in conversations:
             messages.append({"role": "user", "content": question})
-            text = answer(family, name, messages, max_new_tokens, temperature)
+            text = answer(family, name, messages, sampling)
             messages.append({"role": "assistant", "content": text})
             recipe, title = family.recipe, name
             if name == BASE and len(loaded) > 1:
@@ -52,29 +56,18 @@ def run(
     return next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
 
 
-def answer(
-    family: Family, name: str, messages: Sequence[Message], max_new_tokens: int, temperature: float
-) -> str:
+def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sampling) -> str:
     """Return the next answer, asked in the run's prompt format (the base: as the first run)."""
-    import torch
-
     from recipes_lib.data.supervision import prompt_ids
 
     section, tokenizer = family.prompting(name)
     prompt = generation_prompt(section, tokenizer, messages=messages)
-    ids = prompt_ids(section, tokenizer, prompt)
-    sampling = {"temperature": temperature} if temperature > 0 else {}
-    with family.answering(name) as model, torch.no_grad():
-        tokens = torch.tensor([ids], device=model.device)
-        written = model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            do_sample=temperature > 0,
-            **sampling,
-        )
-    return tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True).strip()
+    ids, seed = tuple(prompt_ids(section, tokenizer, prompt)), random.getrandbits(31)
+    engine = HFEngine(partial(family.answering, name), tokenizer, "")
+    (done,) = engine.complete([Request(key=name, ids=ids, seed=seed)], sampling)
+    if done.finish_reason == "prompt_too_long":
+        raise RecipeError("the conversation is longer than the model can read: begin a new one")
+    return done.text
 
 
 def _questions() -> Iterator[str]:

@@ -55,11 +55,7 @@ def run(
 
 
 def check_file(path: Path, full: bool) -> Findings:
-    """Return what is wrong with a YAML file of any kind, and warnings and notes.
-
-    Args:
-        full: whether upstream's classes, the model's files and all rows are asked too.
-    """
+    """Return what is wrong with a YAML file of any kind, and notes; `full` asks upstream too."""
     try:
         document = read(path)
         kind = kind_of(document)

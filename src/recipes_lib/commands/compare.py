@@ -76,12 +76,7 @@ def _margin(word: str) -> tuple[str, Margin]:
 
 
 def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
-    """Return what words on the command line name, base models first.
-
-    Raises:
-        RecipeError: a word names nothing, a run is named twice, or `base` is asked for and none of
-            the runs' bases was evaluated.
-    """
+    """Return what words on the command line name, base models first."""
     from recipes_lib.analysis.foreign import FOLDERS, read_foreign, unique_names
     from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
 
@@ -95,7 +90,7 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
             if foreign is not None:
                 runs.append(foreign)
                 continue
-            if path.is_dir() and not RunDirectory(path.name).exists():
+            if path.is_dir() and not RunDirectory(path.resolve().name).exists():
                 what = f"{word} is a folder without a run, results of lm-eval or annotations"
                 raise RecipeError(what, FOLDERS)
         folders.append(open_run(word))

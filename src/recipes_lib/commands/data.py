@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.commands import RecipeWord
-from recipes_lib.config.recipe import Recipe, load_recipe
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.recipe import EvalRecipe, find_eval, load_eval
+from recipes_lib.evals.recipe import find_eval, load_eval
 from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ def run(
         _say_audit(error.audit)
         raise
     _say_audit(data.audit, f" (split: {data.splits['method']})")
-    _say_leaks(loaded, evals)
+    errors = []
+    for name, leaks in (search_recipe(loaded, evals, fetch=True) if evals else {}).items():
+        if leaks.is_error:
+            errors.append(leak_error(name, leaks, loaded, limit=NUM_KEPT))
+        else:
+            say(str(leak_error(name, leaks, loaded)) if leaks.found else leaks.summary(name))
+    if errors:
+        raise RecipeErrors(errors)
     for row in data.train.select(range(min(show, len(data.train)))):
         _show_row(row, tokenizer)
     say()
@@ -71,18 +78,6 @@ def _say_audit(audit: DataAudit, split: str = "") -> None:
 
 def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     return [f"{values[key]:,}" for key in keys]
-
-
-def _say_leaks(recipe: Recipe, asked: Sequence[EvalRecipe]) -> None:
-    """Print what the rows that train hold of each eval; raise if it is too much."""
-    errors = []
-    for name, leaks in (search_recipe(recipe, asked, fetch=True) if asked else {}).items():
-        if leaks.is_error:
-            errors.append(leak_error(name, leaks, recipe, limit=NUM_KEPT))
-        else:
-            say(str(leak_error(name, leaks, recipe)) if leaks.found else leaks.summary(name))
-    if errors:
-        raise RecipeErrors(errors)
 
 
 def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:

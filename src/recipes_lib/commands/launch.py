@@ -62,7 +62,7 @@ def run(
             f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
             "one recipe or study at a time; put options of the site into its profile: sbatch",
         )
-    if study_file(first) is None and not recipe_path(first).exists():
+    if study_file(first) is None and not recipe_path(first).is_file():
         raise no_such_file(Path(first))
     if not profile:
         hint = f"profiles: {', '.join(profile_names())}, or a copy of launch/profiles/example.yaml"

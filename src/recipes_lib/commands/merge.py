@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from dataclasses import asdict
 from typing import Annotated, Literal
 
-from recipes_lib.commands import Json
 from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import open_run
-from recipes_lib.core.terminal import next_step, print_json, say
+from recipes_lib.core.terminal import next_step, say
 from recipes_lib.weights.merge import LOST_LIMIT, merge
 from recipes_lib.weights.runs import TRUST, finished_run
 
@@ -23,15 +19,11 @@ def run(
     *,
     dtype: Annotated[Dtype | None, "precision of the merged weights; default: the base's"] = None,
     trust_remote_code: Annotated[bool, TRUST] = False,
-    json: Json = False,
 ) -> int:
     """Merge, or say that it was done."""
-    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-        trained = finished_run(open_run(run), trust_remote_code)
-        quiet_libraries()
-        record, was_there = merge(trained, dtype)
-    if json:
-        return print_json({"folder": str(trained.merged), "already": was_there, **asdict(record)})
+    trained = finished_run(open_run(run), trust_remote_code)
+    quiet_libraries()
+    record, was_there = merge(trained, dtype)
     what = "already merged, nothing to do" if was_there else "merged"
     say(f"{what}: {shown_path(trained.merged)} ({record.dtype})")
     say(

@@ -1,4 +1,4 @@
-"""`recipes plan RECIPE_OR_STUDY`: memory, steps, time, and which setting to change."""
+"""`recipes plan RECIPE`: memory, steps, time, and which setting to change."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from recipes_lib.commands import Accelerate, Gpus, Json, Nodes
+from recipes_lib.commands import Accelerate, Gpu, Gpus, Json, Nodes, RecipeWord
 from recipes_lib.commands.show import launch_line
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import RecipeError, print_error
+from recipes_lib.core.errors import print_error
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import next_step, print_json, say
 from recipes_lib.plan.cards import card_named
-from recipes_lib.study.config import load_study, study_file
-from recipes_lib.study.run import refuse_unmet
-from recipes_lib.study.runs import with_choices
-from recipes_lib.study.status import study_plan_lines, study_plan_object
 
 if TYPE_CHECKING:
     from recipes_lib.plan.plan import Plan
 
 
 def run(
-    recipe_or_study: Annotated[str, "path or name of a recipe, or a study file"],
+    recipe: RecipeWord,
     overrides: Sequence[str],
     *,
-    gpu: Annotated[str | None, "h100, l40s, 4090, ... or cpu; default: this machine's"] = None,
+    gpu: Gpu = None,
     gpus: Gpus = None,
     nodes: Nodes = None,
     accelerate: Accelerate = None,
@@ -38,19 +34,8 @@ def run(
     """Plan and print."""
     if gpu not in (None, "cpu"):
         card_named(gpu)  # an unknown card is refused before torch is imported
-    file = study_file(recipe_or_study)
-    if file is not None:
-        if gpus or nodes or accelerate or tokens_per_row:
-            what = "--gpus, --nodes, --accelerate and --tokens-per-row are for a recipe"
-            raise RecipeError(what, "a study says itself how its arms are launched", file=file)
-        study = with_choices(load_study(file, overrides))
-        refuse_unmet(study)
-        if json:
-            return print_json(study_plan_object(study, gpu))
-        say("\n".join(study_plan_lines(study, gpu)))
-        return next_step("recipes", "study", "run", shown_path(file), *overrides)
-    recipe = load_recipe(recipe_or_study, overrides)
-    for warning in recipe.document.warnings:
+    loaded = load_recipe(recipe, overrides)
+    for warning in loaded.document.warnings:
         print_error(warning)
     # they import torch, and what is refused above does not wait for it
     from recipes_lib.plan.advice import advise, rows_shown
@@ -58,15 +43,15 @@ def run(
     from recipes_lib.plan.plan import card_for, launch_for, plan_of
     from recipes_lib.plan.steps import rows_of
 
-    launch = launch_for(recipe, gpu, gpus, nodes, accelerate)
-    plan = plan_of(recipe, launch, card_for(launch, gpu), rows_of(recipe, tokens_per_row))
+    launch = launch_for(loaded, gpu, gpus, nodes, accelerate)
+    plan = plan_of(loaded, launch, card_for(launch, gpu), rows_of(loaded, tokens_per_row))
     advice = advise(plan, overrides)
     rows = rows_shown(plan, advice)
     if json:
         return print_json({key: value for _, _, values in rows for key, value in values.items()})
     lines = [f"{label:<9} {text}" for label, text, _ in rows if text]
     say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
-    path, flags = shown_path(recipe.path), _launch_words(plan, accelerate)
+    path, flags = shown_path(loaded.path), _launch_words(plan, accelerate)
     say(f"$ {launch_line(plan.launch, path, overrides)}")
     if plan.fits:
         return next_step("recipes", "train", path, *flags, *overrides)

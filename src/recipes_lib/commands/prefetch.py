@@ -53,7 +53,21 @@ def run(
             own = [word for word in values if word.split(".")[0].strip("-") in _EVAL_SECTIONS]
             asked = own if file in evals else [word for word in values if word not in own]
         needs |= dict.fromkeys(prefetch_needs(file, asked, trust_remote_code))
-    missing = sum(not _is_met(need, check) for need in needs)
+    missing = 0
+    for need in needs:
+        try:
+            if not check:
+                say(f"{need.kind} {need.name}")
+            what = need.look(not check)
+            if check:
+                say(f"here: {need.kind} {need.name}: {what}")
+            continue
+        except RecipesError as error:
+            print_error(error)
+        except Exception as error:  # datasets and lm-eval have exceptions of their own
+            what = f"missing: {need.kind} {need.name}: {one_line(error)}"
+            print_error(RecipesError(what, "on a machine with a network: recipes prefetch"))
+        missing += 1
     if check or missing:
         how = "found without a network" if check else "fetched"
         say(f"{len(needs) - missing} of {len(needs)} {how}")
@@ -67,20 +81,3 @@ def run(
     if not trained:
         return next_step("recipes", "eval", *files, "RUN")
     return next_step("recipes", "launch", trained[0], "--profile", profile or "P")
-
-
-def _is_met(need: Need, check: bool) -> bool:
-    """Fetch or look for a need, and return whether it is there; say in a line why not."""
-    try:
-        if not check:
-            say(f"{need.kind} {need.name}")
-        what = need.look(not check)
-        if check:
-            say(f"here: {need.kind} {need.name}: {what}")
-        return True
-    except RecipesError as error:
-        print_error(error)
-    except Exception as error:  # datasets and lm-eval have exceptions of their own
-        what = f"missing: {need.kind} {need.name}: {one_line(error)}"
-        print_error(RecipesError(what, "on a machine with a network: recipes prefetch"))
-    return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from recipes_lib.commands import Json, flag_words
+from recipes_lib.commands import Gpu, Json, flag_words
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
 from recipes_lib.core.project import shown_path
@@ -22,13 +22,15 @@ EPILOG = (
 _StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/"]
 
 
-def _plan(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
+def _plan(
+    study: _StudyWord, overrides: Sequence[str], *, gpu: Gpu = None, json: Json = False
+) -> int:
     """What is to be done and what it takes; nothing is touched."""
     loaded = with_choices(load_study(study, overrides))
     refuse_unmet(loaded)
     if json:
-        return print_json(study_plan_object(loaded))
-    say("\n".join(study_plan_lines(loaded)))
+        return print_json(study_plan_object(loaded, gpu))
+    say("\n".join(study_plan_lines(loaded, gpu)))
     return _next("run", loaded)
 
 

@@ -146,7 +146,6 @@ _FAULTS = (
         "make it writable again (dmesg shows what happened), or move to another disk",
     ),
 )
-_RESUME = "run the same command again: a training resumes from its newest complete checkpoint"
 
 
 def explain_fault(error: BaseException) -> EnvironmentFault | None:
@@ -174,4 +173,4 @@ def _of_machine(what: str, error: BaseException, remedy: str) -> EnvironmentFaul
     reason = getattr(error, "strerror", None) or one_line(error)
     file = getattr(error, "filename2", None) or getattr(error, "filename", None)
     where = f" ({file})" if file else ""
-    return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then {_RESUME}")
+    return EnvironmentFault(f"{what}: {reason}{where}", f"{remedy}, then run the command again")

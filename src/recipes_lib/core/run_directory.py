@@ -11,6 +11,7 @@ run.json is the only truth about how a run ended: exit codes do not survive `acc
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,13 +22,11 @@ from recipes_lib.core.files import DamagedFile, Row, read_object, utc_now, write
 from recipes_lib.core.project import check_run_name, runs_root
 
 State = Literal["created", "running", "preempted", "failed", "finished"]
-FORMAT_VERSION = 1
 
 
 class RunState(TypedDict, total=False):
     """run.json of a training, an evaluated `base`, or `answers` of a file; only `state` is sure."""
 
-    format_version: int
     name: str
     state: State
     kind: str
@@ -87,19 +86,16 @@ class RunDirectory:
         if not self.exists():
             raise _no_such_run(f"no run named '{self.name}' in {self.root}", self.name, self.root)
         self.check_inside()
-        wrong = ""
+        wrong = "is not a run.json of this version"
         try:
             state = read_object(self.state_file)
-            version = state.get("format_version", 0)
-            if version != FORMAT_VERSION or state.get("state") not in get_args(State):
-                wrong = f"is not a run.json of format version {FORMAT_VERSION} (it has {version})"
+            if state.get("state") in get_args(State):
+                return cast(RunState, state)
         except DamagedFile as error:
             wrong = error.what
-        if wrong:
-            remedy = f"move it away: mv {self.state_file} {self.state_file}.damaged"
-            goes_on = f"then the newest whole checkpoint goes on: {self.train_command()}"
-            raise EnvironmentFault(wrong, remedy, goes_on, file=self.state_file)
-        return cast(RunState, state)
+        remedy = f"move it away: mv {self.state_file} {self.state_file}.damaged"
+        goes_on = f"then the newest whole checkpoint goes on: {self.train_command()}"
+        raise EnvironmentFault(wrong, remedy, goes_on, file=self.state_file)
 
     def check_inside(self) -> None:
         """Refuse a run with a folder or file that a symbolic link puts outside the runs root."""
@@ -116,7 +112,7 @@ class RunDirectory:
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
         now = utc_now()
-        begun = {"format_version": FORMAT_VERSION, "name": self.name, "created": now}
+        begun = {"name": self.name, "created": now}
         known: Mapping[str, object] = self.read_state() if self.exists() else begun
         write_json(self.state_file, {**known, "state": state, "updated": now, **fields})
 
@@ -124,10 +120,11 @@ class RunDirectory:
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
     """Return an existing run, given its name or folder (`my-first`, `runs/my-first/`)."""
     path = Path(name)
-    if len(path.parts) > 1:
+    if len(path.parts) != 1:  # a folder; `.` has no parts
+        path = Path(os.path.abspath(name))  # noqa: PTH100 (resolve would follow links)
         if not path.is_dir():
             raise _no_such_run(f"no such run: {name}", path.name, root or runs_root())
-        root = path.resolve().parent
+        root = path.parent
     run = RunDirectory(path.name, root)
     run.read_state()
     return run
