@@ -7,8 +7,6 @@ import shlex
 import subprocess
 import sys
 
-import pytest
-
 from recipes_lib import cli
 from recipes_lib.core.errors import DataError, ExitCode
 from recipes_lib.core.project import project_root
@@ -88,34 +86,21 @@ def test_wrong_usage_is_one_message_and_exit_2(capsys):
     assert not wrong
 
 
-@pytest.fixture
-def failing(monkeypatch):
-    """Make `recipes ls` raise."""
+def test_an_error_ends_with_its_own_exit_code_and_words(monkeypatch, capsys):
+    errors: list[BaseException] = []
 
-    def install(error: BaseException) -> None:
-        import recipes_lib.commands.ls
+    def fail() -> int:
+        raise errors[-1]
 
-        def run() -> int:
-            raise error
-
-        monkeypatch.setattr(recipes_lib.commands.ls, "run", run)
-
-    return install
-
-
-def test_an_error_ends_with_its_own_exit_code_and_words(failing, capsys):
+    monkeypatch.setattr("recipes_lib.commands.ls.run", fail)
     for error, code, said in (
         (DataError("no rows", "add some", file="a.jsonl", line=3), 4, "a.jsonl:3: no rows\n  add "),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (
-            FileNotFoundError(2, "No such file", "rows"),
-            5,
-            "cannot read or write: No such file (row",
-        ),
+        (FileNotFoundError(2, "No file", "rows"), 5, "cannot read or write: No file (rows)"),
         (OSError(28, "No space left on device"), 5, "disk full: No space left on device\n  free"),
         (RuntimeError("broken\ndeep down"), 1, "internal error: RuntimeError: broken deep down\n"),
     ):
-        failing(error)
+        errors.append(error)
         assert cli.main(["ls"]) == code
         out, err = capsys.readouterr()
         assert err.startswith(said) and not out and "Traceback" not in err
@@ -153,10 +138,9 @@ def test_training_sends_no_telemetry_unless_somebody_allows_it(monkeypatch):
 
 def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "my files"
-    folder.mkdir()
+    (tmp_path / "my files").mkdir()
     word = "train.eval_strategy='no'"
-    (folder / "study.yaml").write_text(
+    (tmp_path / "my files/study.yaml").write_text(
         f'question: q\narms:\n  a: {{recipe: {RECIPE}, overrides: ["{word}"]}}\nseeds: [1]\n'
         f"evals: [{project_root()}/evals/quickstart/house_style.yaml]\n"
     )

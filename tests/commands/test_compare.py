@@ -79,7 +79,6 @@ def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
         (["base"], "base of what"),
         (["runs/"], "is a folder without a run"),
         (["r8", "base"], "never evaluated"),
-        (["r8", "r32", "--html", "."], "is a folder"),
         (["r8", "r32", "--margin", "rouge=0.1"], "--margin rouge: these have no such metric"),
         (["r8", "r32", "--margin", "mt_bench"], "--margin mt_bench: not METRIC=NUMBER"),
         (["r8", "r32", "--margin", "mt_bench=little"], "--margin mt_bench=little: not METRIC"),

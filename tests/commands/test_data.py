@@ -1,14 +1,10 @@
-"""`recipes data` on a tiny model: what it prints, and that no control character of the data reaches
-the terminal; and that every verb that reads rows agrees about them.
-"""
+"""`recipes data`: what it prints; and that every verb that reads rows agrees about them."""
 
 from __future__ import annotations
 
 import json
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
 from recipes_lib.cli import main
 
@@ -23,10 +19,8 @@ def recipe_file(tmp_path, tiny_model_dir, monkeypatch):
     ]
     write(tmp_path / "rows.jsonl", rows)
     path = tmp_path / "try.yaml"
-    path.write_text(
-        f"model:\n  name_or_path: {tiny_model_dir}\ndata:\n  source: rows.jsonl\ntrain:\n "
-        " max_length: 128\n"
-    )
+    model = f"model:\n  name_or_path: {tiny_model_dir}\n"
+    path.write_text(f"{model}data:\n  source: rows.jsonl\ntrain:\n  max_length: 128\n")
     return path
 
 
@@ -91,11 +85,8 @@ def test_new_check_and_data_agree_about_rows_that_cannot_be_used(recipe_file, tm
         write(tmp_path / "mine.jsonl", [*rows, bad, {"messages": TURNS}, bad])
         new = ["new", "mine", "--from", "try.yaml", "--data", "mine.jsonl"]
         said = []
-        for words in (
-            [*new, "--output", f"{number}.yaml"],
-            ["check", "try.yaml"],
-            ["data", "try.yaml"],
-        ):
+        to = ["--output", f"{number}.yaml"]
+        for words in ([*new, *to], ["check", "try.yaml"], ["data", "try.yaml"]):
             lines = run(capsys, *words, code=4).splitlines()
             named = ("1501", "1503", "on_bad_row")
             said.append([line for line in lines if any(word in line for word in named)])
@@ -137,58 +128,35 @@ def test_a_large_file_is_planned_with_its_own_rows(recipe_file, monkeypatch, cap
 
 CALLING = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
-    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}{{ call.function | tojson }}{% endfor %}"
     "{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
 
-def shapes(folder):
-    """Own rows as people have them, 30 of each; the third as CSV with a BOM."""
-    called = {"role": "assistant", "content": None, "tool_calls": None}
-    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
-    sharegpt, openai, pairs, alpaca = [], [], [], []
-    for i in range(30):
-        said = [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": f"{i}."}]
-        system = [{"from": "system", "value": "Be brief."}] * (i % 2)
-        sharegpt.append({"conversations": system + said})
-        openai.append(
-            {
-                "messages": [
-                    {"role": "user", "content": f"{i}?"},
-                    {**called, "tool_calls": [call]},
-                    {"role": "tool", "tool_call_id": "c1", "content": "1"},
-                    {"role": "assistant", "content": f"{i}."},
-                ],
-                "tools": [{"type": "function", "function": {"name": "f"}}],
-            }
-        )
-        pairs.append(f'Où est {i} ?,"Là, à {i}."\n')
-        alpaca.append({"instruction": f"Add {i}.", "input": "", "output": f"{i}"})
-    (folder / "sharegpt.json").write_text(json.dumps(sharegpt))
-    write(folder / "openai.jsonl", openai)
-    text = "question,answer\n" + "".join(pairs)
-    (folder / "bom.csv").write_text(text, encoding="utf-8-sig")
-    (folder / "alpaca.json").write_text(json.dumps(alpaca))
-    parquet.write_table(pyarrow.Table.from_pylist(openai), folder / "nested.parquet")
-
-
 def test_own_rows_of_every_shape_go_from_new_to_what_the_loss_sees(recipe_file, tmp_path, capsys):
-    shapes(tmp_path)
     recipe_file.with_name("mine.jinja").write_text(CALLING)
     chat = "rows.jsonl\n  prompt_format: chat\n  chat_template: mine.jinja"
     replace(recipe_file, "rows.jsonl", chat)
-    seen = {
-        "sharegpt.json": "[[0.]]<EOS </s>>",
-        "openai.jsonl": '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>',
-        "bom.csv": "Où est 0 ?</s><|assistant|>[[Là, à 0.]]",
-        "alpaca.json": "Add 0.</s><|assistant|>[[0]]",
-        "nested.parquet": '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>',
-    }
-    for file, text in seen.items():
-        new = ("new", "own", "--from", "try.yaml", "--data", file)
-        run(capsys, *new, "--output", f"{file}.yaml")
-        run(capsys, "check", f"{file}.yaml")
-        out = run(capsys, "data", f"{file}.yaml", "data.split.method=none", "--show", "30")
-        assert "30 rows read, 30 used" in out and text in out, file
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    turns = [
+        {"role": "user", "content": "a?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {"role": "assistant", "content": "b."},
+    ]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    said = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]
+    call_shown = '[[{"name": "f", "arguments": {"a": 1}}]]<EOS </s>>'
+    for name, row, text in (
+        ("sharegpt", {"conversations": said}, "[[b.]]<EOS </s>>"),
+        ("openai", {"messages": turns, "tools": tools}, call_shown),
+        ("alpaca", {"instruction": "a?", "input": "", "output": "b."}, "a?</s><|assistant|>[[b."),
+        ("pairs", {"question": "a?", "answer": "b."}, "a?</s><|assistant|>[[b.]]"),
+    ):
+        write(tmp_path / f"{name}.jsonl", [row] * 30)
+        new = ("new", "own", "--from", "try.yaml", "--data", f"{name}.jsonl")
+        run(capsys, *new, "--output", f"{name}.yaml")
+        run(capsys, "check", name)
+        out = run(capsys, "data", name, "data.split.method=none", "--show", "1")
+        assert "30 rows read, 30 used" in out and text in out, name

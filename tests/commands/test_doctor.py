@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from recipes_lib.cli import main
 from recipes_lib.commands import doctor
 
@@ -12,7 +10,7 @@ def test_each_topic_has_its_line_and_no_token_is_printed(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_plantedplantedplanted")
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for word in (" versions ", " device ", "NF4 on the", "a token is set", "GiB free"):
+    for word in (" versions ", " device ", "a token is set", "GiB free"):
         assert word in out
     assert "planted" not in out and out.splitlines()[-1] == "next: recipes ls"
 
@@ -29,8 +27,6 @@ def test_a_check_that_crashes_is_a_finding_with_exit_code_5(monkeypatch, capsys)
 
 
 def test_what_would_stop_or_change_a_training_is_found(tmp_path, monkeypatch):
-    import bitsandbytes
-
     installed = doctor.installed_version
     versions = {"trl": None, "peft": "0.0.1"}
     monkeypatch.setattr(
@@ -39,9 +35,6 @@ def test_what_would_stop_or_change_a_training_is_found(tmp_path, monkeypatch):
     missing, other = doctor.check_versions()
     assert missing[:2] == (doctor.FAIL, "not installed: trl")
     assert other[0] == doctor.WARN and "peft 0.0.1" in other[1]
-    nonsense = torch.ones(1, 64) * 100
-    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", lambda self, row: nonsense)
-    assert next(iter(doctor.check_bitsandbytes()))[0] == doctor.FAIL
     for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
         monkeypatch.setenv(name, "2")
         ((level, text, remedy),) = doctor.check_env()

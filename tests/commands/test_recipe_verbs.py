@@ -59,12 +59,17 @@ def test_new_writes_a_recipe_of_what_differs_that_passes_the_check(capsys, tmp_p
     assert said(capsys, "check", "recipes/my-first.yaml").startswith("1 file ok")
 
 
-def test_new_for_chat_rows_claims_nothing_about_them(capsys, tmp_path):
+def test_new_reads_the_rows_it_is_given_and_leaves_no_recipe_where_it_cannot(capsys, tmp_path):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     out = said(capsys, "new", "c", "--from", QUICKSTART, "--data", "chat.jsonl")
     assert "one text" not in out and "completion_only_loss" not in out
     assert load_recipe("c.yaml").data.prompt_format == "chat"
+    row = {"instruction": "a", "response": "b"}
+    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"instruction": "a"}))
+    rows = ("--data", "bad.jsonl")
+    assert "bad.jsonl:2" in said(capsys, "new", "y", "--from", QUICKSTART, *rows, code=4)
+    assert not (tmp_path / "y.yaml").exists()
 
 
 def test_new_changes_the_method_with_its_learning_rate_and_the_model(capsys):
@@ -86,22 +91,15 @@ def test_new_changes_the_method_with_its_learning_rate_and_the_model(capsys):
 
 def test_new_never_overwrites_and_refuses_names_no_run_can_have(capsys, tmp_path):
     (tmp_path / "x.yaml").write_text("mine\n")
-    assert "x.yaml: exists already" in said(capsys, "new", "x", "--from", QUICKSTART, code=2)
+    for words, code, answer in (
+        (["x", "--from", QUICKSTART], 2, "x.yaml: exists already"),
+        (["y", "--from", QUICKSTART, "--output", "x.yaml"], 2, "--output OTHER.yaml"),
+        (["../x", "--from", QUICKSTART], 2, "'../x'"),
+        (["y", "--from", "nowhere.yaml"], 2, "no such file"),
+        (["y", "--from", QUICKSTART, "--data", "no.jsonl"], 4, "no such file"),
+    ):
+        assert answer in said(capsys, "new", *words, code=code)
     assert (tmp_path / "x.yaml").read_text() == "mine\n"
-    assert "'../x'" in said(capsys, "new", "../x", "--from", QUICKSTART, code=2)
-    assert "no such file" in said(capsys, "new", "y", "--from", "nowhere.yaml", code=2)
-    rows = ("--data", "no.jsonl")
-    assert "no such file" in said(capsys, "new", "y", "--from", QUICKSTART, *rows, code=4)
-    again = said(capsys, "new", "y", "--from", QUICKSTART, "--output", "x.yaml", code=2)
-    assert "--output OTHER.yaml" in again
-
-
-def test_new_leaves_no_recipe_of_rows_that_cannot_be_read(capsys, tmp_path):
-    row = {"instruction": "a", "response": "b"}
-    (tmp_path / "bad.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({"instruction": "a"}))
-    rows = ("--data", "bad.jsonl")
-    assert "bad.jsonl:2" in said(capsys, "new", "y", "--from", QUICKSTART, *rows, code=4)
-    assert not (tmp_path / "y.yaml").exists()
 
 
 def test_show_prints_a_recipe_with_the_origin_of_every_value(capsys, tmp_path):
@@ -127,10 +125,7 @@ def test_diff_shows_only_what_differs_with_origins(capsys):
 
 def test_explain_says_type_default_and_documentation(capsys):
     for key, words in (
-        (
-            "train.learning_rate",
-            ["number > 0", "2.0e-05", "trl.SFTConfig", "initial learning rate"],
-        ),
+        ("train.learning_rate", ["number > 0", "2.0e-05", "trl.SFTConfig", "initial learning"]),
         ("learning_rate", ["train.learning_rate: number > 0"]),
         ("train.activation_checkpointing", ["default false (project default"]),
         ("train.optim", ["paged_adamw_32bit"]),
@@ -142,9 +137,6 @@ def test_explain_says_type_default_and_documentation(capsys):
         assert not [word for word in words if word not in " ".join(out.split())], out
     sections = ["model", "quantization", "lora", "data", "train", "run", "launch"]
     assert [line.split()[0] for line in said(capsys, "explain").splitlines()[:-1]] == sections
-
-
-def test_explain_helps_with_a_key_that_does_not_exist(capsys):
     for key, words in (
         ("train.lerning_rate", "did you mean train.learning_rate?"),
         ("max_seq_length", "train.max_length"),
@@ -170,12 +162,11 @@ def test_check_takes_files_and_folders_and_leaves_runs_and_hidden_ones_alone(cap
 
 
 def test_check_reports_a_mistake_in_a_shared_base_once(capsys, tmp_path):
-    (tmp_path / "_b.yaml").write_text(
-        "model: {name_or_path: a}\ndata: {source: b}\ntrain: {sed: 1}\n"
-    )
+    good = "model: {name_or_path: a}\ndata: {source: b}\n"
+    (tmp_path / "_b.yaml").write_text(f"{good}train: {{sed: 1}}\n")
     for name in ("x", "y"):
         (tmp_path / f"{name}.yaml").write_text("extends: _b.yaml\n")
-    (tmp_path / "good.yaml").write_text("model: {name_or_path: a}\ndata: {source: b}\n")
+    (tmp_path / "good.yaml").write_text(good)
     err = said(capsys, "check", ".", code=2)
     assert err.count("unknown key 'train.sed'") == 1
     assert "1 error in 3 of 4 files" in err

@@ -1,18 +1,11 @@
-"""A full disk, a disk that refuses and memory that ran out are explained, whoever noticed: Python,
-tokenizers, safetensors or torch.
-"""
+"""A full disk, a disk that refuses and memory that ran out are explained, whoever noticed."""
 
 from __future__ import annotations
 
 import errno
 import pickle
 
-from recipes_lib.core.errors import (
-    ExitCode,
-    RecipeError,
-    RecipeErrors,
-    explain_fault,
-)
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, explain_fault
 
 
 class OutOfMemoryError(RuntimeError):
@@ -72,9 +65,8 @@ def test_other_errors_are_left_alone() -> None:
 
 
 def test_several_errors_are_in_the_order_of_their_places_and_survive_pickling() -> None:
-    errors = RecipeErrors(
-        [RecipeError("second", "do this", file="a.yaml", line=7), RecipeError("first")]
-    )
+    second = RecipeError("second", "do this", file="a.yaml", line=7)
+    errors = RecipeErrors([second, RecipeError("first")])
     for copy in (errors, pickle.loads(pickle.dumps(errors))):
         assert str(copy) == "first\na.yaml:7: second\n  do this"
         assert copy.exit_code == ExitCode.USAGE

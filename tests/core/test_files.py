@@ -8,24 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from recipes_lib.core import files
 from recipes_lib.core.errors import DataError
-from recipes_lib.core.files import (
-    folder_fingerprint,
-    read_object,
-    read_rows,
-    rows_from_the_end,
-    write_json,
-)
+from recipes_lib.core.files import read_object, read_rows, rows_from_the_end, write_json
 
 LINES = [json.dumps({"step": step, "text": "é" * step}).encode() + b"\n" for step in range(1, 6)]
-TAILS = [
-    b'{"step": 6, "te',
-    b"\0" * 9000,
-    b'{"step": 6, "t\0\0\0\0',
-    b"\xff\xfe\n",
-    b'{"step": "\xff"}\n',
-    b"[" * 5000,
-]
+TAILS = [b'{"step": 6, "te', b"\0" * 9000, b'{"step": 6, "t\0\0\0\0', b"\xff\xfe\n"]
+TAILS += [b'{"step": "\xff"}\n', b"[" * 5000]
 
 
 def write(path: Path, *parts: bytes) -> Path:
@@ -91,9 +80,9 @@ def test_a_fingerprint_is_of_weights_and_settings_and_not_of_their_place(
         settings = {"base_model_name_or_path": name, "target_modules": modules, "r": 8}
         write_json(tmp_path / name / "adapter_config.json", settings)
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"weights")
-    same = folder_fingerprint(tmp_path / "a")
-    assert folder_fingerprint(tmp_path / "b") == same
+    same = files.folder_fingerprint(tmp_path / "a")
+    assert files.folder_fingerprint(tmp_path / "b") == same
     (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"others")
-    assert folder_fingerprint(tmp_path / "b") != same
+    assert files.folder_fingerprint(tmp_path / "b") != same
     write_json(tmp_path / "a" / "adapter_config.json", {"target_modules": ["q", "v"], "r": 16})
-    assert folder_fingerprint(tmp_path / "a") != same
+    assert files.folder_fingerprint(tmp_path / "a") != same

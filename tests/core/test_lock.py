@@ -1,6 +1,4 @@
-"""Who may write into a folder: never two, and a Slurm job that was queued again waits for its
-earlier try.
-"""
+"""Who may write into a folder: never two; a requeued Slurm job waits for its earlier try."""
 
 from __future__ import annotations
 
@@ -36,10 +34,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def begin(*words: str, **environment: str) -> subprocess.Popen[str]:
         argv = [sys.executable, "-c", textwrap.dedent(HOLDER), str(tmp_path / "mine"), *words]
-        plain = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
-        child = subprocess.Popen(
-            argv, stdout=subprocess.PIPE, text=True, env={**plain, **environment}
-        )
+        environment |= {"PATH": os.environ["PATH"]}  # and no SLURM_ variable of this process
+        child = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment)
         children.append(child)
         assert child.stdout is not None and child.stdout.readline() == "held\n"
         return child

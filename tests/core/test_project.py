@@ -46,13 +46,8 @@ def test_places_follow_the_environment_and_the_working_directory(monkeypatch, tm
 
 def test_an_installed_package_brings_its_recipes(monkeypatch, tmp_path):
     """A wheel has no checkout around it: what is shipped lies inside the package."""
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path],
-        cwd=project_root(),
-        check=True,
-        capture_output=True,
-        timeout=120,
-    )
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", tmp_path]
+    subprocess.run(command, cwd=project_root(), check=True, capture_output=True, timeout=120)
     package = tmp_path / "recipes_lib"
     shipped = package / "shipped"
     names = ("recipes/quickstart/lora-r8.yaml", "evals/quickstart/alpaca_eval.yaml")

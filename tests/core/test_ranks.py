@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +27,8 @@ def fork_two(folder: Path, work: Callable[[], str]) -> list[str]:
     for rank in range(2):
         pid = os.fork()
         if pid == 0:
-            os.environ.update(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            )
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             code = 1
             try:
                 (folder / str(rank)).write_text(work())
@@ -48,7 +45,7 @@ def fork_two(folder: Path, work: Callable[[], str]) -> list[str]:
 
 
 def outcome(work: Callable[[], object]) -> str:
-    """Return what `on_main_rank` gave, or the error it raised with its code."""
+    """What `on_main_rank` gave, or the error it raised with its code."""
     try:
         return str(ranks.on_main_rank(work))
     except Exception as error:
@@ -89,9 +86,6 @@ def test_ranks_wait_for_rank_0_longer_than_a_collective_may_take(tmp_path: Path)
     """
 
     def work() -> str:
-        import datetime
-        import time
-
         dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=1))
         said = outcome(lambda: time.sleep(3) or "checked")
         time.sleep(3 * (ranks.rank() == 0))

@@ -32,9 +32,6 @@ def run(
     from recipes_lib.analysis.report import report_html
     from recipes_lib.analysis.summary import conclusion_lines
 
-    if html and html.is_dir():
-        hint = f"name a file: --html {html / 'report.html'}"
-        raise RecipeError(f"--html {html} is a folder", hint)
     damaged: list[DamagedFile] = []
     arms = load_words(runs, damaged)
     for error in damaged:

@@ -71,23 +71,6 @@ def check_device() -> Iterator[DoctorLine]:
         yield NOTE, f"no GPU; {os.cpu_count()} CPU cores: the quickstart trains here", ""
 
 
-def check_bitsandbytes() -> Iterator[DoctorLine]:
-    """A 4-bit layer computes something close to what its weights say."""
-    import bitsandbytes
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layer = bitsandbytes.nn.Linear4bit(64, 64, False, torch.float32, quant_type="nf4")
-    row = torch.linspace(-1, 1, 64)[None]
-    exact = row @ layer.weight.data.T
-    with torch.no_grad():
-        answer = layer.to(device)(row.to(device)).float().cpu()
-    error = float((answer - exact).norm() / exact.norm())
-    works = layer.weight.numel() < 64 * 64 and error < 0.3
-    what = f"{bitsandbytes.__version__}, NF4 on the {device} is off by {error:.0%}"
-    yield (OK, what, "") if works else (FAIL, what, REINSTALL)
-
-
 def check_hub() -> Iterator[DoctorLine]:
     """Token and offline mode."""
     from huggingface_hub import constants, get_token
@@ -118,4 +101,4 @@ def check_env() -> Iterator[DoctorLine]:
         yield WARN, f"left in the environment: {', '.join(left)}", f"unset {' '.join(left)}"
 
 
-DOCTOR_CHECKS = (check_versions, check_device, check_bitsandbytes, check_hub, check_disk, check_env)
+DOCTOR_CHECKS = (check_versions, check_device, check_hub, check_disk, check_env)

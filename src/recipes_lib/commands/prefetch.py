@@ -22,7 +22,6 @@ OFFLINE = {
     "HF_DATASETS_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
 }
-_EVAL_SECTIONS = ("suite", "generation", "judge", "metrics")
 
 
 def run(
@@ -46,12 +45,10 @@ def run(
     from recipes_lib.slurm.prefetching import prefetch_needs
 
     evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
+    trained = [file for file in files if file not in evals]
     needs: dict[Need, None] = {}
     for file in files:
-        asked = values
-        if evals and len(evals) < len(files):  # an eval takes its own sections, a recipe the rest
-            own = [word for word in values if word.split(".")[0].strip("-") in _EVAL_SECTIONS]
-            asked = own if file in evals else [word for word in values if word not in own]
+        asked = values if file in trained or not trained else []  # values are the recipe's
         needs |= dict.fromkeys(prefetch_needs(file, asked, trust_remote_code))
     missing = 0
     for need in needs:
@@ -77,7 +74,6 @@ def run(
     code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
     if code:
         return code
-    trained = [file for file in files if file not in evals]
     if not trained:
         return next_step("recipes", "eval", *files, "RUN")
     return next_step("recipes", "launch", trained[0], "--profile", profile or "P")
