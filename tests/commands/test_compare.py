@@ -1,6 +1,4 @@
-"""`recipes compare`: the table for any runs, `base` as a word, one file of HTML, and what cannot be
-compared.
-"""
+"""`recipes compare`: the table of any runs, `base` as a word, and what cannot be compared."""
 
 from __future__ import annotations
 
@@ -23,9 +21,8 @@ def runs(tmp_path, monkeypatch):
         folder = made_up.write_run(root, name, rank=rank)
         made_up.write_judged(folder, 60, skill=skill)
         grades = [float(1 + n % 5) for n in range(80)]
-        made_up.write_values(
-            folder, grades, name="mt_bench", suite="mt_bench", metric="grade", unit="grade"
-        )
+        suite = {"name": "mt_bench", "suite": "mt_bench"}
+        made_up.write_values(folder, grades, **suite, metric="grade", unit="grade")
         made_up.write_values(folder, [float(n % 3 == 0) for n in range(90)])
     made_up.write_judged(root / "r32", 60, against="r8", skill=0.7)
     return root
@@ -35,15 +32,9 @@ def make_base(root: Path, **changes) -> None:
     """The record of a base model as an evaluation leaves it."""
     base = made_up.write_run(root, "base--model--12345678")
     model = {"name_or_path": "some/model", "revision": None, "dtype": "bfloat16"} | changes
-    state = {
-        "format_version": 1,
-        "name": base.name,
-        "state": "finished",
-        "updated": "x",
-        "kind": "base",
-        "stand_in": {"model": model, "quantization": None},
-        "prompt_format_hash": "p" * 64,
-    }
+    stand_in = {"model": model, "quantization": None}
+    state = {"name": base.name, "state": "finished", "kind": "base", "stand_in": stand_in}
+    state |= {"prompt_format_hash": "p" * 64, "updated": "x"}
     made_up.write_json(base / "run.json", state)
     (base / "metrics.jsonl").unlink()
     made_up.write_values(base, [float(n % 4 == 0) for n in range(90)])
@@ -59,7 +50,9 @@ def compare(capsys, *words, code=0) -> str:
     return err if code else out
 
 
-def test_the_table_names_arms_effect_p_n_and_verdict_and_json_is_one_object(runs, capsys):
+def test_the_table_names_arms_effect_p_and_verdict_and_is_one_object_or_file(
+    runs, tmp_path, capsys
+):
     shown = compare(capsys, "r8", "r32")
     for word in ("r32 against r8", "AlpacaEval win rate, head to head", "p (Holm)", "pass rate"):
         assert word in shown
@@ -68,6 +61,9 @@ def test_the_table_names_arms_effect_p_n_and_verdict_and_json_is_one_object(runs
     assert {row["metric"] for row in value["rows"]} == ALL
     shown = compare(capsys, "r8")
     assert "value [95%]" in shown and shown.endswith("next: recipes compare r8 base\n")
+    compare(capsys, "r8", "r32", "--html", "out.html")
+    assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "runs"]
 
 
 def test_words_that_cannot_be_compared_are_one_line(runs, capsys):
@@ -115,12 +111,6 @@ def test_a_damaged_evaluation_is_left_out_and_named_and_the_others_are_compared(
     compare(capsys, "r8", code=4)
 
 
-def test_html_is_one_file(runs, tmp_path, capsys):
-    compare(capsys, "r8", "r32", "--html", "out.html")
-    assert (tmp_path / "out.html").read_text().startswith("<!doctype html>")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "runs"]
-
-
 def test_base_is_the_base_of_the_others_and_not_another_models(runs, capsys):
     make_base(runs, name_or_path="other/model")
     compare(capsys, "r8", "base", code=2)
@@ -132,22 +122,18 @@ def test_results_of_other_programs_are_compared_and_nothing_is_written(tmp_path,
     first = lm_eval(tmp_path / "a", [1.0] * 60 + [0.0] * 40)
     second = lm_eval(tmp_path / "b", [1.0] * 90 + [0.0] * 10)
     before = sorted(tmp_path.rglob("*"))
-    assert main(["compare", str(first), str(second)]) == 0
-    shown = capsys.readouterr().out
+    shown = compare(capsys, str(first), str(second))
     assert "b is better than a" in shown or "a is worse than b" in shown
-    assert "next: recipes compare" in shown and main(["compare", str(first)]) == 0
-    assert " base\n" not in capsys.readouterr().out  # other programs' files know no base
+    assert " base\n" not in compare(capsys, str(first))  # other programs' files know no base
     files = [str(annotations(tmp_path / f"{n}.json", n, [2.0, 1.0] * 40)) for n in ("x", "y")]
-    assert main(["compare", *files, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"][0]["n"] == 80
+    assert json.loads(compare(capsys, *files, "--json"))["rows"][0]["n"] == 80
     assert len(sorted(tmp_path.rglob("*"))) == len(before) + 2
 
 
 def test_a_margin_adds_its_verdict_to_the_rows_of_its_metric(runs, capsys):
-    assert main(["compare", "r8", "r32", "--margin", "mt_bench/grade=1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    words = ("r8", "r32", "--margin", "mt_bench/grade=1")
+    rows = json.loads(compare(capsys, *words, "--json"))["rows"]
     known = {row["label"]: (row["margin"], row["within"]) for row in rows}
     assert known["grade"] == (1.0, "equivalent")
     assert all(value == (None, "") for label, value in known.items() if label != "grade")
-    assert main(["compare", "r8", "r32", "--margin", "mt_bench/grade=1"]) == 0
-    assert "equivalent" in capsys.readouterr().out
+    assert "equivalent" in compare(capsys, *words)

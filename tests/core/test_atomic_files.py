@@ -135,18 +135,30 @@ def test_nothing_else_renames_what_others_read() -> None:
     assert names == {"core/files.py", "study/runs.py", "training/checkpoints.py"}
 
 
-def test_a_training_a_merge_and_an_export_are_on_the_disk_before_they_get_their_names(
+def test_what_a_training_a_merge_and_an_export_write_is_on_the_disk_and_as_private_as_umask_says(
     tiny_recipe: Path, tmp_path: Path, disk: Disk
 ) -> None:
+    from recipes_lib.evals.log import Store
     from recipes_lib.train import main
 
-    assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
-    assert disk.published.count("COMPLETE.json") == 4
-    last_record = len(disk.published) - 1 - disk.published[::-1].index("run.json")
-    assert disk.published.index("adapter") < last_record
-    assert verb(["merge", "tiny"]) == 0
-    assert verb(["export", "tiny", "--to", str(tmp_path / "given")]) == 0
+    runs, given = tmp_path / "runs", tmp_path / "given"
+    before = os.umask(0o077)
+    try:
+        assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
+        assert disk.published.count("COMPLETE.json") == 4
+        last_record = len(disk.published) - 1 - disk.published[::-1].index("run.json")
+        assert disk.published.index("adapter") < last_record
+        assert verb(["merge", "tiny"]) == 0
+        assert verb(["export", "tiny", "--to", str(given)]) == 0
+        Store(runs / "tiny" / "judgments.jsonl").append([{"key": "k"}])
+        os.umask(0o002)
+        write_json(tmp_path / "shared.json", {})
+    finally:
+        os.umask(before)
     assert not disk.lost and {"merged", "given"} <= set(disk.published)
+    written = [*runs.rglob("*"), *given.rglob("*"), given]
+    assert not [path for path in written if stat.S_IMODE(path.lstat().st_mode) & 0o077]
+    assert stat.S_IMODE((tmp_path / "shared.json").stat().st_mode) == 0o664
 
 
 def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
@@ -161,27 +173,6 @@ def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
     folder = packaged.materialise()
     assert (folder / "model").is_file() and folder.name in disk.published and not disk.lost
     assert not fetched.exists()  # the copy of 89 MiB that the folder was made of
-
-
-def test_no_file_of_a_run_or_an_export_is_more_open_than_the_umask_says(
-    tiny_recipe: Path, tmp_path: Path
-) -> None:
-    from recipes_lib.evals.log import Store
-    from recipes_lib.train import main
-
-    runs, given = tmp_path / "runs", tmp_path / "given"
-    before = os.umask(0o077)
-    try:
-        assert main([str(tiny_recipe), "train.learning_rate=3e-2"]) == 0
-        assert verb(["export", "tiny", "--to", str(given)]) == 0
-        Store(runs / "tiny" / "judgments.jsonl").append([{"key": "k"}])
-        os.umask(0o002)
-        write_json(tmp_path / "shared.json", {})
-    finally:
-        os.umask(before)
-    written = [*runs.rglob("*"), *given.rglob("*"), given]
-    assert not [path for path in written if stat.S_IMODE(path.lstat().st_mode) & 0o077]
-    assert stat.S_IMODE((tmp_path / "shared.json").stat().st_mode) == 0o664
 
 
 def test_a_write_that_fails_names_its_file_and_leaves_the_old_one(tmp_path: Path) -> None:
