@@ -8,6 +8,7 @@ started does.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -15,29 +16,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "evals"))
 import faulty_server
 
-
-def option(words: list[str], name: str) -> list[str]:
-    """The values of the last option of that name."""
-    start = len(words) - words[::-1].index(name)
-    end = next(
-        (place for place, word in enumerate(words) if place >= start and word.startswith("--")),
-        len(words),
-    )
-    return words[start:end]
-
-
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    if words[1] == "broken":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs=2)
+    parser.add_argument("--served-model-name", nargs="+")
+    parser.add_argument("--port", type=int)
+    options, model = parser.parse_known_args()[0], sys.argv[2]
+    if model == "broken":
         sys.exit("ValueError: no memory for the cache")
-    print(*words, flush=True)
-    faulty_server.MODEL, *faulty_server.OTHER_NAMES = option(words, "--served-model-name")
-    if words[1] == "usurped":
+    print(*sys.argv[1:], flush=True)
+    faulty_server.MODEL, *faulty_server.OTHER_NAMES = options.served_model_name
+    if model == "usurped":
         faulty_server.OTHER_NAMES = []
     time.sleep(0.5)
-    with faulty_server.FaultyServer(
-        int(option(words, "--port")[0]), answer="A is fuller. [RESULT] A"
-    ):
-        while not (words[1] == "mortal" and Path("stop").exists()):
+    with faulty_server.FaultyServer(options.port, answer="A is fuller. [RESULT] A"):
+        while not (model == "mortal" and Path("stop").exists()):
             time.sleep(0.1)
     sys.exit("RuntimeError: the engine died")

@@ -1,12 +1,11 @@
-"""Profiles written for a test, programs that stand in for Slurm's, and a real Slurm: started by
-launch/sandbox.sh for a module, stopped after it, and nothing of it is left behind.
+"""Profiles written for a test, programs that stand in for Slurm's, and a real Slurm, of which
+nothing is left behind.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import socket
 import stat
@@ -37,9 +36,7 @@ PROFILE = {
 
 
 def write_profile(path: Path, values: dict[str, Any]) -> Path:
-    lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]
-    schema = "# yaml-language-server: $schema=profile.schema.json\n"
-    path.write_text(schema + "".join(lines))
+    path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in values.items()))
     return path
 
 
@@ -55,9 +52,7 @@ def profile_file(tmp_path: Path):
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Puts a program of a given name first in the PATH; each call is noted in <name>.calls, one
-    argument a line.
-    """
+    """Puts a program first in the PATH; each call is noted in <name>.calls, one argument a line."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -115,13 +110,6 @@ class Cluster:
         rows = json.loads((self.runs / name / "slurm" / "jobs.json").read_text())["jobs"]
         return {row["label"]: row["id"] for row in rows}
 
-    def daemons(self) -> str:
-        """Return what Slurm says of its nodes, and the end of each daemon's log."""
-        lines = [self.call("sinfo", "-h", "-N", "-o", "%N %T %E").stdout]
-        for log in sorted((self.folder / "slurm").rglob("*.log")):
-            lines += [f"== {log.name}", *log.read_text(errors="replace").splitlines()[-15:]]
-        return "\n".join(lines)
-
     def queue(self) -> list[str]:
         return self.call("squeue", "-h", "-o", "%i %j %T").stdout.splitlines()
 
@@ -131,18 +119,12 @@ class Cluster:
         return {state["label"]: state for state in found[name]}
 
     def ended(self, name: str, seconds: float = 300) -> dict[str, dict[str, Any]]:
-        """Wait until no job of a launch is queued or running."""
-        self.over(list(self.jobs(name).values()), lambda: self.log(name), seconds)
-        return self.states(name)
-
-    def over(self, ids: list[str], log: Callable[[], str], seconds: float = 300) -> None:
-        """Wait until no job of these is queued or running; requeued jobs start at once, not after
-        Slurm's two minutes.
+        """Wait until no job of a launch is queued or running; requeued jobs start at once, not
+        after Slurm's two minutes.
         """
-        deadline = time.monotonic() + seconds
-        while waiting := self.call(
-            "squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids)
-        ).stdout.splitlines():
+        deadline, ids = time.monotonic() + seconds, list(self.jobs(name).values())
+        ask = ("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids))
+        while waiting := self.call(*ask).stdout.splitlines():
             for line in waiting:
                 job, _, reason = line.split("|")
                 if reason == "BeginTime":
@@ -150,8 +132,9 @@ class Cluster:
                     self.call("scontrol", "update", f"JobId={job}", "StartTime=now")
             if time.monotonic() > deadline:
                 self.call("scancel", *ids)
-                pytest.fail(f"still there after {seconds} s: {waiting}\n{log()}")
+                pytest.fail(f"still there after {seconds} s: {waiting}\n{self.log(name)}")
             time.sleep(0.3)
+        return self.states(name)
 
     def log(self, name: str, label: str = "train") -> str:
         path = self.runs / name / "slurm" / f"{label}.log"
@@ -171,9 +154,7 @@ class Cluster:
     def wait_for(self, condition: Callable[[], Any], what: str, seconds: float = 200) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, (
-                f"waited in vain for {what}; queue: {self.queue()}\n{self.daemons()}"
-            )
+            assert time.monotonic() < deadline, f"no {what}; queue: {self.queue()}"
             time.sleep(0.1)
 
 
@@ -209,22 +190,17 @@ def free_ports() -> int:
     """Return a port from which on a controller and four nodes (100 further up) find room: below
     those where the ranks of a job meet, and those that Linux gives to whoever asks for any.
     """
-    for _ in range(50):
-        port = random.randrange(10_000, 11_800)
-        if all(is_free(port + offset) for offset in (0, 101, 102, 103, 104)):
-            return port
-    raise AssertionError("no free ports")
 
+    def is_free(port: int) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", port)) != 0
 
-def is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
+    ports = range(10_000, 11_800, 7)
+    return next(p for p in ports if all(is_free(p + more) for more in (0, 101, 102, 103, 104)))
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Return the commands of processes that belong to a cluster: its daemons, its jobs. What is
-    dead counts as gone.
-    """
+    """Return the commands of processes that belong to a cluster: its daemons, its jobs."""
     time.sleep(0.5)
     found = []
     for entry in Path("/proc").glob("[0-9]*"):

@@ -1,5 +1,5 @@
 """Jobs of a real Slurm, four made-up nodes of this machine (launch/sandbox.sh): chain, preemption,
-the time limit, cancelling, an array with a failing arm, pasted lines, two nodes.
+the time limit, cancelling, an array with a failing arm, two nodes.
 """
 
 from __future__ import annotations
@@ -138,18 +138,6 @@ def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(
     assert (report / "report.html").is_file() and json.loads((report / "numbers.json").read_text())
     status = cluster.recipes("study", "status", str(study)).stdout
     assert "tiny--r16" in status and "tiny--r8" not in status
-
-
-def test_the_pasted_lines_of_a_dry_run_are_the_chain_and_known_to_status(cluster, tiny) -> None:
-    words = ("--profile", str(cluster.profile("paste")), "--stages", "train", "run.name=pasted")
-    said = cluster.launch("tiny.yaml", *words, "train.max_steps=2", "--dry-run")
-    assert not (cluster.runs / "pasted").exists()
-    recipes = f'recipes() {{ "{sys.executable}" -m recipes_lib.cli "$@"; }}'
-    done = cluster.call("bash", "-euc", f"{recipes}\n{said}\necho $train")
-    assert done.returncode == 0, done.stderr
-    cluster.over(done.stdout.split()[-1:], lambda: cluster.log("pasted"))
-    assert cluster.run_state("pasted")["state"] == "finished", cluster.log("pasted")
-    assert cluster.states("pasted")["train"]["state"] == "done"
 
 
 def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(

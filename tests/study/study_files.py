@@ -1,6 +1,4 @@
-"""A study small enough for a test: the tiny Llama trained at two ranks, and the same Llama as
-judge, on a few questions of each suite.
-"""
+"""A study small enough for a test: the tiny Llama at two ranks, judged by itself."""
 
 from __future__ import annotations
 
@@ -96,10 +94,8 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
         (folder / f"{name}.yaml").write_text(schema + text.format(project=PROJECT))
     tasks = Path("evals/quickstart/lm_eval")  # its files name each other from the folder above
     shutil.copytree(PROJECT / tasks, folder / tasks, dirs_exist_ok=True)
-    asked = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())[
-        :questions
-    ]
-    (folder / "questions.json").write_text(json.dumps(asked))
+    asked = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())
+    (folder / "questions.json").write_text(json.dumps(asked[:questions]))
     turns = _lines("evals/quickstart/mt_bench/question.jsonl", 4)
     (folder / "question.jsonl").write_text(turns)
     study = folder / "tiny.yaml"

@@ -1,12 +1,17 @@
-"""All evaluations of a study in one process, with the real libraries: what is loaded, what is asked
-again, which arm fails alone, which results are kept.
-"""
+"""All evaluations of a study in one process: what is loaded, asked again, and fails alone."""
 
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.evals.conftest import loads, runs_folder  # noqa: F401
@@ -163,17 +168,90 @@ def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_th
     prompts = [TOO_LONG, *(f"What comes after {number}?" for number in range(7))]
     checks = ({"prompt": text, "check": "min_words", "expected": 0} for text in prompts)
     (tmp_path / "checks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in checks))
-    mine = tmp_path / "mine.yaml"
-    mine.write_text(
-        "suite: {name: checks}\ndata: {questions: checks.jsonl}\ngeneration: {max_new_tokens: 4}\n"
-    )
+    suite = "suite: {name: checks}\ndata: {questions: checks.jsonl}\n"
+    (tmp_path / "own.yaml").write_text(f"{suite}generation: {{max_new_tokens: 4}}\n")
     (tmp_path / "clean.jsonl").unlink()
-    code, out, err = recipes("eval", mine, "clean", "dirty")
+    code, out, err = recipes("eval", tmp_path / "own.yaml", "clean", "dirty")
     assert code == 0 and "! dirty: 1 of 8 questions of" in out, err
-    place = f"evals/{tmp_path.name}--mine/result.json"
-    leaks = read_object(tmp_path / "runs/dirty" / place)["leaks"]
-    assert leaks["leaked_rows"] == 1 and leaks["found"][0]["place"].endswith("dirty.jsonl:41")
-    assert "no such file" in read_object(tmp_path / "runs/clean" / place)["leaks"]["why"]
+    result = tmp_path / f"runs/dirty/evals/{tmp_path.name}--own/result.json"
+    assert read_object(result)["leaks"]["found"][0]["place"].endswith("dirty.jsonl:41")
     out = recipes("compare", "clean", "dirty")[1]
     assert "error: dirty: 1 of 8 questions of" in out and "No verdict about dirty" in out, out
     assert "warning: The training rows of clean were not searched" in out
+
+
+# ---- Killed at ten moments, a study ends as one that was left alone ----
+
+KILLS = 10
+
+
+def start(study: Path, root: Path) -> subprocess.Popen[str]:
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GIT_DIR": os.devnull}
+    environment = {**os.environ, "RECIPES_RUNS_ROOT": str(root), **quiet}
+    command = [sys.executable, "-m", "recipes_lib.cli", "study", "run", str(study)]
+    log = (root.parent / "study.log").open("a")
+    how: dict[str, Any] = {"stdout": log, "stderr": log, "start_new_session": True}
+    return subprocess.Popen(command, env=environment, text=True, **how)
+
+
+def run_to_the_end(study: Path, root: Path) -> float:
+    started, process = time.monotonic(), start(study, root)
+    try:
+        assert process.wait(timeout=600) == 0, (root.parent / "study.log").read_text()[-3000:]
+    finally:
+        process.kill()
+    return time.monotonic() - started
+
+
+def loaded(text: str) -> Any:
+    """JSON whose numbers have six digits: what a batch holds moves the last ones."""
+    return json.loads(text, parse_float=lambda digits: round(float(digits), 6))
+
+
+def findings(root: Path) -> dict[str, Any]:
+    """What a study found: its weights, its answers and judgments, every number and sentence."""
+    found = {str(f.relative_to(root)): f.read_bytes() for f in root.glob("*/adapter/*.saf*")}
+    for kind in ("generations", "judgments"):
+        for file in root.glob(f"*/evals/*/{kind}*.jsonl"):
+            rows = [loaded(line) for line in file.read_text().splitlines()]
+            found[str(file.relative_to(root))] = by_key = {row["key"]: row for row in rows}
+            assert len(rows) == len(by_key), f"{file} holds an item twice"
+    comparison = loaded((root / "tiny" / "comparison.json").read_text())
+    return found | {name: comparison[name] for name in ("scores", "rows", "answer")}
+
+
+def weights(root: Path) -> dict[Path, int]:
+    return {file: file.stat().st_mtime_ns for file in root.glob("*/adapter/*.safetensors")}
+
+
+@pytest.mark.timeout(1800)
+def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    study = write_tiny_study(tmp_path / "study", tiny_model_dir)
+    root = tmp_path / "runs"
+    seconds = run_to_the_end(study, root)
+    expected = findings(root)
+    moments, killed, ended = random.Random(20), 0, 0
+    while killed < KILLS:
+        root.rename(tmp_path / f"runs-{ended}")
+        while killed < KILLS:
+            process, started = start(study, root), time.monotonic()
+            try:
+                process.wait(timeout=moments.uniform(0.05, 0.6) * seconds)
+                assert process.returncode == 0
+                seconds = min(seconds, time.monotonic() - started + 1)  # faster now: kill sooner
+                break
+            except subprocess.TimeoutExpired:
+                killed += 1
+                # alone, so that its children have to notice, or with its whole group
+                process.kill() if killed % 2 else os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        done = weights(root)
+        run_to_the_end(study, root)
+        assert done.items() <= weights(root).items(), "a finished run was trained again"
+        ended += 1
+        found = findings(root)
+        for what, value in expected.items():
+            assert found[what] == value, f"{what} differs"
+    assert ended

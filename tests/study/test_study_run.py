@@ -1,11 +1,11 @@
-"""`recipes study run`: what is trained again and what is not, arms that fail alone, one runner at a
-time. Trainings are stand-ins, and nothing is evaluated here.
+"""`recipes study run`: what is trained again, arms that fail alone, one runner at a time. Trainings
+are stand-ins, and nothing is evaluated here.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,21 +17,33 @@ import pytest
 from tests.study.stand_in import COMMAND
 
 from recipes_lib.cli import main
+from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report
 from recipes_lib.study import run as running
 from recipes_lib.study.config import load_study
+from recipes_lib.study.report import design_of
 from recipes_lib.study.run import StudyRunner
-from recipes_lib.study.runs import REPLACED, is_trained, study_trainings
+from recipes_lib.study.runs import (
+    REPLACED,
+    is_trained,
+    study_trainings,
+    validation_loss,
+    with_choices,
+)
 
 Run = Callable[..., tuple[int, list[str]]]
+SIZES = {"r4": 1, "r8": 2}
+RATES = {"0.001": 2.5, "0.01": 2.0, "0.1": 2.2}
+GRID = "tune: {train.learning_rate: [0.001, 0.01, 0.1]}"
+STOPPED = "stopped; the same command continues"
 
 
 @pytest.fixture
 def study(study_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of a study of two arms without evals."""
-    monkeypatch.setattr(running, "train_command", lambda words: [*COMMAND, *words])
+    monkeypatch.setattr(running, "RECIPES", COMMAND)
     monkeypatch.setattr(report, "report_study", lambda study: None)
     file = study_folder / "tiny.yaml"
     text = file.read_text().partition("evals:")[0]
@@ -57,30 +69,29 @@ def trained(study: Path) -> list[str]:
 
 def change(file: Path, old: str, new: str) -> None:
     text = file.read_text()
-    assert old in text
     file.write_text(text.replace(old, new))
+    assert file.read_text() != text
 
 
 def commands(said: list[str]) -> list[str]:
     return [line for line in said if " recipes train" in line]
 
 
-def test_every_arm_is_trained_once_and_a_second_run_trains_nothing(study: Path, run: Run) -> None:
-    code, said = run()
-    assert (code, trained(study), len(commands(said))) == (0, ["tiny--r4", "tiny--r8"], 2)
-    code, said = run()
-    assert (code, commands(said)) == (0, [])
-
-
-def test_a_failing_arm_stops_no_other_and_is_trained_again_by_the_same_command(
+def test_a_failing_arm_stops_no_other_and_the_same_command_trains_it_and_then_nothing(
     study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAIL", "r4")
     code, said = run()
-    assert (code, trained(study)) == (ExitCode.FAILED, ["tiny--r8"])
+    assert (code, trained(study), len(commands(said))) == (ExitCode.FAILED, ["tiny--r8"], 2)
     assert "failed: tiny--r4 (exit code 1): no memory" in said
+    monkeypatch.setenv("CODE", "75")
+    code, said = run()
+    assert (code, trained(study), said[-1]) == (75, ["tiny--r8"], STOPPED)
     monkeypatch.delenv("FAIL")
-    assert (run()[0], trained(study)) == (0, ["tiny--r4", "tiny--r8"])
+    code, said = run()
+    assert (code, trained(study), len(commands(said))) == (0, ["tiny--r4", "tiny--r8"], 1)
+    code, said = run()
+    assert (code, commands(said)) == (0, [])
 
 
 def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(
@@ -115,21 +126,11 @@ def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(
     assert (run()[0], trained(study)) == (0, ["tiny--r4", "tiny--r8"])
 
 
-def test_a_stopped_training_ends_the_study_with_its_code_and_is_no_failure(
-    study: Path, run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FAIL", "r4")
-    monkeypatch.setenv("CODE", "75")
-    code, said = run()
-    assert (code, trained(study), said[-1]) == (75, [], "stopped; the same command continues")
-
-
 def test_trainings_at_the_same_time_never_share_a_gpu(
     study: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change(
-        study, "seeds: [42]", "seeds: [42, 43]\noverrides: [train.per_device_train_batch_size=1]"
-    )
+    small = "overrides: [train.per_device_train_batch_size=1]"
+    change(study, "seeds: [42]", f"seeds: [42, 43]\n{small}")
     change(study, "r4: r4.yaml", "r4: {recipe: r4.yaml, accelerate: single_gpu, gpus: 1}")
     change(study, "r8: r8.yaml", "r8: {recipe: r8.yaml, accelerate: ddp, gpus: 2}")
     seen = tmp_path / "seen"
@@ -138,12 +139,11 @@ def test_trainings_at_the_same_time_never_share_a_gpu(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-b,7")
     run(jobs=3)
     notes = {file.stem: json.loads(file.read_text()) for file in seen.glob("*.json")}
-    assert {name: len(devices.split(",")) for name, (devices, _) in notes.items()} == {
-        "tiny--r4": 1,
-        "tiny--r4--seed43": 1,
-        "tiny--r8": 2,
-        "tiny--r8--seed43": 2,
+    seen_by = {name: len(devices.split(",")) for name, (devices, _) in notes.items()}
+    wanted = {
+        f"tiny--{arm}{seed}": gpus for arm, gpus in SIZES.items() for seed in ("", "--seed43")
     }
+    assert seen_by == wanted
     assert not any(shared for _, shared in notes.values())
     logs = RunDirectory("tiny").path / "recipes"
     assert (logs / "tiny--r4.log").read_text() == "training tiny--r4\n"
@@ -183,32 +183,40 @@ def test_a_second_runner_is_refused_and_a_training_of_another_process_is_waited_
     assert run()[0] == 0 and other.wait() == 0
 
 
-def in_a_process(study: Path, **environment: str) -> subprocess.Popen[str]:
-    program = (
-        "from recipes_lib.study import run; from tests.study.stand_in import COMMAND\n"
-        "run.train_command = lambda words: [*COMMAND, *words]\n"
-        "from recipes_lib.cli import main\nimport sys\n"
-        "sys.exit(main(['study', 'run', sys.argv[1]]))"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program, str(study)],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    while "training tiny--r4" not in process.stdout.readline():
-        pass
-    return process
+RUN = (
+    "from recipes_lib.study import run; from tests.study.stand_in import COMMAND\n"
+    "run.RECIPES = COMMAND\n"
+    "from recipes_lib.cli import main\nimport sys\n"
+    "sys.exit(main(['study', 'run', sys.argv[1]]))"
+)
 
 
-def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study: Path, run: Run) -> None:
+def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(
+    study: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAIN_SECONDS", "60")
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
-        process = in_a_process(study, TRAIN_SECONDS="60")
-        process.send_signal(number)
+        words = [sys.executable, "-c", RUN, str(study)]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
+        while "training tiny--r4" not in process.stdout.readline():
+            pass
+        process.send_signal(number)
         said = process.stdout.read()
-        assert process.wait() == code and "the same command continues" in said, said
+        assert process.wait() == code and STOPPED in said, said
+
+
+def test_on_a_full_disk_the_trainings_that_run_are_asked_to_stop_and_waited_for(
+    study: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Issue: they went on without anybody, and held their GPUs."""
+    monkeypatch.setenv("TRAIN_SECONDS", "60")
+    folder = RunDirectory("tiny").path / "recipes"
+    (folder / "tiny--r8.yaml").mkdir(parents=True)  # it cannot be written
+    assert main(["study", "run", str(study), "--jobs", "2"]) == ExitCode.ENVIRONMENT
+    assert "tiny--r8.yaml" in capsys.readouterr().err.splitlines()[-2]
+    words = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline")]
+    assert (folder / "tiny--r4.yaml").is_file() and b"tiny--r4.yaml" not in b"".join(words)
 
 
 def test_two_studies_of_one_name_are_refused(study: Path, run: Run, tmp_path: Path) -> None:
@@ -221,19 +229,108 @@ def test_two_studies_of_one_name_are_refused(study: Path, run: Run, tmp_path: Pa
     assert StudyRunner(other, lambda line: None).run() == 0
 
 
-def test_a_recipe_edited_while_its_job_waits_is_trained_as_launched_and_not_evaluated(
+def test_a_study_without_evals_and_one_renamed_after_a_run_are_warned_of(
+    study: Path, run: Run, recipes: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Issue: hours of training ended in an empty report; the renamed one trained all again."""
+    run()
+    code, _, err = recipes("study", "plan", study.rename(study.with_name("renamed.yaml")))
+    assert code == 0 and "names no evals" in err and "call this file tiny.yaml again" in err
+
+
+def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(
     study: Path, run: Run
 ) -> None:
     code, said = run(train=False)
     assert code == ExitCode.FAILED and commands(said) == []
     assert "failed: tiny--r4 (exit code 1): is not trained" in said
-    assert main(["launch", str(study), "--profile", "local-sandbox", "--prepare"]) == ExitCode.DONE
+    run()
     change(study.with_name("r4.yaml"), "1.0e-2", "2.0e-2")
-    for name in ("tiny--r4", "tiny--r8"):
-        handed = RunDirectory("tiny").path / "slurm" / f"{name}.yaml"
-        subprocess.run([*COMMAND, "train", str(handed)], check=True)
-    assert trained(study) == ["tiny--r8"]
-    code, said = run(train=False)
-    assert code == ExitCode.FAILED
-    (failed,) = (line for line in said if line.startswith("failed: "))
+    (failed,) = (line for line in run(train=False)[1] if line.startswith("failed: "))
     assert "tiny--r4" in failed and "train.learning_rate 0.01 -> 0.02" in failed
+
+
+# ---- Tuning: each arm tries its grid, and its seeds are trained anew at the best value ----
+
+
+@pytest.fixture
+def tuned(study: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of that study, whose arms try three learning rates; `LOSSES` decides."""
+    monkeypatch.setenv("LOSSES", json.dumps(RATES))
+    study.write_text(f"{study.read_text()}{GRID}\n")
+    return study
+
+
+def run_tuned(file: Path, code: int = ExitCode.DONE) -> tuple[list[str], str]:
+    """Run the study; return the trainings with their learning rates, and what was said."""
+    said: list[str] = []
+    assert StudyRunner(load_study(file), said.append).run() == code, said
+    files = [Path(shlex.split(line)[-1]) for line in said if "$ recipes train" in line]
+    recipes = [load_recipe(path) for path in files]
+    return [f"{each.name} {each.train['learning_rate']}" for each in recipes], "\n".join(said)
+
+
+def test_each_arm_tries_its_grid_and_is_trained_anew_at_the_best_value(tuned: Path) -> None:
+    wanted = [
+        f"tiny--{arm}--tune-{rate}--seed1042 {rate}" for arm in ("r4", "r8") for rate in RATES
+    ]
+    trained, said = run_tuned(tuned)
+    assert trained == [*wanted, "tiny--r4 0.01", "tiny--r8 0.01"]
+    losses = "validation loss of 0.001: 2.5000, 0.01: 2.0000, 0.1: 2.2000"
+    assert f"r8: train.learning_rate 0.01 ({losses})" in said
+    study = with_choices(load_study(tuned))
+    assert {arm.recipe.train["learning_rate"] for arm in study.arms} == {0.01}
+    assert {arm.chosen for arm in design_of(study).tuned.values()} == {0.01}
+    assert run_tuned(tuned)[0] == []
+
+
+def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_again(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tuned.read_text().replace("  r8: r8.yaml\n", "")
+    tuned.write_text(text)
+    run_tuned(tuned)
+    tuned.write_text(text.replace("0.1]", "0.1, 1.0]"))
+    assert run_tuned(tuned)[0] == ["tiny--r4--tune-1.0--seed1042 1.0"]  # 1.0 is worse
+    monkeypatch.setenv("LOSSES", json.dumps({"2.0": 1.0}))
+    tuned.write_text(text.replace("0.1]", "0.1, 2.0]"))
+    trained, said = run_tuned(tuned)
+    assert trained == ["tiny--r4--tune-2.0--seed1042 2.0", "tiny--r4 2.0"]
+    assert "train.learning_rate 0.01 -> 2.0): moved to" in said
+
+
+def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned.write_text(tuned.read_text().replace("  r8: r8.yaml\n", ""))
+    monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
+    trained, said = run_tuned(tuned)
+    assert trained[-1] == "tiny--r4 0.001" and "0.1: diverged" in said
+    assert run_tuned(tuned)[0] == []
+    shutil.rmtree(RunDirectory("tiny").root)
+    monkeypatch.setenv("LOSSES", json.dumps(dict.fromkeys(RATES)))
+    trained, said = run_tuned(tuned, ExitCode.FAILED)
+    assert len(trained) == 3 and "failed: r4 (exit code 3): train.learning_rate diverged" in said
+
+
+def test_a_try_that_failed_or_was_stopped_holds_its_arm_back_until_it_is_done(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAIL", "r4--tune-0.1--seed1042")
+    trained, _ = run_tuned(tuned, ExitCode.FAILED)
+    assert trained[-1] == "tiny--r8 0.01" and "tiny--r4 0.01" not in trained
+    monkeypatch.setenv("CODE", "75")
+    run_tuned(tuned, ExitCode.PREEMPTED)
+    monkeypatch.delenv("FAIL")
+    assert run_tuned(tuned)[0] == ["tiny--r4--tune-0.1--seed1042 0.1", "tiny--r4 0.01"]
+
+
+def test_the_loss_that_counts_is_that_of_the_weights_that_were_kept(tmp_path: Path) -> None:
+    kept = RunDirectory("kept", tmp_path)
+    kept.path.mkdir()
+    lines = ({"step": step, "eval_loss": loss} for step, loss in ((1, 2.5), (2, 1.5), (3, 2.0)))
+    kept.metrics.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    last = {"last_validation_loss": 2.0}
+    for summary, loss in ((last, 2.0), ({**last, "best_step": 2}, 1.5), ({}, None)):
+        kept.write_state("finished", summary=summary)
+        assert validation_loss(kept) == loss

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tests.study.study_files import TOO_LONG, leak_questions
 
+from recipes_lib.analysis.stats import compare
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import RunDirectory
+from recipes_lib.study.config import load_study
+from recipes_lib.study.runs import base_recipe, base_run
+from recipes_lib.study.status import SPREADS, smallest
 
 Recipes = Callable[..., tuple[int, str, str]]
 
@@ -74,9 +81,84 @@ def test_the_status_shows_what_is_not_done_and_why(study_folder: Path, recipes: 
     assert rows["study--mt_bench of tiny--r8"] == ("missing", "")
 
 
+def test_a_base_is_known_by_its_weights_precision_and_format(study_folder: Path) -> None:
+    """Issue: one that was first asked with another attention was looked for in vain, for ever."""
+    study = load_study(study_folder / "tiny.yaml")
+    sections, base = base_recipe(study).to_dict(), RunDirectory("base--tiny--1")
+    state = {name: sections[name] for name in ("model", "data", "quantization")}
+    cases = {
+        ("model", "attn_implementation", "eager"): base.name,
+        ("model", "dtype", "bfloat16"): "",
+        ("model", "name_or_path", "other"): "",
+        ("data", "prompt_format", "dolly"): "",
+        ("data", "system_prompt", "Be brief."): "",
+    }
+    found = {}
+    for section, key, value in cases:
+        stand_in = {**state, section: {**state[section], key: value}}
+        base.write_state("finished", stand_in=stand_in)
+        found[section, key, value] = base_run(study)
+    assert found == cases
+
+
 def test_a_plan_promises_no_difference_above_100_points(study_folder, recipes) -> None:
     (study_folder / "q.jsonl").write_text('{"prompt": "Hi", "check": "exact", "expected": "a"}\n')
     (study_folder / "q.yaml").write_text("suite: {name: checks}\ndata: {questions: q.jsonl}\n")
     file = study_folder / "tiny.yaml"
     file.write_text(file.read_text().replace("evals: [", "primary: q/pass_rate\nevals: [q.yaml, "))
     assert "not even 100 points (1 question" in recipes("study", "plan", file)[1]
+
+
+# ---- What is refused before the first training ----
+
+
+def test_no_verb_of_a_study_accepts_rows_that_hold_its_questions(
+    study_folder: Path, recipes: Recipes, tmp_path: Path
+) -> None:
+    leak_questions(study_folder)
+    for verb in ("study plan", "study run", "check", "plan"):
+        code, out, err = recipes(*verb.split(), study_folder / "tiny.yaml")
+        assert code == 2, (verb, out, err)
+        assert "rows of r4, r8: 5 of 8 questions of study--alpaca_eval" in out + err
+        assert "rows.jsonl:3: question " in err and TOO_LONG[:20] in err
+    assert not list((tmp_path / "runs").glob("tiny--*"))
+
+
+def test_what_a_study_needs_and_is_not_there_is_refused_before_the_training(
+    study_folder: Path, recipes: Recipes, tmp_path: Path
+) -> None:
+    heldout = "suite: {name: heldout_loss}\ndata: {questions: test}\n"
+    (study_folder / "heldout.yaml").write_text(heldout)
+    cases = [
+        ("alpaca_eval", "judge.yaml", "nowhere.yaml", r"alpaca_eval.yaml:\d+: .*nowhere.yaml", 2),
+        ("alpaca_eval", "questions.json", "nowhere.json", r"alpaca_eval.yaml:.*nowhere.json", 2),
+        ("judge", "helpfulness.txt", "nowhere.txt", "nowhere.txt", 2),
+        ("r4", "rows.jsonl", "nowhere.jsonl", r"r4.yaml:3: .*nowhere.jsonl", 4),
+        ("r4", "logging_steps: 1", "report_to: swanlab", "swanlab.* is not installed", 5),
+        ("tiny", "lm_eval.yaml", "heldout.yaml", "tiny.yaml:9: .*no test rows are held out", 2),
+    ]
+    wrong = []
+    for name, old, new, words, expected in cases:
+        file = study_folder / f"{name}.yaml"
+        text = file.read_text()
+        file.write_text(text.replace(old, new))
+        for verb in ("study plan", "study run", *["check"] * (expected != 5)):
+            code, out, err = recipes(*verb.split(), study_folder / "tiny.yaml")
+            if code != expected or not re.search(words, out + err):
+                wrong.append((verb, new, code, out, err))
+        file.write_text(text)
+    assert not wrong and not list((tmp_path / "runs").glob("tiny--*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_difference_of_a_plan_is_found_in_four_of_five_studies(seeds: int) -> None:
+    (variance, spread), rng = SPREADS["win_rate"], np.random.default_rng(0)
+    effect, hits, studies = smallest(variance, spread, 400, seeds), 0, 400
+    for _ in range(studies):
+        own = rng.normal(0, np.sqrt(variance / 2), 400)
+        new = rng.normal(0, np.sqrt(variance / 2), (seeds, 400))
+        moved = rng.normal(0, spread * np.sqrt(2) * (seeds > 1), (seeds, 1))
+        result = compare(effect + own + new + moved, np.zeros((1, 400)), range(400), None)
+        hits += result.p <= 0.05
+    assert 0.7 <= hits / studies <= 0.9

@@ -14,9 +14,9 @@ from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import recipe_path
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.slurm import status
-from recipes_lib.slurm.jobs import JobPlan, LaunchRequest, plan_target
+from recipes_lib.slurm.jobs import JobPlan, Planner
 from recipes_lib.slurm.prefetching import missing_models
-from recipes_lib.slurm.profile import SiteProfile, load_profile, profile_names
+from recipes_lib.slurm.profile import SiteProfile, known_profiles, load_profile
 from recipes_lib.slurm.submit import directives, job_commands, submit_chain
 from recipes_lib.slurm.submit import dry_run as sbatch_lines
 from recipes_lib.slurm.submit import prepare as write_scripts
@@ -65,7 +65,7 @@ def run(
     if study_file(first) is None and not recipe_path(first).is_file():
         raise no_such_file(Path(first))
     if not profile:
-        hint = f"profiles: {', '.join(profile_names())}, or a copy of launch/profiles/example.yaml"
+        hint = f"profiles: {', '.join(known_profiles())}, or a copy of launch/profiles/example.yaml"
         raise RecipeError("recipes launch: --profile is missing", hint)
     if dry_run + prepare + wait > 1:
         raise RecipeError("recipes launch: --dry-run, --prepare or --wait, only one of them")
@@ -73,8 +73,8 @@ def run(
     site.enter()
     flags = flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code)
     named = [word for word in evals if "=" not in word]
-    asked = LaunchRequest(values, accelerate, gpus, nodes, stages, named, flags)
-    plan = plan_target(first, site, asked)
+    planner = Planner(site, values, accelerate, gpus, nodes, stages, named, flags)
+    plan = planner.plan(first)
     if prepare:
         write_scripts(plan, site)
         print(plan.folder)

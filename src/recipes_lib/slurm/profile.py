@@ -1,8 +1,4 @@
-"""A site profile (launch/profiles/*.yaml): what a Slurm site is like, and nothing of any recipe.
-
-What sbatch understands stands under its own names and is passed on; sbatch itself refuses what the
-site does not have. Needs no torch.
-"""
+"""A site profile (launch/profiles/*.yaml): what a Slurm site is like, and nothing of any recipe."""
 
 from __future__ import annotations
 
@@ -42,28 +38,25 @@ class Profile(Section):
     }
 
     sbatch: Flags
-    """Flags of sbatch under their long names (partition, account, gres, time, constraint, ...),
-    for every job. `{gpus}` is the number of GPUs of a node, `{processes}` of processes. true is a
-    flag without a value; null leaves a flag out. Flags about GPUs are left out of jobs that need
-    none; a site without such a flag has no GPUs."""
+    """Flags of sbatch for every job, under their long names (partition, account, gres, time, ...).
+    `{gpus}` and `{processes}` are their numbers on a node; true is a flag without a value, null
+    leaves it out. Flags about GPUs are left out of jobs that need none; without such a flag the
+    site has no GPUs."""
     stages: dict[Literal["train", "eval", "report"], Flags] = {}
     """Flags of one stage (train, eval, report), which replace those of `sbatch`."""
     setup: list[str] = []
-    """Lines of bash that every job runs first: module load, source .venv/bin/activate. Each must
-    succeed."""
+    """Lines of bash that every job runs first (module load cuda); each must succeed."""
     prefix: list[str] = []
     """Words before every command, for a container: [apptainer, exec, --nv, image.sif]."""
     srun: list[str] = []
     """Words for srun, which starts every command: [--container-image=/images/recipes.sqsh]."""
     env: dict[Variable, str] = {}
-    """Environment variables of every job. `{user}` is the user's name, `{job}` the job's id.
-    RECIPES_RUNS_ROOT, RECIPES_CACHE and HF_HOME are used here too: login and compute nodes must
-    both see them."""
+    """Variables of every job. `{user}` is the user's name, `{job}` the job's id. Login and compute
+    nodes must both see RECIPES_RUNS_ROOT, RECIPES_CACHE and HF_HOME."""
     offline: bool = True
-    """Compute nodes have no network: jobs use what `recipes prefetch` fetched
-    (HF_HUB_OFFLINE=1)."""
+    """Compute nodes have no network (HF_HUB_OFFLINE=1): `recipes prefetch` fetches before."""
     vllm: str | None = None
-    """The vllm program, of an environment of its own. A job starts the judge with it that an
+    """The vllm program, of an environment of its own, with which a job starts the judge that an
     evaluation expects at 127.0.0.1."""
     signal_lead_s: int = Field(300, ge=10)
     """Seconds before the time limit at which a training is asked to save: more than a step, an
@@ -74,13 +67,7 @@ class Profile(Section):
     """Arms of a study that train at the same time; null is no limit."""
 
     def flags(self, stage: str, gpus: int, processes: int) -> list[str]:
-        """Return the flags of sbatch for a job of a stage.
-
-        Args:
-            stage: train, eval or report.
-            gpus: GPUs on each node; 0 leaves out what is about GPUs.
-            processes: processes on each node.
-        """
+        """Return the flags of sbatch for a job of a stage, with so many of each on a node."""
         own = {str(name): flags for name, flags in self.stages.items()}.get(stage, {})
         words = []
         for name, value in {**self.sbatch, **own}.items():
@@ -117,38 +104,27 @@ class SiteProfile:
     document: Document
 
     def enter(self) -> None:
-        """Use the site's folders in this process; before the Hub's library is imported, which reads
-        its variable once.
-        """
+        """Use the site's folders in this process, before the Hub's library reads its variable."""
         variables = self.values.variables()
         os.environ.update({name: variables[name] for name in _FOLDERS if name in variables})
 
 
-def profile_names() -> list[str]:
-    """Return the names of the profiles here."""
-    return sorted(_profiles())
-
-
-def _profiles() -> dict[str, Path]:
-    """The profiles in launch/profiles/ by name; those of the working directory come first."""
+def known_profiles() -> dict[str, Path]:
+    """Return the profiles in launch/profiles/; those of the working directory come first."""
     folders = (project_root() / "launch/profiles", Path("launch/profiles"))
-    return {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    files = [file for folder in folders for file in folder.glob("*.yaml")]
+    return {file.stem: file for file in sorted(files, key=lambda file: file.stem)}
 
 
 def load_profile(name: str) -> SiteProfile:
-    """Load and check a profile, given by its name in launch/profiles/ or as a path.
-
-    Raises:
-        RecipeError: there is no such profile; the message lists those that exist.
-        RecipeErrors: everything that is wrong, each at its file and line.
-    """
-    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else _profiles().get(name)
+    """Load and check a profile, given by its name in launch/profiles/ or as a path."""
+    known = known_profiles()
+    path = Path(name) if Path(name).suffix in (".yaml", ".yml") else known.get(name)
     if path is None:
         raise RecipeError(
             f"there is no profile '{name}' in launch/profiles/",
-            *did_you_mean(name, profile_names()),
-            f"there are {', '.join(profile_names()) or 'none'}",
-            "a new site: copy launch/profiles/example.yaml",
+            *did_you_mean(name, known),
+            f"there are {', '.join(known)}; for a new site copy launch/profiles/example.yaml",
         )
     document = read(path)
     return SiteProfile(parse(Profile, document, _rules), document)

@@ -1,6 +1,5 @@
-"""After the submission: what became of the jobs, waiting for their end, cancelling them, their
-logs. One squeue tells what is queued or runs, in Slurm's own words; the exit codes that the jobs
-left tell how the others ended, and one sacct how those did that left none.
+"""After the submission: state, logs, end and cancelling of the jobs. squeue says what is queued or
+runs; the exit codes that jobs left, and else sacct, how they ended.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from recipes_lib.core.files import read_object
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.slurm.jobs import jobs_folder
-from recipes_lib.slurm.submit import ASK_SINFO, JOBS_FILE, run_slurm, scancel
+from recipes_lib.slurm.submit import JOBS_FILE, no_answer, run_slurm, scancel
 
 POLL_S = 30.0  # Slurm's manuals ask not to call its commands in tight loops
 
 
 @dataclass
 class TaskState:
-    """One task as it stands. `state` is Slurm's word while it is queued or runs, afterwards `done`,
-    `failed` or what sacct says; `unknown` where nobody says.
-    """
+    """One task. `state` is Slurm's word, or after the end `done`, `failed` or that of sacct."""
 
     label: str
     job: str
@@ -42,11 +39,8 @@ class TaskState:
 
 
 def submitted_tasks(folder: Path) -> list[TaskState]:
-    """Return every task that was submitted from a launch's folder, in order. The id of a job that
+    """Return every task that was submitted from a launch's folder, in order; the id of a job that
     was submitted by hand stands in a file of its own.
-
-    Raises:
-        DamagedFile: jobs.json is not what was written to it.
     """
     remedy, tasks = "squeue lists the jobs; submitting them again writes it anew", []
     for row in read_object(folder / JOBS_FILE, remedy).get("jobs", []):
@@ -68,43 +62,33 @@ def states_of(folder: Path) -> list[TaskState]:
         EnvironmentFault: Slurm gives no answer.
     """
     tasks = submitted_tasks(folder)
-    queued = _queued() if tasks else {}
+    if not tasks:
+        return []
+    # what is queued or runs: id, state, reason, nodes
+    done = run_slurm(["squeue", "--me", "-h", "-a", "-r", "-o", "%i|%T|%r|%N"])
+    if done.returncode:
+        raise no_answer(done.stderr)
+    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
+    queued = {row[0]: row[1:] for row in rows}
     for task in tasks:
         if task.job in queued:
-            (task.state, task.reason), task.active = queued[task.job], True
+            state, reason, nodes = queued[task.job]
+            task.state, task.active = state.lower(), True
+            task.reason = nodes if reason in ("", "None") else reason
             continue
         with suppress(FileNotFoundError, ValueError):  # it was killed
             task.exit_code = int((folder / f"{task.label}.exit_code").read_text())
             task.state = "failed" if task.exit_code else "done"
             task.reason = f"exit code {task.exit_code}" if task.exit_code else ""
-    left = [task.job for task in tasks if task.state == "unknown"]
-    accounted = _accounted(left) if left else {}
-    for task in tasks:
-        task.state = accounted.get(task.job, task.state)
-    return tasks
-
-
-def _queued() -> dict[str, tuple[str, str]]:
-    """Return the user's jobs that are queued or run: id -> state and reason, or the nodes."""
-    done = run_slurm(["squeue", "--me", "-h", "-a", "-r", "-o", "%i|%T|%r|%N"])
-    if done.returncode:
-        said = (done.stderr.strip().splitlines() or ["no reason given"])[0]
-        raise EnvironmentFault(f"Slurm gives no answer: {said}", ASK_SINFO)
-    rows = [line.split("|") for line in done.stdout.splitlines() if line.count("|") == 3]
-    return {
-        id: (state.lower(), nodes if reason in ("", "None") else reason)
-        for id, state, reason, nodes in rows
-    }
-
-
-def _accounted(ids: Sequence[str]) -> dict[str, str]:
-    """Return how jobs ended, of the accounting database where the site has one."""
+    # the accounting database knows the others, where the site has one
+    unknown = {task.job: task for task in tasks if task.state == "unknown"}
     with suppress(EnvironmentFault):
-        done = run_slurm(["sacct", "-n", "-P", "-X", "-j", ",".join(ids), "--format=JobID,State"])
-        rows = [line.partition("|") for line in done.stdout.splitlines() if done.returncode == 0]
-        # CANCELLED by 1000
-        return {id: state.split()[0].lower() for id, _, state in rows if state}
-    return {}
+        words = ["sacct", "-n", "-P", "-X", "-j", ",".join(unknown), "--format=JobID,State"]
+        for line in run_slurm(words).stdout.splitlines() if unknown else ():
+            job, _, state = line.partition("|")
+            if job in unknown and state:
+                unknown[job].state = state.split()[0].lower()  # CANCELLED by 1000
+    return tasks
 
 
 def first_error(folder: Path, task: str) -> str:
@@ -137,8 +121,7 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
                 next_log = f"{name} --stage {task.label}"
             if error := first_error(folders[name], task.label):
                 say(f"  {task.label}: {error}")
-    next_step(f"recipes launch logs {next_log or list(folders)[-1]}")
-    return ExitCode.DONE
+    return next_step(f"recipes launch logs {next_log or list(folders)[-1]}")
 
 
 def wait(name: str) -> int:
@@ -165,11 +148,7 @@ def wait(name: str) -> int:
 
 
 def cancel(names: Sequence[str]) -> int:
-    """Cancel every job of the launches named.
-
-    Raises:
-        EnvironmentFault: Slurm does not say what is queued.
-    """
+    """Cancel every job of the launches named."""
     if not names:
         raise RecipeError("recipes launch cancel: name a run or study", _launched_hint())
     for name in names:
@@ -178,8 +157,7 @@ def cancel(names: Sequence[str]) -> int:
         scancel(ids)
         said = f"cancelled {', '.join(ids)}" if ids else "nothing was queued or running"
         say(f"{name}: {said}")
-    next_step(f"recipes launch status {names[0]}")
-    return ExitCode.DONE
+    return next_step(f"recipes launch status {names[0]}")
 
 
 def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
@@ -198,19 +176,11 @@ def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
             say(f"first error: {error}")
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
             say(line)
-    next_step(f"recipes launch status {names[0]}")
-    return ExitCode.DONE
+    return next_step(f"recipes launch status {names[0]}")
 
 
 def refuse_if_active(name: str) -> None:
-    """Refuse to launch what is queued or running already.
-
-    Raises:
-        RecipeError: it is.
-        EnvironmentFault: Slurm does not say.
-    """
-    if not (jobs_folder(name) / JOBS_FILE).is_file():
-        return
+    """Refuse to launch what is queued or running already."""
     active = [task for task in states_of(jobs_folder(name)) if task.active]
     if active:
         jobs = ", ".join(f"{task.label} is {task.state} (job {task.job})" for task in active)

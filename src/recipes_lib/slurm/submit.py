@@ -1,8 +1,8 @@
-"""Submitting: the folder runs/NAME/slurm/ with a script for each job, and the calls of sbatch, of
-whose chain all jobs are in the queue or none is. Every command of Slurm is an argument list.
+"""The folder runs/NAME/slurm/ with a script for each job, and the calls of sbatch: all jobs of a
+chain are queued, or none.
 
-A script is written to be read from top to bottom, edited and submitted by hand with `sbatch`; what
-all jobs do alike (signals, requeues, exit codes) stands in launch/job.sh, which each one sources.
+A script can be read, edited and submitted by hand; what all jobs do alike (signals, requeues, exit
+codes) stands in launch/job.sh, which each one sources.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from pathlib import Path
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.core.files import write_json, write_text
-from recipes_lib.core.project import cache_root, project_root, runs_root
+from recipes_lib.core.project import cache_root, project_root, runs_root, shown_path
 from recipes_lib.slurm.jobs import Job, JobPlan, Task
 from recipes_lib.slurm.profile import Profile, SiteProfile
 
 JOBS_FILE = "jobs.json"
 TIMEOUT_S = 90
-ASK_SINFO = "is this the login node, and is the controller up? sinfo"
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _UNREACHABLE = re.compile("contact slurm controller|connect|configuration source|timed out", re.I)
 # What only a node of several knows; bash puts it in there. On one node the launcher finds a port.
@@ -37,13 +36,7 @@ _MEETING = (
 
 
 def script_of(job: Job, folder: Path, profile: Profile) -> str:
-    """Return the script of a job.
-
-    Args:
-        job: the job.
-        folder: where it will lie, beside its log and its exit code.
-        profile: the site.
-    """
+    """Return the script of a job; it will lie in `folder`, beside its log and its exit code."""
     variables = {
         "RECIPES_RUNS_ROOT": str(runs_root().resolve()),
         "RECIPES_CACHE": str(cache_root().resolve()),
@@ -73,9 +66,7 @@ def script_of(job: Job, folder: Path, profile: Profile) -> str:
 
 
 def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
-    """Return the #SBATCH lines. Slurm reads quotes as bash does, but a backslash is one even within
-    quotes.
-    """
+    """Return the #SBATCH lines. Slurm reads quotes as bash does, but escapes within them too."""
     log = str(folder / job.label).replace("%", "%%")
     array = []
     if len(job.tasks) > 1:
@@ -97,13 +88,9 @@ def directives(job: Job, folder: Path, profile: Profile) -> list[str]:
 
 def job_commands(job: Job, profile: Profile) -> list[str]:
     """Return the lines of a script that do the work."""
-    lines = [
-        f"export {name}={shlex.quote(value)}   # an edited study is refused"
-        for name, value in job.expected.items()
-    ]
     if len(job.tasks) == 1:
-        return [*lines, _command(job, job.tasks[0], profile)]
-    lines.append("case $SLURM_ARRAY_TASK_ID in")
+        return [_command(job, job.tasks[0], profile)]
+    lines = ["case $SLURM_ARRAY_TASK_ID in"]
     for number, task in enumerate(job.tasks):
         lines += [f"{number})   # {task.what}", f"  {_command(job, task, profile)} ;;"]
     return [*lines, "esac"]
@@ -133,9 +120,7 @@ def _quoted(value: str) -> str:
 
 
 def prepare(plan: JobPlan, site: SiteProfile) -> None:
-    """Write the scripts of the jobs and what they are handed, in place of what an earlier
-    submission left; logs stay.
-    """
+    """Write the scripts of the jobs and their recipes over an earlier submission's; logs stay."""
     plan.folder.mkdir(parents=True, exist_ok=True)
     for stale in plan.folder.iterdir():
         if stale.suffix in (".sbatch", ".exit_code", ".job"):
@@ -147,8 +132,6 @@ def prepare(plan: JobPlan, site: SiteProfile) -> None:
         write_text(plan.folder / f"{job.label}.sbatch", script)
     for file, recipe in plan.recipes.items():
         recipe.write(plan.folder / file)
-    if plan.study:
-        write_json(plan.folder / "study.json", plan.study)
     _write_jobs(plan, {})
 
 
@@ -162,19 +145,20 @@ def _write_jobs(plan: JobPlan, ids: Mapping[str, str]) -> None:
 
 
 def submit_chain(plan: JobPlan, site: SiteProfile) -> dict[str, str]:
-    """Write the submission's folder, submit every job, and return {label: job id}.
-
-    Raises:
-        RecipesError: Slurm refused a job; those before it are cancelled, or named where that failed
-            too.
+    """Write the submission's folder, submit every job, and return {label: job id}. Where Slurm
+    refuses a job, those before it are cancelled.
     """
     prepare(plan, site)
     ids: dict[str, str] = {}
     try:
         for job in plan.jobs:
             done = run_slurm(_sbatch(job, plan.folder, ids))
+            if done.returncode and _UNREACHABLE.search(done.stderr):
+                raise no_answer(done.stderr)
             if done.returncode:
-                raise _refusal(done.stderr, job, plan, site)
+                script = shown_path(plan.folder / f"{job.label}.sbatch")
+                what = f"Slurm refuses {job.label}: {_last_words(done.stderr)}"
+                raise site.document.error("sbatch", what, f"what it asks for: {script}")
             # --parsable prints ID or ID;cluster
             ids[job.label] = done.stdout.strip().splitlines()[-1].split(";")[0]
             _write_jobs(plan, ids)
@@ -209,12 +193,7 @@ def dry_run(plan: JobPlan) -> Iterator[tuple[Job, str]]:
 
 
 def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
-    """Return the argument list that submits a job; what else Slurm is asked for stands in the job's
-    script.
-
-    Args:
-        ids: of the jobs before it.
-    """
+    """Return the words that submit a job after those whose ids are given."""
     conditions = (("afterok", job.after), ("afterany", job.after_any))
     waits = [":".join([when, *map(ids.__getitem__, names)]) for when, names in conditions if names]
     dependency = [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"] if waits else []
@@ -222,12 +201,7 @@ def _sbatch(job: Job, folder: Path, ids: Mapping[str, str]) -> list[str]:
 
 
 def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands. Inside a job, say on an interactive node, it does not see that
-    job's variables, which sbatch would hand on to the new one.
-
-    Raises:
-        EnvironmentFault: it is not installed here, or gives no answer.
-    """
+    """Run one of Slurm's commands, without the variables of a job that this process runs in."""
     environment = {
         name: value
         for name, value in os.environ.items()
@@ -246,34 +220,23 @@ def run_slurm(argv: Sequence[str]) -> subprocess.CompletedProcess[str]:
         hints = ("log in to the cluster's login node", "only to see what would run: --dry-run")
         raise EnvironmentFault(f"{argv[0]} is not on this machine", *hints) from None
     except subprocess.TimeoutExpired:
-        what = f"{argv[0]} gave no answer in {TIMEOUT_S} s"
-        raise EnvironmentFault(what, ASK_SINFO) from None
-
-
-def _refusal(text: str, job: Job, plan: JobPlan, site: SiteProfile) -> RecipesError:
-    """Return Slurm's error in one line, with what was asked for."""
-    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines()]
-    said = [line for line in lines if line and not line.startswith("Try ")] or ["no reason given"]
-    if _UNREACHABLE.search(text):
-        return EnvironmentFault(f"Slurm cannot be reached: {said[-1]}", ASK_SINFO)
-    what = said[-1].removeprefix("Batch job submission failed: ")
-    asked = [line.removeprefix("#SBATCH ") for line in directives(job, plan.folder, site.values)]
-    return site.document.error(
-        "sbatch",
-        f"Slurm refuses {job.label}: {what}",
-        f"asked for: {' '.join(asked)}",
-        "what the site has: sinfo -o '%P %l %D nodes, %c cores, %m MB, %G'",
-    )
+        raise no_answer(f"{argv[0]} waited {TIMEOUT_S} s in vain") from None
 
 
 def scancel(ids: Sequence[str]) -> None:
-    """Cancel jobs; those that are over already are no error.
-
-    Raises:
-        EnvironmentFault: Slurm did not answer, so they may go on.
-    """
+    """Cancel jobs; those that are over already are no error, and no answer of Slurm is one."""
     if ids:
         done = run_slurm(["scancel", *ids])
         if done.returncode and _UNREACHABLE.search(done.stderr):
-            what = done.stderr.strip().splitlines()[0]
-            raise EnvironmentFault(f"Slurm cannot be reached: {what}", ASK_SINFO)
+            raise no_answer(done.stderr)
+
+
+def no_answer(text: str) -> EnvironmentFault:
+    """Return the error of a Slurm that cannot be asked, with its own last words."""
+    hint = "is this the login node, and is the controller up? sinfo"
+    return EnvironmentFault(f"Slurm gives no answer: {_last_words(text)}", hint)
+
+
+def _last_words(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Try ")]
+    return lines[-1].rpartition("error: ")[2] if lines else "no reason given"

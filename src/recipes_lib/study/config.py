@@ -1,8 +1,4 @@
-"""A study file: its keys, and the arms, evals and aims that they name. Needs no torch.
-
-`load_study` is the only way in. What is wrong with a study, and with every recipe and eval that it
-names, is reported at once.
-"""
+"""A study file: its keys, and the arms, evals and aims that they name. Needs no torch."""
 
 from __future__ import annotations
 
@@ -50,8 +46,7 @@ _OF_THE_LOSS = (
     *("train.packing", "train.eval_packing", "train.truncation_mode"),
     *("train.bf16", "train.fp16", "train.bf16_full_eval", "train.fp16_full_eval"),
 )
-# Added to the recipe's seed: a training that won by its validation loss is flattered, and one with
-# an arm's seed would be that training again.
+# Added to the recipe's seed: a training that won by its validation loss is flattered, so no arm's.
 _TUNING_SEED = 1000
 _ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}\Z")
 Value = bool | int | float | str
@@ -59,18 +54,16 @@ Grid = Annotated[list[Value], Field(min_length=2)]
 
 
 class LaunchKeys(Section):
-    """How arms are launched; the study's values are the defaults of its arms."""
+    """Keys that a study and each of its arms may have; an arm's own values win."""
 
     accelerate: str | None = None
-    """Name of a file in accelerate_configs/, without .yaml. Absent: the recipe's
-    launch.accelerate."""
+    """A file in accelerate_configs/, without .yaml. Absent: the recipe's launch.accelerate."""
     gpus: int | None = Field(None, ge=1)
-    """Processes per node. Absent: the recipe's launch.gpus, else the accelerate config's."""
+    """Processes per node. Absent: the recipe's launch.gpus, or the accelerate config's."""
     nodes: int | None = Field(None, ge=1)
     """Machines. Absent: the recipe's launch.nodes."""
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(min_length=1)] | None = None
-    """Values of train.seed; each is a training of its own, and the variance between them enters the
-    intervals. Absent: the recipe's."""
+    """Values of train.seed, each a training of its own. Absent: the recipe's."""
     overrides: list[str] = []
     """`section.key=value` words, as after `recipes train RECIPE`."""
     tune: Annotated[dict[str, Grid], Field(max_length=1)] | None = None
@@ -111,8 +104,7 @@ class StudyFile(LaunchKeys):
     """The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k. Its
     comparisons are tested before everything else. Absent: the first eval's first metric."""
     pairs: Literal["baseline", "all"] = "baseline"
-    """alpaca_eval: whom the answers are compared with head to head: each arm with the baseline, or
-    with every other arm (the judge is asked as often as there are pairs)."""
+    """alpaca_eval: compare each arm head to head with the baseline, or with every other arm."""
     margins: dict[str, float | str] = {}
     """Metric -> the difference that does not matter, in its unit or as '2 points'. Adds the
     verdicts 'not worse' and 'equivalent' within it."""
@@ -120,12 +112,11 @@ class StudyFile(LaunchKeys):
     """The arm that no other may be worse than (`recipes study report --gate`), and that alpaca_eval
     compares the others with. Absent: base where it is evaluated, else the first arm."""
     reference: dict[str, dict[str, float]] = {}
-    """Published numbers, arm -> metric -> value in the metric's unit (a share is 0.41). Shown
-    beside ours and never tested."""
+    """Published numbers, arm -> metric -> value (a share is 0.41): shown, and never tested."""
 
 
 def study_schema() -> dict[str, Any]:
-    """Return the schema of a study file; an arm is a path or a mapping."""
+    """Return the schema of a study file, where an arm is a path or a mapping."""
     schema = StudyFile.model_json_schema()
     arms = schema["properties"]["arms"]
     arms["additionalProperties"] = {"anyOf": [{"type": "string"}, arms["additionalProperties"]]}
@@ -134,14 +125,7 @@ def study_schema() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant.
-
-    Args:
-        recipe: with the overrides applied, and the chosen value of a tuned arm once there is one.
-        launch: as it will be.
-        tuning: the grid that a key is chosen from; its `chosen` is None until all of it is trained.
-        candidates: an arm for each value of the grid, trained once.
-    """
+    """One variant; where it is tuned, `candidates` are an arm for each value of the grid."""
 
     name: str
     recipe: Recipe
@@ -150,12 +134,15 @@ class Arm:
     tuning: TunedArm | None = None
     candidates: tuple[Arm, ...] = ()
 
-    def tuned(self, chosen: Value, losses: Sequence[float | None]) -> Arm:
-        """Return the arm with the value of its grid that was chosen."""
+    def tuned(self, losses: Sequence[float | None]) -> Arm:
+        """Return the arm with the first value of the lowest loss; None cannot win."""
         assert self.tuning is not None
-        best = self.candidates[self.tuning.values.index(chosen)]
-        tuning = replace(self.tuning, chosen=chosen, losses=tuple(losses))
-        return replace(self, recipe=best.recipe, tuning=tuning)
+        tuning, recipe = replace(self.tuning, losses=tuple(losses)), self.recipe
+        if finite := [loss for loss in losses if loss is not None]:
+            best = losses.index(min(finite))
+            tuning = replace(tuning, chosen=tuning.values[best])
+            recipe = self.candidates[best].recipe
+        return replace(self, recipe=recipe, tuning=tuning)
 
     @property
     def own_seed(self) -> int:
@@ -163,11 +150,7 @@ class Arm:
         return int(self.recipe.train.get("seed", 42))
 
     def resolved(self) -> dict[str, Any]:
-        """Return every resolved value by dotted key, the launch as it will be among them.
-
-        The run's name and notes are left out; `train.seed` is a list where the arm has several, and
-        `tune.KEY` is the grid of a tuned key.
-        """
+        """Return every resolved value by dotted key, without the run's name and notes."""
         flat = flatten(self.recipe.to_dict())
         values = {key: value for key, value in flat.items() if key not in OF_RUN}
         if self.tuning:
@@ -213,9 +196,7 @@ class Study:
         return self.file.baseline or first
 
     def differing(self, declared: bool) -> list[str]:
-        """Return the dotted keys that differ between arms: those that a factor declares, or those
-        that none does.
-        """
+        """Return the keys that differ between arms, those that a factor declares or the others."""
         design = Design("", "", self.file.factors)
         first, *others = [arm.resolved() for arm in self.arms]
         keys = dict.fromkeys(key for values in (first, *others) for key in values)
@@ -231,7 +212,7 @@ class Study:
 
 
 def study_file(word: str) -> Path | None:
-    """Return the file of a study given by path or short name; None where the word is no study."""
+    """Return the file of a study given by path or short name, or None."""
     path = recipe_path(word)
     if not path.is_file() and not path.is_dir():
         path = recipe_path(f"studies/{word}")
@@ -239,15 +220,9 @@ def study_file(word: str) -> Path | None:
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
-    """Load and check a study, its arms' recipes and its evals.
+    """Load and check a study, its recipes and its evals; all that is wrong is reported at once.
 
-    Args:
-        path: the study file, or its short name in recipes/studies/.
-        overrides: words from the command line: `section.key=value` for every arm's recipe, or
-            `key=value` for the study's own keys (`seeds=[1,2]`, `gpus=2`).
-
-    Raises:
-        RecipeErrors: everything that is wrong, each at its file and line.
+    `overrides` are `section.key=value` words for every recipe, and `key=value` for own keys.
     """
     words = [word for word in overrides if _key_of(word).partition(".")[0] in SECTIONS]
     document = read(study_file(str(path)) or path, [w for w in overrides if w not in words])
@@ -256,8 +231,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     reader.check_names()
     arms = [reader.arm(name, section) for name, section in file.arms.items()]
     evals = reader.evals()
-    there = tuple(arm for arm in arms if arm)
-    models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in there}
+    models = {(arm.recipe.model.name_or_path, arm.recipe.model.revision) for arm in arms if arm}
     if file.include_base and len(models) > 1:
         bases = ", ".join(sorted(name for name, _ in models))
         what = f"include_base: the arms have different base models ({bases})"
@@ -266,7 +240,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     aims = reader.aims(evals)
     if reader.errors:
         raise RecipeErrors({str(error): error for error in reader.errors}.values())
-    return Study(document, file, there, tuple(evals), aims, tuple(overrides))
+    return Study(document, file, tuple(filter(None, arms)), tuple(evals), aims, tuple(overrides))
 
 
 def _key_of(word: str) -> str:
@@ -331,7 +305,7 @@ class _Reader:
                     self.wrong(("factors", factor, number), what, *near)
 
     def evals(self) -> list[EvalRecipe]:
-        """Return the evals; two whose results would be one file are an error."""
+        """Return the evals; two of one name would write the same files."""
         evals: list[EvalRecipe] = []
         for number, name in enumerate(self.keys.evals):
             place = ("evals", number)
@@ -366,18 +340,20 @@ class _Reader:
                 )
                 accumulation_steps(recipe, launch.world_size)
                 arm = Arm(name, recipe, launch, ())
-                seeds = value("seeds") or [arm.own_seed]
-                arm = replace(arm, seeds=tuple(dict.fromkeys(seeds)))
+                arm = replace(arm, seeds=tuple(value("seeds") or [arm.own_seed]))
+                if len({*arm.seeds}) < len(arm.seeds):
+                    where: KeyPath = ("seeds",) if section.seeds is None else (*place, "seeds")
+                    what = f"a seed is listed twice: {', '.join(map(str, arm.seeds))}"
+                    self.wrong(where, what, "it would train the same model again")
         grid = keys.tune if section.tune is None else section.tune
         if not arm or not grid:
             return arm
-        where: KeyPath = ("tune",) if section.tune is None else (*place, "tune")
-        return self.tuned(arm, grid, words, where)
+        return self.tuned(arm, grid, words, ("tune",) if section.tune is None else (*place, "tune"))
 
     def tuned(
         self, arm: Arm, grid: Mapping[str, list[Value]], words: Sequence[str], place: KeyPath
     ) -> Arm:
-        """Return an arm with its grid, each value an arm of its own."""
+        """Return an arm with a candidate for each value of its grid."""
         ((key, values),) = grid.items()
         seed = arm.own_seed + _TUNING_SEED
         tunable = key.startswith(("train.", "lora.")) or key == "run.global_batch_size"
@@ -436,13 +412,8 @@ class _Reader:
         return Aims(primary, margins)
 
 
-# ---- Metrics by name ----
-
-
 def known_metrics(recipe: EvalRecipe) -> list[str]:
-    """Return the metrics of an eval by the names that a study may use, the first one of its table
-    first.
-    """
+    """Return the metrics of an eval by the names that a study may use, in its table's order."""
     metrics: Iterable[str] = SUITES[recipe.suite.name].metrics or recipe.suite.tasks or ()
     return [f"{recipe.name}/{metric}" for metric in metrics]
 
@@ -450,8 +421,7 @@ def known_metrics(recipe: EvalRecipe) -> list[str]:
 def full_name(recipe: EvalRecipe, word: str) -> str | None:
     """Return what a word means in an eval; None where it measures no such thing.
 
-    Of lm_eval the tasks are known and their metrics are not, so a word must name the eval or a task
-    (one of a group's begins as its group does).
+    lm_eval's tasks are known and their metrics are not; a group's tasks begin as the group does.
     """
     name = next((name for name in known_metrics(recipe) if is_named(word, name)), None)
     if name or recipe.suite.name != "lm_eval":

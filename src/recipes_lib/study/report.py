@@ -1,5 +1,4 @@
-"""The end of a study: what was measured is compared, the design is locked, and the report written;
-the gate for CI reads the same claims.
+"""The end of a study: comparison, report, design lock, and the gate for CI.
 
 `runs/<study>/design.json` is written with the first report that has verdicts: arms, seeds, evals,
 the primary metric and margins. A study that is changed afterwards has no verdicts any more.
@@ -9,19 +8,18 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from recipes_lib.analysis.aims import Design, is_named
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.core.errors import ExitCode
-from recipes_lib.core.files import object_or_none, publish, utc_now, write_json
+from recipes_lib.core.files import hash_of, object_or_none, publish, utc_now, write_json
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.study.config import BASE_ARM, Study
 from recipes_lib.study.runs import (
     base_run,
-    design_changes,
-    design_values,
     evaluations,
     is_evaluated,
     is_trained,
@@ -29,27 +27,22 @@ from recipes_lib.study.runs import (
     study_folder,
     study_trainings,
 )
+from recipes_lib.training.resume_guard import differences, flatten
 
 _LOCK = "design.json"
+# Where a job runs makes no other arm, how fast it answers no other eval; seeds are listed.
+_FREE_OF_ARM = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
+_FREE_OF_EVAL = ("generation", "thresholds")
 
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
-    """Return what was measured, what the study declares, and what may be said.
-
-    Raises:
-        RecipesError: an evaluation's files are damaged.
-    """
+    """Return what was measured, what the study declares, and what may be said."""
     arms, design = measured_arms(study), design_of(study, tuple(missing_of(study)))
     return arms, design, conclude(arms, study.aims, design)
 
 
 def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
-    """Compare the arms, write the report, and lock the design with the first verdicts; return what
-    may be said, and what is not measured yet.
-
-    Raises:
-        RecipesError: an evaluation's files are damaged.
-    """
+    """Write the report, and lock the design with its first verdicts; return what is missing too."""
     arms, design, conclusion = conclude_study(study)
     folder = study_folder(study)
     write_json(folder / "comparison.json", conclusion.to_dict())
@@ -63,9 +56,7 @@ def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
 
 
 def measured_arms(study: Study) -> Arms:
-    """Return the study's own runs, trained as it has them now, with its own results alone: those of
-    other evals and of other settings are left out.
-    """
+    """Return the study's runs as it has them now, without results of other evals and settings."""
     base = base_run(study)
     folders = {BASE_ARM: [runs_root() / base]} if base else {}
     for training in filter(is_trained, study_trainings(study)):
@@ -96,13 +87,38 @@ def design_of(study: Study, missing: tuple[str, ...] = ()) -> Design:
     )
 
 
+def design_values(study: Study) -> dict[str, Any]:
+    """Return what must not change once verdicts were seen."""
+    arms = {
+        arm.name: {key: v for key, v in arm.resolved().items() if key not in _FREE_OF_ARM}
+        for arm in study.arms
+    }
+    evals = {
+        recipe.name: {key: v for key, v in recipe.to_dict().items() if key not in _FREE_OF_EVAL}
+        for recipe in study.evals
+    }
+    return {
+        "arms": {name: hash_of(values) for name, values in arms.items()},
+        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
+        "evals": {name: hash_of(values) for name, values in evals.items()},
+        "base": study.file.include_base,
+        "primary": study.aims.primary,
+        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
+        "pairs": study.file.pairs,
+    }
+
+
 def changes(study: Study) -> tuple[str, ...]:
     """Return what differs from the design of the first report with verdicts."""
     locked = object_or_none(study_folder(study) / _LOCK)
     if not locked:
         return ()
-    when = f"since {str(locked.get('written'))[:10]}"
-    return tuple(f"{what} {when}" for what in design_changes(locked, design_values(study)))
+    now, when = design_values(study), f"since {str(locked.get('written'))[:10]}"
+    changed = differences(flatten({key: locked.get(key) for key in now}), flatten(now))
+    return tuple(
+        f"{key} {'added' if old is None else 'removed' if new is None else 'changed'} {when}"
+        for key, (old, new) in changed.items()
+    )
 
 
 # ---- The gate ----
@@ -110,21 +126,18 @@ def changes(study: Study) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Gate:
-    """Whether arms may stand in for their baseline. `missing` are results that are not there, and
-    arms without a tested comparison; `worse` and `not_shown` (to be not worse within a margin) are
-    sentences.
-    """
+    """Whether arms may stand in for their baseline; `worse` and `not_shown` are sentences."""
 
     baseline: str
     comparisons: int
-    margins: tuple[str, ...]
-    missing: tuple[str, ...]
-    worse: tuple[str, ...]
-    not_shown: tuple[str, ...]
+    margins: list[str]
+    missing: list[str]
+    worse: list[str]
+    not_shown: list[str]
 
     @property
     def code(self) -> ExitCode:
-        """The exit code: 6 where results are missing, 1 where an arm fails, else 0."""
+        """The exit code: 6 where results are missing, 1 where an arm fails."""
         if self.missing:
             return ExitCode.EVALUATION_INCOMPLETE
         return ExitCode.FAILED if self.worse or self.not_shown else ExitCode.DONE
@@ -135,17 +148,13 @@ class Gate:
 
 
 def gate(study: Study) -> Gate:
-    """Return whether an arm is worse than the baseline or, where there is a margin, not shown to be
-    not worse within it.
+    """Return whether an arm is worse than the baseline, or not shown to hold its margin.
 
     An arm that tests as worse fails also where a finding stops the sentence: a gate that opens
     because its judge failed would be none.
-
-    Raises:
-        RecipesError: an evaluation's files are damaged.
     """
     _, design, conclusion = conclude_study(study)
-    baseline, margins = study.baseline, tuple(study.aims.margins)
+    baseline, margins = study.baseline, list(study.aims.margins)
     claims = [
         claim for claim in conclusion.claims if baseline in claim.row.arms and not claim.row.aside
     ]
@@ -165,4 +174,4 @@ def gate(study: Study) -> Gate:
             for word in margins
             if not any(is_named(word, metric) for metric in held)
         ]
-    return Gate(baseline, len(claims), margins, tuple(missing), tuple(worse), tuple(not_shown))
+    return Gate(baseline, len(claims), margins, missing, worse, not_shown)

@@ -1,8 +1,6 @@
 """`recipes study run`: train what is not trained, evaluate what is not evaluated, write the report.
 
-Every step can be run again: a run that is trained, an answer that was given and a judgment that was
-stored are not asked for again, so the same command continues after any interruption. A failing arm
-stops nothing but its own evaluations.
+Nothing is done twice, so the same command continues. A failing arm stops its own evaluations only.
 """
 
 from __future__ import annotations
@@ -23,19 +21,16 @@ from recipes_lib.core.errors import (
     DataError,
     EnvironmentFault,
     ExitCode,
-    NumericsError,
     RecipeError,
     RecipeErrors,
     RecipesError,
     one_line,
     print_error,
 )
-from recipes_lib.core.files import read_object, write_text
+from recipes_lib.core.files import write_text
 from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
-from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import warn
+from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.data.splits import check_rows
-from recipes_lib.evals.engine_openai import OpenAIEngine
 from recipes_lib.evals.leaks import leak_error, search_recipe
 from recipes_lib.evals.recipe import HELD_OUT
 from recipes_lib.plan.cards import devices_here
@@ -45,12 +40,10 @@ from recipes_lib.study.runs import (
     StudyRun,
     base_recipe,
     base_run,
-    design_changes,
     evaluations,
     has_diverged,
     is_evaluated,
     is_trained,
-    launched_values,
     losses_text,
     move_aside,
     runs_left,
@@ -61,10 +54,8 @@ from recipes_lib.study.runs import (
     with_choices,
 )
 
-# Names the file with what a waiting job was launched to evaluate (slurm.submit).
-LAUNCHED = "RECIPES_LAUNCHED_STUDY"
+RECIPES = [sys.executable, "-m", "recipes_lib.cli"]
 _COPY = "# a copy of "
-_POLL_S = 0.2
 
 
 @dataclass
@@ -72,11 +63,9 @@ class StudyRunner:
     """Does what of a study is not done yet.
 
     Args:
-        say: prints a line.
-        jobs: trainings at the same time. One has the whole machine; several share its GPUs out,
-            each as many as its launch starts processes.
+        jobs: trainings at the same time; several divide the GPUs, one for each of their processes.
         flags: options handed to `recipes train` (`--trust-remote-code`).
-        train: False to train nothing and evaluate what is trained, in a cluster's job.
+        train: False to evaluate only what is trained already, in a cluster's job.
         debug: show the tracebacks of failing evaluations.
         failed: exit code and reason, by run, result or arm.
     """
@@ -96,21 +85,12 @@ class StudyRunner:
     )
 
     def run(self) -> ExitCode:
-        """Do everything and return the exit code: 0, 1 when something failed, 6 when only judgments
-        are missing, 75 and 130 when stopped.
-
-        Raises:
-            EnvironmentFault: another process runs this study.
-            RecipeErrors: an evaluation would mean nothing after the trainings.
-            RecipeError: the folder is another study's, or the study was edited since its launch.
-        """
-        study = self.study = with_choices(self.study)
+        """Do everything; return 0, 1 (failures), 6 (judgments missing), or 75 or 130 (stopped)."""
+        self.study = with_choices(self.study)
         numbers = (signal.SIGINT, signal.SIGTERM)
-        with study_lock(study):
-            _claim_folder(study)
-            refuse_unmet(study, fetch=True)
-            if self.train and runs_left(study):
-                _warn_of_silent_judges(study)
+        with study_lock(self.study):
+            _claim_folder(self.study)
+            refuse_unmet(self.study, fetch=True)
             before = {number: signal.signal(number, self._on_signal) for number in numbers}
             try:
                 self._steps()
@@ -120,6 +100,10 @@ class StudyRunner:
             finally:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+                for _, process, _ in self._running:  # after an error, say of a full disk: nobody
+                    process.terminate()  # would look after them
+                for _, process, _ in self._running:
+                    process.wait()
         for name, (code, why) in self.failed.items():
             self.say(f"failed: {name} (exit code {code}): {why}")
         if {code for code, _ in self.failed.values()} == {ExitCode.EVALUATION_INCOMPLETE}:
@@ -127,18 +111,14 @@ class StudyRunner:
         return ExitCode.FAILED if self.failed else ExitCode.DONE
 
     def _on_signal(self, number: int, frame: object) -> None:
-        """Note a signal. While trainings run it is handed on to each, which writes a checkpoint;
-        elsewhere everything ends here, and what was answered and judged is stored.
-        """
+        """Note a signal that is handed on to the trainings; where none runs, all ends here."""
         self._stopped = ExitCode.INTERRUPTED if number == signal.SIGINT else ExitCode.PREEMPTED
         if not self._training:
             raise KeyboardInterrupt
         self._signals.append(number)
 
     def _steps(self) -> None:
-        """The trainings that tune arms, the choice of their values, the trainings of all arms and
-        seeds, every evaluation of what is trained, the report.
-        """
+        """Tune arms, train every arm and seed, evaluate what is trained, write the report."""
         tried = study_tunings(self.study)
         self._train([training for training in tried if not has_diverged(training)])
         for training in filter(has_diverged, tried):
@@ -148,7 +128,7 @@ class StudyRunner:
             if arm.tuning and arm.tuning.losses:
                 self.say(f"{arm.name}: {losses_text(arm)}")
                 if arm.tuning.chosen is None:
-                    self._note([arm.name], NumericsError(losses_text(arm)))
+                    self.failed[arm.name] = (int(ExitCode.NUMERICS), losses_text(arm))
         ready = [
             training
             for training in study_trainings(self.study)
@@ -175,11 +155,7 @@ class StudyRunner:
     # ---- Trainings ----
 
     def _train(self, trainings: Sequence[StudyRun]) -> None:
-        """Train what is not trained, some at a time, and wait for what another process trains.
-
-        Raises:
-            KeyboardInterrupt: somebody asked to stop, and every training has ended.
-        """
+        """Train what is not trained; a KeyboardInterrupt follows where somebody asked to stop."""
         waiting = [training for training in trainings if not is_trained(training)]
         if not self.train:
             for training in waiting:
@@ -195,7 +171,8 @@ class StudyRunner:
             for training in list(waiting) if self._stopped is None else ():
                 taken = [device for _, _, own in self._running for device in own]
                 free = [device for device in devices if device not in taken]
-                wanted = min(training.gpus, len(devices))  # one that wants more says so itself
+                launch = training.arm.launch
+                wanted = 0 if launch.config.use_cpu else min(launch.per_machine, len(devices))
                 folder = training.directory.path
                 if is_held(folder):
                     if training.run not in held_before:
@@ -207,7 +184,7 @@ class StudyRunner:
                     self._start(training, free[:wanted])
                 else:
                     break
-            time.sleep(_POLL_S)
+            time.sleep(0.2)
             # hand signals on, and note what has ended
             while self._signals:
                 number = self._signals.pop(0)
@@ -225,9 +202,7 @@ class StudyRunner:
             raise KeyboardInterrupt
 
     def _start(self, training: StudyRun, devices: list[str]) -> None:
-        """Start one training, unless another process finished it meanwhile; a run of other settings
-        is moved away first.
-        """
+        """Start a training that nobody finished meanwhile; move a run of other settings away."""
         run, name = training.directory, training.run
         if is_trained(training):
             self.say(f"{name}: trained before")
@@ -250,7 +225,7 @@ class StudyRunner:
             shown += f"   # output: {shown_path(recipe.with_suffix('.log'))}"
         self.say(f"\n$ {shown}")
         process = subprocess.Popen(
-            train_command(words),
+            [*RECIPES, *words],
             env=environment,
             stdout=log,
             stderr=log,
@@ -275,9 +250,7 @@ class StudyRunner:
     # ---- Evaluations ----
 
     def _evaluate(self, trained: set[str]) -> None:
-        """Evaluate what is trained and has no result yet: each base and each judge is loaded
-        once.
-        """
+        """Evaluate what is trained and has no result; each base and judge is loaded once."""
         study = self.study
         if study.file.include_base and not base_run(study):
             from recipes_lib.evals.models import common_base  # torch
@@ -301,9 +274,8 @@ class StudyRunner:
         tasks = {}
         for group in unfinished:
             recipe = group[0].recipe
-            # In a judged eval everybody takes part again: the judge's audit is then what it would
-            # have been in one go, and what is stored is not asked again. The base's held-out rows
-            # are those of the arms.
+            # In a judged eval everybody takes part again, so that the judge's audit is that of one
+            # go; what is stored is not asked again. The base's held-out rows are those of the arms.
             if not recipe.is_judged and recipe.suite.name != "heldout_loss":
                 group = [result for result in group if not is_evaluated(result)]
             if group[0].head_to_head:  # the judge was probed with these answers already
@@ -322,26 +294,11 @@ class StudyRunner:
         evaluate_tasks(list(tasks), remote_code=remote_code, on_error=on_error)
 
 
-def train_command(words: Sequence[str]) -> list[str]:
-    """Return the process of `recipes` with these words."""
-    return [sys.executable, "-m", "recipes_lib.cli", *words]
-
-
 # ---- Before the first training ----
 
 
 def refuse_unmet(study: Study, fetch: bool = False) -> None:
-    """Refuse a study whose evaluations would mean nothing after the trainings that are left; print
-    what is only a warning.
-
-    Args:
-        fetch: whether rows and questions may be fetched from the Hub.
-
-    Raises:
-        EnvironmentFault: a package that a recipe asks for is not installed.
-        DataError: the rows of an arm cannot be read.
-        RecipeErrors: everything else that is wrong.
-    """
+    """Refuse a study whose evaluations would mean nothing later; only `fetch` asks the Hub."""
     names = {training.arm.name.partition("--tune-")[0] for training in runs_left(study)}
     arms = [arm for arm in study.arms if arm.name in names]
     for arm in arms:
@@ -349,9 +306,8 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
     errors, warnings = unmet(study, arms, fetch)
     for warning in warnings:
         print_error(warning)
-    for error in errors:
-        if isinstance(error, DataError):
-            raise error
+    if of_data := [error for error in errors if isinstance(error, DataError)]:
+        raise of_data[0]
     if errors:
         raise RecipeErrors([error for error in errors if isinstance(error, RecipeError)])
 
@@ -359,10 +315,17 @@ def refuse_unmet(study: Study, fetch: bool = False) -> None:
 def unmet(
     study: Study, arms: Sequence[Arm], fetch: bool = False
 ) -> tuple[list[RecipesError], list[RecipeError]]:
-    """Return errors and warnings about what arms are trained on: rows that cannot be read or hold
-    questions of the study's evals, and no rows held out that an eval asks for.
-    """
+    """Return errors and warnings: rows unreadable, with an eval's questions, or not held out."""
     errors, warnings = list[RecipesError](), list[RecipeError]()
+    if not study.evals:
+        what = "warning: the study names no evals, so nothing will be compared"
+        warnings.append(study.document.error(("evals",), what))
+    for kept in runs_root().glob("*/study.yaml") if not study_folder(study).exists() else ():
+        first, _, text = kept.read_text(encoding="utf-8").partition("\n")
+        if text == study.document.text and not Path(first.removeprefix(_COPY)).exists():
+            what = f"warning: {shown_path(kept.parent)} has this study's runs, under another name"
+            hint = f"to continue them, call this file {kept.parent.name}.yaml again"
+            warnings.append(RecipeError(what, hint, file=shown_path(study.path)))
     for number, recipe in enumerate(study.evals):
         split = str(recipe.data.questions)
         held_out = recipe.suite.name == "heldout_loss" and split in HELD_OUT
@@ -385,28 +348,12 @@ def unmet(
     return errors, warnings
 
 
-def _warn_of_silent_judges(study: Study) -> None:
-    """Warn of judges whose server gives no answer; it may be started until the trainings end."""
-    judges = [recipe.judge for recipe in study.evals if recipe.judge]
-    for file, judge in {judge.file or judge.model: judge for judge in judges}.items():
-        if judge.engine == "openai" and "RECIPES_JUDGE_WANTED" not in os.environ:
-            section = judge.model_copy(update={"max_retries": 0, "timeout_s": 5.0})
-            try:
-                OpenAIEngine(section, section.model)
-            except RecipesError as error:
-                warn(f"{shown_path(Path(file))}: {error.what}")
-
-
 # ---- The folder of a study ----
 
 
 @contextmanager
 def study_lock(study: Study) -> Iterator[None]:
-    """Hold a study for this process; a Slurm job that was queued again waits for its earlier try.
-
-    Raises:
-        EnvironmentFault: another process runs it; host, process and time are named.
-    """
+    """Hold a study for this process; a requeued Slurm job waits for its earlier try."""
     folder = study_folder(study)
     with ExitStack() as stack:
         try:
@@ -421,22 +368,11 @@ def study_lock(study: Study) -> Iterator[None]:
 
 
 def _claim_folder(study: Study) -> None:
-    """Keep a copy of the study in its folder.
-
-    Raises:
-        RecipeError: the folder holds another study of the same name, or the study was edited while
-            this job waited.
-    """
+    """Keep a copy of the study in its folder; refuse one that holds another study of its name."""
     kept, file = study_folder(study) / "study.yaml", shown_path(study.path)
     first = kept.read_text(encoding="utf-8").partition("\n")[0] if kept.is_file() else ""
     other = Path(first.removeprefix(_COPY))
     if first and other.is_file() and other != study.path.resolve():
         what = f"{shown_path(kept.parent)} belongs to another study: {shown_path(other)}"
         raise RecipeError(what, "rename one of the two files", file=file)
-    if launched := os.environ.get(LAUNCHED):
-        changed = list(design_changes(read_object(Path(launched)), launched_values(study)))
-        if changed:
-            what = f"the study was edited after it was launched: {', '.join(changed)}"
-            hint = f"evaluate what it is now: recipes launch {file} ..."
-            raise RecipeError(what, hint, file=file)
     write_text(kept, f"{_COPY}{study.path.resolve()}\n{study.document.text}")

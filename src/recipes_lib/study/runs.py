@@ -1,5 +1,4 @@
-"""What a study consists of, trainings and evaluations, and which of them are done. Reads files;
-needs no torch.
+"""The trainings and evaluations of a study, and which are done. Reads files; needs no torch.
 
 A training is done when its run is finished with the settings and data that the study has now; an
 evaluation when its result carries the key of what would be evaluated now.
@@ -9,8 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,27 +16,26 @@ from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
-from recipes_lib.config.sections import ASKED, LaunchSection
+from recipes_lib.config.sections import LaunchSection
 from recipes_lib.core.errors import ExitCode, RecipesError
-from recipes_lib.core.files import hash_of, object_or_none, read_rows
+from recipes_lib.core.files import read_rows
 from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory, RunState
 from recipes_lib.data.sources import source_hashes
 from recipes_lib.evals.log import REFERENCE, is_current, log_file
-from recipes_lib.evals.models import model_key
+from recipes_lib.evals.models import evaluated_bases, model_key
 from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.study.config import BASE_ARM, Arm, Study
-from recipes_lib.training.resume_guard import differences, flatten, recipe_differences
+from recipes_lib.training.resume_guard import recipe_differences
 from recipes_lib.weights.load import base_fingerprint
 from recipes_lib.weights.runs import finished_run
 
 REPLACED = ".replaced"
-_FREE = ("train.seed", "launch.accelerate", "launch.gpus", "launch.nodes")
 
 
 @dataclass(frozen=True)
 class StudyRun:
-    """One run that a study trains: an arm, or one value of its grid, with one seed."""
+    """One training of a study: an arm, or one value of its grid, with one seed."""
 
     study: str
     arm: Arm
@@ -46,10 +43,7 @@ class StudyRun:
 
     @property
     def run(self) -> str:
-        """Its name: `<study>--<arm>`, for another seed than the recipe's
-        `<study>--<arm>--seed<N>`. It depends on no other seed, so that a seed that is added later
-        trains nothing again.
-        """
+        """The name of its run; an added seed changes no other's, and so trains nothing again."""
         own = self.seed == self.arm.own_seed
         return f"{self.study}--{self.arm.name}" + ("" if own else f"--seed{self.seed}")
 
@@ -62,13 +56,6 @@ class StudyRun:
     def state(self) -> RunState:
         """What run.json says; empty where there is no run."""
         return self.directory.read_state() if self.directory.exists() else RunState()
-
-    @property
-    def gpus(self) -> int:
-        """How many GPUs it takes; a launch for the CPU takes none."""
-        launch = self.arm.launch
-        on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
-        return 0 if launch.config.use_cpu or on_cpu else launch.per_machine
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -91,9 +78,7 @@ class StudyRun:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One result: a run's answers to an eval, against the run of an opponent where there is one;
-    `head_to_head` where the study asks for that opponent, not the eval.
-    """
+    """One result: a run's answers to an eval; `head_to_head` where the study names the opponent."""
 
     recipe: EvalRecipe
     run: str
@@ -187,33 +172,17 @@ def move_aside(run: RunDirectory) -> str:
     return shown_path(place)
 
 
-# ---- Tuning: the value of a grid whose training has the lowest validation loss ----
-
-
 def with_choices(study: Study) -> Study:
-    """Return the study with a value for each tuned arm whose grid is trained.
-
-    Of equal losses the value that stands first in the grid wins. A training that diverged has no
-    loss and cannot win; an arm that diverged everywhere has its losses and no value.
-    """
-
-    def tuned(arm: Arm) -> Arm:
-        losses: list[float | None] = []
-        for training in candidate_runs(study, arm):
-            if has_diverged(training):
-                losses.append(None)
-            elif is_trained(training):
-                losses.append(validation_loss(training.directory))
-            else:
-                return arm
-        finite = [loss for loss in losses if loss is not None]
-        if arm.tuning is None:
-            return arm
-        if not finite:
-            return replace(arm, tuning=replace(arm.tuning, losses=tuple(losses)))
-        return arm.tuned(arm.tuning.values[losses.index(min(finite))], losses)
-
-    return replace(study, arms=tuple(map(tuned, study.arms)))
+    """Return the study with a value for each tuned arm whose grid is trained."""
+    arms = []
+    for arm in study.arms:
+        tried = candidate_runs(study, arm)
+        if tried and all(is_trained(run) or has_diverged(run) for run in tried):
+            losses = [validation_loss(run.directory) if is_trained(run) else None for run in tried]
+            arms.append(arm.tuned(losses))
+        else:
+            arms.append(arm)
+    return replace(study, arms=tuple(arms))
 
 
 def losses_text(arm: Arm) -> str:
@@ -228,9 +197,7 @@ def losses_text(arm: Arm) -> str:
 
 
 def validation_loss(run: RunDirectory) -> float | None:
-    """Return the validation loss of the weights that a training kept: of the checkpoint it chose,
-    else of its end. None where there is no finite one.
-    """
+    """Return the validation loss of the weights that were kept: of the best step, or the end."""
     summary: Mapping[str, Any] = run.read_state().get("summary") or {}
     loss, best = summary.get("last_validation_loss"), summary.get("best_step")
     for row in read_rows(run.metrics, skip_damaged=True) if best is not None else ():
@@ -239,45 +206,26 @@ def validation_loss(run: RunDirectory) -> float | None:
     return float(loss) if loss is not None and math.isfinite(loss) else None
 
 
-# ---- The base ----
+# ---- Evaluations ----
 
 
 def base_recipe(study: Study) -> Recipe:
-    """Return the recipe that says how the base is asked: of the first arm without quantization,
-    else the first.
-    """
+    """Return the recipe that says how the base is asked: the first without quantization, if any."""
     recipes = [arm.recipe for arm in study.arms]
     return next((recipe for recipe in recipes if recipe.base_format is None), recipes[0])
 
 
 def base_run(study: Study) -> str:
-    """Return the run of the base model, asked as `base_recipe` says; empty before the base was
-    first evaluated.
-    """
+    """Return the run of the base model; empty before it was first evaluated."""
     if not study.file.include_base:
         return ""
-    recipe, newest = base_recipe(study), ("", "")
-    for file in runs_root().glob("base--*/run.json"):
-        state = object_or_none(file) or {}
-        asked = state.get("stand_in") or {}
-        same = asked.get("quantization") == recipe.quantization
-        same &= asked.get("model") == recipe.model.model_dump()
-        same &= all(asked.get("data", {}).get(key) == getattr(recipe.data, key) for key in ASKED)
-        if same and state.get("base_fingerprint") in (None, base_fingerprint(recipe)):
-            newest = max(newest, (str(state.get("created")), file.parent.name))
-    return newest[1]
-
-
-# ---- Evaluations ----
+    recipe = base_recipe(study)
+    bases = evaluated_bases(recipe.to_dict(), runs_root(), base_fingerprint(recipe))
+    return bases[-1].name if bases else ""
 
 
 def evaluations(study: Study) -> list[Evaluation]:
-    """Return every result that the study asks for; the base's are named after its run, `base` until
-    that is known.
-
-    In AlpacaEval the arms are also compared head to head: each with the study's baseline, or with
-    every other arm where the study says `pairs: all`.
-    """
+    """Return every result that the study asks for; in AlpacaEval arms also meet head to head."""
     base = base_run(study) or BASE_ARM
     runs: dict[str, dict[int, str]] = {BASE_ARM: {0: base}} if study.file.include_base else {}
     for training in study_trainings(study):
@@ -303,9 +251,7 @@ def evaluations(study: Study) -> list[Evaluation]:
 
 
 def is_evaluated(result: Evaluation) -> bool:
-    """Whether the result is there, and of the weights, questions and judge that the study has
-    now.
-    """
+    """Whether the result is there, of the weights, questions and judge that the study has now."""
     with suppress(RecipesError, OSError):  # a model that is not here
         model: str | None = _model_key(result.run)
         opponent = _model_key(result.against) if result.against else None
@@ -333,51 +279,3 @@ def missing_of(study: Study) -> list[str]:
         for result in evaluations(study)
         if not trained.get(result.run, True) or not is_evaluated(result)
     ]
-
-
-# ---- The design ----
-
-
-def design_values(study: Study) -> dict[str, Any]:
-    """Return what must not change once verdicts were seen."""
-
-    def hashed(values: Mapping[str, Any], free: Sequence[str]) -> str:
-        return hash_of({key: value for key, value in values.items() if key not in free})
-
-    return {
-        # where a job runs and how many seeds there are make no other arm
-        "arms": {arm.name: hashed(arm.resolved(), _FREE) for arm in study.arms},
-        "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
-        # what is asked and who judges, not how fast
-        "evals": {
-            recipe.name: hashed(recipe.to_dict(), ("generation", "thresholds"))
-            for recipe in study.evals
-        },
-        "base": study.file.include_base,
-        "primary": study.aims.primary,
-        "margins": {word: margin.size for word, margin in study.aims.margins.items()},
-        "pairs": study.file.pairs,
-    }
-
-
-def launched_values(study: Study) -> dict[str, Any]:
-    """Return what must not change while a job waits that evaluates and reports: all of the design
-    but the arms, which are known by their runs, and the settings of every eval.
-    """
-    design = design_values(study)
-    evals = {
-        recipe.name: hash_of(recipe.to_dict(), recipe.settings_key()) for recipe in study.evals
-    }
-    own = {"evals": evals, "factors": study.file.factors, "baseline": study.baseline}
-    return {key: design[key] for key in ("base", "primary", "margins", "pairs")} | own
-
-
-def design_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return what differs between two designs, a phrase for each."""
-    known = {key: before.get(key) for key in now}
-    changed = differences(flatten(known), flatten(dict(now)))
-    verbs = {
-        key: "added" if old is None else "removed" if new is None else "changed"
-        for key, (old, new) in changed.items()
-    }
-    return [f"{key} {verb}" for key, verb in verbs.items()]

