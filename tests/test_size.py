@@ -22,10 +22,10 @@ LINES = {
     "training": (1859, 1700),
     "weights": (1120, 900),
     "plan": (924, 750),
-    "evals": (5685, 4300),
+    "evals": (5711, 4300),
     "analysis": (3309, 3000),
-    "study": (1690, 950),
-    "slurm": (1220, 800),
+    "study": (1474, 950),
+    "slurm": (1059, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 26950, 20_000
 LARGEST_TESTS, GOAL_TESTS = 20100, 16_000
