@@ -38,28 +38,16 @@ def reply(text: str = "", **known: Any) -> Completion:
     return Completion(key="", text=text, **known)
 
 
-def bodies(request: JudgeRequest) -> list[str]:
-    """The answers as the judge sees them."""
-    return re.findall(
-        r"<<begin [0-9a-f]+>>\n(.*?)\n<<end [0-9a-f]+>>", request.prompt.user, re.DOTALL
-    )
-
-
 def says(letter: str, words: str = "Response {} is better. [RESULT] {}") -> Completion:
     return reply(words.format(letter, letter))
-
-
-def longer(request: JudgeRequest) -> Completion:
-    first, second = request.answers
-    return says("A" if len(first) >= len(second) else "B")
 
 
 def sound(request: JudgeRequest) -> Completion:
     """Prefers what people would: the answer with more distinct words before any line addressed to
     it; the first when equal.
     """
-    worth = [len(set(re.split(r"#|\n", body)[0].split())) for body in bodies(request)]
-    return says("A" if worth[0] >= worth[1] else "B")
+    first, second = (len({*text.split("\n")[0].split()}) for text in request.answers)
+    return says("A" if first >= second else "B")
 
 
 def always_a(request: JudgeRequest) -> Completion:
@@ -68,16 +56,10 @@ def always_a(request: JudgeRequest) -> Completion:
 
 def obeys_answers(request: JudgeRequest) -> Completion:
     """Follows a verdict line that stands in an answer."""
-    for body in bodies(request):
-        if found := re.search(r"\[RESULT\] ([AB])", body):
-            return says(found.group(1))
-    return sound(request)
+    found = re.search(r"\[RESULT\] ([AB])", "".join(request.answers))
+    return says(found[1]) if found else sound(request)
 
 
 def coin(seed: int) -> Callable[[JudgeRequest], Completion]:
     draw = random.Random(seed)
     return lambda request: says(draw.choice("AB"))
-
-
-def mumbles(request: JudgeRequest) -> Completion:
-    return reply("Both have their merits.")

@@ -5,24 +5,22 @@ does not fit is halved.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from recipes_lib.evals.engine import HFEngine, Request, Sampling
 
+REQUESTS = [Request(key=str(n), ids=tuple(range(5, 8 + n)), seed=n) for n in range(7)]
+
 
 @pytest.fixture
-def model_and_tokenizer(tiny_model_dir: Path) -> tuple[Any, Any]:
+def model_and_tokenizer(tiny_model_dir) -> tuple[Any, Any]:
     """The tiny model in float64, where rounding chooses no token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype="float64").eval()
     return model, AutoTokenizer.from_pretrained(tiny_model_dir)
-
-
-REQUESTS = [Request(key=str(n), ids=tuple(range(5, 8 + n)), seed=n) for n in range(7)]
 
 
 def answers(model: Any, tokenizer: Any, batch_tokens: int, **sampling: Any) -> dict[str, str]:
@@ -48,17 +46,18 @@ def test_a_batch_out_of_memory_is_halved_and_so_are_those_after_it(
 
     def limited(input_ids: Any, **options: Any) -> Any:
         sizes.append(len(input_ids))
-        if len(input_ids) > 2:
+        if len(input_ids) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return generate(input_ids=input_ids, **options)
 
     monkeypatch.setattr(model, "generate", limited)
+    most = 2
     assert answers(model, tokenizer, 10_000) == wanted
-    assert sizes[0] == 7 and sizes[1] == 3 and max(sizes[2:]) <= 2
+    assert sizes[:2] == [7, 3] and max(sizes[2:]) <= 2
     assert "out of memory" in capsys.readouterr().err
-    monkeypatch.setattr(model, "generate", lambda **_: limited(torch.zeros(3, 1)))
+    most = 0
     with pytest.raises(torch.OutOfMemoryError):
-        answers(model, tokenizer, 1)
+        answers(model, tokenizer, 10_000)
 
 
 def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(
@@ -67,5 +66,5 @@ def test_a_prompt_longer_than_the_context_is_no_answer_and_stops_nothing(
     model, tokenizer = model_and_tokenizer
     long = Request(key="long", ids=(5,) * model.config.max_position_embeddings)
     engine = HFEngine(lambda: nullcontext(model), tokenizer, "f")
-    done = {each.key: each for each in engine.complete([long, REQUESTS[0]], Sampling())}
-    assert done["long"].finish_reason == "prompt_too_long" and done["0"].text
+    first, second = engine.complete([REQUESTS[0], long], Sampling())
+    assert first.finish_reason == "prompt_too_long" and second.text

@@ -9,10 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from tests.evals.fake_judges import FakeJudge, longer, reply
+from tests.evals.fake_judges import FakeJudge, reply, sound
 from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 
 from recipes_lib.core.errors import EnvironmentFault
@@ -39,13 +41,13 @@ def pairs(number: int) -> list[Item]:
 
 
 def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None:
-    judge, store = FakeJudge(longer), Store(tmp_path / "j.jsonl")
+    judge, store = FakeJudge(sound), Store(tmp_path / "j.jsonl")
     rows = ask(pairs(10), judge, store)
     assert len(rows) == len(store) == len(judge.asked) == 20
     assert {(row["question_id"], row["order"]) for row in rows} == {
         (str(n), order) for n in range(10) for order in ("AB", "BA")
     }
-    again = FakeJudge(longer)
+    again = FakeJudge(sound)
     assert ask(pairs(10), again, Store(store.path)) == rows and not again.asked
     assert {sample.outcome for sample in pair_samples(store)} == {"win"}
     answers = [each.answers for each in build_requests([Item("q", "x", "ours", "other")], judge)]
@@ -55,16 +57,12 @@ def test_each_pair_is_asked_in_both_orders_and_only_once(tmp_path: Path) -> None
 def test_another_judge_prompt_or_answer_is_another_judgment() -> None:
     def keys(item: Item, rubric: str = "helpfulness", fingerprint: str = "j") -> set[str]:
         path = str(PROJECT / f"evals/rubrics/{rubric}.txt")
-        judge = FakeJudge(longer, fingerprint=fingerprint, rubric=path)
+        judge = FakeJudge(sound, fingerprint=fingerprint, rubric=path)
         return {request.row["key"] for request in build_requests([item], judge)}
 
     item = Item("q", "x", "a", "b")
-    changed = [
-        keys(item, fingerprint="k"),
-        keys(item, rubric="correctness"),
-        keys(Item("q", "x", "a", "c")),
-        keys(Item("q", "x", "a", "b", reference="r")),
-    ]
+    changed = [keys(item, fingerprint="k"), keys(item, rubric="correctness")]
+    changed += [keys(replace(item, opponent="c")), keys(replace(item, reference="r"))]
     assert not any(keys(item) & other for other in changed)
 
 
@@ -72,7 +70,7 @@ def test_empty_and_identical_answers_are_decided_without_the_judge(tmp_path: Pat
     def count_tokens(text: str) -> int:
         raise AssertionError("a prompt that is not sent was counted")
 
-    judge, store = FakeJudge(longer, count_tokens), Store(tmp_path / "j.jsonl")
+    judge, store = FakeJudge(sound, count_tokens), Store(tmp_path / "j.jsonl")
     answers = [(" \n", "b"), ("a", ""), ("", ""), ("é", "é ")]
     ask([Item(str(n), "x", *both) for n, both in enumerate(answers)], judge, store)
     assert not judge.asked and len(store) == 2 * len(answers)
@@ -115,7 +113,7 @@ def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) ->
         store = Store(tmp_path / f"{number}.jsonl")
         rows = ask(pairs(1), FakeJudge(lambda request, given=given: given), store)
         assert {(row["status"], row["value"]) for row in rows} == {(status, None)}, given
-    judge = FakeJudge(longer, lambda text: len(text.split()), max_context_tokens=570)
+    judge = FakeJudge(sound, lambda text: len(text.split()), max_context_tokens=570)
     rows = ask(pairs(2), judge, Store(tmp_path / "long.jsonl"))
     assert not judge.asked and {row["status"] for row in rows} == {"truncated"}
     tokens = {" 4": 0.2, "4": 0.1, "2": 0.25, "x": 0.45}
@@ -141,7 +139,7 @@ def test_what_failed_is_missing_and_the_same_command_asks_it(tmp_path: Path) -> 
     for number, (given, num_stored, words) in enumerate(cases):
         path, calls = tmp_path / f"{number}.jsonl", itertools.count()
         judge = FakeJudge(
-            lambda request, given=given, calls=calls: given(next(calls), longer(request)),
+            lambda request, given=given, calls=calls: given(next(calls), sound(request)),
             max_consecutive_failures=20 if num_stored == 0 else 3,
         )
         error = EvaluationIncomplete if words else ZeroDivisionError
@@ -149,7 +147,7 @@ def test_what_failed_is_missing_and_the_same_command_asks_it(tmp_path: Path) -> 
             ask(pairs(8), judge, Store(path))
         assert getattr(caught.value, "exit_code", 6) == 6
         assert len(Store(path)) == num_stored
-        rest = FakeJudge(longer)
+        rest = FakeJudge(sound)
         ask(pairs(8), rest, Store(path))
         assert len(rest.asked) == 16 - num_stored
 
@@ -199,32 +197,20 @@ def test_every_way_to_ask_is_part_of_the_fingerprint_and_nonsense_has_no_verdict
     assert len(prints) == 6
 
 
-def test_long_answers_are_cut_to_the_judges_context(judge_file, tmp_path):
-    long = [Item("1", "Tell a story.", "word " * 4000, "tale " * 4000)]
-    with opened(judge_file(max_context_tokens=3000)) as judge:
-        rows = ask(long, judge, Store(tmp_path / "j.jsonl"))
-        request = next(build_requests(long, judge))
-        assert judge.count_tokens(request.prompt.instruct_text()) <= 3000
-    assert all(row["cut"] and row["status"] == "ok" for row in rows)
-
-
 def test_verdicts_are_told_apart_by_one_token_or_refused():
-    class Letters:
-        def encode(self, text, add_special_tokens=False):
-            return [ord(char) for char in text]
+    def letters(text, **_):
+        return [ord(char) for char in text]
 
-    class SomeMerge(Letters):
+    def some_merge(text, **_):
         """The space merges with 1 alone."""
+        return [*letters(text)[:-2], 1000] if text.endswith(" 1") else letters(text)
 
-        def encode(self, text, add_special_tokens=False):
-            ids = super().encode(text)
-            return [*ids[:-2], 1000] if text.endswith(" 1") else ids
-
-    spaced, bare = [ord(char) for char in "[R] "], [ord(char) for char in "[R]"]
-    assert verdict_tokens(Letters(), "[R]", ("1", "2")) == (spaced, {"1": 49, "2": 50})
-    assert verdict_tokens(SomeMerge(), "[R]", ("1", "2")) == (bare, {"1": 1000, "2": 32})
+    for encode, lead_in, one in ((letters, "[R] ", 49), (some_merge, "[R]", 1000)):
+        tokens = {"1": one, "2": 50 if one == 49 else 32}
+        found = verdict_tokens(SimpleNamespace(encode=encode), "[R]", ("1", "2"))
+        assert found == (letters(lead_in), tokens)
     with pytest.raises(EnvironmentFault, match="no single token for each"):
-        verdict_tokens(Letters(), "[R]", ("4", "45", "5"))
+        verdict_tokens(SimpleNamespace(encode=letters), "[R]", ("4", "45", "5"))
 
 
 # ---- behind an address ----
@@ -256,16 +242,14 @@ def test_a_served_judge_is_asked_in_both_orders_in_every_mode_and_style(judge_fi
 def test_only_a_judge_on_this_machine_takes_the_address_of_one_that_was_started_for_it(
     judge_file, tmp_path, monkeypatch
 ):
+    store = Store(tmp_path / "a.jsonl")
     with FaultyServer(answer="Both fine. [RESULT] A") as server:
         monkeypatch.setenv("RECIPES_JUDGE_URL", server.url)
-        with opened(served(judge_file, "http://localhost:1/v1")) as judge:
-            assert len(ask(PAIRS, judge, Store(tmp_path / "a.jsonl"))) == 6
         elsewhere = served(judge_file, "http://judge.invalid/v1", max_retries=0)
-        with (
-            opened(elsewhere) as judge,
-            pytest.raises(EvaluationIncomplete, match=r"judge\.invalid"),
-        ):
-            ask(PAIRS, judge, Store(tmp_path / "b.jsonl"))
+        with opened(elsewhere) as judge, pytest.raises(EvaluationIncomplete, match="invalid"):
+            ask(PAIRS, judge, store)
+        with opened(served(judge_file, "http://localhost:1/v1")) as judge:
+            assert len(ask(PAIRS, judge, store)) == 6
 
 
 def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_path):
@@ -283,13 +267,11 @@ def test_a_template_without_a_system_role_is_named_with_its_key(judge_file, tmp_
         return "400" if server.bodies[number - 1]["messages"][0]["role"] == "system" else None
 
     with FaultyServer(answer="Both fine. [RESULT] A", faults=faults) as server:
-        for keys in ({}, {"system_role": False}):
-            with opened(served(judge_file, server.url, **keys)) as judge:
-                if keys:
-                    assert len(ask(PAIRS, judge, store)) == 6
-                    continue
-                with pytest.raises(EvaluationIncomplete, match="system_role"):
-                    ask(PAIRS, judge, store)
+        refused = pytest.raises(EvaluationIncomplete, match="system_role")
+        with opened(served(judge_file, server.url)) as judge, refused:
+            ask(PAIRS, judge, store)
+        with opened(served(judge_file, server.url, system_role=False)) as judge:
+            assert len(ask(PAIRS, judge, store)) == 6
 
 
 # ---- faults and deaths ----

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from recipes_lib.evals.questions import TEMPERATURES, Question, read_answer_file
 from recipes_lib.evals.recipe import EvalRecipe
 
 Place = tuple[str, int, int]  # question, turn, and which of several answers: its draw
+_Asked = tuple[Row, Request]
 
 
 @dataclass
@@ -85,7 +86,7 @@ def answer_all(
         store = Store(model.folder(recipe.name) / "generations.jsonl")
         # a later turn shows the answers to the earlier ones
         for turn in range(1, max(len(question.turns) for question in questions) + 1):
-            requests: dict[Sampling, dict[Place, Request]] = defaultdict(dict)
+            wanted: dict[Sampling, dict[str, _Asked]] = defaultdict(dict)
             for draw, question in product(range(1, section.samples + 1), questions):
                 if len(question.turns) < turn:
                     continue
@@ -98,12 +99,14 @@ def answer_all(
                     messages.append({"role": "user", "content": said})
                     messages.append({"role": "assistant", "content": answer})
                 messages.append({"role": "user", "content": question.turns[turn - 1]})
-                place = (question.id, turn, draw)
-                requests[own][place] = _request(place, messages, own, model, engine)
-            for own, wanted in requests.items():
-                _ask(store, wanted, own, model, engine)
-                for place, request in wanted.items():
-                    row = store.get(request.key) or {}
+                asked = _request((question.id, turn, draw), messages, own, model, engine)
+                wanted[own][asked[1].key] = asked
+            for own, requests in wanted.items():
+                complete = partial(_complete, engine, own)
+                ask_missing(store, requests, complete, _row, "answer", model.name)
+                for row in map(store.get, requests):
+                    assert row is not None
+                    place = row["question_id"], row["turn"], row["draw"]
                     texts[place] = row["answer"]
                     if row["finish_reason"] != "stop":
                         cut.add(place)
@@ -117,7 +120,8 @@ def answer_all(
 
 def _request(
     place: Place, messages: Sequence[Message], sampling: Sampling, model: Model, engine: Engine
-) -> Request:
+) -> _Asked:
+    """A request with what is stored of it."""
     question, turn, draw = place
     text, ids = model.prompts.render(messages)
     further = (draw,) if draw > 1 else ()  # the first is that of a recipe without draws
@@ -125,37 +129,25 @@ def _request(
     asked = (question, turn, *further, prompt, sampling.to_dict())
     key = hash_of(*asked, engine.fingerprint, model.prompts.hash)
     seed = int(hash_of(sampling.seed, question, turn, *further)[:15], 16)
-    return Request(key=key, prompt=text, ids=ids, messages=tuple(messages), seed=seed)
+    row = {
+        "key": key,
+        "question_id": question,
+        "turn": turn,
+        "draw": draw,
+        "seed": seed if sampling.temperature else None,
+        "decoding": sampling.to_dict(),
+        "model": engine.fingerprint,
+        "prompt_format_hash": model.prompts.hash,
+    }
+    return row, Request(key=key, prompt=text, ids=ids, messages=tuple(messages), seed=seed)
 
 
-def _ask(
-    store: Store,
-    requests: Mapping[Place, Request],
-    sampling: Sampling,
-    model: Model,
-    engine: Engine,
-) -> None:
-    places = {request.key: place for place, request in requests.items()}
+def _complete(engine: Engine, sampling: Sampling, asked: list[_Asked]) -> Generator[Completion]:
+    return engine.complete([request for _, request in asked], sampling)
 
-    def row(request: Request, reply: Completion) -> Row:
-        question, turn, draw = places[reply.key]
-        return {
-            "key": reply.key,
-            "question_id": question,
-            "turn": turn,
-            "draw": draw,
-            "answer": reply.text,
-            "finish_reason": reply.finish_reason,
-            "seed": request.seed if sampling.temperature else None,
-            "decoding": sampling.to_dict(),
-            "model": engine.fingerprint,
-            "prompt_format_hash": model.prompts.hash,
-        }
 
-    by_key = {request.key: request for request in requests.values()}
-    ask_missing(
-        store, by_key, lambda asked: engine.complete(asked, sampling), row, "answer", model.name
-    )
+def _row(asked: _Asked, reply: Completion) -> Row:
+    return asked[0] | {"answer": reply.text, "finish_reason": reply.finish_reason}
 
 
 def reference_answers(questions: Sequence[Question]) -> Answers:

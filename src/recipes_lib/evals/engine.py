@@ -44,9 +44,7 @@ class EvaluationIncomplete(RecipesError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; above 0 each request draws with its own seed.
-    None leaves the temperature to the server.
-    """
+    """How tokens are chosen: at temperature 0 greedily; None leaves that to the server."""
 
     max_new_tokens: int = 512
     temperature: float | None = 0.0
@@ -154,7 +152,6 @@ class HFEngine:
 
     Args:
         using: gives a context with the model in eval mode, the wanted adapter active.
-        tokenizer: its tokenizer.
         fingerprint: hash that changes whenever a prompt could get another greedy answer.
         batch_tokens: padded tokens, prompt and answer, per batch to begin with.
     """
@@ -298,9 +295,7 @@ def _next_logits(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Ten
 
 
 class _SeededSampling:
-    """A logits processor after which the largest entry is a sample of the distribution, drawn from
-    each row's own generator.
-    """
+    """A logits processor after which the largest entry is a sample, of each row's own generator."""
 
     def __init__(self, seeds: Sequence[int], device: Any) -> None:
         import torch

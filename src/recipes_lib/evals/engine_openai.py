@@ -130,20 +130,22 @@ class OpenAIEngine:
             return self._read(request, reply)
         except self._openai.APIStatusError as error:
             body, status = error.body, error.status_code
-            reason = body.get("message") if isinstance(body, dict) else body
+            reason = body.get("message", body) if isinstance(body, dict) else body
             reason = " ".join(str(reason or error.message)[:3000].split())
             said = f"{status}: {valid_texts(reason)[:300]}"
             if status in (400, 404, 405, 422):
                 if request.ids or self.logprobs:
                     said += f"; {_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS}"
-                elif any(message["role"] == "system" for message in request.messages):
-                    said += "; without a system role (Gemma 2): judge.system_role: false"
+                elif status != 404 and any(each["role"] == "system" for each in request.messages):
+                    said += "; if the model has no system role (Gemma 2): judge.system_role: false"
             if status in (401, 403, 404):
                 what = f"{self.server.address} answered {said}"
                 raise EvaluationIncomplete(what, "check base_url, model and key") from None
             refused = status < 500 and status not in (408, 409, 429)
             return Completion(key=request.key, error=said, refused=refused)
-        except (self._openai.OpenAIError, OSError) as error:
+        except TimeoutError:
+            return Completion(key=request.key, error="no whole reply in time")
+        except self._openai.OpenAIError as error:
             return Completion(key=request.key, error=one_line(error))
         except _UNREADABLE as error:
             said = f"the reply cannot be read: {valid_texts(one_line(error))}"
@@ -151,9 +153,7 @@ class OpenAIEngine:
             return Completion(key=request.key, error=said)
 
     async def _send(self, client: openai.AsyncOpenAI, request: Request, sampling: Sampling) -> Any:
-        """Send token ids or text where the prompt is rendered here, messages where the server
-        renders it.
-        """
+        """Send what is rendered here as token ids or text, else messages."""
         settings: dict[str, Any] = {"model": self.model}
         extra = dict(self.server.extra_body)
         limit = 1 if self.logprobs else sampling.max_new_tokens
@@ -216,14 +216,13 @@ def _key_of(server: ServerSection) -> str:
     name = server.api_key_variable
     value = os.environ.get(name, "").strip() if name else "none"
     if not (value and value.isascii() and value.isprintable()):
-        what = f"the environment variable {name} is not set, or holds what no key can"
+        what = f"the environment variable {name} is not set, or holds no key"
         raise EnvironmentFault(what, f"export {name}=...")
     return remember_secret(value)  # a server may send it back in an error
 
 
 def is_version_of(answered: str, asked: str) -> bool:
-    """Return whether a reply's model is the one that was asked: its name, with or without owner, or
-    a dated or tagged version of it.
+    """Return whether a reply's model is the one that was asked, or a dated or tagged version.
 
     Example:
         >>> is_version_of("gpt-4o-2024-08-06", "gpt-4o"), is_version_of("other", "judge")

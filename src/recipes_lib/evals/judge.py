@@ -246,9 +246,8 @@ class Judge:
         )
 
     def count_tokens(self, text: str) -> int:
-        """Return the tokens of a text, or a careful guess where the tokenizer is only on the
-        server, which would refuse a prompt that is too long: three ASCII characters to a token,
-        and a token per byte of other scripts.
+        """Return the tokens of a text, or where only the server has the tokenizer a careful guess:
+        three ASCII characters to a token, and a token per byte of other scripts.
         """
         if self.tokenizer is not None:
             return len(self.tokenizer.encode(text))
