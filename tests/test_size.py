@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1795, 1500),
     "core": (1134, 800),
-    "config": (2990, 1900),
+    "config": (2621, 1900),
     "models": (629, 450),
     "data": (2330, 1650),
     "training": (1859, 1700),

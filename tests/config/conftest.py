@@ -1,6 +1,4 @@
-"""A minimal recipe that passes every check, written into a fresh working directory, whole or with
-lines added to a section.
-"""
+"""A minimal recipe that passes every check, whole or with a line added to a section."""
 
 from __future__ import annotations
 
@@ -22,19 +20,9 @@ train:
 """
 
 
-def good_with(section: str, line: str) -> str:
-    """Return the good recipe with `line` added to a section (on top of it), or at the end for a
-    section it lacks.
-    """
-    head = f"{section}:\n"
-    return GOOD.replace(head, f"{head}  {line}\n") if head in GOOD else f"{GOOD}{head}  {line}\n"
-
-
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Write a file into the working directory, beside the rows that the good recipe names, and
-    return its name, as a user would type it.
-    """
+    """Write a file into the working directory, beside the good recipe's rows; return its name."""
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text('{"instruction": "a", "response": "b"}\n', encoding="utf-8")
 
@@ -49,5 +37,11 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
 @pytest.fixture
 def write_with(write: Callable[..., Path]) -> Callable[..., Path]:
-    """Write the good recipe with a line added to a section."""
-    return lambda section, line, name="r.yaml": write(good_with(section, line), name)
+    """Write the good recipe with a line on top of a section, or in one that it lacks."""
+
+    def write_recipe(section: str, line: str) -> Path:
+        head = f"{section}:\n"
+        more = f"{head}  {line}\n"
+        return write(GOOD.replace(head, more) if head in GOOD else f"{GOOD}{more}")
+
+    return write_recipe

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from recipes_lib.cli import main
@@ -14,12 +13,14 @@ from recipes_lib.cli import main
 LINES = {"model": 2, "data": 4, "lora": 6, "train": 8, "run": 10}
 BAD_LINES = [
     ("train", "learning_rte: 1e-4", "did you mean train.learning_rate?"),
-    ("train", "learning-rate: 1e-4", "did you mean train.learning_rate?"),
     ("train", "lr: 1e-4", "write train.learning_rate"),
+    ("train", "epochs: 3", "did you mean train.num_train_epochs?"),
+    ("train", "batch_size: 8", "did you mean train.per_device_train_batch_size?"),
+    ("train", "push_to_hub: true", "recipes export RUN --push-to-hub OWNER/NAME"),
+    ("lora", "alpha: 16", "did you mean lora.lora_alpha?"),
     ("train", "max_seq_length: 512", "train.max_length TRL 1 recipes migrate"),
     ("model", "torch_dtype: bfloat16", "model.dtype transformers 5"),
     ("train", "warmup_ratio: 0.03", "train.warmup_steps fraction"),
-    ("train", "overwrite_output_dir: true", "never overwritten run.name"),
     ("train", "gradient_checkpointing: true", "train.activation_checkpointing"),
     ("train", "group_by_length: true", "train.train_sampling_strategy"),
     ("train", "output_dir: x", "run.name"),
@@ -28,17 +29,16 @@ BAD_LINES = [
     ("train", "learning_rate: fast", "train.learning_rate number fast"),
     ("train", "learning_rate: '1e-4'", "number remove the quotes: 1e-4"),
     ("train", "max_steps: '100'", "train.max_steps -1 remove the quotes: 100"),
-    ("train", "learning_rate: [1, 2]", "number [1, 2]"),
-    ("run", "tags: a", "valid list write a list: tags: [a, b]"),
-    ("model", "kwargs: a", "valid dictionary write a mapping: kwargs: {key: value}"),
+    ("run", "tags: a", "valid list"),
+    ("model", "kwargs: a", "a mapping {key: value}"),
     ("train", "learning_rate:", "number null"),
     ("train", "learning_rate: .nan", "finite .nan"),
-    ("train", "learning_rate: .inf", "finite .inf"),
     ("train", "learning_rate: -1e-4", "greater than 0 -0.0001"),
+    ("train", "learning_rate: 1e38", "train.learning_rate less than or equal to 1000000"),
+    ("train", "weight_decay: -0.1", "train.weight_decay greater than or equal to 0"),
+    ("train", "adam_beta2: 1", "train.adam_beta2 less than 1"),
     ("train", "max_length: 1024.0", "integer 1024.0"),
-    ("train", "max_length: -5", "equal to 1 -5"),
     ("train", f"max_length: {'9' * 5000}", "train.max_length integer"),
-    ("train", "packing: 7", "train.packing boolean 7"),
     ("train", "packing: yes", "train.packing boolean 'yes'"),
     ("train", "num_train_epochs: true", "train.num_train_epochs number true"),
     ("train", "per_device_train_batch_size: 0", "equal to 1 0"),
@@ -47,19 +47,15 @@ BAD_LINES = [
     ("lora", "target_modules: [lm_head]", "lm_head remove"),
     ("train", "lr_scheduler_type: cosin", "did you mean cosine?"),
     ("train", "optim: adamw_torchh", "did you mean adamw_torch? recipes explain train.optim"),
-    ("train", "report_to: wnadb", "did you mean wandb?"),
-    ("train", "report_to: null", "null"),
     ("train", "logging_nan_inf_filter: true", "False"),
     ("train", "train_sampling_strategy: batch_rebalance", "group_by_length"),
     ("model", "dtype: bf16", "model.dtype bfloat16"),
-    ("model", "kwargs: {torch_dtype: bfloat16}", "model.kwargs.torch_dtype write model.dtype"),
-    ("model", "kwargs: {device_map: auto}", "model.kwargs.device_map launcher"),
+    ("model", "kwargs: {torch_dtype: bfloat16}", "model.kwargs.torch_dtype recipes explain model"),
     ("train", "activation_checkpointing_kwargs: {use_reentrnt: true}", "use_reentrant?"),
     ("train", "accelerator_config: {split_batches: true}", "split_batches"),
     ("train", "output: !!python/object/apply:os.system [ls]", "tags are not allowed"),
     ("data", "revision: ${REVISION}", "data.revision no interpolation"),
     ("data", "split: {validation: 0.6, test: 0.5}", "no training rows 1.1"),
-    ("data", "columns: {instrction: x}", "data.columns"),
     ("train", "hub_token: abc", "train.hub_token secret"),
     ("run", "notes: use hf_abcdefghijklmnopqrstuvwx", "run.notes secret"),
     ("run", "tags: []  # hf_abcdefghijklmnopqrstuvwx", "secret"),
@@ -69,7 +65,11 @@ GOOD = "model:\n  name_or_path: a/b\ndata:\n  source: rows.jsonl\n"
 HALF = "lora: {r: 8}\nquantization: {load_in_4bit: true}\ntrain: {fp16: true, bf16: false}\n"
 EIGHT = "quantization:\n  load_in_8bit: true\n"
 WRAPPED = "train: {packing: true, packing_strategy: wrapped}\n"
+BOTH = "lora: {r: 8}\nquantization:\n  load_in_8bit: true\n  load_in_4bit: true\n"
 SELECTIVE = "train: {activation_checkpointing_kwargs: {selective: true}}\n"
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{key}: &{key} [{', '.join([f'*{before}'] * 10)}]\n" for before, key in ("ab", "bc", "cd")
+)
 NONE_OUT = "  split: {method: none}\ntrain: {eval_strategy: epoch}\n"
 # (content, line or None, words)
 BAD_FILES = [
@@ -77,6 +77,7 @@ BAD_FILES = [
     (GOOD + "lora:\n\tr: 8\n", 6, "a tab indent with spaces"),
     (GOOD + f"train: {{seed: {2**32}}}\n", 5, "train.seed less than 4294967296"),
     (GOOD + EIGHT, 5, "adapter add a lora section"),
+    (GOOD + BOTH, 7, "load_in_8bit load_in_4bit is true as well one of the two to false"),
     (GOOD + NONE_OUT, 6, "train.eval_strategy no validation rows"),
     (GOOD + "lora: {r: 8}\nquantization: {}\n", 6, "turns nothing on"),
     (GOOD.replace("rows.jsonl", "[]"), 4, "data.source string or a list of at least 1 item, got"),
@@ -86,19 +87,15 @@ BAD_FILES = [
     (GOOD + SELECTIVE, 5, "selective needs train.activation_checkpointing: true"),
     (GOOD + "run: {global_batch_size: 10}\n", 5, "10 / (8 per device x 1 processes = 8) 8 or 16"),
     (GOOD + "launch: {gpus: 4}\n", 5, "single_gpu starts one process, but 4"),
-    (GOOD + "launch: {accelerate: dpp}\n", 5, "did you mean ddp?"),
-    (GOOD + "run: text\n", 5, "section 'run' must be a mapping"),
+    (GOOD + "launch: {accelerate: dpp}\nrun: {global_batch_size: 3}\n", 5, "1 error mean ddp?"),
     (GOOD + "train:\n", 5, "section 'train' must be a mapping"),
     (GOOD.replace("a/b", "./models/nowhere"), 2, "no such folder: ./models/nowhere"),
-    (GOOD.replace("a/b", "weights.gguf"), 2, "GGUF"),
     (GOOD.replace("a/b", "a b"), 2, "cannot be a name on the Hub"),
     ("data: {source: rows.jsonl}\n", None, "model is missing"),
-    ("train:\n\tseed: 1\n", 2, "YAML"),
-    ("train:\n   seed: 1\n  bf16: true\n", 3, "YAML"),
+    (BOMB, 1, "aliases expand to more than 10,000 values"),
     ('run:\n  notes: "open\n', 3, "quoted begins on line 2"),
     ("lora: {r: 8\n", 2, "'}' begins on line 1"),
     ("", None, "is empty"),
-    ("# only a comment\n", None, "is empty"),
     ("- a\n- b\n", None, "holds no mapping"),
     (codecs.BOM_UTF16_LE + GOOD.encode("utf-16-le"), 1, "UTF-8"),
     (GOOD.encode() + b"run:\n  notes: a\0b\n", None, "control characters"),
@@ -136,25 +133,17 @@ def test_a_bad_file_is_answered_at_its_line(write, capsys):
 
 def test_all_errors_come_at_once_in_the_order_of_lines(write, capsys):
     path = write(
-        GOOD + "train:\n  learning_rte: 1\n  seed: 1\n  seed: 2\n  max_length: 0\n  ? [a]\n  : 1\n"
-        "  bf16: nein\n"
+        GOOD.replace("rows", "nowhere")
+        + "train:\n  learning_rte: 1\n  seed: 1\n  seed: 2\n  max_length: 0\n  ? [a]\n  : 1\n"
+        "  bf16: nein\nlora: {r: 0}\nquantization: {}\n"
     )
     for verb in ("check", "show", "plan"):
         assert main([verb, str(path)]) == 2
         said = capsys.readouterr().err
         places = [line.split(": ")[0] for line in said.splitlines() if line.startswith("r.yaml")]
-        assert places == [f"r.yaml:{number}" for number in (6, 8, 9, 10, 12)]
+        lines = (4, 6, 8, 9, 10, 12, 13, 14)[verb != "check" :]  # others read no rows
+        assert places == [f"r.yaml:{line}" for line in lines]
         assert "duplicate key 'train.seed': lines 7 and 8" in said
-
-
-def test_five_kinds_of_mistakes_are_five_lines(write, capsys):
-    text = GOOD.replace("rows.jsonl", "nowhere.jsonl")
-    lines = ("learning_rte: 1", "packing: 7", "seed: 1", "seed: 2", "max_seq_length: 5")
-    path = write(text + "train:\n" + "".join(f"  {line}\n" for line in lines))
-    assert main(["check", str(path)]) == 2
-    said = capsys.readouterr().err
-    places = [line.split(": ")[0] for line in said.splitlines() if line.startswith("r.yaml")]
-    assert places == [f"r.yaml:{number}" for number in (4, 6, 7, 9, 10)], said
 
 
 def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, capsys):
@@ -166,6 +155,10 @@ def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, capsys)
     write("train: {seed: 1}\n", "_b.yaml")
     assert main(["show", path, "train.sed=1"]) == 2
     assert "command line: unknown key 'train.sed'" in capsys.readouterr().err
+    for word in ("run.notes='open", "lora={r: 8", "train.optim_args={a: 1, a: 2}", "run.tags=[a"):
+        assert main(["show", path, word]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("command line: ") and " line " not in said and "None" not in said
     assert main(["check", "_b.yaml"]) == 0  # a base needs no model
 
 
@@ -194,16 +187,12 @@ def test_missing_files_and_short_names_name_similar_ones(write, capsys, tmp_path
     assert main(["check", "quickstart/lora-r8"]) == 0
 
 
-def test_a_name_is_not_similar_for_its_folder_and_ending(write, capsys):
-    folder = write(GOOD, "my-a.yaml").parent
-    path = str(write(GOOD.replace("rows.jsonl", "nope.jsonl")))
-    for name in (str(folder.resolve() / "../" / folder.name / "nope.yaml"), path):
-        assert main(["check", name]) in (2, 4)
+def test_a_missing_file_of_rows_names_one_of_a_similar_name_not_one_of_its_folder(write, capsys):
+    for name, near in (("row.jsonl", "did you mean rows.jsonl?"), ("nope.jsonl", "")):
+        path = str(write(GOOD.replace("rows.jsonl", name)))
+        assert main(["check", path]) == 4
         said = capsys.readouterr().err
-        assert "no such file" in said and "did you mean" not in said
-    path = str(write(GOOD.replace("rows.jsonl", "row.jsonl")))
-    assert main(["check", path]) == 4
-    assert "did you mean rows.jsonl?" in capsys.readouterr().err
+        assert "no such file" in said and near in said and ("did you mean" in said) is bool(near)
 
 
 def test_rows_given_as_a_yaml_file_are_called_rows(write, capsys):
@@ -246,15 +235,6 @@ def test_what_upstream_takes_is_taken(write_with, capsys):
         if main(["check", str(write_with(section, line))]):
             wrong.append((line, capsys.readouterr().err))
     assert not wrong
-
-
-def test_a_rank_that_changes_the_scaling_is_a_warning_with_the_way_to_keep_it(
-    write: Callable[..., Path], capsys
-):
-    write("lora: {r: 8, lora_alpha: 16}\n", "_b.yaml")
-    write("extends: _b.yaml\n" + GOOD + "lora: {r: 32}\n")
-    assert main(["check", "r.yaml"]) == 0
-    assert "lora.lora_alpha=64" in capsys.readouterr().err
 
 
 def test_an_unreadable_file_is_one_line(write, capsys, monkeypatch):

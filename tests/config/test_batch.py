@@ -22,35 +22,29 @@ def test_the_solution_is_exact_or_refused(batch, per_device, world_size):
 
 def test_a_batch_that_does_not_divide_shows_arithmetic_and_legal_values():
     for arguments, words in (
-        ((64, 5, 1), ["64 / (5 per device x 1 processes = 5) = 12.8", "60 or 65"]),
-        (
-            (8, 8, 2),
-            ["set run.global_batch_size to 16"],
-        ),
+        ((64, 5, 1), "64 / (5 per device x 1 processes = 5) = 12.8, 60 or 65"),
+        ((8, 8, 2), "set run.global_batch_size to 16"),
     ):
         with pytest.raises(RecipeError) as caught:
             solve_batch(*arguments)
-        assert not [word for word in words if word not in str(caught.value)]
+        assert not [word for word in words.split(", ") if word not in str(caught.value)]
 
 
-@pytest.mark.parametrize(
-    ("rows", "accumulation", "epochs"), [(305, 1, 1), (305, 4, 1.5), (64, 8, 1)]
-)
-def test_steps_are_what_the_trainer_plans(rows, accumulation, epochs, tmp_path):
+def test_steps_are_what_the_trainer_plans(tmp_path):
     import torch
     from transformers import Trainer, TrainingArguments
 
-    args = TrainingArguments(
-        str(tmp_path),
-        use_cpu=True,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=epochs,
-        report_to="none",
-        dataloader_drop_last=True,
-    )
-    trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=[{"x": 0}] * rows)
-    loader = trainer.get_train_dataloader()
-    _, planned, *_, max_steps = trainer.set_initial_training_values(args, loader)
-    shape = {"per_device": 4, "accumulation": accumulation, "world_size": 1}
-    assert planned_steps(rows, **shape, epochs=epochs) == (planned, max_steps)
+    options = {"use_cpu": True, "report_to": "none", "dataloader_drop_last": True}
+    for rows, accumulation, epochs in ((305, 1, 1), (305, 4, 1.5), (64, 8, 1)):
+        args = TrainingArguments(
+            str(tmp_path),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=accumulation,
+            num_train_epochs=epochs,
+            **options,
+        )
+        trainer = Trainer(torch.nn.Linear(1, 1), args, train_dataset=[{"x": 0}] * rows)
+        loader = trainer.get_train_dataloader()
+        _, planned, *_, max_steps = trainer.set_initial_training_values(args, loader)
+        shape = {"per_device": 4, "accumulation": accumulation, "world_size": 1}
+        assert planned_steps(rows, **shape, epochs=epochs) == (planned, max_steps)

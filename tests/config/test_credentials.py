@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
 
 from recipes_lib.cli import main
 from recipes_lib.core.errors import DataError, print_error
@@ -56,11 +55,8 @@ def test_a_secret_is_found_and_shown_as_stars_and_other_text_stays_as_it_is() ->
 
 
 def test_records_and_commands_show_stars() -> None:
-    assert masked({"a": ["x", "http://u:PLANTED@h/"], "api_key": "PLANTED", "n": 3}) == {
-        "a": ["x", "http://***@h/"],
-        "api_key": "***",
-        "n": 3,
-    }
+    record = {"a": ["x", "http://u:PLANTED@h/"], "api_key": "PLANTED", "n": 3}
+    assert masked(record) == {"a": ["x", "http://***@h/"], "api_key": "***", "n": 3}
     secret = [
         "--hub-token",
         "PLANTED",
@@ -88,21 +84,22 @@ def test_values_of_secret_variables_and_known_keys_are_masked_whatever_their_for
     assert str(DataError("the server echoed zyx-unknown-form")) == "the server echoed ***"
 
 
-@pytest.mark.parametrize(
-    "url", ["http://u:PLANTED@127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1?key=PLANTED"]
-)
 def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(
-    url: str, tmp_path, capsys: pytest.CaptureFixture[str]
+    tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge, recipe = tmp_path / "judge.yaml", tmp_path / "eval.yaml"
-    judge.write_text(yaml.safe_dump({"judge": {"model": "m", "engine": "openai", "base_url": url}}))
     head = "suite: {name: alpaca_eval}\ndata: {questions: q.json}\n"
-    recipe.write_text(f"{head}judge: {{file: judge.yaml}}\n")
     (tmp_path / "q.json").write_text("[]")
-    for command in (["check", str(judge)], ["eval", str(recipe), "x"], ["check", str(recipe)]):
-        assert main(command) == 2
-        out, err = capsys.readouterr()
-        assert "judge.base_url' looks like a secret" in err and "PLANTED" not in out + err
-    recipe.write_text(f"{head}judge: {{model: m, engine: openai, base_url: '{url}'}}\n")
-    assert main(["eval", str(recipe), "x"]) == 2
-    assert "PLANTED" not in capsys.readouterr().err
+    for url in ("http://u:PLANTED@127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1?key=PLANTED"):
+        section = f"{{model: m, engine: openai, base_url: '{url}'}}\n"
+        judge.write_text(f"judge: {section}")
+        for form in ("{file: judge.yaml}\n", section):
+            recipe.write_text(f"{head}judge: {form}")
+            for command in (
+                ["check", str(judge)],
+                ["eval", str(recipe), "x"],
+                ["check", str(recipe)],
+            ):
+                assert main(command) == 2
+                out, err = capsys.readouterr()
+                assert "judge.base_url' looks like a secret" in err and "PLANTED" not in out + err

@@ -5,7 +5,6 @@ every key and comment is accounted for.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ import yaml
 
 from recipes_lib.cli import main
 from recipes_lib.config.migrate import LORA_DEFAULTS, NOT_CARRIED, WITHOUT_EFFECT, home_of
-from recipes_lib.config.recipe import load_recipe
 
 FLAT = Path(__file__).parent / "flat_configs"
-STYLES = sorted(path.stem for path in FLAT.glob("*.yaml"))
 SHORT = "model_name_or_path: a/b\ndataset_name: org/rows\n"
 
 
@@ -30,7 +27,12 @@ def migrated(tmp_path, capsys):
             source = tmp_path / "flat.yaml"
             source.write_text(style, encoding="utf-8")
         output = tmp_path / "out" / "recipe.yaml"
-        assert main(["migrate", str(source), "--output", str(output), "--force"]) == code
+        command = ["migrate", str(source), "--output", str(output)]
+        if output.exists():  # it is replaced only with --force
+            before = output.read_bytes()
+            assert main(command) == 2 and output.read_bytes() == before
+            capsys.readouterr()
+        assert main([*command, "--force"]) == code
         out, err = capsys.readouterr()
         if code:
             return err
@@ -40,19 +42,17 @@ def migrated(tmp_path, capsys):
     return work
 
 
-@pytest.mark.parametrize("style", STYLES)
 def test_every_style_passes_the_check_and_accounts_for_every_key_and_comment(
-    style, migrated, tmp_path, capsys
+    migrated, tmp_path, capsys
 ):
-    _, text, printed = migrated(style)
-    assert not load_recipe(tmp_path / "out" / "recipe.yaml").document.warnings
-    assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
-    flat = (FLAT / f"{style}.yaml").read_text(encoding="utf-8")
-    for key in yaml.safe_load(flat):
-        assert f": {key} " in printed, f"{key} is not in the list of changes"
-    for line in flat.splitlines():
-        if line.lstrip().startswith("#") or "   # " in line:
-            assert line.split("# ", 1)[1] in text
+    for path in FLAT.glob("*.yaml"):
+        _, text, printed = migrated(path.stem)
+        assert main(["check", str(tmp_path / "out" / "recipe.yaml")]) == 0
+        assert "warning" not in capsys.readouterr().err
+        flat = path.read_text(encoding="utf-8")
+        assert not [key for key in yaml.safe_load(flat) if f": {key} " not in printed]
+        commented = [line for line in flat.splitlines() if line[:1] == "#" or "   # " in line]
+        assert not [line for line in commented if line.split("# ", 1)[1] not in text]
 
 
 def test_handbook_style_lands_in_the_sections(migrated):
@@ -76,24 +76,17 @@ def test_handbook_style_lands_in_the_sections(migrated):
     assert "test_split_size 1000 rows" in printed
 
 
-def rows_of_pairs(folder: Path) -> Path:
-    rows = [{"prompt": f"{number}?", "completion": f" yes {number}"} for number in range(30)]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder / "pairs.jsonl"
-
-
 def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path, capsys):
     """TRL's loss is on the completion of pairs, and on every token of messages."""
-    path = rows_of_pairs(tmp_path)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(f'{{"prompt": "{n}?", "completion": " yes {n}"}}\n' for n in range(30)))
     values, _, _ = migrated(SHORT.replace("org/rows", str(path)))
     assert values["data"]["prompt_format"] == "raw"
     assert "completion_only_loss" not in values.get("train", {})
     values, _, printed = migrated(SHORT)
     assert values["data"]["prompt_format"] == "chat"
     assert values["train"]["completion_only_loss"] is False
-    assert (
-        "added train.completion_only_loss: false" in printed and "nothing was lost" not in printed
-    )
+    assert "added train.completion_only_loss: false" in printed
     recipe = tmp_path / "out" / "recipe.yaml"
     words = [f"data.source={path}", "data.prompt_format=raw"]
     assert main(["show", str(recipe), *words]) == 0
@@ -104,11 +97,10 @@ def test_a_silent_file_trains_what_trl_would_train(migrated, tmp_path, capsys):
 BECOMES = [
     ("eval_strategy: no", "train.eval_strategy", "no"),
     ("completion_only_loss: true", "train.completion_only_loss", True),
-    ("torch_dtype: bf16", "model.dtype", "bfloat16"),
+    ("torch_dtype: bfloat16", "model.dtype", "bfloat16"),
     ("model_init_kwargs: {max_memory: 1}", "model.kwargs", {"max_memory": 1}),
     ("max_seq_length: 99", "train.max_length", 99),
     ("group_by_length: true", "train.train_sampling_strategy", "group_by_length"),
-    ("packing_strategy: ffd", "train.packing_strategy", "bfd"),
     ("warmup_ratio: 0.1", "train.warmup_steps", 0.1),
     ("warmup_steps: 5\nwarmup_ratio: 0.1", "train.warmup_steps", 5),
     ("use_peft: true\nlora_target_modules: q_proj, v_proj", "lora.target_modules",
@@ -118,7 +110,6 @@ BECOMES = [
     ("dataset_text_field: body", "data.columns", {"text": "body"}),
     ("dataset_text_field: body", "data.prompt_format", "raw"),
     ("output_dir: out/my run", "run.name", "my-run"),
-    ("use_flash_attention_2: true", "model.attn_implementation", "flash_attention_2"),
     ("eval_strategy: steps", "data.split", {"validation": 0.1}),
     ("accelerate_config: fsdp2", "launch.accelerate", "fsdp"),
     ("gradient_checkpointing: true", "train.activation_checkpointing", True),
@@ -138,9 +129,10 @@ def test_old_names_and_forms_become_todays(migrated):
 
 def test_what_a_recipe_cannot_say_stays_as_a_comment_and_is_named(migrated):
     values, text, printed = migrated(
-        SHORT + "learning_rte: 3\nhub_token: abc\nseed: &s 3\ndata_seed: *s\n"
+        SHORT + "learning_rte: 3\npush_to_hub: true\nhub_token: abc\nseed: &s 3\ndata_seed: *s\n"
     )
     assert "learning_rte NOT CARRIED OVER" in printed and "# learning_rte" in text
+    assert "push_to_hub NOT CARRIED OVER; upload a finished run: recipes export" in printed
     assert "abc" not in text + printed
     assert (values["train"]["seed"], values["train"]["data_seed"]) == (3, 3)
 
@@ -161,13 +153,6 @@ REFUSED = [
 def test_what_cannot_become_a_recipe_is_refused_by_name(migrated):
     for text, words in REFUSED:
         assert words in migrated(text, code=2), text
-
-
-def test_an_existing_file_is_replaced_only_with_force(tmp_path, capsys):
-    output = tmp_path / "r.yaml"
-    output.write_text("mine")
-    assert main(["migrate", str(FLAT / "open_r1.yaml"), "--output", str(output)]) == 2
-    assert output.read_text() == "mine"
 
 
 def test_every_key_of_trls_model_and_data_arguments_has_a_rule():

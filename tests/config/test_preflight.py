@@ -58,10 +58,9 @@ def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, c
     refused = {
         ("train", "fp16: true"): "r.yaml:8: train.fp16 does nothing on a CPU",
         ("train", "dataloader_prefetch_factor: 2"): "r.yaml:8: train: --dataloader_prefetch",
-        (
-            "train",
-            "optim: galore_adamw",
-        ): "r.yaml:8: train.optim needs the package galore_torch",
+        ("train", "optim: galore_adamw"): "r.yaml:8: train.optim: You need to install `galore_t",
+        ("train", "lr_scheduler_kwargs: {x: 1}"): "r.yaml:8: train.lr_scheduler_kwargs: ",
+        ("train", "lr_scheduler_type: cosine_with_min_lr"): "One of min_lr or min_lr_rate should",
         ("lora", "layers_pattern: h"): "r.yaml:6: lora: ",
     }
     for (section, line), words in refused.items():
@@ -73,7 +72,7 @@ def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, c
 
 def test_lora_and_quantization_become_the_real_objects(write):
     words = ["lora.init_lora_weights=eva", "lora.eva_config={rho: 3.0}"]
-    recipe = load_recipe(write(QLORA), ["quantization.llm_int8_threshold=5", *words])
+    recipe = load_recipe(write(QLORA), words)
     lora = upstream.build_lora_config(recipe)
     quantization = upstream.build_quantization_config(recipe)
     assert (lora.r, lora.target_modules, lora.task_type) == (4, {"q_proj"}, "CAUSAL_LM")
@@ -139,25 +138,10 @@ def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
 
 
-@pytest.fixture
-def problems(write, model):
-    """What is wrong with the damaged model, as text."""
+def test_damaged_missing_and_pickled_weights_are_refused(write, model):
+    def problems() -> str:
+        return "\n".join(map(str, check_model_files(local(write, model), model)))
 
-    def check(*overrides: str, remote_code: bool | None = None) -> str:
-        text = f"model:\n  name_or_path: {model}\ndata: {{source: b}}\n"
-        recipe = load_recipe(write(text), overrides)
-        found = check_model_files(recipe, local_folder(recipe), remote_code=remote_code)
-        return "\n".join(map(str, found))
-
-    return check
-
-
-def edit_config(model: Path, **values) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | values))
-
-
-def test_damaged_missing_and_pickled_weights_are_refused(problems, model):
     assert not problems()
     weights = model / "model.safetensors"
     whole = weights.read_bytes()
@@ -173,38 +157,32 @@ def test_damaged_missing_and_pickled_weights_are_refused(problems, model):
     (model / "model.safetensors.index.json").unlink()
     weights.rename(model / "pytorch_model.bin")
     assert "has no weights" in problems() and "pytorch_model.bin is a pickle" in problems()
-    (model / "config.json").write_text("{")
-    assert "no readable config.json" in problems()
 
 
-def test_what_cannot_be_trained_is_refused_by_its_config(problems, model):
-    whole = (model / "config.json").read_text()
-    for values, words in (
-        ({"architectures": ["BertForMaskedLM"]}, "not a causal language model"),
-        ({"architectures": ["T5ForConditionalGeneration"]}, "not a causal language model"),
-        ({"quantization_config": {"quant_method": "awq"}}, "already quantized (awq)"),
-        ({"quantization_config": "gptq"}, "already quantized (gptq)"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, ""),
+def test_a_causal_model_whose_code_is_allowed_and_whose_weights_are_not_packed_is_taken(
+    write, model
+):
+    config = json.loads((model / "config.json").read_text())
+    code = {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}
+    for values, allowed, words in (
+        ({"quantization_config": {"quant_method": "mxfp4"}}, None, ""),
+        ({"quantization_config": "gptq"}, None, "already quantized (gptq)"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, None, "not a causal language model"),
+        (code, True, ""),
+        (code, False, "--trust-remote-code"),
     ):
-        edit_config(model, **values)
-        assert words in problems() if words else not problems()
-        (model / "config.json").write_text(whole)
+        (model / "config.json").write_text(json.dumps(config | values))
+        recipe = local(write, model, "model.trust_remote_code=true")
+        said = "\n".join(map(str, check_model_files(recipe, model, remote_code=allowed)))
+        assert words in said if words else not said, said
 
 
-def test_remote_code_needs_the_recipe_and_the_command_line(problems, model):
-    edit_config(model, auto_map={"AutoModelForCausalLM": "modeling_x.X"})
-    trusting = "model.trust_remote_code=true"
-    assert "set model.trust_remote_code: true" in problems()
-    assert "--trust-remote-code" in problems(trusting, remote_code=False)
-    assert not problems(trusting, remote_code=True)
-
-
-def test_weights_that_the_hub_has_still_to_send_are_no_fault(write, model, monkeypatch):
-    monkeypatch.setattr(
-        "huggingface_hub.try_to_load_from_cache", lambda *_, **__: str(model / "config.json")
-    )
+def test_weights_that_the_hub_has_still_to_send_are_no_fault(
+    write, tiny_model_dir, tmp_path, monkeypatch
+):
+    config = str(shutil.copy(tiny_model_dir / "config.json", tmp_path))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: config)
     recipe = load_recipe(write("model: {name_or_path: org/tiny}\ndata: {source: b}\n"))
-    (model / "model.safetensors").unlink()
     assert not list(check_model_files(recipe, local_folder(recipe)))
 
 
@@ -214,19 +192,13 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     from recipes_lib.train import main as train
 
     find_spec = importlib.util.find_spec
-    absent = ("liger_kernel", "kernels")
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name)
+        importlib.util, "find_spec", lambda name: None if "liger" in name else find_spec(name)
     )
-    for section, line, words in (
-        ("train", "use_liger_kernel: true", "liger_kernel, which is not installed"),
-        ("model", "attn_implementation: kernels-community/x", "kernels, which is not installed"),
-    ):
-        path = str(write_with(section, line))
-        assert main(["check", "--full", path]) == 2
-        assert words in capsys.readouterr().err
-        assert train([path]) == 5
-        assert words in capsys.readouterr().err
+    path = str(write_with("train", "use_liger_kernel: true"))
+    for run, code in ((lambda: main(["check", "--full", path]), 2), (lambda: train([path]), 5)):
+        assert run() == code
+        assert "liger_kernel, which is not installed" in capsys.readouterr().err
 
 
 def test_padding_free_rows_arrive_truncated_so_trl_gets_no_limit(write_with, tmp_path):

@@ -1,3 +1,1 @@
-"""From a YAML file to the keyword arguments of TRL, PEFT and transformers. Imports nothing above
-itself.
-"""
+"""From a YAML file to the keyword arguments of TRL, PEFT and transformers."""

@@ -1,6 +1,4 @@
-"""The arithmetic of steps: examples per optimizer step = per device x accumulation x processes, and
-how many steps warm the learning rate up.
-"""
+"""The arithmetic of steps: examples per step = per device x accumulation x processes."""
 
 from __future__ import annotations
 
@@ -16,12 +14,7 @@ WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
 
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
-    """Return the gradient accumulation steps: derived from `run.global_batch_size` when the recipe
-    declares one.
-
-    Raises:
-        RecipeError: no whole number does it.
-    """
+    """Return the gradient accumulation steps, derived from `run.global_batch_size` if it is set."""
     if recipe.run.global_batch_size is None:
         return int(recipe.train.get("gradient_accumulation_steps", 1))
     per_device = recipe.train.get("per_device_train_batch_size", 8)
@@ -32,10 +25,8 @@ def accumulation_steps(recipe: Recipe, world_size: int) -> int:
 
 
 def sync_each_batch(recipe: Recipe) -> bool:
-    """Return whether FSDP2 shares out the gradients of every backward pass, instead of once per
-    optimizer step: else each GPU keeps all of them in float32, 4 bytes per trained parameter. A
-    recipe decides itself with
-    `train.accelerator_config.gradient_accumulation_kwargs.sync_each_batch`.
+    """Return whether FSDP2 shares out the gradients of every backward pass, not once per optimizer
+    step: else each GPU keeps all of them in float32, 4 bytes per trained parameter.
     """
     config = recipe.train.get("accelerator_config") or {}
     written = (config.get("gradient_accumulation_kwargs") or {}).get("sync_each_batch")
@@ -49,11 +40,7 @@ def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int
     `global_batch_size` examples, `per_device` at a time on each of `world_size` processes.
 
     Raises:
-        RecipeError: no whole number does it; shows the arithmetic and the nearest legal values.
-
-    Example:
-        >>> solve_batch(64, per_device=4, world_size=2)
-        8
+        RecipeError: no whole number does it.
     """
     micro_batch = per_device * world_size
     accumulation, rest = divmod(global_batch_size, micro_batch)
@@ -78,16 +65,8 @@ def planned_steps(
     epochs: float,
     max_steps: int = -1,
 ) -> tuple[int, int]:
-    """Return the optimizer steps of an epoch and of the run. A step is a whole global batch; the
-    rows that do not fill one are left out of the epoch.
-
-    Args:
-        rows: training rows (packed ones, where they are packed).
-        max_steps: wins over `epochs` when above 0.
-
-    Example:
-        >>> planned_steps(305, per_device=8, accumulation=1, world_size=1, epochs=1.5)
-        (38, 57)
+    """Return the optimizer steps of an epoch and of the run, for which `max_steps` above 0 wins. A
+    step is a whole global batch; the rows that do not fill one are left out of the epoch.
     """
     examples = per_device * accumulation * world_size
     per_epoch = max(rows // examples, 1)
@@ -97,16 +76,7 @@ def planned_steps(
 def describe_batch(
     rows: int, steps: tuple[int, int], *, per_device: int, accumulation: int, world_size: int
 ) -> str:
-    """Return the batch arithmetic of the start-up lines; `steps` is what `planned_steps` returned.
-
-    Example:
-        >>> shape = {"per_device": 4, "accumulation": 8, "world_size": 2}
-        >>> line = describe_batch(12_008, (187, 561), **shape)
-        >>> for part in line.split("; "): print(part)
-        4 per device x 8 accumulation x 2 ranks = 64 examples per step
-        12,008 examples -> 187 steps per epoch, 561 steps
-        left out, because they fill no step: 40
-    """
+    """Return the batch arithmetic of the start-up lines; `steps` are those of `planned_steps`."""
     examples = per_device * accumulation * world_size
     rest = rows % examples if steps[1] >= steps[0] else 0
     ranks = f"{world_size} rank{'s' if world_size > 1 else ''}"

@@ -1,9 +1,5 @@
-"""Reading YAML: the values of a file and of all that it extends, and where each was written.
-
-Every YAML file of a project goes through two calls: `read` here, then `parse` in `parsing`. This
-module does without pydantic, so that verbs that only list files start quickly.
-
-YAML is read as YAML 1.2 reads it: `no`, `010` and `1:30` are text; `2e-5` is a number.
+"""Reading YAML: the values of a file and of all that it extends, and where each was written. Verbs
+that only list files need no more, and no pydantic; for the others `parsing.parse` follows.
 """
 
 from __future__ import annotations
@@ -23,6 +19,7 @@ from recipes_lib.core.project import project_root, recipe_path, shown_path
 from recipes_lib.core.terminal import holds_secret
 
 KeyPath = tuple[str | int, ...]
+Values = dict[str, Any]  # of a YAML mapping
 COMMAND_LINE = "command line"
 SECTIONS = ("model", "quantization", "lora", "data", "train", "run", "launch")
 _DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -33,6 +30,7 @@ _SECRET_HINT = (
     " the token"
 )
 
+# YAML 1.2: `no`, `010` and `1:30` are text, `2e-5` is a number.
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = ("str", "int", "float", "bool", "null", "map", "seq", "timestamp", "merge", "value")
 _Yaml11Loader: Any = type("_Yaml11Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
@@ -55,7 +53,7 @@ class MissingRows(RecipeError):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value was written: a file (or "command line") and a line."""
+    """Where a value was written; no line on the command line."""
 
     file: str
     line: int | None = None
@@ -66,20 +64,14 @@ class Origin:
 
 @dataclass
 class Document:
-    """The merged values of a file, what it extends and the command line.
-
-    `origins` has the place of every key and list item, `replaced` the values that were overwritten,
-    `problems` what is wrong with single keys and values as YAML (a duplicate key); `parse` reports
-    them with everything else. Rules add to `warnings`.
-    """
+    """The merged values of a file, what it extends and the command line."""
 
     path: Path
     values: Any = None
     text: str = ""
-    origins: dict[KeyPath, Origin] = field(default_factory=dict)
-    replaced: dict[KeyPath, Any] = field(default_factory=dict)
-    problems: list[RecipeError] = field(default_factory=list)
-    warnings: list[RecipeError] = field(default_factory=list)
+    origins: dict[KeyPath, Origin] = field(default_factory=dict)  # of every key and list item
+    problems: list[RecipeError] = field(default_factory=list)  # of the YAML: `parse` reports them
+    warnings: list[RecipeError] = field(default_factory=list)  # which rules add
 
     @property
     def file(self) -> str:
@@ -108,24 +100,16 @@ class Document:
         self.warnings.append(self.error(key, f"warning: {what}", *hints))
 
     def absolute(self, key: str | KeyPath, name: str, *, keep_missing: bool = False) -> str:
-        """Return the absolute path of the file `name` that a key names: looked for beside the file
-        that wrote the key, then in the working directory and the project.
-
-        Args:
-            key: the key.
-            name: what it holds.
-            keep_missing: whether a name that is nowhere stays as it is; else it is taken to be
-                beside its file.
+        """Return the absolute path of a file that a key names: looked for beside the file that
+        wrote the key, then in the working directory and the project; where there is none, the
+        first, or with `keep_missing` the name itself.
         """
         origin = self.origin(key).file
-        beside = Path.cwd() if origin == COMMAND_LINE else Path(origin).parent
-        places = [
-            folder / Path(name).expanduser() for folder in (beside, Path.cwd(), project_root())
-        ]
-        place = next(filter(os.path.exists, places), None)
-        if place is None and keep_missing:
+        beside = Path() if origin == COMMAND_LINE else Path(origin).parent
+        places = [folder / Path(name).expanduser() for folder in (beside, Path(), project_root())]
+        place = next(filter(os.path.exists, places), None if keep_missing else places[0])
+        if place is None:
             return name
-        place = place or places[0]
         # links among the folders are followed, for the sake of `..`; the file keeps its name
         return str(place.parent.resolve() / place.name)
 
@@ -140,9 +124,6 @@ def read(path: str | Path, overrides: Sequence[str] = (), *, yaml_1_1: bool = Fa
         path: the file, or the short name of a shipped recipe.
         overrides: from the command line.
         yaml_1_1: read `no` as false, as the programs do that the file is really for.
-
-    Raises:
-        RecipeError: no such file, no YAML, a circle of `extends`, a malformed override.
     """
     path = recipe_path(path)
     files = _with_parents(path, (), _Yaml11Loader if yaml_1_1 else _Loader)
@@ -176,14 +157,12 @@ def _with_parents(path: Path, below: tuple[Path, ...], loader: Any) -> list[Docu
     return [*parts, part]
 
 
-def _merge(document: Document, into: dict[str, Any], new: dict[str, Any], at: KeyPath) -> None:
+def _merge(document: Document, into: Values, new: Values, at: KeyPath) -> None:
     for key, value in new.items():
         path = (*at, key)
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             _merge(document, into[key], value, path)
             continue
-        if key in into and into[key] != value:
-            document.replaced[path] = into[key]
         into[key] = value
         for known in [known for known in document.origins if known[: len(path)] == path]:
             del document.origins[known]
@@ -196,11 +175,8 @@ def _override(word: str) -> Document:
     if not separator or not all(keys):
         raise RecipeError(f"'{word}' is not section.key=value", file=COMMAND_LINE)
     document = Document(Path(COMMAND_LINE))
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{name}: {_refusal(error)[0]}", file=COMMAND_LINE) from None
     document.origins[tuple(keys)] = Origin(COMMAND_LINE)
+    node = _compose(document, text, _Loader, name)
     document.values = None if node is None else _build(document, node, tuple(keys))
     for key in reversed(keys):
         document.values = {key: document.values}
@@ -210,25 +186,21 @@ def _override(word: str) -> Document:
 def _read_file(path: Path, loader: Any) -> Document:
     document = Document(path)
     try:
-        if path.exists() and not path.is_file():
-            what = "is a folder" if path.is_dir() else "is a pipe or a device"
-            raise RecipeError(f"{what}, not a YAML file", file=document.file)
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise RecipeError("is a pipe or a device, not a YAML file", file=document.file)
         if path.is_file() and path.suffix.lower() in _DATA_FILES:
             raise _is_data(document.file)
         document.text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
-        node = yaml.compose(document.text, Loader=loader)
     except FileNotFoundError:
         raise no_such_file(path) from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         what = f"is not UTF-8 text (byte 0x{error.object[error.start]:02x}); save it as UTF-8"
         raise RecipeError(what, file=document.file, line=line) from None
-    except yaml.YAMLError as error:
-        said, at = _refusal(error)
-        raise RecipeError(said, file=document.file, line=at) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         what = (getattr(error, "strerror", None) or str(error)).lower()
         raise RecipeError(f"cannot be read: {what}", file=document.file) from None
+    node = _compose(document, document.text, loader)
     if node is not None:
         document.values = _build(document, node, ())
     for number, row in enumerate(document.text.split("\n"), start=1):
@@ -239,23 +211,28 @@ def _read_file(path: Path, loader: Any) -> Document:
     return document
 
 
-def _refusal(error: yaml.YAMLError) -> tuple[str, int | None]:
-    """Return what PyYAML says about a text, and the line."""
-    what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    mark, start = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
-    if "cannot start any token" in what:
-        what = "a tab, @ or ` begins a key or value; indent with spaces, quote text"
-    elif start:
-        what += f" {getattr(error, 'context', '')} that begins on line {start.line + 1}"
-    return f"YAML: {what}", mark.line + 1 if mark else None
+def _compose(document: Document, text: str, loader: Any, key: str = "") -> yaml.Node | None:
+    """Return the nodes of a text; None for an empty one."""
+    try:
+        return yaml.compose(text, Loader=loader)
+    except yaml.YAMLError as error:
+        what = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+        mark, start = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+        if "cannot start any token" in what:
+            what = "a tab, %, @ or ` begins a key or value; indent with spaces, quote text"
+        elif start and not key:
+            what += f" {getattr(error, 'context', '')} that begins on line {start.line + 1}"
+        where = f"{key}: " if key else ""
+        line = None if key or not mark else mark.line + 1
+        raise RecipeError(f"{where}YAML: {what}", file=document.file, line=line) from None
 
 
 def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
     """Return the value of a node; note the place of each key and item in it, and what is wrong."""
+    on_line = document.file != COMMAND_LINE
 
     def place(node: yaml.Node) -> Origin:
-        line = None if document.file == COMMAND_LINE else node.start_mark.line + 1
-        return Origin(document.file, line)
+        return Origin(document.file, node.start_mark.line + 1 if on_line else None)
 
     def wrong(node: yaml.Node, what: str, *hints: str) -> RecipeError:
         return RecipeError(what, *hints, file=document.file, line=place(node).line)
@@ -271,17 +248,17 @@ def _build(document: Document, node: yaml.Node, at: KeyPath) -> Any:
             items.append(_build(document, item, (*at, index)))
         return items
     if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
+        values: Values = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 document.problems.append(wrong(key_node, "a key must be plain text"))
                 continue
-            key = key_node.value
+            key, origin = key_node.value, place(key_node)
             if key in values:
-                lines = f"lines {document.origins[*at, key].line} and {place(key_node).line}"
-                what = f"duplicate key '{dotted((*at, key))}': {lines}"
+                lines = f": lines {document.origins[*at, key].line} and {origin.line}" * on_line
+                what = f"duplicate key '{dotted((*at, key))}'{lines}"
                 document.problems.append(wrong(key_node, what))
-            document.origins[*at, key] = place(key_node)
+            document.origins[*at, key] = origin
             values[key] = _build(document, value_node, (*at, key))
         return values
     text = str(node.value)
@@ -303,12 +280,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def value_text(value: Any, longest: int = 10**9) -> str:
-    """Return a value as YAML on one line, cut at `longest` characters.
-
-    Example:
-        >>> value_text({"r": 8, "names": ["a", "no"]}), value_text("a long text", 9)
-        ("{r: 8, names: [a, 'no']}", 'a long...')
-    """
+    """Return a value as YAML on one line, cut at `longest` characters."""
     text = yaml.safe_dump(
         value, default_flow_style=True, width=10**9, sort_keys=False, allow_unicode=True
     )
@@ -321,9 +293,6 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]
     """Return the hint `did you mean X?` as a list of one line, or of none; hyphens, underscores and
     case do not count.
 
-    Args:
-        prefix: put before the name, for example `train.`.
-
     Example:
         >>> did_you_mean("learning-rte", ["learning_rate", "seed"], "train.")
         ['did you mean train.learning_rate?']
@@ -335,9 +304,7 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]
 
 
 def near_file(path: Path) -> list[str]:
-    """Return the hint `did you mean X?` for a file that does not exist, as `did_you_mean`: the
-    folder and the ending alone make no two names similar.
-    """
+    """Return the hint `did you mean X?` for a file that does not exist."""
     stems = {file.stem: file for file in sorted(path.parent.glob("*"))}
     near = difflib.get_close_matches(path.stem, stems, 1, cutoff=0.65)
     return [f"did you mean {shown_path(stems[stem])}?" for stem in near]
@@ -359,9 +326,7 @@ def no_such_file(path: Path) -> RecipeError:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of YAML file: `keys` are top-level keys that give it away, `use` says what to do
-    with it.
-    """
+    """A kind of YAML file: the top-level keys that give it away, and what to do with it."""
 
     name: str
     title: str
@@ -373,7 +338,9 @@ _NEW = "nothing here reads it; start a recipe: recipes new NAME --from quickstar
 _MIGRATE = "turn it into a recipe: recipes migrate IN.yaml --output OUT.yaml"
 _TRAIN = "train it: recipes train RECIPE"
 _OURS = ("quantization", "lora", "train", "run", "launch")
+_FOREIGN = ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "checkpointer")
 _STUDY = ("question", "factors", "arms", "seeds", "evals", "primary", "tune")
+_FLAT = ("model_name_or_path", "dataset_name", "output_dir")
 # The first that has a key of the file is its kind; model and data are sections of other programs
 # too.
 KINDS = (
@@ -382,46 +349,30 @@ KINDS = (
     Kind("profile", "a site profile", ("sbatch", "stages", "setup", "srun", "max_requeues")),
     Kind("judge", "a judge", ("judge", "thresholds")),
     Kind("lm_eval_task", "a task of lm-eval", ("task", "output_type", "doc_to_text")),
-    Kind("recipe", "a recipe", ("extends", *_OURS), _TRAIN),
-    Kind("foreign", "an axolotl config", ("base_model", "sequence_len"), _NEW),
-    Kind("foreign", "a LLaMA-Factory config", ("finetuning_type", "cutoff_len"), _NEW),
+    Kind("recipe", "a recipe", _OURS, _TRAIN),
     Kind("foreign", "a DPO or GRPO config", ("beta", "num_generations", "reward_funcs"), _NEW),
-    Kind("foreign", "an oumi config", ("peft",), _NEW),
-    Kind("foreign", "a torchtune config", ("tokenizer", "optimizer", "checkpointer"), _NEW),
+    Kind("foreign", "a config of axolotl, LLaMA-Factory, oumi or torchtune", _FOREIGN, _NEW),
     Kind("recipe", "a recipe", ("model", "data"), _TRAIN),
-    Kind("base", "a base that recipes extend", (), "name it in a recipe's extends"),
     Kind("accelerate", "an accelerate config", ("compute_environment", "distributed_type")),
-    Kind(
-        "flat", "a flat TRL config", ("model_name_or_path", "dataset_name", "output_dir"), _MIGRATE
-    ),
+    Kind("flat", "a flat TRL config", _FLAT, _MIGRATE),
 )
-_SCHEMA_LINE = re.compile(
-    r"^# *yaml-language-server: *\$schema=(?:.*/)?([\w-]+)\.schema\.json", re.M
-)
+_BASE = Kind("base", "a base that recipes extend", (), "name it in a recipe's extends")
 
 
 def kind_of(document: Document) -> Kind:
-    """Return the kind of a file: by its first comment, `# yaml-language-server:
-    $schema=.../<kind>.schema.json`, else by its top-level keys; a recipe whose name starts with `_`
-    is a base.
-
-    Raises:
-        RecipeError: the file is empty, holds no mapping, or is of no known kind.
-    """
+    """Return a file's kind by its top-level keys; a recipe whose name starts with `_` is a base."""
     values, file = document.values, document.file
-    hint = f"a recipe has {', '.join(SECTIONS)}"
     if isinstance(values, list) and document.path.suffix == ".json":
         raise _is_data(file)
     if not isinstance(values, dict) or not values:
-        raise RecipeError("holds no mapping of keys" if values else "is empty", hint, file=file)
-    named = _SCHEMA_LINE.search(document.text)
+        raise RecipeError("holds no mapping of keys" if values else "is empty", file=file)
     for kind in KINDS:
-        if kind.name == named[1] if named else values.keys() & {*kind.keys}:
+        if values.keys() & {*kind.keys}:
             is_base = kind.name == "recipe" and document.path.name.startswith("_")
-            return next(base for base in KINDS if base.name == "base") if is_base else kind
+            return _BASE if is_base else kind
     keys = ", ".join(list(values)[:6])
-    what = f"schema '{named[1]}'" if named else f"its top-level keys are {keys}"
-    raise RecipeError(f"unknown kind of file: {what}", hint, file=file)
+    hint = f"a recipe has {', '.join(SECTIONS)}"
+    raise RecipeError(f"unknown kind of file: its top-level keys are {keys}", hint, file=file)
 
 
 def wrong_kind(kind: Kind, expected: str, file: str) -> RecipeError:

@@ -1,6 +1,4 @@
-"""A launch in full: accelerate config, processes, machines and the plain command, from a recipe's
-`launch` section and the flags that win over it. Needs no torch.
-"""
+"""A launch: accelerate config, processes, machines and the plain command. Needs no torch."""
 
 from __future__ import annotations
 
@@ -10,11 +8,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from recipes_lib.config.documents import Document, did_you_mean, read
+from recipes_lib.config.documents import Document, Values, did_you_mean, read
 from recipes_lib.config.parsing import Section, parse
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.config.upstream import STARTS_WITHOUT_WEIGHTS
@@ -32,22 +30,19 @@ TRAIN_FLAGS = {
     "resume_anyway": "continue a run although settings that change its result differ",
     "trust_remote_code": "allow code that ships with the model, if the recipe asks for it too",
 }
-# accelerate takes any key of fsdp_config unread
-_OF_FSDP2 = (
-    *("version", "state_dict_type", "auto_wrap_policy", "transformer_layer_cls_to_wrap"),
-    *("min_num_params", "reshard_after_forward", "offload_params", "activation_checkpointing"),
-    "cpu_ram_efficient_loading",
-)
-# without effect here; `accelerate config` writes them
-_OF_FSDP1 = (
-    *("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states"),
-    "sharding_strategy",
-)
-_FSDP_KEYS = {f"fsdp_{name}" for name in (*_OF_FSDP2, *_OF_FSDP1)}
+# accelerate takes any key of fsdp_config unread; `accelerate config` writes the last five, which
+# are FSDP1's and have no effect
+_FSDP_KEYS = {
+    *("fsdp_version", "fsdp_state_dict_type", "fsdp_auto_wrap_policy", "fsdp_min_num_params"),
+    *("fsdp_transformer_layer_cls_to_wrap", "fsdp_reshard_after_forward", "fsdp_offload_params"),
+    *("fsdp_activation_checkpointing", "fsdp_cpu_ram_efficient_loading"),
+    *("fsdp_backward_prefetch", "fsdp_forward_prefetch", "fsdp_use_orig_params"),
+    *("fsdp_sync_module_states", "fsdp_sharding_strategy"),
+}
 
 
 class AccelerateConfig(Section):
-    """What a launch reads of an accelerate config; other keys are accelerate's to refuse."""
+    """What a launch reads of an accelerate config; accelerate refuses other keys."""
 
     model_config = ConfigDict(extra="allow")
     kind: ClassVar = "accelerate"
@@ -59,16 +54,11 @@ class AccelerateConfig(Section):
     main_process_port: int | None = Field(None, ge=0)
     use_cpu: bool = False
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    fsdp_config: dict[str, Any] = {}
+    fsdp_config: Values = {}
 
 
 def load_accelerate_config(name_or_path: str | Path) -> AccelerateConfig:
-    """Return the accelerate config of that path, or of that name in accelerate_configs/ of the
-    working directory or of this project.
-
-    Raises:
-        RecipeError: no such file, not an accelerate config, or one that cannot be used here.
-    """
+    """Return the accelerate config of a path, or of a name in an accelerate_configs/ folder."""
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml", ".json"):
         folders = [root / "accelerate_configs" for root in (Path.cwd(), project_root())]
@@ -91,30 +81,18 @@ def accelerate_rules(config: AccelerateConfig, document: Document) -> Iterator[R
     for key in config.fsdp_config.keys() - _FSDP_KEYS:
         near = did_you_mean(key, _FSDP_KEYS, "fsdp_config.")
         yield document.error(f"fsdp_config.{key}", f"unknown key 'fsdp_config.{key}'", *near)
-    if config.distributed_type == "FSDP" and config.fsdp_config.get("fsdp_version") != 2:
-        what = "fsdp_config.fsdp_version must be 2: FSDP1 is deprecated upstream"
-        yield document.error("fsdp_config.fsdp_version", what)
-    kept = config.fsdp_config.get("fsdp_state_dict_type")
-    if config.distributed_type == "FSDP" and kept != "FULL_STATE_DICT":
-        key = "fsdp_config.fsdp_state_dict_type"
-        what = f"{key} must be FULL_STATE_DICT: a sharded final save writes no adapter"
-        yield document.error(key, what)
+    for key, value, why in (
+        ("fsdp_version", 2, "FSDP1 is deprecated upstream"),
+        ("fsdp_state_dict_type", "FULL_STATE_DICT", "a sharded final save writes no adapter"),
+    ):
+        if config.distributed_type == "FSDP" and config.fsdp_config.get(key) != value:
+            key = f"fsdp_config.{key}"
+            yield document.error(key, f"{key} must be {value}: {why}")
 
 
-def precision_conflict(train: Mapping[str, Any], asked: str, asked_by: str) -> list[str]:
+def precision_conflict(train: Values, asked: str, asked_by: str) -> list[str]:
     """Return what is wrong, then what to do, where a launch asks for another mixed precision than
-    the recipe: it would win, unsaid.
-
-    Args:
-        train: the recipe's `train` section.
-        asked: `mixed_precision` of the launch; `no` leaves it to the recipe.
-        asked_by: what asks for it, for the message.
-
-    Example:
-        >>> precision_conflict({"bf16": False}, "bf16", "mine.yaml")[0]
-        'mine.yaml asks for mixed_precision bf16, but the recipe for none (train.bf16: false)'
-        >>> precision_conflict({"bf16": True}, "bf16", "mine.yaml")
-        []
+    the recipe's `train` section: it would win, unsaid.
     """
     half = "fp16" if train.get("fp16") else None if train.get("bf16") is False else "bf16"
     if asked.lower() in ("no", half):
@@ -135,21 +113,14 @@ def add_train_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Launch:
-    """How many processes run where.
-
-    Args:
-        per_machine: processes on each machine.
-        rank: this machine's number, 0 to machines - 1; None for a single machine.
-        address: host name or IP of machine 0, where every machine can reach it.
-        port: a free port of machine 0; the same on every machine.
-    """
+    """How many processes run where."""
 
     config: AccelerateConfig
-    per_machine: int
+    per_machine: int  # processes on each machine
     machines: int = 1
-    rank: int | None = None
-    address: str | None = None
-    port: int | None = None
+    rank: int | None = None  # of this machine, of several
+    address: str | None = None  # of machine 0
+    port: int | None = None  # a free one of machine 0
 
     @property
     def world_size(self) -> int:
@@ -176,9 +147,7 @@ class Launch:
         return words
 
     def command(self, script: Sequence[str]) -> list[str]:
-        """Return the plain command. One process needs no launcher: `python -m` is then the same and
-        can be stopped cleanly.
-        """
+        """Return the plain command; `python -m` for one process, which can be stopped cleanly."""
         if self.world_size == 1:
             return [sys.executable or "python", *script]
         accelerate = str(Path(sys.executable).with_name("accelerate"))
@@ -200,8 +169,7 @@ def reads_once_is_asked(environment: Mapping[str, str]) -> bool:
 
 
 def why_each_rank_reads(recipe: Recipe, sharded: bool, asked: bool) -> str | None:
-    """Return why every rank of a training reads the weights of the base; None where rank 0 can read
-    them alone and hand them on.
+    """Return why every rank reads the weights of the base; None where rank 0 can hand them on.
 
     Args:
         sharded: whether FSDP2 shares out the weights.
@@ -227,13 +195,8 @@ def plan_launch(
     gpus: int | None = None,
     nodes: int | None = None,
 ) -> Launch:
-    """Return the launch of a recipe's section, with flags that win over it; the machine's rank is
-    not part of it.
-
-    A config named by a flag replaces the section's, and with it the section's numbers.
-
-    Raises:
-        RecipeError: no such config, or it starts one process where several were asked for.
+    """Return the launch of a recipe's section, with flags that win over it: a config named by a
+    flag replaces the section's, and with it the section's numbers.
     """
     config = load_accelerate_config(accelerate or section.accelerate)
     if accelerate is None:
@@ -252,11 +215,7 @@ def plan_launch(
 def plan_launch_of(
     recipe: Recipe, accelerate: str | None = None, gpus: int | None = None, nodes: int | None = None
 ) -> Launch:
-    """Return the launch of a recipe that is about to be trained, as `plan_launch` does.
-
-    Raises:
-        RecipeError: also where the config asks for another precision than the recipe.
-    """
+    """Return what `plan_launch` does, for a config that asks for the recipe's precision."""
     launch = plan_launch(recipe.launch, accelerate, gpus, nodes)
     asked_by = os.path.relpath(launch.config.path)
     if conflict := precision_conflict(recipe.train, launch.config.mixed_precision, asked_by):
@@ -267,15 +226,7 @@ def plan_launch_of(
 def place_machine(
     launch: Launch, rank: int | None, address: str | None, port: int | None, typed: str
 ) -> Launch:
-    """Return the launch with this machine's place in it.
-
-    Args:
-        typed: the command without these flags, for the message.
-
-    Raises:
-        RecipeError: several machines without rank or address, a rank there is no machine for, or
-            flags for a single machine.
-    """
+    """Return the launch with this machine's place in it; errors quote the `typed` command."""
     if launch.machines == 1:
         if rank is not None or address:
             what = "--machine-rank and --main-process-ip are for several machines; this is for one"

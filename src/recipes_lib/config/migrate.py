@@ -1,7 +1,5 @@
-"""A flat TRL config (`trl sft`, alignment handbook, open-r1) -> a recipe, every change listed.
-
-A flat file is TRL's ScriptArguments, ModelConfig and SFTConfig in one mapping. Each key moves to
-its section with its comments; what a recipe cannot say stays as a comment at its end.
+"""A flat TRL config (ScriptArguments, ModelConfig and SFTConfig in one mapping) -> a recipe. Each
+key moves to its section with its comments; what a recipe cannot say is a comment at its end.
 """
 
 from __future__ import annotations
@@ -14,7 +12,15 @@ from typing import Any
 
 import yaml
 
-from recipes_lib.config.documents import SECTIONS, Document, kind_of, read, value_text, wrong_kind
+from recipes_lib.config.documents import (
+    SECTIONS,
+    Document,
+    Values,
+    kind_of,
+    read,
+    value_text,
+    wrong_kind,
+)
 from recipes_lib.config.parsing import judge
 from recipes_lib.config.recipe import RecipeFile, recipe_rules
 from recipes_lib.config.upstream import INSTEAD, RENAMES, upstream_fields
@@ -27,20 +33,16 @@ MOVES = {
     "dtype": "model.dtype",
     "torch_dtype": "model.dtype",
     "attn_implementation": "model.attn_implementation",
-    "use_flash_attention_2": "model.attn_implementation",
     "trust_remote_code": "model.trust_remote_code",
     "model_init_kwargs": "model.kwargs",
     "dataset_name": "data.source",
-    "dataset_path": "data.source",
     "dataset_config": "data.subset",
-    "dataset_config_name": "data.subset",
     "dataset_train_split": "data.source_split",
     "dataset_text_field": "data.columns",
     "chat_template": "data.chat_template",
     "chat_template_path": "data.chat_template",
     "system_prompt": "data.system_prompt",
     "assistant_only_loss": "data.chat_loss",
-    "max_train_samples": "data.max_examples",
     "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
     "group_by_length": "train.train_sampling_strategy",
     "preprocessing_num_workers": "train.dataset_num_proc",
@@ -52,8 +54,8 @@ MOVES = {
     **{old: f"train.{new}" for old, new in RENAMES.items()},
 }
 WITHOUT_EFFECT = {
-    **{key: INSTEAD["train"][key] for key in ("overwrite_output_dir", "logging_dir", "do_train")},
-    "do_eval": "train.eval_strategy says it",
+    **dict.fromkeys(("overwrite_output_dir", "logging_dir"), INSTEAD["train"]["output_dir"]),
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), INSTEAD["train"]["do_eval"]),
     "use_peft": "the lora section says it",
     "lora_task_type": "it is always CAUSAL_LM",
     **dict.fromkeys(("remove_unused_columns", "dataset_kwargs"), "rows are prepared beforehand"),
@@ -65,34 +67,27 @@ NOT_CARRIED = {
     "dataset_test_split": "validation rows are held out of the training rows (data.split)",
     "dataset_streaming": "the audit before step 1 reads every row",
     "dataset_splits": "one split is read (data.source_split)",
-    "dataset_configs": "each source of a mixture has its own subset",
-    "env": "set environment variables where you launch",
 }
 # TRL's defaults where PEFT's are others. Source: trl.ModelConfig.
-LORA_DEFAULTS: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
 MIXTURES = ("dataset_mixer", "dataset_mixture", "datasets")
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
 _LAUNCHES = {"single_gpu": "single_gpu", "multi_gpu": "ddp", "ddp": "ddp"}
 _LAUNCHES |= dict.fromkeys(("fsdp", "fsdp1", "fsdp2"), "fsdp")
 
 
 @dataclass
 class Migration:
-    """A migration in progress, then its result: `text()` of the recipe and the `changes` to list.
-
-    `values` holds what the recipe says by dotted key, `sources` the flat key that it was,
-    `comments` those of flat keys that are not placed yet, and of dotted keys.
-    """
+    """A migration in progress, then its result: the recipe's `text()` and the `changes`."""
 
     flat: Document
     head: str
-    comments: dict[str, list[str]]
-    values: dict[str, Any] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
+    comments: dict[str, list[str]]  # of flat keys that are not placed yet, and of dotted keys
+    values: Values = field(default_factory=dict)  # what the recipe says, by dotted key
+    sources: dict[str, str] = field(default_factory=dict)  # dotted key -> flat key
     left: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
 
-    def move(self, key: str, dotted: str, value: Any, note: str = "") -> None:
+    def move(self, key: str, dotted: str, value: Any) -> None:
         """Place a key of the flat file under its new name."""
         if dotted in self.values:
             self.leave(key, f"{dotted} is set already, by another key of this file")
@@ -101,7 +96,7 @@ class Migration:
         self.comments[dotted] = self.comments.pop(key, [])
         old = self.flat.values[key]
         change = "" if value == old else f": {value_text(old, 60)} -> {value_text(value, 60)}"
-        self.say(key, f"{key} -> {dotted}{change}{note}")
+        self.say(key, f"{key} -> {dotted}{change}")
 
     def add(self, dotted: str, value: Any, why: str) -> None:
         """Add a key that the flat file did not have."""
@@ -152,15 +147,12 @@ def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) 
         path: the flat file.
         head: the recipe's first line.
         prompt_formats: those that can read its rows, where they are on this machine.
-
-    Raises:
-        RecipeError: no flat fine-tuning config, or values that a recipe refuses, at their lines.
     """
     flat = read(path, yaml_1_1=True)
     kind = kind_of(flat)
     if kind.name != "flat":
         raise wrong_kind(kind, "flat", flat.file)
-    for needed in (("model_name_or_path",), ("dataset_name", "dataset_path", *MIXTURES)):
+    for needed in (("model_name_or_path",), ("dataset_name", *MIXTURES)):
         if not flat.values.keys() & {*needed}:
             what = f"is not a flat TRL config: it has no {' or '.join(needed)}"
             raise RecipeError(what, file=flat.file)
@@ -175,12 +167,7 @@ def migrate(path: Path, head: str, prompt_formats: Sequence[str] | None = None) 
 
 
 def home_of(key: str) -> str:
-    """Return the dotted key of a recipe that a flat key becomes; empty for none.
-
-    Example:
-        >>> home_of("max_seq_length"), home_of("lora_r"), home_of("use_dora"), home_of("seed")
-        ('train.max_length', 'lora.r', 'lora.use_dora', 'train.seed')
-    """
+    """Return the dotted key of a recipe that a flat key becomes; empty for none."""
     if key in MOVES:
         return MOVES[key]
     fields = upstream_fields()
@@ -197,48 +184,43 @@ def _place(migration: Migration, key: str, value: Any) -> None:
     """Decide what becomes of one key."""
     flat, dotted = migration.flat.values, home_of(key)
     loads = value if "load_in" in key else flat.get("load_in_4bit")
-    switches = ("use_flash_attention_2", "assistant_only_loss")
-    is_model = key == "tokenizer_name_or_path" and value == flat["model_name_or_path"]
-    secret, none = is_secret_name(key), "no class behind a recipe section has this key"
-    reasons_to_drop = {
-        WITHOUT_EFFECT.get(key, ""): key in WITHOUT_EFFECT,
+    ratio, steps = flat.get("warmup_ratio"), flat.get("warmup_steps")
+    drops = {
+        WITHOUT_EFFECT.get(key): True,
         "it says nothing": value is None and not dotted.startswith("train."),
-        "it is off": key in switches and not value,
+        "it is off": key == "assistant_only_loss" and not value,
         "runs are in runs/<run.name>": key == "output_dir" and flat.get("run_name"),
-        "warmup_steps decides": key == "warmup_ratio" and (flat.get("warmup_steps") or not value),
-        "warmup_ratio decides": key == "warmup_steps" and not value and flat.get("warmup_ratio"),
-        "the tokenizer is the model's": is_model,
+        "warmup_steps decides": key == "warmup_ratio" and (steps or not ratio),
+        "warmup_ratio decides": key == "warmup_steps" and ratio and not steps,
         "the base model is not loaded that way": dotted.startswith("quantization.") and not loads,
     }
-    reasons_to_leave = {
-        NOT_CARRIED.get(key, ""): key in NOT_CARRIED,
+    kind = Path(str(value)).stem if key == "accelerate_config" else "ddp"
+    leaves = {
+        "a secret does not belong in a recipe; use hf auth login": is_secret_name(key),
+        NOT_CARRIED.get(key): True,
         "without use_peft: true TRL ignores it": (
             dotted.startswith("lora.") and not flat.get("use_peft")
         ),
-        "no accelerate config of that kind here; see launch.accelerate": (
-            key == "accelerate_config" and Path(str(value)).stem not in _LAUNCHES
-        ),
-        none: not dotted and key not in MIXTURES,
+        "no accelerate config of that kind here; see launch.accelerate": kind not in _LAUNCHES,
+        "no class behind a recipe section has this key": not dotted and key not in MIXTURES,
     }
-    if secret:
-        migration.leave(key, "a secret does not belong in a recipe; use hf auth login")
-    elif why := next((why for why, holds in reasons_to_drop.items() if holds), ""):
-        migration.say(key, f"{key} left out; {why}")
-    elif why := next((why for why, holds in reasons_to_leave.items() if holds), ""):
-        migration.leave(key, why)
+    dropped = next((why for why, holds in drops.items() if why and holds), None)
+    left = next((why for why, holds in leaves.items() if why and holds), None)
+    if dropped and not is_secret_name(key):
+        migration.say(key, f"{key} left out; {dropped}")
+    elif left:
+        migration.leave(key, left)
     elif key in MIXTURES:
         _mixture(migration, key, value)
     else:
-        trusting = dotted == "model.trust_remote_code" and value
-        note = "; also needs --trust-remote-code on the command line" if trusting else ""
-        migration.move(key, dotted, _todays(key, dotted, value), note)
+        migration.move(key, dotted, _todays(key, dotted, value))
 
 
 def _todays(key: str, dotted: str, value: Any) -> Any:
     """Return a value in the form that is read today."""
     name = dotted.partition(".")[2]
-    if key in ("assistant_only_loss", "use_flash_attention_2"):
-        return "all" if key == "assistant_only_loss" else "flash_attention_2"
+    if key == "assistant_only_loss":
+        return "all"
     if key == "accelerate_config":
         return _LAUNCHES[Path(str(value)).stem]
     if key == "dataset_text_field":
@@ -247,12 +229,8 @@ def _todays(key: str, dotted: str, value: Any) -> Any:
         return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(str(value)).name).strip("-._")[:100]
     if name == "train_sampling_strategy" and isinstance(value, bool):
         return "group_by_length" if value else "random"
-    if name == "packing_strategy":
-        return {"ffd": "bfd", "bfd-requeue": "bfd_split"}.get(value, value)
     if name.endswith("_strategy") and value is False:
         return "no"
-    if "dtype" in name and isinstance(value, str):
-        return _DTYPES.get(value.removeprefix("torch."), value.removeprefix("torch."))
     if name == "target_modules" and isinstance(value, str):
         value = [module.strip() for module in value.split(",")]
     return "all-linear" if value == ["all-linear"] else value
@@ -299,7 +277,7 @@ def _complete(migration: Migration, prompt_formats: Sequence[str] | None) -> Non
             values["model.dtype"] = "bfloat16"
             why = "4-bit layers would mix float16 with the bfloat16 of train.bf16"
             migration.changes.append(f"model.dtype: float16 -> bfloat16; {why}")
-        if (dtype := values.get("model.dtype")) in _DTYPES.values():
+        if (dtype := values.get("model.dtype")) in ("bfloat16", "float16", "float32"):
             why = "TRL computes in the model's dtype"
             migration.add("quantization.bnb_4bit_compute_dtype", dtype, why)
     if "dataset_text_field" in flat:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
+from recipes_lib.config.documents import Values
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import OwnRows
 from recipes_lib.core.project import project_root, shown_path
@@ -35,14 +36,12 @@ def new_recipe(
     """Return the text of a recipe called `name` that extends `origin` and will lie at `target`.
 
     Args:
-        model: another base model. Template, end of a turn and names of layers that the origin has
-            for its own model are taken back.
+        model: another base model: what the origin says for its own (template, layers) is undone.
         rows: the user's own rows. Validations and checkpoints become shares of the training: the
             origin's steps were chosen for other rows.
-        method: what is trained. Where it changes between adapter and full, so does the learning
-            rate, by ten.
+        method: what is trained. Between adapter and full, the learning rate changes by ten.
     """
-    values: dict[str, Any] = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
+    values: Values = {"model": {}, "quantization": {}, "lora": {}, "data": {}, "train": {}}
     train, lora = origin.train, origin.lora
     if model is not None:
         values["model"]["name_or_path"] = model
@@ -89,7 +88,7 @@ def new_recipe(
 
 def schema_line(target: Path) -> str:
     """Return the first line of a recipe at `target`, by which editors find its schema."""
-    schema = _relative(target, project_root() / "schema" / "recipe.schema.json")
+    schema = _relative(target, project_root() / "schema/recipe.schema.json")
     return f"# yaml-language-server: $schema={schema}"
 
 

@@ -1,6 +1,4 @@
-"""From a `Document` to a pydantic model: `parse` returns the file, or raises everything that is
-wrong with it at once, each error at its file and line. What a key means is the model's business.
-"""
+"""From a `Document` to a pydantic model, or everything that is wrong with it at once."""
 
 from __future__ import annotations
 
@@ -27,34 +25,24 @@ from recipes_lib.config.documents import (
 )
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors
 
+Schema = dict[str, Any]  # a JSON Schema
 _MAX_CHOICES = 16
 _MAX_KEYS = 30
-_FORMS = {
-    "list_type": "write a list: {}: [a, b]",
-    "dict_type": "write a mapping: {}: {{key: value}}",
-}
 
 
 @dataclass(frozen=True)
 class IsPath:
-    """Marks a field as a path that `parse` makes absolute: `file: FilePath | None = None`.
+    """Marks a field as a path that `parse` makes absolute."""
 
-    Args:
-        unless: says of a text that it need not be a path (a Hub id): it is one if there is a file
-            of that name.
-    """
-
-    unless: Callable[[str], bool] = lambda name: False
+    unless: Callable[[str], bool] = lambda name: False  # of a Hub id: if there is no such file
 
 
 FilePath = Annotated[str, IsPath()]
 
 
 class Section(BaseModel):
-    """A mapping in a YAML file: field = key, the text under it = the key's help.
-
-    Unknown keys are refused, true is no number and "16" is not 16. `gone` says of keys that do not
-    exist what to write instead.
+    """A mapping in a YAML file: a field is a key, the text under it its help. Unknown keys are
+    refused, true is no number and "16" is not 16. `gone` has what to write instead of former keys.
     """
 
     model_config = ConfigDict(
@@ -69,10 +57,8 @@ class Section(BaseModel):
     kind: ClassVar[str] = ""  # of a whole file: its name among `documents.KINDS`
 
     @classmethod
-    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the JSON Schema, in which the text under a field is its description. The texts are
-        read from the source here and not by pydantic: that takes 10 ms a class, in every verb.
-        """
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> Schema:
+        """Return the JSON Schema; pydantic would read the texts in every verb, 10 ms a class."""
         schema = super().model_json_schema(*args, **kwargs)
         for model in {cls, *_models_below(cls)}:
             part = schema if model is cls else schema["$defs"].get(model.__name__, {})
@@ -111,19 +97,9 @@ def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
 def judge(
     model: type[M], document: Document, *rules: Rule[M], partial: bool = False
 ) -> tuple[M | None, list[RecipeError]]:
-    """Return a document as `model`, and everything that is wrong with it; `parse` without raising.
-
-    Values that the model refuses are left out for the rules, which judge the rest.
-
-    Args:
-        model: as for `parse`.
-        document: as for `parse`.
-        rules: as for `parse`.
-        partial: whether required keys may be missing, as in a base that recipes extend.
+    """Return what `parse` does, and everything that is wrong: rules judge what the model takes. In
+    a partial document, a base that recipes extend, required keys may be missing.
     """
-    if not isinstance(document.values, dict) or not document.values:
-        what = "holds no mapping of keys" if document.values else "is empty"
-        return None, [RecipeError(what, file=document.file)]
     document.values = _absolute(model, document, document.values, ())
     value, refused = _validated(model, document.values)
     errors = [*document.problems]
@@ -161,10 +137,8 @@ def _absolute(kind: Any, document: Document, value: Any, at: KeyPath) -> Any:
 
 
 def _validated(model: type[M], values: Any) -> tuple[M | None, dict[KeyPath, list[Any]]]:
-    """Return the values as a model, or None and what it refuses, by key.
-
-    A union is refused once per alternative: where an alternative has something against a part of
-    the value, what the others say about the whole is left out.
+    """Return the values as a model, or None and what it refuses, by key; of a union, what is wrong
+    with a part of the value, where an alternative says so.
     """
     refused: dict[KeyPath, list[Any]] = {}
     try:
@@ -207,12 +181,14 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     got = value_text(value, 60)
     if kinds == {"model_type"}:
         return [f"section '{name}' must be a mapping of keys, got {got}"]
+    details = [detail for detail in details if "pattern" not in detail["type"]] or details
     messages = [detail["msg"].removeprefix("Value error, ") for detail in details]
     must = " must be" if messages[0].startswith("Input should be ") else ":"
     texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
     texts = [text.replace("List should have", "a list of").split(" after val")[0] for text in texts]
+    texts = [text.replace("a valid dictionary", "a mapping {key: value}") for text in texts]
     what = f"{name}{must} {' or '.join(dict.fromkeys(texts))}"
-    hints = [form.format(path[-1]) for kind, form in _FORMS.items() if kind in kinds]
+    hints = []
     expected = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]
     choices = re.findall(r"'([^']*)'", " ".join(expected))
     if len(choices) > _MAX_CHOICES:
@@ -220,9 +196,8 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         hints.append(f"all choices: recipes explain {name}")
     if isinstance(value, str):
         hints = [*did_you_mean(value, choices), *hints]
-        if re.fullmatch(r"[-+.\de]+", value) and any(
-            "valid" in text or "-1" in text for text in texts
-        ):
+        wants_number = kinds & {"int_type", "float_type"}
+        if wants_number and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value):
             hints.append(f"remove the quotes: {value}" if len(value) < 30 else "it is too long")
     if value is False and {"no", "NO"} & {*choices}:
         hints.append("a plain no is read as false here; quote it")
@@ -242,11 +217,13 @@ def _unknown(model: type[BaseModel], path: KeyPath) -> list[str]:
             return [f"'{name}' cannot be set here", remedy]
     keys = [known for section in models for known in section.model_fields]
     what = f"unknown key '{name}'" if len(path) > 1 else f"unknown section or key '{name}'"
-    near = did_you_mean(key, keys, prefix)
+    ends = [known for known in keys if known.endswith(f"_{key}")]  # epochs: num_train_epochs
+    near = did_you_mean(ends[0] if ends else key, keys, prefix)
     for section_name, known in model.model_fields.items() if not near else ():
         if any(key in home.model_fields for home in _models_in(known.annotation)):
             return [what, f"it belongs to {section_name}: write {section_name}.{key}"]
-    return [what, *(near or ([f"keys here: {', '.join(keys)}"] if len(keys) < _MAX_KEYS else []))]
+    all_keys = f"all keys: recipes explain {dotted(path[:-1])}"
+    return [what, *(near or [f"keys: {', '.join(keys)}" if len(keys) < _MAX_KEYS else all_keys])]
 
 
 def _is_model(annotation: Any) -> bool:
@@ -265,8 +242,7 @@ def _models_below(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
     """Yield the models of a model's fields, and theirs."""
     for known in model.model_fields.values():
         for inner in _models_in(known.annotation):
-            yield inner
-            yield from _models_below(inner)
+            yield from (inner, *_models_below(inner))
 
 
 def _texts(model: type[BaseModel]) -> Iterator[tuple[str, str]]:

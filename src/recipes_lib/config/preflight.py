@@ -1,6 +1,5 @@
 """What only the model's files and upstream's classes can say about a recipe, before anything is
-loaded: is it a model that can be trained, do the names in the recipe exist in it, does PEFT take
-the adapter. The architecture is built on the meta device: no weights, no memory.
+loaded. The architecture is built on the meta device: no weights, no memory.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from recipes_lib.config.documents import did_you_mean
 from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
-from recipes_lib.config.recipe import Recipe, no_model_at
+from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.config.upstream import (
     STARTS_WITHOUT_WEIGHTS,
     build_lora_config,
@@ -44,18 +43,15 @@ KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
-_A_MODEL = "a model is a folder with config.json, safetensors and a tokenizer"
 
 
 def check_upstream(
     recipe: Recipe, *, remote_code: bool | None = None, notes: list[RecipeError] | None = None
 ) -> list[RecipeError]:
-    """Return everything that upstream, the model's files and the default launch have against a
-    recipe.
+    """Return what upstream, the model's files and the default launch have against a recipe.
 
     Args:
-        remote_code: whether the command line allowed the model's own code; None where no model will
-            be loaded.
+        remote_code: whether the command line allowed the model's own code; None to load no model.
         notes: is given what could not be checked.
     """
     # it warns about optional kernels as soon as PEFT imports it
@@ -93,7 +89,8 @@ def check_upstream(
         errors += check_model_files(recipe, folder, remote_code=remote_code)
     if len(errors) > before:
         return errors
-    absent = folder is None or (_from_hub(recipe) and not _has_tokenizer(folder))
+    is_cached = not Path(recipe.model.name_or_path).is_dir()
+    absent = folder is None or (is_cached and not _has_tokenizer(folder))
     if folder is None or absent or recipe.model.trust_remote_code:
         why = "model not on this machine" if absent else "the model brings its own code"
         what = f"note: not checked against {recipe.model.name_or_path}: {why}"
@@ -105,9 +102,7 @@ def check_upstream(
 
 
 def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Iterator[RecipeError]:
-    """FSDP2 shards tensors of one floating type and gathers all of them, packed 4-bit values too,
-    in the compute type.
-    """
+    """FSDP2 shards tensors of one type, and gathers packed 4-bit values too in the compute type."""
     quantization = recipe.quantization
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if quantization is None or not (asked or accelerate.distributed_type == "FSDP"):
@@ -125,12 +120,8 @@ def _sharded_quantization(recipe: Recipe, accelerate: AccelerateConfig) -> Itera
 
 
 def local_folder(recipe: Recipe) -> Path | None:
-    """Return the folder with the model's files, or None when it is not on this machine.
-
-    A folder, a packaged model that was materialised, or a Hub repository in the local cache.
-
-    Raises:
-        RecipeError: there is nothing of this name here, and it cannot be a Hub id.
+    """Return the folder with the model's files: the recipe's, a packaged model's or one in the
+    Hub's cache; None when it is not on this machine.
     """
     name = recipe.model.name_or_path
     if is_packaged(name):
@@ -145,35 +136,21 @@ def local_folder(recipe: Recipe) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _from_hub(recipe: Recipe) -> bool:
-    """Whether a model lies in the Hub's cache, where what is missing is fetched when needed."""
-    name = recipe.model.name_or_path
-    return not is_packaged(name) and not Path(name).is_dir()
-
-
 def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def no_tokenizer(recipe: Recipe, error: Exception) -> RecipeError:
-    """Return the error for a model whose tokenizer cannot be read.
-
-    Args:
-        error: what transformers said.
-    """
+    """Return the error for a model whose tokenizer cannot be read, from that of transformers."""
     folder = local_folder(recipe)
     hint = f"its files are beside the weights: {', '.join(TOKENIZER_FILES)}"
-    absent = folder is not None and not _has_tokenizer(folder)
-    what = f"{folder} has no tokenizer" if absent else "the tokenizer cannot be read"
-    return recipe.error(KEY, what if absent else f"{what}: {one_line(error)}", hint)
+    if folder is not None and not _has_tokenizer(folder):
+        return recipe.error(KEY, f"{folder} has no tokenizer", hint)
+    return recipe.error(KEY, f"the tokenizer cannot be read: {one_line(error)}", hint)
 
 
 def attention_refused(recipe: Recipe, why: str) -> RecipeError:
-    """Return the refusal of `model.attn_implementation`.
-
-    Args:
-        why: the end of a sentence that begins with the kernel's name.
-    """
+    """Return the refusal of `model.attn_implementation`: a sentence that ends in `why`."""
     key = "model.attn_implementation"
     what = f"{key}: {recipe.model.attn_implementation} {why}"
     return recipe.error(key, what, "leave the key out: the fastest that the model has is taken")
@@ -182,15 +159,11 @@ def attention_refused(recipe: Recipe, why: str) -> RecipeError:
 def check_model_files(
     recipe: Recipe, folder: Path, *, remote_code: bool | None = None
 ) -> Iterator[RecipeError]:
-    """Yield what is wrong with a model's files.
-
-    Args:
-        remote_code: as for `check_upstream`.
-    """
+    """Yield what is wrong with a model's files; `remote_code` as for `check_upstream`."""
     config = object_or_none(folder / "config.json")
     if config is None:
         gguf = next(folder.glob("*.gguf"), None)
-        hint = f"{gguf.name}: GGUF weights cannot be trained further" if gguf else _A_MODEL
+        hint = f"{gguf.name}: GGUF weights cannot be trained further" if gguf else A_MODEL
         yield recipe.error(KEY, f"{folder} has no readable config.json", hint)
         return
     names = [str(name) for name in config.get("architectures") or ()]
@@ -200,25 +173,22 @@ def check_model_files(
         yield recipe.error(KEY, what, "choose a model that generates text")
     packed = config.get("quantization_config") or {}
     method = packed.get("quant_method") if isinstance(packed, dict) else packed
-    if method == DEQUANTIZED and recipe.quantization is not None:
-        hint = "remove the quantization section: it is trained in model.dtype"
-        yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
-    elif packed and method != DEQUANTIZED:
+    if packed and not (method == DEQUANTIZED and recipe.quantization is None):
         hint = "give the original model; for QLoRA add a quantization section"
+        if method == DEQUANTIZED:
+            hint = "remove the quantization section: it is trained in model.dtype"
         yield recipe.error(KEY, f"the model is already quantized ({method})", hint)
     if "auto_map" in config and not (recipe.model.trust_remote_code and remote_code is not False):
         hint = "read it; then set model.trust_remote_code: true and pass --trust-remote-code"
         yield recipe.error(KEY, "the model needs Python code that ships with it", hint)
-    for fault in weight_faults(folder, to_be_fetched=_from_hub(recipe)):
+    is_cached = not Path(recipe.model.name_or_path).is_dir()
+    for fault in weight_faults(folder, to_be_fetched=is_cached):
         yield recipe.error(KEY, fault, "download the model again, with its *.safetensors")
 
 
 def weight_faults(folder: Path, *, to_be_fetched: bool = False) -> Iterator[str]:
-    """Yield what is wrong with a model's weight files: damaged, missing, or of a format that is not
-    read. Only headers are read.
-
-    Args:
-        to_be_fetched: whether what is missing may still come from the Hub.
+    """Yield what the headers of a model's weight files say is wrong: damaged, missing (unless the
+    Hub has them still to send), or of a format that is not read.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -246,9 +216,7 @@ def weight_faults(folder: Path, *, to_be_fetched: bool = False) -> Iterator[str]
 def check_names(
     recipe: Recipe, folder: Path, accelerate: AccelerateConfig
 ) -> Iterator[RecipeError]:
-    """Yield names in the recipe or its accelerate config that the model does not have, and what the
-    model's class cannot do. The model is built without weights; code that ships with it is not run.
-    """
+    """Yield names that a model does not have, and what its class cannot do; no code of it runs."""
     import torch
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -305,9 +273,8 @@ def check_names(
 
 
 def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[RecipeError]:
-    """Yield names that the model does not have, of which PEFT takes a list if one of them matches;
-    targets that cannot work on this architecture; and what PEFT has against the adapters, which are
-    put on the model; it has no weights.
+    """Yield names that the model does not have (PEFT takes a list if one of them matches), targets
+    that cannot work on it, and what PEFT says when it puts the adapters on it.
     """
     import torch
     from peft import get_peft_model

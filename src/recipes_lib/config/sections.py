@@ -1,9 +1,4 @@
-"""The recipe sections that are ours: model, data, run, launch. The others are upstream's classes,
-in `upstream`.
-
-A field is a key, its description is the key's help: the JSON Schema, `recipes explain` and the
-errors are made from here.
-"""
+"""The recipe sections that are ours; a field is a key, the text under it its help."""
 
 from __future__ import annotations
 
@@ -15,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from recipes_lib.config.documents import Values
 from recipes_lib.config.parsing import IsPath, Section
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -38,9 +34,7 @@ def is_inline(template: str) -> bool:
 
 
 def trl_templates() -> dict[str, Path]:
-    """Return the files of the chat templates that the installed TRL ships, as `trl:NAME` says them;
-    TRL itself is not imported.
-    """
+    """Return the chat templates that the installed TRL ships: `trl:NAME` -> file."""
     spec = importlib.util.find_spec("trl")
     folder = Path(spec.origin).parent / "chat_templates" if spec and spec.origin else None
     files = sorted(folder.glob("*.jinja")) if folder else ()
@@ -90,12 +84,10 @@ class ModelSection(Section):
     refused, never replaced.
     """
     trust_remote_code: bool = False
-    """Run Python code that ships with the model. Also needs --trust-remote-code on the command
-    line.
-    """
+    """Run Python code of the model; needs --trust-remote-code on the command line, too."""
     resize_embeddings: bool = False
     """Grow the embedding matrix when the tokenizer has more entries than the model."""
-    kwargs: dict[str, Any] = {}
+    kwargs: Values = {}
     """Further arguments for `from_pretrained`."""
 
 
@@ -128,9 +120,7 @@ class FiltersSection(Section):
     categories: list[str] | None = None
     """Keep only rows whose category is one of these."""
     drop_empty_completions: bool = False
-    """Leave out rows whose completion is empty; otherwise they train on the end token alone and are
-    counted.
-    """
+    """Leave out rows with an empty completion; otherwise they train on the end token alone."""
     max_tokens: int | None = Field(None, ge=1)
     """Leave out rows longer than this many tokens instead of truncating them."""
 
@@ -197,7 +187,7 @@ class DataSection(Section):
     """For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships
     (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own.
     """
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: Values = {}
     """For `chat`: arguments of the template, as {enable_thinking: false}, for every rendering: in
     training, and when the run is asked. A row's own (a column of this name) win.
     """

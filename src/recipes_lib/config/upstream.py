@@ -1,28 +1,27 @@
 """The sections `train`, `lora` and `quantization`: TRL's, PEFT's and transformers' own classes.
 
-Their keys, types, defaults and texts stand in `upstream.json`, which `make schema` writes from the
+Their keys, types, defaults and texts are in `upstream.json`, which `make schema` writes from the
 installed versions, so that a recipe is checked without torch. The functions at the end build the
-real objects: upstream has the last word. What is derived there and nowhere else: the accumulation
-steps from the batch, `use_cpu` from the device, `max_length` where rows arrive truncated.
+real objects: upstream has the last word.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import json
 import os
 import re
 import typing
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import Field, create_model
 
 from recipes_lib.config.batch import accumulation_steps
-from recipes_lib.config.parsing import Section
+from recipes_lib.config.parsing import Schema, Section
 from recipes_lib.core.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -38,6 +37,7 @@ CLASSES = {
     "lora": "peft.LoraConfig",
     "quantization": "transformers.BitsAndBytesConfig",
 }
+_Built = TypeVar("_Built")
 COMPILE_KEYS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 # Values of `lora.init_lora_weights` whose adapters start from random numbers or zeros, and not from
 # the weights of the base.
@@ -51,18 +51,6 @@ TRAIN_DEFAULTS = {
     # a LoRA step uses every trainable parameter; searching for unused ones costs time
     "ddp_find_unused_parameters": False,
 }
-# Part of an optimizer's name -> the package that transformers imports for it, once it is made.
-_OPTIMIZER_PACKAGES = {
-    "galore": "galore_torch",
-    "apollo": "apollo_torch",
-    "lomo": "lomo_optim",
-    "grokadamw": "grokadamw",
-    "stable_adamw": "optimi",
-    "anyprecision": "torchdistx",
-    "schedule_free": "schedulefree",
-    "torch_4bit": "torchao",
-    "torch_8bit": "torchao",
-}
 NO_TRACKERS = {"none", "all", "flyte"}  # transformers does not say whether flyte is there
 # Old key of `train` -> the key since TRL 1 and transformers 5.
 RENAMES = {
@@ -74,7 +62,11 @@ RENAMES = {
     "no_cuda": "use_cpu",
 }
 _RENAMED = "it is train.{} since TRL 1 / transformers 5; for a whole old file: recipes migrate"
+_RUN = "a run is in runs/<run.name> with its logs, and is never overwritten; set run.name"
 _LAUNCHER = "the launcher and its accelerate config decide it; see launch.accelerate"
+_OF_HUB = ("model_id", "strategy", "always_push", "private_repo", "revision")
+_HUB = ("push_to_hub", *(f"hub_{key}" for key in _OF_HUB))
+_EXPORT = "upload a finished run: recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
 _PEFTS_OWN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
 _MEGATRON = ("megatron_config", "megatron_core")
 # What no recipe says, of today's classes and of earlier ones -> what to write or know instead.
@@ -82,15 +74,11 @@ INSTEAD: dict[str, dict[str, str]] = {
     "train": {
         **{old: _RENAMED.format(new) for old, new in RENAMES.items()},
         "warmup_ratio": "write train.warmup_steps; a number below 1 is a fraction",
-        "output_dir": "the run directory is runs/<run.name>; set run.name",
-        "overwrite_output_dir": "a run directory is never overwritten; choose another run.name",
-        "run_name": "set run.name",
-        "logging_dir": "logs are in the run directory",
+        **dict.fromkeys(("output_dir", "overwrite_output_dir", "run_name", "logging_dir"), _RUN),
         "resume_from_checkpoint": "the same command resumes from the newest complete checkpoint",
-        "do_train": "recipes train always trains",
-        "do_eval": "set train.eval_strategy",
-        "do_predict": "evaluation has its own verb: recipes eval",
+        **dict.fromkeys(("do_train", "do_eval", "do_predict"), "train.eval_strategy decides it"),
         "hub_token": "a secret never belongs in a file; log in with 'hf auth login'",
+        **dict.fromkeys(_HUB, _EXPORT),
         "model_init_kwargs": "write model.kwargs",
         "trust_remote_code": "write model.trust_remote_code, and pass --trust-remote-code",
         "torch_dtype": "write model.dtype",
@@ -99,8 +87,6 @@ INSTEAD: dict[str, dict[str, str]] = {
         "dataset_kwargs": "rows are prepared by recipes_lib.data",
         "group_by_length": "write train.train_sampling_strategy: group_by_length",
         "lr": "write train.learning_rate",
-        "epochs": "write train.num_train_epochs",
-        "batch_size": "write train.per_device_train_batch_size, or run.global_batch_size",
         "deepspeed": "DeepSpeed is not supported; write launch.accelerate: fsdp",
         "enable_jit_checkpoint": "upstream's leaves a half-trained model; runs stop on SIGTERM",
         "ignore_data_skip": "a resumed run sees the rows it would have seen",
@@ -108,8 +94,6 @@ INSTEAD: dict[str, dict[str, str]] = {
         **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
     },
     "lora": {
-        "alpha": "write lora.lora_alpha",
-        "dropout": "write lora.lora_dropout",
         "base_model_name_or_path": "write model.name_or_path",
         **dict.fromkeys(_PEFTS_OWN, "PEFT writes it into the saved adapter by itself"),
         **dict.fromkeys(_MEGATRON, "Megatron is not supported"),
@@ -118,51 +102,40 @@ INSTEAD: dict[str, dict[str, str]] = {
 }
 
 
-class CheckpointingKwargs(Section):
-    """What torch's and TRL's activation checkpointing take."""
-
-    use_reentrant: bool | None = None
-    preserve_rng_state: bool | None = None
-    determinism_check: Literal["default", "none"] | None = None
-    early_stop: bool | None = None
-    every_n_layers: int | None = Field(None, ge=1)
-    offload: bool | None = None
-    selective: bool | None = None
-
-
-class GradientAccumulation(Section):
-    """When FSDP2 shares out gradients; the steps are `train.gradient_accumulation_steps`."""
-
-    sync_each_batch: bool | None = None
-
-
 class AcceleratorSection(Section):
-    """What accelerate may be told. Its other settings decide which rows a step sees, by the number
-    of processes.
-    """
+    """What accelerate may be told: its other settings change the rows of a step by the ranks."""
 
     non_blocking: bool = False
-    gradient_accumulation_kwargs: GradientAccumulation | None = None
+    gradient_accumulation_kwargs: dict[Literal["sync_each_batch"], bool | None] | None = None
 
 
+# What torch's and TRL's activation checkpointing take.
+_Checkpointing = Literal[
+    "use_reentrant", "preserve_rng_state", "early_stop", "every_n_layers", "offload", "selective"
+]
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no other
 _SIZES = ("per_device_train_batch_size", "per_device_eval_batch_size")
 # Types that are narrower than upstream's annotation: what it accepts and cannot work with.
-_NARROWER: dict[str, dict[str, Any]] = {
+_NARROWER: dict[str, dict[str, object]] = {
     "train": {
         **dict.fromkeys((*_SIZES, "gradient_accumulation_steps"), _AtLeast1),
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
-        **dict.fromkeys(("num_train_epochs", "learning_rate", "save_steps"), _Positive),
+        **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
+        # a step of Adam divides it by 0.1 and more, in float32
+        "learning_rate": Annotated[float, Field(gt=0, le=1e6)],
         "max_steps": Literal[-1] | _AtLeast1,
         "eval_steps": _Positive | None,
-        "max_grad_norm": Annotated[float, Field(ge=0)],
-        "label_smoothing_factor": Annotated[float, Field(ge=0, lt=1)],
+        **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
+        **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _Fraction),
         "seed": _Seed,
         "data_seed": _Seed | None,
         "accelerator_config": AcceleratorSection | None,
-        "activation_checkpointing_kwargs": CheckpointingKwargs | None,
+        "activation_checkpointing_kwargs": dict[_Checkpointing, bool | int | None] | None,
+        "dataloader_num_workers": Annotated[int, Field(ge=0)],
         # batch_rebalance deals out the rows of a step by the number of processes
         "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
         # true hides the step on which the loss stopped being a number
@@ -172,6 +145,7 @@ _NARROWER: dict[str, dict[str, Any]] = {
         "task_type": Literal["CAUSAL_LM"],
         "r": Annotated[int, Field(ge=1, le=2**16)],  # wider than any layer
         "lora_alpha": _AtLeast1,
+        "lora_dropout": _Fraction,
         "init_lora_weights": bool
         | Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]
         | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
@@ -184,19 +158,14 @@ _NARROWER: dict[str, dict[str, Any]] = {
 
 
 @lru_cache(maxsize=1)
-def upstream_fields() -> dict[str, dict[str, Any]]:
+def upstream_fields() -> dict[str, dict[str, Schema]]:
     """Return the keys of the three sections, each with its JSON Schema and default."""
-    fields: dict[str, dict[str, Any]] = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
+    fields: dict[str, dict[str, Schema]] = json.loads(UPSTREAM_FILE.read_text(encoding="utf-8"))
     return fields
 
 
 def upstream_default(section: str, key: str) -> Any:
-    """Return the value that a key has where a recipe does not say it.
-
-    Example:
-        >>> upstream_default("train", "per_device_train_batch_size")
-        8
-    """
+    """Return the value that a key has where a recipe does not say it."""
     ours = TRAIN_DEFAULTS if section == "train" else {}
     return ours.get(key, upstream_fields()[section][key].get("default"))
 
@@ -204,19 +173,19 @@ def upstream_default(section: str, key: str) -> Any:
 def _section(name: str) -> type[Section]:
     """Return the model of a section."""
     defaults = TRAIN_DEFAULTS if name == "train" else {}
-    fields: dict[str, Any] = {}
+    fields = {}
     for key, schema in upstream_fields()[name].items():
         if key not in INSTEAD[name]:
             default = defaults.get(key, schema.get("default"))
             kind = _NARROWER[name].get(key) or _type(schema)
             fields[key] = (kind, Field(default, description=schema.get("description")))
-    model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)
+    model = create_model(f"{name.capitalize()}Section", __base__=Section, **fields)  # type: ignore[call-overload]
     model.__doc__ = f"`{CLASSES[name]}`, key by key."
     model.gone = INSTEAD[name]
     return model
 
 
-def _type(schema: dict[str, Any]) -> Any:
+def _type(schema: Schema) -> Any:
     """Return the annotation of a JSON Schema."""
     if "anyOf" in schema:
         return Union[tuple(_type(part) for part in schema["anyOf"])]  # noqa: UP007
@@ -225,36 +194,23 @@ def _type(schema: dict[str, Any]) -> Any:
     if schema.get("type") == "array":
         return list[_type(schema["items"])] if "items" in schema else list[Any]  # type: ignore[misc]
     kinds = {"integer": int, "number": float, "string": str, "boolean": bool, "null": None}
-    return kinds.get(schema.get("type", ""), dict[str, Any])
+    return kinds.get(schema.get("type", ""), dict[str, object])
 
 
 if TYPE_CHECKING:
-
-    class TrainSection(Section):
-        """Made of upstream.json."""
-
-    class LoraSection(Section):
-        """Made of upstream.json."""
-
-    class QuantizationSection(Section):
-        """Made of upstream.json."""
-
+    TrainSection = Section
+    LoraSection = Section
+    QuantizationSection = Section
 else:
-    TrainSection = _section("train")
-    LoraSection = _section("lora")
-    QuantizationSection = _section("quantization")
+    TrainSection, LoraSection, QuantizationSection = map(_section, CLASSES)
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
-    """Return TRL's arguments for this recipe on this machine: all of them, nobody changes one
-    later.
+    """Return TRL's arguments for this recipe on this machine; nobody changes one later.
 
     Args:
         output_dir: where checkpoints go.
         world_size: number of processes, for the accumulation steps.
-
-    Raises:
-        RecipeError: the batch does not divide, or TRL refuses the values.
     """
     from trl import SFTConfig
 
@@ -262,11 +218,8 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     values = {key: recipe.train[key] for key in recipe.train if key not in COMPILE_KEYS}
     values["use_cpu"] = values.get("use_cpu", False) or not has_accelerator()
     if values["use_cpu"] and (values.get("fp16") or values.get("fp16_full_eval")):
-        raise recipe.error(
-            "train.fp16",
-            "train.fp16 does nothing on a CPU: it would train in float32 and say nothing",
-            "use train.bf16: true",
-        )
+        what = "train.fp16 does nothing on a CPU: it would train in float32 and say nothing"
+        raise recipe.error("train.fp16", what, "use train.bf16: true")
     if values["use_cpu"] and recipe.model.attn_implementation == "flex_attention":
         key = "model.attn_implementation"
         raise recipe.error(key, f"{key} flex_attention has no backward pass on a CPU", "use sdpa")
@@ -275,9 +228,8 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         how = {key: value for key, value in checkpointing.items() if key != "selective"}
         values["activation_checkpointing_kwargs"] = how or None
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
-    if values.get("assistant_only_loss"):
-        # the labels say it already; TRL looks for conversations in the rows
-        values["assistant_only_loss"] = False
+    # the labels say it already; TRL looks for conversations in the rows
+    values["assistant_only_loss"] = False
     if values.get("padding_free") and not values.get("packing"):
         # rows arrive truncated; TRL refuses a limit that it would not apply
         values["max_length"] = None
@@ -287,84 +239,80 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
         "run_name": recipe.name,
         # our own rotation keeps that many; it never deletes the last complete checkpoint
         "save_total_limit": None,
-        # only checked weights are pushed (`training.hub`), never a checkpoint
-        "push_to_hub": False,
     }
-    try:
-        config = SFTConfig(**values)
-    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
-        raise refused(recipe, "train", error) from None
+    config = _built(recipe, "train", lambda: SFTConfig(**values))
     # One process on a machine with several GPUs: transformers would spread each micro-batch over
     # all of them (nn.DataParallel), so that a step had as many times the examples that were
     # declared.
     config._n_gpu = min(config.n_gpu, 1)
+    _check_optimizer(recipe, config)
     return config
 
 
-def build_lora_config(recipe: Recipe) -> LoraConfig | None:
-    """Return PEFT's config, or None for full fine-tuning.
+def _check_optimizer(recipe: Recipe, config: SFTConfig) -> None:
+    """Let transformers refuse an optimizer or a schedule now: it would once the model is loaded."""
+    import torch
+    from transformers import Trainer, get_scheduler
 
-    Raises:
-        RecipeError: PEFT refuses the values.
-    """
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], config.learning_rate)
+    schedule = (config.lr_scheduler_type, optimizer, 1, 10**6, config.lr_scheduler_kwargs)
+    for key, build in {
+        "train.optim": lambda: Trainer.get_optimizer_cls_and_kwargs(config),
+        "train.lr_scheduler_kwargs": lambda: get_scheduler(*schedule),
+    }.items():
+        try:
+            build()
+        except ImportError as error:
+            raise recipe.fault(key, f"{key}: {one_line(error)}") from None
+        except (ValueError, TypeError) as error:
+            if "need to pass a" not in str(error):  # some ask for the model, which comes later
+                raise recipe.error(key, f"{key}: {one_line(error)}") from None
+
+
+def build_lora_config(recipe: Recipe) -> LoraConfig | None:
+    """Return PEFT's config, or None for full fine-tuning."""
     if recipe.lora is None:
         return None
     from peft import LoraConfig
 
     values = {"task_type": "CAUSAL_LM", **recipe.lora}
     hints = typing.get_type_hints(LoraConfig)
-    try:
+
+    def build() -> LoraConfig:
         for key, value in values.items():
             members = typing.get_args(hints[key])
             kinds = [kind for kind in (hints[key], *members) if dataclasses.is_dataclass(kind)]
             if isinstance(value, dict) and kinds and dict not in members:
                 values[key] = kinds[0](**value)  # type: ignore[operator]
         return LoraConfig(**values)
-    except (ValueError, TypeError, ImportError) as error:
-        raise refused(recipe, "lora", error) from None
+
+    return _built(recipe, "lora", build)
 
 
 def build_quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
-    """Return the bitsandbytes config, or None when the weights stay as they are.
-
-    Raises:
-        RecipeError: transformers refuses the values.
-    """
+    """Return the bitsandbytes config, or None when the weights stay as they are."""
     if recipe.quantization is None:
         return None
     from transformers import BitsAndBytesConfig
 
-    parameters = inspect.signature(BitsAndBytesConfig).parameters
-    values = {
-        key: float(value) if isinstance(parameters[key].default, float) else value
-        for key, value in recipe.quantization.items()
-    }
+    values = recipe.quantization
+    return _built(recipe, "quantization", lambda: BitsAndBytesConfig(**values))
+
+
+def _built(recipe: Recipe, section: str, build: Callable[[], _Built]) -> _Built:
+    """Return upstream's object, or raise its refusal at the key of the section."""
     try:
-        return BitsAndBytesConfig(**values)
-    except (ValueError, TypeError, AttributeError, ImportError) as error:
-        raise refused(recipe, "quantization", error) from None
+        return build()
+    except (ValueError, TypeError, AttributeError, NotImplementedError, ImportError) as error:
+        raise refused(recipe, section, error) from None
 
 
 def check_packages(recipe: Recipe) -> None:
-    """Refuse a tracker or another optional package that the recipe asks for and that is not
-    installed, before anything is loaded.
-
-    Raises:
-        EnvironmentFault: with its name.
-    """
-    needed = {}
-    if recipe.train.get("use_liger_kernel"):
-        needed["liger_kernel"] = "train.use_liger_kernel"
-    if "/" in (recipe.model.attn_implementation or ""):
-        needed["kernels"] = "model.attn_implementation"
-    optimizer = str(recipe.train.get("optim", ""))
-    for word, package in _OPTIMIZER_PACKAGES.items():
-        if word in optimizer:
-            needed[package] = "train.optim"
-    for package, key in needed.items():
-        if importlib.util.find_spec(package) is None:
-            what = f"{key} needs the package {package}, which is not installed"
-            raise recipe.fault(key, what, f"pip install {package}, or remove the key")
+    """Refuse a package that is not installed and that upstream misses once the model is loaded."""
+    if recipe.train.get("use_liger_kernel") and importlib.util.find_spec("liger_kernel") is None:
+        key = "train.use_liger_kernel"
+        what = f"{key} needs the package liger_kernel, which is not installed"
+        raise recipe.fault(key, what, "pip install liger-kernel, or remove the key")
     named = recipe.train.get("report_to") or []
     if trackers := {*([named] if isinstance(named, str) else named)} - NO_TRACKERS:
         from transformers.integrations import integration_utils  # torch
