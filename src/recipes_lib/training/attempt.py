@@ -103,7 +103,7 @@ class Attempt:
             begun = begun or checkpoints.read_marker(newest)["guard"]
         changed = differences(begun, guard) if begun else {}
         if newest is not None:
-            if not options.resume_anyway:
+            if changed and not options.resume_anyway:
                 refuse_changes(run.name, changed)
             checkpoints.check_resumable(newest, active.world_size)
             resumed.append({"from": newest.name, "changed": changed})
@@ -197,15 +197,14 @@ def summarise_training(
 ) -> dict[str, object]:
     """Return what run.json and the card say of a training; after a resume, times are the last's."""
     state, tokens = trainer.state, int(trainer._total_train_tokens)
-    on_cpu = active.device.startswith("cpu")
-    speed = round((tokens - trainer.tokens_before) / seconds, 1) if seconds else None
+    on_cpu, trained = active.device.startswith("cpu"), tokens - trainer.tokens_before
     summary: dict[str, object] = {
         "steps": state.global_step,
         "training_rows": len(data.train),
         "validation_rows": len(data.validation) if data.validation is not None else 0,
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_second": speed,
+        "tokens_per_second": round(trained / seconds, 1) if seconds else None,
         "quantized_layers": count_quantized(trainer.model),
         "peak_memory_gib": round(max(trainer.loading_peak_gib, peak_memory_gib()), 2),
         "world_size": active.world_size,

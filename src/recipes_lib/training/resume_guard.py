@@ -81,8 +81,6 @@ def differences(
 
 def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> None:
     """Refuse to resume a run with other settings than it was begun with, in a table of them."""
-    if not changed:
-        return
     width = max(map(len, changed))
     table = [f"{key:<{width}}  {old} -> {new}" for key, (old, new) in changed.items()]
     raise RecipeError(

@@ -18,6 +18,7 @@ from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import HUB_ID
 from recipes_lib.core.errors import EnvironmentFault, RecipeError, RecipesError, one_line
 from recipes_lib.core.files import object_or_none, publish, read_object
+from recipes_lib.data.sources import listed_sources
 from recipes_lib.models.families import auto_class
 from recipes_lib.models.packaged import PACKAGED_HUB_ID, SOURCE, is_packaged
 from recipes_lib.weights.check import ADAPTER_CONFIG, RECORDED
@@ -112,11 +113,10 @@ def write_card(
     import jinja2
     from huggingface_hub import ModelCardData
 
-    base, lora, source = public_name(recipe), recipe.lora, recipe.data.source
+    base, lora = public_name(recipe), recipe.lora
     stated = base_file(recipe, "README.md")
     licence = stated.get("license_name") or stated.get("license")
-    entries = [source] if isinstance(source, str) else source
-    names = [entry if isinstance(entry, str) else str(entry["source"]) for entry in entries]
+    names = [source.source for source in listed_sources(recipe.data)]
     data = [name if is_hub_id(name) else Path(name).name for name in names]
     is_adapter = lora is not None and merged is None
     header = ModelCardData(
@@ -132,7 +132,11 @@ def write_card(
         kind = "QLoRA" if recipe.quantization else "LoRA"
         method = f"{kind} (r {lora.get('r')}, alpha {lora.get('lora_alpha')})"
         method += f" on the {recipe.base_format} base" if recipe.base_format else ""
-    measured = {name: summary[name] for name in NUMBERS if summary.get(name) is not None}
+    numbers = {
+        name.replace("_", " "): f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        for name in NUMBERS
+        if (value := summary.get(name)) is not None
+    }
     blocks = jinja2.Environment(trim_blocks=True, keep_trailing_newline=True)
     template = Path(__file__).with_name("card.md.jinja").read_text(encoding="utf-8")
     card = blocks.from_string(template).render(
@@ -143,10 +147,7 @@ def write_card(
         is_on_hub=is_hub_id(base),
         data=data,
         merged=merged,
-        numbers={
-            name.replace("_", " "): f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-            for name, value in measured.items()
-        },
+        numbers=numbers,
         is_adapter=is_adapter,
         auto_class=auto_class(str(base_file(recipe, "config.json").get("model_type"))),
     )

@@ -265,9 +265,7 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
         hint = f"accept its licence on the Hub page of {name}, then: hf auth login"
     elif causes & {errors.LocalEntryNotFoundError, ConnectionError}:
         what = f"offline, and '{name}' is not in the local cache"
-        hint = (
-            f"with a network: hf download {name}; or set model.name_or_path to a folder or {MODEL}"
-        )
+        hint = f"with a network: hf download {name}; or choose a local folder, or {MODEL}"
     elif errors.RepositoryNotFoundError in causes:
         what = f"the Hub has no model '{name}', or it is private"
     return EnvironmentFault(what, hint)

@@ -160,9 +160,7 @@ def check_base_of(trained: TrainedRun) -> None:
     before, now = trained.saved.base_fingerprint, base_fingerprint(trained.recipe)
     if before and now and before != now:
         base, run = trained.recipe.model.name_or_path, trained.run.name
-        what = (
-            f"'{base}' is not the base of run '{run}': its weights differ ({before[:8]}, {now[:8]})"
-        )
+        what = f"'{base}' is not the base of run '{run}': its weights differ ({now[:12]})"
         raise RecipeError(what, "restore the base, or set model.revision to the commit it was")
 
 
