@@ -209,9 +209,6 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
     return rows
 
 
-# ---- What a training says before its first step ----
-
-
 def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
     """Return what is really active, the batch arithmetic and what is trained."""
     args, model, rows = trainer.args, trainer.model, len(trainer.lengths)

@@ -152,8 +152,6 @@ class RecipeTrainer(SFTTrainer):
         metrics = {f"{metric_key_prefix}_loss": float(sums[0] / sums[1].clamp(min=1))}
         return EvalLoopOutput(None, None, metrics, num_samples=len(self.eval_dataset))
 
-    # ---- Stopping and resuming ----
-
     def train_until_stop(self, checkpoint: Path | None) -> float:
         """Train until the planned end or an agreed stop; return the seconds it took."""
         began = time.monotonic()
@@ -199,8 +197,6 @@ class RecipeTrainer(SFTTrainer):
         if not is_peft_model(self.model):
             upstream_fixes.load_whole(self.model, Path(folder))
         upstream_fixes.restore_precision(self.model, self.precision)
-
-    # ---- Checkpoints ----
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The card is written once, beside the final weights."""

@@ -197,9 +197,6 @@ def same_bytes(first: torch.Tensor, second: torch.Tensor) -> bool:
     return torch.equal(*(tensor.view(torch.uint8) for tensor in flat))
 
 
-# ---- are these the files that were written? ----
-
-
 def recorded_hashes(folder: Path, names: Iterable[str] | None = None) -> dict[str, str]:
     """Return the SHA-256 of every file that decides what a model answers. That of an adapter's
     settings leaves out the base's name and revision: it may be moved, and has its own check.

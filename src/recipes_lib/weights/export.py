@@ -22,13 +22,7 @@ from recipes_lib.data.sources import listed_sources
 from recipes_lib.models.families import auto_class
 from recipes_lib.models.packaged import PACKAGED_HUB_ID, SOURCE, is_packaged
 from recipes_lib.weights.check import ADAPTER_CONFIG, RECORDED
-from recipes_lib.weights.runs import (
-    RECORD,
-    TrainedRun,
-    check_base_of,
-    check_weights,
-    merge_record,
-)
+from recipes_lib.weights.runs import RECORD, TrainedRun, check_base_of, check_weights, merge_record
 
 _WITH_PATHS = (ADAPTER_CONFIG, "config.json", "tokenizer_config.json")
 # What of a training's summary a card shows.
@@ -93,9 +87,6 @@ def without_paths(value: Any) -> Any:
         return [without_paths(item) for item in value]
     is_path = isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value
     return Path(value).name if is_path else value
-
-
-# ---- the card ----
 
 
 def write_card(
@@ -180,9 +171,6 @@ def base_file(recipe: Recipe, name: str) -> Mapping[str, Any]:
             read = metadata_load if name == "README.md" else object_or_none
             return read(folder / name) or {}
     return {}
-
-
-# ---- to the Hub ----
 
 
 def check_repo(repo: str) -> None:

@@ -89,9 +89,7 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
     check_base_of(trained)  # again: until here its files may have been on the Hub alone
     precision = getattr(torch, dtype) if dtype else plain.dtype
     if recipe.quantization is not None:
-        say(
-            f"the {recipe.base_format} base is dequantised first; what quantization took stays lost"
-        )
+        say(f"the {recipe.base_format} base is dequantised first: what it has lost stays lost")
         plain = plain.dequantize(dtype=precision)
     # Zamba2: what is folded into a shared weight at one place would be there at all
     shared = {key.removesuffix(".weight") for key in plain.all_tied_weights_keys}

@@ -115,9 +115,6 @@ def merge_record(trained: TrainedRun) -> MergeRecord | None:
     return record if record.adapter_sha256 == adapter else None
 
 
-# ---- Are these the files that were written, and is this their base? ----
-
-
 def weights_damage(run: RunDirectory, full: bool) -> str | None:
     """Return what is wrong with a finished run's weights; None where they are what was trained."""
     folder, recorded = run.weights(full), run.read_state().get("weights_check", {}).get("sha256")
@@ -168,9 +165,6 @@ def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
     what = f"run '{run.name}' has no usable weights: {damage}"
     hint = f"make them again from the run's newest whole checkpoint: {run.train_command()}"
     return EnvironmentFault(what, hint)
-
-
-# ---- runs in memory ----
 
 
 class Family:
