@@ -122,20 +122,6 @@ def test_every_way_to_train_ends_with_weights_that_reload(tiny_recipe, way, caps
     assert all(loss > 0 for loss in losses(tiny_recipe, "tiny"))
 
 
-def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    tiny_recipe, monkeypatch
-) -> None:
-    words = [str(tiny_recipe), "lora.lora_dropout=0.3"]
-    assert main([*words, "run.name=whole"]) == 0
-    stop_at(monkeypatch, 5, *words, "run.name=broken")
-    state = run_json(tiny_recipe, "broken")
-    assert (state["state"], state["exit_code"]) == ("preempted", 75)
-    assert main([*words, "run.name=broken"]) == 0
-    assert adapter(tiny_recipe, "whole") == adapter(tiny_recipe, "broken")
-    keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
-    assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
-
-
 def test_a_run_resumed_after_midnight_keeps_the_date_of_its_first_day(
     tiny_recipe, tiny_tokenizer, monkeypatch
 ) -> None:
@@ -176,28 +162,35 @@ def test_a_stop_at_an_evaluation_puts_it_off_and_the_resumed_run_makes_it_up(
     assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, "broken", *keys)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR2, 75), (signal.SIGINT, 130)]
-)
-def test_a_signal_during_a_step_ends_in_a_checkpoint_and_its_exit_code(
-    tiny_recipe, number, code, monkeypatch
+REQUESTS = {"SIGTERM": 75, "SIGUSR2": 75, "SIGINT": 130, "STOP": 75}
+
+
+def test_a_request_during_a_step_ends_in_a_checkpoint_that_resumes_to_the_same_bytes(
+    tiny_recipe, monkeypatch
 ) -> None:
     from recipes_lib.training.trainer import RecipeTrainer
 
-    step = RecipeTrainer.training_step
+    words, step = [str(tiny_recipe), "lora.lora_dropout=0.3"], RecipeTrainer.training_step
+    assert main([*words, "run.name=whole"]) == 0
+    for request, code in REQUESTS.items():
+        stop = run_of(tiny_recipe, request) / "STOP"
 
-    def interrupted(self: RecipeTrainer, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == 2 and not self.stop.requested:
-            os.kill(os.getpid(), number)
-        return step(self, *args, **kwargs)
+        def interrupted(self: RecipeTrainer, *args: Any, name=request, stop=stop) -> Any:
+            if self.state.global_step == 2 and not self.stop.requested:
+                stop.touch() if name == "STOP" else os.kill(os.getpid(), getattr(signal, name))
+            return step(self, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(RecipeTrainer, "training_step", interrupted)
-        assert main([str(tiny_recipe)]) == code
-    run = run_of(tiny_recipe)
-    assert run_json(tiny_recipe)["exit_code"] == code and not (run / "adapter").exists()
-    assert (run / "checkpoints/checkpoint-3/COMPLETE.json").is_file()
-    assert main([str(tiny_recipe)]) == 0
+        with monkeypatch.context() as patch:
+            patch.setattr(RecipeTrainer, "training_step", interrupted)
+            assert main([*words, f"run.name={request}"]) == code
+        state = run_json(tiny_recipe, request)
+        assert (state["state"], state["exit_code"]) == ("preempted", code)
+        assert (stop.parent / "checkpoints/checkpoint-3/COMPLETE.json").is_file()
+        assert not stop.exists() and not (stop.parent / "adapter").exists()
+        assert main([*words, f"run.name={request}"]) == 0
+        assert adapter(tiny_recipe, "whole") == adapter(tiny_recipe, request)
+        keys = ("step", "loss", "eval_loss", "grad_norm", "learning_rate", "tokens")
+        assert logged(tiny_recipe, "whole", *keys) == logged(tiny_recipe, request, *keys)
 
 
 def test_a_signal_while_the_weights_are_saved_stops_nothing(
@@ -215,15 +208,6 @@ def test_a_signal_while_the_weights_are_saved_stops_nothing(
     assert main([str(tiny_recipe), "train.max_steps=2"]) == 0
     assert "once the weights are saved" in capfd.readouterr().err
     assert run_json(tiny_recipe)["state"] == "finished"
-
-
-def test_a_stop_file_is_taken_away_with_the_stop(tiny_recipe, monkeypatch) -> None:
-    from recipes_lib.training.metrics import MetricsCallback
-
-    stop = run_of(tiny_recipe) / "STOP"
-    monkeypatch.setattr(MetricsCallback, "on_step_end", lambda self, *args, **kwargs: stop.touch())
-    assert main([str(tiny_recipe)]) == ExitCode.PREEMPTED
-    assert not stop.exists()
 
 
 def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
