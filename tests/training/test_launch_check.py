@@ -87,7 +87,7 @@ def test_more_processes_than_gpus_and_other_backends_are_refused(monkeypatch) ->
         check_processes(num_gpus)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     check_processes(1)
-    for backend in ("MEGATRON_LM", "DEEPSPEED"):  # asked for by a flag or a shell, without a config
+    for backend in ("PARALLELISM_CONFIG", "MEGATRON_LM", "DEEPSPEED"):  # by a flag or a shell
         monkeypatch.setenv(f"ACCELERATE_USE_{backend}", "true")
         with pytest.raises(RecipeError, match=f"{backend} was asked for.*cannot be used"):
             check_processes(1)

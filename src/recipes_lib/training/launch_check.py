@@ -40,7 +40,7 @@ def what_runs(state: Any = None) -> Active:
 
 def check_processes(num_gpus: int) -> None:
     """Refuse backends that are not supported, and more processes than GPUs that each can see."""
-    for backend in ("DEEPSPEED", "MEGATRON_LM"):  # by flags or variables alone
+    for backend in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):  # by flags alone
         if _asks_for(f"ACCELERATE_USE_{backend}"):
             hint = f"unset ACCELERATE_USE_{backend}, or use accelerate_configs/fsdp.yaml"
             raise RecipeError(f"{backend} was asked for, and cannot be used here", hint)
