@@ -1,4 +1,4 @@
-"""A conversation of two turns, and chat templates for it."""
+"""A conversation of two turns, chat templates for it, and what of a row is learned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import copy
 import re
 from importlib.util import find_spec
 from pathlib import Path
+
+from recipes_lib.config.sections import DataSection
+from recipes_lib.data.rows import DataRow
+from recipes_lib.data.supervision import Supervision, decoded_spans, encode
 
 FOLDER = Path(str(find_spec("trl").origin)).parent / "chat_templates"
 TURNS = [
@@ -31,3 +35,18 @@ def tokenizer_with(template: str, tokenizer):
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(names))})
     tokenizer.chat_template = template
     return tokenizer
+
+
+def encode_row(fields, tokenizer, template=None, train=None, **data):
+    """One row encoded, or the reason why it cannot be used."""
+    section = DataSection(source="x", **data)
+    settings = Supervision.of(section, {"max_length": 4096} | (train or {}), tokenizer)
+    if section.prompt_format == "chat":
+        template = template or tokenizer.chat_template
+    [item] = encode([DataRow("rows.jsonl", 7, 7, fields)], settings, tokenizer, template)
+    return item
+
+
+def learned(item, tokenizer) -> list[str]:
+    spans = decoded_spans(tokenizer, item.ids, item.labels)
+    return [span.text for span in spans if span.supervised]

@@ -65,9 +65,6 @@ def test_the_data_sets_have_the_columns_that_training_reads(prepare, write_jsonl
     assert data.validation is None and data.test is None and len(data.train) == 9
 
 
-# ---- held-out rows ----
-
-
 def test_a_mixture_never_trains_on_rows_that_one_of_its_sources_holds_out_alone(
     prepare, write_jsonl, tasks
 ):
@@ -133,9 +130,6 @@ def published(num_rows, validation, test):
     return split_rows(rows, section)
 
 
-# ---- mixtures ----
-
-
 def test_ids_are_labels_that_stay_unique(prepare, write_jsonl, tasks):
     first = write_jsonl([{**row, "id": i} for i, row in enumerate(tasks(5))], "a.jsonl")
     ids = ["x", "x", None, 3, ""]
@@ -177,9 +171,6 @@ def test_the_rows_of_a_run_are_found_again_as_long_as_they_are_what_they_were(
     changed[7]["response"] += " Yes."
     write_jsonl(changed)
     assert recorded_rows(recipe.data, data.splits, data.fingerprint) is None
-
-
-# ---- rows that cannot be used or teach nothing ----
 
 
 def test_all_bad_rows_are_named_at_once_or_left_out_when_asked(prepare, write_jsonl):
@@ -268,9 +259,6 @@ def test_filters_are_applied_and_counted_and_may_not_leave_nothing(prepare, writ
             prepare(path, filters=filters)
 
 
-# ---- what is counted and warned of ----
-
-
 def test_empty_completions_and_special_tokens_are_warned_of_with_their_places(audit_of, tasks):
     rows = tasks(20)
     rows[6]["response"] = ""
@@ -336,11 +324,8 @@ def test_a_date_that_a_template_prints_is_the_recipe_s_or_the_day_the_run_was_cr
     assert template_date(section, tiny_tokenizer, None) > "2026-01-01"
 
 
-# ---- the second start ----
-
-
 def test_a_second_start_reads_the_rows_that_the_first_one_kept(
-    prepare, write_jsonl, tasks, cache, monkeypatch
+    prepare, write_jsonl, tasks, cache, monkeypatch, capfd
 ):
     from datasets import Dataset
 
@@ -356,7 +341,7 @@ def test_a_second_start_reads_the_rows_that_the_first_one_kept(
             assert getattr(again, name) == getattr(first, name)
         for name in ("train", "validation", "test"):
             assert getattr(again, name).to_list() == getattr(first, name).to_list()
-    assert len([*cache.iterdir()]) == 2
+    assert len([*cache.iterdir()]) == 2 and not capfd.readouterr().err
 
 
 def test_whatever_decides_the_rows_makes_them_anew(prepare, write_jsonl, tasks, cache):

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from conversation_samples import encode_row
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.data.prompts import (
-    chat_template,
-    format_hash,
-    generation_prompt,
-    task_prompt,
-)
-from recipes_lib.data.rows import DataRow, SettingError
-from recipes_lib.data.supervision import Supervision, encode
+from recipes_lib.data.prompts import chat_template, format_hash, generation_prompt, task_prompt
+from recipes_lib.data.rows import SettingError
 
 ASKED = {"role": "user", "content": "a"}
 TURNS = [ASKED, {"role": "assistant", "content": "b"}]
@@ -25,12 +20,6 @@ THINKING = (
 
 def section(prompt_format: str = "dolly", **keys) -> DataSection:
     return DataSection(source="x.jsonl", prompt_format=prompt_format, **keys)
-
-
-def encode_row(fields, setting, tokenizer):
-    settings = Supervision.of(setting, {}, tokenizer)
-    [item] = encode([DataRow("f", 1, 1, fields)], settings, tokenizer, THINKING)
-    return item
 
 
 def test_dolly_and_alpaca_are_the_published_formats():
@@ -95,13 +84,15 @@ def test_the_format_hash_changes_with_everything_that_shapes_a_prompt(tiny_token
 
 
 def test_template_arguments_act_in_training_and_generation_and_a_row_s_own_win(tiny_tokenizer):
-    without = section("chat", chat_template=THINKING)
-    fast = without.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
-    slow, quick = (generation_prompt(s, tiny_tokenizer, [ASKED]) for s in (without, fast))
+    fast = {"prompt_format": "chat", "chat_template_kwargs": {"enable_thinking": False}}
+    slow, quick = (
+        generation_prompt(section(**keys, chat_template=THINKING), tiny_tokenizer, [ASKED])
+        for keys in ({"prompt_format": "chat"}, fast)
+    )
     assert quick == "[fast]" + slow
     own = {"messages": TURNS, "chat_template_kwargs": '{"enable_thinking": true}'}
     for fields, prompt in (({"messages": TURNS}, quick), (own, slow)):
-        item = encode_row(fields, fast, tiny_tokenizer)
+        item = encode_row(fields, tiny_tokenizer, THINKING, **fast)
         assert tiny_tokenizer.decode(item.ids.tolist()).startswith(prompt)
 
 
@@ -111,7 +102,7 @@ def test_calls_that_the_template_does_not_render_are_refused(tiny_tokenizer):
     followed = [*called, {"role": "tool", "content": "3"}, TURNS[1]]
     silent = [ASKED, {**called[1], "weight": 0}, *followed[2:]]
     for messages, chat_loss in ((called, "all"), (followed, "last"), (silent, "all")):
-        setting = section("chat", chat_loss=chat_loss)
-        bad = encode_row({"messages": messages}, setting, tiny_tokenizer)
+        keys = {"prompt_format": "chat", "chat_loss": chat_loss}
+        bad = encode_row({"messages": messages}, tiny_tokenizer, THINKING, **keys)
         assert "not rendered by the chat template" in bad.what
         assert "data.drop_columns: [messages.tool_calls]" in bad.hints[1]

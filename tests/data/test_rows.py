@@ -81,6 +81,8 @@ def test_every_format_gives_the_same_rows(tmp_path):
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
     good = json.dumps(TASK)
     for name, content, line, words in (
+        ("a.jsonl", f"{good}\n{{torn\n", 2, "the line: not JSON (Expecting prop"),
+        ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "is not UTF-8"),
         ("a.jsonl", f"{good}\n[1]\n", 2, "expected an object with columns, found list"),
         ("a.json", "[\n{]", 2, "not JSON"),
         ("a.json", '{"data": [{}],\n "b": 2}', 1, "expected a list of objects"),
@@ -150,9 +152,6 @@ def test_sources_take_the_keys_of_data_and_say_what_is_wrong_with_them(write_jso
             rows_of(file, **keys)
 
 
-# ---- columns ----
-
-
 def test_columns_are_mapped_by_name_alias_and_recipe(read):
     task = {"instruction": "a", "response": "b", "context": "c"}
     for row, columns in (
@@ -178,6 +177,19 @@ def test_columns_of_another_format_name_the_format_to_try(read):
         with pytest.raises(SettingError, match="no column 'categry'") as caught:
             read([{**TASK, "category": ""}], **keys)
         assert caught.value.hints[0].startswith("did you mean category")
+
+
+def test_a_value_that_is_not_text_names_line_column_and_type(read):
+    good = {"instruction": "a", "response": "b"}
+    for value, words in (
+        (None, "expected text, found None"),
+        (3, "expected text, found int"),
+        (["a"], "expected text, found list"),
+        ("\ud83d", "lone surrogate"),
+    ):
+        with pytest.raises(DataError, match=f"column 'response': {words}") as caught:
+            read([good, {**good, "response": value}, good, {**good, "response": value}])
+        assert caught.value.line == 2 and "rows.jsonl:4" in caught.value.hints[0]
 
 
 def test_what_changes_what_a_row_says_is_refused_until_the_recipe_drops_it(read):

@@ -4,38 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from conversation_samples import encode_row, learned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.prompts import task_prompt
-from recipes_lib.data.rows import DataRow, SettingError
-from recipes_lib.data.supervision import (
-    Supervision,
-    decoded_spans,
-    encode,
-    plain_backend,
-    prompt_ids,
-)
+from recipes_lib.data.rows import SettingError
+from recipes_lib.data.supervision import Supervision, decoded_spans, plain_backend, prompt_ids
 
 BOS, EOS = 1, 2
 
 
-def encode_row(tokenizer, fields, *, prompt_format="dolly", special_tokens="text", **train):
-    section = DataSection(source="x", prompt_format=prompt_format, special_tokens=special_tokens)
-    settings = Supervision.of(section, {"max_length": 4096} | train, tokenizer)
-    [item] = encode([DataRow("f", 1, 1, fields)], settings, tokenizer)
-    return item
-
-
-def encode_task(tokenizer, instruction, response, context="", **keys):
+def encode_task(tokenizer, instruction, response, context="", **train):
     fields = {"instruction": instruction, "context": context, "response": response}
-    return encode_row(tokenizer, fields, **keys)
-
-
-def learned(item, tokenizer) -> str:
-    ids = [int(token) for token in item.labels if token != -100]
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return encode_row(fields, tokenizer, train=train)
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -50,9 +33,9 @@ def test_the_completion_carries_loss_and_comes_back(tiny_tokenizer, instruction,
         offsets = backend.encode(prompt + response).offsets
     for label, (_, end) in zip(item.labels, offsets, strict=False):
         assert label != -100 or end <= len(prompt)
-    assert learned(item, tiny_tokenizer).removesuffix("</s>").endswith(response)
+    assert "".join(learned(item, tiny_tokenizer)).removesuffix("</s>").endswith(response)
     if not item.other_prompt:
-        assert learned(item, tiny_tokenizer) == response + "</s>"
+        assert learned(item, tiny_tokenizer) == [response + "</s>"]
 
 
 def test_tokens_are_bos_text_eos_and_eos_carries_loss(tiny_tokenizer):
@@ -67,19 +50,12 @@ def test_tokens_are_bos_text_eos_and_eos_carries_loss(tiny_tokenizer):
     assert empty.supervised == 1 and empty.labels[-1] == EOS
 
 
-def test_the_whole_text_carries_loss_when_asked_or_where_there_is_no_prompt(tiny_tokenizer):
-    item = encode_task(tiny_tokenizer, "Do.", "Yes.", completion_only_loss=False)
-    assert (item.labels == item.ids).all() and 0 < item.prompt_tokens < len(item.ids)
-    item = encode_row(tiny_tokenizer, {"text": "Once upon"}, prompt_format="raw")
-    assert (item.labels == item.ids).all() and item.prompt_tokens == 0
-
-
 def test_a_token_across_the_boundary_belongs_to_the_completion(tiny_tokenizer):
     pair = {"prompt": "Answer: th", "completion": "e answer"}
-    item = encode_row(tiny_tokenizer, pair, prompt_format="raw")
-    assert item.other_prompt and learned(item, tiny_tokenizer).endswith("the answer</s>")
+    item = encode_row(pair, tiny_tokenizer, prompt_format="raw")
+    assert item.other_prompt and learned(item, tiny_tokenizer)[0].endswith("the answer</s>")
     pair = {"prompt": "Answer:", "completion": " the"}
-    assert not encode_row(tiny_tokenizer, pair, prompt_format="raw").other_prompt
+    assert not encode_row(pair, tiny_tokenizer, prompt_format="raw").other_prompt
 
 
 def test_truncation_cuts_ids_and_mask_together(tiny_tokenizer):
@@ -97,19 +73,10 @@ def test_truncation_cuts_ids_and_mask_together(tiny_tokenizer):
 def test_special_tokens_in_the_text_are_text_unless_they_are_kept(tiny_tokenizer):
     item = encode_task(tiny_tokenizer, "Say </s> and <s>.", "ok </s> <|user|> done")
     assert (item.ids == EOS).sum() == 1 and (item.ids == BOS).sum() == 1
-    assert learned(item, tiny_tokenizer) == "ok </s> <|user|> done</s>"
-    item = encode_task(tiny_tokenizer, "Do.", "ok </s>", special_tokens="keep")
+    assert learned(item, tiny_tokenizer) == ["ok </s> <|user|> done</s>"]
+    fields = {"instruction": "Do.", "response": "ok </s>"}
+    item = encode_row(fields, tiny_tokenizer, special_tokens="keep")
     assert (item.ids == EOS).sum() == 1 and item.ids[-1] == EOS  # TRL appends none either
-
-
-def test_the_tokenizer_is_left_as_it_was(tiny_tokenizer):
-    backend = tiny_tokenizer.backend_tokenizer
-    backend.enable_truncation(7)
-    try:
-        assert len(encode_task(tiny_tokenizer, "Do.", "ok " * 20).ids) > 7
-        assert backend.truncation["max_length"] == 7 and backend.encode_special_tokens is False
-    finally:
-        backend.no_truncation()
 
 
 def test_settings_that_would_not_act_are_refused(tiny_tokenizer):

@@ -7,12 +7,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from conversation_samples import FOLDER, TURNS, tokenizer_with
+from conversation_samples import FOLDER, TURNS, encode_row, learned, tokenizer_with
 
 from recipes_lib.config.sections import DataSection
 from recipes_lib.data.prompts import training_template, with_arguments_as_text
-from recipes_lib.data.rows import BadRow, DataRow
-from recipes_lib.data.supervision import Supervision, decoded_spans, encode
+from recipes_lib.data.rows import BadRow
 
 OF_PICTURES = {"idefics3", "smolvlm", "llava_next"}  # a content must be a list of parts
 FILES = {file.stem for file in FOLDER.glob("*.jinja") if not file.stem.endswith("_training")}
@@ -121,22 +120,18 @@ def written(case, index, tokenizer) -> str:
 def happens(case, tokenizer) -> str:
     """In the words of `EXPECTED`; empty where each turn carries loss as it would be written."""
     messages = case["messages"]
-    kwargs = case.get("kwargs", {})
-    section = DataSection(source="x", prompt_format="chat", chat_template_kwargs=kwargs)
-    settings = Supervision.of(section, {"max_length": 4096}, tokenizer)
+    data = {"prompt_format": "chat", "chat_template_kwargs": case.get("kwargs", {})}
     tools = {"tools": json.dumps(case["tools"])} if "tools" in case else {}
-    row = DataRow("f", 1, 1, {"messages": messages, **tools})
-    _, template = training_template(section, tokenizer) or ("", tokenizer.chat_template)
-    [item] = encode([row], settings, tokenizer, template)
+    training = training_template(DataSection(source="x", **data), tokenizer)
+    template = training[1] if training else tokenizer.chat_template
+    item = encode_row({"messages": messages, **tools}, tokenizer, template, **data)
     if isinstance(item, BadRow):
         return "refused"
     assert item.end_token >= 0
-    spans = decoded_spans(tokenizer, item.ids, item.labels)
-    learned = [span.text for span in spans if span.supervised]
     answers = [index for index, one in enumerate(messages) if one["role"] == "assistant"]
     words = {"unlike"} if item.other_prompt else set()
     words |= {"changed"} if item.changed else set()
-    for text, index in zip(learned, answers, strict=True):
+    for text, index in zip(learned(item, tokenizer), answers, strict=True):
         assert not text.startswith(("<｜Assistant｜>", "<｜tool▁outputs▁end｜>"))  # no role tags
         assert messages[index]["content"] in text or item.changed
         assert not text[-1].isspace()

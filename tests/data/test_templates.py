@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import pytest
-from conversation_samples import FOLDER, MARKED, TURNS, tokenizer_with
+from conversation_samples import FOLDER, MARKED, TURNS, encode_row, learned, tokenizer_with
 
 from recipes_lib.config.sections import DataSection
-from recipes_lib.core.errors import DataError
 from recipes_lib.data.prompts import chat_template, training_template
-from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError
-from recipes_lib.data.supervision import Supervision, decoded_spans, encode
+from recipes_lib.data.rows import BadRow, SettingError
 
 SECOND = ["Second.</s>"]
 BOTH = ["First\n  answer.</s>", *SECOND]
 CHAT = DataSection(source="x", prompt_format="chat")
 
 
-def encode_chat(messages, tokenizer, *, template=None, train=None, **keys):
-    section = CHAT.model_copy(update=keys)
-    settings = Supervision.of(section, {"max_length": 4096} | (train or {}), tokenizer)
-    row = DataRow("rows.jsonl", 7, 7, {"messages": messages})
-    [item] = encode([row], settings, tokenizer, template or tokenizer.chat_template)
+def encode_chat(messages, tokenizer, **keys):
+    item = encode_row({"messages": messages}, tokenizer, prompt_format="chat", **keys)
     if isinstance(item, BadRow):
-        bad = BadRows()
-        bad.add(row, item)
-        raise bad.error()
+        raise item
     return item
-
-
-def learned(item, tokenizer) -> list[str]:
-    return [
-        span.text for span in decoded_spans(tokenizer, item.ids, item.labels) if span.supervised
-    ]
 
 
 REWRITING = (
@@ -85,14 +72,11 @@ def test_a_template_that_cannot_say_what_is_learned_names_the_row(tiny_tokenizer
         (silent, {"train": {"completion_only_loss": False}}, "weight 0: with train", ""),
         (last, {"chat_loss": "last"}, "nothing to train on", ""),
     ):
-        with pytest.raises(DataError, match=words) as caught:
+        with pytest.raises(BadRow, match=words) as caught:
             encode_chat(messages, tiny_tokenizer, **keys)
-        assert caught.value.line == 7 and hint in "\n".join(caught.value.hints)
+        assert hint in "\n".join(caught.value.hints)
     with pytest.raises(SettingError, match="line 2 of the chat template is not Jinja"):
         encode_chat(TURNS, tiny_tokenizer, template="{% for m in messages %}\n{{ m }")
-
-
-# ---- TRL's templates ----
 
 
 def test_loss_is_inside_of_what_trl_s_training_templates_mark(tiny_tokenizer):
@@ -102,7 +86,7 @@ def test_loss_is_inside_of_what_trl_s_training_templates_mark(tiny_tokenizer):
     for file in files:
         tokenizer = tokenizer_with(file.read_text(encoding="utf-8"), tiny_tokenizer)
         if file.stem in of_pictures:  # a content must be a list of parts
-            with pytest.raises(DataError, match=r"the chat template re(fuses|nders nothing)"):
+            with pytest.raises(BadRow, match=r"the chat template re(fuses|nders nothing)"):
                 encode_chat(TURNS, tokenizer)
             continue
         item = encode_chat(TURNS, tokenizer)

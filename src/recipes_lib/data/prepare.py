@@ -1,6 +1,5 @@
-"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with the audit of
-supervision.json. What was prepared is kept under `.cache/rows`, so that a resume, an evaluation and
-the other ranks read it instead of making it again.
+"""From a recipe and a tokenizer to data sets that TRL trains on as they are, with their audit. What
+was prepared is kept under `.cache/rows`; a resume, an evaluation and the other ranks read it.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def prepare_data(recipe: Recipe, tokenizer: Any) -> PreparedData:
 
 def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> Path:
     """Return the folder of the prepared data; it is empty where it cannot be written."""
-    from datasets import DatasetDict
+    from datasets import DatasetDict, disable_progress_bars
 
     key = _key(recipe, settings, tokenizer)
     folder = cache_root() / "rows" / key
@@ -90,6 +89,7 @@ def _prepared_folder(recipe: Recipe, settings: Supervision, tokenizer: Any) -> P
     parts = {name: rows for name in SPLITS if (rows := getattr(data, name)) is not None}
     try:
         shutil.rmtree(scratch, ignore_errors=True)
+        disable_progress_bars()
         DatasetDict(parts).save_to_disk(scratch)
         write_json(scratch / _RECORD, record)
         publish(scratch, folder)

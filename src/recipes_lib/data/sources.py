@@ -274,7 +274,7 @@ def _no_text(line: str) -> BadRow | None:
     """Return the error about a byte that could not be decoded."""
     if byte := re.search("[\udc80-\udcff]", line):
         what = f"byte 0x{ord(byte[0]) - 0xDC00:02x} is not UTF-8"
-        return BadRow(what, "name the encoding: data.encoding (latin-1, cp1252, utf-16)")
+        return BadRow(what, "save it as UTF-8, or set data.encoding (latin-1, cp1252, utf-16)")
     return None
 
 
@@ -316,7 +316,7 @@ def _read_csv(stream: TextIO, delimiter: str) -> Iterator[Numbered]:
         header = next(reader, [])
         if len(header) == 1 and (other := next((s for s in ";\t|," if s in header[0]), "")):
             what = f"one column, {header[0]!r}: the columns seem to be separated by {other!r}"
-            hint = f'say so: data.delimiter: "{other}"'.replace("\t", "\\t")
+            hint = f'write commas, or set data.delimiter: "{other}"'.replace("\t", "\\t")
             raise DataError(what, hint, line=1)
         if repeated := sorted({name for name in header if header.count(name) > 1}):
             raise DataError(f"column names appear twice: {', '.join(repeated)}", line=1)

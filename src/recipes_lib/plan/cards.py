@@ -1,7 +1,5 @@
-"""The cards a plan can be made for, and the devices of this machine. Needs no torch.
-
-Peaks are the vendors' dense bf16 figures with float32 sums. A card that is not in the table has its
-memory and no time.
+"""The cards a plan can be made for, and the devices of this machine. Needs no torch. Peaks are the
+vendors' dense bf16 figures with float32 sums.
 """
 
 from __future__ import annotations
@@ -77,9 +75,7 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
 
 
 def devices_here() -> list[str]:
-    """Return the words by which CUDA_VISIBLE_DEVICES names each GPU that may be used here. A card
-    that is cut into MIG slices is named by them.
-    """
+    """Return what CUDA_VISIBLE_DEVICES calls each GPU (or MIG slice) that may be used here."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:  # CUDA reads it up to the first word that names no device
         words = (word.strip() for word in visible.split(","))

@@ -183,11 +183,11 @@ def _memory(
 
     # activations, and what is there beside them: logits, or one block that is computed again
     tokens, kept, block = steps.largest, traced.per_token, traced.block
-    # on a CPU, and by kernels that know where a row ends, each example is attended alone
-    alone = on_cpu or steps.per_device == 1
-    if not alone and (recipe.model.attn_implementation or "sdpa") in ("sdpa", "eager"):
-        # sdpa makes its mask anew in each block and keeps it
-        kept, block = kept + traced.layers * steps.row * width, block + steps.row * width
+    # sdpa makes its mask anew in each block and keeps it; on a CPU, where each example is attended
+    # alone, blocks with a window have one
+    masked = traced.windows if on_cpu else traced.layers * (steps.per_device > 1)
+    if masked and (recipe.model.attn_implementation or "sdpa") in ("sdpa", "eager"):
+        kept, block = kept + masked * steps.row * width, block + steps.row * width
     activations = tokens * kept + traced.constant
     at_work = float(tokens * (4 + 2 * width) * traced.hidden)
     if checkpointing:
@@ -235,9 +235,7 @@ def launch_for(
 
 
 def card_for(launch: Launch, gpu: str | None) -> Card:
-    """Return the card of that name; else the processor for a launch without GPUs, this machine's
-    smallest GPU that the launch takes, or the table's default.
-    """
+    """Return the named card; else the processor, this machine's smallest GPU, or the default."""
     if gpu == "cpu" or (gpu is None and launch.config.use_cpu):
         return Card("cpu", psutil.virtual_memory().available / GIB / launch.per_machine)
     if gpu:

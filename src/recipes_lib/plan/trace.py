@@ -65,6 +65,7 @@ class Trace:
     largest_layer: int
     outside: int  # parameters of embeddings, head and everything that is in no block
     layers: int
+    windows: int  # layers with sliding window attention
     hidden: int
     vocabulary: int
     carries_state: bool  # traced as torch computes it; special kernels keep less
@@ -140,6 +141,7 @@ def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -
         checkpointed=(many_inputs.total() - few_inputs.total()) / (MANY - FEW),
         block=block / (MANY - FEW),
         layers=len(blocks),
+        windows=(getattr(text, "layer_types", None) or []).count("sliding_attention"),
         hidden=text.hidden_size,
         vocabulary=text.vocab_size,
         carries_state=any(isinstance(part, torch.nn.Conv1d) for part in model.modules()),
