@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from recipes_lib.core.errors import RecipeError
@@ -26,9 +24,7 @@ NAMES = {  # what people type, or what CUDA says of a card and its memory
 }
 
 
-def test_devices_are_those_that_cuda_will_see(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_devices_are_those_that_cuda_will_see(tmp_path, monkeypatch):
     script = tmp_path / "nvidia-smi"
     script.write_text(f"#!/bin/sh\ncat <<END\n{SLICED}\nEND\n")
     script.chmod(0o755)
@@ -40,7 +36,7 @@ def test_devices_are_those_that_cuda_will_see(
         assert devices_here() == seen
 
 
-def test_a_card_has_many_names_and_a_slice_has_its_share() -> None:
+def test_a_card_has_many_names_and_a_slice_has_its_share():
     assert {words: card_named(*words).name for words in NAMES} == NAMES
     for name in ("h100-mig-3g.40gb", "NVIDIA H100 80GB HBM3 MIG 3g.40gb"):
         card = card_named(name, 39.0)

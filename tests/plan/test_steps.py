@@ -18,9 +18,7 @@ def steps_for(recipe: Path, rows: RowLengths, *words: str) -> Steps:
     return steps_of(loaded, plan_launch(loaded.launch).world_size, rows)
 
 
-def test_the_tokens_of_a_plan_are_those_of_the_rows_and_not_of_full_steps(
-    tiny_recipe: Path,
-) -> None:
+def test_the_tokens_of_a_plan_are_those_of_the_rows_and_not_of_full_steps(tiny_recipe):
     """Of 97 rows in steps of 64 the second step has at most 33; steps x batch would be 32% more."""
     rows = RowLengths((100,) * 97, 97, 0, "made up", counted=True)
     words = ("run.global_batch_size=64", "train.max_steps=-1", "train.num_train_epochs=3")
@@ -29,9 +27,7 @@ def test_the_tokens_of_a_plan_are_those_of_the_rows_and_not_of_full_steps(
 
 
 @pytest.mark.slow
-def test_a_training_has_the_tokens_and_steps_of_its_plan(
-    tiny_recipe: Path, forks, tmp_path: Path
-) -> None:
+def test_a_training_has_the_tokens_and_steps_of_its_plan(tiny_recipe, forks, tmp_path):
     words = ("train.max_steps=-1", "train.num_train_epochs=2", "run.name=planned")
     recipe = load_recipe(tiny_recipe, words)
     launch = plan_launch(recipe.launch)
@@ -44,7 +40,7 @@ def test_a_training_has_the_tokens_and_steps_of_its_plan(
     assert summary["tokens"] == pytest.approx(planned.tokens, rel=0.02)
 
 
-def test_validations_are_counted_as_the_trainer_makes_them() -> None:
+def test_validations_are_counted_as_the_trainer_makes_them():
     assert validations(300, 100, {}) == 0
     assert validations(300, 100, {"eval_strategy": "epoch"}) == 3
     for settings, expected in (
@@ -57,7 +53,7 @@ def test_validations_are_counted_as_the_trainer_makes_them() -> None:
         assert validations(300, 100, {"eval_strategy": "steps", **settings}) == expected
 
 
-def test_joined_rows_are_a_whole_micro_batch_and_packed_rows_full(tiny_recipe: Path) -> None:
+def test_joined_rows_are_a_whole_micro_batch_and_packed_rows_full(tiny_recipe):
     rows = RowLengths((10, 100) * 50, 100, 0, "made up", counted=True)
     joined = steps_for(tiny_recipe, rows, "train.per_device_train_batch_size=4")
     padded = steps_for(tiny_recipe, rows, "train.padding_free=false")

@@ -75,18 +75,18 @@ def differences(families: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
-def test_six_families_keep_what_is_traced() -> None:
+def test_six_families_keep_what_is_traced():
     assert not differences([*IN_CI])
 
 
 @pytest.mark.nightly
 @pytest.mark.timeout(900)
-def test_every_family_keeps_what_is_traced() -> None:
+def test_every_family_keeps_what_is_traced():
     assert not differences([*FAMILIES, *MORE])
 
 
 @pytest.mark.slow
-def test_models_have_the_parameters_of_their_cards() -> None:
+def test_models_have_the_parameters_of_their_cards():
     found = {}
     for name in PUBLISHED:
         values = known_config(name)
@@ -96,7 +96,7 @@ def test_models_have_the_parameters_of_their_cards() -> None:
     assert found == PUBLISHED
 
 
-def test_options_of_lora_are_counted_as_peft_makes_them() -> None:
+def test_options_of_lora_are_counted_as_peft_makes_them():
     config = family_config("llama")
     plain = trace_now(config, LORA, Precision())
     q_proj = peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -111,7 +111,7 @@ def test_options_of_lora_are_counted_as_peft_makes_them() -> None:
     assert trace_now(config, dora, Precision()).constant > 3 * plain.constant
 
 
-def test_four_bit_weights_take_half_a_byte_and_their_scales() -> None:
+def test_four_bit_weights_take_half_a_byte_and_their_scales():
     config = family_config("llama")
     plain, packed = (trace_now(config, LORA, Precision(bits=bits)) for bits in (None, 4))
     linear = 2 * (64 * 64 * 2 + 2 * 64 * 32 + 3 * 64 * 96)
@@ -120,7 +120,7 @@ def test_four_bit_weights_take_half_a_byte_and_their_scales() -> None:
     assert packed.trained_bytes == plain.trained_bytes / 2  # TRL's adapters are bf16 there
 
 
-def test_a_trace_is_made_once(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trace_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
     config = family_config("llama")
     first = trace(config, LORA, Precision())

@@ -18,6 +18,7 @@ from recipes_lib.core.terminal import aligned, shown_duration
 from recipes_lib.plan.plan import Plan, plan_of
 
 COUNTS = (2, 4, 8)  # of GPUs
+LAUNCHES = {"fsdp": "weights and optimizer shared out over", "ddp": "a copy on each of"}
 KEEP_ALL = ["train.activation_checkpointing=false"]
 FOUR_BITS = [
     "quantization.load_in_4bit=true",
@@ -54,14 +55,15 @@ def ways(plan: Plan) -> list[tuple[list[str], str]]:
     same_step = [] if recipe.run.global_batch_size else [f"run.global_batch_size={steps.examples}"]
 
     def batch(size: int) -> list[str]:
-        return [f"train.per_device_train_batch_size={size}", *same_step]
+        words = [f"train.per_device_train_batch_size={size}", *same_step]
+        return words if size < steps.per_device else same_step
 
     changes: list[tuple[list[str], str]] = []
     if plan.fits and plan.checkpointing:
         changes.append((KEEP_ALL, "activations fit without computing every block twice"))
     smaller = [size for size in (4, 2, 1) if size < steps.per_device]
     changes += [(batch(size), "smaller micro-batches of the same step") for size in smaller]
-    lean = batch(1) if smaller else []
+    lean = batch(1)
     if not plan.checkpointing:
         recompute = ["train.activation_checkpointing=true"]
         changes.append((recompute, "keeps the inputs of the blocks and computes each twice"))
@@ -69,15 +71,12 @@ def ways(plan: Plan) -> list[tuple[list[str], str]]:
         if smaller:
             changes.append((lean, "both"))
     lean = [] if plan.fits else lean
-    launches = itertools.product(("fsdp", "ddp"), COUNTS) if plan.card.name != "cpu" else ()
+    launches = itertools.product(LAUNCHES, COUNTS) if plan.card.name != "cpu" else ()
     for kind, count in launches:
         if count > plan.launch.world_size:
             size = math.gcd(steps.per_device, steps.examples // count)
             words = [f"launch.accelerate={kind}", f"launch.gpus={count}", *(lean or batch(size))]
-            shared = (
-                "weights and optimizer shared out over" if kind == "fsdp" else "a copy on each of"
-            )
-            changes.append((words, f"{shared} {count} GPUs"))
+            changes.append((words, f"{LAUNCHES[kind]} {count} GPUs"))
     if recipe.lora is not None and recipe.quantization is None:
         changes.append(([*FOUR_BITS, *lean], "QLoRA, the base in 4 bits; another experiment"))
     short = ["train.max_length=512", *lean]
@@ -86,9 +85,7 @@ def ways(plan: Plan) -> list[tuple[list[str], str]]:
 
 
 def advise(plan: Plan, overrides: Sequence[str] = ()) -> Advice | None:
-    """Return the first change that fits, smallest first; for what fits, one that is faster.
-    `overrides` are the words that were typed.
-    """
+    """Return the first change that fits, smallest first; for what fits, one that is faster."""
     for words, why in ways(plan):
         if plan.fits and words != KEEP_ALL:
             break
