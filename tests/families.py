@@ -251,7 +251,7 @@ OWN_EVALS = {
     "tiny_choice": CHOICE_TASK + BOTH_TASKS,
     "tiny_words": WORDS_TASK + BOTH_TASKS,
     "lm_eval": "suite: {name: lm_eval, tasks: [tiny_choice, tiny_words], batch_size: 4}\ndata:"
-    " {include_path: ., folder: .}\ngeneration: {dtype: float32}\n",
+    " {include_path: ., folder: .}\ngeneration: {dtype: float32, trust_remote_code: true}\n",
     "checks": "suite: {name: checks}\ndata: {questions: questions.jsonl}\ngeneration:"
     " {max_new_tokens: 6}\n",
     "heldout_loss": "suite: {name: heldout_loss}\ndata: {questions: validation}\n",

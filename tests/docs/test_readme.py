@@ -52,6 +52,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("recipes", "accelerate_configs", "evals", "schema", "tests/config/flat_configs"):
         shutil.copytree(PROJECT / folder, tmp_path / folder)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("recipes_lib.evals.recipe.project_root", lambda: tmp_path)
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     monkeypatch.setenv("COLUMNS", "120")
     return tmp_path

@@ -23,22 +23,15 @@ def runs_folder(tmp_path, monkeypatch):
 def make_run(runs_folder, tiny_model_dir):
     """A function that makes a finished LoRA run on the tiny base."""
 
-    def make(
-        name: str,
-        seed: int,
-        prompt_format: str = "dolly",
-        dtype: str = "float32",
-        recorded_hash: str | None = None,
-    ) -> Path:
+    def make(name: str, seed: int, prompt_format: str = "dolly", dtype: str = "float32") -> Path:
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = runs_folder / name
-        model = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
-        model = get_peft_model(
-            model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
-        )
+        base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.float32)
+        lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+        model = get_peft_model(base, lora)
         torch.manual_seed(seed)
         for key, value in model.named_parameters():
             if "lora_" in key:
@@ -52,16 +45,9 @@ def make_run(runs_folder, tiny_model_dir):
             "run": {"name": name},
         }
         (folder / "resolved.yaml").write_text(yaml.safe_dump(recipe))
-        state = {
-            "format_version": 1,
-            "name": name,
-            "created": "",
-            "updated": "",
-            "state": "finished",
-            "weights_check": {"sha256": recorded_hashes(folder / "adapter")},
-        }
-        if recorded_hash:
-            state["guard"] = {"prompt_format_hash": recorded_hash}
+        state = {"format_version": 1, "name": name, "created": "", "updated": ""}
+        state |= {"weights_check": {"sha256": recorded_hashes(folder / "adapter")}}
+        state |= {"state": "finished"}
         (folder / "run.json").write_text(json.dumps(state))
         return folder
 
@@ -92,15 +78,10 @@ def judge_file(long_tiny_model_dir, tmp_path):
             "model": str(long_tiny_model_dir),
             "dtype": "float32",
             "mode": "logits",
-            "max_context_tokens": 4096,
             "max_new_tokens": 8,
-        }
-        values |= {
             "relative_prompt": str(evals / "prompts/prometheus-relative.txt"),
-            "rubric": str(evals / "rubrics/helpfulness.txt"),
-        }
-        values |= {
             "absolute_prompt": str(evals / "prompts/prometheus-absolute.txt"),
+            "rubric": str(evals / "rubrics/helpfulness.txt"),
             "reference_rubric": str(evals / "rubrics/correctness.txt"),
         }
         path = tmp_path / "judge.yaml"

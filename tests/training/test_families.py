@@ -80,7 +80,7 @@ def test_each_family_goes_the_whole_way(
         assert recipes("merge", "run")[0] == 0
         assert recipes("export", "run", "--merged", "--to", given[1])[0] == 0
     assert recipes("chat", "run", "--prompt", "What is gold?", "--max-new-tokens", "5")[0] == 0
-    assert recipes("eval", *write_own_evals(tmp_path), "run")[0] == 0
+    assert recipes("eval", *write_own_evals(tmp_path), "run", "--trust-remote-code")[0] == 0
     assert recipes("export", "run", "--to", given[0])[0] == 0
     assert_plain(given[-1], tmp_path / family)
 
@@ -231,7 +231,8 @@ def test_a_head_trained_apart_from_tied_embeddings_is_evaluated_as_it_was_traine
     merged = tmp_path / "given"
     assert recipes("export", "run", "--merged", "--to", merged)[0] == 0
     assert_plain(merged, tmp_path / "qwen3")
-    assert recipes("eval", write_own_evals(tmp_path)[0], "run", merged, tmp_path / "qwen3")[0] == 0
+    words = ["run", merged, tmp_path / "qwen3", "--trust-remote-code"]
+    assert recipes("eval", write_own_evals(tmp_path)[0], *words)[0] == 0
     of_adapter, of_merged, of_base = (
         likelihoods(tmp_path / "runs", name) for name in ("run", "base--given-*", "base--qwen3-*")
     )

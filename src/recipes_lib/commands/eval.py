@@ -20,7 +20,7 @@ def run(
     against: Annotated[str | None, "the opponent: reference, base, another run or model"] = None,
     allow_format_differences: Annotated[bool, "compare models with different prompts"] = False,
     trust_remote_code: Annotated[
-        bool, "allow code that ships with a model or task, and files outside the recipe's folder"
+        bool, "allow code of models and tasks, if the recipe asks"
     ] = False,
     json: Annotated[bool, "print one JSON object: result.json, or a list of them"] = False,
 ) -> int:

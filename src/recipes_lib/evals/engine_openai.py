@@ -37,12 +37,19 @@ _NO_TOKEN_IDS = (
 _UNREADABLE = (AttributeError, TypeError, LookupError, ValueError, RecursionError)
 
 
+def served_fingerprint(server: ServerSection, model: str, weights: str | None) -> str:
+    """Return what the answers of a server are known by: the hash of the weights where they are
+    known here, else the name they are served under.
+    """
+    return hash_of("openai", model, weights, *([server.extra_body] if server.extra_body else []))
+
+
 class OpenAIEngine:
     """Answers through a server.
 
     Args:
         model: the name it serves the model under.
-        fingerprint: hash of the weights where they are known here; else the name stands for them.
+        fingerprint: `served_fingerprint` of the answers; a judge's are known by its own.
         logprobs: ask for the probabilities of the first token instead of a text.
     """
 
@@ -50,15 +57,14 @@ class OpenAIEngine:
         self,
         server: ServerSection,
         model: str,
-        fingerprint: str | None = None,
+        fingerprint: str = "",
         logprobs: bool = False,
     ) -> None:
         import openai  # half a second, which stored judgments do without
 
         self._openai = openai
         self.server, self.model, self.logprobs = server, model, logprobs
-        extra = [server.extra_body] if server.extra_body else []
-        self.fingerprint = hash_of("openai", model, fingerprint, *extra)
+        self.fingerprint = fingerprint
         self._key = _key_of(server)
         self._limit = "max_tokens"  # or what the server asks for in its place
         self.version = asyncio.run(self._connect())

@@ -15,7 +15,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -212,8 +212,6 @@ class Judge:
     """
 
     def __init__(self, section: JudgeSection) -> None:
-        from transformers import AutoTokenizer
-
         self.section = section
         self.is_served = section.engine == "openai"
         self._engine: Any = None
@@ -221,17 +219,30 @@ class Judge:
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
         path = section.model if self.is_served else model_path(self._source)
+        self.weights = None if self.is_served else model_fingerprint(path, section.revision)
+        own = [self.weights, section.dtype] if self.weights else [section.extra_body]
+        self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer; None where only the server has it.
+
+        Raises:
+            EnvironmentFault: it cannot be had.
+        """
+        from transformers import AutoTokenizer
+
+        section = self.section
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(
-                path, revision=section.revision or "main", local_files_only=self.is_served
+            return AutoTokenizer.from_pretrained(
+                section.model if self.is_served else model_path(self._source),
+                revision=section.revision or "main",
+                local_files_only=self.is_served,
             )
         except (OSError, ValueError) as error:
             if not self.is_served:
                 raise explain_load_failure(self._source, error) from None
-            self.tokenizer = None  # the server has it
-        self.weights = None if self.is_served else model_fingerprint(path, section.revision)
-        own = [self.weights, section.dtype] if self.weights else [section.extra_body]
-        self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
+            return None
 
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""

@@ -5,12 +5,11 @@ of them, its audit with two probes, and the logs.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import Row, hash_of
+from recipes_lib.core.files import Row
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.terminal import count
 from recipes_lib.evals.answers import Answers
@@ -63,7 +62,7 @@ class JudgedSuite(Suite):
 
     metric_order: tuple[str, ...] = ("win_rate", "grade")
     graded_by_reference = False  # by the rubric for references, where a question has one
-    always_compared = always_graded = False  # whatever `metrics.pairwise` and `absolute` say
+    always_graded = False  # whatever `metrics.absolute` says
 
     def item(
         self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
@@ -94,20 +93,6 @@ class JudgedSuite(Suite):
         return [metrics[name] for name in self.metric_order if name in metrics]
 
 
-def check_formats(pairs: Iterable[tuple[Answers, Answers | None]]) -> None:
-    """Refuse to compare models that were asked in different prompt formats."""
-    for answers, opponent in pairs:
-        first, second = answers.facts, opponent.facts if opponent else answers.facts
-        hashes = {first.prompt_format_hash, second.prompt_format_hash} - {None, ""}
-        if len(hashes) > 1:
-            raise RecipeError(
-                f"{first.name} is asked in prompt format {first.prompt_format}, {second.name} in"
-                f" {second.prompt_format}",
-                "the difference would be part of the result; insist with --allow-format-differences"
-                " (recorded)",
-            )
-
-
 def judge_models(
     suite: JudgedSuite, pairs: Sequence[tuple[Answers, Answers | None]], judge: Judge
 ) -> list[EvalLog]:
@@ -124,7 +109,7 @@ def judge_models(
         everyone.append(judged)
         if suite.always_graded or recipe.metrics.absolute:
             judged.graded = suite.items(answers)
-        if opponent is not None and (suite.always_compared or recipe.metrics.pairwise):
+        if opponent is not None:
             judged.compared = suite.items(answers, opponent)
         folder, name = answers.folder(recipe.name), answers.name
         with waiting_lock(folder):
@@ -176,19 +161,12 @@ def _log_of(
     if suite.graded_by_reference and (missing := chosen.without_reference):
         num = count(len(missing), "question")
         notes.append(f"{num} graded without the reference needed: {', '.join(missing[:8])}")
-    key = hash_of(
-        recipe.settings_key(),
-        [answers.facts.fingerprint, answers.facts.prompt_format_hash],
-        opponent.digest if opponent else None,
-        judge.fingerprint,
-    )
     against = opponent.name if opponent else None
     return EvalLog(
         suite=recipe.suite.name,
         eval=recipe.name,
         target=answers.name,
         against=against,
-        key=key,
         n=len(chosen.questions),
         subset=chosen.subset,
         banners=tuple(banners),

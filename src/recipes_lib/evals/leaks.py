@@ -1,6 +1,4 @@
-"""Whether the rows that a recipe trains on, or a run was trained on, hold questions or answers of
-an evaluation. Needs no torch.
-"""
+"""Whether rows that are trained on hold questions or answers of an evaluation. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,21 +27,14 @@ _SEARCHED: dict[tuple[str, str], Leaks] = {}
 
 
 def is_searched(suite: str, questions: str | None) -> bool:
-    """Return whether the questions of an evaluation are looked for in training rows. The rows of
-    heldout_loss are where they come from a file: those of a split are apart from the training's.
-    """
+    """Return whether the questions are looked for in training rows, as a split's need not be."""
     return suite != "heldout_loss" or questions not in (None, *HELD_OUT)
 
 
 def search_recipe(
     recipe: Recipe, evals: Sequence[EvalRecipe], fetch: bool = False
 ) -> dict[str, Leaks]:
-    """Return what the rows that a recipe trains on hold of each eval, by its name.
-
-    Args:
-        fetch: whether rows and questions may be fetched from the Hub; else those that are not here
-            are reported as not searched.
-    """
+    """Return what the rows that a recipe trains on hold of each eval, fetched if they may be."""
     texts: dict[str, list[EvalText]] = {}
     leaks: dict[str, Leaks] = {}
     for each in evals:
@@ -63,9 +54,7 @@ def search_recipe(
 def leak_error(
     name: str, leaks: Leaks, recipe: Recipe, owner: str = "", limit: int = NUM_LISTED
 ) -> RecipeError:
-    """Return the error about an eval whose questions are in training rows, or the warning about a
-    few short ones.
-    """
+    """Return the error about an eval whose questions are in training rows, or a warning."""
     remedy = (
         "take these rows out of the data, or these questions out of the eval: a model that was"
         " trained on them is not tested by them"
@@ -78,11 +67,7 @@ def leak_error(
 
 
 def refuse_leaks_of(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
-    """Refuse to train on rows that hold questions or answers of evals, as far as they are here.
-
-    Raises:
-        RecipeErrors: one error for each eval, with the rows.
-    """
+    """Refuse to train on rows that hold questions or answers of evals, as far as they are here."""
     by_eval = search_recipe(recipe, evals)
     errors = [leak_error(name, leaks, recipe) for name, leaks in by_eval.items() if leaks.is_error]
     if errors:
@@ -90,9 +75,7 @@ def refuse_leaks_of(recipe: Recipe, evals: Sequence[EvalRecipe]) -> None:
 
 
 def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
-    """Return what the rows that a model was trained on hold of the questions it was asked; None for
-    a model that nobody trained here, and for suites that are not searched.
-    """
+    """Return what the rows that a model was trained on hold of its questions, if that is known."""
     folder = log.file.parents[2]
     fingerprint = (read_object(folder / "run.json").get("guard") or {}).get("data_fingerprint")
     if fingerprint is None or not is_searched(log.suite, recipe.data.questions):
@@ -115,15 +98,12 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
 def _texts_of(
     recipe: EvalRecipe, trained: Recipe, fetch: bool, samples: Path | None = None
 ) -> list[EvalText]:
-    """The texts of an evaluation that no training row may hold.
+    """The texts of an evaluation that no training row may hold; an error says why there are none.
 
     Args:
         trained: the training's recipe.
         fetch: whether the questions may be fetched.
         samples: lm-eval's samples, where it has evaluated.
-
-    Raises:
-        RecipesError: they cannot be had; `what` says why.
     """
     if recipe.suite.name == "heldout_loss":
         return list(_row_texts(recipe, trained))
@@ -146,9 +126,7 @@ def _texts_of(
 
 
 def _row_texts(recipe: EvalRecipe, trained: Recipe) -> Iterator[EvalText]:
-    """What the loss is measured on: the answers of the rows of a file. Their questions are often
-    alike ("Summarize this text.") without being a sign of anything.
-    """
+    """The answers of a file's rows; their questions are often alike by chance."""
     file = str(recipe.path_of("data.questions"))
     for row in read_data(trained.reading(file).data, BadRows()).rows:
         if "text" in row.fields:
@@ -160,9 +138,7 @@ def _row_texts(recipe: EvalRecipe, trained: Recipe) -> Iterator[EvalText]:
 
 
 def _harness_texts(samples: Path) -> Iterator[EvalText]:
-    """The texts of lm-eval's documents: what stands under a name for questions, and every long
-    text.
-    """
+    """The texts of lm-eval's documents: what is called a question, and every long text."""
     for file in sorted(samples.glob("samples_*.jsonl")):
         task = file.stem.removeprefix("samples_")
         for sample in read_rows(file):

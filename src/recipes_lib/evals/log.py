@@ -4,9 +4,8 @@
                             items.jsonl    one `Sample` a line: what the metrics are means of
                             earlier/<key>/ the same two files of other settings
 
-The declarations here are the reader, the writer and the schema of both files. A suite makes logs;
-comparison and report read them and nothing else. `Store` keeps answers and judgments as they
-arrive.
+The declarations are the reader, the writer and the schema of both files; comparison and report read
+nothing else. `Store` keeps answers and judgments as they arrive.
 """
 
 from __future__ import annotations
@@ -58,9 +57,7 @@ _AGAIN = "evaluate the run again: its answers and judgments are kept, nothing is
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One value of a metric: an answer with its verdict, a row with its loss, a task's item.
-    Samples of one `id` (turns, and several draws of one question) are not independent.
-    """
+    """One value of a metric; those of one `id` (turns, draws of a question) are not independent."""
 
     id: str
     turn: int = 1
@@ -96,10 +93,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric of one evaluation: what is reported, with its 95% interval over questions.
-
-    Without samples (a perplexity of lm-eval, a table of another program) it is shown and never
-    tested. In result.json the samples and the last three fields are left out.
+    """One metric of one evaluation with its 95% interval over questions. Without samples (a
+    perplexity of lm-eval) it is shown and never tested.
     """
 
     metric: str
@@ -116,7 +111,7 @@ class Metric:
     instead_of: str = ""  # the metric that is compared in its place, where two models share that
     parts: tuple[
         str, ...
-    ] = ()  # tasks and groups below a group of lm-eval, which has their samples
+    ] = ()  # of a group of lm-eval: tasks and groups below, whose samples it has
     num_fewshot: int | None = None
     version: str | None = None  # of the task
     eval: str = ""
@@ -164,9 +159,7 @@ class JudgeFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One number of a judge's audit with its 95% interval; `needs` is empty where it is only
-    described.
-    """
+    """One number of a judge's audit; `needs` is empty where it is only described."""
 
     check: str
     value: float | None = None
@@ -203,10 +196,8 @@ class Scorecard:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalLog:
-    """One evaluation of one model.
-
-    `key` is the hash of all that decides the result: weights, questions, sampling, judge, prompts
-    and the version of this code; `settings` of what the eval recipe and its files alone decide.
+    """One evaluation of one model. `key` is the hash of all that decides the result, `settings` of
+    what the eval recipe and its files decide.
     """
 
     suite: str
@@ -253,9 +244,7 @@ def items_file(result: Path) -> Path:
 
 
 def write_log(log: EvalLog) -> None:
-    """Write a log: first its samples, then result.json, which makes it one. A result of other
-    settings that stands there is kept in earlier/.
-    """
+    """Write a log, result.json last; an earlier result of other settings is kept in earlier/."""
     items = items_file(log.file)
     key = str((object_or_none(log.file) or {}).get("key") or "")
     if key and key != log.key:
@@ -263,16 +252,12 @@ def write_log(log: EvalLog) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file in filter(Path.is_file, (items, log.file)):
             shutil.copyfile(file, folder / file.name)
-    row_of = _schema(Sample).dump_python
-    write_lines(
-        items,
-        (
-            {"metric": metric.metric, "task": metric.task, **row_of(each, exclude_defaults=True)}
-            for metric in log.metrics
-            if not metric.parts
-            for each in metric.samples
-        ),
-    )
+    rows, row_of = list[Row](), _schema(Sample).dump_python
+    for metric in log.metrics:
+        if not metric.parts:
+            place = {"metric": metric.metric, "task": metric.task}
+            rows += [place | row_of(sample, exclude_defaults=True) for sample in metric.samples]
+    write_lines(items, rows)
     write_json(log.file, to_json(log))
 
 
@@ -300,39 +285,29 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 def is_current(
     file: Path, settings: str, model: str | None = None, opponent: str | None = None
 ) -> bool:
-    """Whether a result file is there, of these settings and weights.
-
-    Args:
-        file: result.json.
-        settings: `EvalRecipe.settings_key`.
-        model: hash of the weights that answer; None for whatever answered.
-        opponent: the same of the opponent.
+    """Whether a result file is there, of a recipe's `settings_key` and of these weights (None: of
+    any).
     """
     stored = object_or_none(file) or {}
-    expected = (("answers", model), ("opponent", opponent))
-    return stored.get("settings") == settings and all(
-        wanted is None or (stored.get(section) or {}).get("fingerprint") == wanted
-        for section, wanted in expected
+    answered, other = stored.get("answers") or {}, stored.get("opponent") or {}
+    return (
+        stored.get("settings") == settings
+        and model in (None, answered.get("fingerprint"))
+        and opponent in (None, other.get("fingerprint"))
     )
 
 
 def read_eval_logs(
     run: Path, report: Callable[[DamagedFile], None] | None = None
 ) -> tuple[tuple[EvalLog, ...], tuple[str, ...]]:
-    """Return a run's finished evaluations, and the names of those that have no whole result.
-
-    Args:
-        run: its folder.
-        report: is called with each damaged result; None to raise the error.
-
-    Raises:
-        DataError: a file is damaged, or a result's numbers do not agree with its items.
+    """Return a run's finished evaluations, and the names of those that have no whole result; a
+    damaged one is reported, or its error raised.
     """
     logs: list[EvalLog] = []
     unfinished: list[str] = []
     for folder in sorted(path for path in (run / "evals").glob("*") if path.is_dir()):
         files = sorted(folder.glob("result*.json"), key=lambda file: (len(file.name), file.name))
-        if not files and any(folder.glob("*.jsonl")):
+        if not files and any(folder.glob("judgments*.jsonl")):  # an opponent has answers alone
             unfinished.append(folder.name)
         grades: set[tuple[str, str, str]] = set()
         for file in files:
@@ -352,12 +327,7 @@ def read_eval_logs(
 
 
 def read_eval_log(file: Path) -> EvalLog:
-    """Return the log of a result file with its samples.
-
-    Raises:
-        DamagedFile: a file is damaged or of another version.
-        DataError: the samples are not those that the result was made of.
-    """
+    """Return the log of a result file with its samples; a DataError where these do not agree."""
     row = read_object(file)
     if row.pop("format_version", None) != RESULT_VERSION:
         raise DamagedFile("is of another version of this project", _AGAIN, file=file)
@@ -369,8 +339,8 @@ def read_eval_log(file: Path) -> EvalLog:
         samples[place].append(_validated(Sample, item, items, number))
     metrics = []
     for metric in log.metrics:
-        of_metric = tuple(samples[metric.metric, metric.task])
-        metrics.append(replace(metric, samples=of_metric, eval=name, suite=log.suite, file=file))
+        own = tuple(samples[metric.metric, metric.task])
+        metrics.append(replace(metric, samples=own, eval=name, suite=log.suite, file=file))
         _check_samples(metrics[-1])
     return replace(log, metrics=tuple(with_groups(metrics)))
 
@@ -402,8 +372,8 @@ def _check_samples(metric: Metric) -> None:
 
 
 def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
-    """Yield metrics, a group of lm-eval tasks with the samples of its tasks where they give the
-    value that lm-eval reported: all items weigh alike, or all tasks.
+    """Yield metrics; a group of lm-eval with the samples of its tasks where their mean, all items
+    or all tasks weighing alike, is the value that lm-eval reported.
     """
     for group in metrics:
         tasks = [
@@ -430,9 +400,7 @@ def with_groups(metrics: Sequence[Metric]) -> Iterator[Metric]:
 
 
 def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
-    """Return what is wrong with the answers of a log, in words, as (how many, of how many). Where
-    rules check them, a text of a few letters is the answer to many questions.
-    """
+    """Return what is wrong with the answers of a log, in words, as (how many, of how many)."""
     samples = {sample.key: sample for metric in log.metrics for sample in metric.samples}
     answered = {key: sample for key, sample in samples.items() if sample.answer is not None}
     if not answered or log.suite == "lm_eval":
@@ -442,7 +410,7 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
     for key, text in texts.items():
         letters = _NO_LETTERS.sub("", text).casefold()
         is_long = len(letters) >= FEWEST_LETTERS
-        if is_long or log.judge:
+        if is_long or log.judge:  # by a rule, a few letters are the answer to many questions
             asked[letters if is_long else text.strip()].append(key[0])
     counts = {
         EMPTY: sum(not text.strip() for text in texts.values()),
@@ -454,8 +422,8 @@ def answer_faults(log: EvalLog) -> dict[str, tuple[int, int]]:
 
 
 def ends_in_loop(answer: str) -> bool:
-    """Whether an answer ends in a phrase of two words or more that occurs three times, as in
-    Holtzman et al. (2020), "The Curious Case of Neural Text Degeneration"; a last word may be cut.
+    """Whether an answer ends in a phrase of two words or more, three times (Holtzman et al. 2020);
+    a last word may be cut.
 
     Example:
         >>> ends_in_loop("I think so. I think so. I think so. I th"), ends_in_loop("no, no, no")
@@ -480,14 +448,9 @@ def text_hash(text: str) -> str:
 
 
 class Store:
-    """The rows of a JSON-lines file that is appended to and never changed.
-
-    A row's `key`, a hash of everything that makes it, occurs once, so what is stored is not asked
-    again. A kill or a power cut leaves at most a last line without its end, which the next append
-    cuts. Whoever appends holds the folder (`core.lock.waiting_lock`).
-
-    Raises:
-        DataError: a line is damaged or a key occurs twice.
+    """The rows of a JSON-lines file that is appended to and never changed, by their `key`, a hash
+    of everything that makes them. A kill or a power cut leaves at most a last line without its end,
+    which the next append cuts. Whoever appends holds the folder (`core.lock.waiting_lock`).
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -509,11 +472,7 @@ class Store:
                 self._size += len(line)
 
     def append(self, rows: Iterable[Row]) -> None:
-        """Append the rows whose key is new; they are on the disk when it returns.
-
-        Raises:
-            EnvironmentFault: the disk is full; nothing of these rows is left behind.
-        """
+        """Append the rows whose key is new: afterwards all are on the disk, or on an error none."""
         new = {row["key"]: row for row in rows if row["key"] not in self._rows}
         if not new:
             return

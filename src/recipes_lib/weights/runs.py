@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.config.sections import DataSection
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 TRUST = "allow code that ships with the model, if the run's recipe asks for it too"
 BASE = "base"
 RECORD = "merge.json"
+OnBase = TypeVar("OnBase", bound=Any)  # what has run, recipe and full: a TrainedRun or a Model
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,9 @@ class Family:
             yield self.model
 
 
-def families(runs: Sequence[TrainedRun]) -> list[list[TrainedRun]]:
-    """Group runs that one loaded base can serve; a full fine-tuning stands alone."""
-    groups: dict[str, list[TrainedRun]] = {}
+def families(runs: Sequence[OnBase]) -> list[list[OnBase]]:
+    """Group runs, or models, that one loaded base can serve; a full fine-tuning stands alone."""
+    groups: dict[str, list[OnBase]] = {}
     for run in runs:
         shared = [run.recipe.model.model_dump(), run.recipe.quantization]
         key = run.run.name if run.full else json.dumps(shared, sort_keys=True)

@@ -35,6 +35,10 @@ class Suite:
     def prepare(self, models: Sequence[Model]) -> None:
         """See which models will be asked, before the first one is loaded."""
 
+    def reads(self, model: Model) -> Any:
+        """Return what decides a model's result beside the eval recipe, its weights and format."""
+        return self.chosen.questions
+
     def log(self, answers: Answers) -> EvalLog:
         """Return the log of one model's answers."""
         raise NotImplementedError

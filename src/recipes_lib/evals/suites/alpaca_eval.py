@@ -28,7 +28,6 @@ class AlpacaEval(JudgedSuite):
     """AlpacaEval for the models of one eval recipe."""
 
     title = "AlpacaEval"
-    always_compared = True
 
     def item(
         self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
@@ -42,9 +41,7 @@ class AlpacaEval(JudgedSuite):
         return Item(name, question.turns[0], text, other, reference, question, draw=draw)
 
     def metrics(self, judged: Judged) -> list[Metric]:
-        """Return the metrics, and write the files that alpaca_eval reads; it knows one answer per
-        question, the first.
-        """
+        """Return the metrics, and write the files that alpaca_eval reads, of the first answers."""
         metrics = super().metrics(judged)
         opponent, name = judged.opponent, judged.answers.name
         assert opponent is not None
@@ -88,9 +85,7 @@ class AlpacaEval(JudgedSuite):
 
 
 def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, object]:
-    """Return a comparison as alpaca_eval's annotator writes it: preference 1 for the opponent, 2
-    for the candidate, 1.5 for a tie.
-    """
+    """Return a comparison as alpaca_eval's annotator writes it: 1 for the opponent, 1.5 a tie."""
     verdicts = dict(zip(ORDERS, sample.verdicts, strict=True))
     is_tie = sample.opponent == sample.answer
     first, second = (

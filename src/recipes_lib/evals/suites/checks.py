@@ -1,15 +1,7 @@
 """Answers checked by rules over rows of your own: no judge, one answer per row.
 
-A row is a prompt with what the answer must be. `data.questions` names a file of such rows (JSON
-lines or JSON):
-
-    {"prompt": "What is the capital of France?", "check": "contains", "expected": "Paris"}
-    {"prompt": "6 x 7?", "check": "number", "expected": 42, "category": "sums"}
-    {"prompt": "A city as JSON.", "checks": [{"check": "json", "expected": {"required": ["name"]}},
-                                             {"check": "max_words", "expected": 20}]}
-
-An answer passes if it passes every check of its row. Rules read the answer's text alone, without
-leading and trailing space; an answer that was cut and fails, fails.
+An answer passes if it passes every check of its row (docs/evaluation.md has examples). Rules read
+the answer's text alone, without leading and trailing space.
 """
 
 from __future__ import annotations
@@ -77,9 +69,7 @@ class Checks(Suite):
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
-        """Return the lines of a table of logs: all rows, then category by category where there are
-        several.
-        """
+        """Return the lines of a table of logs: all rows, then each of several categories."""
         by_log = [log.metrics[0].samples for log in logs]
         categories = dict.fromkeys(sample.category for samples in by_log for sample in samples)
         rows = [["answers that pass [95%]", "n", *(log.target for log in logs)]]
@@ -160,11 +150,7 @@ class AnswerRule(BaseModel):
 
 
 def rule_of(written: Mapping[str, object]) -> AnswerRule:
-    """Return a check of a row.
-
-    Raises:
-        DataError: there is no such check, or it cannot use what is expected.
-    """
+    """Return a check of a row, or refuse one that cannot work."""
     name = str(written.get("check") or "")
     if name not in RULES:
         hints = (*did_you_mean(name, list(RULES)), f"checks: {', '.join(RULES)}")
@@ -191,9 +177,7 @@ def _has_number(answer: str, expected: float, tolerance: float) -> bool:
 
 
 def _letters(answer: str) -> set[str]:
-    """The letters that an answer names: where it says "the answer is" or "is correct", those; else
-    the letter alone at the start of a line.
-    """
+    """The letters that an answer names ("the answer is C"), else one alone at a line's start."""
     text = _MARKDOWN.sub("", answer).strip()
     if only := re.fullmatch(r"\W*([A-Za-z])\W*", text):
         return {only[1].upper()}

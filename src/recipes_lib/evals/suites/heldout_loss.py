@@ -4,14 +4,10 @@
 the recipe's format. The validation rows may have chosen a checkpoint or a learning rate: the test
 rows did not.
 
-Samples are rows. A row's value is its negative log-likelihood over the mean number of supervised
-tokens of a row, so that the mean over rows is the loss per token, whatever the rows' lengths. A row
-whose tokens stand there before is no new evidence: it keeps its value, and shares the observation
-of the first one in intervals and tests.
-
-Losses per token of two tokenizers cannot be compared: their models have bits per byte of the same
-text instead (the loss in bits over the bytes of UTF-8 that a row's supervised tokens stand for,
-without special tokens and the space around them).
+A row's value is its negative log-likelihood over the mean number of supervised tokens of a row, so
+that the mean over rows is the loss per token. A row that repeats the tokens of another shares its
+observation in intervals and tests. Models of two tokenizers have bits per byte of the same text
+instead, without special tokens and the space around them.
 """
 
 from __future__ import annotations
@@ -42,11 +38,7 @@ class HeldoutLoss(Suite):
     title = "held-out loss"
 
     def prepare(self, models: Sequence[Model]) -> None:
-        """Find the rows of each model: a base that is no run reads those of a run on it.
-
-        Raises:
-            RecipeError: a server would answer, or a model has no recipe, so no split.
-        """
+        """Find the rows of each model: a base that is no run reads those of a run on it."""
         name = str(self.recipe.data.questions)
         self.split = name if name in HELD_OUT else None
         self.recipes: dict[str, Recipe] = {}  # whose rows a model reads, by its name
@@ -59,13 +51,13 @@ class HeldoutLoss(Suite):
                 raise self.recipe.error("data.questions", what, hint)
             self.recipes[model.name] = own or model.recipe
 
-    def measure(self, model: Model, network: Any) -> EvalLog:
-        """Return the log of one model.
+    def reads(self, model: Model) -> Any:
+        """Return where the rows come from: a base reads those of a run."""
+        source = self.recipes[model.name]
+        return [source.data.model_dump(), source.train.get("max_length")]
 
-        Raises:
-            RecipeError: its recipe holds no rows of the split out.
-            DataError: rows that cannot be used.
-        """
+    def measure(self, model: Model, network: Any) -> EvalLog:
+        """Return the log of one model."""
         limit, source = self.recipe.data.max_questions, self.recipes[model.name]
         if self.split is None:
             source = source.reading(str(self.recipe.path_of("data.questions")))
@@ -163,10 +155,7 @@ class HeldoutLoss(Suite):
 def row_losses(
     model: Any, input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Return the sum of the negative log-likelihoods of each row's supervised tokens, in nats.
-
-    Rows go through the model longest first, padded on the right; softmax in float32.
-    """
+    """Return the sum of the negative log-likelihoods of each row's supervised tokens, in nats."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 

@@ -1,9 +1,5 @@
 """lm-eval through `simple_evaluate` on the loaded model: every option under lm_eval's own name, its
-results and samples kept as they are. The printed command gives the same numbers: it reads
-lm_eval.yaml, which lies beside the result.
-
-lm-eval's cache is keyed without the model and without what shares a batch, so each model
-fingerprint and set of requests has a cache of its own.
+results and samples kept as they are. The printed command gives the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +20,7 @@ from recipes_lib.core.files import hash_of, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
-from recipes_lib.evals.questions import check_allowed
+from recipes_lib.evals.recipe import check_allowed
 from recipes_lib.evals.suites import Suite
 from recipes_lib.evals.verdicts import metric_of, shown_rate
 from recipes_lib.weights.load import model_path
@@ -54,11 +50,11 @@ class LMEval(Suite):
     title = "lm-eval"
 
     def measure(self, model: Model, network: Any) -> EvalLog:
-        """Return the log of one model; what lm-eval raises is told in a line."""
+        """Return the log of one model."""
         recipe, suite = self.recipe, self.recipe.suite
         folder = model.folder(recipe.name).resolve()
         settings = suite.model_dump(exclude=_OTHER_KEYS) | suite.options
-        # rounding depends on what shares a batch, so answers of another set are not reused
+        # lm-eval's cache knows neither the model nor what shares a batch, on which rounding depends
         requests = hash_of(model.fingerprint, [suite.tasks, settings, _batch_size(recipe)])[:16]
         (folder / "cache").mkdir(parents=True, exist_ok=True)
         settings["use_cache"] = str(folder / "cache" / requests)
@@ -114,16 +110,10 @@ class LMEval(Suite):
 
 
 def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
-    """Build the tasks without a model, which fetches their data where it is not here yet; return
-    the number of items.
+    """Build the tasks without a model, which fetches their data; return the number of items.
 
     Args:
-        recipe: an eval recipe of lm_eval.
         remote_code: whether the command line allowed code of the tasks.
-
-    Raises:
-        RecipeError: a mistake in a task, or code that is not allowed.
-        EnvironmentFault: data cannot be had, or a package that a task needs.
     """
     check_allowed(recipe, remote_code)
     with _inside(recipe):
@@ -141,8 +131,7 @@ def _batch_size(recipe: EvalRecipe) -> Any:
 
 def _tasks(recipe: EvalRecipe) -> tuple[Any, list[str]]:
     """lm-eval's task manager, and the tasks with their patterns filled in. Its own tasks take ten
-    seconds to index and are left out where the recipe's suffice: each task is among them, and each
-    part of a group.
+    seconds to index: they are left out where the recipe's folder has each task and part of a group.
     """
     from lm_eval.tasks import TaskManager
 
@@ -163,9 +152,7 @@ def _tasks(recipe: EvalRecipe) -> tuple[Any, list[str]]:
 
 @contextlib.contextmanager
 def _inside(recipe: EvalRecipe) -> Iterator[None]:
-    """Let lm-eval work: in `data.folder`, its log at errors, and whatever a task, an option or
-    lm-eval itself raises told in a line.
-    """
+    """Let lm-eval work in `data.folder`, its log at errors, and what it raises as one line."""
     names, folder = ", ".join(recipe.suite.tasks or ()), recipe.data.include_path
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
@@ -218,30 +205,25 @@ def metrics_of(
             if not pipeline or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             rows = [row for row in samples.get(task, ()) if row.get("filter", "none") == pipeline]
-            items = [
-                _sample(row, metric, task)
-                for row in rows
-                if isinstance(row.get(metric), int | float)
-            ]
+            rows = [row for row in rows if isinstance(row.get(metric), int | float)]
+            items = [_sample(row, metric, task) for row in rows]
             scores = [item.value or 0.0 for item in items]
             in_range = all(0 <= score <= 1 for score in (*scores, value))
             unit: Any = "share" if _SHARE.search(metric) and in_range else "number"
-            own = (said_of(task, "configs") or {}).get("metric_list") or ()
-            directions = [
-                (said_of(task, "higher_is_better") or {}).get(metric),
-                *(entry.get("higher_is_better") for entry in own if entry.get("metric") == metric),
+            listed = (said_of(task, "configs") or {}).get("metric_list") or ()
+            ways = [(said_of(task, "higher_is_better") or {}).get(metric)]
+            ways += [
+                each.get("higher_is_better") for each in listed if each.get("metric") == metric
             ]
             facts: dict[str, Any] = {
                 "task": task,
-                "higher_is_better": next(
-                    (way for way in directions if isinstance(way, bool)), None
-                ),
+                "higher_is_better": next((way for way in ways if isinstance(way, bool)), None),
                 "parts": tuple(parts(task)),
                 "num_fewshot": said_of(task, "n-shot"),
                 "version": str(said_of(task, "versions") or "") or None,
             }
-            suffix = [] if pipeline == "none" else [pipeline]
-            key, label = ",".join([metric, *suffix]), ", ".join([f"{task} {metric}", *suffix])
+            key = metric if pipeline == "none" else f"{metric},{pipeline}"
+            label = f"{task} {key.replace(',', ', ')}"
             if scores and abs(sum(scores) / len(scores) - value) <= 1e-6:
                 yield metric_of(key, label, items, unit, **facts)
                 continue
@@ -277,9 +259,7 @@ def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
         del config["fewshot_as_multiturn"]
     if _SEEDS.keys() & options:
         config["seed"] = [options.pop(name, usual) for name, usual in _SEEDS.items()]
-    if "bootstrap_iters" in options:
-        del options["bootstrap_iters"]
-        notes.append("lm_eval has no option for bootstrap_iters")
+    options.pop("bootstrap_iters", None)  # lm_eval has no key for it, and it changes no value
     config = {name: value for name, value in (config | options).items() if value is not None}
     write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     line = shlex.join(["lm_eval", "run", "--config", str(file)])
@@ -291,9 +271,7 @@ def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
 
 
 def _model_args(model: Model) -> tuple[dict[str, Any], bool]:
-    """lm-eval's model_args, and whether they name a merged model: lm_eval would tie what an adapter
-    trained apart.
-    """
+    """lm-eval's model_args, and whether the model must be merged: lm_eval would tie its head."""
     section, trained = model.recipe.model, model.trained
     needs_merge = bool(trained and (model.recipe.lora or {}).get("modules_to_save"))
     path, adapter = Path(model_path(section)), None

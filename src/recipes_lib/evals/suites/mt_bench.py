@@ -1,10 +1,8 @@
 """MT-Bench: two turns with the conversation as context, each graded 1-5 and, where there is an
 opponent, compared in both orders.
 
-Questions in math, reasoning and coding are graded against their reference answer by the correctness
-rubric, the others by the helpfulness rubric. A second turn is always shown with the first one
-before it. Nothing vanishes from a mean: a turn without a verdict is counted and enters the bounds,
-once as 1 and once as 5.
+Questions in math, reasoning and coding are graded against their reference answer. A turn without a
+verdict is counted and enters the bounds, once as 1 and once as 5.
 """
 
 from __future__ import annotations
@@ -89,9 +87,7 @@ def _mean(samples: Sequence[Sample], turn: int, category: str | None = None) -> 
 
 
 def _side(question: Question, answers: Answers, turn: int) -> str:
-    """One side of a comparison; nothing where the turn's own answer is empty, which then loses by
-    rule.
-    """
+    """One side of a comparison; nothing where the turn's answer is empty, so it loses by rule."""
     if turn == 1 or not answers.text(question.id, turn).strip():
         return answers.text(question.id, turn)
     parts = [f"(to question {n})\n{answers.text(question.id, n)}" for n in range(1, turn + 1)]
