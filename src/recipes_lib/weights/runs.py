@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe, load_recipe
 from recipes_lib.config.sections import DataSection
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
-from recipes_lib.core.files import DamagedFile, file_hash, read_object
+from recipes_lib.core.files import DamagedFile, file_hash, hash_of, read_object
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.check import SavedWeights, changed_files
@@ -227,7 +226,6 @@ def families(runs: Sequence[OnBase]) -> list[list[OnBase]]:
     """Group runs, or models, that one loaded base can serve; a full fine-tuning stands alone."""
     groups: dict[str, list[OnBase]] = {}
     for run in runs:
-        shared = [run.recipe.model.model_dump(), run.recipe.quantization]
-        key = run.run.name if run.full else json.dumps(shared, sort_keys=True)
-        groups.setdefault(key, []).append(run)
+        shared = hash_of(run.recipe.model.model_dump(), run.recipe.quantization)
+        groups.setdefault(run.run.name if run.full else shared, []).append(run)
     return list(groups.values())
