@@ -149,10 +149,3 @@ def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
     assert shlex.split(line)[-2:] == ["my files/study.yaml", word]
     assert cli.main(["check", "my files/study.yaml"]) == 0
     assert shlex.split(capsys.readouterr().out.splitlines()[-1])[-1] == "my files/study.yaml"
-
-
-def test_eval_names_the_judgments_that_are_there(tmp_path):
-    from recipes_lib.commands.eval import judgments_beside
-
-    result = tmp_path / "my-results/evals/alpaca_eval/result.against-base.json"
-    assert judgments_beside(result) == str(result.with_name("judgments.against-base.jsonl"))

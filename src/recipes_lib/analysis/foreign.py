@@ -13,7 +13,7 @@ from typing import Any
 
 from recipes_lib.analysis.runs import Run
 from recipes_lib.core.errors import DataError, RecipeError
-from recipes_lib.core.files import hash_of, refuse_pipe
+from recipes_lib.core.files import hash_of
 from recipes_lib.evals.log import AnswerFacts, EvalLog, JudgeFacts, Metric, Sample, with_groups
 from recipes_lib.evals.suites.lm_eval import metrics_of
 
@@ -43,7 +43,6 @@ def read_foreign(path: Path) -> Run | None:
 
 
 def _json(path: Path) -> Any:
-    refuse_pipe(path)
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, OSError) as error:

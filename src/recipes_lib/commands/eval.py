@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.core.project import shown_path
@@ -44,11 +43,7 @@ def run(
     targets = dict.fromkeys(log.target for log in logs)
     judged = [log.file for log in logs if log.judge]
     if judged and len(targets) == 1:
-        return next_step("recipes", "judge", "audit", judgments_beside(judged[0]))
+        name = judged[0].name.replace("result", "judgments", 1)
+        file = judged[0].with_name(name).with_suffix(".jsonl")
+        return next_step("recipes", "judge", "audit", shown_path(file))
     return next_step("recipes", "compare", *targets)
-
-
-def judgments_beside(result: Path) -> str:
-    """Return the file of judgments that a result was made of."""
-    suffix = result.stem.removeprefix("result")
-    return shown_path(result.with_name(f"judgments{suffix}.jsonl"))

@@ -104,13 +104,6 @@ def utc_now() -> str:
 # Reading
 
 
-def refuse_pipe(path: Path, shown: str | Path | None = None) -> None:
-    """Refuse a pipe or a device where a file is wanted: reading it may never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        what, remedy = "is a pipe or a device, not a file", "write its content to a file first"
-        raise DataError(what, remedy, file=shown or path)
-
-
 def read_object(path: Path, remedy: str = "restore it, or run the step again that wrote it") -> Row:
     """Return a JSON object, empty for an absent file; a `DamagedFile` error says the remedy."""
     if not path.is_file():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from recipes_lib.config.documents import near_file
 from recipes_lib.config.sections import DATA_FORMATS, HUB_ID, DataSection, data_format
 from recipes_lib.core.errors import DataError, one_line
-from recipes_lib.core.files import Row, refuse_pipe, remembered_hash
+from recipes_lib.core.files import Row, remembered_hash
 from recipes_lib.core.project import shown_path
 from recipes_lib.data.conversations import without_nulls
 from recipes_lib.data.rows import BadRow, BadRows, DataRow, SettingError, parsed_json, type_name
@@ -125,7 +125,6 @@ def source_hashes(section: DataSection) -> dict[str, str]:
 def data_files(folder: Path, split: str) -> list[Path]:
     """Return a folder's data files in name order, of `split` where names tell splits apart."""
     shown = shown_path(folder)
-    refuse_pipe(folder, shown)
     files: list[Path] = []
     for place in (folder, folder / split, folder / "data"):
         paths = sorted(place.glob("[!.]*"))
@@ -211,10 +210,9 @@ def read_file(
     """
     path = path.expanduser()
     kind, file = data_format(path), shown_path(path)
-    if kind is None or not path.exists():
+    if kind is None or not path.is_file():  # or a pipe, which may never end
         what = f"not a data file; known endings: {', '.join(DATA_FORMATS)}"
         raise DataError(what if path.exists() else "no such file", file=file)
-    refuse_pipe(path, file)
     try:
         codecs.lookup(encoding)
         csv.reader([], delimiter=delimiter or ",")

@@ -24,7 +24,6 @@ from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.files import refuse_pipe
 from recipes_lib.evals.log import text_hash
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
@@ -103,7 +102,6 @@ def load_rubric(path: Path) -> Rubric:
 
 
 def _read(path: Path) -> str:
-    refuse_pipe(path)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
