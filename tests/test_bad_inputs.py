@@ -88,8 +88,8 @@ MODELS = {
 
 @pytest.mark.parametrize("case", MODELS)
 def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
-    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys
-) -> None:
+    case, tiny_recipe, tiny_model_dir, tmp_path, capsys
+):
     damage, overrides, code, words = MODELS[case]
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     damage(folder)
@@ -101,8 +101,8 @@ def test_a_model_that_cannot_be_trained_is_refused_before_it_is_loaded(
 
 @pytest.mark.parametrize("damage", [without_tokenizer, deep_config])
 def test_a_model_that_cannot_be_read_is_one_line_of_every_verb(
-    damage, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys
-) -> None:
+    damage, tiny_recipe, tiny_model_dir, tmp_path, capsys
+):
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     damage(folder)
     tiny_recipe.write_text(tiny_recipe.read_text().replace(str(tiny_model_dir), str(folder)))
@@ -158,8 +158,8 @@ DATA = {
 
 @pytest.mark.parametrize("case", DATA)
 def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
-    case: str, tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, capsys, monkeypatch
-) -> None:
+    case, tiny_recipe, tiny_model_dir, tmp_path, capsys, monkeypatch
+):
     """The audit and the training give the same answer."""
     content, overrides, code, words = DATA[case]
     monkeypatch.chdir(tmp_path)
@@ -175,9 +175,7 @@ def test_data_that_cannot_be_trained_on_is_refused_with_the_place(
         assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
 
 
-def test_a_folder_whose_files_differ_in_columns_is_refused(
-    tiny_recipe: Path, tmp_path: Path, capsys
-) -> None:
+def test_a_folder_whose_files_differ_in_columns_is_refused(tiny_recipe, tmp_path, capsys):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "a.jsonl").write_text(rows())
     (tmp_path / "parts" / "b.jsonl").write_text('{"text": "x"}\n')
@@ -186,8 +184,8 @@ def test_a_folder_whose_files_differ_in_columns_is_refused(
 
 
 def test_a_defect_is_one_message_and_its_traceback_is_kept(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+    tiny_recipe, tmp_path, monkeypatch, capsys
+):
     from recipes_lib.training import build
 
     def break_it(*args: object) -> None:
@@ -233,9 +231,7 @@ LINES: list[tuple[list[str], int, str]] = [
 
 
 @pytest.mark.parametrize("first", range(0, len(LINES), 4))
-def test_a_bad_command_line_gets_one_answer(
-    first: int, tiny_recipe: Path, capfd, monkeypatch
-) -> None:
+def test_a_bad_command_line_gets_one_answer(first, tiny_recipe, capfd, monkeypatch):
     monkeypatch.chdir(tiny_recipe.parent)
     fsdp = (CONFIGS / "fsdp_cpu.yaml").read_text().replace("num_processes: 2", "num_processes: 1")
     Path("wrap.yaml").write_text(f"{fsdp}  fsdp_transformer_layer_cls_to_wrap: LlamaLayer\n")
@@ -252,8 +248,8 @@ def test_a_bad_command_line_gets_one_answer(
 
 
 def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
-    tiny_recipe: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+    tiny_recipe, tmp_path, monkeypatch, capsys
+):
     """A file is in the way; a read-only or vanished disk takes the same path."""
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "file"))
@@ -264,8 +260,8 @@ def test_a_folder_for_runs_that_cannot_be_made_is_an_error_of_the_machine(
 
 
 def test_a_model_without_a_padding_token_and_a_grown_vocabulary_trains(
-    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path
-) -> None:
+    tiny_recipe, tiny_model_dir, tmp_path
+):
     """The padding token becomes the end token, which keeps its loss."""
     folder = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
     bigger_vocabulary(folder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -74,9 +73,7 @@ def test_what_nothing_makes_fit_says_so(plan: Run) -> None:
     assert out.splitlines()[-1] == "next: recipes ls"
 
 
-def test_a_card_without_a_known_peak_has_memory_and_no_time(
-    plan: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_without_a_known_peak_has_memory_and_no_time(plan, monkeypatch):
     from recipes_lib.plan import plan as plan_module
     from recipes_lib.plan.cards import card_named
 
@@ -86,9 +83,7 @@ def test_a_card_without_a_known_peak_has_memory_and_no_time(
     assert made["seconds"] is None and "not estimated" in plan(LORA)[1]
 
 
-def test_an_earlier_training_on_such_a_card_gives_the_speed(
-    plan: Run, tiny_recipe: Path, tmp_path: Path
-) -> None:
+def test_an_earlier_training_on_such_a_card_gives_the_speed(plan, tiny_recipe, tmp_path):
     run = tmp_path / "runs" / "earlier"
     run.mkdir(parents=True)
     from recipes_lib.config.recipe import load_recipe

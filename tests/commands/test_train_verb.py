@@ -69,9 +69,7 @@ def is_gone(folder: Path, name: str = "rank") -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_first_signal_asks_for_a_checkpoint_and_the_reported_code_is_returned(
-    tiny_recipe: Path,
-) -> None:
+def test_a_first_signal_asks_for_a_checkpoint_and_the_reported_code_is_returned(tiny_recipe):
     child = supervised(tiny_recipe, "stepping")
     child.send_signal(signal.SIGINT)
     said, _ = child.communicate(timeout=60)
@@ -81,9 +79,7 @@ def test_a_first_signal_asks_for_a_checkpoint_and_the_reported_code_is_returned(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_before_the_first_step_a_signal_ends_everything_at_once(
-    tiny_recipe: Path, number: int
-) -> None:
+def test_before_the_first_step_a_signal_ends_everything_at_once(tiny_recipe, number):
     words, code = (), 75
     if number == signal.SIGINT:  # a step of an earlier attempt, which was killed, does not count
         RunDirectory("tiny").write_state("running", steps_began="yesterday")
@@ -129,8 +125,8 @@ def test_a_launcher_that_is_killed_leaves_no_rank_and_a_failed_run(tiny_recipe: 
 
 @pytest.mark.slow
 def test_a_bare_launch_of_two_ranks_trains_and_says_once_what_is_wrong_with_a_recipe(
-    tiny_recipe: Path, tmp_path: Path
-) -> None:
+    tiny_recipe, tmp_path
+):
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
     config = project_root() / "accelerate_configs" / "ddp_cpu.yaml"
     command = [*launcher, str(config), "-m", "recipes_lib.train", str(tiny_recipe)]

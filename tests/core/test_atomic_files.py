@@ -96,17 +96,15 @@ def folder_with(path: Path, **files: str) -> Path:
 
 
 def test_a_published_folder_is_on_the_disk_with_all_its_files_before_it_gets_its_name(
-    tmp_path: Path, disk: Disk
-) -> None:
+    tmp_path, disk
+):
     folder_with(tmp_path / "new", weights="w")
     folder_with(tmp_path / "new" / "deep", inner="i")
     publish(tmp_path / "new", tmp_path / "final")
     assert disk.published == ["final"] and not disk.lost and not disk.renamed_in
 
 
-def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(
-    tmp_path: Path, disk: Disk
-) -> None:
+def test_the_model_of_a_power_cut_finds_a_rename_without_a_flush(tmp_path, disk):
     os.replace(folder_with(tmp_path / "new", weights="w"), tmp_path / "final")
     assert disk.lost == ["weights was not flushed before final was published"]
     (tmp_path / "final" / "weights").write_text("more")
@@ -136,8 +134,8 @@ def test_nothing_else_renames_what_others_read() -> None:
 
 
 def test_what_a_training_a_merge_and_an_export_write_is_on_the_disk_and_as_private_as_umask_says(
-    tiny_recipe: Path, tmp_path: Path, disk: Disk
-) -> None:
+    tiny_recipe, tmp_path, disk
+):
     from recipes_lib.evals.log import Store
     from recipes_lib.train import main
 
@@ -161,9 +159,7 @@ def test_what_a_training_a_merge_and_an_export_write_is_on_the_disk_and_as_priva
     assert stat.S_IMODE((tmp_path / "shared.json").stat().st_mode) == 0o664
 
 
-def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk
-) -> None:
+def test_a_packaged_model_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch, disk):
     from recipes_lib.models import packaged
 
     fetched = tmp_path / "fetched"

@@ -26,9 +26,7 @@ def steps(path: Path, **options: bool) -> list[int]:
     return [row["step"] for row in read_rows(path, **options)]
 
 
-def test_a_damaged_last_line_is_left_out_with_one_warning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_last_line_is_left_out_with_one_warning(tmp_path, capsys):
     for number, tail in enumerate(TAILS):
         path = write(tmp_path / f"{number}.jsonl", *LINES, tail)
         assert steps(path) == steps(path) == [1, 2, 3, 4, 5]
@@ -38,9 +36,7 @@ def test_a_damaged_last_line_is_left_out_with_one_warning(
         assert [row["step"] for row in rows_from_the_end(path)] == [5, 4, 3, 2, 1]
 
 
-def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_before_the_end_is_named_by_its_line_or_left_out_where_asked(tmp_path, capsys):
     for number, damage in enumerate((b"nonsense\n", b"\xff\n", b"\0\0\0\n", b'{"st\n', b"[1]\n")):
         path = write(tmp_path / f"{number}.jsonl", *LINES[:2], damage, *LINES[3:])
         with pytest.raises(DataError, match="this line is damaged") as caught:
@@ -72,9 +68,7 @@ def test_an_object_or_nothing_and_a_damaged_one_is_one_line_with_its_file(tmp_pa
     assert next(read_rows(path)) == {"text": "a\ufffdb\ufffd"}
 
 
-def test_a_fingerprint_is_of_weights_and_settings_and_not_of_their_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fingerprint_is_of_weights_and_settings_and_not_of_their_place(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     for name, modules in {"a": ["q", "v"], "b": ["v", "q"]}.items():
         settings = {"base_model_name_or_path": name, "target_modules": modules, "r": 8}

@@ -52,8 +52,8 @@ def queued_again(monkeypatch: pytest.MonkeyPatch, job: str, count: int) -> None:
 
 
 def test_a_job_that_was_queued_again_asks_its_earlier_try_to_stop_and_waits_for_its_end(
-    start, tmp_path: Path, monkeypatch, capsys
-) -> None:
+    start, tmp_path, monkeypatch, capsys
+):
     child = start(SLURM_JOB_ID="7")
     queued_again(monkeypatch, "7", 1)
     with lock.run_lock(tmp_path / "mine"):
@@ -78,9 +78,7 @@ def test_an_earlier_try_that_lives_is_never_taken_over(start, tmp_path: Path, mo
     assert json.loads((tmp_path / "mine" / "lock.json").read_text())["pid"] == child.pid
 
 
-def test_another_job_and_another_shell_of_one_job_are_refused_at_once(
-    start, tmp_path: Path, monkeypatch
-) -> None:
+def test_another_job_and_another_shell_of_one_job_are_refused_at_once(start, tmp_path, monkeypatch):
     for holder, caller in (
         ({"SLURM_JOB_ID": "7"}, ("7", 0)),
         ({"SLURM_JOB_ID": "6"}, ("7", 1)),
@@ -99,9 +97,7 @@ def test_another_job_and_another_shell_of_one_job_are_refused_at_once(
         child.wait()
 
 
-def test_a_killed_holder_keeps_nothing_and_the_next_one_waits_where_it_may(
-    start, tmp_path: Path, capsys
-) -> None:
+def test_a_killed_holder_keeps_nothing_and_the_next_one_waits_where_it_may(start, tmp_path, capsys):
     child = start()
     child.kill()
     child.wait()

@@ -57,9 +57,7 @@ def fail(error: Exception) -> None:
     raise error
 
 
-def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group(
-    tmp_path: Path,
-) -> None:
+def test_results_and_errors_of_rank_0_reach_every_rank_before_there_is_a_group(tmp_path):
     def work() -> str:
         said = [
             outcome(lambda: f"made by rank {ranks.rank()}"),

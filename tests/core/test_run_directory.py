@@ -31,8 +31,8 @@ def test_a_state_keeps_the_fields_written_before(tmp_path: Path) -> None:
 
 
 def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     RunDirectory("my-first").write_state("finished")
     folder = tmp_path / "runs" / "my-first"

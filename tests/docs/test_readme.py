@@ -59,9 +59,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("page", filter(blocks, PAGES), ids=lambda page: page.stem)
-def test_every_command_of_a_page_works_and_prints_what_is_shown(
-    page: Path, checkout: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_command_of_a_page_works_and_prints_what_is_shown(page, checkout, capsys):
     for commands, shown in blocks(page):
         capsys.readouterr()
         ran = [perform(shlex.split(command, comments=True), command) for command in commands]
