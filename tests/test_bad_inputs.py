@@ -221,7 +221,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["compare", "."], 2, "is a folder without a run"),
     (["chat", "nothing", "--prompt", "x"], 2, "no run named 'nothing'"),
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
-    (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: not a data file"),
+    (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),
     (["launch", "nowhere"], 2, "nowhere: no such file"),  # before --profile
     *((["judge", "audit", name], 4, f"{name}: evals/EVAL/judgments.jsonl")
       for name in ("empty.jsonl", "nowhere.jsonl", ".")),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
 from recipes_lib.core.errors import ExitCode, RecipeError
-from recipes_lib.core.files import DamagedFile, read_object, write_text
+from recipes_lib.core.files import DamagedFile, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.run_directory import RunDirectory, open_run, read_resolved
 from recipes_lib.core.terminal import next_step, print_json, say, warn
@@ -76,6 +77,7 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
     """Return what words on the command line name, base models first."""
     from recipes_lib.analysis.foreign import FOLDERS, read_foreign, unique_names
     from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
+    from recipes_lib.evals.models import evaluated_bases
 
     folders, runs = [], []
     for word in words:
@@ -93,39 +95,20 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
         folders.append(open_run(word))
         runs.append(load_run(folders[-1].path, damaged.append))
     if _BASE in words:
-        bases = [load_run(path, damaged.append) for path in _evaluated_bases(folders)]
+        if not folders:
+            raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
+        paths: dict[Path, None] = {}
+        for run in folders:
+            guard: Mapping[str, Any] = run.read_state().get("guard", {})
+            prompt = guard.get("prompt_format_hash")
+            known = evaluated_bases(read_resolved(run.path), run.root, None, prompt)
+            paths |= dict.fromkeys(base.path for base in known)
+        if not paths:
+            what = "the base of these runs was never evaluated"
+            hint = f"recipes eval EVAL {folders[0].name} --against base evaluates it too"
+            raise RecipeError(what, f"{hint}; or name its model: recipes eval EVAL MODEL")
+        bases = [load_run(path, damaged.append) for path in paths]
         if len(bases) == 1:
             bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
         runs = [*bases, *runs]
     return Arms({name: ArmRuns(name, (run,)) for name, run in unique_names(runs).items()})
-
-
-def _evaluated_bases(runs: list[RunDirectory]) -> list[Path]:
-    """Return the run folders of the runs' bases, asked in the same prompt format: the same weights
-    in another format are another subject.
-    """
-    if not runs:
-        raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-    bases: dict[Path, None] = {}
-    for run in runs:
-        prompt = run.read_state().get("guard", {}).get("prompt_format_hash")
-        wanted = (_identity(read_resolved(run.path)), prompt)
-        for path in sorted(run.root.glob("base--*/run.json")):
-            record = read_object(path)
-            format_hash = record.get("prompt_format_hash") if prompt else None
-            if (_identity(record.get("stand_in") or {}), format_hash) == wanted:
-                bases[path.parent] = None
-    if not bases:
-        raise RecipeError(
-            "the base of these runs was never evaluated",
-            f"recipes eval EVAL {runs[0].name} --against base evaluates it too; or name its model:"
-            " recipes eval EVAL MODEL",
-        )
-    return list(bases)
-
-
-def _identity(sections: dict[str, Any]) -> list[object]:
-    """Return what makes two recipes' bases the same weights."""
-    model = sections.get("model") or {}
-    keys = ("name_or_path", "revision", "dtype")
-    return [*(model.get(key) for key in keys), sections.get("quantization")]
