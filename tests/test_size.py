@@ -14,8 +14,8 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1757, 1500),
-    "core": (1128, 800),
+    "commands": (1743, 1500),
+    "core": (1127, 800),
     "config": (2621, 1900),
     "models": (629, 450),
     "data": (2330, 1650),
