@@ -38,24 +38,19 @@ def ask(engine: OpenAIEngine, number: int = 1, **fields: Any) -> list[Completion
     return sorted(engine.complete(requests, sampling), key=lambda done: int(done.key))
 
 
-def first(fault: Fault) -> FaultyServer:
-    """A server whose first reply is a fault."""
-    return FaultyServer(faults=lambda number: fault if number == 1 else None)
-
-
-def always(fault: Fault) -> FaultyServer:
-    """A server that knows nothing else."""
-    return FaultyServer(faults=lambda number: fault)
+def always(fault: Fault, most: int = 1000) -> FaultyServer:
+    """A server whose first replies are a fault."""
+    return FaultyServer(faults=lambda number: fault if number <= most else None)
 
 
 def test_what_may_pass_is_tried_again_and_fails_alone_after_the_last_attempt():
     for fault in ("429:0", "500", "503", "drop", "hang"):
-        with first(fault) as server:
+        with always(fault, 1) as server:
             done = ask(engine_for(server), 2)
             assert [each.error for each in done] == [None, None], fault
             assert done[0].text == "echo: Hello there"
     for fault in ("500", "hang", "drip", NONSENSE, "drop"):
-        with first(fault) as server:
+        with always(fault, 1) as server:
             failed, answered = ask(engine_for(server, timeout_s=0.2, max_retries=0), 2)
             assert failed.error and not failed.refused and answered.error is None, fault
 
@@ -79,11 +74,11 @@ def test_a_wrong_key_or_address_ends_everything_and_a_refused_body_only_its_requ
 
 
 def test_a_server_that_wants_another_name_for_the_token_limit_gets_it():
+    message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    refusal = b"400:" + json.dumps({"error": {"message": message}}).encode()
+
     def faults(number: int) -> bytes | None:
-        if "max_tokens" not in server.bodies[number - 1]:
-            return None
-        message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
-        return b"400:" + json.dumps({"error": {"message": message}}).encode()
+        return refusal if "max_tokens" in server.bodies[number - 1] else None
 
     with FaultyServer(faults=faults) as server:
         assert not any(done.error for done in ask(engine_for(server), 3, **CHAT))
@@ -99,10 +94,10 @@ def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
         ask(own, **CHAT, sampling=Sampling(temperature=None))
         ask(plain, prompt="x", ids=(1, 2, 3))
         ask(plain, **CHAT, schema={"type": "object"})
-    assert server.bodies[0]["chat_template_kwargs"] == {"enable_thinking": False}
-    assert "temperature" not in server.bodies[0]
-    assert server.bodies[1]["prompt"] == [1, 2, 3]
-    assert server.bodies[2]["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    first, second, third = server.bodies
+    assert first["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "temperature" not in first and second["prompt"] == [1, 2, 3]
+    assert third["response_format"]["json_schema"]["schema"] == {"type": "object"}
 
 
 def test_first_token_probabilities_come_from_both_endpoints():
@@ -120,22 +115,17 @@ def test_first_token_probabilities_come_from_both_endpoints():
 
 
 def test_any_bytes_of_a_reply_leave_a_text_that_can_be_written_or_fail_alone():
-    def chat(content: bytes, more: bytes = b"") -> FaultyServer:
-        return always(b'200:{"choices": [{"message": {"content": %b}}]%b}' % (content, more))
-
     fine = b'"fine \\ud800 \\u0000 [RESULT] A"'
-    for content, more, text in (
-        (fine, b', "usage": NaN, "model": 7', "fine \ufffd \ufffd [RESULT] A"),
-        (b"null", b"", ""),
-    ):
-        with chat(content, more) as server:
+    for content, text in ((fine, "fine \ufffd \ufffd [RESULT] A"), (b"null", "")):
+        choices = b'"choices": [{"message": {"content": %b}}]' % content
+        with always(b'200:{"usage": NaN, "model": 7, %b}' % choices) as server:
             (done,) = ask(engine_for(server), **CHAT)
         assert (done.text, done.error, done.finish_reason) == (text, None, "stop")
     unreadable = [b"[" * 100_000, b"null", b"[1]", b"", b"\xff\x00"]
     unreadable += [b'{"choices": []}', b'{"choices": 3}', b'{"choices": [{"text": {"a": 1}}]}']
     unreadable += [b'{"choices": [{"text": "a", "finish_reason": "abort"}]}']
     for body in unreadable:
-        with first(b"200:" + body) as server:
+        with always(b"200:" + body, 1) as server:
             failed, answered = ask(engine_for(server), 2)
         assert failed.error and not failed.refused and answered.error is None, body[:40]
     for words in (b"\xff\x00 no", b"[" * 100_000, b'{"error": NaN}', b'{"detail": "\\ud800"}'):
