@@ -225,11 +225,7 @@ class Judge:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer; None where only the server has it.
-
-        Raises:
-            EnvironmentFault: it cannot be had.
-        """
+        """Its tokenizer; None where only the server has it."""
         from transformers import AutoTokenizer
 
         section = self.section
