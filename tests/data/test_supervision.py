@@ -74,6 +74,7 @@ def test_special_tokens_in_the_text_are_text_unless_they_are_kept(tiny_tokenizer
     item = encode_task(tiny_tokenizer, "Say </s> and <s>.", "ok </s> <|user|> done")
     assert (item.ids == EOS).sum() == 1 and (item.ids == BOS).sum() == 1
     assert learned(item, tiny_tokenizer) == ["ok </s> <|user|> done</s>"]
+    assert tiny_tokenizer.backend_tokenizer.encode_special_tokens is False  # as it was
     fields = {"instruction": "Do.", "response": "ok </s>"}
     item = encode_row(fields, tiny_tokenizer, special_tokens="keep")
     assert (item.ids == EOS).sum() == 1 and item.ids[-1] == EOS  # TRL appends none either

@@ -10,7 +10,7 @@ from tests.families import build_family
 from tests.plan.kept import bytes_of, counting_what_is_kept
 
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.plan.advice import rows_shown
+from recipes_lib.plan.advice import changed, rows_shown, ways
 from recipes_lib.plan.plan import Plan, card_for, launch_for, plan_of
 from recipes_lib.plan.steps import RowLengths
 from recipes_lib.train import main
@@ -99,6 +99,14 @@ def test_every_change_that_saves_memory_saves_it_in_the_plan(llama):
     words = (*LLAMA, "train.activation_checkpointing=false")
     needed = {change: plan(*words, change).needed for change in changes}
     assert not [change for change, gib in needed.items() if gib >= llama.needed]
+
+
+def test_no_change_that_is_advised_alters_the_examples_of_a_step():
+    made = plan(*LLAMA, "run.global_batch_size=null", "train.gradient_accumulation_steps=4")
+    given = [*LLAMA[1:], "run.global_batch_size=null", "train.gradient_accumulation_steps=4"]
+    others = [changed(made, given, words) for words, _ in ways(made)]
+    sizes = [other.steps.examples for other in others if other]
+    assert len(sizes) > 8 and {*sizes} == {made.steps.examples}
 
 
 def test_processes_without_gpus_share_the_memory_of_the_machine(tiny_recipe):
