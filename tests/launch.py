@@ -1,10 +1,8 @@
 """Trainings as processes of their own, forked from one that has imported everything.
 
-Starting a process costs three to four times what a tiny training does: two FSDP2 ranks take 16 CPU
-seconds under `accelerate launch` and 4 when they are forked. The environment of a rank is made by
-accelerate's own functions from the same config file; only the fork replaces torch's launcher.
-
-A test asks the fixture `forks` (tests/conftest.py):
+Two FSDP2 ranks take 16 CPU seconds under `accelerate launch` and 4 when they are forked. Their
+environment is made by accelerate's own functions from the same config file; only the fork replaces
+torch's launcher. A test asks the fixture `forks` (tests/conftest.py):
 
     child = forks.start(["recipe.yaml", "run.name=a"], config="ddp_cpu")  # two ranks
     code, output = child.wait(timeout=120)       # kills all ranks after that, and fails the test
@@ -83,14 +81,8 @@ class Forks:
         script: Path | None = None,
         **environment: str,
     ) -> Child:
-        """Start a training.
-
-        Args:
-            arguments: the recipe and its overrides, as for `python -m recipes_lib.train`.
-            config: an accelerate config file, or the name of a shipped one; None starts a process
-                without a launcher.
-            script: a file to run in place of `recipes_lib.train`.
-            environment: variables to set for this launch.
+        """Start a training with an accelerate config (a file, or the name of a shipped one; None is
+        no launcher), or a script in place of `recipes_lib.train`.
         """
         if self.server is None or self.server.poll() is not None:
             self.server = self._serve()
@@ -166,9 +158,7 @@ def serve() -> None:
 
 
 def import_everything() -> None:
-    """Import what a training imports. Nothing may be computed here: threads do not survive a
-    fork.
-    """
+    """Import what a training imports; nothing may be computed: threads do not survive a fork."""
     import accelerate.commands.launch
     import accelerate.test_utils  # noqa: F401  # accelerate's launcher looks for it
     import datasets  # noqa: F401
@@ -212,13 +202,12 @@ def end_with(work: Callable[[], int]) -> None:
 
 
 def launch(request: Mapping[str, Any]) -> int:
-    """Be a launcher: fork the ranks, end all when one fails, and return 1 as torch's does."""
+    """Be a launcher: fork the ranks, end all when a rank fails, and return 1 as torch's does."""
     log = Path(request["log"])
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    for stream in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["directory"])

@@ -109,7 +109,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: Sequence[str], debug: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
+        print("recipes VERB ...    fine-tune language models from YAML recipes")
+        for group, verbs in (("start here", START_HERE), ("more", MORE)):
+            print(f"\n{group}")
+            print("\n".join(f"  {name:<9} {text}" for name, text in verbs.items()))
+        print("\none verb in full: recipes VERB --help\nnext: recipes ls")
         return int(ExitCode.DONE)
     if words[0] == "--version":
         print(__version__)
@@ -157,14 +161,6 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
             hint = f"; did you mean {near[0]}?" if near else ""
             parser.error(f"unknown {kind} '{name}'{hint}")
     return function, arguments
-
-
-def overview() -> str:
-    """Return the grouped table of verbs."""
-    lines = ["recipes VERB ...    fine-tune language models from YAML recipes"]
-    for group, verbs in (("start here", START_HERE), ("more", MORE)):
-        lines += ["", group, *(f"  {name:<9} {text}" for name, text in verbs.items())]
-    return "\n".join([*lines, "", "one verb in full: recipes VERB --help", "next: recipes ls"])
 
 
 if __name__ == "__main__":

@@ -113,24 +113,20 @@ def _schema(hint: Any) -> dict[str, Any]:
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return {"enum": [member.value for member in hint]}
     if origin in (typing.Union, types.UnionType):
-        return _union(arguments)
+        # text beside an enum or a mapping only exists for upstream's command line
+        kinds = [typing.get_origin(member) or member for member in arguments]
+        parsed = any(
+            isinstance(kind, type) and issubclass(kind, dict | enum.Enum) for kind in kinds
+        )
+        parts = [_schema(member) for member in arguments if not (parsed and member is str)]
+        # typing's caches decide the order of a union: it is sorted, null last
+        parts.sort(key=lambda part: (part.get("type") == "null", json.dumps(part)))
+        different = [part for index, part in enumerate(parts) if part not in parts[:index]]
+        return different[0] if len(different) == 1 else {"anyOf": different}
     if list in (origin, hint) or tuple in (origin, hint):
         items = {"items": _schema(arguments[0])} if arguments and origin is list else {}
         return {"type": "array", **items}
     return {"type": "object"}
-
-
-def _union(members: tuple[Any, ...]) -> dict[str, Any]:
-    """Return the schema of a union, without text that only exists for upstream's command line."""
-    plain = [typing.get_origin(member) or member for member in members]
-    parsed_from_text = any(
-        isinstance(kind, type) and issubclass(kind, dict | enum.Enum) for kind in plain
-    )
-    parts = [_schema(member) for member in members if not (parsed_from_text and member is str)]
-    # typing's caches decide the order of a union: it is sorted, null last
-    parts.sort(key=lambda part: (part.get("type") == "null", json.dumps(part)))
-    different = [part for index, part in enumerate(parts) if part not in parts[:index]]
-    return different[0] if len(different) == 1 else {"anyOf": different}
 
 
 def _documented_arguments(cls: Any) -> dict[str, Any]:

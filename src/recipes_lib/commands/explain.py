@@ -22,7 +22,14 @@ def run(
     name = _full_name(key) if key else ""
     inner = {key: schema for key, schema in keys.items() if key.rpartition(".")[0] == name}
     if not inner:
-        say("\n".join(_explanation(name, keys[name])))
+        schema, (section, _, word) = keys[name], name.partition(".")
+        source = f" ({CLASSES[section]})" if section in CLASSES else ""
+        if section == "train" and word in TRAIN_DEFAULTS:
+            source = " (project default, not TRL's)"
+        say(f"{name}: {_type_text(schema)}")
+        if source or "default" in schema:
+            say(f"  default {value_text(schema.get('default'))}{source}")
+        say(f"  {schema.get('description') or 'no documentation upstream'}")
         return ExitCode.DONE
     if name:
         say(f"{name}: {keys[name].get('description', '')}")
@@ -48,17 +55,6 @@ def _full_name(word: str) -> str:
                 raise RecipeError(f"'{home}.{name}' is not a key of recipes", instead)
     hints = [f"did you mean {' or '.join(ending)}?"] if ending else did_you_mean(plain, keys)
     raise RecipeError(f"there is no key '{word}'", *hints, "all keys: recipes explain SECTION")
-
-
-def _explanation(key: str, schema: JsonSchemaValue) -> list[str]:
-    section, _, name = key.partition(".")
-    source = f" ({CLASSES[section]})" if section in CLASSES else ""
-    if section == "train" and name in TRAIN_DEFAULTS:
-        source = " (project default, not TRL's)"
-    known = source or "default" in schema
-    default = [f"  default {value_text(schema.get('default'))}{source}"] if known else []
-    text = schema.get("description") or "no documentation upstream"
-    return [f"{key}: {_type_text(schema)}", *default, f"  {text}"]
 
 
 def _type_text(schema: JsonSchemaValue) -> str:
