@@ -199,6 +199,10 @@ def test_head_to_head_a_margin_between_two_rates_is_half_of_it_from_even(two: Fo
 def test_seeds_that_end_in_the_same_weights_count_once(ranks: Folders) -> None:
     give_weights(ranks["r32"], b"the same")
     assert silent(compared(ranks)) and "same-seeds" in codes(compared(ranks))
+    for folder in ranks["r32"]:  # the weights are deleted, and what answered is recorded
+        shutil.rmtree(folder / "adapter")
+        change(folder / RESULT, lambda result: result["answers"].update(fingerprint="the same"))
+    assert silent(compared(ranks)) and "same-seeds" in codes(compared(ranks))
 
 
 def test_verdicts_against_a_run_that_was_trained_again_are_about_no_run_that_is_there(
@@ -418,6 +422,15 @@ def test_every_seed_was_asked_in_the_same_way(first: int, ranks: Folders) -> Non
     assert silent(compared(ranks)) and "protocol-differs" in codes(compared(ranks))
 
 
+def test_files_of_an_eval_that_were_edited_between_the_arms_stop_the_sentence(
+    two: Folders,
+) -> None:
+    """Rules, rubrics and prompts: the recipe names them, and its settings hash them."""
+    for arm, settings in (("one", "rules before"), ("two", "rules after")):
+        rewrite({arm: two[arm]}, settings=settings)
+    assert stopped(two, "protocol-differs")
+
+
 def test_a_base_measured_under_another_protocol_is_not_beaten(two: Folders) -> None:
     base = two.pop("one")[0].rename(two["two"][0].with_name("base--model"))
     change(base / "run.json", lambda state: state.update(kind="base"))
@@ -468,6 +481,7 @@ def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:
         ("code", "environment.json", lambda row: row["git"].update(dirty=True)),
         ("trl", "environment.json", lambda row: row["libraries"].update(trl="1.17.0")),
         ("hardware", "environment.json", lambda row: row.update(devices=["A100, 40 GiB"])),
+        ("code", "environment.json", lambda row: row.pop("git")),  # not recorded is not equal
         ("train.adam_beta1", "resolved.yaml", lambda row: row["train"].update(adam_beta1=0.5)),
     ]
     for what, name, how in hidden:
@@ -537,10 +551,21 @@ def test_a_design_changed_after_a_report_is_exploratory(ranks: Folders) -> None:
 
 
 def test_a_floor_is_no_equivalence(tmp_path: Path) -> None:
-    for value in (0.0, 1.0):
-        folders = valued(tmp_path, [value] * 400, [value] * 400)
+    for value, unit in ((0.0, "share"), (1.0, "share"), (1.0, "grade"), (5.0, "grade")):
+        folders = valued(tmp_path, [value] * 400, [value] * 400, unit=unit)
         (claim,) = compared(folders, Aims(margins={"pass_rate": Margin(0.05)})).claims
         assert claim.verdict == "no verdict" and not claim.within
+
+
+def test_a_study_too_small_to_find_anything_states_no_effect(tmp_path: Path) -> None:
+    """Two seeds that lie far apart would state more than 100 points."""
+    folders: Folders = {"a": [], "b": []}
+    for number, arm in enumerate(("a", "b", "a", "b")):
+        folders[arm].append(write_run(tmp_path, f"{arm}{number}", seed=number // 2))
+        values = [float((n + number) % 20 < (9, 9, 4, 14)[number]) for n in range(20)]
+        write_values(folders[arm][-1], values)
+    (claim,) = compared(folders).claims
+    assert claim.verdict == "not shown" and "in 80%" not in claim.sentence
 
 
 def test_no_difference_is_not_said_beside_a_small_p(tmp_path: Path) -> None:

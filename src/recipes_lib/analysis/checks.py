@@ -112,13 +112,15 @@ def check_copies(arms: Arms) -> Iterator[Finding]:
     )
     # title and what is identical -> arm -> where it was seen
     seen: dict[tuple[str, str], dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    of_runs: dict[tuple[str, str], set[str]] = defaultdict(set)  # of an arm with equal weights
     for arm in arms:
         for run in arm.runs:
             seen[one_run, run.name][arm.name].append(f"runs/{run.name}")
-        for log in arm.logs:
-            if known := log.answers.fingerprint:
-                line = f"{run_place(log.file)}: weights {known[:12]}"
-                seen[answered, known][arm.name].append(line)
+            for log in run.evals:
+                if known := log.answers.fingerprint:
+                    line = f"{run_place(log.file)}: weights {known[:12]}"
+                    seen[answered, known][arm.name].append(line)
+                    of_runs[arm.name, known].add(f"runs/{run.name}")
     folders: dict[int, list[tuple[str, Path]]] = defaultdict(list)  # of final weights, by size
     for arm in arms:
         names = [run.folder / name for run in arm.runs for name in ("adapter", "model")]
@@ -127,7 +129,9 @@ def check_copies(arms: Arms) -> Iterator[Finding]:
             folders[size].append((arm.name, folder))
     for size, of_size in folders.items():
         for name, folder in of_size if size and len(of_size) > 1 else ():
-            seen[weights, folder_fingerprint(folder)][name].append(run_place(folder))
+            known = folder_fingerprint(folder)
+            seen[weights, known][name].append(run_place(folder))
+            of_runs[name, known].add(f"runs/{folder.parent.name}")
     for first, second in itertools.combinations(arms, 2):
         both = (first.name, second.name)
         for title in (one_run, weights, answered):
@@ -142,12 +146,11 @@ def check_copies(arms: Arms) -> Iterator[Finding]:
                 break
         else:
             yield from _same_answers(first, second)
-    for (title, _), by_arm in seen.items():
-        for name, places in by_arm.items():
-            if title == weights and len(places) > 1:
-                title = f"{len(places)} trainings of {name} ended with the same weights"
-                remedy = "one training must not count twice: did the seed reach the training?"
-                yield Finding("same-seeds", "error", title, (*places,), remedy, (name,))
+    for (name, _), places in of_runs.items():
+        if len(places) > 1 and not arms[name].is_base:
+            title = f"{len(places)} trainings of {name} ended with the same weights"
+            remedy = "one training must not count twice: did the seed reach the training?"
+            yield Finding("same-seeds", "error", title, (*sorted(places),), remedy, (name,))
 
 
 def _same_answers(first: ArmRuns, second: ArmRuns) -> Iterator[Finding]:
@@ -433,6 +436,8 @@ def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
         values[f"decoding.{key}"] = value
     if of_prompt and log.answers.prompt_format_hash:
         values["prompt format"] = log.answers.prompt_format_hash[:12]
+    if log.settings:
+        values["files of the eval"] = log.settings[:12]  # rules, rubrics and prompts among them
     return values
 
 

@@ -102,9 +102,10 @@ def arm_differences(
         if not key.startswith("tune.") and _value(key, values) != _value(key, other_values)
     ]
     facts, other_facts = (_facts_of_arm(arm, design) for arm in (first, second))
-    for what, value in facts.items():
-        if other_facts.get(what, value) != value:
-            differences.append(Difference(what, value, other_facts[what], "confound"))
+    for what in {**facts, **other_facts}:
+        value, other_value = (each.get(what, "not recorded") for each in (facts, other_facts))
+        if value != other_value:
+            differences.append(Difference(what, value, other_value, "confound"))
     return differences
 
 

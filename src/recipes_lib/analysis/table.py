@@ -374,11 +374,9 @@ def _why_not(row: TableRow, bounded: bool) -> str:
         return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
     if not bounded and test.resolved.tail_against:
         return "a few rows differ far more than the others, the other way"
-    ends = {0.0: "nothing", 1.0: "everything"}
-    same = row.first_value == row.second_value and row.unit == "share" and not test.unresolved
-    if bounded and same and row.first_value in ends:
-        right = f"both arms have {ends[row.first_value]} right"
-        return f"{right}: the questions cannot tell them apart"
+    same = row.first_value == row.second_value and not test.unresolved
+    if same and row.first_value in SCALES.get(row.unit, ()):
+        return "both arms are at one end of the scale: the questions cannot tell them apart"
     return ""
 
 
@@ -492,7 +490,7 @@ def _correct(rows: Sequence[TableRow]) -> None:
         row.p = p
         row.p_margin = _margin_ps(row, size / share)
         mde = row.test.mde(ALPHA * share / size)
-        row.mde = mde if mde < (0.5 if row.head_to_head else np.inf) else None
+        row.mde = mde if mde < row.test.resolved.reach else None
 
 
 def _margin_ps(row: TableRow, factor: float) -> Limits | None:
