@@ -99,11 +99,6 @@ class Aims:
     primary: str | None = None
     margins: Mapping[str, Margin] = field(default_factory=dict)
 
-    def asks_for(self, name: str) -> bool:
-        """Return whether a task or metric is asked for by its own name."""
-        words = (*([self.primary] if self.primary else ()), *self.margins)
-        return any(name in metric_parts(word) for word in words)
-
     def margin_of(self, metric: str) -> Margin | None:
         """Return the margin of a metric: that of the longest name it has here."""
         words = [word for word in self.margins if is_named(word, metric)]
@@ -112,25 +107,17 @@ class Aims:
 
 @dataclass(frozen=True)
 class Design:
-    """What a study declares, as far as conclusions depend on it. `recipes compare` has none.
-
-    Args:
-        values: of each arm, every resolved value by dotted key.
-        missing: what is declared and not there yet; no verdict is given before it is.
-        changed: what differs from the design of an earlier report with verdicts.
-        reference: published numbers, {arm: {metric: value}}; shown and never tested.
-        command: what runs the study, as it is typed.
-    """
+    """What a study declares, as far as conclusions depend on it. `recipes compare` has none."""
 
     name: str
     question: str
     factors: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of arms, by dotted key
     tuned: Mapping[str, TunedArm] = field(default_factory=dict)
-    missing: tuple[str, ...] = ()
-    changed: tuple[str, ...] = ()
-    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    command: str = ""
+    missing: tuple[str, ...] = ()  # what is declared and not there: no verdict before it is
+    changed: tuple[str, ...] = ()  # since the design of an earlier report with verdicts
+    reference: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # never tested
+    command: str = ""  # what runs the study
 
     def factor_of(self, key: str) -> str | None:
         """Return the factor that may change a dotted key; None where a difference is a confound."""

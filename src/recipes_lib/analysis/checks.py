@@ -298,13 +298,9 @@ def _kinship(log: EvalLog, run: Run) -> str:
     names = ((run.resolved.get("model") or {}).get("name_or_path"), *log.answers.models)
     if model.lower() in {str(name).rstrip("/").lower() for name in names if name}:
         return "itself" if run.is_base else "its base"
-    own = {
-        folder_fingerprint(run.folder / name)
-        for name in (("merged", "model") if judge.weights else ())
-        if (run.folder / name).is_dir()
-    }
-    if judge.weights in own:
-        return "its own weights"
+    for folder in (run.folder / "merged", run.folder / "model") if judge.weights else ():
+        if folder.is_dir() and folder_fingerprint(folder) == judge.weights:
+            return "its own weights"
     if judge.weights and base_weights(run) == judge.weights[:12]:  # a copy in another folder
         return "itself" if run.is_base else "its base"
     return ""
@@ -314,11 +310,13 @@ def _judged_in_one_order(name: str, logs: Sequence[tuple[str, Run, EvalLog]]) ->
     """Comparisons of one verdict: a judge's preference for a position is part of the rate."""
     for arm, _, log in logs:
         for metric in log.metrics if log.judge else ():
-            single = sum(
-                len(sample.verdicts) == 1 and not sample.by_rule for sample in metric.samples
-            )
+            single = [
+                each for each in metric.samples if len(each.verdicts) == 1 and not each.by_rule
+            ]
             if single and metric.opponent is not None:
-                title = f"{single} comparisons of {arm} in {name} were judged in one order only"
+                title = (
+                    f"{len(single)} comparisons of {arm} in {name} were judged in one order only"
+                )
                 lines, remedy = (run_place(log.file),), "judge both orders (recipes eval does)"
                 yield Finding("one-order", "error", title, lines, remedy, (arm,), (metric.name,))
 

@@ -140,12 +140,16 @@ def conclude(arms: Arms, aims: Aims | None = None, design: Design | None = None)
     between = {
         row.arms: arm_differences(arms[row.first], arms[row.second], design) for row in table.rows
     }
-    claims = tuple(
-        judge_row(row, findings, between[row.arms], design, descriptive) for row in table.rows
-    )
+    claims = []
+    for row in table.rows:
+        touching = [finding for finding in findings if finding.touches(row)]
+        claim = _shown(row, touching, between[row.arms], design, descriptive)
+        unaudited = any(finding.code == UNAUDITED for finding in touching)
+        said = claim.verdict not in ("no verdict", "not tested")
+        claims.append(replace(claim, unaudited=unaudited and said))
     names = sentence_list([arm.name for arm in arms])
     question = question_text(design.question) if design else f"How do {names} compare?"
-    return Conclusion(question, table, findings, claims, descriptive)
+    return Conclusion(question, table, findings, tuple(claims), descriptive)
 
 
 def why_descriptive(design: Design | None) -> str:
@@ -162,22 +166,6 @@ def why_descriptive(design: Design | None) -> str:
     return ""
 
 
-def judge_row(
-    row: TableRow,
-    findings: Sequence[Finding],
-    between: Sequence[Difference],
-    design: Design | None = None,
-    descriptive: str = "",
-) -> Claim:
-    """Return what a row shows; `between` is what differs between its arms."""
-    if row.aside:
-        return Claim(row, "not tested")
-    touching = [finding for finding in findings if finding.touches(row)]
-    claim = _shown(row, touching, between, design, descriptive)
-    unaudited = any(finding.code == UNAUDITED for finding in touching)
-    return replace(claim, unaudited=unaudited and claim.verdict != "no verdict")
-
-
 def _shown(
     row: TableRow,
     touching: Sequence[Finding],
@@ -185,6 +173,9 @@ def _shown(
     design: Design | None,
     descriptive: str,
 ) -> Claim:
+    """What a row shows; `between` is what differs between its arms."""
+    if row.aside:
+        return Claim(row, "not tested")
     stopped_by = tuple(finding for finding in touching if finding.severity == "error")
     if not row.is_tested or stopped_by or descriptive:
         return Claim(row, "no verdict", "", stopped_by, descriptive)

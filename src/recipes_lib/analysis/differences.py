@@ -30,19 +30,12 @@ _BEST = "train.load_best_model_at_end"
 _CHECKPOINT_CHOICE = ("eval_steps", "save_steps", "eval_strategy", "save_strategy", "eval_on_start")
 # They decide how the same mathematics is cut into pieces, or where a job runs.
 _SAME_MATHEMATICS = (
-    "train.activation_checkpointing",
-    "train.activation_checkpointing_kwargs",
-    "train.gradient_checkpointing",
-    "train.gradient_checkpointing_kwargs",
-    "train.per_device_train_batch_size",
-    "train.per_device_eval_batch_size",
-    "train.gradient_accumulation_steps",
-    "train.eval_accumulation_steps",
-    "train.ddp_find_unused_parameters",
-    "train.torch_compile",
-    "launch.accelerate",
-    "launch.gpus",
-    "launch.nodes",
+    *("train.activation_checkpointing", "train.activation_checkpointing_kwargs"),
+    *("train.gradient_checkpointing", "train.gradient_checkpointing_kwargs"),
+    *("train.per_device_train_batch_size", "train.per_device_eval_batch_size"),
+    *("train.gradient_accumulation_steps", "train.eval_accumulation_steps"),
+    *("train.ddp_find_unused_parameters", "train.torch_compile"),
+    *("launch.accelerate", "launch.gpus", "launch.nodes"),
 )
 _OF_BATCH = (
     "train.per_device_train_batch_size",
@@ -55,13 +48,8 @@ _MODEL = ("model", "model.name_or_path", "model.revision")
 _PROMPT = ("data", "data.prompt_format", "data.chat_template", "data.chat_template_kwargs")
 _LAUNCH = ("launch", "launch.accelerate", "launch.gpus", "launch.world_size")
 _OF_STEPS = (
-    *_DATA,
-    *_OF_BATCH,
-    _GLOBAL_BATCH,
-    "train.num_train_epochs",
-    "train.max_steps",
-    "train.max_length",
-    "train.packing",
+    *(*_DATA, *_OF_BATCH, _GLOBAL_BATCH),
+    *("train.num_train_epochs", "train.max_steps", "train.max_length", "train.packing"),
 )
 
 

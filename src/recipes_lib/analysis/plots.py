@@ -12,6 +12,7 @@ from recipes_lib.core.terminal import printable
 
 _WIDTH, _LEFT, _RIGHT, _LINE = 760, 330, 20, 26
 _MOST_ROWS = 40
+_PANEL_WIDTH, _PANEL_HEIGHT = 370, 200
 _COLORS = ("#2f6db3", "#c4552d", "#3b8a4c", "#8a5bb0", "#a07c1f", "#4a8f9c", "#b0486f", "#666666")
 _CURVES = {
     "loss": "training loss",
@@ -40,7 +41,7 @@ def forest(claims: Sequence[Claim]) -> str:
             place = middle + value * half / reach
             parts.append(_text(place, top + 12, difference_text(value, unit), anchor, 11))
         top += 30
-    return _svg(_WIDTH, top, parts, "differences with 95% intervals") if shown else ""
+    return _svg(top, parts, "differences with 95% intervals") if shown else ""
 
 
 def _forest_row(claim: Claim, y: float, middle: float, scale: float) -> list[str]:
@@ -68,29 +69,25 @@ def curves(arms: Arms) -> str:
     panels = [(title, series) for title, series in of_name.items() if series]
     if not panels:
         return ""
-    width, height, parts = 370, 200, []
+    parts: list[str] = []
     for number, (title, series) in enumerate(panels):
-        x, y = (number % 2) * (width + 20), (number // 2) * (height + 50) + 20
+        x, y = (number % 2) * (_PANEL_WIDTH + 20), (number // 2) * (_PANEL_HEIGHT + 50) + 20
         parts.append(_text(x, y - 6, title, "start", 12, bold=True))
-        parts += _panel(series, colors, x, y, width, height)
+        parts += _panel(series, colors, x, y)
     rows = (len(panels) + 1) // 2
-    bottom = rows * (height + 50) + 10
+    bottom = rows * (_PANEL_HEIGHT + 50) + 10
     trained = [arm.name for arm in arms if any(run.curves for run in arm.runs)]
     for number, name in enumerate(trained[:8]):
         x, y = (number % 4) * 190, bottom + 20 * (number // 4)
         parts.append(_line(x, y, x + 18, y, colors[name], 3))
         parts.append(_text(x + 24, y + 4, name, "start", 11))
-    return _svg(_WIDTH, bottom + 40, parts, "training curves by optimizer step")
+    return _svg(bottom + 40, parts, "training curves by optimizer step")
 
 
 def _panel(
-    series: Sequence[tuple[str, list[tuple[float, float]]]],
-    colors: dict[str, str],
-    x: float,
-    y: float,
-    width: float,
-    height: float,
+    series: Sequence[tuple[str, list[tuple[float, float]]]], colors: dict[str, str], x: int, y: int
 ) -> list[str]:
+    width, height = _PANEL_WIDTH, _PANEL_HEIGHT
     points = [point for _, line in series for point in line]
     last = max(step for step, _ in points) or 1
     low, high = min(value for _, value in points), max(value for _, value in points)
@@ -126,8 +123,8 @@ def _line(x: float, y: float, x2: float, y2: float, color: str, width: float = 1
     return f'<line {ends} stroke="{color}" stroke-width="{width}"/>'
 
 
-def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
+def _svg(height: float, parts: Sequence[str], title: str) -> str:
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img"'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height:.0f}" role="img"'
         f' aria-label="{escape(title)}" font-family="sans-serif" fill="#222">{"".join(parts)}</svg>'
     )

@@ -44,8 +44,8 @@ _PATH = re.compile(r"(?<![\w./:~-])(?:/|(?:\.\./)+)(?:[^\s/'\",;)]+/)+([^\s/'\",
 
 def write_report(
     folder: Path, conclusion: Conclusion, arms: Arms, design: Design | None = None
-) -> list[Path]:
-    """Write report.html, report.md, numbers.csv and numbers.json, and return them."""
+) -> None:
+    """Write report.html, report.md, numbers.csv and numbers.json."""
     numbers = list(number_rows(conclusion, arms))
     texts = {
         "numbers.json": json.dumps(numbers, indent=1, ensure_ascii=False) + "\n",
@@ -55,7 +55,6 @@ def write_report(
     }
     for name, content in texts.items():
         write_text(folder / name, content)
-    return [folder / name for name in texts]
 
 
 def report_html(conclusion: Conclusion, arms: Arms, design: Design | None = None) -> str:

@@ -133,11 +133,9 @@ class Arms:
 def load_arms(
     folders: Mapping[str, Sequence[Path]], report: Callable[[DamagedFile], None] | None = None
 ) -> Arms:
-    """Return everything that was measured.
+    """Return everything that was measured, of each arm the folders (one per seed) that exist.
 
-    Args:
-        folders: of runs by arm, one per seed; one that does not exist is left out.
-        report: is called with each damaged evaluation, which is left out; None to raise the error.
+    `report` is called with each damaged evaluation, which is left out; None to raise the error.
     """
     return Arms(
         {

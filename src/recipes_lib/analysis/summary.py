@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from recipes_lib.analysis.checks import Finding
 from recipes_lib.analysis.claims import Claim, Conclusion, effect_text, limits_text, where_text
 from recipes_lib.analysis.text import NONE, interval_text, metric_text, p_text
 from recipes_lib.core.terminal import aligned, printable
@@ -18,7 +17,12 @@ def conclusion_lines(conclusion: Conclusion) -> list[str]:
         lines += [f"- {printable(line)}" for line in conclusion.cannot_say]
     for (first, second), claims in conclusion.pairs.items():
         lines += ["", f"{first} against {second}", *pair_lines(claims)]
-    return [*lines, *finding_lines(conclusion.findings)]
+    lines += [""] if conclusion.findings else []  # their evidence is in the report and in --json
+    for finding in conclusion.findings:
+        lines.append(f"{finding.severity}: {printable(finding.title)}")
+        if finding.severity != "note" and finding.remedy:
+            lines.append(f"  {printable(finding.remedy)}")
+    return lines
 
 
 def pair_lines(claims: list[Claim]) -> list[str]:
@@ -56,16 +60,6 @@ def score_lines(conclusion: Conclusion) -> list[str]:
             (score.arm, score.label + opponent, value, f"{score.n:,}", str(score.unresolved))
         )
     return aligned(table)
-
-
-def finding_lines(findings: tuple[Finding, ...]) -> list[str]:
-    """Return the findings with their remedies; the evidence is in the report and in --json."""
-    lines = [""] if findings else []
-    for finding in findings:
-        lines.append(f"{finding.severity}: {printable(finding.title)}")
-        if finding.severity != "note" and finding.remedy:
-            lines.append(f"  {printable(finding.remedy)}")
-    return lines
 
 
 def report_markdown(conclusion: Conclusion) -> str:

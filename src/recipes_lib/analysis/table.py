@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes_lib.analysis.aims import SCALES, Aims, is_named
+from recipes_lib.analysis.aims import SCALES, Aims, is_named, metric_parts
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, question_of
 from recipes_lib.analysis.stats import (
     ALPHA,
@@ -40,14 +40,7 @@ _Values: TypeAlias = NDArray[np.float64]
 
 @dataclass(kw_only=True)
 class TableRow:
-    """Two arms on one metric, filled while the table is built.
-
-    `why_not` says why a row has no verdict, `aside` why it is shown and not tested. `trainings` are
-    those of each arm that the test is of, 0 of a model not trained here.
-
-    `p` and `p_margin` (of not being worse, of not being better) are corrected over the table, `mde`
-    is the difference that the row finds with 80% probability.
-    """
+    """Two arms on one metric, filled while the table is built."""
 
     metric: str
     label: str
@@ -63,14 +56,14 @@ class TableRow:
     second_value: float | None = None
     test: Comparison | None = None
     n: int = 0
-    trainings: tuple[int, int] = (0, 0)
-    why_not: str = ""
-    aside: str = ""
+    trainings: tuple[int, int] = (0, 0)  # of each arm; 0 of a model not trained here
+    why_not: str = ""  # why it has no verdict
+    aside: str = ""  # why it is shown and not tested
     primary: bool = False
     margin: float | None = None
-    p: float | None = None
-    p_margin: Limits | None = None
-    mde: float | None = None
+    p: float | None = None  # corrected over the table
+    p_margin: Limits | None = None  # the same of not being worse, and of not being better
+    mde: float | None = None  # the difference that it finds with 80% probability
     tests: int = 0
     flags: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
@@ -263,7 +256,7 @@ def _side_by_side(
         return row
     row.test = compare(values, other_values, _questions(metrics, items), scale)
     row.first_value, row.second_value = _mean(values[:, known]), _mean(other_values[:, known])
-    row.why_not = _why_not(row, bounded=scale is not None)
+    row.why_not = _why_not(row)
     return row
 
 
@@ -284,7 +277,7 @@ def _head_to_head(first: ArmRuns, second: ArmRuns, measured: _Measured, turned: 
     row.test = compare(values, np.full((1, len(items)), 0.5), _questions(metrics, items))
     row.first_value = _mean(values[:, ~np.isnan(values).any(axis=0)])
     row.second_value = None if row.first_value is None else 1 - row.first_value
-    row.why_not = _why_not(row, bounded=True)
+    row.why_not = _why_not(row)
     return row
 
 
@@ -358,7 +351,7 @@ def _questions(metrics: Sequence[Metric], items: Sequence[_Item]) -> list[str]:
     return [same.get(item[0], item[0]) for item in items]
 
 
-def _why_not(row: TableRow, bounded: bool) -> str:
+def _why_not(row: TableRow) -> str:
     """Why a test cannot carry a verdict, or nothing."""
     test = row.test
     if test is None or row.n == 0:
@@ -370,13 +363,15 @@ def _why_not(row: TableRow, bounded: bool) -> str:
         return "its files do not say whether more or less of it is better"
     if questions < FEWEST_QUESTIONS:
         return f"{count(questions, 'question')} are too few to reach p <= {ALPHA:g}"
-    if not bounded and questions < FEWEST_LOSSES:
+    if np.isinf(test.resolved.reach) and questions < FEWEST_LOSSES:
         return f"{count(questions, 'row')} are fewer than the {FEWEST_LOSSES} that losses need"
-    if not bounded and test.resolved.tail_against:
+    if test.resolved.tail_against:
         return "a few rows differ far more than the others, the other way"
-    same = row.first_value == row.second_value and not test.unresolved
-    if same and row.first_value in SCALES.get(row.unit, ()):
-        return "both arms are at one end of the scale: the questions cannot tell them apart"
+    right = {0.0: "nothing right", 1.0: "everything right"}
+    ends = {"share": right, "grade": {1.0: "the lowest grades", 5.0: "the highest grades"}}
+    end = ends.get(row.unit, {}).get(row.first_value or 0.0)
+    if end and row.first_value == row.second_value and not test.unresolved:
+        return f"both arms have {end}: the questions cannot tell them apart"
     return ""
 
 
@@ -416,19 +411,16 @@ def _mark_asides(rows: Sequence[TableRow], arms: Arms, aims: Aims) -> None:
     }
     words = [word for word in (aims.primary, *aims.margins) if word]
     first: dict[object, TableRow] = {}
-    for row in sorted(
-        (row for row in tested if row.suite == "lm_eval"),
-        key=lambda row: (
-            not any(is_named(word, row.metric) for word in words),
-            "acc_norm" not in row.metric,
-        ),
-    ):
-        first.setdefault(_measured_alike(row, metrics[row.metric]), row)
+    ordered = sorted(tested, key=lambda row: "acc_norm" not in row.metric)
+    asked = [row for row in ordered if any(is_named(word, row.metric) for word in words)]
+    for row in (*asked, *ordered):
+        if row.suite == "lm_eval":
+            first.setdefault(_measured_alike(row, metrics[row.metric]), row)
     for row in rows:
         metric = metrics[row.metric]
         group = groups.get((row.arms, row.eval, metric.task))
         instead = first.get(_measured_alike(row, metric))
-        if group and not aims.asks_for(metric.task):
+        if group and not any(metric.task in metric_parts(word) for word in words):
             row.aside = f"it is a part of {group}, which is tested as one mean"
         elif row.is_tested and instead is not None and instead.metric != row.metric:
             row.aside = f"{instead.label} is tested of the same answers"
@@ -452,14 +444,12 @@ def _leave_out_small(rows: Sequence[TableRow]) -> None:
 
 def _mark_primary(rows: Sequence[TableRow], aims: Aims) -> None:
     """Mark the primary row of every two arms: the first tested one of the metric, head to head."""
-    named = [
-        row for row in rows if aims.primary and is_named(aims.primary, row.metric) and not row.aside
-    ]
-    first: dict[tuple[str, str], TableRow] = {}
-    for row in sorted(named, key=lambda row: not row.is_tested):
-        first.setdefault(row.arms, row)
-    for row in first.values():
-        row.primary = True
+    marked: set[tuple[str, str]] = set()
+    for row in sorted(rows, key=lambda row: not row.is_tested):
+        named = aims.primary and is_named(aims.primary, row.metric) and not row.aside
+        if named and row.arms not in marked:
+            row.primary = True
+            marked.add(row.arms)
 
 
 def _set_margins(rows: Sequence[TableRow], aims: Aims) -> None:

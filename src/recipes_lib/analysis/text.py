@@ -21,14 +21,7 @@ _STATEMENT = re.compile(
 
 
 def question_text(question: str) -> str:
-    """Return a study's question as a heading; one that states something is marked as untested.
-
-    Example:
-        >>> question_text("Is DDP vs. FSDP a wash?"), question_text("Which rate (1e-4, 2e-4)?")
-        ('Is DDP vs. FSDP a wash?', 'Which rate (1e-4, 2e-4)?')
-        >>> question_text("rank 32 beats rank 8 (p < 0.001)")
-        'Question, in the words of the study and not tested: rank 32 beats rank 8 (p < 0.001)'
-    """
+    """Return a study's question as a heading; one that states something is marked as untested."""
     text = " ".join(question.split())
     asks = text.endswith("?") and not _STATEMENT.search(text)
     return text if asks else f"Question, in the words of the study and not tested: {text}"
