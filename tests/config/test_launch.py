@@ -76,7 +76,6 @@ def test_what_accelerate_config_writes_is_accepted(tmp_path):
 # (launch section, flags) -> processes, machines
 LAUNCHES = [
     ({"accelerate": "single_gpu"}, {}, 1, 1),
-    ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {}, 16, 2),
     ({"accelerate": "fsdp_multi_node"}, {}, 16, 2),
     ({"accelerate": "fsdp_multi_node"}, {"nodes": 1}, 8, 1),
     ({"accelerate": "fsdp", "gpus": 8, "nodes": 2}, {"gpus": 4}, 8, 2),

@@ -57,22 +57,21 @@ def test_every_style_passes_the_check_and_accounts_for_every_key_and_comment(
 
 def test_handbook_style_lands_in_the_sections(migrated):
     values, text, printed = migrated("handbook")
-    assert values["model"]["attn_implementation"] == "flash_attention_2"
-    assert values["lora"]["target_modules"] == ["q_proj", "v_proj"]
-    assert values["quantization"] == {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_compute_dtype": "bfloat16",
-    }
-    assert (values["train"]["max_length"], values["train"]["warmup_steps"]) == (2048, 0.1)
-    assert values["run"] == {"name": "small-7b-sft-qlora"}
-    assert "# tuned on 1% of the rows\n  learning_rate: 0.0002" in text
     flat = yaml.safe_load((FLAT / "handbook.yaml").read_text(encoding="utf-8"))
-    assert values["data"]["chat_template"] == flat["chat_template"]
-    assert values["data"]["source"] == [
+    sources = [
         {"source": "example-org/conversations", "subset": "default", "source_split": "train_sft"},
         {"source": "example-org/mathematics", "source_split": "train", "weight": 0.5},
     ]
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
+    for section, expected in {
+        "model": {"attn_implementation": "flash_attention_2"},
+        "lora": {"target_modules": ["q_proj", "v_proj"]},
+        "train": {"max_length": 2048, "warmup_steps": 0.1},
+        "data": {"chat_template": flat["chat_template"], "source": sources},
+    }.items():
+        assert {key: values[section][key] for key in expected} == expected
+    assert values["quantization"] == nf4 and values["run"] == {"name": "small-7b-sft-qlora"}
+    assert "# tuned on 1% of the rows\n  learning_rate: 0.0002" in text
     assert "test_split_size 1000 rows" in printed
 
 

@@ -299,8 +299,9 @@ def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> list[str]
     """
     plain = {name.replace("-", "_").lower(): name for name in names}
     word = word.replace("-", "_").lower()
-    near = difflib.get_close_matches(word, plain, 1, cutoff=0.65) if len(word) > 2 else []
-    return [f"did you mean {prefix}{plain[name]}?" for name in near]
+    near = [name for name in plain if name.startswith(f"{word}_")]
+    near = near[:1] or difflib.get_close_matches(word, plain, 1, cutoff=0.65)
+    return [f"did you mean {prefix}{plain[name]}?" for name in near if len(word) > 2]
 
 
 def near_file(path: Path) -> list[str]:

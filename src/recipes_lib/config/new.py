@@ -21,7 +21,6 @@ _NF4 = {
     "bnb_4bit_compute_dtype": "bfloat16",
     "bnb_4bit_quant_storage": "bfloat16",  # FSDP shards one floating type
 }
-_LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
 def new_recipe(
@@ -68,7 +67,7 @@ def new_recipe(
         if method == "full":
             values["lora"] = None
         elif lora is None:
-            values["lora"] = dict(_LORA)
+            values["lora"] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
         if method == "qlora":
             values["quantization"] = origin.quantization or dict(_NF4)
         elif origin.quantization is not None:
@@ -78,18 +77,15 @@ def new_recipe(
     values["run"] = {"name": name, "tags": []}
     written = {key: value for key, value in values.items() if value is None or value}
     extends = _relative(target, origin.path)
-    head = [
-        schema_line(target),
-        f"# {name}: starts from {extends}. All values: recipes show {shown_path(target)}",
-        f"extends: {extends}",
-    ]
-    return "\n".join([*head, yaml.safe_dump(written, sort_keys=False, allow_unicode=True)])
+    about = f"# {name}: starts from {extends}. All values: recipes show {shown_path(target)}"
+    text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
+    return f"{schema_line(target)}\n{about}\nextends: {extends}\n{text}"
 
 
 def schema_line(target: Path) -> str:
     """Return the first line of a recipe at `target`, by which editors find its schema."""
-    schema = _relative(target, project_root() / "schema/recipe.schema.json")
-    return f"# yaml-language-server: $schema={schema}"
+    schema = project_root() / "schema/recipe.schema.json"
+    return f"# yaml-language-server: $schema={_relative(target, schema)}"
 
 
 def _relative(target: Path, file: Path) -> str:

