@@ -36,12 +36,7 @@ def sync_each_batch(recipe: Recipe) -> bool:
 
 
 def solve_batch(global_batch_size: int, per_device: int, world_size: int) -> int:
-    """Return the gradient accumulation steps that make one optimizer step see exactly
-    `global_batch_size` examples, `per_device` at a time on each of `world_size` processes.
-
-    Raises:
-        RecipeError: no whole number does it.
-    """
+    """Return the accumulation steps that make a step see `global_batch_size` examples."""
     micro_batch = per_device * world_size
     accumulation, rest = divmod(global_batch_size, micro_batch)
     if rest == 0 and accumulation > 0:

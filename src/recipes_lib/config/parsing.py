@@ -72,14 +72,11 @@ Rule = Callable[[M, Document], Iterable[RecipeError]]
 
 
 def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
-    """Return a document as `model`.
+    """Return a document as `model`, or raise everything that is wrong, each at its file and line.
 
     Args:
         model: the kind of file; its `FilePath` fields become absolute.
         rules: what must hold between keys; each yields errors, or adds warnings to the document.
-
-    Raises:
-        RecipeErrors: everything that is wrong, each at its file and line.
     """
     if expected := getattr(model, "kind", ""):
         kind = kind_of(document)

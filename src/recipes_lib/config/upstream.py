@@ -209,12 +209,7 @@ else:
 
 
 def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) -> SFTConfig:
-    """Return TRL's arguments for this recipe on this machine; nobody changes one later.
-
-    Args:
-        output_dir: where checkpoints go.
-        world_size: number of processes, for the accumulation steps.
-    """
+    """Return TRL's arguments for `world_size` processes on this machine; nobody changes one."""
     from trl import SFTConfig
 
     # the Trainer would compile the model as a whole; `training.compiled` does it block by block
