@@ -88,6 +88,7 @@ def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(
     tmp_path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge, recipe = tmp_path / "judge.yaml", tmp_path / "eval.yaml"
+    commands = [["check", str(judge)], ["eval", str(recipe), "x"], ["check", str(recipe)]]
     head = "suite: {name: alpaca_eval}\ndata: {questions: q.json}\n"
     (tmp_path / "q.json").write_text("[]")
     for url in ("http://u:PLANTED@127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1?key=PLANTED"):
@@ -95,11 +96,7 @@ def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(
         judge.write_text(f"judge: {section}")
         for form in ("{file: judge.yaml}\n", section):
             recipe.write_text(f"{head}judge: {form}")
-            for command in (
-                ["check", str(judge)],
-                ["eval", str(recipe), "x"],
-                ["check", str(recipe)],
-            ):
+            for command in commands:
                 assert main(command) == 2
                 out, err = capsys.readouterr()
                 assert "judge.base_url' looks like a secret" in err and "PLANTED" not in out + err

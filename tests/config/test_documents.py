@@ -37,12 +37,8 @@ def test_a_diamond_of_parents_is_read_once_each_and_every_value_has_its_place(wr
     document = read(path, ["inner.when=no"])
     parsed = parse(Outer, document)
     assert (parsed.inner.count, parsed.names) == (2, ["b"])
-    places = {key: str(document.origin(key)) for key in ("inner.count", "names", "inner.when")}
-    assert places == {
-        "inner.count": "left.yaml:3",
-        "names": "a.yaml:2",
-        "inner.when": "command line",
-    }
+    places = {"inner.count": "left.yaml:3", "names": "a.yaml:2", "inner.when": "command line"}
+    assert {key: str(document.origin(key)) for key in places} == places
 
 
 KINDS = [

@@ -91,8 +91,7 @@ def test_flags_win_over_the_recipe_and_the_recipe_over_the_config():
 
 def test_the_launcher_is_told_what_its_config_does_not_say():
     launch = plan_launch(LaunchSection(accelerate="fsdp", gpus=8, nodes=2))
-    said = " ".join(place_machine(launch, 1, "node0", None, "").launcher_words()[2:])
-    assert said == (
+    assert place_machine(launch, 1, "node0", None, "").launcher_words()[2:] == shlex.split(
         "--num_processes 16 --num_machines 2 --same_network --machine_rank 1 --main_process_ip"
         " node0 --main_process_port 29500"
     )

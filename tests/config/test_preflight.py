@@ -41,6 +41,11 @@ def test_sft_config_gets_the_recipe_and_what_the_machine_decides(write_with, tmp
     assert (args.use_cpu, args.bf16, args.activation_checkpointing) == (True, True, False)
     assert (args.output_dir, args.run_name) == (str(tmp_path / "out"), recipe.name)
     assert args.logging_nan_inf_filter is False
+    # rows arrive truncated, and TRL would refuse a limit that it does not apply
+    recipe = load_recipe(recipe.path, ["train.padding_free=true", "train.max_length=128"])
+    assert upstream.build_sft_config(recipe, tmp_path, 1).max_length is None
+    packed = dataclasses.replace(recipe, train={**recipe.train, "packing": True})
+    assert upstream.build_sft_config(packed, tmp_path, 1).max_length == 128
 
 
 def test_one_process_uses_one_gpu_however_many_there_are(write_with, tmp_path, monkeypatch):
@@ -199,10 +204,3 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
     for run, code in ((lambda: main(["check", "--full", path]), 2), (lambda: train([path]), 5)):
         assert run() == code
         assert "liger_kernel, which is not installed" in capsys.readouterr().err
-
-
-def test_padding_free_rows_arrive_truncated_so_trl_gets_no_limit(write_with, tmp_path):
-    recipe = load_recipe(write_with("train", "padding_free: true"), ["train.max_length=128"])
-    assert upstream.build_sft_config(recipe, tmp_path, 1).max_length is None
-    packed = dataclasses.replace(recipe, train={**recipe.train, "packing": True})
-    assert upstream.build_sft_config(packed, tmp_path, 1).max_length == 128
