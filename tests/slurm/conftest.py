@@ -24,13 +24,7 @@ NEEDED = ("slurmctld", "slurmd", "sbatch", "munged")
 
 
 PROFILE = {
-    "sbatch": {
-        "partition": "gpu",
-        "time": "08:00:00",
-        "gres": "gpu:h100:{gpus}",
-        "cpus-per-gpu": 8,
-        "mem-per-gpu": "32G",
-    },
+    "sbatch": {"partition": "gpu", "time": "08:00:00", "gres": "gpu:h100:{gpus}"},
     "stages": {"eval": {"partition": "gpu-long"}, "report": {"partition": "cpu"}},
 }
 

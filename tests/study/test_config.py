@@ -35,7 +35,7 @@ BAD = {
         "r4: {recipe: r4.yaml, sedes: [1]}": "did you mean arms.r4.seeds?",
         "r4: {recipe: r4.yaml, gpus: 2}": "arm 'r4': cpu starts one process",
         "r4: {recipe: r4.yaml, accelerate: ddp_cpuu}": "did you mean ddp_cpu?",
-        "r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}": "r4.yaml:18: arm 'r4': ",
+        "r4: {recipe: r4.yaml, accelerate: ddp_cpu, gpus: 8}": "r4.yaml:9: arm 'r4': ",
         "r4: {recipe: r4.yaml, overrides: [train.learning_rte=1]}": "mean train.learning_rate?",
         "r4: {recipe: r4.yaml, overrides: [learning_rate=1]}": "write train.learning_rate",
         "r4: {recipe: r4.yaml, seeds: [1042], tune: {lora.lora_dropout: [0, 1]}}": "seed 1042 is",

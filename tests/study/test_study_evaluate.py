@@ -19,7 +19,6 @@ from tests.evals.conftest import make_run as make_bare_run  # noqa: F401
 from tests.study.study_files import PROJECT, TOO_LONG, write_tiny_study
 
 from recipes_lib.analysis.runs import load_run
-from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import read_object, write_json
 from recipes_lib.core.run_directory import RunDirectory
@@ -116,10 +115,6 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
     # the base's result of other settings is kept
     earlier = [folder / "result.json" for folder in base.glob("earlier/*/")]
     assert results[1] in [file.read_bytes() for file in earlier]
-    questions = trained.with_name("mt_bench.yaml")
-    questions.write_text(questions.read_text().replace("data: {", "data: {max_questions: 2, "))
-    run(trained)
-    assert len(grades()) == 4 and rows_of("judgments") == rows[2][0]
 
 
 def test_an_eval_against_another_run_is_part_of_the_comparison(
@@ -133,26 +128,6 @@ def test_an_eval_against_another_run_is_part_of_the_comparison(
     run(trained)
     comparison = json.loads((RunDirectory("tiny").path / "comparison.json").read_text())
     assert any("sparring" in json.dumps(row) for row in comparison["rows"]), comparison["rows"]
-
-
-def test_two_studies_share_the_results_of_their_base(
-    make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    make_run("a--r4", 1, "chat"), make_run("b--r8", 2, "chat")
-    file = write_tiny_study(tmp_path / "study", tiny_model_dir)
-    text = file.read_text()
-    studies = []
-    for name, other in (("a", "r8"), ("b", "r4")):
-        studies.append(file.with_name(f"{name}.yaml"))
-        studies[-1].write_text(text.replace(f"  {other}: {other}.yaml\n", ""))
-    for study in studies:
-        run(study)
-    assert [missing_of(load_study(study)) for study in studies] == [[], []]
-    name = base_run(load_study(studies[0]))
-    assert name == base_run(load_study(studies[1]))
-    eval = str(file.with_name("mt_bench.yaml"))
-    assert main(["eval", eval, name, "generation.batch_tokens=512"]) == ExitCode.DONE
-    assert missing_of(load_study(studies[0])) == []
 
 
 def test_a_result_says_what_the_training_rows_hold_and_no_claim_is_made_about_that_arm(

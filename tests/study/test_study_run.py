@@ -104,7 +104,7 @@ def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(
     changes = [
         ("r4.yaml", "1.0e-2", "2.0e-2", ["tiny--r4"]),
         ("rows.jsonl", "the", "The", ["tiny--r4", "tiny--r8"]),
-        ("r4.yaml", "  max_length: 192\n", "  max_length: 192\n  logging_first_step: true\n", []),
+        ("r4.yaml", "save_steps: 2", "save_steps: 3", []),
         ("tiny.yaml", "r4: r4.yaml", f"r4: {launch}", ["tiny--r4"]),
     ]
     wrong = []
