@@ -234,8 +234,10 @@ def test_a_study_without_evals_and_one_renamed_after_a_run_are_warned_of(
 ) -> None:
     """Issue: hours of training ended in an empty report; the renamed one trained all again."""
     run()
-    code, _, err = recipes("study", "plan", study.rename(study.with_name("renamed.yaml")))
-    assert code == 0 and "names no evals" in err and "call this file tiny.yaml again" in err
+    renamed = study.rename(study.with_name("renamed.yaml"))
+    for words in (("study", "plan", renamed), ("study", "run", renamed, "--no-train")):
+        err = recipes(*words)[2]
+        assert "names no evals" in err and "call this file tiny.yaml again" in err
 
 
 def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(

@@ -89,8 +89,8 @@ class StudyRunner:
         self.study = with_choices(self.study)
         numbers = (signal.SIGINT, signal.SIGTERM)
         with study_lock(self.study):
-            _claim_folder(self.study)
             refuse_unmet(self.study, fetch=True)
+            _claim_folder(self.study)
             before = {number: signal.signal(number, self._on_signal) for number in numbers}
             try:
                 self._steps()
@@ -320,7 +320,8 @@ def unmet(
     if not study.evals:
         what = "warning: the study names no evals, so nothing will be compared"
         warnings.append(study.document.error(("evals",), what))
-    for kept in runs_root().glob("*/study.yaml") if not study_folder(study).exists() else ():
+    is_new = not (study_folder(study) / "study.yaml").exists()
+    for kept in runs_root().glob("*/study.yaml") if is_new else ():
         first, _, text = kept.read_text(encoding="utf-8").partition("\n")
         if text == study.document.text and not Path(first.removeprefix(_COPY)).exists():
             what = f"warning: {shown_path(kept.parent)} has this study's runs, under another name"
