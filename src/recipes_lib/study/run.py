@@ -87,11 +87,10 @@ class StudyRunner:
     def run(self) -> ExitCode:
         """Do everything; return 0, 1 (failures), 6 (judgments missing), or 75 or 130 (stopped)."""
         self.study = with_choices(self.study)
-        numbers = (signal.SIGINT, signal.SIGTERM)
         with study_lock(self.study):
             refuse_unmet(self.study, fetch=True)
             _claim_folder(self.study)
-            before = {number: signal.signal(number, self._on_signal) for number in numbers}
+            before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
             try:
                 self._steps()
             except KeyboardInterrupt:
