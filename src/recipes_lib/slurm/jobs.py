@@ -21,7 +21,7 @@ from recipes_lib.config.launch import Launch, plan_launch_of
 from recipes_lib.config.recipe import Recipe, load_recipe
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import RecipeError, RecipesError
-from recipes_lib.core.project import project_root, recipe_path, runs_root, shown_path
+from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import shown_duration
 from recipes_lib.evals.leaks import refuse_leaks_of
@@ -144,8 +144,6 @@ class Planner:
         self.stages: Sequence[str] = STAGES if named is None else named.split(",")
         if wrong := [word for word in self.stages if word not in STAGES]:
             raise RecipeError(f"--stages: no stage {wrong[0]!r}", f"stages: {', '.join(STAGES)}")
-        if recipe_path(target).is_dir():
-            raise RecipeError("is a folder; launch one recipe or study of it", file=target)
         # the container's or the environment's Python, else the one that submits
         own = not (self.profile.setup or self.profile.prefix or self.profile.srun)
         self.python = (*self.profile.prefix, sys.executable if own else "python")
