@@ -124,5 +124,8 @@ def test_a_trace_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
     config = family_config("llama")
     first = trace(config, LORA, Precision())
+    [file] = (tmp_path / "traces").iterdir()
+    file.write_text('{"layers": 2}')  # of another version
+    assert trace(config, LORA, Precision()) == first
     monkeypatch.setattr("recipes_lib.plan.trace.trace_now", lambda *_: pytest.fail("traced again"))
     assert trace(config, LORA, Precision()) == first

@@ -81,8 +81,8 @@ def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Tr
     code = Path(__file__).read_text(encoding="utf-8")
     stamp = hash_of(config.to_dict(), adapter, asdict(precision), versions, code)
     file = cache_root() / "traces" / f"{stamp[:32]}.json"
-    if stored := object_or_none(file):
-        return Trace(**stored)
+    with suppress(TypeError):  # not there, damaged, or written by another version
+        return Trace(**(object_or_none(file) or {}))
     traced = trace_now(config, lora, precision)
     with suppress(OSError):  # a cache that cannot be written costs the next plan some seconds
         file.parent.mkdir(parents=True, exist_ok=True)
