@@ -154,30 +154,24 @@ def save(*_):
 """
 
 
-def test_usr2_asks_a_training_until_it_listens(job, tmp_path: Path) -> None:
-    ask = "os.kill(os.getppid(), signal.SIGUSR2); time.sleep(1)\n"
-    listen = "signal.signal(signal.SIGUSR2, save); time.sleep(30)\n"
-    (tmp_path / "stop.py").write_text(f"{STOPS}{ask}{listen}")
-    code, said = job("train", "python3", "stop.py")
-    assert code == 75 and "USR2" in said
-
-
 def test_a_training_that_saved_is_queued_again_after_usr2_and_never_after_term(
     job, tmp_path: Path, in_slurm
 ) -> None:
-    """TERM means that Slurm ends the job: a preemption queues it again by itself, after scancel it
-    must stay away.
+    """USR2 is sent until the training listens. TERM means that Slurm ends the job: a preemption
+    queues it again by itself, after scancel it must stay away.
     """
-    for by, queued_again in (("USR2", True), ("TERM", False)):
-        shown = '"show job"*) echo "JobId=7 Requeue=1 Restarts=0 B=1" ;; *) exit 1 ;;'
-        stop = f"os.kill(os.getppid(), signal.SIG{by}); time.sleep({30 if by == 'USR2' else 1})"
-        program = f"{STOPS}signal.signal(signal.SIGUSR2, save)\n{stop}\nsave()\n"
+    for by, restarts, queued_again in (("USR2", 0, True), ("USR2", 20, False), ("TERM", 0, False)):
+        shown = f'"show job"*) echo "JobId=7 Requeue=1 Restarts={restarts} B=1" ;; *) exit 1 ;;'
+        listen = "signal.signal(signal.SIGUSR2, save)"
+        stop = f"os.kill(os.getppid(), signal.SIG{by}); time.sleep(1)"
+        program = f"{STOPS}{stop}\n{listen}\ntime.sleep({30 if by == 'USR2' else 0})\nsave()\n"
         (tmp_path / "stop.py").write_text(program)
-        code, said = job("train", "python3", "stop.py", **in_slurm(shown))
+        variables = in_slurm(shown, SLURM_RESTART_COUNT=str(restarts))
+        code, said = job("train", "python3", "stop.py", **variables)
         assert code == 75 and ("saved; back into the queue" in said) is queued_again, said
-        calls = (tmp_path / "bin" / "scontrol.calls").read_text().splitlines()
-        assert ("requeue" in calls) is queued_again
-        (tmp_path / "bin" / "scontrol.calls").unlink()
+        calls = tmp_path / "bin" / "scontrol.calls"
+        assert ("requeue" in calls.read_text().splitlines()) is queued_again
+        calls.unlink()
 
 
 def test_a_task_of_an_array_asks_slurm_about_itself_alone(job, in_slurm, tmp_path: Path) -> None:

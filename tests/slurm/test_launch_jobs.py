@@ -140,14 +140,6 @@ def test_a_chain_whose_later_job_is_refused_leaves_nothing_queued(
     assert not (root / "quickstart--lora-r8/slurm/jobs.json").exists()
 
 
-def test_without_slurm_the_message_says_what_to_do(
-    profile_file, launch: Launch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
-    said = launch(*CPU, "--stages", "train", "--profile", profile_file(), code=5)
-    assert "sbatch is not on this machine" in said and "--dry-run" in said
-
-
 def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(
     profile_file, launch: Launch, root: Path, stand_in
 ) -> None:
@@ -231,7 +223,7 @@ def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(
 
 
 def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
-    profile_file, launch: Launch, stand_in
+    profile_file, launch: Launch, stand_in, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stand_in("sbatch", NUMBERED + "echo $n")
     words = (*CPU, "--stages", "train", "--profile", profile_file())
@@ -244,6 +236,9 @@ def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
     stand_in("squeue", "echo 'slurm_load_jobs error: connect failure' >&2; exit 1")
     for again in (words, ("cancel", "quickstart--lora-r8")):
         assert "Slurm gives no answer" in launch(*again, code=EnvironmentFault.exit_code)
+    monkeypatch.setenv("PATH", "/nowhere")
+    said = launch(*words, "run.name=other", code=EnvironmentFault.exit_code)
+    assert "sbatch is not on this machine" in said and "--dry-run" in said
 
 
 def test_waiting_does_not_ask_slurm_in_a_tight_loop(
