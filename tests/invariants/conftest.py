@@ -73,7 +73,6 @@ class Launcher:
             output, _ = child.communicate(timeout=TIME_LIMIT_S)
         except subprocess.TimeoutExpired:
             os.killpg(child.pid, signal.SIGKILL)
-            self.end_ranks()
             output, _ = child.communicate()
             pytest.fail(f"no end after {TIME_LIMIT_S} s:\n{output[-3000:]}")
         finally:
@@ -98,17 +97,6 @@ class Launcher:
         """Wait until three lines were logged."""
         file = self.run(name) / "metrics.jsonl"
         self.wait_until(child, lambda: file.is_file() and file.read_text().count("\n") >= 3)
-
-    def end_ranks(self) -> None:
-        """End every process of this recipe: torch's launcher gives ranks sessions of their own, and
-        some wait for each other for ever.
-        """
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                if str(self.recipe).encode() in (process / "cmdline").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), signal.SIGKILL)
-            except OSError:
-                continue
 
     def train(self, *overrides: str, config: str | Path | None = None, **environment: str) -> str:
         """Train to the end: without a config in this process, which has imported everything."""

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pkgutil
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -62,60 +64,57 @@ def fail_on_rank_1() -> None:
     RecipeTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
+def at_step(trainer: Any, step: int) -> bool:
+    return trainer.state.global_step == step
+
+
+def step_is_there(folder: Path, step: int) -> bool:
+    return (folder / f"checkpoint-{step}").is_dir()
+
+
+def is_checkpoint(path: Path, step: int) -> bool:
+    return "checkpoint-" in str(path)
+
+
+def always(first: Any, step: int) -> bool:
+    return True
+
+
+OURS, TRAINER = "recipes_lib.training", "transformers:Trainer"
+# where a training is killed: the owner of a function, its name, before, during (a file half
+# written) or after its work, and when, by its first argument
+MOMENTS: dict[str, tuple[str, str, str, Callable[[Any, int], bool]]] = {
+    "in a step": (f"{OURS}.trainer:RecipeTrainer", "_get_grad_norm", "before", at_step),
+    "before the weights": (TRAINER, "_save", "before", at_step),
+    "in the weights": (TRAINER, "_save", "torn", at_step),
+    "after the weights": (TRAINER, "_save", "after", at_step),
+    "in the optimizer": (TRAINER, "_save_optimizer_and_scheduler", "torn", at_step),
+    "after the optimizer": (TRAINER, "_save_optimizer_and_scheduler", "after", at_step),
+    "in the random state": (TRAINER, "_save_rng_state", "torn", at_step),
+    "before the marker": (f"{OURS}.trainer:RecipeTrainer", "seal", "before", at_step),
+    "before the rotation": (f"{OURS}.checkpoints", "rotate", "before", step_is_there),
+    "in the rotation": ("shutil", "rmtree", "before", is_checkpoint),
+    "in the preparation": (f"{OURS}.attempt:Attempt", "continue_or_start", "before", always),
+    "before the final save": (f"{OURS}.attempt", "save_and_check", "before", always),
+    "before the check": (f"{OURS}.attempt", "check_saved", "before", always),
+    "before the final rename": (f"{OURS}.attempt", "publish", "before", always),
+    "after the final rename": (f"{OURS}.attempt", "publish", "after", always),
+}
+
+
 def kill() -> None:
     """Die at the moment KILL_MOMENT of the step KILL_STEP."""
-    from transformers import Trainer
-
-    from recipes_lib.training import attempt, checkpoints
-    from recipes_lib.training.trainer import RecipeTrainer
-
-    moment, step = os.environ["KILL_MOMENT"], int(os.environ["KILL_STEP"])
-
-    def at_step(trainer: Any, *rest: Any) -> bool:
-        return trainer.state.global_step == step
-
-    def always(*args: Any) -> bool:
-        return True
-
-    def step_is_there(folder: Any, *rest: Any) -> bool:
-        return (folder / f"checkpoint-{step}").is_dir()
-
-    def is_checkpoint(path: Any, *rest: Any) -> bool:
-        return "checkpoint-" in str(path)
-
-    moments = {
-        "in a step": (RecipeTrainer, "_get_grad_norm", "before", at_step),
-        "before the weights": (Trainer, "_save", "before", at_step),
-        "in the weights": (Trainer, "_save", "torn", at_step),
-        "after the weights": (Trainer, "_save", "after", at_step),
-        "in the optimizer": (Trainer, "_save_optimizer_and_scheduler", "torn", at_step),
-        "after the optimizer": (Trainer, "_save_optimizer_and_scheduler", "after", at_step),
-        "in the random state": (Trainer, "_save_rng_state", "torn", at_step),
-        "before the marker": (RecipeTrainer, "seal", "before", at_step),
-        "before the rotation": (checkpoints, "rotate", "before", step_is_there),
-        "in the rotation": (checkpoints.shutil, "rmtree", "before", is_checkpoint),
-        "in the preparation of the data": (attempt.Attempt, "continue_or_start", "before", always),
-        "before the final save": (attempt, "save_and_check", "before", always),
-        "before the check of the weights": (attempt, "check_saved", "before", always),
-        "before the final rename": (attempt, "publish", "before", always),
-        "after the final rename": (attempt, "publish", "after", always),
-    }
-    _die_in(*moments[moment])
-
-
-def _die_in(owner: Any, name: str, when: str, condition: Callable[..., bool]) -> None:
-    """Replace `owner.name` by one that dies before, during (a file half written) or after
-    its work.
-    """
+    place, name, when, condition = MOMENTS[os.environ["KILL_MOMENT"]]
+    owner, step = pkgutil.resolve_name(place), int(os.environ["KILL_STEP"])
     original = getattr(owner, name)
 
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if not condition(*args):
-            return original(*args, **kwargs)
+    def wrapped(first: Any, *args: Any, **kwargs: Any) -> Any:
+        if not condition(first, step):
+            return original(first, *args, **kwargs)
         if when != "before":
-            original(*args, **kwargs)
+            original(first, *args, **kwargs)
         if when == "torn":
-            files = [path for path in os.scandir(args[1]) if path.is_file()]
+            files = [path for path in os.scandir(args[0]) if path.is_file()]
             newest = max(files, key=lambda path: path.stat().st_mtime_ns)
             os.truncate(newest.path, newest.stat().st_size // 2)
         return os.kill(os.getpid(), signal.SIGKILL)

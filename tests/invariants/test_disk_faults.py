@@ -107,7 +107,7 @@ def test_a_disk_that_fills_ends_in_one_line_and_loses_nothing(launcher, whole, t
 
 LIMITS = {
     "ulimit -f": (resource.RLIMIT_FSIZE, 20 * 1024),
-    "out of memory": (resource.RLIMIT_AS, 2 * 2**30),
+    "out of memory": (resource.RLIMIT_AS, 3 * 10**8),
 }
 
 

@@ -8,27 +8,11 @@ import signal
 
 import pytest
 from tests.conftest import NF4
+from tests.invariants.patched import MOMENTS
 from tests.tiers import in_ci
 
 pytestmark = pytest.mark.slow
 
-MOMENTS = [
-    "in a step",
-    "before the weights",
-    "in the weights",
-    "after the weights",
-    "in the optimizer",
-    "after the optimizer",
-    "in the random state",
-    "before the marker",
-    "before the rotation",
-    "in the rotation",
-    "in the preparation of the data",
-    "before the final save",
-    "before the check of the weights",
-    "before the final rename",
-    "after the final rename",
-]
 # A constant learning rate: with a decaying one a step too many would change nothing and go
 # unnoticed.
 OVERRIDES = (

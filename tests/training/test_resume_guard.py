@@ -10,11 +10,10 @@ from recipes_lib.training.resume_guard import FREE_KEYS, differences, guarded_va
 
 FREE = """
     dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
-    dataloader_prefetch_factor dataset_num_proc disable_tqdm hub_always_push hub_model_id
-    hub_private_repo hub_revision hub_strategy include_for_metrics include_num_input_tokens_seen
-    log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter
-    logging_steps logging_strategy project push_to_hub report_to
-    restore_callback_states_from_checkpoint run_name skip_memory_metrics trackio_bucket_id
+    dataloader_prefetch_factor dataset_num_proc disable_tqdm include_for_metrics
+    include_num_input_tokens_seen log_level log_level_replica log_on_each_node logging_first_step
+    logging_nan_inf_filter logging_steps logging_strategy project report_to
+    restore_callback_states_from_checkpoint skip_memory_metrics trackio_bucket_id
     trackio_space_id trackio_static_space_id
 """
 

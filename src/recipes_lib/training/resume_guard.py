@@ -12,9 +12,8 @@ from recipes_lib.core.errors import RecipeError
 # Keys of `train` that may change between attempts: they decide what is written, shown or sent, not
 # what is learnt.
 FREE_KEYS = re.compile(
-    r"^(logging_.*|log_.*|report_to|project|run_name|push_to_hub|hub_.*|disable_tqdm|"
-    r"dataloader_num_workers|dataloader_prefetch_factor|dataloader_pin_memory|"
-    r"dataloader_persistent_workers|dataset_num_proc|skip_memory_metrics|include_.*|"
+    r"^(logging_.*|log_.*|report_to|project|disable_tqdm|dataset_num_proc|skip_memory_metrics|"
+    r"dataloader_(num_workers|prefetch_factor|pin_memory|persistent_workers)|include_.*|"
     r"restore_callback_states_from_checkpoint|trackio_.*)$"
 )
 # So may these, unless a validation chooses the weights or the learning rate.
