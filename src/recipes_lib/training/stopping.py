@@ -141,11 +141,13 @@ def report(error: Exception, run: Path | None) -> int:
     _note_for_job(error)
     message = error if isinstance(error, RecipesError) else explain_fault(error)
     message = message or _as_defect(error, run)
-    # every rank finds what is wrong with a recipe or data in the same files
-    alike = world_size() == 1 or isinstance(error, RecipeError | DataError)
-    alike = alike or getattr(error, "on_every_rank", False)
-    if rank() == 0 if alike else _fails_first():
+    alike = world_size() == 1 or getattr(error, "on_every_rank", False)
+    alike = alike or isinstance(error, RecipeError | DataError)  # all ranks read the same files
+    speaks = rank() == 0 if alike else _fails_first()
+    if speaks:
         print_error(message)
+    elif not alike:  # a consequence: the rank that failed first reports the cause
+        return int(message.exit_code)
     return exit_status(int(message.exit_code), on_every_rank=alike)
 
 
