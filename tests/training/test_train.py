@@ -210,13 +210,13 @@ def test_a_signal_while_the_weights_are_saved_stops_nothing(
     assert run_json(tiny_recipe)["state"] == "finished"
 
 
-def test_a_learning_rate_that_explodes_stops_with_step_rate_and_examples(
+def test_a_gradient_that_explodes_stops_with_step_rate_and_examples(
     tiny_recipe, capsys
 ) -> None:
-    words = ["lora=null", "train.learning_rate=1e30", "train.lr_scheduler_type=constant"]
+    words = ["lora=null", "train.adam_epsilon=0", "train.lr_scheduler_type=constant"]
     assert main([str(tiny_recipe), *words]) == ExitCode.NUMERICS
     said = capsys.readouterr().err
-    assert "at step 2, learning rate 1e+30, examples" in said and "Traceback" not in said
+    assert "at step 2, learning rate 0.01, examples" in said and "Traceback" not in said
     state = run_json(tiny_recipe)
     assert (state["state"], state["exit_code"]) == ("failed", 3)
     assert not (run_of(tiny_recipe) / "model").exists()
