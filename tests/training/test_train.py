@@ -210,9 +210,7 @@ def test_a_signal_while_the_weights_are_saved_stops_nothing(
     assert run_json(tiny_recipe)["state"] == "finished"
 
 
-def test_a_gradient_that_explodes_stops_with_step_rate_and_examples(
-    tiny_recipe, capsys
-) -> None:
+def test_a_gradient_that_explodes_stops_with_step_rate_and_examples(tiny_recipe, capsys) -> None:
     words = ["lora=null", "train.adam_epsilon=0", "train.lr_scheduler_type=constant"]
     assert main([str(tiny_recipe), *words]) == ExitCode.NUMERICS
     said = capsys.readouterr().err
