@@ -73,8 +73,6 @@ def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
         (folder / "samples/samples_tiny_choice.jsonl").read_text() for folder in folders
     )
     assert first.count("\n") == 8 and first != second
-    (some,) = evaluate([load_eval(small_task, ["suite.limit=5"])], ["one"], remote_code=True)
-    assert some.metrics[0].n == 5 and some.subset and some.banners == (some.subset,)
 
 
 def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, monkeypatch):
@@ -89,11 +87,10 @@ def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, mon
 
     monkeypatch.setattr(tasks, "TaskManager", Tasks)
     monkeypatch.setattr("recipes_lib.evals.task_files._library_names", lambda _: {"tiny_choice"})
+    (tmp_path / "own").mkdir()
     for task in ("tiny_choice", "{task: tiny_choice, num_fewshot: 1}"):
-        folder = tmp_path / "own"
-        folder.mkdir(exist_ok=True)
-        (folder / "group.yaml").write_text(f"group: mine\ntask: [{task}]\n")
-        words = [f"data.include_path={folder}", "suite.tasks=[mine]"]
+        (tmp_path / "own/group.yaml").write_text(f"group: mine\ntask: [{task}]\n")
+        words = [f"data.include_path={tmp_path}/own", "suite.tasks=[mine]"]
         assert load_tasks(load_eval(small_task, words), remote_code=True) == 8
     recipe = load_eval(small_task, ["suite.tasks=['tiny_*']"])
     assert load_tasks(recipe, remote_code=True) == 8
@@ -133,26 +130,21 @@ def test_a_mistake_in_a_task_or_an_option_is_one_line(small_task, make_run, monk
         evaluate([load_eval(small_task)], ["one"], "base")
 
 
-def test_task_files_of_somebody_else_need_the_recipes_and_the_command_lines_word(
-    small_task, make_run, capsys
-):
+def test_task_files_of_somebody_else_need_permission_twice(small_task, make_run, capsys):
     make_run("one", 1)
     evil = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\nf = lambda *_: 'x'\n"
     (small_task.parent / "evil.py").write_text(evil)
     text = TASK.replace('doc_to_text: "{{question}}:"', "doc_to_text: !function evil.f")
     small_task.with_name("choice.yaml").write_text(text)
-    file, no = str(small_task), "generation.trust_remote_code=false"
-    for words in (["check", file], ["eval", file, "one", "--trust-remote-code", no]):
-        small_task.write_text(small_task.read_text().replace("trust_remote_code: true", "seed: 0"))
+    small_task.write_text(small_task.read_text().replace("trust_remote_code: true", "seed: 0"))
+    file, key, flag = str(small_task), "generation.trust_remote_code=true", "--trust-remote-code"
+    for words in (["check", file], ["eval", file, "one", flag], ["eval", file, "one", key]):
         assert main(words) == 2
         said = capsys.readouterr().err
         assert "my_lm_eval.yaml:2: data.include_path: task files are code" in said
-        assert "generation.trust_remote_code: true" in said and "--trust-remote-code" in said
-    yes = "generation.trust_remote_code=true"
-    assert main(["eval", file, "one", yes]) == 2
-    assert "--trust-remote-code" in capsys.readouterr().err
+        assert "generation.trust_remote_code: true" in said and flag in said
     assert not (small_task.parent / "ran").exists()
-    assert main(["eval", file, "one", yes, "--trust-remote-code"]) == 0
+    assert main(["eval", file, "one", key, flag]) == 0
     assert (small_task.parent / "ran").exists()
     shipped = PROJECT / "evals/quickstart/lm_eval.yaml"
     assert load_eval(shipped)
@@ -176,6 +168,7 @@ def test_the_printed_command_carries_every_option(small_task, make_run, monkeypa
     words = ["suite.num_fewshot=2", "suite.batch_size=auto", "suite.limit=4"]
     words += ["suite.options={fewshot_random_seed: 7, bootstrap_iters: 10}"]
     (log,) = evaluate([load_eval(small_task, words)], ["one"], remote_code=True)
+    assert log.metrics[0].n == 4 and log.subset and log.banners == (log.subset,)
     config = yaml.safe_load(Path(command_words(str(log.lm_eval_command))[1][-1]).read_text())
     assert (config["num_fewshot"], config["batch_size"], config["limit"]) == (2, 8, 4)
     assert config["seed"] == [0, 1234, 1234, 7] and config["model_args"]["peft"].endswith("adapter")

@@ -547,12 +547,18 @@ def _judge_rules(judge: JudgeSection, document: Document) -> Iterator[RecipeErro
         what = "judge.mode json needs a server that answers in JSON (engine: openai)"
         yield document.error("judge.mode", what, "in this process: mode generate or logits")
     for key in TEXTS:
+        path = judge.text(key)
+        if path is None:  # of a package; a check fetches nothing
+            continue
+        if not path.is_file():
+            what = f"judge.{key}: no such file: {shown_path(path)}"
+            yield document.error(f"judge.{key}", what, *near_file(path))
+            continue
         try:
-            if path := judge.text(key):  # a check fetches nothing
-                if key in ("relative_prompt", "absolute_prompt"):
-                    load_template(path, key.removesuffix("_prompt"))
-                else:
-                    load_rubric(path)
+            if "prompt" in key:
+                load_template(path, key.removesuffix("_prompt"))
+            else:
+                load_rubric(path)
         except RecipeError as error:
             yield error
 

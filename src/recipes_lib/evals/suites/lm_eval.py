@@ -210,14 +210,9 @@ def metrics_of(
             scores = [item.value or 0.0 for item in items]
             in_range = all(0 <= score <= 1 for score in (*scores, value))
             unit: Any = "share" if _SHARE.search(metric) and in_range else "number"
-            listed = (said_of(task, "configs") or {}).get("metric_list") or ()
-            ways = [(said_of(task, "higher_is_better") or {}).get(metric)]
-            ways += [
-                each.get("higher_is_better") for each in listed if each.get("metric") == metric
-            ]
             facts: dict[str, Any] = {
                 "task": task,
-                "higher_is_better": next((way for way in ways if isinstance(way, bool)), None),
+                "higher_is_better": (said_of(task, "higher_is_better") or {}).get(metric),
                 "parts": tuple(parts(task)),
                 "num_fewshot": said_of(task, "n-shot"),
                 "version": str(said_of(task, "versions") or "") or None,
@@ -250,7 +245,7 @@ def _sample(row: Mapping[str, Any], metric: str, task: str) -> Sample:
 
 def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
     """Write lm_eval's configuration, and return the line that runs it."""
-    suite, notes, options = recipe.suite, list[str](), dict(recipe.suite.options)
+    suite, options = recipe.suite, dict(recipe.suite.options)
     arguments, needs_merge = _model_args(model)
     config: dict[str, Any] = {"model": "hf", "model_args": arguments, "tasks": suite.tasks}
     config |= suite.model_dump(exclude=_OTHER_KEYS)
@@ -265,9 +260,7 @@ def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
     line = shlex.join(["lm_eval", "run", "--config", str(file)])
     if recipe.data.folder:
         line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
-    if needs_merge:
-        notes.append(f"after recipes merge {model.name}")
-    return f"{line}  # {'; '.join(notes)}" if notes else line
+    return f"{line}  # after recipes merge {model.name}" if needs_merge else line
 
 
 def _model_args(model: Model) -> tuple[dict[str, Any], bool]:
