@@ -61,6 +61,12 @@ def test_it_is_the_validation_loss_of_the_training_of_adapters_full_runs_and_the
         assert loss.value == pytest.approx(trained, rel=1e-5)
         assert loss.higher_is_better is False and per_byte.instead_of == "loss"
         assert f"{math.exp(trained):.2f}" in out
+    words = ["train.max_steps=1", "model.dtype=float32", "data.split.validation=0.4"]
+    assert train([str(tiny_recipe), "run.name=wide", *words]) == 0
+    assert recipes("eval", eval_file, "wide", "base")[0] == 0
+    folders = (tmp_path / "runs/wide", next((tmp_path / "runs").glob("base--*")))
+    wide, base = (read_eval_logs(folder)[0][0] for folder in folders)
+    assert wide.n == base.n > len(values)  # a base reads the rows of the run beside it
 
 
 def test_models_with_other_tokens_have_bits_per_byte_of_the_same_text(

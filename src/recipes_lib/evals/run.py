@@ -259,8 +259,7 @@ def _key(task: EvalTask, word: str, judge: str | None = None) -> str:
         else side and side.digest
         for side in (target, opponent)
     ]
-    rows = task.suite.reads(target) if isinstance(target, Model) else None
-    return hash_of(task.recipe.settings_key(), known, judge, rows)
+    return hash_of(task.recipe.settings_key(), known, judge, task.suite.reads(target))
 
 
 # ---- answers ----

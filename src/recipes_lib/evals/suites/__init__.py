@@ -35,8 +35,8 @@ class Suite:
     def prepare(self, models: Sequence[Model]) -> None:
         """See which models will be asked, before the first one is loaded."""
 
-    def reads(self, model: Model) -> Any:
-        """Return what decides a model's result beside the eval recipe, its weights and format."""
+    def reads(self, model: Any) -> Any:
+        """Return what decides a result beside the eval recipe and the model: the questions."""
         return self.chosen.questions
 
     def log(self, answers: Answers) -> EvalLog:

@@ -51,7 +51,7 @@ class HeldoutLoss(Suite):
                 raise self.recipe.error("data.questions", what, hint)
             self.recipes[model.name] = own or model.recipe
 
-    def reads(self, model: Model) -> Any:
+    def reads(self, model: Any) -> Any:
         """Return where the rows come from: a base reads those of a run."""
         source = self.recipes[model.name]
         return [source.data.model_dump(), source.train.get("max_length")]
