@@ -47,7 +47,7 @@ BAD_JUDGES = {
     "judge: {model: m, temperature: 3}": (1, "judge.temperature"),
     "judge: {model: m}\nthresholds:\n  unparsed_max: 1.5": (3, "thresholds.unparsed_max"),
     "judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}": (1, "judge.lead_in"),
-    "judge: {model: m, relative_prompt: gone.txt}": (1, "no such file: gone.txt"),
+    "judge: {model: m, relative_prompt: gone.txt}": (1, "judge.relative_prompt: no such file"),
     "judge: {model: m, engine: openai, base_url: '127.0.0.1:8000/v1'}": (1, "an address such as"),
 }
 

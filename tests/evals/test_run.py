@@ -226,6 +226,8 @@ def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_e
         with pytest.raises(Exception, match="answers of Qwen3-8B are missing") as caught:
             evaluate([quick("alpaca_eval", *words, "data.max_questions=6")], ["Qwen3-8B"])
     assert caught.value.exit_code == 6 and len(outcomes(log)) == 4
+    (again,) = evaluate([quick("alpaca_eval", *words)], ["Qwen3-8B"])  # needs no server
+    assert again.metrics == log.metrics
 
 
 def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
