@@ -184,6 +184,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
     texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
     texts = [text.replace("List should have", "a list of").split(" after val")[0] for text in texts]
     texts = [text.replace("a valid dictionary", "a mapping {key: value}") for text in texts]
+    texts = [re.sub(r"\d{20,}", lambda long: f"{float(long[0]):g}", text) for text in texts]
     what = f"{name}{must} {' or '.join(dict.fromkeys(texts))}"
     hints = []
     expected = [each["ctx"]["expected"] for each in details if each["type"] == "literal_error"]

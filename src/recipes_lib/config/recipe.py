@@ -184,7 +184,6 @@ def recipe_keys() -> dict[str, Schema]:
 # What must hold between keys, where upstream would be silently wrong, or would say so only after a
 # model was loaded: the key to blame, what is wrong, and hints.
 
-_Finding = tuple[str, ...]
 _NOT_IN_MODEL_KWARGS = {
     *("dtype", "torch_dtype", "attn_implementation", "trust_remote_code", "revision", "token"),
     *("quantization_config", "device_map"),
@@ -237,7 +236,7 @@ def _written(section: Section | None) -> Values:
     return {} if section is None else section.model_dump(exclude_unset=True)
 
 
-def _findings(recipe: RecipeFile, train: Values) -> Iterator[_Finding]:
+def _findings(recipe: RecipeFile, train: Values) -> Iterator[tuple[str, ...]]:
     wrapped = train.get("packing") and train.get("packing_strategy") == "wrapped"
     padded = train.get("padding_free") is False
     if recipe.model.attn_implementation == VARLEN and (wrapped or padded):
@@ -281,7 +280,7 @@ def _findings(recipe: RecipeFile, train: Values) -> Iterator[_Finding]:
         yield "train.eval_strategy", what, hint
 
 
-def no_model_at(name: str) -> _Finding | None:
+def no_model_at(name: str) -> tuple[str, ...] | None:
     """Return what is wrong with a model's name, and a hint; None for a folder and a Hub id."""
     path = Path(name)
     if is_packaged(name) or path.is_dir():

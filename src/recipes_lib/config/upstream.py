@@ -125,8 +125,8 @@ _NARROWER: dict[str, dict[str, object]] = {
         **dict.fromkeys((*_SIZES, "gradient_accumulation_steps"), _AtLeast1),
         **dict.fromkeys(("max_length", "save_total_limit"), _AtLeast1 | None),
         **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
-        # a step of Adam divides it by 0.1 and more, in float32
-        "learning_rate": Annotated[float, Field(gt=0, le=1e6)],
+        # a step of Adam divides it by 1 - beta1, in float32
+        "learning_rate": Annotated[float, Field(gt=0, le=1e30)],
         "max_steps": Literal[-1] | _AtLeast1,
         "eval_steps": _Positive | None,
         **dict.fromkeys(("max_grad_norm", "weight_decay", "adam_epsilon"), _NotNegative),
