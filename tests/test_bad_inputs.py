@@ -223,6 +223,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["train", "nowhere.yaml"], 2, "nowhere.yaml"),
     (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),
     (["launch", "nowhere"], 2, "nowhere: no such file"),  # before --profile
+    (["launch", "."], 2, ".: directory"),
     *((["judge", "audit", name], 4, f"{name}: evals/EVAL/judgments.jsonl")
       for name in ("empty.jsonl", "nowhere.jsonl", ".")),
     (["judge", "audit", "rows.jsonl"], 4, "rows.jsonl: is not a file of judgments"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
-from recipes_lib.config.documents import no_such_file
+from recipes_lib.config.documents import read
 from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import recipe_path
@@ -62,8 +62,8 @@ def run(
             f"recipes launch: {wrong[0]} is neither an option nor section.key=value",
             "one recipe or study at a time; put options of the site into its profile: sbatch",
         )
-    if study_file(first) is None and not recipe_path(first).is_file():
-        raise no_such_file(Path(first))
+    if study_file(first) is None:
+        read(recipe_path(first))  # what is not there is named before a profile that is missing
     if not profile:
         hint = f"profiles: {', '.join(known_profiles())}, or a copy of launch/profiles/example.yaml"
         raise RecipeError("recipes launch: --profile is missing", hint)
