@@ -167,7 +167,7 @@ def test_a_wrong_launch_says_what_is_wrong(profile_file, launch: Launch) -> None
         (("quickstart/lora-r8", "--mem=4G", "--profile", site), "put options of the site"),
         (("quickstart/lora-r8", "again", "--profile", site), "neither an option nor"),
         (("quickstart/lora-r8", "--profile", "exampel"), "did you mean example?"),
-        (("recipes/quickstart", "--profile", site), "no such file or recipe"),
+        (("recipes/quickstart", "--profile", site), "is a directory"),
         (("lora-rank-tuned", "--profile", site), "tunes its arms"),
         (("logs", "nobody"), "launched: nothing yet"),
     ]
