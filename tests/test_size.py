@@ -14,7 +14,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1743, 1500),
+    "commands": (1739, 1500),
     "core": (1127, 800),
     "config": (2598, 1900),
     "models": (629, 450),
