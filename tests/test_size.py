@@ -16,7 +16,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 LINES = {
     "commands": (1739, 1500),
     "core": (1127, 800),
-    "config": (2598, 1900),
+    "config": (2597, 1900),
     "models": (629, 450),
     "data": (2330, 1650),
     "training": (1850, 1700),

@@ -137,7 +137,6 @@ _NARROWER: dict[str, dict[str, object]] = {
         "activation_checkpointing_kwargs": dict[_Checkpointing, bool | int | None] | None,
         # a validation measures the loss alone
         "metric_for_best_model": Literal["loss", "eval_loss"] | None,
-        "greater_is_better": Literal[False] | None,
         "dataloader_num_workers": Annotated[int, Field(ge=0)],
         # batch_rebalance deals out the rows of a step by the number of processes
         "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
