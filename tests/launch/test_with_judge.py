@@ -50,9 +50,7 @@ def run(environment: dict[str, str], tmp_path: Path) -> Callable[..., CompletedP
 
 
 @pytest.mark.parametrize("code", [0, 6])
-def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(
-    run, tmp_path: Path, code: int
-) -> None:
+def test_the_judge_answers_while_the_command_runs_and_is_gone_after_it(run, tmp_path, code):
     asks = (
         "import os, sys, urllib.request as u; url = os.environ['RECIPES_JUDGE_URL']; "
         "print(url, os.path.exists('eval a.judge.log')); os.system(sys.argv[2]); "

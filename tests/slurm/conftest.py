@@ -1,6 +1,4 @@
-"""Profiles written for a test, programs that stand in for Slurm's, and a real Slurm, of which
-nothing is left behind.
-"""
+"""Profiles written for a test, programs that stand in for Slurm's, and a real Slurm."""
 
 from __future__ import annotations
 
@@ -8,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -53,9 +50,8 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     def make(name: str, body: str) -> Path:
         calls = folder / f"{name}.calls"
-        path = folder / name
-        path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n')
-        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+        (folder / name).write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" --- >> "{calls}"\n{body}\n')
+        (folder / name).chmod(0o755)
         return calls
 
     return make
@@ -113,9 +109,7 @@ class Cluster:
         return {state["label"]: state for state in found[name]}
 
     def ended(self, name: str, seconds: float = 300) -> dict[str, dict[str, Any]]:
-        """Wait until no job of a launch is queued or running; requeued jobs start at once, not
-        after Slurm's two minutes.
-        """
+        """Wait for the end of a launch; requeued jobs start at once, not after two minutes."""
         deadline, ids = time.monotonic() + seconds, list(self.jobs(name).values())
         ask = ("squeue", "-h", "-o", "%i|%T|%r", "-j", ",".join(ids))
         while waiting := self.call(*ask).stdout.splitlines():
@@ -154,9 +148,7 @@ class Cluster:
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Four nodes. Skipped where Slurm is not installed, except in continuous integration: there
-    that is a failure.
-    """
+    """Four nodes. Skipped where Slurm is not installed; in continuous integration that fails."""
     missing = [program for program in NEEDED if shutil.which(program) is None]
     if missing or os.geteuid() != 0:
         reason = f"needs root, and of {', '.join(missing)}: apt-get install slurm-wlm munge"
@@ -181,9 +173,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def free_ports() -> int:
-    """Return a port from which on a controller and four nodes (100 further up) find room: below
-    those where the ranks of a job meet, and those that Linux gives to whoever asks for any.
-    """
+    """Return a port with room for a controller and four nodes, below those where ranks meet."""
 
     def is_free(port: int) -> bool:
         with socket.socket() as probe:

@@ -1,6 +1,4 @@
-"""The script of a job, run without Slurm: clean shell, true exit codes, and no value is ever read
-as shell.
-"""
+"""The script of a job, run without Slurm: clean shell, true exit codes, no value read as shell."""
 
 from __future__ import annotations
 
@@ -24,9 +22,7 @@ LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 def test_shellcheck_finds_nothing_in_our_scripts_and_in_those_of_jobs(
     profile_file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipes
 ) -> None:
-    """A training on several nodes and an evaluation; SC2016: what stands in single quotes, a node
-    expands.
-    """
+    """SC2016: what stands in single quotes, a node expands."""
     odd = tmp_path / "it's $HOME"
     odd.mkdir()
     monkeypatch.chdir(odd)
@@ -106,9 +102,7 @@ def test_a_command_is_an_argument_list_not_a_line_of_shell(job, tmp_path: Path) 
     assert (tmp_path / "eval.exit_code").read_text() == "0\n"
 
 
-def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(
-    job, tmp_path: Path
-) -> None:
+def test_the_sites_environment_reaches_the_command_and_a_failing_one_is_exit_5(job, tmp_path):
     assert "yes" in job("eval", "printenv", "FROM_SITE", setup="export FROM_SITE=yes")[1]
     code, said = job("eval", "touch", "ran", setup="module load nothing")
     script = (tmp_path / "eval.sbatch").read_text()
@@ -202,9 +196,7 @@ def test_each_process_takes_its_share_of_the_tasks_cores(job, in_slurm, monkeypa
     assert job(*words)[0] == 1  # not touched without Slurm
 
 
-def test_a_script_refuses_another_number_of_nodes_than_it_is_written_for(
-    job, in_slurm, tmp_path: Path
-) -> None:
+def test_a_script_refuses_another_number_of_nodes_than_it_is_written_for(job, in_slurm, tmp_path):
     code, said = job("train", "touch", "ran", **{**in_slurm(), "SLURM_NNODES": "2"})
     assert code == 2 and "written for 1 node(s) and Slurm gave 2" in said
     assert not (tmp_path / "ran").exists()

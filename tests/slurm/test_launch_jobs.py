@@ -140,9 +140,7 @@ def test_a_chain_whose_later_job_is_refused_leaves_nothing_queued(
     assert not (root / "quickstart--lora-r8/slurm/jobs.json").exists()
 
 
-def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(
-    profile_file, launch: Launch, root: Path, stand_in
-) -> None:
+def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(profile_file, launch, root, stand_in):
     calls = stand_in("sbatch", NUMBERED + "echo $n")
     stand_in("recipes", f'exec "{sys.executable}" -m recipes_lib.cli "$@"')
     said = launch(*CHAIN, "--profile", profile_file(), "--dry-run")
@@ -202,9 +200,7 @@ def launched(root: Path) -> Path:
     return folder
 
 
-def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(
-    launched: Path, stand_in, launch: Launch
-) -> None:
+def test_one_squeue_and_one_sacct_tell_what_became_of_all_jobs(launched, stand_in, launch):
     squeue = stand_in("squeue", "echo '7_1|RUNNING|None|node3'; echo '8|PENDING|Dependency|'")
     sacct = stand_in("sacct", "echo '7_0|CANCELLED by 1000'")
     rows = [line.split() for line in launch("status", "tiny").splitlines()]
@@ -241,9 +237,7 @@ def test_cancel_names_only_what_is_not_over_and_a_second_launch_is_refused(
     assert "sbatch is not on this machine" in said and "--dry-run" in said
 
 
-def test_waiting_does_not_ask_slurm_in_a_tight_loop(
-    launched: Path, stand_in, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_does_not_ask_slurm_in_a_tight_loop(launched, stand_in, monkeypatch):
     """Issue: `--wait` asked every two seconds, with a call for each job."""
     calls = stand_in("squeue", NUMBERED + "[ $n -ge 12 ] || echo '8|RUNNING|None|node3'")
     stand_in("sacct", "exit 1")
@@ -259,9 +253,7 @@ def test_waiting_does_not_ask_slurm_in_a_tight_loop(
 # ---- What a job needs is fetched or found before it is queued ----
 
 
-def test_a_model_that_is_not_whole_is_missing_and_says_what_is_wrong(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_model_that_is_not_whole_is_missing_and_says_what_is_wrong(tiny_model_dir, tmp_path):
     whole = ModelSection(name_or_path=str(tiny_model_dir))
     assert check_model(whole).startswith("1 weight file, ") and missing_models([whole]) == []
 
@@ -302,9 +294,7 @@ def test_prefetch_checks_without_a_network_and_names_everything_that_is_missing(
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_launch_says_what_is_not_here_and_the_command_that_fetches_it(
-    profile_file, recipes: Recipes
-) -> None:
+def test_a_launch_says_what_is_not_here_and_the_command_that_fetches_it(profile_file, recipes):
     words = ("quickstart/lora-r8", "model.name_or_path=nobody/no-such-model", "--accelerate", "cpu")
     code, out, err = recipes("launch", *words, "--profile", profile_file(), "--dry-run")
     assert code == 0, err

@@ -100,9 +100,7 @@ def test_at_the_time_limit_a_job_saves_and_goes_back_into_the_queue_as_often_as_
     assert cluster.run_state("limited")["state"] == "preempted"
 
 
-def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(
-    cluster, tiny, profile
-) -> None:
+def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(cluster, tiny, profile):
     words = ("tiny.yaml", "--profile", profile, "run.name=cancelled", *ENDLESS)
     evals = ("--evals", str(PROJECT / "evals/quickstart/house_style.yaml"))
     cluster.launch(*words, *evals)
@@ -116,9 +114,7 @@ def test_a_cancelled_training_is_not_queued_again_and_leaves_no_process(
     assert cluster.queue() == []
 
 
-def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(
-    cluster, tiny_model_dir
-) -> None:
+def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(cluster, tiny_model_dir):
     study = write_tiny_study(cluster.work / "study", tiny_model_dir, steps=4, questions=4)
     text = study.read_text()
     broken = "r16: {recipe: r8.yaml, overrides: [run.global_batch_size=64]}"  # more than its rows
@@ -139,9 +135,7 @@ def test_an_array_with_a_failing_arm_evaluates_and_reports_the_others(
     assert "tiny--r16" in status and "tiny--r8" not in status
 
 
-def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(
-    cluster, tiny, profile
-) -> None:
+def test_two_nodes_of_two_processes_train_the_adapter_of_one_process(cluster, tiny, profile):
     from safetensors.torch import load
 
     plain = ("train.max_steps=6", "train.per_device_train_batch_size=2")

@@ -1,6 +1,4 @@
-"""What `recipes train` leaves behind, in a hundredth of its time. FAIL, CODE, TRAIN_SECONDS and
-LOSSES of the environment decide how it ends.
-"""
+"""What `recipes train` leaves behind, fast; FAIL, CODE, TRAIN_SECONDS and LOSSES decide its end."""
 
 from __future__ import annotations
 
@@ -30,9 +28,8 @@ def main() -> int:
     if folder := os.environ.get("SEEN"):
         note_devices(Path(folder), run.name)
     time.sleep(float(os.environ.get("TRAIN_SECONDS", "0")))
-    loss = json.loads(os.environ.get("LOSSES", "{}")).get(
-        str(recipe.train.get("learning_rate")), 3.0
-    )
+    losses = json.loads(os.environ.get("LOSSES", "{}"))
+    loss = losses.get(str(recipe.train.get("learning_rate")), 3.0)
     failing = os.environ.get("FAIL")
     code = 3 if loss is None else int(os.environ.get("CODE", "1"))
     if loss is None or (failing and run.name.endswith(failing)):
@@ -40,9 +37,7 @@ def main() -> int:
         return code
     shutil.copy(resolved, run.path / "resolved.yaml")
     (run.path / "adapter").mkdir()
-    (run.path / "adapter" / "adapter_model.safetensors").write_bytes(
-        b"weights of " + str(recipe).encode()
-    )
+    (run.path / "adapter" / "adapter_model.safetensors").write_text(f"weights of {recipe}")
     summary = {"seconds": 12.5, "last_validation_loss": loss}
     run.write_state("finished", exit_code=0, guard=guard, summary=summary)
     return 0

@@ -78,9 +78,7 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
     assert not wrong
 
 
-def test_an_interim_look_has_no_verdict_and_locks_nothing(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interim_look_has_no_verdict_and_locks_nothing(file, monkeypatch):
     monkeypatch.setattr(reporting, "missing_of", lambda study: ["training tiny--r8"])
     study = load_study(file, ["seeds=[42, 43]"])
     report, missing = report_study(study)
@@ -99,9 +97,7 @@ def gated(file: Path, baseline: str) -> Study:
     return load_study(file)
 
 
-def test_the_gate_fails_for_a_worse_arm_and_passes_for_a_better_one(
-    file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_gate_fails_for_a_worse_arm_and_passes_for_a_better_one(file, monkeypatch):
     answer = gate(gated(file, "r4"))
     assert answer.code == ExitCode.DONE and answer.comparisons == 1
     study = gated(file, "r8")
@@ -121,9 +117,7 @@ def test_the_gate_holds_an_arm_to_its_margin(file: Path) -> None:
         assert (gate(dataclasses.replace(study, aims=aims)).code == ExitCode.DONE) is passes
 
 
-def test_an_arm_that_is_worse_fails_also_where_a_finding_stops_the_sentence(
-    file: Path, measured: Arms
-) -> None:
+def test_an_arm_that_is_worse_fails_also_where_a_finding_stops_the_sentence(file, measured):
     for arm in measured:
         for log in arm.logs:
             log.answers.__dict__["fingerprint"] = "the same"

@@ -76,9 +76,7 @@ BAD = {
 }
 
 
-def test_a_bad_study_is_answered_with_its_line(
-    study_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bad_study_is_answered_with_its_line(study_folder, capsys):
     file = study_folder / "tiny.yaml"
     text = file.read_text()
     wrong = []
@@ -102,9 +100,7 @@ def test_all_errors_of_a_study_and_its_recipes_come_at_once(study_folder: Path) 
         load_study(study)
 
 
-def test_words_of_the_command_line_change_the_study_and_win_over_every_arm(
-    study_folder: Path,
-) -> None:
+def test_words_of_the_command_line_change_the_study_and_win_over_every_arm(study_folder):
     file = study_folder / "tiny.yaml"
     own = "r4: {recipe: r4.yaml, overrides: [train.max_steps=2], seeds: [7]}"
     text = file.read_text().replace("r4: r4.yaml", own)
@@ -123,9 +119,7 @@ def test_words_of_the_command_line_change_the_study_and_win_over_every_arm(
         load_study(file, ["--train.seed=7"])
 
 
-def test_the_primary_metric_is_named_by_a_part_of_its_name_or_is_the_first(
-    study_folder: Path,
-) -> None:
+def test_the_primary_metric_is_named_by_a_part_of_its_name_or_is_the_first(study_folder):
     file = study_folder / "tiny.yaml"
     text = file.read_text()
     task = "study--lm_eval/quickstart_multiple_choice"

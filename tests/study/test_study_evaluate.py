@@ -92,9 +92,7 @@ def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) ->
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()
 
 
-def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(
-    trained: Path,
-) -> None:
+def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothing_again(trained):
     def grades() -> list[float | None]:
         metrics = load_run(RunDirectory("tiny--r8").path).metrics
         return [s.value for metric in metrics if metric.metric == "grade" for s in metric.samples]
@@ -117,9 +115,7 @@ def test_a_rubric_changed_and_changed_back_gives_the_first_result_and_asks_nothi
     assert results[1] in [file.read_bytes() for file in earlier]
 
 
-def test_an_eval_against_another_run_is_part_of_the_comparison(
-    trained: Path, make_run: Callable[..., Path]
-) -> None:
+def test_an_eval_against_another_run_is_part_of_the_comparison(trained, make_run):
     make_run("sparring", 3, "chat")
     eval = trained.with_name("alpaca_eval.yaml")
     text = eval.read_text()
@@ -200,9 +196,7 @@ def weights(root: Path) -> dict[Path, int]:
 
 
 @pytest.mark.timeout(1800)
-def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(
-    tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_study_killed_at_ten_moments_ends_like_one_left_alone(tiny_model_dir, tmp_path):
     study = write_tiny_study(tmp_path / "study", tiny_model_dir)
     root = tmp_path / "runs"
     seconds = run_to_the_end(study, root)

@@ -1,6 +1,4 @@
-"""`recipes study run`: what is trained again, arms that fail alone, one runner at a time. Trainings
-are stand-ins, and nothing is evaluated here.
-"""
+"""`recipes study run` with stand-ins for trainings: what is trained again, what fails alone."""
 
 from __future__ import annotations
 
@@ -94,9 +92,7 @@ def test_a_failing_arm_stops_no_other_and_the_same_command_trains_it_and_then_no
     assert (code, commands(said)) == (0, [])
 
 
-def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(
-    study: Path, run: Run
-) -> None:
+def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(study, run):
     run()
     adapter = RunDirectory("tiny--r4").path / "adapter"
     kept = RunDirectory("tiny--r4").root / REPLACED
@@ -126,9 +122,7 @@ def test_a_run_of_other_settings_or_other_data_is_moved_away_and_trained_again(
     assert (run()[0], trained(study)) == (0, ["tiny--r4", "tiny--r8"])
 
 
-def test_trainings_at_the_same_time_never_share_a_gpu(
-    study: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trainings_at_the_same_time_never_share_a_gpu(study, run, tmp_path, monkeypatch):
     small = "overrides: [train.per_device_train_batch_size=1]"
     change(study, "seeds: [42]", f"seeds: [42, 43]\n{small}")
     change(study, "r4: r4.yaml", "r4: {recipe: r4.yaml, accelerate: single_gpu, gpus: 1}")
@@ -191,9 +185,7 @@ RUN = (
 )
 
 
-def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(
-    study: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_signal_is_handed_on_and_ends_the_study_with_its_code(study, monkeypatch):
     monkeypatch.setenv("TRAIN_SECONDS", "60")
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
         words = [sys.executable, "-c", RUN, str(study)]
@@ -229,9 +221,7 @@ def test_two_studies_of_one_name_are_refused(study: Path, run: Run, tmp_path: Pa
     assert StudyRunner(other, lambda line: None).run() == 0
 
 
-def test_a_study_without_evals_and_one_renamed_after_a_run_are_warned_of(
-    study: Path, run: Run, recipes: Callable[..., tuple[int, str, str]]
-) -> None:
+def test_a_study_without_evals_and_one_renamed_after_a_run_are_warned_of(study, run, recipes):
     """Issue: hours of training ended in an empty report; the renamed one trained all again."""
     run()
     renamed = study.rename(study.with_name("renamed.yaml"))
@@ -240,9 +230,7 @@ def test_a_study_without_evals_and_one_renamed_after_a_run_are_warned_of(
         assert "names no evals" in err and "call this file tiny.yaml again" in err
 
 
-def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(
-    study: Path, run: Run
-) -> None:
+def test_a_job_that_only_evaluates_says_what_is_not_trained_as_the_study_is_now(study, run):
     code, said = run(train=False)
     assert code == ExitCode.FAILED and commands(said) == []
     assert "failed: tiny--r4 (exit code 1): is not trained" in said
@@ -301,9 +289,7 @@ def test_a_wider_grid_tries_what_is_new_and_an_arm_of_another_value_is_trained_a
     assert "train.learning_rate 0.01 -> 2.0): moved to" in said
 
 
-def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
-    tuned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(tuned, monkeypatch):
     tuned.write_text(tuned.read_text().replace("  r8: r8.yaml\n", ""))
     monkeypatch.setenv("LOSSES", json.dumps({"0.001": 2.0, "0.01": 2.0, "0.1": None}))
     trained, said = run_tuned(tuned)
@@ -315,9 +301,7 @@ def test_of_equal_losses_the_first_value_wins_and_one_that_diverged_cannot(
     assert len(trained) == 3 and "failed: r4 (exit code 3): train.learning_rate diverged" in said
 
 
-def test_a_try_that_failed_or_was_stopped_holds_its_arm_back_until_it_is_done(
-    tuned: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_try_that_failed_or_was_stopped_holds_its_arm_back_until_it_is_done(tuned, monkeypatch):
     monkeypatch.setenv("FAIL", "r4--tune-0.1--seed1042")
     trained, _ = run_tuned(tuned, ExitCode.FAILED)
     assert trained[-1] == "tiny--r8 0.01" and "tiny--r4 0.01" not in trained

@@ -27,9 +27,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_plan_and_status_touch_nothing_and_status_imports_nothing_heavy(
-    study_folder: Path, tmp_path: Path
-) -> None:
+def test_plan_and_status_touch_nothing_and_status_imports_nothing_heavy(study_folder, tmp_path):
     before = tree(tmp_path)
     program = (
         "import sys; from recipes_lib.cli import main\n"
@@ -112,9 +110,7 @@ def test_a_plan_promises_no_difference_above_100_points(study_folder, recipes) -
 # ---- What is refused before the first training ----
 
 
-def test_no_verb_of_a_study_accepts_rows_that_hold_its_questions(
-    study_folder: Path, recipes: Recipes, tmp_path: Path
-) -> None:
+def test_no_verb_of_a_study_accepts_rows_that_hold_its_questions(study_folder, recipes, tmp_path):
     leak_questions(study_folder)
     for verb in ("study plan", "study run", "check"):
         code, out, err = recipes(*verb.split(), study_folder / "tiny.yaml")
