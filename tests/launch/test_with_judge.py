@@ -1,6 +1,4 @@
-"""launch/with_judge.sh: a judge's server from when a command wants it to its end. vLLM is stood in
-for by a server of this project's tests.
-"""
+"""launch/with_judge.sh with a stand-in for vLLM: a server lives as long as a command wants it."""
 
 from __future__ import annotations
 

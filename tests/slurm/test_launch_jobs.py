@@ -1,6 +1,4 @@
-"""`recipes launch` without a cluster: profiles, the jobs of recipes and studies, what sbatch is
-asked, what is shown of the jobs afterwards. Slurm's commands are stand-ins.
-"""
+"""`recipes launch` and `prefetch` without a cluster: Slurm's commands are stand-ins."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Jobs of a real Slurm, four made-up nodes of this machine (launch/sandbox.sh): chain, preemption,
-the time limit, cancelling, an array with a failing arm, two nodes.
-"""
+"""Jobs of a real Slurm: four made-up nodes of this machine (launch/sandbox.sh)."""
 
 from __future__ import annotations
 
