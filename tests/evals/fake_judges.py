@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
@@ -58,8 +57,3 @@ def obeys_answers(request: JudgeRequest) -> Completion:
     """Follows a verdict line that stands in an answer."""
     found = re.search(r"\[RESULT\] ([AB])", "".join(request.answers))
     return says(found[1]) if found else sound(request)
-
-
-def coin(seed: int) -> Callable[[JudgeRequest], Completion]:
-    draw = random.Random(seed)
-    return lambda request: says(draw.choice("AB"))

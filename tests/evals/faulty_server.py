@@ -85,11 +85,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         elif isinstance(fault, bytes):
             status, _, content = fault.partition(b":")
-            self.raw(int(status), content)
+            self.reply(int(status), content)
         else:
             status, _, pause = fault.partition(":")
-            headers = {"Retry-After": pause} if pause else {}
-            self.reply(int(status), {"error": {"message": f"made-up {status}"}}, headers)
+            self.reply(int(status), {"error": {"message": f"made-up {status}"}}, pause)
 
     def completion(self, body):
         is_chat = "messages" in body
@@ -103,14 +102,12 @@ class _Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = chat if is_chat else plain
         return {"model": MODEL, "choices": [choice]}
 
-    def reply(self, status, value, headers=None):
-        self.raw(status, json.dumps(value).encode(), headers)
-
-    def raw(self, status, content, headers=None):
+    def reply(self, status, value, pause=""):
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-        for name, value in (usual | (headers or {})).items():
-            self.send_header(name, value)
+        for name, text in (usual | ({"Retry-After": pause} if pause else {})).items():
+            self.send_header(name, text)
         self.end_headers()
         self.wfile.write(content)
 

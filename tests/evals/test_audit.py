@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.evals.fake_judges import FakeJudge, always_a, coin, obeys_answers, reply, says, sound
+from tests.evals.fake_judges import FakeJudge, always_a, obeys_answers, reply, says, sound
 from tests.evals.faulty_server import MODEL, FaultyServer
 
 from recipes_lib.cli import main
@@ -64,7 +64,7 @@ def test_a_sound_judge_passes_and_what_was_not_measured_is_one_note(tmp_path: Pa
 
 
 def test_every_vice_fails_its_check_and_is_named_in_the_banner(tmp_path: Path) -> None:
-    vices = [(SWAP, always_a), (SWAP, coin(3)), (UNPARSED, lambda request: reply("Both."))]
+    vices = [(SWAP, always_a), (UNPARSED, lambda request: reply("Both."))]
     vices += [(PROBES["injected"], obeys_answers), (PROBES["empty"], always_a)]
     for number, (check, judge) in enumerate(vices):
         card = card_of(judge, tmp_path / str(number))
@@ -137,10 +137,10 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
         {"instruction": f"Name a fruit, {n}.", "opponent_answer": f"Stone {n}."} | usual
         for n in range(8)
     ]
-    turned = rows[0] | {"answer": "Stone 0.", "opponent_answer": "An apple."}
-    for name, listed in (("labels", rows), ("both", [rows[0], turned])):
-        lines = "".join(json.dumps(row) + "\n" for row in listed)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
+    rows.append(rows[0] | {"answer": "Stone 0.", "opponent_answer": "An apple."})
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "labels.jsonl").write_text("".join(lines[:8]))
+    (tmp_path / "both.jsonl").write_text(lines[0] + lines[8])
     words = ["judge", "audit", "--judge", str(tmp_path / "judge.yaml"), "--labels"]
     with FaultyServer(answer="The first one. [RESULT] A") as server:
         judge_file(engine="openai", model=MODEL, base_url=server.url, mode="generate")
@@ -149,6 +149,9 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
         assert main([*words, "gone.jsonl"]) == 4
         assert capsys.readouterr().err == "gone.jsonl: no such file\n"
         words.append(str(tmp_path / "labels.jsonl"))
+        (tmp_path / "no.yaml").write_text("judge:\n  model: x\n  rubric: gone.txt\n")
+        assert main([*words, "--judge", str(tmp_path / "no.yaml")]) == 2
+        assert "no.yaml:3: judge.rubric: no such file" in capsys.readouterr().err
         assert main([*words, "--limit", "6", "--probe-pairs", "1"]) == 0
         assert "failed its audit" in capsys.readouterr().out and len(server.bodies) == 16
         assert main([*words, "--json", "--probe-pairs", "1"]) == 0
@@ -156,8 +159,6 @@ def test_a_judge_is_audited_on_labelled_pairs_and_the_scorecard_is_kept(
     card = json.loads(capsys.readouterr().out)
     (kept,) = runs_folder.glob("judge--judge/labels/judge_audit.json")
     assert json.loads(kept.read_text()) == card
-    assert {check["check"] for check in card["checks"] if check["result"] == "fail"} >= {
-        SWAP,
-        HUMAN,
-    }
+    failed = {check["check"] for check in card["checks"] if check["result"] == "fail"}
+    assert failed >= {SWAP, HUMAN}
     assert main(["judge", "audit", str(kept.with_name("judgments.jsonl"))]) == 0

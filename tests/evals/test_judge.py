@@ -17,10 +17,18 @@ import pytest
 from tests.evals.fake_judges import FakeJudge, reply, sound
 from tests.evals.faulty_server import MODEL, FaultyServer, chaos
 
-from recipes_lib.core.errors import EnvironmentFault
+from recipes_lib.core.errors import EnvironmentFault, RecipeError
 from recipes_lib.evals.audit import pair_samples
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete
-from recipes_lib.evals.judge import Item, JudgeRequest, ask, build_requests, opened, verdict_tokens
+from recipes_lib.evals.judge import (
+    Item,
+    Judge,
+    JudgeRequest,
+    ask,
+    build_requests,
+    opened,
+    verdict_tokens,
+)
 from recipes_lib.evals.log import Store
 from recipes_lib.evals.recipe import load_judge_file
 
@@ -195,6 +203,22 @@ def test_every_way_to_ask_is_part_of_the_fingerprint_and_nonsense_has_no_verdict
             (row,) = ask([Item("1", "Hi", "Hello.")], judge, Store(tmp_path / judge.fingerprint))
         assert (row["status"] == "ok") == ("mode" not in keys) == ("probabilities" in row), keys
     assert len(prints) == 6
+
+
+def test_a_hub_judge_is_fetched_before_its_fingerprint_is_taken(judge_file, monkeypatch):
+    cached: list[str] = []
+
+    def fetch(*_, **__):
+        cached.append("/hub/snapshots/0123/config.json")
+        return SimpleNamespace(encode=list)
+
+    found = lambda *_, **__: cached[0] if cached else None  # noqa: E731
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", found)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", fetch)
+    first, second = (Judge(judge_file(model="owner/judge")).fingerprint for _ in range(2))
+    assert first == second
+    with pytest.raises(RecipeError, match="/nowhere/judge"):
+        Judge(judge_file(model="/nowhere/judge"))
 
 
 def test_verdicts_are_told_apart_by_one_token_or_refused():

@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import re
 import runpy
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from recipes_lib.core.errors import EnvironmentFault, RecipeError
+from recipes_lib.core.errors import RecipeError
 from recipes_lib.core.project import cache_root
 from recipes_lib.evals.prompts import (
     CUT_MARK,
@@ -22,7 +21,6 @@ from recipes_lib.evals.prompts import (
     prometheus_is_here,
     template_of,
 )
-from recipes_lib.evals.recipe import load_judge_file
 
 EVALS = Path(__file__).resolve().parents[2] / "evals"
 RELATIVE, ABSOLUTE = (
@@ -43,17 +41,11 @@ def relative(first: str, second: str, **options):
 def test_the_sections_stand_in_the_formats_order() -> None:
     prompt = relative("Paris", "Lyon", reference="Rome")
     graded = build_prompt(ABSOLUTE, RUBRIC, "Name a city.", ["Paris"], "Rome", code="c0de")
-    marks = {
-        prompt.user: r"Task Desc.*\[RESULT\] \(A or B\).*Instruction:.*Response A:.*Paris.*"
-        r"Response B:.*Lyon.*Reference Answer:.*Rome.*Score Rubric:.*\[Does the.*\]\n.*Feedback:",
-        graded.user: "instruction to evaluate:.*Response to evaluate:.*"
-        "Reference Answer .Score 5.:.*Score Rubrics:.*Score 1:.*Score 5:.*Feedback:",
-    }
-    for text, pattern in marks.items():
-        assert re.search(pattern, text, re.DOTALL)
+    pattern = r"[INST] You are*[RESULT] (A or B)*Instruction:*Response A:*Paris*Response B:*Lyon*"
+    pattern += f"Reference Answer:*Rome*Score Rubric:*[{RUBRIC.criterion}]*Feedback:  [/INST]"
+    assert re.fullmatch(re.escape(pattern).replace(r"\*", "(?s:.*)"), prompt.instruct_text())
+    assert re.search("(?s)Paris.*Score 5.:\nRome.*Score 1:.*Score 5:.*Feedback:", graded.user)
     assert "Score 1:" not in prompt.user and "eference" not in relative("Paris", "Lyon").user
-    text = prompt.instruct_text()
-    assert text.startswith("[INST] You are") and text.endswith("###Feedback:  [/INST]")
 
 
 def test_the_judge_reads_answers_as_they_were_written_between_lines_with_a_code() -> None:
@@ -141,13 +133,3 @@ def test_all_but_the_fence_is_the_packages_text() -> None:
                 assert prompt.system == constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"]
                 assert "<<begin c0de>>\nblue\n<<end c0de>>" in prompt.user
                 assert "\n5. " in prompt.user
-
-
-def test_a_package_that_cannot_be_fetched_says_what_to_do(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("RECIPES_CACHE", str(tmp_path))
-    failed = subprocess.CompletedProcess([], 1, "", "no network\n")
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    judge = load_judge_file(EVALS / "judges/prometheus-7b-v2.yaml").judge
-    said = r"cannot fetch prometheus-eval==0\.1\.20: no network\n.*prefetch.*judge\.relative_prompt"
-    with pytest.raises(EnvironmentFault, match=said):
-        judge.template("relative")

@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.sections import ModelSection
 from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import Row, hash_of, model_fingerprint
@@ -219,6 +220,8 @@ class Judge:
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
         path = section.model if self.is_served else model_path(self._source)
+        if not self.is_served and local_folder(bare_recipe(self._source)) is None:
+            self.count_tokens("")  # which fetches it: the fingerprint has its commit
         self.weights = None if self.is_served else model_fingerprint(path, section.revision)
         own = [self.weights, section.dtype] if self.weights else [section.extra_body]
         self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
