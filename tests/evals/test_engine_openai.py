@@ -12,7 +12,7 @@ from tests.evals.faulty_server import MODEL, NONSENSE, TOP, Fault, FaultyServer
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError
 from recipes_lib.evals.engine import Completion, EvaluationIncomplete, Request, Sampling
-from recipes_lib.evals.engine_openai import OpenAIEngine
+from recipes_lib.evals.engine_openai import OpenAIEngine, served_fingerprint
 from recipes_lib.evals.recipe import GenerationSection
 
 CHAT = {"messages": ({"role": "user", "content": "hi"},)}
@@ -90,7 +90,8 @@ def test_anything_else_of_a_request_is_passed_on_and_part_of_the_fingerprint():
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     with FaultyServer() as server:
         plain, own = engine_for(server), engine_for(server, extra_body=extra)
-        assert plain.fingerprint != own.fingerprint
+        prints = {served_fingerprint(each.server, MODEL, None) for each in (plain, own)}
+        assert len(prints) == 2
         ask(own, **CHAT, sampling=Sampling(temperature=None))
         ask(plain, prompt="x", ids=(1, 2, 3))
         ask(plain, **CHAT, schema={"type": "object"})

@@ -173,10 +173,9 @@ def _probed(probe: str, rows: Sequence[Row]) -> tuple[list[str], list[bool]]:
 
 
 def _human(pairs: Sequence[Sample], labels: Mapping[str, str]) -> Check:
-    """How far single verdicts agree with people on pairs that people decided. Each pair is seen in
-    both orders, so chance is one half whatever the position bias.
-    """
+    """How far verdicts agree with people on pairs that people decided."""
     meaning = {"win": ("A", "B"), "loss": ("B", "A")}
+    # each pair is seen in both orders, so chance is one half whatever the position bias
     labelled = [pair for pair in pairs if labels.get(pair.same_as) in meaning]
     right = [sum(map(eq, pair.verdicts, meaning[labels[pair.same_as]])) / 2 for pair in labelled]
     check = _check(HUMAN, [pair.id for pair in labelled], right)

@@ -169,9 +169,7 @@ def build_requests(
 
 
 def rule_verdict(answers: Sequence[str]) -> Row | None:
-    """Return the verdict that needs no judge: an empty answer loses (grade 1), identical answers
-    tie; None otherwise.
-    """
+    """Return the verdict that needs no judge: an empty answer loses, identical ones tie."""
     first, *others = (answer.strip() for answer in answers)
     if not others:
         return None if first else verdict_row("ok", "empty answer", "1")
@@ -280,9 +278,7 @@ class Judge:
         return self._engine.complete(map(self._render, requests), sampling)
 
     def _reach(self) -> OpenAIEngine:
-        """Return what asks the server; one that the job starts late is waited for
-        (launch/with_judge.sh ends this process where it does not start).
-        """
+        """Return what asks the server, once launch/with_judge.sh has started it where it does."""
         if self.section.served_here and "RECIPES_JUDGE_WANTED" in os.environ:
             wanted = Path(os.environ["RECIPES_JUDGE_WANTED"])
             wanted.touch()
