@@ -162,6 +162,8 @@ def test_mistakes_are_placed_in_the_parent_or_on_the_command_line(write, capsys)
         said = capsys.readouterr().err
         assert said.startswith("command line: ") and " line " not in said and "None" not in said
     assert main(["check", "_b.yaml"]) == 0  # a base needs no model
+    assert main(["show", str(write("modle: {name_or_path: a}\n"))]) == 2
+    assert "did you mean model?" in capsys.readouterr().err  # what a verb expects, it is
 
 
 def test_extends_that_leads_nowhere_or_in_a_circle_is_named_at_its_line(write, capsys):

@@ -342,8 +342,7 @@ _OURS = ("quantization", "lora", "train", "run", "launch")
 _FOREIGN = ("base_model", "sequence_len", "finetuning_type", "cutoff_len", "peft", "checkpointer")
 _STUDY = ("question", "factors", "arms", "seeds", "evals", "primary", "tune")
 _FLAT = ("model_name_or_path", "dataset_name", "output_dir")
-# The first that has a key of the file is its kind; model and data are sections of other programs
-# too.
+# The first with a key of the file is its kind; other programs have model and data too.
 KINDS = (
     Kind("eval", "an eval recipe", ("suite", "generation"), "run it: recipes eval EVAL RUN"),
     Kind("study", "a study", _STUDY, "run it: recipes study run STUDY"),
@@ -360,7 +359,7 @@ KINDS = (
 _BASE = Kind("base", "a base that recipes extend", (), "name it in a recipe's extends")
 
 
-def kind_of(document: Document) -> Kind:
+def kind_of(document: Document, default: str = "") -> Kind:
     """Return a file's kind by its top-level keys; a recipe whose name starts with `_` is a base."""
     values, file = document.values, document.file
     if isinstance(values, list) and document.path.suffix == ".json":
@@ -371,6 +370,8 @@ def kind_of(document: Document) -> Kind:
         if values.keys() & {*kind.keys}:
             is_base = kind.name == "recipe" and document.path.name.startswith("_")
             return _BASE if is_base else kind
+    if default:
+        return next(kind for kind in KINDS if kind.name == default)
     keys = ", ".join(list(values)[:6])
     hint = f"a recipe has {', '.join(SECTIONS)}"
     raise RecipeError(f"unknown kind of file: its top-level keys are {keys}", hint, file=file)
@@ -383,7 +384,6 @@ def wrong_kind(kind: Kind, expected: str, file: str) -> RecipeError:
 
 
 def _is_data(file: str) -> RecipeError:
-    what = "is a file of rows, not a YAML file"
     name = f"name it in a recipe: data.source={file}"
     new = f"or start one: recipes new NAME --from quickstart/lora-r8 --data {file}"
-    return RecipeError(what, name, new, file=file)
+    return RecipeError("is a file of rows, not a YAML file", name, new, file=file)

@@ -79,7 +79,7 @@ def parse(model: type[M], document: Document, *rules: Rule[M]) -> M:
         rules: what must hold between keys; each yields errors, or adds warnings to the document.
     """
     if expected := getattr(model, "kind", ""):
-        kind = kind_of(document)
+        kind = kind_of(document, expected)
         if kind.name != expected:
             raise wrong_kind(kind, expected, document.file)
     value, errors = judge(model, document, *rules)
