@@ -42,7 +42,6 @@ def test_a_diamond_of_parents_is_read_once_each_and_every_value_has_its_place(wr
 
 
 KINDS = [
-    ({"model": {}}, "r.yaml", "recipe"),
     ({"lora": {}}, "sub/_b.yaml", "base"),
     ({"distributed_type": "NO"}, "ddp.yaml", "accelerate"),
     ({"model_name_or_path": "a"}, "old.yaml", "flat"),
@@ -50,7 +49,6 @@ KINDS = [
     ({"model": {}, "data": {}, "training": {"seed": 1}}, "r.yaml", "recipe"),
     ({"lora": {}, "base_model": "m"}, "r.yaml", "recipe"),
     ({"suite": {}, "judge": {}}, "e.yaml", "eval"),
-    ({"base_model": "a", "sequence_len": 1}, "r.yaml", "foreign"),
     ({"model_name_or_path": "a", "finetuning_type": "lora"}, "r.yaml", "foreign"),
     ({"model_name_or_path": "a", "beta": 0.1}, "r.yaml", "foreign"),
 ]

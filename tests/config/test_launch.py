@@ -10,7 +10,6 @@ from recipes_lib.cli import main
 from recipes_lib.config.launch import load_accelerate_config, place_machine, plan_launch
 from recipes_lib.config.sections import LaunchSection
 from recipes_lib.core.errors import RecipeError
-from recipes_lib.core.project import project_root
 
 FSDP = (
     "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_state_dict_type:"
@@ -30,14 +29,6 @@ BAD_CONFIGS = [
     ("distributed_type: 'NO'\ndeepspeed_config: {zero_stage: 3}\n", "cannot be used here"),
     ("model: {name_or_path: a}\n", "is a recipe, not an accelerate config"),
 ]
-
-
-def test_every_shipped_config_loads_by_name():
-    for path in (project_root() / "accelerate_configs").glob("*.yaml"):
-        assert load_accelerate_config(path.stem).path == path
-    config = load_accelerate_config("fsdp_cpu")
-    assert (config.distributed_type, config.num_processes, config.use_cpu) == ("FSDP", 2, True)
-    assert config.fsdp_config["fsdp_version"] == 2
 
 
 def test_what_accelerate_would_take_silently_is_refused(write, capsys):
