@@ -110,7 +110,8 @@ def answer_all(
                     texts[place] = row["answer"]
                     if row["finish_reason"] != "stop":
                         cut.add(place)
-    facts = model.facts(
+    facts = replace(
+        model.facts(),
         fingerprint=engine.fingerprint,
         decoding=sampling.to_dict() | ({"temperature": "by category"} if by_category else {}),
         server=engine.version,

@@ -105,23 +105,14 @@ def facts_of(folder: Path | None, load: Callable[[], Any]) -> SimpleNamespace:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model to be asked.
+    """A model to be asked."""
 
-    Args:
-        word: as it was typed.
-        run: the run folder that its answers go to; its name is the model's name.
-        recipe: what `from_pretrained` takes, and how the model is asked.
-        prompts: its prompt format.
-        fingerprint: hash of its weights and precision.
-        trained: the run that trained it; None for a base and any other model.
-    """
-
-    word: str
-    run: RunDirectory
-    recipe: Recipe
+    word: str  # as it was typed
+    run: RunDirectory  # where its answers go; its name is the model's
+    recipe: Recipe  # what `from_pretrained` takes, and how the model is asked
     prompts: PromptFormat
-    fingerprint: str
-    trained: TrainedRun | None = None
+    fingerprint: str  # hash of its weights and precision
+    trained: TrainedRun | None = None  # None for a base and any other model
 
     @property
     def name(self) -> str:
@@ -142,18 +133,17 @@ class Model:
         """Return where an eval keeps what it knows of the model: runs/<run>/evals/<eval>."""
         return self.run.path / "evals" / eval_name
 
-    def facts(self, **more: Any) -> AnswerFacts:
+    def facts(self) -> AnswerFacts:
         """Return what a log says of it."""
-        known = {
-            "name": self.name,
-            "models": (self.recipe.model.name_or_path,),
-            "fingerprint": self.fingerprint,
-            "prompt_format": self.prompts.name,
-            "prompt_format_hash": self.prompts.hash,
-            "dtype": self.recipe.model.dtype,
-            "quantized": self.recipe.quantization is not None,
-        }
-        return AnswerFacts(**{**known, **more})
+        return AnswerFacts(
+            name=self.name,
+            models=(self.recipe.model.name_or_path,),
+            fingerprint=self.fingerprint,
+            prompt_format=self.prompts.name,
+            prompt_format_hash=self.prompts.hash,
+            dtype=self.recipe.model.dtype,
+            quantized=self.recipe.quantization is not None,
+        )
 
     def record(self) -> None:
         """Write run.json of a model without a run, so that its name can be used like a run's."""

@@ -71,20 +71,16 @@ Side = Model | Answers  # a model that is asked, or answers that are there
 class EvalTask:
     """What `evaluate_tasks` is asked for: one eval recipe, the words of its models, and their
     opponent (`reference`, `base`, another model; None for the recipe's own).
-
-    Attributes:
-        sides: who answers for each word, and with whom that is compared.
-        answers: by the name of who gave them.
-        logs: by word.
     """
 
     recipe: EvalRecipe
     words: tuple[str, ...]
     against: str | None = None
     suite: Suite = field(init=False)
+    # by word: who answers, and with whom that is compared
     sides: dict[str, tuple[Side, Side | None]] = field(init=False, default_factory=dict)
-    answers: dict[str, Answers] = field(init=False, default_factory=dict)
-    logs: dict[str, EvalLog] = field(init=False, default_factory=dict)
+    answers: dict[str, Answers] = field(init=False, default_factory=dict)  # by the model's name
+    logs: dict[str, EvalLog] = field(init=False, default_factory=dict)  # by word
 
     def models(self) -> list[Model]:
         """Return every model that is to be asked: targets first, then opponents."""

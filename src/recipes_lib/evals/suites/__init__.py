@@ -18,13 +18,8 @@ if TYPE_CHECKING:
 class Suite:
     """A suite for the models of one eval recipe.
 
-    A suite with questions turns answers into a log (`log`), or has a judge decide (`JudgedSuite`);
-    one without measures a loaded model (`measure`). Logs need only what the suite knows: `run`
-    adds who answered, the key and the file.
-
-    Args:
-        recipe: the eval recipe.
-        chosen: its questions; none where the suite asks none of its own.
+    One with questions turns answers into a log (`log`), or has a judge decide (`JudgedSuite`); one
+    without measures a loaded model (`measure`). `run` adds who answered, the key and the file.
     """
 
     title: ClassVar[str] = ""

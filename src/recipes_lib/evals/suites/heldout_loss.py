@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
@@ -84,40 +85,20 @@ class HeldoutLoss(Suite):
         where = f"on {self.split or 'held-out'} rows"
 
         def metric(losses: list[float], sizes: list[int], unit: str, **known: Any) -> Metric:
-            mean = sum(sizes) / len(sizes)
-            samples = [
-                Sample(
-                    id=name,
-                    value=loss / mean,
-                    outcome="graded",
-                    verdicts=(f"{size} {unit}",),
-                    same_as="" if earlier == name else earlier,
-                )
-                for name, loss, size, earlier in zip(names, losses, sizes, same, strict=True)
-            ]
+            mean, samples = sum(sizes) / len(sizes), []
+            for name, loss, size, earlier in zip(names, losses, sizes, same, strict=True):
+                sample = Sample(name, value=loss / mean, same_as="" if earlier == name else earlier)
+                verdicts = (f"{size} {unit}",)
+                samples.append(replace(sample, outcome="graded", verdicts=verdicts))
             return metric_of(samples=samples, unit="number", higher_is_better=False, **known)
 
-        metrics = [
-            metric(
-                nats,
-                list(map(len, supervised)),
-                "tokens",
-                metric=LOSS,
-                label=f"loss per token {where}",
-                task=f"tokens-{hash_of(tokens)[:8]}",
-            )
-        ]
+        label, task = f"loss per token {where}", f"tokens-{hash_of(tokens)[:8]}"
+        lengths = list(map(len, supervised))
+        metrics = [metric(nats, lengths, "tokens", metric=LOSS, label=label, task=task)]
         if any(num_bytes):
-            per_byte = metric(
-                bits,
-                num_bytes,
-                "bytes",
-                metric="bits_per_byte",
-                label=f"bits per byte {where}",
-                task=f"text-{hash_of(texts)[:8]}",
-                instead_of=LOSS,
-            )
-            metrics.append(per_byte)
+            label, task = f"bits per byte {where}", f"text-{hash_of(texts)[:8]}"
+            known = {"metric": "bits_per_byte", "label": label, "task": task, "instead_of": LOSS}
+            metrics.append(metric(bits, num_bytes, "bytes", **known))
         chosen = model.trained and model.recipe.train.get("load_best_model_at_end")
         note = "the validation rows chose the checkpoint: the loss on them is too good"
         return EvalLog(
