@@ -35,9 +35,7 @@ class UndecidedServer(FaultyServer):
 
 
 @pytest.mark.slow
-def test_alpaca_evals_win_rate_of_our_annotations_is_our_number(
-    judge_file, runs_folder, tmp_path
-) -> None:
+def test_alpaca_evals_win_rate_of_our_annotations_is_ours(judge_file, runs_folder, tmp_path):
     if importlib.util.find_spec("alpaca_eval") is None:
         pytest.skip("alpaca-eval is not installed")
     questions = json.loads(QUESTIONS.read_text())
@@ -75,9 +73,7 @@ class SoundServer(FaultyServer):
     answer = property(finds_the_good_one, lambda self, value: None)
 
 
-def test_a_sound_judge_passes_its_probes_with_every_model_that_it_judges(
-    judge_file, runs_folder, tmp_path
-) -> None:
+def test_a_sound_judge_passes_its_probes_with_every_model(judge_file, runs_folder, tmp_path):
     """Probes are made of the pairs of the first model; verdicts on them say nothing about pairs of
     the second one with the same ids.
     """

@@ -25,7 +25,7 @@ def eval_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir: Path) -> None:
+def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -43,9 +43,7 @@ def test_row_losses_are_those_of_each_row_alone_in_float64(tiny_model_dir: Path)
     assert row_losses(model.float(), ids, labels) == pytest.approx(wanted, rel=1e-5)
 
 
-def test_it_is_the_validation_loss_of_the_training_of_adapters_full_runs_and_their_base(
-    tiny_recipe: Path, tmp_path: Path, eval_file: Path, recipes
-) -> None:
+def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_file, recipes):
     for name, words in (("one", ["train.max_steps=3"]), ("full", ["lora=null"])):
         words = ["train.max_steps=2", "model.dtype=float32", *words, f"run.name={name}"]
         assert train([str(tiny_recipe), *words]) == 0
@@ -69,9 +67,9 @@ def test_it_is_the_validation_loss_of_the_training_of_adapters_full_runs_and_the
     assert wide.n == base.n > len(values)  # a base reads the rows of the run beside it
 
 
-def test_models_with_other_tokens_have_bits_per_byte_of_the_same_text(
-    tiny_recipe: Path, other_tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
-) -> None:
+def test_other_tokens_have_bits_per_byte_of_the_same_text(
+    tiny_recipe, other_tiny_model_dir, tmp_path, eval_file, recipes
+):
     words = ["train.max_steps=1", "train.max_length=400"]
     assert train([str(tiny_recipe), "run.name=one", *words]) == 0
     words.append(f"model.name_or_path={other_tiny_model_dir}")
@@ -85,9 +83,9 @@ def test_models_with_other_tokens_have_bits_per_byte_of_the_same_text(
     assert sizes[0] == sizes[1] and len(sizes[0]) > 20
 
 
-def test_rows_of_a_file_are_searched_for_leaks_and_what_has_no_rows_is_refused(
-    tiny_recipe: Path, tiny_model_dir: Path, tmp_path: Path, eval_file: Path, recipes
-) -> None:
+def test_rows_of_a_file_are_searched_for_leaks(
+    tiny_recipe, tiny_model_dir, tmp_path, eval_file, recipes
+):
     words = ["train.max_steps=1", "data.split.validation=0", "train.eval_strategy='no'"]
     assert train([str(tiny_recipe), "run.name=one", *words]) == 0
     served = ["generation.engine=openai", "generation.base_url=http://127.0.0.1:1/v1"]

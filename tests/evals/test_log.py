@@ -67,7 +67,7 @@ def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> E
     )
 
 
-def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_log_is_read_as_it_was_written(tmp_path):
     log = log_of(tmp_path / "run")
     write_log(log)
     assert read_eval_log(log.file) == log
@@ -76,7 +76,7 @@ def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_eval_log(log.file).metrics[0].samples[0].answer == "half an emoji \ufffd"
 
 
-def test_a_result_of_other_settings_is_kept_beside(tmp_path: Path) -> None:
+def test_a_result_of_other_settings_is_kept_beside(tmp_path):
     run = tmp_path / "run"
     write_log(log_of(run, "a" * 64))
     write_log(log_of(run, "b" * 64, won=0))
@@ -87,7 +87,7 @@ def test_a_result_of_other_settings_is_kept_beside(tmp_path: Path) -> None:
     assert len(read_eval_logs(run)[0]) == 1
 
 
-def test_changed_files_are_found(tmp_path: Path) -> None:
+def test_changed_files_are_found(tmp_path):
     log = log_of(tmp_path / "run")
     changes = {
         "a line less": lambda text: "".join(text.splitlines(keepends=True)[1:]),
@@ -113,9 +113,7 @@ def test_changed_files_are_found(tmp_path: Path) -> None:
     assert len(found) == 1
 
 
-def test_an_evaluation_is_begun_where_a_judge_was_asked_and_not_as_anothers_opponent(
-    tmp_path: Path,
-) -> None:
+def test_an_opponent_is_no_evaluation_that_was_begun(tmp_path):
     for run, file in (("opponent", "generations"), ("begun", "judgments.against-opponent")):
         Store(tmp_path / run / f"evals/support/{file}.jsonl").append([row(1)])
     assert read_eval_logs(tmp_path / "opponent") == ((), ())
@@ -129,7 +127,7 @@ def row(index: int, raw: str = "Fine.") -> dict:
     return {"key": text_hash(str(index)), "question_id": index, "raw": raw}
 
 
-def test_a_row_is_stored_once_and_read_back(tmp_path: Path) -> None:
+def test_a_row_is_stored_once_and_read_back(tmp_path):
     store = Store(tmp_path / "deep" / "judgments.jsonl")
     assert len(store) == 0 and not store.path.exists()
     texts = ["line\u2028separator", "\ud800 surrogate", "\x1b[31m", "🙂" * 1000, "a\nb\r\n"]
@@ -143,9 +141,7 @@ def test_a_row_is_stored_once_and_read_back(tmp_path: Path) -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000), st.lists(st.text(max_size=40), min_size=1, max_size=6))
-def test_a_file_cut_anywhere_keeps_every_whole_line(
-    tmp_path_factory, cut: int, texts: list[str]
-) -> None:
+def test_a_file_cut_anywhere_keeps_every_whole_line(tmp_path_factory, cut, texts):
     path = tmp_path_factory.mktemp("store") / "j.jsonl"
     rows = [row(index, text) for index, text in enumerate(texts)]
     Store(path).append(rows)
@@ -158,7 +154,7 @@ def test_a_file_cut_anywhere_keeps_every_whole_line(
     assert path.read_bytes() == data
 
 
-def test_a_damaged_or_repeated_line_is_named_by_its_number(tmp_path: Path) -> None:
+def test_a_damaged_or_repeated_line_is_named_by_its_number(tmp_path):
     path = tmp_path / "j.jsonl"
     Store(path).append([row(index) for index in range(4)])
     lines = path.read_bytes().splitlines(keepends=True)
@@ -169,7 +165,7 @@ def test_a_damaged_or_repeated_line_is_named_by_its_number(tmp_path: Path) -> No
         assert (caught.value.line, caught.value.file) == (number, path)
 
 
-def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path):
     store = Store(tmp_path / "j.jsonl")
     store.append([row(1)])
     before = store.path.read_bytes()
@@ -187,9 +183,7 @@ def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_judgments_load_and_are_audited_within_six_seconds(
-    tmp_path: Path,
-) -> None:
+def test_a_hundred_thousand_judgments_are_audited_within_six_seconds(tmp_path):
     path = tmp_path / "j.jsonl"
     usual = {"status": "ok", "source": "judge", "judge": "j", "attempts": [], "cut": False}
     usual |= {"lengths": [1, 2], "probe": "", "raw": "because " * 60 + "[RESULT] A"}

@@ -32,7 +32,7 @@ CHOICES = {
 }
 
 
-def test_a_choice_is_the_letter_that_the_answer_names() -> None:
+def test_a_choice_is_the_letter_that_the_answer_names():
     wrong = [
         (answer, letter, expected)
         for expected, answers in CHOICES.items()
@@ -43,7 +43,7 @@ def test_a_choice_is_the_letter_that_the_answer_names() -> None:
     assert not wrong
 
 
-def test_a_number_is_the_last_one_and_a_dash_between_digits_is_no_sign() -> None:
+def test_a_number_is_the_last_one_and_a_dash_between_digits_is_no_sign():
     cases = {
         "2024-05-17": 17,
         "3-5": 5,
@@ -69,7 +69,7 @@ def test_a_number_is_the_last_one_and_a_dash_between_digits_is_no_sign() -> None
     assert AnswerRule(check="number", expected=3.14, tolerance=0.01).passes("about 3.1416")
 
 
-def test_the_other_rules() -> None:
+def test_the_other_rules():
     cases = [
         (AnswerRule(check="exact", expected=["Paris", "paris"]), " Paris\n", True),
         (AnswerRule(check="exact", expected="Paris"), "Paris.", False),
@@ -92,7 +92,7 @@ def test_the_other_rules() -> None:
     assert [(rule, text) for rule, text, passes in cases if rule.passes(text) != passes] == []
 
 
-def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read() -> None:
+def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read():
     wrong = [
         {},
         {"check": "exactly", "expected": "a"},
@@ -111,7 +111,7 @@ def test_a_check_that_cannot_work_is_refused_when_the_rows_are_read() -> None:
             pytest.fail(str(row))
 
 
-def test_rows_without_a_category_are_not_called_all_of_them() -> None:
+def test_rows_without_a_category_are_not_called_all_of_them():
     samples = [Sample(id="1", value=1.0, category="a"), Sample(id="2", value=0.0)]
     log = SimpleNamespace(target="one", metrics=[SimpleNamespace(samples=samples)])
     assert [row.split("  ")[0] for row in Checks.table([log])][1:] == ["all", "a", "no category"]

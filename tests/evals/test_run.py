@@ -52,9 +52,7 @@ def outcomes(log: EvalLog) -> list[str]:
     return [one.outcome for one in metric(log, "win_rate").samples]
 
 
-def test_two_runs_and_a_base_are_evaluated_and_other_settings_are_kept_apart(
-    quick, make_run, tiny_model_dir
-):
+def test_results_of_other_settings_are_kept_apart(quick, make_run, tiny_model_dir):
     one = make_run("one", 1)
     make_run("two", 2)
     recipe = quick("alpaca_eval", "metrics.absolute=true")
@@ -107,9 +105,7 @@ print(code, loaded, time.process_time() < 2)
 """
 
 
-def test_a_finished_evaluation_again_reads_its_results_without_torch(
-    quick, make_run, tmp_path, capsys
-):
+def test_a_finished_evaluation_is_read_without_torch(quick, make_run, tmp_path, capsys):
     make_run("one", 1)
     rule = {"prompt": "Name a metal.", "check": "contains", "expected": "gold"}
     (tmp_path / "rules.jsonl").write_text(json.dumps(rule) + "\n")
@@ -210,9 +206,7 @@ def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, m
         evaluate([recipe], [answers(outputs[:2])])
 
 
-def test_a_served_run_is_asked_with_its_own_tokens_and_a_dead_server_ends_with_exit_6(
-    quick, make_run
-):
+def test_a_served_run_is_asked_with_its_own_tokens_and_resumes(quick, make_run):
     make_run("Qwen3-8B", 1)
     with FaultyServer(answer="An answer.") as server:
         words = ["generation.engine=openai", f"generation.base_url={server.url}"]
@@ -244,9 +238,7 @@ def test_a_model_that_fails_does_not_stop_the_others(quick, make_run):
     assert missed == [(2, ""), (0, "broken"), (1, "one"), (1, "two")]
 
 
-def test_a_base_that_cannot_be_loaded_is_tried_once_for_all_models_on_it(
-    quick, make_run, monkeypatch
-):
+def test_a_base_that_cannot_be_loaded_is_tried_once(quick, make_run, monkeypatch):
     make_run("one", 1), make_run("two", 2)
     tries, lost = [], []
 
