@@ -30,6 +30,7 @@ def test_why_a_model_cannot_be_had_is_said_by_the_type_of_the_hubs_error() -> No
         (errors.LocalEntryNotFoundError("not here"), "offline, and 'org/m' is not in the local"),
         (ConnectionError(), "offline"),
         (errors.RepositoryNotFoundError("404", response=response), "no model 'org/m'"),
+        (errors.HFValidationError("Repo id must be ..."), "no folder 'org/m'"),
         (errors.RevisionNotFoundError("no v9 at 404", response=response), "'org/m': no v9"),
     ):
         assert words in explain_load_failure(section, cause).what, words

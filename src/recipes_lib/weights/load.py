@@ -260,6 +260,8 @@ def explain_load_failure(section: ModelSection, error: Exception) -> Environment
     hint = "check the name and model.revision; for a private model: hf auth login"
     if Path(name).exists():
         hint = "the folder needs config.json, safetensors weights and tokenizer files"
+    elif errors.HFValidationError in causes:
+        what = f"there is no folder '{name}', and no Hub model has such a name"
     elif errors.GatedRepoError in causes:
         what = f"'{name}' is gated: no access with the present token"
         hint = f"accept its licence on the Hub page of {name}, then: hf auth login"
