@@ -40,24 +40,6 @@ def test_examples_in_one_row_are_kept_apart(family, by_document, tiny_model_dir,
     assert torch.allclose(joined, alone, atol=2e-5), (joined - alone).abs().max()
 
 
-def test_each_example_gets_a_call_of_its_own_with_the_gradient_of_one_mask() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(1, 4, 12, 8, generator=generator).requires_grad_() for _ in range(3)]
-    bounds = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
-    module = torch.nn.Module()
-    module.is_causal, module.num_key_value_groups = True, 1
-    output, _ = attention.sdpa_by_document(module, *rows, None, cu_seq_lens_q=bounds)
-    grads = torch.autograd.grad(output.square().sum(), rows)
-    lengths = bounds.diff()
-    document = torch.repeat_interleave(torch.arange(3), lengths)
-    mask = (document[:, None] == document).tril()[None, None]
-    masked = torch.nn.functional.scaled_dot_product_attention(*rows, mask).transpose(1, 2)
-    expected = torch.autograd.grad(masked.square().sum(), rows)
-    assert torch.allclose(output, masked, atol=1e-6)
-    for one, other in zip(grads, expected, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
-
-
 def test_varlen_hands_bounds_window_and_scale_to_torchs_kernel(monkeypatch) -> None:
     """No GPU here: the kernel's arguments, checked against a stand-in."""
     seen = {}
