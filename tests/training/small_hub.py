@@ -1,10 +1,6 @@
 """A Hub on this machine, as much of it as a training asks: it serves FOLDER/models/ORG/NAME and
-FOLDER/datasets/ORG/NAME.
-
-    python small_hub.py FOLDER      prints its address
-
-A model whose name begins with `gated` answers about itself and refuses its files, as the real Hub
-does without a token.
+FOLDER/datasets/ORG/NAME. A model whose name begins with `gated` answers about itself and refuses
+its files, as the real Hub does without a token.
 """
 
 from __future__ import annotations
@@ -13,12 +9,11 @@ import hashlib
 import http.server
 import json
 import re
-import sys
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-ROOT = Path(sys.argv[1])
 COMMIT = "a" * 40
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(tree|revision)/([^/]+)(?:/(.*))?)?")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)")
@@ -26,6 +21,7 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)")
 
 class Hub(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    root: Path
 
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
@@ -39,7 +35,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def describe(self, kind: str, name: str, what: str | None, _: Any, below: str | None) -> None:
-        folder = ROOT / kind / name
+        folder = self.root / kind / name
         if not folder.is_dir():
             return self.reply(404, X_Error_Code="RepoNotFound")
         sizes = {
@@ -56,7 +52,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         return self.reply(200, json.dumps(files if what == "tree" else whole).encode())
 
     def send_file(self, dataset: str | None, name: str, file: str) -> None:
-        path = ROOT / ("datasets" if dataset else "models") / name / file
+        path = self.root / ("datasets" if dataset else "models") / name / file
         if "/gated" in name:
             return self.reply(403, X_Error_Code="GatedRepo")
         if not path.is_file():
@@ -79,7 +75,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-if __name__ == "__main__":
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    print(f"http://127.0.0.1:{server.server_port}", flush=True)
-    server.serve_forever()
+def serve(root: Path) -> http.server.ThreadingHTTPServer:
+    """Serve a folder in a thread of this process."""
+    handler = type("HubOf", (Hub,), {"root": root})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server

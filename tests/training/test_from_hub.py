@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.training.small_hub import serve
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROWS = PROJECT / "recipes" / "quickstart" / "data" / "instructions.jsonl"
@@ -31,15 +32,9 @@ def hub(tiny_model_dir, tmp_path_factory) -> Iterator[str]:
     )
     (folder / "datasets/org/rows").mkdir(parents=True)
     shutil.copy(ROWS, folder / "datasets/org/rows/train.jsonl")
-    server = subprocess.Popen(
-        [sys.executable, Path(__file__).with_name("small_hub.py"), folder],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert server.stdout
-    yield server.stdout.readline().strip()
-    server.kill()
-    server.wait()
+    server = serve(folder)
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
 
 
 @pytest.fixture
