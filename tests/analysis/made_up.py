@@ -11,7 +11,6 @@ from typing import Any
 
 from recipes_lib.evals.log import (
     REFERENCE,
-    SCORE,
     AnswerFacts,
     Check,
     EvalLog,
@@ -34,6 +33,7 @@ CARD = Scorecard(
         Check(check="agreement with labels", needs="at least 0.6"),
     ),
 )
+OUTCOMES = {1.0: ("win", ("A", "B")), 0.5: ("tie", ("A", "A")), 0.0: ("loss", ("B", "A"))}
 CATEGORIES = ("open_qa", "closed_qa", "summarization")
 Text = Callable[[str, str], str]
 
@@ -87,7 +87,6 @@ def write_judged(
     against: str = REFERENCE,
     skill: float = 0.5,
     flips: float = 0.1,
-    unresolved: float = 0.0,
     text: Text = plain_text,
     values: Sequence[float] | None = None,
     name: str = "alpaca_eval",
@@ -95,15 +94,10 @@ def write_judged(
 ) -> Path:
     """Write a comparison of answers, each won by chance `skill` or with the outcomes `values`."""
     rng = random.Random(f"{folder.name}{against}{n}{name}")
-    outcomes = {value: outcome for outcome, value in SCORE.items()}
-    verdicts_of = {1.0: ("A", "B"), 0.0: ("B", "A"), 0.5: ("A", "A"), None: ("unparsed", "A")}
+    drawn = [0.5 if rng.random() < flips else float(rng.random() < skill) for _ in range(n)]
     samples = []
-    for number in range(n):
-        value: float | None = 1.0 if rng.random() < skill else 0.0
-        value = 0.5 if rng.random() < flips else value
-        value = None if rng.random() < unresolved else value
-        value = values[number] if values is not None else value
-        verdicts = verdicts_of[value]
+    for number, value in enumerate(values or drawn):
+        outcome, verdicts = OUTCOMES[value]
         question = f"q{number:05d}"
         answer, other = text(folder.name, question), text(against, question)
         samples.append(
@@ -111,7 +105,7 @@ def write_judged(
                 id=question,
                 category=CATEGORIES[number % len(CATEGORIES)],
                 value=value,
-                outcome="unresolved" if value is None else outcomes[value],
+                outcome=outcome,
                 verdicts=verdicts,
                 lengths=(len(answer), len(other)),
                 input=f"What about {question}?",
@@ -135,14 +129,12 @@ def write_values(
     unit: Any = "share",
     higher: bool | None = True,
     inputs: Sequence[str] | None = None,
-    turns: int = 1,
     **facts: Any,
 ) -> Path:
-    """Write one metric with these values, a question for each (or for each `turns`)."""
+    """Write one metric with these values, a question for each."""
     samples = [
         Sample(
-            id=f"q{number // turns:05d}",
-            turn=1 + number % turns,
+            id=f"q{number:05d}",
             value=value,
             outcome="unresolved" if value is None else "scored",
             input=inputs[number] if inputs else f"Question {number}?",
@@ -164,18 +156,13 @@ def write_eval(
         mean = sum(values) / len(values) if values else metric.value
         whole.append(replace(metric, value=mean, n=len(values)))
     fingerprint = f"weights of {folder.name}"
-    answers = AnswerFacts(name=folder.name, models=("some/model",), fingerprint=fingerprint)
-    against = facts.get("against")
-    log = EvalLog(
-        suite=suite,
-        eval=name,
-        target=folder.name,
-        metrics=tuple(whole),
-        recipe={"suite": {"name": suite}},
-        command=f"recipes eval evals/{name}.yaml {folder.name}",
-        file=log_file(folder, name, against),
-    )
-    log = replace(log, **({"answers": answers} | facts))
+    known: dict[str, Any] = {
+        "answers": AnswerFacts(name=folder.name, models=("some/model",), fingerprint=fingerprint),
+        "recipe": {"suite": {"name": suite}},
+        "command": f"recipes eval evals/{name}.yaml {folder.name}",
+        "file": log_file(folder, name, facts.get("against")),
+    }
+    log = EvalLog(suite=suite, eval=name, target=folder.name, metrics=tuple(whole), **known | facts)
     write_log(log)
     return log.file
 

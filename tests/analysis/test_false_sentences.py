@@ -111,10 +111,6 @@ def valued(root: Path, first: Sequence[float], second: Sequence[float], **facts:
     return folders
 
 
-LOSS: dict[str, Any] = {"name": "heldout_loss", "suite": "heldout_loss", "metric": "loss"}
-LOSS |= {"unit": "number", "higher": False}
-
-
 # ---- What stops the sentences of an evaluation ----
 
 
@@ -257,6 +253,14 @@ def test_head_to_head_a_margin_between_two_rates_is_half_of_it_from_even(two: Fo
     claims = compared(two, Aims("win_rate", {"win_rate": Margin(0.04, points=True)})).claims
     rows = [claim.row for claim in claims if claim.row.metric.endswith("win_rate")]
     assert {row.head_to_head: row.margin for row in rows} == {True: 0.02, False: 0.04}
+
+
+def test_head_to_head_either_arm_may_be_the_one_whose_answers_were_judged(two: Folders) -> None:
+    for target, rival, skill in (("one", "two", 0.2), ("two", "one", 0.8)):
+        write_judged(two[target][0], 100, against=rival, skill=skill)
+        (claim,) = (each for each in compared(two).claims if each.row.head_to_head)
+        assert claim.row.first == "two" and claim.verdict == "higher"
+        assert claim.row.first_value and claim.row.first_value > 0.7
 
 
 def test_seeds_that_end_in_the_same_weights_count_once(ranks: Folders) -> None:
@@ -451,6 +455,13 @@ def test_a_cause_needs_declared_keys_alone(ranks: Folders) -> None:
         assert f"No cause is named: they also differ in {what}" in claim.sentence
         for folder in ranks["r32"]:
             shutil.move(folder / "kept", folder / name)
+    rewrite({"r32": ranks["r32"]}, git={"commit": "a" * 40})  # the other's is not recorded
+    assert not claim_of(compared(ranks, design=RANK)).cause
+    rewrite(ranks, git={"commit": "a" * 40})
+    assert claim_of(compared(ranks, design=RANK)).cause
+    for folder in (*ranks["r8"], *ranks["r32"]):  # of one commit, and nobody knows the changes
+        change(folder / "environment.json", lambda row: row["git"].update(dirty=True))
+    assert not claim_of(compared(ranks, design=RANK)).cause
 
 
 def test_what_differs_against_one_opponent_takes_no_cause_from_the_row_of_another(
@@ -512,6 +523,15 @@ def test_a_study_too_small_to_find_anything_states_no_effect(tmp_path: Path) -> 
     assert claim.verdict == "not shown" and "in 80%" not in claim.sentence
 
 
+def test_not_worse_is_said_of_the_side_that_was_shown(tmp_path: Path) -> None:
+    first, second = [0.0] * 14 + [1.0] * 8, [1.0] * 14 + [0.0] * 8
+    for higher, within in ((True, "not worse"), (False, "not better")):
+        folders = valued(tmp_path, first + [1.0, 0.0] * 89, second + [1.0, 0.0] * 89, higher=higher)
+        (claim,) = compared(folders, Aims(margins={"pass_rate": Margin(0.05)})).claims
+        assert claim.row.first == "b" and claim.within == within
+        assert f"b is {within} than a by more than 5.0 points" in claim.sentence
+
+
 def test_no_difference_is_not_said_beside_a_small_p(tmp_path: Path) -> None:
     """p below 5% alone and above it after correction."""
     values = [1.0] * 60 + [0.0] * 140, [1.0] * 52 + [0.0] * 148
@@ -529,5 +549,6 @@ def test_a_long_tail_against_the_mean_has_no_verdict(tmp_path: Path) -> None:
     first = rng.normal(1.0, 0.05, 100)
     second = first - 0.1 + rng.normal(0, 0.05, 100)
     second[:3] += 2.5
-    (claim,) = compared(valued(tmp_path, first.tolist(), second.tolist(), **LOSS)).claims
+    facts: dict[str, Any] = {"suite": "heldout_loss", "unit": "number", "higher": False}
+    (claim,) = compared(valued(tmp_path, first.tolist(), second.tolist(), **facts)).claims
     assert claim.verdict == "no verdict" and "a few rows differ" in claim.sentence

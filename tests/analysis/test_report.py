@@ -26,7 +26,7 @@ from tests.analysis.made_up import (
 
 from recipes_lib.analysis.aims import Aims, Design, TunedArm
 from recipes_lib.analysis.claims import conclude
-from recipes_lib.analysis.report import portable_command, report_html, trainings, write_report
+from recipes_lib.analysis.report import report_html, trainings, write_report
 from recipes_lib.analysis.runs import MOST_POINTS, load_arms, read_curves
 from recipes_lib.analysis.summary import conclusion_lines
 from recipes_lib.analysis.text import p_text, plain_number, question_text, setting_text
@@ -193,8 +193,3 @@ def test_device_hours_are_of_trainings_that_were_not_resumed(
     assert trainings(load_arms(folders))[0]["device_hours"] == pytest.approx(4 * 310.5 / 3600)
     change(state, lambda value: value.update(resumed=[20]))
     assert trainings(load_arms(folders))[0]["device_hours"] is None
-
-
-def test_a_command_names_no_folder_of_the_machine() -> None:
-    command = "/opt/x/bin/python3.11 -m recipes_lib.cli eval /home/me/evals/my.yaml r8"
-    assert portable_command(command) == "recipes eval .../my.yaml r8"

@@ -1,8 +1,4 @@
-"""What a study asks of its table, and what it says about its arms. Needs no numpy.
-
-Metrics are named by as much of their name as is enough: `win_rate`, `alpaca_eval/win_rate`,
-`lm_eval/gsm8k`.
-"""
+"""What a study asks of its table, and what it says about its arms. Needs no numpy."""
 
 from __future__ import annotations
 

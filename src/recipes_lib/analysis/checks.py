@@ -408,16 +408,24 @@ def _settings_differ(
 ) -> Finding | None:
     of_prompt = design is None or not design.declares("data.prompt_format", "data")
     first, second = _settings(first_log, of_prompt), _settings(second_log, of_prompt)
-    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
-    if first_log.source or second_log.source:  # other programs' files do not say everything
-        keys = [key for key in keys if key in first and key in second]
-    if not keys:
+    lines = _unequal(pair, first, second, first_log.source or second_log.source)
+    if not lines:
         return None
-    texts = {key: (setting_text(first.get(key)), setting_text(second.get(key))) for key in keys}
-    lines = tuple(f"{key}: {pair[0]} {a}, {pair[1]} {b}" for key, (a, b) in texts.items())
-    what = f"{first_log.eval}: {sentence_list(keys, 3)}"
+    what = f"{first_log.eval}: {sentence_list([*lines], 3)}"
     title = f"{pair[0]} and {pair[1]} were asked differently in {what}"
-    return Finding("protocol-differs", "error", title, lines, "evaluate both with one eval recipe")
+    remedy = "evaluate both with one eval recipe"
+    return Finding("protocol-differs", "error", title, (*lines.values(),), remedy)
+
+
+def _unequal(
+    pair: tuple[str, str], first: Mapping[str, Any], second: Mapping[str, Any], source: str
+) -> dict[str, str]:
+    """What differs, a line for each; the files of another program do not say everything."""
+    keys = [key for key in {**first, **second} if first.get(key) != second.get(key)]
+    if source:
+        keys = [key for key in keys if key in first and key in second]
+    texts = {key: [setting_text(known.get(key)) for known in (first, second)] for key in keys}
+    return {key: f"{key}: {pair[0]} {a}, {pair[1]} {b}" for key, (a, b) in texts.items()}
 
 
 def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
@@ -473,18 +481,16 @@ def _facts_differ(
     pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
 ) -> Finding | None:
     """Precision of the answers, versions and code of two evaluations."""
-    declared = design and design.declares(
-        "quantization", "quantization.load_in_4bit", "model.dtype"
-    )
+    of_precision = ("quantization", "quantization.load_in_4bit", "model.dtype")
+    declared = design and design.declares(*of_precision)
     first, second = (_facts(log, precision=not declared) for log in (first_log, second_log))
-    keys = [key for key in first if key in second and first[key] != second[key]]
-    if not keys:
+    lines = _unequal(pair, first, second, first_log.source or second_log.source)
+    if not lines:
         return None
-    lines = tuple(f"{key}: {pair[0]} {first[key]}, {pair[1]} {second[key]}" for key in keys)
-    what = f"{sentence_list(keys, 3)} in {first_log.eval}"
+    what = f"{sentence_list([*lines], 3)} in {first_log.eval}"
     title = f"{pair[0]} and {pair[1]} were evaluated with other {what}"
     remedy = "evaluate both again with one version"
-    return Finding("evaluated-differently", "confound", title, lines, remedy)
+    return Finding("evaluated-differently", "confound", title, (*lines.values(),), remedy)
 
 
 def _facts(log: EvalLog, precision: bool) -> dict[str, Any]:
@@ -507,7 +513,9 @@ def check_differences(arms: Arms, design: Design | None) -> Iterator[Finding]:
         confounds = [difference for difference in differences if difference.level == "confound"]
         if not confounds:
             continue
-        lines = tuple(difference.line(*both) for difference in confounds)
+        lines = tuple(
+            f"{each.what}: {both[0]} {each.first}, {both[1]} {each.second}" for each in confounds
+        )
         names = sentence_list([difference.what for difference in confounds], 4)
         if design is None:
             title = f"{first.name} and {second.name} differ in {names}"

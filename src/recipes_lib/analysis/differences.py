@@ -62,10 +62,6 @@ class Difference:
     second: str
     level: Level
 
-    def line(self, first: str, second: str) -> str:
-        """Return the difference with the arms' names."""
-        return f"{self.what}: {first} {self.first}, {second} {self.second}"
-
     @property
     def text(self) -> str:
         """The difference inside a sentence."""

@@ -31,8 +31,7 @@ def pair_lines(claims: list[Claim]) -> list[str]:
     table = [("metric", first, second, "effect [95%]", "p (Holm)", "n", "verdict", "")]
     for claim in claims:
         row = claim.row
-        test = row.test
-        unresolved = f" ({test.unresolved} open)" if test and test.unresolved else ""
+        unresolved = f" ({row.test.unresolved} open)" if row.test and row.test.unresolved else ""
         p = p_text(row.p).removeprefix("p ").removeprefix("= ") if row.is_tested else NONE
         table.append(
             (
@@ -41,7 +40,7 @@ def pair_lines(claims: list[Claim]) -> list[str]:
                 metric_text(row.second_value, row.unit),
                 f"{effect_text(row)} {limits_text(row)}".strip(),
                 p,
-                f"{row.n:,}{unresolved}" if test else NONE,
+                f"{row.n:,}{unresolved}" if row.test else NONE,
                 claim.says,
                 ", ".join(row.flags),
             )

@@ -1,6 +1,4 @@
-"""Numbers as text, one form each: shares in percent, their differences in points, p, counts.
-Report, terminal and sentences all use these.
-"""
+"""Numbers as text, in one form for report, terminal and sentences."""
 
 from __future__ import annotations
 
