@@ -293,7 +293,8 @@ def test_a_question_that_is_asked_again_under_another_id_is_no_new_evidence(
     tmp_path: Path,
 ) -> None:
     values = ([float((n % 5 == 0) == right) for n in range(40)] * 3 for right in (False, True))
-    folders = valued(tmp_path, *values, inputs=[f"What is  {n % 40}?" for n in range(120)])
+    inputs = [f"{('What', 'what')[n > 50]} is{' ' * (1 + n // 40)}{n % 40}?" for n in range(120)]
+    folders = valued(tmp_path, *values, inputs=inputs)
     (row,) = compared(folders).table.rows
     assert row.n == 120 and row.test and row.test.resolved.questions == 40
 
