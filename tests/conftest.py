@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.families import DENSE
 from tests.launch import Forks
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -105,19 +106,8 @@ def build_tiny_model(folder: Path, seed: int = 0, vocabulary: int = 512) -> None
     )
     tokenizer.save_pretrained(folder)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=None,
-        tie_word_embeddings=False,
-    )
+    sizes = {**DENSE, "intermediate_size": 128, "vocab_size": len(tokenizer)}
+    config = LlamaConfig(**sizes, tie_word_embeddings=False)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -168,15 +158,8 @@ def tiny_recipe_text() -> Callable[[Path], str]:
 
 
 @pytest.fixture
-def tiny_recipe(
-    tiny_model_dir: Path,
-    tiny_recipe_text: Callable[[Path], str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Path:
-    """A recipe that trains the tiny model for 8 steps on the quickstart's rows; its runs go to
-    <tmp_path>/runs.
-    """
+def tiny_recipe(tiny_model_dir, tiny_recipe_text, tmp_path, monkeypatch) -> Path:
+    """A recipe that trains the tiny model for 8 steps; its runs go to <tmp_path>/runs."""
     monkeypatch.setenv("RECIPES_RUNS_ROOT", str(tmp_path / "runs"))
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe_text(tiny_model_dir), encoding="utf-8")
