@@ -272,11 +272,11 @@ def write_own_evals(folder: Path) -> list[Path]:
     return [folder / f"{name}.yaml" for name in ("lm_eval", "checks", "heldout_loss")]
 
 
-def asked_to_stop(honest: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `RunCallback.on_step_end` that asks for a stop after the second step."""
+def asked_to_stop(step: int, honest: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `RunCallback.on_step_end` that asks for a stop after a step."""
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step == 2:
+        if state.global_step == step:
             self.stop.requested = 1
         return honest(self, args, state, control, **kwargs)
 

@@ -13,13 +13,9 @@ def in_ci(cases: Iterable[Any], *chosen: Any) -> list[Any]:
 
     Where a test has several parameters a case is a tuple of their values.
     """
-    found, left = [], list(chosen)
+    cases, params = list(cases), []
     for case in cases:
         values = case if isinstance(case, tuple) else (case,)
-        if case in left:
-            left.remove(case)
-            found.append(pytest.param(*values))
-        else:
-            found.append(pytest.param(*values, marks=pytest.mark.nightly))
-    assert not left, f"not among the cases: {left}"
-    return found
+        params.append(pytest.param(*values, marks=[] if case in chosen else pytest.mark.nightly))
+    assert all(case in cases for case in chosen), f"not among the cases: {chosen}"
+    return params

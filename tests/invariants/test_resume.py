@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import NF4
+from tests.families import asked_to_stop
 from tests.tiers import in_ci
 
 from recipes_lib.core.errors import ExitCode
@@ -92,15 +93,6 @@ def resumed(tiny_recipe, monkeypatch) -> Callable[..., int]:
         return main([*words, f"run.name={name}"])
 
     return resume
-
-
-def asked_to_stop(step: int, honest: Callable[..., Any]) -> Callable[..., Any]:
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        if state.global_step == step:
-            self.stop.requested = 1
-        return honest(self, args, state, control, **kwargs)
-
-    return on_step_end
 
 
 def broken_off(step: int, _: Callable[..., Any]) -> Callable[..., Any]:

@@ -69,7 +69,7 @@ def test_each_family_goes_the_whole_way(
     assert recipes("check", "--full", recipe)[0] == 0
     assert main([str(recipe), "run.name=whole"]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(RunCallback, "on_step_end", asked_to_stop(RunCallback.on_step_end))
+        patch.setattr(RunCallback, "on_step_end", asked_to_stop(2, RunCallback.on_step_end))
         assert main([str(recipe), "run.name=run"]) == ExitCode.PREEMPTED
     assert main([str(recipe), "run.name=run"]) == 0
     assert weights_of(run) and weights_of(run) == weights_of(run.with_name("whole"))
