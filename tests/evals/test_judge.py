@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +114,7 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
 def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) -> None:
     cases = [
         ("truncated", reply("so [RESULT] A", finish_reason="length")),
+        ("truncated", reply(finish_reason="prompt_too_long")),  # in this process
         ("empty", reply("")),
         ("unparsed", reply(probabilities={"A": float("nan"), "B": 0.5})),
         ("unparsed", reply(probabilities={"A": 0.2, "B": 0.2})),
@@ -328,8 +330,7 @@ def test_faults_and_deaths_of_server_and_process_lose_no_judgment_and_ask_none_t
             return "drop" if number > last else trouble(number)
 
         with FaultyServer(faults=faults, answer="A is fuller. [RESULT] A") as server:
-            keys = {"concurrency": 16, "timeout_s": 0.5, "max_retries": 3}
-            served(judge_file, server.url, **keys)
+            served(judge_file, server.url, concurrency=16, timeout_s=0.5, max_retries=3)
             if life == 2:
                 code = "import sys; from tests.evals.test_judge import judge_many as judge;"
                 command = [sys.executable, "-c", f"{code} judge(*sys.argv[1:])"]
@@ -338,11 +339,10 @@ def test_faults_and_deaths_of_server_and_process_lose_no_judgment_and_ask_none_t
                 ]
                 ends.append(process[0].wait(200))
             else:
-                try:
+                ends.append(6)
+                with suppress(EvaluationIncomplete):
                     judge_many(str(tmp_path / "judge.yaml"), path)
-                    ends.append(0)
-                except EvaluationIncomplete as error:
-                    ends.append(int(error.exit_code))
+                    ends[-1] = 0
             assert not {asked_in(body) for body in server.bodies} & stored
         assert len(Store(path)) > len(stored)
         if ends[-1] == 0:

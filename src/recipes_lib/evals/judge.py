@@ -183,6 +183,8 @@ def rule_verdict(answers: Sequence[str]) -> Row | None:
 def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
     """Return what is stored of a reply: its verdict, and the text or probabilities behind it."""
     allowed, known = request.allowed, reply.probabilities
+    if reply.finish_reason == "prompt_too_long":
+        return verdict_row("truncated", "the prompt is longer than the judge's context")
     if known is None:
         verdict = parse_verdict(reply.text, allowed, reply.finish_reason, mode == "json")
         return verdict | {"finish_reason": reply.finish_reason, "raw": reply.text}

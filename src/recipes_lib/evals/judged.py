@@ -1,6 +1,4 @@
-"""What the suites share that a judge decides: answers of all models first, then one judge for all
-of them, its audit with two probes, and the logs.
-"""
+"""What the suites share that a judge decides: its verdicts, its audit with two probes, the logs."""
 
 from __future__ import annotations
 
