@@ -73,6 +73,18 @@ def test_each_model_has_a_cache_of_its_own(small_task, make_run, tiny_model_dir)
     assert first.count("\n") == 8 and first != second
 
 
+def test_other_rows_are_another_evaluation(small_task, make_run, tmp_path):
+    make_run("one", 1)
+    (tmp_path / "tasks").mkdir()
+    small_task.with_name("choice.yaml").rename(tmp_path / "tasks/choice.yaml")
+    recipe = load_eval(small_task, [f"data.include_path={tmp_path}/tasks"])
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    for count in (8, 6):
+        (tmp_path / "rows.jsonl").write_text("".join(lines[:count]))
+        (log,) = evaluate([recipe], ["one"], remote_code=True)
+        assert log.metrics[0].n == count
+
+
 def test_a_group_of_ones_own_may_name_tasks_of_lm_eval(small_task, tmp_path, monkeypatch):
     from lm_eval import tasks
 

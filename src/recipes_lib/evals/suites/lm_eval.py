@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from recipes_lib.core.errors import EnvironmentFault, RecipesError, one_line
-from recipes_lib.core.files import hash_of, write_text
+from recipes_lib.core.files import file_hash, hash_of, write_text
 from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from recipes_lib.evals.recipe import EvalRecipe
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
+_ROWS = re.compile(r"[\w./-]+\.(?:jsonl?|csv|parquet)\b")
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
 # most machines have
 _CPU_BATCH = 8
@@ -48,6 +49,16 @@ class LMEval(Suite):
     """lm-eval for the models of one eval recipe."""
 
     title = "lm-eval"
+
+    def reads(self, model: Any) -> Any:
+        """Return the hashes of the files of rows that task files of one's own name."""
+        data = self.recipe.data
+        tasks = Path(data.include_path).rglob("*.yaml") if data.include_path else ()
+        names = {
+            name for task in tasks for name in _ROWS.findall(task.read_text("utf-8", "replace"))
+        }
+        files = [Path(data.folder or ".", name) for name in sorted(names)]
+        return [file_hash(file) for file in files if file.is_file()]
 
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
