@@ -98,12 +98,8 @@ def leaks_of_run(recipe: EvalRecipe, log: EvalLog) -> Leaks | None:
 def _texts_of(
     recipe: EvalRecipe, trained: Recipe, fetch: bool, samples: Path | None = None
 ) -> list[EvalText]:
-    """The texts of an evaluation that no training row may hold; an error says why there are none.
-
-    Args:
-        trained: the training's recipe.
-        fetch: whether the questions may be fetched.
-        samples: lm-eval's samples, where it has evaluated.
+    """The texts of an evaluation that no training row may hold (of lm-eval, those in the folder
+    `samples`); an error says why there are none.
     """
     if recipe.suite.name == "heldout_loss":
         return list(_row_texts(recipe, trained))

@@ -51,11 +51,7 @@ _NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9._-]+")
 
 class PromptFormat:
     """Conversations rendered as the model was trained to read them; `hash` identifies the format.
-
-    Args:
-        section: None where only the server that has the model knows the format.
-        folder: the tokenizer's, where it is on this machine.
-        load: loads the tokenizer.
+    There is no section where only the server that has the model knows it.
     """
 
     def __init__(

@@ -26,13 +26,8 @@ _NAMES = re.compile(
 
 
 def task_errors(tasks: Sequence[str], own: Path | None, place: Origin) -> Iterator[RecipeError]:
-    """Yield an error for each task that neither lm-eval nor a folder has; none where lm-eval is not
-    installed.
-
-    Args:
-        tasks: names or patterns (`mmlu_*`).
-        own: folder with further task files; the parts of its groups are looked for too.
-        place: where the tasks are named.
+    """Yield an error for each name or pattern (`mmlu_*`) of a task, also in the groups of one's own
+    folder, that neither lm-eval nor the folder has; none where lm-eval is not installed.
     """
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or spec.origin is None:
