@@ -489,6 +489,9 @@ def test_trainings_of_one_recipe_have_no_better_one(tmp_path: Path) -> None:
     folders = {"a": seeds(tmp_path, "a", 0.3), "b": seeds(tmp_path, "b", 0.8)}
     claim = claim_of(compared(folders, design=RANK))
     assert claim.one_recipe and "chance alone" in claim.sentence
+    for folder in folders["b"]:
+        (folder / "resolved.yaml").unlink()  # a recipe that is not known is not the same one
+    assert not claim_of(compared(folders, design=RANK)).one_recipe
 
 
 def test_seeds_are_paired_by_seed(tmp_path: Path) -> None:
@@ -543,6 +546,12 @@ def test_no_difference_is_not_said_beside_a_small_p(tmp_path: Path) -> None:
     (claim,) = (each for each in compared(folders).claims if each.row.eval == "first")
     assert claim.row.test and claim.row.test.p < 0.05 < (claim.row.p or 0)
     assert "No difference" not in claim.sentence and "Alone it has" in claim.sentence
+
+
+def test_rows_of_few_questions_have_no_verdict_among_many(tmp_path: Path) -> None:
+    for number in range(20):
+        folders = valued(tmp_path, [0.0] * 20, [1.0] * 20, name=f"eval{number}")
+        assert silent(compared(folders)) == (number == 19)
 
 
 def test_a_long_tail_against_the_mean_has_no_verdict(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def arm_differences(
             setting_text(_value(key, other_values)),
             _level(key, values, other_values, design),
         )
-        for key in (dict.fromkeys([*values, *other_values]) if values and other_values else ())
+        for key in dict.fromkeys([*values, *other_values])
         if not key.startswith("tune.") and _value(key, values) != _value(key, other_values)
     ]
     facts, other_facts = (_facts_of_arm(arm, design) for arm in (first, second))
