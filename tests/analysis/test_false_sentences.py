@@ -39,6 +39,7 @@ from recipes_lib.evals.log import (
     read_eval_log,
     write_log,
 )
+from recipes_lib.evals.recipe import load_eval
 from recipes_lib.weights.load import base_fingerprint
 
 RANK = Design("study", "Does rank matter?", factors={"rank": ["lora.r"]})
@@ -173,8 +174,10 @@ def test_an_error_stops_the_sentences_of_its_evaluation_alone(
     code: str, how: Callable[[Folders], Any], two: Folders
 ) -> None:
     assert claim_of(compared(two)).verdict == "higher"
-    if code == "protocol-differs":
-        rewrite(two, settings="the same")
+    if code == "protocol-differs":  # another batch size is no other question
+        for arm, size in zip(two, (8, 16), strict=True):
+            recipe = load_eval("evals/quickstart/lm_eval.yaml", [f"suite.batch_size={size}"])
+            rewrite({arm: two[arm]}, settings=recipe.settings_key())
         assert claim_of(compared(two)).verdict == "higher"
     how(two)
     assert stopped(two, code)

@@ -442,8 +442,8 @@ def _settings(log: EvalLog, of_prompt: bool) -> dict[str, Any]:
         values[f"decoding.{key}"] = value
     if of_prompt and log.answers.prompt_format_hash:
         values["prompt format"] = log.answers.prompt_format_hash[:12]
-    if log.settings:
-        values["files of the eval"] = log.settings[:12]  # rules, rubrics and prompts among them
+    if log.settings:  # of files: rules, rubrics and prompts among them
+        values["files or code of the eval"] = log.settings.rpartition("-")[2][:12]
     return values
 
 

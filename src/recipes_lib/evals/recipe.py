@@ -365,19 +365,16 @@ class EvalRecipe(Section):
         return {"name": self.name, **self.model_dump(exclude=left_out)}
 
     def settings_key(self) -> str:
-        """Return the hash of what decides a result of the settings and of the files they name."""
-        left_out: Any = {
-            "thresholds": True,
-            "generation": _ONLY_SPEED,
-            "judge": {*_ONLY_SPEED, *TEXTS, "file"},
-            "metrics": {"against", "probe_pairs"},
-        }
+        """Return hashes of what decides a result: of the settings, and of their files and code."""
+        left_out: Any = {"thresholds": True, "metrics": {"against", "probe_pairs"}}
+        left_out |= {"generation": _ONLY_SPEED, "judge": {*_ONLY_SPEED, *TEXTS, "file"}}
         values = {"name": self.name, **self.model_dump(exclude=left_out)}
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
         files += sorted(Path(self.data.include_path).rglob("*")) if self.data.include_path else []
         files += [file for key in TEXTS if self.judge and (file := self.judge.text(key))]
-        return hash_of(values, [file_hash(file) for file in files if file.is_file()], CODE_VERSION)
+        read = [file_hash(file) for file in files if file.is_file()]
+        return f"{hash_of(values)[:32]}-{hash_of(read, CODE_VERSION)[:32]}"
 
 
 # ---- reading ----
