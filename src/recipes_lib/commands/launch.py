@@ -12,7 +12,7 @@ from recipes_lib.config.documents import read
 from recipes_lib.config.launch import TRAIN_FLAGS
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.project import recipe_path
-from recipes_lib.core.terminal import next_step, say
+from recipes_lib.core.terminal import count, next_step, say
 from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, Planner
 from recipes_lib.slurm.prefetching import missing_models
@@ -109,9 +109,9 @@ def _dry_run_lines(
     yield "# bash takes these lines as they are; the first one writes the scripts"
     yield typed.replace(" --dry-run", " --prepare")
     for job, line in sbatch_lines(plan):
-        unit = "GPU" if job.gpus else "process"
+        unit = ("GPU",) if job.gpus else ("process", "processes")
         arms = f"{len(job.tasks)} arms, each " if len(job.tasks) > 1 else ""
-        yield f"# {job.label}: {arms}{job.nodes} node x {job.processes} {unit}"
+        yield f"# {job.label}: {arms}{count(job.nodes, 'node')} x {count(job.processes, *unit)}"
         yield line
         script = [*directives(job, plan.folder, site.values), *job_commands(job, site.values)]
         yield from (f"#     {text}" for text in "\n".join(script).split("\n"))

@@ -180,7 +180,7 @@ def _sentence(model: type[BaseModel], path: KeyPath, details: list[Any]) -> list
         return [f"section '{name}' must be a mapping of keys, got {got}"]
     details = [detail for detail in details if "pattern" not in detail["type"]] or details
     messages = [detail["msg"].removeprefix("Value error, ") for detail in details]
-    must = " must be" if messages[0].startswith("Input should be ") else ":"
+    must = " must be" if messages[0].startswith(("Input should be ", "List should have ")) else ":"
     texts = [text.removeprefix("Input should be ").replace("None", "null") for text in messages]
     texts = [text.replace("List should have", "a list of").split(" after val")[0] for text in texts]
     texts = [text.replace("a valid dictionary", "a mapping {key: value}") for text in texts]
