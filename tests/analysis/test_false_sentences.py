@@ -186,6 +186,25 @@ def test_an_error_stops_the_sentences_of_its_evaluation_alone(
     assert any(words.get(code, "") in line for line in compared(two).cannot_say)
 
 
+def test_a_primary_metric_is_tested_where_another_stands_for_it(two: Folders) -> None:
+    for (folder,), loss in zip(two.values(), (1.0, 1.1), strict=True):
+        made = [
+            Metric(
+                name,
+                name,
+                tuple(Sample(f"q{n}", value=loss + n % 7 / 9) for n in range(60)),
+                unit="number",
+                higher_is_better=False,
+                instead_of=other,
+            )
+            for name, other in (("loss", ""), ("bits_per_byte", "loss"))
+        ]
+        write_eval(folder, "heldout_loss", "heldout_loss", made)
+    assert "bits_per_byte" not in str([row.metric for row in compared(two).table.rows])
+    first = compared(two, Aims("heldout_loss/bits_per_byte")).table.rows[0]
+    assert first.primary and first.metric == "heldout_loss/bits_per_byte"
+
+
 def test_what_is_said_beside_a_sentence_stops_none(two: Folders) -> None:
     weak = JudgeFacts(name="w", fingerprint="w", model="w/w", weak="of 135M parameters")
     rewrite(two, judge=weak)

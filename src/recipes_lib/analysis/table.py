@@ -137,9 +137,10 @@ def build_table(arms: Arms, aims: Aims | None = None) -> TestedTable:
     """Return the tested table; without aims all metrics are alike."""
     aims = aims or Aims()
     measured = {arm.name: _metrics_of(arms, arm) for arm in arms}
-    rows = [
-        row for first, second in _pairs(arms) for row in _rows(arms[first], arms[second], measured)
-    ]
+    words = {part for word in (aims.primary, *aims.margins) for part in metric_parts(word or "")}
+    rows: list[TableRow] = []
+    for first, second in _pairs(arms):
+        rows += _rows(arms[first], arms[second], measured, words)
     _mark_asides(rows, arms, aims)
     _leave_out_small(rows)
     _mark_primary(rows, aims)
@@ -177,7 +178,7 @@ def _metrics_of(arms: Arms, arm: ArmRuns) -> dict[_Key, _Measured]:
 
 
 def _rows(
-    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, _Measured]]
+    first: ArmRuns, second: ArmRuns, measured: Mapping[str, dict[_Key, _Measured]], words: set[str]
 ) -> Iterator[TableRow]:
     """Yield the rows of two arms: first what was judged head to head, then what both have."""
     of_first, of_second = measured[first.name], measured[second.name]
@@ -193,9 +194,9 @@ def _rows(
     both = {(key[0], key[2]) for key, _ in of_first.keys() & of_second.keys()}  # eval and metric
     for (key, opponent), metrics in of_first.items():
         other = of_second.get((key, opponent))
-        through_an_arm = opponent in measured
-        shown = not (through_an_arm and (key in direct or opponent in (first.name, second.name)))
-        if other and shown and (key[0], metrics[0][1].instead_of) not in both:
+        beside = key in direct or opponent in (first.name, second.name)
+        stood_for = (key[0], metrics[0][1].instead_of) in both and key[2] not in words
+        if other and not stood_for and not (beside and opponent in measured):
             yield _side_by_side(first, second, opponent, metrics, other)
 
 
@@ -389,8 +390,7 @@ def _mean(values: _Values) -> float | None:
 
 
 def _mean_reported(metrics: Sequence[Metric]) -> float | None:
-    values = [metric.value for metric in metrics if metric.value is not None]
-    return sum(values) / len(values) if values else None
+    return _mean(np.array([metric.value for metric in metrics if metric.value is not None]))
 
 
 def _files(metrics: Iterable[Metric]) -> tuple[str, ...]:
