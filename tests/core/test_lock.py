@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -105,7 +106,7 @@ def test_a_killed_holder_keeps_nothing_and_the_next_one_waits_where_it_may(start
         assert lock.is_held(tmp_path / "mine")
     assert not lock.is_held(tmp_path / "mine")
     child = start()
-    (tmp_path / "mine" / "STOP").touch()
+    threading.Timer(1.0, (tmp_path / "mine" / "STOP").touch).start()  # while the next one waits
     with lock.waiting_lock(tmp_path / "mine"):
         assert child.wait(timeout=10) == 0
     assert "waiting for it" in capsys.readouterr().out
