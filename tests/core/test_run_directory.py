@@ -41,6 +41,9 @@ def test_a_run_is_found_by_name_and_by_folder_and_a_wrong_name_lists_similar_one
     for word in ("/no/where/my-frist", "my-frist"):
         with pytest.raises(RecipeError, match=r"no .*my-frist.*\n  did you mean my-first"):
             open_run(word)
+    (folder / "adapter").mkdir()
+    with pytest.raises(RecipeError, match="by the run: my-first"):
+        open_run("runs/my-first/adapter")
     assert [run.name for run in all_runs()] == ["my-first"]
     for number in range(7):
         RunDirectory(f"r{number}").write_state("finished")

@@ -111,10 +111,9 @@ class RunDirectory:
 
     def write_state(self, state: State, **fields: Any) -> None:
         """Set the run's state, keeping the other fields of run.json and adding `fields`."""
-        now = utc_now()
-        begun = {"name": self.name, "created": now}
+        begun = {"name": self.name, "created": utc_now()}
         known: Mapping[str, object] = self.read_state() if self.exists() else begun
-        write_json(self.state_file, {**known, "state": state, "updated": now, **fields})
+        write_json(self.state_file, {**known, "state": state, "updated": utc_now(), **fields})
 
 
 def open_run(name: str, root: Path | None = None) -> RunDirectory:
@@ -132,12 +131,13 @@ def open_run(name: str, root: Path | None = None) -> RunDirectory:
 
 def all_runs(root: Path | None = None) -> list[RunDirectory]:
     """Return every run under the runs root, by name."""
-    root = root or runs_root()
-    names = sorted(file.parent.name for file in root.glob("*/run.json"))
+    names = sorted(file.parent.name for file in (root or runs_root()).glob("*/run.json"))
     return [RunDirectory(name, root) for name in names if not name.startswith(".")]
 
 
 def _no_such_run(what: str, name: str, root: Path) -> RecipeError:
+    if (root / "run.json").is_file():
+        return RecipeError(what, f"a part of a run is named by the run: {root.name}")
     names = [run.name for run in all_runs(root)]
     if near := difflib.get_close_matches(name, names, n=3):
         return RecipeError(what, f"did you mean {' or '.join(near)}?")

@@ -313,7 +313,7 @@ def _untrained(word: str, known: Recipe | None, recipe: EvalRecipe, remote_code:
     """A model without a run, asked as is known of it; else as the eval recipe says."""
     section = recipe.generation
     is_local = word.startswith("package:") or (Path(word) / "config.json").is_file()
-    is_hub_id = word.count("/") == 1 and not word.startswith((".", "/"))
+    is_hub_id = word.count("/") == 1 and not word.startswith((".", "/", f"{runs_root().name}/"))
     is_served = section.engine == "openai" and not is_local
     if known is None and not (is_local or is_hub_id or is_served):
         open_run(word)  # raises, with the names of similar runs
