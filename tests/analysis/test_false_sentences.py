@@ -205,6 +205,15 @@ def test_a_primary_metric_is_tested_where_another_stands_for_it(two: Folders) ->
     assert first.primary and first.metric == "heldout_loss/bits_per_byte"
 
 
+def test_other_prompt_formats_head_to_head_have_no_verdict(two: Folders) -> None:
+    facts = read_eval_log(two["two"][0] / RESULT).answers
+    asked = [replace(facts, prompt_format_hash=word) for word in ("dolly", "chat")]
+    file = write_judged(two["two"][0], 100, against="one", skill=0.8, name="met")
+    rewrite({"two": two["two"]}, "evals/met/" + file.name, answers=asked[0], opponent=asked[1])
+    assert claim_of(compared(two), "met/win_rate").stopped_by[0].code == "protocol-differs"
+    assert claim_of(compared(two), "alpaca_eval/win_rate").verdict == "higher"
+
+
 def test_what_is_said_beside_a_sentence_stops_none(two: Folders) -> None:
     weak = JudgeFacts(name="w", fingerprint="w", model="w/w", weak="of 135M parameters")
     rewrite(two, judge=weak)

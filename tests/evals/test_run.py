@@ -158,11 +158,10 @@ def test_against_the_base_has_files_of_its_own_and_against_itself_is_one_half(qu
     assert any("gave the same answers" in line for line in same.banners)
 
 
-def test_other_prompt_formats_are_compared_only_when_insisted(quick, make_run):
+def test_other_prompt_formats_are_compared_and_named(quick, make_run):
     make_run("one", 1), make_run("two", 2, prompt_format="alpaca")
-    with pytest.raises(RecipeError, match="asked in prompt format"):
-        evaluate([quick("alpaca_eval")], ["one"], "two")
-    assert evaluate([quick("alpaca_eval")], ["one"], "two", allow_format_differences=True)
+    (log,) = evaluate([quick("alpaca_eval")], ["one"], "two")
+    assert "other prompt formats: one in dolly, two in alpaca" in log.notes
 
 
 def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):

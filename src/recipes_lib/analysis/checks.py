@@ -33,6 +33,8 @@ LONGER = 1.5
 ASKED_IN_AUDIT = {*PROBES.values(), HUMAN}
 UNAUDITED = "judge-not-audited"  # stands in the sentences that it touches
 MANY_ARMS = 5
+_PROMPT = ("data.prompt_format", "data")
+_ONE_FORMAT = "train both in one prompt format, or declare data.prompt_format as a factor"
 AUDIT_COMMAND = "recipes judge audit --judge JUDGE.yaml --labels FILE"
 # Parts of an eval recipe that say how fast or where it runs, not what is asked; the judge has a
 # check of its own.
@@ -367,6 +369,13 @@ def _degenerate(arm: str, log: EvalLog, what: str, times: int, n: int) -> Findin
 
 def check_protocol(arms: Arms, design: Design | None) -> Iterator[Finding]:
     """Yield what differs between the evaluations of two arms."""
+    for arm, log in () if design and design.declares(*_PROMPT) else arms.logs:
+        both = (arm, arms.opponent(log.against) or "")
+        formats = {facts.prompt_format_hash for facts in (log.answers, log.opponent) if facts}
+        if both[1] in arms.by_name and len(formats - {None, ""}) > 1:
+            title = f"{arm} and {both[1]} were asked in other prompt formats in {log.eval}"
+            scope = (run_place(log.file),), _ONE_FORMAT, both, _metrics((log,))
+            yield Finding("protocol-differs", "error", title, *scope)
     for name, logs in _by_eval(arms).items():
         by_arm: dict[str, list[EvalLog]] = defaultdict(list)
         for arm, _, log in logs:
@@ -406,14 +415,14 @@ def _common_opponent(
 def _settings_differ(
     pair: tuple[str, str], first_log: EvalLog, second_log: EvalLog, design: Design | None
 ) -> Finding | None:
-    of_prompt = design is None or not design.declares("data.prompt_format", "data")
+    of_prompt = design is None or not design.declares(*_PROMPT)
     first, second = _settings(first_log, of_prompt), _settings(second_log, of_prompt)
     lines = _unequal(pair, first, second, first_log.source or second_log.source)
     if not lines:
         return None
     what = f"{first_log.eval}: {sentence_list([*lines], 3)}"
     title = f"{pair[0]} and {pair[1]} were asked differently in {what}"
-    remedy = "evaluate both with one eval recipe"
+    remedy = _ONE_FORMAT if [*lines] == ["prompt format"] else "evaluate both with one eval recipe"
     return Finding("protocol-differs", "error", title, (*lines.values(),), remedy)
 
 

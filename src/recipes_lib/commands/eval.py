@@ -17,7 +17,6 @@ def run(
     overrides: Sequence[str] = (),
     *,
     against: Annotated[str | None, "the opponent: reference, base, another run or model"] = None,
-    allow_format_differences: Annotated[bool, "compare models with different prompts"] = False,
     trust_remote_code: Annotated[
         bool, "allow code of models and tasks, if the recipe asks"
     ] = False,
@@ -29,13 +28,7 @@ def run(
 
     recipes, words = split_words([eval, *run_or_model], list(overrides))
     with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
-        logs = evaluate(
-            recipes,
-            words,
-            against,
-            allow_format_differences=allow_format_differences,
-            remote_code=trust_remote_code,
-        )
+        logs = evaluate(recipes, words, against, remote_code=trust_remote_code)
     if json:
         results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
         return print_json(results[0] if len(results) == 1 else {"results": results})

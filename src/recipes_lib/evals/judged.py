@@ -134,7 +134,7 @@ def _log_of(
 ) -> EvalLog:
     """The log of one model."""
     recipe, chosen = suite.recipe, suite.chosen
-    answers, opponent = judged.answers, judged.opponent
+    answers, opponent, facts = judged.answers, judged.opponent, judged.answers.facts
     assert answers.run is not None
     labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
     for item in judged.compared if chosen.labels else ():
@@ -146,7 +146,7 @@ def _log_of(
     banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []
     banners += filter(None, [audit_banner(card)])
     # bases included: a model that was fine-tuned from the judge counts too
-    if judge.section.model in (*answers.facts.models, *(opponent.facts.models if opponent else ())):
+    if judge.section.model in (*facts.models, *(opponent.facts.models if opponent else ())):
         banners.append(f"{judge.section.model} judges its own answers: expect self-preference")
     others = [opponent, *(each.answers for each in everyone if each is not judged)]
     same = [other.name for other in others if other and other.digest == answers.digest]
@@ -159,6 +159,9 @@ def _log_of(
     if suite.graded_by_reference and (missing := chosen.without_reference):
         num = count(len(missing), "question")
         notes.append(f"{num} graded without the reference needed: {', '.join(missing[:8])}")
+    if opponent and opponent.facts.prompt_format_hash not in (None, facts.prompt_format_hash):
+        asked = f"{answers.name} in {facts.prompt_format}, {opponent.name} in"
+        notes.append(f"other prompt formats: {asked} {opponent.facts.prompt_format}")
     against = opponent.name if opponent else None
     return EvalLog(
         suite=recipe.suite.name,
@@ -170,7 +173,7 @@ def _log_of(
         banners=tuple(banners),
         notes=tuple(notes),
         metrics=tuple(suite.metrics(judged)),
-        answers=answers.facts,
+        answers=facts,
         opponent=opponent.facts if opponent else None,
         judge=judge.facts(),
         audit=card,

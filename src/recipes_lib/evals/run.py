@@ -129,7 +129,6 @@ def evaluate(
 def evaluate_tasks(
     tasks: Sequence[EvalTask],
     *,
-    allow_format_differences: bool = False,
     remote_code: bool = False,
     on_error: OnError = _raised,
 ) -> list[EvalLog]:
@@ -137,7 +136,6 @@ def evaluate_tasks(
 
     Args:
         tasks: each base and each judge is loaded once for all of them.
-        allow_format_differences: compare models that were asked in different prompt formats.
         remote_code: whether the command line allowed code that ships with a model.
         on_error: is called where a model, or all of a task, failed; if it does not raise the error,
             the others go on.
@@ -145,8 +143,6 @@ def evaluate_tasks(
     for task in tasks:
         try:
             _prepare(task, remote_code)
-            if not allow_format_differences:
-                _check_formats(task)
             _take_finished(task)
         except Exception as error:
             task.sides.clear()
@@ -203,20 +199,6 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
             other = base_of(word, side if isinstance(side, Model) else None, targets)
         task.sides[word] = side, other
     task.suite.prepare(targets)
-
-
-def _check_formats(task: EvalTask) -> None:
-    """Refuse to compare models that are asked in different prompt formats."""
-    for pair in task.sides.values():
-        sides = [side.facts() if isinstance(side, Model) else side.facts for side in pair if side]
-        if len({facts.prompt_format_hash for facts in sides} - {None, ""}) > 1:
-            first, second = sides
-            raise RecipeError(
-                f"{first.name} is asked in prompt format {first.prompt_format}, {second.name} in"
-                f" {second.prompt_format}",
-                "the difference would be part of the result; insist with --allow-format-differences"
-                " (recorded)",
-            )
 
 
 def _take_finished(task: EvalTask) -> None:
