@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from recipes_lib.evals.log import read_eval_logs
-from recipes_lib.evals.suites.heldout_loss import row_losses
+from recipes_lib.evals.questions import QuestionSet
+from recipes_lib.evals.suites.heldout_loss import HeldoutLoss, row_losses
 from recipes_lib.train import main as train
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -65,6 +68,18 @@ def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_f
     folders = (tmp_path / "runs/wide", next((tmp_path / "runs").glob("base--*")))
     wide, base = (read_eval_logs(folder)[0][0] for folder in folders)
     assert wide.n == base.n > len(values)  # a base reads the rows of the run beside it
+
+
+def test_a_base_reads_the_rows_of_a_run_that_is_asked_as_it_is():
+    def model(name: str, asked: str, trained: bool = True) -> Any:
+        recipe = SimpleNamespace(model=SimpleNamespace(name_or_path="m"), name=name)
+        prompts = SimpleNamespace(hash=asked)
+        return SimpleNamespace(name=name, trained=trained, prompts=prompts, recipe=recipe)
+
+    recipe: Any = SimpleNamespace(data=SimpleNamespace(questions="rows.jsonl"))
+    suite = HeldoutLoss(recipe, QuestionSet((), 0))
+    suite.prepare([model("base", "a", False), model("one", "a"), model("two", "b")])
+    assert suite.recipes["base"].name == "one"
 
 
 def test_other_tokens_have_bits_per_byte_of_the_same_text(

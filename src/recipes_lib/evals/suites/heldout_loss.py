@@ -43,9 +43,12 @@ class HeldoutLoss(Suite):
         name = str(self.recipe.data.questions)
         self.split = name if name in HELD_OUT else None
         self.recipes: dict[str, Recipe] = {}  # whose rows a model reads, by its name
-        runs = {model.recipe.model.name_or_path: model.recipe for model in models if model.trained}
-        for model in models:
-            own = model.recipe if model.trained else runs.get(model.recipe.model.name_or_path)
+        runs: dict[object, Recipe] = {}  # by base, and by base and prompt format
+        for model in sorted(models, key=lambda model: not model.trained):
+            base, own = model.recipe.model.name_or_path, model.recipe if model.trained else None
+            asked = (base, model.prompts.hash)
+            runs |= {base: own, asked: own} if own else {}
+            own = own or runs.get(asked) or runs.get(base)
             if own is None and self.split:
                 what = f"'{model.word}' has no recipe, so no {self.split} split"
                 hint = "name a file of rows, or `base` beside its runs"
