@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from recipes_lib.cli import main
+from recipes_lib.core.lock import LOCK_NOTE
 from recipes_lib.core.run_directory import RunDirectory
 
 
@@ -39,5 +40,8 @@ def test_the_table_and_one_run_and_the_next_command(tmp_path, monkeypatch, capsy
     for updated in ("", ', "updated": null', ', "updated": 5'):
         torn.write_text(f'{{"format_version": 1, "state": "running"{updated}}}')
         assert any(line.split()[:2] == ["torn", "died"] for line in status(capsys))
+    note = {"pid": 7, "host": "gpu3", "since": "2026-11-24"}  # of a process that was killed
+    (tmp_path / "a-new" / LOCK_NOTE).write_text(json.dumps(note))
     shown = status(capsys, "a-new")
+    assert shown[0] == "a-new: finished"
     assert "  first_loss: not measured" in shown and shown[-1] == "next: recipes chat a-new"

@@ -81,7 +81,7 @@ def test_every_format_gives_the_same_rows(tmp_path):
 def test_a_damaged_file_is_named_with_its_line(tmp_path):
     good = json.dumps(TASK)
     for name, content, line, words in (
-        ("a.jsonl", f"{good}\n{{torn\n", 2, "the line: not JSON (Expecting prop"),
+        ("a.jsonl", f'{good}\n{{"torn"\n', 2, "not JSON (Expecting ':' delimiter at column 8)"),
         ("a.jsonl", f'{good}\n{{"instruction": "\xe9"}}\n'.encode("latin-1"), 2, "is not UTF-8"),
         ("a.jsonl", f"{good}\n[1]\n", 2, "expected an object with columns, found list"),
         ("a.json", "[\n{]", 2, "not JSON"),

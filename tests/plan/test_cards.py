@@ -15,6 +15,7 @@ NAMES = {  # what people type, or what CUDA says of a card and its memory
     ("h100", None): "h100-80gb",
     ("a100", None): "a100-80gb",
     ("a100-40gb", None): "a100-40gb",
+    ("a100-40", None): "a100-40gb",
     ("4090", None): "rtx-4090-24gb",
     ("h100-nvl", None): "h100-nvl-94gb",
     ("NVIDIA B200", 178.0): "b200-180gb",

@@ -79,17 +79,17 @@ def _newest_values(run: RunDirectory) -> Row:
 
 
 def _show(run: RunDirectory, as_json: bool) -> int:
-    facts: Row = {**run.read_state(), "last": _newest_values(run), "state": _state(run)}
+    facts: Row = {**run.read_state(), "last": _newest_values(run), "state": (state := _state(run))}
     if as_json:
         return print_json(facts)
-    say(f"{run.name}: {facts['state']}{describe_holder(run.path / LOCK_NOTE)}")
+    holder = describe_holder(run.path / LOCK_NOTE) if state == "running" else ""
+    say(f"{run.name}: {state}{holder}")
     for key in ("exit_code", "error", "launch", "attempts"):
         if facts.get(key) is not None:
             say(f"  {key}: {facts[key]}")
     for key, value in (facts.get("summary") or facts["last"]).items():
         say(f"  {key}: {value if value is not None else 'not measured'}")
-    if facts["state"] == "running":
+    if state == "running":
         say("to save a checkpoint and stop:")
         return next_step("touch", run.stop_file)
-    is_done = facts["state"] == "finished"
-    return next_step(f"recipes chat {run.name}" if is_done else run.train_command())
+    return next_step(f"recipes chat {run.name}" if state == "finished" else run.train_command())

@@ -280,7 +280,7 @@ def _read_jsonl(lines: Iterable[str]) -> Iterator[Numbered]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                row = _object(parsed_json(line, "the line"))
+                row = _object(parsed_json(line.rstrip(), "the line"))
             except BadRow as reason:
                 row = reason
             yield number, _no_text(line) or row

@@ -56,10 +56,10 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
         >>> card_named("NVIDIA H100 PCIe", 79.6).name, card_named("Tesla T4", 14.6).tflops
         ('h100-pcie-80gb', None)
     """
-    words = {*re.split(r"[^a-z0-9]+", name.lower())}
+    words = {*re.split(r"[^a-z0-9]+|gb\b", name.lower())}
     alike: dict[Card, tuple[int, float]] = {}  # the more words and the nearer the memory, the more
     for card in CARDS:
-        *kind, size = card.name.removeprefix("rtx-").split("-")
+        *kind, size = card.name.removeprefix("rtx-").removesuffix("gb").split("-")
         if words >= {*kind}:
             near = size in words if memory_gib is None else -abs(card.memory_gib - memory_gib)
             alike[card] = len(kind), near
