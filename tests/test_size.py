@@ -24,8 +24,8 @@ LINES = {
     "plan": (917, 750),
     "evals": (5319, 4300),
     "analysis": (3253, 3000),
-    "study": (1474, 950),
-    "slurm": (1057, 800),
+    "study": (1475, 950),
+    "slurm": (1058, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 26950, 20_000
 LARGEST_TESTS, GOAL_TESTS = 20100, 16_000

@@ -154,7 +154,12 @@ def test_the_lines_of_a_dry_run_can_be_pasted_into_bash(profile_file, launch, ro
     assert [task.job for task in tasks] == ["10", "11", "12"]
 
 
-def test_a_wrong_launch_says_what_is_wrong(profile_file, launch: Launch) -> None:
+def test_a_wrong_launch_says_what_is_wrong(profile_file, launch: Launch, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"  # a job would be refused after the training
+    own.write_text(
+        "suite: {name: lm_eval, tasks: [arc_easy]}\ndata: {include_path: .}\n"
+        "generation: {trust_remote_code: true}\n"
+    )
     site, none = profile_file(), profile_file("none", sbatch={"partition": "a"})
     cases = [
         (("quickstart/lora-r8", "--stages", "trian", "--profile", site), "no stage 'trian'"),
@@ -164,6 +169,10 @@ def test_a_wrong_launch_says_what_is_wrong(profile_file, launch: Launch) -> None
         (("quickstart/lora-r8", "again", "--profile", site), "neither an option nor"),
         (("quickstart/lora-r8", "--profile", "exampel"), "did you mean example?"),
         (("recipes/quickstart", "--profile", site), "is a directory"),
+        (
+            (*CPU, "--profile", site, "--evals", own),
+            "own.yaml:2: data.include_path: task files are",
+        ),
         (("lora-rank-tuned", "--profile", site), "tunes its arms"),
         (("logs", "nobody"), "launched: nothing yet"),
     ]

@@ -16,7 +16,7 @@ from tests.study.stand_in import COMMAND
 
 from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
-from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError
+from recipes_lib.core.errors import EnvironmentFault, ExitCode, RecipeError, RecipesError
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report
 from recipes_lib.study import run as running
@@ -209,6 +209,15 @@ def test_on_a_full_disk_the_trainings_that_run_are_asked_to_stop_and_waited_for(
     assert "tiny--r8.yaml" in capsys.readouterr().err.splitlines()[-2]
     commands = [file.read_bytes() for file in Path("/proc").glob("[0-9]*/cmdline")]
     assert (folder / "tiny--r4.yaml").is_file() and str(folder).encode() not in b"".join(commands)
+
+
+def test_task_files_that_nobody_allowed_are_refused_before_the_first_training(study, run) -> None:
+    text = "suite: {name: lm_eval, tasks: [arc_easy]}\ndata: {include_path: .}\n"
+    study.with_name("own.yaml").write_text(f"{text}generation: {{trust_remote_code: true}}\n")
+    study.write_text(f"{study.read_text()}evals: [own.yaml]\n")
+    with pytest.raises(RecipesError, match="task files are code"):
+        run()
+    assert not trained(study)
 
 
 def test_two_studies_of_one_name_are_refused(study: Path, run: Run, tmp_path: Path) -> None:

@@ -531,9 +531,10 @@ def _code_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError
         yield document.error("data.include_path", what, hint)
 
 
-def check_allowed(recipe: EvalRecipe, remote_code: bool) -> None:
+def check_allowed(recipes: Sequence[EvalRecipe], remote_code: bool) -> None:
     """Refuse code of lm-eval's tasks that the command line did not allow."""
-    if errors := [] if remote_code else [*_code_errors(recipe, recipe.document)]:
+    asked = [each for each in recipes if each.suite.name == "lm_eval" and not remote_code]
+    if errors := [error for each in asked for error in _code_errors(each, each.document)]:
         raise RecipeErrors(errors)
 
 

@@ -175,8 +175,7 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
     """Resolve the words of a task, load its questions, and find who each is compared with."""
     recipe = task.recipe
     has_questions = bool(SUITES[recipe.suite.name].row)
-    if recipe.suite.name == "lm_eval":
-        check_allowed(recipe, remote_code)
+    check_allowed([recipe], remote_code)
     if not has_questions and recipe.generation.engine == "openai":
         what = f"{recipe.suite.name} needs the weights in this process"
         raise recipe.error("generation.engine", what, "set generation.engine: transformers")

@@ -25,7 +25,7 @@ from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import shown_duration
 from recipes_lib.evals.leaks import refuse_leaks_of
-from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, find_eval, load_eval
+from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, check_allowed, find_eval, load_eval
 from recipes_lib.slurm.prefetching import judge_weights
 from recipes_lib.slurm.profile import STAGES, SiteProfile
 from recipes_lib.study.config import load_study, study_file
@@ -268,6 +268,7 @@ class Planner:
             length = ("--max-model-len", str(judge.max_context_tokens))
             launcher = ("bash", script, judge.model, *length, *revision, "--", *self.python)
         trust = [flag for flag in self.flags if flag == "--trust-remote-code" and evals]
+        check_allowed(evals, bool(trust))
         return Task(launcher, ("-m", "recipes_lib.cli", verb, *words, *trust), what)
 
     # ---- What is said before ----

@@ -32,7 +32,7 @@ from recipes_lib.core.lock import LOCK_NOTE, describe_holder, is_held, run_lock
 from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.data.splits import check_rows
 from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.recipe import HELD_OUT
+from recipes_lib.evals.recipe import HELD_OUT, check_allowed
 from recipes_lib.plan.cards import devices_here
 from recipes_lib.study.config import BASE_ARM, Arm, Study
 from recipes_lib.study.runs import (
@@ -87,6 +87,7 @@ class StudyRunner:
     def run(self) -> ExitCode:
         """Do everything; return 0, 1 (failures), 6 (judgments missing), or 75 or 130 (stopped)."""
         self.study = with_choices(self.study)
+        check_allowed(self.study.evals, "--trust-remote-code" in self.flags)
         with study_lock(self.study):
             refuse_unmet(self.study, fetch=True)
             _claim_folder(self.study)

@@ -126,7 +126,7 @@ def load_tasks(recipe: EvalRecipe, remote_code: bool = False) -> int:
     Args:
         remote_code: whether the command line allowed code of the tasks.
     """
-    check_allowed(recipe, remote_code)
+    check_allowed([recipe], remote_code)
     with _inside(recipe):
         manager, tasks = _tasks(recipe)
         return sum(len(task.eval_docs) for task in manager.load(tasks)["tasks"].values())
