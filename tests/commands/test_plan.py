@@ -98,7 +98,8 @@ def test_an_earlier_training_on_such_a_card_gives_the_speed(plan, tiny_recipe, t
     assert other["tokens_per_second"] != 123
 
 
-def test_bad_input_is_one_message(plan: Run) -> None:
+def test_bad_input_is_one_message(plan: Run, tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "another"}')
     for words, code, said in (
         (["--gpu", "h100-80"], 0, ""),
         (["--gpu", "tpu"], 2, "there is no card 'tpu'"),
@@ -107,6 +108,7 @@ def test_bad_input_is_one_message(plan: Run) -> None:
         (["--accelerate", "ddp", "--gpus", "3"], 2, "run.global_batch_size"),
         (["lora.target_modules=[c_attn]"], 2, "lora.target_modules"),
         (["model.name_or_path=nobody/nothing"], 5, "no plan: 'nobody/nothing'"),
+        ([f"model.name_or_path={tmp_path}"], 2, "model identifier: another.\n"),
         (["train.sed=1"], 2, "did you mean train.seed"),
     ):
         found, _, err = plan(LORA, *words)

@@ -247,8 +247,7 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
 
 def cards_here() -> list[Card]:
     """Return the GPUs that a training may use here, as CUDA numbers them."""
-    count = torch.cuda.device_count()
-    devices = [torch.cuda.get_device_properties(number) for number in range(count)]
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return [card_named(device.name, device.total_memory / GIB) for device in devices]
 
 
@@ -266,7 +265,8 @@ def model_config(recipe: Recipe) -> Any:
         what = f"{why}: {one_line(error)}"
         raise recipe.fault("model.name_or_path", what, *hints) from None
     except (ValueError, KeyError, TypeError) as error:
-        raise recipe.error("model.name_or_path", f"no plan: {one_line(error)}") from None
+        why = one_line(error).partition(" Should contain ")[0]  # without all types that are known
+        raise recipe.error("model.name_or_path", f"no plan: {why}") from None
 
 
 @cache
