@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,9 +59,9 @@ def test_a_plan_has_at_most_fifteen_lines_and_the_numbers_of_its_json(plan: Run)
 
 def test_the_advice_typed_as_it_stands_keeps_its_word(plan: Run) -> None:
     words = [LORA, "--gpu", "a10", "train.activation_checkpointing=false", "train.max_length=4096"]
-    made = planned(plan, *words, "--tokens-per-row", 3000)
+    made = planned(plan, *words)
     assert not made["fits"] and made["advice"]
-    followed = planned(plan, *words, *made["advice"].split(), "--tokens-per-row", 3000)
+    followed = planned(plan, *words, *made["advice"].split())
     assert followed["fits"]
     wasteful = planned(plan, LORA, "--gpu", "h200", "train.activation_checkpointing=true")
     assert wasteful["advice"] == "train.activation_checkpointing=false"
@@ -74,10 +75,11 @@ def test_what_nothing_makes_fit_says_so(plan: Run) -> None:
 
 
 def test_a_card_without_a_known_peak_has_memory_and_no_time(plan, monkeypatch):
-    from recipes_lib.plan import plan as plan_module
-    from recipes_lib.plan.cards import card_named
+    import torch
 
-    monkeypatch.setattr(plan_module, "cards_here", lambda: [card_named("Tesla T4", 14.6)])
+    card = SimpleNamespace(name="Tesla T4", total_memory=14.6 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
     made = planned(plan, LORA)
     assert made["card"] == "Tesla T4" and made["card_gib"] == 14.6
     assert made["seconds"] is None and "not estimated" in plan(LORA)[1]

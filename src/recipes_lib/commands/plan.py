@@ -27,7 +27,6 @@ def run(
     gpus: Gpus = None,
     nodes: Nodes = None,
     accelerate: Accelerate = None,
-    tokens_per_row: Annotated[int | None, "for data that are not on this machine"] = None,
     table: Annotated[bool, "what other settings, methods and cards would do"] = False,
     json: Json = False,
 ) -> int:
@@ -44,7 +43,7 @@ def run(
     from recipes_lib.plan.steps import rows_of
 
     launch = launch_for(loaded, gpu, gpus, nodes, accelerate)
-    plan = plan_of(loaded, launch, card_for(launch, gpu), rows_of(loaded, tokens_per_row))
+    plan = plan_of(loaded, launch, card_for(launch, gpu), rows_of(loaded))
     advice = advise(plan, overrides)
     rows = rows_shown(plan, advice)
     if json:

@@ -4,7 +4,6 @@ and what every change would do.
 
 from __future__ import annotations
 
-import itertools
 import math
 import shlex
 from collections.abc import Sequence
@@ -13,12 +12,13 @@ from typing import Any
 
 from recipes_lib.config.launch import plan_launch
 from recipes_lib.config.recipe import load_recipe
+from recipes_lib.config.sections import MAX_LENGTH
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.core.terminal import aligned, shown_duration
 from recipes_lib.plan.plan import Plan, plan_of
 
 COUNTS = (2, 4, 8)  # of GPUs
-LAUNCHES = {"fsdp": "weights and optimizer shared out over", "ddp": "a copy on each of"}
+SHORT = 512  # tokens
 KEEP_ALL = ["train.activation_checkpointing=false"]
 FOUR_BITS = [
     "quantization.load_in_4bit=true",
@@ -53,34 +53,33 @@ def ways(plan: Plan) -> list[tuple[list[str], str]]:
     """Return words that change a recipe but no step's examples, smallest change first, and why."""
     recipe, steps = plan.recipe, plan.steps
     same_step = [] if recipe.run.global_batch_size else [f"run.global_batch_size={steps.examples}"]
-
-    def batch(size: int) -> list[str]:
-        words = [f"train.per_device_train_batch_size={size}", *same_step]
-        return words if size < steps.per_device else same_step
-
     changes: list[tuple[list[str], str]] = []
     if plan.fits and plan.checkpointing:
         changes.append((KEEP_ALL, "activations fit without computing every block twice"))
-    smaller = [size for size in (4, 2, 1) if size < steps.per_device]
-    changes += [(batch(size), "smaller micro-batches of the same step") for size in smaller]
-    lean = batch(1)
+    for size in (4, 2, 1):
+        if size < steps.per_device:
+            words = [f"train.per_device_train_batch_size={size}", *same_step]
+            changes.append((words, "smaller micro-batches of the same step"))
+    least: list[str] = []  # of memory, with the same mathematics on the same card
+    if not plan.fits and changes:
+        least = changes[-1][0]
     if not plan.checkpointing:
         recompute = ["train.activation_checkpointing=true"]
         changes.append((recompute, "keeps the inputs of the blocks and computes each twice"))
-        lean = [*recompute, *lean]
-        if smaller:
-            changes.append((lean, "both"))
-    lean = [] if plan.fits else lean
-    launches = itertools.product(LAUNCHES, COUNTS) if plan.card.name != "cpu" else ()
-    for kind, count in launches:
+        least = least and [*recompute, *least]
+        if least:
+            changes.append((least, "both"))
+    for count in COUNTS if plan.card.name != "cpu" else ():
         if count > plan.launch.world_size:
             size = math.gcd(steps.per_device, steps.examples // count)
-            words = [f"launch.accelerate={kind}", f"launch.gpus={count}", *(lean or batch(size))]
-            changes.append((words, f"{LAUNCHES[kind]} {count} GPUs"))
+            batch = [f"train.per_device_train_batch_size={size}", *same_step]
+            words = ["launch.accelerate=fsdp", f"launch.gpus={count}", *(least or batch)]
+            changes.append((words, f"weights and optimizer shared out over {count} GPUs"))
     if recipe.lora is not None and recipe.quantization is None:
-        changes.append(([*FOUR_BITS, *lean], "QLoRA, the base in 4 bits; another experiment"))
-    short = ["train.max_length=512", *lean]
-    changes.append((short, "longer examples lose their tail; another experiment"))
+        changes.append(([*FOUR_BITS, *least], "QLoRA, the base in 4 bits; another experiment"))
+    if (recipe.train.get("max_length", MAX_LENGTH) or SHORT + 1) > SHORT:
+        words = [f"train.max_length={SHORT}", *least]
+        changes.append((words, "longer examples lose their tail; another experiment"))
     return changes
 
 

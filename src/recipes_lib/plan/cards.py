@@ -57,17 +57,17 @@ def card_named(name: str, memory_gib: float | None = None) -> Card:
         ('h100-pcie-80gb', None)
     """
     words = {*re.split(r"[^a-z0-9]+|gb\b", name.lower())}
-    alike: dict[Card, tuple[int, float]] = {}  # the more words and the nearer the memory, the more
+    alike: dict[tuple[int, float], Card] = {}  # the more words and the nearer the memory, the more
     for card in CARDS:
         *kind, size = card.name.removeprefix("rtx-").removesuffix("gb").split("-")
         if words >= {*kind}:
             near = size in words if memory_gib is None else -abs(card.memory_gib - memory_gib)
-            alike[card] = len(kind), near
+            alike.setdefault((len(kind), near), card)
     if not alike and memory_gib is None:
         names = [card.name for card in CARDS]
         known = f"cards: {', '.join(names)}, h100-mig-3g.40gb (any profile), cpu"
         raise RecipeError(f"--gpu: there is no card '{name}'", *did_you_mean(name, names), known)
-    card = max(alike, key=alike.__getitem__, default=Card(name, memory_gib or 0.0))
+    card = alike[max(alike)] if alike else Card(name, memory_gib or 0.0)
     if slice_of := re.search(r"(\d+)g\.(\d+)gb", name.lower()):
         tflops = card.tflops and round(card.tflops * int(slice_of[1]) / 7)
         return Card(name, round(0.97 * float(slice_of[2]), 1), tflops)

@@ -7,6 +7,7 @@ else the operations of a token over an assumed share of the card's peak.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,17 +34,13 @@ from recipes_lib.plan.trace import Precision, Trace, trace
 # Assumed shares of a card's peak (MFU). LoRA: a published bf16 LoRA of Llama-3-8B on an H100 runs
 # at 12,473 tokens/s, 40% of its peak with 4N operations. The others: nobody has measured them here.
 MFU = {"LoRA": 0.40, "full": 0.40, "QLoRA": 0.25, "LoRA on 8 bits": 0.15}
-# TFLOP/s of a core with AVX512-BF16 in a LoRA training of SmolLM2-135M, by bytes of an activation
-CORE_TFLOPS = {2: 0.18, 4: 0.083}
-AROUND_S = {True: 30.0, False: 120.0}  # start, loading and saving, on a CPU and on a GPU, assumed
+AROUND_S = 120.0  # start, loading and saving, assumed
 GIB = 2**30
 CONTEXT_GIB, NCCL_GIB, GAPS = 0.6, 0.5, 0.05
 # Python with torch, transformers and datasets beside the model: 0.6 to 0.9 in three runs
 CPU_PROCESS_GIB = 0.8
 TILE = 128  # tokens of the loss whose logits are there at once
-_counted: dict[str, RowLengths] = {}  # the arms of a study have the same rows
 _ON_GPUS = {"cpu": "single_gpu", "ddp_cpu": "ddp", "fsdp_cpu": "fsdp"}
-_ON_CPU = {on_gpu: on_cpu for on_cpu, on_gpu in _ON_GPUS.items()}
 # of a recipe's `train` section, what decides about speed
 _SPEED_KEYS = ("bf16", "fp16", "activation_checkpointing", "packing", "per_device_train_batch_size")
 
@@ -102,11 +99,7 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
         raise recipe.error(key, f"{key}: {one_line(error)}") from None
 
     # the rows, and memory for the largest micro-batch of them
-    values = recipe.to_dict()
-    same_rows = hash_of(values["data"], values["model"], train.get("max_length"))
-    if rows is None and same_rows not in _counted:
-        _counted[same_rows] = rows_of(recipe)
-    rows = rows or _counted[same_rows]
+    rows = rows or rows_of(recipe)
     steps = steps_of(recipe, launch.world_size, rows)
     asked = train.get("activation_checkpointing", train.get("gradient_checkpointing"))
     by_launch = launch.config.fsdp_config.get("fsdp_activation_checkpointing")
@@ -116,21 +109,17 @@ def plan_of(recipe: Recipe, launch: Launch, card: Card, rows: RowLengths | None 
     # time
     method = {4: "QLoRA", 8: "LoRA on 8 bits"}.get(bits or 0, "LoRA") if lora else "full"
     speed, source, seconds = None, "not known for this card", None
-    operations = ((4 if lora else 6) + (2 if checkpointing else 0)) * traced.active  # of a token
-    same = _speed_key(values, card.name, launch.world_size)
+    same = _speed_key(recipe.to_dict(), card.name, launch.world_size)
     if measured := _measured_speeds(runs_root()).get(same):
-        _, speed, run = measured
+        speed, run = measured
         source = f"measured by the run {run}"
-    elif on_cpu:
-        tflops = torch.get_num_threads() * CORE_TFLOPS[precision.compute_bytes]
-        speed = tflops * 1e12 / operations
-        source = "of one core as SmolLM2-135M showed it on another machine"
     elif card.tflops is not None:
+        operations = ((4 if lora else 6) + (2 if checkpointing else 0)) * traced.active
         speed = card.tflops * 1e12 * MFU[method] * launch.world_size / operations
         source = f"at an assumed {MFU[method]:.0%} of the card's peak (MFU)"
     if speed is not None:
         work = (steps.tokens + steps.validation / (2 if lora else 3)) / speed
-        seconds = work + AROUND_S[on_cpu] + traced.weight_bytes / GIB
+        seconds = work + AROUND_S + traced.weight_bytes / GIB
     return Plan(
         recipe=recipe,
         launch=launch,
@@ -166,7 +155,13 @@ def _memory(
         base -= trained
         if sharded and precision.half:
             trained = 4 * traced.trained  # FSDP2 under autocast keeps them in float32
-    optimizer = _optimizer_bytes(str(recipe.train.get("optim", "")), trained / traced.trained)
+    name, width_of_moment = str(recipe.train.get("optim", "")), trained / traced.trained
+    if "8bit" in name:
+        width_of_moment = 1.05
+    elif "paged" in name or "bnb" in name:
+        width_of_moment = 4
+    moments = 1 if "lion" in name or "rmsprop" in name else 2
+    optimizer = 0.1 if "sgd" in name or "adafactor" in name else moments * width_of_moment
     gradients = trained / shards
     if sharded and steps.accumulation > 1 and not sync_each_batch(recipe):
         gradients = 4 * traced.trained  # whole until the step's last backward pass
@@ -211,16 +206,6 @@ def _memory(
     return memory | {"context": CPU_PROCESS_GIB if on_cpu else context}
 
 
-def _optimizer_bytes(name: str, weight_bytes: float) -> float:
-    """Return the optimizer's state in bytes per trained weight; an unknown name counts as AdamW."""
-    if "sgd" in name or "adafactor" in name:
-        return 0.1
-    moments = 1 if "lion" in name or "rmsprop" in name else 2
-    if "8bit" in name:
-        return 1.05 * moments
-    return moments * (4.0 if "paged" in name or "bnb" in name else weight_bytes)
-
-
 # ---- what is planned for ----
 
 
@@ -228,9 +213,8 @@ def launch_for(
     recipe: Recipe, gpu: str | None, gpus: int | None, nodes: int | None, accelerate: str | None
 ) -> Launch:
     """Return the recipe's launch with flags that win over it: a card means no CPU launch."""
-    if gpu and accelerate is None:
-        other = (_ON_CPU if gpu == "cpu" else _ON_GPUS).get(recipe.launch.accelerate)
-        return plan_launch(recipe.launch, other, gpus or recipe.launch.gpus, nodes)
+    if accelerate is None and gpu not in (None, "cpu"):
+        accelerate, gpus = _ON_GPUS.get(recipe.launch.accelerate), gpus or recipe.launch.gpus
     return plan_launch(recipe.launch, accelerate, gpus, nodes)
 
 
@@ -240,15 +224,11 @@ def card_for(launch: Launch, gpu: str | None) -> Card:
         return Card("cpu", psutil.virtual_memory().available / GIB / launch.per_machine)
     if gpu:
         return card_named(gpu)
-    if cards := cards_here()[: launch.per_machine]:
+    number = min(torch.cuda.device_count(), launch.per_machine)
+    if devices := [*map(torch.cuda.get_device_properties, range(number))]:
+        cards = (card_named(device.name, device.total_memory / GIB) for device in devices)
         return min(cards, key=lambda card: card.memory_gib)
     return replace(card_named(DEFAULT), assumed=True)
-
-
-def cards_here() -> list[Card]:
-    """Return the GPUs that a training may use here, as CUDA numbers them."""
-    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-    return [card_named(device.name, device.total_memory / GIB) for device in devices]
 
 
 def model_config(recipe: Recipe) -> Any:
@@ -260,9 +240,8 @@ def model_config(recipe: Recipe) -> Any:
             return configuration(values)
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
     except OSError as error:  # gated, offline, no such model: each has its own message
-        why = f"no plan: '{name}' has no config.json here and is not among the known models"
+        what = f"no plan without the config.json of '{name}': {one_line(error)}"
         hints = [*did_you_mean(name, known_configs()), f"online: hf download {name} config.json"]
-        what = f"{why}: {one_line(error)}"
         raise recipe.fault("model.name_or_path", what, *hints) from None
     except (ValueError, KeyError, TypeError) as error:
         why = one_line(error).partition(" Should contain ")[0]  # without all types that are known
@@ -270,24 +249,17 @@ def model_config(recipe: Recipe) -> Any:
 
 
 @cache
-def _measured_speeds(root: Path) -> dict[str, tuple[str, float, str]]:
-    """Return time, tokens per second and name of the newest training by what decides its speed."""
-    newest: dict[str, tuple[str, float, str]] = {}
-    for file in root.glob("*/run.json"):
-        state = object_or_none(file) or {}
-        summary = state.get("summary") or {}
-        if not summary.get("tokens_per_second"):
-            continue
-        speed, device = float(summary["tokens_per_second"]), str(summary.get("device"))
-        card = device if device == "cpu" else card_named(device, 0.0).name
-        try:
+def _measured_speeds(root: Path) -> dict[str, tuple[float, str]]:
+    """Return tokens per second and name of the newest run of each kind of training."""
+    speeds: dict[str, tuple[float, str]] = {}
+    for file in sorted(root.glob("*/run.json"), key=lambda file: file.stat().st_mtime):
+        summary = (object_or_none(file) or {}).get("summary") or {}
+        with suppress(RecipesError, LookupError, TypeError):  # not finished, or damaged
+            speed, device = float(summary["tokens_per_second"]), str(summary["device"])
+            card = device if device == "cpu" else card_named(device, 0.0).name
             values = read(file.with_name(RECIPE_FILE)).values
-            key = _speed_key(values, card, summary["world_size"])
-        except (RecipesError, LookupError, TypeError):  # of an earlier release, or damaged
-            continue
-        measured = str(state.get("updated")), speed, file.parent.name
-        newest[key] = max(measured, newest.get(key, measured))
-    return newest
+            speeds[_speed_key(values, card, summary["world_size"])] = speed, file.parent.name
+    return speeds
 
 
 def _speed_key(values: Mapping[str, Any], card: str, processes: int) -> str:

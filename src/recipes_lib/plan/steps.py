@@ -36,30 +36,28 @@ class RowLengths:
     counted: bool = False  # and not estimated
 
 
-def rows_of(recipe: Recipe, tokens_per_row: int | None = None) -> RowLengths:
+def rows_of(recipe: Recipe) -> RowLengths:
     """Return the rows, tokenised where data and tokenizer are on this machine, else estimated."""
     section, folder = recipe.data, local_folder(recipe)
     sources = listed_sources(section)
-    local = [source for source in sources if not is_on_hub(source)]
-    try:
-        files = [file for source in local for file in source_files(source)]
-    except DataError as error:
-        raise place(recipe, error) from None
-    if len(local) == len(sources):
+    if any(map(is_on_hub, sources)):
+        lengths, rows = (ASSUMED_TOKENS,), section.max_examples or ASSUMED_ROWS
+        text = f"assumed: the data are not on this machine, {rows:,} rows of {ASSUMED_TOKENS}"
+    else:
+        try:
+            files = [file for source in sources for file in source_files(source)]
+        except DataError as error:
+            raise place(recipe, error) from None
         is_small = sum(file.stat().st_size for file in files) <= LARGEST_FILE
         if is_small and folder is not None and (folder / "tokenizer_config.json").is_file():
             data = prepare_data(recipe, load_tokenizer(recipe))
-            lengths = tuple(map(len, data.train[: 10 * SAMPLE]["input_ids"]))
-            validation, rows = len(data.validation or ()), len(data.train)
-            return RowLengths(lengths, rows, validation, f"tokens of {rows:,} rows", counted=True)
+            tokens = tuple(map(len, data.train[: 10 * SAMPLE]["input_ids"]))
+            rows, validation = len(data.train), len(data.validation or ())
+            return RowLengths(tokens, rows, validation, f"tokens of {rows:,} rows", counted=True)
         read = read_data(section, BadRows(), max_rows=SAMPLE).rows[:SAMPLE]
         lengths = tuple(sum(map(len, row.texts)) // CHARACTERS_PER_TOKEN + 1 for row in read)
         rows = min(sum(map(count_rows, files)), section.max_examples or 1 << 40)
         text = f"tokens estimated from the characters of {len(read):,} of about {rows:,} rows"
-    else:
-        lengths = (tokens_per_row or ASSUMED_TOKENS,)
-        rows = section.max_examples or ASSUMED_ROWS
-        text = f"assumed: the data are not on this machine, {rows:,} rows of {lengths[0]} tokens"
     split, validation = section.split, 0
     if split.method != "none":
         validation = round(rows * split.validation)
