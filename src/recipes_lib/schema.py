@@ -22,14 +22,15 @@ from typing import Any
 from recipes_lib.config.recipe import RecipeFile
 from recipes_lib.config.upstream import UPSTREAM_FILE
 from recipes_lib.core.project import project_root, shown_path
-from recipes_lib.evals.recipe import eval_schema
+from recipes_lib.evals.recipe import EvalRecipe
 from recipes_lib.slurm.profile import Profile
 from recipes_lib.study.config import study_schema
 
 _SCALARS = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+_MAY_BE_INHERITED = ("RecipeFile", "ModelSection", "DataSection", "EvalRecipe", "JudgeSection")
 SCHEMAS: dict[str, Callable[[], Any]] = {
     "recipe": lambda: _editable(RecipeFile.model_json_schema()),
-    "eval": eval_schema,
+    "eval": lambda: _editable(EvalRecipe.model_json_schema()),
     "study": study_schema,
     "profile": Profile.model_json_schema,
 }
@@ -65,7 +66,7 @@ def _written(files: dict[Path, Any], check: bool) -> list[str]:
 def _editable(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a file that may extend another, which then has the required keys."""
     for part in (schema, *schema["$defs"].values()):
-        if part["title"] in ("RecipeFile", "ModelSection", "DataSection"):
+        if part["title"] in _MAY_BE_INHERITED:
             part.pop("required", None)
     one_or_more = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     schema["properties"]["extends"] = one_or_more

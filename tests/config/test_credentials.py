@@ -94,8 +94,8 @@ def test_a_judge_file_with_a_secret_is_refused_by_check_and_by_eval(
     for url in ("http://u:PLANTED@127.0.0.1:8000/v1", "http://127.0.0.1:8000/v1?key=PLANTED"):
         section = f"{{model: m, engine: openai, base_url: '{url}'}}\n"
         judge.write_text(f"judge: {section}")
-        for form in ("{file: judge.yaml}\n", section):
-            recipe.write_text(f"{head}judge: {form}")
+        for form in ("extends: judge.yaml\n", f"judge: {section}"):
+            recipe.write_text(head + form)
             for command in commands:
                 assert main(command) == 2
                 out, err = capsys.readouterr()

@@ -45,8 +45,8 @@ def test_alpaca_evals_win_rate_of_our_annotations_is_ours(judge_file, runs_folde
     (tmp_path / "answers.json").write_text(json.dumps(answers))
     path = tmp_path / "support.yaml"
     path.write_text(
-        f"suite: {{name: alpaca_eval}}\ndata: {{questions: {QUESTIONS}}}\n"
-        "judge: {file: judge.yaml, max_reasks: 0}\nmetrics: {probe_pairs: 0}\n"
+        f"extends: judge.yaml\nsuite: {{name: alpaca_eval}}\ndata: {{questions: {QUESTIONS}}}\n"
+        "metrics: {probe_pairs: 0}\n"
     )
     with UndecidedServer() as server:
         judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")
@@ -84,8 +84,8 @@ def test_a_sound_judge_passes_its_probes_with_every_model(judge_file, runs_folde
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
     path = tmp_path / "support.yaml"
     path.write_text(
-        "suite: {name: alpaca_eval}\ndata: {questions: questions.json}\n"
-        "judge: {file: judge.yaml, concurrency: 1}\n"
+        "extends: judge.yaml\nsuite: {name: alpaca_eval}\ndata: {questions: questions.json}\n"
+        "judge: {concurrency: 1}\n"
     )
     with SoundServer() as server:
         judge_file(model=MODEL, engine="openai", base_url=server.url, mode="generate")

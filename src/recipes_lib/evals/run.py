@@ -44,7 +44,6 @@ from recipes_lib.evals.recipe import (
     SUITES,
     EvalRecipe,
     check_allowed,
-    find_eval,
     load_eval,
 )
 from recipes_lib.evals.suites import Suite
@@ -365,7 +364,7 @@ def say_results(logs: Sequence[EvalLog]) -> None:
         suite, judge = SUITE_CLASSES[same[0].suite], same[0].judge
         what = suite.title
         if judge is not None:
-            what = f"{same[0].n} questions, judge {judge.name} ({judge.model}, {judge.mode})"
+            what = f"{same[0].n} questions, judge {judge.model} ({judge.mode})"
         remarks: dict[tuple[str, str], list[str]] = {}  # what must be read first, of which models
         for mark, attribute in (("! ", "banners"), ("  ", "notes")):
             for log in same:
@@ -390,8 +389,8 @@ def split_words(
 ) -> tuple[list[EvalRecipe], list[str]]:
     """Return the eval recipes and the models of a command line.
 
-    YAML files are eval recipes (without one, the first word names one of the project's);
-    `section.key=value` words override a value in each of them; what is left are models.
+    YAML files are eval recipes; `section.key=value` words override a value in each of them; what is
+    left are models.
     """
     own = [word for word in words if _OVERRIDE.match(word)]
     rest = [word for word in words if word not in own]
@@ -404,7 +403,8 @@ def split_words(
             raise RecipeError(f"{word} is a training recipe; runs are evaluated", hint)
     files = [word for word in rest if Path(word).suffix in (".yaml", ".yml")]
     if not files:
-        files, rest = [str(find_eval(rest[0]))], rest[1:]
+        hint = "name its file first: recipes eval evals/quickstart/alpaca_eval.yaml RUN"
+        raise RecipeError("no eval recipe is named", hint)
     models = [word for word in rest if word not in files]
     recipes = [load_eval(file, [*own, *overrides]) for file in dict.fromkeys(files)]
     if not models:

@@ -25,7 +25,7 @@ from recipes_lib.core.project import project_root, runs_root, shown_path
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.core.terminal import shown_duration
 from recipes_lib.evals.leaks import refuse_leaks_of
-from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, check_allowed, find_eval, load_eval
+from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, check_allowed, load_eval
 from recipes_lib.slurm.prefetching import judge_weights
 from recipes_lib.slurm.profile import STAGES, SiteProfile
 from recipes_lib.study.config import load_study, study_file
@@ -158,7 +158,7 @@ class Planner:
         if recipe.path.resolve().parent.name == "quickstart":
             folder /= "quickstart"
         names = self.evals or [shown_path(folder / name) for name in _DEFAULT_EVALS]
-        evals = [load_eval(find_eval(name)) for name in names if "eval" in self.stages]
+        evals = [load_eval(name) for name in names if "eval" in self.stages]
         plan, run = JobPlan(recipe.name), RunDirectory(recipe.name)
         if "train" in self.stages:
             refuse_leaks_of(recipe, evals)

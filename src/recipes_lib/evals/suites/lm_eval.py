@@ -261,8 +261,6 @@ def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
     config: dict[str, Any] = {"model": "hf", "model_args": arguments, "tasks": suite.tasks}
     config |= suite.model_dump(exclude=_OTHER_KEYS)
     config |= {"batch_size": _batch_size(recipe), "include_path": recipe.data.include_path}
-    if not suite.apply_chat_template:
-        del config["fewshot_as_multiturn"]
     if _SEEDS.keys() & options:
         config["seed"] = [options.pop(name, usual) for name, usual in _SEEDS.items()]
     options.pop("bootstrap_iters", None)  # lm_eval has no key for it, and it changes no value
