@@ -240,7 +240,7 @@ def model_config(recipe: Recipe) -> Any:
             return configuration(values)
         return AutoConfig.from_pretrained(folder or name, revision=recipe.model.revision)
     except OSError as error:  # gated, offline, no such model: each has its own message
-        what = f"no plan without the config.json of '{name}': {one_line(error)}"
+        what = f"no plan: '{name}' has no config.json here: {one_line(error)}"
         hints = [*did_you_mean(name, known_configs()), f"online: hf download {name} config.json"]
         raise recipe.fault("model.name_or_path", what, *hints) from None
     except (ValueError, KeyError, TypeError) as error:
