@@ -72,7 +72,7 @@ MODELS = {
     "truncated shard": (truncate_shard, "", 2, "model.safetensors damaged"),
     "attention kernel that is not installed": (
         as_it_is, "model.attn_implementation=flash_attention_2;model.dtype=bfloat16",
-        5, "flash_attention_2 not installed"),
+        5, "flash_attention_2 cannot be used"),
     "attention that is misspelt": (
         as_it_is, "model.attn_implementation=sdpaa",
         2, "model.attn_implementation did you mean sdpa?"),

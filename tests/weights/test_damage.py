@@ -36,7 +36,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "gone": (lambda run: (run / ADAPTER).unlink(), "is gone"),
     "settings": (lambda run: edit(run / "adapter/adapter_config.json", lora_alpha=99), "changed"),
     "torn": (lambda run: (run / "adapter/adapter_config.json").write_text('{"r"'), "adapter_conf"),
-    "tokenizer": (lambda run: flip(run / "adapter/tokenizer.json"), "tokenizer.json changed"),
+    "tokenizer": (lambda run: flip(run / "adapter/tokenizer.json"), "tokenizer.json was changed"),
     "template": (lambda run: (run / "adapter/chat_template.jinja").unlink(), "is gone"),
     "folder": (lambda run: (run / "adapter").rename(run / "elsewhere"), "adapter/ is gone"),
 }

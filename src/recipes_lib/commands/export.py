@@ -7,7 +7,7 @@ from typing import Annotated
 
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.core.terminal import next_step, say, shown_size
-from recipes_lib.weights.export import check_repo, export, push
+from recipes_lib.weights.export import export, push
 from recipes_lib.weights.runs import finished_run
 
 
@@ -20,8 +20,6 @@ def run(
     public: Annotated[bool, "make a new repository public (default: private)"] = False,
 ) -> int:
     """Export, and push if asked; no model is loaded."""
-    if push_to_hub:
-        check_repo(push_to_hub)
     files = export(finished_run(open_run(run), remote_code=True), to, merged)
     size = shown_size(sum(file.stat().st_size for file in files))
     say(f"exported {len(files)} files, {size}: {to}")

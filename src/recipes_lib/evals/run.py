@@ -253,7 +253,7 @@ def _ask_group(group: Sequence[Model], tasks: Sequence[EvalTask], on_error: OnEr
     for model in group:
         try:
             if model.trained:
-                check_weights(model.trained)
+                check_weights(model.trained.run, model.trained.full)
         except Exception as error:
             leave_out(model, error, tasks)
     usable = [model for model in group if any(task.words_with(model) for task in tasks)]

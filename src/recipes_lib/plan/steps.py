@@ -41,7 +41,8 @@ def rows_of(recipe: Recipe) -> RowLengths:
     section, folder = recipe.data, local_folder(recipe)
     sources = listed_sources(section)
     if any(map(is_on_hub, sources)):
-        lengths, rows = (ASSUMED_TOKENS,), section.max_examples or ASSUMED_ROWS
+        lengths: tuple[int, ...] = (ASSUMED_TOKENS,)
+        rows = section.max_examples or ASSUMED_ROWS
         text = f"assumed: the data are not on this machine, {rows:,} rows of {ASSUMED_TOKENS}"
     else:
         try:

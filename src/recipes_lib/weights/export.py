@@ -35,8 +35,6 @@ NUMBERS = (
 
 def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
     """Write the run's weights, or `merged/`, into a new folder; return the files, by name."""
-    import yaml
-
     name, target = trained.run.name, to.expanduser().resolve()
     record = merge_record(trained) if merged else None
     if merged and record is None:
@@ -47,7 +45,7 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
         raise RecipeError(what, "give a folder that does not exist yet")
     if not trained.full:
         check_base_of(trained)
-    check_weights(trained)
+    check_weights(trained.run, trained.full)
 
     source, recipe, base = trained.weights, trained.recipe, public_name(trained.recipe)
     if record is not None:
@@ -68,11 +66,6 @@ def export(trained: TrainedRun, to: Path, merged: bool) -> list[Path]:
             file.write_text(text + "\n", encoding="utf-8")
         summary = trained.run.read_state().get("summary") or {}
         write_card(scratch, recipe, summary, asdict(record) if record else None)
-        values = without_paths(recipe.to_dict())
-        values["model"]["name_or_path"] = base
-        text = "# The recipe of this training, resolved; paths are cut to their last part.\n"
-        text += yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        (scratch / "recipe.yaml").write_text(text, encoding="utf-8")
         publish(scratch, target, replace=False)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -171,20 +164,6 @@ def base_file(recipe: Recipe, name: str) -> Mapping[str, Any]:
             read = metadata_load if name == "README.md" else object_or_none
             return read(folder / name) or {}
     return {}
-
-
-def check_repo(repo: str) -> None:
-    """Refuse what cannot be pushed to, before anything is written."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError:
-        what = f"'{repo}' is not a repository's name"
-        raise RecipeError(what, "it is OWNER/NAME, for example ada/my-first") from None
-    if constants.HF_HUB_OFFLINE:
-        raise EnvironmentFault("offline (HF_HUB_OFFLINE is set): nothing can be pushed to the Hub")
 
 
 def push(folder: Path, repo: str, public: bool) -> str:

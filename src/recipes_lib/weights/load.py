@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from recipes_lib.config.preflight import (
     DEQUANTIZED,
-    attention_refused,
     check_upstream,
     local_folder,
     no_tokenizer,
@@ -124,17 +123,13 @@ def load_model(
         model = loader.from_pretrained(path, use_safetensors=True, **options)
     except OSError as error:
         raise explain_load_failure(section, error) from None
-    except ImportError as error:
-        if attention is None:
-            raise
-        what = f"attention kernel '{attention}' is not installed: {one_line(error)}"
-        hint = "install it, or leave it out"
-        raise recipe.fault("model.attn_implementation", what, hint) from None
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         if attention is None or "attention" not in str(error).lower():
             raise
+        refused = recipe.fault if isinstance(error, ImportError) else recipe.error
         reason = one_line(error).partition(". Please request")[0]
-        raise attention_refused(recipe, f"is not for this model: {reason}") from None
+        what = f"model.attn_implementation: {attention} cannot be used: {reason}"
+        raise refused("model.attn_implementation", what, "leave the key out") from None
     for module in model.modules():
         # bitsandbytes 0.50 repacks 4-bit weights for AVX512-BF16 processors in the first
         # evaluation, and outputs differ from then on (2% of the largest logit of a 135M model)

@@ -57,7 +57,7 @@ def merge(trained: TrainedRun, dtype: str | None) -> tuple[MergeRecord, bool]:
         what = f"run '{name}' is a full fine-tuning: its model is whole, there is nothing to merge"
         raise RecipeError(what, f"recipes export {name} --to DIR")
     check_base_of(trained)
-    check_weights(trained)
+    check_weights(trained.run, trained.full)
     scratch = trained.run.path / "merged.unchecked"
     with run_lock(trained.run.path):
         record = merge_record(trained)

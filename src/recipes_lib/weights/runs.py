@@ -128,15 +128,16 @@ def weights_damage(run: RunDirectory, full: bool) -> str | None:
         return str(error).splitlines()[0]
     if not changed:
         return None
-    is_there = (folder / changed[0]).is_file()
-    damage = "changed after the training: sha256 differs" if is_there else "is gone"
+    damage = "was changed after the training" if (folder / changed[0]).is_file() else "is gone"
     return f"{folder.name}/{changed[0]} {damage}"
 
 
-def check_weights(trained: TrainedRun) -> None:
+def check_weights(run: RunDirectory, full: bool) -> None:
     """Refuse weights that are not what was trained."""
-    if damage := weights_damage(trained.run, trained.full):
-        raise _lost(trained.run, damage)
+    if damage := weights_damage(run, full):
+        what = f"run '{run.name}' has no usable weights: {damage}"
+        hint = f"make them again from the run's newest whole checkpoint: {run.train_command()}"
+        raise EnvironmentFault(what, hint)
 
 
 def check_base_run(name_or_path: str) -> None:
@@ -145,8 +146,8 @@ def check_base_run(name_or_path: str) -> None:
     if not (folder.parent / "run.json").is_file():
         return
     run = RunDirectory(folder.parent.name, folder.parent.parent)
-    if folder.name == "model" and (damage := weights_damage(run, full=True)):
-        raise _lost(run, damage)
+    if folder.name == "model":
+        check_weights(run, full=True)
     if changed := changed_files(folder, read_object(folder / RECORD).get("sha256", {})):
         what = f"{folder / changed[0]} is not what was merged"
         raise EnvironmentFault(what, f"make it again: recipes merge {run.name}")
@@ -159,12 +160,6 @@ def check_base_of(trained: TrainedRun) -> None:
         base, run = trained.recipe.model.name_or_path, trained.run.name
         what = f"'{base}' is not the base of run '{run}': its weights differ ({now[:12]})"
         raise RecipeError(what, "restore the base, or set model.revision to the commit it was")
-
-
-def _lost(run: RunDirectory, damage: str) -> EnvironmentFault:
-    what = f"run '{run.name}' has no usable weights: {damage}"
-    hint = f"make them again from the run's newest whole checkpoint: {run.train_command()}"
-    return EnvironmentFault(what, hint)
 
 
 class Family:
@@ -181,7 +176,7 @@ class Family:
         self.runs = {run.run.name: run for run in runs}
         self.names = [*self.runs] if self.full else [BASE, *self.runs]
         for run in runs:
-            check_weights(run)
+            check_weights(run.run, run.full)
         self.tokenizers: dict[str, PreTrainedTokenizerBase] = {
             name: AutoTokenizer.from_pretrained(run.weights) for name, run in self.runs.items()
         }
