@@ -106,8 +106,8 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
 
     # base + adapter -> merged model -> files
     folded = _with_transposed_layers(model.merge_and_unload(safe_merge=True))
-    size, written = folded.get_memory_footprint(), precision_name(folded.dtype)
-    say(f"writing {shown_size(size)} in {written} ...")
+    written = precision_name(folded.dtype)
+    say(f"writing {shown_size(folded.get_memory_footprint())} in {written} ...")
     settings = folded.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         settings.do_sample = True  # Llama-2's file lacks it, and upstream refuses to save it so
@@ -127,13 +127,9 @@ def _merge(trained: TrainedRun, dtype: str | None, folder: Path) -> MergeRecord:
         difference=float((merged - adapter).abs().mean()),
     )
     if not record.lost <= LOST_LIMIT:  # NaN is no agreement
-        what = (
-            f"logits differ by {record.lost:.0%} of what the adapter changes ({LOST_LIMIT:.0%} is"
-        )
-        raise RecipesError(
-            f"the merged model is not the adapter on its base: {what} allowed)",
-            "its effect is lost in rounding (try --dtype float32), or these are not its weights",
-        )
+        what = f"merging loses {record.lost:.0%} of what the adapter changes in the base's logits"
+        hint = "lost in rounding (try --dtype float32), or these are not its weights"
+        raise RecipesError(f"{what} ({LOST_LIMIT:.0%} is allowed)", hint)
     write_card(folder, recipe, trained.run.read_state().get("summary") or {}, asdict(record))
     record.sha256 = recorded_hashes(folder)
     write_json(folder / RECORD, asdict(record))
