@@ -224,9 +224,7 @@ LINES: list[tuple[list[str], int, str]] = [
     (["data", "tiny.yaml", "data.source=pipe.jsonl"], 4, "pipe.jsonl: no data file"),
     (["launch", "nowhere"], 2, "nowhere: no such file"),  # before --profile
     (["launch", "."], 2, ".: directory"),
-    *((["judge", "audit", name], 4, f"{name}: evals/EVAL/judgments.jsonl")
-      for name in ("empty.jsonl", "nowhere.jsonl", ".")),
-    (["judge", "audit", "rows.jsonl"], 4, "rows.jsonl: is not a file of judgments"),
+    (["judge", "audit"], 2, "--labels: rows: instruction, answer"),
     (["train", str(CONFIGS / "ddp.yaml")], 2, "accelerate config"),
 ]  # fmt: skip
 

@@ -54,7 +54,7 @@ def test_without_arguments_the_verbs_are_listed_in_groups_and_each_documents_its
     out = capsys.readouterr().out
     assert "\nstart here\n  new " in out and "\nmore\n  ls " in out
     assert out.splitlines()[-1] == "next: recipes ls"
-    for verb, text in cli.VERBS.items():
+    for verb, (_, text) in cli.VERBS.items():
         assert cli.main([verb, "--help"]) == 0
         assert text[1:] in " ".join(capsys.readouterr().out.split())  # names keep their capitals
 
@@ -63,7 +63,9 @@ WRONG = [
     (["chek"], ["no verb 'chek'", "did you mean recipes check?"]),
     (["show"], ["recipes show: ", "RECIPE", "usage:"]),
     (["show", RECIPE, "--dif", "x"], ["unknown option '--dif'", "did you mean --diff?"]),
-    (["ls", "--diff"], ["unknown option '--diff'"]),
+    (["ls", "x", "--diff"], ["unknown argument 'x'", "unknown option '--diff'"]),
+    (["plan", "--gpus", "0", "--nodes=x", "--gpu"], ["--gpus: ", "--nodes: ", "--gpu: expected"]),
+    (["study", "plan", "--gpus=1"], ["recipes study plan: ", "STUDY: a study file"]),
     (["explain", "train", "train.seed=1"], ["unknown argument 'train.seed'"]),
     (["show", RECIPE, "--learning_rate", "3"], ["section.key=value"]),
     (["show", RECIPE, "foo.bar=1"], ["command line: unknown section or key 'foo'"]),
@@ -92,7 +94,7 @@ def test_an_error_ends_with_its_own_exit_code_and_words(monkeypatch, capsys):
     def fail() -> int:
         raise errors[-1]
 
-    monkeypatch.setattr("recipes_lib.commands.ls.run", fail)
+    monkeypatch.setattr("recipes_lib.commands.overview.run_ls", fail)
     for error, code, said in (
         (DataError("no rows", "add some", file="a.jsonl", line=3), 4, "a.jsonl:3: no rows\n  add "),
         (KeyboardInterrupt(), 130, "interrupted\n"),

@@ -14,8 +14,8 @@ TREES = {
     path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in ROOT.rglob("*.py")
 }
-# What every verb, program and suite has under one name. The list may only become shorter.
-SHARED = {"run": "commands/", "ACTIONS": "commands/", "EPILOG": "commands/", "main": ""}
+# What every program has under one name. The list may only become shorter.
+SHARED = {"main": ""}
 # These say that there is a thing.
 NO_NAMES = {"one", "its", "told", "found", "mine", "whose", "here", "theirs", "twin"}
 DEFINITIONS = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -14,7 +14,7 @@ SOURCE = PROJECT / "src" / "recipes_lib"
 # Lines of Python, after the formatter, docstrings included: what a package may have, and its goal.
 # The first number may only fall.
 LINES = {
-    "commands": (1729, 1500),
+    "commands": (1580, 1500),
     "core": (1127, 800),
     "config": (2597, 1900),
     "models": (629, 450),
@@ -22,10 +22,10 @@ LINES = {
     "training": (1850, 1700),
     "weights": (1060, 900),
     "plan": (887, 750),
-    "evals": (5172, 4300),
+    "evals": (5167, 4300),
     "analysis": (3253, 3000),
     "study": (1475, 950),
-    "slurm": (1058, 800),
+    "slurm": (1011, 800),
 }
 LARGEST_SOURCE, GOAL_SOURCE = 23900, 20_000
 LARGEST_TESTS, GOAL_TESTS = 17300, 16_000

@@ -1,10 +1,15 @@
 """`recipes VERB ...`: imports the verb's module, and turns errors into a line and an exit code.
 
-A verb is a module in `commands/` with a function `run`, or several in `ACTIONS`, and one line in
-`VERBS`. The function's parameters are its command line (`commands.declare`).
+A verb is a function `run_VERB` of a module in `commands/`, or several `run_VERB_ACTION`, and one
+line in `VERBS`. The function's parameters are its command line (`commands.declare`).
 """
 
 from __future__ import annotations
+
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while modules load: no traceback
 
 import argparse
 import difflib
@@ -22,48 +27,66 @@ from recipes_lib.commands import GIVEN, declare, parameters
 from recipes_lib.core.errors import (
     ExitCode,
     RecipeError,
+    RecipeErrors,
     RecipesError,
     explain_fault,
     one_line,
     print_error,
 )
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# verb: its module in commands/, and what it does
 START_HERE = {
-    "new": "start a recipe of your own from an existing one",
-    "check": "check recipes and configs, files or folders",
-    "data": "what the model reads, and which tokens carry loss",
-    "plan": "what a training needs: memory, steps, time, and what to change",
-    "train": "train a recipe, or continue it",
-    "chat": "chat with runs and their base model",
-    "eval": "answer, judge and benchmark runs and models",
-    "study": "compare variants of a recipe: plan, run, status, report",
-    "export": "write a folder to share: weights, tokenizer, model card",
-    "launch": "submit a recipe or a study as Slurm jobs; status, cancel, logs",
+    "new": ("recipes", "start a recipe of your own from an existing one"),
+    "check": ("recipes", "check recipes and configs, files or folders"),
+    "data": ("train", "what the model reads, and which tokens carry loss"),
+    "plan": ("train", "what a training needs: memory, steps, time, and what to change"),
+    "train": ("train", "train a recipe, or continue it"),
+    "chat": ("train", "chat with runs and their base model"),
+    "eval": ("evaluate", "answer, judge and benchmark runs and models"),
+    "study": ("study", "compare variants of a recipe: plan, run, status, report"),
+    "export": ("weights", "write a folder to share: weights, tokenizer, model card"),
+    "launch": ("cluster", "submit a recipe or a study as Slurm jobs; status, cancel"),
 }
 MORE = {
-    "ls": "list the recipes",
-    "show": "a resolved recipe, with the file and line of every value; --diff OTHER",
-    "explain": "what a key means, its type and default",
-    "migrate": "turn a flat TRL config into a recipe",
-    "status": "the state of runs",
-    "merge": "fold an adapter into its base model",
-    "judge": "audit a judge: its scorecard",
-    "compare": "compare any runs, or results of lm-eval and alpaca_eval",
-    "prefetch": "fetch models, data and judges for nodes without a network",
-    "doctor": "check versions, device, disk and token, and say what to do",
+    "ls": ("overview", "list the recipes"),
+    "show": ("recipes", "a resolved recipe, with the place of every value; --diff OTHER"),
+    "explain": ("recipes", "what a key means, its type and default"),
+    "migrate": ("recipes", "turn a flat TRL config into a recipe"),
+    "status": ("overview", "the state of runs"),
+    "merge": ("weights", "fold an adapter into its base model"),
+    "judge": ("evaluate", "audit a judge on labelled pairs: its scorecard"),
+    "compare": ("evaluate", "compare any runs, or results of lm-eval and alpaca_eval"),
+    "prefetch": ("cluster", "fetch models, data and judges for nodes without a network"),
+    "doctor": ("doctor", "check versions, device, disk and token, and say what to do"),
 }
 VERBS = {**START_HERE, **MORE}
-_OVERRIDES = (
-    "section.key=value words override values of the recipe, for example train.learning_rate=1e-4."
+ACTIONS = {"study": ("plan", "run", "status", "report"), "judge": ("audit",)}
+_EPILOG = (
+    "section.key=value words override values of a recipe, for example train.learning_rate=1e-4."
+    " --debug shows tracebacks."
 )
-_DEBUG = "--debug shows tracebacks."
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours."""
+    """An argument parser whose errors are ours: all wrong values and unknown words at once."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+        self.mistakes: list[str] = []
+
+    def _get_values(self, action: argparse.Action, words: list[str]) -> Any:
+        try:
+            return super()._get_values(action, words)
+        except argparse.ArgumentError as error:
+            if action.nargs == argparse.PARSER:  # without its action no other word is understood
+                raise
+            self.mistakes.append(str(error))
 
     def error(self, message: str) -> NoReturn:
-        """Raise the usage error instead of printing and exiting; say what a missing word is."""
+        """Raise what was wrong before, and this, which ends the parsing; say what is missing."""
         missing = message.removeprefix("the following arguments are required: ").split(", ")
         hints = [
             f"{name}: {action.help}"
@@ -71,8 +94,9 @@ class _Parser(argparse.ArgumentParser):
             for name in action.option_strings or [str(action.metavar)]
             if name in missing and action.help
         ]
-        usage = self.format_usage().strip()
-        raise RecipeError(f"{self.prog}: {message}", *hints, usage, f"more: {self.prog} --help")
+        *others, last = (f"{self.prog}: {mistake}" for mistake in (*self.mistakes, message))
+        usage = (self.format_usage().strip(), f"more: {self.prog} --help")
+        raise RecipeErrors([*map(RecipeError, others), RecipeError(last, *hints, *usage)])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,7 +136,7 @@ def _run(words: Sequence[str], debug: bool) -> int:
         print("recipes VERB ...    fine-tune language models from YAML recipes")
         for group, verbs in (("start here", START_HERE), ("more", MORE)):
             print(f"\n{group}")
-            print("\n".join(f"  {name:<9} {text}" for name, text in verbs.items()))
+            print("\n".join(f"  {verb:<9} {text}" for verb, (_, text) in verbs.items()))
         print("\none verb in full: recipes VERB --help\nnext: recipes ls")
         return int(ExitCode.DONE)
     if words[0] == "--version":
@@ -131,27 +155,28 @@ def _run(words: Sequence[str], debug: bool) -> int:
 
 def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], dict[str, Any]]:
     """Return the function of a verb, and its arguments as the words say them."""
-    module = importlib.import_module(f"recipes_lib.commands.{verb}")
-    description = f"{VERBS[verb][0].upper()}{VERBS[verb][1:]}."
-    parser = _Parser(prog=f"recipes {verb}", description=description, allow_abbrev=False)
-    actions: dict[str, Callable[..., int]] = getattr(module, "ACTIONS", {})
-    if actions:
-        choice = parser.add_subparsers(dest="action", required=True, metavar="|".join(actions))
-        for name, function in actions.items():
-            text = (function.__doc__ or "").partition(".")[0]
-            declare(choice.add_parser(name, help=text, allow_abbrev=False), function)
+    name, text = VERBS[verb]
+    module = importlib.import_module(f"recipes_lib.commands.{name}")
+    description = f"{text[0].upper()}{text[1:]}."
+    parser = _Parser(prog=f"recipes {verb}", description=description, epilog=_EPILOG)
+    if verb in ACTIONS:
+        choice = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+        for action in ACTIONS[verb]:
+            function = getattr(module, f"run_{verb}_{action}")
+            part = choice.add_parser(
+                action, help=(function.__doc__ or "").partition(".")[0], epilog=_EPILOG
+            )
+            part.mistakes = parser.mistakes
+            declare(part, function)
     else:
-        declare(parser, module.run)
-    takes_overrides = not actions and "overrides" in parameters(module.run)
-    notes = (_OVERRIDES if takes_overrides else "", getattr(module, "EPILOG", ""), _DEBUG)
-    parser.epilog = " ".join(filter(None, notes))
+        declare(parser, getattr(module, f"run_{verb}"))
     known, unknown = parser.parse_known_args(words)
     arguments = vars(known)
-    function = actions[arguments.pop("action")] if actions else module.run
+    action = f"_{arguments.pop('action')}" if verb in ACTIONS else ""
+    function = getattr(module, f"run_{verb}{action}")
     if "overrides" in parameters(function):
         arguments["overrides"] = unknown
-    flags = parameters(function).keys() - {*GIVEN}
-    options = [f"--{name.replace('_', '-')}" for name in flags]
+    options = [f"--{name.replace('_', '-')}" for name in parameters(function).keys() - {*GIVEN}]
     for word in unknown:
         name = word.partition("=")[0]
         is_option = name.startswith("-") and "." not in name
@@ -159,7 +184,9 @@ def parse_words(verb: str, words: Sequence[str]) -> tuple[Callable[..., int], di
         if near or "overrides" not in arguments:
             kind = "option" if word.startswith("-") else "argument"
             hint = f"; did you mean {near[0]}?" if near else ""
-            parser.error(f"unknown {kind} '{name}'{hint}")
+            parser.mistakes.append(f"unknown {kind} '{name}'{hint}")
+    if parser.mistakes:
+        parser.error(parser.mistakes.pop())
     return function, arguments
 
 

@@ -94,9 +94,9 @@ def perform(argv: list[str], command: str) -> bool:
         case ["recipes", "study", "plan" | "status", *_]:
             assert cli.main(argv[1:]) == ExitCode.DONE, command
             return True
-        case ["recipes", "launch", what, *rest] if what not in ("status", "cancel", "logs"):
+        case ["recipes", "launch", what, *rest] if what not in ("status", "cancel"):
             # nothing is trained: stages that need a finished run are looked at with the training
-            flags = [word.replace("eval,", "train,eval,") for word in rest if word != "--wait"]
+            flags = [word.replace("eval,", "train,eval,") for word in rest]
             assert cli.main(["launch", what, *flags, "--dry-run"]) == ExitCode.DONE, command
         case ["recipes", "train", *rest]:
             assert cli.main(["train", *rest, "--dry-run"]) == ExitCode.DONE, command

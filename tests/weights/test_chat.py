@@ -8,7 +8,7 @@ import io
 import sys
 from typing import Any
 
-from recipes_lib.commands import chat
+from recipes_lib.commands import train as verbs
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.run_directory import open_run
 from recipes_lib.data.prompts import generation_prompt
@@ -70,7 +70,7 @@ def test_escapes_and_control_characters_in_answers_are_shown_not_obeyed(
     controls = set("\x1b\x07\r\x08\x9b\u202e")
     nasty = ("\\x1b[31mred", "[bold]loud[/bold]", "\\u202eevil")
     for written, shown in ((NASTY, nasty), (PERSIAN, (PERSIAN,)), ("", ("(empty answer)",))):
-        monkeypatch.setattr(chat, "answer", lambda *args, text=written: text)
+        monkeypatch.setattr(verbs, "answer", lambda *args, text=written: text)
         code, out, _ = recipes("chat", "lora", "--prompt", "hi")
         assert code == 0 and not [part for part in shown if part not in out]
         assert not set(out.replace("\x1b[1m", "").replace("\x1b[0m", "")) & controls
@@ -84,7 +84,7 @@ def test_the_turns_before_and_the_system_prompt_reach_the_model(runs, recipes, m
         prompts.append(generation_prompt(*args, **values))
         return prompts[-1]
 
-    monkeypatch.setattr(chat, "generation_prompt", recorded)
+    monkeypatch.setattr(verbs, "generation_prompt", recorded)
     monkeypatch.setattr(sys, "stdin", io.StringIO("What is gold?\n And silver? \n\nnever\n"))
     words = ("--no-base", "--system", "Be brief.", "--max-new-tokens", "3")
     code, out, _ = recipes("chat", "lora.chat", *words)

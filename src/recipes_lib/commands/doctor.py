@@ -19,7 +19,7 @@ DISK_GIB = 15  # Llama-2-7B takes 13
 DoctorLine = tuple[str, str, str]  # level, what is so, what to do
 
 
-def run() -> int:
+def run_doctor() -> int:
     """Print the findings; exit 5 when something cannot work."""
     failed = False
     for check in DOCTOR_CHECKS:

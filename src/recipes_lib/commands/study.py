@@ -15,14 +15,11 @@ from recipes_lib.study.run import StudyRunner, refuse_unmet, study_lock
 from recipes_lib.study.runs import study_folder, study_trainings, with_choices
 from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
 
-EPILOG = (
-    "section.key=value words override a value in every arm's recipe; key=value words the study's"
-    " own (seeds=[1,2], gpus=2)."
-)
-_StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/"]
+# section.key=value words override a value in every arm's recipe; key=value words the study's own
+_StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/; seeds=[1,2]"]
 
 
-def _plan(
+def run_study_plan(
     study: _StudyWord, overrides: Sequence[str], *, gpu: Gpu = None, json: Json = False
 ) -> int:
     """What is to be done and what it takes; nothing is touched."""
@@ -34,7 +31,7 @@ def _plan(
     return _next("run", loaded)
 
 
-def _run(
+def run_study_run(
     study: _StudyWord,
     overrides: Sequence[str],
     debug: bool,
@@ -57,7 +54,7 @@ def _run(
     return code
 
 
-def _status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
+def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """Every training and result that is not done."""
     loaded = with_choices(load_study(study, overrides))
     rows = status_rows(loaded)
@@ -67,7 +64,7 @@ def _status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) 
     return _next("report" if all(row["state"] == "done" for row in rows) else "run", loaded)
 
 
-def _report(
+def run_study_report(
     study: _StudyWord,
     overrides: Sequence[str],
     *,
@@ -91,9 +88,6 @@ def _report(
         return _next("run", loaded)
     first = study_trainings(loaded)[0].run
     return next_step("recipes", "export", first, "--to", f"{first}-export")
-
-
-ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}
 
 
 def _next(action: str, study: Study) -> int:

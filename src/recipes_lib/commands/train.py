@@ -1,38 +1,203 @@
-"""`recipes train RECIPE [section.key=value ...]`: start the training script as its `launch` says.
+"""The verbs around a training: data, plan, train and chat.
 
-It prints the plain command, runs it, hands signals on, and returns the exit code that the launcher
-would lose.
+`recipes train` prints the plain command, runs it, hands signals on, and returns the exit code that
+the launcher would lose.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from recipes_lib.commands import Accelerate, Gpus, Nodes, RecipeWord, flag_words
-from recipes_lib.config.launch import TRAIN_FLAGS, Launch, place_machine, plan_launch_of
+from recipes_lib.commands import Accelerate, Gpu, Gpus, Json, Nodes, RecipeWord, flag_words
+from recipes_lib.commands.recipes import launch_line
+from recipes_lib.config.launch import (
+    TRAIN_FLAGS,
+    Launch,
+    place_machine,
+    plan_launch,
+    plan_launch_of,
+)
 from recipes_lib.config.recipe import Recipe, load_recipe
-from recipes_lib.core.errors import ExitCode, print_error
+from recipes_lib.core.environment import quiet_libraries
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipeErrors, print_error
 from recipes_lib.core.files import object_or_none, write_text
 from recipes_lib.core.lock import is_held
-from recipes_lib.core.run_directory import RunDirectory
-from recipes_lib.core.terminal import next_step, say
-from recipes_lib.plan.cards import devices_here
+from recipes_lib.core.project import shown_path
+from recipes_lib.core.run_directory import RunDirectory, open_run
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
+from recipes_lib.data.conversations import Message
+from recipes_lib.data.leaks import NUM_KEPT
+from recipes_lib.data.prompts import generation_prompt
+from recipes_lib.evals.engine import HFEngine, Request, Sampling
+from recipes_lib.evals.leaks import leak_error, search_recipe
+from recipes_lib.evals.recipe import load_eval
+from recipes_lib.plan.cards import card_named, devices_here
 from recipes_lib.training.stopping import EXIT_CODE_FILE, STOPPING, handling
+from recipes_lib.weights.load import load_tokenizer
+from recipes_lib.weights.runs import BASE, TRUST, Family, families, finished_run
+
+if TYPE_CHECKING:
+    from recipes_lib.data.audit import DataAudit
+    from recipes_lib.plan.plan import Plan
 
 _POLL_S = 0.1
 _LETTING_GO_S = 5.0  # a killed rank takes a moment to let go of the run
 
+# ---- data ----
 
-def run(
+
+def run_data(
+    recipe: RecipeWord,
+    overrides: Sequence[str] = (),
+    *,
+    show: Annotated[int, "print N training rows as the model sees them (default 3)", 0] = 3,
+    against: Annotated[list[str], "evals whose questions must not be in the rows that train"] = [],  # noqa: B006 (it is not changed)
+) -> int:
+    """Prepare the recipe's data, print the audit and some rows."""
+    from recipes_lib.data.audit import RefusedData
+    from recipes_lib.data.prepare import prepare_data
+
+    # an override may follow the evals
+    words = [*overrides, *(word for word in against if "=" in word)]
+    loaded = load_recipe(recipe, words)
+    evals = [load_eval(word) for word in against if "=" not in word]
+    tokenizer = load_tokenizer(loaded)
+    try:
+        data = prepare_data(loaded, tokenizer)
+    except RefusedData as error:
+        _say_audit(error.audit)
+        raise
+    _say_audit(data.audit, f" (split: {data.splits['method']})")
+    errors = []
+    for name, leaks in (search_recipe(loaded, evals, fetch=True) if evals else {}).items():
+        if leaks.is_error:
+            errors.append(leak_error(name, leaks, loaded, limit=NUM_KEPT))
+        else:
+            say(str(leak_error(name, leaks, loaded)) if leaks.found else leaks.summary(name))
+    if errors:
+        raise RecipeErrors(errors)
+    for row in data.train.select(range(min(show, len(data.train)))):
+        _show_row(row, tokenizer)
+    say()
+    return next_step("recipes", "train", recipe, *words)
+
+
+def _say_audit(audit: DataAudit, split: str = "") -> None:
+    rows = audit.rows
+    filtered = "".join(f", {num} filtered by {name}" for name, num in rows["filtered"].items())
+    say(f"{rows['read']} rows read{filtered}, {rows['used']} used")
+    say(f"{rows['train']} train / {rows['validation']} validation / {rows['test']} test{split}")
+    names = ("rows", "weight", "used", "train", "validation", "test")
+    if len(audit.sources) > 1:
+        sources = [[source["source"], *_numbers(source, names)] for source in audit.sources]
+        say("\n".join(["", *aligned([("source", *names), *sources]), ""]))
+    say(f"prompt format {audit.prompt_format}, loss on the {audit.loss_on}")
+    for line in audit.notes:
+        say(line)
+    keys = ("total", "p5", "p50", "p95", "max")
+    cells = [[title, *_numbers(counts, keys)] for title, counts in audit.tokens.items()]
+    say("\n".join(["", *aligned([("tokens", *keys), *cells])]))
+    for note in audit.warnings:
+        say(f"note: {note}")
+
+
+def _numbers(values: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    return [f"{values[key]:,}" for key in keys]
+
+
+def _show_row(row: Mapping[str, Any], tokenizer: Any) -> None:
+    """Print one training row: text with loss in [[...]], the end token marked."""
+    from recipes_lib.data.supervision import IGNORED, decoded_spans
+
+    num_supervised = sum(label != IGNORED for label in row["labels"])
+    say(f"\n-- {row['example_id']}: {len(row['input_ids'])} tokens, {num_supervised} with loss")
+    spans = decoded_spans(tokenizer, row["input_ids"], row["labels"])
+    if not spans[-1].text.strip():
+        spans.pop()  # a newline that the template puts after the last turn
+    shown = ""
+    for span in spans:
+        if span.supervised:
+            end = f"<EOS {span.end_token}>" if span.end_token else ""
+            shown += f"[[{span.text.removesuffix(span.end_token)}]]{end}"
+        else:
+            shown += span.text
+    say(shown)
+
+
+# ---- plan ----
+
+
+def run_plan(
+    recipe: RecipeWord,
+    overrides: Sequence[str],
+    *,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    accelerate: Accelerate = None,
+    table: Annotated[bool, "what other settings, methods and cards would do"] = False,
+    json: Json = False,
+) -> int:
+    """Plan and print."""
+    if gpu not in (None, "cpu"):
+        card_named(gpu)  # an unknown card is refused before torch is imported
+    loaded = load_recipe(recipe, overrides)
+    for warning in loaded.document.warnings:
+        print_error(warning)
+    # they import torch, and what is refused above does not wait for it
+    from recipes_lib.plan.advice import advise, rows_shown
+    from recipes_lib.plan.advice import table as table_lines
+    from recipes_lib.plan.plan import card_for, launch_for, plan_of
+    from recipes_lib.plan.steps import rows_of
+
+    launch = launch_for(loaded, gpu, gpus, nodes, accelerate)
+    plan = plan_of(loaded, launch, card_for(launch, gpu), rows_of(loaded))
+    advice = advise(plan, overrides)
+    rows = rows_shown(plan, advice)
+    if json:
+        return print_json({key: value for _, _, values in rows for key, value in values.items()})
+    lines = [f"{label:<9} {text}" for label, text, _ in rows if text]
+    say("\n".join([*lines, *(table_lines(plan, overrides) if table else ())]))
+    path, flags = shown_path(loaded.path), _launch_words(plan, accelerate)
+    say(f"$ {launch_line(plan.launch, path, overrides)}")
+    if plan.fits:
+        return next_step("recipes", "train", path, *flags, *overrides)
+    if advice is None:
+        return next_step("recipes ls")
+    card = ["--gpu", gpu] if gpu else []
+    flags = [] if "launch." in advice.words else flags  # a flag would win over it
+    command = shlex.join(["recipes", "plan", path, *card, *flags, *overrides])
+    return next_step(f"{command} {advice.words}")
+
+
+def _launch_words(plan: Plan, accelerate: str | None) -> list[str]:
+    """Return the flags that give the plan's launch, as far as it is not the recipe's own."""
+    launch, own, words = plan.launch, plan_launch(plan.recipe.launch), []
+    if launch.config.path != own.config.path:
+        words += ["--accelerate", accelerate or launch.config.path.stem]
+    if launch.per_machine != own.per_machine or (words and launch.world_size > 1):
+        words += ["--gpus", str(launch.per_machine)]
+    if launch.machines != own.machines:
+        words += ["--nodes", str(launch.machines)]
+    return words
+
+
+# ---- train ----
+
+
+def run_train(
     recipe: RecipeWord,
     overrides: Sequence[str],
     debug: bool,
@@ -148,3 +313,69 @@ def _record_end(run: RunDirectory, killed: str, code: int) -> None:
     elif not killed:
         return
     say(f"{what} (exit {code}); the same command goes on, from a checkpoint if there is one")
+
+
+# ---- chat ----
+
+
+def run_chat(
+    runs: Annotated[list[str], "finished runs"],
+    *,
+    prompt: Annotated[str | None, "answer this and stop, instead of asking for questions"] = None,
+    system: Annotated[str | None, "system prompt, in place of the recipe's"] = None,
+    max_new_tokens: Annotated[int, "longest answer (default 200)"] = 200,
+    temperature: Annotated[float, "0 is greedy and repeatable (default)"] = 0.0,
+    trust_remote_code: Annotated[bool, TRUST] = False,
+    no_base: Annotated[bool, "leave the base's answer out"] = False,
+) -> int:
+    """Load every run once and answer until the input ends."""
+    if not 0 <= temperature < float("inf"):
+        raise RecipeError("recipes chat: --temperature must be 0 or more")
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    trained = [finished_run(open_run(name), trust_remote_code) for name in runs]
+    distinct = {run.run.path: run for run in trained}
+    quiet_libraries()
+    loaded = [Family(group) for group in families(list(distinct.values()))]
+    begin: list[Message] = [{"role": "system", "content": system}] if system else []
+    conversations = [  # each model reads its own earlier answers
+        (family, name, list(begin))
+        for family in loaded
+        for name in family.names
+        if not (no_base and name == BASE)
+    ]
+    for question in [prompt] if prompt is not None else _questions():
+        for family, name, messages in conversations:
+            messages.append({"role": "user", "content": question})
+            text = answer(family, name, messages, sampling)
+            messages.append({"role": "assistant", "content": text})
+            recipe, title = family.recipe, name
+            if name == BASE and len(loaded) > 1:
+                form = f" in {recipe.base_format}" if recipe.base_format else ""
+                title = f"{name} {recipe.model.name_or_path}{form}"
+            say(f"{title}\n{text or '(empty answer)'}\n")
+    return next_step("recipes", "export", runs[0], "--to", f"{trained[0].run.name}-export")
+
+
+def answer(family: Family, name: str, messages: Sequence[Message], sampling: Sampling) -> str:
+    """Return the next answer, asked in the run's prompt format (the base: as the first run)."""
+    from recipes_lib.data.supervision import prompt_ids
+
+    section, tokenizer = family.prompting(name)
+    prompt = generation_prompt(section, tokenizer, messages=messages)
+    ids, seed = tuple(prompt_ids(section, tokenizer, prompt)), random.getrandbits(31)
+    engine = HFEngine(partial(family.answering, name), tokenizer, "")
+    (done,) = engine.complete([Request(key=name, ids=ids, seed=seed)], sampling)
+    if done.finish_reason == "prompt_too_long":
+        raise RecipeError("the conversation is longer than the model can read: begin a new one")
+    return done.text
+
+
+def _questions() -> Iterator[str]:
+    """Yield lines of the input until an empty one."""
+    mark = "> " if sys.stdin.isatty() else ""
+    if mark:
+        say("type a question; an empty line or Ctrl-D ends")
+    print(mark, end="", flush=True)
+    while line := sys.stdin.readline().strip():
+        yield line
+        print(mark, end="", flush=True)

@@ -219,11 +219,6 @@ def scorecard_lines(card: Scorecard) -> list[str]:
 # ---- recipes judge audit ----
 
 
-def audit_stored(judgments: Path, judge: str | None) -> Scorecard:
-    """Return the scorecard of the judge behind judgments, by the thresholds of a judge file."""
-    return audit([*Store(judgments)], load_judge_file(judge).thresholds if judge else None)
-
-
 def audit_on_labels(
     judge: str, labels: Path, limit: int | None, probe_pairs: int
 ) -> tuple[Scorecard, Path]:

@@ -4,7 +4,6 @@ runs; the exit codes that jobs left, and else sacct, how they ended.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,8 +15,6 @@ from recipes_lib.core.project import runs_root, shown_path
 from recipes_lib.core.terminal import aligned, next_step, print_json, say
 from recipes_lib.slurm.jobs import jobs_folder
 from recipes_lib.slurm.submit import JOBS_FILE, no_answer, run_slurm, scancel
-
-POLL_S = 30.0  # Slurm's manuals ask not to call its commands in tight loops
 
 
 @dataclass
@@ -110,41 +107,16 @@ def show_status(names: Sequence[str], as_json: bool = False) -> int:
         say(f"nothing was launched from {runs_root()}")
         next_step("recipes launch RECIPE --profile P --dry-run")
         return ExitCode.DONE
-    next_log = ""
     for name, tasks in states.items():
         say(name)
         table = [(task.job, task.label, task.what, task.state, task.reason) for task in tasks]
         for line in aligned([("job", "task", "what", "state", ""), *table]):
             say(f"  {line}")
         for task in (task for task in tasks if not task.active and not task.succeeded):
-            if not next_log and (folders[name] / f"{task.label}.log").is_file():
-                next_log = f"{name} --stage {task.label}"
             if error := first_error(folders[name], task.label):
                 say(f"  {task.label}: {error}")
-    return next_step(f"recipes launch logs {next_log or list(folders)[-1]}")
-
-
-def wait(name: str) -> int:
-    """Wait for the end of a chain, say what changes, and return 0 or the exit code of the first job
-    that failed.
-    """
-    before: dict[str, str] = {}
-    while True:
-        tasks = states_of(_folder(name))
-        for task in tasks:
-            if before.get(task.label) != task.state:
-                say(f"{task.label}: {task.state} {task.reason}".rstrip())
-                before[task.label] = task.state
-        if not any(task.active for task in tasks):
-            break
-        time.sleep(POLL_S)
-    failed = [task for task in tasks if not task.succeeded]
-    if not failed:
-        say(f"{name}: every job succeeded")
-        return ExitCode.DONE
-    cause = next((task for task in failed if task.exit_code), failed[0])
-    next_step(f"recipes launch logs {name} --stage {cause.label}")
-    return cause.exit_code or ExitCode.FAILED
+        say(f"  logs: {shown_path(folders[name])}")
+    return ExitCode.DONE
 
 
 def cancel(names: Sequence[str]) -> int:
@@ -157,25 +129,6 @@ def cancel(names: Sequence[str]) -> int:
         scancel(ids)
         said = f"cancelled {', '.join(ids)}" if ids else "nothing was queued or running"
         say(f"{name}: {said}")
-    return next_step(f"recipes launch status {names[0]}")
-
-
-def show_logs(names: Sequence[str], stage: str | None, lines: int) -> int:
-    """Print the last lines of each task's log, after the first error where there is one."""
-    if len(names) != 1:
-        raise RecipeError("recipes launch logs: name one run or study", _launched_hint())
-    folder = _folder(names[0])
-    logs = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime)
-    chosen = [path for path in logs if stage is None or f"{path.stem}.".startswith(f"{stage}.")]
-    if not chosen:
-        what = f"'{names[0]}' has no log{f' of {stage}' if stage else ' yet'}"
-        raise RecipeError(what, f"logs: {', '.join(path.stem for path in logs) or 'none'}")
-    for path in chosen:
-        say(f"==> {shown_path(path)}")
-        if error := first_error(folder, path.stem):
-            say(f"first error: {error}")
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]:
-            say(line)
     return next_step(f"recipes launch status {names[0]}")
 
 

@@ -1,34 +1,42 @@
-"""`recipes launch RECIPE|STUDY --profile P`: submit Slurm jobs; status, cancel, logs after that."""
+"""`recipes launch` submits Slurm jobs and looks after them; `recipes prefetch` fetches for them."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from recipes_lib.commands import Accelerate, Gpus, Nodes, flag_words
 from recipes_lib.config.documents import read
 from recipes_lib.config.launch import TRAIN_FLAGS
-from recipes_lib.core.errors import ExitCode, RecipeError
+from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, one_line, print_error
 from recipes_lib.core.project import recipe_path
 from recipes_lib.core.terminal import count, next_step, say
 from recipes_lib.slurm import status
 from recipes_lib.slurm.jobs import JobPlan, Planner
-from recipes_lib.slurm.prefetching import missing_models
+from recipes_lib.slurm.prefetching import missing_models, prefetch_needs
 from recipes_lib.slurm.profile import SiteProfile, known_profiles, load_profile
 from recipes_lib.slurm.submit import directives, job_commands, submit_chain
 from recipes_lib.slurm.submit import dry_run as sbatch_lines
 from recipes_lib.slurm.submit import prepare as write_scripts
 from recipes_lib.study.config import study_file
 
-EPILOG = (
-    "recipes launch status [NAME], cancel NAME, logs NAME [--stage S] look after what was launched."
-)
+if TYPE_CHECKING:
+    from recipes_lib.slurm.prefetching import Need
+
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
 
 
-def run(
-    words: Annotated[list[str], "a recipe or a study; or: status [NAME], cancel NAME, logs NAME"],
+def run_launch(
+    words: Annotated[list[str], "a recipe or a study; or: status [NAME], cancel NAME"],
     overrides: Sequence[str],
     typed: Sequence[str],
     *,
@@ -40,21 +48,16 @@ def run(
     evals: Annotated[list[str], "what to evaluate a recipe on; default: the three of evals/"] = [],  # noqa: B006 (it is not changed)
     dry_run: Annotated[bool, "print the sbatch lines and what the scripts run, no more"] = False,
     prepare: Annotated[bool, "only write the scripts of the jobs, and print their folder"] = False,
-    wait: Annotated[bool, "wait until the whole chain is over; its exit code"] = False,
     resume_anyway: Annotated[bool, TRAIN_FLAGS["resume_anyway"]] = False,
     trust_remote_code: Annotated[bool, TRAIN_FLAGS["trust_remote_code"]] = False,
-    stage: Annotated[str | None, "logs: the task, for example train or eval-mt_bench"] = None,
-    lines: Annotated[int, "logs: lines of each task (default 40)"] = 40,
     json: Annotated[bool, "status: print one JSON object"] = False,
 ) -> int:
-    """Submit, print or look."""
+    """Submit a recipe or a study, print what would be submitted, or look after it."""
     first, *rest = words
-    if first in ("status", "cancel", "logs") and not Path(first).exists():
+    if first in ("status", "cancel") and not Path(first).exists():
         if overrides:
             raise RecipeError(f"recipes launch {first}: unknown argument '{overrides[0]}'")
-        if first == "status":
-            return status.show_status(rest, as_json=json)
-        return status.cancel(rest) if first == "cancel" else status.show_logs(rest, stage, lines)
+        return status.show_status(rest, as_json=json) if first == "status" else status.cancel(rest)
     # --evals takes what follows it
     values = [*rest, *overrides, *(word for word in evals if "=" in word)]
     if wrong := [word for word in values if "=" not in word or word.startswith("--")]:
@@ -67,14 +70,11 @@ def run(
     if not profile:
         hint = f"profiles: {', '.join(known_profiles())}, or a copy of launch/profiles/example.yaml"
         raise RecipeError("recipes launch: --profile is missing", hint)
-    if dry_run + prepare + wait > 1:
-        raise RecipeError("recipes launch: --dry-run, --prepare or --wait, only one of them")
     site = load_profile(profile)
     site.enter()
     flags = flag_words(resume_anyway=resume_anyway, trust_remote_code=trust_remote_code)
     named = [word for word in evals if "=" not in word]
-    planner = Planner(site, values, accelerate, gpus, nodes, stages, named, flags)
-    plan = planner.plan(first)
+    plan = Planner(site, values, accelerate, gpus, nodes, stages, named, flags).plan(first)
     if prepare:
         write_scripts(plan, site)
         print(plan.folder)
@@ -96,8 +96,6 @@ def run(
         arms = f" ({len(job.tasks)} arms)" if len(job.tasks) > 1 else ""
         waits = ", ".join([*job.after, *job.after_any])
         say(f"{job.label}: job {ids[job.label]}{arms}{f', after {waits}' if waits else ''}")
-    if wait:
-        return status.wait(plan.name)
     return next_step("recipes", "launch", "status", plan.name)
 
 
@@ -116,3 +114,56 @@ def _dry_run_lines(
         script = [*directives(job, plan.folder, site.values), *job_commands(job, site.values)]
         yield from (f"#     {text}" for text in "\n".join(script).split("\n"))
     yield f"# next: {typed.replace(' --dry-run', '')}"
+
+
+def run_prefetch(
+    words: Annotated[list[str], "recipes, studies and evals for nodes without a network"],
+    overrides: Sequence[str],
+    *,
+    profile: Annotated[str | None, "the site: its directories hub and cache are filled"] = None,
+    check: Annotated[bool, "fetch nothing; check that everything is here (exit 5 if not)"] = False,
+    trust_remote_code: Annotated[bool, "allow code of lm-eval tasks, if the recipe asks"] = False,
+) -> int:
+    """Fetch, then check in a process that stays offline, as a job on a compute node does."""
+    files = [word for word in words if "=" not in word]
+    values = [*(word for word in words if "=" in word), *overrides]
+    if not files:
+        hint = "recipes prefetch RECIPE evals/alpaca_eval.yaml --profile P"
+        raise RecipeError("recipes prefetch: nothing is named", hint)
+    if profile:
+        load_profile(profile).enter()
+    if check:
+        os.environ |= OFFLINE  # before the Hub's libraries are imported, which read it once
+    evals = [file for file in files if Path(file).is_file() and read(file).kind == "eval"]
+    trained = [file for file in files if file not in evals]
+    needs: dict[Need, None] = {}
+    for file in files:
+        asked = values if file in trained or not trained else []  # values are the recipe's
+        needs |= dict.fromkeys(prefetch_needs(file, asked, trust_remote_code))
+    missing = 0
+    for need in needs:
+        try:
+            if not check:
+                say(f"{need.kind} {need.name}")
+            what = need.look(not check)
+            if check:
+                say(f"here: {need.kind} {need.name}: {what}")
+            continue
+        except RecipesError as error:
+            print_error(error)
+        except Exception as error:  # datasets and lm-eval have exceptions of their own
+            what = f"missing: {need.kind} {need.name}: {one_line(error)}"
+            print_error(RecipesError(what, "on a machine with a network: recipes prefetch"))
+        missing += 1
+    if check or missing:
+        how = "found without a network" if check else "fetched"
+        say(f"{len(needs) - missing} of {len(needs)} {how}")
+        return ExitCode.ENVIRONMENT if missing else ExitCode.DONE
+    command = [sys.executable, "-m", "recipes_lib.cli", "prefetch", *files, *values, "--check"]
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    code = subprocess.run(command, env={**os.environ, **OFFLINE}).returncode
+    if code:
+        return code
+    if not trained:
+        return next_step("recipes", "eval", *files, "RUN")
+    return next_step("recipes", "launch", trained[0], "--profile", profile or "P")

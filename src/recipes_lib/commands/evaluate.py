@@ -1,13 +1,16 @@
-"""`recipes compare A B...`: the tested table of runs, lm-eval folders or alpaca_eval files."""
+"""`recipes eval`, `recipes judge audit` and `recipes compare`: results, and what they show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import contextlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from recipes_lib.analysis.aims import Aims, Margin, is_named
+from recipes_lib.core.environment import quiet_libraries
 from recipes_lib.core.errors import ExitCode, RecipeError
 from recipes_lib.core.files import DamagedFile, write_text
 from recipes_lib.core.project import shown_path
@@ -20,14 +23,60 @@ if TYPE_CHECKING:
 _BASE = "base"
 
 
-def run(
+def run_eval(
+    eval: Annotated[str, "an eval recipe, for example evals/quickstart/alpaca_eval.yaml, or more"],
+    run_or_model: Annotated[list[str], "runs, base, Hub ids, model folders, or files of answers"],
+    overrides: Sequence[str] = (),
+    *,
+    against: Annotated[str | None, "the opponent: reference, base, another run or model"] = None,
+    trust_remote_code: Annotated[
+        bool, "allow code of models and tasks, if the recipe asks"
+    ] = False,
+    json: Annotated[bool, "print one JSON object: result.json, or a list of them"] = False,
+) -> int:
+    """Answer an eval's questions, judge, and print a table."""
+    from recipes_lib.evals.log import to_json
+    from recipes_lib.evals.run import evaluate, say_results, split_words
+
+    recipes, words = split_words([eval, *run_or_model], list(overrides))
+    with contextlib.redirect_stdout(sys.stderr if json else sys.stdout):
+        logs = evaluate(recipes, words, against, remote_code=trust_remote_code)
+    if json:
+        results = [{**to_json(log), "file": shown_path(log.file)} for log in logs]
+        return print_json(results[0] if len(results) == 1 else {"results": results})
+    say_results(logs)
+    return next_step("recipes", "compare", *dict.fromkeys(log.target for log in logs))
+
+
+def run_judge_audit(
+    *,
+    judge: Annotated[str, "judge file: who is asked, and the thresholds"],
+    labels: Annotated[Path, "rows: instruction, answer, opponent_answer, label"],
+    limit: Annotated[int | None, "ask about N pairs; a larger N later asks about the rest"] = None,
+    probe_pairs: Annotated[int, "pairs for the two probes, 4 judgments each", 0] = 10,
+    json: Annotated[bool, "print the scorecard as JSON"] = False,
+) -> int:
+    """Ask a judge about labelled pairs, and print its scorecard."""
+    from recipes_lib.evals.audit import audit_banner, audit_on_labels, scorecard_lines
+
+    quiet_libraries()
+    card, kept = audit_on_labels(judge, labels, limit, probe_pairs)
+    if json:
+        return print_json(asdict(card))
+    if banner := audit_banner(card):
+        say(f"! {banner}\n")
+    say("\n".join([*scorecard_lines(card), f"kept in {shown_path(kept)}"]))
+    return ExitCode.DONE
+
+
+def run_compare(
     runs: Annotated[list[str], "evaluated runs, base, lm-eval folders, alpaca_eval annotations"],
     *,
     margin: Annotated[list[str], "what does not matter: win_rate='2 points' loss=0.005"] = [],  # noqa: B006 (it is not changed)
     html: Annotated[Path | None, "write the report, one file that needs nothing else"] = None,
     json: Annotated[bool, "print one JSON object: rows, scores, findings"] = False,
 ) -> int:
-    """Compare and print."""
+    """Print the tested table of runs, lm-eval folders or alpaca_eval files."""
     # numpy, which `recipes compare --help` does without
     from recipes_lib.analysis.claims import conclude
     from recipes_lib.analysis.report import report_html
@@ -44,11 +93,11 @@ def run(
             raise damaged[0]
         what = "none of these has an evaluation with a result"
         raise RecipeError(what, f"evaluate first: recipes eval EVAL {' '.join(runs)}")
-    known = ", ".join(dict.fromkeys(row.metric for row in conclusion.table.rows))
+    known = dict.fromkeys(row.metric for row in conclusion.table.rows)
     for word in aims.margins:
-        if not any(is_named(word, row.metric) for row in conclusion.table.rows):
+        if not any(is_named(word, metric) for metric in known):
             what = f"--margin {word}: these have no such metric in common"
-            raise RecipeError(what, f"metrics: {known or 'none'}")
+            raise RecipeError(what, f"metrics: {', '.join(known) or 'none'}")
     if html:
         write_text(html, report_html(conclusion, arms))
     if json:
@@ -77,7 +126,6 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
     """Return what words on the command line name, base models first."""
     from recipes_lib.analysis.foreign import FOLDERS, read_foreign, unique_names
     from recipes_lib.analysis.runs import ArmRuns, Arms, load_run
-    from recipes_lib.evals.models import evaluated_bases
 
     folders, runs = [], []
     for word in words:
@@ -95,20 +143,26 @@ def load_words(words: list[str], damaged: list[DamagedFile]) -> Arms:
         folders.append(open_run(word))
         runs.append(load_run(folders[-1].path, damaged.append))
     if _BASE in words:
-        if not folders:
-            raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
-        paths: dict[Path, None] = {}
-        for run in folders:
-            guard: Mapping[str, Any] = run.read_state().get("guard", {})
-            prompt = guard.get("prompt_format_hash")
-            known = evaluated_bases(read_resolved(run.path), run.root, None, prompt)
-            paths |= dict.fromkeys(base.path for base in known)
-        if not paths:
-            what = "the base of these runs was never evaluated"
-            hint = f"recipes eval EVAL {folders[0].name} --against base evaluates it too"
-            raise RecipeError(what, f"{hint}; or name its model: recipes eval EVAL MODEL")
-        bases = [load_run(path, damaged.append) for path in paths]
+        bases = [load_run(path, damaged.append) for path in _bases_of(folders)]
         if len(bases) == 1:
             bases = [replace(bases[0], name=_BASE, state={**bases[0].state, "kind": "base"})]
         runs = [*bases, *runs]
     return Arms({name: ArmRuns(name, (run,)) for name, run in unique_names(runs).items()})
+
+
+def _bases_of(runs: Sequence[RunDirectory]) -> Sequence[Path]:
+    """Return the folders of the evaluated base models of runs."""
+    from recipes_lib.evals.models import evaluated_bases
+
+    if not runs:
+        raise RecipeError("base of what?", "name at least one run: recipes compare RUN base")
+    paths: dict[Path, None] = {}
+    for run in runs:
+        guard: Mapping[str, Any] = run.read_state().get("guard", {})
+        prompt = guard.get("prompt_format_hash")
+        known = evaluated_bases(read_resolved(run.path), run.root, None, prompt)
+        paths |= dict.fromkeys(base.path for base in known)
+    if not paths:
+        what = "the base of these runs was never evaluated"
+        raise RecipeError(what, f"recipes eval EVAL {runs[0].name} --against base evaluates it too")
+    return list(paths)
