@@ -48,7 +48,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         from recipes_lib.data.prepare import prepare_data
         from recipes_lib.data.prompts import chat_template, template_date
         from recipes_lib.data.sources import source_hashes
-        from recipes_lib.training import fsdp_cpu, launch_check
+        from recipes_lib.training import launch_check
         from recipes_lib.training.attempt import begin_attempt, save_and_check, summarise_training
         from recipes_lib.training.build import build_trainer, read_model, start_up_lines
         from recipes_lib.training.resume_guard import guarded_values
@@ -58,7 +58,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
     # recipe -> arguments. The processes meet here; what is refused now leaves no run behind.
     launch_check.check_processes(torch.cuda.device_count())
     launch_check.check_precision(recipe)
-    fsdp_cpu.install()
+    launch_check.shard_on_cpus()
     args = build_sft_config(recipe, run.checkpoints, world_size())
     active = launch_check.what_runs()
     launch_line = launch_check.check_launch(active)
@@ -68,7 +68,6 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         if attempt.finished:
             say_once(f"run '{run.name}' is already finished, nothing to do: {attempt.weights}")
             say_once("to train it again, choose another run.name")
-            say_once(f"next: recipes chat {run.name}")
             return ExitCode.DONE
 
         # arguments -> tokenizer -> rows; rows without anything to learn from stop the run
@@ -98,12 +97,11 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         known = {"launch": launch_line, "template_date": date}
         checkpoint = on_main_rank(
             lambda: attempt.continue_or_start(
-                data, guard, active, options, **known, data_files=source_hashes(recipe.data)
+                data, guard, options, **known, data_files=source_hashes(recipe.data)
             )
         )
         attempt.owns_records = True
-        if checkpoint is not None and checkpoint.name != "checkpoint-0":
-            args.eval_on_start = False
+        args.eval_on_start &= checkpoint is None
 
         # checkpoint -> model -> trainer
         on_main_rank(lambda: check_base_run(recipe.model.name_or_path))
@@ -123,7 +121,7 @@ def train(recipe: Recipe, run: RunDirectory, options: argparse.Namespace, stop: 
         seconds = trainer.train_until_stop(checkpoint)
         if stop.agreed:
             return on_main_rank(lambda: attempt.record_stop(trainer.state))
-        summary = on_main_rank(lambda: summarise_training(trainer, data, active, seconds))
+        summary = on_main_rank(lambda: summarise_training(trainer, data, seconds))
         say_once("saving the weights, and comparing them with the trained ones ...")
         check = save_and_check(trainer, attempt, summary)
         on_main_rank(lambda: attempt.record_finish(summary, check))

@@ -50,7 +50,7 @@ BAD_LINES = [
     ("model", "dtype: bf16", "model.dtype bfloat16"),
     ("model", "kwargs: {torch_dtype: bfloat16}", "model.kwargs.torch_dtype recipes explain model"),
     ("train", "activation_checkpointing_kwargs: {use_reentrnt: true}", "use_reentrant?"),
-    ("train", "accelerator_config: {split_batches: true}", "split_batches"),
+    ("train", "accelerator_config: {split_batches: true}", "train.accelerator_config"),
     ("train", "output: !!python/object/apply:os.system [ls]", "tags are not allowed"),
     ("data", "revision: ${REVISION}", "data.revision no interpolation"),
     ("data", "split: {validation: 0.6, test: 0.5}", "no training rows 1.1"),
@@ -64,7 +64,6 @@ HALF = "lora: {r: 8}\nquantization: {load_in_4bit: true}\ntrain: {fp16: true, bf
 EIGHT = "quantization:\n  load_in_8bit: true\n"
 WRAPPED = "train: {packing: true, packing_strategy: wrapped}\n"
 BOTH = "lora: {r: 8}\nquantization:\n  load_in_8bit: true\n  load_in_4bit: true\n"
-SELECTIVE = "train: {activation_checkpointing_kwargs: {selective: true}}\n"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{key}: &{key} [{', '.join([f'*{before}'] * 10)}]\n" for before, key in ("ab", "bc", "cd")
 )
@@ -82,7 +81,9 @@ BAD_FILES = [
     (GOOD.replace("rows.jsonl", "[{source: a, wieght: 2}]"), 4, "data.source.0.weight"),
     (GOOD.replace("b\ndata", "b\n  dtype: bfloat16\ndata") + HALF, 3, "train.fp16 dtype: float16"),
     (GOOD.replace("b\nd", "b\n  attn_implementation: varlen\nd") + WRAPPED, 3, "wrapped sdpa"),
-    (GOOD + SELECTIVE, 5, "selective needs train.activation_checkpointing: true"),
+    (GOOD + "lora: {init_lora_weights: eva}\n", 5, "lora.init_lora_weights pissa got eva"),
+    (GOOD + "train: {save_strategy: best}\n", 5, "train.save_strategy steps"),
+    (GOOD + "train: {save_only_model: true}\n", 5, "train.save_only_model"),
     (GOOD + "run: {global_batch_size: 10}\n", 5, "10 / (8 per device x 1 processes = 8) 8 or 16"),
     (GOOD + "launch: {gpus: 4}\n", 5, "single_gpu starts one process, but 4"),
     (GOOD + "launch: {accelerate: dpp}\nrun: {global_batch_size: 3}\n", 5, "1 error mean ddp?"),

@@ -76,12 +76,12 @@ def test_what_trl_peft_or_the_machine_refuses_is_placed_at_its_key(write_with, c
 
 
 def test_lora_and_quantization_become_the_real_objects(write):
-    words = ["lora.init_lora_weights=eva", "lora.eva_config={rho: 3.0}"]
+    words = ["lora.runtime_config={ephemeral_gpu_offload: true}"]
     recipe = load_recipe(write(QLORA), words)
     lora = upstream.build_lora_config(recipe)
     quantization = upstream.build_quantization_config(recipe)
     assert (lora.r, lora.target_modules, lora.task_type) == (4, {"q_proj"}, "CAUSAL_LM")
-    assert lora.eva_config.rho == 3.0
+    assert lora.runtime_config.ephemeral_gpu_offload is True
     assert str(quantization.bnb_4bit_compute_dtype) == "torch.bfloat16"
     full = load_recipe(write("model: {name_or_path: a}\ndata: {source: b}\nlora: null\n"))
     assert upstream.build_lora_config(full) is None

@@ -9,7 +9,6 @@ import os
 import pkgutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,17 +33,20 @@ def fused_head() -> None:
     function.forward = staticmethod(forward)
 
 
-def slow_validation() -> None:
-    """Validate one batch per second."""
-    from recipes_lib.training.trainer import RunCallback
+def fail_early_on_rank_1() -> None:
+    """Fail on rank 1 alone before the first step, as on a machine that lacks a file."""
+    from recipes_lib.core.errors import DataError
+    from recipes_lib.core.ranks import rank
+    from recipes_lib.training import build
 
-    original: Any = RunCallback.on_prediction_step
+    original = build.load_model
 
-    def on_prediction_step(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(1)
-        return original(*args, **kwargs)
+    def load_model(*args: Any, **options: Any) -> Any:
+        if rank() == 1:
+            raise DataError("this machine lacks a file")
+        return original(*args, **options)
 
-    RunCallback.on_prediction_step = on_prediction_step
+    build.load_model = load_model
 
 
 def fail_on_rank_1() -> None:
@@ -92,7 +94,7 @@ MOMENTS: dict[str, tuple[str, str, str, Callable[[Any, int], bool]]] = {
     "after the optimizer": (TRAINER, "_save_optimizer_and_scheduler", "after", at_step),
     "in the random state": (TRAINER, "_save_rng_state", "torn", at_step),
     "before the marker": (f"{OURS}.trainer:RecipeTrainer", "seal", "before", at_step),
-    "before the rotation": (f"{OURS}.checkpoints", "rotate", "before", step_is_there),
+    "before the rotation": (f"{OURS}.resume_guard", "rotate", "before", step_is_there),
     "in the rotation": ("shutil", "rmtree", "before", is_checkpoint),
     "in the preparation": (f"{OURS}.attempt:Attempt", "continue_or_start", "before", always),
     "before the final save": (f"{OURS}.attempt", "save_and_check", "before", always),
@@ -190,7 +192,7 @@ def watched() -> None:
     _fsdp_param_group.foreach_reduce = foreach_reduce
 
 
-PATCHES = (fail_on_rank_1, fused_head, slow_validation, kill, reads, watched)
+PATCHES = (fail_early_on_rank_1, fail_on_rank_1, fused_head, kill, reads, watched)
 
 if __name__ == "__main__":
     from recipes_lib.train import main

@@ -50,13 +50,13 @@ def test_the_patch_does_nothing_without_an_fsdp_launch_or_with_a_gpu(monkeypatch
     import torch
     from accelerate import state
 
-    from recipes_lib.training import fsdp_cpu
+    from recipes_lib.training.launch_check import shard_on_cpus
 
     before = state.AcceleratorState.__init__
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
-    fsdp_cpu.install()
+    shard_on_cpus()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    fsdp_cpu.install()
+    shard_on_cpus()
     assert state.AcceleratorState.__init__ is before

@@ -31,25 +31,30 @@ def test_the_exit_code_of_an_error_survives_and_the_message_is_printed_once(laun
     assert launcher.state("explodes")["exit_code"] == 3
 
 
+ALONE = (("fail_on_rank_1", 5, "out of memory"), ("fail_early_on_rank_1", 4, "lacks a file"))
+
+
+@pytest.mark.parametrize(("patch", "code", "message"), ALONE, ids=["step 3", "before step 1"])
 def test_an_error_of_rank_1_alone_is_said_once_and_ends_rank_0(
-    launcher, monkeypatch, capfd
+    patch, code, message, launcher, monkeypatch, capfd
 ) -> None:
-    """Rank 0 loses its connection, which is a consequence and no message."""
+    """Rank 0 loses its connection or is ended, which is a consequence and no message."""
     from recipes_lib.commands.train import supervise
     from recipes_lib.config.launch import plan_launch
     from recipes_lib.config.recipe import load_recipe
 
-    for name, value in (launcher.environment | {"PATCH": "fail_on_rank_1"}).items():
+    for name, value in (launcher.environment | {"PATCH": patch}).items():
         monkeypatch.setenv(name, value)
-    recipe = load_recipe(launcher.recipe, ["run.name=alone"])
-    command = launcher.command("run.name=alone", config="ddp_cpu")
+    recipe = load_recipe(launcher.recipe, [f"run.name={patch}"])
+    command = launcher.command(f"run.name={patch}", config="ddp_cpu")
     start = command.index("-m")
     command[start : start + 2] = [str(Path(__file__).with_name("patched.py"))]
-    assert supervise(command, recipe, plan_launch(recipe.launch, accelerate="ddp_cpu")) == 5
+    assert supervise(command, recipe, plan_launch(recipe.launch, accelerate="ddp_cpu")) == code
     said = "".join(capfd.readouterr())
-    assert said.count("out of memory") == 1 and "internal error" not in said, said[-5000:]
-    state = launcher.state("alone")
-    assert (state["state"], state["exit_code"]) == ("failed", 5) and "memory" in state["error"]
+    assert said.count(message) == 1 and "internal error" not in said, said[-5000:]
+    assert "before the first step" not in said, said[-5000:]
+    state = launcher.state(patch)
+    assert (state["state"], state["exit_code"]) == ("failed", code) and message in state["error"]
 
 
 CTRL_C, TERM = (signal.SIGINT, 130), (signal.SIGTERM, 75)
@@ -88,29 +93,6 @@ def test_ctrl_c_while_a_training_starts_is_one_line_and_130(launcher, start, sec
     code, said = launcher.wait(child)
     assert code == 130 and "Traceback" not in said, said[-3000:]
     assert said.count("interrupted before the first step") + said.count("stopping in a") == 1
-
-
-def test_ctrl_c_in_the_validation_after_the_last_step_is_seen_and_the_same_command_makes_it_up(
-    launcher,
-) -> None:
-    """The checkpoint of the last step is there before that validation begins."""
-    words = [f"train.{key}_steps=4" for key in ("max", "save", "eval")]
-    words += ["train.per_device_eval_batch_size=1"]
-    launcher.train("run.name=patient", *words)
-    child = launcher.start(*words, "run.name=hurried", patch="slow_validation")
-    launcher.wait_for_checkpoint(child, 4, launcher.run("hurried"))
-    time.sleep(2)
-    assert "eval_loss" not in (launcher.run("hurried") / "metrics.jsonl").read_text()
-    os.kill(child.pid, signal.SIGINT)
-    code, said = launcher.wait(child)
-    assert code == 130 and "Traceback" not in said, said[-3000:]
-    assert "stopping in a checkpoint after this step or validation batch" in said
-    assert "stopped at step 4/4: checkpoint-4 is complete" in said
-    said = launcher.train("run.name=hurried", *words)
-    assert "resuming checkpoint-4" in said and launcher.state("hurried")["state"] == "finished"
-    assert launcher.adapter("hurried") == launcher.adapter("patient")
-    for key in ("loss", "eval_loss", "mean_token_accuracy"):
-        assert launcher.series("hurried", key) == launcher.series("patient", key)
 
 
 @pytest.mark.parametrize(("number", "code"), [CTRL_C, TERM], ids=["Ctrl-C", "SIGTERM"])

@@ -148,17 +148,8 @@ def test_a_stop_at_any_step_of_an_epoch_that_is_evaluated_at_its_end_changes_not
     assert not failures
 
 
-def test_an_evaluation_after_the_save_of_its_step_is_made_up_after_a_kill(
-    tiny_recipe, resumed
-) -> None:
-    """An epoch is evaluated after its last step was saved."""
-    words = [*WAYS["epoch-evaluations"], "lora.lora_dropout=0.2", "train.save_steps=4"]
-    assert resumed(*words, step=5, crash=True) == 0
-    assert written(tiny_recipe, "whole") == written(tiny_recipe, "broken")
-
-
-def test_a_checkpoint_that_only_a_stop_wrote_is_never_the_best_model(tiny_recipe, resumed) -> None:
-    """Step 2 is evaluated and not saved; with a falling learning rate it stays the best one."""
+def test_the_best_model_is_the_same_one_where_a_stop_saved_its_step(tiny_recipe, resumed) -> None:
+    """Each evaluated step is saved, so that step 2, which stays the best one, is there."""
     words = [
         "train.load_best_model_at_end=true",
         "train.eval_steps=2",
@@ -170,42 +161,19 @@ def test_a_checkpoint_that_only_a_stop_wrote_is_never_the_best_model(tiny_recipe
     assert written(tiny_recipe, "whole")[0] == written(tiny_recipe, "broken")[0]
 
 
-def test_a_stop_inside_a_validation_leaves_the_random_state_as_the_step_left_it(
-    tiny_recipe, monkeypatch
-) -> None:
+def test_a_validation_leaves_the_random_state_as_the_step_left_it(tiny_recipe, monkeypatch) -> None:
     """Each batch of the validation draws random numbers, and dropout goes on after it."""
-    from recipes_lib.training.trainer import RunCallback
+    from recipes_lib.training.trainer import RecipeTrainer
 
-    honest, asked = RunCallback.on_prediction_step, []
+    honest = RecipeTrainer.compute_loss
 
-    def drawing(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        torch.rand(3)
-        if asked and state.global_step == 4:
-            self.stop.requested = 1
-            asked.clear()
-        honest(self, args, state, control, **kwargs)
+    def drawing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if not model.training:
+            torch.rand(3)
+        return honest(self, model, *args, **kwargs)
 
-    monkeypatch.setattr(RunCallback, "on_prediction_step", drawing)
-    words = [str(tiny_recipe), "lora.lora_dropout=0.3", "train.per_device_eval_batch_size=4"]
+    words = [str(tiny_recipe), "lora.lora_dropout=0.3"]
     assert main([*words, "run.name=whole"]) == 0
-    asked.append(True)
-    assert main([*words, "run.name=cut"]) == ExitCode.PREEMPTED
-    assert main([*words, "run.name=cut"]) == 0
-    assert written(tiny_recipe, "whole") == written(tiny_recipe, "cut")
-
-
-def test_lines_that_metrics_lack_before_a_checkpoint_are_written_again_from_it(
-    tiny_recipe, resumed, monkeypatch
-) -> None:
-    from recipes_lib.training import metrics
-
-    honest = metrics.forget_after
-
-    def emptied(path: Path, checkpoint: Path | None) -> None:
-        if checkpoint is not None:
-            path.write_text(path.read_text().splitlines(keepends=True)[0])
-        honest(path, checkpoint)
-
-    monkeypatch.setattr(metrics, "forget_after", emptied)
-    assert resumed(step=5) == 0
-    assert written(tiny_recipe, "broken") == written(tiny_recipe, "whole")
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", drawing)
+    assert main([*words, "run.name=drawn"]) == 0
+    assert written(tiny_recipe, "whole") == written(tiny_recipe, "drawn")

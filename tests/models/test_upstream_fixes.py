@@ -1,7 +1,7 @@
 """Each way around a bug of a library: the bug is still there, and the fix mends it.
 
-Others are held by trainings: a wrapped head and selective checkpointing by
-tests/training/test_train.py, sums in float32 and empty parameters by tests/invariants.
+Others are held by trainings: a wrapped head by tests/training/test_train.py, sums in float32 and
+empty parameters by tests/invariants.
 """
 
 from __future__ import annotations

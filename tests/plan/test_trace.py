@@ -10,8 +10,8 @@ import torch
 from tests.families import DEEPSEEK, EXPERTS, FAMILIES, LINEAR_ATTENTION, family_config
 from tests.plan.kept import bytes_of, counting_what_is_kept
 
-from recipes_lib.models import shape
-from recipes_lib.models.shape import known_config
+from recipes_lib.models import families
+from recipes_lib.models.families import known_config
 from recipes_lib.plan.trace import Precision, trace, trace_now
 
 # Families that the tiny models of the other tests do not have, with what their configs need.
@@ -44,7 +44,9 @@ PUBLISHED = {  # numbers of the models' cards (safetensors metadata)
 
 def really_kept(config: Any, lora: peft.LoraConfig | None, tokens: int) -> int:
     """Run a real forward pass on the CPU and return the bytes that autograd keeps of it."""
-    model = shape.on_meta(config, torch.bfloat16, lora, attention="traced").to_empty(device="cpu")
+    model = families.on_meta(config, torch.bfloat16, lora, attention="traced").to_empty(
+        device="cpu"
+    )
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.02)
@@ -53,7 +55,7 @@ def really_kept(config: Any, lora: peft.LoraConfig | None, tokens: int) -> int:
     ids = torch.arange(tokens)[None] % 500
     known = (*model.parameters(), *model.buffers(), ids)
     with torch.autocast("cpu", torch.bfloat16), counting_what_is_kept(known) as kept:
-        decoder = shape.text_decoder(model.train())
+        decoder = families.text_decoder(model.train())
         last = decoder(input_ids=ids, use_cache=False).last_hidden_state
         return bytes_of([*kept, last])
 
@@ -91,7 +93,7 @@ def test_models_have_the_parameters_of_their_cards():
     for name in PUBLISHED:
         values = known_config(name)
         assert values is not None, name
-        model = shape.on_meta(shape.configuration(values), torch.bfloat16)
+        model = families.on_meta(families.configuration(values), torch.bfloat16)
         found[name] = sum(parameter.numel() for parameter in model.parameters())
     assert found == PUBLISHED
 

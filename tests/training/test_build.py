@@ -14,7 +14,6 @@ from recipes_lib.config.launch import why_each_rank_reads
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import RecipesError
 from recipes_lib.train import main
-from recipes_lib.training.build import describe_trainable
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.load import load_model, load_tokenizer
 
@@ -44,12 +43,6 @@ def test_adapters_of_a_quantized_base_are_float32_where_fp16_scales_the_loss(
     dtype = "float16" if fp16 else "bfloat16"
     assert main([str(tiny_recipe), NF4, f"model.dtype={dtype}", "train.bf16=false"]) == 1
     assert found and set(found) == {expected}
-
-
-def test_the_start_up_line_says_that_fsdp2_trains_half_precision_weights_in_float32() -> None:
-    model = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
-    assert describe_trainable(model) == "6 of 6 parameters in bfloat16"
-    assert describe_trainable(model, raised=True) == "6 of 6 parameters in float32"
 
 
 # ---- Who reads the weights ----

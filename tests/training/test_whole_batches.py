@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import TrainingArguments
 
-from recipes_lib.training.batches import WholeBatches, make_loader, row_lengths, validation_batches
+from recipes_lib.training.trainer import WholeBatches, make_loader, row_lengths, validation_batches
 
 ROWS = 54
 LENGTHS = [3 + 7 * row % 41 for row in range(ROWS)]

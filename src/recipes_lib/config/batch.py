@@ -10,8 +10,6 @@ from recipes_lib.core.errors import RecipeError
 if TYPE_CHECKING:
     from recipes_lib.config.recipe import Recipe
 
-WITHOUT_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")
-
 
 def accumulation_steps(recipe: Recipe, world_size: int) -> int:
     """Return the gradient accumulation steps, derived from `run.global_batch_size` if it is set."""
@@ -28,10 +26,6 @@ def sync_each_batch(recipe: Recipe) -> bool:
     """Return whether FSDP2 shares out the gradients of every backward pass, not once per optimizer
     step: else each GPU keeps all of them in float32, 4 bytes per trained parameter.
     """
-    config = recipe.train.get("accelerator_config") or {}
-    written = (config.get("gradient_accumulation_kwargs") or {}).get("sync_each_batch")
-    if written is not None:
-        return bool(written)
     return recipe.lora is None or bool(recipe.lora.get("modules_to_save"))
 
 

@@ -282,7 +282,7 @@ def _adapter(recipe: Recipe, lora: Values, model: Any) -> Iterator[RecipeError]:
     last = {name.rpartition(".")[2]: module for name, module in modules.items()}
     linear = {name for name, module in last.items() if isinstance(module, torch.nn.Linear)}
     layers = f"it has {', '.join(sorted(linear - {'lm_head'}))}"
-    needs, sound = needs_of(model), True
+    needs, sound = needs_of(model.config), True
     try:
         config = build_lora_config(recipe)
         assert config is not None

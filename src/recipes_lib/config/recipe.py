@@ -242,12 +242,6 @@ def _findings(recipe: RecipeFile, train: Values) -> Iterator[tuple[str, ...]]:
     if recipe.model.attn_implementation == VARLEN and (wrapped or padded):
         key, why = "model.attn_implementation", "wrapped rows" if wrapped else "padding_free: false"
         yield key, f"{key}: {VARLEN} under {why} would silently be sdpa", "remove one of them"
-    how = train.get("activation_checkpointing_kwargs") or {}
-    checkpoints = train.get("activation_checkpointing") and not how.get("use_reentrant")
-    if how.get("selective") and not checkpoints:  # TRL would say so, but it is not given the key
-        key = "train.activation_checkpointing_kwargs"
-        what = f"{key}: selective needs train.activation_checkpointing: true, not reentrant"
-        yield key, what, "set it, or remove selective"
     for name in recipe.model.kwargs.keys() & _NOT_IN_MODEL_KWARGS:
         hint = "a key of model (recipes explain model), quantization or the launcher decides it"
         yield f"model.kwargs.{name}", f"model.kwargs.{name} cannot be set there", hint

@@ -68,6 +68,7 @@ _HUB = ("push_to_hub", *(f"hub_{key}" for key in _OF_HUB))
 _EXPORT = "upload a finished run: recipes export RUN --to FOLDER --push-to-hub OWNER/NAME"
 _PEFTS_OWN = ("peft_type", "inference_mode", "auto_mapping", "peft_version", "revision")
 _MEGATRON = ("megatron_config", "megatron_core")
+_INIT_CONFIGS = ("eva_config", "corda_config", "loftq_config")
 # What no recipe says, of today's classes and of earlier ones -> what to write or know instead.
 INSTEAD: dict[str, dict[str, str]] = {
     "train": {
@@ -88,6 +89,8 @@ INSTEAD: dict[str, dict[str, str]] = {
         "lr": "write train.learning_rate",
         "deepspeed": "DeepSpeed is not supported; write launch.accelerate: fsdp",
         "enable_jit_checkpoint": "upstream's leaves a half-trained model; runs stop on SIGTERM",
+        "save_only_model": "a checkpoint holds all that its run needs to go on",
+        "accelerator_config": "the rows of a step do not depend on it",
         "ignore_data_skip": "a resumed run sees the rows it would have seen",
         "auto_find_batch_size": "it would change the examples per step without a word",
         **dict.fromkeys(("local_rank", "fsdp", "fsdp_config", "parallelism_config"), _LAUNCHER),
@@ -97,21 +100,15 @@ INSTEAD: dict[str, dict[str, str]] = {
         "base_model_name_or_path": "write model.name_or_path",
         **dict.fromkeys(_PEFTS_OWN, "PEFT writes it into the saved adapter by itself"),
         **dict.fromkeys(_MEGATRON, "Megatron is not supported"),
+        **dict.fromkeys(_INIT_CONFIGS, "write lora.init_lora_weights: pissa or olora"),
     },
     "quantization": {},
 }
 
 
-class AcceleratorSection(Section):
-    """What accelerate may be told: its other settings change the rows of a step by the ranks."""
-
-    non_blocking: bool = False
-    gradient_accumulation_kwargs: dict[Literal["sync_each_batch"], bool | None] | None = None
-
-
 # What torch's and TRL's activation checkpointing take.
 _Checkpointing = Literal[
-    "use_reentrant", "preserve_rng_state", "early_stop", "every_n_layers", "offload", "selective"
+    "use_reentrant", "preserve_rng_state", "early_stop", "every_n_layers", "offload"
 ]
 _AtLeast1 = Annotated[int, Field(ge=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -133,11 +130,12 @@ _NARROWER: dict[str, dict[str, object]] = {
         **dict.fromkeys(("adam_beta1", "adam_beta2", "label_smoothing_factor"), _Fraction),
         "seed": _Seed,
         "data_seed": _Seed | None,
-        "accelerator_config": AcceleratorSection | None,
         "activation_checkpointing_kwargs": dict[_Checkpointing, bool | int | None] | None,
         # a validation measures the loss alone
         "metric_for_best_model": Literal["loss", "eval_loss"] | None,
         "dataloader_num_workers": Annotated[int, Field(ge=0)],
+        # "best" leaves a killed run without a checkpoint to go on from
+        "save_strategy": Literal["no", "steps", "epoch"],
         # batch_rebalance deals out the rows of a step by the number of processes
         "train_sampling_strategy": Literal["random", "sequential", "group_by_length"],
         # true hides the step on which the loss stopped being a number
@@ -148,8 +146,9 @@ _NARROWER: dict[str, dict[str, object]] = {
         "r": Annotated[int, Field(ge=1, le=2**16)],  # wider than any layer
         "lora_alpha": _AtLeast1,
         "lora_dropout": _Fraction,
+        # eva, corda, loftq and others need a config and rows of their own
         "init_lora_weights": bool
-        | Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica"]
+        | Literal["gaussian", "olora", "pissa", "orthogonal"]
         | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$")],
     },
     "quantization": {
@@ -220,10 +219,6 @@ def build_sft_config(recipe: Recipe, output_dir: str | Path, world_size: int) ->
     if values["use_cpu"] and recipe.model.attn_implementation == "flex_attention":
         key = "model.attn_implementation"
         raise recipe.error(key, f"{key} flex_attention has no backward pass on a CPU", "use sdpa")
-    if checkpointing := values.get("activation_checkpointing_kwargs"):
-        # `training.build.keep_attention` does it; TRL would end the run under PEFT
-        how = {key: value for key, value in checkpointing.items() if key != "selective"}
-        values["activation_checkpointing_kwargs"] = how or None
     values["gradient_accumulation_steps"] = accumulation_steps(recipe, world_size)
     # the labels say it already; TRL looks for conversations in the rows
     values["assistant_only_loss"] = False

@@ -1,4 +1,6 @@
-"""What particular families need beyond the common path: one table, with reasons and sources."""
+"""What particular families need beyond the common path, in one table with reasons and sources; and
+a model without its weights, built by the functions that prepare one for training.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +10,14 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from recipes_lib.core.files import object_or_none, read_object, read_rows
+from recipes_lib.core.project import project_root
+
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
 
 
@@ -87,16 +94,16 @@ def auto_class(model_type: str) -> str:
     return ARCHITECTURES.get(model_type, _NONE).auto_class
 
 
-def needs_of(model: Any) -> Architecture:
+def needs_of(config: Any) -> Architecture:
     """Return what a model's architecture needs, by the type of its language model."""
-    return ARCHITECTURES.get(model.config.get_text_config().model_type, _NONE)
+    return ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
 
 
 def not_quantized(config: Any) -> list[str]:
     """Return the layers that quantization must leave alone: those whose weight is read by a kernel,
     and those that read images; then the head too, which bitsandbytes spares only without names.
     """
-    needs = ARCHITECTURES.get(config.get_text_config().model_type, _NONE)
+    needs = needs_of(config)
     plain = [*needs.left_out] if needs.because == _READS_WEIGHT else []
     plain += [rf".*\.{part}" for part in images_of(config)]
     return ["lm_head", *plain] if plain else []
@@ -105,18 +112,14 @@ def not_quantized(config: Any) -> list[str]:
 # ---- rows, kernels and the head ----
 
 
-def carries_state(model: Any) -> bool:
-    """Return whether layers besides attention carry a state: all have a convolution over time."""
-    import torch
-
-    return any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model))
-
-
 def why_rows_apart(model: Any) -> str | None:
     """Return why several examples must not share a row of this model, as the end of a sentence
     about it; None where they may: attention goes by positions, which begin again with each.
     """
-    if carries_state(model):
+    import torch
+
+    # all layers that carry a state have a convolution over time
+    if any(isinstance(module, torch.nn.Conv1d) for _, module in language_modules(model)):
         return "has layers that carry a state from one example of a row into the next"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "takes no positions, and does not see where one example of a row ends"
@@ -124,31 +127,27 @@ def why_rows_apart(model: Any) -> str | None:
 
 
 def why_not_varlen(model: Any) -> str | None:
-    """Return what of a model, loaded with sdpa, torch's variable-length attention does not compute,
-    as the end of a sentence that begins with the kernel's name; None where it computes all.
+    """Return why torch's variable-length attention does not compute a model, loaded with sdpa, as
+    the end of a sentence that begins with the kernel's name; None where it does.
     """
     config, name = model.config.get_text_config(), type(model).__name__
     if why := why_rows_apart(model):
         return f"is of no use to {name}, which {why}"
     # Gemma 4 has heads of two sizes, and its config refuses to name one
-    differ = getattr(config, "is_heterogeneous", False)
     sizes = set()
-    for layer in config.per_layer_config if differ else [config]:
+    for layer in config.per_layer_config if getattr(config, "is_heterogeneous", 0) else [config]:
         head = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
         sizes |= {head, getattr(layer, "v_head_dim", None) or head}
-    layers = {*(getattr(config, "layer_types", None) or ())} - ATTENTION_LAYERS
-    wide = len(sizes) > 1 or max(sizes) > LARGEST_HEAD or max(sizes) % 8
-    dropout = [getattr(config, key, 0.0) for key in ("attention_dropout", "attn_pdrop")]
-    lacks = {
-        "another attention than sdpa": getattr(model.config, "_attn_implementation", "") != "sdpa",
-        f"layers of {', '.join(sorted(layers))}": layers,
-        "a class that takes no flash attention": not getattr(model, "_supports_flash_attn", False),
-        "a cap on scores": getattr(config, "attn_logit_softcapping", None) is not None,
-        "dropout of attention": any(dropout),
-        f"heads of {', '.join(map(str, sorted(sizes)))} channels": wide,
-    }
-    has = next((what for what, is_there in lacks.items() if is_there), None)
-    return has and f"does not compute {name}, which has {has}"
+    without = ("attention_dropout", "attn_pdrop", "attn_logit_softcapping")
+    computes = (
+        getattr(model.config, "_attn_implementation", "") == "sdpa"
+        and getattr(model, "_supports_flash_attn", False)
+        and {*(getattr(config, "layer_types", None) or ())} <= ATTENTION_LAYERS
+        and not any(getattr(config, key, None) for key in without)
+        and (len(sizes) == 1 and max(sizes) <= LARGEST_HEAD and max(sizes) % 8 == 0)
+    )
+    limits = f"heads of one size up to {LARGEST_HEAD}, full and sliding attention"
+    return None if computes else f"does not compute {name}: it knows {limits}, nothing between"
 
 
 def has_plain_head(model: Any) -> bool:
@@ -177,17 +176,15 @@ def settle_targets(config: LoraConfig, model: Any) -> LoraConfig:
     settled, images = copy.deepcopy(config), images_of(model.config)
     left_out: tuple[str, ...] = ()
     if config.target_modules == "all-linear":
-        settled, left_out = converted(config, model), needs_of(model).left_out
+        settled, left_out = converted(config, model), needs_of(model.config).left_out
         kept = {*(settled.target_parameters or ())} - {ROUTER}
         settled.target_parameters = sorted(kept | {*(config.target_parameters or ())}) or None
-    excluded = settled.exclude_modules
-    if images or (left_out and isinstance(excluded, str)):  # a regular expression over whole names
+    if left_out or images:  # as one regular expression over whole names
+        excluded = settled.exclude_modules
         named = [] if isinstance(excluded, str) else map(re.escape, excluded or ())
         ends = "|".join([*named, *left_out, *(rf"{part}\..*" for part in images)])
         pattern = rf"(?:{excluded})|" if isinstance(excluded, str) else ""
         settled.exclude_modules = rf"{pattern}(?:.*\.)?(?:{ends})"
-    elif left_out:
-        settled.exclude_modules = sorted({*(excluded or ()), *left_out})
     return settled
 
 
@@ -224,7 +221,9 @@ def prepare_for_training(model: Any) -> None:
     Freeze what reads images: processes would wait for gradients that text does not give. Name only
     blocks that are there: accelerate refuses to shard a model whose class lists others.
     """
-    config, images = model.config.get_text_config(), {*images_of(model.config)}
+    from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
+
+    images = {*images_of(model.config)}
     present = {type(module).__name__ for module in model.modules()}
     model._no_split_modules = present.intersection(model._no_split_modules or ())
     for name, module in model.named_modules():
@@ -232,11 +231,7 @@ def prepare_for_training(model: Any) -> None:
             module.requires_grad_(False)
     if not hasattr(model, model.base_model_prefix):  # Llama4ForCausalLM of transformers 5.24
         model.base_model_prefix = "model"
-    local = hasattr(config, "num_local_experts") and hasattr(config, "output_router_logits")
-    if local and not hasattr(config, "num_experts"):
-        from recipes_lib.models import upstream_fixes  # torch, which `recipes check` does without
-
-        upstream_fixes.name_experts(config)
+    upstream_fixes.name_experts(model.config.get_text_config())
 
 
 def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> bool:
@@ -252,26 +247,14 @@ def adds_router_loss(model: Any, asked: float | None, base: dict[str, Any]) -> b
     # a class that may have experts, made without any; Doge has a number of experts all the same
     if not getattr(config, "is_moe", True) or not getattr(config, "num_local_experts", True):
         return False
-    return asked is not None or base.get("output_router_logits") or _trains_routers(model)
-
-
-def _trains_routers(model: Any) -> bool:
-    return any(
-        parameter.requires_grad and {"gate", "router"} & {*name.split(".")}
-        for name, parameter in model.named_parameters()
+    return (
+        asked is not None
+        or bool(base.get("output_router_logits"))
+        or any(
+            parameter.requires_grad and {"gate", "router"} & {*name.split(".")}
+            for name, parameter in model.named_parameters()
+        )
     )
-
-
-def describe_experts(model: Any, coefficient: float) -> str | None:
-    """Return what becomes of a model's experts and routers; None where it has none."""
-    experts = {name: weight for name, weight in model.named_parameters() if "experts" in name}
-    if not any(weight.ndim == 3 for weight in experts.values()):
-        return None
-    is_trained = any(weight.requires_grad for weight in experts.values())
-    state = "trained" if is_trained else "frozen"
-    state = "adapted" if any(".lora_" in name for name in experts) else state
-    routers = "trained" if _trains_routers(model) else "frozen"
-    return f"experts: {state}; routers: {routers}; auxiliary loss: x {coefficient:g}"
 
 
 def ready_to_answer(model: Any) -> Any:
@@ -292,10 +275,71 @@ def training_settings(model: Any) -> dict[str, object]:
 def with_settings(model: Any, settings: Mapping[str, object]) -> Iterator[None]:
     """Give a config other values for a while: those of the base, while the model is saved."""
     config, now = model.config.get_text_config(), training_settings(model)
-    for name, value in settings.items():
-        setattr(config, name, value)
+    config.update(settings)
     try:
         yield
     finally:
-        for name, value in now.items():
-            setattr(config, name, value)
+        config.update(now)
+
+
+# ---- a model without its weights ----
+
+
+def known_configs() -> dict[str, Mapping[str, Any]]:
+    """Return config.json by repository name, of models that people fine-tune: `model.json` of a
+    folder in `recipes/`, and `recipes/models.jsonl`; shipped and of the working directory.
+    """
+    models = []
+    for folder in (project_root() / "recipes", Path("recipes")):
+        models += [read_object(file) for file in sorted(folder.glob("*/model.json"))]
+        models += read_rows(folder / "models.jsonl")
+    return {name: model["config"] for model in models for name in model["names"]}
+
+
+def known_config(name: str) -> Mapping[str, Any] | None:
+    """Return the config.json of a local folder or of a known model, else None."""
+    folder = Path(name)
+    return object_or_none(folder / "config.json") if folder.is_dir() else known_configs().get(name)
+
+
+def configuration(values: Mapping[str, Any]) -> Any:
+    """Return a model's configuration from its config.json; ValueError for an unknown type."""
+    import transformers
+
+    values = dict(values)
+    return transformers.AutoConfig.for_model(values.pop("model_type", ""), **values)
+
+
+def on_meta(
+    config: Any, dtype: torch.dtype, lora: LoraConfig | None = None, attention: str = "eager"
+) -> Any:
+    """Return the model that a recipe trains, without weights; ValueError where it cannot be."""
+    import peft
+    import torch
+    import transformers
+
+    loader, how = getattr(transformers, auto_class(config.model_type)), {"dtype": dtype}
+    with torch.device("meta"):
+        config = copy.deepcopy(config)  # loading changes it
+        model = loader.from_config(config, **how, attn_implementation=attention)
+        prepare_for_training(model)
+        if lora is not None:
+            lora = settle_targets(lora, model)
+            lora.init_lora_weights = True
+            model = peft.get_peft_model(model, lora)
+    return model
+
+
+def text_decoder(model: Any) -> torch.nn.Module:
+    """Return the part of a model that reads text, without its head."""
+    decoder = getattr(model, "get_base_model", lambda: model)().get_decoder()
+    # Llama 4 returns a model that still has its head
+    return decoder.model if decoder.get_output_embeddings() is not None else decoder
+
+
+def layers(model: Any) -> list[torch.nn.Module]:
+    """Return the blocks of a model's text part, in their order."""
+    import torch
+
+    parts = text_decoder(model).modules()
+    return list(next(part for part in parts if isinstance(part, torch.nn.ModuleList)))

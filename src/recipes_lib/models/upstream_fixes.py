@@ -12,12 +12,8 @@ from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.ranks import of_every_rank
-
-_ATTENTION_KERNELS = ("scaled_dot_product", "flash_attn", "varlen_attn")
 
 
 def prepare_head(model: Any, *, sharded: bool) -> None:
@@ -82,31 +78,8 @@ def load_whole(model: Any, folder: Path) -> None:
     )
     if lost := sorted(report["missing_keys"]):
         what = f"{folder} lacks {len(lost)} weights of the model, {lost[0]} among them"
-        raise of_every_rank(EnvironmentFault(what, "remove it to go on from an earlier one"))
+        raise EnvironmentFault(what, "remove it to go on from an earlier one")
     model.load_state_dict(saved.state_dict())
-
-
-def keep_attention(model: Any) -> None:
-    """Have activation checkpointing keep what attention's kernel returns (`selective`): TRL's own
-    (https://github.com/huggingface/trl/pull/7194) wraps a method that transformers 5.24 does not
-    call, and does not know `varlen`. Delete when TRL wraps `activation_checkpointing_enable`.
-    """
-    enable = model.activation_checkpointing_enable
-    contexts = functools.partial(create_selective_checkpoint_contexts, _attention_is_kept)
-
-    def enable_keeping(
-        activation_checkpointing_kwargs: dict[str, Any] | None = None, **more: Any
-    ) -> None:
-        how = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False}
-        enable(activation_checkpointing_kwargs={**how, "context_fn": contexts}, **more)
-
-    model.activation_checkpointing_enable = enable_keeping
-
-
-def _attention_is_kept(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if any(name in str(operator) for name in _ATTENTION_KERNELS):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
@@ -124,6 +97,7 @@ def tell_empty_parameters_apart(model: torch.nn.Module) -> None:
 def name_experts(config: Any) -> None:
     """Let trl 1.16's `add_fused_lm_head` find the number of experts, which it reads as
     `num_experts` (https://github.com/huggingface/trl/issues/5754). On the class, because an entry
-    of the config would be saved with the model. Delete when all configs of transformers have it.
+    of the config would be saved with the model. Delete when Granite's configs have it.
     """
-    type(config).num_experts = property(operator.attrgetter("num_local_experts"))
+    if hasattr(config, "num_local_experts") and not hasattr(config, "num_experts"):
+        type(config).num_experts = property(operator.attrgetter("num_local_experts"))

@@ -26,7 +26,7 @@ from recipes_lib.config.upstream import build_lora_config
 from recipes_lib.core.errors import RecipesError, one_line
 from recipes_lib.core.files import hash_of, object_or_none
 from recipes_lib.core.project import runs_root
-from recipes_lib.models.shape import configuration, known_config, known_configs
+from recipes_lib.models.families import configuration, known_config, known_configs
 from recipes_lib.plan.cards import DEFAULT, Card, card_named
 from recipes_lib.plan.steps import RowLengths, Steps, rows_of, steps_of
 from recipes_lib.plan.trace import Precision, Trace, trace

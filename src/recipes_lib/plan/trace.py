@@ -23,8 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from recipes_lib.core.files import hash_of, object_or_none, write_json
 from recipes_lib.core.project import cache_root
-from recipes_lib.models import shape
-from recipes_lib.models.families import not_quantized
+from recipes_lib.models import families
 
 # Tokens of the two passes: what differs grows with the tokens, the rest is constant.
 FEW, MANY = 128, 256
@@ -93,8 +92,8 @@ def trace(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Tr
 def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -> Trace:
     """Trace a model on fake tensors."""
     dtype = getattr(torch, precision.weights)
-    model = shape.on_meta(config, dtype, lora, attention="traced")
-    text, blocks = config.get_text_config(), shape.layers(model)
+    model = families.on_meta(config, dtype, lora, attention="traced")
+    text, blocks = config.get_text_config(), families.layers(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if lora and precision.bits and precision.half == "bfloat16":
         for parameter in trained:  # TRL's adapters on a quantized base
@@ -150,7 +149,7 @@ def trace_now(config: Any, lora: peft.LoraConfig | None, precision: Precision) -
 
 def _quantized(model: Any, config: Any) -> set[torch.Tensor]:
     """Return the weights that bitsandbytes quantizes: of linear layers, but those left alone."""
-    left_alone = {name.rpartition(".")[2] for name in not_quantized(config)} | {"lm_head"}
+    left_alone = {name.rpartition(".")[2] for name in families.not_quantized(config)} | {"lm_head"}
     return {
         module.weight
         for name, module in model.named_modules()
@@ -166,7 +165,7 @@ def _active(model: Any, text: Any) -> int:
     """
     chosen = next((getattr(text, name) for name in EXPERTS_PER_TOKEN if hasattr(text, name)), 1)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    used = {*shape.text_decoder(model).parameters(), *head.parameters()}
+    used = {*families.text_decoder(model).parameters(), *head.parameters()}
     used -= {embeddings.weight} - {*head.parameters()}
     used -= {weight for name, weight in model.named_parameters() if "lora_" in name}
     experts = [weight for weight in used if weight.ndim == 3]
@@ -211,7 +210,7 @@ def _kept(model: Any, tokens: int) -> tuple[Counter[int], Counter[int]]:
     """Run a forward pass; return for each block, and outside as -1, the bytes that autograd keeps,
     and those that it keeps where only the inputs of the blocks are kept.
     """
-    decoder, blocks = shape.text_decoder(model), shape.layers(model)
+    decoder, blocks = families.text_decoder(model), families.layers(model)
     ids = torch.zeros(1, tokens, dtype=torch.long)
     # by address, with the tensor: kept alive, so that no address is used twice
     weights = (*model.parameters(), *model.buffers(), ids)

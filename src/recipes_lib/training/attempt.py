@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from recipes_lib.config.launch import Active
 from recipes_lib.config.recipe import RECIPE_FILE, Recipe
 from recipes_lib.core.environment import command_line, environment
 from recipes_lib.core.errors import ExitCode, RecipeError, RecipesError, explain_fault
@@ -22,10 +21,10 @@ from recipes_lib.core.ranks import meet, on_main_rank, rank
 from recipes_lib.core.run_directory import RunDirectory, RunState, State
 from recipes_lib.core.terminal import next_step, say
 from recipes_lib.data.prepare import PreparedData
-from recipes_lib.training import checkpoints, metrics
-from recipes_lib.training.build import count_quantized, warmup_steps
-from recipes_lib.training.probe import peak_memory_gib
-from recipes_lib.training.resume_guard import differences, recipe_differences, refuse_changes
+from recipes_lib.data.sources import source_hashes
+from recipes_lib.training import metrics, resume_guard
+from recipes_lib.training.build import count_quantized
+from recipes_lib.training.resume_guard import differences, recipe_differences, set_aside
 from recipes_lib.training.stopping import EXIT_CODES, StopRequest
 from recipes_lib.training.trainer import RecipeTrainer
 from recipes_lib.weights.check import SavedWeights, check_saved
@@ -61,8 +60,10 @@ class Attempt:
         """The folder of the final weights."""
         return self.run.weights(self.recipe.lora is None)
 
-    def begin(self, stack: ExitStack) -> bool:
-        """Rank 0: lock the run until `stack` closes, and begin its record; return `finished`."""
+    def begin(self, stack: ExitStack) -> tuple[bool, bool]:
+        """Rank 0: lock the run until `stack` closes, and begin the record of a new one; return
+        `finished` and `owns_records`.
+        """
         run = self.run
         stack.enter_context(run_lock(run.path))
         run.check_inside()
@@ -71,25 +72,25 @@ class Attempt:
             what = f"run '{run.name}' holds answers of a file and cannot be trained"
             raise RecipeError(what, OTHER_RUN)
         if self.earlier.get("state") == "finished":
-            if changed := recipe_differences(self.recipe, self.earlier.get("guard", {})):
-                what = f"run '{run.name}' is finished, with other settings: {', '.join(changed)}"
+            files = self.earlier.get("data_files", {}), source_hashes(self.recipe.data)
+            changed = recipe_differences(self.recipe, self.earlier.get("guard", {}))
+            if changed := [*changed, *differences(*files)]:
+                what = f"run '{run.name}' is finished, with others of: {', '.join(changed)}"
                 raise RecipeError(what, OTHER_RUN)
             damage = weights_damage(run, self.recipe.lora is None)
             if damage is None:
-                return True
+                return True, False
             say(f"run '{run.name}' is finished, but {damage}: going on from a checkpoint")
         run.stop_file.unlink(missing_ok=True)  # it asked an attempt that is over
         if not self.earlier:
             run.write_state("running", attempts=1, exit_code=None, error=None)
             self._write_settings()
-            self.owns_records = True
-        return False
+        return False, not self.earlier
 
     def continue_or_start(
         self,
         data: PreparedData,
         guard: dict[str, object],
-        active: Active,
         options: argparse.Namespace,
         **recorded: Any,
     ) -> Path | None:
@@ -97,25 +98,24 @@ class Attempt:
         settings, and make the run's records this attempt's (`recorded`: more fields of run.json).
         """
         run, resumed = self.run, [*self.earlier.get("resumed", [])]
-        newest, broken = checkpoints.find_newest(run.checkpoints)
+        newest, broken = resume_guard.find_newest(run.checkpoints)
         begun = self.earlier.get("guard") or {}
         if newest is not None:
-            begun = begun or checkpoints.read_marker(newest)["guard"]
+            begun = begun or resume_guard.read_marker(newest)["guard"]
         changed = differences(begun, guard) if begun else {}
         if newest is not None:
-            if changed and not options.resume_anyway:
-                refuse_changes(run.name, changed)
-            checkpoints.check_resumable(newest, active.world_size)
+            if changed and not (options.resume_anyway and "launch.world_size" not in changed):
+                resume_guard.refuse_changes(run.name, changed)
             resumed.append({"from": newest.name, "changed": changed})
 
         # nothing was refused: from here on the run's files are this attempt's
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for checkpoint, reason in broken.items():
-            aside = checkpoints.set_aside(checkpoint, ".incomplete")
+            aside = set_aside(checkpoint, ".incomplete")
             say(f"skipping {checkpoint.name}: {reason}; set aside as {aside.name}")
         metrics.forget_after(run.metrics, newest)
         if self.earlier.get("state") == "finished" and self.weights.is_dir():
-            checkpoints.set_aside(self.weights, ".damaged")
+            set_aside(self.weights, ".damaged")
         self._write_settings()  # now with the date that its template prints
         write_json(run.path / "environment.json", environment())
         write_json(run.path / "supervision.json", vars(data.audit))
@@ -123,11 +123,10 @@ class Attempt:
         recorded |= {"attempts": self.earlier.get("attempts", 0) + 1, "guard": guard}
         recorded |= {"exit_code": None, "error": None, "steps_began": None, "resumed": resumed}
         run.write_state("running", **recorded)
+        others = f", with other settings than before: {', '.join(changed)}" if changed else ""
         if newest is not None:
-            insisted = f"--resume-anyway over {len(changed)} changes" if changed else ""
-            say(f"resuming {newest.name} ({insisted or 'recipe, data, versions unchanged'})")
+            say(f"resuming {newest.name}{others or ' (recipe, data, versions unchanged)'}")
         elif broken or changed:
-            others = f", with other settings than before: {', '.join(changed)}" if changed else ""
             say(f"no whole checkpoint: training starts from the beginning{others}")
         return newest
 
@@ -179,7 +178,8 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
     stop.stop_file, stop.record = run.stop_file, attempt.record_failure
     with ExitStack() as stack:
         try:
-            attempt.finished = on_main_rank(lambda: attempt.begin(stack))
+            began = on_main_rank(lambda: attempt.begin(stack))
+            attempt.finished, attempt.owns_records = began
             yield attempt
             meet()
         except Exception as error:
@@ -193,11 +193,11 @@ def begin_attempt(run: RunDirectory, recipe: Recipe, stop: StopRequest) -> Itera
 
 
 def summarise_training(
-    trainer: RecipeTrainer, data: PreparedData, active: Active, seconds: float
+    trainer: RecipeTrainer, data: PreparedData, seconds: float
 ) -> dict[str, object]:
     """Return what run.json and the card say of a training; after a resume, times are the last's."""
-    state, tokens = trainer.state, int(trainer._total_train_tokens)
-    on_cpu, trained = active.device.startswith("cpu"), tokens - trainer.tokens_before
+    args, state, tokens = trainer.args, trainer.state, int(trainer._total_train_tokens)
+    on_cpu, trained = args.device.type == "cpu", tokens - trainer.tokens_before
     summary: dict[str, object] = {
         "steps": state.global_step,
         "training_rows": len(data.train),
@@ -206,14 +206,14 @@ def summarise_training(
         "seconds": round(seconds, 1),
         "tokens_per_second": round(trained / seconds, 1) if seconds else None,
         "quantized_layers": count_quantized(trainer.model),
-        "peak_memory_gib": round(max(trainer.loading_peak_gib, peak_memory_gib()), 2),
-        "world_size": active.world_size,
+        "peak_memory_gib": round(metrics.peak_memory_gib(), 2),
+        "world_size": args.world_size,
         "device": "cpu" if on_cpu else torch.cuda.get_device_name(),
     }
     for name, key in (("training", "loss"), ("validation", "eval_loss")):
         values = [row[key] for row in state.log_history if key in row] or [None]
         summary |= {f"first_{name}_loss": values[0], f"last_{name}_loss": values[-1]}
-    if trainer.args.load_best_model_at_end and state.best_model_checkpoint:
+    if args.load_best_model_at_end and state.best_model_checkpoint:
         summary["best_step"] = int(state.best_model_checkpoint.rpartition("-")[2])
     return summary
 
@@ -222,10 +222,11 @@ def save_and_check(
     trainer: RecipeTrainer, attempt: Attempt, summary: Mapping[str, Any]
 ) -> SavedWeights:
     """Save the final weights, prove them, and only then give them their name; every rank calls."""
-    args, recipe, steps = trainer.args, attempt.recipe, trainer.state.max_steps
+    args, recipe, history = trainer.args, attempt.recipe, trainer.state.log_history
     scratch = attempt.run.path / "weights.unchecked"
     on_main_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
     trainer.save_model(str(scratch))  # a collective under FSDP2: every rank takes part
+    only_step_at_rate_0 = [row["learning_rate"] for row in history if "loss" in row] == [0.0]
     try:
         check = check_saved(
             trainer.model,
@@ -233,7 +234,7 @@ def save_and_check(
             base=model_path(recipe.model),
             base_fingerprint=on_main_rank(lambda: base_fingerprint(recipe)),
             autocast="bfloat16" if args.bf16 else "float16" if args.fp16 else None,
-            may_change_nothing=warmup_steps(args, steps) >= steps == 1,
+            may_change_nothing=trainer.state.max_steps == 1 and only_step_at_rate_0,
         )
     except RecipesError as error:
         error.hints = (*error.hints, f"the weights are kept in {scratch}")

@@ -27,12 +27,7 @@ DOCUMENTS = "sdpa_by_document"
 
 @torch.compiler.disable  # reads the lengths of the examples
 def sdpa_by_document(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """As transformers' `sdpa_attention_forward`, for each example between two `cu_seq_lens_q`."""
     bounds = kwargs.get("cu_seq_lens_q")
@@ -42,10 +37,9 @@ def sdpa_by_document(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     kept = {name: kwargs[name] for name in ("dropout", "scaling", "softcap") if name in kwargs}
     lengths = bounds.diff().tolist()
-    examples = zip(*(tensor.split(lengths, 2) for tensor in (query, key, value)), strict=True)
     outputs = [
         sdpa_attention_forward(module, *example, None, is_causal=True, **kept)[0]
-        for example in examples
+        for example in zip(*(part.split(lengths, 2) for part in (query, key, value)), strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
@@ -62,12 +56,7 @@ def use_document_attention(model: Any) -> bool:
 
 
 def varlen_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Any,
-    **kwargs: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """Causal attention within each example of a row, whose bounds are `cu_seq_lens_q`."""
     bounds, longest = kwargs["cu_seq_lens_q"], int(kwargs["max_length_q"])

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTConfig, pack_dataset
 
-from recipes_lib.config.batch import WITHOUT_WARMUP, describe_batch, planned_steps, sync_each_batch
+from recipes_lib.config.batch import describe_batch, planned_steps, sync_each_batch
 from recipes_lib.config.launch import (
     READS_ONCE_VARIABLE,
     Active,
@@ -34,7 +34,6 @@ from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.data.prepare import PreparedData
 from recipes_lib.models import upstream_fixes
 from recipes_lib.models.families import (
-    describe_experts,
     describe_targets,
     prepare_for_training,
     settle_targets,
@@ -64,11 +63,13 @@ def read_model(
         # what accelerate and transformers go by; transformers would fill what is empty
         os.environ[READS_ONCE_VARIABLE] = "false"
     if why is None:
-        model = _read_by_rank_0(recipe, tokenizer)
+        read: list[PreTrainedModel] = []
+        on_main_rank(lambda: read.append(load_model(recipe, tokenizer)))  # all hear of an error
+        model = read[0] if rank() == 0 else load_model(recipe, tokenizer, empty=True)
         own = dict(model.named_non_persistent_buffers())
-        kept = sorted(name for name, _ in model.named_buffers() if name not in own)
-        if kept:  # accelerate 1.15 takes every entry of the state dict for a parameter
-            why = f"the model keeps buffers among its weights ({kept[0]})"
+        if {*dict(model.named_buffers())} - {*own}:
+            # accelerate 1.15 takes every entry of the state dict for a parameter
+            why = "the model keeps buffers among its weights"
     if why is None:
         # neither a file nor the state dict has RoPE's frequencies, which rank 0 computed
         for name, value in on_main_rank(lambda: own).items():
@@ -81,22 +82,6 @@ def read_model(
     meet()
     if sharded:
         say_once(f"weights: {f'each rank reads them: {why}' if why else 'read by rank 0 alone'}")
-    return model
-
-
-def _read_by_rank_0(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    failure = None
-    try:
-        model = load_model(recipe, tokenizer, empty=rank() != 0)
-    except Exception as error:
-        failure = error
-
-    def fail() -> None:
-        if failure is not None:
-            raise failure
-
-    on_main_rank(fail)  # the others would wait for what rank 0 does not send
-    fail()
     return model
 
 
@@ -119,8 +104,6 @@ def build_trainer(
         raise recipe.error("model.dtype", what, f"set model.dtype: {wanted}")
     joins_rows = choose_attention(recipe, args, model)
     prepare_for_training(model)
-    if (recipe.train.get("activation_checkpointing_kwargs") or {}).get("selective"):
-        upstream_fixes.keep_attention(model)
     lora = build_lora_config(recipe)
     train = data.train.shuffle(seed=args.seed) if args.shuffle_dataset else data.train
     columns, validation = ["input_ids", "labels"], data.validation
@@ -199,11 +182,10 @@ def _training_rows(rows: Dataset, recipe: Recipe, args: SFTConfig) -> Dataset:
         rows = pack_dataset(rows, recipe.train["max_length"], args.packing_strategy)
     step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     if len(rows) < step:
-        kind = "packed rows" if args.packing else "training rows"
         whole = recipe.run.global_batch_size
         raise recipe.error(
             "run.global_batch_size" if whole else "train.per_device_train_batch_size",
-            f"{len(rows)} {kind} do not fill one step of {step}: nothing would be trained",
+            f"{len(rows)} training rows do not fill one step of {step}: nothing would be trained",
             f"set run.global_batch_size to {len(rows)} or less, or give more rows",
         )
     return rows
@@ -223,45 +205,24 @@ def start_up_lines(trainer: RecipeTrainer, launch_line: str) -> list[str]:
         "world_size": args.world_size,
     }
     steps = planned_steps(rows, **shape, epochs=args.num_train_epochs, max_steps=args.max_steps)
-    lines = [
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    trained = f"{sum(n for n, is_trained in sizes if is_trained):,}"
+    trained += f" of {sum(n for n, _ in sizes):,} parameters"
+    if quantized := count_quantized(model):
+        trained += f"; base quantized in {quantized} layers"
+    if trainer.aux_loss_enabled:
+        trained += f"; router loss x {trainer.router_aux_loss_coef:g}"
+    if isinstance(model, PeftModel):
+        trained += f"; {describe_targets(model)}"
+    return [
         f"launch: {launch_line}; precision {mixed or precision_name(model.dtype)}; attention"
         f" {attention}{padding}; seed {args.seed}",
         f"batch: {describe_batch(rows, steps, **shape)}",
-        f"trains: {describe_trainable(model, trainer.is_fsdp_enabled and mixed is not None)}",
+        f"trains: {trained}",
     ]
-    if isinstance(model, PeftModel):
-        lines.append(describe_targets(model))
-    weight = trainer.router_aux_loss_coef if trainer.aux_loss_enabled else 0.0
-    if experts := describe_experts(model, weight):
-        lines.append(experts)
-    if (warmup := warmup_steps(args, steps[1])) >= steps[1]:
-        lines.append(
-            f"warning: warmup takes {warmup:,} steps and the run has {steps[1]:,}: the learning"
-            " rate is never reached; lower train.warmup_steps"
-        )
-    return lines
-
-
-def warmup_steps(args: SFTConfig, steps: int) -> int:
-    """Return the steps of the warm-up, which begins at learning rate 0."""
-    schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-    return 0 if schedule in WITHOUT_WARMUP else args.get_warmup_steps(steps)
 
 
 def count_quantized(model: Any) -> int:
-    """Return the number of 4-bit layers, which FSDP shards, too."""
-    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
-
-
-def describe_trainable(model: Any, raised: bool = False) -> str:
-    """Return how many parameters are trained, and in which precision they and the others are;
-    `raised` is whether FSDP2 keeps the trained ones in float32, as under mixed precision.
-    """
-    quantized, counts, kinds = count_quantized(model), [0, 0], [set[str](), set[str]()]
-    for weight in model.parameters():
-        counts[weight.requires_grad] += weight.numel()
-        kinds[weight.requires_grad].add(precision_name(weight.dtype))
-    precision = "float32" if raised and not quantized else ", ".join(sorted(kinds[True]))
-    base = f"NF4 in {quantized} layers" if quantized else ", ".join(sorted(kinds[False]))
-    text = f"{counts[True]:,} of {sum(counts):,} parameters in {precision}"
-    return text + (f"; base {base}" if base else "")
+    """Return the number of layers in 4 or 8 bits, which FSDP shards, too."""
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return sum(isinstance(module, kinds) for module in model.modules())

@@ -1,7 +1,10 @@
-"""What the launcher asked for against what is really running: launchers change it silently."""
+"""What the launcher asked for against what is really running: launchers change it silently. And
+FSDP2 on CPU processes, so that a machine without GPUs runs the same sharded code as one with eight.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 from typing import Any
@@ -93,3 +96,37 @@ def check_launch(active: Active) -> str:
     if refused:
         raise RecipeError(*refused)
     return f"{kind}, world size {running}, {active.device}"
+
+
+def shard_on_cpus() -> None:
+    """Let this process shard on CPUs where it was launched with an FSDP config.
+
+    accelerate (1.15) turns `distributed_type` into FSDP only for accelerators: under gloo on CPU an
+    FSDP config silently becomes DDP. The missing branch is added to `AcceleratorState.__init__`.
+    """
+    import torch
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    original = state.AcceleratorState.__init__
+    is_done = hasattr(original, "__wrapped__") or torch.accelerator.is_available()
+    if is_done or world_size() == 1 or not _asks_for("ACCELERATE_USE_FSDP"):
+        return
+
+    @functools.wraps(original)
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        first_time = state.AcceleratorState._shared_state == {}
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if not first_time or plugin is None or self.distributed_type != DistributedType.MULTI_CPU:
+            return
+        self.distributed_type = DistributedType.FSDP
+        if self._mixed_precision != "no":
+            plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = plugin
+        # One spelling of the device: some checks compare "cpu" with "cpu:0" and refuse.
+        self.device = torch.device("cpu")
+        shared = {"device": self.device, "distributed_type": DistributedType.FSDP}
+        state.PartialState._shared_state.update(shared)
+
+    state.AcceleratorState.__init__ = initialise

@@ -1,51 +1,35 @@
-"""What a training logs: per log a line of metrics.jsonl and one on the terminal."""
+"""What a training measures of itself: a line of metrics.jsonl and one on the terminal per log, and
+before a process's first step the probe, forward and backward on the longest micro-batch, which
+shows in the first seconds what memory a step takes and about how long the training will be.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState
 
+from recipes_lib.core.errors import EnvironmentFault
 from recipes_lib.core.files import Row, read_object, read_rows, write_text
 from recipes_lib.core.terminal import say, shown_duration
-from recipes_lib.training.probe import peak_memory_gib
 
 KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm", "mean_token_accuracy", "aux_loss")
 
 
 def forget_after(path: Path, checkpoint: Path | None) -> None:
-    """Cut off of a metrics.jsonl what was logged after a checkpoint, which a resumed run logs
-    again, and an evaluation that the checkpoint does not know; write lines again that it lacks.
-    """
-    step, history = 0, []
-    if checkpoint is not None:
-        state = read_object(checkpoint / "trainer_state.json")
-        step, history = state["global_step"], state["log_history"]
-    evaluated = any(row["step"] == step and "eval_loss" in row for row in history)
-
-    def stays(row: Row) -> bool:
-        logged = row.get("step", 0)
-        return logged < step or (logged == step and (evaluated or "eval_loss" not in row))
-
-    rows = [row for row in read_rows(path, skip_damaged=True) if stays(row)]
-    there = {(row.get("step"), "loss" in row) for row in rows}
-    known = [_line(row) for row in history if "loss" in row or "eval_loss" in row]
-    lost = [row for row in known if (row["step"], "loss" in row) not in there]
-    if lost:
-        say(f"warning: {path.name} lacks {len(lost)} lines: written again from the checkpoint")
-        rows = sorted([*rows, *lost], key=lambda row: (row.get("step", 0), "eval_loss" in row))
-    if rows or path.is_file():
+    """Cut off of a metrics.jsonl what was logged after a checkpoint, which is logged again."""
+    step = read_object(checkpoint / "trainer_state.json")["global_step"] if checkpoint else -1
+    rows = [row for row in read_rows(path, skip_damaged=True) if row.get("step", 0) <= step]
+    if path.is_file():
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _line(logs: Row) -> Row:
-    """Return what metrics.jsonl keeps of a log, but for speed and memory."""
-    line: Row = {"step": logs["step"], "epoch": round(float(logs.get("epoch") or 0), 6)}
-    line |= {key: float(logs[key]) for key in KEPT if key in logs}
-    return line | ({"tokens": int(logs.get("num_tokens", 0))} if "loss" in logs else {})
 
 
 def tokens_so_far(state: TrainerState) -> int:
@@ -71,21 +55,115 @@ class MetricsCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, logs: Row | None = None, **_: Any
     ) -> None:
         """Write one line, flushed at once."""
-        logs, now = logs or {}, time.monotonic()
+        logs, now, step = logs or {}, time.monotonic(), state.global_step
         if not state.is_world_process_zero or not ("loss" in logs or "eval_loss" in logs):
             return
-        line = _line({**logs, "step": state.global_step, "epoch": state.epoch})
+        line: Row = {"step": step, "epoch": round(float(state.epoch or 0), 6)}
+        line |= {key: float(logs[key]) for key in KEPT if key in logs}
         text = f"validation loss {line.get('eval_loss', 0):.4f}"
         if "loss" in logs:
+            line["tokens"] = int(logs.get("num_tokens", 0))
             speed = (line["tokens"] - self.last_tokens) / max(now - self.last_log, 1e-9)
             line["tokens_per_second"], self.last_tokens = round(speed, 1), line["tokens"]
-            per_step = (now - self.began) / max(state.global_step - self.first_step, 1)
-            left = shown_duration(per_step * (state.max_steps - state.global_step))
-            rate = line.get("learning_rate", 0)
-            text = f"loss {line['loss']:.4f}  learning rate {rate:.2e}  {speed:,.0f} tokens/s"
-            text += f"  {left} left"
+            per_step = (now - self.began) / max(step - self.first_step, 1)
+            text = f"loss {line['loss']:.4f}  learning rate {line.get('learning_rate', 0):.2e}"
+            text += f"  {speed:,.0f} tokens/s"
+            text += f"  {shown_duration(per_step * (state.max_steps - step))} left"
         self.last_log = now
         line["peak_memory_gib"] = round(peak_memory_gib(), 3)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
-        say(f"step {state.global_step}/{state.max_steps}  {text}")
+        say(f"step {step}/{state.max_steps}  {text}")
+
+
+# ---- the probe ----
+
+
+def probe(trainer: Any, model: Any, lengths: list[int], steps: int) -> str:
+    """Run the longest micro-batch as a step would, and return a line on its time and memory.
+
+    Nothing of it remains. It is always on, because DDP on three processes and more sums the
+    gradients of a process's first backward pass in another order (it then rebuilds its buckets):
+    without a probe in front, a resumed run would have one such step more than an uninterrupted one.
+
+    Every rank has to call it when the model is wrapped and a checkpoint's weights and optimizer are
+    loaded, but its random state is not. `lengths` are those of all rows, `steps` are to come.
+    """
+    args, data = trainer.args, trainer.train_dataset
+    longest = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
+    rows = [data[row] for row in longest[: args.per_device_train_batch_size]]
+    batch = trainer.data_collator(rows)
+    tokens = batch["input_ids"].numel()
+    supervised = max(int((batch["labels"][:, 1:] != -100).sum()), 1)
+    passes = min(2, args.gradient_accumulation_steps)  # a second one meets gradients
+    trainer.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    each = trainer.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+    seconds = 0.0
+    _start_of_peak()
+    try:
+        with _nothing_happened(trainer):
+            held = _room_for_optimizer(trainer)
+            for number in range(1, passes + 1):
+                # The last one exchanges: what FSDP2 keeps under no_sync, zero_grad does not see.
+                exchanges = each or number == passes
+                began = time.monotonic()
+                with contextlib.nullcontext() if exchanges else trainer.accelerator.no_sync(model):
+                    trainer.training_step(model, dict(batch), supervised)
+                seconds = time.monotonic() - began
+            del held
+    except torch.OutOfMemoryError as error:
+        what = "the GPU has too little memory for the longest micro-batch"
+        raise EnvironmentFault(
+            f"{what} ({len(rows)} rows, {tokens:,} tokens)",
+            "halve train.per_device_train_batch_size: accumulation keeps run.global_batch_size",
+            "or set train.activation_checkpointing: true; recipes plan says what saves how much",
+        ) from error
+    rows_to_train = steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    total = shown_duration(seconds / tokens * rows_to_train * sum(lengths) / len(lengths))
+    return (
+        f"probe: the longest micro-batch ({len(rows)} rows, {tokens:,} tokens) takes"
+        f" {seconds:.1f} s and {peak_memory_gib():.1f} GiB; training takes about {total}"
+    )
+
+
+@contextlib.contextmanager
+def _nothing_happened(trainer: Any) -> Iterator[None]:
+    """Undo what a micro-batch leaves: random numbers, gradients, counts, metrics."""
+    tokens = trainer._total_train_tokens
+    metrics = {name: list(values) for name, values in trainer._metrics["train"].items()}
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+        trainer._total_train_tokens = tokens
+        trainer._metrics["train"].clear()
+        trainer._metrics["train"].update(metrics)
+
+
+def _room_for_optimizer(trainer: Any) -> list[torch.Tensor]:
+    """Hold what AdamW's two moments will take; nothing where a checkpoint has brought them."""
+    name = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if trainer.optimizer.state or "adam" not in name or "paged" in name:
+        return []
+    each = 2 if "8bit" in name else 8  # bytes
+    trained = [part for group in trainer.optimizer.param_groups for part in group["params"]]
+    own = [part.to_local() if isinstance(part, DTensor) else part for part in trained]
+    return [torch.ones(part.numel() * each, dtype=torch.uint8, device=part.device) for part in own]
+
+
+def _start_of_peak() -> None:
+    """Begin a new peak; on a CPU the process's own, which getrusage reads too."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_gib() -> float:
+    """Return this process's peak: allocated on the accelerator, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,14 +1,26 @@
-"""Whether a run may be continued: everything that changes its result must be as it began."""
+"""Whether a run may be continued: from a checkpoint that is whole, and with everything that changes
+its result as it began.
+
+A checkpoint is whole when COMPLETE.json in it, written last, lists every file with its size (and
+its sha256 up to 1 GB), and the files are still those. What a crash left behind, or a disk damaged,
+is renamed to checkpoint-N.incomplete.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.recipe import Recipe
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.files import file_hashes, object_or_none, sync, sync_tree, write_json
 
+MARKER = "COMPLETE.json"
+HASHED_UP_TO = 10**9  # bytes: all GPUs wait for the hashes, 1.4 s for each GB
 # Keys of `train` that may change between attempts: they decide what is written, shown or sent, not
 # what is learnt.
 FREE_KEYS = re.compile(
@@ -19,7 +31,79 @@ FREE_KEYS = re.compile(
 # So may these, unless a validation chooses the weights or the learning rate.
 FREE_WITHOUT_CHOICE = re.compile(r"^(save_.*|eval_.*|per_device_eval_batch_size)$")
 CHOOSING_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-TRAINING_PROTOCOL = 2  # whole global batches, and a probe before each process's first step
+TRAINING_PROTOCOL = 3  # an epoch is evaluated and saved at the end of its last step
+
+# ---- checkpoints ----
+
+
+def mark_complete(checkpoint: Path, **facts: Any) -> None:
+    """Flush every file of a checkpoint to the disk, then write its marker with these facts."""
+    paths = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MARKER]
+    files = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(paths)}
+    hashes = file_hashes(checkpoint, [name for name in files if files[name] <= HASHED_UP_TO])
+    sync_tree(checkpoint)
+    write_json(checkpoint / MARKER, {**facts, "files": files, "sha256": hashes})
+    sync(checkpoint.parent)
+
+
+def read_marker(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's marker; empty for one that is missing or damaged."""
+    return object_or_none(checkpoint / MARKER) or {}
+
+
+def what_is_wrong(checkpoint: Path, hashes: bool = False) -> str | None:
+    """Return why a checkpoint cannot be used, by sizes or hashes too; None for a whole one."""
+    marker = read_marker(checkpoint)
+    sizes, recorded = marker.get("files"), marker.get("sha256")
+    if not (isinstance(sizes, dict) and isinstance(recorded, dict)):
+        return f"no whole {MARKER}: the save was interrupted"
+    for name, size in sizes.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or has not its {size:,} bytes"
+    current = file_hashes(checkpoint, recorded) if hashes else recorded
+    if changed := differences(recorded, current):
+        return f"{', '.join(changed)} changed after the checkpoint was written (sha256 differs)"
+    return None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, oldest step first."""
+    folders = (path for path in folder.glob("checkpoint-*") if path.is_dir())
+    steps = {path: path.name.removeprefix("checkpoint-") for path in folders}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda p: int(steps[p]))
+
+
+def find_newest(folder: Path) -> tuple[Path | None, dict[Path, str]]:
+    """Return the newest whole checkpoint, and why others cannot be used; change nothing."""
+    whole: Path | None = None
+    broken: dict[Path, str] = {}
+    for checkpoint in reversed(list_checkpoints(folder)):
+        reason = what_is_wrong(checkpoint, hashes=whole is None)
+        if reason is not None:
+            broken[checkpoint] = reason
+        elif whole is None:
+            whole = checkpoint
+    return whole, broken
+
+
+def rotate(folder: Path, keep: int | None, best: str | None) -> None:
+    """Delete the oldest complete checkpoints beyond `keep`, never the newest or the best one."""
+    complete = [path for path in list_checkpoints(folder) if what_is_wrong(path) is None]
+    for checkpoint in complete[: -max(keep, 1)] if keep is not None else ():
+        if best is None or checkpoint.resolve() != Path(best).resolve():
+            (checkpoint / MARKER).unlink()
+            shutil.rmtree(checkpoint)
+
+
+def set_aside(folder: Path, ending: str) -> Path:
+    """Rename a folder to its name with `ending` (and a number); return the new path."""
+    numbers = itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
+    names = (folder.with_name(f"{folder.name}{ending}{number}") for number in numbers)
+    return folder.rename(next(path for path in names if not path.exists()))
+
+
+# ---- values ----
 
 
 def guarded_values(
@@ -86,5 +170,5 @@ def refuse_changes(name: str, changed: Mapping[str, tuple[object, object]]) -> N
         f"run '{name}' was begun with other settings, so resuming would mix two recipes",
         *table,
         "start a new run with run.name=OTHER, restore the settings, or insist with"
-        " --resume-anyway (recorded in run.json)",
+        " --resume-anyway (recorded in run.json; not over another number of processes)",
     )

@@ -2,8 +2,8 @@
 
 SIGTERM, SIGUSR2 (of a Slurm job before its time limit) and a file `STOP` in the run directory ask
 for a checkpoint and exit code 75; SIGINT (Ctrl-C) asks for the same and exit code 130, a second one
-ends the process at once. After each step, and each batch of a validation, all ranks act on the
-largest request.
+ends the process at once. After each step all ranks act on the largest request; a validation and the
+save of the weights end first.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from types import FrameType
 from typing import NoReturn
 
 from recipes_lib.core.errors import (
-    DataError,
     ExitCode,
     Interrupted,
     Preempted,
-    RecipeError,
     RecipesError,
     explain_fault,
     one_line,
@@ -38,18 +36,14 @@ from recipes_lib.core.ranks import agree_on_largest, rank, shared_store, world_s
 NOTHING, PREEMPT, INTERRUPT = 0, 1, 2
 EXIT_CODES = {PREEMPT: ExitCode.PREEMPTED, INTERRUPT: ExitCode.INTERRUPTED}
 STOPPING = (
-    "stopping in a checkpoint after this step or validation batch, or once the weights are saved"
+    "stopping in a checkpoint after this step and its validation, or once the weights are saved"
     " (Ctrl-C again ends it at once) ..."
 )
 # where `recipes train` and a cluster job read the exit code
 EXIT_CODE_FILE = "RECIPES_EXIT_CODE_FILE"
-# torch's launcher ends rank 0 as soon as another rank has failed: rank 0 has to say why first
-RANK_0_FIRST_S = 2.0
+ALL_FAIL_WITHIN_S = 2.0  # where all ranks fail for one reason
+_POLL_S = 0.05
 _PR_SET_PDEATHSIG = 1
-
-
-class EvaluationStopped(Exception):
-    """Raised on all ranks at once inside an evaluation that a stop request cuts short."""
 
 
 class StopRequest:
@@ -60,7 +54,7 @@ class StopRequest:
     """
 
     def __init__(self, stop_file: Path | None = None) -> None:
-        self.stop_file = stop_file
+        self.stop_file = stop_file  # known from the attempt on, when the ranks have met
         self.requested = self.agreed = NOTHING
         self.steps_began = False
         self.process = os.getpid()
@@ -84,13 +78,17 @@ class StopRequest:
         if self.requested == request == INTERRUPT:
             os._exit(ExitCode.INTERRUPTED)
         self.requested = max(self.requested, request)
-        answer = STOPPING if self.steps_began else str(_before_first_step(request))
-        if rank() == 0 and (request == INTERRUPT or not self.steps_began):
-            os.write(2, f"{answer}\n".encode())  # print may be in the middle of a line
-        if not self.steps_began:
-            code = int(EXIT_CODES[request])
-            self.record(code, answer)
-            os._exit(exit_status(code, on_every_rank=True))
+        if self.steps_began:
+            if rank() == 0 and request == INTERRUPT:
+                os.write(2, f"{STOPPING}\n".encode())  # print may be in the middle of a line
+            return
+        if world_size() > 1 and self.stop_file is not None and _failures(0):
+            os._exit(ExitCode.FAILED)  # a rank failed and has said why: the launcher ends all
+        answer, code = str(_before_first_step(request)), int(EXIT_CODES[request])
+        if rank() == 0:
+            os.write(2, f"{answer}\n".encode())
+        self.record(code, answer)
+        os._exit(exit_status(code, on_every_rank=True))
 
     def agree(self) -> int:
         """Return the largest request of any rank; every rank has to call at the same point."""
@@ -135,27 +133,32 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def report(error: Exception, run: Path | None) -> int:
-    """Say what stopped this process, and return its exit status. Rank 0 says what all ranks have;
-    else the rank that failed first speaks: the others have lost their connection to it.
+    """Say once for all ranks what stopped this process, and return its exit status.
+
+    Rank 0 says what `on_main_rank` raised; any other error the rank that failed first: those after
+    it have the same one, or have lost their connection to it.
     """
     _note_for_job(error)
     message = error if isinstance(error, RecipesError) else explain_fault(error)
     message = message or _as_defect(error, run)
-    alike = world_size() == 1 or getattr(error, "on_every_rank", False)
-    alike = alike or isinstance(error, RecipeError | DataError)  # all ranks read the same files
-    speaks = rank() == 0 if alike else _fails_first()
-    if speaks:
+    is_rank_0s = getattr(error, "on_every_rank", False)
+    if is_rank_0s and rank() == 0:
         print_error(message)
-    elif not alike:  # a consequence: the rank that failed first reports the cause
-        return int(message.exit_code)
-    return exit_status(int(message.exit_code), on_every_rank=alike)
+    is_first = _failures(1) == 1
+    if is_first and not is_rank_0s:
+        print_error(message)
+    end = time.monotonic() + ALL_FAIL_WITHIN_S
+    while (failed := _failures(0)) < world_size() and time.monotonic() < end:
+        time.sleep(_POLL_S)
+    return exit_status(int(message.exit_code), on_every_rank=failed == world_size())
 
 
-def _fails_first() -> bool:
+def _failures(more: int) -> int:
+    """Return how many ranks have failed, after `more` were added."""
     with suppress(Exception):
-        store = shared_store()
-        return store is None or store.add("recipes/failed", 1) == 1
-    return rank() == 0  # the store has ended with it
+        if (store := shared_store()) is not None:
+            return int(store.add("recipes/failed", more))
+    return rank() + 1 if more else world_size()  # alone, or the store has ended with rank 0
 
 
 def _as_defect(error: Exception, run: Path | None) -> RecipesError:
@@ -183,21 +186,17 @@ def _note_for_job(error: Exception) -> None:
 def exit_status(code: int, on_every_rank: bool) -> int:
     """Hand the exit code to `recipes train`, and return what the launcher is told: 0 where every
     rank ends for one reason, because it turns each code into 1 and adds a traceback.
-
-    Without `recipes train` the other ranks end a little later than rank 0, which says the reason.
     """
     file = os.environ.get(EXIT_CODE_FILE)
     if file is None:
-        if code and on_every_rank and rank():
-            time.sleep(RANK_0_FIRST_S)
         return code
-    # each machine has a `recipes train` of its own, and a rank that fails alone may end rank 0
-    if os.environ.get("LOCAL_RANK", "0") == "0" or not on_every_rank:
-        try:
-            with Path(file).open("x", encoding="utf-8") as report:
-                report.write(str(code))
-        except OSError:  # another rank was first; or a full disk: the launcher's 1 is better than 0
-            return code
+    try:
+        with Path(file).open("x", encoding="utf-8") as report:
+            report.write(str(code))
+    except FileExistsError:  # another rank was first
+        pass
+    except OSError:  # a full disk: the launcher's 1 is better than 0
+        return code
     return 0 if on_every_rank else code
 
 

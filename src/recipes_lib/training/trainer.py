@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute
 import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
-from torch.utils.data import DataLoader
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from recipes_lib.core.errors import NumericsError
 from recipes_lib.core.files import sync
-from recipes_lib.core.ranks import meet, of_every_rank, on_main_rank, say_once
+from recipes_lib.core.ranks import meet, on_main_rank, say_once
 from recipes_lib.models import upstream_fixes
 from recipes_lib.models.families import (
     adds_router_loss,
@@ -26,12 +29,115 @@ from recipes_lib.models.families import (
     training_settings,
     with_settings,
 )
-from recipes_lib.training import checkpoints
-from recipes_lib.training.batches import WholeBatches, make_loader, row_lengths, validation_batches
+from recipes_lib.training import resume_guard
 from recipes_lib.training.loss import score_supervised_positions
-from recipes_lib.training.metrics import tokens_so_far
-from recipes_lib.training.probe import peak_memory_gib, probe
-from recipes_lib.training.stopping import NOTHING, EvaluationStopped, StopRequest
+from recipes_lib.training.metrics import probe, tokens_so_far
+from recipes_lib.training.stopping import NOTHING, StopRequest
+
+FILLER = {"input_ids": [0, 0], "labels": [-100, -100]}  # a row without loss
+
+
+class WholeBatches(Sampler[list[int]]):
+    """The micro-batches of one process, the same rows a step on any number of processes and in a
+    resumed run: step k of an epoch has `order[k * G : (k + 1) * G]`, G being the global batch.
+
+    accelerate would repeat rows until every process has a full batch, and would make the rows of a
+    step depend on the number of processes.
+
+    Args:
+        rows: how many there are; each epoch leaves out `rows % G` others of them.
+        seed: of the order, together with the epoch; None for the order of the rows.
+        lengths: tokens of each row, to put rows of like length into one step.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        per_device: int,
+        accumulation: int,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+        lengths: list[int] | None = None,
+    ) -> None:
+        self.rows, self.per_device, self.seed, self.lengths = rows, per_device, seed, lengths
+        self.share = per_device * world_size  # of all processes in one micro-batch
+        self.first = rank * per_device
+        self.global_batch = self.share * accumulation
+        self.steps = rows // self.global_batch  # in an epoch
+        self.epoch = 0
+
+    @property
+    def batch_sampler(self) -> WholeBatches:
+        """Itself: the Trainer looks for `set_epoch` there, whether it skips batches or not."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Each epoch has an order of its own."""
+        self.epoch = epoch
+
+    def order(self) -> list[int]:
+        """Return the rows of this epoch, cut before grouping: else the shortest are never in it."""
+        size = self.global_batch
+        if self.seed is None:
+            return list(range(self.steps * size))
+        draw = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        rows = torch.randperm(self.rows, generator=draw).tolist()[: self.steps * size]
+        if self.lengths is None or not rows:
+            return rows
+        lengths = self.lengths
+        rows.sort(key=lambda row: -lengths[row])
+        steps = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return [row for step in torch.randperm(len(steps), generator=draw) for row in steps[step]]
+
+    def rows_of_step(self, step: int) -> list[int]:
+        """Return the rows of a step of this epoch, those of all processes."""
+        return self.order()[step * self.global_batch : (step + 1) * self.global_batch]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rows = self.order()
+        for start in range(self.first, len(rows), self.share):
+            yield rows[start : start + self.per_device]
+
+    def __len__(self) -> int:
+        return self.steps * self.global_batch // self.share
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Return the tokens of each row, read from arrow's offsets."""
+    return pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_pylist()
+
+
+def validation_batches(
+    rows: Dataset, per_device: int, rank: int, world_size: int
+) -> tuple[Dataset, list[list[int]]]:
+    """Return the rows, filled up to full batches of all processes, and the batches of one."""
+    if missing := -len(rows) % (per_device * world_size):
+        filler = Dataset.from_list([FILLER], features=rows.features)
+        rows = concatenate_datasets([rows, *[filler] * missing])
+    starts = range(rank * per_device, len(rows), per_device * world_size)
+    return rows, [list(range(start, start + per_device)) for start in starts]
+
+
+def make_loader(rows: Dataset, batches: Any, collate: Any, args: TrainingArguments) -> DataLoader:
+    """Return a loader that draws nothing from the random state that dropout uses."""
+    workers = args.dataloader_num_workers
+    return DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=bool(workers and args.dataloader_persistent_workers),
+        prefetch_factor=args.dataloader_prefetch_factor if workers else None,
+        generator=torch.Generator(),
+        worker_init_fn=_ignore_sigterm,
+    )
+
+
+def _ignore_sigterm(worker: int) -> None:
+    # Slurm sends it to every process, and the step that is being trained needs its rows
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class RecipeTrainer(SFTTrainer):
@@ -39,6 +145,7 @@ class RecipeTrainer(SFTTrainer):
 
     Args:
         row_ids: example ids by row of the training set; None for packed rows.
+        keep: how many checkpoints to keep; None for all.
         marker_facts: what each checkpoint's marker records besides step and sizes.
     """
 
@@ -74,7 +181,6 @@ class RecipeTrainer(SFTTrainer):
             self.lengths if strategy == "group_by_length" else None,
         )
         self.tokens_before = 0  # of earlier attempts
-        self.loading_peak_gib = 0.0
         self.add_callback(RunCallback(self))
 
     def _choose_loss(self) -> None:
@@ -111,41 +217,33 @@ class RecipeTrainer(SFTTrainer):
 
     def refuse_numbers(self, what: str, step: int) -> None:
         """Raise what stops the training at a step, with the rows of the step."""
-        saved = checkpoints.list_checkpoints(Path(self.args.output_dir))
-        per_epoch = len(self.batches) // self.args.gradient_accumulation_steps
-        rows = self.batches.rows_of_step((step - 1) % per_epoch)
+        saved = resume_guard.list_checkpoints(Path(self.args.output_dir))
+        rows = self.batches.rows_of_step((step - 1) % self.batches.steps)
         ids = self.row_ids and [self.row_ids[row] for row in rows[:12]]
         examples = f"examples {', '.join(ids)}" if ids else "examples not known (packed rows)"
-        error = NumericsError(
+        raise NumericsError(
             f"{what} at step {step}, learning rate {self._get_learning_rate():.3g}, {examples}",
             "lower train.learning_rate, lengthen train.warmup_steps, or look at the examples with:"
             " recipes data",
             f"last good checkpoint: {saved[-1].name if saved else 'none yet'}",
         )
-        raise of_every_rank(error)
 
     def evaluation_loop(
         self, dataloader: DataLoader, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Return the loss over the supervised tokens of all ranks, not a mean of batches' means."""
         sums, adds_router_loss = torch.zeros(2, dtype=torch.float64), self.aux_loss_enabled
-        self.callback_handler.eval_dataloader = dataloader
         self.model.eval()
         if callable(getattr(self.optimizer, "eval", None)):
             self.optimizer.eval()
         self.aux_loss_enabled = False  # a validation loss is that of its tokens
-        try:
-            with torch.random.fork_rng(), torch.no_grad():
-                for batch in dataloader:
-                    tokens = int((batch["labels"][:, 1:] != -100).sum())
-                    with self.compute_loss_context_manager():
-                        loss = self.compute_loss(self.model, self._prepare_inputs(batch))
-                    sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
-                    self.control = self.callback_handler.on_prediction_step(
-                        self.args, self.state, self.control
-                    )
-        finally:
-            self.aux_loss_enabled = adds_router_loss
+        with torch.random.fork_rng(), torch.no_grad():
+            for batch in dataloader:
+                tokens = int((batch["labels"][:, 1:] != -100).sum())
+                with self.compute_loss_context_manager():
+                    loss = self.compute_loss(self.model, self._prepare_inputs(batch))
+                sums += torch.tensor([float(loss) * tokens, tokens], dtype=torch.float64)
+        self.aux_loss_enabled = adds_router_loss
         if dist.is_initialized():
             sums = sums.to(self.args.device)
             dist.all_reduce(sums)
@@ -157,14 +255,7 @@ class RecipeTrainer(SFTTrainer):
         began = time.monotonic()
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.precision = {name: parameter.dtype for name, parameter in trained}
-        try:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except EvaluationStopped:
-            # the resumed run makes the evaluation again, from the checkpoint of its step
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if on_main_rank(lambda: checkpoints.what_is_wrong(folder)) is not None:
-                self._save_checkpoint(self.model_wrapped, trial=None)
-                self.callback_handler.on_save(self.args, self.state, self.control)
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         return time.monotonic() - began
 
     def _prepare_for_training(self, *args: Any) -> Any:
@@ -174,7 +265,6 @@ class RecipeTrainer(SFTTrainer):
             self._mend_loaded(checkpoint)
             self._total_train_tokens = self.tokens_before = tokens_so_far(self.state)
         prepared = super()._prepare_for_training(*args)
-        self.loading_peak_gib = peak_memory_gib()
         if max_steps > self.state.global_step:
             say_once(probe(self, prepared[0], self.lengths, max_steps - self.state.global_step))
         return prepared
@@ -217,79 +307,40 @@ class RecipeTrainer(SFTTrainer):
             sync(metrics)
             sync(metrics.parent)
         facts = {"step": step, "world_size": self.args.world_size, **self.marker_facts}
-        checkpoints.mark_complete(root / f"checkpoint-{step}", **facts)
-        checkpoints.rotate(root, self.keep, self.state.best_model_checkpoint)
-
-    def make_up_evaluation(self) -> None:
-        """Evaluate a checkpoint's step where a stop put that off or a kill came before it."""
-        args, state, step = self.args, self.state, self.state.global_step
-        epoch, is_last = float(state.epoch or 0), step >= state.max_steps
-        if args.eval_strategy == "steps":
-            is_due = step % state.eval_steps == 0 and step >= args.eval_delay
-        else:
-            is_due = epoch.is_integer() and epoch >= args.eval_delay
-        is_done = any(row["step"] == step and "eval_loss" in row for row in state.log_history)
-        if args.eval_strategy == "no" or is_done or not (is_due or is_last):
-            return
-        self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
-        if state.best_global_step != step:
-            return
-        if args.save_strategy == "steps":
-            is_saved = step % state.save_steps == 0 or is_last
-        else:
-            is_saved = args.save_strategy == "best" or epoch.is_integer()
-        if is_saved:
-            state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{step}")
-        else:  # an uninterrupted run has no checkpoint of this step
-            state.best_global_step = None
+        resume_guard.mark_complete(root / f"checkpoint-{step}", **facts)
+        resume_guard.rotate(root, self.keep, self.state.best_model_checkpoint)
 
 
 class RunCallback(TrainerCallback):
-    """What happens between steps. A save ends the log window: a resumed run needs no sums of it."""
+    """What happens after a step: log, validate, save, in this order. A checkpoint has the
+    validation of its step, and ends the log window: a resumed run needs no sums of it.
+    """
 
     def __init__(self, trainer: RecipeTrainer) -> None:
         self.trainer, self.stop = trainer, trainer.stop
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Make up the evaluation of the checkpoint's step."""
-        if state.global_step:
-            self.trainer.make_up_evaluation()
-
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Agree with the other ranks; on a request save, stop and put off an evaluation."""
-        if state.global_step >= state.max_steps:
-            # after the save where there is one: the trained weights must not wait for it
-            control.should_evaluate = args.eval_strategy != "no" and not control.should_save
-        elif self.stop.agree() != NOTHING:
-            control.should_evaluate = False
+        """End an epoch here and not after the save of its last step; save and stop on request."""
+        is_last = state.global_step >= state.max_steps
+        if is_last or state.global_step % self.trainer.batches.steps == 0:
+            is_due = args.eval_strategy == "epoch" and args.eval_delay <= float(state.epoch or 0)
+            control.should_evaluate |= is_due or (is_last and args.eval_strategy != "no")
+            control.should_save |= args.save_strategy == "epoch"
+            control.should_log |= args.logging_strategy == "epoch"
+        if args.load_best_model_at_end:
+            control.should_save |= control.should_evaluate  # else the best one may not be there
+        if not is_last and self.stop.agree() != NOTHING:
             control.should_save = control.should_training_stop = True
-        self._end_log_window(args, control)
+        control.should_log |= control.should_save
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """The Trainer comes here after a stop inside an epoch too, and after the last step."""
-        if self.stop.agreed != NOTHING:
-            control.should_evaluate = control.should_save = control.should_log = False
-        elif state.global_step >= state.max_steps:
-            control.should_evaluate = False
-        self._end_log_window(args, control)
-
-    def _end_log_window(self, args: Any, control: Any) -> None:
-        may_save = control.should_save or (control.should_evaluate and args.save_strategy == "best")
-        control.should_log |= may_save
+        """All of it was done after the epoch's last step."""
+        control.should_log = control.should_evaluate = control.should_save = False
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        """Seal the checkpoint; a request that arrived meanwhile needs no second one."""
+        """Seal the checkpoint."""
         meet()  # rank 0 may have written longer than `train.ddp_timeout`
         on_main_rank(self.trainer.seal)
-        if state.global_step >= state.max_steps:
-            self.trainer.make_up_evaluation()
-        elif self.stop.agree() != NOTHING:
-            control.should_training_stop = True
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A request during an evaluation cuts it short, that of the last step too."""
-        if self.stop.agree() != NOTHING:
-            raise EvaluationStopped
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Refuse a loss that is not finite: fp16 skips infinite gradients, and shows it here."""
