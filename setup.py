@@ -25,7 +25,6 @@ INSTALL = [
     "numpy>=2",
     "scipy>=1.13",
     "pyyaml>=6",
-    "jsonschema>=4.20",
     "pydantic>=2.12",
     "tqdm>=4.66",
     "filelock>=3.15",
@@ -59,6 +58,7 @@ EXTRAS = {
         "pytest-xdist>=3.8",
         "hypothesis>=6.100",
         "statsmodels>=0.14",  # the reference that the statistics are tested against
+        "jsonschema>=4.20",
         "ruff>=0.17",
         "mypy>=2",
         "types-PyYAML",

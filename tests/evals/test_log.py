@@ -32,6 +32,7 @@ from recipes_lib.evals.log import (
     text_hash,
     write_log,
 )
+from recipes_lib.evals.recipe import Thresholds
 
 
 def log_of(run: Path, key: str = "k" * 64, won: int = 1, answer: str = "x") -> EvalLog:
@@ -185,8 +186,8 @@ def test_a_disk_that_fills_leaves_nothing_half_written(tmp_path):
 @pytest.mark.slow
 def test_a_hundred_thousand_judgments_are_audited_within_six_seconds(tmp_path):
     path = tmp_path / "j.jsonl"
-    usual = {"status": "ok", "source": "judge", "judge": "j", "attempts": [], "cut": False}
-    usual |= {"lengths": [1, 2], "probe": "", "raw": "because " * 60 + "[RESULT] A"}
+    usual = {"status": "ok", "source": "judge", "judge": "j", "cut": False}
+    usual |= {"probe": "", "raw": "because " * 60 + "[RESULT] A"}
     with path.open("w") as file:
         for index in range(100_000):
             judged = {
@@ -197,6 +198,6 @@ def test_a_hundred_thousand_judgments_are_audited_within_six_seconds(tmp_path):
             judged |= dict.fromkeys(("question_id", "question"), str(index // 2))
             file.write(json.dumps(judged | usual) + "\n")
     start = time.process_time()
-    card = audit(list(Store(path)))
+    card = audit(list(Store(path)), Thresholds(), {}, [])
     assert time.process_time() - start < 6
     assert card.judgments == 100_000

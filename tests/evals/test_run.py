@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.evals import toy_suite
 from tests.evals.faulty_server import MODEL, FaultyServer
-from tests.evals.toy_suite import Toy
 
 from recipes_lib.cli import main
 from recipes_lib.config.recipe import load_recipe
 from recipes_lib.core.errors import DataError, EnvironmentFault, RecipeError
 from recipes_lib.evals.log import EvalLog, Metric, read_eval_log, read_eval_logs
 from recipes_lib.evals.recipe import SUITES, EvalRecipe, SuiteFacts, eval_name, load_eval
-from recipes_lib.evals.run import SUITE_CLASSES, EvalTask, evaluate, evaluate_tasks, split_words
+from recipes_lib.evals.run import EvalTask, evaluate, evaluate_tasks, split_words
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -178,7 +178,7 @@ def test_mt_bench_has_two_turns_grades_and_pairs(quick, make_run):
     (alone,) = evaluate([quick("mt_bench", "generation.temperature=0")], ["two"])
     assert [one.metric for one in alone.metrics] == ["grade"]
     (bare,) = evaluate([quick("mt_bench", "data.references=null")], ["one"])
-    assert any("2 questions graded without" in line for line in bare.notes)
+    assert any("4 answers graded without" in line for line in bare.notes)
 
 
 def test_a_file_of_answers_is_a_model_and_faults_of_answers_are_noticed(quick, make_run, tmp_path):
@@ -296,9 +296,9 @@ def test_two_eval_files_of_one_name_do_not_overwrite_each_other(tmp_path, monkey
     assert "alpaca_eval" in shipped and "quickstart--alpaca_eval" in shipped
 
 
-def test_a_new_suite_is_one_file_and_two_lines(make_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(SUITE_CLASSES, "toy", Toy)
-    monkeypatch.setitem(SUITES, "toy", SuiteFacts(metrics=("letters",), row="instruction"))
+def test_a_new_suite_is_one_file_and_one_line(make_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "recipes_lib.evals.suites.toy", toy_suite)
+    monkeypatch.setitem(SUITES, "toy", SuiteFacts("Toy", metrics=("letters",), row="instruction"))
     run = make_run("one", 1)
     make_run("two", 2)
     questions = PROJECT / "evals/quickstart/alpaca_eval/questions.json"

@@ -12,7 +12,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipes_lib.evals.verdicts import CHOICES, GRADES, parse_verdict
+from recipes_lib.evals.prompts import CHOICES, GRADES, parse_verdict
 
 GOLDEN = Path(__file__).with_name("verdicts.golden.jsonl").read_text("utf-8").splitlines()
 FEEDBACK = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="[]"), max_size=80)
@@ -25,7 +25,9 @@ def test_golden_verdicts_and_what_is_taken_beyond_the_official_parser() -> None:
     for row in rows:
         allowed = GRADES if row["mode"] == "absolute" else CHOICES
         as_json = row.get("json", False)
-        verdict = parse_verdict(row["text"], allowed, row.get("finish_reason"), as_json)
+        verdict = parse_verdict(
+            row["text"] or "", allowed, row.get("finish_reason", "stop"), as_json
+        )
         if (verdict["value"], verdict["status"]) != (row["ours"], row["status"]):
             wrong.append((row, verdict))
         if row["ours"] is None or as_json:

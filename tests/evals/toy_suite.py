@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
 from recipes_lib.evals.log import EvalLog, Sample
-from recipes_lib.evals.suites import Suite
-from recipes_lib.evals.verdicts import metric_of, shown_rate
+from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 
 
 class Toy(Suite):

@@ -57,14 +57,13 @@ def run_judge_audit(
     json: Annotated[bool, "print the scorecard as JSON"] = False,
 ) -> int:
     """Ask a judge about labelled pairs, and print its scorecard."""
-    from recipes_lib.evals.audit import audit_banner, audit_on_labels, scorecard_lines
+    from recipes_lib.evals.audit import scorecard_lines
+    from recipes_lib.evals.judge import audit_on_labels
 
     quiet_libraries()
     card, kept = audit_on_labels(judge, labels, limit, probe_pairs)
     if json:
         return print_json(asdict(card))
-    if banner := audit_banner(card):
-        say(f"! {banner}\n")
     say("\n".join([*scorecard_lines(card), f"kept in {shown_path(kept)}"]))
     return ExitCode.DONE
 

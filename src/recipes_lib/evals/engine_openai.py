@@ -139,11 +139,8 @@ class OpenAIEngine:
             reason = body.get("message", body) if isinstance(body, dict) else body
             reason = " ".join(str(reason or error.message)[:3000].split())
             said = f"{status}: {valid_texts(reason)[:300]}"
-            if status in (400, 404, 405, 422):
-                if request.ids or self.logprobs:
-                    said += f"; {_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS}"
-                elif status != 404 and any(each["role"] == "system" for each in request.messages):
-                    said += "; if the model has no system role (Gemma 2): judge.system_role: false"
+            if status in (400, 404, 405, 422) and (request.ids or self.logprobs):
+                said += f"; {_NO_TOKEN_IDS if request.ids else _NO_LOGPROBS}"
             if status in (401, 403, 404):
                 what = f"{self.server.address} answered {said}"
                 raise EvaluationIncomplete(what, "check base_url, model and key") from None

@@ -1,9 +1,9 @@
-"""Asking a judge in both orders, over a store; the judge is a model in this process or a server.
+"""A judge, asked in both orders over a store, and the suites that it decides.
 
-Each reply is stored as it arrives, and what is stored is not asked again: the same command
-continues. A malformed verdict is asked again with a new seed, and every attempt is stored. A
-request that failed or was refused is missing, and the evaluation says so. In mode `logits` the
-lead-in (`[RESULT]`) stands at the start of the judge's turn and the next token is the verdict.
+The judge is a model in this process or a server. Each reply is stored as it arrives, and what is
+stored is not asked again: the same command continues. A request that failed or was refused is
+missing, and the evaluation says so. In mode `logits` the verdict is the token after the lead-in
+`[RESULT]`, with which the judge's turn starts.
 """
 
 from __future__ import annotations
@@ -11,36 +11,59 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from recipes_lib.config.preflight import local_folder
 from recipes_lib.config.sections import ModelSection
-from recipes_lib.core.errors import EnvironmentFault
-from recipes_lib.core.files import Row, hash_of, model_fingerprint
+from recipes_lib.core.errors import EnvironmentFault, one_line
+from recipes_lib.core.files import Row, hash_of, model_fingerprint, write_json
+from recipes_lib.core.lock import waiting_lock
+from recipes_lib.core.project import runs_root
+from recipes_lib.core.terminal import count
 from recipes_lib.data.conversations import Message
+from recipes_lib.evals.answers import Answers
+from recipes_lib.evals.audit import audit, audit_banner, audit_note, probe_items, sample_of
 from recipes_lib.evals.engine import Completion, HFEngine, Request, Sampling, ask_missing
 from recipes_lib.evals.engine_openai import OpenAIEngine
-from recipes_lib.evals.log import JudgeFacts, Store, text_hash
+from recipes_lib.evals.log import (
+    EvalLog,
+    JudgeFacts,
+    Metric,
+    Sample,
+    Scorecard,
+    Store,
+    log_file,
+    text_hash,
+)
 from recipes_lib.evals.models import bare_recipe
-from recipes_lib.evals.prompts import JudgePrompt, build_prompt, fence_code
-from recipes_lib.evals.questions import Question
-from recipes_lib.evals.recipe import JudgeSection
-from recipes_lib.evals.verdicts import CHOICES, GRADES, parse_verdict, verdict_row
+from recipes_lib.evals.prompts import (
+    CHOICES,
+    GRADES,
+    JudgePrompt,
+    build_prompt,
+    fence_code,
+    parse_verdict,
+    verdict_row,
+)
+from recipes_lib.evals.questions import TURNED, Question, pair_texts, read_labels
+from recipes_lib.evals.recipe import JudgeSection, load_judge_file
+from recipes_lib.evals.suites import Suite, metric_of
 from recipes_lib.models.families import ready_to_answer
-from recipes_lib.weights.load import explain_load_failure, free_memory, load_model, model_path
+from recipes_lib.weights.load import free_memory, load_base, load_tokenizer, model_path
 
-MAX_REASKS = 2  # of a malformed verdict
-REASK_TEMPERATURE = 0.7
 _FINGERPRINT = (
     *("model", "revision", "engine", "mode", "temperature", "max_new_tokens", "seed"),
-    *("prompt_style", "lead_in"),
+    "prompt_style",
 )
+LEAD_IN = "[RESULT]"  # of mode logits: the judge's turn starts with it
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,7 @@ class Item:
     question: Question | None = None  # what it answers, where a suite asks
     turn: int = 1
     draw: int = 1
+    by_reference: bool = False  # whether a grade goes by the reference answer
     probe: str = ""  # the kind of probe that it is
 
     @property
@@ -80,62 +104,39 @@ class JudgeRequest:
 # ---- asking ----
 
 
-def ask(
-    items: Sequence[Item],
-    judge: Judge,
-    store: Store,
-    name: str = "",
-    *,
-    by_reference: bool = False,
-    rules: bool = True,
-) -> list[Row]:
+def ask(items: Sequence[Item], judge: Judge, store: Store, name: str = "") -> list[Row]:
     """Return the judgments of items; what the store lacks is asked, and stored as it arrives.
 
     Args:
         items: all to be compared, or all to be graded.
         name: stands beside the progress bar.
-        by_reference: whether items with a reference answer have a rubric of their own.
-        rules: whether empty and identical answers are decided without the judge.
     """
-    section = judge.section
-    asked = build_requests(items, judge, by_reference, rules)
-    requests = {request.row["key"]: request for request in asked}
+    requests = {request.row["key"]: request for request in build_requests(items, judge)}
     store.append(request.row for request in requests.values() if "status" in request.row)
 
-    def read(request: JudgeRequest, reply: Completion) -> Row | JudgeRequest:
-        """The row with its verdict, or the request with a new seed where that is malformed."""
-        row, verdict = request.row, read_reply(request, reply, section.mode)
-        is_malformed = verdict["status"] in ("unparsed", "empty") and reply.probabilities is None
-        if not is_malformed or len(row["attempts"]) >= MAX_REASKS:
-            return row | verdict
-        attempt = {"seed": row["seed"], "status": verdict["status"], "raw": reply.text}
-        attempts = [*row["attempts"], attempt]
-        seed = int(text_hash(f"{row['seed']}:{len(attempts)}:{row['key']}")[:8], 16)
-        again = {"seed": seed, "temperature": REASK_TEMPERATURE, "attempts": attempts}
-        return replace(request, row=row | again)
+    def read(request: JudgeRequest, reply: Completion) -> Row:
+        return request.row | read_reply(request, reply, judge.section.mode)
 
-    most = section.max_consecutive_failures
+    most = judge.section.max_consecutive_failures
     ask_missing(store, requests, judge.complete, read, "judgment", name, most)
     return [row for key in requests if (row := store.get(key))]
 
 
-def build_requests(
-    items: Sequence[Item], judge: Judge, by_reference: bool = False, rules: bool = True
-) -> Iterator[JudgeRequest]:
+def build_requests(items: Sequence[Item], judge: Judge) -> Iterator[JudgeRequest]:
     """Yield the requests of each item, in both orders of a pair; arguments as for `ask`."""
     if not items:
         return
     section = judge.section
     template = section.template("absolute" if items[0].opponent is None else "relative")
-    rubrics = {used: section.rubric_of(used) for used in {False, by_reference}}
+    rubrics = [section.rubric_of(by_reference) for by_reference in (False, True)]
     for item in items:
         answers = (item.answer,) if item.opponent is None else (item.answer, item.opponent)
         for order in item.orders:
             shown = answers[::-1] if order == "BA" else answers
-            decided = rule_verdict(shown) if rules else None
+            decided = None if item.probe else rule_verdict(shown)
             prompt = build_prompt(
                 template,
-                rubrics[by_reference and item.reference is not None],
+                rubrics[item.by_reference and item.reference is not None],
                 item.instruction,
                 shown,
                 item.reference,
@@ -145,27 +146,22 @@ def build_requests(
                 max_tokens=section.max_prompt_tokens,
             )
             # the prompt may have its answers cut
-            hashes = text_hash(f"{prompt.system}\0{prompt.user}"), [*map(text_hash, shown)]
-            parts = [item.name, order, judge.fingerprint, *hashes]
+            hashes = text_hash(prompt.text), [*map(text_hash, shown)]
             row = {
-                "key": text_hash(json.dumps(parts)),
+                "key": text_hash(json.dumps([item.name, order, judge.fingerprint, *hashes])),
                 "question_id": item.name,
                 "question": item.question.id if item.question else item.name,
                 "order": order,
                 "probe": item.probe,
                 "judge": judge.fingerprint,
-                "source": "judge",
-                "lengths": [*map(len, shown)],  # characters
+                "source": "rule" if decided else "judge" if prompt.fits else "limit",
                 "cut": prompt.cut,
-                "seed": section.seed,
-                "temperature": 0.0,
-                "attempts": [],  # those before, with other seeds
             }
             if decided:
-                row |= decided | {"source": "rule"}
+                row |= decided
             elif not prompt.fits:
                 reason = "the prompt does not fit the judge, even with its answers cut"
-                row |= verdict_row("truncated", reason) | {"source": "limit"}
+                row |= verdict_row("truncated", reason)
             yield JudgeRequest(row, shown, prompt)
 
 
@@ -183,23 +179,18 @@ def rule_verdict(answers: Sequence[str]) -> Row | None:
 
 def read_reply(request: JudgeRequest, reply: Completion, mode: str) -> Row:
     """Return what is stored of a reply: its verdict, and the text or probabilities behind it."""
-    allowed, known = request.allowed, reply.probabilities
+    allowed, shares = request.allowed, reply.probabilities
     if reply.finish_reason == "prompt_too_long":
         return verdict_row("truncated", "the prompt is longer than the judge's context")
-    if known is None:
+    if shares is None:
         verdict = parse_verdict(reply.text, allowed, reply.finish_reason, mode == "json")
         return verdict | {"finish_reason": reply.finish_reason, "raw": reply.text}
-    shares = dict.fromkeys(allowed, 0.0)
-    for token, share in known.items():
-        if token.strip() in shares:
-            shares[token.strip()] += share
-    if not all(map(math.isfinite, shares.values())):
-        return verdict_row("unparsed", "the judge's probabilities are not finite")
     best, second, *_ = sorted(allowed, key=lambda verdict: -shares[verdict])
-    verdict = verdict_row("unparsed", "the two likeliest verdicts are equally likely")
-    if shares[best] > shares[second]:
+    verdict = verdict_row("unparsed", "no verdict is the likeliest")  # nor where one is no number
+    if shares[best] > shares[second] and all(map(math.isfinite, shares.values())):
         verdict = verdict_row("ok", value=best)
-    return verdict | {"probabilities": shares}
+    raw = ", ".join(f"{name} {share:.4f}" for name, share in shares.items())
+    return verdict | {"probabilities": shares, "raw": raw}
 
 
 # ---- the judge ----
@@ -216,15 +207,17 @@ class Judge:
     def __init__(self, section: JudgeSection) -> None:
         self.section = section
         self.is_served = section.engine == "openai"
+        self.weights: str | None = None
         self._engine: Any = None
-        self._source = ModelSection(
+        model = ModelSection(
             name_or_path=section.model, revision=section.revision, dtype=section.dtype
         )
-        path = section.model if self.is_served else model_path(self._source)
-        if not self.is_served and local_folder(bare_recipe(self._source)) is None:
-            self.count_tokens("")  # which fetches it: the fingerprint has its commit
-        self.weights = None if self.is_served else model_fingerprint(path, section.revision)
-        own = [self.weights, section.dtype] if self.weights else [section.extra_body]
+        self._recipe, own = bare_recipe(model), list[Any]([section.extra_body])
+        if not self.is_served:
+            if local_folder(self._recipe) is None:
+                self.count_tokens("")  # which fetches it: the fingerprint has its commit
+            self.weights = model_fingerprint(model_path(model), section.revision)
+            own = [self.weights, section.dtype]
         self.fingerprint = hash_of(*own, *(getattr(section, name) for name in _FINGERPRINT))
 
     @cached_property
@@ -232,16 +225,11 @@ class Judge:
         """Its tokenizer; None where only the server has it."""
         from transformers import AutoTokenizer
 
-        section = self.section
+        if not self.is_served:
+            return load_tokenizer(self._recipe)
         try:
-            return AutoTokenizer.from_pretrained(
-                section.model if self.is_served else model_path(self._source),
-                revision=section.revision or "main",
-                local_files_only=self.is_served,
-            )
-        except (OSError, ValueError) as error:
-            if not self.is_served:
-                raise explain_load_failure(self._source, error) from None
+            return AutoTokenizer.from_pretrained(self.section.model, local_files_only=True)
+        except (OSError, ValueError):
             return None
 
     def facts(self) -> JudgeFacts:
@@ -266,19 +254,17 @@ class Judge:
         return ascii_characters // 3 + len(text.encode("utf-8", "replace")) - ascii_characters
 
     def complete(self, requests: Sequence[JudgeRequest]) -> Generator[Completion]:
-        """Return the replies to requests of one kind and temperature as they arrive."""
+        """Return the replies to requests of one kind as they arrive."""
+        section = self.section
         if self._engine is None:
             self._engine = self._reach() if self.is_served else self._load()
-        section, first = self.section, requests[0]
-        if section.mode == "logits" and not self.is_served:
-            lead_in, tokens = verdict_tokens(self.tokenizer, section.lead_in, first.allowed)
-            rendered = [self._render(request, lead_in) for request in requests]
-            return self._engine.complete(rendered, Sampling(), tokens)
-        temperature = section.temperature
-        if temperature is not None:
-            temperature = max(temperature, first.row["temperature"])
-        sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=temperature)
-        return self._engine.complete(map(self._render, requests), sampling)
+        sampling = Sampling(max_new_tokens=section.max_new_tokens, temperature=section.temperature)
+        if section.mode != "logits":
+            return self._engine.complete(map(self._render, requests), sampling)
+        lead_ids, tokens = verdict_tokens(self.tokenizer, LEAD_IN, requests[0].allowed)
+        rendered = [self._render(request) for request in requests]
+        rendered = [replace(request, ids=(*request.ids, *lead_ids)) for request in rendered]
+        return self._engine.complete(rendered, sampling, tokens)
 
     def _reach(self) -> OpenAIEngine:
         """Return what asks the server, once launch/with_judge.sh has started it where it does."""
@@ -287,36 +273,26 @@ class Judge:
             wanted.touch()
             while not wanted.with_name(f"{wanted.name}.answers").exists():
                 time.sleep(0.1)
-        is_logits = self.section.mode == "logits"
-        return OpenAIEngine(self.section, self.section.model, logprobs=is_logits)
+        return OpenAIEngine(self.section, self.section.model)
 
     def _load(self) -> HFEngine:
-        import torch
-
-        model = ready_to_answer(load_model(bare_recipe(self._source), self.tokenizer))
-        model = model.to("cuda") if torch.cuda.is_available() else model
+        model = ready_to_answer(load_base(self._recipe, self.tokenizer))
         return HFEngine(
             lambda: nullcontext(model), self.tokenizer, self.fingerprint, self.section.batch_tokens
         )
 
-    def _render(self, request: JudgeRequest, lead_ids: Sequence[int] = ()) -> Request:
-        """Return a request as its engine takes it: ids here, text or messages for a server."""
-        section, prompt = self.section, request.prompt
-        bare = Request(key=request.row["key"], seed=request.row["seed"])
-        lead_in = section.lead_in if section.mode == "logits" else ""
+    def _render(self, request: JudgeRequest) -> Request:
+        """Return a request as its engine takes it: ids here, text or a message for a server."""
+        section, text = self.section, request.prompt.text
+        bare = Request(key=request.row["key"], seed=section.seed)
         if section.prompt_style == "prometheus":
-            text = prompt.instruct_text()
+            text = f"[INST] {text} [/INST]"
             if self.is_served:
-                return replace(bare, prompt=f"{text} {lead_in}".rstrip(" "))
-            return replace(bare, ids=(*self.tokenizer.encode(text), *lead_ids))
-        messages = [Message(role="user", content=f"{prompt.system}\n{prompt.user}")]
-        if section.system_role:
-            system = Message(role="system", content=prompt.system)
-            messages = [system, Message(role="user", content=prompt.user)]
+                return replace(bare, prompt=text)
+            return replace(bare, ids=tuple(self.tokenizer.encode(text)))
+        messages = [Message(role="user", content=text)]  # some templates have no system role
         if not self.is_served:
-            return replace(bare, ids=(*self._chat_ids(messages), *lead_ids))
-        if lead_in:
-            messages.append(Message(role="assistant", content=lead_in))
+            return replace(bare, ids=self._chat_ids(messages))
         schema = None
         if section.mode == "json":
             result = {"type": "string", "enum": list(request.allowed)}
@@ -328,18 +304,17 @@ class Judge:
             }
         return replace(bare, messages=tuple(messages), schema=schema)
 
-    def _chat_ids(self, messages: list[Message]) -> list[int]:
+    def _chat_ids(self, messages: list[Message]) -> tuple[int, ...]:
         """The token ids of a conversation, up to where the judge starts to write."""
         try:
             text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # templates raise what they like
-            what = f"the judge's chat template refuses the prompt: {str(error).splitlines()[0]}"
-            hint = "without a system role (Gemma 2): judge.system_role: false"
-            other = "a judge without a chat template: judge.prompt_style: prometheus"
-            raise EnvironmentFault(what, hint, other) from None
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+            what = f"the judge's chat template refuses the prompt: {one_line(error)}"
+            hint = "a judge without a chat template: judge.prompt_style: prometheus"
+            raise EnvironmentFault(what, hint) from None
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 @contextmanager
@@ -374,3 +349,194 @@ def verdict_tokens(
         what = f"this judge's tokenizer has no single token for each of {', '.join(allowed)}"
         raise EnvironmentFault(what, "set judge.mode: generate")
     return lead_ids, tokens
+
+
+# ---- suites that a judge decides ----
+
+
+@dataclass
+class Judged:
+    """One model's answers, its opponent's, and what the judge said about them."""
+
+    answers: Answers
+    opponent: Answers | None
+    compared: Sequence[Item] = ()
+    graded: Sequence[Item] = ()
+    rows: list[Row] = field(default_factory=list)
+
+    def samples(self, items: Sequence[Item]) -> list[Sample]:
+        """Return what was compared, or graded, as samples."""
+        by_item: dict[str, dict[str, Row]] = defaultdict(dict)
+        for row in self.rows:
+            by_item[row["question_id"]][row["order"]] = row
+        samples = []
+        for item in items:
+            question = item.question
+            assert question is not None
+            place = question.id, item.turn, item.draw
+            opponent = self.opponent if item.opponent is not None else None
+            texts = [side.text(*place) for side in (self.answers, opponent) if side]
+            known: dict[str, Any] = {
+                "turn": item.turn,
+                "draw": item.draw,
+                "category": question.category or "all",
+                "input": question.turns[item.turn - 1],
+                "answer": texts[0],
+                "opponent": texts[1] if opponent else None,
+                "lengths": tuple(map(len, texts)),
+                "cut": self.answers.is_cut(*place),
+            }
+            samples.append(sample_of(question.id, by_item[item.name], item.orders, **known))
+        return samples
+
+
+class JudgedSuite(Suite):
+    """A suite that a judge decides: it says how the judge is asked about an answer."""
+
+    metric_order: tuple[str, ...] = ("win_rate", "grade")
+    always_graded = False  # whatever `metrics.absolute` says
+
+    def item(
+        self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
+    ) -> Item:
+        """Return what the judge is asked: to grade an answer, or to compare it with another."""
+        raise NotImplementedError
+
+    def items(self, answers: Answers, opponent: Answers | None = None) -> list[Item]:
+        """Return what the judge is asked about all answers."""
+        return [
+            self.item(question, turn, draw, answers, opponent)
+            for draw in range(1, answers.draws + 1)
+            for question in self.chosen.questions
+            for turn in range(1, len(question.turns) + 1)
+        ]
+
+    def metrics(self, judged: Judged) -> list[Metric]:
+        """Return the metrics of one model."""
+        named = f"{self.title} {{}}" if self.chosen.published else f"{{}} on {self.recipe.name}"
+        metrics = {}
+        if judged.compared and judged.opponent:
+            samples = judged.samples(judged.compared)
+            label, opponent = named.format("win rate"), judged.opponent.name
+            metrics["win_rate"] = metric_of("win_rate", label, samples, opponent=opponent)
+        if judged.graded:
+            samples = judged.samples(judged.graded)
+            metrics["grade"] = metric_of("grade", named.format("mean grade, 1-5"), samples, "grade")
+        return [metrics[name] for name in self.metric_order if name in metrics]
+
+
+def judge_models(
+    suite: JudgedSuite, pairs: Sequence[tuple[Answers, Answers | None]], judge: Judge
+) -> list[EvalLog]:
+    """Have a judge give every verdict that is missing, audit it on them, and return the logs.
+
+    Args:
+        pairs: the answers of each model, and of its opponent where it has one.
+    """
+    recipe = suite.recipe
+    everyone: list[Judged] = []
+    probes: list[Row] = []
+    for answers, opponent in pairs:
+        judged = Judged(answers, opponent)
+        everyone.append(judged)
+        if suite.always_graded or recipe.metrics.absolute:
+            judged.graded = suite.items(answers)
+        if opponent is not None:
+            judged.compared = suite.items(answers, opponent)
+        folder, name = answers.folder(recipe.name), answers.name
+        with waiting_lock(folder):
+            against = f".against-{opponent.name}" if opponent and opponent.run else ""
+            store = Store(folder / f"judgments{against}.jsonl")
+            judged.rows += ask(judged.graded, judge, store, f"{name} (1-5)")
+            judged.rows += ask(judged.compared, judge, store, name)
+            # the judge is probed once, with the answers of the first model
+            probed = [] if probes else [*probe_items(judged.compared, recipe.metrics.probe_pairs)]
+            if probed:
+                probes = [*judged.rows, *ask(probed, judge, store, "probes")]
+    return [_log_of(suite, judged, everyone, probes, judge) for judged in everyone]
+
+
+def _log_of(
+    suite: JudgedSuite,
+    judged: Judged,
+    everyone: Sequence[Judged],
+    probes: Sequence[Row],
+    judge: Judge,
+) -> EvalLog:
+    """The log of one model."""
+    recipe, chosen = suite.recipe, suite.chosen
+    answers, opponent, facts = judged.answers, judged.opponent, judged.answers.facts
+    assert answers.run is not None
+    labels: dict[str, str] = {}  # what people said of these pairs, by the name of the item
+    for item in judged.compared if chosen.labels else ():
+        texts = pair_texts(item.instruction, item.answer, str(item.opponent))
+        turned = chosen.labels.get((texts[0], texts[2], texts[1]), "")
+        if label := chosen.labels.get(texts) or TURNED.get(turned):
+            labels[item.name] = label
+    card = audit(judged.rows, recipe.thresholds, labels, probes)
+    banners = [f"Weak judge: {judge.section.weak}."] if judge.section.weak else []
+    banners += filter(None, [audit_banner(card)])
+    # bases included: a model that was fine-tuned from the judge counts too
+    if judge.section.model in (*facts.models, *(opponent.facts.models if opponent else ())):
+        banners.append(f"{judge.section.model} judges its own answers: expect self-preference")
+    others = [opponent, *(each.answers for each in everyone if each is not judged)]
+    same = [other.name for other in others if other and other.digest == answers.digest]
+    if same:
+        banners.append(
+            f"{answers.name} and {same[0]} gave the same answers: they are one model here and"
+            " cannot be ranked"
+        )
+    notes = [*filter(None, [audit_note(card)])]
+    bare = [item.name for item in judged.graded if item.by_reference and item.reference is None]
+    if bare:
+        num = count(len(bare), "answer")
+        notes.append(f"{num} graded without the reference needed: {', '.join(bare[:8])}")
+    if opponent and opponent.facts.prompt_format_hash not in (None, facts.prompt_format_hash):
+        asked = f"{answers.name} in {facts.prompt_format}, {opponent.name} in"
+        notes.append(f"other prompt formats: {asked} {opponent.facts.prompt_format}")
+    against = opponent.name if opponent else None
+    return EvalLog(
+        suite=recipe.suite.name,
+        eval=recipe.name,
+        target=answers.name,
+        against=against,
+        n=len(chosen.questions),
+        subset=chosen.subset,
+        banners=tuple(banners),
+        notes=tuple(notes),
+        metrics=tuple(suite.metrics(judged)),
+        answers=facts,
+        opponent=opponent.facts if opponent else None,
+        judge=judge.facts(),
+        audit=card,
+        file=log_file(answers.run.path, recipe.name, against),
+    )
+
+
+# ---- recipes judge audit ----
+
+
+def audit_on_labels(
+    judge: str, labels: Path, limit: int | None, probe_pairs: int
+) -> tuple[Scorecard, Path]:
+    """Judge labelled pairs, and return the scorecard and where the judgments are kept, which
+    resumes: runs/judge--<judge>/<labels>/.
+
+    Args:
+        limit: how many pairs; they are drawn by hash, so a larger limit keeps the judged ones.
+        probe_pairs: pairs for the probes, 4 judgments each.
+    """
+    file, outcomes = load_judge_file(judge), read_labels(labels)
+    ids = {text_hash("\0".join(texts))[:16]: texts for texts in outcomes}
+    chosen = dict(sorted(ids.items())[:limit])
+    items = [Item(name, *texts) for name, texts in chosen.items()]
+    names = [re.sub(r"[^\w.-]+", "-", name) for name in (Path(judge).stem, labels.stem)]
+    folder = runs_root() / f"judge--{names[0]}" / names[1]
+    with waiting_lock(folder), opened(file.judge) as opened_judge:
+        store = Store(folder / "judgments.jsonl")
+        rows = ask(items, opened_judge, store, "labelled pairs")
+        probes = ask([*probe_items(items, probe_pairs)], opened_judge, store, "probes")
+    known = {name: outcomes[texts] for name, texts in chosen.items()}
+    card = audit(rows, file.thresholds, known, [*rows, *probes])
+    write_json(folder / "judge_audit.json", asdict(card))  # compare and report read it
+    return card, store.path

@@ -159,7 +159,7 @@ class JudgeFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One number of a judge's audit; `needs` is empty where it is only described."""
+    """One number of a judge's audit."""
 
     check: str
     value: float | None = None
@@ -167,7 +167,7 @@ class Check:
     high: float | None = None
     n: int = 0
     needs: str = ""
-    result: Literal["pass", "fail", "described", "not measured"] = "not measured"
+    result: Literal["pass", "fail", "not measured"] = "not measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +178,7 @@ class Scorecard:
     judgments: int = 0
     asked: int = 0
     by_rule: int = 0
-    reasked: int = 0
+    probes: int = 0
     cut: int = 0
     statuses: dict[str, int] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()

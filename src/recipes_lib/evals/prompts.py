@@ -1,4 +1,4 @@
-"""The prompts of a judge: absolute grading (1-5) and relative comparison (A or B).
+"""What a judge reads, and the verdict in what it writes: grading (1-5) or comparison (A or B).
 
 The form is that of the Prometheus 2 models; the wording stands in evals/prompts/ (Jinja templates)
 and evals/rubrics/. An answer cannot speak to the judge: it stands, as it was written, between two
@@ -6,99 +6,109 @@ lines with a code that it cannot know. A judge that was trained on certain sente
 judge under a paraphrase: `package:prometheus-eval` reads them from the authors' wheel and adds one
 line, the fence's.
 
+A verdict stands at the very end of the text, in one of the forms that the parser of prometheus-eval
+takes (`[RESULT] 4`, `4/5`, `score of 3 out of 5`, `[RESULT] Response A`, `Result: B`), or what chat
+models make of them: Markdown around it, `[RESULT]: A`, `[[A]]`, a full stop. Different verdicts in
+one text are a conflict.
+
 Source: Kim et al. (2024), "Prometheus 2: An Open Source Language Model Specialized in Evaluating
 Other Language Models"; prometheus-eval 0.1.20, `prometheus_eval/prompts.py`.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
+from jinja2 import Template
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from recipes_lib.core.errors import RecipeError
+from recipes_lib.core.files import Row
 from recipes_lib.evals.log import text_hash
 from recipes_lib.models.packaged import files_of_wheel, wheel_is_here
 
+GRADES = ("1", "2", "3", "4", "5")
+CHOICES = ("A", "B")
 CUT_MARK = "\n(... the rest of this response was left out because of its length)"
 PROMETHEUS_PACKAGE = "package:prometheus-eval"
 _REQUIREMENT = "prometheus-eval==0.1.20"
 _MEMBERS = {"prompts.py": "aabcaa9f012108bbd19cc9528dab9f313325fdf89711919a67f20ef94cd50914"}
-_SPECIAL_TOKENS = 8  # what a tokenizer may put around a text, at most
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
-
-@dataclass(frozen=True)
-class Template:
-    """A prompt file."""
-
-    system: str
-    user: jinja2.Template
+_FLAGS = re.IGNORECASE | re.ASCII
+_EMPHASIS = re.compile(r"\*+|`+|__+")
+# each pattern finds a verdict at the end of a text, the one below it every bracketed verdict
+_GRADE = re.compile(
+    r"(?:[\[(]?(?:(?:overall|final)\s+)*(?:\[(?:result|score)\]|(?<![a-z0-9])(?:score|result))"
+    r"(?:\s+of)?:?\s*[(\[\s]*(\d+)(?:[)\]]|\s*/\s*5|\s+out\s+of\s+5)?\]?|\[\[(\d+)\]\])\.?\s*\Z",
+    _FLAGS,
+)
+_ANY_GRADE = re.compile(r"\[(?:result|score)\]:?[(\[\s]*(\d+(?:\.\d+)?)|\[\[(\d+)\]\]", _FLAGS)
+_CHOICE = re.compile(
+    r"(?:(?:\[result\]:?(?:\s+response)?\s*|\[result:\s*|\[response\s+"
+    r"|(?:\A|\n)[ \t]*result(?::\s*|\s+))([A-Z])\]?|\[\[([A-Z])\]\])\.?\s*\Z",
+    _FLAGS,
+)
+_ANY_CHOICE = re.compile(
+    r"(?:\[result\]:?(?:\s+response)?[(\s]*|\[result:\s*)([A-Z]|tie)"
+    r"(?![a-z0-9'])(?!\s*(?:or|/)\s*[AB]\b)|\[\[([A-Z])\]\]",
+    _FLAGS,
+)
 
 
 @dataclass(frozen=True)
 class Rubric:
-    """One criterion and what each score from 1 to 5 means."""
+    """One criterion, and what each score from 1 to 5 means, a line each."""
 
     criterion: str
-    scores: tuple[str, ...]
+    scores: str
 
 
 @dataclass(frozen=True)
 class JudgePrompt:
     """A prompt ready to send."""
 
-    system: str
-    user: str
+    text: str
     cut: bool = False
     fits: bool = True  # false where even the shortest cut of the answers is too long
 
-    def instruct_text(self) -> str:
-        """Return the prompt in Prometheus' chat format, without a start token."""
-        return f"[INST] {self.system}\n{self.user} [/INST]"
+
+# ---- prompts ----
 
 
 def load_template(path: Path, kind: str) -> Template:
-    """Read a prompt file: `=== system`, the system message, `=== user`, a Jinja template.
+    """Read a prompt file, a Jinja template.
 
     Args:
         kind: relative (two answers) or absolute (one).
     """
     text = _read(path)
-    system, separator, user = text.removeprefix("=== system\n").partition("\n=== user\n")
-    if not separator or not text.startswith("=== system\n"):
-        raise RecipeError("a prompt file has two parts, '=== system' and '=== user'", file=path)
     needed = {"code", "instruction", "answer_1", "criterion"}
     needed |= {"answer_2"} if kind == "relative" else set()
-    known = {*needed, "scores", "reference"}
     try:
-        fields = find_undeclared_variables(_JINJA.parse(user))
+        fields = find_undeclared_variables(_JINJA.parse(text))
     except jinja2.TemplateSyntaxError as error:
-        line = system.count("\n") + 3 + error.lineno
-        raise RecipeError(f"Jinja: {error.message}", file=path, line=line) from None
-    if wrong := sorted((fields - known) | (needed - fields)):
-        what = f"the prompt has missing or unknown fields: {', '.join(wrong)}"
-        raise RecipeError(what, f"fields: {', '.join(sorted(known))}", file=path)
-    return Template(system, _JINJA.from_string(user))
+        raise RecipeError(f"Jinja: {error.message}", file=path, line=error.lineno) from None
+    if wrong := sorted((fields - needed - {"scores", "reference"}) | (needed - fields)):
+        raise RecipeError(f"has missing or unknown fields: {', '.join(wrong)}", file=path)
+    return _JINJA.from_string(text)
 
 
 def load_rubric(path: Path) -> Rubric:
     """Read a rubric file: a line with the criterion, then `Score 1: ...` to `Score 5: ...`."""
     criterion, *scores = (line.strip() for line in _read(path).strip().splitlines() or [""])
-    for number in range(1, 6):
-        if len(scores) < number or not scores[number - 1].startswith(f"Score {number}: "):
-            raise RecipeError(f"expected 'Score {number}: ...'", file=path, line=number + 1)
-    if len(scores) > 5:
-        what = "a rubric has a criterion and five scores, nothing else"
-        raise RecipeError(what, file=path, line=7)
-    return Rubric(criterion, tuple(scores))
+    if [line.partition(": ")[0] for line in scores] != [f"Score {grade}" for grade in GRADES]:
+        what = "a rubric is a criterion and five lines, 'Score 1: ...' to 'Score 5: ...'"
+        raise RecipeError(what, file=path)
+    return Rubric(criterion, "\n".join(scores))
 
 
 def _read(path: Path) -> str:
@@ -135,32 +145,28 @@ def build_prompt(
         max_tokens: what the whole prompt may take.
     """
 
-    def with_answers(limit: int | None) -> JudgePrompt:
+    def text_at(limit: int | None) -> str:
         fields = {}
         for number, text in enumerate(answers, 1):
             if limit is not None and len(text) > limit:
                 text = (text[:limit] + CUT_MARK).strip()
             fields[f"answer_{number}"] = f"<<begin {code}>>\n{text}\n<<end {code}>>"
-        user = template.user.render(
+        return template.render(
             code=code,
             instruction=instruction,
             reference=reference,
             criterion=rubric.criterion,
-            scores="\n".join(rubric.scores),
+            scores=rubric.scores,
             **fields,
         )
-        return JudgePrompt(template.system, user, cut=limit is not None)
 
-    prompt = with_answers(None)
-    text = prompt.instruct_text()
-    # a token has a character at least
-    is_short = text.isascii() and len(text) + _SPECIAL_TOKENS <= max_tokens
+    text = text_at(None)
+    is_short = len(text.encode(errors="replace")) <= max_tokens  # a token has a byte at least
     if count_tokens is None or is_short or count_tokens(text) <= max_tokens:
-        return prompt
+        return JudgePrompt(text)
     lengths = range(max(map(len, answers)))
-    tokens_at = lambda limit: count_tokens(with_answers(limit).instruct_text())  # noqa: E731
-    num_fitting = bisect_right(lengths, max_tokens, key=tokens_at)
-    return replace(with_answers(max(num_fitting - 1, 0)), fits=num_fitting > 0)
+    num_fitting = bisect_right(lengths, max_tokens, key=lambda limit: count_tokens(text_at(limit)))
+    return JudgePrompt(text_at(max(num_fitting - 1, 0)), cut=True, fits=num_fitting > 0)
 
 
 # ---- the authors' wording ----
@@ -202,5 +208,63 @@ def template_of(constants: Mapping[str, str], kind: str) -> Template:
         re.sub(r"(?m)^4\. .*$", lambda line: f"{line[0]}\n{fence}", text.format(**fields), count=1)
         for text in (constants[f"{kind.upper()}_PROMPT{form}"] for form in ("", "_WO_REF"))
     ]
+    system = constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"]
     user = f"{{% if reference is not none %}}{forms[0]}{{% else %}}{forms[1]}{{% endif %}}"
-    return Template(constants[f"{kind[:3].upper()}_SYSTEM_PROMPT"], _JINJA.from_string(user))
+    return _JINJA.from_string(f"{system}\n{user}")
+
+
+# ---- verdicts ----
+
+
+def verdict_row(status: str, reason: str | None = None, value: str | None = None) -> Row:
+    """Return what is stored of a verdict: 1 to 5, "A" or "B", or why there is none."""
+    number = int(value) if value in GRADES else value
+    return {"status": status, "value": number, "reason": reason}
+
+
+def parse_verdict(
+    text: str, allowed: Sequence[str], finish_reason: str = "stop", as_json: bool = False
+) -> Row:
+    """Return the verdict in a judge's text.
+
+    Args:
+        text: what the judge wrote after the prompt.
+        allowed: CHOICES or GRADES.
+        finish_reason: "length" if it was cut off; such a text has no verdict, however it ends.
+        as_json: whether the text is `{"feedback": ..., "result": ...}`.
+
+    Example:
+        >>> parse_verdict("Clear and correct. **[RESULT] 4**", GRADES)["value"]
+        4
+        >>> parse_verdict("[RESULT] B was tempting. Final: [RESULT] A", CHOICES)["reason"]
+        'conflict: A, B'
+    """
+    if finish_reason == "length":
+        return verdict_row("truncated", "the judge's text ended at its token limit")
+    if not text.strip():
+        return verdict_row("empty", "the judge wrote nothing")
+    plain = _EMPHASIS.sub("", text)
+    values = _in_json(plain) if as_json else _at_the_end(plain, allowed)
+    if len(values) > 1:
+        return verdict_row("unparsed", f"conflict: {', '.join(sorted(values))}")
+    value = next(iter(values), "")
+    if value in allowed:
+        return verdict_row("ok", value=value)
+    return verdict_row("unparsed", "no verdict at the end of the text")
+
+
+def _in_json(text: str) -> set[str]:
+    try:
+        return {str(json.loads(text.removeprefix("json"))["result"]).strip().upper()}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return set()
+
+
+def _at_the_end(text: str, allowed: Sequence[str]) -> set[str]:
+    """The verdict at the end of a text and all others in it; none without one at the end."""
+    end, anywhere = (_CHOICE, _ANY_CHOICE) if "A" in allowed else (_GRADE, _ANY_GRADE)
+    if not (last := end.search(text)):
+        return set()
+    alone = filter(None, (end.match(line.strip()) for line in text.splitlines()))
+    matches = [last, *anywhere.finditer(text), *alone]
+    return {next(filter(None, match.groups())).upper() for match in matches}

@@ -57,8 +57,9 @@ TEXTS = {
 
 @dataclass(frozen=True)
 class SuiteFacts:
-    """What is known of a suite before it is run."""
+    """What is known of a suite before its file, suites/<name>.py, is imported."""
 
+    class_name: str  # in that file
     judged: bool = False
     metrics: tuple[str, ...] = ()  # that of its table first; none where the recipe's tasks decide
     row: Literal["instruction", "turns", "prompt", ""] = ""  # the key of a question in its rows
@@ -66,11 +67,11 @@ class SuiteFacts:
 
 
 SUITES = {
-    "alpaca_eval": SuiteFacts(True, ("win_rate", "grade"), "instruction", True),
-    "mt_bench": SuiteFacts(True, ("grade", "win_rate"), "turns"),
-    "lm_eval": SuiteFacts(),
-    "checks": SuiteFacts(False, ("pass_rate",), "prompt", True),
-    "heldout_loss": SuiteFacts(metrics=("loss", "bits_per_byte")),
+    "alpaca_eval": SuiteFacts("AlpacaEval", True, ("win_rate", "grade"), "instruction", True),
+    "mt_bench": SuiteFacts("MTBench", True, ("grade", "win_rate"), "turns"),
+    "lm_eval": SuiteFacts("LMEval"),
+    "checks": SuiteFacts("Checks", False, ("pass_rate",), "prompt", True),
+    "heldout_loss": SuiteFacts("HeldoutLoss", metrics=("loss", "bits_per_byte")),
 }
 
 
@@ -94,7 +95,7 @@ class SuiteSection(Section):
     apply_chat_template: bool = False
     """lm_eval: put each request into the tokenizer's chat template."""
     options: dict[str, Any] = {}
-    """lm_eval: any further keyword of simple_evaluate (gen_kwargs, system_instruction, ...)."""
+    """lm_eval: any further key of `lm_eval run --config` (gen_kwargs, system_instruction, ...)."""
 
     @field_validator("name")
     @classmethod
@@ -203,7 +204,8 @@ class JudgeSection(ServerSection):
     """Branch, tag or commit of a Hub model."""
     mode: Literal["generate", "json", "logits"] = "generate"
     """generate: the verdict stands at the end of the text. json: a server answers in JSON
-    (response_format). logits: the next-token probabilities of the allowed verdicts."""
+    (response_format). logits: a judge in this process, by the probabilities of the allowed
+    verdicts as its first token."""
     relative_prompt: PromptPath | None = None
     """Prompt file of the comparison, or package:prometheus-eval; absent: the project's own."""
     absolute_prompt: PromptPath | None = None
@@ -215,10 +217,6 @@ class JudgeSection(ServerSection):
     prompt_style: Literal["chat", "prometheus"] = "chat"
     """chat: the judge's own chat template. prometheus: `[INST] system, user [/INST]`, as the
     Prometheus 2 models were trained."""
-    system_role: bool = True
-    """chat, openai: whether the template has a system role (Gemma 2 has none)."""
-    lead_in: str = "[RESULT]"
-    """logits: what stands at the start of the judge's turn; the next token is the verdict."""
     temperature: float | None = Field(default=0.0, ge=0, le=2)
     """0 is greedy. null leaves it to the server, for models that take no other."""
     max_context_tokens: int = Field(default=4096, ge=1)
@@ -234,6 +232,8 @@ class JudgeSection(ServerSection):
     def _can_answer(self) -> Self:
         if self.mode == "json" and self.engine != "openai":
             raise ValueError("mode json needs a server that answers in JSON (engine: openai)")
+        if self.mode == "logits" and self.engine == "openai":
+            raise ValueError("mode logits needs a judge in this process (engine: transformers)")
         return self
 
     @property

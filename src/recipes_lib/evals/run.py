@@ -7,6 +7,7 @@ continues.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -26,8 +27,7 @@ from recipes_lib.core.terminal import masked, say
 from recipes_lib.evals.answers import Answers, answer_all, answers_in_file, reference_answers
 from recipes_lib.evals.engine import HFEngine
 from recipes_lib.evals.engine_openai import Engine, OpenAIEngine, served_fingerprint
-from recipes_lib.evals.judge import Judge, opened
-from recipes_lib.evals.judged import JudgedSuite, judge_models
+from recipes_lib.evals.judge import Judge, JudgedSuite, judge_models, opened
 from recipes_lib.evals.leaks import leaks_of_run
 from recipes_lib.evals.log import (
     REFERENCE,
@@ -47,20 +47,8 @@ from recipes_lib.evals.recipe import (
     load_eval,
 )
 from recipes_lib.evals.suites import Suite
-from recipes_lib.evals.suites.alpaca_eval import AlpacaEval
-from recipes_lib.evals.suites.checks import Checks
-from recipes_lib.evals.suites.heldout_loss import HeldoutLoss
-from recipes_lib.evals.suites.lm_eval import LMEval
-from recipes_lib.evals.suites.mt_bench import MTBench
 from recipes_lib.weights.runs import BASE, check_weights, families
 
-SUITE_CLASSES: dict[str, type[Suite]] = {
-    "alpaca_eval": AlpacaEval,
-    "mt_bench": MTBench,
-    "lm_eval": LMEval,
-    "checks": Checks,
-    "heldout_loss": HeldoutLoss,
-}
 _OVERRIDE = re.compile(r"(?:--)?[^\W\d]\w*(?:\.[^\W\d]\w*)+=")
 _MOST = 0.1  # share of the answers that may have a fault without a banner
 Side = Model | Answers  # a model that is asked, or answers that are there
@@ -93,6 +81,13 @@ class EvalTask:
             for word, sides in self.sides.items()
             if any(isinstance(side, Model) and side.name == model.name for side in sides)
         ]
+
+
+def suite_class(name: str) -> type[Suite]:
+    """Return the class of a suite; nothing else imports it."""
+    module = importlib.import_module(f"recipes_lib.evals.suites.{name}")
+    suite: type[Suite] = getattr(module, SUITES[name].class_name)
+    return suite
 
 
 OnError = Callable[[EvalTask, str, Exception], None]  # the model's word, empty for all of the task
@@ -179,7 +174,7 @@ def _prepare(task: EvalTask, remote_code: bool) -> None:
         what = f"{recipe.suite.name} needs the weights in this process"
         raise recipe.error("generation.engine", what, "set generation.engine: transformers")
     chosen = load_questions(recipe) if has_questions else QuestionSet((), 0)
-    task.suite = SUITE_CLASSES[recipe.suite.name](recipe, chosen)
+    task.suite = suite_class(recipe.suite.name)(recipe, chosen)
     opponent = recipe.opponent(task.against)
     named = [*task.words, *([opponent] if opponent not in (None, REFERENCE, BASE) else [])]
     files = [*filter(is_answer_file, named)]
@@ -361,7 +356,7 @@ def say_results(logs: Sequence[EvalLog]) -> None:
     """Print the tables of results, eval after eval, and where they are kept."""
     for name in dict.fromkeys(log.eval for log in logs):
         same = [log for log in logs if log.eval == name]
-        suite, judge = SUITE_CLASSES[same[0].suite], same[0].judge
+        suite, judge = suite_class(same[0].suite), same[0].judge
         what = suite.title
         if judge is not None:
             what = f"{same[0].n} questions, judge {judge.model} ({judge.mode})"

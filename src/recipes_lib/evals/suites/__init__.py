@@ -1,11 +1,14 @@
-"""What a suite is. Each is one file in this folder with a line in `evals.recipe.SUITES` and one in
-`evals.run.SUITE_CLASSES`; docs/evaluation.md has an example.
+"""What a suite is, and what suites share: means with intervals, and numbers in tables. Each suite
+is one file in this folder and one line in `evals.recipe.SUITES`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from recipes_lib.evals.log import Check, Metric, Sample
 
 if TYPE_CHECKING:
     from recipes_lib.evals.answers import Answers
@@ -13,6 +16,8 @@ if TYPE_CHECKING:
     from recipes_lib.evals.models import Model
     from recipes_lib.evals.questions import QuestionSet
     from recipes_lib.evals.recipe import EvalRecipe
+
+UNIT_SCALES = {"share": (0.0, 1.0), "grade": (1.0, 5.0)}
 
 
 class Suite:
@@ -46,3 +51,63 @@ class Suite:
     def table(logs: Sequence[EvalLog]) -> list[str]:
         """Return the lines of a table of logs."""
         raise NotImplementedError
+
+
+def numbers_of(
+    values: Sequence[float | None], clusters: Sequence[str], unit: str = "share"
+) -> dict[str, Any]:
+    """Return the mean of the values that are known, its 95% interval over clusters, and n."""
+    known = [pair for pair in zip(values, clusters, strict=True) if pair[0] is not None]
+    if not known:
+        return {"n": 0}
+    import numpy as np  # which `recipes study --help` does without
+
+    from recipes_lib.analysis.stats import estimate, mean_interval
+
+    table, names = np.array([[value for value, _ in known]], float), [name for _, name in known]
+    if unit in UNIT_SCALES:
+        ends = mean_interval(table, names, UNIT_SCALES[unit])
+    else:
+        ends = estimate(table, names).interval()
+    low, high = ends or (None, None)
+    mean = math.fsum(value or 0.0 for value, _ in known) / len(known)
+    return {"value": mean, "low": low, "high": high, "n": len(known)}
+
+
+def metric_of(
+    metric: str,
+    label: str,
+    samples: Sequence[Sample],
+    unit: Literal["share", "grade", "number"] = "share",
+    **known: Any,
+) -> Metric:
+    """Return a metric that is the mean of samples; those of one question are one observation."""
+    clusters = [sample.same_as or sample.id for sample in samples]
+    numbers = numbers_of([sample.value for sample in samples], clusters, unit)
+    return Metric(metric, label, tuple(samples), unit=unit, **numbers, **known)
+
+
+def bounds_of(samples: Sequence[Sample], unit: str = "share") -> tuple[float, float]:
+    """Return the mean if everything unresolved had got the lowest value, and the highest."""
+    values = [sample.value for sample in samples]
+    lowest, highest = (
+        math.fsum(end if value is None else value for value in values) / len(values)
+        for end in UNIT_SCALES[unit]
+    )
+    return lowest, highest
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """Return a number with so many digits after the point."""
+    return "n/a" if value is None else f"{value:.{digits}f}"
+
+
+def shown_rate(rate: Metric | Check, digits: int = 2, unit: str = "share") -> str:
+    """Return a value with its interval, a share in percent."""
+    scale, digits, sign = (100, 1, "%") if unit == "share" else (1, digits, "")
+    if rate.value is None:
+        return "n/a"
+    shown = f"{scale * rate.value:.{digits}f}{sign}"
+    if rate.low is None or rate.high is None:
+        return shown
+    return f"{shown} [{scale * rate.low:.{digits}f}, {scale * rate.high:.{digits}f}]"

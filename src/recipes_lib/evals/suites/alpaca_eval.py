@@ -14,14 +14,10 @@ from collections.abc import Sequence
 from recipes_lib.core.files import write_text
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
-from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import Judged, JudgedSuite
-from recipes_lib.evals.log import ORDERS, REFERENCE, EvalLog, Metric, Sample
+from recipes_lib.evals.judge import Item, Judged, JudgedSuite
+from recipes_lib.evals.log import REFERENCE, EvalLog, Metric
 from recipes_lib.evals.questions import Question
-from recipes_lib.evals.verdicts import bounds_of, shown_rate
-
-# by order and verdict: 1 where the opponent (output_1) wins, 2 where the candidate (output_2) does
-_PREFERENCE = {("BA", "A"): 1.0, ("BA", "B"): 2.0, ("AB", "A"): 2.0, ("AB", "B"): 1.0}
+from recipes_lib.evals.suites import bounds_of, shown_rate
 
 
 class AlpacaEval(JudgedSuite):
@@ -46,19 +42,22 @@ class AlpacaEval(JudgedSuite):
         opponent, name = judged.opponent, judged.answers.name
         assert opponent is not None
         is_reference = opponent.name == REFERENCE
-        other = ", ".join(opponent.facts.models) if is_reference else opponent.name
-        annotator = f"judge-{judged.rows[0]['judge'][:12]}"
-        first = [sample for sample in metrics[0].samples if sample.draw == 1]
-        outputs: list[dict[str, object]] = [
-            {
-                "dataset": sample.category,
-                "instruction": sample.input,
-                "output": sample.answer,
-                "generator": name,
+        outputs, annotations = list[object](), list[object]()
+        for sample in metrics[0].samples:
+            if sample.draw > 1:
+                continue
+            asked = {"dataset": sample.category, "instruction": sample.input}
+            outputs.append({**asked, "output": sample.answer, "generator": name})
+            pair: dict[str, object] = {
+                "output_1": sample.opponent,
+                "generator_1": ", ".join(opponent.facts.models) if is_reference else opponent.name,
+                "output_2": sample.answer,
+                "generator_2": name,
+                "annotator": f"judge-{judged.rows[0]['judge'][:12]}",
+                # 1: the opponent wins, 1.5: a tie, 2: the candidate wins
+                "preference": None if sample.value is None else 1 + sample.value,
             }
-            for sample in first
-        ]
-        annotations = [annotation(sample, name, other, annotator) for sample in first]
+            annotations.append({**asked, **pair})
         suffix = "" if is_reference else f".against-{opponent.name}"
         folder = judged.answers.folder(self.recipe.name) / "samples"
         files = {"model_outputs.json": outputs, f"annotations{suffix}.json": annotations}
@@ -82,24 +81,3 @@ class AlpacaEval(JudgedSuite):
             cells += [shown_rate(wins), f"{lowest:.1%} .. {highest:.1%}"]
             rows.append([*cells, shown_rate(grade, unit="grade") if grade else "-"])
         return [*aligned(rows), "", "judged in both orders; a pair whose orders disagree is a tie"]
-
-
-def annotation(sample: Sample, candidate: str, opponent: str, annotator: str) -> dict[str, object]:
-    """Return a comparison as alpaca_eval's annotator writes it: 1 for the opponent, 1.5 a tie."""
-    verdicts = dict(zip(ORDERS, sample.verdicts, strict=True))
-    is_tie = sample.opponent == sample.answer
-    first, second = (
-        1.5 if is_tie or verdicts[order] == "tie" else _PREFERENCE.get((order, verdicts[order]))
-        for order in ("BA", "AB")
-    )
-    return {
-        "dataset": sample.category,
-        "instruction": sample.input,
-        "output_1": sample.opponent,
-        "generator_1": opponent,
-        "output_2": sample.answer,
-        "generator_2": candidate,
-        "annotator": annotator,
-        "preference": None if first is None or second is None else (first + second) / 2,
-        "preference_by_order": {"reference_first": first, "model_first": second},
-    }

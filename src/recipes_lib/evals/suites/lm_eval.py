@@ -1,15 +1,17 @@
-"""lm-eval through `simple_evaluate` on the loaded model: every option under lm_eval's own name, its
-results and samples kept as they are. The printed command gives the same numbers.
+"""lm-eval through `simple_evaluate` on the loaded model, with the options of `lm_eval run`; its
+results and samples are kept as they are. The printed command gives the same numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import logging
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +23,7 @@ from recipes_lib.core.project import shown_path
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.log import EvalLog, Metric, Sample, write_lines
 from recipes_lib.evals.recipe import check_allowed
-from recipes_lib.evals.suites import Suite
-from recipes_lib.evals.verdicts import metric_of, shown_rate
+from recipes_lib.evals.suites import Suite, metric_of, shown_rate
 from recipes_lib.weights.load import model_path
 
 if TYPE_CHECKING:
@@ -30,19 +31,12 @@ if TYPE_CHECKING:
     from recipes_lib.evals.recipe import EvalRecipe
 
 _SHARE = re.compile(r"(?:^|_)acc(?:$|_)|^exact_match|^em$|^mc[12]$|^pass@|^f1$|^contains$")
-_ROWS = re.compile(r"[\w./-]+\.(?:jsonl?|csv|parquet)\b")
+# in a task file: a file of rows, or a folder of them
+_DATA = re.compile(r"([\w./-]+\.(?:jsonl?|csv|parquet)\b)|data(?:_dir|set_path): *[\"']?([\w./-]+)")
 # instead of auto, which tries 64 rows of the model's whole context: minutes, and more memory than
 # most machines have
 _CPU_BATCH = 8
-# of the suite's section: what is not a keyword of simple_evaluate, or stands there by itself
-_OTHER_KEYS = {"name", "tasks", "batch_size", "options"}
-# keywords of simple_evaluate that are one key of lm_eval's file, with its defaults
-_SEEDS = {
-    "random_seed": 0,
-    "numpy_random_seed": 1234,
-    "torch_random_seed": 1234,
-    "fewshot_random_seed": 1234,
-}
+_SEEDS = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
 
 
 class LMEval(Suite):
@@ -53,42 +47,47 @@ class LMEval(Suite):
     def reads(self, model: Any) -> Any:
         """Return the hashes of the files of rows that task files of one's own name."""
         data = self.recipe.data
-        tasks = Path(data.include_path).rglob("*.yaml") if data.include_path else ()
-        names = {
-            name for task in tasks for name in _ROWS.findall(task.read_text("utf-8", "replace"))
-        }
-        files = [Path(data.folder or ".", name) for name in sorted(names)]
+        tasks = sorted(Path(data.include_path).rglob("*.yaml")) if data.include_path else ()
+        texts = [task.read_text("utf-8", "replace") for task in tasks]
+        names = {name or folder for text in texts for name, folder in _DATA.findall(text)}
+        places = [Path(data.folder or ".", name) for name in sorted(names)]
+        files = [file for place in places for file in (place, *sorted(place.rglob("*")))]
         return [file_hash(file) for file in files if file.is_file()]
 
     def measure(self, model: Model, network: Any) -> EvalLog:
         """Return the log of one model."""
         recipe, suite = self.recipe, self.recipe.suite
         folder = model.folder(recipe.name).resolve()
-        settings = suite.model_dump(exclude=_OTHER_KEYS) | suite.options
-        # lm-eval's cache knows neither the model nor what shares a batch, on which rounding depends
-        requests = hash_of(model.fingerprint, [suite.tasks, settings, _batch_size(recipe)])[:16]
         (folder / "cache").mkdir(parents=True, exist_ok=True)
-        settings["use_cache"] = str(folder / "cache" / requests)
         with _inside(recipe):
             from lm_eval import simple_evaluate
+            from lm_eval.config.evaluate_config import EvaluatorConfig
             from lm_eval.models.huggingface import HFLM
             from lm_eval.utils import handle_non_serializable
 
+            config = dict(**_config(recipe, model), **suite.options)
+            file = folder / "lm_eval.yaml"
+            write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            settings = asdict(EvaluatorConfig.from_config(file))
             # lm_eval (0.4.13) would tie a head and embeddings that were trained apart
             network.tie_weights = lambda *_, **__: None
             try:
                 harness = HFLM(
                     pretrained=network,
                     tokenizer=model.prompts.tokenizer,
-                    batch_size=_batch_size(recipe),
+                    batch_size=config["batch_size"],
                     chat_template_args=dict(model.recipe.data.chat_template_kwargs),
                 )
             finally:
                 del network.tie_weights
             manager, tasks = _tasks(recipe)
-            results = simple_evaluate(
-                model=harness, tasks=tasks, task_manager=manager, log_samples=True, **settings
-            )
+            known = inspect.signature(simple_evaluate).parameters
+            options = {name: value for name, value in settings.items() if name in known}
+            options |= dict(zip(_SEEDS, settings["seed"] or [None] * 4, strict=True))
+            options |= {"model": harness, "tasks": tasks, "task_manager": manager}
+            # lm-eval's cache knows neither the model nor the batches, on which rounding depends
+            cache = str(folder / "cache" / hash_of(model.fingerprint, config)[:16])
+            results = simple_evaluate(**options | {"use_cache": cache, "log_samples": True})
         # as plain values, which is how lm_eval itself writes them
         results = json.loads(json.dumps(results, default=handle_non_serializable))
         samples = results.pop("samples", {})
@@ -97,13 +96,18 @@ class LMEval(Suite):
         own = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
         write_text(folder / "lm_eval_results.json", own)
         metrics = tuple(metrics_of(results, samples))
+        line = shlex.join(["lm_eval", "run", "--config", str(file)])
+        if recipe.data.folder:
+            line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
         return EvalLog(
             suite=suite.name,
             eval=recipe.name,
             n=sum(metric.n for metric in metrics if not metric.parts),
             subset=None if suite.limit is None else f"subset, limit={suite.limit} per task",
             metrics=metrics,
-            lm_eval_command=_write_command(recipe, model, folder / "lm_eval.yaml"),
+            lm_eval_command=f"{line}  # after recipes merge {model.name}"
+            if _needs_merge(model)
+            else line,
         )
 
     @staticmethod
@@ -251,33 +255,29 @@ def _sample(row: Mapping[str, Any], metric: str, task: str) -> Sample:
     )
 
 
-# ---- the command that gives the same numbers ----
+# ---- the configuration that gives the same numbers ----
 
 
-def _write_command(recipe: EvalRecipe, model: Model, file: Path) -> str:
-    """Write lm_eval's configuration, and return the line that runs it."""
-    suite, options = recipe.suite, dict(recipe.suite.options)
-    arguments, needs_merge = _model_args(model)
-    config: dict[str, Any] = {"model": "hf", "model_args": arguments, "tasks": suite.tasks}
-    config |= suite.model_dump(exclude=_OTHER_KEYS)
-    config |= {"batch_size": _batch_size(recipe), "include_path": recipe.data.include_path}
-    if _SEEDS.keys() & options:
-        config["seed"] = [options.pop(name, usual) for name, usual in _SEEDS.items()]
-    options.pop("bootstrap_iters", None)  # lm_eval has no key for it, and it changes no value
-    config = {name: value for name, value in (config | options).items() if value is not None}
-    write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    line = shlex.join(["lm_eval", "run", "--config", str(file)])
-    if recipe.data.folder:
-        line = f"(cd {shlex.quote(str(recipe.data.folder))} && {line})"
-    return f"{line}  # after recipes merge {model.name}" if needs_merge else line
+def _config(recipe: EvalRecipe, model: Model) -> dict[str, Any]:
+    """What `lm_eval run --config` takes, without the recipe's own options."""
+    suite = recipe.suite
+    config = {
+        "model": "hf",
+        "model_args": _model_args(model),
+        "tasks": suite.tasks,
+        "num_fewshot": suite.num_fewshot,
+        "limit": suite.limit,
+        "batch_size": _batch_size(recipe),
+        "apply_chat_template": suite.apply_chat_template,
+        "include_path": recipe.data.include_path,
+    }
+    return {name: value for name, value in config.items() if value is not None}
 
 
-def _model_args(model: Model) -> tuple[dict[str, Any], bool]:
-    """lm-eval's model_args, and whether the model must be merged: lm_eval would tie its head."""
+def _model_args(model: Model) -> dict[str, Any]:
     section, trained = model.recipe.model, model.trained
-    needs_merge = bool(trained and (model.recipe.lora or {}).get("modules_to_save"))
     path, adapter = Path(model_path(section)), None
-    if trained and (trained.full or needs_merge):
+    if trained and (trained.full or _needs_merge(model)):
         path = (trained.weights if trained.full else trained.merged).resolve()
     elif trained:
         adapter = str(trained.weights.resolve())
@@ -292,4 +292,9 @@ def _model_args(model: Model) -> tuple[dict[str, Any], bool]:
     }
     loading = model.recipe.quantization or {}
     arguments |= {key: loading[key] for key in loading if key.startswith(("load_in", "bnb_"))}
-    return {key: value for key, value in arguments.items() if value}, needs_merge
+    return {key: value for key, value in arguments.items() if value}
+
+
+def _needs_merge(model: Model) -> bool:
+    """Whether lm_eval itself would tie a head that was trained apart."""
+    return bool(model.trained and (model.recipe.lora or {}).get("modules_to_save"))

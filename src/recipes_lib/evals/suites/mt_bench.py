@@ -8,15 +8,15 @@ verdict is counted and enters the bounds, once as 1 and once as 5.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import fmean
 
 from recipes_lib.core.terminal import aligned
 from recipes_lib.evals.answers import Answers
-from recipes_lib.evals.judge import Item
-from recipes_lib.evals.judged import JudgedSuite
+from recipes_lib.evals.judge import Item, JudgedSuite
 from recipes_lib.evals.log import EvalLog, Sample
 from recipes_lib.evals.questions import NEEDS_REFERENCE, Question
-from recipes_lib.evals.verdicts import bounds_of, number, shown_rate
+from recipes_lib.evals.suites import bounds_of, number, shown_rate
 
 
 class MTBench(JudgedSuite):
@@ -24,7 +24,7 @@ class MTBench(JudgedSuite):
 
     title = "MT-Bench"
     metric_order = ("grade", "win_rate")
-    graded_by_reference = always_graded = True
+    always_graded = True
 
     def item(
         self, question: Question, turn: int, draw: int, answers: Answers, opponent: Answers | None
@@ -32,18 +32,17 @@ class MTBench(JudgedSuite):
         """Return a turn with the reference answer where its category needs one. In a comparison a
         side is its whole conversation; a grade has the conversation in the instruction.
         """
-        reference = None
-        if question.category in NEEDS_REFERENCE and question.reference is not None:
-            reference = question.reference[turn - 1]
+        name, needs_reference = f"{question.id}:{turn}", question.category in NEEDS_REFERENCE
+        reference = question.reference[turn - 1] if needs_reference and question.reference else None
         instruction, turns = question.turns[0], range(1, turn + 1)
-        text, other = answers.text(question.id, turn), None
         if opponent is not None:
             text, other = _side(question, answers, turn), _side(question, opponent, turn)
             if turn > 1:
                 listed = [f"Question {n}: {question.turns[n - 1]}" for n in turns]
                 last = f"(Compare the two conversations by their answers to question {turn}.)"
                 instruction = "\n\n".join([*listed, last])
-        elif turn > 1:
+            return Item(name, instruction, text, other, reference, question, turn)
+        if turn > 1:
             before = [
                 f"User: {question.turns[n - 1]}\n\nAssistant: {answers.text(question.id, n)}"
                 for n in turns[:-1]
@@ -51,8 +50,10 @@ class MTBench(JudgedSuite):
             last = f"User: {question.turns[turn - 1]}"
             note = "(The response to evaluate answers the last message of this conversation.)"
             instruction = "\n\n".join([*before, last, note])
-        name = f"{question.id}:{turn}"
-        return Item(name, instruction, text, other, reference, question, turn)
+        item = Item(
+            name, instruction, answers.text(question.id, turn), None, reference, question, turn
+        )
+        return replace(item, by_reference=needs_reference)
 
     @staticmethod
     def table(logs: Sequence[EvalLog]) -> list[str]:
