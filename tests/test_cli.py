@@ -146,7 +146,7 @@ def test_printed_commands_keep_their_quotes(tmp_path, monkeypatch, capsys):
         f'question: q\narms:\n  a: {{recipe: {RECIPE}, overrides: ["{word}"]}}\nseeds: [1]\n'
         f"evals: [{project_root()}/evals/quickstart/house_style.yaml]\n"
     )
-    assert cli.main(["study", "plan", "my files/study.yaml", word, "--gpu", "cpu"]) == 0
+    assert cli.main(["study", "plan", "my files/study.yaml", word]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert shlex.split(line)[-2:] == ["my files/study.yaml", word]
     assert cli.main(["check", "my files/study.yaml"]) == 0

@@ -14,10 +14,11 @@ from recipes_lib.analysis.aims import Aims, Margin
 from recipes_lib.analysis.runs import Arms, load_arms
 from recipes_lib.cli import main
 from recipes_lib.core.errors import ExitCode
+from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study import report as reporting
 from recipes_lib.study.config import Study, load_study
 from recipes_lib.study.report import gate, report_study
-from recipes_lib.study.runs import study_folder as folder_of
+from recipes_lib.study.run import study_folder as folder_of
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def measured(tmp_path: Path) -> Arms:
 def file(study_folder: Path, measured: Arms, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The file of a study whose arms are those; `MISSING` says what is not there."""
     monkeypatch.setattr(reporting, "measured_arms", lambda study: measured)
-    monkeypatch.setattr(reporting, "missing_of", lambda study: [])
+    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: [])
     return study_folder / "tiny.yaml"
 
 
@@ -79,7 +80,7 @@ def test_a_design_changed_after_the_verdicts_leaves_none(file: Path) -> None:
 
 
 def test_an_interim_look_has_no_verdict_and_locks_nothing(file, monkeypatch):
-    monkeypatch.setattr(reporting, "missing_of", lambda study: ["training tiny--r8"])
+    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
     study = load_study(file, ["seeds=[42, 43]"])
     report, missing = report_study(study)
     assert missing and report.answer[0].startswith("Interim")
@@ -98,23 +99,29 @@ def gated(file: Path, baseline: str) -> Study:
 
 
 def test_the_gate_fails_for_a_worse_arm_and_passes_for_a_better_one(file, monkeypatch):
-    answer = gate(gated(file, "r4"))
-    assert answer.code == ExitCode.DONE and answer.comparisons == 1
+    code, lines = gate(gated(file, "r4"))
+    assert code == ExitCode.DONE and lines == ["passed: no arm is shown to be worse than r4"]
     study = gated(file, "r8")
-    answer = gate(study)
-    assert answer.code == ExitCode.FAILED and "r4" in answer.worse[0]
-    monkeypatch.setattr(reporting, "missing_of", lambda study: ["training tiny--r8"])
-    assert gate(study).code == ExitCode.EVALUATION_INCOMPLETE
-    monkeypatch.setattr(reporting, "missing_of", lambda study: [])
+    code, lines = gate(study)
+    assert code == ExitCode.FAILED and "r4" in lines[0]
+    monkeypatch.setattr(reporting.runs, "missing_of", lambda study: ["training tiny--r8"])
+    code, lines = gate(study)
+    assert code == ExitCode.EVALUATION_INCOMPLETE and "next: recipes study run" in lines[-1]
+
+
+def test_the_gate_names_no_command_that_would_do_nothing(file, monkeypatch) -> None:
+    """Everything is measured, and nothing of it can be compared."""
     monkeypatch.setattr(reporting, "measured_arms", lambda study: Arms({}))
-    assert gate(study).code == ExitCode.EVALUATION_INCOMPLETE
+    code, lines = gate(gated(file, "r8"))
+    assert code == ExitCode.EVALUATION_INCOMPLETE and "r4 with r8 can be tested" in lines[0]
+    assert not any("study run" in line for line in lines)
 
 
 def test_the_gate_holds_an_arm_to_its_margin(file: Path) -> None:
     study = gated(file, "r4")
     for metric, passes in (("pass_rate", True), ("win_rate", False)):
         aims = Aims(margins={metric: Margin(0.1)})
-        assert (gate(dataclasses.replace(study, aims=aims)).code == ExitCode.DONE) is passes
+        assert (gate(dataclasses.replace(study, aims=aims))[0] == ExitCode.DONE) is passes
 
 
 def test_an_arm_that_is_worse_fails_also_where_a_finding_stops_the_sentence(file, measured):
@@ -123,4 +130,15 @@ def test_an_arm_that_is_worse_fails_also_where_a_finding_stops_the_sentence(file
             log.answers.__dict__["fingerprint"] = "the same"
     study = gated(file, "r8")
     assert reporting.conclude_study(study)[2].claims[0].verdict == "no verdict"
-    assert gate(study).code == ExitCode.FAILED
+    assert gate(study)[0] == ExitCode.FAILED
+
+
+def test_a_training_that_was_dropped_after_a_look_is_named(file: Path) -> None:
+    """Its numbers were seen, and without it there may be a verdict."""
+    study, folder = load_study(file), folder_of(load_study(file)) / "recipes"
+    folder.mkdir(parents=True)
+    for name in ("tiny--r4", "tiny--r4--seed7", "tiny--r8--tune-0.1--seed1042"):
+        (folder / f"{name}.yaml").touch()
+        RunDirectory(name).write_state("finished")
+    (finding,) = (f for f in report_study(study)[0].findings if f.code == "dropped-training")
+    assert finding.evidence == ("tiny--r4--seed7",)

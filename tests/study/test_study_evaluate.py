@@ -23,8 +23,8 @@ from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import read_object, write_json
 from recipes_lib.core.run_directory import RunDirectory
 from recipes_lib.study.config import load_study
-from recipes_lib.study.run import StudyRunner
-from recipes_lib.study.runs import base_run, missing_of
+from recipes_lib.study.report import report_study
+from recipes_lib.study.run import StudyRunner, base_run, missing_of
 from recipes_lib.train import main as train
 from recipes_lib.weights.check import recorded_hashes
 
@@ -53,10 +53,9 @@ def trained(make_run: Callable[..., Path], tiny_model_dir: Path, tmp_path: Path)
 
 
 def run(file: Path, code: int = ExitCode.DONE) -> list[str]:
-    said: list[str] = []
-    runner = StudyRunner(load_study(file), said.append, train=False)
-    assert runner.run() == code, said
-    return said
+    runner = StudyRunner(load_study(file), report_study, train=False)
+    assert runner.run() == code, runner.failed
+    return list(runner.failed)
 
 
 def rows_of(kind: str) -> dict[str, int]:
@@ -84,9 +83,8 @@ def test_one_base_serves_both_adapters_and_all_evals_and_one_judge_judges_everyt
 def test_an_arm_whose_weights_are_damaged_takes_no_other_along(trained: Path) -> None:
     file = RunDirectory("tiny--r4").path / "adapter" / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    said = run(trained, ExitCode.FAILED)
-    failed = [line for line in said if line.startswith("failed: ")]
-    assert failed and all("tiny--r4" in line for line in failed), said
+    failed = run(trained, ExitCode.FAILED)
+    assert failed and all("tiny--r4" in name for name in failed), failed
     missing = missing_of(load_study(trained))
     assert missing and all("tiny--r4" in title for title in missing), missing
     assert (RunDirectory("tiny").path / "report" / "report.html").is_file()

@@ -5,47 +5,43 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated
 
-from recipes_lib.commands import Gpu, Json, flag_words
+from recipes_lib.commands import Json, flag_words
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import object_or_none
+from recipes_lib.core.lock import run_lock
 from recipes_lib.core.project import shown_path
-from recipes_lib.core.terminal import count, next_step, print_json, say
+from recipes_lib.core.terminal import aligned, next_step, print_json, say
+from recipes_lib.study import run as studies
 from recipes_lib.study.config import Study, load_study
-from recipes_lib.study.run import StudyRunner, refuse_unmet, study_lock
-from recipes_lib.study.runs import study_folder, study_trainings, with_choices
-from recipes_lib.study.status import status_lines, status_rows, study_plan_lines, study_plan_object
 
 # section.key=value words override a value in every arm's recipe; key=value words the study's own
 _StudyWord = Annotated[str, "a study file, or the name of one in recipes/studies/; seeds=[1,2]"]
 
 
-def run_study_plan(
-    study: _StudyWord, overrides: Sequence[str], *, gpu: Gpu = None, json: Json = False
-) -> int:
+def run_study_plan(study: _StudyWord, overrides: Sequence[str]) -> int:
     """What is to be done and what it takes; nothing is touched."""
-    loaded = with_choices(load_study(study, overrides))
-    refuse_unmet(loaded)
-    if json:
-        return print_json(study_plan_object(loaded, gpu))
-    say("\n".join(study_plan_lines(loaded, gpu)))
+    loaded = studies.with_choices(load_study(study, overrides))
+    studies.refuse_unmet(loaded)
+    say("\n".join(studies.plan_lines(loaded)))
     return _next("run", loaded)
 
 
 def run_study_run(
     study: _StudyWord,
     overrides: Sequence[str],
-    debug: bool,
     *,
     jobs: Annotated[int, "trainings at the same time, each on its own GPUs (default 1)"] = 1,
     no_train: Annotated[bool, "train nothing: evaluate what is trained, and report"] = False,
     trust_remote_code: Annotated[bool, "allow a model's own code, if the recipe asks"] = False,
 ) -> int:
     """Train, evaluate and report what is not done yet; the same command continues."""
-    loaded = with_choices(load_study(study, overrides))
+    from recipes_lib.study.report import report_study
+
+    loaded = studies.with_choices(load_study(study, overrides))
     flags = flag_words(trust_remote_code=trust_remote_code)
-    code = StudyRunner(loaded, say, jobs, flags, not no_train, debug).run()
+    code = studies.StudyRunner(loaded, report_study, jobs, flags, not no_train).run()
     if code not in (ExitCode.PREEMPTED, ExitCode.INTERRUPTED):
-        folder = study_folder(loaded)
+        folder = studies.study_folder(loaded)
         answer = (object_or_none(folder / "comparison.json") or {}).get("answer", [])
         say("\n".join(["", *answer]))
         if (page := folder / "report" / "report.html").is_file():
@@ -56,12 +52,14 @@ def run_study_run(
 
 def run_study_status(study: _StudyWord, overrides: Sequence[str], *, json: Json = False) -> int:
     """Every training and result that is not done."""
-    loaded = with_choices(load_study(study, overrides))
-    rows = status_rows(loaded)
+    loaded = studies.with_choices(load_study(study, overrides))
+    states = studies.progress_of(loaded)
     if json:
-        return print_json({"study": loaded.name, "rows": rows})
-    say("\n".join(status_lines(rows)))
-    return _next("report" if all(row["state"] == "done" for row in rows) else "run", loaded)
+        return print_json({"study": loaded.name, "states": states})
+    left = [row for row in states.items() if row[1] != "done"]
+    say(f"{len(states) - len(left)} of {len(states)} trainings and results done")
+    say("\n".join(aligned(left) if left else []))
+    return _next("run" if left else "report", loaded)
 
 
 def run_study_report(
@@ -73,44 +71,29 @@ def run_study_report(
 ) -> int:
     """The report of what was measured, without training or evaluating anything."""
     from recipes_lib.analysis.summary import conclusion_lines
+    from recipes_lib.study.report import gate as gate_of
     from recipes_lib.study.report import report_study
 
-    loaded = with_choices(load_study(study, overrides))
+    loaded = studies.with_choices(load_study(study, overrides))
     if gate:
-        return _gate(loaded, json)
-    with study_lock(loaded):
+        code, lines = gate_of(loaded)
+        if json:
+            print_json({"exit_code": int(code), "lines": lines})
+        else:
+            say("\n".join(lines))
+        return code
+    with run_lock(studies.study_folder(loaded)):
         conclusion, missing = report_study(loaded)
     if json:
         return print_json(conclusion.to_dict())
     say("\n".join(conclusion_lines(conclusion)))
-    say(f"\nreport: {shown_path(study_folder(loaded) / 'report' / 'report.html')}")
+    say(f"\nreport: {shown_path(studies.study_folder(loaded) / 'report' / 'report.html')}")
     if missing:
         return _next("run", loaded)
-    first = study_trainings(loaded)[0].run
+    first = studies.study_trainings(loaded)[0].run
     return next_step("recipes", "export", first, "--to", f"{first}-export")
 
 
 def _next(action: str, study: Study) -> int:
     """Name the next command, with the words of this one; return the code of what is done."""
     return next_step("recipes", "study", action, shown_path(study.path), *study.words)
-
-
-def _gate(study: Study, json: bool) -> int:
-    from recipes_lib.study.report import gate
-
-    answer = gate(study)
-    if json:
-        print_json(answer.to_dict())
-        return answer.code
-    failed = [*answer.worse, *(f"not shown: {sentence}" for sentence in answer.not_shown)]
-    for line in (*(f"missing: {result}" for result in answer.missing), *failed):
-        say(line)
-    if answer.missing:
-        say(f"not decided: {count(len(answer.missing), 'result')} missing")
-        _next("run", study)
-    elif failed:
-        say(f"failed: {count(len(failed), 'comparison')} of {answer.comparisons} above")
-    else:
-        margins = f" and within {', '.join(answer.margins)}" if answer.margins else ""
-        say(f"passed: no arm is shown to be worse than {study.baseline}{margins}")
-    return answer.code

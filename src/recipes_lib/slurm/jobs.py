@@ -29,8 +29,7 @@ from recipes_lib.evals.recipe import EvalRecipe, JudgeSection, check_allowed, lo
 from recipes_lib.slurm.prefetching import judge_weights
 from recipes_lib.slurm.profile import STAGES, SiteProfile
 from recipes_lib.study.config import load_study, study_file
-from recipes_lib.study.run import refuse_unmet
-from recipes_lib.study.runs import StudyRun, is_trained, missing_of, study_trainings
+from recipes_lib.study.run import StudyRun, is_trained, missing_of, refuse_unmet, study_trainings
 
 _DEFAULT_EVALS = ("alpaca_eval.yaml", "mt_bench.yaml", "lm_eval.yaml")
 

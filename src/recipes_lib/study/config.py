@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -103,8 +103,6 @@ class StudyFile(LaunchKeys):
     primary: str | None = None
     """The metric of the question, for example win_rate, alpaca_eval/win_rate or lm_eval/gsm8k. Its
     comparisons are tested before everything else. Absent: the first eval's first metric."""
-    pairs: Literal["baseline", "all"] = "baseline"
-    """alpaca_eval: compare each arm head to head with the baseline, or with every other arm."""
     margins: dict[str, float | str] = {}
     """Metric -> the difference that does not matter, in its unit or as '2 points'. Adds the
     verdicts 'not worse' and 'equivalent' within it."""

@@ -7,26 +7,19 @@ the primary metric and margins. A study that is changed afterwards has no verdic
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from recipes_lib.analysis.aims import Design, is_named
+from recipes_lib.analysis.checks import Finding
 from recipes_lib.analysis.claims import Conclusion, conclude
 from recipes_lib.analysis.report import write_report
 from recipes_lib.analysis.runs import ArmRuns, Arms, Run, load_arms
 from recipes_lib.core.errors import ExitCode
 from recipes_lib.core.files import hash_of, object_or_none, publish, utc_now, write_json
 from recipes_lib.core.project import runs_root, shown_path
+from recipes_lib.study import run as runs
 from recipes_lib.study.config import BASE_ARM, Study
-from recipes_lib.study.runs import (
-    base_run,
-    evaluations,
-    is_evaluated,
-    is_trained,
-    missing_of,
-    study_folder,
-    study_trainings,
-)
 from recipes_lib.training.resume_guard import differences, flatten
 
 _LOCK = "design.json"
@@ -37,14 +30,31 @@ _FREE_OF_EVAL = ("generation", "thresholds")
 
 def conclude_study(study: Study) -> tuple[Arms, Design, Conclusion]:
     """Return what was measured, what the study declares, and what may be said."""
-    arms, design = measured_arms(study), design_of(study, tuple(missing_of(study)))
-    return arms, design, conclude(arms, study.aims, design)
+    words = " ".join([shown_path(study.path), *study.words])
+    design = Design(
+        name=study.name,
+        question=study.file.question,
+        factors=study.file.factors,
+        values={arm.name: arm.resolved() for arm in study.arms},
+        tuned={arm.name: arm.tuning for arm in study.arms if arm.tuning},
+        missing=tuple(runs.missing_of(study)),
+        changed=changes(study),
+        reference=study.file.reference,
+        command=f"recipes study run {words}",
+    )
+    arms = measured_arms(study)
+    conclusion = conclude(arms, study.aims, design)
+    if dropped := runs.dropped_trainings(study):
+        title = "Trained for this study and not part of it now: the choice may follow the results"
+        finding = Finding("dropped-training", "warning", title, tuple(dropped))
+        conclusion = replace(conclusion, findings=(*conclusion.findings, finding))
+    return arms, design, conclusion
 
 
 def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
     """Write the report, and lock the design with its first verdicts; return what is missing too."""
     arms, design, conclusion = conclude_study(study)
-    folder = study_folder(study)
+    folder = runs.study_folder(study)
     write_json(folder / "comparison.json", conclusion.to_dict())
     scratch = folder / ".report.tmp"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -57,121 +67,86 @@ def report_study(study: Study) -> tuple[Conclusion, tuple[str, ...]]:
 
 def measured_arms(study: Study) -> Arms:
     """Return the study's runs as it has them now, without results of other evals and settings."""
-    base = base_run(study)
-    folders = {BASE_ARM: [runs_root() / base]} if base else {}
-    for training in filter(is_trained, study_trainings(study)):
+    base = runs.base_run(study)
+    is_there = study.file.include_base and base != BASE_ARM
+    folders = {BASE_ARM: [runs_root() / base]} if is_there else {}
+    for training in filter(runs.is_trained, runs.study_trainings(study)):
         folders.setdefault(training.arm.name, []).append(training.directory.path)
-    done = {result.file.resolve() for result in evaluations(study) if is_evaluated(result)}
+    evaluated = filter(runs.is_evaluated, runs.evaluations(study))
+    files = {result.file.resolve() for result in evaluated}
 
     def own(run: Run) -> Run:
-        logs = tuple(log for log in run.evals if log.file.resolve() in done)
+        logs = tuple(log for log in run.evals if log.file.resolve() in files)
         return replace(run, evals=logs, unfinished=())
 
     loaded = load_arms(folders)
     return Arms({arm.name: ArmRuns(arm.name, tuple(map(own, arm.runs))) for arm in loaded})
 
 
-def design_of(study: Study, missing: tuple[str, ...] = ()) -> Design:
-    """Return what a study declares."""
-    words = " ".join([shown_path(study.path), *study.words])
-    return Design(
-        name=study.name,
-        question=study.file.question,
-        factors=study.file.factors,
-        values={arm.name: arm.resolved() for arm in study.arms},
-        tuned={arm.name: arm.tuning for arm in study.arms if arm.tuning},
-        missing=missing,
-        changed=changes(study),
-        reference=study.file.reference,
-        command=f"recipes study run {words}",
-    )
-
-
 def design_values(study: Study) -> dict[str, Any]:
     """Return what must not change once verdicts were seen."""
-    arms = {
-        arm.name: {key: v for key, v in arm.resolved().items() if key not in _FREE_OF_ARM}
-        for arm in study.arms
-    }
-    evals = {
-        recipe.name: {key: v for key, v in recipe.to_dict().items() if key not in _FREE_OF_EVAL}
-        for recipe in study.evals
+    arms = {arm.name: arm.resolved() for arm in study.arms}
+    evals = {recipe.name: recipe.to_dict() for recipe in study.evals}
+    hashed = {
+        kind: {
+            name: hash_of({key: value for key, value in values.items() if key not in free})
+            for name, values in known.items()
+        }
+        for kind, known, free in (("arms", arms, _FREE_OF_ARM), ("evals", evals, _FREE_OF_EVAL))
     }
     return {
-        "arms": {name: hash_of(values) for name, values in arms.items()},
+        **hashed,
         "seeds": {arm.name: sorted(arm.seeds) for arm in study.arms},
-        "evals": {name: hash_of(values) for name, values in evals.items()},
         "base": study.file.include_base,
         "primary": study.aims.primary,
         "margins": {word: margin.size for word, margin in study.aims.margins.items()},
-        "pairs": study.file.pairs,
     }
 
 
 def changes(study: Study) -> tuple[str, ...]:
     """Return what differs from the design of the first report with verdicts."""
-    locked = object_or_none(study_folder(study) / _LOCK)
+    locked = object_or_none(runs.study_folder(study) / _LOCK)
     if not locked:
         return ()
-    now, when = design_values(study), f"since {str(locked.get('written'))[:10]}"
+    now, since = design_values(study), str(locked.get("written"))[:10]
     changed = differences(flatten({key: locked.get(key) for key in now}), flatten(now))
     return tuple(
-        f"{key} {'added' if old is None else 'removed' if new is None else 'changed'} {when}"
+        f"{key} {'added' if old is None else 'removed' if new is None else 'changed'} since {since}"
         for key, (old, new) in changed.items()
     )
 
 
-# ---- The gate ----
-
-
-@dataclass(frozen=True)
-class Gate:
-    """Whether arms may stand in for their baseline; `worse` and `not_shown` are sentences."""
-
-    baseline: str
-    comparisons: int
-    margins: list[str]
-    missing: list[str]
-    worse: list[str]
-    not_shown: list[str]
-
-    @property
-    def code(self) -> ExitCode:
-        """The exit code: 6 where results are missing, 1 where an arm fails."""
-        if self.missing:
-            return ExitCode.EVALUATION_INCOMPLETE
-        return ExitCode.FAILED if self.worse or self.not_shown else ExitCode.DONE
-
-    def to_dict(self) -> dict[str, object]:
-        """Return the answer for --json."""
-        return {**asdict(self), "passed": not self.code, "exit_code": int(self.code)}
-
-
-def gate(study: Study) -> Gate:
-    """Return whether an arm is worse than the baseline, or not shown to hold its margin.
+def gate(study: Study) -> tuple[ExitCode, list[str]]:
+    """Return whether an arm is worse than the baseline, or not shown to hold its margin, and why.
 
     An arm that tests as worse fails also where a finding stops the sentence: a gate that opens
     because its judge failed would be none.
+
+    Returns:
+        6 and what is missing, 1 and the sentences that fail, or 0.
     """
     _, design, conclusion = conclude_study(study)
-    baseline, margins = study.baseline, list(study.aims.margins)
+    baseline = study.baseline
     claims = [
         claim for claim in conclusion.claims if baseline in claim.row.arms and not claim.row.aside
     ]
-    missing, worse, not_shown = list(design.missing), list[str](), list[str]()
+    missing, failed = [f"missing: {what}" for what in design.missing], list[str]()
     for claim in claims:
         if claim.worse_than(baseline):
-            worse.append(claim.sentence)
+            failed.append(claim.sentence)
         elif claim.row.margin is not None and not claim.not_worse_than(baseline):
-            not_shown.append(claim.sentence)
+            failed.append(f"not shown: {claim.sentence}")
     for arm in (arm.name for arm in study.arms if arm.name != baseline):
         rows = [claim.row for claim in claims if arm in claim.row.arms]
         if not design.missing and not any(row.is_tested for row in rows):
-            missing.append(f"a comparison of {arm} with {baseline} that can be tested")
+            missing.append(f"no comparison of {arm} with {baseline} can be tested: see the report")
         held = [row.metric for row in rows if row.margin is not None]
-        not_shown += [
-            f"{arm} and {baseline} have no comparison on {word}"
-            for word in margins
+        failed += [
+            f"not shown: {arm} and {baseline} have no comparison on {word}"
+            for word in study.aims.margins
             if not any(is_named(word, metric) for metric in held)
         ]
-    return Gate(baseline, len(claims), margins, missing, worse, not_shown)
+    lines = [*missing, *failed] or [f"passed: no arm is shown to be worse than {baseline}"]
+    lines += [f"next: {design.command}"] if design.missing else []
+    code = ExitCode.EVALUATION_INCOMPLETE if missing else ExitCode(bool(failed))
+    return code, lines
